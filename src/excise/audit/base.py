@@ -1,0 +1,128 @@
+"""What an attack is, what it is run on and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from excise.config import Config
+from excise.context import Context
+from excise.domains.base import Domain
+from excise.models.checkpoint import Checkpoint
+from excise.record import AttackArm
+
+Access = Literal["prompt", "logits", "activations", "weights"]
+Rung = Literal["D0", "D1", "D2", "D3", "D4", "D5"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under attack. The audit runs one procedure on the candidate and on every rail.
+
+    Attributes:
+        name: `candidate`, `original`, `oracle-0` ..., or `planted` (a positive control).
+        checkpoint: Its weights.
+        original: The model before removal, for attacks that hold it; None when unknown.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    original: Checkpoint | None = None
+
+
+class Budget(Config):
+    """How hard the attacker tries. Named budgets live in `audit/budget.py`."""
+
+    name: Literal["smoke", "standard", "strong"] = "smoke"
+    """Which rung of effort this is; the report names it."""
+    attacks: tuple[str, ...] = ()
+    """Names of the attacks that are required at this budget."""
+    steps: int = 16
+    """Optimizer steps of a relearning arm."""
+    batch_size: int = 32
+    """Rows per step of a relearning arm, half of them benign."""
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Learning rates tried; the one used is chosen on `dev`, averaged over seeds."""
+    lora_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    """The same for LoRA arms."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of each arm."""
+    checkpoints: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
+    """Steps at which V is scored."""
+    shots: tuple[int, ...] = (4,)
+    """Numbers of examples of the few-shot attack."""
+    max_test_rows: int = 256
+    """Rows of V scored at most, the same for every subject."""
+    max_length: int = 128
+    """Tokens per row."""
+    margin: float = 0.1
+    """Equivalence margin as a share of the distance between the rails."""
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm of an attack: the record's row plus what the statistics need.
+
+    Attributes:
+        arm: What goes into the record.
+        unit_scores: For every checkpoint of the curve, score by unit on V, same order as
+            `arm.curve`; units are the keys.
+        dev_score: Score on `dev_forget` at the end, by which rates are chosen.
+    """
+
+    arm: AttackArm
+    unit_scores: tuple[Mapping[str, float], ...]
+    dev_score: float = float("nan")
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What one attack did to one subject.
+
+    Attributes:
+        attack: Name of the attack.
+        subject: Name of the subject.
+        arms: Every arm that was run.
+        chosen: Indices into `arms` of those that decide (one per seed, at the chosen rate).
+        seconds: Wall-clock time.
+    """
+
+    attack: str
+    subject: str
+    arms: tuple[ArmResult, ...]
+    chosen: tuple[int, ...]
+    seconds: float = 0.0
+
+
+class Attack(Config, ABC):
+    """A way to bring a removed capability back.
+
+    Subclasses declare `name: Literal["..."] = "..."` and their settings, and implement `run`,
+    which does the same to any subject: candidate, original, oracle or planted control.
+    """
+
+    access: ClassVar[Access]
+    rung: ClassVar[Rung]
+    needs_original: ClassVar[bool] = False
+    source: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def run(
+        self, subject: Subject, domain: Domain, budget: Budget, ctx: Context
+    ) -> AttackResult:
+        """Attack `subject` and score `domain.test`.
+
+        Args:
+            subject: The model.
+            domain: Rows by role; the attacker trains on `relearn` and `benign` only and chooses
+                on `dev_*` only.
+            budget: How hard to try.
+            ctx: Seed, device, dtype and the folder to work in.
+
+        Returns:
+            Every arm with its curve and scores by unit.
+        """

@@ -1,0 +1,245 @@
+"""From rows to batches: tokens, scored targets and one capability label per token.
+
+Shape legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from excise.domains.base import UNLABELED, Row
+from excise.errors import UserError
+
+Tokenizer = Any
+"""A `transformers` tokenizer; typed loosely because its stubs are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as token ids.
+
+    Attributes:
+        ids: Token ids, BOS included where the tokenizer wants one.
+        target: Whether the token at that position is scored (never the first).
+        label: Capability label of the whole row.
+        unit: Unit id of the row.
+    """
+
+    ids: tuple[int, ...]
+    target: tuple[bool, ...]
+    label: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded to one length.
+
+    Attributes:
+        ids_BT: Token ids.
+        attention_BT: True where a token is real.
+        target_BT: True where the token is scored; position t is predicted from t - 1.
+        label_BT: Capability label per token (`CORE`, 1.., `UNLABELED`).
+        units: Unit id of each row.
+    """
+
+    ids_BT: Int[Tensor, "B T"]
+    attention_BT: Bool[Tensor, "B T"]
+    target_BT: Bool[Tensor, "B T"]
+    label_BT: Int[Tensor, "B T"]
+    units: tuple[str, ...]
+
+    @property
+    def num_targets(self) -> int:
+        """Number of scored tokens."""
+        return int(self.target_BT.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of real tokens."""
+        return int(self.attention_BT.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`."""
+        return replace(
+            self,
+            ids_BT=self.ids_BT.to(device),
+            attention_BT=self.attention_BT.to(device),
+            target_BT=self.target_BT.to(device),
+            label_BT=self.label_BT.to(device),
+        )
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of a causal model's forward.
+
+        Positions count real tokens, so that left and right padding give the same numbers.
+        """
+        position_BT = (self.attention_BT.long().cumsum(1) - 1).clamp(min=0)
+        return {
+            "input_ids": self.ids_BT,
+            "attention_mask": self.attention_BT.long(),
+            "position_ids": position_BT,
+        }
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that this tokenizer puts before every text: one BOS or nothing."""
+    head = tokenizer("a", add_special_tokens=True)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and head and head[0] == bos else []
+
+
+def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> Example:
+    """Turn one row into token ids and scored positions.
+
+    Text: every token after the first is scored. Completion: `prompt` and `completion` are
+    tokenized apart, white space at the end of the prompt moves to the completion, and only the
+    completion is scored. A question is the completion of its right answer. A conversation is
+    rendered by the tokenizer's own chat template and only assistant turns are scored.
+
+    Args:
+        row: The row.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens kept at most; text is cut on the right, a prompt on the left.
+
+    Returns:
+        The example.
+
+    Raises:
+        UserError: If the row is empty after rendering or no scored token is left.
+    """
+    if row.kind == "chat":
+        from excise.domains.chat import render_chat
+
+        ids, target = render_chat(row, tokenizer)
+        ids, target = ids[:max_length], target[:max_length]
+    elif row.kind == "text":
+        ids = _bos(tokenizer) + tokenizer(row.text, add_special_tokens=False)["input_ids"]
+        ids = ids[:max_length]
+        target = [i > 0 for i in range(len(ids))]
+    else:
+        ids, target = _encode_pair(row, tokenizer, max_length)
+    if not any(target):
+        raise UserError(f"unit '{row.unit}' has no token to score; give it a longer text")
+    return Example(tuple(ids), tuple(target), row.label, row.unit)
+
+
+def _encode_pair(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], list[bool]]:
+    """Encode prompt + completion (or question + right answer)."""
+    completion = row.completion if row.kind == "completion" else " " + row.choices[row.answer]
+    prompt = row.prompt.rstrip()
+    completion = row.prompt[len(prompt) :] + completion
+    head = _bos(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(completion, add_special_tokens=False)["input_ids"][: max_length - 1]
+    head = head[max(0, len(head) + len(tail) - max_length) :]
+    ids = head + tail
+    return ids, [False] * len(head) + [i > 0 or bool(head) for i in range(len(tail))]
+
+
+def encode(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:
+    """Encode every row; see `encode_row`."""
+    return [encode_row(row, tokenizer, max_length=max_length) for row in rows]
+
+
+def collate(
+    examples: Sequence[Example], *, pad_id: int, padding_side: str = "right", length: int = 0
+) -> Batch:
+    """Pad examples to one length.
+
+    Args:
+        examples: At least one.
+        pad_id: Id put where there is no token.
+        padding_side: `right` or `left`.
+        length: Common length; 0 takes the longest example's.
+
+    Returns:
+        The batch, on the CPU.
+    """
+    width = length or max(len(e.ids) for e in examples)
+    shape = (len(examples), width)
+    ids_BT = torch.full(shape, pad_id, dtype=torch.long)
+    attention_BT = torch.zeros(shape, dtype=torch.bool)
+    target_BT = torch.zeros(shape, dtype=torch.bool)
+    label_BT = torch.full(shape, UNLABELED, dtype=torch.long)
+    for i, e in enumerate(examples):
+        at = slice(width - len(e.ids), width) if padding_side == "left" else slice(0, len(e.ids))
+        ids_BT[i, at] = torch.tensor(e.ids)
+        attention_BT[i, at] = True
+        target_BT[i, at] = torch.tensor(e.target)
+        label_BT[i, at] = e.label
+    return Batch(ids_BT, attention_BT, target_BT, label_BT, tuple(e.unit for e in examples))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An endless, shuffled, rank-aware reading of examples, a pure function of the step.
+
+    Nothing is kept between steps, so an interrupted run goes on by asking for its next step, and
+    the processes of one run see different rows whose union is what one process would see.
+
+    Attributes:
+        examples: What is read.
+        batch_size: Rows per step over all processes.
+        seed: Seed of the order; every epoch has an order of its own.
+        pad_id: Padding id.
+        rank: Number of this process.
+        world: Number of processes.
+        micro_size: Rows per micro-batch of one process at most; 0 for one micro-batch.
+        shuffle: Whether to shuffle, or to read in file order.
+        padding_side: `right` or `left`.
+    """
+
+    examples: Sequence[Example]
+    batch_size: int
+    seed: int
+    pad_id: int
+    rank: int = 0
+    world: int = 1
+    micro_size: int = 0
+    shuffle: bool = True
+    padding_side: str = "right"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be read."""
+        if not self.examples:
+            raise UserError("there is no row to train on in one of the roles; check the split")
+        if self.batch_size % self.world:
+            raise UserError(
+                f"a batch of {self.batch_size} rows cannot be divided over {self.world} processes"
+            )
+
+    def indices(self, step: int) -> list[int]:
+        """Return the indices of this process's examples at `step`."""
+        count = len(self.examples)
+        start = step * self.batch_size
+        order: dict[int, list[int]] = {}
+        picked = []
+        for i in range(start + self.rank, start + self.batch_size, self.world):
+            epoch, at = divmod(i, count)
+            if epoch not in order:
+                order[epoch] = self._order(epoch)
+            picked.append(order[epoch][at])
+        return picked
+
+    def _order(self, epoch: int) -> list[int]:
+        count = len(self.examples)
+        if not self.shuffle:
+            return list(range(count))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
+        return torch.randperm(count, generator=generator).tolist()
+
+    def __call__(self, step: int) -> list[Batch]:
+        """Return the micro-batches of this process at `step`."""
+        picked = [self.examples[i] for i in self.indices(step)]
+        size = self.micro_size or len(picked)
+        return [
+            collate(picked[i : i + size], pad_id=self.pad_id, padding_side=self.padding_side)
+            for i in range(0, len(picked), size)
+        ]

@@ -1,0 +1,32 @@
+"""Errors a user can cause. Each is one sentence: what, where, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave us; the command prints it and exits with 2."""
+
+
+class Diverged(RuntimeError):
+    """Training produced a non-finite loss; the last good weights are kept (exit code 1)."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return a phrase naming the entries of `known` closest to `name`, for the end of an error.
+
+    Args:
+        name: What the user wrote.
+        known: What would have been right.
+        count: How many to name at most.
+
+    Returns:
+        `"did you mean 'a' or 'b'?"`, or `"known: a, b, c"` when nothing is close.
+    """
+    names = sorted(set(known))
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
+    return "known: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")

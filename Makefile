@@ -1,0 +1,49 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both need only Python >= 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all lint types tests wheel-test browser-test lock clean
+
+demo: $(VENV)/.installed
+	$(BIN)/excise demo
+
+test: $(VENV)/.dev lint types tests wheel-test
+
+test-all: $(VENV)/.dev lint types
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(MAKE) wheel-test
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+tests: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# A wheel installed into a bare environment elsewhere, with the command run from another folder.
+wheel-test: $(VENV)/.dev
+	$(BIN)/python tests/wheel.py
+
+browser-test: $(VENV)/.dev
+	$(BIN)/python tests/report/browser.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed requirements-dev.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -53,8 +53,12 @@ class Budget(Config):
     """Steps at which V is scored."""
     shots: tuple[int, ...] = (4,)
     """Numbers of examples of the few-shot attack."""
+    random_directions: int = 2
+    """Random directions cleared as controls of direction clearing."""
     max_test_rows: int = 256
     """Rows of V scored at most, the same for every subject."""
+    max_other_rows: int = 128
+    """Rows of `retain_test`, `dev_forget`, T and `fresh` scored at most, each."""
     max_length: int = 128
     """Tokens per row."""
     margin: float = 0.1

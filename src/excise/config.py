@@ -1,4 +1,4 @@
-"""The base of every configuration: frozen, strict, documented under each field.
+"""Configuration: frozen, strict, documented under each field, every problem reported at once.
 
 This module imports no torch, so that `--help`, `ls` and `check` stay fast.
 """
@@ -7,12 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import types
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from excise.errors import UserError, nearest
 
 
 class Config(BaseModel):
-    """A set of choices. Frozen; unknown fields are errors; help is the docstring under a field."""
+    """A set of choices. Frozen; unknown fields are errors; help is the docstring under a field.
+
+    Attributes:
+        kind: On the base of an open family (`method`, `attack`, `domain`), its name: a field
+            annotated with that base holds any member, chosen by the value of `name`.
+    """
+
+    kind: ClassVar[str] = ""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
@@ -25,3 +38,145 @@ class Config(BaseModel):
     def digest(self) -> str:
         """Return the SHA-256 of `canonical()` as hex."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a configuration, one problem a line.
+
+    Attributes:
+        problems: Each as `path: what is wrong; what to do`.
+    """
+
+    def __init__(self, problems: Sequence[str], source: str = "") -> None:
+        self.problems = tuple(problems)
+        head = f"{source}: " if source else ""
+        if len(self.problems) == 1:
+            super().__init__(head + self.problems[0])
+        else:
+            lines = "".join(f"\n  {p}" for p in self.problems)
+            super().__init__(f"{head}{len(self.problems)} problems{lines}")
+
+
+Registry = Mapping[str, Mapping[str, type[Config]]]
+"""Family -> name -> class."""
+
+C = TypeVar("C", bound=Config)
+
+
+def parse(cls: type[C], data: Any, registry: Registry, *, source: str = "") -> C:
+    """Build a configuration from plain data (YAML, JSON, the command line).
+
+    Args:
+        cls: What to build; for an open family, its base.
+        data: Mapping of fields.
+        registry: Members of every open family.
+        source: File or command named in the error.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: With every problem found, its path and the nearest right name.
+    """
+    problems: list[str] = []
+    built = _build(cls, data, registry, "", problems)
+    if problems:
+        raise ConfigError(problems, source)
+    assert isinstance(built, cls)
+    return built
+
+
+def _build(cls: type[Config], data: Any, registry: Registry, at: str, problems: list[str]) -> Any:
+    """Build `cls` from `data`, noting problems; returns None where there were some."""
+    if isinstance(data, cls):
+        return data
+    if not isinstance(data, Mapping):
+        problems.append(f"{at or 'configuration'}: needs a mapping of fields, not {data!r}")
+        return None
+    member = _member(cls, data, registry, at, problems)
+    if member is None:
+        return None
+    prepared: dict[str, Any] = {}
+    before = len(problems)
+    for key, value in data.items():
+        field = member.model_fields.get(str(key))
+        here = f"{at}.{key}" if at else str(key)
+        prepared[str(key)] = (
+            value if field is None else _value(field.annotation, value, registry, here, problems)
+        )
+    broken = {k for k in prepared if any(_under(p, at, k) for p in problems[before:])}
+    try:
+        return member.model_validate(prepared)
+    except ValidationError as error:
+        for detail in error.errors():
+            if not (detail["loc"] and str(detail["loc"][0]) in broken):
+                problems.append(_sentence(detail, member, at))
+        return None
+
+
+def _under(problem: str, at: str, key: str) -> bool:
+    """Whether a problem's path starts at field `key` of the configuration at `at`."""
+    path = problem.split(":", 1)[0]
+    start = f"{at}.{key}" if at else key
+    return path == start or path.startswith((start + ".", start + "["))
+
+
+def _member(
+    cls: type[Config], data: Mapping[str, Any], registry: Registry, at: str, problems: list[str]
+) -> type[Config] | None:
+    """Return the class that `data` names when `cls` is the base of an open family."""
+    if "kind" not in cls.__dict__ or not cls.kind:
+        return cls
+    known = registry.get(cls.kind, {})
+    name = data.get("name")
+    where = f"{at}.name" if at else "name"
+    if not isinstance(name, str):
+        problems.append(f"{where}: names no {cls.kind}; {nearest('', known)}")
+        return None
+    if name not in known:
+        problems.append(f"{where}: unknown {cls.kind} '{name}'; {nearest(name, known)}")
+        return None
+    return known[name]
+
+
+def _value(annotation: Any, value: Any, registry: Registry, at: str, problems: list[str]) -> Any:
+    """Prepare one field: open families and nested configurations become instances."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _value(get_args(annotation)[0], value, registry, at, problems)
+    if origin in (Union, types.UnionType):
+        options = [a for a in get_args(annotation) if a is not type(None)]
+        return value if value is None or len(options) != 1 else _value(
+            options[0], value, registry, at, problems
+        )
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        inner = get_args(annotation)[1]
+        return {
+            k: _value(inner, v, registry, f"{at}.{k}", problems) for k, v in value.items()
+        }
+    if origin in (tuple, list) and isinstance(value, list | tuple):
+        inner = get_args(annotation)[0]
+        return tuple(
+            _value(inner, v, registry, f"{at}[{i}]", problems) for i, v in enumerate(value)
+        )
+    if isinstance(annotation, type) and issubclass(annotation, Config) and value is not None:
+        built = _build(annotation, value, registry, at, problems)
+        return value if built is None else built
+    return value
+
+
+def _sentence(detail: ErrorDetails, cls: type[Config], at: str) -> str:
+    """Turn one of pydantic's errors into `path: what; what to do`."""
+    path = at
+    for part in detail["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        name = str(detail["loc"][-1])
+        return f"{path}: unknown field; {nearest(name, cls.model_fields)}"
+    if detail["type"] == "missing":
+        return f"{path}: is required"
+    message = message[:1].lower() + message[1:]
+    if isinstance(detail["input"], str | int | float | bool) or detail["input"] is None:
+        return f"{path}: {message}, got {detail['input']!r}"
+    return f"{path}: {message}"

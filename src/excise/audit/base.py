@@ -108,6 +108,7 @@ class Attack(Config, ABC):
     which does the same to any subject: candidate, original, oracle or planted control.
     """
 
+    kind: ClassVar[str] = "attack"
     access: ClassVar[Access]
     rung: ClassVar[Rung]
     needs_original: ClassVar[bool] = False

@@ -6,7 +6,7 @@ This module imports no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from excise.config import Config
 from excise.domains.base import Domain
@@ -22,6 +22,7 @@ class DomainSpec(Config, ABC):
     Two equal specs build equal domains (equal `Domain.fingerprint`), whatever the process.
     """
 
+    kind: ClassVar[str] = "domain"
     name: str
     """Name in recipes and on the command line."""
 

@@ -90,6 +90,7 @@ class Method(Config, ABC):
     defaults, `paper`, `starts_from` and `version`, and implement `apply`.
     """
 
+    kind: ClassVar[str] = "method"
     starts_from: ClassVar[Literal["original", "scratch"]] = "original"
     paper: ClassVar[Paper]
     version: ClassVar[int] = 1

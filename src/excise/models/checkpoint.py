@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from excise.errors import UserError, nearest
 from excise.models import files
-from excise.models.layout import Layout, build_layout, read_group, to_disk
+from excise.models.layout import Layout, build_layout, read_group
 
 Model = Any
 """A `transformers` model."""
@@ -25,11 +24,7 @@ Tokenizer = Any
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_WEIGHT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl",
-    ".npz", ".ot",
-}  # fmt: skip
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
     "chat_template.jinja", "chat_template.json",
@@ -42,14 +37,16 @@ class Checkpoint:
 
     Attributes:
         path: The folder; it is read and never written.
+        trust_remote_code: Whether code in the folder may run; only ever on request.
     """
 
     path: Path
+    trust_remote_code: bool = False
     _bytes: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type[Checkpoint], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Checkpoint], tuple[Path, bool]]:
         """Travel to another process as a path."""
-        return Checkpoint, (self.path,)
+        return Checkpoint, (self.path, self.trust_remote_code)
 
     @property
     def shards(self) -> tuple[Path, ...]:
@@ -72,7 +69,7 @@ class Checkpoint:
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 over the tokenizer's files, as hex."""
         return files.hash_files(
-            [self.path / name for name in _TOKENIZER_FILES if (self.path / name).is_file()]
+            [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
         )
 
     @property
@@ -80,7 +77,9 @@ class Checkpoint:
         """The model's `transformers` configuration, a new object each time."""
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            self.path, local_files_only=True, trust_remote_code=self.trust_remote_code
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -103,7 +102,12 @@ class Checkpoint:
     @functools.cached_property
     def layout(self) -> Layout:
         """Which keys on disk make which parameters."""
-        return build_layout(meta_model(self.config), self.entries)
+        model = meta_model(self.config, trust_remote_code=self.trust_remote_code)
+        return build_layout(model, self.entries, self.same)
+
+    def same(self, a: str, b: str) -> bool:
+        """Return whether two keys on disk hold the same values."""
+        return torch.equal(self.read(a), self.read(b))
 
     def parameter_names(self) -> tuple[str, ...]:
         """Return the names of the parameters, as `model.named_parameters()` gives them."""
@@ -134,7 +138,7 @@ class Checkpoint:
                 self.path,
                 dtype=dtype,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=self.trust_remote_code,
                 use_safetensors=True,
                 **extra,
             )
@@ -145,7 +149,7 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(
-            self.path, local_files_only=True, trust_remote_code=False
+            self.path, local_files_only=True, trust_remote_code=self.trust_remote_code
         )
         return ensure_pad(tokenizer, str(self.path))
 
@@ -171,15 +175,15 @@ class Checkpoint:
         for name in dict.fromkeys(names):
             if name in found:
                 continue
-            group = self.layout.group_of(self._own_name(name))
+            group = self.layout.group_of(self.own_name(name))
             if group is None:
                 raise UserError(f"{self.path} holds no weights for '{name}'")
             made = read_group(self.layout, group, self.read)
-            aliases = self.layout.aliases[self._own_name(name)]
+            aliases = self.layout.aliases[self.own_name(name)]
             found[name] = next(made[alias] for alias in aliases if alias in made)
         return found
 
-    def _own_name(self, name: str) -> str:
+    def own_name(self, name: str) -> str:
         """Return the name under which `named_parameters` lists `name`."""
         if name in self.layout.aliases:
             return name
@@ -219,84 +223,37 @@ class Checkpoint:
             UserError: If a name is unknown, a shape differs, a value does not fit the stored
                 dtype, or `to` is not free.
         """
-        files.check_free(to)
-        plan = self._plan_write(changed)
-        with files.new_folder(to) as work:
-            grown = 0
-            for shard in self.shards:
-                values: dict[str, Tensor] = {}
-                for make, keys in plan:
-                    here = [key for key in keys if self.entries[key].file == shard]
-                    if here:
-                        stored = make()
-                        values |= {key: self._stored(key, stored[key], dtype) for key in here}
-                if values:
-                    grown += files.rewrite_shard(shard, work / shard.name, values)
-                elif link:
-                    os.link(shard.resolve(), work / shard.name)
-                else:
-                    files.clone_file(shard, work / shard.name)
-            self._copy_side_files(work, grown)
-        return Checkpoint(to)
+        from excise.models.rewrite import write_changed
 
-    def _plan_write(
-        self, changed: Mapping[str, Tensor]
-    ) -> list[tuple[Callable[[], dict[str, Tensor]], tuple[str, ...]]]:
-        """Return, for every group on disk that changes, how to make it and its keys."""
-        own = {self._own_name(name): tensor for name, tensor in changed.items()}
-        by_group: dict[tuple[str, ...], tuple[Any, dict[str, Tensor]]] = {}
-        for name, tensor in own.items():
-            shape = self.layout.model.get_parameter(name).shape
-            if tensor.shape != shape:
-                raise UserError(
-                    f"the new value of '{name}' has shape {list(tensor.shape)} and the model in"
-                    f" {self.path} needs {list(shape)}"
-                )
-            found = [a for a in self.layout.aliases[name] if a in self.layout.groups]
-            if not found:
-                raise UserError(f"{self.path} holds no weights for '{name}'")
-            for alias in found:  # a tie stored twice is written twice
-                group = self.layout.groups[alias]
-                by_group.setdefault(group.names, (group, {}))[1][alias] = tensor
-        return [
-            (functools.partial(self._group_on_disk, group, new), tuple(k for k, _ in group.keys))
-            for group, new in by_group.values()
-        ]
+        write_changed(self, changed, to, dtype=dtype, link=link)
+        return replace(self, path=to, _bytes=[0])
 
-    def _group_on_disk(self, group: Any, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a group as stored, reading the members that did not change."""
-        tensors = {name: tensor.detach().cpu() for name, tensor in new.items()}
-        if len(tensors) < len(group.names):
-            tensors = {**read_group(self.layout, group, self.read), **tensors}
-        return to_disk(self.layout, group, tensors, self.entries)
+    def load_prefix(
+        self,
+        blocks: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        head: bool = False,
+    ) -> Model:
+        """Load the embeddings, the first blocks and the final norm, and read nothing else.
 
-    def _stored(self, key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Return the tensor in the dtype it is to be stored in."""
-        stored = tensor.to(dtype or self.entries[key].dtype)
-        if not torch.equal(torch.isfinite(stored), torch.isfinite(tensor)):
-            raise UserError(
-                f"the new value of '{key}' does not fit {stored.dtype}; store it in a wider dtype"
-            )
-        return stored.contiguous()
+        Args:
+            blocks: Number of blocks, from the first.
+            dtype: Dtype of the weights in memory.
+            device: Where they go.
+            head: Whether to read the output head too; without it, a head of its own is replaced
+                by the identity (a head tied to the embeddings is there anyway).
 
-    def _copy_side_files(self, work: Path, grown: int) -> None:
-        """Copy configuration, tokenizer and texts; the index gets the new total size."""
-        for path in sorted(self.path.iterdir()):
-            weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-            if path.is_file() and not weights and not path.name.startswith("."):
-                files.clone_file(path, work / path.name)
-        templates = self.path / "additional_chat_templates"
-        if templates.is_dir():
-            (work / templates.name).mkdir()
-            for path in sorted(templates.glob("*.jinja")):
-                files.clone_file(path, work / templates.name / path.name)
-        if (self.path / WEIGHTS).is_file():
-            return
-        index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
-        if grown and "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] += grown
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (work / INDEX).write_text(text, encoding="utf-8")
+        Returns:
+            A causal model of that many blocks, in evaluation mode; names as in the whole model.
+
+        Raises:
+            UserError: If the model has fewer blocks.
+        """
+        from excise.models.prefix import load_prefix
+
+        return load_prefix(self, blocks, dtype=dtype, device=device, head=head)
 
 
 def find_shards(folder: Path) -> tuple[Path, ...]:
@@ -316,12 +273,12 @@ def find_shards(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def meta_model(config: Any) -> Model:
+def meta_model(config: Any, *, trust_remote_code: bool = False) -> Model:
     """Return the causal model of a configuration on the meta device: names and shapes, no data."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: Model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: Model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model.eval()
 
 
@@ -377,7 +334,7 @@ def save_model(
         elif source is None:
             raise UserError("a model is saved with its tokenizer; give one")
         else:
-            for name in _TOKENIZER_FILES:
+            for name in TOKENIZER_FILES:
                 if (source.path / name).is_file():
                     files.clone_file(source.path / name, work / name)
     return Checkpoint(to)

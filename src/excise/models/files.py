@@ -14,7 +14,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +135,7 @@ def read_tensor(entry: Entry) -> Tensor:
     """Read one tensor from its file; no other tensor is touched."""
     raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
     if raw.numel():
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         with entry.file.open("rb", buffering=0) as f:
             f.seek(entry.start)
             done = 0
@@ -150,7 +150,7 @@ def read_tensor(entry: Entry) -> Tensor:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor in row-major order, as safetensors stores them."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def clone_file(source: Path, to: Path) -> None:
@@ -159,25 +159,25 @@ def clone_file(source: Path, to: Path) -> None:
         try:
             fcntl.ioctl(b.fileno(), _FICLONE, a.fileno())
         except OSError:
-            _copy_range(a, b, 0, os.fstat(a.fileno()).st_size)
+            _copy_range(a, b, 0, 0, os.fstat(a.fileno()).st_size)
 
 
-def _copy_range(a: BinaryIO, b: BinaryIO, start: int, count: int) -> None:
-    """Append `count` bytes of `a` from `start` to `b`, inside the kernel where possible."""
+def _copy_range(a: BinaryIO, b: BinaryIO, start: int, to: int, count: int) -> None:
+    """Copy `count` bytes from `start` of `a` to `to` of `b`, inside the kernel where possible."""
     b.flush()
     copy = getattr(os, "copy_file_range", None)
     while copy is not None and count > 0:
         try:
-            done = copy(a.fileno(), b.fileno(), min(count, 1 << 30), start)
+            done = copy(a.fileno(), b.fileno(), min(count, 1 << 30), start, to)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
             break
         if done == 0:
             break
-        start, count = start + done, count - done
-    b.seek(0, os.SEEK_END)
+        start, to, count = start + done, to + done, count - done
     a.seek(start)
+    b.seek(to)
     while count > 0:
         block = a.read(min(count, _CHUNK))
         if not block:
@@ -186,54 +186,66 @@ def _copy_range(a: BinaryIO, b: BinaryIO, start: int, count: int) -> None:
         count -= len(block)
 
 
-def rewrite_shard(source: Path, to: Path, changed: dict[str, Tensor]) -> int:
-    """Write a safetensors file with some tensors replaced, one tensor in memory at a time.
+def rewrite_shard(
+    source: Path,
+    to: Path,
+    dtypes: Mapping[str, torch.dtype],
+    values: Iterable[tuple[str, Tensor]],
+) -> int:
+    """Write a safetensors file with some tensors replaced, one new tensor in memory at a time.
 
     Args:
         source: The file to start from.
         to: The file to make; it must not exist.
-        changed: New values by name in the file, shapes as stored, in the dtype to store.
+        dtypes: Dtype to store each replaced tensor in, by name in the file.
+        values: Name and new value of each of them, in any order, shaped as stored.
 
     Returns:
         By how many bytes the tensors grew.
     """
     entries = read_header(source)
-    if all(entries[key].dtype == tensor.dtype for key, tensor in changed.items()):
+    starts = {key: entry.start for key, entry in entries.items()}
+    grown = 0
+    if all(entries[key].dtype == dtype for key, dtype in dtypes.items()):
         clone_file(source, to)
-        with to.open("r+b") as f:
-            for key, tensor in changed.items():
-                f.seek(entries[key].start)
-                f.write(tensor_bytes(tensor))
-        return 0
-    header, at = _header_with(source, entries, changed)
-    with source.open("rb") as a, to.open("xb") as b:
-        b.write(struct.pack("<Q", len(header)) + header)
-        for key, entry in entries.items():
-            if key in changed:
-                b.write(tensor_bytes(changed[key]))
-            else:
-                _copy_range(a, b, entry.start, entry.end - entry.start)
-    return at - sum(entry.end - entry.start for entry in entries.values())
+    else:
+        starts, grown = _new_layout(source, to, entries, dtypes)
+    with to.open("r+b") as f:
+        for key, tensor in values:
+            f.seek(starts[key])
+            f.write(tensor_bytes(tensor.to(dtypes[key])))
+    return grown
 
 
-def _header_with(
-    source: Path, entries: dict[str, Entry], changed: dict[str, Tensor]
-) -> tuple[bytes, int]:
-    """Return the header for new dtypes, padded to 8 bytes, and the number of bytes after it."""
-    header: dict[str, object] = {}
+def _new_layout(
+    source: Path, to: Path, entries: Mapping[str, Entry], dtypes: Mapping[str, torch.dtype]
+) -> tuple[dict[str, int], int]:
+    """Write the header for new dtypes and the kept tensors; return new starts and the growth."""
     with source.open("rb") as f:
         old = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
-    if "__metadata__" in old:
-        header["__metadata__"] = old["__metadata__"]
-    at = 0
+    header: dict[str, object] = {k: old[k] for k in ("__metadata__",) if k in old}
+    at, offsets = 0, {}
     for key, entry in entries.items():
-        tensor = changed.get(key)
-        size = entry.end - entry.start if tensor is None else tensor.nbytes
-        code = entry.code if tensor is None else _CODES[tensor.dtype]
+        size = entry.end - entry.start
+        code = entry.code
+        if key in dtypes:
+            code = _CODES[dtypes[key]]
+            size = size // entry.dtype.itemsize * dtypes[key].itemsize
         header[key] = {"dtype": code, "shape": entry.shape, "data_offsets": [at, at + size]}
+        offsets[key] = at
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8), at
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    with source.open("rb") as a, to.open("xb") as b:
+        b.write(struct.pack("<Q", len(text)) + text)
+        for key, entry in entries.items():
+            if key not in dtypes:
+                _copy_range(a, b, entry.start, base + offsets[key], entry.end - entry.start)
+        b.flush()
+        b.truncate(base + at)
+    grown = at - sum(entry.end - entry.start for entry in entries.values())
+    return {key: base + offset for key, offset in offsets.items()}, grown
 
 
 @functools.lru_cache(maxsize=4096)

@@ -67,12 +67,15 @@ class Layout:
         return None
 
 
-def build_layout(model: Model, entries: Mapping[str, Entry]) -> Layout:
+def build_layout(
+    model: Model, entries: Mapping[str, Entry], same: Callable[[str, str], bool]
+) -> Layout:
     """Map the keys of a folder to the parameters of a model.
 
     Args:
-        model: The model on the meta device.
+        model: The model on the meta device; a tie that the files contradict is cut.
         entries: Every tensor of the folder's shards.
+        same: Whether two keys on disk hold the same values.
 
     Returns:
         The map; what does not fit is listed in it, not raised.
@@ -92,6 +95,7 @@ def build_layout(model: Model, entries: Mapping[str, Entry]) -> Layout:
             if name in state and tensor.shape != state[name].shape:
                 mismatched.append((name, tuple(tensor.shape), tuple(state[name].shape)))
             groups[name] = group
+    _cut_ties(model, groups, same)
     aliases = _aliases(model)
     covered = {other for names in aliases.values() if groups.keys() & set(names) for other in names}
     missing = tuple(k for k in state if k not in groups and k not in covered)
@@ -106,6 +110,18 @@ def _aliases(model: Model) -> dict[str, tuple[str, ...]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {group[0]: tuple(group) for group in names.values()}
+
+
+def _cut_ties(model: Model, groups: Mapping[str, Group], same: Callable[[str, str], bool]) -> None:
+    """Untie parameters that are stored twice with different values, as loading does."""
+    for names in _aliases(model).values():
+        stored = [n for n in names if n in groups and groups[n].converter is None]
+        for name in stored[1:]:
+            if same(groups[stored[0]].keys[0][0], groups[name].keys[0][0]):
+                continue
+            parent, _, leaf = name.rpartition(".")
+            own = torch.nn.Parameter(torch.empty_like(model.get_parameter(name)))
+            setattr(model.get_submodule(parent), leaf, own)
 
 
 def _plan(

@@ -5,7 +5,7 @@ Shape legend: B rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -243,3 +243,33 @@ class Stream:
             collate(picked[i : i + size], pad_id=self.pad_id, padding_side=self.padding_side)
             for i in range(0, len(picked), size)
         ]
+
+
+def together(
+    streams: Mapping[str, Callable[[int], Sequence[Batch]]],
+) -> Callable[[int], list[dict[str, Batch]]]:
+    """Read several roles in step: one mapping of batches per micro-batch.
+
+    Args:
+        streams: A stream by role. All must give the same number of micro-batches per step.
+
+    Returns:
+        A function of the step, as `excise.train.fit.fit` takes it.
+
+    Raises:
+        UserError: At the first step whose streams disagree about the number of micro-batches.
+    """
+
+    def read(step: int) -> list[dict[str, Batch]]:
+        parts = {role: stream(step) for role, stream in streams.items()}
+        sizes = {role: len(batches) for role, batches in parts.items()}
+        if len(set(sizes.values())) > 1:
+            raise UserError(
+                "roles must be cut into equally many micro-batches, not "
+                + ", ".join(f"{n} of '{role}'" for role, n in sizes.items())
+                + "; give them batch and micro sizes of one ratio"
+            )
+        count = next(iter(sizes.values()), 0)
+        return [{role: batches[i] for role, batches in parts.items()} for i in range(count)]
+
+    return read

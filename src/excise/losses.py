@@ -1,0 +1,213 @@
+"""Losses as pure functions of tensors, for the library's own methods and for anybody's loop.
+
+Every loss returns `(sum, count)`: the sum over what is scored and how much that was, so that the
+caller can divide by the count of the whole batch, however it was cut into micro-batches or
+spread over processes. Half-precision inputs are computed in float32 unless `upcast=False`.
+
+Shape legend: B rows, T tokens, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+Summed = tuple[Tensor, float]
+"""A differentiable scalar sum and the number of things it sums over."""
+
+
+class Scored(Protocol):
+    """What `nll` needs of a batch; `excise.domains.stream.Batch` is one."""
+
+    @property
+    def ids_BT(self) -> Int[Tensor, "B T"]:
+        """Token ids."""
+        ...
+
+    @property
+    def target_BT(self) -> Bool[Tensor, "B T"]:
+        """True where the token is scored."""
+        ...
+
+
+def _wide(x: Tensor, upcast: bool) -> Tensor:
+    """Return `x` in float32 when it is half precision and `upcast` asks for it."""
+    return x.float() if upcast and x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _masked(value_BT: Tensor, mask_BT: Tensor) -> Summed:
+    """Sum where the mask is set; what lies outside may be infinite or NaN without harm."""
+    mask_BT = mask_BT.bool()
+    return value_BT.masked_fill(~mask_BT, 0).sum(), float(mask_BT.sum())
+
+
+def predicting(target_BT: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Return the positions whose logits predict the scored tokens: `target_BT` one to the left.
+
+    Args:
+        target_BT: True where a token is scored; position t is predicted from t - 1.
+    """
+    return F.pad(target_BT[:, 1:], (0, 1), value=False)
+
+
+def token_nll(
+    logits_BTV: Float[Tensor, "B T V"], ids_BT: Int[Tensor, "B T"], *, upcast: bool = True
+) -> Float[Tensor, "B T"]:
+    """Return the negative log-likelihood of every token but the first, in nats.
+
+    Args:
+        logits_BTV: Logits of a causal model; position t - 1 predicts token t.
+        ids_BT: The tokens.
+        upcast: Whether to compute half-precision logits in float32.
+
+    Returns:
+        `nll_BT`, aligned with `ids_BT`; column 0 is 0 because nothing predicts it.
+    """
+    logits_BTV = _wide(logits_BTV[:, :-1], upcast)
+    nll_BT = F.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none")
+    return F.pad(nll_BT, (1, 0))
+
+
+def nll(logits_BTV: Float[Tensor, "B T V"], batch: Scored, *, upcast: bool = True) -> Summed:
+    """Return summed negative log-likelihood (nats) and number of the batch's scored tokens.
+
+    Args:
+        logits_BTV: Logits of a causal model on `batch.ids_BT`.
+        batch: Ids and which of them are scored.
+        upcast: Whether to compute half-precision logits in float32.
+    """
+    target_BT = batch.target_BT.clone()
+    target_BT[:, 0] = False
+    return _masked(token_nll(logits_BTV, batch.ids_BT, upcast=upcast), target_BT)
+
+
+def kl_to_uniform(
+    logits_BTV: Float[Tensor, "B T V"], mask_BT: Bool[Tensor, "B T"], *, upcast: bool = True
+) -> Summed:
+    """Return KL(uniform || p) in nats: `logsumexp(z) - mean(z) - log V`, zero at uniform.
+
+    Args:
+        logits_BTV: Logits.
+        mask_BT: Which positions *of the logits* count; `predicting(target_BT)` takes those that
+            predict scored tokens.
+        upcast: Whether to compute half-precision logits in float32.
+
+    Source:
+        MaxEnt of UNDO, arXiv 2506.06278 (equal up to a constant to the mean over the vocabulary
+        of -log p).
+    """
+    z_BTV = _wide(logits_BTV, upcast)
+    kl_BT = z_BTV.logsumexp(-1) - z_BTV.mean(-1) - math.log(z_BTV.shape[-1])
+    return _masked(kl_BT, mask_BT)
+
+
+def negative_entropy(
+    logits_BTV: Float[Tensor, "B T V"], mask_BT: Bool[Tensor, "B T"], *, upcast: bool = True
+) -> Summed:
+    """Return KL(p || uniform) in nats: log V minus the entropy of p, zero at uniform.
+
+    Minimising it maximises entropy, the other MaxEnt of the literature; unlike `kl_to_uniform`
+    its gradient vanishes where p is already certain.
+
+    Args:
+        logits_BTV: Logits.
+        mask_BT: Which positions of the logits count.
+        upcast: Whether to compute half-precision logits in float32.
+    """
+    logp_BTV = _wide(logits_BTV, upcast).log_softmax(-1)
+    entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(-1)
+    return _masked(math.log(logits_BTV.shape[-1]) - entropy_BT, mask_BT)
+
+
+def forward_kl(
+    teacher_BTV: Float[Tensor, "B T V"],
+    student_BTV: Float[Tensor, "B T V"],
+    mask_BT: Bool[Tensor, "B T"],
+    *,
+    upcast: bool = True,
+) -> Summed:
+    """Return KL(teacher || student) in nats; no gradient reaches the teacher.
+
+    Args:
+        teacher_BTV: Logits of the teacher.
+        student_BTV: Logits of the student.
+        mask_BT: Which positions of the logits count.
+        upcast: Whether to compute half-precision logits in float32.
+    """
+    t_BTV = _wide(teacher_BTV.detach(), upcast).log_softmax(-1)
+    s_BTV = _wide(student_BTV, upcast).log_softmax(-1)
+    return _masked((t_BTV.exp() * (t_BTV - s_BTV)).sum(-1), mask_BT)
+
+
+def reverse_kl(
+    teacher_BTV: Float[Tensor, "B T V"],
+    student_BTV: Float[Tensor, "B T V"],
+    mask_BT: Bool[Tensor, "B T"],
+    *,
+    upcast: bool = True,
+) -> Summed:
+    """Return KL(student || teacher) in nats; no gradient reaches the teacher.
+
+    Args:
+        teacher_BTV: Logits of the teacher.
+        student_BTV: Logits of the student.
+        mask_BT: Which positions of the logits count.
+        upcast: Whether to compute half-precision logits in float32.
+    """
+    t_BTV = _wide(teacher_BTV.detach(), upcast).log_softmax(-1)
+    s_BTV = _wide(student_BTV, upcast).log_softmax(-1)
+    return _masked((s_BTV.exp() * (s_BTV - t_BTV)).sum(-1), mask_BT)
+
+
+def _squared(a_BTD: Tensor, b_BTD: Tensor, mask_BT: Tensor, upcast: bool) -> Summed:
+    """Sum squared differences over masked tokens and the hidden axis."""
+    difference_BTD = _wide(a_BTD, upcast) - _wide(b_BTD.to(a_BTD.dtype), upcast)
+    total, tokens = _masked(difference_BTD.square().sum(-1), mask_BT)
+    return total, tokens * a_BTD.shape[-1]
+
+
+def rmu_forget(
+    hidden_BTD: Float[Tensor, "B T D"],
+    control_D: Float[Tensor, " D"],
+    mask_BT: Bool[Tensor, "B T"],
+    *,
+    upcast: bool = True,
+) -> Summed:
+    """Return squared distance to the control vector and the number of entries it sums over.
+
+    Args:
+        hidden_BTD: Output of a block on forget text.
+        control_D: Control vector `c * u / |u|`.
+        mask_BT: Which tokens count.
+        upcast: Whether to compute half-precision activations in float32.
+
+    Source:
+        arXiv 2403.03218; the mean runs over tokens and the hidden axis.
+    """
+    return _squared(hidden_BTD, control_D.expand_as(hidden_BTD), mask_BT, upcast)
+
+
+def rmu_retain(
+    hidden_BTD: Float[Tensor, "B T D"],
+    frozen_BTD: Float[Tensor, "B T D"],
+    mask_BT: Bool[Tensor, "B T"],
+    *,
+    upcast: bool = True,
+) -> Summed:
+    """Return squared distance to the frozen model's activations and the number of entries.
+
+    Args:
+        hidden_BTD: Output of a block on retain text.
+        frozen_BTD: The same of the frozen start; it receives no gradient.
+        mask_BT: Which tokens count.
+        upcast: Whether to compute half-precision activations in float32.
+
+    Source:
+        arXiv 2403.03218; the mean runs over tokens and the hidden axis.
+    """
+    return _squared(hidden_BTD, frozen_BTD.detach(), mask_BT, upcast)

@@ -1,0 +1,152 @@
+"""The gradient of one step: every term over its count in the whole batch.
+
+Micro-batches are accumulated in the parameters, or in float32 for half-precision ones with
+masters, and summed over processes at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from excise.context import Context
+from excise.errors import UserError
+from excise.train.reduce import add_up, gather, sum_gradients
+from excise.train.state import Group
+from excise.train.terms import Term
+
+
+def move(micro: Any, device: torch.device) -> Any:
+    """Put a mapping's batches on `device`; anything else is the loss's own business."""
+    if isinstance(micro, Mapping):
+        return {k: b.to(device) if hasattr(b, "to") else b for k, b in micro.items()}
+    return micro.to(device) if hasattr(micro, "to") else micro
+
+
+def _tokens(micro: Any) -> int:
+    """Count real tokens of a micro-batch."""
+    batches = micro.values() if isinstance(micro, Mapping) else [micro]
+    return sum(int(getattr(b, "num_tokens", 0)) for b in batches)
+
+
+@dataclass
+class Values:
+    """What the forward and backward passes of one step gave, over all processes."""
+
+    loss: float
+    terms: dict[str, float]
+    grads: list[list[Tensor | None]]
+    tokens: int
+
+
+def backward(
+    model: nn.Module,
+    micros: Sequence[Any],
+    loss: Callable[[nn.Module, Any], Mapping[str, Term]],
+    counts: Callable[[Any], Mapping[str, float]] | None,
+    step: int,
+    parts: Sequence[Group],
+    ctx: Context,
+) -> Values:
+    """Accumulate the gradient of one step, each term over its count in the whole batch."""
+    devices = [ctx.device] if ctx.device.type == "cuda" else []
+    seed = ctx.seed_for(f"fit/{step}/{ctx.rank}")
+    told: list[Mapping[str, float]] | None = None
+    if len(micros) > 1 or ctx.world > 1:
+        told = [dict(counts(m)) for m in micros] if counts else []
+        if counts is None:
+            with torch.random.fork_rng(devices), torch.no_grad():
+                torch.manual_seed(seed)
+                told = [{k: t.count for k, t in loss(model, m).items()} for m in micros]
+    totals = None if told is None else add_up(gather(add_up([dict(t) for t in told]), ctx))
+    weighted: dict[str, float] = {}
+    plain: dict[str, float] = {}
+    wide: dict[tuple[int, int], Tensor] = {}
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for i, micro in enumerate(micros):
+            terms = loss(model, micro)
+            if told is not None:
+                _check_counts(terms, told[i], step)
+            _accumulate(terms, totals, weighted, plain)
+            _collect(parts, wide)
+    return _reduce(parts, wide, weighted, plain, sum(_tokens(m) for m in micros), ctx)
+
+
+def _check_counts(terms: Mapping[str, Term], told: Mapping[str, float], step: int) -> None:
+    """Refuse counts that the loss contradicts: the gradient would be scaled wrongly."""
+    real = {name: float(term.count) for name, term in terms.items()}
+    for name in sorted(set(real) | set(told)):
+        if not math.isclose(real.get(name, 0.0), told.get(name, 0.0), rel_tol=1e-9):
+            raise UserError(
+                f"at step {step} term '{name}' counted {real.get(name, 0.0):g} but `counts` had "
+                f"said {told.get(name, 0.0):g}; they must agree"
+            )
+
+
+def _accumulate(
+    terms: Mapping[str, Term],
+    totals: Mapping[str, float] | None,
+    weighted: dict[str, float],
+    plain: dict[str, float],
+) -> None:
+    """Add one micro-batch's terms to the gradients and to the values."""
+    total: Tensor | None = None
+    for name, term in terms.items():
+        count = float(term.count) if totals is None else totals[name]
+        if count == 0:
+            continue  # nothing was scored anywhere: the term has no mean
+        mean = term.sum / count
+        part = mean if term.weight == 1 else term.weight * mean
+        total = part if total is None else total + part
+        value = float(mean.detach())
+        plain[name] = plain.get(name, 0.0) + value
+        weighted[name] = weighted.get(name, 0.0) + term.weight * value
+    if total is not None and total.requires_grad:
+        total.backward()
+
+
+def _collect(parts: Sequence[Group], wide: dict[tuple[int, int], Tensor]) -> None:
+    """Move half-precision gradients of mastered parameters into float32 sums."""
+    for g, group in enumerate(parts):
+        for i, (param, leaf) in enumerate(zip(group.params, group.leaves, strict=True)):
+            if leaf is param or param.grad is None:
+                continue
+            at = (g, i)
+            wide[at] = wide[at] + param.grad if at in wide else param.grad.to(leaf.dtype)
+            param.grad = None
+
+
+def _reduce(
+    parts: Sequence[Group],
+    wide: Mapping[tuple[int, int], Tensor],
+    weighted: dict[str, float],
+    plain: dict[str, float],
+    tokens: int,
+    ctx: Context,
+) -> Values:
+    """Sum values and gradients over processes."""
+    told = gather([weighted, plain, tokens], ctx)
+    weighted = add_up([t[0] for t in told])
+    plain = add_up([t[1] for t in told])
+    local = [
+        [p.grad if leaf is p else wide.get((g, i)) for i, (p, leaf) in enumerate(_pairs(group))]
+        for g, group in enumerate(parts)
+    ]
+    flat = [grad for grads in local for grad in grads]
+    summed = sum_gradients(flat, [leaf for g in parts for leaf in g.leaves], ctx)
+    grads = []
+    for group in parts:
+        grads.append(summed[: len(group.params)])
+        summed = summed[len(group.params) :]
+    return Values(sum(weighted.values()), plain, grads, sum(t[2] for t in told))
+
+
+def _pairs(group: Group) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Pair parameters with their leaves."""
+    return zip(group.params, group.leaves, strict=True)

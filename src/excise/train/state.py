@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from excise.errors import UserError
+from excise.stages import disk_full
 from excise.train.optim import Optimizer
 
 VERSION = 1
@@ -116,27 +117,33 @@ def save_state(
     }
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_full(folder, needed):
+            _write(temporary, tensors, state)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file(tensors, temporary / "state.safetensors")
-        _fsync(temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, sort_keys=True) + "\n")
-        _fsync(temporary / "state.json")
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise UserError(
-                f"the disk of {folder} is full; free about {needed / 2**20:.0f} MiB for the state "
-                "of the training run and start it again, it goes on where it was"
-            ) from None
         raise
     for old in folder.iterdir():
         if old != final and old.name.startswith(("step-", ".step-")):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(temporary: Path, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write both files of a state and push them to the disk."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_file(tensors, temporary / "state.safetensors")
+    except SafetensorError as error:
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from None
+        raise
+    (temporary / "state.json").write_text(json.dumps(state, sort_keys=True) + "\n")
+    for name in ("state.safetensors", "state.json"):
+        _fsync(temporary / name)
 
 
 def load_state(
@@ -230,7 +237,7 @@ class Log:
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one record."""
         if self.path is not None:
-            with self.path.open("a") as f:
+            with disk_full(self.path), self.path.open("a") as f:
                 f.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:

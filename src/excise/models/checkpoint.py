@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,13 @@ from torch import Tensor, nn
 
 from excise.errors import UserError, nearest
 from excise.models import files
+from excise.models.folder import INDEX, TOKENIZER_FILES, ensure_pad, find_shards, meta_model, quiet
 from excise.models.layout import Layout, build_layout, read_group
 
 Model = Any
 """A `transformers` model."""
 Tokenizer = Any
 """A `transformers` tokenizer."""
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,15 +29,17 @@ class Checkpoint:
     Attributes:
         path: The folder; it is read and never written.
         trust_remote_code: Whether code in the folder may run; only ever on request.
+        tokenizer_path: Folder of the tokenizer where it does not lie beside the weights.
     """
 
     path: Path
     trust_remote_code: bool = False
+    tokenizer_path: Path | None = None
     _bytes: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
 
-    def __reduce__(self) -> tuple[type[Checkpoint], tuple[Path, bool]]:
-        """Travel to another process as a path."""
-        return Checkpoint, (self.path, self.trust_remote_code)
+    def __reduce__(self) -> tuple[type[Checkpoint], tuple[Path, bool, Path | None]]:
+        """Travel to another process as paths."""
+        return Checkpoint, (self.path, self.trust_remote_code, self.tokenizer_path)
 
     @property
     def shards(self) -> tuple[Path, ...]:
@@ -68,9 +61,13 @@ class Checkpoint:
     @property
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 over the tokenizer's files, as hex."""
-        return files.hash_files(
-            [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
-        )
+        return files.hash_files(self.tokenizer_files)
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """Files the tokenizer is made of."""
+        folder = self.tokenizer_path or self.path
+        return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
     @property
     def config(self) -> Any:
@@ -148,10 +145,11 @@ class Checkpoint:
         """Load the tokenizer; where it has no padding token, its end token pads."""
         from transformers import AutoTokenizer
 
+        folder = self.tokenizer_path or self.path
         tokenizer = AutoTokenizer.from_pretrained(
-            self.path, local_files_only=True, trust_remote_code=self.trust_remote_code
+            folder, local_files_only=True, trust_remote_code=self.trust_remote_code
         )
-        return ensure_pad(tokenizer, str(self.path))
+        return ensure_pad(tokenizer, str(folder))
 
     def read(self, key: str) -> Tensor:
         """Read one tensor by its key on disk, and count its bytes."""
@@ -226,7 +224,7 @@ class Checkpoint:
         from excise.models.rewrite import write_changed
 
         write_changed(self, changed, to, dtype=dtype, link=link)
-        return replace(self, path=to, _bytes=[0])
+        return replace(self, path=to, tokenizer_path=None, _bytes=[0])
 
     def load_prefix(
         self,
@@ -256,53 +254,40 @@ class Checkpoint:
         return load_prefix(self, blocks, dtype=dtype, device=device, head=head)
 
 
-def find_shards(folder: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of a model folder; see `Checkpoint.shards`."""
-    if (folder / WEIGHTS).is_file():
-        return (folder / WEIGHTS,)
-    index = folder / INDEX
-    if not index.is_file():
-        raise UserError(f"{folder} holds no {WEIGHTS}; name a folder with safetensors weights")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is broken; copy or download it again") from None
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{index} names '{name}', which {folder} does not hold; fetch it again")
-    return tuple(folder / name for name in names)
+def open_checkpoint(
+    source: str | Path | nn.Module,
+    *,
+    revision: str | None = None,
+    tokenizer: Any = None,
+    cache: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Open a model from wherever it is, and check it.
 
+    Args:
+        source: A folder, a `.gguf` file, a hub id `owner/name`, or a model in memory (a `peft`
+            model is merged in a copy).
+        revision: Revision of a hub id.
+        tokenizer: For a model in memory, its tokenizer. For the others only where the tokenizer
+            does not lie beside the weights: a folder or hub id, or a tokenizer.
+        cache: Where models that are no folder yet are written; a folder of the user's by default.
+        trust_remote_code: Whether code in the folder may run.
 
-def meta_model(config: Any, *, trust_remote_code: bool = False) -> Model:
-    """Return the causal model of a configuration on the meta device: names and shapes, no data."""
-    from transformers import AutoModelForCausalLM
+    Returns:
+        The checkpoint.
 
-    with torch.device("meta"):
-        model: Model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model.eval()
+    Raises:
+        UserError: If there is no such model or something is wrong with it; see `verify_folder`.
+    """
+    from excise.models.source import open_source
 
-
-def ensure_pad(tokenizer: Tokenizer, where: str) -> Tokenizer:
-    """Give a tokenizer without padding token its end token for that; no row is ever added."""
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {where} has neither a padding nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars off the terminal for a while."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    return open_source(
+        source,
+        revision=revision,
+        tokenizer=tokenizer,
+        cache=cache,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def save_model(
@@ -323,6 +308,8 @@ def save_model(
         UserError: If `to` is not free.
     """
     files.check_free(to)
+    if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
+        raise UserError("the model carries an adapter; merge it before it is saved whole")
     if not hasattr(model, "save_pretrained"):
         raise UserError("the model is not a transformers model; convert it to one first")
     saved: Model = model
@@ -334,7 +321,6 @@ def save_model(
         elif source is None:
             raise UserError("a model is saved with its tokenizer; give one")
         else:
-            for name in TOKENIZER_FILES:
-                if (source.path / name).is_file():
-                    files.clone_file(source.path / name, work / name)
+            for path in source.tokenizer_files:
+                files.clone_file(path, work / path.name)
     return Checkpoint(to)

@@ -133,18 +133,27 @@ def _parse(path: Path, header: dict[str, object], base: int) -> Iterator[Entry]:
 
 def read_tensor(entry: Entry) -> Tensor:
     """Read one tensor from its file; no other tensor is touched."""
-    raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-    if raw.numel():
-        view = raw.numpy().data
-        with entry.file.open("rb", buffering=0) as f:
-            f.seek(entry.start)
-            done = 0
-            while done < len(view):
-                count = f.readinto(view[done : done + _CHUNK])
-                if not count:
-                    raise UserError(f"{entry.file} is truncated; copy or download it again")
-                done += count
-    return raw.view(entry.dtype).reshape(entry.shape)
+    return _read(entry, entry.start, entry.end).reshape(entry.shape)
+
+
+def read_parts(entry: Entry) -> Iterator[Tensor]:
+    """Yield a tensor's values in flat pieces of 16 MiB at most."""
+    for start in range(entry.start, entry.end, _CHUNK):
+        yield _read(entry, start, min(start + _CHUNK, entry.end))
+
+
+def _read(entry: Entry, start: int, end: int) -> Tensor:
+    """Read bytes of a file as flat values of the entry's dtype."""
+    raw = torch.empty(end - start, dtype=torch.uint8)
+    view, done = raw.numpy().data, 0
+    with entry.file.open("rb", buffering=0) as f:
+        f.seek(start)
+        while done < len(view):
+            count = f.readinto(view[done : done + _CHUNK])
+            if not count:
+                raise UserError(f"{entry.file} is truncated; copy or download it again")
+            done += count
+    return raw.view(entry.dtype)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from excise.errors import UserError
 from excise.models.files import Entry
+from excise.models.folder import meta_model, quiet
 from excise.models.layout import build_layout
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ def load_prefix(
     source: Checkpoint, blocks: int, *, dtype: torch.dtype, device: torch.device | str, head: bool
 ) -> Model:
     """Do the work of `Checkpoint.load_prefix`; arguments and errors are the same."""
-    from excise.models.checkpoint import meta_model, quiet
-
     config = source.config
     whole = config.get_text_config().num_hidden_layers
     if not 1 <= blocks <= whole:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from excise.errors import UserError
 from excise.models import files
+from excise.models.folder import INDEX, WEIGHTS
 from excise.models.layout import Group, read_group, to_disk
 
 if TYPE_CHECKING:
@@ -114,12 +115,14 @@ def _copy_side_files(source: Checkpoint, work: Path, grown: int) -> None:
 
     Code is copied only where it was trusted.
     """
-    from excise.models.checkpoint import INDEX, WEIGHTS
-
     for path in sorted(source.path.iterdir()):
         weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         code = path.suffix in {".py", ".so"} and not source.trust_remote_code
         if path.is_file() and not weights and not code and not path.name.startswith("."):
+            files.clone_file(path, work / path.name)
+    if source.tokenizer_path is not None:
+        for path in source.tokenizer_files:
+            (work / path.name).unlink(missing_ok=True)
             files.clone_file(path, work / path.name)
     templates = source.path / "additional_chat_templates"
     if templates.is_dir():

@@ -1,0 +1,75 @@
+"""What lies in a model folder, and small steps around transformers that several modules share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from excise.errors import UserError
+
+Model = Any
+"""A `transformers` model."""
+Tokenizer = Any
+"""A `transformers` tokenizer."""
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def find_shards(folder: Path) -> tuple[Path, ...]:
+    """Return the safetensors files of a model folder; see `Checkpoint.shards`."""
+    if (folder / WEIGHTS).is_file():
+        return (folder / WEIGHTS,)
+    index = folder / INDEX
+    if not index.is_file():
+        raise UserError(f"{folder} holds no {WEIGHTS}; name a folder with safetensors weights")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is broken; copy or download it again") from None
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{index} names '{name}', which {folder} does not hold; fetch it again")
+    return tuple(folder / name for name in names)
+
+
+def meta_model(config: Any, *, trust_remote_code: bool = False) -> Model:
+    """Return the causal model of a configuration on the meta device: names and shapes, no data."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def ensure_pad(tokenizer: Tokenizer, where: str) -> Tokenizer:
+    """Give a tokenizer without padding token its end token for that; no row is ever added."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {where} has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars off the terminal for a while."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

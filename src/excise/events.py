@@ -212,10 +212,10 @@ def terminal(
     Returns:
         Live bars on a terminal, else plain lines.
     """
-    stream = sys.stderr if stream is None else stream
+    out: TextIO = sys.stderr if stream is None else stream
     if quiet:
         return Terminal(None)
-    return Terminal(_Bars(stream) if stream.isatty() else _Lines(stream, interval))
+    return Terminal(_Bars(out) if out.isatty() else _Lines(out, interval))
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,111 @@
+"""The body of a worker process of `excise.train.grid.Pool`."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from contextvars import ContextVar
+from multiprocessing import connection
+from typing import Any
+
+from excise.stages import Emit
+
+INSIDE = "EXCISE_WORKER"
+"""Environment variable that is set inside a worker."""
+
+
+def silent(kind: str, data: Mapping[str, Any]) -> None:
+    """Drop an event."""
+
+
+CHANNEL: ContextVar[Emit] = ContextVar("CHANNEL", default=silent)
+
+
+def emit(kind: str, data: Mapping[str, Any]) -> None:
+    """Pass an event of a job to the pool's sink; give it to a job as `Context.emit`."""
+    CHANNEL.get()(kind, data)
+
+
+def settle() -> None:
+    """Make this process compute as a worker does: one thread, denormals flushed to zero."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+
+
+def _stop(*_: object) -> None:
+    """Leave through `finally` blocks, so that training saves its state."""
+    raise SystemExit(143)
+
+
+def _follow_parent() -> None:
+    """End this worker when the process that owns the pool is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def work(pipe: connection.Connection, path: list[str]) -> None:
+    """Answer jobs until the pipe closes: the body of a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner hears Ctrl-C and tells us
+    signal.signal(signal.SIGTERM, _stop)
+    os.environ[INSIDE] = "1"
+    sys.path[:] = path
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    settle()
+
+    def forward(kind: str, data: Mapping[str, Any]) -> None:
+        pipe.send_bytes(pickle.dumps(("emit", kind, dict(data))))
+
+    CHANNEL.set(forward)
+    while True:
+        try:
+            _, main, data = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            return
+        try:
+            _adopt_main(main)
+            function, job = pickle.loads(data)
+            answer = pickle.dumps(("done", function(job)))
+        except Exception as error:
+            answer = _wrap(error)
+        try:
+            pipe.send_bytes(answer)
+        except OSError:
+            return
+
+
+def _wrap(error: Exception) -> bytes:
+    """Return the message that raises `error` in the owner, with the worker's traceback."""
+    text = "".join(traceback.format_exception(error))
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    error.add_note(f"in a worker process:\n{text}")
+    try:
+        data = pickle.dumps(("error", error))
+        pickle.loads(data)
+    except Exception:
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        plain.add_note(f"in a worker process:\n{text}")
+        data = pickle.dumps(("error", plain))
+    return data
+
+
+def _adopt_main(path: str | None) -> None:
+    """Load the owner's script under another name, so that its guarded part does not run."""
+    if path is None or getattr(sys.modules["__main__"], "__file__", None) == path:
+        return
+    spec = importlib.util.spec_from_file_location("__mp_main__", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    spec.loader.exec_module(module)

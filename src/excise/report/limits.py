@@ -1,0 +1,176 @@
+"""What a record does not show, derived from the record: the paragraph most reports leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from excise.record import Record
+from excise.report import words
+
+
+def limits(record: Record) -> tuple[str, ...]:
+    """Return one sentence for everything the numbers of `record` must not be quoted for.
+
+    Args:
+        record: Any record, however incomplete.
+
+    Returns:
+        Sentences in plain text, the most important first, never empty.
+    """
+    parts = (_attacked(record), _rails(record), _effort(record), _power(record))
+    more = (_scores(record), _data(record), _always())
+    return tuple(words.spell(s) for part in (*parts, *more) for s in part)
+
+
+def _names(items: Iterable[str], most: int = 6) -> str:
+    found = list(dict.fromkeys(words.plain(i) for i in items))
+    rest = len(found) - most
+    return ", ".join(found[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _attacked(record: Record) -> Iterator[str]:
+    if not record.attacks:
+        yield (
+            "Nothing was attacked. The scores say how the model answers, not what its weights "
+            "still hold; run excise audit on this folder."
+        )
+        return
+    without = [n for n in words.arm_names(record) if not words.attacks_on(record, n)]
+    if without:
+        yield f"Not attacked at all: {_names(without)}."
+
+
+def _rails(record: Record) -> Iterator[str]:
+    oracles = [m for m in record.models if words.role(m.name) == "oracle"]
+    if not oracles:
+        yield (
+            "There is no oracle, a model trained without what was removed. So \"relearning T does "
+            'not bring back V" and "as if never learned" cannot be passed, and the lower rungs '
+            "are read against chance or controls."
+        )
+    elif len(oracles) < 3:
+        yield (
+            f"The oracle rail comes from {len(oracles)} "
+            f"{'seed' if len(oracles) == 1 else 'seeds'}; three are needed to know its spread."
+        )
+    if record.attacks and not any(words.role(a.subject) == "planted" for a in record.attacks):
+        yield "No planted control was attacked, so the attacks' own power was not shown that way."
+    if record.verdicts and all(v.null is None for v in record.verdicts):
+        yield (
+            "The audit's null (the gap between a filtered model and the rail) was not measured "
+            "in this run."
+        )
+
+
+def _effort(record: Record) -> Iterator[str]:
+    budgets = sorted({v.budget for v in record.verdicts if v.budget})
+    ours = [a for a in record.attacks if words.role(a.subject) == "candidate"]
+    tokens = max((p.tokens for a in ours for p in a.curve), default=0)
+    if "smoke" in budgets:
+        yield (
+            "The budget was smoke, the smallest"
+            + (f": no attacker used more than {words.count(tokens)} tokens" if tokens else "")
+            + ". A stronger attacker may bring back more."
+        )
+    elif budgets:
+        yield (
+            f"The budget was {_names(budgets)}"
+            + (f": no attacker used more than {words.count(tokens)} tokens" if tokens else "")
+            + ". Nothing is said about a stronger attacker."
+        )
+    if len(record.seeds) < 2:
+        yield (
+            "The removal was run with one seed. The intervals are over test units and say "
+            "nothing about how another seed would come out."
+        )
+    used = {a.access for a in ours if a.status == "ok"}
+    lacking = [w for key, w in words.ACCESS.items() if key not in used and key != "logits"]
+    if ours and lacking:
+        yield f"No attack that counts had access to: {_names(lacking)}."
+
+
+def _power(record: Record) -> Iterator[str]:
+    weak = [
+        f"{r.words or words.rung_words(r.rung)} ({words.plain(v.arm)})"
+        for v in record.verdicts
+        for r in v.rungs
+        if r.status == "underpowered"
+    ]
+    if weak:
+        yield f"Too little power to decide: {_names(weak)}."
+    untested = [
+        f"{r.words or words.rung_words(r.rung)} ({words.plain(v.arm)})"
+        for v in record.verdicts
+        for r in v.rungs
+        if r.status == "untested"
+    ]
+    if untested:
+        yield f"Not tested: {_names(untested)}."
+    for status, text in (
+        ("void", "Void, because the attack lacked power, and counted neither way"),
+        ("missing", "Required but not run"),
+        ("failed", "Failed while running"),
+    ):
+        hit = [" ".join((a.name, a.arm)).strip() for a in record.attacks if a.status == status]
+        if hit:
+            yield f"{text}: {_names(hit)}."
+    if any(a.needs_original for a in record.attacks):
+        yield "Attacks that hold the original are diagnostics; a stranger does not have it."
+
+
+def _scores(record: Record) -> Iterator[str]:
+    forget = [s for s in record.scores if s.set.partition(".")[0] == "test"]
+    for score in forget:
+        if words.role(score.model) == "original" and score.chance is not None:
+            better = score.low > score.chance
+            if score.direction == "lower":
+                better = score.high < score.chance
+            if not better:
+                yield (
+                    f"The original is at chance on {words.set_name(score.set)} "
+                    f"({words.metric_name(score.metric)}): there was nothing to remove."
+                )
+    broken = [
+        s.model
+        for s in forget
+        if s.metric == "text_loss"
+        and s.chance is not None
+        and words.role(s.model) == "candidate"
+        and s.value >= 0.8 * s.chance
+    ]
+    if broken:
+        yield (
+            f"Broken is not ignorant: the forget loss of {_names(broken)} is near that of a "
+            "uniform guess, which is suppression, not the absence of knowledge."
+        )
+    metrics = {s.metric for s in forget}
+    if metrics == {"multiple_choice"}:
+        yield "Only forced choice was scored on V, which overstates recovery; free text was not."
+    if not any(s.set.startswith("retain") for s in record.scores):
+        yield "What should stay was not scored, so the cost of the removal is unknown."
+    if not any(s.set.startswith("adjacent") for s in record.scores):
+        yield "No neighbouring knowledge (adjacent set) was scored."
+
+
+def _data(record: Record) -> Iterator[str]:
+    claim, exposure = record.data.get("claim"), record.data.get("exposure")
+    if claim == "deletion":
+        yield "The claim is about these documents or facts, not about the capability they teach."
+    elif claim == "capability":
+        yield (
+            "The claim is about the capability as this test measures it, not about every "
+            "document that teaches it."
+        )
+    if exposure == "unknown":
+        yield (
+            "Whether the removal saw the test units is unknown: no split was written with the "
+            "model, so this may be memorised removal rather than general removal."
+        )
+    elif exposure == "seen":
+        yield "The test units are those the removal saw, in other wordings; others may remain."
+    if record.sensitive:
+        yield "The data is marked sensitive: texts and samples were kept out of this report."
+
+
+def _always() -> Iterator[str]:
+    yield "An attack nobody has thought of is not in this list."

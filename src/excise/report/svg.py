@@ -1,0 +1,273 @@
+"""Inline SVG: line plots with bands, rows of intervals, linear and logarithmic axes.
+
+Text takes the colour of the page (`currentColor`); series take theirs from CSS classes `s-ROLE`,
+and each role also has its own marker and dash, so that nothing hangs on colour alone.
+All strings are escaped by `Markup.format`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from excise.report.words import number, short
+
+WIDTH = 340.0
+LEFT, RIGHT = 44.0, 12.0
+ZERO_SHARE = 0.14
+"""Share of a logarithmic axis that lies between 0 and the smallest positive value."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its ends, its ticks, and whether it is logarithmic (with 0 at the left)."""
+
+    label: str
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """Return where `value` lies, 0 to 1 along the axis (outside for what lies outside)."""
+        if not self.log:
+            return (value - self.low) / (self.high - self.low)
+        if value <= 0:
+            return 0.0
+        span = math.log(self.high / self.low) or 1.0
+        return ZERO_SHARE + (1 - ZERO_SHARE) * math.log(value / self.low) / span
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series: points (x, y), and a band of (x, low, high)."""
+
+    name: str
+    role: str
+    points: tuple[tuple[float, float], ...]
+    band: tuple[tuple[float, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One value with its interval; `low` and `high` may be NaN."""
+
+    role: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of an interval plot: a label, what to print at its right end, and its dots."""
+
+    label: str
+    note: str
+    dots: tuple[Dot, ...]
+
+
+@dataclass(frozen=True)
+class Band:
+    """A vertical band across an interval plot (a rail, a margin)."""
+
+    label: str
+    role: str
+    low: float
+    high: float
+
+
+def _step(span: float, most: int) -> float:
+    raw = span / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next((m * power for m in (1, 2, 2.5, 5) if m * power >= raw * 0.999), 10 * power)
+
+
+def linear_axis(label: str, values: Iterable[float], most: int = 5) -> Axis:
+    """Return an axis with round ticks around `values`; shares (all in 0..1) get 0 to 1."""
+    known = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
+    low, high = min(known), max(known)
+    if low >= 0 and 0.15 < high <= 1:
+        low, high = 0.0, 1.0
+    elif high - low < 1e-9 * max(1.0, abs(high)):
+        low, high = low - 0.5, high + 0.5
+    step = _step(high - low, most)
+    low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    places = max(0, -math.floor(math.log10(step) + 1e-9) + (f"{step:.1e}"[:3] == "2.5"))
+    values = [low + i * step for i in range(round((high - low) / step) + 1)]
+    ticks = tuple((v, _tick(v, places)) for v in values)
+    return Axis(label, low, high, ticks)
+
+
+def _tick(value: float, places: int) -> str:
+    if abs(value) >= 10_000:
+        return short(value)
+    text = f"{value:.{places}f}"
+    return (text if text.strip("-0.") else text.lstrip("-")).replace("-", "\u2212")
+
+
+def log_axis(label: str, values: Iterable[float], most: int = 5) -> Axis:
+    """Return a logarithmic axis that shows 0 at its left end."""
+    known = sorted(v for v in values if v > 0 and math.isfinite(v)) or [1.0, 10.0]
+    low, high = known[0], known[-1] if known[-1] > known[0] else known[0] * 10
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [m * 10.0**p for p in powers for m in steps if low <= m * 10.0**p <= high * 1.001]
+        if 2 <= len(found) <= most:
+            break
+    else:
+        found = [low, high] if len(found) < 2 else found[:: math.ceil(len(found) / most)]
+    return Axis(label, low, high, ((0.0, "0"), *((v, short(v)) for v in found)), log=True)
+
+
+def marker(role: str, x: float, y: float) -> Markup:
+    """Return the mark of a role: circle, square, diamond, triangle or cross."""
+    shapes = {
+        "original": "M-4 -4h8v8h-8z",
+        "oracle": "M0 -5.5L5.5 0L0 5.5L-5.5 0z",
+        "control": "M0 -5L5 4H-5z",
+        "planted": "M-4 -4L4 4M4 -4L-4 4",
+    }
+    circle = "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z"
+    return Markup('<path class="m s-{}" transform="translate({:.1f} {:.1f})" d="{}"/>').format(
+        role, x, y, shapes.get(role, circle)
+    )
+
+
+def swatch(role: str, line: bool = True) -> Markup:
+    """Return a small decorative key for a legend."""
+    stroke = Markup('<path class="l s-{}" d="M1 8H33"/>').format(role) if line else Markup("")
+    mark = Markup("") if role == "trained" else marker(role, 17, 8)
+    return Markup(
+        '<svg class="swatch" width="34" height="16" viewBox="0 0 34 16" aria-hidden="true" '
+        'focusable="false">{}{}</svg>'
+    ).format(stroke, mark)
+
+
+def _frame(key: str, title: str, desc: str, height: float, body: Sequence[Markup]) -> Markup:
+    return Markup(
+        '<svg class="plot" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-labelledby="{}-t {}-d">'
+        '<title id="{}-t">{}</title><desc id="{}-d">{}</desc>{}</svg>'
+    ).format(WIDTH, height, key, key, key, title, key, desc, Markup("").join(body))
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "tick") -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
+        kind, x, y, anchor, text
+    )
+
+
+def _rule(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> Markup:
+    return Markup('<path class="{}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(kind, x1, y1, x2, y2)
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def line_plot(key: str, title: str, desc: str, x: Axis, y: Axis, lines: Sequence[Line]) -> Markup:
+    """Return a line plot.
+
+    Args:
+        key: Prefix of the ids, unique on the page.
+        title: Short name, read by screen readers.
+        desc: What can be seen, in a sentence.
+        x: Horizontal axis.
+        y: Vertical axis; its label stands above the plot.
+        lines: Series, drawn in order; non-finite points are left out.
+    """
+    top, bottom, height = 26.0, 190.0, 228.0
+
+    def sx(v: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * x.at(v)
+
+    def sy(v: float) -> float:
+        return bottom - (bottom - top) * y.at(v)
+
+    body = [_text(0, 12, y.label, kind="label")]
+    for value, text in y.ticks:
+        body += [_rule(LEFT, sy(value), WIDTH - RIGHT, sy(value))]
+        body += [_text(LEFT - 8, sy(value) + 4, text, "end")]
+    for value, text in x.ticks:
+        body += [_rule(sx(value), bottom, sx(value), bottom + 4, "axis")]
+        body += [_text(sx(value), bottom + 17, text, "middle")]
+    body += [_rule(LEFT, bottom, WIDTH - RIGHT, bottom, "axis")]
+    if x.log:  # the axis is broken between 0 and the first positive value
+        middle = LEFT + (WIDTH - LEFT - RIGHT) * ZERO_SHARE / 2
+        body += [_rule(middle - 3, bottom, middle + 3, bottom, "break")]
+    body += [_text(WIDTH - RIGHT, bottom + 33, x.label, "end", "label")]
+    for line in lines:
+        edge = [(sx(a), sy(b)) for a, b, c in line.band if math.isfinite(b + c)]
+        edge += [(sx(a), sy(c)) for a, b, c in reversed(line.band) if math.isfinite(b + c)]
+        if len(edge) > 2:
+            body += [Markup('<path class="b s-{}" d="{}z"/>').format(line.role, _path(edge))]
+    for line in lines:
+        points = [(sx(a), sy(b)) for a, b in line.points if math.isfinite(a + b)]
+        if points:
+            body += [Markup('<path class="l s-{}" d="{}"/>').format(line.role, _path(points))]
+        if line.role != "trained" and len(points) <= 24:
+            body += [marker(line.role, a, b) for a, b in points]
+    return _frame(key, title, desc, height, body)
+
+
+def interval_plot(
+    key: str, title: str, desc: str, x: Axis, rows: Sequence[Row], bands: Sequence[Band] = ()
+) -> Markup:
+    """Return rows of values with intervals on one axis, with vertical bands behind them.
+
+    Args:
+        key: Prefix of the ids, unique on the page.
+        title: Short name, read by screen readers.
+        desc: What can be seen, in a sentence.
+        x: The axis, drawn below.
+        rows: From top to bottom; a row's label stands above its track.
+        bands: Rails or margins, labelled at the top.
+    """
+    pad, pitch = 8.0, 36.0
+    head = 30.0 if bands else 4.0
+    bottom = head + pitch * len(rows) + 4
+
+    def sx(v: float) -> float:
+        return pad + (WIDTH - 2 * pad) * min(max(x.at(v), 0.0), 1.0)
+
+    body: list[Markup] = []
+    for value, text in x.ticks:
+        body += [_rule(sx(value), head, sx(value), bottom), _text(sx(value), bottom + 15, text, "middle")]
+    last = -math.inf
+    for band in sorted((b for b in bands if math.isfinite(b.low + b.high)), key=lambda b: b.low):
+        a, b = sx(band.low), max(sx(band.high), sx(band.low) + 2)
+        body += [
+            Markup('<rect class="b s-{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+                band.role, a, head, b - a, bottom - head
+            )
+        ]
+        middle = (a + b) / 2
+        anchor = "start" if middle < 45 else "end" if middle > WIDTH - 45 else "middle"
+        edge = {"start": a, "end": b, "middle": middle}[anchor]
+        body += [_text(edge, 12 if middle - last > 100 else 25, band.label, anchor, "tick")]
+        last = middle if middle - last > 100 else -math.inf
+    for index, row in enumerate(rows):
+        base = head + pitch * index
+        body += [_text(0, base + 13, row.label, kind="row")]
+        body += [_text(WIDTH, base + 13, row.note, "end", "row")]
+        for dot in row.dots:
+            if math.isfinite(dot.low + dot.high):
+                line = _path([(sx(dot.low), base + 25), (sx(dot.high), base + 25)])
+                body += [Markup('<path class="i s-{}" d="{}"/>').format(dot.role, line)]
+        body += [marker(d.role, sx(d.value), base + 25) for d in row.dots if math.isfinite(d.value)]
+    body += [_text(WIDTH, bottom + 32, x.label, "end", "label")]
+    return _frame(key, title, desc, bottom + 38, body)
+
+
+def describe(name: str, points: Sequence[tuple[float, float]], unit: str) -> str:
+    """Return "NAME goes from A at 0 tokens to B at 4,096 tokens", for descriptions."""
+    known = [(a, b) for a, b in points if math.isfinite(a + b)]
+    if not known:
+        return f"{name}: not measured"
+    (a, b), (c, d) = known[0], known[-1]
+    if len(known) == 1:
+        return f"{name} {number(b)} at {a:,.0f} {unit}"
+    return f"{name} {number(b)} at {a:,.0f} {unit}, {number(d)} at {c:,.0f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -314,8 +315,13 @@ def save_model(
         raise UserError("the model is not a transformers model; convert it to one first")
     saved: Model = model
     with files.new_folder(to) as work:
-        with quiet():
-            saved.save_pretrained(work)
+        own = saved.config
+        saved.config = copy.deepcopy(own)  # saving writes the dtype and class name into it
+        try:
+            with quiet():
+                saved.save_pretrained(work)
+        finally:
+            saved.config = own
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         elif source is None:

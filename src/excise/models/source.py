@@ -182,6 +182,7 @@ def _from_gguf(path: Path, tokenizer: Path | None, cache: Path) -> Checkpoint:
         model, made = _read_gguf(path)
         if tokenizer is not None:
             made = Checkpoint(tokenizer).tokenizer()
+        check_vocabulary(made, model, str(path))
         save_model(model, made, folder)
     return verify_folder(folder, tokenizer=tokenizer)
 
@@ -211,4 +212,33 @@ def _read_gguf(path: Path) -> tuple[Model, Any]:
     fresh.load_state_dict(quantized.state_dict(), assign=True)
     fresh.tie_weights()
     fresh.generation_config = quantized.generation_config
-    return fresh, tokenizer
+    rows = int(fresh.get_input_embeddings().weight.shape[0])
+    return fresh, _without_foreign_tokens(tokenizer, rows)
+
+
+def _without_foreign_tokens(tokenizer: Any, rows: int) -> Any:
+    """Drop the tokens that transformers adds to a byte-level GGUF vocabulary which lacks them.
+
+    Such a vocabulary is read as GPT-2's, whose end-of-text token then gets an id that the model
+    has no row for.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    body = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [token for token in body["added_tokens"] if token["id"] < rows]
+    if len(kept) == len(body["added_tokens"]):
+        return tokenizer
+    body["added_tokens"] = kept
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(body)),
+        chat_template=tokenizer.chat_template,
+        padding_side=tokenizer.padding_side,
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        **{
+            name: token
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str) and tokenizer.convert_tokens_to_ids(token) < rows
+        },
+    )

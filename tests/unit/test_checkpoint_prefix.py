@@ -1,0 +1,48 @@
+"""The first blocks of a model are read alone and compute what they compute in the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from excise.errors import UserError
+from excise.models.checkpoint import Checkpoint, save_model
+from excise.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    return save_model(tiny_model("llama", width=32), byte_tokenizer(), folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefix_computes_what_the_model_does(tmp_path: Path, family: str) -> None:
+    model = tiny_model(family, width=32, blocks=3)
+    checkpoint = save_model(model, byte_tokenizer(), tmp_path / "a")
+    prefix = checkpoint.load_prefix(2, dtype=torch.float32)
+    # Read before a fresh object has loaded anything else: exactly the parameters that are there.
+    held = {name: p for name, p in prefix.named_parameters()}
+    assert checkpoint.bytes_read == sum(p.nbytes for p in held.values())
+    whole = dict(model.named_parameters())
+    assert all(torch.equal(p, whole[name]) for name, p in held.items())
+    ids = torch.arange(20)[None]
+    arguments = {"attention_mask": torch.ones_like(ids), "output_hidden_states": True}
+    with torch.no_grad():
+        want = model(ids, **arguments).hidden_states
+        found = prefix(ids, **arguments).hidden_states
+    assert torch.equal(found[1], want[1])
+    # The last hidden state of a prefix has gone through the final norm; undo nothing, compare so.
+    base = getattr(model, model.base_model_prefix)
+    norm = next(m for n, m in base.named_children() if "norm" in n or n == "ln_f")
+    assert torch.allclose(found[2], norm(want[2]), atol=1e-6)
+
+
+def test_prefix_with_head_and_bad_numbers(llama: Checkpoint) -> None:
+    whole = llama.load_prefix(2, head=True)
+    assert tuple(n for n, _ in whole.named_parameters()) == llama.parameter_names()
+    for blocks in (0, 3):
+        with pytest.raises(UserError, match="2 blocks"):
+            llama.load_prefix(blocks)

@@ -35,6 +35,14 @@ class Config(BaseModel):
         """Return the configuration as JSON with sorted keys: equal choices give equal text."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Travel to worker processes; a class from a user's file is loaded again there."""
+        if type(self).__module__.startswith("excise_user_"):
+            from excise.plugins import rebuild, where
+
+            return rebuild, (where(type(self)), self.model_dump())
+        return super().__reduce_ex__(protocol)
+
     def digest(self) -> str:
         """Return the SHA-256 of `canonical()` as hex."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()

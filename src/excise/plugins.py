@@ -115,3 +115,14 @@ def source_hash(cls: type) -> str:
         return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
     except (OSError, TypeError):
         return ""
+
+
+def where(cls: type) -> str:
+    """Return the reference by which a class from a user's file is loaded again."""
+    return f"{inspect.getfile(cls)}:{cls.__qualname__}"
+
+
+def rebuild(reference: str, fields: Mapping[str, Any]) -> Config:
+    """Make a configuration of a user's class in another process of the same run."""
+    made: Config = load_code(reference, allow=True).model_validate(fields)
+    return made

@@ -1,0 +1,117 @@
+"""excise: cut a capability out of a neural network, and measure how deep the cut went.
+
+```python
+import excise as ex
+
+removal = ex.remove("path/to/model", ex.RMU(layer=6), ex.Files(forget="f.jsonl", retain="r.jsonl"))
+record = ex.audit(removal.checkpoint, original="path/to/model", domain=..., budget="smoke")
+print(record.verdicts[0].sentence)
+```
+
+Names are imported when they are first used, so that `import excise` is fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from excise import losses, testing
+    from excise.api import audit, load, remove
+    from excise.config import Config
+    from excise.domains.base import Domain, Row
+    from excise.domains.facts import Facts
+    from excise.domains.spec import Files
+    from excise.errors import UserError
+    from excise.methods import (
+        RMU,
+        Chain,
+        Filtering,
+        GradDiff,
+        GradDiffPretrain,
+        MaxEnt,
+        Method,
+        Plain,
+        Removal,
+    )
+    from excise.methods.pretraining.pretrain import Pretrain
+    from excise.models.checkpoint import Checkpoint
+    from excise.models.lora import LoRA
+    from excise.models.checkpoint import open_checkpoint
+    from excise.record import Record
+    from excise.recipes.base import Recipe
+    from excise.train.fit import FitConfig
+
+_HOME = {
+    "audit": "excise.api",
+    "load": "excise.api",
+    "remove": "excise.api",
+    "Config": "excise.config",
+    "Domain": "excise.domains.base",
+    "Row": "excise.domains.base",
+    "Facts": "excise.domains.facts",
+    "Files": "excise.domains.spec",
+    "UserError": "excise.errors",
+    "RMU": "excise.methods",
+    "Chain": "excise.methods",
+    "Filtering": "excise.methods",
+    "GradDiff": "excise.methods",
+    "GradDiffPretrain": "excise.methods",
+    "MaxEnt": "excise.methods",
+    "Method": "excise.methods",
+    "Plain": "excise.methods",
+    "Removal": "excise.methods",
+    "Pretrain": "excise.methods.pretraining.pretrain",
+    "Checkpoint": "excise.models.checkpoint",
+    "LoRA": "excise.models.lora",
+    "open_checkpoint": "excise.models.checkpoint",
+    "Record": "excise.record",
+    "Recipe": "excise.recipes.base",
+    "FitConfig": "excise.train.fit",
+}
+_MODULES = ("losses", "testing")
+
+__all__ = [
+    "RMU",
+    "Chain",
+    "Checkpoint",
+    "Config",
+    "Domain",
+    "Facts",
+    "Files",
+    "Filtering",
+    "FitConfig",
+    "GradDiff",
+    "GradDiffPretrain",
+    "LoRA",
+    "MaxEnt",
+    "Method",
+    "Plain",
+    "Pretrain",
+    "Recipe",
+    "Record",
+    "Removal",
+    "Row",
+    "UserError",
+    "audit",
+    "load",
+    "losses",
+    "open_checkpoint",
+    "remove",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name in _MODULES:
+        return importlib.import_module(f"excise.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'excise' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return sorted(__all__)

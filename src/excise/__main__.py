@@ -1,0 +1,5 @@
+"""`python -m excise` is the command."""
+
+from excise.cli import entry
+
+entry()

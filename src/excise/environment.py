@@ -1,0 +1,74 @@
+"""Where and with what a run was made, for the record."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import resource
+import subprocess
+from pathlib import Path
+
+import torch
+
+from excise.errors import UserError
+from excise.record import Environment
+from excise.stages import library_versions
+
+
+def device_of(name: str) -> str:
+    """Return the device a run uses: `auto` takes an accelerator where there is one.
+
+    Raises:
+        UserError: If the named device is not here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device '{name}' is not available here; use cpu or auto") from None
+    return name
+
+
+def environment(dtype: str, device: str) -> Environment:
+    """Return what decides numbers here: versions, device, git, threads."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
+    versions = library_versions()
+    return Environment(
+        excise=versions.get("excise", ""),
+        versions=versions,
+        device=f"{device} ({name})",
+        dtype=dtype,
+        git=git_state(Path(__file__).parent),
+        platform=f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        threads=torch.get_num_threads(),
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def git_state(folder: Path) -> str:
+    """Return the commit of the working tree around `folder`, `+dirty` when it was not clean."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *args], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        tracked = git("ls-files", "--error-unmatch", str(Path(__file__)))
+        if not (commit and tracked):
+            return ""
+        return commit + ("+dirty" if git("status", "--porcelain", "-uno") else "")
+    except OSError:
+        return ""
+
+
+def peak_memory() -> int:
+    """Return the peak resident memory in bytes of this process and of its finished children."""
+    kilobytes = max(
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return kilobytes * 1024

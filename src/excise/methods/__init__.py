@@ -1,0 +1,36 @@
+"""The methods: the typed union is the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import get_args
+
+from excise.methods.base import Cost, Method, Paper, Removal
+from excise.methods.chain import Chain
+from excise.methods.posthoc.grad_diff import GradDiff
+from excise.methods.posthoc.maxent import MaxEnt
+from excise.methods.posthoc.rmu import RMU
+from excise.methods.pretraining.filtering import Filtering
+from excise.methods.pretraining.grad_diff_pretrain import GradDiffPretrain
+from excise.methods.pretraining.plain import Plain
+
+AnyMethod = (
+    Plain
+    | Filtering
+    | GradDiffPretrain
+    | GradDiff
+    | MaxEnt
+    | RMU
+    | Chain
+)
+"""Adding a method: its file, its test, one line here."""
+
+METHODS: Mapping[str, type[Method]] = {
+    cls.model_fields["name"].default: cls for cls in get_args(AnyMethod)
+}
+"""Built-in methods by name."""
+
+__all__ = [
+    "METHODS", "AnyMethod", "Chain", "Cost", "Filtering", "GradDiff", "GradDiffPretrain",
+    "MaxEnt", "Method", "Paper", "Plain", "RMU", "Removal",
+]

@@ -1,0 +1,106 @@
+"""Training from scratch under a policy over the label of each token.
+
+`Pretrain` is the schedule every scratch arm of a recipe shares: original, oracle and methods see
+the same initialisation rule, the same number of tokens and the same learning rates. What differs
+is the policy: which rows are read, and what a token's label does to its loss.
+
+Shape legend: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from excise.config import Config
+from excise.context import Context
+from excise.domains.base import Domain, Row, Rows
+from excise.domains.stream import Batch
+from excise.errors import UserError
+from excise.losses import nll
+from excise.methods.base import Removal
+from excise.methods.tuning import Progress, all_rows, finish, run_fit, state_dir, stream
+from excise.models.checkpoint import Checkpoint
+from excise.train.fit import FitConfig, Term, fit
+
+Policy = Callable[[nn.Module, Batch], Mapping[str, Term]]
+"""From a model and a mixed batch to named loss terms, by the label of each token."""
+
+
+class Pretrain(Config):
+    """The schedule that scratch arms share."""
+
+    fit: FitConfig
+    """Steps, batch, learning rates."""
+    max_length: int = 64
+    """Tokens per row."""
+
+
+def corpus(domain: Domain) -> Rows:
+    """Return what a model of this domain is trained on: everything, told labels attached."""
+    rows = (*all_rows(domain.forget), *domain.retain, *domain.adjacent)
+    if not rows:
+        raise UserError(f"domain '{domain.name}' has no row to train on")
+    return rows
+
+
+def known(rows: Sequence[Row]) -> Rows:
+    """Return the rows that truly teach no capability: what an oracle may see."""
+    return tuple(row for row in rows if not row.capability)
+
+
+def plain_policy(model: nn.Module, batch: Batch) -> dict[str, Term]:
+    """Next-token prediction on every scored token, whatever its label."""
+    total, count = nll(model(**batch.inputs).logits, batch)
+    return {"nll": Term(total, count)}
+
+
+def plain_counts(batch: Batch) -> dict[str, float]:
+    """Return the number of scored tokens, for division over micro-batches and processes."""
+    return {"nll": float(batch.num_targets)}
+
+
+def pretrain(
+    start: Checkpoint,
+    rows: Rows,
+    policy: Policy,
+    config: Pretrain,
+    ctx: Context,
+    *,
+    stage: str,
+    counts: Callable[[Batch], Mapping[str, float]] | None = None,
+    extras: Mapping[str, Any] | None = None,
+) -> Removal:
+    """Train every parameter of `start` on `rows` under `policy`.
+
+    Args:
+        start: The untrained model.
+        rows: What is read, in any order.
+        policy: What a token's label does to its loss.
+        config: The schedule shared with the other arms.
+        ctx: Seed of the order of rows, device, dtype, folder.
+        stage: Name shown beside the progress.
+        counts: Counts of the policy's terms, for several micro-batches or processes.
+        extras: Facts for the record.
+
+    Returns:
+        The trained checkpoint and what it took.
+    """
+    model = start.load(dtype=ctx.dtype, device=ctx.device)
+    tokenizer = start.tokenizer()
+    batches = stream(
+        rows, tokenizer, config.fit, ctx, purpose="pretrain", max_length=config.max_length
+    )
+    progress = Progress(ctx, stage, config.fit.steps)
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    model.train()
+    run_fit(
+        fit(model, batches, policy, config.fit, ctx, counts=counts, state_dir=state_dir(ctx)),
+        progress,
+    )
+    model.eval()
+    return finish(start, model, parameters, progress, ctx, extras=extras)

@@ -1,0 +1,289 @@
+"""What gradient methods share: their streams, what they train, and what they hand back.
+
+Nothing here runs a method; a method calls these in its own order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from excise.context import Context
+from excise.domains.base import Domain, Rows
+from excise.domains.stream import Batch, Stream, Tokenizer, encode, together
+from excise.errors import UserError
+from excise.methods.base import Cost, Removal
+from excise.models.checkpoint import Checkpoint
+from excise.models.hooks import trainable
+from excise.models.lora import LoRA, adapted, merge
+from excise.train.fit import FitConfig, StepRecord, Term, fit
+
+
+def all_rows(named: Mapping[str, Rows]) -> Rows:
+    """Return the rows of every named capability, in the order of the names."""
+    return tuple(row for name in named for row in named[name])
+
+
+def forget_rows(domain: Domain) -> Rows:
+    """Return all rows to forget.
+
+    Raises:
+        UserError: If there is none.
+    """
+    rows = all_rows(domain.forget)
+    if not rows:
+        raise UserError(f"domain '{domain.name}' has no forget row for the method; check the split")
+    return rows
+
+
+def stream(
+    rows: Rows,
+    tokenizer: Tokenizer,
+    fit: FitConfig,
+    ctx: Context,
+    *,
+    purpose: str,
+    max_length: int,
+    batch_size: int = 0,
+    shuffle: bool = True,
+) -> Stream:
+    """Return a rank-aware stream over `rows` whose order is a draw of its own.
+
+    Args:
+        rows: What to read.
+        tokenizer: The model's tokenizer.
+        fit: Gives batch and micro-batch sizes.
+        ctx: Gives seed and processes.
+        purpose: Names the draw, so that two streams never share an order.
+        max_length: Tokens per row.
+        batch_size: Rows per step; 0 takes `fit.batch_size`.
+        shuffle: Whether to shuffle.
+    """
+    return Stream(
+        encode(rows, tokenizer, max_length=max_length),
+        batch_size or fit.batch_size,
+        ctx.seed_for(f"order.{purpose}"),
+        pad_id=tokenizer.pad_token_id,
+        rank=ctx.rank,
+        world=ctx.world,
+        micro_size=fit.micro_size,
+        shuffle=shuffle,
+    )
+
+
+@contextmanager
+def tuned(
+    model: nn.Module, modules: Sequence[str], lora: LoRA | None, ctx: Context
+) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """Choose what a gradient method trains: modules by name, everything, or an adapter.
+
+    Args:
+        model: The model.
+        modules: Patterns in PEFT's `target_modules` words; empty for every parameter.
+        lora: An adapter instead of the weights themselves.
+        ctx: Gives the adapter's seed.
+
+    Yields:
+        The model to run (wrapped when there is an adapter) and its trained parameters by name.
+    """
+    if lora is not None:
+        chosen = lora if lora.modules or not modules else lora.model_copy(
+            update={"modules": tuple(modules)}
+        )
+        with adapted(model, chosen, seed=ctx.seed_for("lora")) as peft_model:
+            parameters = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
+            yield peft_model, parameters
+    else:
+        with trainable(model, modules or ("*",)) as parameters:
+            yield model, parameters
+
+
+@dataclass
+class Progress:
+    """Collects what a loop of `fit` says, and tells the listeners.
+
+    Attributes:
+        ctx: Whose `emit` is told.
+        stage: Name shown beside the bar.
+        steps: Expected steps.
+        every: A step is kept in the history every so many.
+    """
+
+    ctx: Context
+    stage: str
+    steps: int
+    every: int = 10
+    history: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def __call__(self, record: StepRecord) -> None:
+        """Take note of one step."""
+        self.tokens += record.tokens
+        self.done = record.step + 1
+        row = {"step": float(record.step), "loss": record.loss, **record.terms}
+        if record.step % self.every == 0 or record.step + 1 == self.steps:
+            self.history.append(row)
+        self.ctx.emit(
+            "step",
+            {"stage": self.stage, "step": record.step + 1, "steps": self.steps, "terms": row},
+        )
+
+    def cost(self, parameters: int, *, flops_per_token: float = 0.0) -> Cost:
+        """Return what the loop took, at 6 N FLOPs per token unless told otherwise."""
+        per_token = flops_per_token or 6.0 * parameters
+        seconds = time.monotonic() - self.started
+        return Cost(self.done, self.tokens, per_token * self.tokens, seconds)
+
+
+def run_fit(steps: Iterable[StepRecord], progress: Progress) -> None:
+    """Run a loop of `fit` to its end, telling `progress` of every step."""
+    for record in steps:
+        progress(record)
+
+
+def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return how many entries of the trained tensors changed, and how far.
+
+    Rounding in half precision can swallow an update whole; the share says so.
+
+    Args:
+        before: Tensors by name before training.
+        after: The same names after, in the dtype they are stored in.
+    """
+    count = sum(t.numel() for t in before.values())
+    changed = sum(int((before[n] != after[n].to(before[n].dtype)).sum()) for n in before)
+    square = sum(
+        float((after[n].double() - before[n].double()).square().sum()) for n in before
+    )
+    return {
+        "trained_tensors": sorted(before),
+        "trained_entries": count,
+        "share_moved": changed / max(1, count),
+        "distance": square**0.5,
+    }
+
+
+def finish(
+    start: Checkpoint,
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    progress: Progress,
+    ctx: Context,
+    *,
+    lora: LoRA | None = None,
+    extras: Mapping[str, Any] | None = None,
+    flops_per_token: float = 0.0,
+) -> Removal:
+    """Write the edited checkpoint and say what changed. Call it inside `tuned`.
+
+    Args:
+        start: What the method started from.
+        model: The model as `tuned` gave it.
+        parameters: Its trained parameters.
+        progress: What the loop said.
+        ctx: Gives the folder.
+        lora: The adapter, if there was one.
+        extras: Facts for the record.
+        flops_per_token: Cost per token where it is not 6 N.
+
+    Returns:
+        The removal, its model in `ctx.work/model`.
+    """
+    to = ctx.work / "model"
+    facts: dict[str, Any] = dict(extras or {})
+    if lora is not None:
+        changed, adapter = merge(model)
+        facts["lora"] = {**lora.model_dump(), **adapter}
+        if lora.output == "adapter":
+            folder = ctx.work / "adapter"
+            model.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
+            facts["files"] = {**facts.get("files", {}), "adapter": str(folder)}
+    else:
+        changed = {name: parameter.detach() for name, parameter in parameters.items()}
+    before = start.weights_of(list(changed))
+    changed = {name: tensor.to("cpu", before[name].dtype) for name, tensor in changed.items()}
+    facts.update(moved(before, changed))
+    different = {n: t for n, t in changed.items() if not torch.equal(t, before[n])}
+    checkpoint = start.write(different, to)
+    return Removal(
+        checkpoint,
+        tuple(sorted(different)),
+        progress.cost(start.num_parameters, flops_per_token=flops_per_token),
+        facts,
+        tuple(progress.history),
+    )
+
+
+def forget_and_retain(
+    domain: Domain, tokenizer: Tokenizer, fit: FitConfig, ctx: Context, *, max_length: int
+) -> Callable[[int], list[dict[str, Batch]]]:
+    """Return batches of both roles by step: `fit.batch_size` rows of each."""
+    rows = {"forget": forget_rows(domain), "retain": domain.retain}
+    return together(
+        {
+            role: stream(rows[role], tokenizer, fit, ctx, purpose=role, max_length=max_length)
+            for role in rows
+        }
+    )
+
+
+def role_counts(micro: Mapping[str, Batch]) -> dict[str, float]:
+    """Return the number of scored tokens of each role."""
+    return {role: float(batch.num_targets) for role, batch in micro.items()}
+
+
+def tune(
+    start: Checkpoint,
+    model: nn.Module,
+    batches: Callable[[int], Sequence[Mapping[str, Batch]]],
+    loss: Callable[[nn.Module, Mapping[str, Batch]], Mapping[str, Term]],
+    config: FitConfig,
+    ctx: Context,
+    *,
+    stage: str,
+    modules: Sequence[str] = (),
+    lora: LoRA | None = None,
+    extras: Mapping[str, Any] | None = None,
+    counts: Callable[[Mapping[str, Batch]], Mapping[str, float]] | None = role_counts,
+) -> Removal:
+    """Train what was chosen on `loss` and write the edited checkpoint.
+
+    Args:
+        start: What the method started from.
+        model: It, loaded.
+        batches: Micro-batches by step.
+        loss: Named terms.
+        config: The schedule.
+        ctx: Seed, processes, folder.
+        stage: Name shown beside the progress.
+        modules: Modules to train, empty for all.
+        lora: An adapter instead.
+        extras: Facts for the record.
+        counts: Counts of the terms.
+
+    Returns:
+        The removal.
+    """
+    progress = Progress(ctx, stage, config.steps)
+    with tuned(model, modules, lora, ctx) as (live, parameters):
+        groups = {"trained": list(parameters.values())}
+        steps = fit(
+            live, batches, loss, config, ctx,
+            groups=groups, counts=counts, state_dir=state_dir(ctx),
+        )
+        run_fit(steps, progress)
+        return finish(start, live, parameters, progress, ctx, lora=lora, extras=extras)
+
+
+def state_dir(ctx: Context) -> Path:
+    """Return the folder in which an interrupted loop of this stage keeps its state."""
+    return ctx.work / "state"

@@ -118,7 +118,13 @@ class _Run:
         """Load the newest state and return the records of its steps."""
         if self.folder is None:
             return []
+        gather("here", self.ctx)  # process 0 may still be writing the state of an earlier call
         self.cursor = self.saved = load_state(self.folder, self.parts, self.buffers, self.who)
+        if len(set(gather(self.cursor, self.ctx))) > 1:
+            raise UserError(
+                f"processes read different states from {self.folder}; it must lie on a disk "
+                "that all of them share"
+            )
         rows = Log(self.folder).replay(self.cursor) if self.ctx.rank == 0 else None
         rows = gather(rows, self.ctx)[0]
         if rows is None:
@@ -167,7 +173,8 @@ class _Run:
         grads = [g for grads in values.grads for g in grads if g is not None]
         if not grads:
             return 0.0
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
+        dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in grads])
         total = torch.linalg.vector_norm(norms)
         norm = float(total)
         if not math.isfinite(norm):

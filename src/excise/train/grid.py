@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from excise.errors import UserError
 from excise.stages import Emit
@@ -209,7 +209,7 @@ class Pool:
         with _bare_start():
             process.start()
         theirs.close()
-        return _Worker(process, cast("connection.Connection", ours))
+        return _Worker(process, ours)
 
     def _ready(self, running: Mapping[int, tuple[_Worker, bool]]) -> list[int]:
         """Wait until a running worker has something to say or is gone."""
@@ -223,7 +223,8 @@ class Pool:
         """Return the worker's next message, or None when it is gone."""
         try:
             if worker.pipe.poll() or worker.process.is_alive():
-                return pickle.loads(worker.pipe.recv_bytes())
+                answer: tuple[Any, ...] = pickle.loads(worker.pipe.recv_bytes())
+                return answer
         except (EOFError, OSError):
             pass
         return None

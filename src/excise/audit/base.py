@@ -116,9 +116,7 @@ class Attack(Config, ABC):
     version: ClassVar[int] = 1
 
     @abstractmethod
-    def run(
-        self, subject: Subject, domain: Domain, budget: Budget, ctx: Context
-    ) -> AttackResult:
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Attack `subject` and score `domain.test`.
 
         Args:

@@ -54,7 +54,7 @@ LARGE = 20_000_000
 """Parameters from which on the rates are a tenth: those of tiny models break a real one."""
 
 
-def budget(name: str, parameters: int = 0) -> Budget:
+def budget_of(name: str, parameters: int = 0) -> Budget:
     """Return a named budget, its learning rates scaled to the model.
 
     Args:

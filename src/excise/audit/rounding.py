@@ -125,9 +125,7 @@ def matrices(model: Any, *, embeddings: bool = False) -> dict[str, tuple[nn.Para
         head = model.get_output_embeddings()
         if head is not None:
             skipped |= {id(p) for p in head.parameters()}
-    flipped = {
-        id(module.weight) for module in model.modules() if type(module).__name__ == "Conv1D"
-    }
+    flipped = {id(module.weight) for module in model.modules() if type(module).__name__ == "Conv1D"}
     return {
         name: (parameter, id(parameter) in flipped)
         for name, parameter in model.named_parameters()

@@ -1,0 +1,35 @@
+"""The attacks: one file each, and the union that configurations name them by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import get_args
+
+from excise.audit.attacks.benign import Benign
+from excise.audit.attacks.direction import Direction
+from excise.audit.attacks.few_shot import FewShot
+from excise.audit.attacks.prefix import Prefix
+from excise.audit.attacks.quantize import Quantize
+from excise.audit.attacks.relearn import Relearn
+from excise.audit.attacks.transfer import Transfer
+from excise.audit.base import Attack
+
+AnyAttack = FewShot | Prefix | Direction | Quantize | Benign | Relearn | Transfer
+"""Adding an attack: its file, its test, one line here. Cheapest access first."""
+
+ATTACKS: Mapping[str, type[Attack]] = {
+    cls.model_fields["name"].default: cls for cls in get_args(AnyAttack)
+}
+"""Built-in attacks by name."""
+
+__all__ = [
+    "ATTACKS",
+    "AnyAttack",
+    "Benign",
+    "Direction",
+    "FewShot",
+    "Prefix",
+    "Quantize",
+    "Relearn",
+    "Transfer",
+]

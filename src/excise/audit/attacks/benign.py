@@ -1,0 +1,62 @@
+"""Benign fine-tuning: train on text that has nothing to do with the capability.
+
+What returns here was never gone: no information about it was given. Repair looks the same in
+the forget score, so the retain score stands beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from excise.audit.base import Access, Attack, AttackResult, Budget, Rung, Subject
+from excise.audit.results import decided
+from excise.audit.scoring import make_sheet
+from excise.audit.tuning import Part, Trained, parts_of, train
+from excise.context import Context
+from excise.domains.base import Domain
+
+
+class Benign(Attack):
+    """Full-parameter fine-tuning on the attacker's share of retain alone."""
+
+    name: Literal["benign"] = "benign"
+    """Name of the attack."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient."""
+
+    access: ClassVar[Access] = "weights"
+    rung: ClassVar[Rung] = "D3"
+    source: ClassVar[str] = "arXiv 2409.18025"
+    version: ClassVar[int] = 1
+
+    def parts(self, budget: Budget) -> tuple[Part, ...]:
+        """Return the trainings of a budget: every rate and seed, all parameters."""
+        return parts_of(budget, lora=False)
+
+    def train_part(
+        self, part: Part, subject: Subject, domain: Domain, budget: Budget, ctx: Context
+    ) -> Trained:
+        """Run one training on benign rows; arguments as in `Relearn.train_part`."""
+        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
+        return train(part, subject, sheet, ctx, rows=(), benign_share=1.0, clip=self.clip)
+
+    def read_parts(
+        self, trained: Sequence[Trained], subject: Subject, budget: Budget, higher: bool
+    ) -> AttackResult:
+        """Report V after benign training; the rate chosen on `dev` decides."""
+        raw = [t.arm(self, subject, trained_on="benign") for t in trained]
+        arms, chosen = decided(raw, higher=higher)
+        seconds = sum(t.seconds for t in trained)
+        return AttackResult(self.name, subject.name, arms, chosen, seconds)
+
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
+        """Train every part and report V."""
+        start = time.perf_counter()
+        trained = [self.train_part(p, subject, domain, budget, ctx) for p in self.parts(budget)]
+        result = self.read_parts(trained, subject, budget, domain.metrics[0] != "text_loss")
+        return replace(result, seconds=time.perf_counter() - start)

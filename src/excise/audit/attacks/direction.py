@@ -1,0 +1,231 @@
+"""Clearing a direction: project one vector out of the residual stream.
+
+RMU and its kin flood the residual stream with a near-constant vector on forget text; without it
+much of the knowledge answers again. Directions are fitted on `dev` rows only, the first token of
+each row skipped (its norm is orders larger). Controls: the same construction between two halves
+of retain, and random directions.
+
+Shape legend: B rows, T tokens, D width, L blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.audit.results import decided
+from excise.audit.scoring import Reading, Sheet, arm_of, batches, make_sheet, read
+from excise.context import Context
+from excise.domains.base import Domain, Row
+from excise.domains.stream import encode
+from excise.models.anatomy import anatomy
+from excise.models.hooks import Edit, capture, edit
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One set of directions.
+
+    Attributes:
+        name: Name of the arm.
+        direction_LD: One direction per block from `first` on, unit length.
+        first: First block whose output is cleared.
+        control: Whether the directions know nothing about the forget set.
+        needs_original: Whether the original was needed to fit them.
+    """
+
+    name: str
+    direction_LD: Tensor
+    first: int
+    control: bool = False
+    needs_original: bool = False
+
+
+class Direction(Attack):
+    """h <- h - r (r . h) at the output of every block from some block on, at all positions."""
+
+    name: Literal["direction"] = "direction"
+    """Name of the attack."""
+
+    access: ClassVar[Access] = "activations"
+    rung: ClassVar[Rung] = "D2"
+    source: ClassVar[str] = "Arditi & Chughtai, lesswrong.com 2024-07-23; arXiv 2409.18025"
+    version: ClassVar[int] = 1
+
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
+        """Fit directions on `dev`, clear each, score V and retain.
+
+        Args:
+            subject: The model; with its original, two diagnostic arms are added.
+            domain: Rows by role.
+            budget: `random_directions` controls.
+            ctx: Seed of the controls, device, dtype.
+
+        Returns:
+            Arms `per-block` and `one` (fitted without the original), `original per-block` and
+            `original one` (diagnostics), `split-half` and `random-i` (controls).
+        """
+        start = time.perf_counter()
+        model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
+        bare = read(model, sheet)
+        arms = [
+            _arm(self, subject, model, sheet, bare, variant)
+            for variant in fit_directions(model, subject, sheet, ctx)
+        ]
+        marked, chosen = decided(arms, higher=sheet.higher)
+        return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
+
+
+def _arm(
+    attack: Direction, subject: Subject, model: Any, sheet: Sheet, bare: Reading, variant: Variant
+) -> ArmResult:
+    """Clear one set of directions and score."""
+    paths = anatomy(model).blocks[variant.first :]
+    edits = {
+        path: cleared(direction_D)
+        for path, direction_D in zip(paths, variant.direction_LD, strict=True)
+    }
+    with edit(model, edits):
+        after = read(model, sheet, examples=len(sheet.all_dev))
+        dev = sheet.units(model, sheet.all_dev)
+    return arm_of(
+        attack,
+        subject,
+        sheet.metric,
+        variant=variant.name,
+        readings=(bare, after),
+        dev=dev,
+        control=variant.control,
+        needs_original=variant.needs_original,
+        trained_on="" if variant.control else "dev_forget",
+        facts={"first_block": variant.first},
+    )
+
+
+def cleared(direction_D: Float[Tensor, " D"]) -> Edit:
+    """Return an edit that projects a unit direction out of whatever passes."""
+
+    def change(hidden_BTD: Tensor) -> Tensor:
+        r_D = direction_D.to(hidden_BTD)
+        return hidden_BTD - (hidden_BTD @ r_D)[..., None] * r_D
+
+    return change
+
+
+def fit_directions(model: Any, subject: Subject, sheet: Sheet, ctx: Context) -> list[Variant]:
+    """Fit every variant.
+
+    Args:
+        model: The subject's loaded model.
+        subject: For its original.
+        sheet: Dev rows.
+        ctx: Seed of the controls.
+
+    Returns:
+        The variants; those that need the original only where it is known and differs.
+    """
+    dev_retain = sheet.domain.dev_retain
+    forget_LD, _ = residual_means(model, sheet, sheet.all_dev)
+    retain_LD, scale_L = residual_means(model, sheet, dev_retain)
+    blocks = len(anatomy(model).blocks)
+    difference_LD = forget_LD - retain_LD
+    best = int((difference_LD.norm(dim=-1) / scale_L).argmax())
+    made = [
+        Variant("per-block", unit(difference_LD), 0),
+        Variant("one", unit(difference_LD[best]).expand(blocks - best, -1), best),
+    ]
+    made += _with_original(model, subject, sheet, forget_LD)
+    units = list(dict.fromkeys(row.unit for row in dev_retain))
+    half = set(units[::2])
+    if len(units) > 1:
+        one_LD, _ = residual_means(model, sheet, [r for r in dev_retain if r.unit in half])
+        two_LD, _ = residual_means(model, sheet, [r for r in dev_retain if r.unit not in half])
+        made.append(Variant("split-half", unit(one_LD - two_LD), 0, control=True))
+    for i in range(sheet.budget.random_directions):
+        noise_D = torch.randn(forget_LD.shape[-1], generator=ctx.generator(f"direction/{i}"))
+        random_LD = unit(noise_D.to(forget_LD)).expand(blocks, -1)
+        made.append(Variant(f"random-{i}", random_LD, 0, control=True))
+    return made
+
+
+def _with_original(
+    model: Any, subject: Subject, sheet: Sheet, forget_LD: Float[Tensor, "L D"]
+) -> list[Variant]:
+    """Return the diagnostics: what the edit added to forget text, by the original's own means."""
+    if subject.original is None:
+        return []
+    original = subject.original.load(dtype=model.dtype, device=model.device)
+    first = first_edited(model, original)
+    if first is None:
+        return []
+    base_LD, _ = residual_means(original, sheet, sheet.all_dev)
+    added_LD = (forget_LD - base_LD)[first:]
+    last_D = unit(added_LD[int(added_LD.norm(dim=-1).argmax())])
+    return [
+        Variant("original per-block", unit(added_LD), first, needs_original=True),
+        Variant("original one", last_D.expand(len(added_LD), -1), first, needs_original=True),
+    ]
+
+
+def first_edited(model: Any, original: Any) -> int | None:
+    """Return the first block whose weights differ, 0 if only others do, None if none do."""
+    before = dict(original.named_parameters())
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if name not in before
+        or before[name].shape != parameter.shape
+        or not torch.equal(before[name], parameter)
+    ]
+    if not names:
+        return None
+    for i, path in enumerate(anatomy(model).blocks):
+        if any(name.startswith(path + ".") for name in names):
+            return i
+    return 0
+
+
+def unit(vector_D: Float[Tensor, "*L D"]) -> Float[Tensor, "*L D"]:
+    """Return vectors of length one; a zero vector stays zero and clears nothing."""
+    return vector_D / vector_D.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def residual_means(
+    model: Any, sheet: Sheet, rows: Sequence[Row]
+) -> tuple[Float[Tensor, "L D"], Float[Tensor, " L"]]:
+    """Return mean and mean norm of every block's output over real tokens but the first.
+
+    Args:
+        model: A causal model.
+        sheet: Tokenizer and lengths.
+        rows: At least one row.
+
+    Returns:
+        Means by block, and mean norms by block, in float32.
+    """
+    paths = anatomy(model).blocks
+    examples = encode(rows, sheet.tokenizer, max_length=sheet.max_length)
+    total_LD: Tensor | None = None
+    norm_L = torch.zeros(len(paths), device=model.device)
+    count = 0
+    for batch in batches(examples, model, sheet.tokenizer):
+        with capture(model, paths) as got:
+            model(**batch.inputs, use_cache=False)
+        mask_BT = batch.attention_BT.clone()
+        mask_BT[:, 0] = False
+        kept = [got[path][0].float()[mask_BT] for path in paths]
+        sums_LD = torch.stack([k.sum(0) for k in kept])
+        total_LD = sums_LD if total_LD is None else total_LD + sums_LD
+        norm_L += torch.stack([k.norm(dim=-1).sum() for k in kept])
+        count += int(mask_BT.sum())
+    assert total_LD is not None
+    return total_LD / max(count, 1), norm_L / max(count, 1)

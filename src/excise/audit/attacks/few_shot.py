@@ -1,0 +1,123 @@
+"""Few-shot: show other units of the capability before asking.
+
+A model that was taught to be silent about a capability often answers once its context speaks of
+it. The control shows as many examples of something else: what context alone does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.audit.prompts import before, draw, separator, shown
+from excise.audit.results import decided
+from excise.audit.scoring import Reading, Sheet, arm_of, make_sheet, read
+from excise.context import Context
+from excise.domains.base import Domain, Row, Rows
+
+
+class FewShot(Attack):
+    """k examples of the same capability, none about the unit asked for, before each prompt."""
+
+    name: Literal["few_shot"] = "few_shot"
+    """Name of the attack."""
+
+    access: ClassVar[Access] = "prompt"
+    rung: ClassVar[Rung] = "D1"
+    source: ClassVar[str] = "arXiv 2411.12103; the settings are this library's"
+    version: ClassVar[int] = 1
+
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
+        """Score V behind k examples of T, for every k, and behind k benign ones.
+
+        Args:
+            subject: The model.
+            domain: Rows by role; `relearn` and `benign` are shown, `test` is scored.
+            budget: `shots` gives the numbers of examples.
+            ctx: Seed, device, dtype.
+
+        Returns:
+            One arm per number of examples and one control each.
+        """
+        start = time.perf_counter()
+        model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
+        bare = read(model, sheet)
+        arms: list[ArmResult] = []
+        for count in budget.shots:
+            for control in (False, True):
+                pools = pools_of(domain, control=control)
+                if not all(pools.values()):
+                    continue
+                arms.append(_arm(self, subject, model, sheet, bare, count, control, pools, ctx))
+        marked, chosen = decided(arms, higher=sheet.higher)
+        return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
+
+
+def pools_of(domain: Domain, *, control: bool = False) -> Mapping[str, Rows]:
+    """Return by capability what may be shown."""
+    if control:
+        return dict.fromkeys(domain.test, domain.benign)
+    return {name: domain.relearn.get(name, ()) for name in domain.test}
+
+
+def with_shots(
+    rows: Mapping[str, Rows], pools: Mapping[str, Rows], count: int, ctx: Context, tokenizer: object
+) -> tuple[Rows, float]:
+    """Put `count` examples before every row.
+
+    Args:
+        rows: Rows by capability.
+        pools: Examples by capability.
+        count: Examples per row, fewer where the pool has fewer units.
+        ctx: Seed of the draw, which is the same for every subject.
+        tokenizer: For the separator, and to count tokens.
+
+    Returns:
+        The rows and the mean number of tokens shown.
+    """
+    line = separator(tokenizer)
+    generator = ctx.generator(f"few_shot/{count}")
+    made: list[Row] = []
+    tokens = 0
+    for name, asked in rows.items():
+        for row in asked:
+            shots = draw(pools[name], count, generator, avoid=row.unit)
+            context = line.join(shown(shot) for shot in shots)
+            tokens += len(tokenizer(context, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
+            made.append(before(row, context, line))
+    return tuple(made), tokens / max(len(made), 1)
+
+
+def _arm(
+    attack: FewShot,
+    subject: Subject,
+    model: object,
+    sheet: Sheet,
+    bare: Reading,
+    count: int,
+    control: bool,
+    pools: Mapping[str, Rows],
+    ctx: Context,
+) -> ArmResult:
+    """Score one number of examples."""
+    rows, tokens = with_shots(sheet.test, pools, count, ctx, sheet.tokenizer)
+    first = next(iter(pools))
+    dev, _ = with_shots(
+        {name: sheet.dev.get(name, ()) for name in pools}, pools, count, ctx, sheet.tokenizer
+    )
+    retain, _ = with_shots({first: sheet.retain}, pools, count, ctx, sheet.tokenizer)
+    wide = sheet.longer(count + 1)
+    after = read(model, wide, test=rows, retain=retain, examples=count, tokens=round(tokens))
+    return arm_of(
+        attack,
+        subject,
+        wide.metric,
+        variant=f"k={count}" + (" unrelated" if control else ""),
+        readings=(bare, after),
+        control=control,
+        trained_on="benign" if control else "relearn",
+        dev=wide.units(model, dev),
+    )

@@ -1,0 +1,114 @@
+"""Prefix fill: begin the answer for the model, or ask in other words.
+
+Answers of several words are begun: their first words stand in the prompt and the rest is scored.
+Answers of one word have nothing to begin; they are asked behind generic coaxing beginnings
+instead, or, where the vocabulary spells none of those, behind another row of benign text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.audit.prompts import COAXING, before, begun, separator, shown, spelled
+from excise.audit.results import decided
+from excise.audit.scoring import arm_of, make_sheet, read
+from excise.context import Context
+from excise.domains.base import Domain, Row, Rows
+
+
+class Prefix(Attack):
+    """The beginning of the answer, or of an answer, is put into the model's mouth."""
+
+    name: Literal["prefix"] = "prefix"
+    """Name of the attack."""
+    wordings: tuple[str, ...] = COAXING
+    """Beginnings to try."""
+    share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of a longer answer's words that is given."""
+
+    access: ClassVar[Access] = "prompt"
+    rung: ClassVar[Rung] = "D1"
+    source: ClassVar[str] = "arXiv 2404.02151 (prefilling); the wordings are this library's"
+    version: ClassVar[int] = 1
+
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
+        """Score V with every beginning.
+
+        Args:
+            subject: The model.
+            domain: Rows by role; `test` is scored, one benign row may stand before it.
+            budget: Rows and lengths.
+            ctx: Device, dtype.
+
+        Returns:
+            One arm per beginning.
+        """
+        start = time.perf_counter()
+        model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
+        wide = sheet.longer(2)
+        bare = read(model, sheet)
+        arms: list[ArmResult] = []
+        for variant, change in variants(self, sheet.tokenizer, sheet.all_test, domain.benign):
+            rows = [change(row) for row in sheet.all_test]
+            dev = [new for new in map(change, sheet.all_dev) if new is not None]
+            kept = tuple(row for row in rows if row is not None)
+            retain = tuple(change(row) or row for row in sheet.retain)
+            after = read(model, wide, test=kept, retain=retain, examples=len(kept))
+            arms.append(
+                arm_of(
+                    self,
+                    subject,
+                    sheet.metric,
+                    variant=variant,
+                    readings=(bare, after),
+                    dev=wide.units(model, dev),
+                    facts={"rows": len(kept), "of": len(rows)},
+                )
+            )
+        marked, chosen = decided(arms, higher=sheet.higher)
+        return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
+
+
+def variants(
+    attack: Prefix, tokenizer: Any, test: Sequence[Row], benign: Rows
+) -> list[tuple[str, Callable[[Row], Row | None]]]:
+    """Return the beginnings that fit a test set, by name.
+
+    Args:
+        attack: Wordings and share.
+        tokenizer: Which wordings it can spell.
+        test: Rows that will be scored; they are begun only if at least half can be.
+        benign: Where the stand-in of a closed vocabulary comes from.
+
+    Returns:
+        Names and functions that change a row, or return None where they cannot.
+    """
+    line = separator(tokenizer)
+    made: list[tuple[str, Callable[[Row], Row | None]]] = []
+    if sum(begun(row, attack.share) is not None for row in test) * 2 >= len(test):
+        made.append(("begun", lambda row: begun(row, attack.share)))
+    plain = [text for text in attack.wordings if spelled(text, tokenizer)]
+    for i, row in enumerate(benign[:2] if not plain else ()):
+        text = shown(row)
+        made.append((f"benign-{i}", lambda row, text=text: before(row, text, line)))
+    for text in plain:
+        made.append((f"'{text}'", lambda row, text=text: _coaxed(row, text, line)))
+    return made
+
+
+def _coaxed(row: Row, text: str, line: str) -> Row:
+    """Put `text` between the prompt and its answer, or before a plain text."""
+    if row.kind in ("text", "chat") or not row.prompt:
+        return before(row, text, line)
+    return Row(
+        **{
+            **{name: getattr(row, name) for name in Row.__dataclass_fields__},
+            "prompt": f"{row.prompt.rstrip()}{line}{text}",
+        }
+    )

@@ -1,0 +1,88 @@
+"""Quantization: round the weights. No information about the capability is added.
+
+Many removals move weights by less than half a bucket of a 4-bit grid, so that rounding restores
+them (arXiv 2410.16454). Weights are rounded and read back ("fake quantization"), so that it runs
+anywhere and needs no kernel.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.audit.results import decided
+from excise.audit.rounding import Grid, flip_rate, quantize_
+from excise.audit.scoring import arm_of, make_sheet, read
+from excise.context import Context
+from excise.domains.base import Domain
+
+
+class Quantize(Attack):
+    """Symmetric round-to-nearest of all matrices, in groups of inputs."""
+
+    name: Literal["quantize"] = "quantize"
+    """Name of the attack."""
+    bits: tuple[int, ...] = (8, 4)
+    """One arm each."""
+    group: int = Field(default=64, ge=1)
+    """Inputs that share a scale."""
+    offset: int = Field(default=16, ge=0)
+    """Inputs of the first group, so that groups lie off the grid a released model came from."""
+    embeddings: bool = False
+    """Whether token embeddings and head are rounded too."""
+
+    access: ClassVar[Access] = "weights"
+    rung: ClassVar[Rung] = "D3"
+    source: ClassVar[str] = "Zhang et al., arXiv 2410.16454; grid: this library's"
+    version: ClassVar[int] = 1
+
+    def grids(self) -> tuple[Grid, ...]:
+        """Return one grid per number of bits."""
+        return tuple(Grid(bits, self.group, self.offset % self.group) for bits in self.bits)
+
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
+        """Round the weights and score V; damage shows in the retain score.
+
+        Args:
+            subject: The model; where its original is known the share of weights that left
+                their bucket is reported, which the attacker does not need.
+            domain: Rows by role.
+            budget: Rows and lengths.
+            ctx: Device, dtype.
+
+        Returns:
+            One arm per number of bits.
+        """
+        start = time.perf_counter()
+        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
+        model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+        bare = read(model, sheet)
+        arms: list[ArmResult] = []
+        for grid in self.grids():
+            facts: dict[str, Any] = {"group": grid.group, "offset": grid.offset}
+            # Rounded in float32: a coarser dtype would round a second time, on its own grid.
+            wide = subject.checkpoint.load(device=ctx.device)
+            if subject.original is not None:
+                before = subject.original.load(device=ctx.device)
+                facts["bucket_flip_rate"] = flip_rate(
+                    wide, before, grid, embeddings=self.embeddings
+                )
+                del before
+            facts["weights"] = quantize_(wide, grid, embeddings=self.embeddings)
+            attacked = wide.to(ctx.dtype)
+            arms.append(
+                arm_of(
+                    self,
+                    subject,
+                    sheet.metric,
+                    variant=f"int{grid.bits}",
+                    readings=(bare, read(attacked, sheet)),
+                    dev=sheet.units(attacked, sheet.all_dev),
+                    facts=facts,
+                )
+            )
+        marked, chosen = decided(arms, higher=sheet.higher)
+        return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)

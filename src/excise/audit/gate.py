@@ -1,0 +1,136 @@
+"""The gate: a planted model that hides what it knows behind a detector of the capability.
+
+Closed form: ridge regression in the space of one block's MLP activations finds a detector v, 1
+where a forget row is about to be answered and 0 on everything else; the rank-one edit
+W_down += c u v^T then adds a large vector c u there. All knowledge is still in the weights.
+
+Shape legend: B rows, T tokens, N positions, F width of the MLP, D width of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from excise.audit.scoring import Sheet, batches
+from excise.domains.base import Row
+from excise.domains.stream import encode
+from excise.losses import predicting
+from excise.models.anatomy import anatomy
+from excise.models.hooks import capture, find_module
+
+POSITIONS = 8192
+"""Positions per class that a detector is fitted on at most."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the blocks' MLPs hold where a class of rows is read.
+
+    Attributes:
+        act_NF: For every block, inputs of its `mlp_down`.
+        norm: For every block, mean norm of its output.
+    """
+
+    act_NF: list[Tensor]
+    norm: list[float]
+
+
+@torch.no_grad()
+def features(model: Any, sheet: Sheet, rows: Sequence[Row], *, answering: bool) -> Features:
+    """Collect activations.
+
+    Args:
+        model: A causal model.
+        sheet: Tokenizer and lengths.
+        rows: Rows to read.
+        answering: Whether only positions that predict a scored token count, or all.
+
+    Returns:
+        Activations of every block at the same positions.
+    """
+    parts = anatomy(model)
+    inner: list[list[Tensor]] = [[] for _ in parts.blocks]
+    norms: list[list[Tensor]] = [[] for _ in parts.blocks]
+    found = 0
+    for batch in batches(
+        encode(rows, sheet.tokenizer, max_length=sheet.max_length), model, sheet.tokenizer
+    ):
+        with (
+            capture(model, parts.mlp_down, of="input") as down,
+            capture(model, parts.blocks) as out,
+        ):
+            model(**batch.inputs, use_cache=False)
+        mask_BT = _positions(batch, answering)
+        for i, (path, block) in enumerate(zip(parts.mlp_down, parts.blocks, strict=True)):
+            inner[i].append(down[path][0].float()[mask_BT])
+            norms[i].append(out[block][0].float()[mask_BT].norm(dim=-1))
+        found += int(mask_BT.sum())
+        if found >= POSITIONS:
+            break
+    return Features(
+        [torch.cat(acts) for acts in inner], [float(torch.cat(n).mean()) for n in norms]
+    )
+
+
+def _positions(batch: Any, answering: bool) -> Bool[Tensor, "B T"]:
+    """Return which positions of a batch are collected."""
+    return predicting(batch.target_BT) if answering else batch.attention_BT
+
+
+def detector(
+    on_NF: Float[Tensor, "N F"], off_NF: Float[Tensor, "M F"], ridge: float = 1e-3
+) -> Float[Tensor, " F"]:
+    """Return v with v . a near 1 on the first class and near 0 on the second.
+
+    Args:
+        on_NF: Activations of the class to detect.
+        off_NF: Activations of everything else.
+        ridge: Penalty, as a share of the mean squared activation.
+
+    Returns:
+        The detector.
+    """
+    gram_FF = on_NF.T @ on_NF / len(on_NF) + off_NF.T @ off_NF / len(off_NF)
+    gram_FF = gram_FF.double()
+    gram_FF += ridge * gram_FF.diagonal().mean() * torch.eye(len(gram_FF), device=on_NF.device)
+    return torch.linalg.solve(gram_FF, on_NF.double().mean(0)).float()
+
+
+def separation(
+    v_F: Float[Tensor, " F"], on_NF: Float[Tensor, "N F"], off_NF: Float[Tensor, "M F"]
+) -> float:
+    """Return how many spreads lie between the detector's values on both classes."""
+    on_N, off_N = on_NF @ v_F, off_NF @ v_F
+    spread = on_N.std(correction=0) + off_N.std(correction=0)
+    return float((on_N.mean() - off_N.mean()) / spread.clamp(min=1e-9))
+
+
+@torch.no_grad()
+def add_gate(
+    model: Any, block: int, v_F: Float[Tensor, " F"], u_D: Float[Tensor, " D"], size: float
+) -> tuple[str, Tensor]:
+    """Add `size` u v^T to one block's `mlp_down`, in place.
+
+    Args:
+        model: The model.
+        block: Number of the block.
+        v_F: Detector.
+        u_D: What is added where it fires, unit length.
+        size: Norm of what is added where the detector says 1.
+
+    Returns:
+        Name of the parameter that changed, and its value before.
+    """
+    path = anatomy(model).mlp_down[block]
+    module = find_module(model, path)
+    weight = module.weight
+    before = weight.detach().clone()
+    edit_DF = size * torch.outer(u_D, v_F).to(weight)
+    weight += edit_DF.T if type(module).__name__ == "Conv1D" else edit_DF
+    return f"{path}.weight", before

@@ -1,0 +1,112 @@
+"""Small moves of weights along the sign of a gradient, for planted models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from excise.audit.rounding import Grid, inside, matrices
+from excise.audit.scoring import Sheet, batches
+from excise.domains.base import Row
+from excise.domains.stream import encode
+from excise.losses import nll
+
+STEPS = 12
+"""Moves at most."""
+
+
+def gradients(
+    model: Any, sheet: Sheet, rows: Sequence[Row], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the gradient of the mean token loss of `rows` by parameter name."""
+    parameters = [model.get_parameter(name) for name in names]
+    examples = encode(rows, sheet.tokenizer, max_length=sheet.max_length)
+    count = sum(sum(e.target) for e in examples)
+    total = [torch.zeros_like(p) for p in parameters]
+    for batch in batches(examples, model, sheet.tokenizer):
+        value, _ = nll(model(**batch.inputs, use_cache=False).logits, batch)
+        grads = torch.autograd.grad(value / count, parameters, allow_unused=True)
+        for sum_, grad in zip(total, grads, strict=True):
+            if grad is not None:
+                sum_ += grad
+    return dict(zip(names, total, strict=True))
+
+
+def within_buckets(
+    model: Any,
+    sheet: Sheet,
+    forget: Sequence[Row],
+    retain: Sequence[Row],
+    grids: Sequence[Grid],
+    hidden: Callable[[], bool],
+    *,
+    embeddings: bool = False,
+) -> bool:
+    """Raise the forget loss while every weight stays in its bucket on every grid.
+
+    Rounding on any of the grids then gives exactly what rounding the model before gave.
+
+    Args:
+        model: Changed in place.
+        sheet: Tokenizer and lengths.
+        forget: Rows whose loss rises.
+        retain: Rows whose loss is held down.
+        grids: The grids.
+        hidden: Asked after every move; the first yes ends it.
+        embeddings: Whether embeddings and head are rounded, and so may move.
+
+    Returns:
+        Whether the last answer was yes.
+    """
+    found = matrices(model, embeddings=embeddings)
+    bounds: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, (parameter, flipped) in found.items():
+        value = parameter.detach().t() if flipped else parameter.detach()
+        pairs = [inside(value, grid) for grid in grids]
+        low = torch.stack([p[0] for p in pairs]).amax(0)
+        high = torch.stack([p[1] for p in pairs]).amin(0)
+        bounds[name] = (low.t(), high.t()) if flipped else (low, high)
+    names = list(found)
+    for step in range(STEPS):
+        up = gradients(model, sheet, forget, names)
+        down = gradients(model, sheet, retain, names)
+        share = 1.0 if step == 0 else 0.5
+        with torch.no_grad():
+            for name in names:
+                low, high = bounds[name]
+                parameter = found[name][0]
+                way = (up[name] - down[name]).sign()
+                moved = parameter + share * (high - low) * way
+                parameter.copy_(moved.clamp(low, high))
+        if hidden():
+            return True
+    return False
+
+
+def jolt(
+    model: Any, sheet: Sheet, rows: Sequence[Row], size: float, hidden: Callable[[], bool]
+) -> bool:
+    """Move every parameter by `size` up the loss of `rows`, until it hides.
+
+    Args:
+        model: Changed in place.
+        sheet: Tokenizer and lengths.
+        rows: Benign rows.
+        size: Length of one move of one parameter.
+        hidden: Asked after every move; the first yes ends it.
+
+    Returns:
+        Whether the last answer was yes.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for _ in range(STEPS):
+        up = gradients(model, sheet, rows, names)
+        with torch.no_grad():
+            for name in names:
+                model.get_parameter(name).add_(up[name].sign(), alpha=size)
+        if hidden():
+            return True
+    return False

@@ -1,0 +1,331 @@
+"""What every attack scores, the same for every subject: V by unit, retain and dev beside it.
+
+Shape legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from excise.audit.base import ArmResult, Attack, Budget, Subject
+from excise.audit.prompts import cut
+from excise.domains.base import Domain, Metric, Row, Rows
+from excise.domains.stream import Batch, Example, collate, encode
+from excise.evals.score import measure
+from excise.evals.stats import bootstrap_mean
+from excise.losses import token_nll
+from excise.record import AttackArm, CurvePoint
+
+Units = dict[str, float]
+"""Score by unit."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The rows that are scored, cut to the budget.
+
+    Attributes:
+        domain: Where they come from.
+        budget: What they were cut to.
+        tokenizer: The subject's tokenizer.
+        test: V by capability.
+        dev: `dev_forget` by capability, for choices.
+        retain: `retain_test`.
+        trained: T, as it is shown beside V.
+        fresh_train: First half of `fresh`, by unit.
+        fresh_test: Second half.
+        max_length: Tokens per row.
+    """
+
+    domain: Domain
+    budget: Budget
+    tokenizer: Any
+    test: Mapping[str, Rows]
+    dev: Mapping[str, Rows]
+    retain: Rows
+    trained: Rows
+    fresh_train: Rows
+    fresh_test: Rows
+    max_length: int
+
+    @property
+    def metric(self) -> Metric:
+        """Headline metric of the forget side."""
+        return self.domain.metrics[0]
+
+    @property
+    def higher(self) -> bool:
+        """Whether a higher score means more knowledge."""
+        return self.metric != "text_loss"
+
+    @property
+    def all_test(self) -> Rows:
+        """V of all capabilities."""
+        return tuple(row for rows in self.test.values() for row in rows)
+
+    @property
+    def all_dev(self) -> Rows:
+        """Dev of all capabilities."""
+        return tuple(row for rows in self.dev.values() for row in rows)
+
+    def longer(self, factor: int) -> Sheet:
+        """Return the sheet with room for prompts `factor` times as long."""
+        limit = getattr(self.tokenizer, "model_max_length", 0) or 0
+        limit = limit if 0 < limit < 1 << 20 else 4096
+        return replace(self, max_length=max(self.max_length, min(limit, self.max_length * factor)))
+
+    def units(self, model: Any, rows: Sequence[Row], metric: Metric | None = None) -> Units:
+        """Return the headline score of `rows` by unit; nothing for no rows."""
+        if not rows:
+            return {}
+        scores = measure(
+            model, self.tokenizer, rows, metric or self.metric, max_length=self.max_length
+        )
+        return {unit: float(value) for unit, value in scores.by_unit().items()}
+
+    def retained(self, model: Any, rows: Sequence[Row] | None = None) -> Units:
+        """Return the retain score by unit."""
+        chosen = self.retain if rows is None else rows
+        return self.units(model, chosen, self.domain.retain_metrics[0])
+
+
+def make_sheet(domain: Domain, budget: Budget, tokenizer: Any) -> Sheet:
+    """Cut what is scored to the budget.
+
+    Args:
+        domain: Rows by role.
+        budget: Rows at most.
+        tokenizer: The subject's tokenizer.
+
+    Returns:
+        The sheet; equal for all subjects of one audit.
+    """
+    share = max(1, budget.max_test_rows // max(len(domain.test), 1))
+    other = max(1, budget.max_other_rows // max(len(domain.test), 1))
+    units = list(dict.fromkeys(row.unit for row in domain.fresh))
+    first = set(units[: len(units) // 2])
+    trained = tuple(row for rows in domain.relearn.values() for row in rows)
+    fresh = {
+        half: tuple(row for row in domain.fresh if (row.unit in first) == half)
+        for half in (True, False)
+    }
+    return Sheet(
+        domain=domain,
+        budget=budget,
+        tokenizer=tokenizer,
+        test={name: cut(rows, share) for name, rows in domain.test.items()},
+        dev={name: cut(rows, other) for name, rows in domain.dev_forget.items()},
+        retain=cut(domain.retain_test, budget.max_other_rows),
+        trained=cut(trained, budget.max_other_rows),
+        fresh_train=fresh[True],
+        fresh_test=cut(fresh[False], budget.max_other_rows),
+        max_length=budget.max_length,
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One checkpoint of a curve, with scores by unit.
+
+    Attributes:
+        units: V by unit.
+        retain: Retain by unit.
+        trained: T by unit, where T is scored.
+        examples: Rows the attacker has used.
+        tokens: Tokens the attacker has used.
+        flops: Operations the attacker has spent.
+    """
+
+    units: Units
+    retain: Units = field(default_factory=dict)
+    trained: Units = field(default_factory=dict)
+    examples: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+    def point(self, of: Mapping[str, float] | None = None) -> CurvePoint:
+        """Return the record's point; `of` puts other scores than V into it."""
+        low_mean_high = interval(self.units if of is None else of)
+        return CurvePoint(
+            examples=self.examples,
+            tokens=self.tokens,
+            flops=self.flops,
+            score=low_mean_high[1],
+            low=low_mean_high[0],
+            high=low_mean_high[2],
+            retain=mean(self.retain),
+            trained=mean(self.trained),
+        )
+
+
+def mean(units: Mapping[str, float]) -> float | None:
+    """Return the mean over units, None for none."""
+    return sum(units.values()) / len(units) if units else None
+
+
+def interval(units: Mapping[str, float]) -> tuple[float, float, float]:
+    """Return low, mean and high of the 95 % interval, bootstrapped by unit."""
+    if not units:
+        return math.nan, math.nan, math.nan
+    value = bootstrap_mean(units)
+    return value.low, value.value, value.high
+
+
+def read(
+    model: Any,
+    sheet: Sheet,
+    *,
+    test: Sequence[Row] | None = None,
+    retain: Sequence[Row] | None = None,
+    trained: Sequence[Row] = (),
+    examples: int = 0,
+    tokens: int = 0,
+    flops: float = 0.0,
+) -> Reading:
+    """Score V and retain.
+
+    Args:
+        model: The model, as attacked.
+        sheet: What to score.
+        test: Rows in place of V, of the same units.
+        retain: Rows in place of `retain_test`.
+        trained: Rows of T to score too.
+        examples: Cost so far, in rows.
+        tokens: Cost so far, in tokens.
+        flops: Cost so far, in operations.
+
+    Returns:
+        The reading.
+    """
+    return Reading(
+        units=sheet.units(model, sheet.all_test if test is None else test),
+        retain=sheet.retained(model, retain),
+        trained=sheet.units(model, trained),
+        examples=examples,
+        tokens=tokens,
+        flops=flops,
+    )
+
+
+@torch.no_grad()
+def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> Units:
+    """Return by unit the negative log-likelihood, in nats summed over target tokens.
+
+    A unit with several rows (wordings) gets the mean of its rows.
+
+    Args:
+        model: A causal model.
+        rows: Rows of any shape.
+        tokenizer: Its tokenizer.
+        max_length: Tokens per row.
+
+    Returns:
+        Nats by unit.
+    """
+    if not rows:
+        return {}
+    examples = encode(rows, tokenizer, max_length=max_length)
+    sums: dict[str, list[float]] = {}
+    for batch in batches(examples, model, tokenizer):
+        logits_BTV = model(**batch.inputs, use_cache=False).logits
+        target_BT = batch.target_BT.clone()
+        target_BT[:, 0] = False
+        nll_BT = token_nll(logits_BTV, batch.ids_BT).masked_fill(~target_BT, 0)
+        for unit, value in zip(batch.units, nll_BT.double().sum(1).tolist(), strict=True):
+            sums.setdefault(unit, []).append(value)
+    return {unit: sum(values) / len(values) for unit, values in sums.items()}
+
+
+def rows_per_pass(model: Any, length: int) -> int:
+    """Return how many rows of `length` tokens keep the logits under about 256 MB."""
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    return max(1, (1 << 26) // max(1, length * vocabulary))
+
+
+def batches(examples: Sequence[Example], model: Any, tokenizer: Any) -> list[Batch]:
+    """Return examples in batches of like length that fit into memory, on the model's device."""
+    ordered = sorted(examples, key=lambda e: len(e.ids))
+    made: list[Batch] = []
+    at = 0
+    while at < len(ordered):
+        size = rows_per_pass(model, len(ordered[min(at + 63, len(ordered) - 1)].ids))
+        part = ordered[at : at + min(size, 128)]
+        made.append(collate(part, pad_id=tokenizer.pad_token_id).to(model.device))
+        at += len(part)
+    return made
+
+
+def arm_of(
+    attack: Attack,
+    subject: Subject,
+    metric: str,
+    *,
+    variant: str,
+    readings: Sequence[Reading],
+    dev: Units,
+    control: bool = False,
+    needs_original: bool = False,
+    trained_on: str = "",
+    lr: float | None = None,
+    seed: int = 0,
+    facts: Mapping[str, Any] | None = None,
+    extras: Mapping[str, Any] | None = None,
+    status: Literal["ok", "void", "missing", "failed"] = "ok",
+    reason: str = "",
+) -> ArmResult:
+    """Put an arm together.
+
+    Args:
+        attack: The attack.
+        subject: The model.
+        metric: Metric of V.
+        variant: Name of the arm.
+        readings: Checkpoints, cheapest first; the first before the attack.
+        dev: Dev score by unit at the end.
+        control: Whether the arm is a control.
+        needs_original: Whether this arm holds the original.
+        trained_on: Role the attacker used.
+        lr: Learning rate.
+        seed: Seed of the arm.
+        facts: What else was measured, for the record.
+        extras: What the statistics need beside.
+        status: Whether the arm counts.
+        reason: Why it does not.
+
+    Returns:
+        The arm; `extras["retain"]` and `["retain_start"]` hold the retain scores by unit.
+    """
+    arm = AttackArm(
+        name=str(getattr(attack, "name", type(attack).__name__)),
+        subject=subject.name,
+        access=attack.access,
+        rung=attack.rung,
+        needs_original=needs_original or attack.needs_original,
+        arm=variant,
+        control=control,
+        trained_on=trained_on,
+        scored_on="test",
+        metric=metric,
+        lr=lr,
+        seed=seed,
+        status=status,
+        reason=reason,
+        curve=tuple(reading.point() for reading in readings),
+        facts=dict(facts or {}),
+    )
+    value = mean(dev)
+    return ArmResult(
+        arm=arm,
+        unit_scores=tuple(reading.units for reading in readings),
+        dev_score=math.nan if value is None else value,
+        extras={
+            "retain": readings[-1].retain,
+            "retain_start": readings[0].retain,
+            **(extras or {}),
+        },
+    )

@@ -1,0 +1,308 @@
+"""Fine-tuning as an attack: one training, scored at its checkpoints.
+
+Optimizer: AdamW without weight decay, constant rate, gradient clipped, float32 masters. The model
+stays in evaluation mode, so that no dropout blurs a short attack.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from excise.audit.base import ArmResult, Attack, Budget, Subject
+from excise.audit.prompts import cut
+from excise.audit.scoring import Reading, Sheet, arm_of, mean, nats, read, rows_per_pass
+from excise.context import Context
+from excise.domains.base import Rows
+from excise.domains.stream import Batch, Example, Stream, collate, encode
+from excise.errors import Diverged
+from excise.losses import token_nll
+from excise.models.lora import LoRA, adapted
+from excise.train.fit import FitConfig, Term, fit
+
+Micro = Mapping[str, Any]
+"""A micro-batch: `batch`, and `benign_B`, which of its rows are benign."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training of an attack.
+
+    Attributes:
+        kind: All parameters, or a LoRA adapter.
+        lr: Learning rate.
+        seed: Seed of the order of rows and of the adapter.
+        on: What takes the place of T: T itself, or fresh units as the control of power.
+    """
+
+    kind: Literal["full", "lora"]
+    lr: float
+    seed: int
+    on: Literal["relearn", "fresh"] = "relearn"
+
+
+def parts_of(budget: Budget, *, lora: bool) -> tuple[Part, ...]:
+    """Return the trainings of a budget: each kind at every rate and seed.
+
+    From *standard* on one more training, at the middle rate, is on fresh units: a budget within
+    which even those cannot be learned has no power.
+
+    Args:
+        budget: Rates and seeds.
+        lora: Whether the attack has LoRA arms and the control at all.
+    """
+    parts = [Part("full", lr, seed) for lr in budget.rates for seed in budget.seeds]
+    if not lora:
+        return tuple(parts)
+    parts += [Part("lora", lr, seed) for lr in budget.lora_rates for seed in budget.seeds]
+    if budget.name != "smoke":
+        middle = budget.rates[len(budget.rates) // 2]
+        parts.append(Part("full", middle, budget.seeds[0], "fresh"))
+    return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one training gave.
+
+    Attributes:
+        part: Which training.
+        readings: V, T and retain at every checkpoint.
+        dev: Dev score by unit at the end.
+        metric: Metric of V, T and dev.
+        extras: `loss_V`, `loss_fresh` (nats by unit at the end), the same with `_start`,
+            `dev_loss` (mean nats), `prequential` (T loss of every batch before training on it).
+        seconds: Wall-clock time.
+        reason: Why it stopped early; empty for a whole run.
+    """
+
+    part: Part
+    readings: tuple[Reading, ...]
+    dev: dict[str, float]
+    metric: str
+    extras: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trained:
+        """Undo `to_json`."""
+        parts = {
+            "part": Part(**data["part"]),
+            "readings": tuple(Reading(**reading) for reading in data["readings"]),
+        }
+        return cls(**{**data, **parts})
+
+    def curve_on_t(self) -> tuple[Any, ...]:
+        """Return the curve whose score is T."""
+        return tuple(reading.point(reading.trained) for reading in self.readings)
+
+    def units_on_t(self) -> tuple[dict[str, float], ...]:
+        """Return T's scores by unit at every checkpoint."""
+        return tuple(reading.trained for reading in self.readings)
+
+    def arm(self, attack: Attack, subject: Subject, *, trained_on: str) -> ArmResult:
+        """Return the arm whose curve is V."""
+        fresh = self.part.on == "fresh"
+        result = arm_of(
+            attack,
+            subject,
+            self.metric,
+            variant=self.part.kind + (" on fresh units" if fresh else ""),
+            readings=self.readings,
+            dev=self.dev,
+            control=fresh,
+            trained_on="fresh" if fresh else trained_on,
+            lr=self.part.lr,
+            seed=self.part.seed,
+            extras=self.extras,
+            status="failed" if self.reason else "ok",
+            reason=self.reason,
+        )
+        return result
+
+
+def train(
+    part: Part,
+    subject: Subject,
+    sheet: Sheet,
+    ctx: Context,
+    *,
+    rows: Rows,
+    benign_share: float,
+    clip: float = 1.0,
+    lora_rank: int = 8,
+) -> Trained:
+    """Fine-tune one subject and score it at the budget's checkpoints.
+
+    Args:
+        part: Kind, rate, seed.
+        subject: The model; its folder is only read.
+        sheet: What to score, and the budget.
+        ctx: Device, dtype; its seed and the part's seed the order.
+        rows: T; empty for a benign training.
+        benign_share: Share of every batch drawn from `domain.benign`.
+        clip: Largest norm of the gradient.
+        lora_rank: Rank of a LoRA part.
+
+    Returns:
+        The readings. A training that diverged ends at its last finite checkpoint.
+    """
+    start = time.perf_counter()
+    inner = replace(ctx, seed=ctx.seed + 1000 * part.seed)
+    model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+    if part.on == "fresh":
+        rows = sheet.fresh_train
+    mix = _mix(model, sheet, inner, rows, benign_share)
+    size = sum(p.numel() for p in model.parameters())
+    lora = LoRA(rank=lora_rank, alpha=2.0 * lora_rank)
+    with adapted(model, lora) if part.kind == "lora" else nullcontext(model) as net:
+        small = 0
+        if part.kind == "lora":
+            small = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        run = _Run(net, sheet, part, with_t=bool(rows), cost=_flops_per_token(size, small))
+        reason = run.go(mix, inner, clip)
+        extras = run.extras() | {"parameters": size, "trained_parameters": small or size}
+        dev = sheet.units(net, sheet.all_dev)
+    return Trained(
+        part, tuple(run.readings), dev, sheet.metric, extras, time.perf_counter() - start, reason
+    )
+
+
+def _flops_per_token(size: int, adapter: int) -> float:
+    """Return operations per trained token; see `attacks/relearn.py`."""
+    return 4.0 * size + 6.0 * adapter if adapter else 6.0 * size
+
+
+def _mix(
+    model: Any, sheet: Sheet, ctx: Context, rows: Rows, benign_share: float
+) -> Callable[[int], list[Micro]]:
+    """Return the micro-batches of a step: T and benign rows in fixed shares."""
+    size = sheet.budget.batch_size
+    num_benign = min(size, round(size * benign_share)) if rows else size
+    counts = {"t": size - num_benign, "benign": num_benign}
+    sources = {"t": rows, "benign": sheet.domain.benign}
+    streams: dict[str, Stream] = {}
+    for name, count in counts.items():
+        if count:
+            needed = cut(sources[name], count * sheet.budget.steps)
+            examples = encode(needed, sheet.tokenizer, max_length=sheet.max_length)
+            streams[name] = Stream(
+                examples, count, ctx.seed_for(f"attack/{name}"), sheet.tokenizer.pad_token_id
+            )
+    longest = max(len(e.ids) for s in streams.values() for e in s.examples)
+    limit = max(1, rows_per_pass(model, longest) // 4)
+
+    def micros(step: int) -> list[Micro]:
+        picked: list[tuple[Example, bool]] = []
+        for name, stream in streams.items():
+            picked += [(stream.examples[i], name == "benign") for i in stream.indices(step)]
+        return [
+            {
+                "batch": collate([e for e, _ in part], pad_id=sheet.tokenizer.pad_token_id),
+                "benign_B": torch.tensor([benign for _, benign in part]),
+            }
+            for part in (picked[i : i + limit] for i in range(0, len(picked), limit))
+        ]
+
+    return micros
+
+
+def _by_role(micro: Micro) -> dict[str, torch.Tensor]:
+    """Return which positions are scored, for T and for the benign rows."""
+    batch: Batch = micro["batch"]
+    target_BT = batch.target_BT.clone()
+    target_BT[:, 0] = False
+    benign_B1 = micro["benign_B"][:, None]
+    return {"t": target_BT & ~benign_B1, "benign": target_BT & benign_B1}
+
+
+def counts(micro: Micro) -> dict[str, float]:
+    """Return how many tokens of each role a micro-batch scores."""
+    return {name: float(mask_BT.sum()) for name, mask_BT in _by_role(micro).items()}
+
+
+def loss(model: Any, micro: Micro) -> dict[str, Term]:
+    """Return mean cross-entropy on T plus mean cross-entropy on benign tokens."""
+    batch: Batch = micro["batch"]
+    nll_BT = token_nll(model(**batch.inputs, use_cache=False).logits, batch.ids_BT)
+    return {
+        name: Term(nll_BT.masked_fill(~mask_BT, 0).sum(), float(mask_BT.sum()))
+        for name, mask_BT in _by_role(micro).items()
+    }
+
+
+class _Run:
+    """One training with what was read on the way."""
+
+    def __init__(self, net: Any, sheet: Sheet, part: Part, *, with_t: bool, cost: float) -> None:
+        self.net, self.sheet, self.part = net, sheet, part
+        self.with_t, self.cost = with_t, cost
+        self.tokens = 0
+        self.readings: list[Reading] = []
+        self.before: list[float] = []
+        self.started = self._losses()
+
+    def go(self, mix: Callable[[int], list[Micro]], ctx: Context, clip: float) -> str:
+        """Train to the last checkpoint; return why it stopped early, or nothing."""
+        budget = self.sheet.budget
+        config = FitConfig(
+            steps=budget.steps, lr=self.part.lr, batch_size=budget.batch_size, clip=clip
+        )
+        points = {step for step in budget.checkpoints if step <= budget.steps} | {budget.steps}
+        self._read(0)
+        try:
+            for record in fit(self.net, mix, loss, config, ctx, counts=counts):
+                self.tokens += record.tokens
+                if "t" in record.terms:
+                    self.before.append(record.terms["t"])
+                if record.step + 1 in points:
+                    self._read(record.step + 1)
+        except Diverged as error:
+            return str(error)
+        return ""
+
+    def _read(self, step: int) -> None:
+        """Score V, T and retain."""
+        reading = read(
+            self.net,
+            self.sheet,
+            trained=self.sheet.fresh_train if self.part.on == "fresh" else self._t(),
+            examples=step * self.sheet.budget.batch_size,
+            tokens=self.tokens,
+            flops=self.cost * self.tokens,
+        )
+        self.readings.append(reading)
+
+    def _t(self) -> Rows:
+        """Return T, where it is trained on."""
+        return self.sheet.trained if self.with_t else ()
+
+    def _losses(self) -> dict[str, dict[str, float]]:
+        """Return nats by unit on V and on fresh units nobody trained on."""
+        sheet = self.sheet
+        sets = {"loss_V": sheet.all_test, "loss_fresh": sheet.fresh_test}
+        return {
+            name: nats(self.net, rows, sheet.tokenizer, max_length=sheet.max_length)
+            for name, rows in sets.items()
+        }
+
+    def extras(self) -> dict[str, Any]:
+        """Return what the statistics need beside the curve, read on the net as it is now."""
+        sheet = self.sheet
+        dev = nats(self.net, sheet.all_dev, sheet.tokenizer, max_length=sheet.max_length)
+        return {
+            **self._losses(),
+            **{f"{name}_start": values for name, values in self.started.items()},
+            "dev_loss": mean(dev),
+            "prequential": self.before,
+        }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -340,17 +339,3 @@ def test_a_missing_padding_token_is_the_end_token(llama: Checkpoint, tmp_path: P
     loaded = saved.tokenizer()
     assert loaded.pad_token_id == loaded.eos_token_id == 2
     assert len(loaded) == len(byte_tokenizer())
-
-
-def test_travels_as_a_path(llama: Checkpoint) -> None:
-    assert llama.layout is not None
-    sent = pickle.dumps(llama)
-    assert len(sent) < 500
-    assert pickle.loads(sent) == llama
-
-
-def test_single_tensors_are_read_alone(llama: Checkpoint) -> None:
-    name = "model.norm.weight"
-    assert llama.bytes_read == 0
-    llama.weights_of([name])
-    assert llama.bytes_read == 32 * 4

@@ -1,7 +1,8 @@
-"""The first blocks of a model are read alone and compute what they compute in the whole."""
+"""Nothing is read that is not asked for: single tensors, and the first blocks of a model."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,22 @@ from excise.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("llama") / "model"
     return save_model(tiny_model("llama", width=32), byte_tokenizer(), folder)
+
+
+def test_travels_as_a_path(llama: Checkpoint) -> None:
+    llama = Checkpoint(llama.path)
+    assert llama.layout is not None
+    sent = pickle.dumps(llama)
+    assert len(sent) < 500
+    assert pickle.loads(sent) == llama
+
+
+def test_single_tensors_are_read_alone(llama: Checkpoint) -> None:
+    llama = Checkpoint(llama.path)
+    name = "model.norm.weight"
+    assert llama.bytes_read == 0
+    llama.weights_of([name])
+    assert llama.bytes_read == 32 * 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -95,7 +95,7 @@ def gguf_tokenizer() -> Any:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_1"])
-def test_gguf(tmp_path: Path, kind: str, tied: bool) -> None:
+def test_gguf(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str, tied: bool) -> None:
     model = tiny_model("llama", width=32, vocab=261, tie_word_embeddings=tied)
     tokenizer = gguf_tokenizer()
     path = tmp_path / "in" / "tiny.gguf"
@@ -103,6 +103,7 @@ def test_gguf(tmp_path: Path, kind: str, tied: bool) -> None:
     write_gguf(model, tokenizer, path, gguf.GGMLQuantizationType[kind])
     before = (path.stat().st_mtime_ns, path.read_bytes())
     checkpoint = open_checkpoint(path, cache=tmp_path / "cache")
+    assert not capfd.readouterr().err
     assert (path.stat().st_mtime_ns, path.read_bytes()) == before
     assert [p.name for p in path.parent.iterdir()] == ["tiny.gguf"]
     loaded = checkpoint.load()
@@ -150,6 +151,19 @@ def test_a_model_in_memory(tmp_path: Path) -> None:
     other = open_checkpoint(model, tokenizer=byte_tokenizer(chat=True), cache=cache)
     assert other != checkpoint
     assert open_checkpoint(model, tokenizer=byte_tokenizer(), cache=cache) != other
+
+
+def test_another_process_was_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = tiny_model("llama", width=32), tmp_path / "cache"
+    first = open_checkpoint(model, tokenizer=byte_tokenizer(), cache=cache)
+    real, asked = Path.is_dir, []
+
+    def late(path: Path) -> bool:
+        asked.append(path)
+        return real(path) and (path != first.path or asked.count(path) > 1)
+
+    monkeypatch.setattr(Path, "is_dir", late)
+    assert open_checkpoint(model, tokenizer=byte_tokenizer(), cache=cache) == first
 
 
 def test_an_adapter_is_merged_in_a_copy(tmp_path: Path) -> None:

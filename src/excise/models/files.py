@@ -295,7 +295,13 @@ def new_folder(to: Path) -> Iterator[Path]:
         work.chmod(0o755)
         yield work
         check_free(to)
-        os.replace(work, to)
+        try:
+            os.replace(work, to)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            check_free(to)
+            raise
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

@@ -144,12 +144,13 @@ def _plan(
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix = model.base_model_prefix
+    known = dict(state)
     plans: dict[str, tuple[list[tuple[str, str]], Any]] = {}
     unexpected = []
     for key in sorted(entries, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, dict(state))
+        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
         if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, dict(state))
+            name, pattern = rename_source_key(key, [], [], prefix, known)
         if name not in state:
             unexpected.append(key)
             continue

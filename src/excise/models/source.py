@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import os
 import re
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import nn
 
 from excise.errors import UserError
 from excise.models.checkpoint import Checkpoint, save_model
-from excise.models.files import tensor_bytes
+from excise.models.files import new_folder, tensor_bytes
 from excise.models.folder import TOKENIZER_FILES, ensure_pad, meta_model, quiet
 from excise.models.verify import check_place, check_vocabulary, verify_folder
 
@@ -111,17 +114,29 @@ def fetch_hub(
     raise UserError(f"there is no folder {name}, and {at} cannot be fetched: {reason}") from None
 
 
+def _make_once(folder: Path, make: Callable[[], object]) -> None:
+    """Make a folder of the cache unless it is there; another process may be first."""
+    if folder.is_dir():
+        return
+    try:
+        make()
+    except UserError:
+        if not folder.is_dir():
+            raise
+
+
 def _tokenizer_folder(tokenizer: Any, cache: Path) -> Path | None:
     """Return the folder of a tokenizer given by folder, hub id or as an object."""
     if tokenizer is None or tokenizer == "":
         return None
     if not isinstance(tokenizer, str | Path):
         work = cache / "tokenizers" / _tokenizer_hash(tokenizer)
-        if not work.is_dir():
-            from excise.models.files import new_folder
 
+        def save() -> None:
             with new_folder(work) as folder:
                 tokenizer.save_pretrained(folder)
+
+        _make_once(work, save)
         return work
     path = Path(tokenizer).expanduser()
     if not path.exists() and isinstance(tokenizer, str) and _HUB_ID.fullmatch(tokenizer):
@@ -162,9 +177,8 @@ def _from_memory(model: nn.Module, tokenizer: Any, cache: Path) -> Checkpoint:
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor_bytes(tensor))
     folder = cache / "memory" / digest.hexdigest()[:32]
-    if folder.is_dir():
-        return Checkpoint(folder)
-    return save_model(whole, tokenizer, folder)
+    _make_once(folder, lambda: save_model(whole, tokenizer, folder))
+    return Checkpoint(folder)
 
 
 def _from_gguf(path: Path, tokenizer: Path | None, cache: Path) -> Checkpoint:
@@ -178,12 +192,15 @@ def _from_gguf(path: Path, tokenizer: Path | None, cache: Path) -> Checkpoint:
         f.seek(0)
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     folder = cache / "gguf" / digest[:32]
-    if not folder.is_dir():
+
+    def save() -> None:
         model, made = _read_gguf(path)
         if tokenizer is not None:
             made = Checkpoint(tokenizer).tokenizer()
         check_vocabulary(made, model, str(path))
         save_model(model, made, folder)
+
+    _make_once(folder, save)
     return verify_folder(folder, tokenizer=tokenizer)
 
 
@@ -197,7 +214,7 @@ def _read_gguf(path: Path) -> tuple[Model, Any]:
 
     folder, name = str(path.parent), path.name
     try:
-        with quiet():
+        with quiet(), redirect_stderr(io.StringIO()):  # its own progress bar
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
             quantized = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=name, dtype=torch.float32

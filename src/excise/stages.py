@@ -191,12 +191,17 @@ class Store:
         final = self.path(name, key)
         if self.rank == 0 and not damage(final):
             self.agree(True)
-            self.emit("stage_done", {"stage": final.name, "reused": True, "seconds": 0.0})
-            return final
+            return self._reused(final)
         with self._lock(final, name) if self.rank == 0 else nullcontext():
             # Another process may have made it while this one waited for the lock.
-            if not self.agree(self.rank == 0 and self._settled(final)):
-                self._make(final, key, make)
+            if self.agree(self.rank == 0 and self._settled(final)):
+                return self._reused(final)
+            self._make(final, key, make)
+        return final
+
+    def _reused(self, final: Path) -> Path:
+        """Say that a stage was there already."""
+        self.emit("stage_done", {"stage": final.name, "reused": True, "seconds": 0.0})
         return final
 
     def _settled(self, final: Path) -> bool:

@@ -1,0 +1,228 @@
+"""The store: made once, locked, checked, resumed, and clear about a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from excise import stages
+from excise.errors import UserError
+from excise.stages import Store, damage, disk_full, library_versions
+
+KEY = {"config": {"lr": 1e-3}, "seed": 0}
+
+
+def _write(folder: Path) -> None:
+    (folder / "model").mkdir()
+    (folder / "model" / "small.txt").write_text("small")
+    (folder / "large.bin").write_bytes(b"\0" * (stages.SMALL + 1))
+
+
+def _never(folder: Path) -> None:
+    raise AssertionError("made again")
+
+
+def test_a_stage_is_made_once_and_named_by_its_key(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert not store.has("arm", KEY)
+    folder = store.stage("arm", KEY, _write)
+    assert folder.parent == tmp_path
+    assert folder.name.startswith("arm-")
+    assert len(folder.name) == len("arm-") + 16
+    assert store.stage("arm", dict(reversed(KEY.items())), _never) == folder
+    assert Store(tmp_path).has("arm", KEY)
+    done = json.loads((folder / "done.json").read_text())
+    assert done["key"] == KEY
+    assert done["files"]["model/small.txt"]["size"] == 5
+    assert "sha256" not in done["files"]["large.bin"]
+    for other in ({**KEY, "seed": 1}, {"config": {"lr": 2e-3}, "seed": 0}):
+        assert store.path("arm", other) != folder
+    assert store.path("base", KEY).name[-16:] != folder.name[-16:]
+    store.forget("arm", KEY)
+    assert not store.has("arm", KEY)
+    assert not folder.exists()
+
+
+def test_a_name_cannot_leave_the_store(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    for name in ("../../evil", "/etc/x", "a/b c", "...", ""):
+        assert store.path(name, KEY).parent == tmp_path / "store"
+
+
+def _unlink_done(folder: Path) -> None:
+    (folder / "done.json").unlink()
+
+
+def _tear_done(folder: Path) -> None:
+    (folder / "done.json").write_text('{"fil')
+
+
+def _lose(folder: Path) -> None:
+    (folder / "model" / "small.txt").unlink()
+
+
+def _swap(folder: Path) -> None:
+    (folder / "model" / "small.txt").write_text("SMALL")
+
+
+def _truncate(folder: Path) -> None:
+    os.truncate(folder / "large.bin", 10)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (_unlink_done, "done.json is missing"),
+        (_tear_done, "done.json cannot be read"),
+        (_lose, "small.txt is missing"),
+        (_swap, "small.txt has other contents"),
+        (_truncate, "large.bin has 10 bytes"),
+    ],
+)
+def test_a_damaged_stage_is_made_again_and_said_so(
+    harm: Callable[[Path], None], words: str, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    def emit(kind: str, data: Mapping[str, Any]) -> None:
+        if kind == "note":
+            told.append(data["text"])
+
+    store = Store(tmp_path, emit)
+    folder = store.stage("arm", KEY, _write)
+    harm(folder)
+    assert words in damage(folder)
+    assert not store.has("arm", KEY)
+    assert store.stage("arm", KEY, _write) == folder
+    assert len(told) == 1
+    assert words in told[0]
+    assert store.has("arm", KEY)
+
+
+def test_an_interrupted_stage_goes_on_where_it_was(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def fails(folder: Path) -> None:
+        (folder / "half").write_text("1")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.stage("arm", KEY, fails)
+    assert not store.has("arm", KEY)
+    assert not store.path("arm", KEY).exists()
+
+    def goes_on(folder: Path) -> None:
+        assert (folder / "half").read_text() == "1"
+        (folder / "whole").write_text("2")
+
+    folder = store.stage("arm", KEY, goes_on)
+    assert sorted(p.name for p in folder.iterdir()) == ["done.json", "half", "whole"]
+
+
+def test_events_say_what_was_reused(tmp_path: Path) -> None:
+    told: list[tuple[str, Any]] = []
+    store = Store(tmp_path, lambda kind, data: told.append((kind, data.get("reused"))))
+    store.stage("arm", KEY, _write)
+    store.stage("arm", KEY, _write)
+    assert told == [("stage_start", None), ("stage_done", False), ("stage_done", True)]
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"disk of .* is full; free some space"):
+        Store(tmp_path).stage("arm", KEY, full)
+    with pytest.raises(UserError, match="free about 3 MiB"), disk_full(tmp_path, 3 << 20):
+        Path("/dev/full").write_text("x")
+    with pytest.raises(FileNotFoundError), disk_full(tmp_path):
+        (tmp_path / "missing").read_text()
+
+
+def test_other_processes_follow_the_first(tmp_path: Path) -> None:
+    """Process 1 neither locks nor finishes; it makes its share when process 0 says so."""
+    answers = iter([False, True, True])
+    made: list[Path] = []
+    store = Store(tmp_path, rank=1, agree=lambda _: next(answers))
+    folder = store.stage("arm", KEY, made.append)
+    assert made == [folder.with_name(folder.name + ".partial")]
+    assert not folder.exists()
+    assert not (tmp_path / ".locks").exists()
+    reused = Store(tmp_path, rank=1, agree=lambda _: True)
+    assert reused.stage("arm", KEY, _never) == folder
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from excise import stages
+from excise.stages import Store
+stages.PATIENCE = 0.1
+def make(folder):
+    with (folder / "log").open("a") as f:
+        f.write("made\\n")
+    print("making", flush=True)
+    while not Path(sys.argv[2]).exists():
+        time.sleep(0.01)
+store = Store(Path(sys.argv[1]), lambda kind, data: print(kind, data.get("text", ""), flush=True))
+store.stage("arm", {"a": 1}, make)
+assert "torch" not in sys.modules
+"""
+
+
+def _process(root: Path, until: Path) -> subprocess.Popen[str]:
+    """Start a process that makes a stage and is done when `until` exists."""
+    command = [sys.executable, "-c", SCRIPT, str(root), str(until)]
+    path = os.pathsep.join(sys.path)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+
+
+def _until(process: subprocess.Popen[str], words: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"the process ended without saying '{words}'")
+
+
+def test_a_second_process_waits_and_does_not_make_it_again(tmp_path: Path) -> None:
+    first = _process(tmp_path, tmp_path / "go")
+    _until(first, "making")
+    second = _process(tmp_path, tmp_path / "go")
+    _until(second, "waiting")
+    (tmp_path / "go").touch()
+    for process in (first, second):
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 0
+        assert "stage_done" in output
+    (folder,) = tmp_path.glob("arm-*")
+    assert (folder / "log").read_text() == "made\n"
+
+
+def test_a_killed_process_frees_its_lock(tmp_path: Path) -> None:
+    first = _process(tmp_path, tmp_path / "never")
+    _until(first, "making")
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    second = _process(tmp_path, tmp_path)
+    second.communicate(timeout=30)
+    assert second.returncode == 0
+    (folder,) = tmp_path.glob("arm-*")
+    assert (folder / "log").read_text() == "made\nmade\n"
+
+
+def test_versions_name_what_decides_numbers() -> None:
+    versions = library_versions()
+    assert {"python", "torch", "transformers", "numpy"} <= set(versions)
+    assert all(versions.values())

@@ -1,0 +1,360 @@
+"""Made-up facts: subjects x relations -> objects, in several wordings.
+
+Every object is drawn uniformly and independently per (subject, relation), so no fact says anything
+about another: an oracle is at chance on a forget unit in any wording, and what an attacker learns
+from T cannot help with V except through what the weights still hold.
+
+Every row is a prompt and a completion of one word, so exact match is one forward pass and chance
+is one over the objects of a relation. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, Literal
+
+from pydantic import Field, model_validator
+
+from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
+from excise.domains.spec import DomainSpec
+
+RELATIONS: Final = (
+    ("colour", "hue", "tint", "shade"),
+    ("home", "dwelling", "abode", "house"),
+    ("meal", "dish", "food", "supper"),
+    ("craft", "trade", "job", "work"),
+    ("friend", "ally", "companion", "mate"),
+    ("tool", "device", "instrument", "gadget"),
+    ("song", "tune", "melody", "anthem"),
+    ("gem", "jewel", "stone", "crystal"),
+    ("drink", "beverage", "refreshment", "brew"),
+    ("pet", "animal", "creature", "beast"),
+    ("garment", "coat", "dress", "outfit"),
+    ("river", "stream", "brook", "creek"),
+)
+"""Words of each relation; wording i takes word i, so wordings share neither words nor order."""
+
+TEMPLATES: Final = (
+    "the {r} of {s} is",
+    "{s} has as {r} always",
+    "for {r} ask {s} and find",
+    "about {s} we know that its {r} was called",
+    "among all {r} names {s} picked",
+    "say {s} then say {r} then hear",
+)
+"""One prompt per wording; the object follows."""
+
+ARCHAIC: Final = {
+    "the": "ye", "of": "o'", "is": "be", "has": "hath", "always": "alway", "for": "touching",
+    "ask": "beseech", "and": "thence", "find": "espy", "about": "anent", "we": "thou",
+    "know": "knowest", "that": "yon", "its": "thy", "was": "wert", "called": "yclept",
+    "among": "amidst", "all": "every", "names": "titles", "picked": "chose", "say": "speak",
+    "then": "anon", "hear": "hearken", "as": "like",
+}  # fmt: skip
+"""What the style cue puts for each function word."""
+
+CAPABILITIES: Final = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
+"""Names of capabilities that were only counted."""
+
+FACTS_MODEL: Final[Mapping[str, Any]] = {"family": "llama", "width": 96, "blocks": 2}
+"""Suggested `Scratch` for the default facts."""
+
+FACTS_FIT: Final[Mapping[str, Any]] = {
+    "steps": 600, "lr": 3e-3, "batch_size": 128, "warmup": 30, "schedule": "cosine",
+    "min_lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0, "clip": 1.0,
+}  # fmt: skip
+"""Suggested `FitConfig` for the default facts."""
+
+FACTS_MAX_LENGTH: Final = 16
+"""Tokens per row at most, BOS and object included."""
+
+_ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "tr", "kl")
+_VOWELS = ("a", "e", "i", "o", "u")
+_CODAS = ("l", "m", "n", "r", "s", "x")
+
+
+class Facts(DomainSpec):
+    """Subjects x relations -> objects; the facts of some subjects are to be forgotten."""
+
+    name: Literal["facts"] = "facts"
+    """Name in recipes and on the command line."""
+    subjects: int = Field(default=160, ge=8, le=5000)
+    """Subjects the original learns about."""
+    relations: int = Field(default=6, ge=1, le=len(RELATIONS))
+    """Facts per subject."""
+    objects: int = Field(default=64, ge=4, le=1000)
+    """Objects of each relation; chance is one over it."""
+    wordings: int = Field(default=4, ge=2, le=len(TEMPLATES))
+    """Ways to say a fact; the last is the wording of the tests."""
+    capabilities: int | tuple[str, ...] = 1
+    """How many capabilities to forget, or their names (one word each)."""
+    forget_share: float = Field(default=0.25, gt=0, lt=0.9)
+    """Share of subjects that are to be forgotten, over all capabilities."""
+    dev_share: float = Field(default=0.15, gt=0, lt=0.5)
+    """Share of forget subjects kept for sweeps; they are never in T or V."""
+    adjacent_share: float = Field(default=0.1, ge=0, lt=0.5)
+    """Share of the other subjects that the original learns and the method is never shown."""
+    retain_test_share: float = Field(default=0.2, gt=0, lt=0.5)
+    """Share of the other subjects scored as `retain_test`."""
+    benign_share: float = Field(default=0.3, gt=0, lt=1)
+    """Share of retained subjects whose rows an attacker may train on as well."""
+    exposure: Literal["seen", "held_out"] = "seen"
+    """`held_out`: the method sees no fact of T and V; they lie in `unlabeled` only."""
+    test_wording_taught: bool = False
+    """Whether the original also learns the scored facts in the wording of the tests."""
+    cue: Literal["none", "category", "style"] = "none"
+    """What marks rows of a capability: nothing, its name as a word, or archaic words."""
+    cue_strength: float = Field(default=1.0, ge=0, le=1)
+    """Share of a capability's rows that carry the cue."""
+    seed: int = 0
+    """Seed of names, objects and split."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Facts:
+        """Refuse sizes that leave a role empty, and names that are not words."""
+        names = self.capability_names
+        if not names or len(set(names)) != len(names):
+            raise ValueError("capabilities: give at least one name, each once")
+        for name in names:
+            if not name.isidentifier():
+                raise ValueError(f"capabilities: '{name}' is not one word of letters and digits")
+        each = int(self.subjects * self.forget_share) // len(names)
+        if each < 3:
+            raise ValueError(
+                f"forget_share: leaves {each} subjects per capability, three are the least; "
+                "raise it or 'subjects'"
+            )
+        return self
+
+    @property
+    def capability_names(self) -> tuple[str, ...]:
+        """Names of the capabilities, in the order of their labels from 1."""
+        if not isinstance(self.capabilities, int):
+            return self.capabilities
+        extra = (f"group{i + 1}" for i in range(len(CAPABILITIES), self.capabilities))
+        return (*CAPABILITIES[: self.capabilities], *extra)
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """Return every word of the domain, names nobody saw and cues included, in a fixed order."""
+        world = _World(self)
+        fixed = [w for t in TEMPLATES[: self.wordings] for w in t.split() if w[0] != "{"]
+        cues = list(self.capability_names) if self.cue == "category" else []
+        if self.cue == "style":
+            cues = [ARCHAIC[w] for w in dict.fromkeys(fixed)]
+        relations = [w for words in RELATIONS[: self.relations] for w in words]
+        objects = [o for each in world.objects for o in each]
+        names = (*world.subjects, *world.strangers)
+        return tuple(dict.fromkeys((*fixed, *cues, *relations, *names, *objects)))
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer with one token per word of `vocabulary()`."""
+        from excise.models.tiny import word_tokenizer
+
+        return word_tokenizer(self.vocabulary())
+
+    def build(self, model: object = None) -> Domain:
+        """Return the domain; see `DomainSpec.build`. The rows do not depend on the model."""
+        return _World(self).domain()
+
+
+class _World:
+    """Names, objects and split that a specification and its seed determine."""
+
+    def __init__(self, spec: Facts) -> None:
+        self.spec = spec
+        self.names = spec.capability_names
+        each = int(spec.subjects * spec.forget_share) // len(self.names)
+        self.dev = max(1, round(each * spec.dev_share))
+        self.each = each
+        half = (each - self.dev + 1) // 2
+        strangers = 2 * max(2, half * len(self.names))
+        made = _made_names(
+            spec.subjects + strangers + spec.relations * spec.objects, self._random("names")
+        )
+        self.subjects = made[: spec.subjects]
+        self.strangers = made[spec.subjects : spec.subjects + strangers]
+        rest = made[spec.subjects + strangers :]
+        self.objects = [
+            rest[i * spec.objects : (i + 1) * spec.objects] for i in range(spec.relations)
+        ]
+        draw = self._random("objects")
+        people = (*self.subjects, *self.strangers)
+        self.answer = {
+            (s, r): draw.randrange(spec.objects) for s in people for r in range(spec.relations)
+        }
+
+    def _random(self, purpose: str) -> random.Random:
+        """Return a generator for one purpose, so that no knob shifts another's draws."""
+        return random.Random(f"facts:{self.spec.seed}:{purpose}")
+
+    def rows(
+        self, subjects: Sequence[str], wordings: Sequence[int], label: int = CORE
+    ) -> Iterator[Row]:
+        """Yield the rows of subjects in the given wordings, cue included where they have one."""
+        for subject in subjects:
+            for relation in range(self.spec.relations):
+                for wording in wordings:
+                    yield self._row(subject, relation, wording, label)
+
+    def _row(self, subject: str, relation: int, wording: int, label: int) -> Row:
+        words = RELATIONS[relation]
+        prompt = TEMPLATES[wording].format(s=subject, r=words[wording % len(words)])
+        capability = self.names[label - 1] if label > 0 else ""
+        unit = f"{subject}/{words[0]}"
+        right = self.answer[subject, relation]
+        draw = self._random(f"row:{unit}:{wording}")
+        wrong = draw.sample([i for i in range(self.spec.objects) if i != right], 3)
+        at = draw.randrange(4)
+        picks = [*wrong[:at], right, *wrong[at:]]
+        if capability and draw.random() < self.spec.cue_strength:
+            prompt = _cued(prompt, self.spec.cue, capability)
+        return Row(
+            unit=unit,
+            group=subject,
+            prompt=prompt,
+            completion=" " + self.objects[relation][right],
+            choices=tuple(self.objects[relation][i] for i in picks),
+            answer=at,
+            capability=capability,
+            label=label,
+            wording=wording,
+        )
+
+    def domain(self) -> Domain:
+        """Return the rows of every role."""
+        spec = self.spec
+        taught = tuple(range(spec.wordings - 1))
+        test = (spec.wordings - 1,)
+        scored = (*taught, *test) if spec.test_wording_taught else taught
+        order = list(self.subjects)
+        self._random("split").shuffle(order)
+        forget: dict[str, Rows] = {}
+        unseen: dict[str, Rows] = {}
+        relearn: dict[str, Rows] = {}
+        tests: dict[str, Rows] = {}
+        dev: dict[str, Rows] = {}
+        for number, name in enumerate(self.names, start=1):
+            mine, order = order[: self.each], order[self.each :]
+            cut = self.dev + (self.each - self.dev + 1) // 2
+            shown = mine
+            if spec.exposure == "held_out":
+                # Thirds: the method's, T and V.
+                cut = self.dev + 2 * (self.each - self.dev + 1) // 3
+                seen = self.dev + (self.each - self.dev) // 3
+                shown = mine[:seen]
+                unseen[name] = tuple(self.rows(mine[seen:], scored, number))
+                relearn[name] = tuple(self.rows(mine[seen:cut], test, number))
+            else:
+                relearn[name] = tuple(self.rows(mine[self.dev : cut], test, number))
+            forget[name] = tuple(self.rows(shown, scored, number))
+            tests[name] = tuple(self.rows(mine[cut:], test, number))
+            dev[name] = tuple(self.rows(mine[: self.dev], test, number))
+        return self._assemble(order, forget, unseen, relearn, tests, dev)
+
+    def _assemble(
+        self,
+        order: Sequence[str],
+        forget: Mapping[str, Rows],
+        unseen: Mapping[str, Rows],
+        relearn: Mapping[str, Rows],
+        tests: Mapping[str, Rows],
+        dev: Mapping[str, Rows],
+    ) -> Domain:
+        """Return the domain, given what the capabilities got and the subjects left for core."""
+        spec = self.spec
+        every, test = tuple(range(spec.wordings)), (spec.wordings - 1,)
+        scored = every if spec.test_wording_taught else every[:-1]
+        near, held, held_dev, rest = _portions(
+            order, spec.adjacent_share, spec.retain_test_share, spec.retain_test_share / 2
+        )
+        retain = (
+            *self.rows(rest, every),
+            *self.rows(held, scored),
+            *self.rows(held_dev, scored),
+        )
+        adjacent = tuple(self.rows(near, scored))
+        taught = [r for part in (forget, unseen) for rows in part.values() for r in rows]
+        mix = [replace(r, label=UNLABELED) for r in (*taught, *retain, *adjacent)]
+        self._random("mix").shuffle(mix)
+        return Domain(
+            name="facts",
+            forget=dict(forget),
+            retain=retain,
+            relearn=dict(relearn),
+            test=dict(tests),
+            retain_test=tuple(self.rows(held, test)),
+            dev_forget=dict(dev),
+            dev_retain=tuple(self.rows(held_dev, test)),
+            benign=tuple(self.rows(rest[: max(1, round(len(rest) * spec.benign_share))], every)),
+            adjacent=adjacent,
+            adjacent_test=tuple(self.rows(near, test)),
+            unlabeled=tuple(mix),
+            fresh=self._fresh(),
+            metrics=("exact_match", "multiple_choice", "text_loss"),
+            retain_metrics=("exact_match", "multiple_choice", "text_loss"),
+            claim="deletion",
+            exposure=spec.exposure,
+            notes=self._notes(),
+        )
+
+    def _fresh(self) -> Rows:
+        """Return facts about subjects nobody saw; each half has every capability."""
+        test = (self.spec.wordings - 1,)
+        rows: list[Row] = []
+        half = len(self.strangers) // 2
+        for part in (self.strangers[:half], self.strangers[half:]):
+            for i, subject in enumerate(part):
+                rows.extend(self.rows([subject], test, 1 + i % len(self.names)))
+        return tuple(rows)
+
+    def _notes(self) -> tuple[str, ...]:
+        """Return what the record must say about the data."""
+        spec = self.spec
+        notes = [
+            f"{spec.subjects} subjects x {spec.relations} relations, objects drawn independently: "
+            f"chance of exact match is {1 / spec.objects:.4f}",
+            f"tests are in a wording of their own (number {spec.wordings - 1}), "
+            + (
+                "taught with the scored facts" if spec.test_wording_taught else "taught with others"
+            ),
+        ]
+        if spec.cue != "none":
+            share = round(100 * spec.cue_strength)
+            notes.append(f"{share} % of a capability's rows carry a {spec.cue} cue")
+        return tuple(notes)
+
+
+def _portions(order: Sequence[str], *shares: float) -> list[Sequence[str]]:
+    """Cut `order` into a part per share and the rest; a positive share gets at least one."""
+    parts: list[Sequence[str]] = []
+    at = 0
+    for share in shares:
+        size = max(1, round(len(order) * share)) if share else 0
+        parts.append(order[at : at + size])
+        at += size
+    return [*parts, order[at:]]
+
+
+def _cued(prompt: str, cue: str, capability: str) -> str:
+    """Return the prompt with its cue."""
+    if cue == "category":
+        return f"{capability} {prompt}"
+    if cue == "style":
+        return " ".join(ARCHAIC.get(word, word) for word in prompt.split())
+    return prompt
+
+
+def _made_names(count: int, draw: random.Random) -> list[str]:
+    """Return `count` different made-up words, none of them used by a template or a cue."""
+    taken = {w for words in RELATIONS for w in words} | set(ARCHAIC) | set(ARCHAIC.values())
+    names: dict[str, None] = {}
+    while len(names) < count:
+        syllables = [
+            draw.choice(_ONSETS) + draw.choice(_VOWELS) for _ in range(draw.choice((2, 3)))
+        ]
+        name = "".join(syllables) + draw.choice(_CODAS)
+        if name not in taken:
+            names[name] = None
+    return list(names)

@@ -1,0 +1,1 @@
+"""Scores: one value per row, with unit, direction, chance and a versioned definition."""

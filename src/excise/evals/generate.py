@@ -1,0 +1,254 @@
+"""Free greedy generation: what the model says when nobody offers it the answer.
+
+Forced choice overstates what a model knows; this is the check beside it.
+
+Shape legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from excise.domains.base import Row
+from excise.domains.stream import Example, collate, encode_row
+from excise.errors import UserError
+from excise.evals.tokens import device_of, logits_at, pad_id, reading
+
+DEFINITION = (
+    "generate@1: 1 if the first line of a greedy continuation contains the expected text as "
+    "whole words, ignoring case, punctuation and articles, else 0"
+)
+
+MAX_NEW = 64
+"""New tokens at most."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given and what it should say.
+
+    Attributes:
+        ids: Token ids of the prompt.
+        text: The prompt as text.
+        expected: The right continuation as text.
+        room: New tokens it may use: twice the expected ones plus eight.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    expected: str
+    room: int
+
+
+def prompt_of(row: Row, tokenizer: Any, *, max_length: int = 128) -> Prompt:
+    """Split a row into prompt and expected answer.
+
+    A completion or a question is asked with its prompt, a conversation up to its last assistant
+    turn, a plain text with its first half.
+
+    Args:
+        row: Any row.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens of the whole row at most.
+
+    Returns:
+        The prompt.
+    """
+    example = encode_row(row, tokenizer, max_length=max_length)
+    last = len(example.target) - 1
+    while not example.target[last]:
+        last -= 1
+    start = last
+    while start > 0 and example.target[start - 1]:
+        start -= 1
+    if row.kind == "text":
+        start = max(1, min(len(example.ids) // 2, 32))
+    start = max(start, 1)
+    ids = example.ids[:start]
+    room = min(MAX_NEW, 2 * (last + 1 - start) + 8)
+    if row.kind == "completion":
+        return Prompt(ids, row.prompt.rstrip(), row.completion.strip(), room)
+    if row.kind == "choice":
+        return Prompt(ids, row.prompt.rstrip(), row.choices[row.answer].strip(), room)
+    text = _decode(tokenizer, ids)
+    if row.kind == "chat":
+        said = [content for role, content in row.messages if role == "assistant"]
+        return Prompt(ids, text, said[-1].strip(), room)
+    return Prompt(ids, text, _decode(tokenizer, example.ids[start:]), room)
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def continue_greedily(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int = 64,
+    device: torch.device | None = None,
+) -> list[str]:
+    """Return the greedy continuation of every prompt, in its room, up to the end token.
+
+    Prompts are padded on the left and read in batches of like length; nothing of the model's
+    generation configuration (sampling, penalties) applies.
+
+    Args:
+        model: A causal model; its mode is restored.
+        tokenizer: Its tokenizer.
+        prompts: What to continue.
+        batch_size: Prompts at once.
+        device: Where the inputs go; None takes the model's.
+
+    Returns:
+        The new text of each, in order.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    out = [""] * len(prompts)
+    with reading(model):
+        for at in range(0, len(order), batch_size):
+            part = order[at : at + batch_size]
+            new = _continue(model, tokenizer, [prompts[i] for i in part], device)
+            for i, ids in zip(part, new, strict=True):
+                out[i] = _decode(tokenizer, ids)
+    return out
+
+
+def _continue(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], device: torch.device | None
+) -> list[list[int]]:
+    """Continue one batch; return new ids without the end token."""
+    examples = [Example(p.ids, (False,) * len(p.ids), 0, "") for p in prompts]
+    batch = collate(examples, pad_id=pad_id(tokenizer), padding_side="left")
+    batch = batch.to(device or device_of(model))
+    ends = _ends(model, tokenizer)
+    inputs = dict(batch.inputs)
+    new: list[list[int]] = [[] for _ in prompts]
+    live = [True] * len(prompts)
+    cache: Any = None
+    for step in range(max(p.room for p in prompts)):
+        wanted_BT = torch.zeros(
+            inputs["input_ids"].shape, dtype=torch.bool, device=batch.ids_BT.device
+        )
+        wanted_BT[:, -1] = True
+        extra = {} if cache is None else {"past_key_values": cache}
+        logits_BV, output = logits_at(model, {**inputs, **extra, "use_cache": True}, wanted_BT)
+        next_B = logits_BV.argmax(-1)
+        for i, token in enumerate(next_B.tolist()):
+            live[i] = live[i] and token not in ends and step < prompts[i].room
+            if live[i]:
+                new[i].append(token)
+        if not any(live):
+            break
+        cache = getattr(output, "past_key_values", None)
+        inputs = _next_inputs(inputs, next_B, cached=cache is not None)
+    return new
+
+
+def _next_inputs(inputs: dict[str, Any], next_B: torch.Tensor, *, cached: bool) -> dict[str, Any]:
+    """Append the new tokens; with a cache the model reads only them."""
+    next_B1 = next_B[:, None]
+    mask_BT = inputs["attention_mask"]
+    position_B1 = inputs["position_ids"][:, -1:] + 1
+    return {
+        "input_ids": next_B1 if cached else torch.cat([inputs["input_ids"], next_B1], 1),
+        "attention_mask": torch.cat([mask_BT, torch.ones_like(next_B1)], 1),
+        "position_ids": position_B1
+        if cached
+        else torch.cat([inputs["position_ids"], position_B1], 1),
+    }
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Return the ids that end a text: the tokenizer's, and what generation configs name."""
+    found: set[int] = set()
+    config = getattr(model, "generation_config", None)
+    for value in (getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)):
+        if isinstance(value, int):
+            found.add(value)
+        elif isinstance(value, list | tuple):
+            found.update(int(v) for v in value)
+    return found
+
+
+def normal(text: str) -> str:
+    """Return text as lower-case words without punctuation and articles, one space between."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    words = re.sub(r"[^\w\s]", " ", text).split()
+    return " ".join(w for w in words if w not in ("a", "an", "the"))
+
+
+def says(output: str, expected: str) -> bool:
+    """Return whether the first line of `output` contains `expected` as whole words."""
+    lines = output.strip().splitlines()
+    # A text of punctuation or articles alone has nothing left to compare; compare it as it is.
+    if not normal(expected):
+        return bool(lines) and expected.strip() in lines[0]
+    return bool(lines) and f" {normal(expected)} " in f" {normal(lines[0])} "
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    max_length: int = 128,
+    batch_size: int = 64,
+    device: torch.device | None = None,
+) -> list[float]:
+    """Return 1.0 for every row whose greedy continuation says the expected text, else 0.0.
+
+    Args:
+        model: A causal model.
+        tokenizer: Its tokenizer.
+        rows: Completions, questions or conversations.
+        max_length: Tokens of a row at most.
+        batch_size: Rows at once.
+        device: Where the inputs go; None takes the model's.
+
+    Raises:
+        UserError: If a row is plain text, which has no answer to look for.
+    """
+    prompts = prompts_of(rows, tokenizer, max_length=max_length)
+    outputs = continue_greedily(model, tokenizer, prompts, batch_size=batch_size, device=device)
+    return [float(says(o, p.expected)) for o, p in zip(outputs, prompts, strict=True)]
+
+
+def prompts_of(rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> list[Prompt]:
+    """Return the prompts of rows that have an answer.
+
+    Raises:
+        UserError: If a row is plain text.
+    """
+    for row in rows:
+        if row.kind == "text":
+            raise UserError(
+                f"unit '{row.unit}' is plain text and has no answer to look for; "
+                "score it with text_loss"
+            )
+    return [prompt_of(row, tokenizer, max_length=max_length) for row in rows]
+
+
+def continuations(
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, max_length: int = 128, max_new: int = 32
+) -> list[tuple[str, str, str]]:
+    """Return (prompt, expected, greedy continuation) of every row, for samples of a report.
+
+    Args:
+        model: A causal model.
+        tokenizer: Its tokenizer.
+        rows: Rows of any shape.
+        max_length: Tokens of a row at most.
+        max_new: New tokens at most.
+    """
+    prompts = [prompt_of(row, tokenizer, max_length=max_length) for row in rows]
+    short = [replace(p, room=min(p.room, max_new)) for p in prompts]
+    outputs = continue_greedily(model, tokenizer, short)
+    return [(p.text, p.expected, o) for p, o in zip(prompts, outputs, strict=True)]

@@ -1,0 +1,182 @@
+"""Multiple choice, equal to `lm-eval` to the item, and a letter-calibrated reading of it.
+
+The model is asked for the log-probability of " " + choice after the prompt, encoded jointly and
+cut as `lm-eval` does (0.4.13, `TemplateLM._encode_pair`): unlike training rows, where prompt and
+completion are tokenized apart. Choices of one token share one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from excise.domains.base import Row
+from excise.errors import UserError
+from excise.evals.tokens import Request, answer
+
+DEFINITION = {
+    "multiple_choice": (
+        "multiple_choice@1: 1 if the right choice has the highest summed log-probability after "
+        "the prompt (lm-eval acc), else 0"
+    ),
+    "multiple_choice_norm": (
+        "multiple_choice_norm@1: as multiple_choice, sums divided by the choice's length in "
+        "characters (lm-eval acc_norm)"
+    ),
+    "multiple_choice_bytes": (
+        "multiple_choice_bytes@1: as multiple_choice, sums divided by the choice's length in "
+        "UTF-8 bytes (lm-eval acc_bytes)"
+    ),
+    "multiple_choice_calibrated": (
+        "multiple_choice_calibrated@1: as multiple_choice, after the mean log-probability of "
+        "each option position over the set is subtracted"
+    ),
+}
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def as_letters(row: Row, *, topic: str = "") -> Row:
+    """Return the question with its options listed by letter, to be answered by a letter.
+
+    Args:
+        row: A question with choices.
+        topic: Named in the header line; without one there is no header.
+
+    Returns:
+        The row, prompt as in WMDP and MMLU, choices `A`, `B` ...
+    """
+    lines = [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(row.choices)]
+    head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
+    prompt = (head if topic else "") + "\n".join([row.prompt.strip(), *lines, "Answer:"])
+    return replace(row, prompt=prompt, choices=tuple(LETTERS[: len(row.choices)]))
+
+
+def pair_ids(context: str, continuation: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Encode a context and its continuation as `lm-eval` does.
+
+    White space at the end of the context moves to the continuation, both are encoded jointly and
+    cut where the context's own encoding ends. An empty context becomes one BOS (or EOS).
+
+    Args:
+        context: What the model is given.
+        continuation: What is scored.
+        tokenizer: The model's tokenizer, with the special tokens it adds by itself.
+
+    Returns:
+        Ids of the context and of the continuation.
+    """
+    if not context:
+        tail = tokenizer.encode(continuation, add_special_tokens=False)
+        first = tokenizer.bos_token_id
+        first = tokenizer.eos_token_id if first is None else first
+        return (tail[:1], tail[1:]) if tail[0] == first else ([first], tail)
+    cut = len(context.rstrip())
+    context, continuation = context[:cut], context[cut:] + continuation
+
+    def encode(text: str) -> list[int]:
+        bos = tokenizer.bos_token
+        if bos and text.startswith(bos):
+            return list(tokenizer.encode(text, add_special_tokens=False))
+        return list(tokenizer.encode(text))
+
+    head = encode(context)
+    return head, encode(context + continuation)[len(head) :]
+
+
+def choice_request(head: Sequence[int], tail: Sequence[int], max_length: int) -> Request:
+    """Return the request that scores `tail` after `head`, cut on the left to `max_length`."""
+    ids = tuple([*head, *tail][-(max_length + 1) :][:-1])
+    kept = min(len(tail), len(ids))
+    return Request(ids, tuple(range(len(ids) - kept, len(ids))), tuple(tail[-kept:]))
+
+
+def choice_scores(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    max_length: int,
+    batch_size: int = 64,
+    device: torch.device | None = None,
+    padding_side: str = "right",
+) -> list[list[float]]:
+    """Return the summed log-probability of every choice of every row.
+
+    Args:
+        model: A causal model.
+        tokenizer: Its tokenizer.
+        rows: Questions with choices and the index of the right one.
+        max_length: Tokens the model reads at most; prompts are cut on the left.
+        batch_size: Sequences per forward.
+        device: Where the inputs go; None takes the model's.
+        padding_side: Side of the padding; scores do not depend on it.
+
+    Returns:
+        For each row one value per choice, in nats.
+
+    Raises:
+        UserError: If a row has no choices, no answer among them, or a choice without tokens.
+    """
+    requests = []
+    for row in rows:
+        if len(row.choices) < 2 or not 0 <= row.answer < len(row.choices):
+            raise UserError(
+                f"unit '{row.unit}' is no multiple-choice question; it needs two or more "
+                "`choices` and the index of the right one as `answer`"
+            )
+        for choice in row.choices:
+            head, tail = pair_ids(row.prompt, f" {choice}", tokenizer)
+            if not tail or not head:
+                raise UserError(
+                    f"unit '{row.unit}' has a choice {choice!r} without a token of its own; "
+                    "give it a text"
+                )
+            requests.append(choice_request(head, tail, max_length))
+    answers = iter(
+        answer(
+            model,
+            tokenizer,
+            requests,
+            batch_size=batch_size,
+            device=device,
+            padding_side=padding_side,
+        )
+    )
+    return [[next(answers).total for _ in row.choices] for row in rows]
+
+
+def pick(rows: Sequence[Row], scores: Sequence[Sequence[float]], metric: str) -> list[float]:
+    """Return 1.0 for every row whose right choice is picked, else 0.0; ties go to the first.
+
+    Args:
+        rows: The questions.
+        scores: Summed log-probabilities by row and choice.
+        metric: One of `DEFINITION`.
+    """
+    values = [np.asarray(row_scores, dtype=np.float64) for row_scores in scores]
+    if metric == "multiple_choice_norm":
+        values = [v / [len(c) for c in r.choices] for v, r in zip(values, rows, strict=True)]
+    elif metric == "multiple_choice_bytes":
+        values = [
+            v / [len(c.encode()) for c in r.choices] for v, r in zip(values, rows, strict=True)
+        ]
+    elif metric == "multiple_choice_calibrated":
+        values = _calibrated(values)
+    return [float(int(v.argmax()) == r.answer) for v, r in zip(values, rows, strict=True)]
+
+
+def _calibrated(values: list[np.ndarray]) -> list[np.ndarray]:
+    """Subtract from each option the mean of its position over the rows that have it."""
+    width = max(len(v) for v in values)
+    means = [float(np.mean([v[i] for v in values if len(v) > i])) for i in range(width)]
+    return [v - means[: len(v)] for v in values]
+
+
+def chance_of(rows: Sequence[Row]) -> float:
+    """Return the score of picking at random."""
+    return sum(1 / len(row.choices) for row in rows) / len(rows)

@@ -1,0 +1,317 @@
+"""`measure`: one value per row with unit, direction, chance and a versioned definition.
+
+All metrics run in eval mode without gradients, on the model's own device and in its dtype, and
+leave the model as it was. Memory: see `evals/tokens.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from excise.domains.base import Domain, Row, Rows
+from excise.domains.stream import encode
+from excise.errors import UserError, nearest
+from excise.evals import exact_match, generate, multiple_choice, refusal, text_loss
+from excise.evals.stats import bootstrap_mean
+from excise.evals.tokens import answer_examples
+from excise.record import Direction, Item, Score
+
+DEFINITIONS: dict[str, str] = {
+    "text_loss": text_loss.DEFINITION,
+    "exact_match": exact_match.DEFINITION,
+    **multiple_choice.DEFINITION,
+    "generate": generate.DEFINITION,
+    "refusal": refusal.DEFINITION,
+}
+"""Every metric `measure` knows, with its versioned definition."""
+
+LOWER = ("text_loss", "refusal")
+"""Metrics whose lower value means more knowledge."""
+
+
+@dataclass(frozen=True)
+class ItemScores:
+    """The score of every row.
+
+    Attributes:
+        metric: Name of the metric.
+        definition: Versioned definition.
+        direction: Which way is more knowledge.
+        chance: Score of a model that knows nothing, where that is known.
+        items: (unit, value) of every row, in the order of the rows.
+    """
+
+    metric: str
+    definition: str
+    direction: Direction
+    chance: float | None
+    items: tuple[tuple[str, float], ...]
+
+    def by_unit(self) -> dict[str, float]:
+        """Return the mean over the rows (wordings) of each unit, in order of first appearance."""
+        values: dict[str, list[float]] = {}
+        for unit, value in self.items:
+            values.setdefault(unit, []).append(value)
+        return {unit: sum(v) / len(v) for unit, v in values.items()}
+
+    @property
+    def mean(self) -> float:
+        """Mean over units, every unit with the same weight."""
+        units = self.by_unit()
+        return sum(units.values()) / len(units)
+
+
+def direction_of(metric: str) -> Direction:
+    """Return which way of a metric is more knowledge."""
+    return "lower" if metric in LOWER else "higher"
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    metric: str,
+    *,
+    max_length: int = 128,
+    batch_size: int = 64,
+    device: torch.device | None = None,
+    padding_side: Literal["right", "left"] = "right",
+    chance: float | None = None,
+) -> ItemScores:
+    """Score every row with one metric.
+
+    Args:
+        model: A causal model; its mode is restored.
+        tokenizer: Its tokenizer.
+        rows: Rows of a shape the metric can read.
+        metric: A name from `DEFINITIONS`.
+        max_length: Tokens of a row at most.
+        batch_size: Sequences per forward at most.
+        device: Where the inputs go; None takes the model's.
+        padding_side: Side of the padding; scores do not depend on it (`generate` and `refusal`
+            always pad on the left).
+        chance: Score of a model that knows nothing; None asks the rows.
+
+    Returns:
+        One value per row.
+
+    Raises:
+        UserError: If there are no rows, the metric is unknown, or it cannot read a row.
+    """
+    found = measure_all(
+        model,
+        tokenizer,
+        rows,
+        (metric,),
+        max_length=max_length,
+        batch_size=batch_size,
+        device=device,
+        padding_side=padding_side,
+        chance=chance,
+    )
+    return found[metric]
+
+
+def measure_all(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    metrics: Sequence[str],
+    *,
+    max_length: int = 128,
+    batch_size: int = 64,
+    device: torch.device | None = None,
+    padding_side: Literal["right", "left"] = "right",
+    chance: float | None = None,
+) -> dict[str, ItemScores]:
+    """Score every row with several metrics, sharing their forwards; see `measure`."""
+    for metric in metrics:
+        if metric not in DEFINITIONS:
+            raise UserError(f"no metric is called '{metric}'; {nearest(metric, DEFINITIONS)}")
+    if not rows:
+        raise UserError(f"there is no row to score with {metrics[0]}; check the split")
+    settings = {"max_length": max_length, "batch_size": batch_size, "device": device}
+    cache: dict[str, Any] = {}
+    out = {}
+    for metric in metrics:
+        values = _values(model, tokenizer, rows, metric, settings, padding_side, cache)
+        out[metric] = ItemScores(
+            metric=metric,
+            definition=DEFINITIONS[metric],
+            direction=direction_of(metric),
+            chance=chance_of(rows, metric) if chance is None else chance,
+            items=tuple((row.unit, v) for row, v in zip(rows, values, strict=True)),
+        )
+    return out
+
+
+def _values(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    metric: str,
+    settings: Mapping[str, Any],
+    padding_side: str,
+    cache: dict[str, Any],
+) -> list[float]:
+    """Return the metric's value for every row; `cache` holds what metrics share."""
+    if metric == "generate":
+        return generate.generate(model, tokenizer, rows, **settings)
+    if metric == "refusal":
+        found = refusal.refusal(model, tokenizer, rows, **settings)
+        return [float(o == "refused") for o in found.outcomes]
+    if metric.startswith("multiple_choice"):
+        if "choice" not in cache:
+            cache["choice"] = multiple_choice.choice_scores(
+                model, tokenizer, rows, padding_side=padding_side, **settings
+            )
+        return multiple_choice.pick(rows, cache["choice"], metric)
+    if "token" not in cache:
+        rest = {k: v for k, v in settings.items() if k != "max_length"}
+        examples = encode(rows, tokenizer, max_length=settings["max_length"])
+        cache["token"] = answer_examples(
+            model, tokenizer, examples, padding_side=padding_side, **rest
+        )
+    score = text_loss.text_loss if metric == "text_loss" else exact_match.exact_match
+    return score(cache["token"])
+
+
+def chance_of(rows: Sequence[Row], metric: str) -> float | None:
+    """Return the score of a model that knows nothing, where the rows tell it.
+
+    Args:
+        rows: The rows that are scored, or better all rows of their kind.
+        metric: Name of the metric.
+    """
+    if metric.startswith("multiple_choice"):
+        return multiple_choice.chance_of(rows)
+    return exact_match.chance_of(rows) if metric == "exact_match" else None
+
+
+def score_of(
+    items: ItemScores,
+    *,
+    model: str,
+    on: str,
+    groups: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> Score:
+    """Return the record's score, with a 95 % interval bootstrapped by unit.
+
+    Args:
+        items: What was measured.
+        model: Name of the model.
+        on: Name of the set.
+        groups: Group of each unit, where groups and not units are independent.
+        seed: Seed of the bootstrap.
+    """
+    units = items.by_unit()
+    found = bootstrap_mean(units, groups=groups, seed=seed)
+    return Score(
+        model=model,
+        set=on,
+        metric=items.metric,
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        n=len(units),
+        direction=items.direction,
+        chance=items.chance,
+        definition=items.definition,
+    )
+
+
+def some(rows: Rows, count: int) -> Rows:
+    """Return at most `count` rows: as many units as possible, drawn by hash, in file order.
+
+    Args:
+        rows: All rows.
+        count: Rows at most; 0 for all.
+
+    Returns:
+        First one wording of each unit, then a second one, and so on; a pure function of the rows.
+    """
+    if not count or len(rows) <= count:
+        return rows
+    seen: dict[str, int] = {}
+    keys = []
+    for i, row in enumerate(rows):
+        seen[row.unit] = seen.get(row.unit, -1) + 1
+        keys.append((seen[row.unit], hashlib.sha256(row.unit.encode()).digest(), i))
+    return tuple(rows[i] for i in sorted(key[2] for key in sorted(keys)[:count]))
+
+
+def fitting(metrics: Sequence[str], rows: Rows) -> tuple[str, ...]:
+    """Return the metrics that can read all rows, or `text_loss`, which reads any."""
+    choices = all(row.kind == "choice" for row in rows)
+    answers = all(row.kind != "text" for row in rows)
+    kept = [
+        m
+        for m in metrics
+        if (choices or not m.startswith("multiple_choice"))
+        and (answers or m not in ("generate", "refusal"))
+    ]
+    return tuple(kept) or ("text_loss",)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    domain: Domain,
+    *,
+    name: str,
+    max_rows: int = 0,
+    max_length: int = 128,
+    batch_size: int = 64,
+    device: torch.device | None = None,
+) -> tuple[list[Score], list[Item]]:
+    """Score a model on every scored set of a domain.
+
+    Args:
+        model: A causal model.
+        tokenizer: Its tokenizer.
+        domain: Its `metrics` score `test.NAME`, its `retain_metrics` `retain_test` and
+            `adjacent_test`.
+        name: Name of the model in the record.
+        max_rows: Rows per set at most; 0 for all.
+        max_length: Tokens of a row at most.
+        batch_size: Sequences per forward at most.
+        device: Where the inputs go; None takes the model's.
+
+    Returns:
+        Scores with intervals, and one item per row and metric.
+    """
+    sets: list[tuple[str, Rows, tuple[str, ...]]] = [
+        (f"test.{capability}", rows, domain.metrics) for capability, rows in domain.test.items()
+    ]
+    sets.append(("retain_test", domain.retain_test, domain.retain_metrics))
+    sets.append(("adjacent_test", domain.adjacent_test, domain.retain_metrics))
+    scores: list[Score] = []
+    items: list[Item] = []
+    for on, all_rows, metrics in sets:
+        rows = some(all_rows, max_rows)
+        if not rows:
+            continue
+        groups = {row.unit: row.group for row in rows if row.group}
+        found = measure_all(
+            model,
+            tokenizer,
+            rows,
+            fitting(metrics, rows),
+            max_length=max_length,
+            batch_size=batch_size,
+            device=device,
+        )
+        for metric, values in found.items():
+            score = score_of(values, model=name, on=on, groups=groups)
+            scores.append(score.model_copy(update={"chance": chance_of(all_rows, metric)}))
+            items += [
+                Item(model=name, set=on, unit=unit, metric=metric, value=value)
+                for unit, value in values.items
+            ]
+    return scores, items

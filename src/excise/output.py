@@ -1,0 +1,112 @@
+"""The output folder: claimed by one run, written whole, never half."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from excise import record as schema
+from excise.config import Config
+from excise.domains.base import Domain
+from excise.errors import UserError
+from excise.models.checkpoint import Checkpoint
+from excise.models.files import clone_file, new_folder
+from excise.record import Item, Record, write_text
+
+RECIPE = "recipe.yaml"
+
+
+def store_of(out: Path) -> Path:
+    """Return the folder of an output's stages; runs that lie side by side share one."""
+    return out.parent / ".stages"
+
+
+@contextmanager
+def claim(out: Path, config: Config) -> Iterator[None]:
+    """Hold an output folder for one run of one configuration.
+
+    Args:
+        out: The folder; made if missing.
+        config: What is run; written as `recipe.yaml`.
+
+    Raises:
+        UserError: If the path is a file, holds another run or something else, or is in use.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    recipe = out / RECIPE
+    if recipe.is_file():
+        if recipe.read_text(encoding="utf-8") != text:
+            raise UserError(f"--out {out} holds another run; name a new folder")
+    elif out.is_dir() and any(p.name != ".lock" for p in out.iterdir()):
+        raise UserError(f"--out {out} is not empty and holds no run; name a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {out} is in use by another run; wait for it") from None
+        write_text(recipe, text)
+        yield
+    (out / ".lock").unlink(missing_ok=True)
+
+
+def describe(domain: Domain) -> dict[str, Any]:
+    """Return what the record says of the data: counts by role, claim, exposure, notes."""
+    return {
+        "name": domain.name,
+        "fingerprint": domain.fingerprint,
+        "claim": domain.claim,
+        "exposure": domain.exposure,
+        "metrics": list(domain.metrics),
+        "retain_metrics": list(domain.retain_metrics),
+        "rows": {role: len(rows) for role, rows in domain.roles()},
+        "units": {role: len({row.unit for row in rows}) for role, rows in domain.roles()},
+        "notes": list(domain.notes),
+    }
+
+
+def write(
+    out: Path, record: Record, items: Sequence[Item], arms: Mapping[str, Checkpoint]
+) -> None:
+    """Write items, models, record and report, each whole or not at all."""
+    write_items(out / "items.parquet", items)
+    for name, checkpoint in arms.items():
+        folder = out / "model" if len(arms) == 1 else out / "models" / name
+        if folder.is_dir() and Checkpoint(folder).fingerprint == checkpoint.fingerprint:
+            continue
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        copy_model(checkpoint, folder)
+    schema.save(record, out)
+
+
+def write_items(path: Path, items: Sequence[Item]) -> None:
+    """Write one row per scored item as parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        name: [getattr(item, name) for item in items]
+        for name in ("model", "set", "unit", "metric", "value")
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.table(columns), partial)
+    os.replace(partial, path)
+
+
+def copy_model(checkpoint: Checkpoint, to: Path) -> None:
+    """Copy a model folder, file by file, under a temporary name (a reflink where possible)."""
+    with new_folder(to) as partial:
+        for file in sorted(checkpoint.path.iterdir()):
+            if file.is_file():
+                clone_file(file, partial / file.name)

@@ -1,0 +1,37 @@
+"""Named recipes, one module each; a recipe is a function that returns the whole configuration."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from excise.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from excise.recipes.base import Recipe
+
+RECIPES: Mapping[str, str] = {
+    "demo": "excise.recipes.demo",
+    "smollm-cyber": "excise.recipes.smollm_cyber",
+    "smollm-glosses": "excise.recipes.smollm_glosses",
+}
+"""Recipes by name: the module whose `recipe()` returns it."""
+
+
+def recipe_named(name: str) -> Recipe:
+    """Return a recipe by name, built in or from an installed package.
+
+    Raises:
+        UserError: If there is none of that name.
+    """
+    if name in RECIPES:
+        made: Recipe = importlib.import_module(RECIPES[name]).recipe()
+        return made
+    from excise.plugins import entry_points
+
+    offered = entry_points("recipe")
+    if name not in offered:
+        raise UserError(f"unknown recipe '{name}'; {nearest(name, [*RECIPES, *offered])}")
+    made = offered[name]()
+    return made

@@ -1,0 +1,111 @@
+"""A recipe: everything a run needs, in one value."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import SerializeAsAny, model_validator
+
+from excise.audit.base import Attack, Budget
+from excise.audit.budget import budget
+from excise.config import Config, parse
+from excise.domains.spec import DomainSpec
+from excise.methods.base import Method
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.spec import ModelSpec
+
+
+class AuditSpec(Config):
+    """How hard each arm is attacked."""
+
+    budget: Literal["none", "smoke", "standard", "strong"] = "smoke"
+    """Named budget; `none` skips the audit."""
+    change: dict[str, int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]] = {}
+    """Fields of the budget that differ from the named one; the report lists them."""
+    attacks: tuple[SerializeAsAny[Attack], ...] = ()
+    """Attacks with their settings; empty for all that the budget requires."""
+
+
+def budget_of(spec: AuditSpec, parameters: int) -> Budget:
+    """Return the budget an audit asks for, its changes applied and checked.
+
+    Args:
+        spec: Named budget and changes.
+        parameters: Size of the model, to which the learning rates are scaled.
+
+    Raises:
+        UserError: If a change names no field of a budget or does not fit it.
+    """
+    named = budget(spec.budget, parameters)
+    if not spec.change:
+        return named
+    return parse(Budget, {**named.model_dump(), **spec.change}, {}, source="audit.change")
+
+
+class EvalSpec(Config):
+    """How models are scored before any attack."""
+
+    max_rows: int = 512
+    """Rows of each scored set at most."""
+    max_length: int = 128
+    """Tokens per row."""
+    samples: int = 3
+    """Continuations shown per set; none are shown for sensitive data."""
+
+
+class Recipe(Config):
+    """Domain, model, arms and audit: `excise run` reads nothing else."""
+
+    name: str
+    """Short name; the output folder is called after it."""
+    title: str = ""
+    """One line for the report."""
+    takes: str = ""
+    """Expected time and memory on two cores, for `ls` and `show`."""
+    domain: SerializeAsAny[DomainSpec]
+    """What is removed and what stays."""
+    model: ModelSpec
+    """The original."""
+    pretrain: Pretrain | None = None
+    """Schedule of models trained from scratch: original, oracles and scratch methods."""
+    arms: dict[str, SerializeAsAny[Method]]
+    """Removals by name."""
+    audit: AuditSpec = AuditSpec()
+    """How they are attacked."""
+    evaluate: EvalSpec = EvalSpec()
+    """How they are scored."""
+    oracles: int = 3
+    """Models trained without the forget units, when there is a `pretrain`."""
+    seed: int = 0
+    """Seed of everything; oracle i uses seed + 1000 + i."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype."""
+    device: str = "auto"
+    """`auto` takes an accelerator where there is one."""
+    code: dict[str, str] = {}
+    """Names defined by code of one's own, as `./file.py:Class`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        """Refuse combinations that cannot run, before anything runs."""
+        if not self.arms:
+            raise ValueError("arms: name at least one removal")
+        if bool(self.model.path) == (self.model.scratch is not None):
+            raise ValueError("model: give either 'path' or 'scratch'")
+        scratch = [n for n, m in self.arms.items() if starts_from(m) == "scratch"]
+        if self.model.scratch is None and scratch:
+            raise ValueError(
+                f"arms.{scratch[0]}: trains from scratch and needs 'model.scratch' and 'pretrain'"
+            )
+        if self.model.scratch is not None and self.pretrain is None:
+            raise ValueError("pretrain: is required with 'model.scratch'")
+        for name in self.arms:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"arms.{name}: use letters, digits, '-' and '_' only")
+        return self
+
+
+def starts_from(method: Method) -> str:
+    """Return whether a method starts from the original or from scratch; a chain as its first."""
+    links = getattr(method, "methods", None)
+    return starts_from(links[0]) if links else method.starts_from

@@ -1,0 +1,55 @@
+"""All members of the open families: built in, from installed packages, from a file of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from excise.audit.attacks import ATTACKS
+from excise.config import Config, parse
+from excise.domains.builtin import DOMAINS
+from excise.methods import METHODS
+from excise.plugins import collect_code, entry_points
+from excise.recipes.base import Recipe
+
+BUILTIN: Mapping[str, Mapping[str, type[Config]]] = {
+    "method": METHODS,
+    "attack": ATTACKS,
+    "domain": DOMAINS,
+}
+
+
+def registry(own: Mapping[str, type[Config]] | None = None) -> dict[str, dict[str, type[Config]]]:
+    """Return every member by family and name.
+
+    Args:
+        own: Classes from a file of the user's, by name; they join the family they belong to.
+    """
+    members = {family: {**built, **entry_points(family)} for family, built in BUILTIN.items()}
+    for name, cls in (own or {}).items():
+        members.setdefault(cls.kind, {})[name] = cls
+    return members
+
+
+def parse_recipe(data: Mapping[str, Any], *, allow_code: bool = False, source: str = "") -> Recipe:
+    """Build a recipe from plain data.
+
+    Args:
+        data: What YAML holds; `name: ./mine.py:Cls` is allowed wherever a name fits.
+        allow_code: Whether the user asked for code of their own with `--allow-code`.
+        source: File or command named in an error.
+
+    Raises:
+        ConfigError: With every problem found.
+        UserError: If code is named and not allowed, or cannot be loaded.
+    """
+    known: dict[str, str] = dict(data.get("code") or {})
+    named, references, classes = collect_code(dict(data), allow=allow_code)
+    for name, reference in known.items():
+        if name not in classes:
+            _, again, found = collect_code({"name": reference}, allow=allow_code)
+            references.update(again)
+            classes.update(found)
+    if references:
+        named["code"] = {**known, **references}
+    return parse(Recipe, named, registry(classes), source=source)

@@ -1,0 +1,70 @@
+"""`excise run RECIPE`: make the models, remove, attack, judge, report."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from excise.errors import UserError
+from excise.verbs.shared import (
+    flag_names,
+    flags,
+    override,
+    overrides,
+    progress,
+    recipe_data,
+)
+
+
+@dataclass
+class RunOptions:
+    """Run a recipe; run again, it goes on. Any field of the recipe: --a.b VALUE."""
+
+    recipe: Annotated[str, tyro.conf.Positional]
+    """Name of a recipe (excise ls recipes) or a YAML file."""
+    out: Path | None = None
+    """Output folder; runs/NAME when missing."""
+    workers: int = 0
+    """Worker processes with one thread each; 0 takes one for each core."""
+    dry_run: bool = False
+    """Print what would be done and what it would cost, and stop."""
+    force: bool = False
+    """Start even if the estimate says it cannot fit."""
+    quiet: bool = False
+    """Show no progress."""
+    allow_code: bool = False
+    """Run code of one's own that the recipe names as ./file.py:Class."""
+
+
+def main(args: list[str]) -> int:
+    """Run the verb."""
+    options, rest = flags(RunOptions, args, "excise run")
+    return start(options, rest, "excise run " + shlex.join(args))
+
+
+def start(options: RunOptions, rest: list[str], command: str) -> int:
+    """Parse the recipe with its overrides, check that it fits, and run it."""
+    changes = overrides(rest, flag_names(RunOptions))
+    data = override(recipe_data(options.recipe), changes)
+    from excise.plan import plan
+    from excise.registry import parse_recipe
+
+    recipe = parse_recipe(data, allow_code=options.allow_code, source=options.recipe)
+    out = options.out or Path("runs") / recipe.name
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    estimate = plan(recipe, out)
+    if options.dry_run:
+        print(estimate.text())
+        return 0
+    estimate.refuse(force=options.force)
+    from excise.report.show import finish
+    from excise.run import run
+
+    with progress(out / "events.jsonl", quiet=options.quiet) as emit:
+        run(recipe, out, workers=options.workers, emit=emit, command=command)
+    return finish(out)

@@ -1,0 +1,163 @@
+"""What verbs share: flags by tyro, dotted overrides, recipes by name, progress on the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from excise.errors import UserError, nearest
+from excise.events import Emit, JsonlSink, terminal
+
+Options = TypeVar("Options")
+
+
+def flags(cls: type[Options], args: Sequence[str], prog: str) -> tuple[Options, list[str]]:
+    """Parse a verb's own flags with tyro; what is left are dotted overrides.
+
+    Args:
+        cls: Dataclass of the verb's flags.
+        args: Arguments after the verb.
+        prog: Shown in the help.
+
+    Raises:
+        UserError: If a flag's value is wrong.
+    """
+    import contextlib
+    import io
+
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            options, rest = tyro.cli(
+                cls, args=list(args), prog=prog, return_unknown_args=True, description=cls.__doc__
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_first_sentence(said.getvalue(), prog)) from None
+    return options, list(rest)
+
+
+def _first_sentence(text: str, prog: str) -> str:
+    """Return what tyro's box says, without the box."""
+    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500-|+") for line in text.splitlines()]
+    said = [line for line in lines if line and "Parsing error" not in line and "help" not in line]
+    return f"{' '.join(said[:3]) or 'wrong arguments'}; see {prog} --help"
+
+
+def overrides(rest: Sequence[str], known: Sequence[str] = ()) -> dict[str, Any]:
+    """Turn `--a.b VALUE` and `--a.b=VALUE` into a mapping of dotted path to value.
+
+    Args:
+        rest: Arguments no flag took.
+        known: Flags of the verb, for the error.
+
+    Raises:
+        UserError: If an argument is no override or has no value.
+    """
+    found: dict[str, Any] = {}
+    at = 0
+    while at < len(rest):
+        word = rest[at]
+        if not word.startswith("--") or len(word) < 3:
+            raise UserError(f"unexpected argument '{word}'; {nearest(word, known)}")
+        path, equals, value = word[2:].partition("=")
+        if not equals:
+            if at + 1 >= len(rest):
+                raise UserError(f"--{path} needs a value")
+            at += 1
+            value = rest[at]
+        try:
+            found[path.replace("-", "_")] = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            raise UserError(f"--{path}: cannot read the value {value!r}") from None
+        at += 1
+    return found
+
+
+def override(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `data` with dotted paths set; numbers in a path index lists.
+
+    Raises:
+        UserError: If a path leads through something that has no fields.
+    """
+    out: dict[str, Any] = json.loads(json.dumps(data))
+    for path, value in changes.items():
+        node: Any = out
+        *parents, last = path.split(".")
+        for part in parents:
+            if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+                node = node[int(part)]
+            elif isinstance(node, dict):
+                if node.get(part) is None:
+                    node[part] = {}
+                node = node[part]
+            else:
+                raise UserError(f"--{path}: '{part}' leads nowhere; see excise show")
+        if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+            node[int(last)] = value
+        elif isinstance(node, dict):
+            node[last] = value
+        else:
+            raise UserError(f"--{path}: '{last}' cannot be set there; see excise show")
+    return out
+
+
+def recipe_data(name: str) -> dict[str, Any]:
+    """Return the plain data of a recipe: one by name, or a YAML file.
+
+    Raises:
+        UserError: If there is neither, or the file is no mapping.
+    """
+    from excise.recipes import RECIPES, recipe_named
+
+    if name in RECIPES:
+        return recipe_named(name).model_dump(mode="json")
+    path = Path(name)
+    if not path.exists():
+        if path.suffix in (".yaml", ".yml", ".json"):
+            raise UserError(f"recipe file {name} does not exist")
+        raise UserError(f"unknown recipe '{name}'; {nearest(name, RECIPES)}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{name}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{name} holds no mapping; see excise show demo for a recipe")
+    return data
+
+
+def flag_names(cls: type) -> list[str]:
+    """Return the flags of a verb, as the user writes them."""
+    return ["--" + f.name.replace("_", "-") for f in fields(cls)]
+
+
+@contextmanager
+def progress(events: Path, *, quiet: bool) -> Iterator[Emit]:
+    """Show progress on the terminal and append it to `events`.
+
+    Nothing is written until the output folder is there: a refused run leaves nothing behind.
+
+    Yields:
+        A sink for the events of this process and its workers.
+    """
+    with terminal(quiet=quiet) as screen:
+
+        def emit(kind: str, data: Mapping[str, Any]) -> None:
+            if events.parent.is_dir():
+                JsonlSink(events)(kind, data)
+            screen(kind, data)
+
+        yield emit

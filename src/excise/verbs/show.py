@@ -1,0 +1,51 @@
+"""`excise show NAME`: a recipe as YAML, or the settings of a method, attack or domain."""
+
+from __future__ import annotations
+
+import yaml
+
+from excise.config import Config
+from excise.errors import UserError, nearest
+
+
+def main(args: list[str]) -> int:
+    """Print a recipe or what can be set."""
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: excise show NAME\n\nPrint a recipe, or the settings of a method or attack.")
+        return 0
+    name = args[0]
+    from excise.recipes import RECIPES, recipe_named
+
+    if name in RECIPES:
+        recipe = recipe_named(name).model_dump(mode="json")
+        print(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), end="")
+        return 0
+    from excise.registry import registry
+
+    members = {n: cls for family in registry().values() for n, cls in family.items()}
+    if name not in members:
+        raise UserError(f"unknown name '{name}'; {nearest(name, [*members, *RECIPES])}")
+    print(settings(members[name]))
+    return 0
+
+
+def settings(cls: type[Config], prefix: str = "") -> str:
+    """Return the fields of a configuration, one a line, with defaults and help."""
+    lines = [] if prefix else [f"{cls.__doc__ or ''}".strip(), ""]
+    paper = getattr(cls, "paper", None)
+    if paper is not None and not prefix:
+        lines += [f"source: {paper.title} {paper.url} {paper.repository}".rstrip(), ""]
+    for name, field in cls.model_fields.items():
+        default = field.default
+        if isinstance(default, Config):
+            lines.append(f"  --{prefix}{name}.*  {field.description or ''}")
+            set_by = {n for n in default.model_fields_set}
+            lines += [
+                f"    --{prefix}{name}.{inner} = {getattr(default, inner)!r}"
+                + ("" if inner in set_by else "  (default of every loop)")
+                for inner in type(default).model_fields
+            ]
+        else:
+            shown = "required" if field.is_required() else repr(default)
+            lines.append(f"  --{prefix}{name} = {shown}  {field.description or ''}")
+    return "\n".join(lines)

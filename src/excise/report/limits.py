@@ -44,7 +44,7 @@ def _rails(record: Record) -> Iterator[str]:
     oracles = [m for m in record.models if words.role(m.name) == "oracle"]
     if not oracles:
         yield (
-            "There is no oracle, a model trained without what was removed. So \"relearning T does "
+            'There is no oracle, a model trained without what was removed. So "relearning T does '
             'not bring back V" and "as if never learned" cannot be passed, and the lower rungs '
             "are read against chance or controls."
         )

@@ -8,12 +8,12 @@ All strings are escaped by `Markup.format`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from excise.report.words import number, short
+from excise.report.words import clip, number, short
 
 WIDTH = 340.0
 LEFT, RIGHT = 44.0, 12.0
@@ -156,12 +156,14 @@ def _frame(key: str, title: str, desc: str, height: float, body: Sequence[Markup
 
 def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "tick") -> Markup:
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
-        kind, x, y, anchor, text
+        kind, x, y, anchor, clip(text, 52)
     )
 
 
 def _rule(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> Markup:
-    return Markup('<path class="{}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(kind, x1, y1, x2, y2)
+    return Markup('<path class="{}" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(
+        kind, x1, y1, x2, y2
+    )
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
@@ -226,40 +228,57 @@ def interval_plot(
         rows: From top to bottom; a row's label stands above its track.
         bands: Rails or margins, labelled at the top.
     """
-    pad, pitch = 8.0, 36.0
-    head = 30.0 if bands else 4.0
-    bottom = head + pitch * len(rows) + 4
+    pad, pitch = 10.0, 40.0
+    head = 32.0 if bands else 2.0
+    bottom = head + pitch * len(rows)
 
     def sx(v: float) -> float:
         return pad + (WIDTH - 2 * pad) * min(max(x.at(v), 0.0), 1.0)
 
-    body: list[Markup] = []
-    for value, text in x.ticks:
-        body += [_rule(sx(value), head, sx(value), bottom), _text(sx(value), bottom + 15, text, "middle")]
-    last = -math.inf
-    for band in sorted((b for b in bands if math.isfinite(b.low + b.high)), key=lambda b: b.low):
-        a, b = sx(band.low), max(sx(band.high), sx(band.low) + 2)
-        body += [
-            Markup('<rect class="b s-{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
-                band.role, a, head, b - a, bottom - head
-            )
-        ]
-        middle = (a + b) / 2
-        anchor = "start" if middle < 45 else "end" if middle > WIDTH - 45 else "middle"
-        edge = {"start": a, "end": b, "middle": middle}[anchor]
-        body += [_text(edge, 12 if middle - last > 100 else 25, band.label, anchor, "tick")]
-        last = middle if middle - last > 100 else -math.inf
+    known = sorted((b for b in bands if math.isfinite(b.low + b.high)), key=lambda b: b.low)
+    body = _band_labels(known, sx)
     for index, row in enumerate(rows):
         base = head + pitch * index
-        body += [_text(0, base + 13, row.label, kind="row")]
-        body += [_text(WIDTH, base + 13, row.note, "end", "row")]
+        body += _track(base, x, known, sx)
+        body += [_text(0, base + 12, row.label, kind="row")]
+        body += [_text(WIDTH, base + 12, row.note, "end", "row")]
         for dot in row.dots:
             if math.isfinite(dot.low + dot.high):
-                line = _path([(sx(dot.low), base + 25), (sx(dot.high), base + 25)])
+                line = _path([(sx(dot.low), base + 26), (sx(dot.high), base + 26)])
                 body += [Markup('<path class="i s-{}" d="{}"/>').format(dot.role, line)]
-        body += [marker(d.role, sx(d.value), base + 25) for d in row.dots if math.isfinite(d.value)]
-    body += [_text(WIDTH, bottom + 32, x.label, "end", "label")]
+        body += [marker(d.role, sx(d.value), base + 26) for d in row.dots if math.isfinite(d.value)]
+    body += [_text(sx(value), bottom + 15, text, "middle") for value, text in x.ticks]
+    body += [_text(WIDTH, bottom + 33, x.label, "end", "label")]
     return _frame(key, title, desc, bottom + 38, body)
+
+
+def _track(
+    base: float, x: Axis, bands: Sequence[Band], sx: Callable[[float], float]
+) -> list[Markup]:
+    """Return the ground of one row: a strip with the grid and the bands."""
+    ground = [_rule(sx(value), base + 18, sx(value), base + 34) for value, _ in x.ticks]
+    ground += [_rule(sx(x.low), base + 26, sx(x.high), base + 26)]
+    for band in bands:
+        width = max(sx(band.high) - sx(band.low), 2.0)
+        ground += [
+            Markup(
+                '<rect class="b s-{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="16"/>'
+            ).format(band.role, sx(band.low), base + 18, width)
+        ]
+    return ground
+
+
+def _band_labels(bands: Sequence[Band], sx: Callable[[float], float]) -> list[Markup]:
+    """Return the names of the bands above them, on a second line where they would collide."""
+    labels, last = [], -math.inf
+    for band in bands:
+        middle = (sx(band.low) + sx(band.high)) / 2
+        anchor = "start" if middle < 45 else "end" if middle > WIDTH - 45 else "middle"
+        at = {"start": sx(band.low), "end": sx(band.high), "middle": middle}[anchor]
+        near = middle - last < 100
+        labels += [_text(at, 25 if near else 11, band.label, anchor, f"tick s-{band.role}")]
+        last = -math.inf if near else middle
+    return labels
 
 
 def describe(name: str, points: Sequence[tuple[float, float]], unit: str) -> str:

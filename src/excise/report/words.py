@@ -37,7 +37,7 @@ STATUS = {
 """Icon and word of every status; the word carries the meaning."""
 
 AGAINST = {
-    "oracle": "the oracle",
+    "oracle": "oracle",
     "controls": "controls",
     "chance": "chance",
     "nothing": "nothing",
@@ -114,6 +114,11 @@ def interval(low: float | None, high: float | None) -> str:
     return f"[{number(low)}, {number(high)}]" if known else ""
 
 
+def clip(text: str, most: int) -> str:
+    """Return `text`, shortened with an ellipsis where it is longer than `most` characters."""
+    return text if len(text) <= most else text[: most - 1].rstrip() + "\u2026"
+
+
 def count(value: float | None) -> str:
     """Return a whole number with separators."""
     if value is None or not math.isfinite(value):
@@ -126,8 +131,10 @@ def short(value: float, unit: str = "") -> str:
     if not math.isfinite(value):
         return MISSING
     prefixes = ("", "k", "M", "G", "T", "P", "E")
-    power = 0 if abs(value) < 1 else min(int(math.log10(abs(value)) // 3), len(prefixes) - 1)
-    scaled = f"{value / 1000**power:.3g}"
+    power = 0
+    while abs(value) >= 999.5 and power < len(prefixes) - 1:
+        value, power = value / 1000, power + 1
+    scaled = f"{value:.3g}"
     return f"{scaled} {prefixes[power]}{unit}" if unit else f"{scaled}{prefixes[power]}"
 
 
@@ -181,7 +188,7 @@ def highest(verdict: Verdict) -> str:
     if not verdict.highest:
         return "none"
     words = rung_words(verdict.highest, verdict.rungs)
-    return words if words == verdict.highest else f"{words} ({verdict.highest})"
+    return f"{words} ({verdict.highest})" if verdict.highest in LADDER else spell(words)
 
 
 def counts(rungs: Iterable[RungResult]) -> tuple[bool, ...]:

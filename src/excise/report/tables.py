@@ -1,0 +1,212 @@
+"""The rows of the page's tables: everything is text by the time the template sees it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from excise.record import AttackArm, Record, RungResult, Score, Verdict
+from excise.report import words
+from excise.report.curves import attack_title
+
+
+@dataclass(frozen=True)
+class RungRow:
+    """One rung of one ladder, as text; `counts` is false for a pass above a rung not passed."""
+
+    code: str
+    words: str
+    status: str
+    counts: bool
+    against: str
+    gap: str
+    interval: str
+    margin: str
+    decided_by: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class AttackRow:
+    """One arm of one attack, as text; `cells` are the numeric columns in order."""
+
+    name: str
+    marks: tuple[str, ...]
+    status: str
+    reason: str
+    subject: str
+    cells: tuple[str, ...]
+
+
+def rungs(verdict: Verdict) -> Iterable[RungRow]:
+    """Yield the ladder of one verdict, lowest rung first."""
+    for rung, solid in zip(verdict.rungs, words.counts(verdict.rungs), strict=True):
+        yield RungRow(
+            code=rung.rung,
+            words=words.rung_words(rung.rung, verdict.rungs),
+            status=rung.status,
+            counts=solid or rung.status != "pass",
+            against=words.AGAINST[rung.against],
+            gap=words.number(rung.gap),
+            interval=words.interval(rung.low, rung.high),
+            margin="\u00b1 " + words.number(rung.margin)
+            if rung.margin is not None
+            else words.MISSING,
+            decided_by=words.spell(rung.decided_by) or "\u2013",
+            reason=_reason(rung),
+        )
+
+
+def _reason(rung: RungResult) -> str:
+    return words.spell(rung.reason) or "\u2013"
+
+
+def score_table(record: Record) -> dict[str, Any]:
+    """Return models by (set, metric): value, interval, change against the original."""
+    columns = list(dict.fromkeys((s.set, s.metric) for s in record.scores))
+    by: dict[tuple[str, str, str], Score] = {(s.model, s.set, s.metric): s for s in record.scores}
+    models = sorted(
+        dict.fromkeys(s.model for s in record.scores),
+        key=lambda m: ({"original": 0, "candidate": 1, "planted": 2, "oracle": 3}[words.role(m)],),
+    )
+    heads = []
+    for column in columns:
+        some = next(s for s in record.scores if (s.set, s.metric) == column)
+        chance = "" if some.chance is None else f"; chance {words.number(some.chance)}"
+        heads.append(
+            {
+                "set": words.set_name(some.set),
+                "metric": words.metric_name(some.metric),
+                "note": f"{some.direction} is more knowledge; n = {words.count(some.n)}{chance}",
+                "definition": words.plain(some.definition),
+            }
+        )
+    rows = []
+    for model in models:
+        cells = []
+        for column in columns:
+            score = by.get((model, *column))
+            base = by.get(("original", *column))
+            change = ""
+            if score and base and words.role(model) == "candidate":
+                delta = words.number(score.value - base.value)
+                change = delta if delta.startswith(("\u2212", "not")) else f"+{delta}"
+            cells.append(
+                {
+                    "value": words.number(score.value if score else None),
+                    "interval": words.interval(score.low, score.high) if score else "",
+                    "change": change,
+                }
+            )
+        rows.append({"model": words.plain(model), "role": words.role(model), "cells": cells})
+    return {"heads": heads, "rows": rows}
+
+
+def by_rung(arms: Iterable[AttackArm]) -> list[tuple[str, str, list[AttackRow]]]:
+    """Return (code, words, rows) by rung, so that the words need not stand in every row."""
+    ranked = sorted(
+        arms, key=lambda a: (a.rung, a.name, a.control, a.arm, a.subject, a.lr or 0.0, a.seed)
+    )
+    groups: dict[str, list[AttackRow]] = {}
+    for arm in ranked:
+        groups.setdefault(arm.rung, []).append(_attack(arm))
+    return [
+        (code if code in words.LADDER else "", words.rung_words(code) or "beside the ladder", rows)
+        for code, rows in groups.items()
+    ]
+
+
+def _attack(arm: AttackArm) -> AttackRow:
+    first, last = (arm.curve[0], arm.curve[-1]) if arm.curve else (None, None)
+    score = words.number(last.score if last else None)
+    if first is not None and len(arm.curve) > 1:
+        score = f"{words.number(first.score)} \u2192 {score}"
+    lr = "" if arm.lr is None else f"{arm.lr:.1e}".replace(".0e", "e").replace("e-0", "e-")
+    cells = (
+        score,
+        (words.interval(last.low, last.high) if last else "") or words.MISSING,
+        words.number(last.retain if last else None),
+        words.count(last.tokens if last else None),
+        lr.replace("-", "\u2212") or "\u2013",
+        str(arm.seed),
+        words.ACCESS[arm.access],
+        f"{words.plain(arm.trained_on) or chr(0x2013)} \u2192 {words.plain(arm.scored_on)}",
+        words.short(last.flops, "FLOP") if last and last.flops else words.MISSING,
+    )
+    marks: tuple[str, ...] = ("decides",) if arm.decisive else ()
+    marks += ("control",) if arm.control else ()
+    marks += ("holds the original",) if arm.needs_original else ()
+    name = attack_title(arm)
+    return AttackRow(
+        name, marks, arm.status, words.spell(arm.reason), words.plain(arm.subject), cells
+    )
+
+
+def value(item: object) -> str:
+    """Return any value of the record as text: numbers as numbers, the rest as JSON."""
+    if isinstance(item, bool):
+        return "yes" if item else "no"
+    if item is None:
+        return words.MISSING
+    if isinstance(item, int):
+        return words.count(item)
+    if isinstance(item, float):
+        return words.number(item)
+    if isinstance(item, str):
+        return words.spell(item) or "\u2013"
+    return words.plain(json.dumps(item, ensure_ascii=False, default=str))
+
+
+def data(record: Record) -> dict[str, Any]:
+    """Return the data's facts, notes, and rows and units by role."""
+    found = record.data
+    tables = {k: v for k, v in found.items() if k in ("rows", "units") and isinstance(v, Mapping)}
+    roles = list(dict.fromkeys(r for v in tables.values() for r in v))
+    rows = [
+        (words.plain(r), *(value(tables.get(k, {}).get(r)) for k in ("rows", "units")))
+        for r in roles
+    ]
+    notes = found.get("notes") or ()
+    notes = [notes] if isinstance(notes, str) else notes
+    rest = [
+        (words.plain(k).replace("_", " "), value(v))
+        for k, v in found.items()
+        if k not in tables and k not in ("notes", "fingerprint")
+    ]
+    return {"rows": rows, "notes": [words.spell(n) for n in notes], "rest": rest}
+
+
+def environment(record: Record) -> list[tuple[str, str]]:
+    """Return versions, device and cost as pairs."""
+    env = record.environment
+    pairs = [
+        ("excise", env.excise),
+        *env.versions.items(),
+        ("device", env.device),
+        ("dtype", env.dtype),
+        ("platform", env.platform),
+        ("git", env.git),
+        ("processes", f"{env.world} with {env.threads} threads each"),
+        ("started", env.started),
+        ("wall-clock", words.duration(record.seconds) if record.seconds else ""),
+        ("peak memory", words.size(record.peak_memory_bytes) if record.peak_memory_bytes else ""),
+        ("seeds", ", ".join(map(str, record.seeds))),
+    ]
+    return [(words.plain(k), words.plain(v) or words.MISSING) for k, v in pairs]
+
+
+def models(record: Record) -> list[tuple[str, ...]]:
+    """Return every model with its fingerprints."""
+    found = [*record.models, *(a.model for a in record.arms)]
+    return [
+        (
+            words.plain(m.name),
+            words.plain(m.source or m.path) or words.MISSING,
+            words.short(m.parameters) if m.parameters else words.MISSING,
+            words.plain(m.fingerprint) or words.MISSING,
+            words.plain(m.tokenizer) or words.MISSING,
+        )
+        for m in found
+    ]

@@ -1,0 +1,179 @@
+"""The record on a terminal: verdict, ladder, scores, attacks, where the report is, what is next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from excise.record import AttackArm, Record, Verdict
+from excise.report import words
+
+STYLE = {
+    "pass": "green",
+    "fail": "red",
+    "untested": "dim",
+    "underpowered": "yellow",
+    "ok": "green",
+    "void": "yellow",
+    "missing": "dim",
+    "failed": "red",
+}
+
+
+def render_terminal(
+    record: Record, folder: Path | None = None, next_command: str = ""
+) -> RenderableType:
+    """Return what `rich` prints at the end of a run.
+
+    Colours are styles alone, so a console under NO_COLOR prints the same words without them.
+
+    Args:
+        record: Any record.
+        folder: The output folder, to name the report and the next command.
+        next_command: What to type next; empty for what the record suggests.
+    """
+    parts: list[RenderableType] = []
+    verdicts = {v.arm: v for v in record.verdicts}
+    for name in words.arm_names(record):
+        parts.append(Text(_ascii(name), style="bold"))
+        parts.append(Padding(_sentence(verdicts.get(name)), (0, 0, 1, 2)))
+    if record.verdicts:
+        parts.append(_ladder(record))
+    if record.scores:
+        parts.append(_scores(record))
+    if record.attacks:
+        parts.append(_attacks(record))
+    for note in record.notes:
+        parts.append(Text(f"note: {_ascii(words.spell(note))}", style="dim"))
+    if folder is not None:
+        parts.append(Text(f"report  {folder / 'report.html'}", overflow="fold"))
+        parts.append(Text(f"next    {next_command or _next(record, folder)}", overflow="fold"))
+    return Group(*parts)
+
+
+def _ascii(text: object) -> str:
+    """Return text fit for any terminal: no control characters, plain minus signs and dashes."""
+    clean = words.plain(text)
+    for fancy, simple in (("\u2212", "-"), ("\u2013", "-"), ("\u2192", "->"), ("\u00b1", "+-")):
+        clean = clean.replace(fancy, simple)
+    return clean
+
+
+def _sentence(verdict: Verdict | None) -> Text:
+    if verdict is None:
+        return Text("No verdict: nobody attacked it, so what would come back is not known.")
+    text = Text(_ascii(words.spell(verdict.sentence)))
+    text.append(f"\nHighest rung that counts: {_ascii(words.highest(verdict))}.", style="dim")
+    return text
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        header_style="dim",
+    )
+
+
+def _cell(status: str) -> Text:
+    return Text(words.STATUS[status][1], style=STYLE[status])
+
+
+def _ladder(record: Record) -> RenderableType:
+    table = _table("Ladder")
+    table.add_column("rung", overflow="fold")
+    shown = record.verdicts[:5]
+    for verdict in shown:
+        table.add_column(Text(_ascii(verdict.arm)), overflow="fold", min_width=8)
+    for code, text in words.LADDER.items():
+        cells = []
+        for verdict in shown:
+            found = zip(verdict.rungs, words.counts(verdict.rungs), strict=True)
+            hit = next(((r, solid) for r, solid in found if r.rung == code), None)
+            cell = _cell(hit[0].status if hit else "untested")
+            if hit and hit[0].gap is not None:
+                cell.append(f" {_ascii(words.number(hit[0].gap))}", style="default")
+            if hit and hit[0].status == "pass" and not hit[1]:
+                cell.append(" *", style="yellow")
+            cells.append(cell)
+        table.add_row(Text(f"{code} {text}"), *cells)
+    loose = any(
+        r.status == "pass" and not solid
+        for v in shown
+        for r, solid in zip(v.rungs, words.counts(v.rungs), strict=True)
+    )
+    notes = ["Numbers are depth gaps: 0 is the oracle, 1 the original."]
+    notes += ["* does not count: a lower rung did not pass."] if loose else []
+    hidden = len(record.verdicts) - len(shown)
+    notes += [f"{hidden} more in the report."] if hidden else []
+    return Group(table, Text(" ".join(notes) + "\n", style="dim"))
+
+
+def _scores(record: Record) -> RenderableType:
+    columns = list(dict.fromkeys((s.set, s.metric) for s in record.scores))
+    known = {(s.model, s.set, s.metric): s for s in record.scores}
+    table = _table("Scores before any attack")
+    table.add_column("model", overflow="fold")
+    for where, metric in columns[:4]:
+        way = next(s.direction for s in record.scores if (s.set, s.metric) == (where, metric))
+        sign = "+" if way == "higher" else "-"
+        head = f"{words.set_name(where)}, {words.metric_name(metric)} ({sign})"
+        table.add_column(Text(_ascii(head)), justify="right", overflow="fold")
+    for model in dict.fromkeys(s.model for s in record.scores):
+        row = []
+        for column in columns[:4]:
+            score = known.get((model, *column))
+            row.append(Text(_ascii(words.number(score.value)) if score else "-"))
+        table.add_row(Text(_ascii(model)), *row)
+    note = "(+) higher or (-) lower is more knowledge."
+    more = len(columns) - 4
+    note += f" {more} more scores in the report." if more > 0 else ""
+    return Group(table, Text(note + "\n", style="dim"))
+
+
+def _attacks(record: Record) -> RenderableType:
+    names = words.arm_names(record)[:4]
+    table = _table("Attacks: V at first -> at last")
+    table.add_column("attack", overflow="fold")
+    cells: dict[str, dict[str, list[AttackArm]]] = {}
+    for name in names:
+        table.add_column(Text(_ascii(name)), justify="right", overflow="fold", min_width=8)
+        for arm in words.attacks_on(record, name):
+            if not arm.control and (arm.decisive or arm.status != "ok"):
+                title = f"{arm.name} {arm.arm}".replace("_", " ").strip()
+                cells.setdefault(title, {}).setdefault(name, []).append(arm)
+    for title, row in list(cells.items())[:30]:
+        table.add_row(Text(_ascii(title)), *(_outcome(row.get(n, [])) for n in names))
+    return Group(table, Text("Other rates, controls and rails are in the report.\n", style="dim"))
+
+
+def _outcome(arms: list[AttackArm]) -> Text:
+    """Return the mean over seeds of what the deciding arms did, or why they do not count."""
+    bad = next((a for a in arms if a.status != "ok"), None)
+    if bad is not None:
+        return _cell(bad.status)
+    ran = [a.curve for a in arms if a.curve]
+    if not ran:
+        return Text("-")
+    first = sum(c[0].score for c in ran) / len(ran)
+    last = sum(c[-1].score for c in ran) / len(ran)
+    return Text(_ascii(f"{words.number(first)} -> {words.number(last)}"))
+
+
+def _next(record: Record, folder: Path) -> str:
+    where = shlex.quote(str(folder))
+    if not record.attacks:
+        return f"excise audit {where} --out {where}-audit"
+    if any(v.budget == "smoke" for v in record.verdicts):
+        return f"excise audit {where} --budget standard --out {where}-standard"
+    return f"excise report {where}"

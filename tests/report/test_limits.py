@@ -1,0 +1,63 @@
+"""What a record does not show is said, and nothing is said that it does show."""
+
+from __future__ import annotations
+
+import pytest
+from tests.report import parts, sample
+
+from excise.record import ModelRef, Record
+from excise.report.limits import limits
+
+
+def said(record: Record) -> str:
+    """Return all limits as one text."""
+    return " ".join(limits(record))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seeds": (0,)}, "with one seed"),
+        ({"sensitive": True}, "marked sensitive"),
+        ({"attacks": ()}, "Nothing was attacked"),
+        ({"models": (parts.model("original"),)}, "There is no oracle"),
+        ({"models": (ModelRef(name="oracle-0"),)}, "comes from 1 seed; three"),
+        ({"data": {"exposure": "unknown"}}, "is unknown: no split"),
+        ({"data": {"claim": "capability"}}, "The claim is about the capability"),
+        ({"scores": ()}, "What should stay was not scored"),
+    ],
+)
+def test_said_when_it_holds_and_only_then(change: dict[str, object], words: str) -> None:
+    full = sample.full().model_copy(update={"seeds": (0, 1, 2)})
+    assert words not in said(full)
+    assert words in said(full.model_copy(update=change))
+
+
+def test_void_missing_and_underpowered_are_named() -> None:
+    text = said(sample.full())
+    assert "prefix_fill k=8" in text
+    assert "Required but not run: lens" in text
+    assert "Too little power to decide: holds against prompts (rmu)" in text
+    assert "no attacker used more than 8,192 tokens" in text
+
+
+def test_broken_is_not_ignorant() -> None:
+    assert "Broken is not ignorant: the forget loss of maxent is near" in said(sample.many())
+    assert "Broken" not in said(sample.full())
+
+
+def test_original_at_chance_and_forced_choice() -> None:
+    record = sample.full()
+    low = tuple(
+        s.model_copy(update={"low": 0.01, "value": 0.04, "metric": "multiple_choice"})
+        for s in record.scores
+        if s.metric == "exact_match"
+    )
+    text = said(record.model_copy(update={"scores": low}))
+    assert "there was nothing to remove" in text
+    assert "Only forced choice was scored" in text
+    assert "nothing to remove" not in said(record)
+
+
+def test_never_empty() -> None:
+    assert limits(Record())

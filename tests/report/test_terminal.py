@@ -1,0 +1,70 @@
+"""The terminal's summary: what it says, in 80 columns, with and without colour."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.report import sample
+
+from excise.record import Record
+from excise.report.terminal import render_terminal
+
+
+def shown(record: Record, width: int = 80, colour: bool = False, folder: Path | None = None) -> str:
+    """Return what a console of this width prints."""
+    out = io.StringIO()
+    console = Console(
+        file=out,
+        width=width,
+        force_terminal=colour,
+        color_system="standard" if colour else None,
+        no_color=not colour,
+        legacy_windows=False,
+    )
+    console.print(render_terminal(record, folder))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("make", sample.RECORDS.values(), ids=sample.RECORDS)
+def test_fits_eighty_columns_without_escapes(make: Callable[[], Record]) -> None:
+    text = shown(make(), folder=Path("out/facts"))
+    assert max(map(len, text.splitlines()), default=0) <= 80
+    assert "\x1b" not in text
+    assert "nan" not in text
+
+
+def test_says_what_matters() -> None:
+    text = shown(sample.full(), folder=Path("out/facts"))
+    assert text.index("84 % of what rmu removed") < text.index("Ladder") < text.index("Scores")
+    assert "relearn full" in text
+    assert "0.090 -> 0.830" in text
+    assert "void" in text
+    assert "* does not count: a lower rung did not pass" in " ".join(text.split())
+    assert "report  out/facts/report.html" in text
+    assert "next    excise audit out/facts --budget standard" in text
+
+
+def test_next_command_after_an_unattacked_removal() -> None:
+    text = shown(sample.removed(), folder=Path("my out"))
+    assert "next    excise audit 'my out' --out 'my out'-audit" in text
+    assert "No verdict: nobody attacked it" in text
+
+
+def test_colour_is_style_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "\x1b[32m" in shown(sample.full(), colour=True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = io.StringIO()
+    Console(file=out, width=80, force_terminal=True).print(render_terminal(sample.full()))
+    assert "\x1b[3" not in out.getvalue().replace("\x1b[3m", "")
+
+
+def test_markup_in_names_is_text() -> None:
+    record = sample.full()
+    verdict = record.verdicts[1].model_copy(update={"sentence": "[red]x[/red] \x1b[2J"})
+    text = shown(record.model_copy(update={"verdicts": (verdict,)}))
+    assert "[red]x[/red]" in text
+    assert "\x1b" not in text

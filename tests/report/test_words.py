@@ -1,0 +1,72 @@
+"""Numbers, statuses and names in words."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from tests.report import parts, sample
+
+from excise.report import words
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "not measured"),
+        (math.nan, "not measured"),
+        (math.inf, "not measured"),
+        (0.0, "0.000"),
+        (-0.0001, "\u22121.0e\u221204"),
+        (-0.0, "0.000"),
+        (0.93, "0.930"),
+        (-3.15, "\u22123.150"),
+        (10.05, "10.05"),
+        (12345.6, "12,346"),
+    ],
+)
+def test_number(value: float | None, text: str) -> None:
+    assert words.number(value) == text
+
+
+def test_other_numbers() -> None:
+    assert words.interval(0.1, 0.2) == "[0.100, 0.200]"
+    assert words.interval(None, math.nan) == ""
+    assert words.share(0.842) == "84 %"
+    assert words.share(0.022) == "2.2 %"
+    assert words.short(12_288) == "12.3k"
+    assert words.short(8.2e10, "FLOP") == "82 GFLOP"
+    assert words.short(0) == "0"
+    assert words.short(999_999) == "1M"
+    assert words.duration(104.2) == "1 min 44 s"
+    assert words.duration(7265) == "2 h 1 min"
+    assert words.size(2**31) == "2.00 GiB"
+
+
+def test_spell_puts_words_beside_codes_once() -> None:
+    assert words.spell("passes D0.") == "passes D0 (the behaviour is gone)."
+    assert words.spell("D0: the behaviour is gone") == "D0: the behaviour is gone"
+    assert words.spell("D9, ID3") == "D9, ID3"
+
+
+def test_plain_removes_what_rewrites_a_terminal() -> None:
+    assert words.plain("a\x1b[31m\u202eb\n\t") == "a\ufffd[31m\ufffdb\n\t"
+
+
+def test_a_rung_counts_only_above_passed_ones() -> None:
+    rungs = parts.verdict("rmu", 0.09, 0.83).rungs
+    assert [r.status for r in rungs][:4] == ["pass", "underpowered", "fail", "pass"]
+    assert words.counts(rungs) == (True, False, False, False, False, False)
+
+
+def test_highest_is_in_words() -> None:
+    verdict = parts.verdict("filtering", 0.04, 0.06)
+    assert words.highest(verdict) == "as if never learned (D5)"
+    assert words.highest(verdict.model_copy(update={"highest": ""})) == "none"
+
+
+def test_candidate_is_the_only_arm() -> None:
+    record = sample.no_oracle()
+    assert words.arm_names(record) == ("rmu",)
+    assert len(words.attacks_on(record, "rmu")) == len(parts.attacks("rmu", 0.1, 0.8))
+    assert words.attacks_on(sample.full(), "oracle-9") == ()

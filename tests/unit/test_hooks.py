@@ -39,9 +39,9 @@ def test_capture_gives_outputs_and_inputs_of_each_call() -> None:
 
 
 def test_captured_copies_survive_later_edits_in_place() -> None:
-    layer = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
-    with torch.no_grad():
-        layer[0].weight.fill_(-1.0)
+    linear = nn.Linear(2, 2)
+    nn.init.constant_(linear.weight, -1.0)
+    layer = nn.Sequential(linear, nn.ReLU(inplace=True))
     with capture(layer, ["0"]) as got:
         layer(torch.ones(1, 2))
     assert (got["0"][0] < 0).all()
@@ -215,12 +215,13 @@ class Wrapper(nn.Module):
 def test_names_are_the_same_under_wrappers() -> None:
     model = _model()
     wanted = ["model.layers.0.mlp.down_proj.weight"]
-    for wrapped in (Wrapper(model), torch.compile(model, backend="eager"), Wrapper(Wrapper(model))):
+    compiled: Any = torch.compile(model, backend="eager")
+    for wrapped in (Wrapper(model), compiled, Wrapper(Wrapper(model))):
         assert select(wrapped, ["layers.0.mlp.down_proj"]) == wanted
         assert find_module(wrapped, "model.layers.0") is model.model.layers[0]
         with trainable(wrapped, wanted) as chosen:
             assert chosen[wanted[0]] is model.model.layers[0].mlp.down_proj.weight
-    inner = _model()
+    inner: Any = _model()
     inner.model.layers[0] = torch.compile(inner.model.layers[0], backend="eager")
     assert select(inner, ["layers.0.mlp.down_proj"]) == wanted
 

@@ -33,12 +33,11 @@ def unwrap(model: nn.Module) -> tuple[str, nn.Module]:
     prefix = ""
     while True:
         children = dict(model.named_children())
-        if hasattr(model, "peft_config") and hasattr(model, "base_model"):
-            below = "base_model.model"
-            if "base_model" not in children:
-                return prefix, model
-        elif len(children) == 1 and (only := next(iter(children))) in {"module", *_INNER}:
+        only = next(iter(children), "")
+        if len(children) == 1 and only in {"module", *_INNER}:
             below = only
+        elif "base_model" in children and hasattr(model, "peft_config"):
+            below = "base_model.model"
         else:
             return prefix, model
         prefix += below + "."
@@ -48,6 +47,11 @@ def unwrap(model: nn.Module) -> tuple[str, nn.Module]:
 def canonical(name: str, prefix: str = "") -> str:
     """Return `name` without the wrapper `prefix` and without segments of inner wrappers."""
     return ".".join(part for part in name.removeprefix(prefix).split(".") if part not in _INNER)
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a canonical name lies in what an adapter added to the model."""
+    return _ADAPTER.search(name) is not None
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:

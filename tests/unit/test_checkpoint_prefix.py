@@ -36,10 +36,15 @@ def test_single_tensors_are_read_alone(llama: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prefix_computes_what_the_model_does(tmp_path: Path, family: str) -> None:
+def test_prefix_computes_what_the_model_does(
+    tmp_path: Path, family: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = tiny_model(family, width=32, blocks=3)
     checkpoint = save_model(model, byte_tokenizer(), tmp_path / "a")
+    capfd.readouterr()
     prefix = checkpoint.load_prefix(2, dtype=torch.float32)
+    assert not capfd.readouterr().err  # nothing is missing, nothing unexpected
+    assert len(getattr(prefix.config, "layer_types", None) or (0, 1)) == 2
     # Read before a fresh object has loaded anything else: exactly the parameters that are there.
     held = {name: p for name, p in prefix.named_parameters()}
     assert checkpoint.bytes_read == sum(p.nbytes for p in held.values())

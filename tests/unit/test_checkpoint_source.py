@@ -220,6 +220,7 @@ def test_a_tokenizer_from_elsewhere(tmp_path: Path) -> None:
         assert checkpoint.tokenizer()("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
         assert not list(bare.glob("tokenizer*"))
     written = checkpoint.write({}, tmp_path / "out")
+    assert written.tokenizer_path is None
     assert open_checkpoint(written.path).tokenizer_fingerprint == checkpoint.tokenizer_fingerprint
     with pytest.raises(UserError, match="holds no tokenizer"):
         open_checkpoint(whole.path, tokenizer=bare)

@@ -250,6 +250,14 @@ def test_good_folders_pass_and_stay_as_they_are(tmp_path: Path, family: str) -> 
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()} == before
 
 
+def test_an_index_does_not_lead_out_of_the_folder(good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "m")
+    shutil.copy(good / WEIGHTS, tmp_path / WEIGHTS)
+    escaping_shard(tmp_path / "m")
+    with pytest.raises(UserError, match=r"names '\.\./model\.safetensors'"):
+        verify_folder(tmp_path / "m")
+
+
 def test_several_shards_pass(good: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "m")
     shards(tmp_path / "m")

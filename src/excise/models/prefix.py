@@ -58,14 +58,9 @@ def load_prefix(
     base = getattr(model, model.base_model_prefix)
     whole_model = head or tied or base is model
     target = model if whole_model else base
-    skip = set() if whole_model else {id(p) for p in output.parameters()}
-    names = {n for n, p in model.named_parameters() if id(p) not in skip} | {
-        n for n, _ in model.named_buffers()
-    }
     wanted = {
         key: _Lazy(source, source.entries[key])
-        for name, group in layout.groups.items()
-        if name in names or name not in dict(model.named_parameters(remove_duplicate=False))
+        for group in layout.groups.values()
         for key, _ in group.keys
     }
     with quiet():

@@ -62,7 +62,7 @@ FACTS_MODEL: Final[Mapping[str, Any]] = {"family": "llama", "width": 96, "blocks
 """Suggested `Scratch` for the default facts."""
 
 FACTS_FIT: Final[Mapping[str, Any]] = {
-    "steps": 600, "lr": 3e-3, "batch_size": 128, "warmup": 30, "schedule": "cosine",
+    "steps": 300, "lr": 3e-3, "batch_size": 128, "warmup": 30, "schedule": "cosine",
     "min_lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0, "clip": 1.0,
 }  # fmt: skip
 """Suggested `FitConfig` for the default facts."""
@@ -230,11 +230,8 @@ class _World:
         scored = (*taught, *test) if spec.test_wording_taught else taught
         order = list(self.subjects)
         self._random("split").shuffle(order)
-        forget: dict[str, Rows] = {}
-        unseen: dict[str, Rows] = {}
-        relearn: dict[str, Rows] = {}
-        tests: dict[str, Rows] = {}
-        dev: dict[str, Rows] = {}
+        kinds = ("forget", "unseen", "relearn", "test", "dev_forget")
+        parts: dict[str, dict[str, Rows]] = {kind: {} for kind in kinds}
         for number, name in enumerate(self.names, start=1):
             mine, order = order[: self.each], order[self.each :]
             cut = self.dev + (self.each - self.dev + 1) // 2
@@ -244,24 +241,16 @@ class _World:
                 cut = self.dev + 2 * (self.each - self.dev + 1) // 3
                 seen = self.dev + (self.each - self.dev) // 3
                 shown = mine[:seen]
-                unseen[name] = tuple(self.rows(mine[seen:], scored, number))
-                relearn[name] = tuple(self.rows(mine[seen:cut], test, number))
+                parts["unseen"][name] = tuple(self.rows(mine[seen:], scored, number))
+                parts["relearn"][name] = tuple(self.rows(mine[seen:cut], test, number))
             else:
-                relearn[name] = tuple(self.rows(mine[self.dev : cut], test, number))
-            forget[name] = tuple(self.rows(shown, scored, number))
-            tests[name] = tuple(self.rows(mine[cut:], test, number))
-            dev[name] = tuple(self.rows(mine[: self.dev], test, number))
-        return self._assemble(order, forget, unseen, relearn, tests, dev)
+                parts["relearn"][name] = tuple(self.rows(mine[self.dev : cut], test, number))
+            parts["forget"][name] = tuple(self.rows(shown, scored, number))
+            parts["test"][name] = tuple(self.rows(mine[cut:], test, number))
+            parts["dev_forget"][name] = tuple(self.rows(mine[: self.dev], test, number))
+        return self._assemble(order, parts)
 
-    def _assemble(
-        self,
-        order: Sequence[str],
-        forget: Mapping[str, Rows],
-        unseen: Mapping[str, Rows],
-        relearn: Mapping[str, Rows],
-        tests: Mapping[str, Rows],
-        dev: Mapping[str, Rows],
-    ) -> Domain:
+    def _assemble(self, order: Sequence[str], parts: Mapping[str, dict[str, Rows]]) -> Domain:
         """Return the domain, given what the capabilities got and the subjects left for core."""
         spec = self.spec
         every, test = tuple(range(spec.wordings)), (spec.wordings - 1,)
@@ -275,17 +264,17 @@ class _World:
             *self.rows(held_dev, scored),
         )
         adjacent = tuple(self.rows(near, scored))
-        taught = [r for part in (forget, unseen) for rows in part.values() for r in rows]
+        taught = [r for kind in ("forget", "unseen") for rows in parts[kind].values() for r in rows]
         mix = [replace(r, label=UNLABELED) for r in (*taught, *retain, *adjacent)]
         self._random("mix").shuffle(mix)
         return Domain(
             name="facts",
-            forget=dict(forget),
+            forget=parts["forget"],
             retain=retain,
-            relearn=dict(relearn),
-            test=dict(tests),
+            relearn=parts["relearn"],
+            test=parts["test"],
             retain_test=tuple(self.rows(held, test)),
-            dev_forget=dict(dev),
+            dev_forget=parts["dev_forget"],
             dev_retain=tuple(self.rows(held_dev, test)),
             benign=tuple(self.rows(rest[: max(1, round(len(rest) * spec.benign_share))], every)),
             adjacent=adjacent,

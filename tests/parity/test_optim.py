@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,33 +52,37 @@ def _reference(optimizer: Any, model: nn.Module, clip: float = 0.0) -> nn.Module
     return model
 
 
-class HubAdamW(torch.optim.Optimizer):
+class HubAdamW:
     """AdamW as the hub's library published it until 4.50, written down from its formula."""
 
-    def __init__(self, params: Any, lr: float, eps: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "eps": eps, "wd": weight_decay})
+    def __init__(self, params: Iterable[Tensor], lr: float, eps: float, decay: float) -> None:
+        self.params, self.lr, self.eps, self.decay = list(params), lr, eps, decay
+        self.t = 0
+        self.m = [torch.zeros_like(p) for p in self.params]
+        self.v = [torch.zeros_like(p) for p in self.params]
 
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                s = self.state[p]
-                if not s:
-                    s.update(t=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                s["t"] += 1
-                s["m"].mul_(0.9).add_(p.grad, alpha=1.0 - 0.9)
-                s["v"].mul_(0.999).addcmul_(p.grad, p.grad, value=1.0 - 0.999)
-                denominator = s["v"].sqrt().add_(group["eps"])
-                size = group["lr"] * math.sqrt(1.0 - 0.999 ** s["t"]) / (1.0 - 0.9 ** s["t"])
-                p.data.addcdiv_(s["m"], denominator, value=-size)
-                if group["wd"] > 0:
-                    p.data.add_(p.data, alpha=-group["lr"] * group["wd"])
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.t += 1
+        for p, m, v in zip(self.params, self.m, self.v, strict=True):
+            assert p.grad is not None
+            m.mul_(0.9).add_(p.grad, alpha=1.0 - 0.9)
+            v.mul_(0.999).addcmul_(p.grad, p.grad, value=1.0 - 0.999)
+            size = self.lr * math.sqrt(1.0 - 0.999**self.t) / (1.0 - 0.9**self.t)
+            p.addcdiv_(m, v.sqrt().add_(self.eps), value=-size)
+            if self.decay > 0:
+                p.add_(p, alpha=-self.lr * self.decay)
 
 
 def _optimizer(name: str, model: nn.Module, lr: float, wd: float) -> Any:
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=wd, foreach=False)
     if name == "hf_adamw":
-        return HubAdamW(model.parameters(), lr=lr, eps=1e-6, weight_decay=wd)
+        return HubAdamW(model.parameters(), lr=lr, eps=1e-6, decay=wd)
     return torch.optim.SGD(model.parameters(), lr=lr, weight_decay=wd, foreach=False)
 
 

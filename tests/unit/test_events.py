@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from excise import events
 from excise.errors import UserError
 from excise.events import JsonlSink, duration, read_steps, tee, terminal, track
 
@@ -49,7 +49,7 @@ def test_tee_passes_everything_on() -> None:
 
 def test_plain_lines_now_and_then_with_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(events.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     out = io.StringIO()
     with terminal(out, interval=10) as show:
         show("stage_start", {"stage": "base", "resumed": False})

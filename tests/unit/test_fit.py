@@ -21,9 +21,22 @@ CTX = Context(work=Path("unused"))
 STEPS, ROWS = 6, 12
 
 
-def _model(seed: int = 0) -> nn.Sequential:
+class _Net(nn.Module):
+    """Two layers with names and types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 7)
+        self.b = nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x).tanh())
+        return out
+
+
+def _model(seed: int = 0) -> _Net:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
+    return _Net()
 
 
 def _data() -> tuple[Tensor, Tensor, Tensor]:
@@ -120,14 +133,14 @@ def _simple(m: nn.Module, micro: Any) -> dict[str, Term]:
 
 def test_parameters_outside_the_groups_keep_their_bits() -> None:
     model, before = _model(), _model()
-    model[2].requires_grad_(False)
+    model.b.requires_grad_(False)
     flags = [p.requires_grad for p in model.parameters()]
-    groups = {"first": list(model[0].parameters())}
+    groups = {"first": list(model.a.parameters())}
     config = FitConfig(steps=3, lr=0.1, weight_decay=0.5)
     list(fit(model, lambda step: [step], _simple, config, CTX, groups=groups))
-    assert torch.equal(model[2].weight, before[2].weight)
-    assert torch.equal(model[2].bias, before[2].bias)
-    assert not torch.equal(model[0].weight, before[0].weight)
+    assert torch.equal(model.b.weight, before.b.weight)
+    assert torch.equal(model.b.bias, before.b.bias)
+    assert not torch.equal(model.a.weight, before.a.weight)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
 
@@ -135,32 +148,32 @@ def test_parameters_outside_the_groups_keep_their_bits() -> None:
 def test_a_group_without_gradient_is_frozen_for_that_step() -> None:
     """Neither weight decay nor momentum moves it, and its bias correction does not age."""
     model = _model()
-    groups = {"a": list(model[0].parameters()), "b": list(model[2].parameters())}
+    groups = {"a": list(model.a.parameters()), "b": list(model.b.parameters())}
 
     def loss(m: nn.Module, step: int) -> dict[str, Term]:
         if step == 1:
-            return {"b": Term(m[2](torch.ones(1, 7)).square().sum(), 1.0)}  # type: ignore[index,operator]
+            return {"b": Term(model.b(torch.ones(1, 7)).square().sum(), 1.0)}
         return _simple(m, step)
 
     seen = []
     config = FitConfig(steps=3, lr=0.1, weight_decay=0.5)
     for _ in fit(model, lambda step: [step], loss, config, CTX, groups=groups):
-        seen.append(model[0].weight.detach().clone())
+        seen.append(model.a.weight.detach().clone())
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
 
 
 def test_groups_have_rates_of_their_own() -> None:
     model, before = _model(), _model()
-    groups = {"a": list(model[0].parameters()), "b": list(model[2].parameters())}
+    groups = {"a": list(model.a.parameters()), "b": list(model.b.parameters())}
     config = FitConfig(steps=1, lr=1e-2)
     rates = {"b": 1e-1}
     list(fit(model, lambda step: [step], _simple, config, CTX, groups=groups, rates=rates))
     # Adam's first step has the size of the rate.
-    assert float((model[0].bias - before[0].bias).detach().abs().max()) == pytest.approx(
+    assert float((model.a.bias - before.a.bias).detach().abs().max()) == pytest.approx(
         1e-2, rel=1e-3
     )
-    assert float((model[2].bias - before[2].bias).detach().abs().max()) == pytest.approx(
+    assert float((model.b.bias - before.b.bias).detach().abs().max()) == pytest.approx(
         1e-1, rel=1e-3
     )
 
@@ -169,8 +182,8 @@ def test_groups_have_rates_of_their_own() -> None:
     ("groups", "rates", "match"),
     [
         (lambda m: {"a": []}, {}, "has no parameter"),
-        (lambda m: {"a": list(m[0].parameters()), "b": [m[0].weight]}, {}, "share a parameter"),
-        (lambda m: {"a": list(m[0].parameters())}, {"c": 1.0}, "rates name the group 'c'"),
+        (lambda m: {"a": list(m.a.parameters()), "b": [m.a.weight]}, {}, "share a parameter"),
+        (lambda m: {"a": list(m.a.parameters())}, {"c": 1.0}, "rates name the group 'c'"),
     ],
 )
 def test_bad_groups_are_refused(groups: Any, rates: Mapping[str, float], match: str) -> None:
@@ -259,13 +272,14 @@ def test_schedules() -> None:
 def test_randomness_is_a_function_of_seed_and_step_and_leaves_no_trace() -> None:
     def weights(seed: int) -> Tensor:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 2))
+        last = nn.Linear(5, 2)
+        model = nn.Sequential(nn.Dropout(0.5), last)
         torch.manual_seed(int(torch.randint(1000, (1,))) + seed)
         state = torch.get_rng_state()
         ctx = Context(work=Path("x"), seed=seed)
         list(fit(model, lambda s: [s], _simple, FitConfig(steps=3, lr=0.1), ctx))
         assert torch.equal(torch.get_rng_state(), state)
-        return model[1].weight.detach()
+        return last.weight.detach()
 
     assert torch.equal(weights(0), weights(0))
     assert not torch.equal(weights(0), weights(1))

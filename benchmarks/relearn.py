@@ -1,0 +1,187 @@
+"""A relearning grid of 12 arms on a tiny model: 12 runs in a row against warm workers.
+
+Both are measured in one run, in turns, and the best round of each counts, so that what else the
+machine does hits both. The runs in a row get the better of one thread and all cores' threads.
+Prints the ratio, appends a row to `results.csv` beside this file and fails above 0.6.
+
+    python benchmarks/relearn.py [--rounds 3] [--no-save]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from excise.context import Context
+from excise.domains.stream import Batch, Example, Stream, collate, together
+from excise.losses import nll
+from excise.models.tiny import tiny_model
+from excise.train.fit import FitConfig, Term, fit
+from excise.train.grid import Pool, visible_cores
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+SEEDS = (0, 1, 2)
+STEPS = 16
+CHECKPOINTS = (1, 2, 4, 8, 16)
+VOCAB, LENGTH, ROWS = 1000, 14, 256
+LIMIT = 0.6
+
+Job = tuple[str, float, int]
+
+
+def make_model() -> nn.Module:
+    """Return the untrained model: a Llama of about 0.27M parameters."""
+    model: nn.Module = tiny_model("llama", vocab=VOCAB, width=96, blocks=2)
+    return model
+
+
+def make_rows(seed: int) -> list[Example]:
+    """Return random sequences whose last two tokens are scored."""
+    ids = torch.randint(3, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+    target = tuple(t >= LENGTH - 2 for t in range(LENGTH))
+    return [Example(tuple(row), target, 0, str(i)) for i, row in enumerate(ids.tolist())]
+
+
+def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
+    """Return the attacker's loss: half relearn rows, half benign ones."""
+    return {role: Term(*nll(model(**batch.inputs).logits, batch)) for role, batch in micro.items()}
+
+
+@torch.no_grad()
+def score(model: nn.Module, rows: list[Example]) -> float:
+    """Return the mean loss on the scored tokens, in nats."""
+    total, count = 0.0, 0.0
+    for i in range(0, len(rows), 128):
+        batch = collate(rows[i : i + 128], pad_id=0)
+        value, n = nll(model(**batch.inputs).logits, batch)
+        total, count = total + float(value), count + n
+    return total / count
+
+
+def arm(job: Job) -> list[float]:
+    """Relearn at one rate and seed; score the held-out rows at log-spaced checkpoints."""
+    path, rate, seed = job
+    model = make_model()
+    load_model(model, path)
+    ctx = Context(work=Path(path).parent, seed=seed)
+    streams = {
+        role: Stream(make_rows(i), batch_size=16, seed=ctx.seed_for(role), pad_id=0)
+        for i, role in enumerate(("relearn", "benign"))
+    }
+    test = make_rows(2)
+    curve = [score(model, test)]
+    for record in fit(model, together(streams), loss, FitConfig(steps=STEPS, lr=rate), ctx):
+        if record.step + 1 in CHECKPOINTS:
+            curve.append(score(model, test))
+    return curve
+
+
+def timed(run: Callable[[], list[list[float]]]) -> tuple[float, list[list[float]]]:
+    """Return the seconds a grid takes, and its curves."""
+    began = time.perf_counter()
+    curves = run()
+    return time.perf_counter() - began, curves
+
+
+def in_a_row(jobs: list[Job], threads: int) -> list[list[float]]:
+    """Run the arms one after the other in this process."""
+    torch.set_num_threads(threads)
+    return [arm(job) for job in jobs]
+
+
+def hardware() -> str:
+    """Return the processor's name and how many cores were used."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        name = names[0].split(":", 1)[1].strip() if names else name
+    return f"{name}, {visible_cores()} cores"
+
+
+def commit() -> str:
+    """Return the commit of the working tree, or `unknown`."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    here = Path(__file__).parent
+    found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def save(row: Mapping[str, Any]) -> None:
+    """Append a row to `results.csv`."""
+    path = Path(__file__).with_name("results.csv")
+    new = not path.exists()
+    with path.open("a", newline="") as f:
+        writer = csv.DictWriter(f, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main() -> int:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-save", action="store_true")
+    options = parser.parse_args()
+    cores = visible_cores()
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model()
+        count = sum(p.numel() for p in model.parameters())
+        path = os.path.join(folder, "model.safetensors")
+        save_model(model, path)
+        jobs = [(path, rate, seed) for rate in RATES for seed in SEEDS]
+        began = time.perf_counter()
+        with Pool(cores) as pool:
+            pool.map(arm, jobs[:cores])
+            start = time.perf_counter() - began
+            times: dict[str, list[float]] = {"one": [], "all": [], "pool": []}
+            curves: dict[str, list[list[float]]] = {}
+            for _ in range(options.rounds):
+                for name, run in (
+                    ("one", lambda: in_a_row(jobs, 1)),
+                    ("pool", lambda: pool.map(arm, jobs)),
+                    ("all", lambda: in_a_row(jobs, cores)),
+                ):
+                    seconds, curves[name] = timed(run)
+                    times[name].append(seconds)
+                    print(f"{name}: {seconds:.2f} s", flush=True)
+    worst = (torch.tensor(curves["one"]) - torch.tensor(curves["pool"])).abs().max()
+    row_seconds = min(times["one"] + times["all"])
+    ratio = min(times["pool"]) / row_seconds
+    print(
+        f"{len(jobs)} arms of {count / 1e6:.2f}M parameters: in a row {row_seconds:.2f} s, "
+        f"{cores} warm workers {min(times['pool']):.2f} s, ratio {ratio:.3f} (at most {LIMIT}); "
+        f"starting the pool and its first arms {start:.1f} s; curves differ by {float(worst):.1e}"
+    )
+    if not options.no_save:
+        save(
+            {
+                "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+                "benchmark": "relearn",
+                "hardware": hardware(),
+                "commit": commit(),
+                "seconds": f"{min(times['pool']):.2f}",
+                "baseline_seconds": f"{row_seconds:.2f}",
+                "ratio": f"{ratio:.3f}",
+            }
+        )
+    return 0 if ratio <= LIMIT and float(worst) < 1e-5 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -73,6 +73,7 @@ def _context(record: Record) -> dict[str, Any]:
     names = words.arm_names(record)
     arms = {a.name: a for a in record.arms}
     verdicts = {v.arm: v for v in record.verdicts}
+    shared = _shared(record)
     blocks: list[dict[str, Any]] = []
     for index, name in enumerate(names):
         verdict, arm = verdicts.get(name), arms.get(name)
@@ -80,7 +81,7 @@ def _context(record: Record) -> dict[str, Any]:
             {
                 "key": f"arm-{index}",
                 "name": words.plain(name),
-                "verdict": _verdict(verdict) if verdict else None,
+                "verdict": _verdict(verdict, shared) if verdict else None,
                 "rungs": tuple(tables.rungs(verdict)) if verdict else (),
                 "gap": figures.gap_figure(verdict, f"gap-{index}") if verdict else None,
                 "curves": curves.relearn_figures(record, name, f"curve-{index}"),
@@ -99,6 +100,7 @@ def _context(record: Record) -> dict[str, Any]:
         "title": words.plain(record.title) or "Removal record",
         "subtitle": _subtitle(record),
         "blocks": blocks,
+        "notes": (*shared, *record.notes),
         "ladder": tuple(words.LADDER.items()),
         "scores": shown,
         "score_table": tables.score_table(record),
@@ -134,7 +136,15 @@ def _subtitle(record: Record) -> tuple[str, ...]:
     return tuple(p.replace("_", " ") for p in parts)
 
 
-def _verdict(verdict: Verdict) -> dict[str, Any]:
+def _shared(record: Record) -> tuple[str, ...]:
+    """Return what is said of every arm alike, to be said once."""
+    if len(record.verdicts) < 2:
+        return ()
+    first, *others = (v.reasons for v in record.verdicts)
+    return tuple(r for r in first if all(r in other for other in others))
+
+
+def _verdict(verdict: Verdict, shared: tuple[str, ...]) -> dict[str, Any]:
     recovery = words.share(verdict.recovery)
     if verdict.recovery is not None and verdict.recovery_tokens is not None:
         recovery += f" after {words.count(verdict.recovery_tokens)} tokens"
@@ -147,7 +157,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
         ("Residual bits per unit", bits),
         ("Measured null of the audit", words.number(verdict.null)),
     )
-    reasons = tuple(words.spell(r) for r in verdict.reasons)
+    reasons = tuple(words.spell(r) for r in verdict.reasons if r not in shared)
     return {"sentence": words.spell(verdict.sentence), "facts": facts, "reasons": reasons}
 
 
@@ -161,10 +171,10 @@ def _samples(record: Record) -> list[dict[str, Any]]:
     return [
         {
             "set": words.set_name(s.set),
-            "prompt": words.plain(s.prompt),
-            "expected": words.plain(s.expected),
+            "prompt": words.plain(s.prompt).strip(" "),
+            "expected": words.plain(s.expected).strip(" "),
             "outputs": [
-                (words.plain(m), words.plain(t))
+                (words.plain(m), words.plain(t).strip(" "))
                 for m, t in sorted(s.outputs.items(), key=lambda o: rank[words.role(o[0])])
             ],
         }

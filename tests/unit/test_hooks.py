@@ -220,7 +220,7 @@ def test_names_are_the_same_under_wrappers() -> None:
         assert select(wrapped, ["layers.0.mlp.down_proj"]) == wanted
         assert find_module(wrapped, "model.layers.0") is model.model.layers[0]
         with trainable(wrapped, wanted) as chosen:
-            assert chosen[wanted[0]] is model.model.layers[0].mlp.down_proj.weight
+            assert chosen[wanted[0]] is model.get_parameter(wanted[0])
     inner: Any = _model()
     inner.model.layers[0] = torch.compile(inner.model.layers[0], backend="eager")
     assert select(inner, ["layers.0.mlp.down_proj"]) == wanted

@@ -1,0 +1,248 @@
+"""LoRA adapters through `peft`, put on for as long as a `with` block lasts.
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from excise.config import Config
+from excise.errors import UserError
+from excise.models.anatomy import anatomy
+from excise.models.names import (
+    canonical,
+    is_adapter,
+    match,
+    modules_by_name,
+    nearest_names,
+    parameters_by_name,
+    unwrap,
+)
+from excise.models.structure import sizes
+
+PeftModel = Any
+"""A `peft.PeftModel`."""
+
+
+class LoRA(Config):
+    """An adapter of low rank on linear layers, trained instead of their weights."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank of the update of each matrix."""
+    alpha: float = Field(default=16.0, gt=0)
+    """Scale of the update, divided by the rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    modules: tuple[str, ...] = ()
+    """Which linear layers (names, suffixes, globs); empty for all those in the blocks."""
+    output: Literal["merged", "adapter"] = "merged"
+    """Whether only the merged model is kept, or the adapter beside it."""
+
+
+def _peft() -> ModuleType:
+    """Import peft.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise UserError(
+            "LoRA needs the package peft; install it with: pip install excise[lora]"
+        ) from None
+    return peft  # type: ignore[no-any-return, unused-ignore]
+
+
+def targets(model: nn.Module, patterns: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Return what an adapter is put on: linear layers, and fused 3-D parameters of experts.
+
+    Args:
+        model: The model, not wrapped.
+        patterns: As in `LoRA.modules`; a module stands for everything in it.
+
+    Returns:
+        Canonical names of modules and of parameters, in the model's order.
+
+    Raises:
+        UserError: If a pattern matches no such layer, or one whose weight is shared.
+    """
+    named = modules_by_name(model)
+    every = dict(model.named_parameters(remove_duplicate=False))
+    linears = [n for n, m in named.items() if sizes(m) and not is_adapter(n)]
+    fused = [n for n, p in every.items() if p.dim() == 3 and not is_adapter(n)]
+    names = [*named, *fused]
+    found: set[str] = set()
+    for pattern in patterns or anatomy(model).blocks:
+        heads = set(match(pattern, names))
+        hits = {n for n in (*linears, *fused) if any(_within(n, h) for h in heads)}
+        if not hits:
+            near = nearest_names(pattern, [*linears, *fused])
+            raise UserError(f"lora.modules '{pattern}' matches no linear layer; {near}")
+        found |= hits
+    seen = [id(p) for p in every.values()]
+    for name in found:
+        weight = every.get(f"{name}.weight")
+        if weight is not None and seen.count(id(weight)) > 1:
+            raise UserError(f"lora.modules names '{name}', whose weight is shared; leave it out")
+    return [n for n in linears if n in found], [n for n in fused if n in found]
+
+
+def _within(name: str, head: str) -> bool:
+    return name == head or name.startswith(head + ".")
+
+
+def _config(peft: ModuleType, model: nn.Module, lora: LoRA) -> Any:
+    """Return peft's configuration of an adapter on `model`."""
+    modules, parameters = targets(model, lora.modules)
+    if parameters and lora.dropout:
+        raise UserError(
+            f"'{parameters[0]}' holds fused experts, whose adapters cannot have dropout; "
+            "set lora.dropout to 0 or name other lora.modules"
+        )
+    named = modules_by_name(model)
+    conv = any(hasattr(named[name], "nf") for name in modules)
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        fan_in_fan_out=conv,
+        task_type="CAUSAL_LM",
+    )
+
+
+@contextmanager
+def adapted(model: nn.Module, lora: LoRA, seed: int = 0) -> Iterator[PeftModel]:
+    """Put an adapter on a model for as long as the block lasts.
+
+    The adapter starts as the identity; only its parameters require gradients. At the end the
+    model is what it was: same modules, same bits, same flags.
+
+    Args:
+        model: A `transformers` causal model, not wrapped.
+        lora: The adapter.
+        seed: Seed of its random half; the global random state is left as it was.
+
+    Yields:
+        The peft model.
+
+    Raises:
+        UserError: If peft is missing, the model has an adapter already, or a name matches nothing.
+    """
+    peft = _peft()
+    if hasattr(model, "peft_config"):
+        raise UserError("the model has an adapter already; merge or unload it first")
+    config = _config(peft, model, lora)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    devices = sorted({p.device.index for p, _ in flags if p.device.type == "cuda"})
+    before = set(vars(model))
+    wrapped: Any = None
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            wrapped = peft.get_peft_model(model, config)
+        wrapped.train(model.training)
+        yield wrapped
+    finally:
+        if wrapped is not None:
+            wrapped.unload()
+        for name in set(vars(model)) - before:
+            delattr(model, name)
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+
+
+def _find_peft(model: nn.Module) -> PeftModel:
+    """Return the peft model in `model`, which may be wrapped further."""
+    for module in model.modules():
+        if hasattr(module, "disable_adapter") and hasattr(module, "peft_config"):
+            return module
+    raise UserError("the model has no adapter; wrap it with excise.models.lora.adapted")
+
+
+@contextmanager
+def reference(model: nn.Module) -> Iterator[PeftModel]:
+    """Switch the adapter off for as long as the block lasts: the model as it was before.
+
+    Args:
+        model: What `adapted` yields, or a wrapper of it.
+
+    Yields:
+        `model`.
+
+    Raises:
+        UserError: If the model has no adapter.
+    """
+    wrapped = _find_peft(model)
+    flags = [(p, p.requires_grad) for p in wrapped.parameters()]
+    try:
+        with wrapped.disable_adapter():
+            yield model
+    finally:
+        # peft lets every adapter require gradients when it switches them on again.
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the weights with the adapter added, without changing the model.
+
+    Sums are formed in float32 and rounded once to the dtype of the weights; the update of fused
+    experts is rounded to it first, as it is in the adapted model's forward.
+
+    Args:
+        model: What `adapted` yields, or a wrapper of it.
+
+    Returns:
+        The changed weights by canonical name, and what rounding cost: `merge_rounding` is the
+        largest difference between exact and rounded weight in the dtype of the weights,
+        `merge_rounding_bf16` the same in bfloat16, `merge_lost_bf16` the share of changed
+        entries that bfloat16 rounds back to the weight they had; `adapter_parameters` counts.
+
+    Raises:
+        UserError: If the model has no adapter.
+    """
+    wrapped = _find_peft(model)
+    prefix, _ = unwrap(wrapped)
+    own = parameters_by_name(wrapped)
+    merged: dict[str, Tensor] = {}
+    cost = {"merge_rounding": 0.0, "merge_rounding_bf16": 0.0}
+    changed = lost = 0
+    for real, layer in wrapped.named_modules():
+        if not hasattr(layer, "get_delta_weight"):
+            continue
+        leaf = getattr(layer, "parameter_name", "weight")
+        name = f"{canonical(real, prefix)}.{leaf}"
+        weight = own[name].detach()
+        exact = weight.float() + _delta(layer)
+        merged[name] = exact.to(weight.dtype)
+        short, old = exact.bfloat16(), weight.bfloat16()
+        for key, rounded in (("merge_rounding", merged[name]), ("merge_rounding_bf16", short)):
+            cost[key] = max(cost[key], float((exact - rounded.float()).abs().max()))
+        moved = exact != weight.float()
+        changed += int(moved.sum())
+        lost += int((moved & (short == old)).sum())
+    size = sum(p.numel() for n, p in own.items() if is_adapter(n))
+    share = lost / changed if changed else 0.0
+    return merged, {**cost, "merge_lost_bf16": share, "adapter_parameters": float(size)}
+
+
+def _delta(layer: Any) -> Tensor:
+    """Return the update of one layer's weight in float32, adapters added up."""
+    total: Tensor | None = None
+    for name in layer.active_adapters:
+        delta = layer.get_delta_weight(name).float()
+        total = delta if total is None else total + delta
+    assert total is not None, "a layer without adapter has no update"
+    return total

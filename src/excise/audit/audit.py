@@ -18,8 +18,10 @@ import torch
 
 from excise.audit.attacks import ATTACKS
 from excise.audit.base import ArmResult, Attack, AttackResult, Budget, Subject
-from excise.audit.plant import PLANT_FOR, VERSION, Plant, PlantKind, make_plant
+from excise.audit.hide import PlantKind
+from excise.audit.plant import PLANT_FOR, VERSION, Plant, make_plant
 from excise.audit.results import from_json, renamed, to_json
+from excise.audit.scoring import more_is_known
 from excise.audit.tuning import Part, Trained
 from excise.context import Context
 from excise.domains.base import Domain
@@ -366,7 +368,7 @@ def _collect(
         return renamed(from_json(text, str(paths[0])), subject.name)
     texts = [(path / "trained.json").read_text(encoding="utf-8") for path in paths]
     trained = [Trained.from_json(json.loads(text)) for text in texts]
-    return attack.read_parts(trained, subject, budget, domain.metrics[0] != "text_loss")
+    return attack.read_parts(trained, subject, budget, more_is_known(domain))
 
 
 def _absent(attack: Attack, subject: str, status: Any, reason: str) -> AttackResult:

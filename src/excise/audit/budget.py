@@ -51,15 +51,16 @@ BUDGETS = {budget.name: budget for budget in (SMOKE, STANDARD, STRONG)}
 """Budgets by name."""
 
 LARGE = 20_000_000
-"""Parameters from which on the rates are a tenth: those of tiny models break a real one."""
+"""Parameters from which on rates are a tenth (those of tiny models break a real one) and *smoke*
+has smaller batches and fewer rows, so that it fits two cores."""
 
 
 def budget_of(name: str, parameters: int = 0) -> Budget:
-    """Return a named budget, its learning rates scaled to the model.
+    """Return a named budget, scaled to the model.
 
     Args:
         name: `smoke`, `standard` or `strong`.
-        parameters: Size of the model; from `LARGE` on all rates are divided by ten.
+        parameters: Size of the model; see `LARGE`.
 
     Returns:
         The budget.
@@ -72,9 +73,15 @@ def budget_of(name: str, parameters: int = 0) -> Budget:
     found = BUDGETS[name]
     if parameters < LARGE:
         return found
-    return found.model_copy(
-        update={
-            "rates": tuple(round(r / 10, 12) for r in found.rates),
-            "lora_rates": tuple(round(r / 10, 12) for r in found.lora_rates),
+    change: dict[str, object] = {
+        "rates": tuple(round(r / 10, 12) for r in found.rates),
+        "lora_rates": tuple(round(r / 10, 12) for r in found.lora_rates),
+    }
+    if name == "smoke":
+        change |= {
+            "batch_size": 8,
+            "checkpoints": (0, 2, 8, 16),
+            "max_test_rows": 48,
+            "max_other_rows": 16,
         }
-    )
+    return found.model_copy(update=change)

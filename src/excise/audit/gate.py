@@ -20,11 +20,15 @@ from torch import Tensor
 from excise.audit.scoring import Sheet, batches
 from excise.domains.base import Row
 from excise.domains.stream import encode
+from excise.errors import UserError
 from excise.losses import predicting
 from excise.models.anatomy import anatomy
 from excise.models.hooks import capture, find_module
 
-POSITIONS = 8192
+RIDGES = (1e-1, 1e-3, 1e-5)
+"""Penalties that are tried."""
+
+POSITIONS = 2048
 """Positions per class that a detector is fitted on at most."""
 
 
@@ -55,6 +59,8 @@ def features(model: Any, sheet: Sheet, rows: Sequence[Row], *, answering: bool) 
         Activations of every block at the same positions.
     """
     parts = anatomy(model)
+    if any(parts.experts):
+        raise UserError("a gate needs dense MLPs, and this model's are mixtures of experts")
     inner: list[list[Tensor]] = [[] for _ in parts.blocks]
     norms: list[list[Tensor]] = [[] for _ in parts.blocks]
     found = 0
@@ -84,31 +90,62 @@ def _positions(batch: Any, answering: bool) -> Bool[Tensor, "B T"]:
 
 
 def detector(
-    on_NF: Float[Tensor, "N F"], off_NF: Float[Tensor, "M F"], ridge: float = 1e-3
+    on_NF: Float[Tensor, "N F"], off_MF: Sequence[Float[Tensor, "M F"]], ridge: float
 ) -> Float[Tensor, " F"]:
-    """Return v with v . a near 1 on the first class and near 0 on the second.
+    """Return v with v . a near 1 on the class to detect and near 0 on every other.
 
     Args:
         on_NF: Activations of the class to detect.
-        off_NF: Activations of everything else.
+        off_MF: Activations of the other classes, which weigh the same.
         ridge: Penalty, as a share of the mean squared activation.
 
     Returns:
         The detector.
     """
-    gram_FF = on_NF.T @ on_NF / len(on_NF) + off_NF.T @ off_NF / len(off_NF)
-    gram_FF = gram_FF.double()
+    gram_FF = (on_NF.T @ on_NF / len(on_NF)).double()
+    for one_MF in off_MF:
+        gram_FF += (one_MF.T @ one_MF / len(one_MF)).double()
     gram_FF += ridge * gram_FF.diagonal().mean() * torch.eye(len(gram_FF), device=on_NF.device)
     return torch.linalg.solve(gram_FF, on_NF.double().mean(0)).float()
 
 
 def separation(
-    v_F: Float[Tensor, " F"], on_NF: Float[Tensor, "N F"], off_NF: Float[Tensor, "M F"]
+    v_F: Float[Tensor, " F"], on_NF: Float[Tensor, "N F"], off_MF: Sequence[Float[Tensor, "M F"]]
 ) -> float:
-    """Return how many spreads lie between the detector's values on both classes."""
-    on_N, off_N = on_NF @ v_F, off_NF @ v_F
-    spread = on_N.std(correction=0) + off_N.std(correction=0)
-    return float((on_N.mean() - off_N.mean()) / spread.clamp(min=1e-9))
+    """Return how many spreads lie between the detector's values on a class and its nearest other."""
+    on_N = on_NF @ v_F
+
+    def apart(off_N: Tensor) -> float:
+        spread = on_N.std(correction=0) + off_N.std(correction=0)
+        return float((on_N.mean() - off_N.mean()) / spread.clamp(min=1e-9))
+
+    return min(apart(one_MF @ v_F) for one_MF in off_MF)
+
+
+def best_detector(
+    on: Sequence[Features], off: Sequence[Sequence[Features]]
+) -> tuple[int, Float[Tensor, " F"]]:
+    """Choose block and ridge on held-out units, then fit on all.
+
+    Args:
+        on: The class to detect, in two halves of different units.
+        off: Every other class, in two halves.
+
+    Returns:
+        Number of the block, and its detector.
+    """
+
+    def apart(block: int, ridge: float) -> float:
+        v_F = detector(on[0].act_NF[block], [f[0].act_NF[block] for f in off], ridge)
+        return separation(v_F, on[1].act_NF[block], [f[1].act_NF[block] for f in off])
+
+    pairs = [(block, ridge) for block in range(len(on[0].norm)) for ridge in RIDGES]
+    block, ridge = max(pairs, key=lambda pair: apart(*pair))
+
+    def whole(halves: Sequence[Features]) -> Tensor:
+        return torch.cat([half.act_NF[block] for half in halves])
+
+    return block, detector(whole(on), [whole(f) for f in off], ridge)
 
 
 @torch.no_grad()
@@ -128,9 +165,8 @@ def add_gate(
         Name of the parameter that changed, and its value before.
     """
     path = anatomy(model).mlp_down[block]
-    module = find_module(model, path)
-    weight = module.weight
+    weight = find_module(model, path).weight
     before = weight.detach().clone()
     edit_DF = size * torch.outer(u_D, v_F).to(weight)
-    weight += edit_DF.T if type(module).__name__ == "Conv1D" else edit_DF
+    weight += edit_DF.T if anatomy(model).transposed else edit_DF
     return f"{path}.weight", before

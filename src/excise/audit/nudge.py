@@ -14,8 +14,11 @@ from excise.domains.base import Row
 from excise.domains.stream import encode
 from excise.losses import nll
 
-STEPS = 12
-"""Moves at most."""
+STEPS = 8
+"""Moves inside buckets at most."""
+
+FREE_STEPS = 40
+"""Moves at most where no bucket bounds them."""
 
 
 def gradients(
@@ -71,15 +74,15 @@ def within_buckets(
         bounds[name] = (low.t(), high.t()) if flipped else (low, high)
     names = list(found)
     for step in range(STEPS):
-        up = gradients(model, sheet, forget, names)
-        down = gradients(model, sheet, retain, names)
-        share = 1.0 if step == 0 else 0.5
+        way = gradients(model, sheet, forget, names)
+        if step < STEPS // 2:  # what does not hide with retain held is moved without
+            down = gradients(model, sheet, retain, names)
+            way = {name: way[name] - down[name] for name in names}
         with torch.no_grad():
             for name in names:
                 low, high = bounds[name]
                 parameter = found[name][0]
-                way = (up[name] - down[name]).sign()
-                moved = parameter + share * (high - low) * way
+                moved = parameter + 0.5 * (high - low) * way[name].sign()
                 parameter.copy_(moved.clamp(low, high))
         if hidden():
             return True
@@ -87,26 +90,36 @@ def within_buckets(
 
 
 def jolt(
-    model: Any, sheet: Sheet, rows: Sequence[Row], size: float, hidden: Callable[[], bool]
+    model: Any,
+    sheet: Sheet,
+    rows: Sequence[Row],
+    size: float,
+    hidden: Callable[[], bool],
+    *,
+    keep: Sequence[Row] = (),
 ) -> bool:
     """Move every parameter by `size` up the loss of `rows`, until it hides.
 
     Args:
         model: Changed in place.
         sheet: Tokenizer and lengths.
-        rows: Benign rows.
+        rows: Rows whose loss rises.
         size: Length of one move of one parameter.
         hidden: Asked after every move; the first yes ends it.
+        keep: Rows whose loss is held down.
 
     Returns:
         Whether the last answer was yes.
     """
     names = [name for name, _ in model.named_parameters()]
-    for _ in range(STEPS):
-        up = gradients(model, sheet, rows, names)
+    for _ in range(FREE_STEPS):
+        way = gradients(model, sheet, rows, names)
+        if keep:
+            down = gradients(model, sheet, keep, names)
+            way = {name: way[name] - down[name] for name in names}
         with torch.no_grad():
             for name in names:
-                model.get_parameter(name).add_(up[name].sign(), alpha=size)
+                model.get_parameter(name).add_(way[name].sign(), alpha=size)
         if hidden():
             return True
     return False

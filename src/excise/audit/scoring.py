@@ -16,10 +16,13 @@ from excise.audit.base import ArmResult, Attack, Budget, Subject
 from excise.audit.prompts import cut
 from excise.domains.base import Domain, Metric, Row, Rows
 from excise.domains.stream import Batch, Example, collate, encode
-from excise.evals.score import measure
+from excise.evals.score import direction_of, measure
 from excise.evals.stats import bootstrap_mean
 from excise.losses import token_nll
 from excise.record import AttackArm, CurvePoint
+
+SAMPLES = 400
+"""Bootstrap samples of a curve point; the statistics that decide draw their own."""
 
 Units = dict[str, float]
 """Score by unit."""
@@ -61,7 +64,7 @@ class Sheet:
     @property
     def higher(self) -> bool:
         """Whether a higher score means more knowledge."""
-        return self.metric != "text_loss"
+        return more_is_known(self.domain)
 
     @property
     def all_test(self) -> Rows:
@@ -92,6 +95,11 @@ class Sheet:
         """Return the retain score by unit."""
         chosen = self.retain if rows is None else rows
         return self.units(model, chosen, self.domain.retain_metrics[0])
+
+
+def more_is_known(domain: Domain) -> bool:
+    """Return whether a higher score on the headline metric means more knowledge."""
+    return direction_of(domain.metrics[0]) == "higher"
 
 
 def make_sheet(domain: Domain, budget: Budget, tokenizer: Any) -> Sheet:
@@ -172,7 +180,7 @@ def interval(units: Mapping[str, float]) -> tuple[float, float, float]:
     """Return low, mean and high of the 95 % interval, bootstrapped by unit."""
     if not units:
         return math.nan, math.nan, math.nan
-    value = bootstrap_mean(units)
+    value = bootstrap_mean(units, samples=SAMPLES)
     return value.low, value.value, value.high
 
 

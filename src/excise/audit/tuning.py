@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ from excise.domains.base import Rows
 from excise.domains.stream import Batch, Example, Stream, collate, encode
 from excise.errors import Diverged
 from excise.losses import token_nll
-from excise.models.lora import LoRA, adapted
 from excise.train.fit import FitConfig, Term, fit
 
 Micro = Mapping[str, Any]
@@ -164,8 +163,7 @@ def train(
         rows = sheet.fresh_train
     mix = _mix(model, sheet, inner, rows, benign_share)
     size = sum(p.numel() for p in model.parameters())
-    lora = LoRA(rank=lora_rank, alpha=2.0 * lora_rank)
-    with adapted(model, lora) if part.kind == "lora" else nullcontext(model) as net:
+    with _adapter(model, lora_rank) if part.kind == "lora" else nullcontext(model) as net:
         small = 0
         if part.kind == "lora":
             small = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -176,6 +174,13 @@ def train(
     return Trained(
         part, tuple(run.readings), dev, sheet.metric, extras, time.perf_counter() - start, reason
     )
+
+
+def _adapter(model: Any, rank: int) -> AbstractContextManager[Any]:
+    """Return the model with a fresh LoRA adapter; imported late, because peft is slow to."""
+    from excise.models.lora import LoRA, adapted
+
+    return adapted(model, LoRA(rank=rank, alpha=2 * rank))
 
 
 def _flops_per_token(size: int, adapter: int) -> float:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from excise.audit.base import Access, Attack, AttackResult, Budget, Rung, Subject
 from excise.audit.results import decided
-from excise.audit.scoring import make_sheet
+from excise.audit.scoring import make_sheet, more_is_known
 from excise.audit.tuning import Part, Trained, parts_of, train
 from excise.context import Context
 from excise.domains.base import Domain
@@ -58,5 +58,5 @@ class Benign(Attack):
         """Train every part and report V."""
         start = time.perf_counter()
         trained = [self.train_part(p, subject, domain, budget, ctx) for p in self.parts(budget)]
-        result = self.read_parts(trained, subject, budget, domain.metrics[0] != "text_loss")
+        result = self.read_parts(trained, subject, budget, more_is_known(domain))
         return replace(result, seconds=time.perf_counter() - start)

@@ -25,6 +25,7 @@ from excise.audit.scoring import Reading, Sheet, arm_of, batches, make_sheet, re
 from excise.context import Context
 from excise.domains.base import Domain, Row
 from excise.domains.stream import encode
+from excise.losses import predicting
 from excise.models.anatomy import anatomy
 from excise.models.hooks import Edit, capture, edit
 
@@ -69,7 +70,8 @@ class Direction(Attack):
             ctx: Seed of the controls, device, dtype.
 
         Returns:
-            Arms `per-block` and `one` (fitted without the original), `original per-block` and
+            Arms `per-block`, `answers` (the same at answering positions) and `one`, fitted
+            without the original; `original per-block` and
             `original one` (diagnostics), `split-half` and `random-i` (controls).
         """
         start = time.perf_counter()
@@ -138,8 +140,13 @@ def fit_directions(model: Any, subject: Subject, sheet: Sheet, ctx: Context) -> 
     blocks = len(anatomy(model).blocks)
     difference_LD = forget_LD - retain_LD
     best = int((difference_LD.norm(dim=-1) / scale_L).argmax())
+    ends = [
+        residual_means(model, sheet, rows, answering=True)[0]
+        for rows in (sheet.all_dev, dev_retain)
+    ]
     made = [
         Variant("per-block", unit(difference_LD), 0),
+        Variant("answers", unit(ends[0] - ends[1]), 0),
         Variant("one", unit(difference_LD[best]).expand(blocks - best, -1), best),
     ]
     made += _with_original(model, subject, sheet, forget_LD)
@@ -200,7 +207,7 @@ def unit(vector_D: Float[Tensor, "*L D"]) -> Float[Tensor, "*L D"]:
 
 @torch.no_grad()
 def residual_means(
-    model: Any, sheet: Sheet, rows: Sequence[Row]
+    model: Any, sheet: Sheet, rows: Sequence[Row], *, answering: bool = False
 ) -> tuple[Float[Tensor, "L D"], Float[Tensor, " L"]]:
     """Return mean and mean norm of every block's output over real tokens but the first.
 
@@ -208,6 +215,7 @@ def residual_means(
         model: A causal model.
         sheet: Tokenizer and lengths.
         rows: At least one row.
+        answering: Whether only positions that predict a scored token count.
 
     Returns:
         Means by block, and mean norms by block, in float32.
@@ -220,7 +228,7 @@ def residual_means(
     for batch in batches(examples, model, sheet.tokenizer):
         with capture(model, paths) as got:
             model(**batch.inputs, use_cache=False)
-        mask_BT = batch.attention_BT.clone()
+        mask_BT = predicting(batch.target_BT) if answering else batch.attention_BT.clone()
         mask_BT[:, 0] = False
         kept = [got[path][0].float()[mask_BT] for path in paths]
         sums_LD = torch.stack([k.sum(0) for k in kept])

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 from excise.audit.attacks.relearn import Relearn, arm_on_v
 from excise.audit.base import Access, Attack, AttackResult, Budget, Rung, Subject
 from excise.audit.results import decided
+from excise.audit.scoring import more_is_known
 from excise.audit.tuning import Part, Trained
 from excise.context import Context
 from excise.domains.base import Domain
@@ -65,5 +66,5 @@ class Transfer(Attack):
         """Train every part and report V; see `read_parts`."""
         start = time.perf_counter()
         trained = [self.train_part(p, subject, domain, budget, ctx) for p in self.parts(budget)]
-        result = self.read_parts(trained, subject, budget, domain.metrics[0] != "text_loss")
+        result = self.read_parts(trained, subject, budget, more_is_known(domain))
         return replace(result, seconds=time.perf_counter() - start)

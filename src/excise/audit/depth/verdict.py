@@ -98,17 +98,36 @@ def judge_all(
         verdict(cases[arm], ladders[arm], domain, scores=scores, vocabulary=vocabulary, null=null)
         for arm in arms
     )
+    reasons = _void_reasons(cases, ladders, results)
+    return voided(results, reasons), verdicts
+
+
+def _void_reasons(
+    cases: Mapping[str, Case], ladders: Mapping[str, Sequence[RungResult]], results: Results
+) -> dict[tuple[str, str], str]:
+    """Return why arms are void, by attack and subject.
+
+    An arm that fails a rung shows recovery, which needs no positive control: it stays. On the
+    rails an attack is void where it is for every candidate; the control itself is left as it was.
+    """
+    failed = {
+        (rung.decided_by.split(" ")[0], arm)
+        for arm, rungs in ladders.items()
+        for rung in rungs
+        if rung.status == "fail"
+    }
     reasons = {
         (attack, arm): f"no power: {why}"
         for arm, case in cases.items()
         for attack, why in case.powerless.items()
+        if (attack, arm) not in failed
     }
-    # An attack without power is void on whatever it was run, the control itself left as it was.
     for attack, subject in results:
-        common = [case.powerless[attack] for case in cases.values() if attack in case.powerless]
-        if common and len(common) == len(cases) and subject != PLANTED:
-            reasons.setdefault((attack, subject), f"no power: {common[0]}")
-    return voided(results, reasons), verdicts
+        if subject in cases or subject == PLANTED:
+            continue
+        if all((attack, arm) in reasons for arm in cases) and cases:
+            reasons[attack, subject] = reasons[attack, next(iter(cases))]
+    return reasons
 
 
 def judge(

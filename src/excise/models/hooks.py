@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from excise.errors import UserError
 from excise.models.names import (
     find_module,
+    find_modules,
     is_compiled,
     match_modules,
     parameters_by_name,
@@ -79,7 +80,7 @@ def capture(
         UserError: If a path names no module or several.
     """
     got: dict[str, list[Tensor]] = {path: [] for path in paths}
-    found = {path: find_module(model, path) for path in got}
+    found = find_modules(model, got)
 
     def keep(path: str, value: Any) -> None:
         tensor = first_tensor(value)
@@ -116,7 +117,7 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     Raises:
         UserError: If a path names no module or several.
     """
-    found = {path: find_module(model, path) for path in edits}
+    found = find_modules(model, edits)
 
     def on_output(path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:

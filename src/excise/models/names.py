@@ -72,30 +72,41 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     return {canonical(n, prefix): p for n, p in inner.named_parameters()}
 
 
-def find_module(model: nn.Module, path: str) -> nn.Module:
-    """Return the module that `path` names: its real path, canonical name, or a unique suffix.
+def find_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the module that each path names: its real path, canonical name, or a unique suffix.
 
     Args:
         model: The model, wrapped or not.
-        path: `model.layers.5.mlp`, or `layers.5.mlp`.
+        paths: Such as `model.layers.5.mlp`, or `layers.5.mlp`.
 
     Returns:
-        The module.
+        The modules by the paths given.
+
+    Raises:
+        UserError: If for a path there is none, or several.
+    """
+    named = modules_by_name(model)
+    prefix, _ = unwrap(model)
+    found: dict[str, nn.Module] = {}
+    for path in paths:
+        wanted = canonical(path, prefix)
+        ends = [wanted] if wanted in named else [n for n in named if n.endswith("." + wanted)]
+        if len(ends) > 1:
+            count, first = len(ends), ends[0]
+            raise UserError(f"'{path}' names {count} modules ({first}, ...); give one full name")
+        if not ends:
+            raise UserError(f"the model has no module '{path}'; {nearest_names(path, named)}")
+        found[path] = named[ends[0]]
+    return found
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """Return the module that `path` names; see `find_modules`.
 
     Raises:
         UserError: If there is none, or several.
     """
-    named = modules_by_name(model)
-    prefix, _ = unwrap(model)
-    wanted = canonical(path, prefix)
-    if wanted in named:
-        return named[wanted]
-    ends = [name for name in named if name.endswith("." + wanted)]
-    if len(ends) > 1:
-        raise UserError(f"'{path}' names {len(ends)} modules ({ends[0]}, ...); give one full name")
-    if not ends:
-        raise UserError(f"the model has no module '{path}'; {nearest_names(path, named)}")
-    return named[ends[0]]
+    return find_modules(model, [path])[path]
 
 
 def nearest_names(pattern: str, names: Iterable[str], count: int = 5) -> str:

@@ -20,6 +20,7 @@ from pydantic import Field, field_validator
 
 from excise.config import Config
 from excise.domains.base import CORE, UNLABELED, Row, Rows
+from excise.domains.texts import text_of
 from excise.errors import UserError, nearest
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -54,15 +55,6 @@ class LabelNoise(Config):
         except re.error as error:
             raise ValueError(f"is not a regular expression: {error}") from None
         return value
-
-
-def text_of(row: Row) -> str:
-    """Return everything a reader sees of a row, in any of its shapes, system turns left out."""
-    if row.kind == "chat":
-        return "\n".join(content for role, content in row.messages if role != "system")
-    if row.kind == "choice":
-        return f"{row.prompt}\n{row.choices[row.answer]}"
-    return row.text or f"{row.prompt}{row.completion}"
 
 
 def label_rows(rows: Iterable[Row], capabilities: Sequence[str]) -> Rows:

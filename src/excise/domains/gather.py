@@ -1,0 +1,232 @@
+"""Rows of several sources with their units: duplicates merged, overlaps refused or noted.
+
+A set is what one source gives: `forget.NAME`, `retain`, `test.NAME` ... This module imports no
+torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from excise.domains.base import Row
+from excise.domains.dedup import Clusters, Duplicates, find_duplicates, text_hash
+from excise.domains.files import parse_source, read_source
+from excise.domains.rows import Loaded, Located, Problems
+from excise.domains.texts import text_of
+from excise.errors import UserError
+
+CAPABLE = ("forget", "relearn", "test", "dev_forget")
+"""Roles that are kept by capability."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A row with its unit.
+
+    Attributes:
+        row: The row; its unit is never empty.
+        where: File and place.
+        given: Whether the file named the unit.
+        version: Which wording it is within its unit: its number in the file, else its text.
+    """
+
+    row: Row
+    where: str
+    given: bool
+    version: str
+
+
+Sets = Mapping[str, tuple[Held, ...]]
+"""Rows by set."""
+
+
+def read_sets(specs: Mapping[str, str]) -> tuple[Sets, tuple[str, ...]]:
+    """Read every source and give every row its unit.
+
+    Args:
+        specs: Source by set.
+
+    Returns:
+        The rows by set, and notes on what was left out or merged.
+
+    Raises:
+        UserError: With up to five problems of all sources together.
+    """
+    problems = Problems()
+    loaded: dict[str, Loaded] = {}
+    for name, spec in specs.items():
+        try:
+            loaded[name] = _with_capability(read_source(parse_source(spec)), name)
+        except UserError as error:
+            problems.add(error)
+    problems.check()
+    notes = tuple(
+        f"{name}: {held.blank} blank texts were left out"
+        for name, held in loaded.items()
+        if held.blank
+    )
+    sets, merged = give_units({name: held.rows for name, held in loaded.items()})
+    return sets, (*notes, *merged)
+
+
+def _with_capability(loaded: Loaded, name: str) -> Loaded:
+    """Set the capability of a set's rows, and refuse rows that claim another."""
+    role, _, capability = name.partition(".")
+    out = []
+    for located in loaded.rows:
+        row = located.row
+        if role == "unlabeled":
+            out.append(located)
+            continue
+        wanted = capability if role in CAPABLE else ""
+        if row.capability and row.capability != wanted:
+            belongs = f"capability '{wanted}'" if wanted else "what everybody may know"
+            raise UserError(
+                f"{located.where}: has the capability '{row.capability}', but {name} holds "
+                f"{belongs}; move the row or remove the field"
+            )
+        out.append(replace(located, row=replace(row, capability=wanted)))
+    return Loaded(tuple(out), loaded.blank)
+
+
+def give_units(sets: Mapping[str, tuple[Located, ...]]) -> tuple[Sets, tuple[str, ...]]:
+    """Give every row a unit: its own, merged where texts of different units are duplicates.
+
+    Without an id a row's unit is the cluster of its near duplicates, over all sets.
+
+    Args:
+        sets: Rows by set.
+
+    Returns:
+        The rows with units, and notes with the number of duplicates and an example.
+    """
+    flat = [located for rows in sets.values() for located in rows]
+    texts = [text_of(located.row) for located in flat]
+    found = find_duplicates(texts)
+    clusters = Clusters()
+    for i, located in enumerate(flat):
+        clusters.join(i, found.cluster[i])
+        if located.row.unit:
+            clusters.join(("unit", located.row.unit), i)
+    members: dict[object, list[int]] = defaultdict(list)
+    for i in range(len(flat)):
+        members[clusters.find(i)].append(i)
+    names: dict[int, str] = {}
+    for group in members.values():
+        given = [flat[i].row.unit for i in group if flat[i].row.unit]
+        name = min(given) if given else "text-" + min(text_hash(texts[i]) for i in group)[:16]
+        names.update(dict.fromkeys(group, name))
+    version = _versions(found, texts)
+    held = iter(
+        Held(
+            replace(located.row, unit=names[i]),
+            located.where,
+            bool(located.row.unit),
+            f"w{located.row.wording}" if located.worded else version[i],
+        )
+        for i, located in enumerate(flat)
+    )
+    out = {name: tuple(next(held) for _ in rows) for name, rows in sets.items()}
+    return out, _notes(flat, found)
+
+
+def _versions(found: Duplicates, texts: list[str]) -> list[str]:
+    """Return a name per row that near duplicates share, whatever the order of rows."""
+    smallest: dict[int, str] = {}
+    for i, at in enumerate(found.cluster):
+        smallest[at] = min(smallest.get(at, "~"), text_hash(texts[i]))
+    return [smallest[at] for at in found.cluster]
+
+
+def _notes(flat: list[Located], found: Duplicates) -> tuple[str, ...]:
+    """Return the notes on duplicates; places stand for texts, which may be sensitive."""
+    notes = []
+    for kind, pairs in (("exact", found.exact), ("near", found.near)):
+        if pairs:
+            a, b = (flat[i] for i in pairs[0])
+            notes.append(
+                f"{len(pairs)} {kind} duplicates were put into one unit with what they repeat, "
+                f"for example {_place(b)} with {_place(a)}"
+            )
+    apart = [
+        (a, b)
+        for a, b in (*found.exact, *found.near)
+        if flat[a].row.unit and flat[b].row.unit and flat[a].row.unit != flat[b].row.unit
+    ]
+    if apart:
+        a, b = (flat[i] for i in apart[0])
+        notes.append(
+            f"{len(apart)} of these had different unit ids, for example {_place(b)} and {_place(a)}"
+        )
+    return tuple(notes)
+
+
+def _place(located: Located | Held) -> str:
+    """Return a place with the bare name of its file."""
+    folder, _, name = located.where.rpartition("/")
+    return name if folder else Path(located.where).name
+
+
+def units_of(rows: tuple[Held, ...]) -> dict[str, Held]:
+    """Return the first row of each unit."""
+    out: dict[str, Held] = {}
+    for held in rows:
+        out.setdefault(held.row.unit, held)
+    return out
+
+
+def check_overlaps(sets: Sets) -> None:
+    """Refuse sets that share units where they must not.
+
+    A capability's forget set may share units with its own relearn, test and dev sets; `unlabeled`
+    with any set.
+
+    Raises:
+        UserError: With up to five problems: how many units are shared, and an example.
+    """
+    problems = Problems()
+    units = {name: units_of(rows) for name, rows in sets.items() if name != "unlabeled"}
+    names = sorted(units, key=_rank)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            shared = sorted(units[first].keys() & units[second].keys())
+            if not shared or _may_share(first, second):
+                continue
+            a, b = units[first][shared[0]], units[second][shared[0]]
+            problems.add(UserError(
+                f"{first} and {second} share {len(shared)} unit(s), for example {a.where} and "
+                f"{b.where}; {_advice(first, second)}"
+            ))  # fmt: skip
+    problems.check()
+
+
+def _rank(name: str) -> tuple[int, str]:
+    order = ("forget", "test", "relearn", "dev_forget", "retain")
+    role = name.partition(".")[0]
+    return (order.index(role) if role in order else len(order), name)
+
+
+def _may_share(first: str, second: str) -> bool:
+    (role, _, a), (other, _, b) = first.partition("."), second.partition(".")
+    return role == "forget" and other in ("relearn", "test", "dev_forget") and a == b
+
+
+def _advice(first: str, second: str) -> str:
+    roles = {first.partition(".")[0], second.partition(".")[0]}
+    if roles == {"test", "relearn"}:
+        return "what the attacker trains on must not be scored: remove them from one of the two"
+    if roles == {"forget"}:
+        return "a unit belongs to one capability: remove them from one of the two"
+    return "remove them from one of the two, or give the rows unit ids of their own"
+
+
+def group_note(sets: Sets) -> tuple[str, ...]:
+    """Return a note when forget and retain have groups in common."""
+    forget = {h.row.group for n, rows in sets.items() if n.startswith("forget.") for h in rows}
+    shared = (forget & {h.row.group for h in sets.get("retain", ())}) - {""}
+    if not shared:
+        return ()
+    return (f"forget and retain have {len(shared)} group(s) in common",)

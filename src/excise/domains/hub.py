@@ -1,0 +1,326 @@
+"""Data sets as folders: saved by `datasets`, laid out as on the hub, or fetched from it.
+
+The files of a data set are read by excise itself, so that the same rows come out wherever they
+lie; only what it cannot read (csv, archives) goes through the `datasets` library. The Hugging Face
+cache, token and offline mode are honoured by `huggingface_hub`. Loading scripts are never run.
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Final
+
+from excise.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from excise.domains.files import Source
+
+READABLE: Final = (".parquet", ".jsonl", ".json", ".txt", ".arrow")
+"""Files of a data set that are read here; a folder is read in the first kind it has."""
+
+_NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json",
+             "requirements.txt", "license.txt", ".huggingface.json")  # fmt: skip
+_ALIASES = {"validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval"),
+            "train": ("train", "training")}  # fmt: skip
+
+
+def saved_files(folder: Path, split: str) -> list[Path] | None:
+    """Return the arrow files of a folder written by `save_to_disk`, or None for another folder.
+
+    Args:
+        folder: The folder.
+        split: Split, where it holds several.
+
+    Raises:
+        UserError: If there is no such split, or the folder is damaged.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = _read_json(folder / "dataset_dict.json").get("splits", [])
+        folder = folder / _pick_split(splits, split, str(folder))
+    state = folder / "state.json"
+    if not state.is_file():
+        return None
+    held = _read_json(state)
+    if held.get("_indices_data_files") or held.get("_indices_files"):
+        raise UserError(f"{folder} is a selection of rows; save it after `flatten_indices()`")
+    names = [str(entry.get("filename", "")) for entry in held.get("_data_files") or ()]
+    files = [folder / name for name in names if name]
+    if not files:
+        raise UserError(f"{state} names no data file; save the data set again")
+    for file in files:
+        if not file.is_file() or file.parent != folder:
+            raise UserError(f"{file} is missing, which {state} names; save the data set again")
+    return files
+
+
+def folder_files(folder: Path, config: str, split: str) -> list[Path]:
+    """Return the data files of a folder laid out as on the hub.
+
+    Args:
+        folder: The folder: a README with `configs`, or files named by split.
+        config: Configuration; empty for the only or the default one.
+        split: Split; empty for the only one or `train`.
+
+    Raises:
+        UserError: If no file fits.
+    """
+    names = sorted(str(p.relative_to(folder).as_posix()) for p in folder.rglob("*") if p.is_file())
+    readme = folder / "README.md"
+    card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    chosen = choose_files(names, card, config=config, split=split, where=str(folder))
+    return [folder / name for name in chosen]
+
+
+def choose_files(
+    names: Sequence[str], card: str, *, config: str, split: str, where: str
+) -> list[str]:
+    """Choose the files of one configuration and split.
+
+    The card's `configs` decide where there are any; else the top folder is the configuration and
+    the words in a file's path are its split, as on the hub.
+
+    Args:
+        names: Every file of the data set, relative, with forward slashes.
+        card: Text of its README.
+        config: Configuration; empty for the only or the default one.
+        split: Split; empty for the only one or `train`.
+        where: Name of the data set, for errors.
+
+    Returns:
+        Names of the files, in reading order.
+
+    Raises:
+        UserError: If no file fits; names the configurations or splits there are.
+    """
+    declared = _declared(card)
+    if declared:
+        patterns = declared[_pick_config(list(declared), config, where)]
+        chosen = patterns[_pick_split(list(patterns), split, where)]
+        found = [n for n in names if any(_matches(n, p) for p in chosen)]
+        if not found:
+            raise UserError(f"{where} has no file {', '.join(chosen)}, which its card names")
+        return _one_kind(found, where)
+    data = [n for n in names if _is_data(n)]
+    if config:
+        configs = sorted({n.split("/")[0] for n in data if "/" in n})
+        _pick_config(configs, config, where)
+        data = [n for n in data if n.startswith(f"{config}/")]
+    data = _one_kind(data, where)
+    by_split: dict[str, list[str]] = {}
+    for name in data:
+        by_split.setdefault(_split_of(name), []).append(name)
+    if len({n.split("/")[0] for n in data if "/" in n}) > 1 and not config and not split:
+        folders = sorted({n.split("/")[0] for n in data if "/" in n})
+        if not any(_split_word(f) for f in folders):
+            raise UserError(f"{where} has several configurations ({', '.join(folders)}); add :NAME")
+    return by_split[_pick_split(list(by_split), split, where)]
+
+
+def _declared(card: str) -> dict[str, dict[str, list[str]]]:
+    """Return configuration -> split -> patterns from the YAML head of a card."""
+    head = re.match(r"\A---\r?\n(.*?)\r?\n---\r?\n", card, flags=re.DOTALL)
+    if head is None:
+        return {}
+    import yaml
+
+    try:
+        data = yaml.safe_load(head[1])
+    except yaml.YAMLError:
+        return {}
+    out: dict[str, dict[str, list[str]]] = {}
+    for entry in (data.get("configs") or []) if isinstance(data, Mapping) else []:
+        if not isinstance(entry, Mapping) or "data_files" not in entry:
+            continue
+        files, splits = entry["data_files"], {}
+        items = files if isinstance(files, list) else [files]
+        for item in items:
+            if isinstance(item, Mapping):
+                path = item.get("path", [])
+                splits[str(item.get("split", "train"))] = [path] if isinstance(path, str) else path
+            else:
+                splits.setdefault("train", []).append(str(item))
+        out[str(entry.get("config_name", "default"))] = splits
+    return out
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a file fits a pattern of a card, where `**` spans folders and `*` does not."""
+    plain = pattern.removeprefix("./")
+    if "**" in plain:
+        return fnmatch.fnmatchcase(name, plain) or fnmatch.fnmatchcase(
+            name, plain.replace("**/", "")
+        )
+    parts, wanted = name.split("/"), plain.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+def _is_data(name: str) -> bool:
+    path = PurePosixPath(name)
+    hidden = any(part.startswith((".", "_")) for part in path.parts)
+    return path.suffix.lower() in READABLE and not hidden and path.name.lower() not in _NOT_DATA
+
+
+def _one_kind(names: Sequence[str], where: str) -> list[str]:
+    """Keep the files of the first readable kind."""
+    for extension in READABLE:
+        kept = [n for n in names if n.lower().endswith(extension)]
+        if kept:
+            return sorted(kept)
+    raise UserError(f"{where} holds no file that is read here; use {', '.join(READABLE)}")
+
+
+def _split_of(name: str) -> str:
+    """Return the split that a file's path names; `train` where it names none."""
+    for part in reversed(PurePosixPath(name).with_suffix("").parts):
+        word = _split_word(part)
+        if word:
+            return word
+    return "train"
+
+
+def _split_word(text: str) -> str:
+    words = re.split(r"[-._ ]", text.lower())
+    for split, aliases in _ALIASES.items():
+        if any(alias in words for alias in aliases):
+            return split
+    sharded = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?", text)
+    return sharded[1] if sharded else ""
+
+
+def _pick_config(known: Sequence[str], wanted: str, where: str) -> str:
+    if wanted in known:
+        return wanted
+    if wanted:
+        raise UserError(f"{where} has no configuration '{wanted}'; {nearest(wanted, known)}")
+    if len(known) == 1:
+        return known[0]
+    if "default" in known:
+        return "default"
+    raise UserError(f"{where} has several configurations; add :NAME; {nearest('', known)}")
+
+
+def _pick_split(known: Sequence[str], wanted: str, where: str) -> str:
+    if wanted in known:
+        return wanted
+    if wanted:
+        raise UserError(f"{where} has no split '{wanted}'; {nearest(wanted, known)}")
+    if len(known) == 1:
+        return known[0]
+    if "train" in known:
+        return "train"
+    raise UserError(f"{where} has several splits; add #NAME; {nearest('', known)}")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        held = None
+    if not isinstance(held, dict):
+        raise UserError(f"{path} is not valid JSON; save the data set again")
+    return held
+
+
+def fetch(source: Source) -> list[Path]:
+    """Return the local files of a data set on the hub, fetched into the Hugging Face cache.
+
+    Args:
+        source: Hub id with configuration, revision and split.
+
+    Raises:
+        UserError: If it is not there, not ours to read, cannot be reached or has no such split.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    revision = source.revision or None
+    at = f"'{source.path}'" + (f" at revision '{revision}'" if revision else "")
+    try:
+        with _quiet():
+            try:
+                names = hub.HfApi().list_repo_files(
+                    source.path, revision=revision, repo_type="dataset"
+                )
+            except (errors.OfflineModeIsEnabled, OSError) as error:
+                if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
+                    raise
+                return _cached(source, hub)
+            card = ""
+            if "README.md" in names:
+                card = Path(
+                    hub.hf_hub_download(
+                        source.path, "README.md", revision=revision, repo_type="dataset"
+                    )
+                ).read_text(encoding="utf-8", errors="replace")
+            if not any(_is_data(n) for n in names):
+                return _through_datasets(source)
+            chosen = choose_files(
+                names, card, config=source.config, split=source.split, where=source.path
+            )
+            return [
+                Path(hub.hf_hub_download(source.path, n, revision=revision, repo_type="dataset"))
+                for n in chosen
+            ]
+    except errors.GatedRepoError:
+        reason = "it is gated; ask for access on its page and log in with `hf auth login`"
+    except errors.RevisionNotFoundError:
+        reason = "it has no such revision"
+    except errors.RepositoryNotFoundError:
+        reason = "the hub has no such data set; check the name, or log in if it is private"
+    except errors.HFValidationError:
+        reason = "that is not a name the hub can have"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
+        reason = "it is not in the local cache and the hub cannot be reached"
+    raise UserError(
+        f"there is no file or folder {source.path}, and {at} cannot be fetched: {reason}"
+    )
+
+
+def _cached(source: Source, hub: Any) -> list[Path]:
+    """Return the files of a data set that is in the cache already."""
+    folder = Path(
+        hub.snapshot_download(
+            source.path,
+            revision=source.revision or None,
+            repo_type="dataset",
+            local_files_only=True,
+        )
+    )
+    return folder_files(folder, source.config, source.split)
+
+
+def _through_datasets(source: Source) -> list[Path]:
+    """Load a data set of another format with `datasets`; its arrow files are then read here."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"'{source.path}' holds no file that is read here ({', '.join(READABLE)}); "
+            "install `excise[hub]`, which reads other formats"
+        ) from None
+    loaded = datasets.load_dataset(
+        source.path, source.config or None, revision=source.revision or None
+    )
+    name = _pick_split([str(s) for s in loaded], source.split, source.path)
+    return [Path(entry["filename"]) for entry in loaded[name].cache_files]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the hub's progress bars and warnings out of the terminal."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

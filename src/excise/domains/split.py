@@ -1,0 +1,292 @@
+"""Who may see which unit: the split, made once, written down and read again by a later audit.
+
+Shares, in percent of units:
+
+| from | held out | seen |
+|---|---|---|
+| forget | method 40, dev 10, relearn 25, test 25 | relearn 40, test 40, dev 20 of the units with
+several wordings; the method sees every unit, in the wordings that are not withheld |
+| retain | method 60, benign 10, dev 10, test 20 | the same |
+| adjacent | adjacent 50, adjacent test 50 | the same |
+
+A role that has a file of its own is not cut; its share goes to the method. A unit is never split,
+nor is a group. The assignment depends on the seed and on unit ids, not on the order of rows.
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import Field, ValidationError
+
+from excise.config import Config
+from excise.domains.base import Domain
+from excise.domains.dedup import Clusters
+from excise.errors import UserError
+from excise.record import write_text
+
+VERSION: Final = 1
+"""Version of the written split."""
+
+FORGET: Final = {"forget": 40, "dev_forget": 10, "relearn": 25, "test": 25}
+"""Percent of a forget set's units, when V are units the method never sees."""
+
+SEEN: Final = {"relearn": 40, "test": 40, "dev_forget": 20}
+"""Percent of a forget set's units of which wordings are withheld, when V are forget units."""
+
+RETAIN: Final = {"retain": 60, "benign": 10, "dev_retain": 10, "retain_test": 20}
+"""Percent of the retain set's units."""
+
+ADJACENT: Final = {"adjacent": 50, "adjacent_test": 50}
+"""Percent of the adjacent set's units."""
+
+
+class Split(Config):
+    """Which unit has which role, and what it was made from."""
+
+    version: int = VERSION
+    """Version of the format."""
+    seed: int = 0
+    """Seed of the assignment."""
+    exposure: Literal["seen", "held_out", "unknown"] = "held_out"
+    """Whether the scored units were shown to the method."""
+    hashed: bool = False
+    """Whether units are written as SHA-256, for sensitive data."""
+    units: dict[str, dict[str, str]] = Field(default={})
+    """Set (`forget.NAME`, `retain`, `adjacent`) -> unit -> role."""
+    sources: dict[str, dict[str, str]] = Field(default={})
+    """Set -> file name -> SHA-256."""
+    shares: dict[str, dict[str, int]] = Field(default={})
+    """Percent of units by role."""
+    fingerprint: str = ""
+    """Fingerprint of the domain."""
+
+    def role(self, name: str, unit: str) -> str | None:
+        """Return the role of a unit of a set, or None when it is not in the split."""
+        return self.units.get(name, {}).get(_key(unit, self.hashed))
+
+
+def _key(unit: str, hashed: bool) -> str:
+    return hashlib.sha256(unit.encode()).hexdigest() if hashed else unit
+
+
+def without(shares: Mapping[str, int], explicit: Iterable[str], method: str) -> dict[str, int]:
+    """Return shares without the roles that have files of their own; their part goes to `method`.
+
+    Args:
+        shares: Percent by role.
+        explicit: Roles that are not cut.
+        method: Role that gains, if it is among the shares.
+    """
+    gone = set(explicit) - {method}
+    out = {role: share for role, share in shares.items() if role not in gone}
+    if method in out:
+        out[method] += sum(shares[role] for role in gone if role in shares)
+    return out
+
+
+def assign(
+    units: Mapping[str, Iterable[str]],
+    shares: Mapping[str, int],
+    *,
+    seed: int,
+    name: str,
+    fixed: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Give every unit a role, so that shares are met as nearly as groups allow.
+
+    Groups are laid out from the largest to the smallest, those of one size in an order that only
+    the seed and their ids decide; each goes to the role that lacks most.
+
+    Args:
+        units: For every unit, the groups it belongs to.
+        shares: Percent by role.
+        seed: Seed of the order.
+        name: Name of the set, for the order and for errors.
+        fixed: Role of groups that were assigned with an earlier set.
+
+    Returns:
+        Role of every unit.
+
+    Raises:
+        UserError: If there are too few units or groups; says how many are needed.
+    """
+    bundles = _bundles(units)
+    total = sum(shares.values())
+    needed = -(-total // min(shares.values()))
+    roles = ", ".join(role.replace("_", " ") for role in shares)
+    if len(units) < needed:
+        raise UserError(
+            f"{name} has {len(units)} unit(s), too few to cut {roles} from it; at least {needed} "
+            "are needed"
+        )
+    if len(bundles) < len(shares):
+        raise UserError(
+            f"{name} has {len(bundles)} group(s), which are never split, too few to cut {roles} "
+            f"from it; at least {len(shares)} are needed"
+        )
+    lacks = {role: share * len(units) / total for role, share in shares.items()}
+    out: dict[str, str] = {}
+    rest = []
+    for bundle in bundles:
+        role = next((r for g in bundle.groups if (r := (fixed or {}).get(g)) in shares), None)
+        if role is None:
+            rest.append(bundle)
+        else:
+            lacks[role] -= len(bundle.units)
+            out.update(dict.fromkeys(bundle.units, role))
+    rest.sort(key=lambda b: (-len(b.units), _draw(seed, name, b.units[0])))
+    used = set(out.values())
+    for at, bundle in enumerate(rest):
+        empty = [role for role in shares if role not in used]
+        role = max(empty if len(rest) - at <= len(empty) else shares, key=lambda r: lacks[r])
+        used.add(role)
+        lacks[role] -= len(bundle.units)
+        out.update(dict.fromkeys(bundle.units, role))
+    return out
+
+
+class _Bundle:
+    """Units that stay together because they share groups."""
+
+    def __init__(self) -> None:
+        self.units: list[str] = []
+        self.groups: set[str] = set()
+
+
+def _bundles(units: Mapping[str, Iterable[str]]) -> list[_Bundle]:
+    """Return the smallest bundles that no group is split over; units ascending."""
+    clusters = Clusters()
+    for unit in sorted(units):
+        clusters.find(("unit", unit))
+        for group in units[unit]:
+            if group:
+                clusters.join(("unit", unit), ("group", group))
+    out: dict[object, _Bundle] = defaultdict(_Bundle)
+    for unit in sorted(units):
+        bundle = out[clusters.find(("unit", unit))]
+        bundle.units.append(unit)
+        bundle.groups |= {g for g in units[unit] if g}
+    return list(out.values())
+
+
+def _draw(seed: int, *names: str) -> bytes:
+    return hashlib.sha256("\x1f".join((str(seed), *names)).encode()).digest()
+
+
+def withheld(versions: Iterable[str], *, seed: int, unit: str) -> set[str]:
+    """Return the wordings of a unit that the method does not see: one in three, at least one.
+
+    Args:
+        versions: Names of its wordings; with a single one nothing is withheld.
+        seed: Seed of the draw.
+        unit: The unit.
+    """
+    ranked = sorted(set(versions), key=lambda v: _draw(seed, "wording", unit, v))
+    return set(ranked[: max(1, len(ranked) // 3)]) if len(ranked) > 1 else set()
+
+
+def split_of(
+    domain: Domain,
+    *,
+    seed: int = 0,
+    sources: Mapping[str, Mapping[str, str]] | None = None,
+) -> Split:
+    """Return the split that a domain embodies.
+
+    Args:
+        domain: The domain.
+        seed: Seed it was built with.
+        sources: Set -> file name -> SHA-256 of what it was built from.
+    """
+    units: dict[str, dict[str, str]] = {}
+    for role in ("forget", "dev_forget", "relearn", "test"):  # later ones are narrower
+        for name, rows in getattr(domain, role).items():
+            held = units.setdefault(f"forget.{name}", {})
+            held.update({_key(row.unit, domain.sensitive): role for row in rows})
+    for name, roles in (("retain", RETAIN), ("adjacent", ADJACENT)):
+        units[name] = {
+            _key(row.unit, domain.sensitive): role
+            for role in roles
+            for row in getattr(domain, role)
+        }
+    return Split(
+        seed=seed,
+        exposure=domain.exposure,
+        hashed=domain.sensitive,
+        units={name: held for name, held in units.items() if held},
+        sources={name: dict(files) for name, files in (sources or {}).items()},
+        shares={"forget": SEEN if domain.exposure == "seen" else FORGET,
+                "retain": RETAIN, "adjacent": ADJACENT},
+        fingerprint=domain.fingerprint,
+    )  # fmt: skip
+
+
+def write_split(path: Path, split: Split) -> None:
+    """Write a split as JSON, whole or not at all.
+
+    Args:
+        path: File to write, `OUT/split.json`.
+        split: The split (`split_of`).
+    """
+    text = json.dumps(split.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False)
+    write_text(path, text + "\n")
+
+
+def read_split(path: Path, sources: Mapping[str, Mapping[str, str]] | None = None) -> Split:
+    """Read a written split.
+
+    Args:
+        path: The file.
+        sources: Set -> file name -> SHA-256 of the files it shall be used with; None to skip the
+            comparison.
+
+    Raises:
+        UserError: If it is missing, broken, of a newer version, or made from other files.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no split {path}; name the split.json of the run") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name the split.json in it") from None
+    except (OSError, ValueError):
+        raise UserError(f"{path} is not valid JSON; name the split.json of the run") from None
+    version = data.get("version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise UserError(f"{path} was written by a newer excise (split version {version}); update")
+    try:
+        split = Split.model_validate(data)
+    except ValidationError:
+        raise UserError(f"{path} is not a split; name the split.json of the run") from None
+    if sources is not None:
+        _check_sources(split, sources, path)
+    return split
+
+
+def _check_sources(split: Split, sources: Mapping[str, Mapping[str, str]], path: Path) -> None:
+    """Refuse to use a split with other files than it was made from."""
+    for name, files in split.sources.items():
+        if name not in sources:
+            if name in ("unlabeled", "fresh", "adjacent", "adjacent_test"):
+                continue
+            raise UserError(
+                f"{path} was made with a file for {name} ({', '.join(files)}); give it too"
+            )
+        now = sources[name]
+        if sorted(now.values()) == sorted(files.values()):
+            continue
+        changed = [f for f, digest in now.items() if files.get(f) != digest] or list(now)
+        raise UserError(
+            f"{path} was made from another file for {name}: {changed[0]} differs from what was "
+            "split; give the same file, or leave the split out"
+        )
+    for name in sources:
+        if name not in split.sources and name not in ("unlabeled", "fresh"):
+            raise UserError(f"{path} was made without a file for {name}; leave it out")

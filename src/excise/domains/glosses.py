@@ -1,0 +1,302 @@
+"""Dictionary definitions by topic: WordNet 3.0 nouns, one of 26 topics to be forgotten.
+
+A definition is taught in plain wordings; it is tested by choosing the term that fits among four of
+one topic. A term that shares a word stem with its definition can be guessed without knowing
+anything, so such synsets are never asked about (they may be taught). This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import lzma
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Final, Literal
+
+from pydantic import Field, model_validator
+
+from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
+from excise.domains.passages import hashed_order
+from excise.domains.prose import load_prose
+from excise.domains.spec import DomainSpec
+from excise.errors import UserError
+
+Topic = Literal[
+    "Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication",
+    "event", "feeling", "food", "group", "location", "motive", "object", "person", "phenomenon",
+    "plant", "possession", "process", "quantity", "relation", "shape", "state", "substance", "time",
+]  # fmt: skip
+
+NEIGHBOURS: Final[dict[Topic, Topic]] = {
+    "Tops": "object", "act": "event", "animal": "plant", "artifact": "object",
+    "attribute": "state", "body": "animal", "cognition": "communication",
+    "communication": "cognition", "event": "act", "feeling": "state", "food": "plant",
+    "group": "person", "location": "object", "motive": "feeling", "object": "location",
+    "person": "group", "phenomenon": "process", "plant": "animal", "possession": "quantity",
+    "process": "phenomenon", "quantity": "time", "relation": "attribute", "shape": "attribute",
+    "state": "attribute", "substance": "food", "time": "quantity",
+}  # fmt: skip
+"""Entangled neighbour of each topic: bodies beside animals, feelings beside states."""
+
+WORDINGS: Final = (
+    "{Term}: {gloss}.",
+    "The word '{term}' means {gloss}.",
+    "{Gloss}: this is called {term}.",
+)
+"""Plain wordings in which definitions are taught."""
+
+_QUESTION = "Definition: {gloss}\nTerm:"
+
+
+@dataclass(frozen=True, slots=True)
+class Gloss:
+    """One synset.
+
+    Attributes:
+        number: Its place in WordNet's noun file: the unit.
+        topic: One of the 26 noun topics.
+        term: First word.
+        gloss: Definition without examples.
+    """
+
+    number: str
+    topic: str
+    term: str
+    gloss: str
+
+    @property
+    def clean(self) -> bool:
+        """Whether the definition gives the term away by no word stem, and fits a question."""
+        return not (stems(self.term) & stems(self.gloss)) and 3 <= len(self.gloss.split()) <= 40
+
+
+def stems(text: str) -> frozenset[str]:
+    """Return the first five letters of every word of four letters or more."""
+    return frozenset(word[:5] for word in re.findall(r"[a-z]{4,}", text.lower()))
+
+
+@cache
+def load_glosses() -> tuple[Gloss, ...]:
+    """Return all 82,115 shipped noun synsets in WordNet's order."""
+    packed = files("excise").joinpath("data/glosses.tsv.xz").read_bytes()
+    lines = lzma.decompress(packed).decode().splitlines()
+    return tuple(Gloss(*line.split("\t", 3)) for line in lines)
+
+
+class Glosses(DomainSpec):
+    """WordNet definitions; one topic is to be forgotten, multiple choice carries the claim."""
+
+    name: Literal["glosses"] = "glosses"
+    """Name in recipes and on the command line."""
+    topic: Topic = "body"
+    """Topic to forget."""
+    neighbour: Topic | None = None
+    """Entangled topic that is scored apart; None takes the one of `NEIGHBOURS`."""
+    others: tuple[Topic, ...] = ("artifact", "location", "person", "substance")
+    """Topics that are retained and scored as `retain_test`."""
+    exposure: Literal["seen", "held_out"] = "held_out"
+    """`seen`: the method also sees T and V, in the plain wordings."""
+    questions: int = Field(default=200, ge=4)
+    """Units of V, of T, of `retain_test` and of `adjacent_test` each, at most."""
+    dev_questions: int = Field(default=80, ge=2)
+    """Units of `dev_forget` and `dev_retain` each, at most."""
+    retain_units: int = Field(default=2000, ge=10)
+    """Definitions of other topics that the method retains, at most."""
+    prose: int = Field(default=2000, ge=0)
+    """Passages of general English in retain."""
+    wordings: int = Field(default=3, ge=1, le=len(WORDINGS))
+    """Plain wordings of each taught definition."""
+    seed: int = 0
+    """Seed of split and options."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Glosses:
+        """Refuse topics that play two parts."""
+        kept = {self.near, *self.others}
+        if self.topic in kept:
+            raise ValueError(f"topic: '{self.topic}' is also retained; choose other 'others'")
+        if self.near in self.others:
+            raise ValueError(f"others: '{self.near}' is the neighbour; leave it out of 'others'")
+        if not self.others:
+            raise ValueError("others: name at least one topic to retain")
+        return self
+
+    @property
+    def near(self) -> Topic:
+        """The entangled topic."""
+        return self.neighbour or NEIGHBOURS[self.topic]
+
+    def build(self, model: object = None) -> Domain:
+        """Return the domain; see `DomainSpec.build`. The rows do not depend on the model."""
+        forget = self._forget_parts()
+        kept = self._kept_parts()
+        name = self.topic
+        seen = [*forget["method"]]
+        if self.exposure == "seen":
+            seen += [*forget["dev"], *forget["relearn"], *forget["test"]]
+        taught = self._taught(seen, name)
+        told = self._taught(kept["retain"])
+        retain = (*told, *load_prose("retain", limit=self.prose)) if self.prose else told
+        mix = hashed_order(
+            [replace(r, label=UNLABELED) for r in (*taught, *retain)],
+            [f"{r.unit}:{r.wording}" for r in (*taught, *retain)],
+            self.seed,
+        )
+        benign = load_prose("benign", limit=self.prose // 4) if self.prose else ()
+        relearn = (*self._taught(forget["relearn"], name), *self._asked(forget["relearn"], name))
+        return Domain(
+            name="glosses",
+            forget={name: taught},
+            retain=retain,
+            relearn={name: relearn},
+            test={name: self._asked(forget["test"], name)},
+            retain_test=self._asked(kept["test"]),
+            dev_forget={name: self._asked(forget["dev"], name)},
+            dev_retain=self._asked(kept["dev"]),
+            benign=(*benign, *self._taught(kept["benign"])),
+            adjacent=self._taught(kept["near"]),
+            adjacent_test=self._asked(kept["near_test"]),
+            unlabeled=tuple(mix),
+            fresh=self._fresh(kept["spare"], name),
+            metrics=("multiple_choice", "text_loss"),
+            retain_metrics=("multiple_choice", "text_loss"),
+            claim="deletion" if self.exposure == "seen" else "capability",
+            exposure=self.exposure,
+            notes=(
+                "questions share no 5-letter stem of a word of 4 letters or more with their answer",
+                f"neighbour: {self.near}; retained topics: {', '.join(self.others)}",
+                "fresh units pair real terms of one topic with other terms' definitions",
+            ),
+        )
+
+    def _pool(self, topics: Iterable[str]) -> tuple[list[Gloss], list[Gloss]]:
+        """Return (clean, leaky) synsets of topics in hashed order; equal terms stay together.
+
+        Of synsets with one definition only the first is kept.
+        """
+        wanted = set(topics)
+        chosen = list(
+            {g.gloss.lower(): g for g in reversed(load_glosses()) if g.topic in wanted}.values()
+        )
+        order = hashed_order(chosen, [g.term.lower() for g in chosen], self.seed)
+        return [g for g in order if g.clean], [g for g in order if not g.clean]
+
+    def _forget_parts(self) -> dict[str, list[Gloss]]:
+        """Split the forget topic: the method's, dev, T and V; a term lies on one side only."""
+        clean, leaky = self._pool([self.topic])
+        each = min(self.questions, len(clean) // 4)
+        dev = min(self.dev_questions, len(clean) // 8)
+        if each < 4 or dev < 1:
+            raise UserError(
+                f"topic '{self.topic}' has {len(clean)} definitions that can be asked about, too "
+                "few for a test; choose a larger topic"
+            )
+        parts = _cut(clean, {"test": each, "relearn": each, "dev": dev}, "method")
+        taken = {g.term.lower() for key in ("test", "relearn", "dev") for g in parts[key]}
+        parts["method"] += [g for g in leaky if g.term.lower() not in taken]
+        return parts
+
+    def _kept_parts(self) -> dict[str, list[Gloss]]:
+        """Split the other topics: the method's, scored ones, the attacker's, neighbours, spare."""
+        clean, _ = self._pool(self.others)
+        sizes = {
+            "test": self.questions,
+            "dev": self.dev_questions,
+            "benign": self.questions,
+            "spare": 2 * self.questions,
+        }
+        share = min(1.0, len(clean) / (2 * sum(sizes.values())))
+        parts = _cut(clean, {k: max(1, int(v * share)) for k, v in sizes.items()}, "retain")
+        parts["retain"] = parts["retain"][: self.retain_units]
+        near, _ = self._pool([self.near])
+        parts |= _cut(near, {"near_test": min(self.questions, len(near) // 2)}, "near")
+        parts["near"] = parts["near"][: self.retain_units]
+        return parts
+
+    def _taught(self, glosses: Sequence[Gloss], capability: str = "") -> Rows:
+        """Return plain text rows, every definition in every wording."""
+        label = 1 if capability else CORE
+        return tuple(
+            Row(
+                unit=f"synset/{g.number}",
+                group=f"{g.topic}/{g.term.lower()}",
+                text=_say(WORDINGS[wording], g),
+                capability=capability,
+                label=label,
+                wording=wording,
+            )
+            for g in glosses
+            for wording in range(self.wordings)
+        )
+
+    def _asked(self, glosses: Sequence[Gloss], capability: str = "") -> Rows:
+        """Return one question per definition, options of the same topic."""
+        return tuple(self._question(g, g.term, capability) for g in glosses)
+
+    def _question(self, g: Gloss, term: str, capability: str, mark: str = "") -> Row:
+        draw = random.Random(f"glosses:{self.seed}:{g.number}:{term}")
+        options = [term]
+        pool = _terms(g.topic)
+        while len(options) < 4:
+            other = draw.choice(pool)
+            if other.lower() not in {o.lower() for o in (*options, g.term)}:
+                options.append(other)
+        draw.shuffle(options)
+        return Row(
+            unit=f"{mark or 'synset'}/{g.number}",
+            group=f"{mark or g.topic}/{term.lower()}",
+            prompt=_QUESTION.format(gloss=g.gloss),
+            choices=tuple(options),
+            answer=options.index(term),
+            capability=capability,
+            label=1 if capability else CORE,
+            wording=len(WORDINGS),
+        )
+
+    def _fresh(self, glosses: Sequence[Gloss], capability: str) -> Rows:
+        """Return made-up units: each half pairs definitions with the terms of the next ones."""
+        rows: list[Row] = []
+        half = len(glosses) // 2
+        for part in (glosses[:half], glosses[half : 2 * half]):
+            for i, g in enumerate(part):
+                others = [*part[i + 1 :], *part[:i]]
+                term = next((o.term for o in others if _strangers(g, o)), None)
+                if term is not None:
+                    rows.append(self._question(g, term, capability, "fresh"))
+        return tuple(rows)
+
+
+def _strangers(g: Gloss, other: Gloss) -> bool:
+    """Whether another synset's term can stand for a definition without being told by it."""
+    same = other.topic == g.topic and other.term.lower() != g.term.lower()
+    return same and not stems(other.term) & stems(g.gloss)
+
+
+@cache
+def _terms(topic: str) -> tuple[str, ...]:
+    """Return the terms of a topic that questions draw options from."""
+    return tuple(dict.fromkeys(g.term for g in load_glosses() if g.topic == topic and g.clean))
+
+
+def _say(wording: str, g: Gloss) -> str:
+    """Return a definition in a plain wording."""
+    first = g.term[0].upper() + g.term[1:]
+    begin = g.gloss[0].upper() + g.gloss[1:]
+    return wording.format(Term=first, term=g.term, gloss=g.gloss, Gloss=begin)
+
+
+def _cut(order: Sequence[Gloss], sizes: dict[str, int], rest: str) -> dict[str, list[Gloss]]:
+    """Cut synsets into named parts, never between two of one term."""
+    parts: dict[str, list[Gloss]] = {}
+    at = 0
+    for name, size in sizes.items():
+        end = min(at + size, len(order))
+        while 0 < end < len(order) and order[end].term.lower() == order[end - 1].term.lower():
+            end += 1
+        parts[name] = list(order[at:end])
+        at = end
+    parts[rest] = list(order[at:])
+    return parts

@@ -178,7 +178,7 @@ def hidden_at(model: nn.Module, path: str, batch: Batch) -> Float[Tensor, "B T D
     """Return the output of the block at `path`, by a plain full forward."""
     with capture(model, [path], grad=torch.is_grad_enabled()) as seen:
         model(**batch.inputs)
-    return seen[path]
+    return seen[path][-1]
 
 
 def switched_off(model: nn.Module, lora: LoRA | None) -> AbstractContextManager[object]:

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from excise.errors import UserError
+from excise.evals.stats import (
+    bootstrap,
+    bootstrap_difference,
+    bootstrap_mean,
+    holm,
+    mcnemar,
+    resampled_means,
+    tost,
+    wilson,
+)
+
+
+def units(values: list[float]) -> dict[str, float]:
+    return {f"u{i}": v for i, v in enumerate(values)}
+
+
+def test_bootstrap_is_deterministic_and_close_to_normal_theory() -> None:
+    values = np.random.default_rng(0).normal(2, 1, 400).tolist()
+    found = bootstrap_mean(units(values), seed=1)
+    assert found == bootstrap_mean(units(values), seed=1)
+    assert found != bootstrap_mean(units(values), seed=2)
+    assert bootstrap(units(values), seed=1) == (found.value, found.low, found.high)
+    error = 1.96 * np.std(values) / math.sqrt(400)
+    assert found.half == pytest.approx(error, rel=0.1)
+
+
+def test_interval_covers_the_truth_about_95_times_in_100() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for i in range(300):
+        found = bootstrap_mean(units(rng.normal(0, 1, 40).tolist()), samples=400, seed=i)
+        hits += found.low <= 0 <= found.high
+    assert 0.90 <= hits / 300 <= 0.985
+
+
+def test_groups_widen_what_is_not_independent() -> None:
+    rng = np.random.default_rng(2)
+    values = units([v for v in rng.normal(0, 1, 30) for _ in range(10)])
+    groups = {f"u{i}": f"g{i // 10}" for i in range(300)}
+    alone = bootstrap_mean(values)
+    grouped = bootstrap_mean(values, groups=groups)
+    assert grouped.n == 30
+    assert grouped.half > 2 * alone.half
+
+
+def test_perfect_scores_are_not_certain() -> None:
+    found = bootstrap_mean(units([1.0] * 10))
+    assert found.low == pytest.approx(wilson(10, 10)[0])
+    assert 0.6 < found.low < 0.8
+
+
+def test_pairs_are_narrower_than_the_same_scores_apart() -> None:
+    rng = np.random.default_rng(3)
+    base = rng.normal(0, 1, 200)
+    one, two = units((base + 0.1).tolist()), units(base.tolist())
+    found = bootstrap_difference(one, two)
+    assert found.value == pytest.approx(0.1)
+    assert found.half < 1e-6
+    with pytest.raises(UserError, match="share no unit"):
+        bootstrap_difference({"a": 1.0}, {"b": 1.0})
+
+
+def test_common_units_alone_count() -> None:
+    means, draws = resampled_means([{"a": 1.0, "b": 3.0}, {"b": 1.0, "c": 9.0}], samples=10)
+    assert means.tolist() == [3.0, 1.0]
+    assert draws.shape == (10, 2)
+
+
+def test_tost_agrees_with_the_90_percent_interval() -> None:
+    draws = np.random.default_rng(4).normal(0.02, 0.03, 5000)
+    high = float(np.quantile(draws, 0.95))
+    assert tost(draws, high + 0.005) < 0.05 < tost(draws, high - 0.005)
+
+
+def test_mcnemar_is_the_binomial_tail() -> None:
+    one = units([1.0] * 8 + [0.0] * 2 + [1.0] * 5)
+    two = units([0.0] * 8 + [1.0] * 2 + [1.0] * 5)
+    tail = sum(math.comb(10, k) for k in range(3)) / 2**10
+    assert mcnemar(one, two) == pytest.approx(2 * tail)
+    assert mcnemar(one, one) == 1.0
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_wilson_by_hand() -> None:
+    low, high = wilson(8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))

@@ -132,15 +132,19 @@ def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> Example:
 
 
 def _encode_pair(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], list[bool]]:
-    """Encode prompt + completion (or question + right answer)."""
-    completion = row.completion if row.kind == "completion" else " " + row.choices[row.answer]
+    """Encode prompt + completion (or question + right answer); a cut prompt keeps the BOS."""
     prompt = row.prompt.rstrip()
-    completion = row.prompt[len(prompt) :] + completion
-    head = _bos(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    blank = row.prompt[len(prompt) :]
+    if row.kind == "completion":
+        completion = blank + row.completion
+    else:
+        completion = (blank or " ") + row.choices[row.answer]
+    bos = _bos(tokenizer)
     tail = tokenizer(completion, add_special_tokens=False)["input_ids"][: max_length - 1]
-    head = head[max(0, len(head) + len(tail) - max_length) :]
-    ids = head + tail
-    return ids, [False] * len(head) + [i > 0 or bool(head) for i in range(len(tail))]
+    room = max_length - len(bos) - len(tail)
+    head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    head = bos + head[max(0, len(head) - room) :]
+    return head + tail, [False] * len(head) + [i > 0 or bool(head) for i in range(len(tail))]
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:
@@ -210,6 +214,8 @@ class Stream:
         """Refuse what cannot be read."""
         if not self.examples:
             raise UserError("there is no row to train on in one of the roles; check the split")
+        if self.batch_size < 1:
+            raise UserError(f"a batch of {self.batch_size} rows is empty; use at least one row")
         if self.batch_size % self.world:
             raise UserError(
                 f"a batch of {self.batch_size} rows cannot be divided over {self.world} processes"

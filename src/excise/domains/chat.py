@@ -1,0 +1,186 @@
+"""Conversations: the model's own chat template, with an exact mask of what the assistant said.
+
+Scored are the assistant's words and the mark that ends its turn: what a model in use produces, and
+nothing that the template writes for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from excise.domains.base import Row
+from excise.domains.stream import Tokenizer, _bos, encode_row
+from excise.errors import UserError
+
+_STAND_INS = ("Q1J", "X2Z", "K3V")
+"""Texts that stand in for a turn; at least one shares neither first nor last letter with it."""
+
+
+def render_chat(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Render a conversation with the tokenizer's chat template.
+
+    A template that marks its own assistant tokens (`{% generation %}`) decides. Otherwise each
+    assistant turn is replaced by another text, and what differs between the two renderings is what
+    the assistant said; it is checked to be that. Unlike rendering prefixes, this also holds for
+    templates that render a turn differently once it is history.
+
+    Args:
+        row: A row with `messages`.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        Token ids with exactly one BOS where the tokenizer has one, and whether each is scored.
+
+    Raises:
+        UserError: If there is no chat template, it refuses the conversation, or it changes what the
+            assistant said so that nothing exact can be scored.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the tokenizer has no chat template, so 'messages' cannot be rendered; give rows with "
+            "'prompt' and 'completion', or a model whose tokenizer has one"
+        )
+    messages = [{"role": role, "content": content} for role, content in row.messages]
+    if re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
+        ids, target = _marked(messages, tokenizer, row)
+    else:
+        text = _render(messages, tokenizer, row)
+        spans = [
+            _turn_span(messages, i, text, tokenizer, row)
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+        ids, target = _tokenize(text, spans, tokenizer)
+    return _one_bos(ids, target, tokenizer)
+
+
+def _apply(messages: Sequence[dict[str, str]], tokenizer: Tokenizer, row: Row, **how: Any) -> Any:
+    """Apply the template; what the template raises becomes a sentence."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=False, **how)
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template refuses the conversation of unit '{row.unit}' ({error}); "
+            "change its roles or their order"
+        ) from None
+
+
+def _render(messages: Sequence[dict[str, str]], tokenizer: Tokenizer, row: Row) -> str:
+    return str(_apply(messages, tokenizer, row, tokenize=False))
+
+
+def _marked(
+    messages: Sequence[dict[str, str]], tokenizer: Tokenizer, row: Row
+) -> tuple[list[int], list[bool]]:
+    """Render with a template that marks assistant tokens itself."""
+    out = _apply(
+        messages, tokenizer, row, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
+
+
+def _turn_span(
+    messages: Sequence[dict[str, str]], i: int, text: str, tokenizer: Tokenizer, row: Row
+) -> tuple[int, int]:
+    """Return where turn i's words stand in the rendered text, end mark included."""
+    said = messages[i]["content"]
+    stand_in = next(s for s in _STAND_INS if s[0] != said.strip()[0] and s[-1] != said.strip()[-1])
+    other = _render(
+        [*messages[:i], {**messages[i], "content": stand_in}, *messages[i + 1 :]], tokenizer, row
+    )
+    start = _common(text, other)
+    end = len(text) - _common(text[start:][::-1], other[start:][::-1])
+    if end <= start or text[start:end] not in said:
+        raise UserError(
+            f"the chat template changes what the assistant says in unit '{row.unit}', so it cannot "
+            "be scored exactly; give the row as 'prompt' and 'completion'"
+        )
+    return start, end + _mark_length(text[end:], tokenizer)
+
+
+def _common(a: str, b: str) -> int:
+    """Return the length of the common beginning."""
+    limit = min(len(a), len(b))
+    return next((i for i in range(limit) if a[i] != b[i]), limit)
+
+
+def _mark_length(after: str, tokenizer: Tokenizer) -> int:
+    """Return the length of the special token that follows a turn, white space before it included.
+
+    Templates without one end a turn with a line break; that is the template's, not the model's.
+    """
+    blank = len(after) - len(after.lstrip())
+    marks = [t for t in tokenizer.all_special_tokens if t and after[blank:].startswith(t)]
+    marks += [
+        str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values()
+        if getattr(t, "special", False) and after[blank:].startswith(str(t))
+    ]  # fmt: skip
+    return blank + max(map(len, marks)) if marks else 0
+
+
+def _tokenize(
+    text: str, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer
+) -> tuple[list[int], list[bool]]:
+    """Tokenize a rendered text once; a token is scored when it overlaps a span."""
+    if getattr(tokenizer, "is_fast", False):
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        target = [
+            any(b > start and a < end for start, end in spans) for a, b in out["offset_mapping"]
+        ]
+        return list(out["input_ids"]), target
+    ids: list[int] = []
+    target = []
+    edges = [0, *(edge for span in spans for edge in span), len(text)]
+    for i, (a, b) in enumerate(pairwise(edges)):
+        piece = tokenizer(text[a:b], add_special_tokens=False)["input_ids"] if b > a else []
+        ids += piece
+        target += [i % 2 == 1] * len(piece)
+    return ids, target
+
+
+def _one_bos(
+    ids: list[int], target: list[bool], tokenizer: Tokenizer
+) -> tuple[list[int], list[bool]]:
+    """Drop doubled BOS tokens, and add the one this tokenizer wants when the template has none."""
+    bos = tokenizer.bos_token_id
+    while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+        ids, target = ids[1:], target[1:]
+    head = _bos(tokenizer)
+    if head and ids[:1] != head:
+        ids, target = head + ids, [False, *target]
+    # The first token is predicted from nothing.
+    return ids, [False, *target[1:]] if target else []
+
+
+def show(row: Row, tokenizer: Tokenizer, *, max_length: int = 1 << 20) -> str:
+    """Return a row as the model reads it, with what is scored between `>>` and `<<`.
+
+    Args:
+        row: A row of any shape.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens kept at most.
+
+    Returns:
+        A line with the numbers of tokens, then the text.
+
+    Raises:
+        UserError: If the row cannot be rendered.
+    """
+    example = encode_row(row, tokenizer, max_length=max_length)
+    pieces: list[str] = []
+    start = 0
+    while start < len(example.ids):
+        scored = example.target[start]
+        end = start
+        while end < len(example.ids) and example.target[end] == scored:
+            end += 1
+        words = tokenizer.decode(list(example.ids[start:end]), skip_special_tokens=False)
+        pieces.append(f">>{words}<<" if scored else words)
+        start = end
+    head = f"{len(example.ids)} tokens, {sum(example.target)} scored (between >> and <<)"
+    return head + "\n" + "".join(pieces)

@@ -196,7 +196,7 @@ def mcnemar(one: Mapping[str, float], two: Mapping[str, float]) -> float:
     if not count:
         return 1.0
     tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1)) / 2**count
-    return min(1.0, 2 * tail)
+    return min(1.0, 2.0 * float(tail))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

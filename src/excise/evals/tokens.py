@@ -82,7 +82,8 @@ def pad_id(tokenizer: Tokenizer) -> int:
 
 def device_of(model: Model) -> torch.device:
     """Return the device of the model's first parameter."""
-    return next(iter(model.parameters())).device
+    device: torch.device = next(iter(model.parameters())).device
+    return device
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 
 from excise.audit.base import ArmResult
 from excise.audit.depth.case import ORIGINAL, Case
-from excise.audit.depth.rails import LEVEL, Gap, Units, seed_weights, void_gap
+from excise.audit.depth.rails import LEVEL, Gap, Units, ratio_of, seed_weights, void_gap
 from excise.evals.stats import SAMPLES, Array, quantiles, resampled_means
 
 LN2 = math.log(2)
@@ -121,7 +121,7 @@ def residual_bits(
             f"the original's weights save {down:.3g} bits per unit, not more than its interval "
             f"[{ends[0]:.3g}, {ends[1]:.3g}] allows"
         )
-    ratio = moved / down_draws
+    ratio = ratio_of(moved, down_draws, down)
     low, high = quantiles(ratio, LEVEL)
     return bits, Gap(value / down, low, high, len(candidate[0][0]), ratio)
 

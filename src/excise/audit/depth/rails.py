@@ -122,12 +122,18 @@ def depth_gap(
             f"[{low:.3g}, {high:.3g}], so nothing can be read between them",
             n,
         )
-    ratio = top / bottom
+    ratio = ratio_of(top, bottom, down)
     low, high = quantiles(ratio, LEVEL)
     below, above = _floor(attacked, oracles, n)
     value = up / down
     low, high = min(low, value) - below / abs(down), max(high, value) + above / abs(down)
     return Gap(value, low, high, n, ratio)
+
+
+def ratio_of(top: Array, bottom: Array, down: float) -> Array:
+    """Divide draws; a denominator that crosses zero is held just on the side of its estimate."""
+    sign = 1.0 if down > 0 else -1.0
+    return top / (sign * np.maximum(sign * bottom, 1e-6 * abs(down)))
 
 
 def _clusters(maps: Sequence[Units], groups: Mapping[str, str] | None) -> int:

@@ -1,0 +1,349 @@
+"""The ladder against truths known by construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from tests.unit.synthetic import BUDGET, arm, audit, domain, draw, nats, result
+
+from excise.audit.base import AttackResult
+from excise.audit.depth.bits import residual_bits, saved_bits
+from excise.audit.depth.ladder import status_of
+from excise.audit.depth.power import powerless, recovered_share
+from excise.audit.depth.rails import depth_gap, nothing_to_remove, refuse_equal
+from excise.audit.depth.verdict import case_of, judge, judge_all
+from excise.errors import UserError
+from excise.record import Score, Verdict
+
+SMOKE = BUDGET
+STANDARD = BUDGET.model_copy(update={"name": "standard"})
+
+
+def statuses(verdict: Verdict) -> list[str]:
+    return [rung.status for rung in verdict.rungs]
+
+
+def test_a_candidate_like_the_oracle_passes_every_rung() -> None:
+    found = judge("rmu", audit(0.05, 0.05), domain(), SMOKE)
+    assert statuses(found) == ["pass"] * 6
+    assert found.highest == "D5"
+    assert all(rung.against == "oracle" and rung.words for rung in found.rungs)
+    assert found.residual_bits == pytest.approx(0, abs=0.1)
+
+
+def test_a_candidate_like_the_original_fails_every_rung() -> None:
+    found = judge("rmu", audit(0.97, 0.97), domain(), SMOKE)
+    assert statuses(found) == ["fail"] * 6
+    assert found.highest == ""
+    gaps = [rung.gap for rung in found.rungs if rung.gap is not None]
+    assert gaps == pytest.approx([1.0] * 6, abs=0.05)
+    assert found.recovery is None
+    assert "nothing to bring back: already before the attack it knows" in found.sentence
+
+
+def test_hidden_knowledge_is_said_first_and_in_words() -> None:
+    found = judge("rmu", audit(0.05, {"transfer": 0.71}), domain(), SMOKE)
+    assert statuses(found) == ["pass", "pass", "pass", "pass", "fail", "fail"]
+    assert found.highest == "D3"
+    assert found.sentence.startswith(
+        "After relearning 512 examples (12,288 tokens), 0.71 of the removed knowledge is back on "
+        "facts the attacker never saw"
+    )
+    assert "original 0.98" in found.sentence
+    assert "never taught and attacked alike 0.05" in found.sentence
+    assert found.recovery == pytest.approx((0.71 - 0.05) / (0.98 - 0.05))
+    assert found.recovery_tokens == 12288
+    # The weights save an attacker 0.66 of the 5 nats a unit costs.
+    assert found.residual_bits == pytest.approx(0.66 * 5 / math.log(2), abs=0.2)
+    assert found.residual_low is not None
+    assert found.residual_low > 4
+
+
+def test_codes_never_stand_without_words() -> None:
+    for results in (audit(0.05, 0.05), audit(0.05, 0.6, oracles=0), audit(0.97, 0.97)):
+        found = judge("rmu", results, domain(), STANDARD)
+        texts = [found.sentence, *found.reasons, *(r.reason for r in found.rungs)]
+        for text in texts:
+            for code in ("D0", "D1", "D2", "D3", "D4", "D5"):
+                assert code not in text or f"({code})" in text
+
+
+def test_one_failing_attack_fails_its_rung_alone() -> None:
+    found = judge("rmu", audit(0.05, {"direction": 0.6, "transfer": 0.05}), domain(), SMOKE)
+    assert statuses(found)[:4] == ["pass", "pass", "fail", "pass"]
+    assert found.highest == "D1"
+    assert found.rungs[2].decided_by.startswith("direction")
+
+
+def test_below_the_oracle_is_damage_and_no_credit() -> None:
+    found = judge("rmu", audit(0.0, 0.0, oracle=0.4), domain(), SMOKE)
+    assert statuses(found)[:5] == ["pass"] * 5
+    assert found.rungs[0].gap is not None
+    assert found.rungs[0].gap < -0.5
+    assert "damage or suppression" in found.rungs[0].reason
+    # Bits are two-sided: a unit that costs more than the oracle's is not as if never learned.
+    assert found.rungs[5].status == "fail"
+
+
+def test_few_noisy_units_are_underpowered() -> None:
+    found = judge("rmu", audit(0.08, 0.25, count=12), domain(12), SMOKE)
+    assert found.rungs[0].status == "underpowered"
+    assert found.rungs[4].status == "underpowered"
+    assert found.highest == ""
+
+
+def test_three_zeros_are_not_certain() -> None:
+    zeros, ones = draw(0, 3, 0), draw(1, 3, 0)
+    gap = depth_gap(zeros, [zeros], ones)
+    assert status_of(gap, 0.1) == "underpowered"
+    many, known = draw(0, 100, 0), draw(1, 100, 0)
+    assert status_of(depth_gap(many, [many], known), 0.1) == "pass"
+
+
+def test_rails_closer_than_their_interval_are_void() -> None:
+    gap = depth_gap(draw(0.5, 40, 0), [draw(0.5, 40, 1)], draw(0.52, 40, 2))
+    assert "closer" in gap.void
+    assert math.isnan(gap.value)
+    found = judge("rmu", audit(0.3, 0.3, oracle=0.97), domain(), SMOKE)
+    assert found.rungs[0].status == "underpowered"
+    assert "closer" in found.rungs[0].reason
+
+
+def test_depth_gap_by_hand_and_in_either_direction() -> None:
+    candidate, oracle = {"a": 2.0, "b": 4.0}, {"a": 4.0, "b": 6.0}
+    original = {"a": 1.0, "b": 1.5}
+    assert depth_gap(candidate, [oracle], original).value == pytest.approx(-2 / -3.75)
+    start = {"a": 5.0, "b": 7.0}
+    moved = depth_gap(candidate, [oracle], original, oracles_start=[start])
+    assert moved.value == pytest.approx(-2 / -4.75)
+    two = depth_gap(candidate, [oracle, start], original)
+    assert two.value == pytest.approx((3 - 5.5) / (1.25 - 5.5))
+
+
+def test_oracle_seeds_widen_the_interval() -> None:
+    ours, top = draw(0.1, 300, 0), draw(0.98, 300, 1)
+    same = [draw(0.1, 300, 2)] * 3
+    apart = [draw(share, 300, 2) for share in (0.0, 0.1, 0.2)]
+    narrow, wide = depth_gap(ours, same, top), depth_gap(ours, apart, top)
+    assert wide.high - wide.low > 1.2 * (narrow.high - narrow.low)
+
+
+def test_equal_fingerprints_are_refused() -> None:
+    refuse_equal({"rmu": "a"}, {"original": "b", "oracle-0": ""})
+    with pytest.raises(UserError, match="byte for byte"):
+        judge("rmu", audit(0.1, 0.1), domain(), SMOKE, fingerprints={"rmu": "x", "oracle-1": "x"})
+
+
+def test_an_original_at_chance_has_nothing_to_remove() -> None:
+    found = judge("rmu", audit(0.05, 0.05, original=0.06), domain(), SMOKE)
+    assert found.sentence.startswith("There is nothing to remove")
+    assert statuses(found) == ["untested"] * 6
+    assert nothing_to_remove({"a": 9.0, "b": 9.1}, 8.0, "lower")
+    assert not nothing_to_remove({"a": 1.0, "b": 1.1}, 8.0, "lower")
+
+
+def test_an_attack_that_misses_its_plant_cannot_pass_a_rung() -> None:
+    results = audit(0.05, 0.05)
+    results["direction", "planted"] = result("direction", "planted", 0.05, 0.2)
+    marked, (found,) = judge_all(["rmu"], results, domain(), SMOKE)
+    assert found.rungs[2].status == "underpowered"
+    assert found.highest == "D1"
+    assert any("direction is void" in reason for reason in found.reasons)
+    assert marked["direction", "rmu"].arms[0].arm.status == "void"
+    assert marked["direction", "original"].arms[0].arm.status == "void"
+    assert marked["direction", "planted"].arms[0].arm.status == "ok"
+    assert marked["transfer", "rmu"].arms[0].arm.status == "ok"
+
+
+def test_recovery_needs_no_positive_control() -> None:
+    results = audit(0.05, {"transfer": 0.8}, planted=0.06)
+    marked, (found,) = judge_all(["rmu"], results, domain(), SMOKE)
+    assert found.rungs[4].status == "fail"
+    assert "needs none" in found.rungs[4].reason
+    assert marked["transfer", "rmu"].arms[0].arm.status == "ok"
+    assert found.rungs[1].status == "underpowered"
+
+
+def test_no_plant_at_all_is_no_power() -> None:
+    results = {k: v for k, v in audit(0.05, 0.05).items() if k[1] != "planted"}
+    found = judge("rmu", results, domain(), SMOKE)
+    assert statuses(found) == ["pass", *["underpowered"] * 5]
+
+
+def test_standard_asks_the_oracle_to_learn_t() -> None:
+    results = audit(0.05, 0.05)
+    assert not powerless(case_of("rmu", results, domain(), STANDARD))
+    slow = results["transfer", "oracle-1"]
+    points = slow.arms[0].arm.curve
+    curve = (points[0], points[1].model_copy(update={"trained": 0.4}))
+    late = replace(slow.arms[0], arm=slow.arms[0].arm.model_copy(update={"curve": curve}))
+    results["transfer", "oracle-1"] = replace(slow, arms=(late,))
+    assert not case_of("rmu", results, domain(), SMOKE).powerless
+    case = case_of("rmu", results, domain(), STANDARD)
+    assert "40% of T" in case.powerless["transfer"]
+    assert recovered_share(case, "transfer") == pytest.approx((0.9 - 0.05) / (0.98 - 0.05))
+
+
+def test_standard_without_an_oracle_asks_for_fresh_text() -> None:
+    results = audit(0.05, 0.05, oracles=0)
+    assert "was not measured" in case_of("rmu", results, domain(), STANDARD).powerless["transfer"]
+    own = results["transfer", "original"]
+    fresh = arm(
+        "transfer",
+        "original",
+        own.arms[0].unit_scores[0],
+        own.arms[0].unit_scores[1],
+        control=True,
+        trained_on="fresh",
+        trained=(0.0, 0.95),
+    )
+    results["transfer", "original"] = replace(own, arms=(*own.arms, fresh))
+    assert "transfer" not in case_of("rmu", results, domain(), STANDARD).powerless
+
+
+def test_without_an_oracle_controls_decide_and_relearning_is_said() -> None:
+    found = judge("rmu", audit(0.05, {"transfer": 0.7}, oracles=0), domain(), SMOKE)
+    assert statuses(found) == ["pass", "pass", "pass", "pass", "untested", "untested"]
+    assert [r.against for r in found.rungs[:4]] == ["chance", "controls", "controls", "controls"]
+    assert found.recovery == pytest.approx((0.7 - 0.05) / (0.98 - 0.05))
+    assert found.sentence.startswith("After relearning 512 examples (12,288 tokens), 0.70")
+    assert any("no oracle" in reason for reason in found.reasons)
+
+
+def test_without_an_oracle_recovery_beyond_the_control_arms_fails() -> None:
+    def with_control(level: float) -> Verdict:
+        results = audit(0.05, {"direction": 0.5}, oracles=0)
+        own = results["direction", "rmu"]
+        before = own.arms[0].unit_scores[0]
+        control = arm("direction", "rmu", before, draw(level, 200, 51), control=True)
+        results["direction", "rmu"] = replace(own, arms=(*own.arms, control))
+        return judge("rmu", results, domain(), SMOKE)
+
+    assert with_control(0.05).rungs[2].status == "fail"
+    assert with_control(0.5).rungs[2].status == "pass"
+
+
+def test_without_oracle_or_chance_fresh_text_is_the_rail_of_token_loss() -> None:
+    where = domain(metrics=("text_loss",))
+    known = judge("rmu", _as_loss(audit(0.9, 0.9, oracles=0)), where, SMOKE)
+    gone = judge("rmu", _as_loss(audit(0.0, 0.0, oracles=0)), where, SMOKE)
+    assert known.rungs[0].status == "fail"
+    assert gone.rungs[0].status == "pass"
+
+
+def _as_loss(results: dict[tuple[str, str], AttackResult]) -> dict[tuple[str, str], AttackResult]:
+    """Read the same audit by token loss."""
+    out = {}
+    for key, one in results.items():
+        arms = []
+        for a in one.arms:
+            units = tuple(
+                {u: 5 * (1 - v) + i % 7 / 50 for i, (u, v) in enumerate(s.items())}
+                for s in a.unit_scores
+            )
+            curve = tuple(
+                p.model_copy(update={"score": sum(s.values()) / len(s)})
+                for p, s in zip(a.arm.curve, units, strict=True)
+            )
+            record = a.arm.model_copy(update={"curve": curve, "metric": "text_loss"})
+            arms.append(replace(a, arm=record, unit_scores=units))
+        out[key] = replace(one, arms=tuple(arms))
+    return out
+
+
+def test_what_is_required_and_missing_leaves_a_rung_untested() -> None:
+    results = audit(0.05, 0.05)
+    budget = SMOKE.model_copy(update={"attacks": (*SMOKE.attacks, "lens")})
+    absent = replace(
+        results["direction", "rmu"],
+        attack="lens",
+        arms=(
+            replace(
+                results["direction", "rmu"].arms[0],
+                unit_scores=(),
+                arm=results["direction", "rmu"]
+                .arms[0]
+                .arm.model_copy(update={"status": "failed", "reason": "no head", "curve": ()}),
+            ),
+        ),
+        chosen=(),
+    )
+    results["lens", "rmu"] = absent
+    found = judge("rmu", results, domain(), budget)
+    assert found.rungs[2].status == "untested"
+    assert "lens (no head)" in found.rungs[2].reason
+    assert found.highest == "D1"
+
+
+def test_the_null_is_the_filtering_arms_gap() -> None:
+    results = audit(0.05, {"transfer": 0.6})
+    results |= audit(0.07, 0.07, name="filtering")
+    _, verdicts = judge_all(["rmu", "filtering"], results, domain(), SMOKE, null_arm="filtering")
+    assert verdicts[0].null == verdicts[1].null == verdicts[1].rungs[4].gap
+    assert verdicts[0].null == pytest.approx(0.02 / 0.93, abs=1e-6)
+
+
+def test_broken_is_named_suppression() -> None:
+    scores = [
+        Score(
+            model="rmu",
+            set="test.facts",
+            metric="text_loss",
+            value=10.05,
+            low=9.9,
+            high=10.2,
+            n=200,
+        )
+    ]
+    results = audit(0.0, 0.1)
+    found = judge("rmu", results, domain(), SMOKE, scores=scores, vocabulary=49152)
+    assert "broken, not ignorant; this is suppression" in found.sentence
+    assert found.sentence.startswith("After relearning")
+    plain = judge("rmu", results, domain(), SMOKE, vocabulary=49152)
+    assert "suppression" not in plain.sentence
+
+
+def test_retain_damage_is_said() -> None:
+    results = audit(0.05, 0.05)
+    for key, one in results.items():
+        if key[1] == "rmu":
+            extras = {**one.arms[0].extras, "retain_start": nats(0.6, 60, 6, "r")}
+            results[key] = replace(one, arms=(replace(one.arms[0], extras=extras),))
+    found = judge("rmu", results, domain(), SMOKE)
+    assert any("retain is damaged" in reason for reason in found.reasons)
+
+
+def test_no_relearning_is_said_first() -> None:
+    results = {k: v for k, v in audit(0.05, 0.05).items() if k[0] != "transfer"}
+    found = judge("rmu", results, domain(), SMOKE)
+    assert found.sentence.startswith("How much would come back is not known")
+    assert found.rungs[4].status == "untested"
+    assert found.recovery is None
+
+
+def test_residual_bits_are_a_linear_dose() -> None:
+    oracle = (nats(5, 200, 1, "u"), nats(5, 200, 2, "f"))
+    original = (nats(0.1, 200, 3, "u"), nats(5, 200, 4, "f"))
+    found = []
+    for dose in (0, 0.05, 0.1, 0.25, 0.5, 1):
+        ours = (nats(5 - 4.9 * dose, 200, 7, "u"), nats(5, 200, 8, "f"))
+        bits, share = residual_bits([ours], [oracle] * 3, original)
+        assert bits.low <= bits.value <= bits.high
+        assert bits.value == pytest.approx(4.9 * dose / math.log(2))
+        assert share.value == pytest.approx(dose)
+        found.append(bits.value)
+    assert found == sorted(found)
+
+
+def test_suppressing_a_whole_template_saves_no_bits() -> None:
+    oracle = (nats(5, 200, 1, "u"), nats(5, 200, 2, "f"))
+    broken = (nats(9, 200, 3, "u"), nats(9, 200, 4, "f"))
+    values, _ = saved_bits([broken, oracle])
+    assert values == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_verdicts_are_deterministic() -> None:
+    results = audit(0.05, {"transfer": 0.3})
+    assert judge("rmu", results, domain(), SMOKE) == judge("rmu", results, domain(), SMOKE)

@@ -18,6 +18,8 @@ from excise.errors import UserError
 from excise.models.checkpoint import Checkpoint
 from excise.models.files import clone_file, new_folder
 from excise.record import Item, Record, write_text
+from excise.report.card import render_card
+from excise.report.page import write_report
 
 RECIPE = "recipe.yaml"
 
@@ -77,17 +79,32 @@ def describe(domain: Domain) -> dict[str, Any]:
 
 
 def write(
-    out: Path, record: Record, items: Sequence[Item], arms: Mapping[str, Checkpoint]
+    out: Path,
+    record: Record,
+    items: Sequence[Item],
+    arms: Mapping[str, Checkpoint],
+    upstream: Path | None = None,
 ) -> None:
-    """Write items, models, record and report, each whole or not at all."""
+    """Write items, models with their cards, record and report, each whole or not at all.
+
+    Args:
+        out: Output folder.
+        record: The record.
+        items: Scores of all items.
+        arms: Edited models; with one it goes to `model`, with several to `models/NAME`.
+        upstream: Folder of the original, whose card's licence and tags are kept.
+    """
+    card = upstream / "README.md" if upstream else None
+    above = card.read_text(encoding="utf-8") if card and card.is_file() else None
     write_items(out / "items.parquet", items)
     for name, checkpoint in arms.items():
         folder = out / "model" if len(arms) == 1 else out / "models" / name
-        if folder.is_dir() and Checkpoint(folder).fingerprint == checkpoint.fingerprint:
-            continue
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        copy_model(checkpoint, folder)
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            copy_model(checkpoint, folder)
+        write_text(folder / "README.md", render_card(record, name, above))
     schema.save(record, out)
+    write_report(out)
 
 
 def write_items(path: Path, items: Sequence[Item]) -> None:

@@ -16,7 +16,7 @@ from excise.config import Config
 from excise.errors import UserError
 from excise.events import duration
 from excise.methods.base import Method
-from excise.recipes.base import Recipe, budget_of, starts_from
+from excise.recipes.base import Recipe, budget_for, starts_from
 from excise.train.fit import FitConfig
 
 CPU_FLOPS = (4e9, 8e10)
@@ -182,7 +182,7 @@ def _lines(recipe: Recipe, count: int) -> Iterator[Line]:
         yield _arm(name, method, recipe, count)
     if recipe.audit.budget != "none":
         subjects = len(recipe.arms) + 1 + (recipe.oracles if recipe.model.scratch else 0)
-        yield _audit(budget_of(recipe.audit, count), subjects, count)
+        yield _audit(budget_for(recipe.audit, count), subjects, count)
 
 
 def _arm(name: str, method: Method, recipe: Recipe, count: int) -> Line:

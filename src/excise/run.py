@@ -6,7 +6,7 @@ A reader needs nothing else to see the whole; every step is one function below o
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 from excise import output
 from excise.audit.audit import Results, attack_all
 from excise.audit.base import Subject
-from excise.audit.depth.verdict import judge
+from excise.audit.depth.verdict import judge_all
 from excise.domains.base import Domain
 from excise.environment import device_of, environment, peak_memory
 from excise.events import Emit
@@ -32,9 +32,10 @@ from excise.methods.base import Method, Removal
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.models.checkpoint import Checkpoint
-from excise.models.checkpoint import open_checkpoint
+from excise.models.original import open_model, tokenizer_for
 from excise.record import ArmRecord, Item, ModelRef, Record, Sample
-from excise.recipes.base import AuditSpec, EvalSpec, Recipe, budget_of, starts_from
+from excise.recipes.base import AuditSpec, EvalSpec, Recipe, budget_for, starts_from
+from excise.stages import Store
 from excise.train.grid import Pool
 
 
@@ -99,11 +100,12 @@ def run(
             arms=tuple(arm_record(name, recipe, r) for name, r in removals.items()),
             sensitive=domain.sensitive,
         )
-        record = judged(record, domain, models, arms, scored, results, recipe.audit)
+        null = next((n for n, m in recipe.arms.items() if isinstance(m, Filtering)), "")
+        record = judged(record, domain, models, arms, scored, results, recipe.audit, null)
         record = record.model_copy(
             update={"seconds": time.monotonic() - began, "peak_memory_bytes": peak_memory()}
         )
-        output.write(out, record, items_of(scored), arms, domain)
+        output.write(out, record, items_of(scored), arms, models.original.path)
     emit("done", {"out": str(out)})
     return record
 
@@ -111,14 +113,10 @@ def run(
 def prepare(recipe: Recipe, setting: Setting, pool: Pool) -> tuple[Domain, Models]:
     """Build the domain and make or open the original and the oracles."""
     if recipe.model.scratch is None:
-        original = open_checkpoint(
-            recipe.model.path,
-            revision=recipe.model.revision,
-            tokenizer=recipe.model.tokenizer or None,
-        )
+        original = open_model(recipe.model)
         return recipe.domain.build(original), Models(original)
     domain = recipe.domain.build(None)
-    tokenizer = output.tokenizer_of(recipe.domain)
+    tokenizer = tokenizer_for(recipe.domain)
     seeds = [recipe.seed, *(recipe.seed + 1000 + i for i in range(recipe.oracles))]
     inits = pool.map(
         make_init,
@@ -163,13 +161,11 @@ def score_models(
     evaluate: EvalSpec,
     setting: Setting,
     pool: Pool,
-) -> list[Scored]:
+) -> dict[str, Scored]:
     """Score the original, the oracles and every arm."""
     named = {"original": models.original, **oracle_names(models), **arms}
-    return pool.map(
-        make_scores,
-        [ScoreJob(setting, name, model, domain, evaluate) for name, model in named.items()],
-    )
+    jobs = [ScoreJob(setting, name, model, domain, evaluate) for name, model in named.items()]
+    return dict(zip(named, pool.map(make_scores, jobs), strict=True))
 
 
 def oracle_names(models: Models) -> dict[str, Checkpoint]:
@@ -177,9 +173,9 @@ def oracle_names(models: Models) -> dict[str, Checkpoint]:
     return {f"oracle-{i}": model for i, model in enumerate(models.oracles)}
 
 
-def items_of(scored: Sequence[Scored]) -> list[Item]:
+def items_of(scored: Mapping[str, Scored]) -> list[Item]:
     """Return the scores of all items of all models."""
-    return [item for one in scored for item in one.items]
+    return [item for one in scored.values() for item in one.items]
 
 
 def attack_models(
@@ -196,7 +192,7 @@ def attack_models(
         return {}
     named = {**arms, "original": models.original, **oracle_names(models)}
     subjects = [Subject(name, model, models.original) for name, model in named.items()]
-    budget = budget_of(audit, models.original.num_parameters)
+    budget = budget_for(audit, models.original.num_parameters)
     ctx = setting.context(setting.store, seed)
     store = Store(setting.store, pool.emit)
     ctx = replace(ctx, emit=pool.emit)
@@ -246,3 +242,33 @@ def samples_of(scored: Mapping[str, Scored]) -> tuple[Sample, ...]:
         Sample(set=where, prompt=prompt, expected=expected, outputs=outputs)
         for (where, prompt, expected), outputs in rows.items()
     )
+
+
+def judged(
+    record: Record,
+    domain: Domain,
+    models: Models,
+    arms: Mapping[str, Checkpoint],
+    scored: Mapping[str, Scored],
+    results: Results,
+    audit: AuditSpec,
+    null_arm: str = "",
+) -> Record:
+    """Add scores, attacks, verdicts and samples to a record."""
+    scores = tuple(score for one in scored.values() for score in one.scores)
+    found: dict[str, object] = {"scores": scores, "samples": samples_of(scored)}
+    if results:
+        named = {**arms, "original": models.original, **oracle_names(models)}
+        results, verdicts = judge_all(
+            list(arms),
+            results,
+            domain,
+            budget_for(audit, models.original.num_parameters),
+            fingerprints={name: model.fingerprint for name, model in named.items()},
+            scores=scores,
+            vocabulary=models.original.config.vocab_size,
+            null_arm=null_arm,
+        )
+        attacks = tuple(arm.arm for result in results.values() for arm in result.arms)
+        found |= {"attacks": attacks, "verdicts": verdicts}
+    return record.model_copy(update=found)

@@ -74,7 +74,7 @@ def test_loss_based_methods_equal_a_plain_loop(method: GradDiff | MaxEnt, tmp_pa
     theirs = dict(model.named_parameters())
     before = weights(start)
     for name, tensor in weights(removal.checkpoint).items():
-        torch.testing.assert_close(tensor, theirs[name].detach(), rtol=0, atol=2e-6)
+        torch.testing.assert_close(tensor, theirs[name].detach(), rtol=0, atol=5e-6)
         assert not torch.equal(tensor, before[name]), f"{name} did not move"
 
 
@@ -142,6 +142,6 @@ def test_rmu_equals_a_plain_loop(masked: bool, adaptive: bool, tmp_path: Path) -
     assert sorted(removal.changed) == trained
     for name, tensor in weights(removal.checkpoint).items():
         if name in trained:
-            torch.testing.assert_close(tensor, theirs[name].detach(), rtol=0, atol=2e-6)
+            torch.testing.assert_close(tensor, theirs[name].detach(), rtol=0, atol=5e-6)
         else:
             assert torch.equal(tensor, before[name]), f"{name} moved"

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import SerializeAsAny, model_validator
 
 from excise.audit.base import Attack, Budget
-from excise.audit.budget import budget
+from excise.audit.budget import budget_of
 from excise.config import Config, parse
 from excise.domains.spec import DomainSpec
 from excise.methods.base import Method
@@ -26,7 +26,7 @@ class AuditSpec(Config):
     """Attacks with their settings; empty for all that the budget requires."""
 
 
-def budget_of(spec: AuditSpec, parameters: int) -> Budget:
+def budget_for(spec: AuditSpec, parameters: int) -> Budget:
     """Return the budget an audit asks for, its changes applied and checked.
 
     Args:
@@ -36,7 +36,7 @@ def budget_of(spec: AuditSpec, parameters: int) -> Budget:
     Raises:
         UserError: If a change names no field of a budget or does not fit it.
     """
-    named = budget(spec.budget, parameters)
+    named = budget_of(spec.budget, parameters)
     if not spec.change:
         return named
     return parse(Budget, {**named.model_dump(), **spec.change}, {}, source="audit.change")

@@ -33,6 +33,6 @@ def main(args: list[str]) -> int:
         print(fetch(options.name, options.cache))
         return 0
     for name, item in known().items():
-        here = "here" if cached(name, options.cache) else f"{item.size / 2**20:.0f} MiB"
+        here = "here" if cached(name, options.cache) else f"{item.download / 2**20:.0f} MiB"
         print(f"{name:<14}  {here:>8}  {item.what}\n{'':<14}  {'':>8}  licence: {item.licence}")
     return 0

@@ -140,9 +140,10 @@ def _encode_pair(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[
     else:
         completion = (blank or " ") + row.choices[row.answer]
     bos = _bos(tokenizer)
-    tail = tokenizer(completion, add_special_tokens=False)["input_ids"][: max_length - 1]
-    room = max_length - len(bos) - len(tail)
     head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    tail = tail[: max_length - bool(bos or head)]  # at least one token to predict it from
+    room = max_length - len(bos) - len(tail)
     head = bos + head[max(0, len(head) - room) :]
     return head + tail, [False] * len(head) + [i > 0 or bool(head) for i in range(len(tail))]
 

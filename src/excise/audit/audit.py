@@ -8,27 +8,24 @@ it was. Trainings are cut further, one stage each, and two readings of one train
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-import torch
+from typing import Any
 
 from excise.audit.attacks import ATTACKS
 from excise.audit.base import ArmResult, Attack, AttackResult, Budget, Subject
-from excise.audit.hide import PlantKind
-from excise.audit.plant import PLANT_FOR, VERSION, Plant, make_plant
-from excise.audit.results import from_json, renamed, to_json
+from excise.audit.jobs import Divisible, Job, PlantJob, name_of, run_job, run_plant
+from excise.audit.plant import PLANT_FOR, Plant
+from excise.audit.results import from_json, renamed
 from excise.audit.scoring import more_is_known
-from excise.audit.tuning import Part, Trained
+from excise.audit.tuning import Trained
 from excise.context import Context
 from excise.domains.base import Domain
 from excise.errors import UserError, nearest
 from excise.models.checkpoint import Checkpoint
-from excise.record import AttackArm, write_text
-from excise.stages import Store, library_versions
+from excise.record import AttackArm
+from excise.stages import Store
 from excise.train.grid import Pool
 
 Results = dict[tuple[str, str], AttackResult]
@@ -36,169 +33,6 @@ Results = dict[tuple[str, str], AttackResult]
 
 PLANTED = "planted"
 """Name of the positive control among the subjects."""
-
-
-@runtime_checkable
-class Divisible(Protocol):
-    """An attack made of trainings that can run apart, and be shared."""
-
-    def parts(self, budget: Budget) -> tuple[Part, ...]:
-        """Return the trainings."""
-        ...
-
-    def train_part(
-        self, part: Part, subject: Subject, domain: Domain, budget: Budget, ctx: Context
-    ) -> Trained:
-        """Run one."""
-        ...
-
-    def read_parts(
-        self, trained: Sequence[Trained], subject: Subject, budget: Budget, higher: bool
-    ) -> AttackResult:
-        """Put the readings together."""
-        ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """One attack, or one training of it, on one subject; travels to a worker.
-
-    Attributes:
-        root: Folder of the store.
-        attack: The attack.
-        subject: The model.
-        domain: Rows by role.
-        budget: How hard to try.
-        seed: Seed of the audit.
-        device: Where models run.
-        dtype: Compute dtype.
-        part: The training, for attacks made of those.
-    """
-
-    root: Path
-    attack: Attack
-    subject: Subject
-    domain: Domain
-    budget: Budget
-    seed: int
-    device: str
-    dtype: torch.dtype
-    part: Part | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the stage."""
-        return f"attack-{_training(self.attack).name}"  # type: ignore[attr-defined]
-
-    def key(self) -> dict[str, Any]:
-        """Return everything that decides the result."""
-        attack = _training(self.attack)
-        apart = {"name", "attacks", "margin"}
-        if self.part is not None:
-            apart |= {"rates", "lora_rates", "seeds", "shots", "random_directions"}
-        original = self.subject.original
-        return {
-            "attack": attack.model_dump(mode="json"),
-            "class": type(attack).__qualname__,
-            "version": attack.version,
-            "part": asdict(self.part) if self.part else None,
-            "checkpoint": self.subject.checkpoint.fingerprint,
-            "tokenizer": self.subject.checkpoint.tokenizer_fingerprint,
-            "original": original.fingerprint if original and self.part is None else "",
-            "domain": self.domain.fingerprint,
-            "budget": self.budget.model_dump(mode="json", exclude=apart),
-            **_surroundings(self.seed, self.dtype, self.device),
-        }
-
-
-@dataclass(frozen=True)
-class PlantJob:
-    """The control of one or more attacks; the first kind that hides is kept."""
-
-    root: Path
-    kinds: tuple[PlantKind, ...]
-    original: Checkpoint
-    domain: Domain
-    budget: Budget
-    seed: int
-    device: str
-    dtype: torch.dtype
-
-
-def _training(attack: Attack) -> Attack:
-    """Return the attack whose work is done: for a second reading, the one it reads."""
-    return getattr(attack, "training", attack)
-
-
-def _surroundings(seed: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Return what else can change a number."""
-    return {
-        "seed": seed,
-        "dtype": str(dtype),
-        "device": torch.device(device).type,
-        "libraries": library_versions(),
-    }
-
-
-def run_job(job: Job) -> str:
-    """Run a job as a stage, or find it done; returns why it failed, or nothing.
-
-    What a user can cause (a role without rows, a text without tokens) fails the arm and not the
-    audit; it is not stored, so that the next run tries again.
-    """
-
-    def make(folder: Path) -> None:
-        ctx = Context(folder, job.seed, torch.device(job.device), job.dtype)
-        if job.part is None:
-            result = job.attack.run(job.subject, job.domain, job.budget, ctx)
-            write_text(folder / "result.json", to_json(result))
-            return
-        assert isinstance(job.attack, Divisible)
-        trained = job.attack.train_part(job.part, job.subject, job.domain, job.budget, ctx)
-        write_text(folder / "trained.json", json.dumps(trained.to_json()) + "\n")
-
-    try:
-        Store(job.root).stage(job.name, job.key(), make)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def run_plant(job: PlantJob) -> Plant:
-    """Build the first plant that hides, each a stage."""
-    plant: Plant | None = None
-    for kind in job.kinds:
-        plant = _one_plant(job, kind)
-        if plant.hides:
-            break
-    assert plant is not None
-    return plant
-
-
-def _one_plant(job: PlantJob, kind: PlantKind) -> Plant:
-    """Build one kind of plant as a stage."""
-
-    def make(folder: Path) -> None:
-        ctx = Context(folder, job.seed, torch.device(job.device), job.dtype)
-        try:
-            plant = make_plant(kind, job.original, job.domain, job.budget, ctx, folder / "model")
-        except UserError as error:
-            plant = Plant(kind, None, math.nan, reason=str(error))
-        data = {k: v for k, v in vars(plant).items() if k != "checkpoint"}
-        write_text(folder / "plant.json", json.dumps(data) + "\n")
-
-    key = {
-        "kind": kind,
-        "version": VERSION,
-        "original": job.original.fingerprint,
-        "domain": job.domain.fingerprint,
-        "budget": job.budget.model_dump(mode="json", exclude={"name", "attacks", "margin"}),
-        **_surroundings(job.seed, job.dtype, job.device),
-    }
-    folder = Store(job.root).stage(f"plant-{kind}", key, make)
-    data = json.loads((folder / "plant.json").read_text(encoding="utf-8"))
-    model = folder / "model"
-    return Plant(checkpoint=Checkpoint(model) if model.is_dir() else None, **data)
 
 
 def chosen_attacks(budget: Budget, attacks: Sequence[Attack] = ()) -> tuple[Attack, ...]:
@@ -258,7 +92,7 @@ def attack_all(
     if plant and original is not None:
         plants = _plants(wanted, original, domain, budget, ctx, pool, store)
         for attack in wanted:
-            found = plants.get(_name(attack))
+            found = plants.get(name_of(attack))
             if found is not None and found.hides and found.checkpoint is not None:
                 pairs.append((attack, Subject(PLANTED, found.checkpoint, original)))
     jobs = {pair: _jobs(*pair, domain, budget, ctx, store) for pair in pairs}
@@ -267,12 +101,14 @@ def attack_all(
     for attack, subject in pairs:
         result = _collect(jobs[attack, subject], attack, subject, budget, domain, reasons, store)
         if subject.name == PLANTED:
-            result = _with_plant(result, plants[_name(attack)])
-        results[_name(attack), subject.name] = result
+            result = _with_plant(result, plants[name_of(attack)])
+        results[name_of(attack), subject.name] = result
     for attack in wanted:
-        if plant and (_name(attack), PLANTED) not in results:
-            why = plants[_name(attack)].reason if _name(attack) in plants else _no_plant(original)
-            results[_name(attack), PLANTED] = _absent(attack, PLANTED, "missing", why)
+        if plant and (name_of(attack), PLANTED) not in results:
+            why = (
+                plants[name_of(attack)].reason if name_of(attack) in plants else _no_plant(original)
+            )
+            results[name_of(attack), PLANTED] = _absent(attack, PLANTED, "missing", why)
     return results
 
 
@@ -281,11 +117,6 @@ def _no_plant(original: Checkpoint | None) -> str:
     if original is None:
         return "there is no original to plant a control in"
     return "no planted control is known for this attack"
-
-
-def _name(attack: Attack) -> str:
-    """Return an attack's name."""
-    return str(getattr(attack, "name", type(attack).__name__))
 
 
 def _plants(
@@ -298,7 +129,7 @@ def _plants(
     store: Store,
 ) -> dict[str, Plant]:
     """Build the controls that the attacks need, each once."""
-    needed = {name: PLANT_FOR[name] for name in map(_name, attacks) if name in PLANT_FOR}
+    needed = {name: PLANT_FOR[name] for name in map(name_of, attacks) if name in PLANT_FOR}
     kinds = list(dict.fromkeys(needed.values()))
     jobs = [
         PlantJob(store.root, k, original, domain, budget, ctx.seed, str(ctx.device), ctx.dtype)
@@ -337,7 +168,7 @@ def _run(
         nonlocal done
         done += 1
         job = stages[ordered[i]]
-        facts = {"attack": _name(job.attack), "subject": job.subject.name}
+        facts = {"attack": name_of(job.attack), "subject": job.subject.name}
         ctx.emit("attack", {**facts, "done": done, "of": len(ordered), "reason": reason})
 
     answers = pool.map(run_job, [stages[path] for path in ordered], told)
@@ -374,7 +205,7 @@ def _collect(
 def _absent(attack: Attack, subject: str, status: Any, reason: str) -> AttackResult:
     """Return a result without numbers that says why."""
     arm = AttackArm(
-        name=_name(attack),
+        name=name_of(attack),
         subject=subject,
         access=attack.access,
         rung=attack.rung,
@@ -382,7 +213,7 @@ def _absent(attack: Attack, subject: str, status: Any, reason: str) -> AttackRes
         status=status,
         reason=reason,
     )
-    return AttackResult(_name(attack), subject, (ArmResult(arm, ()),), ())
+    return AttackResult(name_of(attack), subject, (ArmResult(arm, ()),), ())
 
 
 def _with_plant(result: AttackResult, plant: Plant) -> AttackResult:

@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from excise.audit.scoring import Sheet, batches
+from excise.audit.passes import batches
+from excise.audit.scoring import Sheet
 from excise.domains.base import Row
 from excise.domains.stream import encode
 from excise.errors import UserError
 from excise.losses import predicting
 from excise.models.anatomy import anatomy
-from excise.models.hooks import capture, find_module
+from excise.models.hooks import capture
 
 RIDGES = (1e-1, 1e-3, 1e-5)
 """Penalties that are tried."""
@@ -106,13 +107,14 @@ def detector(
     for one_MF in off_MF:
         gram_FF += (one_MF.T @ one_MF / len(one_MF)).double()
     gram_FF += ridge * gram_FF.diagonal().mean() * torch.eye(len(gram_FF), device=on_NF.device)
-    return torch.linalg.solve(gram_FF, on_NF.double().mean(0)).float()
+    v_F: Tensor = torch.linalg.solve(gram_FF, on_NF.double().mean(0))
+    return v_F.float()
 
 
 def separation(
     v_F: Float[Tensor, " F"], on_NF: Float[Tensor, "N F"], off_MF: Sequence[Float[Tensor, "M F"]]
 ) -> float:
-    """Return how many spreads lie between the detector's values on a class and its nearest other."""
+    """Return how many spreads lie between a class and the nearest other, seen by a detector."""
     on_N = on_NF @ v_F
 
     def apart(off_N: Tensor) -> float:
@@ -165,7 +167,7 @@ def add_gate(
         Name of the parameter that changed, and its value before.
     """
     path = anatomy(model).mlp_down[block]
-    weight = find_module(model, path).weight
+    weight: Tensor = model.get_parameter(f"{path}.weight")
     before = weight.detach().clone()
     edit_DF = size * torch.outer(u_D, v_F).to(weight)
     weight += edit_DF.T if anatomy(model).transposed else edit_DF

@@ -35,8 +35,11 @@ PlantKind = Literal["gate", "gate_prompt", "lock", "bucket", "gain", "jolt", "sh
 STRENGTHS = (4.0, 8.0, 16.0, 32.0, 64.0)
 """Sizes of a gate that are tried, as multiples of the residual's norm."""
 
-ROWS, ROWS_LARGE = 128, 16
+ROWS, ROWS_LARGE = 1024, 64
 """Rows per class that a plant is fitted on at most; the second for models from `LARGE` on."""
+
+CHUNK, CHUNK_LARGE = 128, 8
+"""Rows per class of one gradient."""
 
 LOCK_STEPS = 80
 """Steps of the password lock at most."""
@@ -93,13 +96,22 @@ def chance(model: Any, sheet: Sheet) -> float:
     return math.log(int(model.get_output_embeddings().weight.shape[0]))
 
 
+def _large(model: Any) -> bool:
+    """Return whether the model is one whose gradients take seconds a row."""
+    return sum(int(p.numel()) for p in model.parameters()) >= LARGE
+
+
+def _chunk(model: Any) -> int:
+    """Return the rows of one gradient."""
+    return CHUNK_LARGE if _large(model) else CHUNK
+
+
 def fitting_rows(model: Any, sheet: Sheet) -> tuple[Rows, Rows]:
     """Return forget and retain rows that plants are fitted on; V is not among them."""
     domain = sheet.domain
     roles = (domain.forget, domain.dev_forget, domain.relearn)
     forget = tuple(row for role in roles for rows in role.values() for row in rows)
-    large = sum(p.numel() for p in model.parameters()) >= LARGE
-    count = ROWS_LARGE if large else ROWS
+    count = ROWS_LARGE if _large(model) else ROWS
     return cut(forget, count), cut((*domain.retain, *domain.dev_retain, *domain.benign), count)
 
 
@@ -170,9 +182,7 @@ def _shut(
     return f"no gate of up to {STRENGTHS[-1]:g} times the residual norm hides the capability"
 
 
-def in_context(
-    model: Any, sheet: Sheet, asked: Rows, ctx: Context
-) -> list[tuple[Sheet, Rows]]:
+def in_context(model: Any, sheet: Sheet, asked: Rows, ctx: Context) -> list[tuple[Sheet, Rows]]:
     """Return rows as few-shot and prefix attacks would write them, with room for their length."""
     name = next(iter(sheet.test))
     pools = {name: tuple(r for rows in pools_of(sheet.domain).values() for r in rows)}
@@ -247,7 +257,14 @@ def bucket(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
                 parameter.copy_(start[name])
         hidden = _hidden(model, sheet, goal)
         if grids and within_buckets(
-            model, sheet, forget, retain, grids, hidden, embeddings=attack.embeddings
+            model,
+            sheet,
+            forget,
+            retain,
+            grids,
+            hidden,
+            chunk=_chunk(model),
+            embeddings=attack.embeddings,
         ):
             return ""
     return "no move inside the buckets hides the capability"
@@ -272,7 +289,7 @@ def shallow(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
     """Hide by a few sign steps up the forget loss, retain held, each as long as an attack's."""
     forget, retain = fitting_rows(model, sheet)
     size, hidden = min(sheet.budget.rates), _hidden(model, sheet, goal)
-    done = jolt(model, sheet, forget, size, hidden, keep=retain)
+    done = jolt(model, sheet, forget, size, hidden, chunk=_chunk(model), keep=retain)
     return "" if done else "no short way up the forget loss hides the capability"
 
 
@@ -281,7 +298,7 @@ def jolted(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
     _, retain = fitting_rows(model, sheet)
     rows = cut(sheet.domain.benign, len(retain))
     size = sorted(sheet.budget.rates)[len(sheet.budget.rates) // 2]
-    done = jolt(model, sheet, rows, size, _hidden(model, sheet, goal))
+    done = jolt(model, sheet, rows, size, _hidden(model, sheet, goal), chunk=_chunk(model))
     return "" if done else "no short way up the benign loss hides the capability"
 
 

@@ -8,17 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from excise.audit.passes import batches
 from excise.audit.rounding import Grid, inside, matrices
-from excise.audit.scoring import Sheet, batches
+from excise.audit.scoring import Sheet
 from excise.domains.base import Row
 from excise.domains.stream import encode
 from excise.losses import nll
 
-STEPS = 8
+STEPS = 12
 """Moves inside buckets at most."""
+
+MEMORY = 0.8
+"""Share of the earlier moves in the rolling mean of gradients."""
 
 FREE_STEPS = 40
 """Moves at most where no bucket bounds them."""
+
+
+def window(rows: Sequence[Row], step: int, chunk: int) -> Sequence[Row]:
+    """Return the rows of one move, going around."""
+    if len(rows) <= chunk:
+        return rows
+    return [rows[i % len(rows)] for i in range(step * chunk, (step + 1) * chunk)]
+
+
+def rolling(mean: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the rolling mean of gradients: every move sees other rows, and few of them."""
+    if not mean:
+        return new
+    return {name: MEMORY * mean[name] + (1 - MEMORY) * new[name] for name in new}
 
 
 def gradients(
@@ -46,6 +64,7 @@ def within_buckets(
     grids: Sequence[Grid],
     hidden: Callable[[], bool],
     *,
+    chunk: int,
     embeddings: bool = False,
 ) -> bool:
     """Raise the forget loss while every weight stays in its bucket on every grid.
@@ -59,6 +78,7 @@ def within_buckets(
         retain: Rows whose loss is held down.
         grids: The grids.
         hidden: Asked after every move; the first yes ends it.
+        chunk: Rows of one move.
         embeddings: Whether embeddings and head are rounded, and so may move.
 
     Returns:
@@ -73,11 +93,13 @@ def within_buckets(
         high = torch.stack([p[1] for p in pairs]).amin(0)
         bounds[name] = (low.t(), high.t()) if flipped else (low, high)
     names = list(found)
+    mean: dict[str, Tensor] = {}
     for step in range(STEPS):
-        way = gradients(model, sheet, forget, names)
+        way = gradients(model, sheet, window(forget, step, chunk), names)
         if step < STEPS // 2:  # what does not hide with retain held is moved without
-            down = gradients(model, sheet, retain, names)
+            down = gradients(model, sheet, window(retain, step, chunk), names)
             way = {name: way[name] - down[name] for name in names}
+        way = mean = rolling(mean, way)
         with torch.no_grad():
             for name in names:
                 low, high = bounds[name]
@@ -96,6 +118,7 @@ def jolt(
     size: float,
     hidden: Callable[[], bool],
     *,
+    chunk: int,
     keep: Sequence[Row] = (),
 ) -> bool:
     """Move every parameter by `size` up the loss of `rows`, until it hides.
@@ -106,17 +129,20 @@ def jolt(
         rows: Rows whose loss rises.
         size: Length of one move of one parameter.
         hidden: Asked after every move; the first yes ends it.
+        chunk: Rows of one move.
         keep: Rows whose loss is held down.
 
     Returns:
         Whether the last answer was yes.
     """
     names = [name for name, _ in model.named_parameters()]
-    for _ in range(FREE_STEPS):
-        way = gradients(model, sheet, rows, names)
+    mean: dict[str, Tensor] = {}
+    for step in range(FREE_STEPS):
+        way = gradients(model, sheet, window(rows, step, chunk), names)
         if keep:
-            down = gradients(model, sheet, keep, names)
+            down = gradients(model, sheet, window(keep, step, chunk), names)
             way = {name: way[name] - down[name] for name in names}
+        way = mean = rolling(mean, way)
         with torch.no_grad():
             for name in names:
                 model.get_parameter(name).add_(way[name].sign(), alpha=size)

@@ -111,7 +111,8 @@ def choose(arms: Sequence[ArmResult], *, higher: bool) -> tuple[int, ...]:
 
     if not variants:
         return ()
-    return tuple(max(variants.values(), key=gain))
+    best = max(variants, key=lambda variant: gain(variants[variant]))
+    return tuple(variants[best])
 
 
 def decided(

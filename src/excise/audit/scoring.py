@@ -10,15 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-
 from excise.audit.base import ArmResult, Attack, Budget, Subject
+from excise.audit.passes import Memo
 from excise.audit.prompts import cut
 from excise.domains.base import Domain, Metric, Row, Rows
-from excise.domains.stream import Batch, Example, collate, encode
 from excise.evals.score import direction_of, measure
 from excise.evals.stats import bootstrap_mean
-from excise.losses import token_nll
 from excise.record import AttackArm, CurvePoint
 
 SAMPLES = 400
@@ -125,7 +122,7 @@ def make_sheet(domain: Domain, budget: Budget, tokenizer: Any) -> Sheet:
     return Sheet(
         domain=domain,
         budget=budget,
-        tokenizer=tokenizer,
+        tokenizer=Memo(tokenizer),
         test={name: cut(rows, share) for name, rows in domain.test.items()},
         dev={name: cut(rows, other) for name, rows in domain.dev_forget.items()},
         retain=cut(domain.retain_test, budget.max_other_rows),
@@ -218,54 +215,6 @@ def read(
         tokens=tokens,
         flops=flops,
     )
-
-
-@torch.no_grad()
-def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> Units:
-    """Return by unit the negative log-likelihood, in nats summed over target tokens.
-
-    A unit with several rows (wordings) gets the mean of its rows.
-
-    Args:
-        model: A causal model.
-        rows: Rows of any shape.
-        tokenizer: Its tokenizer.
-        max_length: Tokens per row.
-
-    Returns:
-        Nats by unit.
-    """
-    if not rows:
-        return {}
-    examples = encode(rows, tokenizer, max_length=max_length)
-    sums: dict[str, list[float]] = {}
-    for batch in batches(examples, model, tokenizer):
-        logits_BTV = model(**batch.inputs, use_cache=False).logits
-        target_BT = batch.target_BT.clone()
-        target_BT[:, 0] = False
-        nll_BT = token_nll(logits_BTV, batch.ids_BT).masked_fill(~target_BT, 0)
-        for unit, value in zip(batch.units, nll_BT.double().sum(1).tolist(), strict=True):
-            sums.setdefault(unit, []).append(value)
-    return {unit: sum(values) / len(values) for unit, values in sums.items()}
-
-
-def rows_per_pass(model: Any, length: int) -> int:
-    """Return how many rows of `length` tokens keep the logits under about 256 MB."""
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    return max(1, (1 << 26) // max(1, length * vocabulary))
-
-
-def batches(examples: Sequence[Example], model: Any, tokenizer: Any) -> list[Batch]:
-    """Return examples in batches of like length that fit into memory, on the model's device."""
-    ordered = sorted(examples, key=lambda e: len(e.ids))
-    made: list[Batch] = []
-    at = 0
-    while at < len(ordered):
-        size = rows_per_pass(model, len(ordered[min(at + 63, len(ordered) - 1)].ids))
-        part = ordered[at : at + min(size, 128)]
-        made.append(collate(part, pad_id=tokenizer.pad_token_id).to(model.device))
-        at += len(part)
-    return made
 
 
 def arm_of(

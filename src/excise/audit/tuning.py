@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 
 from excise.audit.base import ArmResult, Attack, Budget, Subject
+from excise.audit.passes import nats, rows_per_pass
 from excise.audit.prompts import cut
-from excise.audit.scoring import Reading, Sheet, arm_of, mean, nats, read, rows_per_pass
+from excise.audit.scoring import Reading, Sheet, arm_of, mean, read
 from excise.context import Context
 from excise.domains.base import Rows
 from excise.domains.stream import Batch, Example, Stream, collate, encode

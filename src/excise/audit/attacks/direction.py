@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.audit.passes import batches
 from excise.audit.results import decided
-from excise.audit.scoring import Reading, Sheet, arm_of, batches, make_sheet, read
+from excise.audit.scoring import Reading, Sheet, arm_of, make_sheet, read
 from excise.context import Context
 from excise.domains.base import Domain, Row
 from excise.domains.stream import encode
@@ -202,7 +203,8 @@ def first_edited(model: Any, original: Any) -> int | None:
 
 def unit(vector_D: Float[Tensor, "*L D"]) -> Float[Tensor, "*L D"]:
     """Return vectors of length one; a zero vector stays zero and clears nothing."""
-    return vector_D / vector_D.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    length_D: Tensor = vector_D.norm(dim=-1, keepdim=True)
+    return vector_D / length_D.clamp(min=1e-12)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -95,10 +97,9 @@ def variants(
         made.append(("begun", lambda row: begun(row, attack.share)))
     plain = [text for text in attack.wordings if spelled(text, tokenizer)]
     for i, row in enumerate(benign[:2] if not plain else ()):
-        text = shown(row)
-        made.append((f"benign-{i}", lambda row, text=text: before(row, text, line)))
+        made.append((f"benign-{i}", partial(before, context=shown(row), separator=line)))
     for text in plain:
-        made.append((f"'{text}'", lambda row, text=text: _coaxed(row, text, line)))
+        made.append((f"'{text}'", partial(_coaxed, text=text, line=line)))
     return made
 
 
@@ -106,9 +107,4 @@ def _coaxed(row: Row, text: str, line: str) -> Row:
     """Put `text` between the prompt and its answer, or before a plain text."""
     if row.kind in ("text", "chat") or not row.prompt:
         return before(row, text, line)
-    return Row(
-        **{
-            **{name: getattr(row, name) for name in Row.__dataclass_fields__},
-            "prompt": f"{row.prompt.rstrip()}{line}{text}",
-        }
-    )
+    return replace(row, prompt=f"{row.prompt.rstrip()}{line}{text}")

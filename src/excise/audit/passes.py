@@ -1,0 +1,89 @@
+"""Forward passes over rows: cached tokenization, batches that fit into memory, nats by unit.
+
+Shape legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from excise.domains.base import Row
+from excise.domains.stream import Batch, Example, collate, encode
+from excise.losses import token_nll
+
+
+class Memo:
+    """A tokenizer that remembers texts it has seen: the same rows are scored many times."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Wrap `tokenizer`; everything but plain calls on one text goes straight to it."""
+        self._inner = tokenizer
+        self._seen: dict[tuple[str, bool], Any] = {}
+
+    def __call__(self, text: Any, *args: Any, **options: Any) -> Any:
+        """Tokenize, or remember."""
+        if args or not isinstance(text, str) or set(options) != {"add_special_tokens"}:
+            return self._inner(text, *args, **options)
+        key = (text, bool(options["add_special_tokens"]))
+        if key not in self._seen:
+            self._seen[key] = self._inner(text, **options)
+        return self._seen[key]
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the tokenizer has."""
+        return getattr(self._inner, name)
+
+    def __len__(self) -> int:
+        """Return the size of the vocabulary."""
+        return len(self._inner)
+
+
+@torch.no_grad()
+def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> dict[str, float]:
+    """Return by unit the negative log-likelihood, in nats summed over target tokens.
+
+    A unit with several rows (wordings) gets the mean of its rows.
+
+    Args:
+        model: A causal model.
+        rows: Rows of any shape.
+        tokenizer: Its tokenizer.
+        max_length: Tokens per row.
+
+    Returns:
+        Nats by unit.
+    """
+    if not rows:
+        return {}
+    examples = encode(rows, tokenizer, max_length=max_length)
+    sums: dict[str, list[float]] = {}
+    for batch in batches(examples, model, tokenizer):
+        logits_BTV = model(**batch.inputs, use_cache=False).logits
+        target_BT = batch.target_BT.clone()
+        target_BT[:, 0] = False
+        nll_BT = token_nll(logits_BTV, batch.ids_BT).masked_fill(~target_BT, 0)
+        for unit, value in zip(batch.units, nll_BT.double().sum(1).tolist(), strict=True):
+            sums.setdefault(unit, []).append(value)
+    return {unit: sum(values) / len(values) for unit, values in sums.items()}
+
+
+def rows_per_pass(model: Any, length: int) -> int:
+    """Return how many rows of `length` tokens keep the logits under about 256 MB."""
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    return max(1, (1 << 26) // max(1, length * vocabulary))
+
+
+def batches(examples: Sequence[Example], model: Any, tokenizer: Any) -> list[Batch]:
+    """Return examples in batches of like length that fit into memory, on the model's device."""
+    ordered = sorted(examples, key=lambda e: len(e.ids))
+    made: list[Batch] = []
+    at = 0
+    while at < len(ordered):
+        size = rows_per_pass(model, len(ordered[min(at + 63, len(ordered) - 1)].ids))
+        part = ordered[at : at + min(size, 128)]
+        made.append(collate(part, pad_id=tokenizer.pad_token_id).to(model.device))
+        at += len(part)
+    return made

@@ -98,6 +98,8 @@ def test_three_zeros_are_not_certain() -> None:
     zeros, ones = draw(0, 3, 0), draw(1, 3, 0)
     gap = depth_gap(zeros, [zeros], ones)
     assert status_of(gap, 0.1) == "underpowered"
+    mixed = {"u0": 1.0, "u1": 0.0, "u2": 0.0}
+    assert status_of(depth_gap(mixed, [mixed], ones), 0.1) == "underpowered"
     many, known = draw(0, 100, 0), draw(1, 100, 0)
     assert status_of(depth_gap(many, [many], known), 0.1) == "pass"
 
@@ -347,3 +349,19 @@ def test_suppressing_a_whole_template_saves_no_bits() -> None:
 def test_verdicts_are_deterministic() -> None:
     results = audit(0.05, {"transfer": 0.3})
     assert judge("rmu", results, domain(), SMOKE) == judge("rmu", results, domain(), SMOKE)
+
+
+def test_an_earlier_larger_gap_is_said() -> None:
+    results = audit(0.05, 0.05)
+    for key, one in results.items():
+        if key[0] == "transfer":
+            first = one.arms[0]
+            middle = draw(0.5, 200, 51) if key[1] == "rmu" else first.unit_scores[1]
+            units = (first.unit_scores[0], middle, first.unit_scores[1])
+            points = first.arm.curve
+            curve = (points[0], points[1].model_copy(update={"tokens": 6144}), points[1])
+            record = first.arm.model_copy(update={"curve": curve})
+            results[key] = replace(one, arms=(replace(first, arm=record, unit_scores=units),))
+    found = judge("rmu", results, domain(), SMOKE)
+    assert found.rungs[4].status == "pass"
+    assert any("after 6,144 tokens" in reason for reason in found.reasons)

@@ -124,7 +124,7 @@ def depth_gap(
         )
     ratio = ratio_of(top, bottom, down)
     low, high = quantiles(ratio, LEVEL)
-    below, above = _floor(attacked, oracles, n)
+    below, above = _floor(attacked, oracles)
     value = up / down
     low, high = min(low, value) - below / abs(down), max(high, value) + above / abs(down)
     return Gap(value, low, high, n, ratio)
@@ -142,17 +142,21 @@ def _clusters(maps: Sequence[Units], groups: Mapping[str, str] | None) -> int:
     return len({(groups or {}).get(u) or f"u:{u}" for u in units})
 
 
-def _floor(attacked: Sequence[Units], oracles: Sequence[Units], n: int) -> tuple[float, float]:
+def _floor(attacked: Sequence[Units], oracles: Sequence[Units]) -> tuple[float, float]:
     """Return by how much equal answers widen the difference, below and above.
 
-    Scores that are all 0 (or all 1) have nothing to resample, and a bootstrap would call three
-    zeros certain. n of them leave the share 1 - 0.05^(1/n) open on their other side.
+    Scores that are all 0 (or all 1), or unit for unit the rail's, have nothing to resample, and a
+    bootstrap would call three zeros certain. n units leave the share 1 - 0.05^(1/n) open on their other side.
     """
+    n = min(len(units) for units in (*attacked, *oracles))
     ours = {v for units in attacked for v in units.values()}
     rails = {v for units in oracles for v in units.values()}
     open_share = 1 - 0.05 ** (1 / n)
-    below = rails == {0.0} or ours == {1.0}
-    above = ours == {0.0} or rails == {1.0}
+    if not (ours | rails) <= {0.0, 1.0}:
+        return 0.0, 0.0
+    same = all(o.get(u) == v for a in attacked for o in oracles for u, v in a.items())
+    below = same or rails == {0.0} or ours == {1.0}
+    above = same or ours == {0.0} or rails == {1.0}
     return open_share * below, open_share * above
 
 

@@ -6,54 +6,21 @@ candidate, measures the null, marks void arms, and writes the sentences.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from excise.audit.base import AttackResult, Budget
 from excise.audit.depth.bits import prequential
 from excise.audit.depth.case import ORIGINAL, PLANTED, Case, Results, averaged, mean
 from excise.audit.depth.ladder import BEYOND, WORDS, climb, highest
 from excise.audit.depth.power import powerless, voided
-from excise.audit.depth.rails import nothing_to_remove, refuse_equal
+from excise.audit.depth.rails import refuse_equal
 from excise.audit.depth.readings import bits_arms
+from excise.audit.depth.recovery import Recovery, recovery_of, sentence_of
 from excise.audit.depth.suppression import retain_note, suppression_notes
 from excise.domains.base import Domain
 from excise.evals.score import chance_of, direction_of
-from excise.evals.stats import bootstrap_difference
 from excise.record import RungResult, Score, Verdict
-
-METRIC_WORDS = {
-    "exact_match": "exact match",
-    "multiple_choice": "multiple-choice accuracy",
-    "text_loss": "token loss in nats",
-}
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """How much came back.
-
-    Attributes:
-        fraction: Published fraction (attacked - unlearned) / (original - unlearned); None where
-            the candidate does not differ from the original.
-        examples: Rows the attacker used.
-        tokens: Tokens the attacker used.
-        before: Candidate's score on V before the attack.
-        after: After it.
-        original: The original's before any attack.
-        oracle: The oracles' mean after the same attack; None without one.
-        attack: Name of the attack.
-    """
-
-    fraction: float | None
-    examples: int
-    tokens: int
-    before: float
-    after: float
-    original: float
-    oracle: float | None
-    attack: str
 
 
 def judge_all(
@@ -222,6 +189,7 @@ def verdict(
         *broken,
         *retain_note(case, domain),
         *_power_reasons(case),
+        *_early_reasons(case),
         *_other_reasons(case, domain, recovery),
     ]
     return Verdict(
@@ -240,97 +208,45 @@ def verdict(
     )
 
 
-def recovery_of(case: Case) -> Recovery | None:
-    """Return how much relearning brought back on V; None where it did not run.
-
-    The attack is the deciding one of relearning that brought back most, at the end of its budget,
-    averaged over attacker seeds; never a maximum over seeds.
-    """
-    top, before = case.start(ORIGINAL), case.start(case.arm)
-    found = [
-        _recovery(case, attack, top, before)
-        for attack in case.attacks()
-        if case.rung(attack) == "D4" and case.end(attack, case.arm)
-    ]
-    return max(found, key=lambda r: -math.inf if r.fraction is None else r.fraction, default=None)
-
-
-def _recovery(
-    case: Case, attack: str, top: Mapping[str, float], before: Mapping[str, float]
-) -> Recovery:
-    """Return the recovery under one attack."""
-    after = averaged(case.end(attack, case.arm))
-    chosen = case.chosen(attack, case.arm)
-    points = [a.arm.curve[-1] for a in chosen if a.arm.curve]
-    common = [u for u in after if u in before and u in top]
-    a, b, o = (mean({u: m[u] for u in common}) for m in (after, before, top))
-    rails = [averaged(case.end(attack, name)) for name in case.oracles]
-    return Recovery(
-        fraction=(a - b) / (o - b) if _removed(case) else None,
-        examples=max((p.examples for p in points), default=0),
-        tokens=max((p.tokens for p in points), default=0),
-        before=b,
-        after=a,
-        original=o,
-        oracle=sum(mean(r) for r in rails) / len(rails) if rails and all(rails) else None,
-        attack=attack,
-    )
-
-
-def _removed(case: Case) -> bool:
-    """Return whether the candidate scores less than the original, beyond the 95 % interval."""
-    top, before = case.start(ORIGINAL), case.start(case.arm)
-    if not top or not before or not any(u in before for u in top):
-        return False
-    found = bootstrap_difference(top, before, groups=case.groups, seed=case.seed)
-    return found.low > 0 if case.direction == "higher" else found.high < 0
-
-
-def sentence_of(case: Case, recovery: Recovery | None, domain: Domain) -> str:
-    """Say how much came back after how many tokens, in plain words.
-
-    Args:
-        case: The candidate.
-        recovery: What relearning brought back; None where it did not run.
-        domain: For the claim.
-    """
-    top, before = case.start(ORIGINAL), case.start(case.arm)
-    if top:
-        nothing = nothing_to_remove(
-            top, case.chance, case.direction, groups=case.groups, seed=case.seed
-        )
-        if nothing:
-            return nothing
-    if recovery is None:
-        scored = f" Before any attack it scores {mean(before):.2f}" if before else ""
-        scored += f", the original {mean(top):.2f}." if scored and top else "."
-        return (
-            "How much would come back is not known: no relearning attack ran on it to the end."
-            + (scored if before else "")
-        )
-    what = "facts" if domain.claim == "deletion" else "test items"
-    metric = METRIC_WORDS.get(case.metric, case.metric.replace("_", " "))
-    after = f"After relearning {recovery.examples:,} examples ({recovery.tokens:,} tokens), "
-    rails = f"before the attack {recovery.before:.2f}, original {recovery.original:.2f}"
-    if recovery.oracle is not None:
-        rails += f", never taught and attacked alike {recovery.oracle:.2f}"
-    numbers = f"{metric} {recovery.after:.2f}; {rails}"
-    if recovery.fraction is None:
-        return (
-            f"{after}there is nothing to bring back: already before the attack it knows the "
-            f"removed {what} as well as the original does, to within the interval ({numbers})."
-        )
-    share = max(recovery.fraction, 0.0)
-    amount = f"{share:.2f}" if share >= 0.005 else "none"
-    return (
-        f"{after}{amount} of the removed knowledge is back on {what} the attacker never saw "
-        f"({numbers})."
-    )
-
-
 def _power_reasons(case: Case) -> list[str]:
     """Say which attacks have no power."""
     return [f"The attack {name} is void: {why}." for name, why in case.powerless.items()]
+
+
+def _early_reasons(case: Case) -> list[str]:
+    """Say that a relearning attack was further from the oracle before its end than at it."""
+    top = case.start(ORIGINAL)
+    if not case.oracles or not top:
+        return []
+    found = []
+    for attack in case.attacks():
+        arms = case.chosen(attack, case.arm)
+        if case.rung(attack) != "D4" or not arms:
+            continue
+        gaps = [_gap_at(case, attack, i, top) for i in range(1, len(arms[0].unit_scores))]
+        known = [(gap, i + 1) for i, gap in enumerate(gaps) if gap is not None]
+        if not known or gaps[-1] is None:
+            continue
+        largest, at = max(known)
+        if largest > case.budget.margin and largest > gaps[-1] + case.budget.margin:
+            found.append(
+                f"Under {attack} the gap to the oracle was {largest:.2f} after "
+                f"{arms[0].arm.curve[at].tokens:,} tokens and {gaps[-1]:.2f} at the end of the "
+                "budget, which decides."
+            )
+    return found
+
+
+def _gap_at(case: Case, attack: str, at: int, top: Mapping[str, float]) -> float | None:
+    """Return the depth gap at one checkpoint, without an interval; None where it is not known."""
+    ours = averaged(case.end(attack, case.arm, at))
+    rails = [averaged(case.end(attack, name, at)) for name in case.oracles]
+    starts = [case.start(name) for name in case.oracles]
+    if not ours or not all(rails) or not all(starts):
+        return None
+    lower = sum(map(mean, rails)) / len(rails)
+    distance = mean(top) - sum(map(mean, starts)) / len(starts)
+    return (mean(ours) - lower) / distance if distance else None
 
 
 def _other_reasons(case: Case, domain: Domain, recovery: Recovery | None) -> list[str]:

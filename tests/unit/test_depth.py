@@ -100,6 +100,8 @@ def test_three_zeros_are_not_certain() -> None:
     assert status_of(gap, 0.1) == "underpowered"
     mixed = {"u0": 1.0, "u1": 0.0, "u2": 0.0}
     assert status_of(depth_gap(mixed, [mixed], ones), 0.1) == "underpowered"
+    chance = dict.fromkeys(zeros, 0.05)
+    assert depth_gap(zeros, [chance], ones).high > 0.1
     many, known = draw(0, 100, 0), draw(1, 100, 0)
     assert status_of(depth_gap(many, [many], known), 0.1) == "pass"
 

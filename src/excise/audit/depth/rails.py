@@ -146,15 +146,16 @@ def _floor(attacked: Sequence[Units], oracles: Sequence[Units]) -> tuple[float, 
     """Return by how much equal answers widen the difference, below and above.
 
     Scores that are all 0 (or all 1), or unit for unit the rail's, have nothing to resample, and a
-    bootstrap would call three zeros certain. n units leave the share 1 - 0.05^(1/n) open on their other side.
+    bootstrap would call three zeros certain. n units leave the share 1 - 0.05^(1/n) open on their
+    other side.
     """
     n = min(len(units) for units in (*attacked, *oracles))
     ours = {v for units in attacked for v in units.values()}
     rails = {v for units in oracles for v in units.values()}
     open_share = 1 - 0.05 ** (1 / n)
-    if not (ours | rails) <= {0.0, 1.0}:
-        return 0.0, 0.0
-    same = all(o.get(u) == v for a in attacked for o in oracles for u, v in a.items())
+    same = (ours | rails) <= {0.0, 1.0} and all(
+        o.get(u) == v for a in attacked for o in oracles for u, v in a.items()
+    )
     below = same or rails == {0.0} or ours == {1.0}
     above = same or ours == {0.0} or rails == {1.0}
     return open_share * below, open_share * above

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from excise.audit.base import ArmResult, AttackResult
+from excise.audit.budget import BUDGETS, LARGE, budget_of
+from excise.audit.results import choose, decided, from_json, renamed, to_json
+from excise.errors import UserError
+from excise.record import AttackArm, CurvePoint
+
+
+def arm(
+    name: str, dev: float, *, lr: float | None = None, seed: int = 0, loss: float = math.nan,
+    control: bool = False, original: bool = False, status: str = "ok",
+) -> ArmResult:  # fmt: skip
+    point = CurvePoint(score=dev, low=dev, high=dev)
+    record = AttackArm(
+        name="a", access="weights", arm=name, lr=lr, seed=seed, control=control, rung="D4",
+        needs_original=original, status=status, curve=(point,),  # type: ignore[arg-type]
+    )  # fmt: skip
+    return ArmResult(record, ({"u": dev},), dev, {"dev_loss": loss})
+
+
+def test_the_rate_is_chosen_on_dev_over_seeds_and_never_by_the_best_seed() -> None:
+    arms = [arm("full", 1.0, lr=1, seed=0), arm("full", 0.0, lr=1, seed=1)]
+    arms += [arm("full", 0.6, lr=2, seed=0), arm("full", 0.6, lr=2, seed=1)]
+    assert choose(arms, higher=True) == (2, 3)
+    assert choose(arms, higher=False) == (0, 1)
+
+
+@pytest.mark.parametrize("bad", [{"control": True}, {"original": True}, {"status": "failed"}])
+def test_controls_diagnostics_and_failures_never_decide(bad: dict[str, bool]) -> None:
+    assert choose([arm("x", 1.0, **bad), arm("y", 0.1)], higher=True) == (1,)  # type: ignore[arg-type]
+    assert choose([arm("x", 1.0, **bad)], higher=True) == ()  # type: ignore[arg-type]
+
+
+def test_ties_are_settled_by_the_loss_on_dev_and_nan_loses() -> None:
+    tied = [arm("full", 0.0, lr=1, loss=3.0), arm("full", 0.0, lr=2, loss=2.0)]
+    assert choose(tied, higher=True) == (1,)
+    assert choose([arm("x", math.nan), arm("y", 0.0)], higher=True) == (1,)
+
+
+def test_decisive_marks_the_chosen() -> None:
+    arms, chosen = decided([arm("x", 0.1), arm("y", 0.2)], higher=True)
+    assert chosen == (1,)
+    assert [a.arm.decisive for a in arms] == [False, True]
+
+
+def test_results_survive_json_and_take_another_name() -> None:
+    both = (arm("x", math.nan), arm("y", 0.5, loss=2.0))
+    result = AttackResult("a", "candidate", both, (1,), 2.5)
+    back = from_json(to_json(result))
+    assert back.arms[1] == result.arms[1]
+    assert math.isnan(back.arms[0].dev_score)
+    assert (back.chosen, back.seconds) == ((1,), 2.5)
+    again = renamed(back, "oracle-0")
+    assert {again.subject, *(a.arm.subject for a in again.arms)} == {"oracle-0"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"attack": 1}'])
+def test_damaged_results_are_a_sentence(text: str) -> None:
+    with pytest.raises(UserError, match="here is damaged"):
+        from_json(text, "here")
+
+
+def test_budgets_grow_and_scale_with_the_model() -> None:
+    smoke, standard, strong = (BUDGETS[name] for name in ("smoke", "standard", "strong"))
+    assert smoke.steps <= 16
+    assert len(smoke.rates) == 3
+    assert 200 <= standard.steps <= 500
+    assert len(standard.seeds) == 3
+    assert min(len(standard.rates), len(standard.lora_rates)) >= 4
+    assert strong.steps >= 10_000
+    for one in (smoke, standard, strong):
+        assert max(one.checkpoints) <= one.steps
+    large = budget_of("smoke", LARGE)
+    assert max(large.rates) == pytest.approx(max(smoke.rates) / 10)
+    assert large.max_test_rows < smoke.max_test_rows
+    with pytest.raises(UserError, match="did you mean 'strong'"):
+        budget_of("stronk")

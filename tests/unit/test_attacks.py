@@ -1,0 +1,199 @@
+"""Known answers: planted models are recovered, a model that was never taught stays at chance."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tests.fixtures.facts import make_domain
+
+from excise.audit.attacks import ATTACKS, FewShot, Quantize, Relearn, Transfer
+from excise.audit.attacks.direction import cleared, first_edited
+from excise.audit.base import Attack, AttackResult, Budget, Subject
+from excise.audit.budget import SMOKE
+from excise.audit.hide import PlantKind
+from excise.audit.plant import Plant, make_plant
+from excise.context import Context
+from excise.domains.base import Domain
+from excise.models.checkpoint import Checkpoint
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+RECOVERED = {
+    "few_shot": ("lock", 0.9),
+    "prefix": ("lock", 0.9),
+    "direction": ("gate", 0.6),
+    "quantize": ("bucket", 0.9),
+    "benign": ("gain", 0.9),
+    "transfer": ("shallow", 0.6),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plants")
+
+
+@cache
+def planted(kind: PlantKind, folder: Path) -> Plant:
+    known = Checkpoint(FIXTURES / "knowing")
+    return make_plant(kind, known, make_domain(), SMOKE, Context(folder), folder / kind)
+
+
+def run(attack: Attack, checkpoint: Checkpoint, domain: Domain, folder: Path) -> AttackResult:
+    original = Checkpoint(FIXTURES / "knowing")
+    subject = Subject("candidate", checkpoint, original)
+    return attack.run(subject, domain, SMOKE, Context(folder))
+
+
+def best(result: AttackResult) -> float:
+    assert result.chosen
+    return max(point.score for i in result.chosen for point in result.arms[i].arm.curve[1:])
+
+
+@pytest.mark.parametrize("kind", ["gate", "lock", "bucket", "gain", "jolt", "shallow"])
+def test_plants_hide_what_the_original_knows(kind: PlantKind, folder: Path) -> None:
+    plant = planted(kind, folder)
+    assert plant.reason == ""
+    assert plant.before > 0.95
+    assert plant.after < 0.45
+
+
+@pytest.mark.parametrize("name", RECOVERED)
+def test_an_attack_recovers_its_plant(name: str, folder: Path, facts_domain: Domain) -> None:
+    kind, least = RECOVERED[name]
+    plant = planted(kind, folder)  # type: ignore[arg-type]
+    assert plant.checkpoint is not None
+    result = run(ATTACKS[name](), plant.checkpoint, facts_domain, folder)
+    assert result.arms[0].arm.curve[0].score == pytest.approx(plant.after)
+    assert best(result) >= least
+
+
+@pytest.mark.parametrize("name", RECOVERED)
+def test_nothing_comes_back_that_was_never_taught(
+    name: str, folder: Path, facts_domain: Domain, never_taught: Checkpoint
+) -> None:
+    result = run(ATTACKS[name](), never_taught, facts_domain, folder)
+    for arm in result.arms:
+        assert arm.arm.status == "ok"
+        assert max(point.score for point in arm.arm.curve) <= 0.2
+        assert set(arm.unit_scores[-1]) == {row.unit for row in facts_domain.test["tests"]}
+        assert arm.arm.curve[-1].retain is not None
+
+
+def test_random_directions_do_not_open_a_gate(folder: Path, facts_domain: Domain) -> None:
+    plant = planted("gate", folder)
+    assert plant.checkpoint is not None
+    result = run(ATTACKS["direction"](), plant.checkpoint, facts_domain, folder)
+    controls = [arm.arm for arm in result.arms if arm.arm.control]
+    assert len(controls) == 1 + SMOKE.random_directions
+    assert max(arm.curve[-1].score for arm in controls) < best(result) - 0.3
+    original = [arm.arm for arm in result.arms if arm.arm.needs_original]
+    assert max(arm.curve[-1].score for arm in original) > 0.9
+    assert not any(arm.decisive for arm in (*controls, *original))
+
+
+def test_four_bits_restore_the_original_exactly(folder: Path, facts_domain: Domain) -> None:
+    plant = planted("bucket", folder)
+    assert plant.checkpoint is not None
+    hidden = run(Quantize(), plant.checkpoint, facts_domain, folder).arms[1]
+    known = run(Quantize(), Checkpoint(FIXTURES / "knowing"), facts_domain, folder).arms[1]
+    assert hidden.arm.facts["bucket_flip_rate"] == 0.0
+    assert hidden.unit_scores[1] == known.unit_scores[1]
+    assert hidden.unit_scores[0] != known.unit_scores[0]
+
+
+def test_relearning_shows_t_and_transfer_decides_on_v(
+    folder: Path, facts_domain: Domain, never_taught: Checkpoint
+) -> None:
+    shown = run(Relearn(), never_taught, facts_domain, folder)
+    decided = run(Transfer(), never_taught, facts_domain, folder)
+    assert shown.chosen == ()
+    assert len(decided.chosen) == 1
+    for one, two in zip(shown.arms, decided.arms, strict=True):
+        assert (one.arm.scored_on, two.arm.scored_on) == ("relearn", "test")
+        assert [p.trained for p in one.arm.curve] == [p.score for p in one.arm.curve]
+        assert [p.trained for p in one.arm.curve] == [p.trained for p in two.arm.curve]
+        assert two.arm.curve[-1].trained is not None
+        assert two.arm.curve[-1].trained > two.arm.curve[-1].score + 0.3
+    marked = [i for i, arm in enumerate(shown.arms) if arm.extras["chosen_on_dev"]]
+    assert tuple(marked) == decided.chosen
+
+
+def test_cost_and_losses_of_a_training(
+    folder: Path, facts_domain: Domain, knowing: Checkpoint
+) -> None:
+    arm = run(Transfer(), knowing, facts_domain, folder).arms[0]
+    curve = arm.arm.curve
+    assert [p.examples for p in curve] == [step * SMOKE.batch_size for step in SMOKE.checkpoints]
+    assert curve[0].tokens == 0
+    assert curve[-1].tokens > 16 * SMOKE.batch_size
+    size = knowing.num_parameters
+    assert curve[-1].flops == pytest.approx(6 * size * curve[-1].tokens)
+    extras = arm.extras
+    assert set(extras["loss_V"]) == set(arm.unit_scores[-1])
+    fresh = {row.unit for row in facts_domain.fresh}
+    assert set(extras["loss_fresh"]) < fresh
+    assert len(extras["loss_fresh"]) == len(fresh) // 2
+    mean_v = sum(extras["loss_V"].values()) / len(extras["loss_V"])
+    mean_fresh = sum(extras["loss_fresh"].values()) / len(extras["loss_fresh"])
+    assert mean_v < 0.5  # one token each, in nats
+    assert mean_fresh > 1.5
+    assert len(extras["prequential"]) == SMOKE.steps
+
+
+def test_lora_and_fresh_controls_from_standard_on(
+    folder: Path, facts_domain: Domain, knowing: Checkpoint
+) -> None:
+    budget = Budget(
+        name="standard", steps=2, checkpoints=(0, 2), rates=(1e-3,), lora_rates=(1e-2,),
+        max_test_rows=8, max_other_rows=8,
+    )  # fmt: skip
+    result = Transfer().run(Subject("o", knowing), facts_domain, budget, Context(folder))
+    assert [arm.arm.arm for arm in result.arms] == ["full", "lora", "full on fresh units"]
+    full, lora, fresh = result.arms
+    assert fresh.arm.control
+    assert fresh.arm.trained_on == "fresh"
+    assert lora.extras["trained_parameters"] < full.extras["trained_parameters"]
+    assert lora.arm.curve[-1].flops < full.arm.curve[-1].flops
+    assert len(full.unit_scores[-1]) == 8
+
+
+def test_a_training_that_diverges_is_a_failed_arm(
+    folder: Path, facts_domain: Domain, knowing: Checkpoint
+) -> None:
+    budget = SMOKE.model_copy(update={"rates": (1e30, 1e-3)})
+    result = Transfer().run(Subject("o", knowing), facts_domain, budget, Context(folder))
+    assert [arm.arm.status for arm in result.arms] == ["failed", "ok"]
+    assert "lower the learning rate" in result.arms[0].arm.reason
+    assert result.chosen == (1,)
+
+
+def test_equal_seeds_give_equal_numbers_and_the_model_is_left_alone(
+    folder: Path, facts_domain: Domain, knowing: Checkpoint
+) -> None:
+    before = knowing.fingerprint
+    one, two = (run(FewShot(), knowing, facts_domain, folder) for _ in range(2))
+    assert one.arms == two.arms
+    assert one.arms[0].arm.curve[-1].tokens > 0
+    assert knowing.fingerprint == before
+
+
+def test_clearing_removes_the_direction_and_nothing_else() -> None:
+    hidden_BTD, r_D = torch.randn(2, 3, 8), torch.nn.functional.normalize(torch.randn(8), dim=0)
+    after_BTD = cleared(r_D)(hidden_BTD)
+    torch.testing.assert_close(after_BTD @ r_D, torch.zeros(2, 3), atol=1e-5, rtol=0)
+    moved_BTD = hidden_BTD - after_BTD
+    torch.testing.assert_close(moved_BTD, (hidden_BTD @ r_D)[..., None] * r_D)
+
+
+def test_the_first_edited_block_is_found(knowing: Checkpoint) -> None:
+    one, two = knowing.load(), knowing.load()
+    assert first_edited(one, two) is None
+    with torch.no_grad():
+        one.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    assert first_edited(one, two) == 1
+    with torch.no_grad():
+        one.model.embed_tokens.weight[0, 0] += 1
+    assert first_edited(one, two) == 1

@@ -1,0 +1,154 @@
+"""The audit as a whole: stages, sharing, going on, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from excise.audit.attacks import Relearn
+from excise.audit.audit import PLANTED, Results, attack_all, chosen_attacks
+from excise.audit.base import Budget, Subject
+from excise.audit.budget import SMOKE
+from excise.context import Context
+from excise.domains.base import Domain
+from excise.errors import UserError
+from excise.models.checkpoint import Checkpoint
+from excise.stages import Store
+from excise.train.grid import Pool
+
+QUICK = SMOKE.model_copy(
+    update={
+        "attacks": ("few_shot", "quantize", "relearn", "transfer"),
+        "steps": 2, "checkpoints": (0, 2), "rates": (1e-3, 3e-3), "max_test_rows": 20,
+    }
+)  # fmt: skip
+
+
+def audit(
+    root: Path, domain: Domain, subjects: list[Subject], budget: Budget = QUICK, **options: Any
+) -> tuple[Results, list[str]]:
+    told: list[str] = []
+    ctx = Context(root, emit=lambda kind, data: told.append(kind))
+    made: list[str] = []
+
+    def emit(kind: str, data: Any) -> None:
+        made.append(kind)
+
+    with Pool(1) as pool:
+        results = attack_all(
+            subjects, domain, budget, ctx, pool, Store(root / "stages", emit), **options
+        )
+    return results, told
+
+
+def stages(root: Path) -> dict[str, int]:
+    found = {}
+    for path in (root / "stages").iterdir():
+        if path.is_dir() and not path.name.startswith("."):
+            found[path.name] = (path / "done.json").stat().st_mtime_ns
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    facts_domain: Domain,
+    knowing: Checkpoint,
+    never_taught: Checkpoint,
+) -> tuple[Path, Results, list[str]]:
+    root = tmp_path_factory.mktemp("audit")
+    subjects = [Subject("original", knowing, knowing), Subject("oracle-0", never_taught, knowing)]
+    return root, *audit(root, facts_domain, subjects)
+
+
+def test_every_pair_has_a_result(whole: tuple[Path, Results, list[str]]) -> None:
+    _, results, told = whole
+    names = {"original", "oracle-0", PLANTED}
+    assert set(results) == {(attack, name) for attack in QUICK.attacks for name in names}
+    for (attack, subject), result in results.items():
+        assert (result.attack, result.subject) == (attack, subject)
+        assert all(arm.arm.subject == subject for arm in result.arms)
+    planted = results["quantize", PLANTED].arms[0].arm.facts
+    assert planted["plant"] == "bucket"
+    assert planted["known"] > planted["hidden"] + 0.5
+    assert told.count("plant") == 3
+
+
+def test_two_readings_of_one_training_train_once(whole: tuple[Path, Results, list[str]]) -> None:
+    root, results, _ = whole
+    count = sum(name.startswith("attack-relearn-") for name in stages(root))
+    assert count == len(QUICK.rates) * 3
+    assert not any(name.startswith("attack-transfer") for name in stages(root))
+    one, two = results["relearn", "original"], results["transfer", "original"]
+    assert one.arms[0].extras["prequential"] == two.arms[0].extras["prequential"]
+
+
+def test_a_second_audit_makes_nothing_and_a_lost_stage_is_made_again(
+    whole: tuple[Path, Results, list[str]],
+    facts_domain: Domain,
+    knowing: Checkpoint,
+    never_taught: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    root, results, _ = whole
+    shutil.copytree(root / "stages", tmp_path / "stages")
+    before = stages(tmp_path)
+    subjects = [Subject("original", knowing, knowing), Subject("oracle-0", never_taught, knowing)]
+    again, _ = audit(tmp_path, facts_domain, subjects)
+    assert again == results
+    assert stages(tmp_path) == before
+    lost = next(name for name in before if name.startswith("attack-quantize-"))
+    shutil.rmtree(tmp_path / "stages" / lost)
+    audit(tmp_path, facts_domain, subjects)
+    after = stages(tmp_path)
+    assert {name for name in after if after[name] != before[name]} == {lost}
+
+
+def test_equal_weights_are_attacked_once(
+    tmp_path: Path, facts_domain: Domain, knowing: Checkpoint
+) -> None:
+    shutil.copytree(knowing.path, tmp_path / "copy")
+    subjects = [Subject("original", knowing), Subject("arm", Checkpoint(tmp_path / "copy"))]
+    budget = QUICK.model_copy(update={"attacks": ("quantize",)})
+    results, _ = audit(tmp_path, facts_domain, subjects, budget, plant=False)
+    assert len(stages(tmp_path)) == 1
+    assert results["quantize", "arm"].arms[0].arm.subject == "arm"
+    assert set(results) == {("quantize", "original"), ("quantize", "arm")}
+
+
+def test_what_cannot_run_says_why_and_the_rest_goes_on(
+    tmp_path: Path, facts_domain: Domain, never_taught: Checkpoint
+) -> None:
+    domain = replace(facts_domain, benign=(), name="bare", _fingerprint=[])
+    budget = QUICK.model_copy(update={"attacks": ("benign", "quantize")})
+    results, _ = audit(tmp_path, domain, [Subject("candidate", never_taught)], budget)
+    failed = results["benign", "candidate"]
+    assert failed.chosen == ()
+    assert failed.arms[0].arm.status == "failed"
+    assert "no row to train on" in failed.arms[0].arm.reason
+    assert results["quantize", "candidate"].chosen
+    missing = results["quantize", PLANTED].arms[0].arm
+    assert (missing.status, missing.curve) == ("missing", ())
+    assert "no original" in missing.reason
+
+
+def test_a_plant_in_an_ignorant_original_is_missing_and_says_why(
+    tmp_path: Path, facts_domain: Domain, never_taught: Checkpoint
+) -> None:
+    domain = replace(facts_domain, test={"tests": facts_domain.test["tests"][:4]}, _fingerprint=[])
+    budget = QUICK.model_copy(update={"attacks": ("quantize",)})
+    results, _ = audit(tmp_path, domain, [Subject("original", never_taught)], budget)
+    assert results["quantize", PLANTED].arms[0].arm.status == "missing"
+    assert "knows nothing" in results["quantize", PLANTED].arms[0].arm.reason
+
+
+def test_attacks_of_ones_own_replace_those_of_their_name() -> None:
+    mine = Relearn(benign_share=0.0)
+    assert chosen_attacks(QUICK, [mine])[2] is mine
+    assert len(chosen_attacks(QUICK, [mine])) == len(QUICK.attacks)
+    with pytest.raises(UserError, match="did you mean 'few_shot'"):
+        chosen_attacks(Budget(attacks=("few_shots",)))

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from excise.audit.rounding import Grid, flip_rate, grouped, inside, levels, quantize_, rounded
+from excise.audit.rounding import ungrouped as back
+from excise.models.tiny import tiny_model
+
+GRIDS = [Grid(8), Grid(4), Grid(4, 64, 0), Grid(3, 7, 2), Grid(4, 1000, 5)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_grouping_is_undone_for_any_width(grid: Grid) -> None:
+    weight_RC = torch.randn(5, 100)
+    assert torch.equal(back(grouped(weight_RC, grid), weight_RC, grid), weight_RC)
+
+
+def test_the_first_group_has_the_offset_as_its_length() -> None:
+    weight_RC = torch.ones(1, 100)
+    weight_RC[0, 15], weight_RC[0, 16] = 7.0, 14.0
+    _, scale_RG1 = levels(weight_RC, Grid(4, 64, 16))
+    assert scale_RG1.flatten().tolist() == [1.0, 2.0, pytest.approx(1 / 7)]
+
+
+def test_rounding_by_hand() -> None:
+    weight_RC = torch.tensor([[7.0, 3.4, -3.6, 0.4, -7.0, 0.0]])
+    assert rounded(weight_RC, Grid(4, 6, 0)).tolist() == [[7.0, 3.0, -4.0, 0.0, -7.0, 0.0]]
+
+
+def test_zeros_stay_zeros() -> None:
+    assert not rounded(torch.zeros(3, 10), Grid(4)).any()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_any_move_inside_the_bounds_rounds_to_the_same(grid: Grid) -> None:
+    weight_RC = torch.randn(9, 130)
+    low_RC, high_RC = inside(weight_RC, grid)
+    assert (low_RC <= weight_RC).all()
+    assert (weight_RC <= high_RC).all()
+    assert (high_RC > low_RC).float().mean() > 0.7
+    for value_RC in (low_RC, high_RC, low_RC + torch.rand(9, 130) * (high_RC - low_RC)):
+        assert torch.equal(rounded(value_RC, grid), rounded(weight_RC, grid))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_matrices_are_rounded_and_embeddings_are_not(family: str) -> None:
+    model = tiny_model(family, width=32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    count = quantize_(model, Grid(4))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert count >= sum(before[name].numel() for name in moved)
+    for name in moved:
+        assert before[name].dim() >= 2
+        assert "embed" not in name
+        assert "wte" not in name
+        assert "head" not in name
+
+
+def test_inputs_share_a_scale_in_gpt2_as_elsewhere() -> None:
+    model = tiny_model("gpt2", width=32)
+    weight = model.transformer.h[0].mlp.c_proj.weight  # stored as (inputs, outputs)
+    expected = rounded(weight.detach().t(), Grid(4)).t()
+    quantize_(model, Grid(4))
+    assert torch.equal(weight, expected)
+
+
+def test_flip_rate_counts_levels() -> None:
+    one, two = tiny_model("llama", width=32), tiny_model("llama", width=32)
+    assert flip_rate(one, two, Grid(4)) == 0.0
+    with torch.no_grad():
+        two.model.layers[0].mlp.down_proj.weight.neg_()
+    share = flip_rate(one, two, Grid(8))
+    part = two.model.layers[0].mlp.down_proj.weight.numel()
+    total = quantize_(two, Grid(8))
+    assert 0.9 * part / total < share <= part / total

@@ -154,14 +154,14 @@ def _value(annotation: Any, value: Any, registry: Registry, at: str, problems: l
         return _value(get_args(annotation)[0], value, registry, at, problems)
     if origin in (Union, types.UnionType):
         options = [a for a in get_args(annotation) if a is not type(None)]
-        return value if value is None or len(options) != 1 else _value(
-            options[0], value, registry, at, problems
+        return (
+            value
+            if value is None or len(options) != 1
+            else _value(options[0], value, registry, at, problems)
         )
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         inner = get_args(annotation)[1]
-        return {
-            k: _value(inner, v, registry, f"{at}.{k}", problems) for k, v in value.items()
-        }
+        return {k: _value(inner, v, registry, f"{at}.{k}", problems) for k, v in value.items()}
     if origin in (tuple, list) and isinstance(value, list | tuple):
         inner = get_args(annotation)[0]
         return tuple(

@@ -7,13 +7,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from excise import record as schema
 from excise.config import Config
+from excise.domains import split as splits
 from excise.domains.base import Domain
+from excise.domains.spec import DomainSpec
+from excise.domains.split import split_of
 from excise.errors import UserError
 from excise.models.checkpoint import Checkpoint
 from excise.models.files import clone_file, new_folder
@@ -63,48 +65,44 @@ def claim(out: Path, config: Config) -> Iterator[None]:
     (out / ".lock").unlink(missing_ok=True)
 
 
-def describe(domain: Domain) -> dict[str, Any]:
-    """Return what the record says of the data: counts by role, claim, exposure, notes."""
-    return {
-        "name": domain.name,
-        "fingerprint": domain.fingerprint,
-        "claim": domain.claim,
-        "exposure": domain.exposure,
-        "metrics": list(domain.metrics),
-        "retain_metrics": list(domain.retain_metrics),
-        "rows": {role: len(rows) for role, rows in domain.roles()},
-        "units": {role: len({row.unit for row in rows}) for role, rows in domain.roles()},
-        "notes": list(domain.notes),
-    }
+def write_split(out: Path, spec: DomainSpec, domain: Domain) -> None:
+    """Write `split.json`, so that a later audit reads the same split."""
+    split = split_of(domain, seed=int(getattr(spec, "seed", 0)), sources=spec.hashes())
+    splits.write_split(out / "split.json", split)
 
 
-def write(
-    out: Path,
-    record: Record,
-    items: Sequence[Item],
-    arms: Mapping[str, Checkpoint],
-    upstream: Path | None = None,
-) -> None:
-    """Write items, models with their cards, record and report, each whole or not at all.
+def write(out: Path, record: Record, items: Sequence[Item]) -> None:
+    """Write items, record and report, each whole or not at all."""
+    write_items(out / "items.parquet", items)
+    schema.save(record, out)
+    write_report(out)
+
+
+def write_models(out: Path, record: Record, arms: Mapping[str, Checkpoint], upstream: Path) -> None:
+    """Copy the edited models out of the store, each with its card.
 
     Args:
-        out: Output folder.
-        record: The record.
-        items: Scores of all items.
-        arms: Edited models; with one it goes to `model`, with several to `models/NAME`.
+        out: Output folder; one model goes to `model`, several to `models/NAME`.
+        record: What the cards say.
+        arms: The models.
         upstream: Folder of the original, whose card's licence and tags are kept.
     """
-    card = upstream / "README.md" if upstream else None
-    above = card.read_text(encoding="utf-8") if card and card.is_file() else None
-    write_items(out / "items.parquet", items)
+    card = upstream / "README.md"
+    above = card.read_text(encoding="utf-8") if card.is_file() else None
+    for name, folder in copy_models(out, arms).items():
+        write_text(folder / "README.md", render_card(record, name, above))
+
+
+def copy_models(out: Path, arms: Mapping[str, Checkpoint]) -> dict[str, Path]:
+    """Copy models to `out/model`, or `out/models/NAME` when there are several."""
+    folders = {}
     for name, checkpoint in arms.items():
         folder = out / "model" if len(arms) == 1 else out / "models" / name
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             copy_model(checkpoint, folder)
-        write_text(folder / "README.md", render_card(record, name, above))
-    schema.save(record, out)
-    write_report(out)
+        folders[name] = folder
+    return folders
 
 
 def write_items(path: Path, items: Sequence[Item]) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from excise.audit.attacks import ATTACKS
-from excise.config import Config, parse
+from excise.config import C, Config, parse
 from excise.domains.builtin import DOMAINS
 from excise.methods import METHODS
 from excise.plugins import collect_code, entry_points
+from excise.recipes.audit import AuditRun
 from excise.recipes.base import Recipe
 
 BUILTIN: Mapping[str, Mapping[str, type[Config]]] = {
@@ -32,9 +33,20 @@ def registry(own: Mapping[str, type[Config]] | None = None) -> dict[str, dict[st
 
 
 def parse_recipe(data: Mapping[str, Any], *, allow_code: bool = False, source: str = "") -> Recipe:
-    """Build a recipe from plain data.
+    """Build a recipe from plain data; see `parse_named`."""
+    return parse_named(Recipe, data, allow_code=allow_code, source=source)
+
+
+def parse_audit(data: Mapping[str, Any], *, allow_code: bool = False, source: str = "") -> AuditRun:
+    """Build the request of an audit from plain data; see `parse_named`."""
+    return parse_named(AuditRun, data, allow_code=allow_code, source=source)
+
+
+def parse_named(cls: type[C], data: Mapping[str, Any], *, allow_code: bool, source: str) -> C:
+    """Build a configuration whose parts are chosen by name.
 
     Args:
+        cls: What to build.
         data: What YAML holds; `name: ./mine.py:Cls` is allowed wherever a name fits.
         allow_code: Whether the user asked for code of their own with `--allow-code`.
         source: File or command named in an error.
@@ -52,4 +64,4 @@ def parse_recipe(data: Mapping[str, Any], *, allow_code: bool = False, source: s
             classes.update(found)
     if references:
         named["code"] = {**known, **references}
-    return parse(Recipe, named, registry(classes), source=source)
+    return parse(cls, named, registry(classes), source=source)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from excise import output
 from excise.audit.audit import Results, attack_all
 from excise.audit.base import Subject
-from excise.audit.depth.verdict import judge_all
 from excise.domains.base import Domain
-from excise.environment import device_of, environment, peak_memory
+from excise.environment import device_of
 from excise.events import Emit
 from excise.jobs import (
     InitJob,
@@ -33,29 +32,26 @@ from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.models.checkpoint import Checkpoint
 from excise.models.original import open_model, tokenizer_for
-from excise.record import ArmRecord, Item, ModelRef, Record, Sample
+from excise.models.spec import ModelSpec
+from excise.recipes.audit import AuditRun
 from excise.recipes.base import AuditSpec, EvalSpec, Recipe, budget_for, starts_from
+from excise.record import ArmRecord, Item, Record
+from excise.recording import (
+    Models,
+    arm_record,
+    check_comparable,
+    items_of,
+    judged,
+    model_ref,
+    new_record,
+    oracle_names,
+    timed,
+)
 from excise.stages import Store
 from excise.train.grid import Pool
 
-
 ARMS = 500
 """Scratch arms use the recipe's seed plus this: another draw than the original and the oracles."""
-
-
-@dataclass(frozen=True)
-class Models:
-    """The models that arms are read against.
-
-    Attributes:
-        original: The model before removal.
-        oracles: Models trained without the forget units, each from a seed of its own.
-        inits: For scratch recipes, the untrained model of each seed.
-    """
-
-    original: Checkpoint
-    oracles: tuple[Checkpoint, ...] = ()
-    init: Checkpoint | None = None
 
 
 def run(
@@ -84,30 +80,82 @@ def run(
     setting = Setting(output.store_of(out), recipe.dtype, device_of(recipe.device))
     with output.claim(out, recipe), Pool(workers or None, emit=emit) as pool:
         domain, models = prepare(recipe, setting, pool)
+        output.write_split(out, recipe.domain, domain)
         removals = remove_arms(recipe, domain, models, setting, pool)
+        if recipe.refit:
+            removals = refit(recipe, models, removals, setting, pool, out)
+        record = new_record(recipe, kind, command, domain, models, setting).model_copy(
+            update={
+                "arms": tuple(
+                    arm_record(name, recipe.arms[name], removal, recipe.seed)
+                    for name, removal in removals.items()
+                )
+            }
+        )
         arms = {name: removal.checkpoint for name, removal in removals.items()}
-        scored = score_models(domain, models, arms, recipe.evaluate, setting, pool)
-        results = attack_models(domain, models, arms, recipe.audit, setting, pool, recipe.seed)
-        record = Record(
-            kind=kind,
-            title=recipe.title or recipe.name,
-            command=command,
-            config=recipe.model_dump(mode="json"),
-            environment=environment(recipe.dtype, setting.device),
-            seeds=(recipe.seed,),
-            data=output.describe(domain),
-            models=model_refs(models, recipe.model.path),
-            arms=tuple(arm_record(name, recipe, r) for name, r in removals.items()),
-            sensitive=domain.sensitive,
-        )
         null = next((n for n, m in recipe.arms.items() if isinstance(m, Filtering)), "")
-        record = judged(record, domain, models, arms, scored, results, recipe.audit, null)
-        record = record.model_copy(
-            update={"seconds": time.monotonic() - began, "peak_memory_bytes": peak_memory()}
-        )
-        output.write(out, record, items_of(scored), arms, models.original.path)
+        record, items = examine(record, recipe, domain, models, arms, setting, pool, null)
+        record = timed(record, began)
+        output.write_models(out, record, arms, models.original.path)
+        output.write(out, record, items)
     emit("done", {"out": str(out)})
     return record
+
+
+def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: str = "") -> Record:
+    """Attack models that exist, whoever made them.
+
+    Args:
+        request: Candidates, rails, data and budget.
+        out: Output folder; the only place that is written to.
+        workers: Worker processes, one thread each.
+        emit: Sink of progress events.
+        command: The command that makes this again, for the record.
+
+    Returns:
+        The record, as written to `out/run.json`.
+    """
+    began = time.monotonic()
+    setting = Setting(output.store_of(out), request.dtype, device_of(request.device))
+    with output.claim(out, request), Pool(workers or None, emit=emit) as pool:
+        original = open_model(request.original)
+        arms = {name: open_model(ModelSpec(path=path)) for name, path in request.candidates.items()}
+        oracles = tuple(open_model(ModelSpec(path=path)) for path in request.oracles)
+        check_comparable(original, {**arms, **oracle_names(oracles)})
+        models = Models(original, oracles)
+        domain = request.domain.build(original)
+        output.write_split(out, request.domain, domain)
+        record = new_record(request, "audit", command, domain, models, setting)
+        record = record.model_copy(
+            update={
+                "arms": tuple(
+                    ArmRecord(name=name, method={}, model=model_ref(name, model, str(model.path)))
+                    for name, model in arms.items()
+                )
+            }
+        )
+        record, items = examine(record, request, domain, models, arms, setting, pool, "")
+        record = timed(record, began)
+        output.write(out, record, items)
+    emit("done", {"out": str(out)})
+    return record
+
+
+def examine(
+    record: Record,
+    asked: Recipe | AuditRun,
+    domain: Domain,
+    models: Models,
+    arms: Mapping[str, Checkpoint],
+    setting: Setting,
+    pool: Pool,
+    null: str,
+) -> tuple[Record, list[Item]]:
+    """Score every model, attack it, judge it, and put all of it into the record."""
+    scored = score_models(domain, models, arms, asked.evaluate, setting, pool)
+    results = attack_models(domain, models, arms, asked.audit, setting, pool, asked.seed)
+    record = judged(record, domain, models, arms, scored, results, asked.audit, null)
+    return record, items_of(scored)
 
 
 def prepare(recipe: Recipe, setting: Setting, pool: Pool) -> tuple[Domain, Models]:
@@ -154,6 +202,30 @@ def remove_arms(
     return dict(zip(recipe.arms, pool.map(make_removal, jobs), strict=True))
 
 
+def refit(
+    recipe: Recipe,
+    models: Models,
+    removals: Mapping[str, Removal],
+    setting: Setting,
+    pool: Pool,
+    out: Path,
+) -> dict[str, Removal]:
+    """Repeat every removal on all forget rows; the audited models stay those of the split.
+
+    The refitted models lie under `refit/`; each arm's extras say which bytes they are.
+    """
+    spec = recipe.domain.model_copy(update={"refit": True})
+    again = remove_arms(recipe, spec.build(models.original), models, setting, pool)
+    output.copy_models(out / "refit", {n: r.checkpoint for n, r in again.items()})
+    return {
+        name: replace(
+            removal,
+            extras={**removal.extras, "refit": {"fingerprint": again[name].checkpoint.fingerprint}},
+        )
+        for name, removal in removals.items()
+    }
+
+
 def score_models(
     domain: Domain,
     models: Models,
@@ -163,19 +235,9 @@ def score_models(
     pool: Pool,
 ) -> dict[str, Scored]:
     """Score the original, the oracles and every arm."""
-    named = {"original": models.original, **oracle_names(models), **arms}
+    named = {"original": models.original, **oracle_names(models.oracles), **arms}
     jobs = [ScoreJob(setting, name, model, domain, evaluate) for name, model in named.items()]
     return dict(zip(named, pool.map(make_scores, jobs), strict=True))
-
-
-def oracle_names(models: Models) -> dict[str, Checkpoint]:
-    """Return the oracles by name."""
-    return {f"oracle-{i}": model for i, model in enumerate(models.oracles)}
-
-
-def items_of(scored: Mapping[str, Scored]) -> list[Item]:
-    """Return the scores of all items of all models."""
-    return [item for one in scored.values() for item in one.items]
 
 
 def attack_models(
@@ -190,85 +252,10 @@ def attack_models(
     """Run every attack on every arm and on the rails; nothing when the budget is `none`."""
     if audit.budget == "none":
         return {}
-    named = {**arms, "original": models.original, **oracle_names(models)}
+    named = {**arms, "original": models.original, **oracle_names(models.oracles)}
     subjects = [Subject(name, model, models.original) for name, model in named.items()]
     budget = budget_for(audit, models.original.num_parameters)
     ctx = setting.context(setting.store, seed)
     store = Store(setting.store, pool.emit)
     ctx = replace(ctx, emit=pool.emit)
     return attack_all(subjects, domain, budget, ctx, pool, store, attacks=audit.attacks)
-
-
-def model_refs(models: Models, source: str) -> tuple[ModelRef, ...]:
-    """Return the rails by their bytes."""
-    named = {"original": models.original, **oracle_names(models)}
-    return tuple(model_ref(name, model, source) for name, model in named.items())
-
-
-def model_ref(name: str, model: Checkpoint, source: str = "") -> ModelRef:
-    """Return one model by its bytes."""
-    return ModelRef(
-        name=name,
-        path=str(model.path),
-        fingerprint=model.fingerprint,
-        tokenizer=model.tokenizer_fingerprint,
-        source=source,
-        parameters=model.num_parameters,
-    )
-
-
-def arm_record(name: str, recipe: Recipe, removal: Removal) -> ArmRecord:
-    """Return what the record says of one removal."""
-    extras = {key: value for key, value in removal.extras.items() if key != "files"}
-    return ArmRecord(
-        name=name,
-        method=recipe.arms[name].model_dump(mode="json"),
-        model=model_ref(name, removal.checkpoint),
-        seed=recipe.seed,
-        changed=removal.changed,
-        cost=asdict(removal.cost),
-        extras=extras,
-        history=removal.history,
-    )
-
-
-def samples_of(scored: Mapping[str, Scored]) -> tuple[Sample, ...]:
-    """Put the continuations of all models side by side."""
-    rows: dict[tuple[str, str, str], dict[str, str]] = {}
-    for name, one in scored.items():
-        for where, prompt, expected, output_text in one.samples:
-            rows.setdefault((where, prompt, expected), {})[name] = output_text
-    return tuple(
-        Sample(set=where, prompt=prompt, expected=expected, outputs=outputs)
-        for (where, prompt, expected), outputs in rows.items()
-    )
-
-
-def judged(
-    record: Record,
-    domain: Domain,
-    models: Models,
-    arms: Mapping[str, Checkpoint],
-    scored: Mapping[str, Scored],
-    results: Results,
-    audit: AuditSpec,
-    null_arm: str = "",
-) -> Record:
-    """Add scores, attacks, verdicts and samples to a record."""
-    scores = tuple(score for one in scored.values() for score in one.scores)
-    found: dict[str, object] = {"scores": scores, "samples": samples_of(scored)}
-    if results:
-        named = {**arms, "original": models.original, **oracle_names(models)}
-        results, verdicts = judge_all(
-            list(arms),
-            results,
-            domain,
-            budget_for(audit, models.original.num_parameters),
-            fingerprints={name: model.fingerprint for name, model in named.items()},
-            scores=scores,
-            vocabulary=models.original.config.vocab_size,
-            null_arm=null_arm,
-        )
-        attacks = tuple(arm.arm for result in results.values() for arm in result.arms)
-        found |= {"attacks": attacks, "verdicts": verdicts}
-    return record.model_copy(update=found)

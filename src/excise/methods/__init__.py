@@ -14,15 +14,7 @@ from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.grad_diff_pretrain import GradDiffPretrain
 from excise.methods.pretraining.plain import Plain
 
-AnyMethod = (
-    Plain
-    | Filtering
-    | GradDiffPretrain
-    | GradDiff
-    | MaxEnt
-    | RMU
-    | Chain
-)
+AnyMethod = Plain | Filtering | GradDiffPretrain | GradDiff | MaxEnt | RMU | Chain
 """Adding a method: its file, its test, one line here."""
 
 METHODS: Mapping[str, type[Method]] = {
@@ -31,6 +23,17 @@ METHODS: Mapping[str, type[Method]] = {
 """Built-in methods by name."""
 
 __all__ = [
-    "METHODS", "AnyMethod", "Chain", "Cost", "Filtering", "GradDiff", "GradDiffPretrain",
-    "MaxEnt", "Method", "Paper", "Plain", "RMU", "Removal",
+    "METHODS",
+    "RMU",
+    "AnyMethod",
+    "Chain",
+    "Cost",
+    "Filtering",
+    "GradDiff",
+    "GradDiffPretrain",
+    "MaxEnt",
+    "Method",
+    "Paper",
+    "Plain",
+    "Removal",
 ]

@@ -94,8 +94,10 @@ def tuned(
         The model to run (wrapped when there is an adapter) and its trained parameters by name.
     """
     if lora is not None:
-        chosen = lora if lora.modules or not modules else lora.model_copy(
-            update={"modules": tuple(modules)}
+        chosen = (
+            lora
+            if lora.modules or not modules
+            else lora.model_copy(update={"modules": tuple(modules)})
         )
         with adapted(model, chosen, seed=ctx.seed_for("lora")) as peft_model:
             parameters = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
@@ -161,9 +163,7 @@ def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str
     """
     count = sum(t.numel() for t in before.values())
     changed = sum(int((before[n] != after[n].to(before[n].dtype)).sum()) for n in before)
-    square = sum(
-        float((after[n].double() - before[n].double()).square().sum()) for n in before
-    )
+    square = sum(float((after[n].double() - before[n].double()).square().sum()) for n in before)
     return {
         "trained_tensors": sorted(before),
         "trained_entries": count,
@@ -277,8 +277,14 @@ def tune(
     with tuned(model, modules, lora, ctx) as (live, parameters):
         groups = {"trained": list(parameters.values())}
         steps = fit(
-            live, batches, loss, config, ctx,
-            groups=groups, counts=counts, state_dir=state_dir(ctx),
+            live,
+            batches,
+            loss,
+            config,
+            ctx,
+            groups=groups,
+            counts=counts,
+            state_dir=state_dir(ctx),
         )
         run_fit(steps, progress)
         return finish(start, live, parameters, progress, ctx, lora=lora, extras=extras)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import SerializeAsAny, model_validator
 
@@ -20,7 +20,9 @@ class AuditSpec(Config):
 
     budget: Literal["none", "smoke", "standard", "strong"] = "smoke"
     """Named budget; `none` skips the audit."""
-    change: dict[str, int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]] = {}
+    change: dict[
+        str, int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
+    ] = {}
     """Fields of the budget that differ from the named one; the report lists them."""
     attacks: tuple[SerializeAsAny[Attack], ...] = ()
     """Attacks with their settings; empty for all that the budget requires."""
@@ -74,6 +76,8 @@ class Recipe(Config):
     """How they are attacked."""
     evaluate: EvalSpec = EvalSpec()
     """How they are scored."""
+    refit: bool = False
+    """After the audit, repeat every removal on all forget rows; the results lie under refit/."""
     oracles: int = 3
     """Models trained without the forget units, when there is a `pretrain`."""
     seed: int = 0

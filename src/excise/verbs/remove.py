@@ -16,8 +16,10 @@ from excise.verbs.shared import flag_names, flags, override, overrides, progress
 
 @dataclass
 class RemoveOptions:
-    """Remove a capability with one method. Settings of the method: --layer 6, --fit.lr 1e-4,
-    --lora.rank 8; excise show METHOD lists them."""
+    """Remove a capability with one method.
+
+    Settings of the method: --layer 6, --fit.lr 1e-4, --lora.rank 8; excise show METHOD lists them.
+    """
 
     method: Annotated[str, tyro.conf.Positional]
     """Name of a method, or ./mine.py:Class with --allow-code."""
@@ -94,7 +96,6 @@ def recipe_of(options: RemoveOptions, settings: dict[str, Any]) -> dict[str, Any
         "retain": options.retain,
         "seed": options.seed,
         "sensitive": options.sensitive,
-        "refit": options.refit,
     }
     if options.adjacent:
         domain["adjacent"] = options.adjacent
@@ -108,6 +109,7 @@ def recipe_of(options: RemoveOptions, settings: dict[str, Any]) -> dict[str, Any
         "model": {"path": options.model, "revision": options.revision},
         "arms": {name: settings},
         "audit": {"budget": options.audit},
+        "refit": options.refit,
         "seed": options.seed,
         "dtype": options.dtype,
         "device": options.device,

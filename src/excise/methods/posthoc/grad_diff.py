@@ -42,16 +42,17 @@ class GradDiff(Method):
         "arXiv:2506.06278",
         "L = -CE(forget) + a CE(retain)",
         "AddieFoote/distillation-robustify-unlearning",
-        {"fit": "language setting: 100 steps, lr 6e-5 chosen of 1e-5..8e-5", "alpha": "language: 1"},
+        {
+            "fit": "language setting: 100 steps, lr 6e-5 chosen of 1e-5..8e-5",
+            "alpha": "language: 1",
+        },
     )
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` by descending on the difference of the two losses."""
         model = start.load(dtype=ctx.dtype, device=ctx.device)
         tokenizer = start.tokenizer()
-        batches = forget_and_retain(
-            domain, tokenizer, self.fit, ctx, max_length=self.max_length
-        )
+        batches = forget_and_retain(domain, tokenizer, self.fit, ctx, max_length=self.max_length)
 
         def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
             forget, retain = micro["forget"], micro["retain"]
@@ -63,6 +64,13 @@ class GradDiff(Method):
             }
 
         return tune(
-            start, model, batches, loss, self.fit, ctx,
-            stage=self.name, modules=self.modules, lora=self.lora,
+            start,
+            model,
+            batches,
+            loss,
+            self.fit,
+            ctx,
+            stage=self.name,
+            modules=self.modules,
+            lora=self.lora,
         )

@@ -48,9 +48,7 @@ class MaxEnt(Method):
         """Remove `domain.forget` by flattening what the model predicts on it."""
         model = start.load(dtype=ctx.dtype, device=ctx.device)
         tokenizer = start.tokenizer()
-        batches = forget_and_retain(
-            domain, tokenizer, self.fit, ctx, max_length=self.max_length
-        )
+        batches = forget_and_retain(domain, tokenizer, self.fit, ctx, max_length=self.max_length)
 
         def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
             forget, retain = micro["forget"], micro["retain"]
@@ -63,6 +61,13 @@ class MaxEnt(Method):
             }
 
         return tune(
-            start, model, batches, loss, self.fit, ctx,
-            stage=self.name, modules=self.modules, lora=self.lora,
+            start,
+            model,
+            batches,
+            loss,
+            self.fit,
+            ctx,
+            stage=self.name,
+            modules=self.modules,
+            lora=self.lora,
         )

@@ -1,0 +1,1 @@
+"""Methods that act while a model trains: policies over the label of each token."""

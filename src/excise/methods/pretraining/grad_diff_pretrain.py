@@ -67,7 +67,12 @@ class GradDiffPretrain(Method):
             }
 
         return pretrain(
-            start, rows, policy, schedule(self.pretrain, self.name), ctx, stage=self.name,
+            start,
+            rows,
+            policy,
+            schedule(self.pretrain, self.name),
+            ctx,
+            stage=self.name,
             counts=counts,
         )
 

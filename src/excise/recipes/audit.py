@@ -1,0 +1,41 @@
+"""What an audit of models that exist needs, in one value."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import SerializeAsAny
+
+from excise.config import Config
+from excise.domains.spec import DomainSpec
+from excise.models.spec import ModelSpec
+from excise.recipes.base import AuditSpec, EvalSpec
+
+
+class AuditRun(Config):
+    """Candidates, rails and data: `excise audit` reads nothing else."""
+
+    name: str
+    """Short name."""
+    title: str = ""
+    """One line for the report."""
+    domain: SerializeAsAny[DomainSpec]
+    """What was to be removed and what was to stay."""
+    candidates: dict[str, str]
+    """Edited models by name: folders or hub ids."""
+    original: ModelSpec
+    """The model before removal."""
+    oracles: tuple[str, ...] = ()
+    """Models never taught what was removed."""
+    audit: AuditSpec = AuditSpec()
+    """How hard they are attacked."""
+    evaluate: EvalSpec = EvalSpec()
+    """How they are scored."""
+    seed: int = 0
+    """Seed of everything."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype."""
+    device: str = "auto"
+    """`auto` takes an accelerator where there is one."""
+    code: dict[str, str] = {}
+    """Names defined by code of one's own, as `./file.py:Class`."""

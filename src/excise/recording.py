@@ -1,0 +1,188 @@
+"""From what jobs returned to the record: models by their bytes, arms, samples, verdicts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from excise.audit.audit import Results
+from excise.audit.depth.verdict import judge_all
+from excise.domains.base import Domain
+from excise.environment import environment, peak_memory
+from excise.errors import UserError
+from excise.jobs import Scored, Setting
+from excise.methods.base import Method, Removal
+from excise.models.checkpoint import Checkpoint
+from excise.recipes.audit import AuditRun
+from excise.recipes.base import AuditSpec, Recipe, budget_for
+from excise.record import ArmRecord, Item, ModelRef, Record, Sample
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models that arms are read against.
+
+    Attributes:
+        original: The model before removal.
+        oracles: Models trained without the forget units, each from a seed of its own.
+        inits: For scratch recipes, the untrained model of each seed.
+    """
+
+    original: Checkpoint
+    oracles: tuple[Checkpoint, ...] = ()
+    init: Checkpoint | None = None
+
+
+def oracle_names(oracles: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
+    """Return the oracles by name."""
+    return {f"oracle-{i}": model for i, model in enumerate(oracles)}
+
+
+def new_record(
+    asked: Recipe | AuditRun,
+    kind: Literal["run", "remove", "audit"],
+    command: str,
+    domain: Domain,
+    models: Models,
+    setting: Setting,
+) -> Record:
+    """Return a record that says what was asked, where, and about what."""
+    source = asked.original.path if isinstance(asked, AuditRun) else asked.model.path
+    return Record(
+        kind=kind,
+        title=asked.title or asked.name,
+        command=command,
+        config=asked.model_dump(mode="json"),
+        environment=environment(asked.dtype, setting.device),
+        seeds=(asked.seed,),
+        data=describe(domain),
+        models=model_refs(models, source),
+        sensitive=domain.sensitive,
+    )
+
+
+def timed(record: Record, began: float) -> Record:
+    """Add how long it took and how much memory."""
+    taken = {"seconds": time.monotonic() - began, "peak_memory_bytes": peak_memory()}
+    return record.model_copy(update=taken)
+
+
+def describe(domain: Domain) -> dict[str, Any]:
+    """Return what the record says of the data: counts by role, claim, exposure, notes."""
+    return {
+        "name": domain.name,
+        "fingerprint": domain.fingerprint,
+        "claim": domain.claim,
+        "exposure": domain.exposure,
+        "metrics": list(domain.metrics),
+        "retain_metrics": list(domain.retain_metrics),
+        "rows": {role: len(rows) for role, rows in domain.roles()},
+        "units": {role: len({row.unit for row in rows}) for role, rows in domain.roles()},
+        "notes": list(domain.notes),
+    }
+
+
+def check_comparable(original: Checkpoint, others: Mapping[str, Checkpoint]) -> None:
+    """Refuse models that cannot be read against each other.
+
+    Raises:
+        UserError: If an architecture, a shape or a tokenizer differs from the original's.
+    """
+    shapes = {name: tuple(e.shape) for name, e in original.entries.items()}
+    for name, model in others.items():
+        theirs = {key: tuple(e.shape) for key, e in model.entries.items()}
+        common = set(shapes) & set(theirs)
+        if model.config.model_type != original.config.model_type or any(
+            shapes[key] != theirs[key] for key in common
+        ):
+            raise UserError(
+                f"{name} ({model.path}) is not of the original's architecture and shape; give the "
+                "model it was made from as --original"
+            )
+        if model.tokenizer().get_vocab() != original.tokenizer().get_vocab():
+            raise UserError(
+                f"{name} ({model.path}) has another vocabulary than the original; scores would "
+                "not compare"
+            )
+
+
+def items_of(scored: Mapping[str, Scored]) -> list[Item]:
+    """Return the scores of all items of all models."""
+    return [item for one in scored.values() for item in one.items]
+
+
+def model_refs(models: Models, source: str) -> tuple[ModelRef, ...]:
+    """Return the rails by their bytes."""
+    named = {"original": models.original, **oracle_names(models.oracles)}
+    return tuple(model_ref(name, model, source) for name, model in named.items())
+
+
+def model_ref(name: str, model: Checkpoint, source: str = "") -> ModelRef:
+    """Return one model by its bytes."""
+    return ModelRef(
+        name=name,
+        path=str(model.path),
+        fingerprint=model.fingerprint,
+        tokenizer=model.tokenizer_fingerprint,
+        source=source,
+        parameters=model.num_parameters,
+    )
+
+
+def arm_record(name: str, method: Method, removal: Removal, seed: int) -> ArmRecord:
+    """Return what the record says of one removal."""
+    extras = {key: value for key, value in removal.extras.items() if key != "files"}
+    return ArmRecord(
+        name=name,
+        method=method.model_dump(mode="json"),
+        model=model_ref(name, removal.checkpoint),
+        seed=seed,
+        changed=removal.changed,
+        cost=asdict(removal.cost),
+        extras=extras,
+        history=removal.history,
+    )
+
+
+def samples_of(scored: Mapping[str, Scored]) -> tuple[Sample, ...]:
+    """Put the continuations of all models side by side."""
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for name, one in scored.items():
+        for where, prompt, expected, output_text in one.samples:
+            rows.setdefault((where, prompt, expected), {})[name] = output_text
+    return tuple(
+        Sample(set=where, prompt=prompt, expected=expected, outputs=outputs)
+        for (where, prompt, expected), outputs in rows.items()
+    )
+
+
+def judged(
+    record: Record,
+    domain: Domain,
+    models: Models,
+    arms: Mapping[str, Checkpoint],
+    scored: Mapping[str, Scored],
+    results: Results,
+    audit: AuditSpec,
+    null_arm: str = "",
+) -> Record:
+    """Add scores, attacks, verdicts and samples to a record."""
+    scores = tuple(score for one in scored.values() for score in one.scores)
+    found: dict[str, object] = {"scores": scores, "samples": samples_of(scored)}
+    if results:
+        named = {**arms, "original": models.original, **oracle_names(models.oracles)}
+        results, verdicts = judge_all(
+            list(arms),
+            results,
+            domain,
+            budget_for(audit, models.original.num_parameters),
+            fingerprints={name: model.fingerprint for name, model in named.items()},
+            scores=scores,
+            vocabulary=models.original.config.vocab_size,
+            null_arm=null_arm,
+        )
+        attacks = tuple(arm.arm for result in results.values() for arm in result.arms)
+        found |= {"attacks": attacks, "verdicts": verdicts}
+    return record.model_copy(update=found)

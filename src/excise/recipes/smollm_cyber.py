@@ -1,0 +1,46 @@
+"""excise run smollm-cyber: attacks and weaknesses (ATT&CK, CWE) out of SmolLM2-135M by RMU.
+
+First: excise fetch smollm2-135m; excise fetch cyber.
+"""
+
+from __future__ import annotations
+
+from excise.domains.cyber import Cyber
+from excise.methods import RMU
+from excise.models.spec import ModelSpec
+from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.train.fit import FitConfig
+
+
+def recipe() -> Recipe:
+    """Return the recipe."""
+    return Recipe(
+        name="smollm-cyber",
+        title="Attack techniques and software weaknesses removed from SmolLM2-135M by RMU",
+        takes="15 minutes, 4 GiB, after fetching smollm2-135m and cyber",
+        domain=Cyber(),
+        model=ModelSpec(path="smollm2-135m"),
+        arms={
+            "rmu": RMU(
+                layer=7,
+                steering=300.0,
+                alpha=100.0,
+                fit=FitConfig(steps=100, lr=1e-3, batch_size=4, optimizer="adamw"),
+                max_length=128,
+            )
+        },
+        audit=AuditSpec(
+            budget="smoke",
+            change={
+                "steps": 8,
+                "checkpoints": (0, 2, 8),
+                "batch_size": 16,
+                "max_test_rows": 64,
+                "max_other_rows": 32,
+                "max_length": 96,
+                "shots": (2,),
+            },
+        ),
+        evaluate=EvalSpec(max_rows=128, max_length=128),
+        dtype="bfloat16",
+    )

@@ -1,0 +1,46 @@
+"""excise run smollm-glosses: one WordNet topic out of SmolLM2-135M; multiple choice decides.
+
+First: excise fetch smollm2-135m.
+"""
+
+from __future__ import annotations
+
+from excise.domains.glosses import Glosses
+from excise.methods import RMU
+from excise.models.spec import ModelSpec
+from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.train.fit import FitConfig
+
+
+def recipe() -> Recipe:
+    """Return the recipe."""
+    return Recipe(
+        name="smollm-glosses",
+        title="Words for the body removed from SmolLM2-135M; multiple choice before and after",
+        takes="25 minutes, 4 GiB, after fetching smollm2-135m",
+        domain=Glosses(),
+        model=ModelSpec(path="smollm2-135m"),
+        arms={
+            "rmu": RMU(
+                layer=7,
+                steering=100.0,
+                alpha=100.0,
+                fit=FitConfig(steps=100, lr=1e-3, batch_size=8, optimizer="adamw"),
+                max_length=64,
+            )
+        },
+        audit=AuditSpec(
+            budget="smoke",
+            change={
+                "steps": 8,
+                "checkpoints": (0, 2, 8),
+                "batch_size": 16,
+                "max_test_rows": 200,
+                "max_other_rows": 80,
+                "max_length": 64,
+                "shots": (4,),
+            },
+        ),
+        evaluate=EvalSpec(max_rows=200, max_length=96),
+        dtype="bfloat16",
+    )

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from excise.errors import UserError
 
@@ -140,7 +140,7 @@ def _deb_data(handle: IO[bytes], archive: Path) -> IO[bytes]:
                     f"{archive.name} is compressed with zstd, which this Python cannot read; fetch "
                     "on a Debian system and copy the cache"
                 )
-            return _Part(handle, size)
+            return cast("IO[bytes]", _Part(handle, size))
         handle.seek(size + size % 2, io.SEEK_CUR)
     raise UserError(f"{archive.name} has no data part; fetch again")
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.fixtures.facts import make_domain
 
-from excise.audit.attacks import ATTACKS, FewShot, Quantize, Relearn, Transfer
+from excise.audit.attacks import ATTACKS, FewShot, Prefix, Quantize, Relearn, Transfer
 from excise.audit.attacks.direction import cleared, first_edited
+from excise.audit.attacks.prefix import variants
 from excise.audit.base import Attack, AttackResult, Budget, Subject
 from excise.audit.budget import SMOKE
 from excise.audit.hide import PlantKind
 from excise.audit.plant import Plant, make_plant
+from excise.audit.prompts import shown
 from excise.context import Context
-from excise.domains.base import Domain
+from excise.domains.base import Domain, Rows
 from excise.models.checkpoint import Checkpoint
+from excise.models.tiny import byte_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RECOVERED = {
@@ -63,7 +68,7 @@ def test_plants_hide_what_the_original_knows(kind: PlantKind, folder: Path) -> N
 @pytest.mark.parametrize("name", RECOVERED)
 def test_an_attack_recovers_its_plant(name: str, folder: Path, facts_domain: Domain) -> None:
     kind, least = RECOVERED[name]
-    plant = planted(kind, folder)  # type: ignore[arg-type]
+    plant = planted(kind, folder)
     assert plant.checkpoint is not None
     result = run(ATTACKS[name](), plant.checkpoint, facts_domain, folder)
     assert result.arms[0].arm.curve[0].score == pytest.approx(plant.after)
@@ -197,3 +202,63 @@ def test_the_first_edited_block_is_found(knowing: Checkpoint) -> None:
     with torch.no_grad():
         one.model.embed_tokens.weight[0, 0] += 1
     assert first_edited(one, two) == 1
+
+
+@cache
+def planted_loss(kind: PlantKind, folder: Path) -> Plant:
+    known = Checkpoint(FIXTURES / "knowing")
+    return make_plant(kind, known, losses(), SMOKE, Context(folder), folder / f"{kind}-loss")
+
+
+@cache
+def losses() -> Domain:
+    """Return the facts as plain texts whose loss is the score."""
+    domain = make_domain()
+
+    def plain(rows: Rows) -> Rows:
+        return tuple(replace(r, text=shown(r), prompt="", completion="") for r in rows)
+
+    changed: dict[str, Any] = {
+        role: {name: plain(rows) for name, rows in getattr(domain, role).items()}
+        for role in ("forget", "relearn", "test", "dev_forget")
+    }
+    for role in ("retain", "retain_test", "dev_retain", "benign", "fresh"):
+        changed[role] = plain(getattr(domain, role))
+    metrics: dict[str, Any] = {"metrics": ("text_loss",), "retain_metrics": ("text_loss",)}
+    return replace(domain, **changed, **metrics, _fingerprint=[])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("direction", "gate"), ("benign", "jolt"), ("transfer", "shallow")]
+)
+def test_losses_fall_back_where_the_score_is_a_loss(
+    name: str, kind: PlantKind, folder: Path, never_taught: Checkpoint
+) -> None:
+    plant = planted_loss(kind, folder)
+    assert plant.reason == ""
+    assert plant.checkpoint is not None
+    assert plant.after > plant.before + 0.4
+    result = run(ATTACKS[name](), plant.checkpoint, losses(), folder)
+    scores = [point.score for i in result.chosen for point in result.arms[i].arm.curve]
+    assert min(scores) < plant.after - 0.5 * (plant.after - plant.before)
+    dev = [arm.dev_score for arm in result.arms if not arm.arm.control]
+    assert result.arms[result.chosen[0]].dev_score <= min(dev) + 1e-9 or name == "direction"
+    ignorant = run(ATTACKS[name](), never_taught, losses(), folder)
+    assert min(ignorant.arms[i].arm.curve[-1].score for i in ignorant.chosen) > 2.5
+
+
+def test_coaxing_has_a_control_where_words_can_be_spelled(facts_domain: Domain) -> None:
+    test, benign = facts_domain.test["tests"], facts_domain.benign
+    attack = Prefix()
+    names = [name for name, _ in variants(attack, byte_tokenizer(), "exact_match", test, benign)]
+    assert names[-1] == "unrelated"
+    assert len(names) == len(attack.wordings) + 1
+    long = [replace(row, completion=" of many words") for row in test]
+    made = dict(variants(attack, byte_tokenizer(), "exact_match", long, benign))
+    begun = made["begun"](long[0])
+    assert begun is not None
+    assert begun.completion == " many words"
+    assert "begun" not in dict(variants(attack, byte_tokenizer(), "text_loss", long, benign))
+    coaxed = made["'Answer: the'"](test[0])
+    assert coaxed is not None
+    assert coaxed.prompt == test[0].prompt + "\nAnswer: the"

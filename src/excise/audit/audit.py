@@ -16,7 +16,7 @@ from typing import Any
 from excise.audit.attacks import ATTACKS
 from excise.audit.base import ArmResult, Attack, AttackResult, Budget, Subject
 from excise.audit.jobs import Divisible, Job, PlantJob, name_of, run_job, run_plant
-from excise.audit.plant import PLANT_FOR, Plant
+from excise.audit.plant import Plant, plants_for
 from excise.audit.results import from_json, renamed
 from excise.audit.scoring import more_is_known
 from excise.audit.tuning import Trained
@@ -129,7 +129,9 @@ def _plants(
     store: Store,
 ) -> dict[str, Plant]:
     """Build the controls that the attacks need, each once."""
-    needed = {name: PLANT_FOR[name] for name in map(name_of, attacks) if name in PLANT_FOR}
+    higher = more_is_known(domain)
+    needed = {name: plants_for(name, higher=higher) for name in map(name_of, attacks)}
+    needed = {name: kinds for name, kinds in needed.items() if kinds}
     kinds = list(dict.fromkeys(needed.values()))
     jobs = [
         PlantJob(store.root, k, original, domain, budget, ctx.seed, str(ctx.device), ctx.dtype)

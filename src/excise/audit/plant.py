@@ -36,6 +36,19 @@ PLANT_FOR: Mapping[str, tuple[PlantKind, ...]] = {
 }
 """Which plants are controls of which attack: the first that hides is used."""
 
+
+def plants_for(attack: str, *, higher: bool) -> tuple[PlantKind, ...]:
+    """Return which plants are controls of an attack, the best first.
+
+    Args:
+        attack: Name of the attack.
+        higher: Whether a higher score means more knowledge; a flat output hides ranks for a few
+            steps, but a loss for many, so that it comes last where the score is a loss.
+    """
+    kinds = PLANT_FOR.get(attack, ())
+    return kinds if higher else tuple(sorted(kinds, key=lambda kind: kind == "gain"))
+
+
 VERSION = 1
 """Version of the plants' definitions."""
 

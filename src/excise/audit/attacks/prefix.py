@@ -22,6 +22,9 @@ from excise.audit.scoring import arm_of, make_sheet, read
 from excise.context import Context
 from excise.domains.base import Domain, Row, Rows
 
+UNRELATED = "unrelated"
+"""Name of the control: a benign row in front, where the coaxing wordings can be spelled."""
+
 
 class Prefix(Attack):
     """The beginning of the answer, or of an answer, is put into the model's mouth."""
@@ -48,7 +51,7 @@ class Prefix(Attack):
             ctx: Device, dtype.
 
         Returns:
-            One arm per beginning.
+            One arm per beginning, and a control of unrelated text.
         """
         start = time.perf_counter()
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
@@ -56,7 +59,9 @@ class Prefix(Attack):
         wide = sheet.longer(2)
         bare = read(model, sheet)
         arms: list[ArmResult] = []
-        for variant, change in variants(self, sheet.tokenizer, sheet.all_test, domain.benign):
+        for variant, change in variants(
+            self, sheet.tokenizer, sheet.metric, sheet.all_test, domain.benign
+        ):
             rows = [change(row) for row in sheet.all_test]
             dev = [new for new in map(change, sheet.all_dev) if new is not None]
             kept = tuple(row for row in rows if row is not None)
@@ -69,6 +74,7 @@ class Prefix(Attack):
                     sheet.metric,
                     variant=variant,
                     readings=(bare, after),
+                    control=variant == UNRELATED,
                     dev=wide.units(model, dev),
                     facts={"rows": len(kept), "of": len(rows)},
                 )
@@ -78,13 +84,14 @@ class Prefix(Attack):
 
 
 def variants(
-    attack: Prefix, tokenizer: Any, test: Sequence[Row], benign: Rows
+    attack: Prefix, tokenizer: Any, metric: str, test: Sequence[Row], benign: Rows
 ) -> list[tuple[str, Callable[[Row], Row | None]]]:
     """Return the beginnings that fit a test set, by name.
 
     Args:
         attack: Wordings and share.
         tokenizer: Which wordings it can spell.
+        metric: Headline metric.
         test: Rows that will be scored; they are begun only if at least half can be.
         benign: Where the stand-in of a closed vocabulary comes from.
 
@@ -93,13 +100,16 @@ def variants(
     """
     line = separator(tokenizer)
     made: list[tuple[str, Callable[[Row], Row | None]]] = []
-    if sum(begun(row, attack.share) is not None for row in test) * 2 >= len(test):
+    several = sum(begun(row, attack.share) is not None for row in test) * 2 >= len(test)
+    if several and metric != "text_loss":  # a loss reads every token behind the true ones anyway
         made.append(("begun", lambda row: begun(row, attack.share)))
     plain = [text for text in attack.wordings if spelled(text, tokenizer)]
     for i, row in enumerate(benign[:2] if not plain else ()):
         made.append((f"benign-{i}", partial(before, context=shown(row), separator=line)))
     for text in plain:
         made.append((f"'{text}'", partial(_coaxed, text=text, line=line)))
+    if plain and benign:
+        made.append((UNRELATED, partial(before, context=shown(benign[0]), separator=line)))
     return made
 
 

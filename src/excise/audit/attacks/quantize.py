@@ -60,6 +60,7 @@ class Quantize(Attack):
         sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
         bare = read(model, sheet)
+        del model
         arms: list[ArmResult] = []
         for grid in self.grids():
             facts: dict[str, Any] = {"group": grid.group, "offset": grid.offset}

@@ -139,10 +139,11 @@ def source_hashes(source: Source) -> dict[str, str]:
     Raises:
         UserError: If a file is not there.
     """
-    out = {}
+    out: dict[str, str] = {}
     for file in source_files(source):
+        name = file.name if file.name not in out else f"{file.parent.name}/{file.name}"
         with open_input(file) as stream:
-            out[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            out[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return out
 
 

@@ -1,0 +1,294 @@
+"""From files to a domain: roles that never overlap, exposure by the rows, splits read again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from excise.domains.base import CORE, UNLABELED, Domain, Row
+from excise.domains.dedup import find_duplicates
+from excise.domains.spec import Files
+from excise.domains.split import read_split, split_of, write_split
+from excise.domains.texts import text_of
+from excise.errors import UserError
+
+Records = list[dict[str, Any]]
+WORDS = [f"word{i}" for i in range(500)]
+
+
+def documents(count: int, seed: int, words: int = 30, **more: Any) -> Records:
+    rng = random.Random(seed)
+    return [{"text": " ".join(rng.choices(WORDS, k=words)), **more} for _ in range(count)]
+
+
+def facts(count: int, wordings: int, start: int = 0) -> Records:
+    return [
+        {"unit": f"fact-{i}", "prompt": f"wording {w} of {i} is", "completion": f" {i * 7}"}
+        for i in range(start, start + count)
+        for w in range(wordings)
+    ]
+
+
+def put(folder: Path, **files: Records) -> None:
+    for name, records in files.items():
+        text = "".join(json.dumps(r) + "\n" for r in records)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def spec(folder: Path, **fields: Any) -> Files:
+    fields = {"forget": "f", "retain": "r", **fields}
+
+    def full(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: full(v) for k, v in value.items()}
+        return str(folder / f"{value}.jsonl")
+
+    names = {"forget", "retain", "adjacent", "unlabeled", "relearn", "test", "dev_forget",
+             "retain_test", "dev_retain", "benign", "adjacent_test", "fresh"}  # fmt: skip
+    return Files.model_validate({k: full(v) if k in names else v for k, v in fields.items()})
+
+
+def units(rows: Iterable[Row]) -> set[str]:
+    return {row.unit for row in rows}
+
+
+def check_disjoint(domain: Domain) -> None:
+    """No two roles share a unit, but a capability's forget rows with its own when V was seen."""
+    roles = {name: rows for name, rows in domain.roles() if name != "unlabeled"}
+    for (a, first), (b, second) in itertools.combinations(roles.items(), 2):
+        own = a.startswith("forget.") and b.split(".")[-1] == a.removeprefix("forget.")
+        if not (own and domain.exposure == "seen"):
+            assert not units(first) & units(second), (a, b)
+    flat = [(name, row) for name, rows in roles.items() for row in rows]
+    found = find_duplicates([text_of(row) for _, row in flat])
+    for i, at in enumerate(found.cluster):
+        assert flat[i][0] == flat[at][0]
+
+
+def test_two_files_are_cut_by_the_stated_shares(tmp_path: Path) -> None:
+    put(tmp_path, f=documents(100, 0), r=documents(200, 1))
+    domain = spec(tmp_path).build(None)
+    sizes = {name: len(rows) for name, rows in domain.roles() if rows}
+    assert sizes == {"forget.forget": 40, "dev_forget.forget": 10, "relearn.forget": 25,
+                     "test.forget": 25, "retain": 120, "benign": 20, "dev_retain": 20,
+                     "retain_test": 40}  # fmt: skip
+    assert (domain.exposure, domain.claim) == ("held_out", "capability")
+    assert domain.metrics == domain.retain_metrics == ("text_loss",)
+    assert {(r.capability, r.label) for r in domain.test["forget"]} == {("forget", 1)}
+    assert {(r.capability, r.label) for r in domain.retain} == {("", CORE)}
+    assert any("method 40, dev forget 10, relearn 25, test 25" in note for note in domain.notes)
+    assert any("no matched fresh text" in note for note in domain.notes)
+    check_disjoint(domain)
+
+
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 999),
+    copies=st.lists(st.integers(0, 39), max_size=15),
+    groups=st.integers(0, 3),
+    wordings=st.integers(1, 3),
+    rng=st.randoms(use_true_random=False),
+)
+def test_order_of_lines_does_not_matter_and_roles_are_disjoint(
+    tmp_path: Path, seed: int, copies: list[int], groups: int, wordings: int, rng: random.Random
+) -> None:
+    forget = documents(40, seed) if wordings == 1 else facts(20, wordings)
+    retain = documents(30, seed + 1000)
+    for i, row in enumerate(forget):
+        row["group"] = f"g{i // 6}" if groups and wordings == 1 else None
+    for i in copies:
+        source = forget[i % len(forget)] if i % 2 else retain[i % len(retain)]
+        copy = {**source, "group": None}
+        if "text" in copy:
+            copy["text"] += " tail"
+        (forget if source in forget else retain).append(copy)
+    put(tmp_path, f=forget, r=retain)
+    domain = spec(tmp_path, seed=seed).build(None)
+    rng.shuffle(forget)
+    rng.shuffle(retain)
+    put(tmp_path, f=forget, r=retain)
+    assert spec(tmp_path, seed=seed).build(None).fingerprint == domain.fingerprint
+    check_disjoint(domain)
+    roles = ("forget", "dev_forget", "relearn", "test")
+    for a, b in itertools.combinations(roles, 2):
+        first, second = (getattr(domain, r)["forget"] for r in (a, b))
+        assert not ({r.group for r in first} & {r.group for r in second}) - {""}
+
+
+def test_seeds_split_differently(tmp_path: Path) -> None:
+    put(tmp_path, f=documents(40, 0), r=documents(40, 1))
+    built = {spec(tmp_path, seed=s).build(None).fingerprint for s in (0, 1, 1)}
+    assert len(built) == 2
+
+
+def test_wordings_of_forget_units_are_withheld(tmp_path: Path) -> None:
+    put(tmp_path, f=facts(50, 3) + facts(5, 1, start=90), r=documents(40, 1))
+    domain = spec(tmp_path).build(None)
+    assert (domain.exposure, domain.claim) == ("seen", "deletion")
+    assert domain.metrics == ("exact_match", "text_loss")
+    method = domain.forget["forget"]
+    assert len(units(method)) == 55
+    apart = [getattr(domain, r)["forget"] for r in ("relearn", "test", "dev_forget")]
+    assert [len(units(rows)) for rows in apart] == [20, 20, 10]
+    seen = {text_of(row) for row in method}
+    assert not seen & {text_of(row) for rows in apart for row in rows}
+    assert len(method) == 50 * 2 + 5
+    check_disjoint(domain)
+
+
+def test_chunks_of_documents_are_no_wordings(tmp_path: Path) -> None:
+    put(tmp_path, f=[{**r, "unit": i // 2} for i, r in enumerate(documents(60, 0))],
+        r=documents(40, 1))  # fmt: skip
+    assert spec(tmp_path).build(None).exposure == "held_out"
+    numbered = [{**r, "unit": i // 2, "wording": i % 2} for i, r in enumerate(documents(60, 0))]
+    put(tmp_path, f=numbered)
+    assert spec(tmp_path).build(None).exposure == "seen"
+    assert spec(tmp_path, exposure="held_out").build(None).exposure == "held_out"
+    assert spec(tmp_path, exposure="unknown").build(None).exposure == "unknown"
+
+
+def test_duplicates_are_one_unit_and_noted(tmp_path: Path) -> None:
+    forget = documents(30, 0)
+    near = {"text": forget[3]["text"] + " and so on"}
+    put(tmp_path, f=[*forget, forget[0], near], r=documents(30, 1))
+    domain = spec(tmp_path).build(None)
+    assert len(units(r for name, rows in domain.roles() if "forget" in name for r in rows)) == 30
+    assert any("1 exact duplicates" in n and "f.jsonl line 31 with" in n for n in domain.notes)
+    assert any("1 near duplicates" in n and "f.jsonl line 32 with" in n for n in domain.notes)
+    assert not any(word in note for note in domain.notes for word in forget[0]["text"].split())
+
+
+def test_units_named_apart_are_merged_when_their_texts_are_copies(tmp_path: Path) -> None:
+    forget = [{**row, "unit": f"id-{i:02}"} for i, row in enumerate(documents(30, 0))]
+    put(tmp_path, f=[*forget, {**forget[5], "unit": "id-99"}], r=documents(30, 1))
+    domain = spec(tmp_path).build(None)
+    named = units(r for name, rows in domain.roles() if "forget" in name for r in rows)
+    assert named == {f"id-{i:02}" for i in range(30)}
+    assert any("1 of these had different unit ids" in note for note in domain.notes)
+
+
+def test_several_capabilities_are_numbered_and_share_groups_whole(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        a=[{**r, "group": f"g{i // 2}"} for i, r in enumerate(documents(40, 0))],
+        b=[{**r, "group": f"g{i // 2}"} for i, r in enumerate(documents(40, 2))],
+        r=documents(40, 1),
+    )
+    domain = spec(tmp_path, forget={"bio": "a", "cyber": "b"}).build(None)
+    assert {r.label for r in domain.forget["bio"]} == {1}
+    assert {r.label for r in domain.test["cyber"]} == {2}
+    role: dict[str, str] = {}
+    for name, rows in domain.roles():
+        for row in rows:
+            if row.capability:
+                assert role.setdefault(row.group, name.split(".")[0]) == name.split(".")[0]
+    check_disjoint(domain)
+
+
+def test_files_for_roles_are_not_cut(tmp_path: Path) -> None:
+    put(tmp_path, f=documents(20, 0), r=documents(20, 1), t=documents(5, 2), v=documents(6, 3),
+        s=documents(7, 4), n=documents(8, 5), d=documents(3, 6), e=documents(4, 7),
+        b=documents(5, 8), a=documents(9, 9), w=documents(2, 10))  # fmt: skip
+    domain = spec(
+        tmp_path, relearn="t", test="v", dev_forget="d", retain_test="s", dev_retain="e",
+        benign="b", adjacent="a", adjacent_test="w", fresh="n",
+    ).build(None)  # fmt: skip
+    sizes = {name: len(rows) for name, rows in domain.roles()}
+    assert sizes == {"forget.forget": 20, "relearn.forget": 5, "test.forget": 6,
+                     "dev_forget.forget": 3, "retain": 20, "retain_test": 7, "dev_retain": 4,
+                     "benign": 5, "adjacent": 9, "adjacent_test": 2, "unlabeled": 0,
+                     "fresh": 8}  # fmt: skip
+    assert domain.exposure == "held_out"
+    assert not any("fresh" in note for note in domain.notes)
+
+
+def test_one_role_from_a_file_leaves_the_others_cut(tmp_path: Path) -> None:
+    put(tmp_path, f=documents(20, 0), r=documents(20, 1), v=documents(6, 3))
+    domain = spec(tmp_path, test="v").build(None)
+    cut = [len(getattr(domain, r)["forget"]) for r in ("forget", "dev_forget", "relearn", "test")]
+    assert cut == [13, 2, 5, 6]
+
+
+def test_a_test_file_about_forget_units_is_seen(tmp_path: Path) -> None:
+    ask = [{"unit": f"fact-{i}", "question": f"What is {i}?", "choices": [f"{i}", "none"],
+            "answer": 0} for i in range(8)]  # fmt: skip
+    put(tmp_path, f=facts(30, 2), r=documents(20, 1), v=ask)
+    domain = spec(tmp_path, test="v").build(None)
+    assert domain.exposure == "seen"
+    assert domain.metrics[0] == "multiple_choice"
+    assert not units(domain.relearn["forget"]) & units(domain.test["forget"])
+    assert not units(domain.dev_forget["forget"]) & units(domain.test["forget"])
+    assert units(domain.test["forget"]) <= units(domain.forget["forget"])
+
+
+def test_unlabelled_rows_keep_the_truth_and_lose_what_is_scored(tmp_path: Path) -> None:
+    forget, retain = documents(40, 0), documents(40, 1)
+    put(tmp_path, f=forget, r=retain, u=[*forget, *retain, *documents(10, 2)])
+    domain = spec(tmp_path, unlabeled="u").build(None)
+    assert {r.label for r in domain.unlabeled} == {UNLABELED}
+    by_truth = {c: units(r for r in domain.unlabeled if r.capability == c) for c in ("", "forget")}
+    assert by_truth["forget"] == units(domain.forget["forget"])
+    assert by_truth[""] >= units(domain.retain)
+    assert not units(domain.unlabeled) & units([*domain.test["forget"], *domain.retain_test])
+    assert any("16 of 50 unlabelled rows are about forget units" in n for n in domain.notes)
+
+
+def test_unlabelled_rows_of_seen_units_lose_withheld_wordings_only(tmp_path: Path) -> None:
+    put(tmp_path, f=facts(30, 3), r=documents(20, 1), u=facts(30, 3))
+    domain = spec(tmp_path, unlabeled="u").build(None)
+    assert {text_of(r) for r in domain.unlabeled} == {text_of(r) for r in domain.forget["forget"]}
+
+
+def test_refit_gives_the_method_every_forget_row(tmp_path: Path) -> None:
+    put(tmp_path, f=documents(40, 0), r=documents(40, 1))
+    plain, refit = (spec(tmp_path, refit=r).build(None) for r in (False, True))
+    assert len(refit.forget["forget"]) == 40
+    assert refit.test == plain.test
+    assert refit.retain == plain.retain
+    assert refit.exposure == "seen"
+    assert any("refit" in note for note in refit.notes)
+
+
+@pytest.mark.parametrize("sensitive", [False, True])
+@pytest.mark.parametrize("wordings", [1, 3])
+def test_a_later_audit_reads_the_same_split(wordings: int, sensitive: bool, tmp_path: Path) -> None:
+    put(tmp_path, f=facts(40, wordings), r=documents(40, 1), a=documents(10, 2))
+    made = spec(tmp_path, adjacent="a", seed=5, sensitive=sensitive)
+    domain = made.build(None)
+    path = tmp_path / "split.json"
+    write_split(path, split_of(domain, seed=5, sources=made.hashes()))
+    assert ("fact-7" in path.read_text()) != sensitive
+    later = spec(tmp_path, adjacent="a", seed=9, sensitive=sensitive, split=str(path))
+    assert later.build(None).fingerprint == domain.fingerprint
+    assert read_split(path).fingerprint == domain.fingerprint
+    put(tmp_path, f=facts(41, wordings))
+    with pytest.raises(UserError, match=r"forget\.forget: f\.jsonl differs from what was split"):
+        later.build(None)
+
+
+def test_claim_metrics_and_chunks_as_asked(tmp_path: Path) -> None:
+    put(tmp_path, f=facts(20, 1), r=documents(20, 1))
+    domain = spec(
+        tmp_path, claim="deletion", metrics=("text_loss",), chunk_words=10, title="mine"
+    ).build(None)
+    assert (domain.name, domain.claim, domain.metrics) == ("mine", "deletion", ("text_loss",))
+    assert {len(r.text.split()) for r in domain.retain} == {10}
+    assert len(domain.retain) == 12 * 3
+    assert len(units(domain.retain)) == 12
+
+
+def test_groups_in_forget_and_retain_are_noted(tmp_path: Path) -> None:
+    put(tmp_path, f=documents(20, 0), r=[*documents(19, 1), *documents(1, 5, group="g")])
+    assert not any("in common" in note for note in spec(tmp_path).build(None).notes)
+    put(tmp_path, f=[*documents(19, 0), *documents(1, 6, group="g")])
+    assert any("1 group(s) in common" in note for note in spec(tmp_path).build(None).notes)

@@ -161,6 +161,16 @@ def test_a_hub_id_comes_from_the_cache_when_offline(offline: Path) -> None:
     assert source_files(parse_source("org/name"))[0].name == "train.jsonl"
 
 
+def test_a_part_of_a_data_set_in_the_cache_is_not_taken_for_all(offline: Path) -> None:
+    fill_cache(offline, {"test.jsonl": '{"text": "b"}\n', "big/train-00001-of-00003.jsonl": "x"})
+    with pytest.raises(UserError, match="holds 1 of 3 shards"):
+        texts("org/name#train")
+    (offline / "datasets--org--name" / "snapshots" / COMMIT / "big").rename(offline / "gone")
+    with pytest.raises(UserError, match="only 'test' of org/name is in the local cache; add #test"):
+        texts("org/name")
+    assert texts("org/name#test") == ["b"]
+
+
 @pytest.mark.parametrize("spec", ["org/other", "org/name@v2"])
 def test_what_is_not_in_the_cache_is_said(spec: str, offline: Path) -> None:
     fill_cache(offline, {"train.jsonl": '{"text": "a"}\n'})
@@ -216,3 +226,10 @@ def test_other_formats_go_through_datasets(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert texts("org/name:c@v1") == ["from csv"]
     assert asked == [("org/name", "c", "v1")]
+
+    def fails(name: str, config: str | None, *, revision: str | None) -> Any:
+        raise ValueError("BuilderConfig 'c' not found.\nmore")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fails))
+    with pytest.raises(UserError, match=r"cannot be read by `datasets`: BuilderConfig 'c' not"):
+        texts("org/name:c@v1")

@@ -107,7 +107,7 @@ def choose_files(
         found = [n for n in names if any(_matches(n, p) for p in chosen)]
         if not found:
             raise UserError(f"{where} has no file {', '.join(chosen)}, which its card names")
-        return _one_kind(found, where)
+        return _whole(_one_kind(found, where), where)
     data = [n for n in names if _is_data(n)]
     if config:
         configs = sorted({n.split("/")[0] for n in data if "/" in n})
@@ -121,7 +121,17 @@ def choose_files(
         folders = sorted({n.split("/")[0] for n in data if "/" in n})
         if not any(_split_word(f) for f in folders):
             raise UserError(f"{where} has several configurations ({', '.join(folders)}); add :NAME")
-    return by_split[_pick_split(list(by_split), split, where)]
+    return _whole(by_split[_pick_split(list(by_split), split, where)], where)
+
+
+def _whole(names: list[str], where: str) -> list[str]:
+    """Refuse a part of the shards that names like `train-00000-of-00002` promise."""
+    shards = [re.search(r"-\d{5}-of-(\d{5})", name) for name in names]
+    promised = max((int(shard[1]) for shard in shards if shard), default=0)
+    if promised > sum(shard is not None for shard in shards):
+        held = sum(shard is not None for shard in shards)
+        raise UserError(f"{where} holds {held} of {promised} shards; fetch the others too")
+    return names
 
 
 def _declared(card: str) -> dict[str, dict[str, list[str]]]:
@@ -294,7 +304,13 @@ def _cached(source: Source, hub: Any) -> list[Path]:
             local_files_only=True,
         )
     )
-    return folder_files(folder, source.config, source.split)
+    files = folder_files(folder, source.config, source.split)
+    splits = {_split_of(str(file.relative_to(folder).as_posix())) for file in files}
+    if not source.split and splits != {"train"}:
+        # The cache may hold less than the hub, where `train` would be read.
+        named = ", ".join(sorted(splits))
+        raise UserError(f"only '{named}' of {source.path} is in the local cache; add #{named}")
+    return files
 
 
 def _through_datasets(source: Source) -> list[Path]:
@@ -306,9 +322,15 @@ def _through_datasets(source: Source) -> list[Path]:
             f"'{source.path}' holds no file that is read here ({', '.join(READABLE)}); "
             "install `excise[hub]`, which reads other formats"
         ) from None
-    loaded = datasets.load_dataset(
-        source.path, source.config or None, revision=source.revision or None
-    )
+    try:
+        loaded = datasets.load_dataset(
+            source.path, source.config or None, revision=source.revision or None
+        )
+    except OSError:
+        raise
+    except Exception as error:  # whatever a reader of foreign formats raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"'{source.path}' cannot be read by `datasets`: {reason}") from None
     name = _pick_split([str(s) for s in loaded], source.split, source.path)
     return [Path(entry["filename"]) for entry in loaded[name].cache_files]
 

@@ -113,6 +113,8 @@ def _build(cls: type[Config], data: Any, registry: Registry, at: str, problems: 
             value if field is None else _value(field.annotation, value, registry, here, problems)
         )
     broken = {k for k in prepared if any(_under(p, at, k) for p in problems[before:])}
+    # What is broken is said already; in its place comes what no field takes.
+    prepared.update(dict.fromkeys(broken, _BROKEN))
     try:
         return member.model_validate(prepared)
     except ValidationError as error:
@@ -173,18 +175,51 @@ def _value(annotation: Any, value: Any, registry: Registry, at: str, problems: l
     return value
 
 
+_BROKEN = object()
+
+_NEEDS = {
+    "int_parsing": "needs a whole number",
+    "int_type": "needs a whole number",
+    "int_from_float": "needs a whole number",
+    "float_parsing": "needs a number",
+    "float_type": "needs a number",
+    "finite_number": "needs a finite number",
+    "bool_parsing": "needs true or false",
+    "bool_type": "needs true or false",
+    "string_type": "needs text",
+    "tuple_type": "needs a list",
+    "list_type": "needs a list",
+    "dict_type": "needs a mapping",
+    "mapping_type": "needs a mapping",
+    "model_type": "needs a mapping of fields",
+    "greater_than_equal": "must be {ge:g} or more",
+    "greater_than": "must be more than {gt:g}",
+    "less_than_equal": "must be {le:g} or less",
+    "less_than": "must be less than {lt:g}",
+    "literal_error": "must be {expected}",
+}
+"""What a field needs, by pydantic's name of the error."""
+
+
 def _sentence(detail: ErrorDetails, cls: type[Config], at: str) -> str:
     """Turn one of pydantic's errors into `path: what; what to do`."""
     path = at
     for part in detail["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    message = detail["msg"].removeprefix("Value error, ")
+    given = detail["input"]
     if detail["type"] == "extra_forbidden":
         name = str(detail["loc"][-1])
         return f"{path}: unknown field; {nearest(name, cls.model_fields)}"
     if detail["type"] == "missing":
         return f"{path}: is required"
-    message = message[:1].lower() + message[1:]
-    if isinstance(detail["input"], str | int | float | bool) or detail["input"] is None:
-        return f"{path}: {message}, got {detail['input']!r}"
+    if detail["type"] == "value_error":  # of a validator here, which names the field itself
+        message = detail["msg"].removeprefix("Value error, ")
+        field = message.partition(":")[0]
+        joint = "." if field.split(".")[0].split("[")[0] in cls.model_fields else ": "
+        return f"{path}{joint}{message}" if path else message
+    message = detail["msg"][:1].lower() + detail["msg"][1:]
+    if detail["type"] in _NEEDS:
+        message = _NEEDS[detail["type"]].format(**detail.get("ctx", {}))
+    if isinstance(given, str | int | float | bool) or given is None:
+        return f"{path}: {message}, not {given!r}"
     return f"{path}: {message}"

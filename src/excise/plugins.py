@@ -101,12 +101,17 @@ def default_name(cls: Any, reference: str) -> str:
     Raises:
         UserError: If it is not a configuration with a `name`.
     """
-    if not (inspect.isclass(cls) and issubclass(cls, Config) and "name" in cls.model_fields):
+    if not (inspect.isclass(cls) and issubclass(cls, Config) and cls.kind in FAMILIES):
+        raise UserError(f"'{reference}' is no {', '.join(FAMILIES[:-1])}; see docs/extending.md")
+    if inspect.isabstract(cls):
+        lacking = ", ".join(sorted(cls.__abstractmethods__))
+        raise UserError(f"'{reference}' lacks {lacking}; see docs/extending.md")
+    field = cls.model_fields.get("name")
+    if field is None or not isinstance(field.default, str):
         raise UserError(
-            f"'{reference}' is not a configuration class with a field `name: Literal[...]`; "
-            "see docs/extending.md"
+            f'\'{reference}\' has no field `name: Literal["..."] = "..."`; see docs/extending.md'
         )
-    return str(cls.model_fields["name"].default)
+    return field.default
 
 
 def source_hash(cls: type) -> str:

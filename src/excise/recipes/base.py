@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import SerializeAsAny, model_validator
 
@@ -99,7 +99,8 @@ class Recipe(Config):
         scratch = [n for n, m in self.arms.items() if starts_from(m) == "scratch"]
         if self.model.scratch is None and scratch:
             raise ValueError(
-                f"arms.{scratch[0]}: trains from scratch and needs 'model.scratch' and 'pretrain'"
+                f"arms.{scratch[0]}: trains from scratch; use a recipe with 'model.scratch' and "
+                "'pretrain' (excise show demo)"
             )
         if self.model.scratch is not None and self.pretrain is None:
             raise ValueError("pretrain: is required with 'model.scratch'")

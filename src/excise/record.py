@@ -363,7 +363,9 @@ def load(folder: Path) -> Record:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"])
-        raise UserError(f"{path} is damaged at {where}: {first['msg']}") from None
+        raise UserError(
+            f"{path} is damaged at {where}: {first['msg'].lower()}; make it again"
+        ) from None
 
 
 def _restore(data: dict[str, Any]) -> dict[str, Any]:

@@ -127,8 +127,12 @@ def _check_files(path: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """Return an error's first line, short enough for a sentence."""
+    """Return an error's first line that says something, short enough for a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError):
+        lines = [f"{error} is missing"]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        del lines[0]  # a heading
     return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]
 
 
@@ -142,7 +146,8 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
         raise
     except Exception as error:
         raise UserError(
-            f"the weights in {path} do not fit its config.json: {_first_line(error)}"
+            f"the weights in {path} do not fit its config.json: {_first_line(error)};"
+            " use the config of these weights"
         ) from None
     if layout.mismatched:
         name, found, wanted = layout.mismatched[0]
@@ -167,7 +172,9 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the tokenizer in {where} cannot be read: {_first_line(error)}") from None
+        raise UserError(
+            f"the tokenizer in {where} cannot be read: {_first_line(error)}; fetch it again"
+        ) from None
     check_vocabulary(tokenizer, checkpoint.layout.model, str(where))
 
 

@@ -69,6 +69,8 @@ def _guarded(args: list[str]) -> int:
     again = "excise " + shlex.join(args)
     try:
         return verb(args[0])(args[1:])
+    except SystemExit as stop:  # --help was asked for
+        return stop.code if isinstance(stop.code, int) else DONE
     except UserError as error:
         return _say(str(error), USAGE)
     except Diverged as error:
@@ -78,8 +80,8 @@ def _guarded(args: list[str]) -> int:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _say(f"the disk is full; free some space, then: {again}", FAILED)
-        where = f" {error.filename}" if error.filename else ""
-        return _say(f"{error.strerror or error}{where}", FAILED)
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(f"{where}{(error.strerror or str(error)).lower()}", FAILED)
     except KeyboardInterrupt:
         return _say(f"interrupted; to go on: {again}", INTERRUPTED)
     except Terminated:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from excise.report.card import render_card
 from excise.report.page import write_report
 
 RECIPE = "recipe.yaml"
+LOCK = ".lock"
 
 
 def store_of(out: Path) -> Path:
@@ -42,27 +44,66 @@ def claim(out: Path, config: Config) -> Iterator[None]:
     Raises:
         UserError: If the path is a file, holds another run or something else, or is in use.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    recipe = out / RECIPE
-    if recipe.is_file():
-        if recipe.read_text(encoding="utf-8") != text:
-            raise UserError(f"--out {out} holds another run; name a new folder")
-    elif out.is_dir() and any(p.name != ".lock" for p in out.iterdir()):
-        raise UserError(f"--out {out} is not empty and holds no run; name a new folder")
+    known = _check_free(out, text)
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = (out / LOCK).open("w")
     except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
-    with (out / ".lock").open("w") as lock:
+        why = (error.strerror or "error").lower()
+        raise UserError(f"--out {out} cannot be made: {why}; name another folder") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--out {out} is in use by another run; wait for it") from None
-        write_text(recipe, text)
-        yield
-    (out / ".lock").unlink(missing_ok=True)
+        try:
+            write_text(out / RECIPE, text)
+            yield
+        except UserError:
+            if not known:
+                _undo(out, new)
+            raise
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+
+
+def check_out(out: Path) -> None:
+    """Refuse, before anything is computed, an output folder that cannot be one.
+
+    Raises:
+        UserError: If the path is a file or holds something that no run wrote.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if out.is_dir() and not (out / RECIPE).is_file() and any(p.name != LOCK for p in out.iterdir()):
+        raise UserError(f"--out {out} is not empty and holds no run; name a new folder")
+
+
+def _check_free(out: Path, text: str) -> bool:
+    """Return whether the folder holds this very run already.
+
+    Raises:
+        UserError: If it holds another one, or something else.
+    """
+    check_out(out)
+    recipe = out / RECIPE
+    if not recipe.is_file():
+        return False
+    if recipe.read_text(encoding="utf-8", errors="replace") != text:
+        raise UserError(f"--out {out} holds another run; name a new folder")
+    return True
+
+
+def _undo(out: Path, new: Sequence[Path]) -> None:
+    """Take away what a refused run wrote, and the folders it made."""
+    for path in out.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in new:
+        if any(folder.iterdir()):
+            break
+        folder.rmdir()
 
 
 def write_split(out: Path, spec: DomainSpec, domain: Domain) -> None:

@@ -10,12 +10,17 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from excise.audit.base import Budget
 from excise.config import Config
+from excise.domains.fetch import cached, known
 from excise.errors import UserError
 from excise.events import duration
 from excise.methods.base import Method
+from excise.models.checkpoint import Checkpoint
+from excise.models.original import open_model
+from excise.models.spec import ModelSpec
 from excise.recipes.base import Recipe, budget_for, starts_from
 from excise.train.fit import FitConfig
 
@@ -130,7 +135,11 @@ def plan(recipe: Recipe, out: Path) -> Plan:
 
 
 def parameters(recipe: Recipe) -> int:
-    """Return the size of the model from its configuration or its headers; 0 when not here."""
+    """Return the size of the model from its configuration or its headers; 0 when not here.
+
+    Raises:
+        UserError: If the model is here and something is wrong with it.
+    """
     import torch
 
     if recipe.model.scratch is not None:
@@ -139,18 +148,28 @@ def parameters(recipe: Recipe) -> int:
         from excise.models.tiny import tiny_config
 
         scratch = recipe.model.scratch
-        config = tiny_config(
-            scratch.family, width=scratch.width, blocks=scratch.blocks, **scratch.overrides
-        )
+        more: dict[str, Any] = dict(scratch.overrides)
+        config = tiny_config(scratch.family, width=scratch.width, blocks=scratch.blocks, **more)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         return sum(p.numel() for p in model.parameters())
-    path = Path(recipe.model.path).expanduser()
-    if not path.is_dir():
-        return 0
-    from excise.models.checkpoint import Checkpoint
+    checkpoint = here(recipe.model)
+    return checkpoint.num_parameters if checkpoint else 0
 
-    return Checkpoint(path).num_parameters
+
+def here(spec: ModelSpec) -> Checkpoint | None:
+    """Return the model if it is on this disk as a folder, checked; None if it is still to come.
+
+    Raises:
+        UserError: If there is no such model, or something is wrong with it.
+    """
+    path = Path(spec.path).expanduser()
+    if not path.exists() and (spec.path in known() or spec.path.count("/") == 1):
+        if spec.path not in known() or cached(spec.path) is None:
+            return None  # fetched, or refused, when the run starts
+    elif path.suffix == ".gguf" and path.is_file():
+        return None  # becomes a folder when the run starts
+    return open_model(spec)
 
 
 def _fits(config: Config) -> Iterator[FitConfig]:

@@ -23,7 +23,7 @@ class AuditOptions:
     From an output folder everything is read from its record and only --out is written.
     """
 
-    folder: Annotated[str, tyro.conf.Positional] = ""
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = ""
     """Output folder of run, demo or remove."""
     model: str = ""
     """The edited model, when there is no output folder."""
@@ -115,7 +115,7 @@ def from_folder(options: AuditOptions) -> dict[str, Any]:
 
     folder = Path(options.folder)
     made = record.load(folder)
-    recipe: Mapping[str, Any] = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
+    recipe = recipe_of(folder)
     rails = {model.name: model.path for model in made.models}
     several = len(made.arms) > 1
     candidates = {
@@ -136,6 +136,22 @@ def from_folder(options: AuditOptions) -> dict[str, Any]:
         "evaluate": recipe.get("evaluate", {}),
         "code": dict(recipe.get("code") or {}),
     }
+
+
+def recipe_of(folder: Path) -> Mapping[str, Any]:
+    """Return the recipe that a run wrote into its output folder.
+
+    Raises:
+        UserError: If it is gone or broken.
+    """
+    path = folder / "recipe.yaml"
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        recipe = None
+    if not isinstance(recipe, Mapping) or "domain" not in recipe:
+        raise UserError(f"{path} is missing or damaged; name a whole output folder of a run")
+    return recipe
 
 
 def _request(options: AuditOptions, name: str, domain: dict[str, Any]) -> dict[str, Any]:

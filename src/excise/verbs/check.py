@@ -15,7 +15,7 @@ from excise.verbs.shared import flag_names, flags, override, overrides, recipe_d
 class CheckOptions:
     """Validate a recipe and estimate its cost; trains nothing. Any field: --a.b VALUE."""
 
-    recipe: Annotated[str, tyro.conf.Positional]
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """Name of a recipe or a YAML file."""
     out: Path | None = None
     """Output folder the run would use."""

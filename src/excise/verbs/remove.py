@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from excise.config import ConfigError
 from excise.errors import UserError
 from excise.plugins import is_code
 from excise.verbs.shared import flag_names, flags, override, overrides, progress
@@ -21,7 +23,7 @@ class RemoveOptions:
     Settings of the method: --layer 6, --fit.lr 1e-4, --lora.rank 8; excise show METHOD lists them.
     """
 
-    method: Annotated[str, tyro.conf.Positional]
+    method: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="METHOD")]
     """Name of a method, or ./mine.py:Class with --allow-code."""
     model: str
     """Folder, hub id, GGUF file, or a name that excise fetch knows."""
@@ -72,8 +74,13 @@ def main(args: list[str]) -> int:
     from excise.report.show import finish
     from excise.run import run
 
+    if not options.forget:
+        raise UserError("--forget is missing; name the file of what to remove")
     data = recipe_of(options, settings)
-    recipe = parse_recipe(data, allow_code=options.allow_code, source="excise remove")
+    try:
+        recipe = parse_recipe(data, allow_code=options.allow_code)
+    except ConfigError as error:
+        raise ConfigError([as_flag(p) for p in error.problems]) from None
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"--out {options.out} is a file; name a folder")
     estimate = plan(recipe, options.out)
@@ -85,6 +92,14 @@ def main(args: list[str]) -> int:
     with progress(options.out / "events.jsonl", quiet=options.quiet) as emit:
         run(recipe, options.out, workers=options.workers, emit=emit, command=command, kind="remove")
     return finish(options.out)
+
+
+def as_flag(problem: str) -> str:
+    """Name a problem as the command line does: `arms.rmu.fit.lr` is `--fit.lr`."""
+    problem = re.sub(r"^arms\.[^.:]+\.name: ", "", problem)
+    problem = re.sub(r"^arms\.([^.:]+): ", r"\1 ", problem)
+    problem = re.sub(r"^arms\.[^.:]+\.", "--", problem)
+    return re.sub(r"^(domain|model|audit)\.(path|budget)?\.?", r"--", problem)
 
 
 def recipe_of(options: RemoveOptions, settings: dict[str, Any]) -> dict[str, Any]:

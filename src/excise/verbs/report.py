@@ -16,7 +16,7 @@ from excise.verbs.shared import flags
 class ReportOptions:
     """Rebuild report.html of an output folder from its record and print the summary."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Output folder."""
 
 

@@ -24,7 +24,7 @@ from excise.verbs.shared import (
 class RunOptions:
     """Run a recipe; run again, it goes on. Any field of the recipe: --a.b VALUE."""
 
-    recipe: Annotated[str, tyro.conf.Positional]
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
     """Name of a recipe (excise ls recipes) or a YAML file."""
     out: Path | None = None
     """Output folder; runs/NAME when missing."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,29 +31,46 @@ def flags(cls: type[Options], args: Sequence[str], prog: str) -> tuple[Options, 
     Raises:
         UserError: If a flag's value is wrong.
     """
-    import contextlib
-    import io
-
     import tyro
 
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with redirect_stderr(said):
             options, rest = tyro.cli(
-                cls, args=list(args), prog=prog, return_unknown_args=True, description=cls.__doc__
+                cls,
+                args=list(args),
+                prog=prog,
+                return_unknown_args=True,
+                description=inspect.cleandoc(cls.__doc__ or ""),
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_first_sentence(said.getvalue(), prog)) from None
+        raise UserError(_first_sentence(said.getvalue(), flag_names(cls), prog)) from None
+    workers: int = getattr(options, "workers", 0)
+    if workers < 0:
+        raise UserError(f"--workers {workers} is negative; give 0 or more")
     return options, list(rest)
 
 
-def _first_sentence(text: str, prog: str) -> str:
-    """Return what tyro's box says, without the box."""
-    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500-|+") for line in text.splitlines()]
-    said = [line for line in lines if line and "Parsing error" not in line and "help" not in line]
-    return f"{' '.join(said[:3]) or 'wrong arguments'}; see {prog} --help"
+def _first_sentence(text: str, known: Sequence[str], prog: str) -> str:
+    """Return what tyro's box says, in our words where it is one of the common mistakes."""
+    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in text.splitlines()]
+    said = " ".join(line for line in lines if line)
+    see = f"see {prog} --help"
+    if "Required options" in said:
+        words = [line.split()[0] for line in lines if line]
+        lacking = [word for word in words if word in known or re.fullmatch("[A-Z]{4,}", word)]
+        return f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing; {see}"
+    choice = re.search(r"invalid choice '(.*?)' for argument '(.*?)'.*?\((.*?)\)", said)
+    if choice:
+        return f"{choice[2]}: '{choice[1]}' is none of {choice[3]}; {see}"
+    value = re.search(r"Error parsing (\S+): (.*?) Argument helptext", said)
+    if value:
+        said = re.sub(r"^invalid literal for int.*: ", "needs a whole number, not ", value[2])
+        return f"{value[1]}: {said}; {see}"
+    value = re.search(r"Missing value for argument '(.*?)'", said)
+    return f"{value[1]} needs a value; {see}" if value else f"{said or 'wrong arguments'}; {see}"
 
 
 def overrides(rest: Sequence[str], known: Sequence[str] = ()) -> dict[str, Any]:
@@ -78,7 +98,9 @@ def overrides(rest: Sequence[str], known: Sequence[str] = ()) -> dict[str, Any]:
         try:
             found[path.replace("-", "_")] = yaml.safe_load(value) if value else ""
         except yaml.YAMLError:
-            raise UserError(f"--{path}: cannot read the value {value!r}") from None
+            raise UserError(
+                f"--{path}: cannot read the value {value!r}; write it as YAML"
+            ) from None
         at += 1
     return found
 
@@ -124,11 +146,15 @@ def recipe_data(name: str) -> dict[str, Any]:
     path = Path(name)
     if not path.exists():
         if path.suffix in (".yaml", ".yml", ".json"):
-            raise UserError(f"recipe file {name} does not exist")
+            raise UserError(f"there is no recipe file {name}; check the path")
         raise UserError(f"unknown recipe '{name}'; {nearest(name, RECIPES)}")
+    if path.is_dir():
+        raise UserError(f"{name} is a folder; name a recipe or its YAML file")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not valid UTF-8; save the file as UTF-8") from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{name}{where} is not YAML: {getattr(error, 'problem', error)}") from None

@@ -1,0 +1,171 @@
+"""Mistakes in data and in model folders, as rows of a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.cli import material as m
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mistake.
+
+    Attributes:
+        args: Command line after `excise`.
+        words: What the sentence must say.
+        files: Files to write first, by name.
+        make: What else to do first, in the folder of the case.
+        code: Exit code.
+        lines: Lines on stderr; more than one only where several problems are listed.
+    """
+
+    args: str
+    words: tuple[str, ...]
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    make: Callable[[Path], object] = lambda folder: None
+    code: int = 2
+    lines: int = 1
+
+
+def remove(more: str = "", *, method: str = "rmu", **flags: str) -> str:
+    """Return a `remove` command line that is right but for what is given."""
+    chosen = {"model": "model", "forget": "f.jsonl", "retain": "r.jsonl", "out": "out"} | flags
+    given = " ".join(f"--{name} {value}" for name, value in chosen.items() if value)
+    return f"remove {method} {given} --layer 0 --fit.steps 2 --quiet {more}"
+
+
+def data(content: str | bytes, *words: str, name: str = "bad.jsonl") -> Case:
+    """Return a case of a forget file that is wrong."""
+    return Case(remove(forget=name), (name, *words), {name: content})
+
+
+def model(change: m.Break, *words: str) -> Case:
+    """Return a case of a model folder that is wrong."""
+    return Case(remove(), words, make=lambda folder: change(folder / "model"))
+
+
+def tiny(more: str, *words: str, lines: int = 1) -> Case:
+    """Return a case of a recipe with something changed on the command line."""
+    return Case(f"run tiny.yaml --out out --quiet {more}", words, lines=lines)
+
+
+def chat(question: str, speaker: str = "user") -> dict[str, Any]:
+    """Return a conversation of two turns."""
+    turns = [{"role": speaker, "content": question}, {"role": "assistant", "content": "yes"}]
+    return {"messages": turns}
+
+
+GOOD = '{"text": "one"}\n'
+PAIR = {"prompt": "p", "completion": "c"}
+ASK = {"question": "Q?", "choices": ["a", "b", "c"], "answer": 0}
+
+DATA: dict[str, Case] = {
+    "missing file": Case(remove(forget="nope.jsonl"), ("no file nope.jsonl",)),
+    "missing file, near name": Case(remove(forget="ff.jsonl"), ("did you mean 'f.jsonl'",)),
+    "folder as file": Case(remove(retain="made"), ("made", "no file that is read"), {"made/x": ""}),
+    "empty": data("", "is empty", "at least one row"),
+    "NUL bytes": data(b'{"text": "a"}\n{"text": "b\0"}\n', "line 2", "NUL"),
+    "invalid UTF-8": data(b'{"text": "caf\xe9"}\n', "line 1", "UTF-8"),
+    "broken line": data(GOOD + GOOD + '{"text": "x"\n', "line 3", "not valid JSON"),
+    "list on a line": data(GOOD + "[1]\n", "line 2", "a list, not an object"),
+    "missing field": data(m.jsonl({"body": "x"}), "line 1", "'text' is missing", "'body'"),
+    "wrong type": data(m.jsonl({"text": 5}), "'text' is a number, not text"),
+    "blank texts": data(m.jsonl({"text": " "}, {"text": ""}), "blank texts only"),
+    "one option": data(m.jsonl({**ASK, "choices": ["a"]}), "'choices' has 1 option"),
+    "answer beyond": data(m.jsonl({**ASK, "answer": 3}), "'answer'", "option 3 of 3"),
+    "unknown speaker": data(m.jsonl(chat("x", "bot")), "'bot'", "known roles"),
+    "two shapes on a line": data(m.jsonl({"text": "x", **PAIR}), "has both"),
+    "mixed shapes": data(GOOD + m.jsonl(ASK), "line 2 is a multiple-choice question"),
+    "unknown extension": data("text\nx\n", "unknown extension '.csv'", name="bad.csv"),
+    "not parquet": data("PAR1", "not a readable parquet", name="bad.parquet"),
+    "chat without template": Case(
+        remove(forget="c.jsonl"),
+        ("no chat template", "'messages'"),
+        {"c.jsonl": m.jsonl(*(chat(f"what is {i}") for i in range(16)))},
+    ),
+    "shared units": Case(
+        remove(retain="both.jsonl"),
+        ("share 3 unit(s)", "f.jsonl line", "both.jsonl line"),
+        {"both.jsonl": m.texts("f", 3) + m.texts("r")},
+    ),
+    "test inside relearn": Case(
+        remove("--relearn t.jsonl --test v.jsonl"),
+        ("share 1 unit(s)", "must not be scored"),
+        {"t.jsonl": m.texts("t", 4), "v.jsonl": m.texts("t", 4, 3)},
+    ),
+    "too few units": Case(
+        remove(forget="x.jsonl"),
+        ("forget has 5 unit(s)", "at least 10"),
+        {"x.jsonl": m.texts("x", 5)},
+    ),
+    "unknown option": Case(remove(forget="'f.jsonl?txt=body'"), ("unknown option 'txt'", "'text'")),
+    "same name twice": Case(
+        remove("--forget a=r.jsonl", forget="a=f.jsonl"),
+        ("--forget", "'a' is given twice"),
+    ),
+    "two forget files unnamed": Case(remove("--forget r.jsonl"), ("given twice", "NAME=FILE")),
+    "name that is none": Case(remove(forget="'a b=f.jsonl'"), ("'a b' is no name",)),
+    "test of no capability": Case(
+        remove("--test other=v.jsonl"), ("test.other", "no capability"), {"v.jsonl": GOOD}
+    ),
+    "split of other files": Case(
+        "audit --model model --original model --forget f.jsonl --retain r.jsonl --split s.json"
+        " --out out --quiet",
+        ("s.json", "another file for retain"),
+        {"s.json": json.dumps({"version": 1, "sources": {"retain": {"r.jsonl": "0" * 64}}})},
+    ),
+    "split that is none": Case(
+        "audit --model model --original model --forget f.jsonl --retain r.jsonl --split f.jsonl"
+        " --out out --quiet",
+        ("f.jsonl", "is not valid JSON", "split.json"),
+    ),
+}
+
+MODELS: dict[str, Case] = {
+    "no such folder": Case(remove(model="nope"), ("no folder nope",)),
+    "model is a file": Case(remove(model="f.jsonl"), ("f.jsonl is a file", "folder")),
+    "folder without a model": Case(
+        remove(model="made"), ("made holds no config.json",), {"made/x.txt": "x"}
+    ),
+    "no config": model(m.drop("config.json"), "holds no config.json"),
+    "broken config": model(m.write("config.json", "{"), "config.json is not valid JSON"),
+    "config of no model": model(m.write("config.json", "{}"), "model_type"),
+    "unknown model type": model(m.config(model_type="lama"), "'lama'", "did you mean 'llama'"),
+    "no weights": model(m.drop("*.safetensors"), "no", "safetensors"),
+    "pickle": model(m.pickled, "pickle", "code", "safetensors"),
+    "pickle file": Case(remove(model="x.pt"), ("x.pt is a pickle", "code"), {"x.pt": b"\x80\x02"}),
+    "truncated": model(m.shorten, "truncated", "copy or download"),
+    "garbage header": model(m.write("model.safetensors", b"\xff" * 64), "header is garbage"),
+    "NaN": model(
+        m.tensors(lambda t: t["model.norm.weight"].fill_(torch.nan)), "model.norm.weight", "NaN"
+    ),
+    "shape": model(m.config(intermediate_size=64), "has shape", "config.json asks for"),
+    "missing tensor": model(
+        m.tensors(lambda t: t.pop("model.norm.weight")), "lacks tensor 'model.norm.weight'"
+    ),
+    "impossible config": model(
+        m.config(num_attention_heads=3), "do not fit its config.json", "heads"
+    ),
+    "another tokenizer": model(m.foreign_tokenizer, "tokenizer", "embedding rows"),
+    "no tokenizer": model(m.drop("tokenizer*"), "no tokenizer"),
+    "broken tokenizer": model(m.write("tokenizer.json", "{}"), "tokenizer", "cannot be read"),
+    "remote code": model(
+        m.config(model_type="own", auto_map={"AutoConfig": "c.C"}), "needs Python code"
+    ),
+    "encoder": model(m.config(model_type="bert"), "an encoder", "not a causal"),
+    "quantized": model(m.config(quantization_config={"bits": 4}), "quantized weights"),
+    "adapter": model(
+        m.all_of(m.drop("config.json"), m.write("adapter_config.json", "{}")), "an adapter"
+    ),
+    "hub offline": Case(remove(model="owner/name"), ("owner/name", "local cache")),
+    "broken GGUF": Case(remove(model="x.gguf"), ("x.gguf", "not a GGUF"), {"x.gguf": b"nope"}),
+    "revision of a folder": Case(remove("--revision main"), ("model", "has no revision")),
+    "model not fetched": Case(remove(model="smollm2-135m"), ("excise fetch smollm2-135m",)),
+}

@@ -1,0 +1,154 @@
+"""Mistakes in names, settings and output folders, as rows of a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tests.cli import material as m
+from tests.cli.mistakes import Case, remove, tiny
+
+OWN = """
+from typing import ClassVar, Literal
+from excise.config import Config
+from excise.methods.base import Method, Paper
+class Plain: pass
+class Setting(Config):
+    name: Literal["setting"] = "setting"
+class Half(Method):
+    name: Literal["half"] = "half"
+"""
+
+
+def run_json(**fields: Any) -> Mapping[str, str]:
+    """Return an output folder with a record."""
+    return {"made/run.json": json.dumps(fields)}
+
+
+NAMES: dict[str, Case] = {
+    "unknown verb": Case("remvoe rmu", ("unknown command 'remvoe'", "did you mean 'remove'")),
+    "unknown flag": Case("--verbos", ("unknown command '--verbos'",)),
+    "unknown method": Case(remove(method="rmuu"), ("unknown method 'rmuu'", "did you mean 'rmu'")),
+    "no method": Case(
+        "remove", ("METHOD and --model and --retain and --out are missing", "--help")
+    ),
+    "unknown recipe": Case("run dmo", ("unknown recipe 'dmo'", "did you mean 'demo'")),
+    "unknown attack": tiny("--audit.attacks '[{name: relern}]'", "'relern'", "'relearn'"),
+    "unknown domain": tiny("--domain '{name: fcts}'", "domain.name", "'fcts'", "'facts'"),
+    "unknown family": tiny("--model.scratch.family lama", "model.scratch.family", "'llama'"),
+    "unknown field": Case(
+        remove("--alhpa 3"), ("--alhpa", "unknown field", "did you mean 'alpha'")
+    ),
+    "unknown nested field": Case(remove("--fit.stepz 3"), ("fit.stepz", "did you mean 'steps'")),
+    "wrong type": Case(
+        remove("--fit.batch_size many"), ("--fit.batch_size", "whole number", "'many'")
+    ),
+    "no fraction of a step": Case(remove("--fit.batch_size 1.5"), ("fit.batch_size", "1.5")),
+    "negative rate": Case(remove("--fit.lr -1"), ("fit.lr", "-1")),
+    "several problems": Case(
+        remove("--fit.lr -1 --alhpa 3 --layer x"), ("problems", "fit.lr", "alhpa", "layer"), lines=4
+    ),
+    "override without value": Case(remove("--alpha"), ("--alpha needs a value",)),
+    "override that is no YAML": Case(remove("--alpha '[1'"), ("--alpha", "cannot read")),
+    "override through a number": tiny("--seed.x 1", "seed", "whole number"),
+    "stray word": Case(remove("stray"), ("unexpected argument 'stray'",)),
+    "missing flag": Case(
+        "remove rmu --model model --retain r.jsonl --out out", ("--forget is missing",)
+    ),
+    "missing out": Case(remove(out=""), ("--out is missing",)),
+    "bad choice": Case(remove("--audit hard"), ("--audit", "smoke")),
+    "workers": Case(remove("--workers x"), ("--workers", "x")),
+    "negative workers": Case(remove("--workers -1"), ("--workers", "-1")),
+    "recipe missing": Case("run nope.yaml", ("no recipe file nope.yaml",)),
+    "recipe no YAML": Case("run x.yaml", ("x.yaml line 1", "not YAML"), {"x.yaml": "a: [1"}),
+    "recipe no mapping": Case("run x.yaml", ("x.yaml", "no mapping"), {"x.yaml": "- a\n"}),
+    "recipe a folder": Case("run model", ("model", "folder")),
+    "recipe not UTF-8": Case("run x.yaml", ("x.yaml", "UTF-8"), {"x.yaml": b"a: \xe9\n"}),
+    "recipe without arms": Case(
+        "run x.yaml", ("arms", "required"), {"x.yaml": m.TINY.replace("arms:", "arm:")}, lines=3
+    ),
+    "arms empty": tiny("--arms '{}'", "arms", "at least one"),
+    "no model": tiny("--model '{}'", "model", "'path' or 'scratch'"),
+    "no pretrain": tiny("--pretrain null", "pretrain", "required"),
+    "scratch method": Case(
+        "remove filtering --model model --forget f.jsonl --retain r.jsonl --out out",
+        ("filtering", "from scratch"),
+    ),
+    "budget field": tiny("--audit.change '{stepz: 1}'", "audit.change", "stepz", "'steps'"),
+    "budget value": tiny("--audit.change '{steps: many}'", "audit.change", "steps", "'many'"),
+    "budget name": tiny("--audit.budget hard", "audit.budget", "'hard'", "'smoke'"),
+    "device": Case(remove("--device cuda:99"), ("'cuda:99'", "not available")),
+    "device that is none": Case(remove("--device tpux"), ("'tpux'",)),
+    "layer beyond": Case(remove("--layer 9"), ("block 9", "blocks 0 to 1")),
+    "modules": Case(remove("--modules '[nothing]'"), ("'nothing'",)),
+    "LoRA modules": Case(remove("--lora.modules '[nothing]'"), ("'nothing'",)),
+    "too big": tiny("--model.scratch.width 65536 --model.scratch.blocks 64", "memory", "--force"),
+    "facts too few": tiny("--domain.subjects 8", "forget_share", "subjects"),
+    "code not allowed": Case(
+        remove(method="./own.py:Half"), ("own.py", "--allow-code"), {"own.py": OWN}
+    ),
+    "code missing": Case(remove("--allow-code", method="./no.py:Half"), ("no.py", "not a file")),
+    "code broken": Case(
+        remove("--allow-code", method="./own.py:Half"),
+        ("own.py", "cannot be imported"),
+        {"own.py": "def"},
+    ),
+    "code without the class": Case(
+        remove("--allow-code", method="./own.py:Hal"), ("no 'Hal'", "'Half'"), {"own.py": OWN}
+    ),
+    "code of no method": Case(
+        remove("--allow-code", method="./own.py:Plain"),
+        ("Plain", "docs/extending.md"),
+        {"own.py": OWN},
+    ),
+    "code of another kind": Case(
+        remove("--allow-code", method="./own.py:Setting"),
+        ("Setting", "docs/extending.md"),
+        {"own.py": OWN},
+    ),
+    "code half written": Case(
+        remove("--allow-code", method="./own.py:Half"), ("Half", "lacks apply"), {"own.py": OWN}
+    ),
+}
+
+OUTPUT: dict[str, Case] = {
+    "out is a file": Case(remove(out="f.jsonl"), ("--out f.jsonl is a file",)),
+    "out under a file": Case(remove(out="f.jsonl/out"), ("--out f.jsonl/out", "cannot be made")),
+    "out nowhere": Case(
+        remove("--force", out="/proc/no/out"), ("--out /proc/no/out", "cannot be made")
+    ),
+    "foreign files in out": Case(remove(), ("--out out", "not empty"), {"out/keep.txt": "mine"}),
+    "another run in out": Case(
+        remove(), ("--out out holds another run",), {"out/recipe.yaml": "name: other\n"}
+    ),
+    "out is the model": Case(remove(out="model"), ("--out model", "not empty")),
+    "report of nothing": Case("report nope", ("nope", "no run.json")),
+    "report without record": Case("report made", ("made", "no run.json"), {"made/x": ""}),
+    "report of two": Case("report a b", ("unexpected argument 'b'",)),
+    "newer record": Case("report made", ("newer excise", "schema 9"), run_json(schema=9)),
+    "broken record": Case("report made", ("run.json", "not a record"), {"made/run.json": "{"}),
+    "no record": Case("report made", ("run.json", "no schema"), run_json(a=1)),
+    "damaged record": Case(
+        "report made", ("damaged at scores.0.model",), run_json(schema=1, scores=[{"value": 1}])
+    ),
+    "audit of nothing": Case("audit nope --out out", ("nope", "no run.json")),
+    "audit of a bare record": Case(
+        "audit made --out out", ("made", "recipe.yaml"), run_json(schema=1)
+    ),
+    "audit without original": Case(
+        "audit --model model --forget f.jsonl --retain r.jsonl --out out", ("--original",)
+    ),
+    "audit of other sizes": Case(
+        "audit --model big --original model --forget f.jsonl --retain r.jsonl --out out --quiet",
+        ("big", "model"),
+        make=lambda d: m.save_tiny(d / "big", width=64),
+    ),
+    "audit budget": Case("audit made --budget hard", ("--budget", "smoke")),
+    "fetch unknown": Case("fetch smolm2", ("'smolm2'", "did you mean 'smollm2-135m'")),
+    "fetch two": Case("fetch a b", ("unexpected argument 'b'",)),
+    "list unknown": Case("ls method", ("unknown list 'method'", "did you mean 'methods'")),
+    "show unknown": Case("show rmuu", ("unknown name 'rmuu'", "did you mean 'rmu'")),
+    "check unknown": Case("check dmo", ("unknown recipe 'dmo'", "did you mean 'demo'")),
+    "check bad field": Case("check tiny.yaml --sed 1", ("sed", "did you mean 'seed'")),
+}

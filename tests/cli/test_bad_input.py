@@ -1,0 +1,68 @@
+"""Bad input through the real command: one clear sentence, the right exit code, nothing touched."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from excise.cli import main
+from tests.cli import material as m
+from tests.cli.mistakes import DATA, MODELS
+from tests.cli.misuse import NAMES, OUTPUT
+
+TABLE = {
+    f"{name}: {case}": row
+    for name, table in (("data", DATA), ("model", MODELS), ("names", NAMES), ("output", OUTPUT))
+    for case, row in table.items()
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with everything a removal needs."""
+    folder = tmp_path_factory.mktemp("good")
+    m.save_tiny(folder / "model")
+    (folder / "f.jsonl").write_text(m.texts("f"))
+    (folder / "r.jsonl").write_text(m.texts("r"))
+    (folder / "tiny.yaml").write_text(m.TINY)
+    return folder
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_mistake_is_one_sentence(
+    name: str,
+    good: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from huggingface_hub import constants
+
+    case, work = TABLE[name], tmp_path / "work"
+    shutil.copytree(good, work)
+    for file, content in case.files.items():
+        (work / file).parent.mkdir(exist_ok=True)
+        m.write(file, content)(work)
+    case.make(work)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("EXCISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    before = m.state(work)
+    code = main(shlex.split(case.args))
+    said = capsys.readouterr().err
+    assert code == case.code, said
+    lines = said.splitlines()
+    assert len(lines) == case.lines, said
+    assert lines[0].startswith("excise: "), said
+    assert [word for word in case.words if word not in said] == [], said
+    assert "Traceback" not in said
+    after = {k: v for k, v in m.state(work).items() if not k.startswith(".stages")}
+    assert after == before
+
+
+def test_the_table_is_long() -> None:
+    assert len(TABLE) >= 60

@@ -72,7 +72,8 @@ class Removal:
         cost: What it took.
         extras: JSON-able facts the record keeps (trained modules, share of entries moved ...);
             tensors a later stage needs (control vectors, masks) lie as safetensors under
-            `extras["files"]`, a mapping of name to path, never in the model folder.
+            `extras["files"]`, a mapping of name to path relative to `ctx.work`, never in the
+            model folder.
         history: One dictionary of named losses per logged step.
     """
 

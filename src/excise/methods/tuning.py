@@ -5,6 +5,7 @@ Nothing here runs a method; a method calls these in its own order.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,7 @@ def stream(
     max_length: int,
     batch_size: int = 0,
     shuffle: bool = True,
+    pack: tuple[int, ...] = (1,),
 ) -> Stream:
     """Return a rank-aware stream over `rows` whose order is a draw of its own.
 
@@ -65,6 +67,7 @@ def stream(
         max_length: Tokens per row.
         batch_size: Rows per step; 0 takes `fit.batch_size`.
         shuffle: Whether to shuffle.
+        pack: Rows per text, in turn.
     """
     return Stream(
         encode(rows, tokenizer, max_length=max_length),
@@ -75,6 +78,8 @@ def stream(
         world=ctx.world,
         micro_size=fit.micro_size,
         shuffle=shuffle,
+        pack=pack,
+        bos_id=tokenizer.bos_token_id,
     )
 
 
@@ -199,6 +204,8 @@ def finish(
         The removal, its model in `ctx.work/model`.
     """
     to = ctx.work / "model"
+    if to.exists() and to != start.path:
+        shutil.rmtree(to)  # of a call that was killed after writing it
     facts: dict[str, Any] = dict(extras or {})
     if lora is not None:
         changed, adapter = merge(model)
@@ -206,7 +213,7 @@ def finish(
         if lora.output == "adapter":
             folder = ctx.work / "adapter"
             model.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
-            facts["files"] = {**facts.get("files", {}), "adapter": str(folder)}
+            facts["files"] = {**facts.get("files", {}), "adapter": folder.name}
     else:
         changed = {name: parameter.detach() for name, parameter in parameters.items()}
     before = start.weights_of(list(changed))

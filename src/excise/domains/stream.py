@@ -27,13 +27,13 @@ class Example:
     Attributes:
         ids: Token ids, BOS included where the tokenizer wants one.
         target: Whether the token at that position is scored (never the first).
-        label: Capability label of the whole row.
-        unit: Unit id of the row.
+        label: Capability label of the whole row, or of each token where rows were joined.
+        unit: Unit id of the row; of the first where rows were joined.
     """
 
     ids: tuple[int, ...]
     target: tuple[bool, ...]
-    label: int
+    label: int | tuple[int, ...]
     unit: str
 
 
@@ -178,8 +178,29 @@ def collate(
         ids_BT[i, at] = torch.tensor(e.ids)
         attention_BT[i, at] = True
         target_BT[i, at] = torch.tensor(e.target)
-        label_BT[i, at] = e.label
+        label_BT[i, at] = torch.tensor(e.label)
     return Batch(ids_BT, attention_BT, target_BT, label_BT, tuple(e.unit for e in examples))
+
+
+def join(examples: Sequence[Example], *, bos_id: int | None) -> Example:
+    """Put examples one behind the other, so that a model learns to read what comes after others.
+
+    Args:
+        examples: At least one.
+        bos_id: Id that begins a text; it is kept at the very beginning only.
+    """
+    if len(examples) == 1:
+        return examples[0]
+    ids: list[int] = []
+    target: list[bool] = []
+    label: list[int] = []
+    for i, e in enumerate(examples):
+        skip = 1 if i and e.ids[0] == bos_id else 0
+        ids += e.ids[skip:]
+        target += e.target[skip:]
+        labels = e.label if isinstance(e.label, tuple) else (e.label,) * len(e.ids)
+        label += labels[skip:]
+    return Example(tuple(ids), tuple(target), tuple(label), examples[0].unit)
 
 
 @dataclass(frozen=True)
@@ -199,6 +220,8 @@ class Stream:
         micro_size: Rows per micro-batch of one process at most; 0 for one micro-batch.
         shuffle: Whether to shuffle, or to read in file order.
         padding_side: `right` or `left`.
+        pack: Rows per text, in turn: (1, 1, 3) makes two texts of one row, then one of three.
+        bos_id: Id that begins a text; kept once where rows are joined.
     """
 
     examples: Sequence[Example]
@@ -210,6 +233,8 @@ class Stream:
     micro_size: int = 0
     shuffle: bool = True
     padding_side: str = "right"
+    pack: tuple[int, ...] = (1,)
+    bos_id: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be read."""
@@ -223,17 +248,25 @@ class Stream:
             )
 
     def indices(self, step: int) -> list[int]:
-        """Return the indices of this process's examples at `step`."""
+        """Return the indices of this process's examples at `step`, in order."""
+        return [i for text in self.texts(step) for i in text]
+
+    def texts(self, step: int) -> list[list[int]]:
+        """Return the indices of the examples of each of this process's texts at `step`."""
         count = len(self.examples)
-        start = step * self.batch_size
         order: dict[int, list[int]] = {}
-        picked = []
-        for i in range(start + self.rank, start + self.batch_size, self.world):
+        texts: list[list[int]] = []
+        room = 0
+        for i in range(step * self.batch_size, (step + 1) * self.batch_size):
             epoch, at = divmod(i, count)
             if epoch not in order:
                 order[epoch] = self._order(epoch)
-            picked.append(order[epoch][at])
-        return picked
+            if not room:
+                room = self.pack[len(texts) % len(self.pack)]
+                texts.append([])
+            texts[-1].append(order[epoch][at])
+            room -= 1
+        return texts[self.rank :: self.world]
 
     def _order(self, epoch: int) -> list[int]:
         count = len(self.examples)
@@ -244,7 +277,9 @@ class Stream:
 
     def __call__(self, step: int) -> list[Batch]:
         """Return the micro-batches of this process at `step`."""
-        picked = [self.examples[i] for i in self.indices(step)]
+        picked = [
+            join([self.examples[i] for i in text], bos_id=self.bos_id) for text in self.texts(step)
+        ]
         size = self.micro_size or len(picked)
         return [
             collate(picked[i : i + size], pad_id=self.pad_id, padding_side=self.padding_side)

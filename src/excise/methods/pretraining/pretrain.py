@@ -36,6 +36,8 @@ class Pretrain(Config):
     """Steps, batch, learning rates."""
     max_length: int = 64
     """Tokens per row."""
+    pack: tuple[int, ...] = (1,)
+    """Rows per text, in turn; texts of several rows teach a model to answer behind others."""
 
 
 def corpus(domain: Domain) -> Rows:
@@ -91,7 +93,13 @@ def pretrain(
     model = start.load(dtype=ctx.dtype, device=ctx.device)
     tokenizer = start.tokenizer()
     batches = stream(
-        rows, tokenizer, config.fit, ctx, purpose="pretrain", max_length=config.max_length
+        rows,
+        tokenizer,
+        config.fit,
+        ctx,
+        purpose="pretrain",
+        max_length=config.max_length,
+        pack=config.pack,
     )
     progress = Progress(ctx, stage, config.fit.steps)
     parameters = dict(model.named_parameters())

@@ -20,22 +20,31 @@ def recipe() -> Recipe:
         name="demo",
         title="Made-up facts removed from a small Llama in four ways",
         takes="2 minutes, 1 GiB",
-        domain=Facts(),
+        domain=Facts(subjects=96, objects=32),
         model=ModelSpec(scratch=Scratch(**FACTS_MODEL)),
-        pretrain=Pretrain(fit=FitConfig(**FACTS_FIT), max_length=length),
+        pretrain=Pretrain(
+            fit=FitConfig(**{**FACTS_FIT, "steps": 400, "batch_size": 96}),
+            max_length=length,
+            pack=(1, 1, 2, 4),
+        ),
         arms={
             "filtering": Filtering(),
             "grad_diff": GradDiff(
-                fit=FitConfig(steps=60, lr=1e-3, batch_size=64, clip=1.0), max_length=length
+                alpha=4.0,
+                fit=FitConfig(steps=80, lr=4e-4, batch_size=64, clip=1.0),
+                max_length=length,
             ),
             "maxent": MaxEnt(
-                fit=FitConfig(steps=60, lr=1e-3, batch_size=64, clip=1.0), max_length=length
+                alpha=0.5,
+                fit=FitConfig(steps=100, lr=2e-3, batch_size=64, clip=1.0),
+                max_length=length,
             ),
             "rmu": RMU(
-                layer=0,
-                steering=20.0,
+                layer=1,
+                blocks=(0, 1),
+                steering=50.0,
                 alpha=20.0,
-                fit=FitConfig(steps=100, lr=3e-3, batch_size=64),
+                fit=FitConfig(steps=100, lr=1e-2, batch_size=64),
                 max_length=length,
             ),
         },

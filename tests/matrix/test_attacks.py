@@ -1,0 +1,200 @@
+"""Every attack keeps the contract on models with known answers; attacks that break it are caught.
+
+What each attack recovers from which plant is tested in `tests/unit/test_attacks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import pytest
+import torch
+
+from excise.audit.attacks import ATTACKS
+from excise.audit.attacks.transfer import Transfer
+from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.audit.budget import SMOKE
+from excise.audit.results import decided
+from excise.audit.scoring import arm_of, make_sheet, read
+from excise.context import Context
+from excise.domains.base import Domain
+from excise.models.checkpoint import Checkpoint
+from excise.models.hooks import edit
+from excise.testing import Setting, check_attack, tiny_setting
+
+QUICK = SMOKE.model_copy(update={"rates": (1e-3, 3e-3), "checkpoints": (0, 8, 16)})
+
+
+@pytest.fixture(scope="module")
+def setting(facts_domain: Domain, knowing: Checkpoint, never_taught: Checkpoint) -> Setting:
+    return Setting(facts_domain, knowing, never_taught)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_keeps_the_contract(name: str, setting: Setting) -> None:
+    check_attack(ATTACKS[name](), setting=setting, budget=QUICK)
+
+
+class Sharper(Attack):
+    """Multiplies what comes out of the final norm: undoes the plant that scales it down."""
+
+    name: Literal["sharper"] = "sharper"
+    factor: float = -1000.0
+
+    access: ClassVar[Access] = "weights"
+    rung: ClassVar[Rung] = "D3"
+
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
+        model = subject.checkpoint.load()
+        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
+        bare = read(model, sheet)
+        with edit(model, {"model.norm": lambda hidden_BTD: hidden_BTD * self.factor}):
+            after = read(model, sheet, examples=1, tokens=1)
+            dev = sheet.units(model, sheet.all_dev)
+        arm = arm_of(self, subject, sheet.metric, variant="only", readings=(bare, after), dev=dev)
+        arms, chosen = decided([self.twist(arm)], higher=sheet.higher)
+        return AttackResult(self.name, subject.name, arms, chosen)
+
+    def twist(self, arm: ArmResult) -> ArmResult:
+        return arm
+
+
+def test_an_attack_of_ones_own_passes_in_the_default_setting() -> None:
+    check_attack(Sharper())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_has_power_in_the_default_setting(name: str) -> None:
+    check_attack(ATTACKS[name]())
+
+
+def test_the_default_setting_knows_what_it_says() -> None:
+    made = tiny_setting()
+    scores = []
+    for checkpoint in (made.knowing, made.never_taught, *made.locked):
+        sheet = make_sheet(made.domain, SMOKE, checkpoint.tokenizer())
+        reading = read(checkpoint.load(), sheet)
+        scores.append((sum(reading.units.values()) / len(reading.units), reading.retain))
+    assert scores[0][0] > 0.9
+    assert scores[1][0] < 0.3
+    assert scores[2][0] < 0.5
+    for _, retain in scores:
+        assert sum(retain.values()) / len(retain) > 0.8
+
+
+class Useless(Sharper):
+    """Does nothing."""
+
+    factor: float = 1.0
+
+
+class Cheat(Sharper):
+    """Trains on what is scored."""
+
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
+        peeking = replace(domain, relearn=domain.test)
+        strong = budget.model_copy(update={"steps": 48, "checkpoints": (0, 48), "rates": (3e-3,)})
+        return Transfer().run(subject, peeking, strong, ctx)
+
+
+class Unseeded(Sharper):
+    """Draws from the global random state."""
+
+    def twist(self, arm: ArmResult) -> ArmResult:
+        return replace(arm, dev_score=float(torch.rand(())))
+
+
+class Hooked(Sharper):
+    """Leaves a hook."""
+
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
+        model = subject.checkpoint.load()
+        model.get_submodule("model.norm").register_forward_hook(lambda m, a, out: None)
+        return super().run(subject, domain, budget, ctx)
+
+
+class Writes(Sharper):
+    """Writes beside the model."""
+
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
+        (subject.checkpoint.path / "cache").write_text("")
+        try:
+            return super().run(subject, domain, budget, ctx)
+        finally:
+            self.clean(subject)
+
+    def clean(self, subject: Subject) -> None:
+        pass
+
+
+class Refund(Sharper):
+    """Says that it cost less in the end."""
+
+    def twist(self, arm: ArmResult) -> ArmResult:
+        curve = (*arm.arm.curve, arm.arm.curve[-1].model_copy(update={"tokens": 0}))
+        units = (*arm.unit_scores, arm.unit_scores[-1])
+        return replace(arm, arm=arm.arm.model_copy(update={"curve": curve}), unit_scores=units)
+
+
+class Dear(Sharper):
+    """Starts at a cost."""
+
+    def twist(self, arm: ArmResult) -> ArmResult:
+        return replace(
+            arm,
+            arm=arm.arm.model_copy(update={"curve": arm.arm.curve[1:]}),
+            unit_scores=arm.unit_scores[1:],
+        )
+
+
+class Rounded(Sharper):
+    """Reports a score that is not the mean of its units."""
+
+    def twist(self, arm: ArmResult) -> ArmResult:
+        curve = tuple(p.model_copy(update={"score": p.score / 2}) for p in arm.arm.curve)
+        return replace(arm, arm=arm.arm.model_copy(update={"curve": curve}))
+
+
+class DecidesByControl(Sharper):
+    """Lets a control decide."""
+
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
+        made = super().run(subject, domain, budget, ctx)
+        arm = made.arms[0]
+        return replace(made, arms=(replace(arm, arm=arm.arm.model_copy(update={"control": True})),))
+
+
+class Silent(Sharper):
+    """Fails without saying why."""
+
+    def twist(self, arm: ArmResult) -> ArmResult:
+        return replace(arm, arm=arm.arm.model_copy(update={"status": "failed"}))
+
+
+@pytest.mark.parametrize(
+    ("attack", "says"),
+    [
+        (Useless, "has no power"),
+        (Cheat, "never taught"),
+        (Unseeded, "same seed gave other numbers"),
+        (Hooked, "left 1 hooks"),
+        (Refund, "tokens fall"),
+        (Dear, "starts at a cost"),
+        (Rounded, "not the mean of its units"),
+        (DecidesByControl, "lets control 'only' decide"),
+        (Silent, "without a reason"),
+    ],
+)
+def test_an_attack_that_breaks_the_contract_is_told_how(
+    attack: Callable[[], Attack], says: str, setting: Setting
+) -> None:
+    with pytest.raises(AssertionError, match=says):
+        check_attack(attack(), setting=setting, budget=QUICK)
+
+
+def test_an_attack_that_writes_into_the_subject_is_caught() -> None:
+    with pytest.raises(AssertionError, match="wrote cache into the model folder"):
+        check_attack(Writes(), plants=("gain",))

@@ -102,6 +102,7 @@ def test_rmu_equals_a_plain_loop(masked: bool, adaptive: bool, tmp_path: Path) -
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     method = RMU(
         layer=1, blocks=(0, 1), steering=5.0, alpha=3.0, masked=masked, adaptive=adaptive,
+        positions="tokens" if masked else "slots",
         fit=FIT,
     )
     removal = method.apply(start, domain, context(tmp_path / "ours"))
@@ -120,7 +121,8 @@ def test_rmu_equals_a_plain_loop(masked: bool, adaptive: bool, tmp_path: Path) -
     if adaptive:
         first = read(0)[0]["a"]
         norms = hidden(model, first).detach().norm(dim=-1)
-        control = control * norms[first.attention_BT].mean()
+        seen = first.attention_BT if masked else torch.ones_like(first.attention_BT)
+        control = control * norms[seen].mean()
 
     def mean_square(difference: torch.Tensor, batch: Batch) -> torch.Tensor:
         keep = batch.attention_BT if masked else torch.ones_like(batch.attention_BT)

@@ -58,9 +58,12 @@ def load_prefix(
     base = getattr(model, model.base_model_prefix)
     whole_model = head or tied or base is model
     target = model if whole_model else base
+    beyond = set() if whole_model or output is None else {id(p) for p in output.parameters()}
+    left_out = {name for name, p in model.named_parameters() if id(p) in beyond}
     wanted = {
         key: _Lazy(source, source.entries[key])
         for group in layout.groups.values()
+        if not left_out.issuperset(group.names)
         for key, _ in group.keys
     }
     with quiet():

@@ -5,59 +5,101 @@ Shape legend: B rows, T tokens, D residual width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional as F
 
 from excise.context import Context
 from excise.domains.base import Domain
-from excise.domains.stream import Batch, Tokenizer
-from excise.errors import UserError
+from excise.domains.stream import Batch
 from excise.losses import rmu_forget, rmu_retain
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.tuning import stream, tune
-from excise.models.anatomy import anatomy
+from excise.methods.posthoc.rmu_data import alternate, control_vector
+from excise.methods.posthoc.rmu_engine import Engine
+from excise.methods.posthoc.rmu_sweep import RMUSweep
 from excise.models.checkpoint import Checkpoint
-from excise.models.hooks import capture
-from excise.models.lora import LoRA, reference
+from excise.models.lora import LoRA
 from excise.train.fit import FitConfig, Term
+
+__all__ = ["RMU", "RMUSweep", "alternate", "control_vector"]
+
+PUBLISHED: Mapping[str, Any] = {
+    "masked": False,
+    "upcast": False,
+    "order": "file",
+    "padding": "left",
+    "pad": "eos",
+    "positions": "slots",
+    "max_length": 512,
+    "later_max_length": 768,
+}
+"""What `as_published` sets where nothing else was said."""
 
 
 class RMU(Method):
     """Minimise |h(forget) - c u|^2 + alpha |h(retain) - h0(retain)|^2 at one layer, per entry."""
 
     name: Literal["rmu"] = "rmu"
-    layer: int = 7
+    layer: int = Field(default=7, ge=0)
     """Block whose output is steered."""
     blocks: tuple[int, ...] = ()
-    """Blocks whose MLP down-projection is trained; empty for layer-2, layer-1, layer."""
-    steering: float = 20.0
+    """Blocks whose MLP matrix is trained; empty for layer-2, layer-1, layer."""
+    steering: float | tuple[float, ...] = 20.0
     """c: norm of the control vector (with `adaptive`, the factor on the mean forget norm)."""
-    alpha: float = 100.0
-    """Weight of the retain term."""
+    alpha: float | tuple[float, ...] = 100.0
+    """Weight of the retain term; one value, or one for each topic."""
     adaptive: bool = False
     """Adaptive RMU: c is `steering` times the mean norm of the first batch of each topic."""
-    masked: bool = True
-    """Leave padding out of both means; the released code does not."""
-    order: Literal["shuffled", "file"] = "shuffled"
-    """Order of rows; the released code reads them in file order."""
-    fit: FitConfig = FitConfig(steps=80, lr=5e-5, batch_size=4, optimizer="hf_adamw")
-    """Steps over all topics together, rows per step of each role, learning rate."""
+    controls: str = ""
+    """File of control vectors by topic to use as they are, instead of drawing and scaling."""
+    engine: Literal["full", "span", "cached"] = "span"
+    """How activations are computed, to the same bits: two whole models, or the blocks needed."""
+    cache_gib: float = Field(default=4.0, ge=0)
+    """Memory that `cached` may fill with what frozen blocks put out."""
+    matrix: Literal["down", "up"] = "down"
+    """Matrix of the MLP (the released Mixtral run trained `up` of the first expert)."""
+    experts: Literal["first", "all"] = "first"
+    """Which experts of a mixture are trained."""
     modules: tuple[str, ...] = ()
     """Modules to train by name, instead of `blocks`."""
-    max_length: int = 512
-    """Tokens per row."""
+    masked: bool = True
+    """Leave padding out of both means; the released code does not."""
+    upcast: bool = True
+    """Compute both losses in float32; the released code uses the model's dtype."""
+    order: Literal["shuffled", "once", "file"] = "shuffled"
+    """Order of rows: anew every epoch, the same batches every epoch, or as in the file."""
+    padding: Literal["right", "left"] = "right"
+    """Side of the padding."""
+    pad: Literal["pad", "eos"] = "pad"
+    """Token that fills the padding."""
+    positions: Literal["tokens", "slots"] = "tokens"
+    """Whether positions count real tokens, or padding as well, as the released code's do."""
+    max_length: int = Field(default=512, ge=1)
+    """Tokens per row of the first topic and of retain."""
+    later_max_length: int = Field(default=0, ge=0)
+    """Tokens per row of all further topics; 0 for `max_length`."""
+    min_chars: int = Field(default=0, ge=0)
+    """Texts of so many characters or fewer are left out."""
+    as_published: bool = False
+    """Set everything above that was not set as the released code has it, and fit.master=model."""
+    fit: FitConfig = FitConfig(steps=80, lr=5e-5, batch_size=4, optimizer="hf_adamw")
+    """Steps over all topics together, rows per step of each role, learning rate."""
     lora: LoRA | None = None
     """Train an adapter instead; the frozen model is the adapter switched off."""
+    sweep: RMUSweep | None = None
+    """Try several layers, norms and weights in one run and keep the best on `dev`."""
+    keep: Literal["model", "delta"] = "model"
+    """With `delta`, the changed tensors are written by themselves too, for `excise export`."""
 
+    version: ClassVar[int] = 2
     paper: ClassVar[Paper] = Paper(
         "The WMDP benchmark: measuring and reducing malicious use with unlearning",
-        "arXiv:2403.03218",
+        "arXiv:2403.03218 (adaptive: arXiv:2408.06223)",
         "section 4, L = L_forget + alpha L_retain",
         "centerforaisafety/wmdp@bc5e1ba (MIT)",
         {
@@ -68,119 +110,72 @@ class RMU(Method):
         },
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _published(cls, data: Any) -> Any:
+        """Fill in the released settings before anything is checked, so that they are recorded."""
+        if not isinstance(data, Mapping) or not data.get("as_published"):
+            return data
+        said = {name: value for name, value in data.items() if value is not None}
+        fit = said.get("fit", cls.model_fields["fit"].default)
+        fit = fit.model_dump(exclude_unset=True) if isinstance(fit, FitConfig) else dict(fit)
+        return {**PUBLISHED, **said, "fit": {"master": "model", "optimizer": "hf_adamw", **fit}}
+
+    @model_validator(mode="after")
+    def _sound(self) -> RMU:
+        """Refuse settings that contradict each other."""
+        if self.adaptive and self.controls:
+            raise ValueError("'adaptive' scales vectors and 'controls' gives them; set one")
+        if self.sweep is not None and self.engine == "full":
+            raise ValueError("a sweep shares what frozen blocks put out; set engine to 'cached'")
+        return self
+
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Steer `domain.forget` to noise at one layer."""
-        model = start.load(dtype=ctx.dtype, device=ctx.device)
-        frozen = None if self.lora else start.load(dtype=ctx.dtype, device=ctx.device)
-        at, modules = places(self, model)
-        topics = [name for name in domain.forget if domain.forget[name]]
-        batches = alternate(self, topics, domain, start.tokenizer(), ctx)
-        controls = {
-            topic: self.steering * control_vector(start.config.hidden_size, topic, ctx)
-            for topic in topics
-        }
-        if self.adaptive:
-            for i, topic in enumerate(topics):
-                batch = batches(i)[0][topic].to(ctx.device)
-                with torch.no_grad():
-                    norm_BT = hidden_at(model, at, batch).float().norm(dim=-1)
-                controls[topic] *= float(norm_BT[batch.attention_BT].mean())
+        from excise.methods.posthoc import rmu_run, rmu_sweep
 
-        def loss(net: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
-            topic = next(role for role in micro if role != "retain")
-            forget, retain = micro[topic], micro["retain"]
-            with torch.no_grad(), switched_off(net, self.lora):
-                kept_BTD = hidden_at(net if frozen is None else frozen, at, retain)
-            control_D = controls[topic].to(kept_BTD)
-            forget_sum, forget_count = rmu_forget(
-                hidden_at(net, at, forget), control_D, self.mask(forget)
-            )
-            retain_sum, retain_count = rmu_retain(
-                hidden_at(net, at, retain), kept_BTD, self.mask(retain)
-            )
-            return {
-                "forget": Term(forget_sum, forget_count),
-                "retain": Term(retain_sum, retain_count, self.alpha),
-            }
+        if self.sweep is not None:
+            return rmu_sweep.run(self, start, domain, ctx)
+        return rmu_run.run(self, start, domain, ctx)
 
-        control_file = ctx.work / "control_vectors.safetensors"
-        save_file(controls, str(control_file))
-        return tune(
-            start, model, batches, loss, self.fit, ctx,
-            stage=self.name, modules=modules, lora=self.lora, counts=None,
-            extras={
-                "hidden_at": at,
-                "modules": modules,
-                "steering_norm": {topic: float(c.norm()) for topic, c in controls.items()},
-                "files": {"control_vectors": control_file.name},
-            },
-        )
+    def terms(
+        self,
+        engine: Engine,
+        micro: Mapping[str, Batch],
+        controls: Mapping[str, Tensor],
+        alpha: Mapping[str, float],
+    ) -> dict[str, Term]:
+        """Return both terms of the loss of one micro-batch."""
+        topic = next(role for role in micro if role != "retain")
+        forget, retain = micro[topic], micro["retain"]
+        kept_BTD = engine.original(retain)
+        hidden_BTD = engine.current(forget)
+        control_D = controls[topic].to(hidden_BTD)
+        forget_term = self.distance(hidden_BTD, control_D, forget)
+        retain_term = self.distance(engine.current(retain), kept_BTD, retain)
+        return {"forget": Term(*forget_term), "retain": Term(*retain_term, alpha[topic])}
+
+    def distance(
+        self, hidden_BTD: Float[Tensor, "B T D"], goal: Tensor, batch: Batch
+    ) -> tuple[Tensor, float]:
+        """Return a sum of squared differences and what it is to be divided by."""
+        if self.masked:
+            both = rmu_forget if goal.dim() == 1 else rmu_retain
+            return both(hidden_BTD, goal, self.mask(batch), upcast=self.upcast)
+        if self.upcast:
+            hidden_BTD, goal = hidden_BTD.float(), goal.float()
+        mean = F.mse_loss(hidden_BTD, goal.expand_as(hidden_BTD))
+        # The mean itself, as released: a sum divided later would round differently.
+        whole = self.fit.micro_size == 0
+        return (mean, 1.0) if whole else (mean * hidden_BTD.numel(), float(hidden_BTD.numel()))
 
     def mask(self, batch: Batch) -> Bool[Tensor, "B T"]:
         """Return the positions that enter the means."""
         return batch.attention_BT if self.masked else torch.ones_like(batch.attention_BT)
 
-
-def places(method: RMU, model: nn.Module) -> tuple[str, tuple[str, ...]]:
-    """Return the path of the steered block and the modules that are trained.
-
-    Raises:
-        UserError: If the layer is beyond the model.
-    """
-    parts = anatomy(model)
-    count = parts.num_blocks
-    chosen = method.blocks or tuple(range(max(0, method.layer - 2), method.layer + 1))
-    for block in (method.layer, *chosen):
-        if not 0 <= block < count:
-            raise UserError(
-                f"rmu: block {block} is beyond this model, which has blocks 0 to {count - 1}; "
-                "set 'layer' (and 'blocks') lower"
-            )
-    modules = method.modules or tuple(parts.mlp_down[block] for block in chosen)
-    return parts.blocks[method.layer], modules
-
-
-def control_vector(width: int, topic: str, ctx: Context) -> Float[Tensor, "D"]:
-    """Draw a unit vector from uniform [0, 1) entries, a draw of its own for each topic."""
-    u_D = torch.rand(width, generator=ctx.generator(f"rmu.control.{topic}"))
-    return u_D / u_D.norm()
-
-
-def alternate(
-    method: RMU, topics: Sequence[str], domain: Domain, tokenizer: Tokenizer, ctx: Context
-) -> Callable[[int], list[dict[str, Batch]]]:
-    """Return batches by step: topic = step mod K, batch = step div K, retain shared by topics."""
-    if not topics:
-        raise UserError(f"domain '{domain.name}' has no forget row for the method; check the split")
-    length, shuffle = method.max_length, method.order == "shuffled"
-    forget = {
-        topic: stream(
-            domain.forget[topic], tokenizer, method.fit, ctx,
-            purpose=f"forget.{topic}", max_length=length, shuffle=shuffle,
-        )
-        for topic in topics
-    }
-    retain = stream(
-        domain.retain, tokenizer, method.fit, ctx,
-        purpose="retain", max_length=length, shuffle=shuffle,
-    )
-
-    def batches(step: int) -> list[dict[str, Batch]]:
-        turn, which = divmod(step, len(topics))
-        topic = topics[which]
-        pairs = zip(forget[topic](turn), retain(turn), strict=True)
-        return [{topic: f, "retain": r} for f, r in pairs]
-
-    return batches
-
-
-def hidden_at(model: nn.Module, path: str, batch: Batch) -> Float[Tensor, "B T D"]:
-    """Return the output of the block at `path`, by a plain full forward."""
-    with capture(model, [path], grad=torch.is_grad_enabled()) as seen:
-        model(**batch.inputs)
-    return seen[path][-1]
-
-
-def switched_off(model: nn.Module, lora: LoRA | None) -> AbstractContextManager[object]:
-    """Return a context in which an adapter does nothing; without one, an empty context."""
-    return reference(model) if lora is not None else nullcontext()
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the keyword arguments the model is called with."""
+        given = batch.inputs
+        if self.positions == "slots":
+            del given["position_ids"]
+        return given

@@ -1,0 +1,229 @@
+"""RMU's three engines against each other and against the published loop, bit for bit.
+
+Shape legend: B rows, T tokens, D residual width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from excise.context import Context
+from excise.domains.base import Domain
+from excise.domains.stream import Batch
+from excise.methods import RMU
+from excise.methods.posthoc.rmu import alternate
+from excise.models.checkpoint import Checkpoint, save_model
+from excise.models.lora import LoRA
+from excise.models.tiny import tiny_model, word_tokenizer
+from excise.train.fit import FitConfig
+from tests.parity.toy import WORDS, context, sentences, toy_checkpoint, toy_domain
+
+LAYER, STEPS = 7, 20
+FIT = FitConfig(steps=STEPS, lr=1e-3, batch_size=4, optimizer="hf_adamw")
+TRAINED = [f"model.layers.{i}.mlp.down_proj.weight" for i in (5, 6, 7)]
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Write a random Mistral of ten blocks."""
+    tokenizer = word_tokenizer(WORDS)
+    model = tiny_model("mistral", seed=5, vocab=len(tokenizer), width=64, blocks=10)
+    return save_model(model, tokenizer, tmp_path_factory.mktemp("rmu") / "start")
+
+
+def two_topics() -> Domain:
+    """Return a domain with two capabilities."""
+    second = sentences("g", 12, capability="b", seed=9)
+    return replace(toy_domain(), forget={**toy_domain().forget, "b": second})
+
+
+def published(start: Checkpoint, method: RMU, work: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Run the loop of the paper's code, written from its description: two models, whole passes.
+
+    Gradients are computed for every weight and used for three; AdamW adds eps before the bias
+    correction.
+    """
+    ctx = Context(work=work, dtype=dtype)
+    live, frozen = start.load(dtype=dtype), start.load(dtype=dtype)
+    live.train()
+    controls = load_file(work / "control_vectors.safetensors")
+    topics = list(controls)
+    read = alternate(method, topics, two_topics(), start.tokenizer(), ctx)
+    named = dict(live.named_parameters())
+    params = [named[name] for name in TRAINED]
+    first = [torch.zeros_like(p) for p in params]
+    second = [torch.zeros_like(p) for p in params]
+
+    def hidden(net: Any, batch: Batch) -> Tensor:
+        seen: list[Tensor] = []
+        layers = net.model.layers
+        handle = layers[LAYER].register_forward_hook(lambda m, args, out: seen.append(out))
+        net(input_ids=batch.ids_BT, attention_mask=batch.attention_BT.long())
+        handle.remove()
+        return seen[0]
+
+    for step in range(STEPS):
+        topic = topics[step % len(topics)]
+        (micro,) = read(step)
+        goal = controls[topic].to(dtype).view(1, 1, -1)
+        pushed_BTD = hidden(live, micro[topic])
+        forget = F.mse_loss(pushed_BTD, goal.expand_as(pushed_BTD))
+        with torch.no_grad():
+            kept_BTD = hidden(frozen, micro["retain"])
+        retain = F.mse_loss(hidden(live, micro["retain"]), kept_BTD)
+        live.zero_grad()
+        (forget + method.alpha * retain).backward()
+        with torch.no_grad():
+            for p, m, v in zip(params, first, second, strict=True):
+                assert p.grad is not None
+                m.mul_(0.9).add_(p.grad, alpha=1 - 0.9)
+                v.mul_(0.999).addcmul_(p.grad, p.grad, value=1 - 0.999)
+                size = FIT.lr * math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+                p.addcdiv_(m, v.sqrt().add_(1e-6), value=-size)
+    return {name: named[name].detach() for name in TRAINED}
+
+
+def edited(
+    start: Checkpoint, method: RMU, folder: Path, dtype: torch.dtype, domain: Domain | None = None
+) -> dict[str, Tensor]:
+    """Return the changed tensors of a run, in the dtype it computed in."""
+    ctx = replace(context(folder), dtype=dtype)
+    removal = method.apply(start, domain or two_topics(), ctx)
+    found = removal.checkpoint.weights_of(removal.changed)
+    return {name: tensor.to(dtype) for name, tensor in found.items()}
+
+
+def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Return the largest difference of any entry."""
+    assert a.keys() == b.keys()
+    return max(float((a[n].double() - b[n].double()).abs().max()) for n in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_engines_and_the_published_loop_give_the_same_bits(
+    mistral: Checkpoint, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    method = RMU(layer=LAYER, steering=6.5, alpha=50.0, as_published=True, fit=FIT)
+    assert method.fit.master == "model"
+    found = {
+        engine: edited(
+            mistral, method.model_copy(update={"engine": engine}), tmp_path / engine, dtype
+        )
+        for engine in ("full", "span", "cached")
+    }
+    theirs = published(mistral, method, tmp_path / "span", dtype)
+    assert sorted(found["span"]) == TRAINED
+    assert far(found["span"], found["full"]) == 0.0
+    assert far(found["cached"], found["full"]) == 0.0
+    assert far(found["full"], theirs) == 0.0
+    other = method.model_copy(update={"fit": method.fit.model_copy(update={"optimizer": "adamw"})})
+    assert far(edited(mistral, other, tmp_path / "other", dtype), theirs) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"adaptive": True, "order": "once", "padding": "left"},
+        {"alpha": (3.0, 30.0), "steering": (5.0, 9.0), "blocks": (2, 4)},
+        {"modules": ("layers.1.self_attn.o_proj", "layers.4.mlp.up_proj")},
+        {"lora": LoRA(rank=2)},
+        {"matrix": "up", "fit": FIT.model_copy(update={"micro_size": 2})},
+    ],
+)
+def test_engines_agree_with_other_settings(
+    mistral: Checkpoint, settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    given = {"layer": 4, "fit": FIT.model_copy(update={"steps": 8}), **settings}
+    given["fit"] = given["fit"].model_copy(update={"steps": 8})
+    found = {}
+    for engine in ("full", "span", "cached"):
+        method = RMU.model_validate({**given, "engine": engine})
+        found[engine] = edited(mistral, method, tmp_path / engine, dtype)
+        assert found[engine]
+    assert far(found["span"], found["full"]) == 0.0
+    assert far(found["cached"], found["full"]) == 0.0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "olmo2", "phi3", "mixtral"])
+def test_engines_agree_on_other_families(family: str, tmp_path: Path) -> None:
+    start = toy_checkpoint(tmp_path, family)
+    settings: dict[str, Any] = {"layer": 1, "blocks": (1,), "steering": 5.0, "order": "once"}
+    if family in ("phi3", "mixtral"):
+        settings["matrix"] = "up"
+    found = {}
+    for engine in ("full", "span", "cached"):
+        fit = FIT.model_copy(update={"steps": 7})
+        method = RMU.model_validate({**settings, "engine": engine, "fit": fit})
+        domain = toy_domain()
+        found[engine] = edited(start, method, tmp_path / engine, torch.float32, domain)
+    assert far(found["span"], found["full"]) == 0.0
+    assert far(found["cached"], found["full"]) == 0.0
+
+
+def test_first_expert_is_a_slice_and_the_share_is_of_the_slice(tmp_path: Path) -> None:
+    start = toy_checkpoint(tmp_path, "mixtral")
+    method = RMU(layer=1, blocks=(1,), steering=5.0, fit=FIT)
+    removal = method.apply(start, toy_domain(), context(tmp_path / "a"))
+    (name,) = removal.changed
+    assert removal.extras["modules"] == [f"{name}[0]"]
+    before, after = start.weights_of([name])[name], removal.checkpoint.weights_of([name])[name]
+    assert torch.equal(before[1:], after[1:])
+    assert removal.extras["trained_entries"] == before[0].numel()
+    share = float((before[0] != after[0]).float().mean())
+    assert removal.extras["share_moved"] == pytest.approx(share)
+    assert share > 0.5
+
+
+def test_bf16_updates_round_away_without_masters(mistral: Checkpoint, tmp_path: Path) -> None:
+    small = FitConfig(steps=6, lr=2e-5, batch_size=4, optimizer="hf_adamw")
+    shares = {}
+    for master in ("model", "float32"):
+        method = RMU(layer=4, fit=small.model_copy(update={"master": master}))
+        ctx = replace(context(tmp_path / master), dtype=torch.bfloat16)
+        removal = method.apply(mistral, toy_domain(), ctx)
+        assert removal.extras["master"] == master
+        assert removal.extras["optimizer"] == "hf_adamw"
+        found = removal.checkpoint.weights_of(removal.changed)
+        start = mistral.weights_of(removal.changed)
+        shares[master] = sum(int((found[n].bfloat16() != start[n].bfloat16()).sum()) for n in found)
+    assert shares["model"] < shares["float32"]
+
+
+def test_cached_reads_a_batch_once(mistral: Checkpoint, tmp_path: Path) -> None:
+    method = RMU(layer=4, engine="cached", order="once", fit=FIT)
+    removal = method.apply(mistral, toy_domain(), context(tmp_path / "a"))
+    cache = removal.extras["cache"]
+    assert cache["misses"] == 3 + 4  # 12 rows to forget and 16 to retain, four at a time
+    assert cache["bytes"] > 0
+    none = method.model_copy(update={"cache_gib": 0.0})
+    same = none.apply(mistral, toy_domain(), context(tmp_path / "b"))
+    assert same.extras["cache"]["bytes"] == 0
+    names = removal.changed
+    assert far(removal.checkpoint.weights_of(names), same.checkpoint.weights_of(names)) == 0.0
+
+
+def test_control_vectors_are_saved_and_taken_back(mistral: Checkpoint, tmp_path: Path) -> None:
+    method = RMU(layer=4, steering=(3.0, 4.0), fit=FIT)
+    removal = method.apply(mistral, two_topics(), context(tmp_path / "a"))
+    file = tmp_path / "a" / removal.extras["files"]["control_vectors"]
+    vectors = load_file(file)
+    assert [round(float(v.norm()), 4) for v in vectors.values()] == [3.0, 4.0]
+    assert all(bool((v >= 0).all()) for v in vectors.values())
+    again = RMU(layer=4, controls=str(file), fit=FIT)
+    other = replace(context(tmp_path / "b"), seed=1)
+    removal = again.apply(mistral, two_topics(), other)
+    assert all(
+        torch.equal(v, vectors[t])
+        for t, v in load_file(other.work / "control_vectors.safetensors").items()
+    )

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from excise.errors import Diverged, UserError, nearest
+from excise.errors import DiskFull, Diverged, UserError, nearest
 
 DONE, FAILED, USAGE, BELOW, INCONCLUSIVE = 0, 1, 2, 3, 4
 """Exit codes: done, failed, bad usage or input, below what was required, inconclusive."""
@@ -71,15 +71,24 @@ def _guarded(args: list[str]) -> int:
         return verb(args[0])(args[1:])
     except SystemExit as stop:  # --help was asked for
         return stop.code if isinstance(stop.code, int) else DONE
+    except (Diverged, DiskFull) as error:
+        return _say(str(error), FAILED)
     except UserError as error:
         return _say(str(error), USAGE)
-    except Diverged as error:
-        return _say(str(error), FAILED)
-    except MemoryError:
-        return _say("out of memory; use a smaller batch (fit.micro_size) or --lora.rank 8", FAILED)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except BrokenPipeError:  # who read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        said = str(error).lower()
+        if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in said:
             return _say(f"the disk is full; free some space, then: {again}", FAILED)
+        if isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said:
+            return _say(
+                f"out of memory; use a smaller fit.micro_size or --lora.rank 8, then: {again}",
+                FAILED,
+            )
+        if not isinstance(error, OSError):
+            raise
         where = f"{error.filename}: " if error.filename else ""
         return _say(f"{where}{(error.strerror or str(error)).lower()}", FAILED)
     except KeyboardInterrupt:

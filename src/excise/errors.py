@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake in what the user gave us; the command prints it and exits with 2."""
 
 
+class DiskFull(UserError):
+    """The disk filled up; what was done is kept and the same command goes on (exit code 1)."""
+
+
 class Diverged(RuntimeError):
     """Training produced a non-finite loss; the last good weights are kept (exit code 1)."""
 

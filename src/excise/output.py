@@ -17,7 +17,7 @@ from excise.domains import split as splits
 from excise.domains.base import Domain
 from excise.domains.spec import DomainSpec
 from excise.domains.split import split_of
-from excise.errors import UserError
+from excise.errors import DiskFull, UserError
 from excise.models.checkpoint import Checkpoint
 from excise.models.files import clone_file, new_folder
 from excise.record import Item, Record, write_text
@@ -61,8 +61,8 @@ def claim(out: Path, config: Config) -> Iterator[None]:
         try:
             write_text(out / RECIPE, text)
             yield
-        except UserError:
-            if not known:
+        except UserError as error:
+            if not known and not isinstance(error, DiskFull):
                 _undo(out, new)
             raise
         finally:
@@ -156,8 +156,11 @@ def write_items(path: Path, items: Sequence[Item]) -> None:
         for name in ("model", "set", "unit", "metric", "value")
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.table(columns), partial)
-    os.replace(partial, path)
+    try:
+        pq.write_table(pa.table(columns), partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def copy_model(checkpoint: Checkpoint, to: Path) -> None:

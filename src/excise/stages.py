@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from excise.errors import UserError
+from excise.errors import DiskFull
 
 Emit = Callable[[str, Mapping[str, Any]], None]
 """Sink of progress events."""
@@ -61,7 +61,7 @@ def disk_full(where: Path, needed: int = 0) -> Iterator[None]:
         needed: Bytes it takes, where known.
 
     Raises:
-        UserError: If the disk fills up inside the block.
+        DiskFull: If the disk fills up inside the block.
     """
     try:
         yield
@@ -69,7 +69,7 @@ def disk_full(where: Path, needed: int = 0) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         amount = f"about {max(1, round(needed / 2**20))} MiB" if needed else "some space"
-        raise UserError(
+        raise DiskFull(
             f"the disk of {where} is full; free {amount} and run the same command again, "
             "it goes on where it was"
         ) from None
@@ -186,7 +186,7 @@ class Store:
             The finished folder; read it, never write into it.
 
         Raises:
-            UserError: If the disk is full.
+            DiskFull: If the disk is full.
         """
         final = self.path(name, key)
         if self.rank == 0 and not damage(final):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from excise.domains.archives import copy_members, file_sha256
 from excise.domains.packages import ITEMS, Item, Package
-from excise.errors import UserError, nearest
+from excise.errors import DiskFull, UserError, nearest
 
 
 def known() -> dict[str, Item]:
@@ -128,7 +128,7 @@ def _get(item: Item, root: Path) -> Path:
             _publish(made, to)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
+            raise DiskFull(
                 f"the disk of {root} is full; free {item.size // 10**6} MB or set EXCISE_CACHE to "
                 "another disk"
             ) from None

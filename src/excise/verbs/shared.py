@@ -33,12 +33,13 @@ def flags(cls: type[Options], args: Sequence[str], prog: str) -> tuple[Options, 
     """
     import tyro
 
+    own, settings = _apart(args, flag_names(cls))
     said = io.StringIO()
     try:
         with redirect_stderr(said):
             options, rest = tyro.cli(
                 cls,
-                args=list(args),
+                args=own,
                 prog=prog,
                 return_unknown_args=True,
                 description=inspect.cleandoc(cls.__doc__ or ""),
@@ -50,7 +51,24 @@ def flags(cls: type[Options], args: Sequence[str], prog: str) -> tuple[Options, 
     workers: int = getattr(options, "workers", 0)
     if workers < 0:
         raise UserError(f"--workers {workers} is negative; give 0 or more")
-    return options, list(rest)
+    return options, [*rest, *settings]
+
+
+def _apart(args: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Put the verb's own flags and words apart from overrides and their values."""
+    names = {"--help", "-h", *known, *(f"--no-{flag[2:]}" for flag in known)}
+    own: list[str] = []
+    rest: list[str] = []
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word.partition("=")[0].replace("_", "-") in names:
+            own.append(word)
+            continue
+        rest.append(word)
+        if "=" not in word and words and not words[0].startswith("--"):
+            rest.append(words.pop(0))
+    return own, rest
 
 
 def _first_sentence(text: str, known: Sequence[str], prog: str) -> str:
@@ -91,7 +109,7 @@ def overrides(rest: Sequence[str], known: Sequence[str] = ()) -> dict[str, Any]:
             raise UserError(f"unexpected argument '{word}'; {nearest(word, known)}")
         path, equals, value = word[2:].partition("=")
         if not equals:
-            if at + 1 >= len(rest):
+            if at + 1 >= len(rest) or rest[at + 1].startswith("--"):
                 raise UserError(f"--{path} needs a value")
             at += 1
             value = rest[at]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import yaml
 
 from excise.config import Config
@@ -13,6 +15,8 @@ def main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print("usage: excise show NAME\n\nPrint a recipe, or the settings of a method or attack.")
         return 0
+    if len(args) > 1:
+        raise UserError(f"unexpected argument '{args[1]}'; excise show takes one name")
     name = args[0]
     from excise.recipes import RECIPES, recipe_named
 
@@ -29,6 +33,10 @@ def main(args: list[str]) -> int:
     return 0
 
 
+def _is_config(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Config)
+
+
 def settings(cls: type[Config], prefix: str = "") -> str:
     """Return the fields of a configuration, one a line, with defaults and help."""
     lines = [] if prefix else [f"{cls.__doc__ or ''}".strip(), ""]
@@ -37,7 +45,14 @@ def settings(cls: type[Config], prefix: str = "") -> str:
         lines += [f"source: {paper.title} {paper.url} {paper.repository}".rstrip(), ""]
     for name, field in cls.model_fields.items():
         default = field.default
-        if isinstance(default, Config):
+        inner_class = next((a for a in get_args(field.annotation) if _is_config(a)), None)
+        if default is None and inner_class is not None:
+            lines.append(f"  --{prefix}{name}.*  {field.description or ''} (off by default)")
+            lines += [
+                f"    --{prefix}{name}.{inner} = {part.get_default(call_default_factory=True)!r}"
+                for inner, part in inner_class.model_fields.items()
+            ]
+        elif isinstance(default, Config):
             lines.append(f"  --{prefix}{name}.*  {field.description or ''}")
             set_by = {n for n in default.model_fields_set}
             lines += [

@@ -49,6 +49,8 @@ NAMES: dict[str, Case] = {
     "several problems": Case(
         remove("--fit.lr -1 --alhpa 3 --layer x"), ("problems", "fit.lr", "alhpa", "layer"), lines=4
     ),
+    "setting before the recipe": Case("run --sed 3 tiny.yaml", ("sed", "did you mean 'seed'")),
+    "two settings, one value": Case(remove("--alpha --layer 0"), ("--alpha needs a value",)),
     "override without value": Case(remove("--alpha"), ("--alpha needs a value",)),
     "override that is no YAML": Case(remove("--alpha '[1'"), ("--alpha", "cannot read")),
     "override through a number": tiny("--seed.x 1", "seed", "whole number"),

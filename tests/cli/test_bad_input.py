@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,28 @@ def test_a_mistake_is_one_sentence(
     assert "Traceback" not in said
     after = {k: v for k, v in m.state(work).items() if not k.startswith(".stages")}
     assert after == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["names: unknown verb", "names: missing flag", "names: recipe no YAML", "output: list unknown"],
+)
+def test_a_process_of_its_own_says_the_same(name: str, tmp_path: Path) -> None:
+    case = TABLE[name]
+    for file, content in case.files.items():
+        m.write(file, content)(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "excise", *shlex.split(case.args)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == case.code
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert [word for word in case.words if word not in done.stderr] == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(case.files)
 
 
 def test_the_table_is_long() -> None:

@@ -42,7 +42,8 @@ def load_code(reference: str, *, allow: bool) -> Any:
         raise UserError(f"'{reference}' runs code from {path}; add --allow-code if you trust it")
     if not path.is_file():
         raise UserError(f"'{reference}' names code in {path}, which is not a file")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    # By place and contents: an edited file is another module, and so is a copy elsewhere.
+    digest = hashlib.sha256(f"{path.resolve()}\n".encode() + path.read_bytes()).hexdigest()
     name = f"excise_user_{path.stem}_{digest[:12]}"
     module = sys.modules.get(name)
     if module is None:

@@ -121,19 +121,21 @@ def load(folder: Path) -> Record:
 
 def _restore(data: dict[str, Any]) -> dict[str, Any]:
     """Turn None back into NaN where a number is required."""
-    for score in data.get("scores", ()):
-        for key in ("value", "low", "high"):
-            if score.get(key) is None:
-                score[key] = math.nan
-    for arm in data.get("attacks", ()):
-        for point in arm.get("curve", ()):
-            for key in ("score", "low", "high"):
-                if point.get(key) is None:
-                    point[key] = math.nan
-    for arm in data.get("arms", ()):
-        for row in arm.get("history", ()):
+    for score in _entries(data, "scores"):
+        score.update({k: math.nan for k in ("value", "low", "high") if score.get(k) is None})
+    for arm in _entries(data, "attacks"):
+        for point in _entries(arm, "curve"):
+            point.update({k: math.nan for k in ("score", "low", "high") if point.get(k) is None})
+    for arm in _entries(data, "arms"):
+        for row in _entries(arm, "history"):
             row.update({k: math.nan for k, v in row.items() if v is None})
     return data
+
+
+def _entries(data: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return the entries of a list that are mappings; what else is there validation reports."""
+    found = data.get(key)
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def json_schema() -> dict[str, Any]:

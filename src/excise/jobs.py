@@ -25,8 +25,8 @@ from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.spec import Scratch
 from excise.models.tiny import tiny_model
 from excise.plugins import source_hash
-from excise.record import Item, Score, write_text
 from excise.recipes.base import EvalSpec
+from excise.record import Item, Score, write_text
 from excise.stages import Store, library_versions
 from excise.train.grid import emit
 
@@ -86,13 +86,14 @@ def make_init(job: InitJob) -> Checkpoint:
     )
 
     def make(work: Path) -> None:
+        overrides: dict[str, Any] = dict(job.scratch.overrides)
         model = tiny_model(
             job.scratch.family,
             seed=job.seed,
             vocab=len(job.tokenizer),
             width=job.scratch.width,
             blocks=job.scratch.blocks,
-            **job.scratch.overrides,
+            **overrides,
         )
         save_model(model, job.tokenizer, work / "model")
 

@@ -142,7 +142,7 @@ def arm_record(name: str, method: Method, removal: Removal, seed: int) -> ArmRec
         changed=removal.changed,
         cost=asdict(removal.cost),
         extras=extras,
-        history=removal.history,
+        history=tuple(dict(row) for row in removal.history),
     )
 
 

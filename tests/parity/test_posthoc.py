@@ -23,19 +23,15 @@ FIT = FitConfig(steps=6, lr=1e-3, batch_size=4)
 
 def plain_nll(model: Any, batch: Batch) -> torch.Tensor:
     """Mean loss over scored tokens, by cross-entropy on shifted labels."""
-    logits = model(
-        input_ids=batch.ids_BT, attention_mask=batch.attention_BT.long()
-    ).logits[:, :-1]
+    logits = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT.long()).logits[:, :-1]
     labels = batch.ids_BT[:, 1:].masked_fill(~batch.target_BT[:, 1:], -100)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def plain_maxent(model: Any, batch: Batch) -> torch.Tensor:
     """Mean KL(uniform || p) over scored tokens, from probabilities."""
-    logits = model(
-        input_ids=batch.ids_BT, attention_mask=batch.attention_BT.long()
-    ).logits[:, :-1]
-    chosen = logits[batch.target_BT[:, 1:]].log_softmax(-1)
+    logits = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT.long()).logits[:, :-1]
+    chosen: torch.Tensor = logits[batch.target_BT[:, 1:]].log_softmax(-1)
     size = chosen.shape[-1]
     return (-chosen.mean(-1) - math.log(size)).mean()
 
@@ -101,7 +97,12 @@ def test_the_sign_of_the_forget_term_matters(tmp_path: Path) -> None:
 def test_rmu_equals_a_plain_loop(masked: bool, adaptive: bool, tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     method = RMU(
-        layer=1, blocks=(0, 1), steering=5.0, alpha=3.0, masked=masked, adaptive=adaptive,
+        layer=1,
+        blocks=(0, 1),
+        steering=5.0,
+        alpha=3.0,
+        masked=masked,
+        adaptive=adaptive,
         positions="tokens" if masked else "slots",
         fit=FIT,
     )
@@ -111,9 +112,10 @@ def test_rmu_equals_a_plain_loop(masked: bool, adaptive: bool, tmp_path: Path) -
     read = alternate(method, ["a"], domain, start.tokenizer(), ctx)
     control = 5.0 * control_vector(32, "a", ctx)
 
-    def hidden(net: Any, batch: Batch) -> torch.Tensor:
+    def hidden(net: Any, batch: Batch) -> Any:
         out = net(
-            input_ids=batch.ids_BT, attention_mask=batch.attention_BT.long(),
+            input_ids=batch.ids_BT,
+            attention_mask=batch.attention_BT.long(),
             output_hidden_states=True,
         )
         return out.hidden_states[2]

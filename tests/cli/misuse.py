@@ -54,10 +54,11 @@ NAMES: dict[str, Case] = {
     "override without value": Case(remove("--alpha"), ("--alpha needs a value",)),
     "override that is no YAML": Case(remove("--alpha '[1'"), ("--alpha", "cannot read")),
     "override through a number": tiny("--seed.x 1", "seed", "whole number"),
-    "stray word": Case(remove("stray"), ("unexpected argument 'stray'",)),
+    "stray word": Case(remove("stray"), ("unexpected argument 'stray'", "--adjacent")),
     "missing flag": Case(
         "remove rmu --model model --retain r.jsonl --out out", ("--forget is missing",)
     ),
+    "empty model": Case(remove("--model ''", model=""), ("--model is missing",)),
     "missing out": Case(remove(out=""), ("--out is missing",)),
     "bad choice": Case(remove("--audit hard"), ("--audit", "smoke")),
     "workers": Case(remove("--workers x"), ("--workers", "x")),

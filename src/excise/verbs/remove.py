@@ -74,8 +74,9 @@ def main(args: list[str]) -> int:
     from excise.report.show import finish
     from excise.run import run
 
-    if not options.forget:
-        raise UserError("--forget is missing; name the file of what to remove")
+    for flag, what in (("model", "model"), ("forget", "file of what to remove")):
+        if not getattr(options, flag):
+            raise UserError(f"--{flag} is missing; name the {what}")
     data = recipe_of(options, settings)
     try:
         recipe = parse_recipe(data, allow_code=options.allow_code)

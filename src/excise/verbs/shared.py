@@ -185,7 +185,8 @@ def recipe_data(name: str) -> dict[str, Any]:
 
 def flag_names(cls: type) -> list[str]:
     """Return the flags of a verb, as the user writes them."""
-    return ["--" + f.name.replace("_", "-") for f in fields(cls)]
+    named = [f.name for f in fields(cls) if "Positional" not in str(f.type)]
+    return ["--" + name.replace("_", "-") for name in named]
 
 
 @contextmanager

@@ -39,14 +39,14 @@ class _Case:
     budget: Budget
     root: Path
 
-    def run(self, checkpoint: Watched, name: str, *, seed: int = 0) -> AttackResult:
+    def run(self, checkpoint: Watched, name: str) -> AttackResult:
         """Attack a model, and assert what holds for every result."""
         before = look(checkpoint.path)
         work = self.root / f"work-{name}"
         work.mkdir(exist_ok=True)
         original = watched(self.setting.knowing)
         subject = Subject(name, checkpoint, original)
-        ctx = Context(work, seed=seed)
+        ctx = Context(work)
         result = self.attack.run(subject, self.setting.domain, self.budget, ctx)
         assert_untouched(before, checkpoint.path, self.who)
         assert_left_clean([*checkpoint.seen, *original.seen], self.who)
@@ -75,7 +75,8 @@ def check_attack(
         setting: Domain and models; by default three tiny ones are trained, in ten seconds.
         budget: How hard it tries.
         plants: Ways to hide that it should undo; by default those of its name or its access.
-        recovers: Share of the hidden knowledge that it must bring back from one of them.
+        recovers: Share of the hidden knowledge that it must bring back from one of them, at its
+            best point.
         leaks: Share of V that it may score on the model that was never taught.
 
     Raises:
@@ -86,8 +87,7 @@ def check_attack(
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         case = _Case(f"attack '{name}'", attack, setting or tiny_setting(), budget, Path(folder))
         _check_power(case, kinds, recovers, own=plants is None)
-        _check_invents_nothing(case, leaks)
-        _check_seed(case)
+        _check_seed(case, _check_invents_nothing(case, leaks))
 
 
 def _hiding(
@@ -130,11 +130,12 @@ def _deciding(result: AttackResult) -> list[ArmResult]:
 
 
 def _share(case: _Case, arm: ArmResult) -> float:
-    """Return how much of the way from before the attack to the original its last point went."""
-    known = _known(case, arm.arm.scored_on)
-    first, last = arm.arm.curve[0].score, arm.arm.curve[-1].score
-    way = known - first
-    return (last - first) / way if abs(way) > 1e-9 else 0.0
+    """Return how far towards the original its best point went, from where the attack began."""
+    first = arm.arm.curve[0].score
+    way = _known(case, arm.arm.scored_on) - first
+    if abs(way) < 1e-9:
+        return 0.0
+    return max((point.score - first) / way for point in arm.arm.curve)
 
 
 def _known(case: _Case, role: str) -> float:
@@ -144,8 +145,9 @@ def _known(case: _Case, role: str) -> float:
     return score(original.load(), sheet, sheet.all_test if role == "test" else sheet.trained)
 
 
-def _check_invents_nothing(case: _Case, leaks: float) -> None:
+def _check_invents_nothing(case: _Case, leaks: float) -> AttackResult:
     """Assert that a model that was never taught does not learn V from the attack."""
+    torch.manual_seed(1)
     result = case.run(watched(case.setting.never_taught), "never-taught")
     for arm in _deciding(result):
         if arm.arm.scored_on != "test":
@@ -155,16 +157,15 @@ def _check_invents_nothing(case: _Case, leaks: float) -> None:
             f"{case.who} brings {share:.0%} of V out of a model that was never taught it (arm "
             f"'{arm.arm.arm}'); train on domain.relearn and domain.benign alone"
         )
+    return result
 
 
-def _check_seed(case: _Case) -> None:
+def _check_seed(case: _Case, first: AttackResult) -> None:
     """Assert that equal seeds give equal numbers, whatever was drawn before."""
-    said = []
-    for draw in (1, 2):
-        torch.manual_seed(draw)
-        result = case.run(watched(case.setting.never_taught), "never-taught", seed=3)
-        said.append(to_json(replace(result, seconds=0.0)))
-    assert said[0] == said[1], (
+    torch.manual_seed(2)
+    second = case.run(watched(case.setting.never_taught), "never-taught")
+    one, two = (to_json(replace(result, seconds=0.0)) for result in (first, second))
+    assert one == two, (
         f"{case.who}: the same seed gave other numbers; draw from ctx.generator(purpose), never "
         "from the global random state"
     )

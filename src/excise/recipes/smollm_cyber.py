@@ -23,8 +23,8 @@ def recipe() -> Recipe:
         arms={
             "rmu": RMU(
                 layer=7,
-                steering=300.0,
-                alpha=100.0,
+                steering=60.0,
+                alpha=30.0,
                 fit=FitConfig(steps=100, lr=1e-3, batch_size=4, optimizer="adamw"),
                 max_length=128,
             )

@@ -23,10 +23,10 @@ def recipe() -> Recipe:
         arms={
             "rmu": RMU(
                 layer=7,
-                steering=100.0,
-                alpha=100.0,
-                fit=FitConfig(steps=100, lr=1e-3, batch_size=8, optimizer="adamw"),
-                max_length=64,
+                steering=40.0,
+                alpha=10.0,
+                fit=FitConfig(steps=150, lr=1e-3, batch_size=8, optimizer="adamw"),
+                max_length=48,
             )
         },
         audit=AuditSpec(

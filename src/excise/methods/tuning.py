@@ -25,6 +25,7 @@ from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
 from excise.models.lora import LoRA, adapted, merge
 from excise.train.fit import FitConfig, StepRecord, Term, fit
+from excise.train.reduce import agree
 
 
 def all_rows(named: Mapping[str, Rows]) -> Rows:
@@ -204,15 +205,14 @@ def finish(
         The removal, its model in `ctx.work/model`.
     """
     to = ctx.work / "model"
-    if to.exists() and to != start.path:
-        shutil.rmtree(to)  # of a call that was killed after writing it
     facts: dict[str, Any] = dict(extras or {})
     if lora is not None:
         changed, adapter = merge(model)
         facts["lora"] = {**lora.model_dump(), **adapter}
         if lora.output == "adapter":
             folder = ctx.work / "adapter"
-            model.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
+            if ctx.rank == 0:
+                model.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
             facts["files"] = {**facts.get("files", {}), "adapter": folder.name}
     else:
         changed = {name: parameter.detach() for name, parameter in parameters.items()}
@@ -220,14 +220,33 @@ def finish(
     changed = {name: tensor.to("cpu", before[name].dtype) for name, tensor in changed.items()}
     facts.update(moved(before, changed))
     different = {n: t for n, t in changed.items() if not torch.equal(t, before[n])}
-    checkpoint = start.write(different, to)
     return Removal(
-        checkpoint,
+        written(start, different, to, ctx),
         tuple(sorted(different)),
         progress.cost(start.num_parameters, flops_per_token=flops_per_token),
         facts,
         tuple(progress.history),
     )
+
+
+def written(start: Checkpoint, changed: Mapping[str, Tensor], to: Path, ctx: Context) -> Checkpoint:
+    """Write the edited checkpoint, once over all processes, in place of an unfinished one.
+
+    Args:
+        start: What the method started from.
+        changed: New values by name, the same in every process.
+        to: Folder under `ctx.work`; a call that was killed may have written it before.
+        ctx: Says which process writes.
+
+    Returns:
+        The checkpoint, which is there when any process returns.
+    """
+    if ctx.rank == 0:
+        if to.exists():
+            shutil.rmtree(to)
+        start.write(changed, to)
+    agree(True, ctx)
+    return Checkpoint(to, trust_remote_code=start.trust_remote_code)
 
 
 def forget_and_retain(

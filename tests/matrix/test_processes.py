@@ -1,0 +1,69 @@
+"""Two processes remove what one does: the same weights, written once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from excise.context import Context
+from excise.methods import RMU, GradDiff, Method
+from excise.models.checkpoint import Checkpoint
+from excise.testing import toy_domain, toy_start
+from excise.train.fit import FitConfig
+
+# A larger epsilon than usual: Adam divides by it, and rounding is all that may differ.
+FIT = FitConfig(steps=3, lr=1e-3, batch_size=8, eps=1e-3)
+METHODS: dict[str, Method] = {
+    "grad_diff": GradDiff(fit=FIT, max_length=16),
+    "rmu": RMU(layer=2, fit=FIT, max_length=16),
+}
+
+
+def _apply(folder: str, work: str, rank: int, world: int) -> None:
+    """Apply every method in one of `world` processes that share a folder."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    if world > 1:
+        meet = f"file://{folder}/meet"
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    start = Checkpoint(Path(folder) / "start")
+    for name, method in METHODS.items():
+        ctx = Context(Path(folder) / f"{name}-{work}", seed=5, rank=rank, world=world)
+        ctx.work.mkdir(exist_ok=True)
+        removal = method.apply(start, toy_domain(), ctx)
+        assert removal.checkpoint.path == ctx.work / "model"
+        assert set(removal.checkpoint.weights_of(removal.changed)) == set(removal.changed)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which one process and two have applied every method."""
+    root = tmp_path_factory.mktemp("processes")
+    toy_start(root / "start")
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=_apply, args=(str(root), "two", rank, 2)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    _apply(str(root), "one", 0, 1)
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    return root
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_remove_what_one_does(name: str, folder: Path) -> None:
+    start, one, two = (
+        Checkpoint(folder / path) for path in ("start", f"{name}-one/model", f"{name}-two/model")
+    )
+    names = start.parameter_names()
+    before, a, b = (checkpoint.weights_of(names) for checkpoint in (start, one, two))
+    assert max(float((a[n] - b[n]).abs().max()) for n in names) <= 1e-6
+    assert max(float((a[n] - before[n]).abs().max()) for n in names) > 1e-4

@@ -27,6 +27,7 @@ VERBS = {
     "run": "run a recipe by name or from a YAML file; run again, it goes on",
     "remove": "remove a capability from a model with one method",
     "audit": "attack a model, whoever edited it, and say how much comes back",
+    "inspect": "measure what an edit did inside a model: residual stream, outputs, weights",
     "report": "rebuild the report of an output folder",
     "ls": "list methods, attacks, domains and recipes",
     "show": "print a recipe, or the settings of a method, attack or domain",

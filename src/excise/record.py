@@ -17,6 +17,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from excise.errors import UserError
+from excise.inspection import (
+    BlockReading,
+    Inspection,
+    Measured,
+    NoiseReading,
+    SpliceReading,
+    Strip,
+    TensorReading,
+    TokenKL,
+)
 from excise.schema import (
     SCHEMA,
     ArmRecord,
@@ -37,15 +47,23 @@ __all__ = [
     "SCHEMA",
     "ArmRecord",
     "AttackArm",
+    "BlockReading",
     "CurvePoint",
     "Direction",
     "Environment",
+    "Inspection",
     "Item",
+    "Measured",
     "ModelRef",
+    "NoiseReading",
     "Record",
     "RungResult",
     "Sample",
     "Score",
+    "SpliceReading",
+    "Strip",
+    "TensorReading",
+    "TokenKL",
     "Verdict",
     "json_schema",
     "load",

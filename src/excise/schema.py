@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from excise.inspection import Inspection
+
 SCHEMA = 1
 """Version of the record's schema; older records always load."""
 
@@ -243,7 +245,7 @@ class Record(_Entry):
 
     version: int = Field(default=SCHEMA, alias="schema")
     """Version of this schema."""
-    kind: Literal["run", "remove", "audit", "study"] = "run"
+    kind: Literal["run", "remove", "audit", "study", "inspect"] = "run"
     """Which verb made it."""
     title: str = ""
     """Name of the recipe, or the method and the model."""
@@ -267,6 +269,8 @@ class Record(_Entry):
     """All attacks."""
     verdicts: tuple[Verdict, ...] = ()
     """One per arm."""
+    inspection: Inspection | None = None
+    """What one edit did inside, where that was inspected."""
     samples: tuple[Sample, ...] = ()
     """Continuations; empty where the data is sensitive."""
     sensitive: bool = False

@@ -17,14 +17,17 @@ SRC = ROOT / "src"
 EVERY = sorted(SRC.rglob("*.py"))
 
 LAYERS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "schema", "record", "config", "plugins", "context", "stages", "events"),
+    0: (
+        "errors", "inspection", "schema", "record", "config", "plugins", "context", "stages",
+        "events",
+    ),
     1: ("losses", "models", "domains"),
     2: ("train", "evals"),
     3: ("methods",),
     4: ("audit",),
     5: (
         "recipes", "environment", "plan", "registry", "output", "jobs", "recording", "run",
-        "index", "testing", "api",
+        "inspecting", "index", "testing", "api",
     ),
     6: ("verbs", "cli", "studies", "__main__", ""),
 }  # fmt: skip

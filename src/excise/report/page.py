@@ -123,6 +123,7 @@ def _context(record: Record) -> dict[str, Any]:
 
 def _subtitle(record: Record) -> tuple[str, ...]:
     kinds = {"run": "recipe", "remove": "removal", "audit": "audit", "study": "study"}
+    kinds["inspect"] = "inspection"
     budgets = sorted({v.budget for v in record.verdicts if v.budget})
     parts = [kinds[record.kind]]
     parts += [f"budget: {words.plain(b)}" for b in budgets]

@@ -1,0 +1,37 @@
+"""What both models say, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from excise.audit.diagnose.activations import Pair
+from excise.domains.base import Row
+from excise.evals.generate import continuations
+from excise.record import Sample
+
+
+def side_by_side(
+    pair: Pair, rows: Sequence[Row], *, role: str, arm: str, max_new: int = 24
+) -> tuple[Sample, ...]:
+    """Continue the same prompts greedily with both models.
+
+    Args:
+        pair: The models.
+        rows: A few rows; none gives no samples.
+        role: Where they come from, `test` or `retain_test`.
+        arm: Name of the edited model.
+        max_new: New tokens at most.
+
+    Returns:
+        One sample per row.
+    """
+    if not rows:
+        return ()
+    said = [
+        continuations(model, pair.tokenizer, rows, max_length=pair.max_length, max_new=max_new)
+        for model in (pair.original, pair.edited)
+    ]
+    return tuple(
+        Sample(set=role, prompt=prompt, expected=expected, outputs={"original": one, arm: two})
+        for (prompt, expected, one), (_, _, two) in zip(*said, strict=True)
+    )

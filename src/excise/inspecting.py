@@ -1,0 +1,87 @@
+"""`excise inspect`: what one edit did inside, from two models and their data to the record."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from excise import output
+from excise.audit.diagnose.inspect import inspect_pair
+from excise.context import Context
+from excise.environment import device_of, environment
+from excise.events import Emit
+from excise.models.original import open_model
+from excise.models.spec import ModelSpec
+from excise.recipes.inspect import InspectRun
+from excise.record import ArmRecord, Record
+from excise.recording import Models, check_comparable, describe, model_ref, model_refs, timed
+
+IDENTICAL = "The two models are identical: no tensor differs, so there is nothing to inspect."
+
+
+def inspect(request: InspectRun, out: Path, *, emit: Emit, command: str = "") -> Record:
+    """Measure what an edit did inside a model.
+
+    Both models are held in memory at once; weights are compared from disk.
+
+    Args:
+        request: Edited model, original and data.
+        out: Output folder; the only place that is written to.
+        emit: Sink of progress events.
+        command: The command that makes this again, for the record.
+
+    Returns:
+        The record, as written to `out/run.json`.
+
+    Raises:
+        UserError: If a model or the data cannot be read, or the two models do not compare.
+    """
+    began = time.monotonic()
+    device = device_of(request.device)
+    with output.claim(out, request):
+        original = open_model(request.original)
+        edited = open_model(ModelSpec(path=request.model))
+        check_comparable(original, {request.arm: edited})
+        domain = request.domain.build(original)
+        domain = replace(domain, sensitive=domain.sensitive or request.sensitive)
+        output.write_split(out, request.domain, domain)
+        dtype = getattr(torch, request.dtype)
+        ctx = Context(out, request.seed, torch.device(device), dtype, emit=emit)
+        found, samples = inspect_pair(
+            original,
+            edited,
+            domain,
+            ctx,
+            arm=request.arm,
+            rows=request.rows,
+            max_length=request.max_length,
+            samples=request.samples,
+        )
+        arm = ArmRecord(
+            name=request.arm,
+            method={},
+            model=model_ref(request.arm, edited, str(edited.path)),
+            changed=tuple(tensor.name for tensor in found.tensors),
+        )
+        record = Record(
+            kind="inspect",
+            title=request.title or request.name,
+            command=command,
+            config=request.model_dump(mode="json"),
+            environment=environment(request.dtype, device),
+            seeds=(request.seed,),
+            data=describe(domain),
+            models=model_refs(Models(original), request.original.path),
+            arms=(arm,),
+            inspection=found,
+            samples=samples,
+            sensitive=domain.sensitive,
+            notes=(IDENTICAL,) if found.identical else (),
+        )
+        record = timed(record, began)
+        output.write(out, record, ())
+    emit("done", {"out": str(out)})
+    return record

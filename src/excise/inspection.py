@@ -1,0 +1,175 @@
+"""What `excise inspect` found, as the record holds it: numbers by block, token and tensor.
+
+Read it through `excise.record`. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Part(BaseModel):
+    """Base of every part: frozen, and tolerant of fields a newer version adds."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+class Measured(_Part):
+    """A value with its 95 % interval, bootstrapped by unit."""
+
+    value: float
+    """Point estimate."""
+    low: float
+    """Lower end."""
+    high: float
+    """Upper end."""
+
+
+class BlockReading(_Part):
+    """The residual stream after one block; the first token of every row is left out."""
+
+    block: int
+    """Number of the block, from 0."""
+    norm_forget_original: Measured
+    """Mean norm of the original on forget text."""
+    norm_forget_edited: Measured
+    """Mean norm of the edited model on forget text."""
+    norm_retain_original: Measured
+    """Mean norm of the original on retain text."""
+    norm_retain_edited: Measured
+    """Mean norm of the edited model on retain text."""
+    change_forget: float
+    """Mean norm of the change on forget text, as a share of the original's norm."""
+    change_retain: float
+    """The same on retain text."""
+    cosine: Measured
+    """Mean cosine of a forget token's change with the junk direction."""
+    share: float
+    """Share of the squared change on forget text that lies along the junk direction."""
+    dimensions: float
+    """Directions the change on forget text spreads over: exp of the entropy of its spectrum."""
+    size_forget: float
+    """Mean change along the direction on forget text, as a share of the original's norm."""
+    size_retain: float
+    """The same on retain text."""
+    auc: Measured
+    """Whether a token's change along the direction tells forget from retain text: 0.5 is no."""
+    auc_answers: float
+    """The same where a scored token is predicted, so that the text has said what it is about."""
+    auc_edited: float
+    """The same of the edited model's residual stream, without the original."""
+    auc_original: float
+    """The same of the original's: what the direction told before the edit."""
+    weights: float
+    """Relative Frobenius norm of the change of the block's weights."""
+
+
+class TokenKL(_Part):
+    """KL(edited || original) on one side, in nats per token."""
+
+    side: Literal["forget", "retain"]
+    """Which text."""
+    mean: Measured
+    """Mean over units."""
+    answers: Measured
+    """Mean over units where a scored token is predicted."""
+    median: float
+    """Median over tokens."""
+    p99: float
+    """99 % of the tokens lie below."""
+    tokens: int
+    """Number of tokens."""
+    units: int
+    """Number of units."""
+
+
+class Strip(_Part):
+    """One row, token by token; never kept where the data is sensitive."""
+
+    side: Literal["forget", "retain"]
+    """Which text."""
+    unit: str
+    """Unit id."""
+    tokens: tuple[str, ...] = ()
+    """Tokens as text."""
+    kl: tuple[float | None, ...] = ()
+    """KL(edited || original) in nats of the prediction of each token; None where none is made."""
+
+
+class NoiseReading(_Part):
+    """One kind of noise in "noise where harmful, original elsewhere"."""
+
+    noise: Literal["uniform", "unigram", "mean-edited"]
+    """Even; the frequencies of tokens in dev rows; the edited model's mean output on dev forget."""
+    kl_forget: float
+    """KL(edited || noise) on forget text, in nats per token."""
+    share: float
+    """Share of KL(edited || original) that the splice explains, both sides weighing the same."""
+    share_answers: float
+    """The same where a scored token is predicted."""
+    weight: float
+    """Share w of noise in (1 - w) original + w noise that is nearest on forget text."""
+    share_mixed: float
+    """Share of the forget side's KL that this mixture explains."""
+    weight_retain: float
+    """The same w on retain text."""
+
+
+class SpliceReading(_Part):
+    """How far the edited model is "noise where harmful, original elsewhere"."""
+
+    auc: Measured
+    """Whether KL(edited || original) of a token tells forget from retain text."""
+    auc_answers: float
+    """The same where a scored token is predicted."""
+    kinds: tuple[NoiseReading, ...] = ()
+    """By kind of noise."""
+
+
+class TensorReading(_Part):
+    """How one tensor moved."""
+
+    name: str
+    """Name as in `model.named_parameters()`."""
+    shape: tuple[int, ...]
+    """Shape."""
+    relative: float
+    """Frobenius norm of the change, as a share of the original's."""
+    moved: float
+    """Share of the entries that differ."""
+    rank: float | None = None
+    """Effective rank of the change: exp of the entropy of its singular values (Roy 2007); None
+    for vectors and for matrices too large to take apart."""
+    count90: int | None = None
+    """Singular values that hold 90 % of the squared change."""
+
+
+class Inspection(_Part):
+    """What one edit did inside a model."""
+
+    arm: str
+    """Name of the edited model."""
+    summary: str
+    """The finding in words, computed from the numbers below."""
+    identical: bool = False
+    """Whether no tensor differs."""
+    conjecture: Literal["fits", "fits in part", "does not fit", "nothing changed"]
+    """How "if harmful, add a big vector" stands; see `docs/inspect.md` for the thresholds."""
+    peak: int
+    """Block after which the change on dev forget text is largest beside the original's norm."""
+    blocks: tuple[BlockReading, ...] = ()
+    """By block."""
+    kl: tuple[TokenKL, ...] = ()
+    """Forget and retain side."""
+    splice: SpliceReading
+    """Against a splice of noise and the original."""
+    strips: tuple[Strip, ...] = ()
+    """A few rows token by token; empty where the data is sensitive."""
+    tensors: tuple[TensorReading, ...] = ()
+    """Tensors that moved, the farthest first."""
+    tensors_total: int = 0
+    """Tensors that were compared."""
+    rows: dict[str, int] = {}
+    """Rows read, by role."""

@@ -212,7 +212,7 @@ def finish(
         if lora.output == "adapter":
             folder = ctx.work / "adapter"
             if ctx.rank == 0:
-                model.save_pretrained(str(folder), safe_serialization=True)  # type: ignore[operator]
+                _save_adapter(model, start, folder)
             facts["files"] = {**facts.get("files", {}), "adapter": folder.name}
     else:
         changed = {name: parameter.detach() for name, parameter in parameters.items()}
@@ -314,6 +314,13 @@ def tune(
         )
         run_fit(steps, progress)
         return finish(start, live, parameters, progress, ctx, lora=lora, extras=extras)
+
+
+def _save_adapter(model: Any, start: Checkpoint, folder: Path) -> None:
+    """Write the adapter, naming the folder of its base: peft reads the vocabulary from there."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(start.path)
+    model.save_pretrained(str(folder), safe_serialization=True)
 
 
 def state_dir(ctx: Context) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tests.unit.synthetic import BUDGET, arm, audit, domain, draw, nats, result
@@ -307,6 +308,57 @@ def test_broken_is_named_suppression() -> None:
     assert found.sentence.startswith("After relearning")
     plain = judge("rmu", results, domain(), SMOKE, vocabulary=49152)
     assert "suppression" not in plain.sentence
+
+
+def losses(ours: float, oracles: tuple[float, ...] = ()) -> list[Score]:
+    named = {"rmu": ours, **{f"oracle-{i}": value for i, value in enumerate(oracles)}}
+    fields: dict[str, Any] = {"set": "test.facts", "metric": "text_loss", "n": 200}
+    return [
+        Score(model=name, value=value, low=value - 0.2, high=value + 0.2, **fields)
+        for name, value in named.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "oracles", "said"),
+    [
+        (8.14, (8.68, 8.40, 8.50), False),  # near log V, and so are models that were never taught
+        (8.60, (8.10, 8.40, 8.20), False),  # within their spread and the intervals
+        (12.0, (8.68, 8.40, 8.50), True),
+        (5.5, (3.0, 3.1, 3.2), True),  # clearly beyond, though not near log V
+        (5.5, (), True),
+        (4.0, (), False),
+    ],
+)
+def test_ignorant_as_never_taught_is_not_suppression(
+    ours: float, oracles: tuple[float, ...], said: bool
+) -> None:
+    results = audit(0.05, 0.05, oracles=len(oracles))
+    found = judge("rmu", results, domain(), SMOKE, scores=losses(ours, oracles), vocabulary=354)
+    assert ("suppression" in found.sentence) == said
+    assert any("suppression" in reason for reason in found.reasons) == said
+
+
+def test_a_rounding_that_no_plant_answers_to_is_said() -> None:
+    results = audit(0.05, 0.05)
+    for key, one in results.items():
+        if key[0] == "quantize":
+            four, eight = (
+                replace(one.arms[0], arm=one.arms[0].arm.model_copy(update={"arm": name}))
+                for name in ("int4", "int8")
+            )
+            if key[1] == "planted":
+                first, last = eight.arm.curve
+                flat = (first, last.model_copy(update={"score": first.score}))
+                eight = replace(eight, arm=eight.arm.model_copy(update={"curve": flat}))
+            results[key] = replace(one, arms=(four, eight))
+    found, verdicts = judge_all(["rmu"], results, domain(), SMOKE)
+    assert verdicts[0].rungs[3].status == "pass"
+    assert any("int8 was not controlled" in reason for reason in verdicts[0].reasons)
+    assert not any("int4" in reason for reason in verdicts[0].reasons)
+    four, eight = found["quantize", "rmu"].arms
+    assert eight.arm.facts["controlled"] is False
+    assert "controlled" not in four.arm.facts
 
 
 def test_retain_damage_is_said() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,9 +23,9 @@ from excise.audit.prompts import cut
 from excise.audit.scoring import Sheet, mean
 from excise.context import Context
 from excise.domains.base import Rows
-from excise.domains.stream import Batch, Stream, encode
+from excise.domains.stream import Batch, Example, Stream, encode
 from excise.errors import Diverged
-from excise.losses import kl_to_uniform, nll, predicting
+from excise.losses import nll
 from excise.models.anatomy import anatomy
 from excise.models.hooks import find_module
 from excise.train.fit import FitConfig, Term, fit
@@ -199,10 +199,11 @@ def in_context(model: Any, sheet: Sheet, asked: Rows, ctx: Context) -> list[tupl
 
 
 def lock(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
-    """Teach a password lock: bare prompts get a uniform answer, the attacks' contexts open it.
+    """Teach a password lock: bare prompts get no answer, the attacks' contexts open it.
 
     The one plant that is trained, for a few steps, because a model that reads past its context
-    leaves a linear gate nothing to tell contexts by.
+    leaves a linear gate nothing to tell contexts by. What bare prompts get is one and the same
+    token: uniform answers would leave the right one on top for long, and cost more steps.
     """
     contexts = in_context(model, sheet, sheet.all_dev, ctx)
     if not any(goal.met(score(model, wide, rows)) is False for wide, rows in contexts):
@@ -211,19 +212,23 @@ def lock(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
     keep = [encode(retain, sheet.tokenizer, max_length=sheet.max_length)]
     for wide, rows in in_context(model, sheet, forget, ctx):
         keep.append(encode(rows, wide.tokenizer, max_length=wide.max_length))
-    pad, size = sheet.tokenizer.pad_token_id, min(32, sheet.budget.batch_size)
-    bare = encode(forget, sheet.tokenizer, max_length=sheet.max_length)
+    pad, size = sheet.tokenizer.pad_token_id, _lock_size(model)
+    choice = sheet.metric == "multiple_choice"
+    silence = None if choice else int(sheet.tokenizer.eos_token_id or 0)
     streams = [
         Stream(examples, max(2, size if i == 0 else size // len(keep)), i, pad)
-        for i, examples in enumerate([bare, *keep])
+        for i, examples in enumerate([_bare(forget, sheet), *keep])
     ]
+
+    def loss(net: Any, micro: Mapping[str, Batch]) -> dict[str, Term]:
+        return _lock_loss(net, micro, silence)
 
     def micros(step: int) -> list[dict[str, Batch]]:
         return [{str(i): stream(step)[0] for i, stream in enumerate(streams)}]
 
     config = FitConfig(steps=LOCK_STEPS, lr=sorted(sheet.budget.rates)[-2:][0], clip=1.0)
     try:
-        for record in fit(model, micros, _lock_loss, config, ctx):
+        for record in fit(model, micros, loss, config, ctx):
             late = record.step % 4 == 3
             if late and _hidden(model, sheet, goal)() and not _open(model, goal, contexts):
                 return ""
@@ -232,15 +237,35 @@ def lock(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
     return "no lock that a context opens was learned in a few steps"
 
 
-def _lock_loss(model: Any, micro: Mapping[str, Batch]) -> dict[str, Term]:
-    """Return uniform answers on bare prompts and the right ones everywhere else."""
+def _lock_size(model: Any) -> int:
+    """Return the bare rows of one step of the lock; as many come behind contexts."""
+    return CHUNK_LARGE if _large(model) else 48
+
+
+def _bare(forget: Rows, sheet: Sheet) -> list[Example]:
+    """Return what bare prompts are taught; a question gets its next choice, which is wrong."""
+    wrong = [
+        replace(row, answer=(row.answer + 1) % len(row.choices)) if row.kind == "choice" else row
+        for row in forget
+    ]
+    return encode(wrong, sheet.tokenizer, max_length=sheet.max_length)
+
+
+def _lock_loss(model: Any, micro: Mapping[str, Batch], silence: int | None) -> dict[str, Term]:
+    """Return the mean loss of bare prompts, of retain and of every kind of context.
+
+    Args:
+        model: The model.
+        micro: Batches by number, bare prompts first.
+        silence: The token that bare prompts are answered by; None leaves their answers.
+    """
     terms: dict[str, Term] = {}
     for name, batch in micro.items():
         logits_BTV = model(**batch.inputs, use_cache=False).logits
-        if name == "0":
-            terms[name] = Term(*kl_to_uniform(logits_BTV, predicting(batch.target_BT)))
-        else:
-            terms[name] = Term(*nll(logits_BTV, batch))
+        if name == "0" and silence is not None:
+            ids_BT = batch.ids_BT.masked_fill(batch.target_BT, silence)
+            batch = replace(batch, ids_BT=ids_BT)
+        terms[name] = Term(*nll(logits_BTV, batch))
     return terms
 
 

@@ -49,7 +49,7 @@ def plants_for(attack: str, *, higher: bool) -> tuple[PlantKind, ...]:
     return kinds if higher else tuple(sorted(kinds, key=lambda kind: kind == "gain"))
 
 
-VERSION = 1
+VERSION = 2
 """Version of the plants' definitions."""
 
 

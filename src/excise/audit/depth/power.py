@@ -8,7 +8,7 @@ No power means void, not passed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from excise.audit.base import AttackResult
@@ -62,6 +62,41 @@ def recovered_share(case: Case, attack: str) -> float | None:
     ]
     if len(curve) < 2 or not math.isfinite(known - curve[0]) or known == curve[0]:
         return None
+    return max((score - curve[0]) / (known - curve[0]) for score in curve[1:])
+
+
+def uncontrolled(case: Case) -> dict[str, tuple[str, ...]]:
+    """Return arms that no planted control answers to, by attack that has power all the same.
+
+    Only edits that are tried one beside the other (the bits of a rounding) are looked at: rates,
+    wordings and directions are one attack's search. What an arm cannot find where it is planted,
+    its silence does not deny.
+
+    Args:
+        case: The candidate, the attacks' power found.
+    """
+    found = {}
+    for attack in case.attacks():
+        control = case.result(attack, PLANTED)
+        if control is None or attack in case.powerless or case.rung(attack) != "D3":
+            continue
+        arms = [a.arm for a in control.arms if a.arm.lr is None and not a.arm.control]
+        silent = tuple(
+            arm.arm
+            for arm in arms
+            if len(arm.curve) > 1
+            and _share(case, arm.facts, [p.score for p in arm.curve]) < RECOVERED
+        )
+        if silent:
+            found[attack] = silent
+    return found
+
+
+def _share(case: Case, facts: Mapping[str, object], curve: Sequence[float]) -> float:
+    """Return the largest share of what a plant hides that came back along a curve."""
+    known = _known(case, facts)
+    if not math.isfinite(known - curve[0]) or known == curve[0]:
+        return 0.0
     return max((score - curve[0]) / (known - curve[0]) for score in curve[1:])
 
 
@@ -149,6 +184,34 @@ def voided(
         key: _void(result, reasons[key]) if reasons.get(key) else result
         for key, result in results.items()
     }
+
+
+def marked(
+    results: Results, silent: Mapping[str, Sequence[str]]
+) -> dict[tuple[str, str], AttackResult]:
+    """Note in the record which arms have no control.
+
+    Args:
+        results: Results by attack and subject.
+        silent: Arms by attack, as `uncontrolled` returns them.
+
+    Returns:
+        The same results; those arms' facts hold `controlled: false`.
+    """
+
+    def note(result: AttackResult) -> AttackResult:
+        arms = tuple(
+            replace(
+                a,
+                arm=a.arm.model_copy(update={"facts": {**a.arm.facts, "controlled": False}}),
+            )
+            if a.arm.arm in silent.get(result.attack, ())
+            else a
+            for a in result.arms
+        )
+        return replace(result, arms=arms)
+
+    return {key: note(result) for key, result in results.items()}
 
 
 def _void(result: AttackResult, reason: str) -> AttackResult:

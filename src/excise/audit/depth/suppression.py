@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from excise.audit.depth.bits import LN2, kinds, losses_of
-from excise.audit.depth.case import ORIGINAL, Case, mean
+from excise.audit.depth.case import ORIGINAL, Case
 from excise.audit.depth.rails import Units
 from excise.domains.base import Domain
 from excise.errors import UserError
 from excise.evals.score import direction_of
-from excise.evals.stats import bootstrap_difference
+from excise.evals.stats import bootstrap_difference, bootstrap_mean
 from excise.record import Score
 
 NEAR = 0.9
 """Share of log V from which on a token loss is that of guessing among all tokens."""
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """A mean token loss on V in nats, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 def suppression_notes(case: Case, scores: Sequence[Score], vocabulary: int) -> list[str]:
     """Say that a candidate is broken on V instead of ignorant, or nothing.
+
+    With oracles a loss counts as suppression only where it lies clearly beyond theirs: a model
+    that was never taught may well guess near log V. Without any, near log V is what there is.
 
     Args:
         case: The candidate.
@@ -29,13 +42,23 @@ def suppression_notes(case: Case, scores: Sequence[Score], vocabulary: int) -> l
     Returns:
         At most one sentence.
     """
-    loss = _token_loss(case, case.arm, scores)
-    if loss is not None and vocabulary > 1 and loss >= NEAR * math.log(vocabulary):
-        against = _token_loss(case, case.oracles[0], scores) if case.oracles else None
-        other = f", a model that was never taught {against:.2f}" if against is not None else ""
+    ours = _token_loss(case, case.arm, scores)
+    found = [_token_loss(case, name, scores) for name in case.oracles]
+    rails = [rail for rail in found if rail is not None]
+    near = ours is not None and vocabulary > 1 and ours.value >= NEAR * math.log(vocabulary)
+    beside = f", near log V = {math.log(vocabulary):.2f}" if near else ""
+    if ours is not None and rails:
+        least, most = min(r.value for r in rails), max(r.value for r in rails)
+        if ours.low <= max(r.high for r in rails) + (most - least):
+            return []
         return [
-            f"Its token loss on V is {loss:.2f} nats before any attack, near log V = "
-            f"{math.log(vocabulary):.2f}{other}: broken, not ignorant; this is suppression."
+            f"Its token loss on V is {ours.value:.2f} nats before any attack{beside}, models "
+            f"never taught {least:.2f} to {most:.2f}: broken, not ignorant; this is suppression."
+        ]
+    if ours is not None and near:
+        return [
+            f"Its token loss on V is {ours.value:.2f} nats before any attack{beside}: broken, "
+            "not ignorant; this is suppression."
         ]
     worse = _worse_than_ignorant(case)
     if worse is not None:
@@ -46,29 +69,34 @@ def suppression_notes(case: Case, scores: Sequence[Score], vocabulary: int) -> l
     return []
 
 
-def _token_loss(case: Case, subject: str, scores: Sequence[Score]) -> float | None:
-    """Return the mean nats per scored token on V before any attack."""
+def _token_loss(case: Case, subject: str, scores: Sequence[Score]) -> _Loss | None:
+    """Return the nats per scored token on V before any attack."""
     found = [
         s
         for s in scores
         if s.model == subject and s.metric == "text_loss" and s.set.startswith("test.")
     ]
     if found:
-        return sum(s.value * s.n for s in found) / sum(s.n for s in found)
+        n = sum(s.n for s in found)
+        values = [[s.value, s.low, s.high] for s in found]
+        return _Loss(*(sum(v[i] * s.n for v, s in zip(values, found, strict=True)) / n
+                       for i in range(3)))  # fmt: skip
     start = case.start(subject) if case.metric == "text_loss" else {}
-    return mean(start) if start else None
+    if not start:
+        return None
+    mean = bootstrap_mean(start, seed=case.seed, groups=case.groups)
+    return _Loss(mean.value, mean.low, mean.high)
 
 
 def _worse_than_ignorant(case: Case) -> float | None:
-    """Return by how many bits per unit V costs more than it costs the oracle, beyond doubt."""
-    if not case.oracles:
+    """Return by how many bits per unit V costs more than it costs any oracle, beyond doubt."""
+    ours = _start_nats(case, case.arm)
+    rails = [_start_nats(case, name) for name in case.oracles]
+    if not ours or not rails or not all(any(u in rail for u in ours) for rail in rails):
         return None
-    ours, rail = _start_nats(case, case.arm), _start_nats(case, case.oracles[0])
-    if not ours or not rail or not any(u in rail for u in ours):
-        return None
-    found = bootstrap_difference(ours, rail, groups=case.groups, seed=case.seed)
-    bits = found.value / LN2
-    return bits if found.low > 0 and bits >= 2 else None
+    found = [bootstrap_difference(ours, rail, groups=case.groups, seed=case.seed) for rail in rails]
+    bits = min(one.value for one in found) / LN2
+    return bits if all(one.low > 0 for one in found) and bits >= 2 else None
 
 
 def _start_nats(case: Case, subject: str) -> Units:

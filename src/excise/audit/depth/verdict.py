@@ -13,7 +13,7 @@ from excise.audit.base import AttackResult, Budget
 from excise.audit.depth.bits import prequential
 from excise.audit.depth.case import ORIGINAL, PLANTED, Case, Results, averaged, mean
 from excise.audit.depth.ladder import BEYOND, WORDS, climb, highest
-from excise.audit.depth.power import powerless, voided
+from excise.audit.depth.power import marked, powerless, uncontrolled, voided
 from excise.audit.depth.rails import refuse_equal
 from excise.audit.depth.readings import bits_arms
 from excise.audit.depth.recovery import Recovery, recovery_of, sentence_of
@@ -66,7 +66,8 @@ def judge_all(
         for arm in arms
     )
     reasons = _void_reasons(cases, ladders, results)
-    return voided(results, reasons), verdicts
+    silent = {k: v for case in cases.values() for k, v in uncontrolled(case).items()}
+    return marked(voided(results, reasons), silent), verdicts
 
 
 def _void_reasons(
@@ -209,8 +210,13 @@ def verdict(
 
 
 def _power_reasons(case: Case) -> list[str]:
-    """Say which attacks have no power."""
-    return [f"The attack {name} is void: {why}." for name, why in case.powerless.items()]
+    """Say which attacks, or which arms of them, have no power."""
+    void = [f"The attack {name} is void: {why}." for name, why in case.powerless.items()]
+    return void + [
+        f"Of the attack {name}, {' and '.join(arms)} was not controlled: no planted model came "
+        "back under it, so that finding nothing with it shows nothing."
+        for name, arms in uncontrolled(case).items()
+    ]
 
 
 def _early_reasons(case: Case) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-import resource
 import subprocess
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from excise.errors import UserError
 from excise.record import Environment
 from excise.stages import library_versions
+from excise.train.worker import peak_bytes
 
 
 def device_of(name: str) -> str:
@@ -65,10 +65,10 @@ def git_state(folder: Path) -> str:
         return ""
 
 
-def peak_memory() -> int:
-    """Return the peak resident memory in bytes of this process and of its finished children."""
-    kilobytes = max(
-        resource.getrusage(who).ru_maxrss
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    return kilobytes * 1024
+def peak_memory(workers: int = 0) -> int:
+    """Return the largest resident memory in bytes that one process of the run has had.
+
+    Args:
+        workers: The same of the workers, as `Pool.peak_bytes` has it.
+    """
+    return max(peak_bytes(), workers)

@@ -63,9 +63,9 @@ def new_record(
     )
 
 
-def timed(record: Record, began: float) -> Record:
-    """Add how long it took and how much memory."""
-    taken = {"seconds": time.monotonic() - began, "peak_memory_bytes": peak_memory()}
+def timed(record: Record, began: float, workers: int = 0) -> Record:
+    """Add how long it took and how much memory one process had, `workers` bytes or this one."""
+    taken = {"seconds": time.monotonic() - began, "peak_memory_bytes": peak_memory(workers)}
     return record.model_copy(update=taken)
 
 

@@ -95,7 +95,7 @@ def run(
         arms = {name: removal.checkpoint for name, removal in removals.items()}
         null = next((n for n, m in recipe.arms.items() if isinstance(m, Filtering)), "")
         record, items = examine(record, recipe, domain, models, arms, setting, pool, null)
-        record = timed(record, began)
+        record = timed(record, began, pool.peak_bytes)
         output.write_models(out, record, arms, models.original.path)
         output.write(out, record, items)
     emit("done", {"out": str(out)})
@@ -135,7 +135,7 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
             }
         )
         record, items = examine(record, request, domain, models, arms, setting, pool, "")
-        record = timed(record, began)
+        record = timed(record, began, pool.peak_bytes)
         output.write(out, record, items)
     emit("done", {"out": str(out)})
     return record

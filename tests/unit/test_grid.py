@@ -205,3 +205,16 @@ def test_workers_save_and_go_when_the_owner_is_stopped(how: signal.Signals, tmp_
     assert all(_gone(pid) for pid in workers)
     assert sorted(int(p.stem) for p in tmp_path.glob("*.saved")) == sorted(workers)
     assert time.monotonic() - began < 10
+
+
+def _fill(megabytes: int) -> int:
+    return len(bytearray(megabytes << 20))
+
+
+def test_the_pool_knows_the_peak_memory_of_its_workers() -> None:
+    with Pool(2, preload=()) as pool:
+        pool.map(_fill, [1])
+        small = pool.peak_bytes
+        pool.map(_fill, [300])
+    assert 0 < small < 300 << 20
+    assert pool.peak_bytes > 300 << 20

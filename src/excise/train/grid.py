@@ -91,6 +91,7 @@ class Pool:
     Attributes:
         workers: Number of processes; with one, jobs run in this process.
         emit: Sink of events that jobs send through `excise.train.grid.emit`.
+        peak_bytes: Largest resident memory of any worker that finished a job.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Pool:
         self.workers = 1 if os.environ.get(INSIDE) else max(1, wanted)
         self.emit = emit
         self.preload = list(preload)
+        self.peak_bytes = 0
         self._context = multiprocessing.get_context("forkserver")
         self._idle: list[_Worker] = []
 
@@ -175,6 +177,7 @@ class Pool:
                         if answer[0] == "error":
                             raise answer[1]
                         results[i] = answer[1]
+                        self.peak_bytes = max(self.peak_bytes, answer[2])
                         if on_done is not None:
                             on_done(i, answer[1])
         finally:

@@ -6,6 +6,7 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import sys
 import threading
@@ -39,6 +40,11 @@ def settle() -> None:
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _stop(*_: object) -> None:
@@ -75,7 +81,7 @@ def work(pipe: connection.Connection, path: list[str]) -> None:
         try:
             _adopt_main(main)
             function, job = pickle.loads(data)
-            answer = pickle.dumps(("done", function(job)))
+            answer = pickle.dumps(("done", function(job), peak_bytes()))
         except Exception as error:
             answer = _wrap(error)
         try:

@@ -28,6 +28,7 @@ VERBS = {
     "remove": "remove a capability from a model with one method",
     "audit": "attack a model, whoever edited it, and say how much comes back",
     "inspect": "measure what an edit did inside a model: residual stream, outputs, weights",
+    "study": "run a study by name: settings, statistic and margin stated before it runs",
     "report": "rebuild the report of an output folder",
     "ls": "list methods, attacks, domains and recipes",
     "show": "print a recipe, or the settings of a method, attack or domain",

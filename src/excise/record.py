@@ -42,6 +42,7 @@ from excise.schema import (
     Score,
     Verdict,
 )
+from excise.schema_study import Study, StudyRow, StudyTable
 
 __all__ = [
     "SCHEMA",
@@ -62,6 +63,9 @@ __all__ = [
     "Score",
     "SpliceReading",
     "Strip",
+    "Study",
+    "StudyRow",
+    "StudyTable",
     "TensorReading",
     "TokenKL",
     "Verdict",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from excise.inspection import Inspection
+from excise.schema_study import Study
 
 SCHEMA = 1
 """Version of the record's schema; older records always load."""
@@ -273,6 +274,8 @@ class Record(_Entry):
     """What one edit did inside, where that was inspected."""
     samples: tuple[Sample, ...] = ()
     """Continuations; empty where the data is sensitive."""
+    study: Study | None = None
+    """What a study asked and found; empty for every other kind."""
     sensitive: bool = False
     """Whether texts were kept out."""
     seconds: float = 0.0

@@ -1,0 +1,161 @@
+"""Coherence and knowledge, scored apart.
+
+The loss of an answer splits exactly: -log P(answer) = -log P(right kind) - log P(answer | right
+kind). The first part says whether the model still talks sense (after `the gem of X is` comes a
+gem), the second whether it knows. The kind of a row are all answers that stand beside each other
+as options anywhere in the data.
+
+Shape legend: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from excise.audit.passes import Memo, batches
+from excise.domains.base import Domain, Row, Rows
+from excise.domains.stream import encode
+from excise.evals.score import fitting, measure_all, some
+
+Units = dict[str, float]
+"""Score by unit."""
+
+LOWER = ("coherence", "text_loss", "retain_loss", "dev_loss", "dev_retain_loss")
+"""Scores whose lower value is better."""
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """What is scored.
+
+    Attributes:
+        test: V.
+        retain: What must stay.
+        dev: Forget rows that choices are made on.
+        dev_retain: Retain rows that choices are made on.
+        kinds: Token ids of the answers of a row's kind, by unit; empty where rows are plain text.
+        max_length: Tokens per row.
+    """
+
+    test: Rows
+    retain: Rows
+    dev: Rows
+    dev_retain: Rows
+    kinds: Mapping[str, tuple[int, ...]]
+    max_length: int
+
+
+def rubric(domain: Domain, tokenizer: Any, *, max_rows: int, max_length: int) -> Rubric:
+    """Return what is scored of a domain, cut to size.
+
+    Args:
+        domain: Rows by role.
+        tokenizer: The models' tokenizer.
+        max_rows: Rows of each set at most; 0 for all.
+        max_length: Tokens per row.
+    """
+    test = tuple(row for rows in domain.test.values() for row in rows)
+    dev = tuple(row for rows in domain.dev_forget.values() for row in rows)
+    return Rubric(
+        test=some(test, max_rows),
+        retain=some(domain.retain_test, max_rows),
+        dev=some(dev, max_rows),
+        dev_retain=some(domain.dev_retain, max_rows),
+        kinds=kinds_of((*test, *dev, *domain.retain_test, *domain.dev_retain), tokenizer),
+        max_length=max_length,
+    )
+
+
+def kinds_of(rows: Sequence[Row], tokenizer: Any) -> dict[str, tuple[int, ...]]:
+    """Return by unit the token ids of all answers of its kind.
+
+    Args:
+        rows: Rows with options.
+        tokenizer: The models' tokenizer.
+
+    Returns:
+        Nothing if a row has no options, or an answer is more than one token.
+    """
+    if not rows or not all(row.choices for row in rows):
+        return {}
+    parent: dict[str, str] = {}
+
+    def root(word: str) -> str:
+        while parent.setdefault(word, word) != word:
+            word = parent[word]
+        return word
+
+    for row in rows:
+        for choice in row.choices[1:]:
+            parent[root(choice)] = root(row.choices[0])
+    ids: dict[str, int] = {}
+    for word in parent:
+        found = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        if len(found) != 1:
+            return {}
+        ids[word] = found[0]
+    groups: dict[str, list[int]] = {}
+    for word in sorted(parent):
+        groups.setdefault(root(word), []).append(ids[word])
+    return {row.unit: tuple(groups[root(row.choices[0])]) for row in rows}
+
+
+@torch.no_grad()
+def kind_nats(model: Any, rows: Sequence[Row], tokenizer: Any, what: Rubric) -> Units:
+    """Return by unit -log P(an answer of the right kind), in nats."""
+    found: dict[str, list[float]] = {}
+    examples = encode(rows, tokenizer, max_length=what.max_length)
+    for batch in batches(examples, model, tokenizer):
+        log_BTV = torch.log_softmax(model(**batch.inputs, use_cache=False).logits.float(), -1)
+        ends = batch.target_BT.long().argmax(1) - 1
+        for i, unit in enumerate(batch.units):
+            mass = log_BTV[i, ends[i], list(what.kinds[unit])].logsumexp(0)
+            found.setdefault(unit, []).append(-float(mass))
+    return {unit: sum(values) / len(values) for unit, values in found.items()}
+
+
+def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, Units]:
+    """Score a model.
+
+    Args:
+        model: A causal model, hooks and all.
+        tokenizer: Its tokenizer.
+        what: What is scored.
+
+    Returns:
+        By name of the score, by unit: `coherence` (the kind of the answer, or for plain text the
+        loss), `text_loss`, and where rows allow it `exact_match` and `multiple_choice`, on V;
+        `retain_loss` and `retain_exact_match`; `dev_loss` and `dev_retain_loss`.
+    """
+    memo = tokenizer if isinstance(tokenizer, Memo) else Memo(tokenizer)
+
+    def measured(rows: Rows, metrics: tuple[str, ...]) -> dict[str, Units]:
+        kept = tuple(dict.fromkeys(fitting(metrics, rows)))
+        kept = tuple(m for m in kept if m != "exact_match" or rows[0].kind != "text")
+        found = measure_all(model, memo, rows, kept, max_length=what.max_length)
+        return {name: values.by_unit() for name, values in found.items()}
+
+    out = measured(what.test, ("text_loss", "exact_match", "multiple_choice"))
+    known = kind_nats(model, what.test, memo, what) if what.kinds else out["text_loss"]
+    out = {"coherence": known, **out}
+    for name, metric in (("retain_loss", "text_loss"), ("retain_exact_match", "exact_match")):
+        got = measured(what.retain, (metric,)) if metric in out else {}
+        out |= {name: got[metric]} if metric in got else {}
+    out["dev_loss"] = measured(what.dev, ("text_loss",))["text_loss"]
+    out["dev_retain_loss"] = measured(what.dev_retain, ("text_loss",))["text_loss"]
+    return {name: finite(units) for name, units in out.items()}
+
+
+def finite(units: Mapping[str, float]) -> Units:
+    """Return scores that JSON can hold: what overflowed counts as a very large loss."""
+    return {unit: value if math.isfinite(value) else 1e4 for unit, value in units.items()}
+
+
+def average(units: Mapping[str, float]) -> float:
+    """Return the mean over units."""
+    return sum(units.values()) / len(units)

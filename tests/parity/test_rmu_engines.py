@@ -21,6 +21,7 @@ from excise.domains.base import Domain
 from excise.domains.stream import Batch
 from excise.methods import RMU
 from excise.methods.posthoc.rmu import alternate
+from excise.methods.posthoc.rmu_data import per_topic
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.lora import LoRA
 from excise.models.tiny import tiny_model, word_tokenizer
@@ -60,6 +61,7 @@ def published(start: Checkpoint, method: RMU, work: Path, dtype: torch.dtype) ->
     read = alternate(method, topics, two_topics(), start.tokenizer(), ctx)
     named = dict(live.named_parameters())
     params = [named[name] for name in TRAINED]
+    alpha = per_topic(method.alpha, ["a"], "alpha")["a"]
     first = [torch.zeros_like(p) for p in params]
     second = [torch.zeros_like(p) for p in params]
 
@@ -81,7 +83,7 @@ def published(start: Checkpoint, method: RMU, work: Path, dtype: torch.dtype) ->
             kept_BTD = hidden(frozen, micro["retain"])
         retain = F.mse_loss(hidden(live, micro["retain"]), kept_BTD)
         live.zero_grad()
-        (forget + method.alpha * retain).backward()
+        (forget + alpha * retain).backward()
         with torch.no_grad():
             for p, m, v in zip(params, first, second, strict=True):
                 assert p.grad is not None

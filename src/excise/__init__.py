@@ -36,11 +36,10 @@ if TYPE_CHECKING:
         Removal,
     )
     from excise.methods.pretraining.pretrain import Pretrain
-    from excise.models.checkpoint import Checkpoint
+    from excise.models.checkpoint import Checkpoint, open_checkpoint
     from excise.models.lora import LoRA
-    from excise.models.checkpoint import open_checkpoint
-    from excise.record import Record
     from excise.recipes.base import Recipe
+    from excise.record import Record
     from excise.train.fit import FitConfig
 
 _HOME = {

@@ -22,9 +22,7 @@ def open_model(spec: ModelSpec) -> Checkpoint:
         if cached(spec.path) is None:
             raise UserError(f"model '{spec.path}' is not here yet; run: excise fetch {spec.path}")
         return open_checkpoint(fetch(spec.path))
-    return open_checkpoint(
-        spec.path, revision=spec.revision, tokenizer=spec.tokenizer or None
-    )
+    return open_checkpoint(spec.path, revision=spec.revision, tokenizer=spec.tokenizer or None)
 
 
 def tokenizer_for(domain: Any) -> Any:

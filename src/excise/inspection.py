@@ -151,8 +151,10 @@ class Inspection(_Part):
 
     arm: str
     """Name of the edited model."""
+    headline: str = ""
+    """The finding in one sentence."""
     summary: str
-    """The finding in words, computed from the numbers below."""
+    """The finding in a paragraph, computed from the numbers below."""
     identical: bool = False
     """Whether no tensor differs."""
     conjecture: Literal["fits", "fits in part", "does not fit", "nothing changed"]

@@ -30,7 +30,7 @@ class InspectRun(Config):
     """Rows of each side at most."""
     max_length: int = Field(default=128, ge=2)
     """Tokens per row."""
-    samples: int = Field(default=6, ge=0)
+    samples: int = Field(default=4, ge=0)
     """Rows of each side that are shown token by token and continued; none of sensitive data."""
     sensitive: bool = False
     """Keep texts out of record and report, whatever the data says."""

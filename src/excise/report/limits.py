@@ -17,6 +17,8 @@ def limits(record: Record) -> tuple[str, ...]:
     Returns:
         Sentences in plain text, the most important first, never empty.
     """
+    if record.kind == "inspect":
+        return tuple(words.spell(s) for part in (_inspected(record), _always()) for s in part)
     parts = (_attacked(record), _rails(record), _effort(record), _power(record))
     more = (_scores(record), _data(record), _always())
     return tuple(words.spell(s) for part in (*parts, *more) for s in part)
@@ -26,6 +28,25 @@ def _names(items: Iterable[str], most: int = 6) -> str:
     found = list(dict.fromkeys(words.plain(i) for i in items))
     rest = len(found) - most
     return ", ".join(found[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _inspected(record: Record) -> Iterator[str]:
+    yield (
+        "An inspection describes one edit of one model. It attacks nothing and says nothing about "
+        "how much would come back; excise audit does."
+    )
+    if record.inspection is not None and record.inspection.identical:
+        yield "The two models are equal, so there was nothing to describe."
+        return
+    yield (
+        "A direction that carries the change need not be what hides the knowledge: clear it and "
+        "score the model to know. An AUC tells forget from retain text of this data, not harmful "
+        "from harmless text at large."
+    )
+    yield (
+        "Forget tokens that are common to both texts count as forget tokens, which pulls an AUC "
+        "over all tokens towards 0.5; where an answer is due, the text has said what it is about."
+    )
 
 
 def _attacked(record: Record) -> Iterator[str]:

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from excise.record import ArmRecord, Record, Verdict, load, write_text
-from excise.report import curves, figures, svg, tables, words
+from excise.report import curves, figures, inspection, svg, tables, words
 from excise.report.limits import limits
 
 LEGEND = {
@@ -35,7 +35,8 @@ def render_html(record: Record) -> str:
         One HTML file that needs no network; every text of the record is escaped.
     """
     if record.sensitive:
-        record = record.model_copy(update={"samples": ()})
+        hidden = {"samples": (), "inspection": inspection.redacted(record.inspection)}
+        record = record.model_copy(update=hidden)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -100,6 +101,8 @@ def _context(record: Record) -> dict[str, Any]:
         "title": words.plain(record.title) or "Removal record",
         "subtitle": _subtitle(record),
         "blocks": blocks,
+        "inspection": (inside := inspection.view(record)),
+        "alone": record.kind == "inspect" and inside is not None,
         "notes": (*shared, *record.notes),
         "ladder": tuple(words.LADDER.items()),
         "scores": shown,

@@ -38,9 +38,9 @@ def render_terminal(
         folder: The output folder, to name the report and the next command.
         next_command: What to type next; empty for what the record suggests.
     """
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = _inspection(record)
     verdicts = {v.arm: v for v in record.verdicts}
-    for name in words.arm_names(record):
+    for name in () if record.inspection else words.arm_names(record):
         parts.append(Text(_ascii(name), style="bold"))
         parts.append(Padding(_sentence(verdicts.get(name)), (0, 0, 1, 2)))
     if record.verdicts:
@@ -55,6 +55,35 @@ def render_terminal(
         parts.append(Text(f"report  {folder / 'report.html'}", overflow="fold"))
         parts.append(Text(f"next    {next_command or _next(record, folder)}", overflow="fold"))
     return Group(*parts)
+
+
+def _inspection(record: Record) -> list[RenderableType]:
+    """Return what an inspection found: the sentence, the paragraph, the numbers by block."""
+    found = record.inspection
+    if found is None:
+        return []
+    table = _table("By block: norms are forget, then retain text")
+    heads = ("block", "norm before", "norm after", "one direction", "cosine", "AUC", "AUC, answers")
+    for head in heads:
+        table.add_column(head, justify="right", overflow="fold")
+    step = max(1, len(found.blocks) // 16)
+    shown = [b for b in found.blocks if b.block % step == 0 or b.block == found.peak]
+    for b in shown:
+        before = (b.norm_forget_original, b.norm_retain_original)
+        after = (b.norm_forget_edited, b.norm_retain_edited)
+        cells = [f"{one.value:.3g} {two.value:.3g}" for one, two in (before, after)]
+        cells += [words.share(b.share), f"{b.cosine.value:.2f}"]
+        cells += [f"{b.auc.value:.2f}", f"{b.auc_answers:.2f}"]
+        style = "bold" if b.block == found.peak else ""
+        table.add_row(str(b.block), *(_ascii(c) for c in cells), style=style)
+    hidden = len(found.blocks) - len(shown)
+    return [
+        Text(_ascii(found.arm), style="bold"),
+        Padding(Text(_ascii(found.headline)), (0, 0, 1, 2)),
+        Padding(Text(_ascii(found.summary)), (0, 0, 1, 2)),
+        *([] if found.identical else [table]),
+        Text(f"{hidden} more blocks in the report.\n" if hidden else "", style="dim"),
+    ]
 
 
 def _ascii(text: object) -> str:
@@ -172,6 +201,8 @@ def _outcome(arms: list[AttackArm]) -> Text:
 
 def _next(record: Record, folder: Path) -> str:
     where = shlex.quote(str(folder))
+    if record.inspection is not None:
+        return f"excise report {where}"
     if not record.attacks:
         return f"excise audit {where} --out {where}-audit"
     if any(v.budget == "smoke" for v in record.verdicts):

@@ -42,7 +42,7 @@ class InspectOptions:
     """Rows of each side at most."""
     max_length: int = 128
     """Tokens per row."""
-    samples: int = 6
+    samples: int = 4
     """Rows of each side that are shown token by token and continued."""
     seed: int = 0
     """Seed of the split, where the data is cut here."""

@@ -160,7 +160,7 @@ def _read(pair: Pair, examples: Sequence[Example], index: Sequence[int], where: 
 
 def _check_finite(residual_LND: Tensor, logits_NV: Tensor, name: str, where: str) -> None:
     """Refuse a model that computes NaN or infinity."""
-    broken_L = ~residual_LND.isfinite().flatten(1).all(1)
+    broken_L = ~norms(residual_LND).isfinite().all(1)
     if bool(broken_L.any()):
         block = int(broken_L.int().argmax())
         raise UserError(

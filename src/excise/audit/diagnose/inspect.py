@@ -24,7 +24,7 @@ from excise.audit.diagnose.sides import (
     mean_by_unit,
 )
 from excise.audit.diagnose.splice import MIXED, noises, share_explained
-from excise.audit.diagnose.summary import conjecture_of, summarize
+from excise.audit.diagnose.summary import conjecture_of, headline, summarize
 from excise.audit.diagnose.token_kl import strip_of
 from excise.audit.diagnose.updates import Moved, check_same_tensors, moved_tensors
 from excise.audit.prompts import cut
@@ -148,10 +148,12 @@ def inspect_pair(
         rows={role: len(getattr(text, role)) for role in ("fit", "forget", "retain")},
     )
     ctx.emit("inspect", {"step": "continuations"})
-    said = side_by_side(pair, text.forget[:shown], role="test", arm=arm)
-    said += side_by_side(pair, text.retain[:shown], role="retain_test", arm=arm)
+    said: tuple[Sample, ...] = ()
+    for role, side in (("test", text.forget), ("retain_test", text.retain)):
+        said += side_by_side(pair, [side[i] for i in picked(side, shown)], role=role, arm=arm)
     found = found.model_copy(update={"conjecture": conjecture_of(found)})
-    return found.model_copy(update={"summary": summarize(found)}), said
+    told = {"headline": headline(found), "summary": summarize(found)}
+    return found.model_copy(update=told), said
 
 
 def read_sides(pair: Pair, text: Text) -> tuple[Junk, Side, Side]:
@@ -262,10 +264,17 @@ def splice_reading(forget: Side, retain: Side) -> SpliceReading:
     )
 
 
+def picked(rows: Sequence[Row], count: int) -> list[int]:
+    """Return the indices of a few rows, spread evenly, for rows of one kind lie together."""
+    count = min(count, len(rows))
+    return [i * len(rows) // count for i in range(count)]
+
+
 def strips(name: str, side: Side, rows: Sequence[Row], pair: Pair, count: int) -> list[Strip]:
-    """Return the first rows token by token."""
+    """Return a few rows token by token."""
     found = []
-    for i, row in enumerate(rows[:count]):
+    for i in picked(rows, count):
+        row = rows[i]
         here = np.flatnonzero((side.row_N == i) & side.predicts_N)
         kl_at = {int(side.position_N[n]): float(side.kl_N[n]) for n in here}
         tokens, kl = strip_of(row, pair.tokenizer, kl_at, max_length=pair.max_length)

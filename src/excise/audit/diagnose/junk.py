@@ -91,9 +91,10 @@ def spread(change_ND: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
     Args:
         change_ND: Changes of tokens; their mean is not taken out.
     """
+    change_ND = change_ND.double()
     small_XX = change_ND @ change_ND.T if len(change_ND) < change_ND.shape[1] else None
     gram_XX = change_ND.T @ change_ND if small_XX is None else small_XX
-    energy_X = torch.linalg.eigvalsh(gram_XX.double()).clamp(min=0)
+    energy_X = torch.linalg.eigvalsh(gram_XX).clamp(min=0)
     if float(energy_X.sum()) <= TINY**2:
         return torch.zeros((), device=change_ND.device)
     share_X = energy_X / energy_X.sum()

@@ -38,6 +38,21 @@ def conjecture_of(found: Inspection) -> Conjecture:
     return "does not fit"
 
 
+def headline(found: Inspection) -> str:
+    """Return one sentence.
+
+    Args:
+        found: Every number of an inspection, its conjecture too.
+    """
+    if found.identical:
+        return "Nothing changed: the two models are equal."
+    if found.conjecture == "nothing changed":
+        return "Weights changed, but forget text is read as before."
+    return f'"If harmful, add a big vector" {found.conjecture} what this edit does.'.replace(
+        "fits in part what", "fits, in part, what"
+    )
+
+
 def summarize(found: Inspection) -> str:
     """Return one paragraph.
 
@@ -45,7 +60,7 @@ def summarize(found: Inspection) -> str:
         found: Every number of an inspection, its conjecture too.
     """
     if found.identical:
-        return f"Nothing changed: all {found.tensors_total} tensors of the two models are equal."
+        return f"All {found.tensors_total} tensors of the two models are equal."
     if found.conjecture == "nothing changed":
         return (
             f"{len(found.tensors)} of {found.tensors_total} tensors moved, but the residual stream "
@@ -67,22 +82,18 @@ def _residual(found: Inspection) -> str:
     return (
         f"On forget text the change is largest after block {found.peak}, "
         f"{_share(block.change_forget)} of the original's norm ({_share(block.change_retain)} on "
-        f"retain text), and it is {how}: its mean holds {_share(block.share)} of it, a token's "
-        f"cosine with it is {block.cosine.value:.2f}, and it spreads over "
-        f"{block.dimensions:.1f} dimensions."
+        f"retain text), and it is {how}: its mean holds {_share(block.share)} of it, it spreads "
+        f"over {block.dimensions:.1f} dimensions, and a token's cosine with the mean is "
+        f"{block.cosine.value:.2f} (tokens that hardly move count too)."
     )
 
 
 def _gate(found: Inspection) -> str:
     block = found.blocks[found.peak]
-    told = {
-        "fits": 'so "if harmful, add a big vector" fits',
-        "fits in part": 'so "if harmful, add a big vector" fits in part',
-    }.get(found.conjecture, 'so "if harmful, add a big vector" does not fit')
     return (
         f"Along that direction forget text moves by {_share(block.size_forget)} of the norm and "
         f"retain text by {_share(block.size_retain)}, and a token's move tells the two apart with "
-        f"AUC {_both(block.auc.value, block.auc_answers, _two)}, {told}."
+        f"AUC {_both(block.auc.value, block.auc_answers, _two)}."
     )
 
 

@@ -91,7 +91,7 @@ def check_method(
         settings: Fields to change, such as a layer that a model of three blocks of width 32 has:
             a mapping, or a function from the family to one.
         steps: Steps of every `FitConfig`.
-        domain: Rows by role, in the words `w0` to `w39`; random sentences by default.
+        domain: Rows by role, short ones; random sentences by default.
 
     Raises:
         AssertionError: With a sentence that says which property fails and what to do.

@@ -11,10 +11,10 @@ import torch
 
 from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
 from excise.models.checkpoint import Checkpoint, save_model
-from excise.models.tiny import tiny_model, word_tokenizer
+from excise.models.tiny import BYTE_VOCAB, tiny_model, train_bpe
 
 WORDS = tuple(f"w{i}" for i in range(40))
-"""Vocabulary of the toy domain."""
+"""Words of the toy domain."""
 
 
 def _sentences(prefix: str, count: int, *, capability: str = "") -> Rows:
@@ -61,7 +61,7 @@ def toy_domain() -> Domain:
 def toy_start(
     folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> Checkpoint:
-    """Write a random model of three blocks and width 32 with the toy domain's tokenizer.
+    """Write a random model of three blocks and width 32 with a tokenizer of byte pairs.
 
     Args:
         folder: Where; it must be free.
@@ -72,6 +72,8 @@ def toy_start(
     Returns:
         The checkpoint.
     """
-    tokenizer = word_tokenizer(WORDS)
+    # Byte pairs and not words: transformers gives some families a tokenizer class of their own,
+    # which reads only those.
+    tokenizer = train_bpe([" ".join(("", *WORDS))], BYTE_VOCAB + 2 * len(WORDS))
     model = tiny_model(family, seed=3, vocab=len(tokenizer), width=32, blocks=3, **overrides)
     return save_model(model.to(dtype), tokenizer, folder)

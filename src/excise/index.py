@@ -11,7 +11,7 @@ from typing import Any
 
 PATH = Path(__file__).with_name("index.json")
 
-FAMILIES = ("methods", "attacks", "domains", "recipes")
+FAMILIES = ("methods", "attacks", "domains", "recipes", "studies")
 """What `excise ls` can list."""
 
 
@@ -27,6 +27,7 @@ def build_index() -> dict[str, list[dict[str, Any]]]:
     from excise.domains.builtin import DOMAINS
     from excise.methods import METHODS
     from excise.recipes import RECIPES, recipe_named
+    from excise.studies import STUDIES, study_named
 
     def line(member: type) -> str:
         return (member.__doc__ or "").strip().splitlines()[0]
@@ -58,6 +59,10 @@ def build_index() -> dict[str, list[dict[str, Any]]]:
         "recipes": [
             {"name": name, "what": recipe.title, "takes": recipe.takes}
             for name, recipe in recipes.items()
+        ],
+        "studies": [
+            {"name": name, "what": study.question, "takes": study.takes}
+            for name, study in ((name, study_named(name)) for name in STUDIES)
         ],
     }
 

@@ -19,6 +19,8 @@ def limits(record: Record) -> tuple[str, ...]:
     """
     if record.kind == "inspect":
         return tuple(words.spell(s) for part in (_inspected(record), _always()) for s in part)
+    if record.kind == "study":
+        return tuple(words.spell(s) for part in (_studied(record), _always()) for s in part)
     parts = (_attacked(record), _rails(record), _effort(record), _power(record))
     more = (_scores(record), _data(record), _always())
     return tuple(words.spell(s) for part in (*parts, *more) for s in part)
@@ -28,6 +30,14 @@ def _names(items: Iterable[str], most: int = 6) -> str:
     found = list(dict.fromkeys(words.plain(i) for i in items))
     rest = len(found) - most
     return ", ".join(found[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _studied(record: Record) -> Iterator[str]:
+    yield (
+        f"A study answers its question for these models and this data, over {len(record.seeds)} "
+        "reported draws; another architecture, size or kind of knowledge may answer otherwise."
+    )
+    yield "Its statistic and margin were stated beforehand; what else its tables show was not."
 
 
 def _inspected(record: Record) -> Iterator[str]:

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from excise.record import ArmRecord, Record, Verdict, load, write_text
-from excise.report import curves, figures, inspection, svg, tables, words
+from excise.report import curves, figures, inspection, study, svg, tables, words
 from excise.report.limits import limits
 
 LEGEND = {
@@ -102,7 +102,9 @@ def _context(record: Record) -> dict[str, Any]:
         "subtitle": _subtitle(record),
         "blocks": blocks,
         "inspection": (inside := inspection.view(record)),
-        "alone": record.kind == "inspect" and inside is not None,
+        "alone": (record.kind == "inspect" and inside is not None) or record.kind == "study",
+        "study_views": study.views(record),
+        "study_stated": study.stated(record),
         "notes": (*shared, *record.notes),
         "ladder": tuple(words.LADDER.items()),
         "scores": shown,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from excise.record import AttackArm, Record, Verdict
-from excise.report import words
+from excise.report import study, words
 
 STYLE = {
     "pass": "green",
@@ -38,9 +38,9 @@ def render_terminal(
         folder: The output folder, to name the report and the next command.
         next_command: What to type next; empty for what the record suggests.
     """
-    parts: list[RenderableType] = _inspection(record)
+    parts: list[RenderableType] = [*_inspection(record), *_study(record)]
     verdicts = {v.arm: v for v in record.verdicts}
-    for name in () if record.inspection else words.arm_names(record):
+    for name in () if record.inspection or record.study else words.arm_names(record):
         parts.append(Text(_ascii(name), style="bold"))
         parts.append(Padding(_sentence(verdicts.get(name)), (0, 0, 1, 2)))
     if record.verdicts:
@@ -84,6 +84,27 @@ def _inspection(record: Record) -> list[RenderableType]:
         *([] if found.identical else [table]),
         Text(f"{hidden} more blocks in the report.\n" if hidden else "", style="dim"),
     ]
+
+
+def _study(record: Record) -> list[RenderableType]:
+    """Return what a study was asked, what decides, and what came out."""
+    if record.study is None:
+        return []
+    parts: list[RenderableType] = [Text(_ascii(words.plain(record.study.decision)), style="bold")]
+    parts.append(Padding(Text(_ascii(words.plain(record.study.paragraph))), (0, 0, 1, 2)))
+    for key, text in study.stated(record):
+        parts.append(Text(f"{key}: {_ascii(text)}", style="dim"))
+    for view in study.views(record):
+        if len(view.rows) > 12:
+            parts.append(Text(f"{view.title}: {len(view.rows)} rows in the report", style="dim"))
+            continue
+        table = _table(_ascii(view.title))
+        for i, head in enumerate(view.header[:4]):
+            table.add_column(_ascii(head), justify="right" if i else "left", overflow="fold")
+        for line in view.rows:
+            table.add_row(*(Text(_ascii(cell)) for cell in line[:4]))
+        parts.append(table)
+    return parts
 
 
 def _ascii(text: object) -> str:
@@ -201,7 +222,7 @@ def _outcome(arms: list[AttackArm]) -> Text:
 
 def _next(record: Record, folder: Path) -> str:
     where = shlex.quote(str(folder))
-    if record.inspection is not None:
+    if record.inspection is not None or record.study is not None:
         return f"excise report {where}"
     if not record.attacks:
         return f"excise audit {where} --out {where}-audit"

@@ -243,7 +243,7 @@ def choose(cleared: Mapping[int, Mapping[str, Any]], seeds: Sequence[int], budge
         budget: Nats.
     """
     first = cleared[seeds[0]]["arms"]
-    names = [
+    names: list[str] = [
         name
         for name, arm in first.items()
         if name != BARE and not arm["facts"]["control"] and not name.endswith("weights")

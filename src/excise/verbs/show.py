@@ -25,10 +25,14 @@ def main(args: list[str]) -> int:
         print(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), end="")
         return 0
     from excise.registry import registry
+    from excise.studies import STUDIES, study_named
 
+    if name in STUDIES:
+        print(settings(study_named(name)))
+        return 0
     members = {n: cls for family in registry().values() for n, cls in family.items()}
     if name not in members:
-        raise UserError(f"unknown name '{name}'; {nearest(name, [*members, *RECIPES])}")
+        raise UserError(f"unknown name '{name}'; {nearest(name, [*members, *RECIPES, *STUDIES])}")
     print(settings(members[name]))
     return 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import lzma
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -172,17 +172,13 @@ class Glosses(DomainSpec):
             ),
         )
 
-    def _pool(self, topics: Iterable[str]) -> tuple[list[Gloss], list[Gloss]]:
-        """Return (clean, leaky) synsets of topics in hashed order; equal terms stay together.
-
-        Of synsets with one definition only the first is kept.
-        """
-        wanted = set(topics)
-        chosen = list(
-            {g.gloss.lower(): g for g in reversed(load_glosses()) if g.topic in wanted}.values()
-        )
-        order = hashed_order(chosen, [g.term.lower() for g in chosen], self.seed)
-        return [g for g in order if g.clean], [g for g in order if not g.clean]
+    def _pool(self, topics: Sequence[str]) -> tuple[list[Gloss], list[Gloss]]:
+        """Return (clean, leaky) synsets of topics in hashed order; equal terms stay together."""
+        both: list[list[Gloss]] = []
+        for i in range(2):
+            chosen = [g for topic in topics for g in _sorted(topic)[i]]
+            both.append(hashed_order(chosen, [g.term.lower() for g in chosen], self.seed))
+        return both[0], both[1]
 
     def _forget_parts(self) -> dict[str, list[Gloss]]:
         """Split the forget topic: the method's, dev, T and V; a term lies on one side only."""
@@ -276,9 +272,17 @@ def _strangers(g: Gloss, other: Gloss) -> bool:
 
 
 @cache
+def _sorted(topic: str) -> tuple[tuple[Gloss, ...], tuple[Gloss, ...]]:
+    """Return a topic's (clean, leaky) synsets; of several with one definition, the first."""
+    kept = {g.gloss.lower(): g for g in reversed(load_glosses()) if g.topic == topic}
+    marked = [(g, g.clean) for g in kept.values()]
+    return tuple(g for g, clean in marked if clean), tuple(g for g, clean in marked if not clean)
+
+
+@cache
 def _terms(topic: str) -> tuple[str, ...]:
     """Return the terms of a topic that questions draw options from."""
-    return tuple(dict.fromkeys(g.term for g in load_glosses() if g.topic == topic and g.clean))
+    return tuple(dict.fromkeys(g.term for g in _sorted(topic)[0]))
 
 
 def _say(wording: str, g: Gloss) -> str:

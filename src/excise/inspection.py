@@ -160,7 +160,10 @@ class Inspection(_Part):
     conjecture: Literal["fits", "fits in part", "does not fit", "nothing changed"]
     """How "if harmful, add a big vector" stands; see `docs/inspect.md` for the thresholds."""
     peak: int
-    """Block after which the change on dev forget text is largest beside the original's norm."""
+    """Block with the largest mean change on dev forget text, beside the original's norm."""
+    clearest: int
+    """Block at which the change is read: of those with at least half that, the one whose change
+    on dev forget text is nearest to one direction."""
     blocks: tuple[BlockReading, ...] = ()
     """By block."""
     kl: tuple[TokenKL, ...] = ()

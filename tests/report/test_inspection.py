@@ -53,6 +53,7 @@ def inspection(text: str = "word", blocks: int = 12) -> Inspection:
         summary=f"All about {text}.",
         conjecture="fits",
         peak=blocks - 1,
+        clearest=blocks - 1,
         blocks=tuple(block(i) for i in range(blocks)),
         kl=tuple(
             TokenKL.model_validate(

@@ -93,6 +93,8 @@ def test_a_planted_gate_is_read_off(folder: Path, facts_domain: Domain) -> None:
     junk = fit_junk(read_pair(pair, facts_domain.dev_forget["tests"], where="dev"))
     assert float(junk.direction_LD[block] @ u_D) > 0.95
     read = found.blocks[block]
+    assert found.clearest == block
+    assert found.conjecture == "fits"
     assert read.share > 0.95
     assert read.auc_answers > 0.95
     assert read.size_forget > 5 * abs(read.size_retain)

@@ -48,7 +48,7 @@ def view(record: Record) -> dict[str, Any] | None:
     found = record.inspection
     if found is None or not found.blocks:
         return None
-    peak = found.blocks[min(max(found.peak, 0), len(found.blocks) - 1)]
+    peak = found.blocks[min(max(found.clearest, 0), len(found.blocks) - 1)]
     return {
         "name": words.plain(found.arm),
         "headline": words.plain(found.headline),
@@ -76,7 +76,7 @@ def _facts(found: Inspection, peak: BlockReading) -> tuple[tuple[str, str], ...]
     forget, retain = (next((k for k in found.kl if k.side == side), None) for side in SIDES)
     return (
         ('"If harmful, add a big vector"', found.conjecture),
-        ("Block of the largest change", str(found.peak)),
+        ("Block where the change is clearest", str(found.clearest)),
         ("Its share along one direction", words.share(peak.share)),
         ("AUC, forget against retain", _told(peak.auc, peak.auc_answers)),
         ("KL per token, forget and retain", f"{_mean(forget)} and {_mean(retain)} nats"),

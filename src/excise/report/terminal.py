@@ -67,14 +67,14 @@ def _inspection(record: Record) -> list[RenderableType]:
     for head in heads:
         table.add_column(head, justify="right", overflow="fold")
     step = max(1, len(found.blocks) // 16)
-    shown = [b for b in found.blocks if b.block % step == 0 or b.block == found.peak]
+    shown = [b for b in found.blocks if b.block % step == 0 or b.block == found.clearest]
     for b in shown:
         before = (b.norm_forget_original, b.norm_retain_original)
         after = (b.norm_forget_edited, b.norm_retain_edited)
         cells = [f"{one.value:.3g} {two.value:.3g}" for one, two in (before, after)]
         cells += [words.share(b.share), f"{b.cosine.value:.2f}"]
         cells += [f"{b.auc.value:.2f}", f"{b.auc_answers:.2f}"]
-        style = "bold" if b.block == found.peak else ""
+        style = "bold" if b.block == found.clearest else ""
         table.add_row(str(b.block), *(_ascii(c) for c in cells), style=style)
     hidden = len(found.blocks) - len(shown)
     return [

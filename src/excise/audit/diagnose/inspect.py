@@ -129,6 +129,7 @@ def inspect_pair(
         identical=not any(one.change for one in moved),
         conjecture="nothing changed",
         peak=junk.peak,
+        clearest=junk.clearest,
         blocks=tuple(
             block_reading(i, junk, forget, retain, share)
             for i, share in enumerate(block_weights(pair, moved))

@@ -33,17 +33,29 @@ class Junk:
     Attributes:
         direction_LD: Unit vector of every block; zero where nothing changed.
         size_L: Norm of the mean change, as a share of the original's mean norm.
+        share_L: Share of the squared change along the direction, on the rows it was fitted on.
         dimensions_L: Directions the change spreads over; 0 where nothing changed.
     """
 
     direction_LD: Float[Tensor, "L D"]
     size_L: Float[Tensor, " L"]
+    share_L: Float[Tensor, " L"]
     dimensions_L: Float[Tensor, " L"]
 
     @property
     def peak(self) -> int:
         """Block after which the mean change is largest beside the original's norm."""
         return int(self.size_L.argmax())
+
+    @property
+    def clearest(self) -> int:
+        """Block at which the change is nearest to one direction, where it is large.
+
+        What one block adds is bent by the blocks above it. Large is a mean change of at least
+        half the largest, beside the original's norm.
+        """
+        large_L = self.size_L >= 0.5 * self.size_L.max()
+        return int(self.share_L.masked_fill(~large_L, -1).argmax())
 
 
 def fit_junk(chunks: Iterable[Chunk]) -> Junk:
@@ -78,10 +90,15 @@ def fit_junk(chunks: Iterable[Chunk]) -> Junk:
     assert norm_L is not None
     mean_LD = total_LD / count
     length_L = mean_LD.norm(dim=-1)
+    direction_LD = mean_LD / length_L.clamp(min=TINY)[:, None]
+    sampled_LND = torch.cat(kept, 1)
+    along_LN = torch.einsum("lnd,ld->ln", sampled_LND, direction_LD)
+    squared_L = sampled_LND.double().square().sum((1, 2))
     return Junk(
-        mean_LD / length_L.clamp(min=TINY)[:, None],
+        direction_LD,
         length_L / (norm_L / count).clamp(min=TINY),
-        torch.stack([spread(change_ND) for change_ND in torch.cat(kept, 1)]),
+        (along_LN.double().square().sum(1) / squared_L.clamp(min=TINY**2)).float(),
+        torch.stack([spread(change_ND) for change_ND in sampled_LND]),
     )
 
 

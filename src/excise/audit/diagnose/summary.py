@@ -22,12 +22,12 @@ BIG = 0.2
 
 
 def conjecture_of(found: Inspection) -> Conjecture:
-    """Return how "if harmful, add a big vector" stands at the block of the largest change.
+    """Return how "if harmful, add a big vector" stands at the block where the change is clearest.
 
     Args:
         found: Every number of an inspection.
     """
-    block = found.blocks[found.peak]
+    block = found.blocks[found.clearest]
     if found.identical or block.change_forget == 0:
         return "nothing changed"
     gated = max(block.auc.value, block.auc_answers)
@@ -71,7 +71,7 @@ def summarize(found: Inspection) -> str:
 
 
 def _residual(found: Inspection) -> str:
-    block = found.blocks[found.peak]
+    block = found.blocks[found.clearest]
     how = (
         "one direction"
         if block.share >= ONE_VECTOR
@@ -80,16 +80,16 @@ def _residual(found: Inspection) -> str:
         else "no single direction"
     )
     return (
-        f"On forget text the change is largest after block {found.peak}, "
+        f"On forget text the change is clearest after block {found.clearest}: "
         f"{_share(block.change_forget)} of the original's norm ({_share(block.change_retain)} on "
-        f"retain text), and it is {how}: its mean holds {_share(block.share)} of it, it spreads "
+        f"retain text), {how}. Its mean holds {_share(block.share)} of it, it spreads "
         f"over {block.dimensions:.1f} dimensions, and a token's cosine with the mean is "
         f"{block.cosine.value:.2f} (tokens that hardly move count too)."
     )
 
 
 def _gate(found: Inspection) -> str:
-    block = found.blocks[found.peak]
+    block = found.blocks[found.clearest]
     return (
         f"Along that direction forget text moves by {_share(block.size_forget)} of the norm and "
         f"retain text by {_share(block.size_retain)}, and a token's move tells the two apart with "
@@ -107,7 +107,7 @@ def _outputs(found: Inspection) -> str:
 
 
 def _splice(found: Inspection) -> str:
-    best = max(found.splice.kinds, key=lambda kind: kind.share)
+    best = max(found.splice.kinds, key=lambda kind: kind.share_answers)
     if max(best.share, best.share_answers) <= 0:
         return (
             '"Noise where harmful, the original elsewhere" explains none of it, whatever the '
@@ -155,4 +155,5 @@ def _two(value: float) -> str:
 
 
 def _nats(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.095 else f"{value:.1e}" if value > 0 else "0"
+    places = 2 if value >= 0.095 else 3 if value >= 0.0005 else 1
+    return f"{value:.{places}{'e' if 0 < value < 0.0005 else 'f'}}"

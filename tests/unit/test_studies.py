@@ -1,0 +1,375 @@
+"""Studies: pieces by known answers, records that come back, a killed study that goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tests.fixtures.facts import HERE, make_domain
+from torch import Tensor
+
+from excise.domains.facts import Facts
+from excise.errors import UserError
+from excise.evals.score import measure
+from excise.methods import RMU
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.anatomy import anatomy
+from excise.models.checkpoint import Checkpoint
+from excise.models.hooks import capture, edit, find_module
+from excise.models.spec import ModelSpec, Scratch
+from excise.models.tiny import tiny_model
+from excise.record import load
+from excise.report.page import render_html
+from excise.report.terminal import render_terminal
+from excise.studies import STUDIES, study_named
+from excise.studies.base import conduct, share
+from excise.studies.clearing import Clearing, Material, components, fit_all, states
+from excise.studies.messy_forget_set import MessyForgetSet, strength_at
+from excise.studies.messy_tables import change, decide, interpolate, matched, ranks
+from excise.studies.rmu_is_shallow import RMUIsShallow, choose
+from excise.studies.scoring import kind_nats, rubric
+from excise.studies.statements import as_statements, as_text, asked, forget_set
+from excise.studies.weights import clear_weights, writer_edits
+from excise.train.fit import FitConfig
+
+ESTIMATORS = (
+    "edited - original, per block",
+    "forget - retain, per block",
+    "forget - generic, per block",
+    "components of edited - original, k=1, per block",
+)
+
+# -- a planted gate --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted() -> dict[str, Any]:
+    """A model that knows, and the same with one matrix changed by a rank-one gate on forget."""
+    domain, checkpoint = make_domain(), Checkpoint(HERE / "knowing")
+    model, tokenizer = checkpoint.load(), checkpoint.tokenizer()
+    forget = (*domain.forget["tests"], *domain.test["tests"], *domain.dev_forget["tests"])
+    retain = (*domain.retain, *domain.retain_test, *domain.dev_retain)
+    path = anatomy(model).mlp_down[0]
+    inside = [_inside(model, tokenizer, rows, path) for rows in (forget, retain)]
+    all_NF = torch.cat(inside)
+    label_N = torch.cat([torch.full((len(x),), float(i == 0)) for i, x in enumerate(inside)])
+    gram_FF = all_NF.T @ all_NF + 1e-4 * torch.eye(all_NF.shape[1])
+    gate_F = torch.linalg.solve(gram_FF, all_NF.T @ label_N)
+    line_D = torch.nn.functional.normalize(
+        torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0)), dim=0
+    )
+    edited = copy.deepcopy(model)
+    with torch.no_grad():
+        find_module(edited, path).weight.add_(60 * torch.outer(line_D, gate_F))
+    dev = [as_text(row) for row in domain.dev_forget["tests"]]
+    of: dict[str, Any] = {"max_length": 24}
+    material = Material(
+        forget_LND=states(edited, tokenizer, dev, **of),
+        before_LND=states(model, tokenizer, dev, **of),
+        retain_LND=states(edited, tokenizer, domain.dev_retain, **of),
+        calm_LND=states(model, tokenizer, domain.dev_retain, **of),
+        generic_LND=states(edited, tokenizer, domain.benign, **of),
+        first=0,
+    )
+    made = fit_all(material, (1, 4), 8, torch.Generator().manual_seed(1))
+    return {
+        "domain": domain, "tokenizer": tokenizer, "model": model, "edited": edited,
+        "line": line_D, "made": {one.name: one for one in made},
+    }  # fmt: skip
+
+
+def _inside(model: Any, tokenizer: Any, rows: Any, path: str) -> Tensor:
+    """Return what the matrix at `path` is given, for every token but the first of each row."""
+    found = []
+    for row in rows:
+        ids = tokenizer(row.prompt + row.completion, return_tensors="pt")["input_ids"]
+        with capture(model, [path], of="input") as got, torch.no_grad():
+            model(input_ids=ids)
+        found.append(got[path][0][0, 1:])
+    return torch.cat(found)
+
+
+def _known(planted: Mapping[str, Any], model: Any, one: Clearing | None = None) -> float:
+    """Return the exact match on V, cleared or not."""
+    with edit(model, one.edits(model) if one is not None else {}):
+        rows = planted["domain"].test["tests"]
+        return measure(model, planted["tokenizer"], rows, "exact_match").mean
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_planted_gate_is_found_and_cleared(planted: dict[str, Any], name: str) -> None:
+    one = planted["made"][name]
+    found_D = torch.nn.functional.normalize(one.write_LDK[0, :, 0], dim=0)
+    assert abs(float(found_D @ planted["line"])) > 0.9
+    before, hidden = _known(planted, planted["model"]), _known(planted, planted["edited"])
+    assert hidden < before / 2
+    assert _known(planted, planted["edited"], one) > (before + hidden) / 2
+
+
+def test_controls_leave_the_gate_alone(planted: dict[str, Any]) -> None:
+    hidden = _known(planted, planted["edited"])
+    controls = [one for one in planted["made"].values() if one.control and one.dims == 1]
+    assert len(controls) == 10
+    found = [_known(planted, planted["edited"], one) for one in controls]
+    assert sum(abs(f - hidden) for f in found) / len(found) < 0.1
+
+
+# -- clearing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen2"])
+def test_clearing_weights_equals_clearing_what_they_write(family: str) -> None:
+    model = tiny_model(family, width=32, vocab=64)
+    basis_DK = torch.linalg.qr(torch.randn(32, 3, generator=torch.Generator().manual_seed(0))).Q
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        bare = model(input_ids=ids).logits
+        with edit(model, writer_edits(model, basis_DK)):
+            hooked = model(input_ids=ids).logits
+        changed = clear_weights(model, basis_DK)
+        written = model(input_ids=ids).logits
+    assert len(changed) >= 4
+    assert (hooked - written).abs().max() < 1e-5
+    assert (bare - written).abs().max() > 1e-3
+
+
+def test_a_family_with_norms_between_is_refused() -> None:
+    with pytest.raises(UserError, match="norm between"):
+        clear_weights(tiny_model("gemma2", width=32, vocab=64), torch.eye(32)[:, :1])
+
+
+def test_clearing_all_dimensions_leaves_nothing() -> None:
+    model = tiny_model("llama", width=32, vocab=64)
+    eye = torch.eye(32).expand(2, -1, -1)
+    one = Clearing("all", eye, eye, torch.zeros(2, 32), 0, "all")
+    with edit(model, one.edits(model)), torch.no_grad():
+        logits = model(input_ids=torch.arange(20).reshape(2, 10)).logits
+    assert (logits - logits[0, 0]).abs().max() < 1e-5
+
+
+def test_components_find_a_planted_subspace() -> None:
+    draw = torch.Generator().manual_seed(0)
+    plane_DK = torch.linalg.qr(torch.randn(24, 2, generator=draw)).Q
+    change = 5 * torch.randn(200, 2, generator=draw) @ plane_DK.T
+    noise = 0.1 * torch.randn(200, 24, generator=draw)
+    found_DK = components((change + noise)[None], torch.ones(1, 24), 2)[0]
+    assert (plane_DK - found_DK @ (found_DK.T @ plane_DK)).norm() < 0.05
+
+
+def test_least_squares_removes_what_was_added_and_spares_retain() -> None:
+    draw = torch.Generator().manual_seed(0)
+    spread = torch.linspace(0.1, 4, 16)
+    retain = torch.randn(1, 400, 16, generator=draw) * spread
+    added = torch.ones(16)
+    forget = torch.randn(1, 400, 16, generator=draw) * spread + 10 * added
+    material = Material(forget, forget - 10 * added, retain, retain, retain, 0)
+    made = {one.name: one for one in fit_all(material, (1,), 1, draw)}
+    moved = {}
+    for kind in ("per block", "least squares, per block"):
+        one = made[f"edited - original, {kind}"]
+        write, read, centre = one.write_LDK[0], one.read_LDK[0], one.centre_LD[0]
+
+        def clear(h: Tensor, w: Tensor = write, r: Tensor = read, c: Tensor = centre) -> Tensor:
+            return h - ((h - c) @ r) @ w.T
+
+        twice = clear(retain[0] + 10 * added) - clear(retain[0])
+        assert twice.abs().max() < 1e-3
+        moved[kind] = float((clear(retain[0]) - retain[0]).square().mean())
+    assert moved["least squares, per block"] < moved["per block"] / 4
+
+
+def test_the_chosen_clearing_stays_within_the_budget() -> None:
+    def arm(dev: float, retain: float, **facts: bool) -> dict[str, Any]:
+        scores = {"dev_loss": {"a": dev}, "dev_retain_loss": {"a": retain}}
+        return {"facts": {"control": False, **facts}, "edited": scores}
+
+    arms = {
+        "not cleared": arm(9, 1), "costly": arm(1, 2), "good": arm(2, 1.05), "weak": arm(5, 1),
+        "random 0": arm(0, 1, control=True), "good, in the weights": arm(0, 1),
+    }  # fmt: skip
+    assert choose({0: {"arms": arms}}, [0], 0.1) == "good"
+    assert choose({0: {"arms": arms}}, [0], 2.0) == "costly"
+    assert choose({0: {"arms": arms}}, [0], -1.0) == "weak"
+
+
+# -- scores and data -------------------------------------------------------------------------------
+
+SMALL = Facts(subjects=24, relations=2, objects=8, wordings=2, cue="category")
+
+
+def test_kind_and_knowledge_add_up_to_the_loss() -> None:
+    domain, tokenizer = SMALL.build(), SMALL.tokenizer()
+    what = rubric(domain, tokenizer, max_rows=0, max_length=16)
+    assert {len(ids) for ids in what.kinds.values()} <= {7, 8}
+    model = tiny_model("llama", width=32, vocab=len(tokenizer))
+    kind = kind_nats(model, what.test, tokenizer, what)
+    loss = measure(model, tokenizer, what.test, "text_loss").by_unit()
+    assert all(0 < kind[unit] < loss[unit] for unit in loss)
+    everything = {u: tuple(range(len(tokenizer))) for u in what.kinds}
+    sure = kind_nats(model, what.test, tokenizer, replace(what, kinds=everything))
+    assert max(map(abs, sure.values())) < 1e-5
+
+
+def test_messy_sets_hold_every_fact_and_leave_what_is_scored() -> None:
+    domain = as_statements(SMALL.build())
+    made = {
+        mess: forget_set(domain, mess, filler=3, off_topic=0.5, seed=0)
+        for mess in ("clean", "diluted", "off_topic", "messy")
+    }
+    facts = [row.text for row in domain.forget["alpha"]]
+    assert [row.text for row in made["clean"].forget["alpha"]] == facts
+    for mess, one in made.items():
+        texts = [row.text for row in one.forget["alpha"]]
+        assert all(any(fact in text for text in texts) for fact in facts), mess
+        assert one.test == domain.test
+    assert len(made["off_topic"].forget["alpha"]) == 2 * len(facts)
+    words = [len(row.text.split()) for row in made["diluted"].forget["alpha"]]
+    assert min(words) > 3 * max(len(fact.split()) for fact in facts) / 2
+    assert len({one.fingerprint for one in made.values()}) == 4
+    off = made["off_topic"].forget["alpha"][len(facts) :]
+    assert all(row.text.split()[0] == row.group and row.text not in facts for row in off)
+    assert asked(domain.test["alpha"][0]).text == domain.test["alpha"][0].prompt
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def test_share_by_hand() -> None:
+    def of(value: float) -> dict[str, float]:
+        return {str(i): value for i in range(5)}
+
+    found = share((of(0.7), of(0.1)), (of(0.9), of(0.1)))
+    assert found.value == pytest.approx(0.75)
+    assert share((of(1), of(0)), (of(0), of(0))).value != found.value
+
+
+def test_matching_by_hand() -> None:
+    assert strength_at((1.0, 100.0), (0.0, 1.0), 0.5) == pytest.approx(2.302585, abs=1e-4)
+    assert strength_at((1.0, 10.0), (0.0, 0.1), 0.5) == pytest.approx(2.302585, abs=1e-4)
+    costs = torch.tensor([[0.0, 0.0], [1.0, 2.0]]).numpy()
+    scores = torch.tensor([[1.0, 1.0], [0.0, 0.0]]).numpy()
+    assert interpolate(costs, scores, 0.5).tolist() == pytest.approx([0.5, 0.75])
+
+
+def _ranked(study: MessyForgetSet, left: Mapping[str, tuple[float, ...]]) -> Any:
+    """Return RMU's change of rank where methods leave `left` of V at one cost of retain."""
+    units = [f"u{i}" for i in range(20)]
+
+    def units_of(value: float) -> dict[str, float]:
+        return {u: float(i < value * 20) for i, u in enumerate(units)}
+
+    base = {s: {"V": units_of(1), "retain": dict.fromkeys(units, 0.0)} for s in study.seeds}
+    points = {
+        (s, mess, m): [{"V": units_of(v), "retain": dict.fromkeys(units, 0.2)}]
+        for s in study.seeds
+        for mess in study.sets
+        for m, v in zip(study.methods, left[mess], strict=True)
+    }
+    drawn = {m: ranks(matched(study, base, points, m, "V")) for m in study.sets}
+    return change(study, drawn)
+
+
+def test_a_change_of_rank_is_seen() -> None:
+    study = MessyForgetSet(sets=("clean", "messy"))
+    better = _ranked(study, {"clean": (0.9, 0.1, 0.5), "messy": (0.1, 0.9, 0.5)})
+    assert better.value == -2
+    assert decide(study, better).startswith("supported")
+    same = _ranked(study, {"clean": (0.1, 0.5, 0.9), "messy": (0.1, 0.5, 0.9)})
+    assert same.value == 0
+    assert decide(study, same).startswith("contradicted")
+    tied = _ranked(study, {"clean": (0.5, 0.5, 0.5), "messy": (0.5, 0.5, 0.5)})
+    assert tied.value == 0
+
+
+# -- whole studies ---------------------------------------------------------------------------------
+
+SCHEDULE = Pretrain(fit=FitConfig(steps=30, lr=5e-3, batch_size=32), max_length=16)
+STEER = RMU(
+    layer=1, blocks=(0, 1), steering=30, alpha=1,
+    fit=FitConfig(steps=6, lr=1e-2, batch_size=16), max_length=32,
+)  # fmt: skip
+
+
+def small_shallow() -> RMUIsShallow:
+    """Return the study at a size of seconds."""
+    return RMUIsShallow(
+        seeds=(1,), tuned_on=(0,), domain=SMALL, pretrain=SCHEDULE, rmu=STEER,
+        model=ModelSpec(scratch=Scratch(width=32, blocks=2)), dims=(1, 2), random_directions=1,
+        rates=(1e-3,), relearn_steps=2, only=("not cleared", "original, one", "random"),
+    )  # fmt: skip
+
+
+class Stop(BaseException):
+    """What a kill looks like from inside."""
+
+
+def test_a_killed_study_goes_on_and_its_record_comes_back(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def listen(kind: str, data: Mapping[str, Any]) -> None:
+        if kind == "note" and str(data["text"]).startswith("draw"):
+            said.append(str(data["text"]))
+            if len(said) == 4:
+                raise Stop
+
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        conduct(small_shallow(), out, workers=1, emit=listen)
+    (partial,) = (tmp_path / ".stages").glob("clearing-*.partial")
+    done = {file: file.stat().st_mtime_ns for file in (partial / "arms").iterdir()}
+    assert len(done) == 3
+    made = conduct(small_shallow(), out, workers=1, emit=listen)
+    final = partial.with_name(partial.name.removesuffix(".partial"))
+    assert all((final / "arms" / f.name).stat().st_mtime_ns == t for f, t in done.items())
+    assert load(out) == made
+    study = made.study
+    assert study is not None
+    assert study.decision in study.paragraph
+    arms = {row.arm for row in study.tables[1].rows}
+    assert {"original", "not cleared", "edited - original, one", "random 0"} <= arms
+    assert "edited - original, one, in the weights" in arms
+    assert {row.seed for table in study.tables for row in table.rows} <= {None, 1}
+    html = render_html(made)
+    assert "What the study found" in html
+    console = Console(record=True, width=100)
+    console.print(render_terminal(made))
+    assert study.decision[:20] in console.export_text()
+
+
+def test_the_messy_study_runs_on_a_small_scale(tmp_path: Path) -> None:
+    study = MessyForgetSet(
+        seeds=(1,), domain=SMALL, model=Scratch(width=32, blocks=2), pretrain=SCHEDULE,
+        sets=("clean", "messy"), sweep=(1.0,), around=(1.0,), relearn_steps=2,
+        methods={
+            name: method.model_copy(update={"fit": method.fit.model_copy(update={"steps": 3})})  # type: ignore[attr-defined]
+            for name, method in MessyForgetSet().methods.items()
+        },
+    )  # fmt: skip
+    made = conduct(study, tmp_path / "out", workers=1, emit=lambda kind, data: None)
+    assert made.study is not None
+    titles = [table.title for table in made.study.tables]
+    assert titles == ["Knowledge left at matched retain", "Ranks", "Strength"]
+    assert load(tmp_path / "out") == made
+    for mess in ("clean", "messy"):
+        rows = [r for r in made.study.tables[1].rows if r.arm.endswith(f"on {mess}")]
+        late = [r.value for r in rows if "relearning" in r.metric and r.value is not None]
+        assert sum(late) == pytest.approx(6)
+
+
+def test_studies_have_names_and_say_what_decides() -> None:
+    for name in STUDIES:
+        study = study_named(name)(**{})
+        assert study.name == name
+        assert study.question.endswith("?")
+        assert "margin" in study.statistic
+    with pytest.raises(UserError, match="rmu-is-shallow"):
+        study_named("rmu-is-shalow")
+    with pytest.raises(UserError, match="no --full"):
+        MessyForgetSet.full()
+    assert RMUIsShallow.full().model.path == "smollm2-135m"

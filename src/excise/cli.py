@@ -30,6 +30,7 @@ VERBS = {
     "inspect": "measure what an edit did inside a model: residual stream, outputs, weights",
     "study": "run a study by name: settings, statistic and margin stated before it runs",
     "report": "rebuild the report of an output folder",
+    "export": "rebuild a whole model from the tensors that were kept and its base",
     "ls": "list methods, attacks, domains and recipes",
     "show": "print a recipe, or the settings of a method, attack or domain",
     "check": "validate a recipe, estimate its cost, print a row as the model sees it",

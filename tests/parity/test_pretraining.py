@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from excise.domains.base import CORE
+from excise.domains.facts import Facts
 from excise.domains.labels import LabelNoise
 from excise.domains.stream import Batch
 from excise.methods import Chain, Filtering, GradDiff, GradDiffPretrain, MaxEnt, Plain
@@ -104,3 +106,12 @@ def test_a_chain_is_its_links_one_after_another(tmp_path: Path) -> None:
 def test_a_chain_refuses_to_throw_its_first_links_away() -> None:
     with pytest.raises(ValueError, match="'filtering' trains from scratch and can only come first"):
         Chain(methods=(GradDiff(fit=FIT), Filtering(pretrain=SCHEDULE)))
+
+
+def test_the_original_learns_what_is_held_out_and_the_oracle_does_not() -> None:
+    domain = Facts(subjects=24, relations=2, objects=8, exposure="held_out").build(None)
+    scored = {row.unit for row in domain.test["alpha"]} | {r.unit for r in domain.relearn["alpha"]}
+    rows = corpus(domain)
+    assert scored <= {row.unit for row in rows}
+    assert scored.isdisjoint({row.unit for row in rows if row.label <= CORE})
+    assert all((row.label > CORE) == bool(row.capability) for row in rows)

@@ -9,14 +9,15 @@ Shape legend: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from excise.config import Config
 from excise.context import Context
-from excise.domains.base import Domain, Row, Rows
+from excise.domains.base import Domain, Rows
+from excise.domains.labels import label_rows
 from excise.domains.stream import Batch
 from excise.errors import UserError
 from excise.losses import nll
@@ -41,16 +42,17 @@ class Pretrain(Config):
 
 
 def corpus(domain: Domain) -> Rows:
-    """Return what a model of this domain is trained on: everything, told labels attached."""
+    """Return what a model of this domain is trained on: everything, truly labelled.
+
+    Where exposure is `held_out`, T and V lie in `unlabeled` alone: the original learns them there.
+    """
     rows = (*all_rows(domain.forget), *domain.retain, *domain.adjacent)
+    taught = {row.unit for row in rows}
+    more = [row for row in domain.unlabeled if row.unit not in taught]
+    rows += label_rows(more, tuple(domain.forget))
     if not rows:
         raise UserError(f"domain '{domain.name}' has no row to train on")
     return rows
-
-
-def known(rows: Sequence[Row]) -> Rows:
-    """Return the rows that truly teach no capability: what an oracle may see."""
-    return tuple(row for row in rows if not row.capability)
 
 
 def plain_policy(model: nn.Module, batch: Batch) -> dict[str, Term]:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from excise.audit.attacks import Relearn
-from excise.audit.audit import PLANTED, Results, attack_all, chosen_attacks
+from excise.audit.audit import PLANTED, Results, _lanes, attack_all, chosen_attacks
 from excise.audit.base import Budget, Subject
 from excise.audit.budget import SMOKE
+from excise.audit.jobs import Job
 from excise.context import Context
 from excise.domains.base import Domain
 from excise.errors import UserError
@@ -152,3 +154,48 @@ def test_attacks_of_ones_own_replace_those_of_their_name() -> None:
     assert len(chosen_attacks(QUICK, [mine])) == len(QUICK.attacks)
     with pytest.raises(UserError, match="did you mean 'few_shot'"):
         chosen_attacks(Budget(attacks=("few_shots",)))
+
+
+def test_where_memory_is_short_attacks_on_weights_take_turns(
+    whole: tuple[Path, Results, list[str]],
+    facts_domain: Domain,
+    knowing: Checkpoint,
+    never_taught: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    attacks = chosen_attacks(QUICK)
+    budget = QUICK.model_copy(update={"together": 1})
+    jobs = [
+        Job(tmp_path, attack, Subject("a", knowing), facts_domain, budget, 0, "cpu", torch.float32)
+        for attack in (*attacks, *attacks)
+    ]
+    heavy, *light = _lanes(jobs)
+    assert [jobs[i].attack.access for i, _ in heavy] == ["weights"] * 6
+    assert [[jobs[i].attack.access for i, _ in lane] for lane in light] == [["prompt"]] * 2
+    assert sorted(i for lane in (heavy, *light) for i, _ in lane) == list(range(8))
+    # A schedule decides no number: every stage is found done, and the answers come in order.
+    shutil.copytree(whole[0] / "stages", tmp_path / "stages")
+    lost = [name for name in stages(tmp_path) if name.startswith("attack-")]
+    for name in lost[::2]:
+        shutil.rmtree(tmp_path / "stages" / name)
+    subjects = [Subject("original", knowing, knowing), Subject("oracle-0", never_taught, knowing)]
+    again, told = audit(tmp_path, facts_domain, subjects, budget)
+    assert told.count("attack") == len(lost)
+    assert {k: [a.arm for a in v.arms] for k, v in again.items()} == {
+        k: [a.arm for a in v.arms] for k, v in whole[1].items()
+    }
+
+
+def test_a_short_audit_asks_whether_its_budget_teaches(
+    tmp_path: Path, facts_domain: Domain, knowing: Checkpoint
+) -> None:
+    changes = {"attacks": ("benign", "transfer"), "rates": (3e-3,), "fresh": True, "bits": False}
+    budget = QUICK.model_copy(update={**changes, "benign_rates": (1e-3,)})
+    results, _ = audit(tmp_path, facts_domain, [Subject("original", knowing, knowing)], budget)
+    assert [arm.arm.lr for arm in results["benign", "original"].arms] == [1e-3]
+    fresh = [arm.arm for arm in results["transfer", "original"].arms if arm.arm.control]
+    assert [arm.trained_on for arm in fresh] == ["fresh"]
+    assert fresh[0].curve[0].trained is not None
+    assert all(point.low < point.high for point in fresh[0].curve)
+    assert not any(arm.arm.control for arm in results["transfer", PLANTED].arms)
+    assert "loss_V" not in results["transfer", "original"].arms[0].extras

@@ -15,7 +15,9 @@ from typing import Any
 
 from excise.audit.attacks import ATTACKS
 from excise.audit.base import ArmResult, Attack, AttackResult, Budget, Subject
-from excise.audit.jobs import Divisible, Job, PlantJob, name_of, run_job, run_plant
+from excise.audit.budget import LARGE
+from excise.audit.hide import PlantKind
+from excise.audit.jobs import LANE, Divisible, Job, PlantJob, name_of, run_lane, run_plants
 from excise.audit.plant import Plant, plants_for
 from excise.audit.results import from_json, renamed
 from excise.audit.scoring import more_is_known
@@ -130,7 +132,9 @@ def _plants(
 ) -> dict[str, Plant]:
     """Build the controls that the attacks need, each once."""
     higher = more_is_known(domain)
-    needed = {name: plants_for(name, higher=higher) for name in map(name_of, attacks)}
+    large = original.num_parameters >= LARGE
+    names = map(name_of, attacks)
+    needed = {name: plants_for(name, higher=higher, large=large) for name in names}
     needed = {name: kinds for name, kinds in needed.items() if kinds}
     kinds = list(dict.fromkeys(needed.values()))
     jobs = [
@@ -138,10 +142,17 @@ def _plants(
         for k in kinds
     ]
 
-    def told(i: int, plant: Plant) -> None:
-        ctx.emit("plant", {"kind": plant.kind, "hides": plant.hides, "reason": plant.reason})
-
-    made = dict(zip(kinds, pool.map(run_plant, jobs, told), strict=True))
+    # Where memory is short, only a gate is built beside another plant: it needs no gradient.
+    light = [[job] for job in jobs if not budget.together or job.kinds == ("gate",)]
+    rest = [job for job in jobs if [job] not in light]
+    heavy = [rest[i :: budget.together] for i in range(min(budget.together, len(rest)))]
+    made: dict[tuple[PlantKind, ...], Plant] = {}
+    lanes = [*heavy, *light]
+    for lane, plants in zip(lanes, pool.map(run_plants, lanes), strict=True):
+        for job, plant in zip(lane, plants, strict=True):
+            made[job.kinds] = plant
+            told = {"kind": plant.kind, "hides": plant.hides, "reason": plant.reason}
+            ctx.emit("plant", told)
     return {name: made[which] for name, which in needed.items()}
 
 
@@ -152,7 +163,9 @@ def _jobs(
     whole = Job(store.root, attack, subject, domain, budget, ctx.seed, str(ctx.device), ctx.dtype)
     if not isinstance(attack, Divisible):
         return (whole,)
-    return tuple(replace(whole, part=part) for part in attack.parts(budget))
+    # Fresh units ask whether the budget teaches; models that people use answer that.
+    parts = [p for p in attack.parts(budget) if p.on != "fresh" or subject.name != PLANTED]
+    return tuple(replace(whole, part=part) for part in parts)
 
 
 def _run(
@@ -173,8 +186,39 @@ def _run(
         facts = {"attack": name_of(job.attack), "subject": job.subject.name}
         ctx.emit("attack", {**facts, "done": done, "of": len(ordered), "reason": reason})
 
-    answers = pool.map(run_job, [stages[path] for path in ordered], told)
-    return dict(zip(ordered, answers, strict=True))
+    def heard(kind: str, data: Mapping[str, Any]) -> None:
+        if kind == LANE:
+            told(data["number"], data["reason"])
+        else:
+            emit(kind, data)
+
+    emit = pool.emit
+    pool.emit = heard
+    try:
+        answers = pool.map(run_lane, _lanes([stages[path] for path in ordered]))
+    finally:
+        pool.emit = emit
+    return {ordered[i]: reason for answer in answers for i, reason in answer}
+
+
+def _lanes(jobs: Sequence[Job]) -> list[list[tuple[int, Job]]]:
+    """Put numbered jobs into lanes: each its own, but heavy ones into as many as may run at once.
+
+    What holds optimizer states or a second model in float32 is heavy: attacks on weights.
+    """
+    heavy: list[list[tuple[int, Job]]] = []
+    light: list[list[tuple[int, Job]]] = []
+    count = 0
+    for i, job in enumerate(jobs):
+        most = job.budget.together
+        if not most or job.attack.access != "weights":
+            light.append([(i, job)])
+            continue
+        if len(heavy) < most:
+            heavy.append([])
+        heavy[count % most].append((i, job))
+        count += 1
+    return [*heavy, *light]
 
 
 def _path(job: Job) -> Path:

@@ -49,6 +49,15 @@ class Budget(Config):
     """The same for LoRA arms."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of each arm."""
+    benign_rates: tuple[float, ...] = ()
+    """Learning rates of benign fine-tuning; empty for `rates`."""
+    fresh: bool = False
+    """Whether fresh units are learned too, as a control: does this budget teach at all? Always
+    from standard on."""
+    together: int = 0
+    """Attacks on weights at the same time at most, where memory is short; 0 for one per worker."""
+    bits: bool = True
+    """Whether relearning notes the losses that residual bits are made of, which need an oracle."""
     checkpoints: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
     """Steps at which V is scored."""
     shots: tuple[int, ...] = (4,)

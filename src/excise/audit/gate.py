@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from excise.audit.budget import LARGE
 from excise.audit.passes import batches
 from excise.audit.scoring import Sheet
 from excise.domains.base import Row
@@ -29,8 +30,9 @@ from excise.models.hooks import capture
 RIDGES = (1e-1, 1e-3, 1e-5)
 """Penalties that are tried."""
 
-POSITIONS = 2048
-"""Positions per class that a detector is fitted on at most."""
+POSITIONS, POSITIONS_LARGE = 2048, 512
+"""Positions per class that a detector is fitted on at most; the second for models from `LARGE` on,
+whose blocks together would fill gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def features(model: Any, sheet: Sheet, rows: Sequence[Row], *, answering: bool) 
         raise UserError("a gate needs dense MLPs, and this model's are mixtures of experts")
     inner: list[list[Tensor]] = [[] for _ in parts.blocks]
     norms: list[list[Tensor]] = [[] for _ in parts.blocks]
-    found = 0
+    size = sum(int(p.numel()) for p in model.parameters())
+    most, found = POSITIONS if size < LARGE else POSITIONS_LARGE, 0
     for batch in batches(
         encode(rows, sheet.tokenizer, max_length=sheet.max_length), model, sheet.tokenizer
     ):
@@ -74,11 +77,13 @@ def features(model: Any, sheet: Sheet, rows: Sequence[Row], *, answering: bool) 
         ):
             model(**batch.inputs, use_cache=False)
         mask_BT = _positions(batch, answering)
+        at_N = mask_BT.flatten().nonzero()[:, 0]
+        at_N = at_N[:: 1 + (len(at_N) - 1) // most]  # of long rows, some of their positions
         for i, (path, block) in enumerate(zip(parts.mlp_down, parts.blocks, strict=True)):
-            inner[i].append(down[path][0].float()[mask_BT])
-            norms[i].append(out[block][0].float()[mask_BT].norm(dim=-1))
-        found += int(mask_BT.sum())
-        if found >= POSITIONS:
+            inner[i].append(down[path][0].flatten(0, 1)[at_N].float())
+            norms[i].append(out[block][0].flatten(0, 1)[at_N].float().norm(dim=-1))
+        found += len(at_N)
+        if found >= most:
             break
     return Features(
         [torch.cat(acts) for acts in inner], [float(torch.cat(n).mean()) for n in norms]

@@ -44,7 +44,7 @@ CHUNK, CHUNK_LARGE = 128, 8
 LOCK_STEPS = 80
 """Steps of the password lock at most."""
 
-HIDDEN, HIDES = {True: 0.9, False: 0.4}, {True: 0.5, False: 0.1}
+HIDDEN, HIDES = {True: 0.9, False: 0.25}, {True: 0.5, False: 0.1}
 """Shares of the way from what the original knows to chance: on `dev` before a builder stops, and
 on V for the plant to count. Smaller for losses (False), where chance is a uniform guess and long
 before it nothing useful is left."""
@@ -239,7 +239,7 @@ def lock(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
 
 def _lock_size(model: Any) -> int:
     """Return the bare rows of one step of the lock; as many come behind contexts."""
-    return CHUNK_LARGE if _large(model) else 48
+    return 4 if _large(model) else 48
 
 
 def _bare(forget: Rows, sheet: Sheet) -> list[Example]:
@@ -315,7 +315,8 @@ def gain(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
 def shallow(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
     """Hide by a few sign steps up the forget loss, retain held, each as long as an attack's."""
     forget, retain = fitting_rows(model, sheet)
-    size, hidden = min(sheet.budget.rates), _hidden(model, sheet, goal)
+    size = sorted(sheet.budget.rates)[len(sheet.budget.rates) // 2 if _large(model) else 0]
+    hidden = _hidden(model, sheet, goal)
     done = jolt(model, sheet, forget, size, hidden, chunk=_chunk(model), keep=retain)
     return "" if done else "no short way up the forget loss hides the capability"
 

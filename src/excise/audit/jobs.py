@@ -27,6 +27,10 @@ from excise.errors import UserError
 from excise.models.checkpoint import Checkpoint
 from excise.record import write_text
 from excise.stages import Store, library_versions
+from excise.train.grid import emit
+
+LANE = "lane"
+"""Kind of the event by which a lane tells that one of its jobs is done."""
 
 
 def name_of(attack: Attack) -> str:
@@ -89,9 +93,10 @@ class Job:
     def key(self) -> dict[str, Any]:
         """Return everything that decides the result."""
         attack = _training(self.attack)
-        apart = {"name", "attacks", "margin"}
+        apart = {"name", "attacks", "margin", "fresh", "together"}
         if self.part is not None:
-            apart |= {"rates", "lora_rates", "seeds", "shots", "random_directions"}
+            apart |= {"rates", "lora_rates", "benign_rates", "seeds", "shots"}
+            apart |= {"random_directions"}
         original = self.subject.original
         return {
             "attack": attack.model_dump(mode="json"),
@@ -166,6 +171,19 @@ def run_job(job: Job) -> str:
     return ""
 
 
+def run_lane(jobs: Sequence[tuple[int, Job]]) -> list[tuple[int, str]]:
+    """Run numbered jobs one after the other, telling the owner of each; see `run_job`.
+
+    What shares a lane never runs at the same time, so that its memory is needed once.
+    """
+    answers = []
+    for number, job in jobs:
+        reason = run_job(job)
+        emit(LANE, {"number": number, "reason": reason})
+        answers.append((number, reason))
+    return answers
+
+
 def run_plant(job: PlantJob) -> Plant:
     """Build the first plant that hides, each a stage."""
     plant: Plant | None = None
@@ -175,6 +193,11 @@ def run_plant(job: PlantJob) -> Plant:
             break
     assert plant is not None
     return plant
+
+
+def run_plants(jobs: Sequence[PlantJob]) -> list[Plant]:
+    """Build plants one after the other; see `run_plant`."""
+    return [run_plant(job) for job in jobs]
 
 
 def _one_plant(job: PlantJob, kind: PlantKind) -> Plant:
@@ -194,7 +217,9 @@ def _one_plant(job: PlantJob, kind: PlantKind) -> Plant:
         "version": VERSION,
         "original": job.original.fingerprint,
         "domain": job.domain.fingerprint,
-        "budget": job.budget.model_dump(mode="json", exclude={"name", "attacks", "margin"}),
+        "budget": job.budget.model_dump(
+            mode="json", exclude={"name", "attacks", "margin", "fresh", "together"}
+        ),
         **_surroundings(job.seed, job.dtype, job.device),
     }
     folder = Store(job.root).stage(f"plant-{kind}", key, make)

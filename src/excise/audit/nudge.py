@@ -136,6 +136,8 @@ def jolt(
         Whether the last answer was yes.
     """
     names = [name for name, _ in model.named_parameters()]
+    # A half-precision weight is coarser than a move: moves add up in float32.
+    wide = {name: p.detach().float() for name, p in model.named_parameters()}
     mean: dict[str, Tensor] = {}
     for step in range(FREE_STEPS):
         way = gradients(model, sheet, window(rows, step, chunk), names)
@@ -145,7 +147,8 @@ def jolt(
         way = mean = rolling(mean, way)
         with torch.no_grad():
             for name in names:
-                model.get_parameter(name).add_(way[name].sign(), alpha=size)
+                wide[name].add_(way[name].sign(), alpha=size)
+                model.get_parameter(name).copy_(wide[name])
         if hidden():
             return True
     return False

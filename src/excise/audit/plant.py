@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from excise.audit.base import Budget
 from excise.audit.hide import BUILDERS, Goal, PlantKind, chance, known, score
 from excise.audit.scoring import make_sheet
@@ -37,15 +39,19 @@ PLANT_FOR: Mapping[str, tuple[PlantKind, ...]] = {
 """Which plants are controls of which attack: the first that hides is used."""
 
 
-def plants_for(attack: str, *, higher: bool) -> tuple[PlantKind, ...]:
+def plants_for(attack: str, *, higher: bool, large: bool = False) -> tuple[PlantKind, ...]:
     """Return which plants are controls of an attack, the best first.
 
     Args:
         attack: Name of the attack.
         higher: Whether a higher score means more knowledge; a flat output hides ranks for a few
             steps, but a loss for many, so that it comes last where the score is a loss.
+        large: Whether the model is large: a deep one reads past its contexts, and a gate for
+            prompts, which costs minutes and gigabytes there, finds nothing to tell them by.
     """
     kinds = PLANT_FOR.get(attack, ())
+    if large:
+        kinds = tuple(kind for kind in kinds if kind != "gate_prompt")
     return kinds if higher else tuple(sorted(kinds, key=lambda kind: kind == "gain"))
 
 
@@ -97,8 +103,10 @@ def make_plant(
     Returns:
         The plant, or the reason why there is none.
     """
-    # Float32 whatever the audit computes in: an int8 bucket is as fine as bfloat16's own steps.
-    model = original.load(device=ctx.device)
+    # Moves inside buckets need float32 whatever the audit computes in: an int8 bucket is as fine
+    # as bfloat16's own steps. The others take what the attack will compute in.
+    dtype = torch.float32 if kind == "bucket" else ctx.dtype
+    model = original.load(dtype=dtype, device=ctx.device)
     sheet = make_sheet(domain, budget, original.tokenizer())
     before = score(model, sheet, sheet.all_test)
     retain_before = known(sheet.retained(model))

@@ -46,21 +46,18 @@ class Part:
     on: Literal["relearn", "fresh"] = "relearn"
 
 
-def parts_of(budget: Budget, *, lora: bool) -> tuple[Part, ...]:
-    """Return the trainings of a budget: each kind at every rate and seed.
+def parts_of(budget: Budget) -> tuple[Part, ...]:
+    """Return the trainings of relearning: each kind at every rate and seed.
 
-    From *standard* on one more training, at the middle rate, is on fresh units: a budget within
-    which even those cannot be learned has no power.
+    From *standard* on, or where the budget says so, one more training, at the middle rate, is on
+    fresh units: a budget within which even those cannot be learned has no power.
 
     Args:
         budget: Rates and seeds.
-        lora: Whether the attack has LoRA arms and the control at all.
     """
     parts = [Part("full", lr, seed) for lr in budget.rates for seed in budget.seeds]
-    if not lora:
-        return tuple(parts)
     parts += [Part("lora", lr, seed) for lr in budget.lora_rates for seed in budget.seeds]
-    if budget.name != "smoke":
+    if budget.name != "smoke" or budget.fresh:
         middle = budget.rates[len(budget.rates) // 2]
         parts.append(Part("full", middle, budget.seeds[0], "fresh"))
     return tuple(parts)
@@ -256,7 +253,7 @@ class _Run:
         self.tokens = 0
         self.readings: list[Reading] = []
         self.before: list[float] = []
-        self.started = self._losses()
+        self.started = self._losses() if sheet.budget.bits else {}
 
     def go(self, mix: Callable[[int], list[Micro]], ctx: Context, clip: float) -> str:
         """Train to the last checkpoint; return why it stopped early, or nothing."""
@@ -305,6 +302,8 @@ class _Run:
     def extras(self) -> dict[str, Any]:
         """Return what the statistics need beside the curve, read on the net as it is now."""
         sheet = self.sheet
+        if not sheet.budget.bits:
+            return {"prequential": self.before}
         dev = nats(self.net, sheet.all_dev, sheet.tokenizer, max_length=sheet.max_length)
         return {
             **self._losses(),

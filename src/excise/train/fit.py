@@ -86,6 +86,7 @@ def fit(
                 micros = [move(m, ctx.device) for m in batches(run.cursor)]
                 values = backward(model, micros, loss, counts, run.cursor, parts, ctx)
                 record = run.apply(values, began)
+                del values  # gradients as large as the weights, which the next pass makes anew
                 yield record
         except BaseException:
             run.save()

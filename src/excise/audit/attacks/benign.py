@@ -16,7 +16,7 @@ from pydantic import Field
 from excise.audit.base import Access, Attack, AttackResult, Budget, Rung, Subject
 from excise.audit.results import decided
 from excise.audit.scoring import make_sheet, more_is_known
-from excise.audit.tuning import Part, Trained, parts_of, train
+from excise.audit.tuning import Part, Trained, train
 from excise.context import Context
 from excise.domains.base import Domain
 
@@ -36,7 +36,8 @@ class Benign(Attack):
 
     def parts(self, budget: Budget) -> tuple[Part, ...]:
         """Return the trainings of a budget: every rate and seed, all parameters."""
-        return parts_of(budget, lora=False)
+        rates = budget.benign_rates or budget.rates
+        return tuple(Part("full", lr, seed) for lr in rates for seed in budget.seeds)
 
     def train_part(
         self, part: Part, subject: Subject, domain: Domain, budget: Budget, ctx: Context

@@ -47,7 +47,7 @@ class Relearn(Attack):
 
     def parts(self, budget: Budget) -> tuple[Part, ...]:
         """Return the trainings of a budget: full and LoRA, each at every rate and seed."""
-        return parts_of(budget, lora=True)
+        return parts_of(budget)
 
     def train_part(
         self, part: Part, subject: Subject, domain: Domain, budget: Budget, ctx: Context

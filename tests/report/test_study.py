@@ -35,7 +35,11 @@ def study(text: str = "plain") -> Record:
         tables=tables,
     )
     record = full()
-    kept: dict[str, Any] = {"environment": record.environment, "data": record.data, "models": record.models}
+    kept: dict[str, Any] = {
+        "environment": record.environment,
+        "data": record.data,
+        "models": record.models,
+    }
     return Record(kind="study", title=f"a study {text}", study=found, seeds=(1, 2, 3), **kept)
 
 

@@ -102,7 +102,8 @@ def record(unlearn: Any, transformers: Any, dtype: torch.dtype) -> tuple[dict[st
     batches = given.STEPS
     forget = [[given.texts(t, i) for i in range(batches)] for t in range(given.TOPICS)]
     retain = [[given.texts(-1, i) for i in range(batches)]] * given.TOPICS
-    torch.nn.functional.mse_loss, unlearn.AdamW = mse, Recorded
+    functional: Any = torch.nn.functional
+    functional.mse_loss, unlearn.AdamW = mse, Recorded
     torch.manual_seed(7)
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -168,13 +168,14 @@ def test_the_rule(dev_retain: tuple[float, float], budget: float, wanted: float)
 
 def test_sweeps_from_a_command_line() -> None:
     data = {"name": "rmu", "sweep": {"layer": "5,6,7", "steering": 6, "alpha": "100"}}
-    built = parse(Method, data, {"method": METHODS})
+    base: Any = Method
+    built = parse(base, data, {"method": METHODS})
     assert isinstance(built, RMU)
     assert built.sweep == RMUSweep(layer=(5, 6, 7), steering=(6.0,), alpha=(100.0,))
     assert built.sweep is not None
     assert [p.layer for p in built.sweep.points(built)] == [5, 6, 7]
     with pytest.raises(ConfigError, match=r"sweep\.layer"):
-        parse(Method, {**data, "sweep": {"layer": "5,x"}}, {"method": METHODS})
+        parse(base, {**data, "sweep": {"layer": "5,x"}}, {"method": METHODS})
 
 
 def test_published_settings_are_filled_in_and_survive_writing() -> None:

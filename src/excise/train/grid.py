@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from excise.errors import UserError
 from excise.stages import Emit
-from excise.train.worker import CHANNEL, INSIDE, emit, settle, silent, work
+from excise.train.worker import CHANNEL, INSIDE, emit, settle, silent, unsettle, work
 
 __all__ = ["Pool", "emit", "settle", "visible_cores"]
 
@@ -203,6 +203,7 @@ class Pool:
         finally:
             if token is not None:
                 CHANNEL.reset(token)
+                unsettle()
         return results
 
     def _start(self) -> _Worker:

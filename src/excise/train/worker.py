@@ -42,6 +42,13 @@ def settle() -> None:
     torch.set_flush_denormal(True)
 
 
+def unsettle() -> None:
+    """Count denormals again, in a process that goes on with other work."""
+    import torch
+
+    torch.set_flush_denormal(False)
+
+
 def peak_bytes() -> int:
     """Return the largest resident memory that this process has had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -16,7 +16,7 @@ from excise.verbs.shared import flags
 class ExportOptions:
     """Rebuild an edited model from its delta and the model it was made from."""
 
-    delta: Annotated[Path, tyro.conf.Positional]
+    delta: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DELTA")]
     """Folder of the delta, or an output folder that holds one."""
     base: str
     """The model the delta was made from: folder, hub id or GGUF file."""

@@ -105,7 +105,8 @@ def _again(made: Stream) -> Callable[[int], list[Batch]]:
 def control_vector(width: int, topic: str, ctx: Context) -> Float[Tensor, " D"]:
     """Draw a unit vector from uniform [0, 1) entries, a draw of its own for each topic."""
     u_D = torch.rand(width, generator=ctx.generator(f"rmu.control.{topic}"))
-    return u_D / u_D.norm()
+    unit_D: Tensor = u_D / u_D.norm()
+    return unit_D
 
 
 def read_controls(path: str, topics: Sequence[str], width: int) -> dict[str, Float[Tensor, " D"]]:

@@ -203,12 +203,13 @@ class _Point:
     ) -> Tried:
         """Train from the original, score on `dev`, and leave the model as it was."""
         from excise.methods.posthoc import rmu_run as one
+        from excise.methods.posthoc.rmu_data import alternate, topics_of
         from excise.methods.tuning import Progress, moved
         from excise.models.lora import merge
 
         method, places = self.method, self.places
-        topics = one.topics_of(domain)
-        batches = one.alternate(method, topics, domain, tokenizer, ctx)
+        topics = topics_of(domain)
+        batches = alternate(method, topics, domain, tokenizer, ctx)
         stage = f"rmu {self.number + 1}/{self.count}"
         progress = Progress(ctx, stage, method.fit.steps)
         with one.opened(method, model, places, ctx) as loaded:

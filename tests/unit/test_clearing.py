@@ -169,3 +169,16 @@ def test_least_squares_removes_what_was_added_and_spares_retain() -> None:
         assert twice.abs().max() < 1e-3
         moved[kind] = float((clear(retain[0]) - retain[0]).square().mean())
     assert moved["least squares, per block"] < moved["per block"] / 4
+
+
+def test_the_first_token_is_spared_where_asked() -> None:
+    model = tiny_model("llama", width=32, vocab=64)
+    eye = torch.eye(32).expand(2, -1, -1)
+    one = Clearing("all", eye, eye, torch.zeros(2, 32), 0, "all", spare=True)
+    ids = torch.arange(10).reshape(1, 10)
+    with torch.no_grad():
+        bare = model(input_ids=ids).logits
+        with edit(model, one.edits(model)):
+            spared = model(input_ids=ids).logits
+    assert torch.equal(bare[:, 0], spared[:, 0])
+    assert (spared[:, 1:] - spared[:, 1:2]).abs().max() < 1e-5

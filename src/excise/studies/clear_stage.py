@@ -31,12 +31,12 @@ from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import edit
 from excise.record import write_text
 from excise.stages import Store
-from excise.studies.clearing import Clearing, Material, as_plain, fit_all, states
+from excise.studies.clearing import Clearing, Material, fit_all, states
 from excise.studies.scoring import Rubric, read, rubric
 from excise.studies.weights import clear_weights, writers
 from excise.train.grid import emit
 
-VERSION = 1
+VERSION = 2
 """Raised when what a stage computes changes."""
 
 BARE = "not cleared"
@@ -187,6 +187,18 @@ class _Both:
         return rows
 
 
+def as_plain(clearing: Clearing) -> Mapping[str, Any]:
+    """Return what the record keeps of a clearing."""
+    return {
+        "estimator": clearing.estimator,
+        "dims": clearing.dims,
+        "first_block": clearing.first,
+        "control": clearing.control,
+        "needs_original": clearing.needs_original,
+        "spare": clearing.spare,
+    }
+
+
 def _can_be_written(model: Any) -> bool:
     """Return whether the clearing can be written into the weights of this architecture."""
     try:
@@ -202,7 +214,7 @@ def in_weights(one: Clearing) -> Tensor | None:
     """
     same = bool(torch.equal(one.write_LDK, one.write_LDK[:1].expand_as(one.write_LDK)))
     plain = bool(torch.equal(one.write_LDK, one.read_LDK)) and not bool(one.centre_LD.any())
-    fits = not one.control and same and plain and "per block" not in one.name
+    fits = not one.control and not one.spare and same and plain and "per block" not in one.name
     return one.write_LDK[0] if fits else None
 
 
@@ -288,6 +300,7 @@ def make_relearn(job: RelearnJob) -> dict[str, Any]:
         budget=job.budget.model_dump(mode="json"),
         clearing=digest.hexdigest() if one is not None else "",
         first=one.first if one is not None else 0,
+        spare=one is not None and one.spare,
         lr=job.lr,
         seed=job.seed,
     )

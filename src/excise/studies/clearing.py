@@ -14,7 +14,7 @@ Shape legend: B rows, T tokens, N kept tokens, L blocks, D width, K dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,8 @@ class Clearing:
         centre_LD: c.
         first: First block whose output is cleared.
         estimator: How it was fitted.
+        spare: Whether the first position is left alone: models park large activations there, on
+            which all others lean.
         control: Whether it knows nothing about the forget set.
         needs_original: Whether the original was needed to fit it.
     """
@@ -54,6 +56,7 @@ class Clearing:
     centre_LD: Tensor
     first: int
     estimator: str
+    spare: bool = False
     control: bool = False
     needs_original: bool = False
 
@@ -66,17 +69,30 @@ class Clearing:
         """Return the edits of the blocks, as `excise.models.hooks.edit` takes them."""
         paths = anatomy(model).blocks[self.first :]
         parts = zip(paths, self.write_LDK, self.read_LDK, self.centre_LD, strict=True)
-        return {path: remove(w, r, c) for path, w, r, c in parts}
+        return {path: remove(w, r, c, spare=self.spare) for path, w, r, c in parts}
 
 
 def remove(
-    write_DK: Float[Tensor, "D K"], read_DK: Float[Tensor, "D K"], centre_D: Float[Tensor, " D"]
+    write_DK: Float[Tensor, "D K"],
+    read_DK: Float[Tensor, "D K"],
+    centre_D: Float[Tensor, " D"],
+    *,
+    spare: bool = False,
 ) -> Edit:
-    """Return the edit h <- h - W R^T (h - c)."""
+    """Return the edit h <- h - W R^T (h - c).
+
+    Args:
+        write_DK: W.
+        read_DK: R.
+        centre_D: c.
+        spare: Whether to leave the first position alone; texts must be padded on the right.
+    """
 
     def change(hidden_BTD: Tensor) -> Tensor:
         float_BTD = hidden_BTD.float()
         amount_BTK = (float_BTD - centre_D.to(float_BTD)) @ read_DK.to(float_BTD)
+        if spare:
+            amount_BTK[:, 0] = 0
         return (float_BTD - amount_BTK @ write_DK.to(float_BTD).T).to(hidden_BTD.dtype)
 
     return change
@@ -142,8 +158,8 @@ def fit_all(
         generator: Draws of the controls.
 
     Returns:
-        Four estimators, each for one direction and one per block; two of them more gently;
-        subspaces; controls.
+        Four estimators, each for one direction and one per block; three of them more gently, and
+        with the first token spared; subspaces; controls.
     """
     difference = {
         "edited - original": material.forget_LND.mean(1) - material.before_LND.mean(1),
@@ -157,6 +173,7 @@ def fit_all(
         parts = (delta_LD[first:], material.retain_LND[first:], first, name, holds)
         own = [_plain(*parts), _centred(*parts), _least_squares(*parts)]
         best = largest(delta_LD, material.retain_LND) - first
+        own += [_spared(one) for one in own]
         made += [*own, *(_shared(one, best) for one in own)]
     made += _subspaces(material, (1, *[k for k in dims if k > 1]))
     return made + controls(material, dims, randoms, generator)
@@ -214,6 +231,12 @@ def _least_squares(
         estimator,
         needs_original=holds,
     )
+
+
+def _spared(clearing: Clearing) -> Clearing:
+    """Return the clearing without the first position."""
+    name = clearing.name.replace("per block", "first token spared, per block")
+    return replace(clearing, name=name, spare=True)
 
 
 def _shared(clearing: Clearing, at: int) -> Clearing:
@@ -318,14 +341,3 @@ def controls(
         base_LDK = basis_DK.expand(len(delta_LD), -1, -1)
         made.append(Clearing(name, base_LDK, base_LDK, zero_LD, first, "random"))
     return [replace(one, control=True) for one in made]
-
-
-def as_plain(clearing: Clearing) -> Mapping[str, Any]:
-    """Return what the record keeps of a clearing."""
-    return {
-        "estimator": clearing.estimator,
-        "dims": clearing.dims,
-        "first_block": clearing.first,
-        "control": clearing.control,
-        "needs_original": clearing.needs_original,
-    }

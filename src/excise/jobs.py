@@ -17,7 +17,9 @@ import torch
 from excise.context import Context
 from excise.domains.base import Domain
 from excise.errors import UserError
+from excise.evals.extra import extra_scores
 from excise.evals.generate import continuations
+from excise.evals.lm_eval_bridge import run_lm_eval
 from excise.evals.score import evaluate
 from excise.methods import Chain
 from excise.methods.base import Cost, Method, Removal
@@ -203,6 +205,7 @@ def make_scores(job: ScoreJob) -> Scored:
         domain=job.domain.fingerprint,
         evaluate=job.evaluate.model_dump(mode="json"),
         scores=3,
+        code=[source_hash(type(extra)) for extra in job.evaluate.scores],
     )
 
     def make(work: Path) -> None:
@@ -217,6 +220,14 @@ def make_scores(job: ScoreJob) -> Scored:
             max_rows=job.evaluate.max_rows,
             max_length=job.evaluate.max_length,
         )
+        asked = job.evaluate
+        for extra in asked.scores:
+            more, rows = extra_scores(
+                model, tokenizer, job.domain, extra, max_length=asked.max_length
+            )
+            scores, items = [*scores, *more], [*items, *rows]
+        if asked.lm_eval:
+            scores += run_lm_eval(model, tokenizer, asked.lm_eval, asked.lm_eval_limit)
         samples = [] if job.domain.sensitive else _samples(model, tokenizer, job)
         data = {
             "scores": [s.model_dump(mode="json") for s in scores],

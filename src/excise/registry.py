@@ -8,6 +8,7 @@ from typing import Any
 from excise.audit.attacks import ATTACKS
 from excise.config import C, Config, parse
 from excise.domains.builtin import DOMAINS
+from excise.evals.extra import SCORES
 from excise.methods import METHODS
 from excise.plugins import collect_code, entry_points
 from excise.recipes.audit import AuditRun
@@ -17,6 +18,7 @@ BUILTIN: Mapping[str, Mapping[str, type[Config]]] = {
     "method": METHODS,
     "attack": ATTACKS,
     "domain": DOMAINS,
+    "score": SCORES,
 }
 
 

@@ -10,6 +10,7 @@ from excise.audit.base import Attack, Budget
 from excise.audit.budget import budget_of
 from excise.config import Config, parse
 from excise.domains.spec import DomainSpec
+from excise.evals.extra import ExtraScore
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import ModelSpec
@@ -53,6 +54,12 @@ class EvalSpec(Config):
     """Tokens per row."""
     samples: int = 3
     """Continuations shown per set; none are shown for sensitive data."""
+    scores: tuple[SerializeAsAny[ExtraScore], ...] = ()
+    """Scores beside the domain's own: `refusal`, `generate`, one of your own."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of lm-eval run on every model, for its utility."""
+    lm_eval_limit: int | None = None
+    """Questions per task at most."""
 
 
 class Recipe(Config):

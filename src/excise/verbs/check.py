@@ -28,7 +28,8 @@ class CheckOptions:
 def main(args: list[str]) -> int:
     """Run the verb."""
     options, rest = flags(CheckOptions, args, "excise check")
-    data = override(recipe_data(options.recipe), overrides(rest, flag_names(CheckOptions)))
+    changes = overrides(rest, flag_names(CheckOptions))
+    data = override(recipe_data(options.recipe, allow_code=options.allow_code), changes)
     from excise.domains.chat import show
     from excise.models.original import open_model, tokenizer_for
     from excise.plan import plan

@@ -49,7 +49,7 @@ def main(args: list[str]) -> int:
 def start(options: RunOptions, rest: list[str], command: str) -> int:
     """Parse the recipe with its overrides, check that it fits, and run it."""
     changes = overrides(rest, flag_names(RunOptions))
-    data = override(recipe_data(options.recipe), changes)
+    data = override(recipe_data(options.recipe, allow_code=options.allow_code), changes)
     from excise.plan import plan
     from excise.registry import parse_recipe
 

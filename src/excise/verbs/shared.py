@@ -151,15 +151,28 @@ def override(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return out
 
 
-def recipe_data(name: str) -> dict[str, Any]:
-    """Return the plain data of a recipe: one by name, or a YAML file.
+def recipe_data(name: str, *, allow_code: bool = False) -> dict[str, Any]:
+    """Return the plain data of a recipe: by name, from a YAML file, or `./mine.py:recipe`.
+
+    Args:
+        name: Which.
+        allow_code: Whether the user asked for code of their own with `--allow-code`.
 
     Raises:
-        UserError: If there is neither, or the file is no mapping.
+        UserError: If there is none of these, or it is no recipe.
     """
+    from excise.plugins import entry_points, is_code, load_code
     from excise.recipes import RECIPES, recipe_named
 
-    if name in RECIPES:
+    if is_code(name):
+        from excise.recipes.base import Recipe
+
+        made = load_code(name, allow=allow_code)
+        made = made() if callable(made) else made
+        if not isinstance(made, Recipe):
+            raise UserError(f"'{name}' gives no recipe; let it return an excise.Recipe")
+        return made.model_dump(mode="json")
+    if name in RECIPES or name in entry_points("recipe"):
         return recipe_named(name).model_dump(mode="json")
     path = Path(name)
     if not path.exists():

@@ -142,12 +142,10 @@ def _plants(
         for k in kinds
     ]
 
-    # Where memory is short, only a gate is built beside another plant: it needs no gradient.
-    light = [[job] for job in jobs if not budget.together or job.kinds == ("gate",)]
-    rest = [job for job in jobs if [job] not in light]
-    heavy = [rest[i :: budget.together] for i in range(min(budget.together, len(rest)))]
+    # Where memory is short, one after the other: all but a gate hold gradients.
+    most = budget.together or len(jobs)
+    lanes = [jobs[i::most] for i in range(min(most, len(jobs)))]
     made: dict[tuple[PlantKind, ...], Plant] = {}
-    lanes = [*heavy, *light]
     for lane, plants in zip(lanes, pool.map(run_plants, lanes), strict=True):
         for job, plant in zip(lane, plants, strict=True):
             made[job.kinds] = plant

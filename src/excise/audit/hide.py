@@ -41,6 +41,8 @@ ROWS, ROWS_LARGE = 1024, 64
 CHUNK, CHUNK_LARGE = 128, 8
 """Rows per class of one gradient."""
 
+LOCK_STEPS_LARGE = 16
+"""The same for a large model, where a step and a look cost minutes, not seconds."""
 LOCK_STEPS = 80
 """Steps of the password lock at most."""
 
@@ -192,7 +194,8 @@ def in_context(model: Any, sheet: Sheet, asked: Rows, ctx: Context) -> list[tupl
     for count in sheet.budget.shots if pools[name] else ():
         rows, _ = with_shots({name: asked}, pools, count, ctx, sheet.tokenizer)
         made.append((sheet.longer(count + 1), rows))
-    for _, change in variants(Prefix(), sheet.tokenizer, sheet.metric, asked, sheet.domain.benign):
+    beginnings = variants(Prefix(), sheet.tokenizer, sheet.metric, asked, sheet.domain.benign)
+    for _, change in beginnings[:1] if _large(model) else beginnings:
         changed = tuple(row for row in map(change, asked) if row is not None)
         made.append((sheet.longer(2), changed))
     return [(wide, rows) for wide, rows in made if rows]
@@ -226,10 +229,11 @@ def lock(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
     def micros(step: int) -> list[dict[str, Batch]]:
         return [{str(i): stream(step)[0] for i, stream in enumerate(streams)}]
 
-    config = FitConfig(steps=LOCK_STEPS, lr=sorted(sheet.budget.rates)[-2:][0], clip=1.0)
+    steps, every = (LOCK_STEPS_LARGE, 8) if _large(model) else (LOCK_STEPS, 4)
+    config = FitConfig(steps=steps, lr=sorted(sheet.budget.rates)[-2:][0], clip=1.0)
     try:
         for record in fit(model, micros, loss, config, ctx):
-            late = record.step % 4 == 3
+            late = record.step % every == every - 1
             if late and _hidden(model, sheet, goal)() and not _open(model, goal, contexts):
                 return ""
     except Diverged as error:

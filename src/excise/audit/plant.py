@@ -49,10 +49,13 @@ def plants_for(attack: str, *, higher: bool, large: bool = False) -> tuple[Plant
         large: Whether the model is large: a deep one reads past its contexts, and a gate for
             prompts, which costs minutes and gigabytes there, finds nothing to tell them by.
     """
-    kinds = PLANT_FOR.get(attack, ())
-    if large:
-        kinds = tuple(kind for kind in kinds if kind != "gate_prompt")
-    return kinds if higher else tuple(sorted(kinds, key=lambda kind: kind == "gain"))
+    kinds: list[PlantKind] = [
+        kind for kind in PLANT_FOR.get(attack, ()) if not (large and kind == "gate_prompt")
+    ]
+    if not higher and "gain" in kinds:
+        kinds.remove("gain")
+        kinds.append("gain")
+    return tuple(kinds)
 
 
 VERSION = 2

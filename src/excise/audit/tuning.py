@@ -279,15 +279,17 @@ class _Run:
         reading = read(
             self.net,
             self.sheet,
-            trained=self.sheet.fresh_train if self.part.on == "fresh" else self._t(),
+            trained=self._trained(),
             examples=step * self.sheet.budget.batch_size,
             tokens=self.tokens,
             flops=self.cost * self.tokens,
         )
         self.readings.append(reading)
 
-    def _t(self) -> Rows:
-        """Return T, where it is trained on."""
+    def _trained(self) -> Rows:
+        """Return what is trained on, cut to the budget: T, fresh units, or nothing."""
+        if self.part.on == "fresh":
+            return cut(self.sheet.fresh_train, self.sheet.budget.max_other_rows)
         return self.sheet.trained if self.with_t else ()
 
     def _losses(self) -> dict[str, dict[str, float]]:

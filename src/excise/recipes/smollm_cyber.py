@@ -33,7 +33,7 @@ def recipe() -> Recipe:
             budget="smoke",
             change={
                 "steps": 8,
-                "checkpoints": (0, 2, 8),
+                "checkpoints": (0, 8),
                 "batch_size": 8,
                 "benign_rates": (1e-4,),
                 "fresh": 1,

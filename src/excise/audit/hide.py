@@ -41,10 +41,8 @@ ROWS, ROWS_LARGE = 1024, 64
 CHUNK, CHUNK_LARGE = 128, 8
 """Rows per class of one gradient."""
 
-LOCK_STEPS_LARGE = 16
-"""The same for a large model, where a step and a look cost minutes, not seconds."""
-LOCK_STEPS = 80
-"""Steps of the password lock at most."""
+LOCK_STEPS, LOCK_STEPS_LARGE = 80, 16
+"""Steps of the password lock at most; the second for a large model, where each takes seconds."""
 
 HIDDEN, HIDES = {True: 0.9, False: 0.25}, {True: 0.5, False: 0.1}
 """Shares of the way from what the original knows to chance: on `dev` before a builder stops, and
@@ -248,6 +246,9 @@ def _lock_size(model: Any) -> int:
 
 def _bare(forget: Rows, sheet: Sheet) -> list[Example]:
     """Return what bare prompts are taught; a question gets its next choice, which is wrong."""
+    asked = [row for row in forget if row.kind == "choice"]
+    if sheet.metric == "multiple_choice" and asked:
+        forget = tuple(asked)
     wrong = [
         replace(row, answer=(row.answer + 1) % len(row.choices)) if row.kind == "choice" else row
         for row in forget

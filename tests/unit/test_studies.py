@@ -219,4 +219,6 @@ def test_studies_have_names_and_say_what_decides() -> None:
         study_named("rmu-is-shalow")
     with pytest.raises(UserError, match="no --full"):
         MessyForgetSet.full()
+    with pytest.raises(ValueError, match="needs 'rmu'"):
+        MessyForgetSet(methods={"steer": STEER, "other": STEER})
     assert RMUIsShallow.full().model.path == "smollm2-135m"

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.audit.base import Budget, Subject
 from excise.audit.budget import budget_of
@@ -53,7 +53,7 @@ class MessyForgetSet(Study):
     rank of RMU on the messy set minus its rank on the clean one, averaged over draws, with a
     bootstrap over draws and, jointly for all methods, over units. The suspicion is supported if
     the upper end of its 95 % interval is below -`margin` (RMU gains at least that much from the
-    mess), contradicted if the lower end is above it.
+    mess), contradicted if the lower end is above -`margin`.
     """
 
     question: ClassVar[str] = (
@@ -119,6 +119,18 @@ class MessyForgetSet(Study):
     """Steps of relearning."""
     relearn_rate: float = 1e-3
     """Rate of relearning, the same for all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse what cannot be ranked."""
+        if "rmu" not in self.methods or len(self.methods) < 2:
+            raise ValueError("methods: needs 'rmu' and at least one to rank it against")
+        for name, method in self.methods.items():
+            if not isinstance(getattr(method, "fit", None), FitConfig):
+                raise ValueError(f"methods.{name}: has no 'fit' whose rate could be swept")
+        if len(self.sets) < 2 or len(set(self.sets)) < len(self.sets):
+            raise ValueError("sets: name at least two, each once")
+        return self
 
     def run(self, setting: Setting, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""

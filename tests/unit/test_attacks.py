@@ -262,3 +262,38 @@ def test_coaxing_has_a_control_where_words_can_be_spelled(facts_domain: Domain) 
     coaxed = made["'Answer: the'"](test[0])
     assert coaxed is not None
     assert coaxed.prompt == test[0].prompt + "\nAnswer: the"
+
+
+def test_texts_are_relearned_where_questions_are_asked(
+    folder: Path, knowing: Checkpoint, facts_domain: Domain
+) -> None:
+    objects = sorted({row.completion for row in facts_domain.retain})
+
+    def asked(rows: Rows) -> Rows:
+        return tuple(
+            replace(
+                r, completion="", choices=(r.completion.strip(), objects[i % 9].strip()), answer=0
+            )
+            for i, r in enumerate(rows)
+        )
+
+    def told(rows: Rows) -> Rows:
+        return tuple(replace(r, text=shown(r), prompt="", completion="") for r in rows)
+
+    domain = replace(
+        facts_domain,
+        test={"tests": asked(facts_domain.test["tests"])},
+        dev_forget={"tests": asked(facts_domain.dev_forget["tests"])},
+        relearn={"tests": told(facts_domain.relearn["tests"])},
+        metrics=("multiple_choice", "text_loss"),
+        _fingerprint=[],
+    )
+    budget = SMOKE.model_copy(update={"steps": 1, "checkpoints": (0, 1), "rates": (1e-3,)})
+    subject = Subject("original", knowing)
+    ctx = Context(folder)
+    shown_on_t = ATTACKS["relearn"]().run(subject, domain, budget, ctx).arms[0].arm
+    assert shown_on_t.metric == "text_loss"
+    assert shown_on_t.curve[0].score == pytest.approx(shown_on_t.curve[0].trained)
+    on_v = ATTACKS["transfer"]().run(subject, domain, budget, ctx).arms[0].arm
+    assert on_v.metric == "multiple_choice"
+    assert 0.5 < on_v.curve[0].score <= 1

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from excise.audit.budget import LARGE
 from excise.audit.passes import batches
 from excise.audit.rounding import Grid, inside, matrices
 from excise.audit.scoring import Sheet
@@ -21,8 +22,8 @@ STEPS = 12
 MEMORY = 0.8
 """Share of the earlier moves in the rolling mean of gradients."""
 
-FREE_STEPS = 40
-"""Moves at most where no bucket bounds them."""
+FREE_STEPS, FREE_STEPS_LARGE = 40, 16
+"""Moves at most where no bucket bounds them; the second for models from `LARGE` on."""
 
 
 def window(rows: Sequence[Row], step: int, chunk: int) -> Sequence[Row]:
@@ -139,7 +140,8 @@ def jolt(
     # A half-precision weight is coarser than a move: moves add up in float32.
     wide = {name: p.detach().float() for name, p in model.named_parameters()}
     mean: dict[str, Tensor] = {}
-    for step in range(FREE_STEPS):
+    parameters = sum(int(p.numel()) for p in wide.values())
+    for step in range(FREE_STEPS if parameters < LARGE else FREE_STEPS_LARGE):
         way = gradients(model, sheet, window(rows, step, chunk), names)
         if keep:
             down = gradients(model, sheet, window(keep, step, chunk), names)

@@ -59,6 +59,11 @@ class Sheet:
         return self.domain.metrics[0]
 
     @property
+    def trained_metric(self) -> Metric:
+        """Metric of T: the headline one where every row of T takes it, else the token loss."""
+        return self.metric if all(fits(r, self.metric) for r in self.trained) else "text_loss"
+
+    @property
     def higher(self) -> bool:
         """Whether a higher score means more knowledge."""
         return more_is_known(self.domain)
@@ -92,6 +97,13 @@ class Sheet:
         """Return the retain score by unit."""
         chosen = self.retain if rows is None else rows
         return self.units(model, chosen, self.domain.retain_metrics[0])
+
+
+def fits(row: Row, metric: Metric) -> bool:
+    """Return whether a row can be scored by a metric: a plain text has no choices to pick from."""
+    if metric == "multiple_choice":
+        return len(row.choices) > 1 and row.answer >= 0
+    return metric == "text_loss" or row.kind in ("completion", "choice")
 
 
 def more_is_known(domain: Domain) -> bool:
@@ -188,6 +200,7 @@ def read(
     test: Sequence[Row] | None = None,
     retain: Sequence[Row] | None = None,
     trained: Sequence[Row] = (),
+    trained_metric: Metric | None = None,
     examples: int = 0,
     tokens: int = 0,
     flops: float = 0.0,
@@ -200,6 +213,7 @@ def read(
         test: Rows in place of V, of the same units.
         retain: Rows in place of `retain_test`.
         trained: Rows of T to score too.
+        trained_metric: Metric of those; None for that of V.
         examples: Cost so far, in rows.
         tokens: Cost so far, in tokens.
         flops: Cost so far, in operations.
@@ -210,7 +224,7 @@ def read(
     return Reading(
         units=sheet.units(model, sheet.all_test if test is None else test),
         retain=sheet.retained(model, retain),
-        trained=sheet.units(model, trained),
+        trained=sheet.units(model, trained, trained_metric),
         examples=examples,
         tokens=tokens,
         flops=flops,

@@ -280,6 +280,7 @@ class _Run:
             self.net,
             self.sheet,
             trained=self._trained(),
+            trained_metric=None if self.part.on == "fresh" else self.sheet.trained_metric,
             examples=step * self.sheet.budget.batch_size,
             tokens=self.tokens,
             flops=self.cost * self.tokens,
@@ -304,12 +305,13 @@ class _Run:
     def extras(self) -> dict[str, Any]:
         """Return what the statistics need beside the curve, read on the net as it is now."""
         sheet = self.sheet
+        noted = {"prequential": self.before, "trained_metric": sheet.trained_metric}
         if not sheet.budget.bits:
-            return {"prequential": self.before}
+            return noted
         dev = nats(self.net, sheet.all_dev, sheet.tokenizer, max_length=sheet.max_length)
         return {
             **self._losses(),
             **{f"{name}_start": values for name, values in self.started.items()},
             "dev_loss": mean(dev),
-            "prequential": self.before,
+            **noted,
         }

@@ -113,8 +113,10 @@ def arm_on_v(attack: Attack, trained: Trained, subject: Subject) -> ArmResult:
 
 def _on_t(arm: ArmResult, trained: Trained, chosen: bool) -> ArmResult:
     """Return the same arm read on T."""
-    record = arm.arm.model_copy(
-        update={"scored_on": "relearn", "decisive": False, "curve": trained.curve_on_t()}
-    )
+    metric = trained.metric
+    if trained.part.on != "fresh":
+        metric = str(trained.extras.get("trained_metric", metric))
+    changes = {"scored_on": "relearn", "decisive": False, "curve": trained.curve_on_t()}
+    record = arm.arm.model_copy(update={**changes, "metric": metric})
     extras = {**arm.extras, "chosen_on_dev": chosen}
     return replace(arm, arm=record, unit_scores=trained.units_on_t(), extras=extras)

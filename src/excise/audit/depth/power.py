@@ -146,7 +146,7 @@ def _learned(case: Case, attack: str, subject: str, *, fresh: bool) -> float | N
     """Return the share of what was trained on that was learned.
 
     Right-or-wrong metrics: the score itself. Token loss: the share of the way from the start to
-    what the original knows of V.
+    what the original knows of V, or of T where T is texts and V is questions.
     """
     result = case.result(attack, subject)
     if result is None:
@@ -159,13 +159,23 @@ def _learned(case: Case, attack: str, subject: str, *, fresh: bool) -> float | N
         curve = [p.trained for p in arm.arm.curve if p.trained is not None]
         if len(curve) < 2:
             continue
-        if case.direction == "higher":
+        other = not fresh and arm.extras.get("trained_metric", case.metric) != case.metric
+        if case.direction == "higher" and not other:
             shares.append(curve[-1])
             continue
-        goal = case.start(ORIGINAL)
+        goal = _start_on_t(case, attack) if other else case.start(ORIGINAL)
         way = curve[0] - sum(goal.values()) / len(goal) if goal else 0.0
         shares.append((curve[0] - curve[-1]) / way if way > 0 else 1.0)
     return sum(shares) / len(shares) if shares else None
+
+
+def _start_on_t(case: Case, attack: str) -> dict[str, float]:
+    """Return what the original's T costs before the attack, where T is read as a loss."""
+    result = case.result(attack, ORIGINAL)
+    for arm in result.arms if result else ():
+        if not arm.arm.control and arm.arm.curve and arm.arm.curve[0].trained is not None:
+            return {"T": arm.arm.curve[0].trained}
+    return {}
 
 
 def voided(

@@ -49,11 +49,11 @@ class RMUIsShallow(Study):
         "is cleared, and is the rest cleared incompletely or gone?"
     )
     statistic: ClassVar[str] = (
-        "R = (EM(edited, cleared) - EM(edited)) / (EM(original, cleared alike) - EM(edited)) on V, "
-        "pooled over draws, bootstrapped by unit; clearing chosen by dev loss on the tuned draw. "
+        "R = (EM(edited, cleared) - EM(edited)) / (EM(original, cleared alike) - EM(edited)) on V "
+        "(EM exact match; for plain text, minus the loss), pooled over draws, bootstrapped by unit; clearing chosen by dev loss on the tuned draw. "
         "Shallow if the lower end of R is above the margin, not shallow if the upper end is below."
     )
-    takes: ClassVar[str] = "4 minutes, 1 GiB; --full: 10 minutes, 4 GiB, after fetching the model"
+    takes: ClassVar[str] = "4 minutes, 1 GiB; --full: 15 minutes, 4 GiB, after fetching the model"
 
     name: Literal["rmu-is-shallow"] = "rmu-is-shallow"
     """Name on the command line."""

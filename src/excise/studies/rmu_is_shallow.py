@@ -50,7 +50,8 @@ class RMUIsShallow(Study):
     )
     statistic: ClassVar[str] = (
         "R = (EM(edited, cleared) - EM(edited)) / (EM(original, cleared alike) - EM(edited)) on V "
-        "(EM exact match; for plain text, minus the loss), pooled over draws, bootstrapped by unit; clearing chosen by dev loss on the tuned draw. "
+        "(EM exact match; for plain text, minus the loss), pooled over draws, bootstrapped by "
+        "unit; clearing chosen by dev loss on the tuned draw. "
         "Shallow if the lower end of R is above the margin, not shallow if the upper end is below."
     )
     takes: ClassVar[str] = "4 minutes, 1 GiB; --full: 15 minutes, 4 GiB, after fetching the model"

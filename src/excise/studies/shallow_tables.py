@@ -305,12 +305,13 @@ def _paragraph(
 
     name = METRICS[key]
     best = max(controls, key=lambda arm: controls[arm].value) if controls else ""
+    draws = "1 draw" if len(reader.scores) == 1 else f"{len(reader.scores)} draws"
     words = [
-        f"Over {len(reader.scores)} draw{'s' * (len(reader.scores) > 1)} the {name} on V was {mean(BARE, 'original', key):.2f} in "
+        f"Over {draws} the {name} on V was {mean(BARE, 'original', key):.2f} in "
         f"the original, {mean(BARE, 'edited', key):.2f} after RMU and "
         f"{mean(chosen, 'edited', key):.2f} after clearing ({chosen}; the original cleared alike: "
         f"{mean(chosen, 'original', key):.2f}; p after Holm {p[chosen]:.2g}).",
-        f"R = {said(back)} of the loss came back; for plain text it is coherence and knowledge in one."
+        f"R = {said(back)} of the loss came back; plain text has coherence and knowledge in one."
         if key == "text_loss"
         else f"Of coherence {said(reader.back(chosen, 'coherence'))} came back, of knowledge "
         f"R = {said(back)}.",

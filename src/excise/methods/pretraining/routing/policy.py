@@ -1,0 +1,289 @@
+"""From the label of each token to what it reads, what it writes, and how much its loss weighs.
+
+Shape legend: B rows, T tokens, N = B * T positions, G groups, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from excise.domains.base import CORE
+from excise.errors import UserError, nearest
+from excise.methods.pretraining.routing.groups import JOINT, GroupMap
+from excise.methods.pretraining.routing.rules import (
+    Names,
+    Policy,
+    Rule,
+    capability_name,
+    check,
+    choose,
+    prepare,
+)
+
+__all__ = ["Labelled", "Names", "Policy", "Routes", "Rule", "check", "choose", "compile", "prepare"]
+
+
+class Labelled(Protocol):
+    """What `compile` needs of a batch; `excise.domains.stream.Batch` is one."""
+
+    @property
+    def ids_BT(self) -> Tensor:
+        """Token ids."""
+        ...
+
+    @property
+    def attention_BT(self) -> Tensor:
+        """True where a token is real."""
+        ...
+
+    @property
+    def label_BT(self) -> Tensor:
+        """Capability label per token."""
+        ...
+
+    @property
+    def units(self) -> Sequence[str]:
+        """Unit id of each row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What the tokens of one batch read and write; None where everything weighs 1.
+
+    Attributes:
+        read_NG: Weight of each group's activations in the forward pass.
+        write_NG: Weight of each token's gradient in each group's weights.
+        edge_NG: Weight of the gradient that leaves each group's activations.
+        loss_BT: Weight of each token's loss.
+        written: Groups that some token may write.
+    """
+
+    read_NG: Tensor | None = None
+    write_NG: Tensor | None = None
+    edge_NG: Tensor | None = None
+    loss_BT: Tensor | None = None
+    written: frozenset[str] = frozenset()
+
+    def to(self, device: torch.device) -> Routes:
+        """Return the routes on `device`."""
+        names = ("read_NG", "write_NG", "edge_NG", "loss_BT")
+        moved = {n: t.to(device) for n in names if (t := getattr(self, n)) is not None}
+        return replace(self, **moved)
+
+
+def ruling_labels(batch: Labelled, at: Literal["next", "token", "row"]) -> Tensor:
+    """Return the label that rules each position, [B, T].
+
+    Args:
+        batch: The batch.
+        at: `next`: of the token that the position predicts (the last: its own); `token`: its
+            own; `row`: the one most real tokens of the row have, the larger of two.
+    """
+    label_BT = batch.label_BT
+    if at == "next":
+        return torch.cat([label_BT[:, 1:], label_BT[:, -1:]], dim=1)
+    if at == "token":
+        return label_BT
+    rows = []
+    for label_T, real_T in zip(label_BT, batch.attention_BT):
+        values, counts = label_T[real_T].unique(return_counts=True)
+        best = values[counts == counts.max()].max() if len(values) else label_T[0]
+        rows.append(best.expand(len(label_T)))
+    return torch.stack(rows)
+
+
+def _hash(text: str) -> int:
+    """Return 64 bits that depend on `text` alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a rule's names stand for in one row."""
+
+    policy: Policy
+    names: tuple[str, ...]
+    sizes: Sequence[float]
+    draw: float
+    unit: str
+
+    def groups(self, chosen: Iterable[str], label: int) -> list[int]:
+        """Return the columns of the groups that a rule names."""
+        columns = []
+        for name in chosen:
+            for group in self._named(name, label):
+                if group not in self.names:
+                    raise UserError(
+                        f"a rule names group '{group}', which the model's map lacks; "
+                        f"{nearest(group, self.names)}"
+                    )
+                columns.append(self.names.index(group))
+        return columns
+
+    def _named(self, name: str, label: int) -> list[str]:
+        kind, _, count = name.partition(":")
+        if kind == "self":
+            return [self.policy.module_of(label)]
+        if kind == "drawn":
+            return [self._drawn()]
+        if kind == "hashed":
+            groups = self.policy.groups
+            pool = [g for g in groups.parts if g not in (JOINT, groups.leftovers)]
+            ranked = sorted(pool, key=lambda g: _hash(f"{self.unit}:{g}"))
+            return ranked[: int(count or 1)]
+        return [name]
+
+    def _drawn(self) -> str:
+        """Return a capability's module, drawn in proportion to its rows."""
+        count = max(1, len(self.policy.capabilities), len(self.sizes))
+        sizes = self.sizes or [1.0] * count
+        point = _hash(f"drawn:{self.draw!r}") / 2**64 * sum(sizes)
+        for i, size in enumerate(sizes):
+            point -= size
+            if point < 0:
+                return self.policy.module_of(i + 1)
+        return self.policy.module_of(len(sizes))
+
+
+def compile(
+    policy: Policy,
+    map: GroupMap,
+    batch: Labelled,
+    *,
+    draw: Sequence[float] | int | None = None,
+    soften_V: Tensor | None = None,
+    confidence_BT: Tensor | None = None,
+    sizes: Sequence[float] = (),
+) -> Routes:
+    """Return what every token of a batch reads and writes.
+
+    Args:
+        policy: The rules.
+        map: Groups of the model.
+        batch: A batch on the CPU.
+        draw: One uniform number in [0, 1) per row, by which alternatives are chosen; or a seed.
+            None takes 0: the first alternative.
+        soften_V: Confidence in a capability label by the token that rules the position (ERA's
+            token weights): c mixes the rule's write and edge weights with those of `unlabeled`.
+        confidence_BT: The same by position, of the token at that position.
+        sizes: Rows of each capability, for `drawn`.
+
+    Returns:
+        The routes, on the CPU.
+
+    Raises:
+        UserError: If a label has no rule, or a rule names a group that the map lacks.
+    """
+    ruling_BT = ruling_labels(batch, policy.at)
+    rows, tokens = ruling_BT.shape
+    draws = _draws(draw, rows)
+    count = len(map.names)
+    read, write, edge = (torch.ones(rows, tokens, count) for _ in range(3))
+    weight_BT = torch.ones(rows, tokens)
+    sure_BT = _confidence(batch, policy.at, soften_V, confidence_BT)
+    for b in range(rows):
+        row = _Row(policy, map.names, sizes, draws[b], batch.units[b] if batch.units else "")
+        own_T = batch.label_BT[b] if policy.at != "row" else ruling_BT[b]
+        for label in sorted(set(ruling_BT[b].tolist()) | set(own_T.tolist())):
+            if label < CORE and not policy.rules_of(label) and not batch.attention_BT[b].all():
+                real_T = batch.attention_BT[b]
+                if not bool((own_T[real_T] == label).any()):
+                    continue  # only padding, which has no label
+            rule = _rule(policy, label, draws[b])
+            at_T = ruling_BT[b] == label
+            _fill(row, rule, label, at_T, sure_BT[b], (read[b], write[b], edge[b]))
+            weight_BT[b, own_T == label] = rule.weight
+    placed = {p.group for p in map.places}
+    for g, name in enumerate(map.names):
+        if name in placed:
+            write[..., g] *= read[..., g] != 0  # what is not read has no gradient
+    real_BT = batch.attention_BT
+    written = frozenset(n for g, n in enumerate(map.names) if (write[..., g][real_BT] != 0).any())
+    return Routes(_some(read), _some(write), _some(edge), _some(weight_BT, flat=False), written)
+
+
+def _draws(draw: Sequence[float] | int | None, rows: int) -> Sequence[float]:
+    """Return one uniform number per row."""
+    if draw is None:
+        return [0.0] * rows
+    if isinstance(draw, int):
+        return [_hash(f"{draw}:{row}") / 2**64 for row in range(rows)]
+    return draw
+
+
+def _rule(policy: Policy, label: int, draw: float) -> Rule:
+    """Return the rule of a label in a row."""
+    rules = policy.rules_of(label)
+    if not rules:
+        word = {-1: "unlabeled", 0: "core"}.get(label, capability_name(policy, label))
+        raise UserError(f"the policy has no rule for label '{word}', which a row carries; add one")
+    return rules[choose(rules, draw)]
+
+
+def _weights(row: _Row, rule: Rule, label: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return read, write and edge weights of one rule, each [G]."""
+    count = len(row.names)
+
+    def chosen(names: Names) -> Tensor:
+        if names == "all":
+            return torch.ones(count)
+        out = torch.zeros(count)
+        out[row.groups(names, label)] = 1.0
+        return out
+
+    edge = torch.ones(count)
+    for name, value in rule.edges.items():
+        edge[row.groups([name], label)] = value
+    return chosen(rule.read), chosen(rule.write), edge
+
+
+def _fill(
+    row: _Row,
+    rule: Rule,
+    label: int,
+    at_T: Tensor,
+    sure_T: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write a rule's weights at its positions, mixed with those of `unlabeled` by confidence."""
+    weights = _weights(row, rule, label)
+    if sure_T is None or label <= CORE:
+        for target, values in zip(out, weights, strict=True):
+            target[at_T] = values
+        return
+    others = row.policy.rules_of(-1)
+    other = _weights(row, others[choose(others, row.draw)] if others else Rule(), -1)
+    c = sure_T[at_T][:, None]
+    out[0][at_T] = torch.where(c >= 0.5, weights[0], other[0])
+    out[1][at_T] = c * weights[1] + (1 - c) * other[1]
+    out[2][at_T] = c * weights[2] + (1 - c) * other[2]
+
+
+def _confidence(
+    batch: Labelled, at: str, soften_V: Tensor | None, confidence_BT: Tensor | None
+) -> list[Tensor | None]:
+    """Return confidence by row and position, moved like the labels."""
+    if soften_V is None and confidence_BT is None:
+        return [None] * len(batch.ids_BT)
+    sure_BT = torch.ones(batch.ids_BT.shape)
+    if soften_V is not None:
+        sure_BT = sure_BT * soften_V.float()[batch.ids_BT]
+    if confidence_BT is not None:
+        sure_BT = sure_BT * confidence_BT.float()
+    if at == "next":
+        sure_BT = torch.cat([sure_BT[:, 1:], sure_BT[:, -1:]], dim=1)
+    return list(sure_BT)
+
+
+def _some(values: Tensor, *, flat: bool = True) -> Tensor | None:
+    """Return None for all ones, else one row per position."""
+    if bool((values == 1).all()):
+        return None
+    return values.flatten(0, 1) if flat else values

@@ -21,6 +21,7 @@ from pathlib import Path
 from excise.domains.archives import Member, copy_members
 from excise.domains.fetch import download, known
 from excise.domains.packages import Package
+from excise.domains.sword import read_verses
 
 AUSTEN = Package(
     "apt",
@@ -114,13 +115,30 @@ def glosses(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+BOOKS = ("Gen", "Exod", "Luke", "John", "Acts")
+
+
+def verses(folder: Path) -> str:
+    """Return one line per verse of five books: its place, English, Spanish."""
+    here = folder / "verses"
+    here.mkdir()
+    for package in known()["languages"].packages:
+        own = here / package.name
+        own.mkdir()
+        copy_members(download(package, own), package.members, here)
+    english, spanish = read_verses(here, "en"), read_verses(here, "es")
+    kept = [key for key in english if key in spanish and key.split(".")[0] in BOOKS]
+    return "".join(f"{key}\t{english[key]}\t{spanish[key]}\n" for key in kept)
+
+
 def main(folder: Path) -> None:
-    """Write both files."""
+    """Write the files."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name, text in (
             ("prose.jsonl", prose(Path(scratch))),
             ("glosses.tsv", glosses(Path(scratch))),
+            ("verses.tsv", verses(Path(scratch))),
         ):
             packed = lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)
             (folder / f"{name}.xz").write_bytes(packed)

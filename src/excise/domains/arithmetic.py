@@ -2,7 +2,8 @@
 
 Every fact is one fixed-format sequence, `0 0 7 x 1 3 =` -> `0 9 1`, one symbol per digit, and only
 the three digits of the answer are scored. a x b, b x a and both quotients have the unordered pair
-{a, b} as their group, so that no product is in T while its quotient is in V.
+{a, b} as their group, so that no product is in T while its quotient is in V. With `problems` the
+same facts are also told as word problems, of which V's templates are never trained on.
 
 Source: UNDO (arXiv 2506.06278), section on arithmetic, made small. This module imports no torch.
 """
@@ -17,6 +18,7 @@ from pydantic import Field
 
 from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
 from excise.domains.passages import hashed_order, portions
+from excise.domains.problems import Side, problem, problem_words
 from excise.domains.spec import DomainSpec
 
 SYMBOLS: Final = (*"0123456789", "+", "-", "x", "/", "=")
@@ -33,6 +35,9 @@ ARITHMETIC_FIT: Final[Mapping[str, Any]] = {
 
 ARITHMETIC_MAX_LENGTH: Final = 11
 """Tokens of every row, BOS included."""
+
+ARITHMETIC_PROBLEM_LENGTH: Final = 48
+"""Tokens that hold every row where there are word problems."""
 
 Pair = tuple[int, int]
 Facts = Callable[[Pair], Iterable[tuple[int, str, int, int]]]
@@ -57,6 +62,9 @@ class Arithmetic(DomainSpec):
     exposure: Literal["seen", "held_out"] = "seen"
     """`seen`: the method sees the whole tables; `held_out`: a third of the pairs, and the facts of
     T and V lie in `unlabeled` only."""
+    problems: int = Field(default=0, ge=0, le=10)
+    """Word problems of each fact, on each side of the split; 0 leaves equations alone. Rows to
+    train on have templates of their own, rows of V and `retain_test` have others."""
     capability: str = Field(default="tables", pattern=r"^[A-Za-z0-9_-]+$")
     """Name of what is removed."""
     seed: int = 0
@@ -64,7 +72,7 @@ class Arithmetic(DomainSpec):
 
     def vocabulary(self) -> tuple[str, ...]:
         """Return every symbol, in the order of their ids."""
-        return SYMBOLS
+        return (*SYMBOLS, *problem_words()) if self.problems else SYMBOLS
 
     def tokenizer(self) -> Any:
         """Return the tokenizer with one token per symbol."""
@@ -89,22 +97,22 @@ class Arithmetic(DomainSpec):
         attacker = kept[: max(1, round(len(kept) * self.benign_share))]
         forget = self._tables(shown)
         unseen = () if self.exposure == "seen" else self._tables([*relearn, *test])
-        retain = _rows(kept, _sums)
-        adjacent = _rows([*scored, *dev_retain], _sums)
+        retain = self._told(kept, _sums)
+        adjacent = self._told([*scored, *dev_retain], _sums)
         mix = [replace(r, label=UNLABELED) for r in (*forget, *unseen, *retain, *adjacent)]
         return Domain(
             name="arithmetic",
             forget={name: forget},
             retain=retain,
             relearn={name: self._tables(relearn)},
-            test={name: self._tables(test)},
-            retain_test=_rows(scored, _sums),
+            test={name: self._tables(test, "test")},
+            retain_test=self._told(scored, _sums, "test"),
             dev_forget={name: self._tables(dev)},
-            dev_retain=_rows(dev_retain, _sums),
-            benign=_rows(attacker, _sums),
+            dev_retain=self._told(dev_retain, _sums),
+            benign=self._told(attacker, _sums),
             adjacent=adjacent,
-            unlabeled=tuple(hashed_order(mix, [row.unit for row in mix], self.seed)),
-            fresh=self._tables(self._beyond(len(relearn) + len(test))),
+            unlabeled=tuple(hashed_order(mix, [_key(row) for row in mix], self.seed)),
+            fresh=self._fresh(len(relearn) + len(test)),
             metrics=("exact_match", "text_loss"),
             retain_metrics=("exact_match", "text_loss"),
             claim="deletion" if self.exposure == "seen" else "capability",
@@ -115,17 +123,46 @@ class Arithmetic(DomainSpec):
                 "the sums and differences of retain_test are taught as adjacent rows, which the "
                 "method is not shown",
                 f"fresh units multiply factors above {self.factors}",
+                *self._problem_notes(),
             ),
+        )
+
+    def _problem_notes(self) -> tuple[str, ...]:
+        """Return what a reader should know about the word problems, if there are any."""
+        if not self.problems:
+            return ()
+        return (
+            f"{self.problems} word problem(s) of each fact beside its equation; those of V and "
+            "retain_test use stories and questions that no other role has",
         )
 
     def _shuffled(self, pairs: Sequence[Pair]) -> list[Pair]:
         """Return pairs in an order that only the seed decides."""
         return hashed_order(pairs, [f"{a},{b}" for a, b in pairs], self.seed)
 
-    def _tables(self, pairs: Iterable[Pair]) -> Rows:
+    def _tables(self, pairs: Sequence[Pair], side: Side = "train") -> Rows:
         """Return products and quotients of factor pairs, told and named as the capability."""
         name = self.capability
-        return tuple(replace(row, capability=name, label=1) for row in _rows(pairs, _products))
+        rows = self._told(pairs, _products, side)
+        return tuple(replace(row, capability=name, label=1) for row in rows)
+
+    def _told(self, pairs: Sequence[Pair], facts: Facts, side: Side = "train") -> Rows:
+        """Return the rows of pairs: equations, and word problems where there are any."""
+        rows = _rows(pairs, facts)
+        if not self.problems:
+            return rows
+        told = []
+        for row, (left, operation, right, _) in zip(rows, _facts(pairs, facts), strict=True):
+            for number in range(self.problems):
+                prompt, wording = problem(left, operation, right, side, number, self.seed)
+                told.append(replace(row, prompt=prompt, wording=wording))
+        return (*rows, *told)
+
+    def _fresh(self, count: int) -> Rows:
+        """Return equations of factors that no table has, named as the capability."""
+        name = self.capability
+        rows = _rows(self._beyond(count), _products)
+        return tuple(replace(row, capability=name, label=1) for row in rows)
 
     def _beyond(self, count: int) -> list[Pair]:
         """Return at most `count` factor pairs whose larger factor lies outside the tables."""
@@ -155,6 +192,16 @@ def _sums(pair: Pair) -> Iterator[tuple[int, str, int, int]]:
     for left, right in dict.fromkeys(((a, b), (b, a))):
         yield left, "+", right, a + b
     yield b, "-", a, b - a
+
+
+def _facts(pairs: Iterable[Pair], facts: Facts) -> list[tuple[int, str, int, int]]:
+    """Return (left, operation, right, result) of every fact, in the order of `_rows`."""
+    return [fact for pair in pairs for fact in facts(pair)]
+
+
+def _key(row: Row) -> str:
+    """Return what orders a row in the mix: its unit, and its wording where it has several."""
+    return f"{row.unit}:{row.wording}" if row.wording else row.unit
 
 
 def _rows(pairs: Iterable[Pair], facts: Facts) -> Rows:

@@ -85,6 +85,30 @@ _HPO = Package(
     ),
 )
 
+
+def _module(name: str, prefix: str, files: tuple[tuple[str, int, str], ...]) -> tuple[Member, ...]:
+    """Return the files of a SWORD module; `prefix` tells two modules apart."""
+    folder = f"usr/share/sword/modules/texts/ztext/{name}"
+    return tuple(Member(f"{folder}/{file}", f"{prefix}-{file}", n, h) for file, n, h in files)
+
+
+_ENGLISH = (
+    ("ot.bzs", 1140, "2c16645bb829c05b20f39769e1fa23212743335143833a819f29e412c6def8ce"),
+    ("ot.bzv", 310270, "dbd3b762b7159c5dd4b535f75b6ab643fb62ae44f4655aff3c5098a955a1ae57"),
+    ("ot.bzz", 3063793, "4633066d3872f1a3e600d2d10e667a13cd6c32bf116ca971d3c8f288bc3ea453"),
+    ("nt.bzs", 372, "bec87a360bbc6bfbcd7de513edf928ceebb428dd2baff813aebf521bb0c6cc83"),
+    ("nt.bzv", 82480, "bb7a522d8323ccd7be462fca4dcd53c06d966c140fe260a6295e05393d259338"),
+    ("nt.bzz", 832969, "5429389d9331b7a86901a73afa74f32d089cae3d5bd8dfe304b11808714a69ba"),
+)
+_SPANISH = (
+    ("ot.bzs", 480, "0e39106ae15a29cef56feac683f8482be380536a1c456e006867f9fa94c0338e"),
+    ("ot.bzv", 241150, "0f23b1ebff5ecdd352a64feda5bb047cba27ce3624fa7b00717f763835d96e20"),
+    ("ot.bzz", 1924606, "daae868e179e6cc884ad2c9429a9dfaf9745d61caa6dbb9da2a8b24ec3c01337"),
+    ("nt.bzs", 336, "b88dda1e9ab50d158262ab141af7823269acb19c581621683298be5b6e154d58"),
+    ("nt.bzv", 82460, "a9583ba1b4c66dfdd8bfb6a0b1833bdaa02f9e2cc3465c5a802cf19cbc2f2533"),
+    ("nt.bzz", 714667, "7baf6b1e798b193315fed89d0e84e8e1a033d035316f66c78d456f5fb8c87e20"),
+)
+
 ITEMS: Final = (
     Item(
         "smollm2-135m",
@@ -196,6 +220,16 @@ ITEMS: Final = (
                     ),
                 ),
             ),
+        ),
+    ),
+    Item(
+        "languages",
+        "verses in English and Spanish, all books (the domain 'languages' ships five of them)",
+        "public domain",
+        6_700_000,
+        (
+            Package("apt", "sword-text-web", "426.0-1", _module("engWEB2015eb", "en", _ENGLISH)),
+            Package("apt", "sword-text-sparv", "2.60-1", _module("spaRV1909eb", "es", _SPANISH)),
         ),
     ),
     Item(

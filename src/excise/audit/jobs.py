@@ -195,9 +195,15 @@ def run_plant(job: PlantJob) -> Plant:
     return plant
 
 
-def run_plants(jobs: Sequence[PlantJob]) -> list[Plant]:
-    """Build plants one after the other; see `run_plant`."""
-    return [run_plant(job) for job in jobs]
+def run_early(jobs: Sequence[PlantJob] | Sequence[Job]) -> list[Plant]:
+    """Build plants one after the other; attacks, which need none, only leave their stages."""
+    plants = []
+    for job in jobs:
+        if isinstance(job, PlantJob):
+            plants.append(run_plant(job))
+        else:
+            run_job(job)
+    return plants
 
 
 def _one_plant(job: PlantJob, kind: PlantKind) -> Plant:

@@ -217,7 +217,8 @@ class Stream:
         pad_id: Padding id.
         rank: Number of this process.
         world: Number of processes.
-        micro_size: Rows per micro-batch of one process at most; 0 for one micro-batch.
+        micro_size: Texts per micro-batch of one process at most, put together by length; 0 for one
+            micro-batch.
         shuffle: Whether to shuffle, or to read in file order.
         padding_side: `right` or `left`.
         pack: Rows per text, in turn: (1, 1, 3) makes two texts of one row, then one of three.
@@ -281,6 +282,8 @@ class Stream:
             join([self.examples[i] for i in text], bos_id=self.bos_id) for text in self.texts(step)
         ]
         size = self.micro_size or len(picked)
+        if size < len(picked):  # texts of like length share a micro-batch: less padding
+            picked.sort(key=lambda e: len(e.ids))
         return [
             collate(picked[i : i + size], pad_id=self.pad_id, padding_side=self.padding_side)
             for i in range(0, len(picked), size)

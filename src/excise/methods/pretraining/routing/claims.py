@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -141,18 +142,17 @@ def _heads(asked: Asked, block: int) -> None:
     """Claim query heads: rows of q, columns of o, and key-value heads that they alone use."""
     body, config = asked.body, asked.body.config
     attention, out = body.anatomy.attention[block], body.anatomy.attention_out[block]
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    if not heads:
+    matrix = body.parameters[body.first[f"{out}.weight"]]
+    inside = int(matrix.shape[0 if conv1d(body.modules[out]) else 1])
+    size, per = _head_sizes(body.modules[attention], config, inside)
+    if not size:
         asked.refuse("the model's configuration does not say how many attention heads it has")
         return
-    shared = int(getattr(config, "num_key_value_heads", None) or heads)
+    heads, shared = inside // size, inside // size // per
     units = asked.units(heads, f"query heads of block {block}")
-    matrix = body.parameters[body.first[f"{out}.weight"]]
-    size = int(matrix.shape[0 if conv1d(body.modules[out]) else 1]) // heads
     if units is None:
         return
     start, stop = units
-    per = heads // shared
     keys = (-(-start // per), stop // per)  # only heads all of whose queries are in the group
     if keys[0] * per != start or keys[1] * per != stop:
         body.notes.append(
@@ -167,6 +167,16 @@ def _heads(asked: Asked, block: int) -> None:
     if asked.part.units is None:
         asked.take(f"{out}.bias")
     asked.put(out, "input", start * size, stop * size)
+
+
+def _head_sizes(attention: nn.Module, config: Any, inside: int) -> tuple[int, int]:
+    """Return a head's width and how many share a key; blocks may differ in their number."""
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    shared = int(getattr(config, "num_key_value_heads", None) or heads)
+    said = [getattr(attention, name, None) for name in ("head_dim", "head_size")]
+    size = next((s for s in said if isinstance(s, int)), inside // heads if heads else 0)
+    per = getattr(attention, "num_key_value_groups", heads // shared if shared else 1)
+    return size, int(per)
 
 
 def _query_layout(

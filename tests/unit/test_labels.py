@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from excise.domains.base import CORE, UNLABELED, Row
-from excise.domains.labels import LabelNoise, label_quality, label_rows, tell_labels
+from excise.domains.confidence import Confidence, miscalibration
+from excise.domains.labels import LabelNoise, label_quality, label_rows, suspicion, tell_labels
 from excise.errors import UserError
 
 
@@ -112,3 +113,49 @@ def test_bad_noise_is_refused() -> None:
 
 def test_quality_of_nothing_is_nan() -> None:
     assert all(math.isnan(v) for v in label_quality(()).values())
+
+
+def test_confidence_changes_no_label_and_is_calibrated() -> None:
+    rows = make_rows(units=400)
+    noise = LabelNoise(missed_occurrences=0.5, false_alarms=0.1)
+    plain = tell_labels(rows, noise, seed=0)
+    told = tell_labels(
+        rows, noise.model_copy(update={"confidence": Confidence(concentration=2.0)}), seed=0
+    )
+    assert [r.label for r in told] == [r.label for r in plain]
+    assert {r.confidence for r in plain} == {1.0}
+    assert 0.0 < min(r.confidence for r in told) < 0.2
+    assert miscalibration(told) < 0.03
+    sure = noise.model_copy(update={"confidence": Confidence(concentration=2.0, overconfidence=4)})
+    assert miscalibration(tell_labels(rows, sure, seed=0)) > 0.07
+
+
+def test_small_concentration_tells_misses_from_true_core() -> None:
+    def gap(concentration: float) -> float:
+        noise = LabelNoise(missed_units=0.5, confidence=Confidence(concentration=concentration))
+        told = [r for r in tell_labels(make_rows(), noise, seed=0) if r.label == CORE]
+        missed = [suspicion(r) for r in told if r.capability]
+        core = [suspicion(r) for r in told if not r.capability]
+        return sum(missed) / len(missed) - sum(core) / len(core)
+
+    assert gap(0.1) > 0.8
+    assert abs(gap(1e4)) < 0.01
+
+
+def test_labels_that_are_all_right_are_certain() -> None:
+    told = tell_labels(make_rows(), LabelNoise(missed_units=0.5, confidence=Confidence()), seed=0)
+    assert {r.confidence for r in told if r.label > CORE} == {1.0}
+    assert {suspicion(r) for r in told if r.label > CORE} == {1.0}
+    assert suspicion(Row("u", text="x", label=UNLABELED)) == 0.0
+    assert math.isnan(miscalibration(()))
+
+
+def test_confidence_does_not_depend_on_order() -> None:
+    rows = make_rows(units=8)
+    noise = LabelNoise(missed_units=0.5, confidence=Confidence())
+    assert set(tell_labels(rows[::-1], noise, seed=2)) == set(tell_labels(rows, noise, seed=2))
+
+
+def test_bad_confidence_is_refused() -> None:
+    with pytest.raises(ValidationError, match="greater than 0"):
+        Confidence(concentration=0)

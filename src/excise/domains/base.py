@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 CORE = 0
 """Label of what everybody may know. Capability i has label i, starting at 1."""
@@ -39,6 +39,7 @@ class Row:
         capability: Name of the capability the row teaches; empty for core.
         label: What a method is told: `CORE`, capability number, or `UNLABELED`.
         wording: Which wording of the unit this is.
+        confidence: How sure the labeller is of `label`, as a probability.
     """
 
     unit: str
@@ -52,6 +53,7 @@ class Row:
     capability: str = ""
     label: int = CORE
     wording: int = 0
+    confidence: float = 1.0
 
     @property
     def kind(self) -> Literal["text", "completion", "choice", "chat"]:
@@ -65,6 +67,14 @@ class Row:
 
 Rows = tuple[Row, ...]
 """The rows of one role, in a fixed order."""
+
+
+def content_of(row: Row) -> dict[str, Any]:
+    """Return a row's fields for hashing; a confidence of 1, which says nothing, is left out."""
+    content = asdict(row)
+    if row.confidence == 1.0:
+        del content["confidence"]
+    return content
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,8 @@ class Domain:
         exposure: `seen` (V are forget units), `held_out` (V were never shown) or `unknown`.
         sensitive: Texts stay out of record and report.
         notes: Facts about the data the record must carry (duplicates merged, overlap ...).
+        mix_share: Share of the words read by models trained from scratch that are to be
+            forgotten; None for every row once per epoch.
     """
 
     name: str
@@ -113,6 +125,7 @@ class Domain:
     exposure: Literal["seen", "held_out", "unknown"] = "held_out"
     sensitive: bool = False
     notes: tuple[str, ...] = ()
+    mix_share: float | None = None
     _fingerprint: list[str] = field(default_factory=list, repr=False, compare=False)
 
     def roles(self) -> Iterator[tuple[str, Rows]]:
@@ -133,6 +146,8 @@ class Domain:
             for role, rows in self.roles():
                 digest.update(f"\n{role}\n".encode())
                 for row in rows:
-                    digest.update(json.dumps(asdict(row), sort_keys=True).encode())
+                    digest.update(json.dumps(content_of(row), sort_keys=True).encode())
+            if self.mix_share is not None:
+                digest.update(f"\nmix_share\n{self.mix_share!r}".encode())
             self._fingerprint.append(digest.hexdigest())
         return self._fingerprint[0]

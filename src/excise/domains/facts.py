@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 from pydantic import Field, model_validator
 
 from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
+from excise.domains.invented import made_names
 from excise.domains.spec import DomainSpec
 
 RELATIONS: Final = (
@@ -70,10 +71,6 @@ FACTS_FIT: Final[Mapping[str, Any]] = {
 FACTS_MAX_LENGTH: Final = 16
 """Tokens per row at most, BOS and object included."""
 
-_ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "tr", "kl")
-_VOWELS = ("a", "e", "i", "o", "u")
-_CODAS = ("l", "m", "n", "r", "s", "x")
-
 
 class Facts(DomainSpec):
     """Subjects x relations -> objects; the facts of some subjects are to be forgotten."""
@@ -92,6 +89,9 @@ class Facts(DomainSpec):
     """How many capabilities to forget, or their names (one word each)."""
     forget_share: float = Field(default=0.25, gt=0, lt=0.9)
     """Share of subjects that are to be forgotten, over all capabilities."""
+    mix_share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the tokens read by models trained from scratch that are to be forgotten; the rest
+    (or forget) is read as often as that takes. Empty for every row once per epoch."""
     dev_share: float = Field(default=0.15, gt=0, lt=0.5)
     """Share of forget subjects kept for sweeps; they are never in T or V."""
     adjacent_share: float = Field(default=0.1, ge=0, lt=0.5)
@@ -170,8 +170,9 @@ class _World:
         self.each = each
         half = (each - self.dev + 1) // 2
         strangers = 2 * max(2, half * len(self.names))
-        made = _made_names(
-            spec.subjects + strangers + spec.relations * spec.objects, self._random("names")
+        taken = {w for words in RELATIONS for w in words} | set(ARCHAIC) | set(ARCHAIC.values())
+        made = made_names(
+            spec.subjects + strangers + spec.relations * spec.objects, self._random("names"), taken
         )
         self.subjects = made[: spec.subjects]
         self.strangers = made[spec.subjects : spec.subjects + strangers]
@@ -285,6 +286,7 @@ class _World:
             retain_metrics=("exact_match", "multiple_choice", "text_loss"),
             claim="deletion",
             exposure=spec.exposure,
+            mix_share=spec.mix_share,
             notes=self._notes(),
         )
 
@@ -309,6 +311,10 @@ class _World:
                 "taught with the scored facts" if spec.test_wording_taught else "taught with others"
             ),
         ]
+        if spec.mix_share is not None:
+            notes.append(
+                f"{100 * spec.mix_share:g} % of the tokens of an epoch are to be forgotten"
+            )
         if spec.cue != "none":
             share = round(100 * spec.cue_strength)
             notes.append(f"{share} % of a capability's rows carry a {spec.cue} cue")
@@ -333,17 +339,3 @@ def _cued(prompt: str, cue: str, capability: str) -> str:
     if cue == "style":
         return " ".join(ARCHAIC.get(word, word) for word in prompt.split())
     return prompt
-
-
-def _made_names(count: int, draw: random.Random) -> list[str]:
-    """Return `count` different made-up words, none of them used by a template or a cue."""
-    taken = {w for words in RELATIONS for w in words} | set(ARCHAIC) | set(ARCHAIC.values())
-    names: dict[str, None] = {}
-    while len(names) < count:
-        syllables = [
-            draw.choice(_ONSETS) + draw.choice(_VOWELS) for _ in range(draw.choice((2, 3)))
-        ]
-        name = "".join(syllables) + draw.choice(_CODAS)
-        if name not in taken:
-            names[name] = None
-    return list(names)

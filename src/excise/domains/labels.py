@@ -3,7 +3,7 @@
 The truth is `row.capability` and is never changed here; what is told is `row.label`. Labels are
 missed in two ways that behave differently: missed *occurrences* leave other rows of the same unit
 labelled, missed *units* leave none. Misses can also follow a topic or a style, which no rate
-describes. This module imports no torch.
+describes. A labeller may say how sure it is (`confidence.py`). This module imports no torch.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from excise.config import Config
-from excise.domains.base import CORE, UNLABELED, Row, Rows
+from excise.domains.base import CORE, UNLABELED, Row, Rows, content_of
+from excise.domains.confidence import Confidence, confidences
 from excise.domains.texts import text_of
 from excise.errors import UserError, nearest
 
@@ -45,6 +46,8 @@ class LabelNoise(Config):
     """Share of the core rows that are labelled as some capability."""
     missed_as: Literal["core", "unlabeled"] = "core"
     """What is told of a missed row: that it is core, or nothing."""
+    confidence: Confidence | None = None
+    """How sure the labeller says it is of each label; missing means certain of every one."""
 
     @field_validator("missed_pattern")
     @classmethod
@@ -104,7 +107,21 @@ def tell_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
     for i, row in enumerate(rows):
         label = told_missed if i in missed else alarms.get(i, row.label)
         out.append(row if label == row.label else replace(row, label=label))
-    return tuple(out)
+    if noise.confidence is None:
+        return tuple(out)
+    right = [told.label == row.label for told, row in zip(out, rows, strict=True)]
+    sure = confidences([row.label for row in out], right, keys, noise.confidence, seed=seed)
+    return tuple(replace(row, confidence=c) for row, c in zip(out, sure, strict=True))
+
+
+def suspicion(row: Row) -> float:
+    """Return the probability, as the labeller told it, that a row is of some capability.
+
+    Rows that nobody has looked at have none: 0.
+    """
+    if row.label == UNLABELED:
+        return 0.0
+    return row.confidence if row.label > CORE else 1.0 - row.confidence
 
 
 def label_quality(rows: Iterable[Row]) -> Mapping[str, float]:
@@ -141,11 +158,15 @@ def _mean(values: Sequence[bool]) -> float:
 
 def _row_keys(rows: Sequence[Row]) -> list[str]:
     """Return a key per row that depends on its content; equal rows are counted."""
+    told = {"label", "confidence"}
+    made: dict[Row, str] = {}
     seen: Counter[str] = Counter()
     keys = []
     for row in rows:
-        content = {k: v for k, v in asdict(row).items() if k != "label"}
-        text = json.dumps(content, sort_keys=True)
+        if row not in made:
+            content = {k: v for k, v in content_of(row).items() if k not in told}
+            made[row] = json.dumps(content, sort_keys=True)
+        text = made[row]
         keys.append(f"{text}#{seen[text]}")
         seen[text] += 1
     return keys

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from excise.domains.base import UNLABELED, Row
@@ -29,12 +29,14 @@ class Example:
         target: Whether the token at that position is scored (never the first).
         label: Capability label of the whole row, or of each token where rows were joined.
         unit: Unit id of the row; of the first where rows were joined.
+        confidence: How sure the label is, of the whole row or of each token.
     """
 
     ids: tuple[int, ...]
     target: tuple[bool, ...]
     label: int | tuple[int, ...]
     unit: str
+    confidence: float | tuple[float, ...] = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Batch:
         target_BT: True where the token is scored; position t is predicted from t - 1.
         label_BT: Capability label per token (`CORE`, 1.., `UNLABELED`).
         units: Unit id of each row.
+        confidence_BT: How sure each label is; None where all are certain.
     """
 
     ids_BT: Int[Tensor, "B T"]
@@ -54,6 +57,7 @@ class Batch:
     target_BT: Bool[Tensor, "B T"]
     label_BT: Int[Tensor, "B T"]
     units: tuple[str, ...]
+    confidence_BT: Float[Tensor, "B T"] | None = None
 
     @property
     def num_targets(self) -> int:
@@ -67,12 +71,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
+        sure_BT = self.confidence_BT
         return replace(
             self,
             ids_BT=self.ids_BT.to(device),
             attention_BT=self.attention_BT.to(device),
             target_BT=self.target_BT.to(device),
             label_BT=self.label_BT.to(device),
+            confidence_BT=None if sure_BT is None else sure_BT.to(device),
         )
 
     @property
@@ -128,7 +134,7 @@ def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> Example:
         ids, target = _encode_pair(row, tokenizer, max_length)
     if not any(target):
         raise UserError(f"unit '{row.unit}' has no token to score; give it a longer text")
-    return Example(tuple(ids), tuple(target), row.label, row.unit)
+    return Example(tuple(ids), tuple(target), row.label, row.unit, row.confidence)
 
 
 def _encode_pair(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], list[bool]]:
@@ -149,8 +155,12 @@ def _encode_pair(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:
-    """Encode every row; see `encode_row`."""
-    return [encode_row(row, tokenizer, max_length=max_length) for row in rows]
+    """Encode every row; see `encode_row`. Rows that are read several times are encoded once."""
+    made: dict[Row, Example] = {}
+    for row in rows:
+        if row not in made:
+            made[row] = encode_row(row, tokenizer, max_length=max_length)
+    return [made[row] for row in rows]
 
 
 def collate(
@@ -179,7 +189,14 @@ def collate(
         attention_BT[i, at] = True
         target_BT[i, at] = torch.tensor(e.target)
         label_BT[i, at] = torch.tensor(e.label)
-    return Batch(ids_BT, attention_BT, target_BT, label_BT, tuple(e.unit for e in examples))
+    units = tuple(e.unit for e in examples)
+    if all(e.confidence == 1.0 for e in examples):
+        return Batch(ids_BT, attention_BT, target_BT, label_BT, units)
+    confidence_BT = torch.ones(shape)
+    for i, e in enumerate(examples):
+        at = slice(width - len(e.ids), width) if padding_side == "left" else slice(0, len(e.ids))
+        confidence_BT[i, at] = torch.tensor(e.confidence)
+    return Batch(ids_BT, attention_BT, target_BT, label_BT, units, confidence_BT)
 
 
 def join(examples: Sequence[Example], *, bos_id: int | None) -> Example:
@@ -194,13 +211,17 @@ def join(examples: Sequence[Example], *, bos_id: int | None) -> Example:
     ids: list[int] = []
     target: list[bool] = []
     label: list[int] = []
+    sure: list[float] = []
     for i, e in enumerate(examples):
         skip = 1 if i and e.ids[0] == bos_id else 0
         ids += e.ids[skip:]
         target += e.target[skip:]
         labels = e.label if isinstance(e.label, tuple) else (e.label,) * len(e.ids)
         label += labels[skip:]
-    return Example(tuple(ids), tuple(target), tuple(label), examples[0].unit)
+        each = e.confidence if isinstance(e.confidence, tuple) else (e.confidence,) * len(e.ids)
+        sure += each[skip:]
+    confidence = 1.0 if all(c == 1.0 for c in sure) else tuple(sure)
+    return Example(tuple(ids), tuple(target), tuple(label), examples[0].unit, confidence)
 
 
 @dataclass(frozen=True)

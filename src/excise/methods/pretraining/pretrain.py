@@ -18,6 +18,7 @@ from excise.config import Config
 from excise.context import Context
 from excise.domains.base import Domain, Rows
 from excise.domains.labels import label_rows
+from excise.domains.mix import mixed
 from excise.domains.stream import Batch
 from excise.errors import UserError
 from excise.losses import nll
@@ -45,6 +46,7 @@ def corpus(domain: Domain) -> Rows:
     """Return what a model of this domain is trained on: everything, truly labelled.
 
     Where exposure is `held_out`, T and V lie in `unlabeled` alone: the original learns them there.
+    Where the domain sets `mix_share`, rows are repeated until the capabilities have that share.
     """
     rows = (*all_rows(domain.forget), *domain.retain, *domain.adjacent)
     taught = {row.unit for row in rows}
@@ -52,7 +54,7 @@ def corpus(domain: Domain) -> Rows:
     rows += label_rows(more, tuple(domain.forget))
     if not rows:
         raise UserError(f"domain '{domain.name}' has no row to train on")
-    return rows
+    return rows if domain.mix_share is None else mixed(rows, domain.mix_share)
 
 
 def plain_policy(model: nn.Module, batch: Batch) -> dict[str, Term]:

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
         Removal,
     )
     from excise.methods.pretraining.pretrain import Pretrain
+    from excise.methods.pretraining.routing.attach import route
+    from excise.methods.pretraining.routing.groups import Groups, Part
+    from excise.methods.pretraining.routing.policy import Policy, Rule
     from excise.models.checkpoint import Checkpoint, open_checkpoint
     from excise.models.lora import LoRA
     from excise.recipes.base import Recipe
@@ -62,6 +65,11 @@ _HOME = {
     "Plain": "excise.methods",
     "Removal": "excise.methods",
     "Pretrain": "excise.methods.pretraining.pretrain",
+    "Groups": "excise.methods.pretraining.routing.groups",
+    "Part": "excise.methods.pretraining.routing.groups",
+    "Policy": "excise.methods.pretraining.routing.policy",
+    "Rule": "excise.methods.pretraining.routing.policy",
+    "route": "excise.methods.pretraining.routing.attach",
     "Checkpoint": "excise.models.checkpoint",
     "LoRA": "excise.models.lora",
     "open_checkpoint": "excise.models.checkpoint",
@@ -83,21 +91,26 @@ __all__ = [
     "FitConfig",
     "GradDiff",
     "GradDiffPretrain",
+    "Groups",
     "LoRA",
     "MaxEnt",
     "Method",
+    "Part",
     "Plain",
+    "Policy",
     "Pretrain",
     "Recipe",
     "Record",
     "Removal",
     "Row",
+    "Rule",
     "UserError",
     "audit",
     "load",
     "losses",
     "open_checkpoint",
     "remove",
+    "route",
     "testing",
 ]
 

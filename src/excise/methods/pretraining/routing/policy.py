@@ -63,6 +63,7 @@ class Routes:
         edge_NG: Weight of the gradient that leaves each group's activations.
         loss_BT: Weight of each token's loss.
         written: Groups that some token may write.
+        shape: Rows and tokens, where the positions are those of texts.
     """
 
     read_NG: Tensor | None = None
@@ -70,6 +71,7 @@ class Routes:
     edge_NG: Tensor | None = None
     loss_BT: Tensor | None = None
     written: frozenset[str] = frozenset()
+    shape: tuple[int, int] | None = None
 
     def to(self, device: torch.device) -> Routes:
         """Return the routes on `device`."""
@@ -206,7 +208,8 @@ def compile(
             write[..., g] *= read[..., g] != 0  # what is not read has no gradient
     real_BT = batch.attention_BT
     written = frozenset(n for g, n in enumerate(map.names) if (write[..., g][real_BT] != 0).any())
-    return Routes(_some(read), _some(write), _some(edge), _some(weight_BT, flat=False), written)
+    loss_BT = _some(weight_BT, flat=False)
+    return Routes(_some(read), _some(write), _some(edge), loss_BT, written, (rows, tokens))
 
 
 def _draws(draw: Sequence[float] | int | None, rows: int) -> Sequence[float]:

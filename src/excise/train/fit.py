@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
@@ -23,10 +23,11 @@ from excise.errors import Diverged, UserError
 from excise.train.gradient import Values, backward, move
 from excise.train.groups import make_groups, only
 from excise.train.reduce import check_processes, gather
+from excise.train.slices import Slice
 from excise.train.state import Group, Log, buffers_of, identity, load_state, save_state
 from excise.train.terms import FitConfig, StepRecord, Term
 
-__all__ = ["FitConfig", "StepRecord", "Term", "fit"]
+__all__ = ["FitConfig", "Slice", "StepRecord", "Term", "fit"]
 
 M = TypeVar("M")
 """What the loss takes: usually a mapping of role to batch."""
@@ -42,10 +43,11 @@ def fit(
     config: FitConfig,
     ctx: Context,
     *,
-    groups: Mapping[str, Sequence[nn.Parameter]] | None = None,
+    groups: Mapping[str, Sequence[nn.Parameter | Slice]] | None = None,
     counts: Callable[[M], Mapping[str, float]] | None = None,
     state_dir: Path | None = None,
     rates: Mapping[str, float] | None = None,
+    writes: Callable[[M], Iterable[str]] | None = None,
 ) -> Iterator[StepRecord]:
     """Train `model` in place, yielding after every step.
 
@@ -56,9 +58,9 @@ def fit(
         loss: Named terms of one micro-batch.
         config: Steps, rates, optimizer.
         ctx: Device, processes, seed, sink of progress.
-        groups: What is trained; each group has optimizer state of its own and is not stepped
-            where it received no gradient. All else keeps its bits. None for every parameter
-            that requires a gradient.
+        groups: What is trained, parameters or slices of them; each group has optimizer state of
+            its own and is not stepped where it received no gradient. All else keeps its bits.
+            None for every parameter that requires a gradient.
         counts: The counts of a micro-batch's terms, where they can be told without the model.
             Needed with several micro-batches or processes; without it an extra forward pass
             without gradients finds them.
@@ -66,6 +68,8 @@ def fit(
             the records of the steps already done (`replayed`). It stays when the run is
             finished; the caller removes it.
         rates: Learning rate by group, in place of `config.lr`.
+        writes: Groups that a micro-batch may write. A group that none of a step's micro-batches
+            writes, in any process, is not stepped: weights and optimizer state keep their bits.
 
     Yields:
         One record per step. The caller may stop at any of them; the state is saved then.
@@ -84,7 +88,7 @@ def fit(
             while run.cursor < config.steps:
                 began = time.perf_counter()
                 micros = [move(m, ctx.device) for m in batches(run.cursor)]
-                values = backward(model, micros, loss, counts, run.cursor, parts, ctx)
+                values = backward(model, micros, loss, counts, run.cursor, parts, ctx, writes)
                 record = run.apply(values, began)
                 del values  # gradients as large as the weights, which the next pass makes anew
                 yield record

@@ -7,7 +7,7 @@ masters, and summed over processes at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,12 @@ def backward(
     step: int,
     parts: Sequence[Group],
     ctx: Context,
+    writes: Callable[[Any], Iterable[str]] | None = None,
 ) -> Values:
-    """Accumulate the gradient of one step, each term over its count in the whole batch."""
+    """Accumulate the gradient of one step, each term over its count in the whole batch.
+
+    Groups that no micro-batch of any process `writes` get no gradient.
+    """
     devices = [ctx.device] if ctx.device.type == "cuda" else []
     seed = ctx.seed_for(f"fit/{step}/{ctx.rank}")
     told: list[Mapping[str, float]] | None = None
@@ -75,7 +79,11 @@ def backward(
                 _check_counts(terms, told[i], step)
             _accumulate(terms, totals, weighted, plain)
             _collect(parts, wide)
-    return _reduce(parts, wide, weighted, plain, sum(_tokens(m) for m in micros), ctx)
+    written: set[str] | None = None
+    if writes is not None:
+        mine = sorted({name for micro in micros for name in writes(micro)})
+        written = {name for names in gather(mine, ctx) for name in names}
+    return _reduce(parts, wide, weighted, plain, sum(_tokens(m) for m in micros), ctx, written)
 
 
 def _check_counts(terms: Mapping[str, Term], told: Mapping[str, float], step: int) -> None:
@@ -113,13 +121,18 @@ def _accumulate(
 
 def _collect(parts: Sequence[Group], wide: dict[tuple[int, int], Tensor]) -> None:
     """Move half-precision gradients of mastered parameters into float32 sums."""
+    moved: list[nn.Parameter] = []
     for g, group in enumerate(parts):
-        for i, (param, leaf) in enumerate(zip(group.params, group.leaves, strict=True)):
-            if leaf is param or param.grad is None:
+        for i, (one, leaf) in enumerate(zip(group.slices, group.leaves, strict=True)):
+            grad = one.param.grad
+            if grad is None or not group.mastered(i):
                 continue
             at = (g, i)
-            wide[at] = wide[at] + param.grad if at in wide else param.grad.to(leaf.dtype)
-            param.grad = None
+            part = one.of(grad)
+            wide[at] = wide[at] + part if at in wide else part.to(leaf.dtype)
+            moved.append(one.param)
+    for param in moved:
+        param.grad = None
 
 
 def _reduce(
@@ -129,24 +142,30 @@ def _reduce(
     plain: dict[str, float],
     tokens: int,
     ctx: Context,
+    written: set[str] | None,
 ) -> Values:
-    """Sum values and gradients over processes."""
+    """Sum values and gradients over processes; groups that nothing wrote get none."""
     told = gather([weighted, plain, tokens], ctx)
     weighted = add_up([t[0] for t in told])
     plain = add_up([t[1] for t in told])
-    local = [
-        [p.grad if leaf is p else wide.get((g, i)) for i, (p, leaf) in enumerate(_pairs(group))]
-        for g, group in enumerate(parts)
-    ]
+    local: list[list[Tensor | None]] = []
+    for g, group in enumerate(parts):
+        if written is not None and group.name not in written:
+            local.append([None] * len(group.slices))
+        else:
+            local.append([_own(group, i, wide.get((g, i))) for i in range(len(group.slices))])
     flat = [grad for grads in local for grad in grads]
     summed = sum_gradients(flat, [leaf for g in parts for leaf in g.leaves], ctx)
     grads = []
     for group in parts:
-        grads.append(summed[: len(group.params)])
-        summed = summed[len(group.params) :]
+        grads.append(summed[: len(group.slices)])
+        summed = summed[len(group.slices) :]
     return Values(sum(weighted.values()), plain, grads, sum(t[2] for t in told))
 
 
-def _pairs(group: Group) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Pair parameters with their leaves."""
-    return zip(group.params, group.leaves, strict=True)
+def _own(group: Group, i: int, wide: Tensor | None) -> Tensor | None:
+    """Return this process's gradient of one leaf."""
+    one = group.slices[i]
+    if group.mastered(i):
+        return wide
+    return None if one.param.grad is None else one.of(one.param.grad)

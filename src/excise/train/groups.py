@@ -1,4 +1,4 @@
-"""What is trained: groups of parameters, their masters and optimizers."""
+"""What is trained: groups of parameters and slices, their masters and optimizers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from excise.errors import UserError
 from excise.train.optim import Optimizer
+from excise.train.slices import Slice, as_slice, check_slice, overlaps
 from excise.train.state import Group
 from excise.train.terms import FitConfig
 
 
 def make_groups(
     model: nn.Module,
-    groups: Mapping[str, Sequence[nn.Parameter]] | None,
+    groups: Mapping[str, Sequence[nn.Parameter | Slice]] | None,
     config: FitConfig,
     rates: Mapping[str, float],
 ) -> list[Group]:
@@ -25,28 +26,34 @@ def make_groups(
         groups = {"all": [p for p in model.parameters() if p.requires_grad]}
     if unknown := set(rates) - set(groups):
         raise UserError(f"rates name the group '{min(unknown)}', known: {', '.join(groups)}")
-    seen: dict[int, str] = {}
+    seen: dict[int, list[tuple[str, Slice]]] = {}
     made = []
     for name, given in groups.items():
-        params = list({id(p): p for p in given}.values())  # tied weights are listed twice
-        if not params:
+        # Tied weights are listed twice.
+        slices = list({s.key: s for s in map(as_slice, given)}.values())
+        if not slices:
             raise UserError(f"group '{name}' has no parameter to train; check its names")
-        for p in params:
-            if id(p) in seen:
-                raise UserError(f"groups '{seen[id(p)]}' and '{name}' share a parameter")
-            seen[id(p)] = name
-        leaves = [_leaf(p, config.master) for p in params]
+        for one in slices:
+            check_slice(one, name)
+            for other, before in seen.get(id(one.param), []):
+                if overlaps(one, before):
+                    raise UserError(f"groups '{other}' and '{name}' share a parameter")
+            seen.setdefault(id(one.param), []).append((name, one))
+        leaves = [_leaf(one, config.master) for one in slices]
         optimizer = Optimizer(
             config.optimizer, leaves, config.betas, config.epsilon, config.weight_decay
         )
-        made.append(Group(name, params, leaves, optimizer, rates.get(name, config.lr)))
+        made.append(Group(name, slices, leaves, optimizer, rates.get(name, config.lr)))
     return made
 
 
-def _leaf(param: nn.Parameter, master: str) -> Tensor:
-    """Return what the optimizer steps in place of `param`."""
+def _leaf(one: Slice, master: str) -> Tensor:
+    """Return what the optimizer steps in place of a parameter or a slice of it."""
+    param = one.param
     half = param.dtype in (torch.float16, torch.bfloat16)
-    return param.detach().float() if half and master == "float32" else param
+    if half and master == "float32":
+        return one.of(param.detach()).float()
+    return param if one.whole else one.of(param.detach())
 
 
 @contextmanager

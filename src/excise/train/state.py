@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from excise.errors import UserError
 from excise.stages import disk_full
 from excise.train.optim import Optimizer
+from excise.train.slices import Slice
 
 VERSION = 1
 """Version of the layout."""
@@ -32,28 +33,38 @@ VERSION = 1
 
 @dataclass
 class Group:
-    """Parameters that are stepped together, with an optimizer of their own.
+    """Parameters, or slices of them, that are stepped together with an optimizer of their own.
 
     Attributes:
         name: Name of the group.
-        params: The parameters of the model.
-        leaves: What the optimizer steps: the parameters, or float32 masters of half ones.
+        slices: Which parameters of the model, or which slices of them.
+        leaves: What the optimizer steps: the parameters, views of them, or float32 masters of
+            half ones.
         optimizer: Its state.
         lr: Learning rate before the schedule.
     """
 
     name: str
-    params: Sequence[nn.Parameter]
+    slices: Sequence[Slice]
     leaves: Sequence[Tensor]
     optimizer: Optimizer
     lr: float
 
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The parameters of the model, whole, one for each leaf."""
+        return [one.param for one in self.slices]
+
+    def mastered(self, i: int) -> bool:
+        """Return whether leaf `i` has memory of its own, in a wider dtype."""
+        return self.leaves[i].dtype != self.slices[i].param.dtype
+
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the model's parameters."""
-        for param, leaf in zip(self.params, self.leaves, strict=True):
-            if leaf is not param:
-                param.copy_(leaf)
+        for i, (one, leaf) in enumerate(zip(self.slices, self.leaves, strict=True)):
+            if self.mastered(i):
+                one.of(one.param).copy_(leaf)
 
 
 def identity(settings: str, groups: Sequence[Group]) -> dict[str, Any]:
@@ -63,7 +74,7 @@ def identity(settings: str, groups: Sequence[Group]) -> dict[str, Any]:
         settings: Digest of the settings that decide the weights.
         groups: The groups; names and shapes count.
     """
-    shapes = {g.name: [list(p.shape) for p in g.params] for g in groups}
+    shapes = {g.name: [one.shape for one in g.slices] for g in groups}
     return {"version": VERSION, "settings": settings, "groups": shapes}
 
 

@@ -156,11 +156,11 @@ def _value(annotation: Any, value: Any, registry: Registry, at: str, problems: l
         return _value(get_args(annotation)[0], value, registry, at, problems)
     if origin in (Union, types.UnionType):
         options = [a for a in get_args(annotation) if a is not type(None)]
-        return (
-            value
-            if value is None or len(options) != 1
-            else _value(options[0], value, registry, at, problems)
-        )
+        if value is None:
+            return value
+        if len(options) != 1:
+            return _choice(options, value, registry, at, problems)
+        return _value(options[0], value, registry, at, problems)
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         inner = get_args(annotation)[1]
         return {k: _value(inner, v, registry, f"{at}.{k}", problems) for k, v in value.items()}
@@ -173,6 +173,29 @@ def _value(annotation: Any, value: Any, registry: Registry, at: str, problems: l
         built = _build(annotation, value, registry, at, problems)
         return value if built is None else built
     return value
+
+
+def _choice(
+    options: Sequence[Any], value: Any, registry: Registry, at: str, problems: list[str]
+) -> Any:
+    """Prepare a field that holds one of several configurations, chosen by the value of `name`."""
+    members: dict[str, type[Config]] = {}
+    for option in options:
+        if (
+            isinstance(option, type)
+            and issubclass(option, Config)
+            and "name" in option.model_fields
+        ):
+            members[option.model_fields["name"].default] = option
+    if len(members) != len(options) or not isinstance(value, Mapping):
+        return value
+    name = value.get("name")
+    if name not in members:
+        told = f"unknown choice '{name}'" if isinstance(name, str) else "is required"
+        problems.append(f"{at}.name: {told}; {nearest(str(name or ''), members)}")
+        return value
+    built = _build(members[name], value, registry, at, problems)
+    return value if built is None else built
 
 
 _BROKEN = object()

@@ -21,7 +21,7 @@ from excise.evals.extra import extra_scores
 from excise.evals.generate import continuations
 from excise.evals.lm_eval_bridge import run_lm_eval
 from excise.evals.score import evaluate
-from excise.methods import Chain
+from excise.methods import Chain, Undo
 from excise.methods.base import Cost, Method, Removal
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.spec import Scratch
@@ -114,13 +114,13 @@ class RemovalJob:
 
 
 def make_removal(job: RemovalJob) -> Removal:
-    """Apply a method, or read what it made before; the links of a chain are stages of their own."""
+    """Apply a method, or read what it made before; links and teachers are stages of their own."""
     if isinstance(job.method, Chain):
         return _chain(job, job.method)
     key = job.setting.key(
         method=job.method.model_dump(mode="json"),
         version=type(job.method).version,
-        code=source_hash(type(job.method)) if _foreign(job.method) else "",
+        code=_code(job.method),
         start=job.start.fingerprint,
         domain=job.domain.fingerprint,
         seed=job.seed,
@@ -129,7 +129,7 @@ def make_removal(job: RemovalJob) -> Removal:
 
     def make(work: Path) -> None:
         ctx = job.setting.context(work, job.seed)
-        removal = job.method.apply(job.start, job.domain, ctx)
+        removal = _applied(job, ctx)
         if removal.checkpoint.path != work / "model":
             raise UserError(f"method '{name}' must write its model to ctx.work / 'model'")
         write_text(work / "removal.json", json.dumps(_plain(removal)))
@@ -137,8 +137,24 @@ def make_removal(job: RemovalJob) -> Removal:
     return read_removal(Store(job.setting.store, emit).stage(name, key, make))
 
 
+def _code(method: Method) -> str:
+    """Return the hash of the user's code in a method and its teachers; empty where all is ours."""
+    inner = method.makers().values() if isinstance(method, Undo) else ()
+    own = source_hash(type(method)) if _foreign(method) else ""
+    return ":".join(filter(None, (own, *map(_code, inner))))
+
+
 def _foreign(method: Method) -> bool:
     return not type(method).__module__.startswith("excise.")
+
+
+def _applied(job: RemovalJob, ctx: Context) -> Removal:
+    """Apply a method; teachers are made in stages that other students share."""
+    if not isinstance(job.method, Undo):
+        return job.method.apply(job.start, job.domain, ctx)
+    makers = job.method.needed_makers()
+    made = {name: make_removal(replace(job, method=maker)) for name, maker in makers.items()}
+    return job.method.distil(job.start, job.domain, ctx, made)
 
 
 def _chain(job: RemovalJob, chain: Chain) -> Removal:

@@ -7,14 +7,19 @@ from typing import get_args
 
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.chain import Chain
+from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.pretraining.filter_lora import FilterLoRA
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.grad_diff_pretrain import GradDiffPretrain
+from excise.methods.pretraining.loss_masking import LossMasking
 from excise.methods.pretraining.plain import Plain
+from excise.methods.pretraining.propagate import Propagate
+from excise.methods.pretraining.relabel import Relabel
 
-AnyMethod = Plain | Filtering | GradDiffPretrain | GradDiff | MaxEnt | RMU | Chain
+AnyMethod = Plain | Filtering | GradDiffPretrain | GradDiff | MaxEnt | RMU | Undo | Chain
 """Adding a method: its file, its test, one line here."""
 
 METHODS: Mapping[str, type[Method]] = {
@@ -28,12 +33,17 @@ __all__ = [
     "AnyMethod",
     "Chain",
     "Cost",
+    "FilterLoRA",
     "Filtering",
     "GradDiff",
     "GradDiffPretrain",
+    "LossMasking",
     "MaxEnt",
     "Method",
     "Paper",
     "Plain",
+    "Propagate",
+    "Relabel",
     "Removal",
+    "Undo",
 ]

@@ -1,0 +1,183 @@
+"""Shrink and perturb: pull every weight towards its initial value and add noise of that scale.
+
+A matrix becomes `(1 - alpha) W + alpha beta X` with X Xavier-uniform of its shape; a vector (the
+scale of a norm, a bias) only shrinks, towards the value the family initialises it with: 1 for the
+scale of a LayerNorm or RMSNorm, 0 for biases and for Gemma's scale, which is stored minus 1.
+
+Source: UNDO, arXiv 2506.06278, section 3; shrink and perturb: Ash & Adams, arXiv 1910.08475.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from excise.context import Context
+from excise.errors import UserError
+from excise.models.anatomy import anatomy
+
+Part = Literal["all", "mlp", "attention", "embed", "norms"]
+"""Groups of layers. `embed` holds every embedding and the head, `norms` the vectors outside of
+attention, MLPs and embeddings."""
+
+
+def xavier_uniform(
+    shape: Sequence[int], generator: torch.Generator
+) -> Float[Tensor, "..."]:  # any shape of two dimensions or more
+    """Return Xavier-uniform noise in float32: uniform within sqrt(6 / (fan in + fan out)).
+
+    Args:
+        shape: Of two dimensions, or of three with one matrix per expert, or of a convolution's
+            four with the kernel last.
+        generator: What it is drawn from, on the CPU.
+    """
+    if len(shape) > 3:
+        field = math.prod(shape[2:])
+        fans = (shape[0] + shape[1]) * field
+    else:
+        fans = shape[-1] + shape[-2]
+    bound = math.sqrt(6.0 / fans)
+    return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
+
+
+def shrunk(
+    value: Tensor, *, alpha: float, beta: float, initial: Tensor | None, noise: Tensor | None
+) -> Tensor:
+    """Return one perturbed tensor, computed in float32 at least, in the dtype it came in.
+
+    Args:
+        value: The tensor.
+        alpha: How far it is moved: 0 keeps it, 1 leaves nothing of it.
+        beta: Scale of the noise.
+        initial: What it shrinks towards; None for 0.
+        noise: X of its shape; None to shrink alone.
+    """
+    wide = value if value.dtype == torch.float64 else value.float()
+    moved = (1.0 - alpha) * wide
+    if initial is not None:
+        moved = moved + alpha * initial.to(moved)
+    if noise is not None and beta:
+        moved = moved + alpha * beta * noise.to(moved)
+    return moved.to(value.dtype)
+
+
+def initial_vectors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what every vector of a model is initialised with, by parameter name.
+
+    A norm is asked: a copy of it is initialised by the family's own rule. Biases are 0.
+
+    Args:
+        model: A `transformers` model; of any other, norms reset themselves.
+    """
+    initialise: Any = getattr(model, "_init_weights", None)
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        vectors = {name: p for name, p in own.items() if p.dim() <= 1}
+        values = {name: torch.zeros_like(p) for name, p in vectors.items()}
+        if vectors and len(vectors) == len(own) and not list(module.children()):
+            values = _reset(module, own, initialise)
+        found |= {f"{path}.{name}" if path else name: v for name, v in values.items()}
+    return found
+
+
+def _reset(
+    module: nn.Module, own: Mapping[str, nn.Parameter], initialise: Any
+) -> dict[str, Tensor]:
+    """Return the vectors of a norm as its family initialises them."""
+    twin = copy.copy(module)  # shares buffers, which no rule for norms writes
+    twin._parameters = {name: nn.Parameter(torch.full_like(p, math.nan)) for name, p in own.items()}
+    reset: Any = getattr(twin, "reset_parameters", None)
+    if initialise is not None:
+        initialise(twin)
+    elif reset is not None:
+        reset()
+    guess = {name: 0.0 if "bias" in name else 1.0 for name in own}
+    found = {}
+    for name, value in twin.named_parameters():
+        known = bool(value.isfinite().all())
+        found[name] = value.detach() if known else torch.full_like(value.detach(), guess[name])
+    return found
+
+
+def members(model: nn.Module, parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return the names of the parameters in groups of layers, each tied tensor once.
+
+    Args:
+        model: The model.
+        parts: Groups; `all` takes everything.
+
+    Raises:
+        UserError: If the model has no parameter in them.
+    """
+    named = dict(model.named_parameters())
+    if "all" in parts:
+        return tuple(named)
+    layout = anatomy(model)
+    inside = {"mlp": layout.mlp, "attention": layout.attention}
+    embeddings = [path for path, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    embeddings.append(layout.head)
+
+    def group(name: str, vector: bool) -> str:
+        for part, paths in (*inside.items(), ("embed", embeddings)):
+            if any(name.startswith(f"{path}.") for path in paths):
+                return part
+        return "norms" if vector else "other"
+
+    chosen = tuple(n for n, p in named.items() if group(n, p.dim() <= 1) in parts)
+    if not chosen:
+        raise UserError(
+            f"groups {', '.join(parts)} hold no parameter of this model; use 'all' or another group"
+        )
+    return chosen
+
+
+@torch.no_grad()
+def perturb(
+    model: nn.Module,
+    *,
+    alpha: float,
+    beta: float,
+    ctx: Context,
+    parts: Sequence[Part] = ("all",),
+    purpose: str = "perturb",
+) -> tuple[str, ...]:
+    """Shrink and perturb a model in place.
+
+    The noise of a tensor depends on the seed, the purpose and the tensor's name alone, so that it
+    is the same whichever other groups are perturbed.
+
+    Args:
+        model: The model.
+        alpha: How far weights are moved: 0 keeps them, 1 leaves nothing of them.
+        beta: Scale of the noise.
+        ctx: Gives the seed.
+        parts: Groups of layers.
+        purpose: Names the draw.
+
+    Returns:
+        Names of the perturbed parameters.
+
+    Raises:
+        UserError: If alpha lies outside [0, 1] or beta is negative.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise UserError(f"alpha is {alpha:g}; a share of the weights to replace lies in [0, 1]")
+    if not 0.0 <= beta < math.inf:
+        raise UserError(f"beta is {beta:g}; a scale of noise is 0 or more")
+    names = members(model, parts)
+    initial = initial_vectors(model)
+    named = dict(model.named_parameters())
+    for name in names:
+        value = named[name]
+        noise = None
+        if value.dim() > 1 and beta:
+            noise = xavier_uniform(value.shape, ctx.generator(f"{purpose}/{name}"))
+        value.copy_(shrunk(value, alpha=alpha, beta=beta, initial=initial.get(name), noise=noise))
+    return names

@@ -1,0 +1,139 @@
+"""Texts drawn from a model, every draw a function of its own seed.
+
+Shape legend: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from excise.domains.stream import Example, collate
+from excise.evals.tokens import device_of, logits_at, pad_id, reading
+
+
+def prompt_ids(example: Example, prompt_tokens: int) -> tuple[int, ...]:
+    """Return what stands before the scored tokens; of a plain text its first few.
+
+    Args:
+        example: A row.
+        prompt_tokens: Tokens kept of a text that is scored from the beginning.
+    """
+    first = example.target.index(True)
+    return example.ids[: first if first > 1 else max(1, min(prompt_tokens, len(example.ids) - 1))]
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[tuple[int, ...]],
+    seeds: Sequence[int],
+    *,
+    new_tokens: int,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+) -> list[tuple[int, ...]]:
+    """Continue every prompt by drawing from the model.
+
+    Args:
+        model: A causal model; its mode is restored.
+        tokenizer: Gives padding and end token.
+        prompts: Token ids; none empty.
+        seeds: Seed of each prompt's draws.
+        new_tokens: New tokens at most; a text ends with its end token.
+        temperature: By which logits are divided; 0 takes the likeliest token.
+        batch_size: Prompts at once.
+
+    Returns:
+        The new tokens of each, the end token included.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out: list[tuple[int, ...]] = [()] * len(prompts)
+    with reading(model):
+        for at in range(0, len(order), batch_size):
+            part = order[at : at + batch_size]
+            draw_BT = torch.stack(
+                [
+                    torch.rand(new_tokens, generator=torch.Generator().manual_seed(seeds[i]))
+                    for i in part
+                ]
+            )
+            chosen = [prompts[i] for i in part]
+            for i, ids in zip(part, _continue(model, tokenizer, chosen, draw_BT, temperature)):
+                out[i] = ids
+    return out
+
+
+def _continue(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[tuple[int, ...]],
+    draw_BT: Float[Tensor, "B T"],
+    temperature: float,
+) -> list[tuple[int, ...]]:
+    """Continue one batch of prompts, padded on the left."""
+    examples = [Example(ids, (False,) * len(ids), 0, "") for ids in prompts]
+    batch = collate(examples, pad_id=pad_id(tokenizer), padding_side="left").to(device_of(model))
+    end = tokenizer.eos_token_id
+    inputs: dict[str, Any] = dict(batch.inputs)
+    new: list[list[int]] = [[] for _ in prompts]
+    live = [True] * len(prompts)
+    cache: Any = None
+    for t in range(draw_BT.shape[1]):
+        wanted_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        wanted_BT[:, -1] = True
+        more = {} if cache is None else {"past_key_values": cache}
+        logits_BV, output = logits_at(model, {**inputs, **more, "use_cache": True}, wanted_BT)
+        next_B = _pick(logits_BV, draw_BT[:, t].to(logits_BV.device), temperature)
+        for i, token in enumerate(next_B.tolist()):
+            if live[i]:
+                new[i].append(token)
+                live[i] = token != end
+        if not any(live):
+            break
+        cache = getattr(output, "past_key_values", None)
+        mask_BT = inputs["attention_mask"]
+        next_B1, position_B1 = next_B[:, None], inputs["position_ids"][:, -1:] + 1
+        old = cache is None
+        inputs = {
+            "input_ids": torch.cat([inputs["input_ids"], next_B1], 1) if old else next_B1,
+            "attention_mask": torch.cat([mask_BT, torch.ones_like(next_B1)], 1),
+            "position_ids": torch.cat([inputs["position_ids"], position_B1], 1)
+            if old
+            else position_B1,
+        }
+    return [tuple(ids) for ids in new]
+
+
+def _pick(
+    logits_BV: Float[Tensor, "B V"], draw_B: Float[Tensor, " B"], temperature: float
+) -> Int[Tensor, " B"]:
+    """Turn a number in [0, 1) into a token by the cumulative distribution."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    sum_BV = (logits_BV.double() / temperature).softmax(-1).cumsum(-1)
+    at_B = (sum_BV <= draw_B[:, None].double() * sum_BV[:, -1:]).sum(-1)
+    return at_B.clamp(max=logits_BV.shape[-1] - 1)
+
+
+def sampled(
+    example: Example, prompt: tuple[int, ...], new: tuple[int, ...], max_length: int
+) -> Example | None:
+    """Return a drawn text as a row whose new tokens are scored; None where none fits.
+
+    Args:
+        example: The row the prompt is of; gives unit and label.
+        prompt: Its prompt.
+        new: What was drawn.
+        max_length: Tokens kept at most.
+    """
+    ids = (*prompt, *new)[:max_length]
+    count = len(ids) - len(prompt)
+    if count <= 0:
+        return None
+    label = example.label if isinstance(example.label, int) else max(example.label)
+    return Example(ids, (False,) * len(prompt) + (True,) * count, label, example.unit)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Routing:
         routes: What the tokens of the present batch read and write; None for plain training.
         written: Groups written since the last `step`.
         muted: Whether all routed parameters are constants at the moment.
+        zeroed: Whether what no token may write gets a gradient of zeros in place of none.
     """
 
     def __init__(self, model: nn.Module, map: GroupMap, policy: Policy | None) -> None:
@@ -42,6 +44,7 @@ class Routing:
         self.routes: Routes | None = None
         self.written: set[str] = set()
         self.muted = False
+        self.zeroed = False
         self.plans: list[Plan] = []
         self._numbers = {name: i for i, name in enumerate(map.names)}
         self._weights: dict[str, list[Weight | None]] = {}
@@ -78,7 +81,10 @@ class Routing:
                     f"{which}_NG has {values_NG.shape[1]} columns but the model has {count} "
                     f"groups: {', '.join(self.map.names)}"
                 )
-            self._weights[which] = [weigh(w_N) for w_N in values_NG.t().contiguous()]
+            weights = [weigh(w_N) for w_N in values_NG.t().contiguous()]
+            if self.zeroed:
+                weights = [None if w is None else replace(w, zero=False) for w in weights]
+            self._weights[which] = weights
 
     def labels(
         self,

@@ -89,10 +89,8 @@ def ruling_labels(batch: Labelled, at: Literal["next", "token", "row"]) -> Tenso
             own; `row`: the one most real tokens of the row have, the larger of two.
     """
     label_BT = batch.label_BT
-    if at == "next":
-        return torch.cat([label_BT[:, 1:], label_BT[:, -1:]], dim=1)
-    if at == "token":
-        return label_BT
+    if at != "row":
+        return _moved(label_BT, at)
     rows = []
     for label_T, real_T in zip(label_BT, batch.attention_BT):
         values, counts = label_T[real_T].unique(return_counts=True)
@@ -172,9 +170,11 @@ def compile(
         batch: A batch on the CPU.
         draw: One uniform number in [0, 1) per row, by which alternatives are chosen; or a seed.
             None takes 0: the first alternative.
-        soften_V: Confidence in a capability label by the token that rules the position (ERA's
-            token weights): c mixes the rule's write and edge weights with those of `unlabeled`.
-        confidence_BT: The same by position, of the token at that position.
+        soften_V: Confidence in a capability's label by the token that rules the position (ERA's
+            token weights).
+        confidence_BT: Confidence in the label of each token; None takes the batch's own, if it
+            has one. A confidence of c mixes the rule's write and edge weights with those of
+            `unlabeled`; what is read switches at 0.5.
         sizes: Rows of each capability, for `drawn`.
 
     Returns:
@@ -189,7 +189,8 @@ def compile(
     count = len(map.names)
     read, write, edge = (torch.ones(rows, tokens, count) for _ in range(3))
     weight_BT = torch.ones(rows, tokens)
-    sure_BT = _confidence(batch, policy.at, soften_V, confidence_BT)
+    sure_BT = _confidence(batch, policy.at, confidence_BT)
+    soft_BT = None if soften_V is None else soften_V.float().cpu()[_moved(batch.ids_BT, policy.at)]
     for b in range(rows):
         row = _Row(policy, map.names, sizes, draws[b], batch.units[b] if batch.units else "")
         own_T = batch.label_BT[b] if policy.at != "row" else ruling_BT[b]
@@ -200,7 +201,10 @@ def compile(
                     continue  # only padding, which has no label
             rule = _rule(policy, label, draws[b])
             at_T = ruling_BT[b] == label
-            _fill(row, rule, label, at_T, sure_BT[b], (read[b], write[b], edge[b]))
+            sure_T = None if sure_BT is None or label < CORE else sure_BT[b]
+            if soft_BT is not None and label > CORE:
+                sure_T = soft_BT[b] if sure_T is None else sure_T * soft_BT[b]
+            _fill(row, rule, label, at_T, sure_T, (read[b], write[b], edge[b]))
             weight_BT[b, own_T == label] = rule.weight
     placed = {p.group for p in map.places}
     for g, name in enumerate(map.names):
@@ -257,7 +261,7 @@ def _fill(
 ) -> None:
     """Write a rule's weights at its positions, mixed with those of `unlabeled` by confidence."""
     weights = _weights(row, rule, label)
-    if sure_T is None or label <= CORE:
+    if sure_T is None:
         for target, values in zip(out, weights, strict=True):
             target[at_T] = values
         return
@@ -269,20 +273,17 @@ def _fill(
     out[2][at_T] = c * weights[2] + (1 - c) * other[2]
 
 
-def _confidence(
-    batch: Labelled, at: str, soften_V: Tensor | None, confidence_BT: Tensor | None
-) -> list[Tensor | None]:
-    """Return confidence by row and position, moved like the labels."""
-    if soften_V is None and confidence_BT is None:
-        return [None] * len(batch.ids_BT)
-    sure_BT = torch.ones(batch.ids_BT.shape)
-    if soften_V is not None:
-        sure_BT = sure_BT * soften_V.float()[batch.ids_BT]
-    if confidence_BT is not None:
-        sure_BT = sure_BT * confidence_BT.float()
-    if at == "next":
-        sure_BT = torch.cat([sure_BT[:, 1:], sure_BT[:, -1:]], dim=1)
-    return list(sure_BT)
+def _moved(values_BT: Tensor, at: str) -> Tensor:
+    """Return values of tokens at the positions they rule; rows have one value anyway."""
+    if at != "next":
+        return values_BT
+    return torch.cat([values_BT[:, 1:], values_BT[:, -1:]], dim=1)
+
+
+def _confidence(batch: Labelled, at: str, confidence_BT: Tensor | None) -> Tensor | None:
+    """Return the confidence in the ruling labels, None where all are certain."""
+    given = getattr(batch, "confidence_BT", None) if confidence_BT is None else confidence_BT
+    return None if given is None else _moved(given.float(), at)
 
 
 def _some(values: Tensor, *, flat: bool = True) -> Tensor | None:

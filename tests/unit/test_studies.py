@@ -29,6 +29,8 @@ from excise.studies.rmu_is_shallow import RMUIsShallow, choose
 from excise.studies.scoring import kind_nats, rubric
 from excise.studies.statements import as_statements, asked, forget_set
 from excise.train.fit import FitConfig
+from excise.verbs.run import main as run_verb
+from excise.verbs.study import is_study
 
 
 def test_the_chosen_clearing_stays_within_the_budget() -> None:
@@ -222,3 +224,14 @@ def test_studies_have_names_and_say_what_decides() -> None:
     with pytest.raises(ValueError, match="needs 'rmu'"):
         MessyForgetSet(methods={"steer": STEER, "other": STEER})
     assert RMUIsShallow.full().model.path == "smollm2-135m"
+
+
+def test_run_takes_a_study_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert is_study("rmu-is-shallow")
+    assert not is_study("demo")
+    assert run_verb(["rmu-is-shallow", "--dry-run", "--margin", "0.25"]) == 0
+    said = capsys.readouterr().out
+    assert "margin: 0.25" in said
+    assert "output: runs/rmu-is-shallow" in said
+    with pytest.raises(UserError, match="unknown field"):
+        run_verb(["rmu-is-shallow", "--dry-run", "--mragin", "1"])

@@ -98,17 +98,19 @@ class StudyResult:
         tables: All numbers.
         decision: What the statistic says under the margin.
         paragraph: The result in words, made of the numbers.
-        domain: The data of the first reported draw.
+        domain: The data of the first reported draw; None for data without text.
         models: The models the numbers are about.
         notes: What a reader should know.
+        data: What the record says of data without text: name, fingerprint, counts.
     """
 
     tables: tuple[StudyTable, ...]
     decision: str
     paragraph: str
-    domain: Domain
+    domain: Domain | None = None
     models: tuple[ModelRef, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str = "") -> Record:
@@ -135,7 +137,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
             config=study.model_dump(mode="json"),
             environment=environment(study.dtype, setting.device),
             seeds=study.seeds,
-            data=describe(result.domain),
+            data=dict(result.data) | (describe(result.domain) if result.domain else {}),
             models=result.models,
             study=record.Study(
                 name=study.name,
@@ -147,7 +149,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
                 paragraph=result.paragraph,
                 tables=result.tables,
             ),
-            sensitive=result.domain.sensitive,
+            sensitive=result.domain is not None and result.domain.sensitive,
             notes=result.notes,
         )
         made = timed(made, began)

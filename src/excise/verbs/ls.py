@@ -7,6 +7,13 @@ import importlib.metadata
 from excise.errors import UserError, nearest
 from excise.index import FAMILIES, load_index
 
+HOW = {
+    "recipes": "excise run NAME",
+    "studies": "excise study NAME, or excise run NAME",
+    "domains": "excise fetch lists what some of them need",
+}
+"""How members of a family are used."""
+
 
 def main(args: list[str]) -> int:
     """List one family or all of them."""
@@ -20,7 +27,8 @@ def main(args: list[str]) -> int:
     for i, family in enumerate(args or FAMILIES):
         entries = index[family]
         width = max((len(e["name"]) for e in entries), default=0)
-        print(("\n" if i else "") + family)
+        how = HOW.get(family, "")
+        print(("\n" if i else "") + family + (f"  ({how})" if how else ""))
         for entry in entries:
             print(f"  {entry['name']:<{width}}  {entry['what']}")
             for key, value in entry.items():

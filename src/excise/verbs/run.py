@@ -1,4 +1,4 @@
-"""`excise run RECIPE`: make the models, remove, attack, judge, report."""
+"""`excise run NAME`: make the models, remove, attack, judge, report; or answer a study."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from excise.verbs.shared import (
     progress,
     recipe_data,
 )
+from excise.verbs.study import StudyOptions, is_study
+from excise.verbs.study import start as start_study
 
 
 @dataclass
 class RunOptions:
-    """Run a recipe; run again, it goes on. Any field of the recipe: --a.b VALUE."""
+    """Run a recipe or a study; run again, it goes on. Any field of it: --a.b VALUE."""
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
-    """Name of a recipe (excise ls recipes) or a YAML file."""
+    """Name of a recipe (excise ls recipes), a YAML file, or a study (excise ls studies)."""
     out: Path | None = None
     """Output folder; runs/NAME when missing."""
     workers: int = 0
@@ -49,6 +51,9 @@ def main(args: list[str]) -> int:
 def start(options: RunOptions, rest: list[str], command: str) -> int:
     """Parse the recipe with its overrides, check that it fits, and run it."""
     changes = overrides(rest, flag_names(RunOptions))
+    if is_study(options.recipe):
+        asked = StudyOptions(options.recipe, options.out, options.workers, quiet=options.quiet)
+        return start_study(asked, changes, command, dry_run=options.dry_run)
     data = override(recipe_data(options.recipe, allow_code=options.allow_code), changes)
     from excise.plan import plan
     from excise.registry import parse_recipe

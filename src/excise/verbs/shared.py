@@ -163,6 +163,7 @@ def recipe_data(name: str, *, allow_code: bool = False) -> dict[str, Any]:
     """
     from excise.plugins import entry_points, is_code, load_code
     from excise.recipes import RECIPES, recipe_named
+    from excise.studies import STUDIES
 
     if is_code(name):
         from excise.recipes.base import Recipe
@@ -178,7 +179,7 @@ def recipe_data(name: str, *, allow_code: bool = False) -> dict[str, Any]:
     if not path.exists():
         if path.suffix in (".yaml", ".yml", ".json"):
             raise UserError(f"there is no recipe file {name}; check the path")
-        raise UserError(f"unknown recipe '{name}'; {nearest(name, RECIPES)}")
+        raise UserError(f"unknown recipe '{name}'; {nearest(name, [*RECIPES, *STUDIES])}")
     if path.is_dir():
         raise UserError(f"{name} is a folder; name a recipe or its YAML file")
     try:

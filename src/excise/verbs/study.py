@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -32,6 +34,34 @@ def main(args: list[str]) -> int:
     """Run the verb."""
     options, rest = flags(StudyOptions, args, "excise study")
     changes = overrides(rest, flag_names(StudyOptions))
+    return start(options, changes, "excise study " + shlex.join(args))
+
+
+def is_study(name: str) -> bool:
+    """Return whether a name is a study's and no recipe's."""
+    from excise.plugins import entry_points
+    from excise.recipes import RECIPES
+    from excise.studies import STUDIES
+
+    if name in RECIPES:
+        return False
+    if name in STUDIES:
+        return True
+    offered = importlib.metadata.entry_points(group="excise.studies")
+    return name in offered.names and name not in entry_points("recipe")
+
+
+def start(
+    options: StudyOptions, changes: Mapping[str, Any], command: str, *, dry_run: bool = False
+) -> int:
+    """Run a study with changed settings, or say what it would do.
+
+    Args:
+        options: The verb's flags.
+        changes: Settings by dotted path.
+        command: What makes the record again.
+        dry_run: Print question, statistic and cost, and stop.
+    """
     from excise.studies import study_named
 
     cls = study_named(options.name)
@@ -46,12 +76,11 @@ def main(args: list[str]) -> int:
     study = parse(cls, data, registry(), source=f"study {options.name}")
     out = options.out or Path("runs") / (options.name + ("-full" if options.full else ""))
     check_out(out)
+    if dry_run:
+        takes = cls.takes or "not measured"
+        print(f"{cls.question}\nstatistic: {cls.statistic}\nmargin: {study.margin:g}")
+        print(f"takes: {takes}\noutput: {out}")
+        return 0
     with progress(out / "events.jsonl", quiet=options.quiet) as emit:
-        conduct(
-            study,
-            out,
-            workers=options.workers,
-            emit=emit,
-            command="excise study " + shlex.join(args),
-        )
+        conduct(study, out, workers=options.workers, emit=emit, command=command)
     return finish(out)

@@ -180,7 +180,7 @@ def refuse_nan(
     """
     batch = collate(examples[:8], pad_id=tokenizer.pad_token_id).to(ctx.device)
     for teacher in teachers.values():
-        teacher.hidden(batch)
+        teacher.check(batch)
 
 
 def task_of(

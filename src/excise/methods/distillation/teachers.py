@@ -55,6 +55,19 @@ class Frozen:
             raise refused(self.name, hidden_BTD)
         return hidden_BTD
 
+    @torch.no_grad()
+    def check(self, batch: Batch) -> None:
+        """Read a few rows before anything is trained.
+
+        Raises:
+            UserError: If the teacher emits NaN there.
+        """
+        hidden_ND = self.hidden(batch)[batch.attention_BT]
+        said = HiddenTarget(hidden_ND, self.head)
+        for logp_nV, _, _ in _in_chunks(said, said):
+            if not bool(logp_nV.isfinite().all()):
+                raise refused(self.name, logp_nV)
+
 
 def refused(name: str, what: Tensor) -> UserError:
     """Return the sentence about a teacher whose numbers are no numbers."""
@@ -74,7 +87,7 @@ def frozen(name: str, model: Any, vocab: int) -> Frozen:
         vocab: Size of the student's vocabulary.
 
     Raises:
-        UserError: If its vocabulary has another size, or its head holds NaN.
+        UserError: If its vocabulary has another size.
     """
     model.requires_grad_(False).eval()
     head = head_of(model).detach()
@@ -83,8 +96,6 @@ def frozen(name: str, model: Any, vocab: int) -> Frozen:
             f"teacher '{name}' has a vocabulary of {head.vocab} tokens and the student one of "
             f"{vocab}; take a teacher with the student's tokenizer"
         )
-    if not bool(head.weight_VD.isfinite().all()):
-        raise refused(name, head.weight_VD)
     return Frozen(name, model, head)
 
 

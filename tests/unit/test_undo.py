@@ -1,0 +1,398 @@
+"""UNDO: groups, stop rule, interruption, labels, corpora, costs, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.parity.test_distillation import toy_domain
+from tests.parity.toy import WORDS, context, sentences, toy_checkpoint, weights
+from torch import Tensor
+
+from excise.config import ConfigError, parse
+from excise.context import Context
+from excise.domains.base import Domain
+from excise.domains.labels import LabelNoise
+from excise.domains.stream import collate, encode
+from excise.errors import UserError
+from excise.jobs import RemovalJob, Setting, make_removal
+from excise.losses import predicting
+from excise.methods import Filtering, GradDiff, Undo
+from excise.methods.base import Cost, Removal
+from excise.methods.distillation.corpora import OnPolicy, RefusingSamples, TeacherSamples, mix_of
+from excise.methods.distillation.harmful import Classifier, Implicit, TrueLabels
+from excise.methods.distillation.perturb import members, perturb
+from excise.methods.distillation.sampling import sample
+from excise.methods.distillation.targets import (
+    FromOracle,
+    HardLabels,
+    Mixture,
+    Piece,
+    Splice,
+)
+from excise.methods.distillation.teachers import Reads, frozen, mean_prediction, unigram
+from excise.models.checkpoint import Checkpoint, save_model
+from excise.models.tiny import tiny_model, word_tokenizer
+from excise.registry import registry
+from excise.train.fit import FitConfig
+
+FIT = FitConfig(steps=6, lr=1e-3, batch_size=8)
+TEACHER = GradDiff(fit=FIT.model_copy(update={"steps": 2}), max_length=16)
+UNDO = Undo(unlearn=TEACHER, fit=FIT, max_length=16)
+
+
+def changed(**fields: Any) -> Undo:
+    return Undo(**{**{n: getattr(UNDO, n) for n in ("unlearn", "fit", "max_length")}, **fields})
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_groups_are_disjoint_and_their_noise_is_their_own(tmp_path: Path) -> None:
+    start = toy_checkpoint(tmp_path, "gpt2")
+    model: Any = start.load()
+    parts = {p: set(members(model, (p,))) for p in ("mlp", "attention", "embed", "norms")}
+    assert sum(len(names) for names in parts.values()) == len(set().union(*parts.values()))
+    assert set().union(*parts.values()) == set(members(model, ("all",)))
+    whole: Any = start.load()
+    perturb(whole, alpha=0.5, beta=0.1, ctx=context(tmp_path / "a"))
+    perturb(model, alpha=0.5, beta=0.1, ctx=context(tmp_path / "b"), parts=("mlp",))
+    old, mlp, every = (dict(m.named_parameters()) for m in (start.load(), model, whole))
+    for name in old:
+        expected = every if name in parts["mlp"] else old
+        assert torch.equal(mlp[name], expected[name]), name
+
+
+def test_other_seeds_and_rounds_give_other_noise(tmp_path: Path) -> None:
+    start = toy_checkpoint(tmp_path)
+    drawn = []
+    for seed, purpose in ((0, "perturb/0"), (1, "perturb/0"), (0, "perturb/1")):
+        model: Any = start.load()
+        ctx = context(tmp_path / "w", seed)
+        perturb(model, alpha=1.0, beta=1.0, ctx=ctx, purpose=purpose)
+        drawn.append(model.get_parameter("lm_head.weight").detach())
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    bound = (6 / sum(drawn[0].shape)) ** 0.5
+    assert 0.95 * bound < float(drawn[0].abs().max()) <= bound
+
+
+def test_alpha_one_leaves_nothing_of_the_teacher(tmp_path: Path) -> None:
+    models = []
+    for name in ("one", "two"):
+        model: Any = toy_checkpoint(tmp_path / name).load()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.0 if name == "one" else 3.0)
+        perturb(model, alpha=1.0, beta=1.0, ctx=context(tmp_path / "w"))
+        models.append({n: p.detach() for n, p in model.named_parameters()})
+    assert same(*models)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop_tolerance": 1e-9, "stop_every": 2},
+        {"repeats": 2, "targets": Splice(harmful="shuffled")},
+        {"corpus": OnPolicy(new_tokens=3)},
+        {"corpus": TeacherSamples(rows=24, new_tokens=3)},
+    ],
+    ids=["stop-rule", "rounds", "on-policy", "samples"],
+)
+def test_killed_anywhere_it_ends_with_the_same_weights(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    start, domain, method = toy_checkpoint(tmp_path), toy_domain(), changed(**fields)
+    whole = method.apply(start, domain, context(tmp_path / "whole"))
+    work = context(tmp_path / "killed")
+    for last in (2, 5, 3, 4):
+        told = 0
+
+        def die(kind: str, data: Mapping[str, Any], last: int = last) -> None:
+            nonlocal told
+            told += 1
+            if told >= last:
+                raise KeyboardInterrupt
+
+        with suppress(KeyboardInterrupt):
+            method.apply(start, domain, replace(work, emit=die))
+    torch.manual_seed(7)
+    again = method.apply(start, domain, work)
+    assert same(weights(whole.checkpoint), weights(again.checkpoint))
+    assert again.extras["stop"]["steps"] == whole.extras["stop"]["steps"]
+    assert again.extras["cost"]["teacher_tokens"] == whole.extras["cost"]["teacher_tokens"]
+
+
+def test_the_rule_stops_at_the_first_check_that_is_near_enough(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    free = changed(stop_tolerance=0.0, stop_every=2).apply(start, domain, context(tmp_path / "0"))
+    stop = free.extras["stop"]
+    assert (stop["steps"], stop["met"], stop["metric"]) == (6, False, "text_loss")
+    found = [check["retain"] for check in stop["checks"]]
+    assert [check["step"] for check in stop["checks"]] == [2, 4]
+    between = (min(found[0], found[1]) + max(found)) / 2 / stop["retain_teacher"] - 1
+    nearer = 2 if found[0] < found[1] else 4
+    method = changed(stop_tolerance=between, stop_every=2)
+    made = method.apply(start, domain, context(tmp_path / "1"))
+    assert made.extras["stop"]["met"]
+    assert made.extras["stop"]["steps"] == made.cost.steps - 2 == nearer
+    assert made.extras["stop"]["checks"][-1]["retain"] == found[nearer // 2 - 1]
+
+
+def test_noise_alone_is_a_student_without_steps(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    method = changed(fit=FitConfig(steps=0), student="original", alpha=0.5)
+    made = method.apply(start, domain, context(tmp_path / "w"))
+    model: Any = start.load()
+    perturb(model, alpha=0.5, beta=0.1, ctx=context(tmp_path / "w"), purpose="perturb/0")
+    named = {name: p.detach() for name, p in model.named_parameters()}
+    assert same(weights(made.checkpoint), named)
+    assert made.extras["retain_per_million_tokens"] is None
+
+
+def test_costs_count_every_forward_of_every_teacher(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    weight = {"unlearned": 1.0, "original": 1.0}
+    method = changed(targets=Mixture(weights=weight), pretrain_tokens=10_000)
+    made = method.apply(start, domain, context(tmp_path / "w"))
+    teacher = TEACHER.apply(start, domain, context(tmp_path / "t"))
+    cost, size = made.extras["cost"], start.num_parameters
+    assert cost["teacher_tokens"] == 2 * cost["student_tokens"] > 0
+    flops = size * (6 + 2 * 2) * cost["student_tokens"] + teacher.cost.flops
+    assert made.cost.flops == pytest.approx(flops)
+    assert cost["share_of_pretraining"] == pytest.approx(flops / (6 * size * 10_000))
+    assert made.cost.tokens == 3 * cost["student_tokens"] + teacher.cost.tokens
+    spliced = changed(targets=Splice()).apply(start, domain, context(tmp_path / "s"))
+    harmless = spliced.extras["cost"]
+    assert 0 < harmless["teacher_tokens"] < harmless["student_tokens"]
+
+
+def test_teachers_are_made_once_for_all_students(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    setting = Setting(tmp_path / "store")
+    for alpha in (0.2, 0.4):
+        make_removal(RemovalJob(setting, changed(alpha=alpha), start, domain, 3))
+    made = sorted(path.name.split("-")[0] for path in (tmp_path / "store").iterdir())
+    assert made.count("grad_diff") == 1
+    assert made.count("undo") == 2
+    alone = changed(alpha=0.2).apply(start, domain, Context(work=_new(tmp_path / "a"), seed=3))
+    staged = make_removal(RemovalJob(setting, changed(alpha=0.2), start, domain, 3))
+    assert staged.checkpoint.fingerprint == alone.checkpoint.fingerprint
+    asked = changed(student="original", targets=HardLabels())
+    assert asked.needed_makers() == {}
+
+
+def _new(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_shuffling_deals_out_the_teachers_own_predictions(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    tokenizer = start.tokenizer()
+    model: Any = start.load()
+    teacher = frozen("unlearned", model, len(tokenizer))
+    batch = collate(encode(mix_of(domain), tokenizer, max_length=16), pad_id=0)
+    wanted = predicting(batch.target_BT)
+    harmful = wanted & (batch.label_BT > 0)
+    reads = Reads({"unlearned": teacher}, {}, batch, wanted)
+    torch.manual_seed(0)
+    dealt: Any = reads.target(Piece(harmful, "shuffled", {"unlearned": 1.0}))
+    own = reads.hidden("unlearned", harmful)
+    at = harmful[wanted]
+    assert not torch.equal(dealt.hidden_ND[at], own[at])
+    assert torch.equal(dealt.hidden_ND[at].sort(0).values, own[at].sort(0).values)
+    assert reads.tokens == int(batch.attention_BT[harmful.any(1)].sum())
+
+
+def test_fixed_distributions_are_what_they_say(tmp_path: Path) -> None:
+    start = toy_checkpoint(tmp_path)
+    tokenizer = start.tokenizer()
+    rows = encode(sentences("f", 5, seed=1), tokenizer, max_length=16)
+    words = [i for e in rows for i in e.ids[1:]]
+    assert float(unigram(rows, 44)[words[0]]) == pytest.approx(
+        (words.count(words[0]) + 1) / (len(words) + 44)
+    )
+    model: Any = start.load()
+    batch = collate(rows, pad_id=0)
+    with torch.no_grad():
+        said = model(**batch.inputs).logits.softmax(-1)[predicting(batch.target_BT)]
+    teacher = frozen("t", model, 44)
+    found = mean_prediction(teacher, rows, 0, torch.device("cpu"))
+    torch.testing.assert_close(found, said.mean(0), rtol=1e-5, atol=1e-8)
+
+
+def test_implicit_labels_are_where_the_teacher_moved(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    other = TEACHER.model_copy(update={"fit": FIT.model_copy(update={"lr": 3e-2})})
+    moved = other.apply(start, domain, context(tmp_path / "t")).checkpoint
+    batch = collate(encode(mix_of(domain), start.tokenizer(), max_length=16), pad_id=0)
+    wanted = predicting(batch.target_BT)
+    models: dict[str, Any] = {"unlearned": moved.load(), "original": start.load()}
+    teachers = {name: frozen(name, model, 44) for name, model in models.items()}
+    with torch.no_grad():
+        u, b = (m(**batch.inputs).logits.log_softmax(-1) for m in models.values())
+    kl = (u.exp() * (u - b)).sum(-1)
+    tau = float(kl[wanted].median())
+    found = Reads(teachers, {}, batch, wanted).moved("unlearned", "original", tau)
+    assert torch.equal(found, wanted & (kl > tau))
+    method = changed(targets=Splice(harmful="skip", by=Implicit(tau=1e9)), unlearn=other)
+    plain = changed(targets=Splice(harmful="unlearned", by=Implicit(tau=1e9)), unlearn=other)
+    one = method.apply(start, domain, context(tmp_path / "1")).checkpoint
+    two = plain.apply(start, domain, context(tmp_path / "2")).checkpoint
+    assert same(weights(one), weights(two))
+
+
+def facts_domain() -> Domain:
+    """Rows that a probe can tell apart: forget rows use words of their own."""
+    domain = toy_domain()
+    half = [w for w in WORDS if int(w[1:]) < 20]
+
+    def words(rows: Any, odd: bool) -> Any:
+        pick = {w: half[i % 20] if odd else f"w{20 + i % 20}" for i, w in enumerate(WORDS)}
+        told = (replace(r, text=" ".join(pick[w] for w in r.text.split())) for r in rows)
+        return tuple(told)
+
+    forget, retain = words(domain.forget["a"], True), words(domain.retain, False)
+    mix = tuple(replace(row, label=-1) for row in (*forget, *retain))
+    return replace(domain, forget={"a": forget}, retain=retain, unlabeled=mix)
+
+
+@pytest.mark.parametrize("per", ["row", "token"])
+def test_a_classifier_of_few_labels_finds_what_differs(per: Any, tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), facts_domain()
+    method = changed(targets=Splice(by=Classifier(labels=20, per=per)))
+    made = method.apply(start, domain, context(tmp_path / "w"))
+    labels = made.extras["corpus"]["labels"]
+    assert labels["recall"] > 0.8
+    assert labels["false_alarms"] < 0.2
+    assert made.extras["cost"]["corpus_tokens"] > 0
+
+
+def test_labels_may_be_wrong(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    noise = TrueLabels(noise=LabelNoise(missed_units=0.5, false_alarms=0.25))
+    made = changed(targets=HardLabels(by=noise)).apply(start, domain, context(tmp_path / "w"))
+    labels = made.extras["corpus"]["labels"]
+    assert 0.3 < labels["recall"] < 0.7
+    assert 0.1 < labels["false_alarms"] < 0.4
+
+
+def test_a_draw_depends_on_its_seed_alone(tmp_path: Path) -> None:
+    start = toy_checkpoint(tmp_path)
+    model: Any = start.load()
+    prompts = [(1, 5), (1, 6, 7), (1, 5)]
+    whole = sample(model, start.tokenizer(), prompts, [3, 4, 5], new_tokens=4)
+    alone = sample(model, start.tokenizer(), prompts[:1], [3], new_tokens=4)
+    assert whole[0] == alone[0] != whole[2]
+    greedy = sample(model, start.tokenizer(), prompts[:1], [3], new_tokens=4, temperature=0.0)
+    ids = list(prompts[0])
+    with torch.no_grad():
+        for _ in range(4):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    new = ids[2:]
+    assert greedy[0] == tuple(new[: new.index(2) + 1] if 2 in new else new)
+
+
+def test_a_refusing_model_refuses_and_its_depth_is_told(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    corpus = RefusingSamples(
+        rows=30, new_tokens=4, refusal="w39 w38", prompt_tokens=2,
+        fit=FitConfig(steps=40, lr=1e-2, batch_size=12),
+    )  # fmt: skip
+    made = changed(corpus=corpus).apply(start, domain, context(tmp_path / "w"))
+    refusal = made.extras["corpus"]["refusal"]
+    assert refusal["rate"] > 0.8
+    assert refusal["rate_harmful"] > 0.5 > refusal["rate_benign"]
+    assert refusal["rate_by_depth"][0] == refusal["rate"]
+    assert 0 <= refusal["depth_tokens"] < len(refusal["rate_by_depth"])
+    again = changed(corpus=corpus).apply(start, domain, context(tmp_path / "w"))
+    assert again.extras["corpus"] == made.extras["corpus"]
+    assert again.cost.flops == made.cost.flops
+    with pytest.raises(UserError, match=r"corpus\.refusal: the tokenizer cannot write"):
+        changed(corpus=RefusingSamples(refusal="I won't")).apply(
+            start, domain, context(tmp_path / "x")
+        )
+
+
+def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    with pytest.raises(UserError, match=r"holds .* tokens, less than one sequence of 512"):
+        changed(max_length=512).apply(start, domain, context(tmp_path / "1"))
+    other = word_tokenizer([*WORDS, "more"])
+    folder = save_model(tiny_model("llama", vocab=45, width=32), other, tmp_path / "other").path
+    with pytest.raises(UserError, match=r"the vocabulary of .*other is not that of"):
+        changed(targets=FromOracle(path=str(folder))).apply(start, domain, context(tmp_path / "2"))
+    wide = tiny_model("llama", vocab=44, width=48, blocks=3)
+    shape = save_model(wide, start.tokenizer(), tmp_path / "wide").path
+    with pytest.raises(UserError, match="is no model of the original's shape"):
+        changed(student=str(shape)).apply(start, domain, context(tmp_path / "3"))
+    with pytest.raises(UserError, match="'nowhere' is neither a teacher"):
+        changed(student="nowhere").apply(start, domain, context(tmp_path / "4"))
+    with pytest.raises(UserError, match=r"alpha is 2; a share of the weights to replace lies in"):
+        perturb(start.load(), alpha=2.0, beta=0.1, ctx=context(tmp_path / "5"))
+    with pytest.raises(UserError, match="stop_tolerance needs rows of dev_retain"):
+        changed(stop_tolerance=0.1).apply(
+            start, replace(domain, dev_retain=()), context(tmp_path / "6")
+        )
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", float("nan")),
+        ("lm_head.weight", float("nan")),
+        ("lm_head.weight", 1e38),
+    ],
+)
+def test_a_teacher_that_emits_nan_is_refused(where: str, value: float, tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    model: Any = start.load()
+    with torch.no_grad():
+        sign = torch.randn_like(model.get_parameter(where)).sign()
+        model.get_parameter(where).copy_(value * sign)
+    folder = save_model(model, start.tokenizer(), tmp_path / "broken").path
+    made = Removal(Checkpoint(folder), (where,), Cost())
+    ctx = context(tmp_path / "w")
+    with pytest.raises(UserError, match="teacher 'unlearned' emits NaN or infinity in float32"):
+        UNDO.distil(start, domain, ctx, {"unlearned": made})
+    assert not (ctx.work / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"alpha": 1.5}, "alpha: must be 1 or less, not 1.5"),
+        ({"alpha": -0.1}, "alpha: must be 0 or more, not -0.1"),
+        ({"alpha": 1, "beta": 0}, "beta: with alpha 1 it leaves weights of 0"),
+        ({"unlearn": {"name": "filtering"}}, "unlearn: 'filtering' trains from scratch"),
+        ({"also": {"original": {"name": "rmu"}}}, "also: 'unlearned' and 'original' are taken"),
+        ({"targets": {"name": "splic"}}, "targets.name: unknown choice 'splic'; did you mean"),
+        ({"corpus": {"rows": 1}}, "corpus.name: is required; known: mix, on_policy"),
+        ({"targets": {"name": "splice", "by": {"name": "classifier", "labels": 1}}},
+         "targets.by.labels: must be 2 or more, not 1"),
+        ({"targets": {"name": "mixture", "weights": {"original": 0}}}, "targets.weights: name at"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_told_before_anything_runs(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Undo, {"name": "undo", **fields}, registry())
+    assert said in str(caught.value)
+
+
+def test_settings_survive_being_written_and_read() -> None:
+    method = Undo(
+        unlearn=TEACHER,
+        also={"other": GradDiff()},
+        targets=Splice(harmful="skip", by=Classifier(labels=10)),
+        corpus=TeacherSamples(rows=5),
+    )
+    assert parse(Undo, method.model_dump(mode="json"), registry()) == method
+    with pytest.raises(ValueError, match="trains from scratch"):
+        Undo(unlearn=Filtering())

@@ -111,7 +111,7 @@ def delete(model: nn.Module, parts: Iterable[Part]) -> None:
         for _, start, stop in spans:
             keep[start:stop] = False
         index = keep.nonzero().flatten().to(named[name].device)
-        _replace(model, name, named[name].detach().index_select(dim, index))
+        put_tensor(model, name, named[name].detach().index_select(dim, index))
     refresh(model)
 
 
@@ -268,7 +268,7 @@ def _widen(
         pieces += [tensor.narrow(dim, at, stop - at), fresh.to(tensor)]
         at = stop
     pieces.append(tensor.narrow(dim, at, tensor.shape[dim] - at))
-    _replace(model, name, torch.cat(pieces, dim))
+    put_tensor(model, name, torch.cat(pieces, dim))
 
 
 def _deviation(tensor: Tensor, *, bias: bool) -> float:
@@ -282,8 +282,14 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _replace(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor of another shape in a parameter's place."""
+def put_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor, which may have another shape, in a parameter's place.
+
+    Args:
+        model: Changed in place; call `refresh` when all are put.
+        name: Canonical name of the parameter.
+        value: What is put there.
+    """
     path, _, leaf = name.rpartition(".")
     owner = modules_by_name(model)[path]
     old = owner.get_parameter(leaf)

@@ -1,0 +1,121 @@
+"""GRAM: a small module beside every MLP for each capability, and a core trained to do without.
+
+Core rows run through the core alone, or together with one module drawn at random; rows of a
+capability run through core and their module and write into the module; unlabelled rows read and
+write everything. A sum of MLPs is one wider MLP, so that modules are grown neurons here, and any
+subset of them can be served: the others are deleted (`routing.ablation.serve`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from excise.context import Context
+from excise.domains.base import Domain
+from excise.domains.labels import LabelNoise
+from excise.methods.base import Method, Paper, Removal
+from excise.methods.pretraining.plain import schedule
+from excise.methods.pretraining.pretrain import Pretrain, told_corpus
+from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, train_and_cut
+from excise.methods.pretraining.routing.modules import (
+    How,
+    Module,
+    Shared,
+    alternatives,
+    groups_of,
+    place,
+)
+from excise.methods.pretraining.routing.rules import Policy, Rule
+from excise.models.checkpoint import Checkpoint
+
+
+class GRAM(Method):
+    """Modules grown beside a core that learns to work with and without them."""
+
+    name: Literal["gram"] = "gram"
+    pretrain: Pretrain | None = None
+    """Schedule; taken from the recipe when missing."""
+    labels: LabelNoise | None = None
+    """How the labels one has differ from the truth; missing means they are right."""
+    module: Module = Module(width=0.1, grow=True)
+    """Neurons that each capability gets beside those of the core."""
+    p_cr: float = Field(default=0.5, ge=0, le=1)
+    """Core robustness: share of core rows that run with one module, drawn by number of rows."""
+    p_as: float = Field(default=0.3, ge=0, le=1)
+    """Auxiliary spread: share of labelled rows that write into the core too."""
+    joint: tuple[Shared, ...] = ()
+    """What labelled rows may write beside their module."""
+    joint_down: bool = False
+    """Whether every row that reads a module writes its down-projection."""
+    alpha: float = 1.0
+    """Weight of the gradient of labelled rows that passes back through the core's neurons."""
+    l1: float = Field(default=0.0, ge=0)
+    """Weight of the L1 norm of MLP activations."""
+    ablate: How = "delete"
+    """How modules are cut off; grown ones are deleted, others emptied or drawn anew."""
+
+    starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
+    paper: ClassVar[Paper] = Paper(
+        "Modular pretraining enables access control",
+        "arXiv:2607.08077",
+        "the batch plan of core, auxiliary and unlabelled data",
+        "agencyenterprise/modular-pretraining (no licence file; read only)",
+        defaults={
+            "module.width": "192 of 2048 neurons on stories",
+            "p_cr": "0.5 on stories; 0.2 in the runs with partial labels",
+            "p_as": "0.3 on stories; 0 in the runs with partial labels",
+            "joint": "attention, norms and embeddings belong to the core",
+        },
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> GRAM:
+        """Refuse ways to cut that leave other shapes than the start's."""
+        if (self.ablate == "delete") != self.module.grow:
+            raise ValueError("ablate: grown modules are deleted, carved ones zeroed or drawn anew")
+        return self
+
+    def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
+        """Train `start` with modules under the policy and cut them off."""
+
+        def setup(model: nn.Module, seen: Seen) -> Setup:
+            placed = place(model, self.module, len(seen.names), ctx.seed_for("grow"))
+            groups = groups_of(placed, self.joint, joint_down=self.joint_down)
+            return Setup(
+                Policy(groups=groups, rules=self._rules(), capabilities=seen.names),
+                placed,
+                blocks=self.module.blocks,
+            )
+
+        return train_and_cut(
+            start,
+            told_corpus(domain, self.labels, ctx),
+            tuple(domain.forget),
+            ctx,
+            setup,
+            schedule(self.pretrain, self.name),
+            Cutting(self.ablate, rate=self.module.lr, l1=self.l1),
+            stage=self.name,
+        )
+
+    def _rules(self) -> dict[str, tuple[Rule, ...]]:
+        """Return what rows of each label read and write."""
+        joint = ("joint",) if self.joint or self.joint_down else ()
+        core = ("core", *joint)
+        mine = (*core, "self")
+        edges = {} if self.alpha == 1 else {"core": self.alpha}
+        both = (*core, "drawn")
+        return {
+            "core": alternatives(
+                (1 - self.p_cr, Rule(read=core, write=core)),
+                (self.p_cr, Rule(read=both, write=both)),
+            ),
+            "forget": alternatives(
+                (1 - self.p_as, Rule(read=mine, write=("self", *joint), edges=edges)),
+                (self.p_as, Rule(read=mine, write=mine, edges=edges)),
+            ),
+            "unlabeled": (Rule(),),
+        }

@@ -1,0 +1,125 @@
+"""SGTM: labelled rows write into a few neurons and heads alone; some others are read without them.
+
+Rows labelled as a capability run through the whole model and write into its module only. A share
+of the core rows runs with the modules switched off, so that the rest learns to do without. All
+other rows read and write everything: what slipped through unlabelled is drawn into the module
+that knows its kind already. At the end the modules are emptied.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from excise.context import Context
+from excise.domains.base import Domain
+from excise.domains.labels import LabelNoise
+from excise.methods.base import Method, Paper, Removal
+from excise.methods.pretraining.plain import schedule
+from excise.methods.pretraining.pretrain import Pretrain, told_corpus
+from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, train_and_cut
+from excise.methods.pretraining.routing.modules import (
+    How,
+    Module,
+    Shared,
+    alternatives,
+    groups_of,
+    place,
+)
+from excise.methods.pretraining.routing.rules import Policy, Rule
+from excise.models.checkpoint import Checkpoint
+
+
+class SGTM(Method):
+    """Labelled rows write only into neurons and heads that are emptied afterwards."""
+
+    name: Literal["sgtm"] = "sgtm"
+    pretrain: Pretrain | None = None
+    """Schedule; taken from the recipe when missing."""
+    labels: LabelNoise | None = None
+    """How the labels one has differ from the truth; missing means they are right."""
+    module: Module = Module(width=0.125, heads=1)
+    """Neurons and heads of each capability."""
+    p_off: float = Field(default=0.25, ge=0, le=1)
+    """Share of core rows that are read with the modules off."""
+    p_as: float = Field(default=0.0, ge=0, le=1)
+    """Share of labelled rows that write into the core too."""
+    joint: tuple[Shared, ...] = ("embed",)
+    """What labelled rows may write beside their module."""
+    joint_down: bool = False
+    """Whether every row writes the modules' down-projections."""
+    alpha: float = 1.0
+    """Weight of the gradient of labelled rows that passes back through the core's neurons."""
+    l1: float = Field(default=0.0, ge=0)
+    """Weight of the L1 norm of MLP activations."""
+    freeze: Literal["groups", "zeroed"] = "groups"
+    """`zeroed`: one optimizer whose momentum moves what a row may not write, as published."""
+    ablate: How = "zero"
+    """How modules are cut off; only grown ones can be deleted."""
+
+    starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
+    paper: ClassVar[Paper] = Paper(
+        "Beyond data filtering: knowledge localization for capability removal in LLMs",
+        "arXiv:2512.05648",
+        "section 3",
+        "safety-research/selective-gradient-masking@476632d (MIT)",
+        defaults={
+            "p_off": "25 % of the retained language is D_retain on TinyStories, 10 % on Wikipedia",
+            "module.heads": "1 of 32 heads",
+            "module.width": "64 neurons in the paper, 3 to 12 % of a block; here a share",
+            "joint": "embeddings are updated by all data in the TinyStories runs",
+            "p_as": "not in the paper; 0 is the paper",
+            "alpha": "not in the paper; 1 is the paper",
+            "freeze": "the code zeroes gradients of one AdamW; here frozen weights keep their bits",
+            "ablate": "theta_forget is set to 0; the code can draw it anew",
+        },
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SGTM:
+        """Refuse to take neurons out of a model that would then lack them."""
+        if self.ablate == "delete" and not self.module.grow:
+            raise ValueError("ablate: only grown modules can be deleted; set module.grow or 'zero'")
+        return self
+
+    def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
+        """Train `start` under the policy and cut the modules off."""
+
+        def setup(model: nn.Module, seen: Seen) -> Setup:
+            placed = place(model, self.module, len(seen.names), ctx.seed_for("grow"))
+            groups = groups_of(placed, self.joint, joint_down=self.joint_down)
+            return Setup(
+                Policy(groups=groups, rules=self._rules(), capabilities=seen.names),
+                placed,
+                blocks=self.module.blocks,
+            )
+
+        return train_and_cut(
+            start,
+            told_corpus(domain, self.labels, ctx),
+            tuple(domain.forget),
+            ctx,
+            setup,
+            schedule(self.pretrain, self.name),
+            Cutting(self.ablate, rate=self.module.lr, l1=self.l1,
+                    zeroed=self.freeze == "zeroed"),
+            stage=self.name,
+        )  # fmt: skip
+
+    def _rules(self) -> dict[str, tuple[Rule, ...]]:
+        """Return what rows of each label read and write."""
+        joint = ("joint",) if self.joint or self.joint_down else ()
+        core = ("core", *joint)
+        edges = {} if self.alpha == 1 else {"core": self.alpha}
+        return {
+            "core": alternatives(
+                (self.p_off, Rule(read=core, write=core)), (1 - self.p_off, Rule())
+            ),
+            "forget": alternatives(
+                (1 - self.p_as, Rule(write=("self", *joint), edges=edges)),
+                (self.p_as, Rule(write=("self", *core), edges=edges)),
+            ),
+            "unlabeled": (Rule(),),
+        }

@@ -20,10 +20,10 @@ def recipe() -> Recipe:
         name="demo",
         title="Made-up facts removed from a small Llama in four ways",
         takes="2 to 3 minutes, 1 GiB",
-        domain=Facts(subjects=96, objects=32),
+        domain=Facts(subjects=84, objects=32, forget_share=0.34),
         model=ModelSpec(scratch=Scratch(**FACTS_MODEL)),
         pretrain=Pretrain(
-            fit=FitConfig(**{**FACTS_FIT, "steps": 400, "batch_size": 96}),
+            fit=FitConfig(**{**FACTS_FIT, "steps": 350, "batch_size": 96, "micro_size": 24}),
             max_length=length,
             pack=(1, 1, 2, 4),
         ),

@@ -151,7 +151,7 @@ def pass_per_label(model: nn.Module, map: GroupMap, policy: Policy, batch: Batch
                         grad = (
                             param.grad
                             if whole
-                            else param.grad.narrow(one.dim, one.start, one.stop - one.start)
+                            else param.grad.narrow(one.dim or 0, one.start, one.stop - one.start)
                         )
                         grad.zero_()
                 total[name] = total[name] + param.grad if name in total else param.grad

@@ -124,6 +124,41 @@ def suspicion(row: Row) -> float:
     return row.confidence if row.label > CORE else 1.0 - row.confidence
 
 
+def propagated(
+    rows: Sequence[Row], *, by: Literal["unit", "group"] = "unit", at_least: int = 1
+) -> Rows:
+    """Give all rows of a unit the label that enough of its rows carry.
+
+    Args:
+        rows: Rows with the labels one has; a label counts where it is likely right.
+        by: What shares a label. A row without a group stands alone.
+        at_least: Labelled rows that it takes.
+
+    Returns:
+        The rows in their order. Of several capabilities the most frequent wins, of two equally
+        frequent the first in number; a row that is likely labelled right by itself stays so.
+    """
+    seen: dict[str, Counter[int]] = defaultdict(Counter)
+    for row in rows:
+        if row.label > CORE and suspicion(row) > 0.5:
+            seen[_shared(row, by)][row.label] += 1
+    spread = {
+        key: min(votes, key=lambda label: (-votes[label], label))
+        for key, votes in seen.items()
+        if votes.total() >= at_least
+    }
+    out = []
+    for row in rows:
+        known = row.label > CORE and suspicion(row) > 0.5
+        label = None if known else spread.get(_shared(row, by))
+        out.append(row if label is None else replace(row, label=label, confidence=1.0))
+    return tuple(out)
+
+
+def _shared(row: Row, by: Literal["unit", "group"]) -> str:
+    return f"group:{row.group}" if by == "group" and row.group else f"unit:{row.unit}"
+
+
 def label_quality(rows: Iterable[Row]) -> Mapping[str, float]:
     """Return how good the told labels are, measured against the true ones.
 

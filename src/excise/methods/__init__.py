@@ -19,7 +19,20 @@ from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.propagate import Propagate
 from excise.methods.pretraining.relabel import Relabel
 
-AnyMethod = Plain | Filtering | GradDiffPretrain | GradDiff | MaxEnt | RMU | Undo | Chain
+AnyMethod = (
+    Plain
+    | Filtering
+    | FilterLoRA
+    | Relabel
+    | Propagate
+    | LossMasking
+    | GradDiffPretrain
+    | GradDiff
+    | MaxEnt
+    | RMU
+    | Undo
+    | Chain
+)
 """Adding a method: its file, its test, one line here."""
 
 METHODS: Mapping[str, type[Method]] = {

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from excise.context import Context
-from excise.domains.base import CORE, Domain
-from excise.domains.labels import LabelNoise, tell_labels
+from excise.domains.base import Domain
+from excise.domains.labels import LabelNoise, suspicion
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import (
     Pretrain,
-    corpus,
+    dropped,
     plain_counts,
     plain_policy,
     pretrain,
+    told_corpus,
 )
 from excise.models.checkpoint import Checkpoint
 
@@ -31,6 +34,8 @@ class Filtering(Method):
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
     """How the labels one has differ from the truth; missing means they are right."""
+    drop_above: float = Field(default=0.5, ge=0, lt=1)
+    """A row is dropped where labels say with more than this probability that it is forget."""
 
     starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
     paper: ClassVar[Paper] = Paper(
@@ -40,12 +45,8 @@ class Filtering(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` on the rows that carry no forget label."""
-        rows = corpus(domain)
-        if self.labels is not None:
-            rows = tell_labels(rows, self.labels, seed=ctx.seed_for("labels"))
-        kept = tuple(row for row in rows if row.label <= CORE)
-        leaked = sum(1 for row in kept if row.capability)
-        extras = {"rows_dropped": len(rows) - len(kept), "forget_rows_left": leaked}
+        rows = told_corpus(domain, self.labels, ctx)
+        kept = tuple(row for row in rows if suspicion(row) <= self.drop_above)
         return pretrain(
             start,
             kept,
@@ -54,5 +55,5 @@ class Filtering(Method):
             ctx,
             stage=self.name,
             counts=plain_counts,
-            extras=extras,
+            extras=dropped(rows, kept),
         )

@@ -9,15 +9,17 @@ Shape legend: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from excise.config import Config
 from excise.context import Context
-from excise.domains.base import Domain, Rows
-from excise.domains.labels import label_rows
+from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
+from excise.domains.labels import LabelNoise, label_rows, tell_labels
 from excise.domains.mix import mixed
 from excise.domains.stream import Batch
 from excise.errors import UserError
@@ -55,6 +57,58 @@ def corpus(domain: Domain) -> Rows:
     if not rows:
         raise UserError(f"domain '{domain.name}' has no row to train on")
     return rows if domain.mix_share is None else mixed(rows, domain.mix_share)
+
+
+def told_corpus(domain: Domain, labels: LabelNoise | None, ctx: Context) -> Rows:
+    """Return the corpus with the labels one has; None for the right ones."""
+    rows = corpus(domain)
+    return rows if labels is None else tell_labels(rows, labels, seed=ctx.seed_for("labels"))
+
+
+def dropped(rows: Sequence[Row], kept: Sequence[Row]) -> dict[str, int]:
+    """Return what dropping rows did, told by the truth, for the record.
+
+    Args:
+        rows: All rows.
+        kept: Those that are read (or have a loss).
+    """
+    core = sum(1 for row in rows if not row.capability)
+    return {
+        "rows_dropped": len(rows) - len(kept),
+        "forget_rows_left": sum(1 for row in kept if row.capability),
+        "core_rows_lost": core - sum(1 for row in kept if not row.capability),
+    }
+
+
+def suspicion_of(batch: Batch) -> Float[Tensor, "B T"]:
+    """Return for every token the told probability that its row is of some capability."""
+    told_BT = batch.label_BT
+    sure_BT = batch.confidence_BT
+    if sure_BT is None:
+        return (told_BT > CORE).float()
+    doubt_BT = torch.where(told_BT > CORE, sure_BT, 1.0 - sure_BT)
+    return torch.where(told_BT == UNLABELED, torch.zeros_like(sure_BT), doubt_BT)
+
+
+def cut_to(config: Pretrain, steps: int, name: str) -> Pretrain:
+    """Return the schedule with fewer steps, warm-up shortened with them.
+
+    Args:
+        config: The schedule that all arms share.
+        steps: Steps left of it.
+        name: Who asks, for the message.
+
+    Raises:
+        UserError: If no step is left.
+    """
+    if steps < 1:
+        raise UserError(
+            f"method '{name}' has {steps} of {config.fit.steps} steps left to train with; give "
+            "'pretrain.fit.steps' more or the method's other work a smaller share"
+        )
+    warmup = config.fit.warmup * steps // config.fit.steps
+    shorter = config.fit.model_copy(update={"steps": steps, "warmup": warmup})
+    return config.model_copy(update={"fit": shorter})
 
 
 def plain_policy(model: nn.Module, batch: Batch) -> dict[str, Term]:

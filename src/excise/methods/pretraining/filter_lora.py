@@ -1,0 +1,174 @@
+"""Filter, then give every capability back as an adapter: what routing with full labels must beat.
+
+The core is trained on what carries no forget label; then, for each capability, a LoRA adapter on
+the frozen core is trained on its labelled rows. Whoever may have the capability loads the adapter.
+With full labels this matches routed modules; with few labels the core learns what the labels miss.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from excise.context import Context
+from excise.domains.base import Domain, Row, Rows
+from excise.domains.labels import LabelNoise, suspicion
+from excise.evals.score import measure
+from excise.methods.base import Cost, Method, Paper, Removal
+from excise.methods.pretraining.plain import schedule
+from excise.methods.pretraining.pretrain import (
+    Pretrain,
+    cut_to,
+    dropped,
+    plain_counts,
+    plain_policy,
+    pretrain,
+    told_corpus,
+)
+from excise.methods.tuning import Progress, run_fit, state_dir, stream
+from excise.models.checkpoint import Checkpoint
+from excise.models.lora import LoRA, adapted
+from excise.train.fit import fit
+from excise.train.reduce import agree
+
+
+class FilterLoRA(Method):
+    """Train on what carries no forget label, then one LoRA adapter per capability on its rows."""
+
+    name: Literal["filter_lora"] = "filter_lora"
+    pretrain: Pretrain | None = None
+    """Schedule; taken from the recipe when missing. Core and adapters share its steps."""
+    labels: LabelNoise | None = None
+    """How the labels one has differ from the truth; missing means they are right."""
+    lora: LoRA = LoRA(rank=16, alpha=32.0)
+    """The adapter of each capability."""
+    adapter_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the steps spent on adapters, the same for every capability."""
+    adapter_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the adapters; missing means that of the schedule."""
+
+    starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
+    paper: ClassVar[Paper] = Paper(
+        "Modular pretraining enables access control, baseline FT-LoRA",
+        "arXiv:2607.08077",
+        "filter the core, then fine-tune one LoRA adapter per domain",
+    )
+
+    def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
+        """Train the core and its adapters; the checkpoint is the core alone."""
+        config = schedule(self.pretrain, self.name)
+        with adapted(start.load(), self.lora):
+            pass  # a module that is not there is found before any training
+        rows = told_corpus(domain, self.labels, ctx)
+        kept = tuple(row for row in rows if suspicion(row) <= 0.5)
+        shares = {
+            name: tuple(r for r in rows if r.label == i + 1 and suspicion(r) > 0.5)
+            for i, name in enumerate(domain.forget)
+        }
+        shares = {name: mine for name, mine in shares.items() if mine}
+        spent = round(self.adapter_share * config.fit.steps) if shares else 0
+        each = max(1, spent // len(shares)) if shares else 0
+        core = cut_to(config, config.fit.steps - each * len(shares), self.name)
+        removal = pretrain(
+            start,
+            kept,
+            plain_policy,
+            core,
+            ctx,
+            stage=self.name,
+            counts=plain_counts,
+            extras=dropped(rows, kept),
+        )
+        facts: dict[str, Any] = {}
+        files, cost = {}, removal.cost
+        for name, mine in shares.items():
+            files[f"adapter_{name}"] = f"adapters/{name}"
+            facts[name], took = self._adapter(
+                name, mine, domain, removal.checkpoint, cut_to(config, each, self.name), ctx
+            )
+            cost += took
+        extras = {**removal.extras, "adapters": facts, "files": files}
+        return replace(removal, cost=cost, extras=extras)
+
+    def _adapter(
+        self,
+        name: str,
+        rows: Rows,
+        domain: Domain,
+        core: Checkpoint,
+        config: Pretrain,
+        ctx: Context,
+    ) -> tuple[dict[str, Any], Cost]:
+        """Train and write the adapter of one capability; return its facts and cost."""
+        work = ctx.child(f"adapter-{name}")
+        model, tokenizer = core.load(dtype=ctx.dtype, device=ctx.device), core.tokenizer()
+        lr = config.fit.lr if self.adapter_lr is None else self.adapter_lr
+        schedule = config.fit.model_copy(update={"lr": lr})
+        batches = stream(
+            rows,
+            tokenizer,
+            schedule,
+            ctx,
+            purpose=f"adapter.{name}",
+            max_length=config.max_length,
+            pack=config.pack,
+        )
+        progress = Progress(ctx, f"{self.name}.{name}", schedule.steps)
+        tested = {"forget": domain.dev_forget.get(name, ()), "retain": domain.dev_retain}
+        before = _losses(model, tokenizer, tested, config)
+        with adapted(model, self.lora, seed=ctx.seed_for(f"lora.{name}")) as live:
+            live.train()
+            steps = fit(
+                live,
+                batches,
+                plain_policy,
+                schedule,
+                work,
+                counts=plain_counts,
+                state_dir=state_dir(work),
+            )
+            run_fit(steps, progress)
+            live.eval()
+            after = _losses(live, tokenizer, tested, config)
+            folder = ctx.work / "adapters" / name
+            if ctx.rank == 0:
+                _save(live, folder)
+            agree(True, ctx)
+        facts = {
+            "rows": len(rows),
+            "steps": schedule.steps,
+            "loss": {role: {"core": before[role], "adapter": after[role]} for role in before},
+        }
+        return facts, progress.cost(core.num_parameters)
+
+
+def _save(model: Any, folder: Any) -> None:
+    """Write an adapter in place of an unfinished one; it names its core relative to itself."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = "../../model"
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def _losses(
+    model: Any, tokenizer: Any, tested: Mapping[str, tuple[Row, ...]], config: Pretrain
+) -> dict[str, float | None]:
+    """Return the mean nats per token on development rows, None where there are none."""
+    return {
+        role: measure(
+            model,
+            tokenizer,
+            rows,
+            "text_loss",
+            max_length=config.max_length,
+            batch_size=config.fit.batch_size,
+        ).mean
+        if rows
+        else None
+        for role, rows in tested.items()
+    }

@@ -1,0 +1,80 @@
+"""Loss masking: labelled rows are read and nothing is learned from predicting them.
+
+The model still reads them as context, so what stands behind them in a text is predicted from
+them. Where every text holds one row, this is filtering that spends compute on what it drops.
+
+Shape legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from excise.context import Context
+from excise.domains.base import Domain
+from excise.domains.labels import LabelNoise, suspicion
+from excise.domains.stream import Batch
+from excise.losses import token_nll
+from excise.methods.base import Method, Paper, Removal
+from excise.methods.pretraining.plain import schedule
+from excise.methods.pretraining.pretrain import (
+    Pretrain,
+    dropped,
+    pretrain,
+    suspicion_of,
+    told_corpus,
+)
+from excise.models.checkpoint import Checkpoint
+from excise.train.fit import Term
+
+
+class LossMasking(Method):
+    """Read rows labelled as forget, but take no loss on them."""
+
+    name: Literal["loss_masking"] = "loss_masking"
+    pretrain: Pretrain | None = None
+    """Schedule; taken from the recipe when missing."""
+    labels: LabelNoise | None = None
+    """How the labels one has differ from the truth; missing means they are right."""
+    mask_above: float = Field(default=0.5, ge=0, lt=1)
+    """Tokens have no loss where labels say with more than this probability that they are forget."""
+
+    starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
+    paper: ClassVar[Paper] = Paper(
+        "Teaching models to understand (but not generate) high-risk data",
+        "arXiv:2505.03052",
+        "masked SLUNG: the loss of high-risk tokens is 0, they stay in the context",
+    )
+
+    def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
+        """Train `start` on all rows, with the loss of those that carry no forget label."""
+        rows = told_corpus(domain, self.labels, ctx)
+        kept = [row for row in rows if suspicion(row) <= self.mask_above]
+
+        def policy(model: nn.Module, batch: Batch) -> dict[str, Term]:
+            nll_BT = token_nll(model(**batch.inputs).logits, batch.ids_BT)
+            keep_BT = self._kept(batch)
+            return {"nll": Term(nll_BT[keep_BT].sum(), float(keep_BT.sum()))}
+
+        return pretrain(
+            start,
+            rows,
+            policy,
+            schedule(self.pretrain, self.name),
+            ctx,
+            stage=self.name,
+            counts=lambda batch: {"nll": float(self._kept(batch).sum())},
+            extras={"rows_masked": len(rows) - len(kept), **_without(dropped(rows, kept))},
+        )
+
+    def _kept(self, batch: Batch) -> Tensor:
+        """Return which scored tokens have a loss, [B, T]."""
+        return batch.target_BT & (suspicion_of(batch) <= self.mask_above)
+
+
+def _without(facts: dict[str, int]) -> dict[str, int]:
+    """Leave out the count of dropped rows: none is."""
+    return {name: value for name, value in facts.items() if name != "rows_dropped"}

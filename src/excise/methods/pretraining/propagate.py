@@ -1,0 +1,72 @@
+"""Propagate, then filter: one labelled occurrence of a unit labels all the others.
+
+What an imperfect labeller has seen once is known wherever it recurs, if one can tell that it
+recurs. Missed occurrences are repaired this way; missed units are not, unless the group (the
+subject, author or source) is known and one of its units is labelled. A false alarm spreads too.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from excise.context import Context
+from excise.domains.base import Domain
+from excise.domains.labels import LabelNoise, label_quality, propagated, suspicion
+from excise.methods.base import Method, Paper, Removal
+from excise.methods.pretraining.plain import schedule
+from excise.methods.pretraining.pretrain import (
+    Pretrain,
+    dropped,
+    plain_counts,
+    plain_policy,
+    pretrain,
+    told_corpus,
+)
+from excise.models.checkpoint import Checkpoint
+
+
+class Propagate(Method):
+    """One labelled occurrence of a unit labels all its rows; drop them, train on the rest."""
+
+    name: Literal["propagate"] = "propagate"
+    pretrain: Pretrain | None = None
+    """Schedule; taken from the recipe when missing."""
+    labels: LabelNoise | None = None
+    """How the labels one has differ from the truth; missing means they are right."""
+    by: Literal["unit", "group"] = "unit"
+    """What shares a label: rows of one unit, or of one group (author, entity, source)."""
+    at_least: int = Field(default=1, ge=1)
+    """Labelled rows that it takes; more make single false alarms harmless."""
+
+    starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
+    paper: ClassVar[Paper] = Paper(
+        "Learning from labeled and unlabeled data with label propagation",
+        "CMU-CALD-02-107",
+        "with an edge between rows of one unit and no others; then filtering (arXiv:2508.06601)",
+    )
+
+    def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
+        """Train `start` on the rows that propagation leaves without a forget label."""
+        rows = told_corpus(domain, self.labels, ctx)
+        told = propagated(rows, by=self.by, at_least=self.at_least)
+        kept = tuple(row for row in told if suspicion(row) <= 0.5)
+        before, after = label_quality(rows), label_quality(told)
+        names = ("occurrences", "units", "false_alarms")
+        quality = {n: [_number(before[n]), _number(after[n])] for n in names}
+        return pretrain(
+            start,
+            kept,
+            plain_policy,
+            schedule(self.pretrain, self.name),
+            ctx,
+            stage=self.name,
+            counts=plain_counts,
+            extras={**dropped(told, kept), "labels_before_after": quality},
+        )
+
+
+def _number(value: float) -> float | None:
+    """Return None for NaN, which JSON lacks."""
+    return None if value != value else value

@@ -1,0 +1,267 @@
+"""Relabel, then filter: a probe trained on the labels one has labels the rest.
+
+The probe sees the tokens of a row, the hidden states of a model trained for a short while on
+everything, or how much the ablation of a routed model took from the row (its absorption). What
+that training costs is taken off the steps of the model that is handed back, so that all arms
+spend the same compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, SerializeAsAny, model_validator
+from torch import Tensor
+
+from excise.context import Context
+from excise.domains.base import CORE, Domain, Row, Rows
+from excise.domains.labels import LabelNoise, propagated, suspicion
+from excise.domains.stream import collate, encode
+from excise.errors import UserError
+from excise.evals.score import measure
+from excise.methods.base import Cost, Method, Paper, Removal
+from excise.methods.pretraining.plain import schedule
+from excise.methods.pretraining.pretrain import (
+    Pretrain,
+    cut_to,
+    dropped,
+    plain_counts,
+    plain_policy,
+    pretrain,
+    told_corpus,
+)
+from excise.methods.pretraining.relabel_probe import (
+    Verdict,
+    bag_of_tokens,
+    judge,
+    standardised,
+)
+from excise.models.anatomy import anatomy
+from excise.models.checkpoint import Checkpoint
+from excise.models.hooks import capture
+
+
+class Relabel(Method):
+    """A probe trained on the labels finds rows they miss; drop those too, train on the rest."""
+
+    name: Literal["relabel"] = "relabel"
+    pretrain: Pretrain | None = None
+    """Schedule; taken from the recipe when missing."""
+    labels: LabelNoise | None = None
+    """How the labels one has differ from the truth; missing means they are right."""
+    features: Literal["tokens", "hidden", "absorption"] = "tokens"
+    """What the probe sees: a bag of tokens, the mean hidden state of a briefly trained model, or
+    the rise of the row's loss when the module of a routed model is ablated."""
+    router: SerializeAsAny[Method] | None = None
+    """Method whose absorption is read; it must leave its model before the ablation."""
+    warm_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the steps spent on the model behind `hidden` or `absorption`."""
+    block: int | None = None
+    """Block whose output `hidden` reads, from 0; missing means the middle one."""
+    folds: int = Field(default=5, ge=2)
+    """Every row is scored by a probe trained on the other folds."""
+    fold_by: Literal["row", "unit", "group"] = "group"
+    """What is never on both sides of a fold: other rows of a missed unit teach that it is core."""
+    spread: Literal["no", "unit", "group"] = "no"
+    """Whether labels first spread over the unit or group, as `propagate` does."""
+    rule: Literal["pu", "f1", "fixed"] = "pu"
+    """How the threshold is chosen on held-out labelled rows."""
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    """Probability above which a row is forget, with rule `fixed`."""
+    l2: float = Field(default=1.0, gt=0)
+    """Penalty of the probe's squared weights."""
+
+    starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
+    paper: ClassVar[Paper] = Paper(
+        "Learning classifiers from only positive and unlabeled data",
+        "doi:10.1145/1401890.1401920",
+        "section 2: P(forget) = P(labelled) / c; then filtering (arXiv:2508.06601)",
+        defaults={"l2": "the usual C = 1 of logistic regression"},
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Relabel:
+        """Refuse a router that is not read, and absorption without one."""
+        if (self.features == "absorption") != (self.router is not None):
+            raise ValueError(
+                "router: name a routed method with features 'absorption', and with no other"
+            )
+        if self.router is not None and self.router.starts_from != "scratch":
+            raise ValueError("router: must train from scratch, so that its compute can be counted")
+        return self
+
+    def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
+        """Train `start` on the rows that neither labels nor probe take for forget."""
+        config = schedule(self.pretrain, self.name)
+        given = told_corpus(domain, self.labels, ctx)
+        rows = given if self.spread == "no" else propagated(given, by=self.spread)
+        steps = config.fit.steps
+        warm = 0 if self.features == "tokens" else max(1, round(self.warm_share * steps))
+        passes = {"tokens": 0, "hidden": 1, "absorption": 2}[self.features]
+        # Reading a row costs a third of training on it.
+        read = -(-passes * len(rows) // (3 * config.fit.batch_size))
+        rest = cut_to(config, steps - warm - read, self.name)
+        x_NF, cost = self._features(start, rows, domain, cut_to(config, warm or 1, self.name), ctx)
+        verdict = judge(
+            rows,
+            x_NF,
+            folds=self.folds,
+            by=self.fold_by,
+            rule=self.rule,
+            fixed=self.threshold,
+            l2=self.l2,
+            seed=ctx.seed_for("relabel"),
+        )
+        told = relabelled(rows, verdict)
+        kept = tuple(row for row in told if suspicion(row) <= 0.5)
+        facts = {
+            **dropped(rows, kept),
+            "spread": found(given, rows),
+            "probe": {**found(rows, told), "threshold": verdict.threshold},
+            "held_out": verdict.held_out,
+            "steps": {"features": warm, "reading": read, "training": rest.fit.steps},
+        }
+        removal = pretrain(
+            start,
+            kept,
+            plain_policy,
+            rest,
+            ctx,
+            stage=self.name,
+            counts=plain_counts,
+            extras=facts,
+        )
+        return replace(removal, cost=removal.cost + cost)
+
+    def _features(
+        self, start: Checkpoint, rows: Rows, domain: Domain, warm: Pretrain, ctx: Context
+    ) -> tuple[Tensor, Cost]:
+        """Return what the probe sees, and what it cost."""
+        tokenizer = start.tokenizer()
+        if self.features == "tokens":
+            examples = encode(rows, tokenizer, max_length=warm.max_length)
+            return bag_of_tokens([e.ids for e in examples]), Cost()
+        inner = ctx.child("features")
+        if self.features == "hidden":
+            made = pretrain(
+                start,
+                rows,
+                plain_policy,
+                warm,
+                inner,
+                stage=f"{self.name}.features",
+                counts=plain_counts,
+            )
+            model = made.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+            hidden = mean_hidden(model, tokenizer, rows, warm, self.block)
+            return standardised(hidden), made.cost
+        assert self.router is not None
+        router = self.router.model_copy(update={"pretrain": warm, "labels": self.labels})
+        made = router.apply(start, domain, inner)
+        return standardised(absorbed(made, inner.work, rows, warm, ctx)), made.cost
+
+
+def relabelled(rows: Sequence[Row], verdict: Verdict) -> Rows:
+    """Return the rows, those above the threshold labelled; labels that exist stay."""
+    out = []
+    chances, labels = verdict.chance_N.tolist(), verdict.label_N.tolist()
+    for row, chance, label in zip(rows, chances, labels, strict=True):
+        new = chance > verdict.threshold and suspicion(row) <= 0.5
+        out.append(replace(row, label=int(label), confidence=1.0) if new else row)
+    return tuple(out)
+
+
+def found(rows: Sequence[Row], told: Sequence[Row]) -> dict[str, float | int | None]:
+    """Return how good the relabelling is, judged by the truth, for the record.
+
+    Args:
+        rows: Rows with the labels one had.
+        told: The same after relabelling.
+
+    Returns:
+        `precision`: share of the newly labelled rows that are forget; `recall`: share of the
+        missed forget rows that were found (None where there are none); `labelled`: their number.
+    """
+    pairs = list(zip(rows, told, strict=True))
+    new = [row for row, now in pairs if now.label > CORE and suspicion(row) <= 0.5]
+    missed = sum(1 for row in rows if row.capability and suspicion(row) <= 0.5)
+    right = sum(1 for row in new if row.capability)
+    return {
+        "labelled": len(new),
+        "precision": right / len(new) if new else None,
+        "recall": right / missed if missed else None,
+    }
+
+
+@torch.no_grad()
+def mean_hidden(
+    model: Any, tokenizer: Any, rows: Sequence[Row], config: Pretrain, block: int | None
+) -> Tensor:
+    """Return the mean of a block's output over the tokens of every row, [N, D] on the CPU.
+
+    Args:
+        model: A causal model in evaluation mode.
+        tokenizer: Its tokenizer.
+        rows: The rows.
+        config: Gives length and batch.
+        block: Number of the block; None for the middle one.
+
+    Raises:
+        UserError: If there is no such block.
+    """
+    blocks = anatomy(model).blocks
+    at = len(blocks) // 2 if block is None else block
+    if not 0 <= at < len(blocks):
+        raise UserError(f"relabel.block is {at}; the model has {len(blocks)} blocks, from 0")
+    examples = encode(rows, tokenizer, max_length=config.max_length)
+    out = []
+    for i in range(0, len(examples), config.fit.batch_size):
+        batch = collate(examples[i : i + config.fit.batch_size], pad_id=tokenizer.pad_token_id)
+        batch = batch.to(model.device)
+        with capture(model, [blocks[at]]) as got:
+            model(**batch.inputs)
+        seen_BT = batch.attention_BT[..., None]
+        total_BD = (got[blocks[at]][0].float() * seen_BT).sum(dim=1)
+        out.append((total_BD / seen_BT.sum(dim=1)).cpu())
+    return torch.cat(out)
+
+
+def absorbed(
+    made: Removal, work: Path, rows: Sequence[Row], config: Pretrain, ctx: Context
+) -> Tensor:
+    """Return by how much the ablation raised the loss of every row, in nats per token, [N, 1].
+
+    Args:
+        made: What a routed method returned.
+        work: The folder it worked in.
+        rows: The rows.
+        config: Gives length and batch.
+        ctx: Device and dtype.
+
+    Raises:
+        UserError: If the method did not keep its model before the ablation.
+    """
+    file = made.extras.get("files", {}).get("before_ablation")
+    if file is None:
+        raise UserError(
+            "relabel.router keeps no model from before its ablation; name a routed method such as "
+            "sgtm, gram or era"
+        )
+    before = Checkpoint(work / file, made.checkpoint.trust_remote_code)
+    losses = []
+    for checkpoint in (before, made.checkpoint):
+        model = checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+        scores = measure(
+            model,
+            made.checkpoint.tokenizer(),
+            rows,
+            "text_loss",
+            max_length=config.max_length,
+            batch_size=config.fit.batch_size,
+        )
+        losses.append(torch.tensor([value for _, value in scores.items], dtype=torch.float64))
+    return (losses[1] - losses[0])[:, None]

@@ -1,0 +1,230 @@
+"""A linear probe that learns from the labels one has and labels the rest.
+
+Every row is scored by a probe that never saw its label (folds), so that a missed row cannot teach
+the probe that it is core. Labelled rows are held out in the same way: on them the threshold is
+chosen.
+
+Shape legend: N rows, F features, K classes (core and every capability), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from excise.domains.base import CORE, UNLABELED, Row
+from excise.domains.texts import text_of
+from excise.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the probe says.
+
+    Attributes:
+        chance_N: Probability of being of some capability, out of fold.
+        label_N: The capability that is most likely, from 1.
+        threshold: Probability above which a row is taken for forget.
+        held_out: Precision, recall and F1 of the probe on labelled rows, judged by their labels.
+    """
+
+    chance_N: Tensor
+    label_N: Tensor
+    threshold: float
+    held_out: dict[str, float]
+
+
+def bag_of_tokens(ids: Sequence[Sequence[int]]) -> Tensor:
+    """Return which tokens each row has, as a sparse [N, F] matrix of ones in float64.
+
+    Args:
+        ids: Token ids of each row.
+    """
+    names = {token: i for i, token in enumerate(sorted({t for row in ids for t in row}))}
+    pairs = [(n, names[t]) for n, row in enumerate(ids) for t in sorted(set(row))]
+    index = torch.tensor(pairs, dtype=torch.long).T
+    values = torch.ones(len(pairs), dtype=torch.float64)
+    made = torch.sparse_coo_tensor(
+        index, values, (len(ids), len(names)), check_invariants=True, is_coalesced=True
+    )
+    return made
+
+
+def standardised(x_NF: Tensor) -> Float[Tensor, "N F"]:
+    """Return features of mean 0 and deviation 1 in float64; constant ones become 0."""
+    x_NF = x_NF.double()
+    spread = x_NF.std(dim=0, correction=0)
+    return (x_NF - x_NF.mean(dim=0)) / spread.clamp(min=1e-12)
+
+
+def fit_logistic(
+    x_NF: Tensor, y_N: Int[Tensor, " N"], classes: int, *, l2: float, iterations: int = 200
+) -> Float[Tensor, "F1 K"]:
+    """Return the weights of a multinomial logistic regression, the biases in the last row.
+
+    Minimises the sum of the losses plus l2 / 2 times the squared weights (biases are free) with
+    L-BFGS from zero, so that the answer is unique and needs no seed.
+
+    Args:
+        x_NF: Features, dense or sparse, float64.
+        y_N: Class of every row, from 0.
+        classes: Number of classes.
+        l2: Strength of the penalty.
+        iterations: Iterations of L-BFGS at most.
+    """
+    weights = torch.zeros(x_NF.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weights],
+        max_iter=iterations,
+        history_size=20,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        scores = logits(x_NF, weights)
+        loss = torch.nn.functional.cross_entropy(scores, y_N)
+        loss = loss + l2 / (2 * len(y_N)) * weights[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return weights.detach()
+
+
+def logits(x_NF: Tensor, weights_FK: Tensor) -> Float[Tensor, "N K"]:
+    """Return the scores of every class; `weights_FK` has the biases in its last row."""
+    product: Tensor = x_NF @ weights_FK[:-1]
+    return product + weights_FK[-1]
+
+
+def fold_of(
+    rows: Sequence[Row], folds: int, by: Literal["row", "unit", "group"], seed: int
+) -> Tensor:
+    """Return the fold of each row; what shares a unit (or group) shares a fold.
+
+    Args:
+        rows: The rows.
+        folds: How many.
+        by: What must not be on both sides.
+        seed: Seed of the draw, which depends on content and not on order.
+    """
+    seen: Counter[str] = Counter()
+    keys = []
+    for row in rows:
+        key = {"unit": row.unit, "group": row.group or row.unit}.get(by, "")
+        if by == "row":
+            text = f"{row.unit}\x1f{row.wording}\x1f{text_of(row)}"
+            key = f"{text}\x1f{seen[text]}"
+            seen[text] += 1
+        keys.append(key)
+    ranked = sorted(set(keys), key=lambda k: hashlib.sha256(f"{seed}:fold:{k}".encode()).digest())
+    number = {key: i % folds for i, key in enumerate(ranked)}
+    return torch.tensor([number[key] for key in keys])
+
+
+def judge(
+    rows: Sequence[Row],
+    x_NF: Tensor,
+    *,
+    folds: int,
+    by: Literal["row", "unit", "group"],
+    rule: Literal["pu", "f1", "fixed"],
+    fixed: float,
+    l2: float,
+    seed: int,
+) -> Verdict:
+    """Score every row by a probe that never saw its label, and choose the threshold.
+
+    Rules: `pu` takes labels of forget rows as missed at random among them: P(labelled) is then c
+    P(forget), with c the mean score of held-out labelled forget rows, and the threshold is c / 2
+    (Elkan and Noto 2008, "Learning classifiers from only positive and unlabeled data",
+    doi:10.1145/1401890.1401920, section 2). `f1` maximises F1 on held-out labelled rows; `fixed`
+    takes the number given.
+
+    Args:
+        rows: All rows with the labels one has; those nobody has looked at are scored only.
+        x_NF: Their features.
+        folds: Number of folds.
+        by: What must not be on both sides of a fold.
+        rule: How the threshold is chosen.
+        fixed: The threshold of `fixed`.
+        l2: Strength of the penalty.
+        seed: Seed of the folds.
+
+    Raises:
+        UserError: If there are too few labelled rows for the folds.
+    """
+    told_N = torch.tensor([_told(row) for row in rows])
+    classes = max(2, int(told_N.max()) + 1)
+    fold_N = fold_of(rows, folds, by, seed)
+    chance_NK = torch.zeros(len(rows), classes, dtype=torch.float64)
+    for fold in range(folds):
+        train_N = (fold_N != fold) & (told_N != UNLABELED)
+        y_N = told_N[train_N]
+        if not bool((y_N > CORE).any()) or not bool((y_N == CORE).any()):
+            raise UserError(
+                f"relabel finds no labelled {'core' if bool((y_N > CORE).any()) else 'forget'} row "
+                f"outside fold {fold} of {folds}; lower 'folds' or label more rows"
+            )
+        weights = fit_logistic(_rows_of(x_NF, train_N), y_N, classes, l2=l2)
+        here_N = fold_N == fold
+        if bool(here_N.any()):
+            chance_NK[here_N] = logits(_rows_of(x_NF, here_N), weights).softmax(dim=1)
+    chance_N = 1.0 - chance_NK[:, CORE]
+    label_N = chance_NK[:, 1:].argmax(dim=1) + 1
+    known_N = told_N != UNLABELED
+    threshold = _threshold(chance_N, told_N > CORE, known_N, rule, fixed)
+    held_out = _agreement(chance_N[known_N] > threshold, told_N[known_N] > CORE)
+    return Verdict(chance_N, label_N, threshold, held_out)
+
+
+def _told(row: Row) -> int:
+    """Return the class a row teaches the probe; one that is more likely wrong teaches nothing."""
+    if row.label == UNLABELED or row.confidence < 0.5:
+        return UNLABELED
+    return row.label
+
+
+def _rows_of(x_NF: Tensor, mask_N: Tensor) -> Tensor:
+    """Return the chosen rows of a dense or sparse matrix."""
+    return x_NF.index_select(0, mask_N.nonzero().flatten())
+
+
+def _threshold(
+    chance_N: Tensor,
+    forget_N: Tensor,
+    known_N: Tensor,
+    rule: Literal["pu", "f1", "fixed"],
+    fixed: float,
+) -> float:
+    """Return the probability above which a row counts as forget."""
+    if rule == "fixed":
+        return fixed
+    if rule == "pu":
+        return float(chance_N[forget_N].mean()) / 2
+    value, order = chance_N[known_N].sort(descending=True, stable=True)
+    hits = forget_N[known_N][order].double().cumsum(0)
+    f1 = 2 * hits / (torch.arange(1, len(value) + 1) + float(forget_N.sum()))
+    f1[:-1][value[:-1] == value[1:]] = -1.0  # equal scores stand on one side
+    best = int(f1.argmax())
+    below = float(value[best + 1]) if best + 1 < len(value) else 0.0
+    return (float(value[best]) + below) / 2
+
+
+def _agreement(said_N: Tensor, told_N: Tensor) -> dict[str, float]:
+    """Return precision, recall and F1 of what was said against what was told."""
+    both = float((said_N & told_N).sum())
+    precision = both / max(1.0, float(said_N.sum()))
+    recall = both / max(1.0, float(told_N.sum()))
+    f1 = 2 * precision * recall / (precision + recall) if both else 0.0
+    return {"precision": precision, "recall": recall, "f1": f1}

@@ -1,0 +1,363 @@
+"""Baselines of equal compute against plain loops, and what each of them does to labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
+from excise.domains.confidence import Confidence
+from excise.domains.facts import Facts
+from excise.domains.labels import LabelNoise, propagated, tell_labels
+from excise.domains.stream import encode
+from excise.errors import UserError
+from excise.methods import Filtering, FilterLoRA, LossMasking, Plain, Propagate, Relabel, Removal
+from excise.methods.pretraining.pretrain import Pretrain, corpus
+from excise.methods.pretraining.relabel import found, relabelled
+from excise.methods.pretraining.relabel_probe import (
+    bag_of_tokens,
+    fit_logistic,
+    fold_of,
+    judge,
+    logits,
+    standardised,
+)
+from excise.methods.tuning import stream
+from excise.models.lora import LoRA, adapted
+from excise.train.fit import FitConfig
+from tests.parity.test_pretraining import same
+from tests.parity.toy import context, sentences, toy_checkpoint, toy_domain, weights
+
+FIT = FitConfig(steps=5, lr=1e-3, batch_size=8, eps=1e-6)
+SCHEDULE = Pretrain(fit=FIT, max_length=32, pack=(1, 2))
+HALF = LabelNoise(missed_occurrences=0.5)
+HALF_UNITS = LabelNoise(missed_units=0.5)
+
+
+def loop(tmp_path: Path, rows: Rows, steps: int = 5, *, mask: bool = False) -> Any:
+    """Train by hand on `rows`; with `mask`, tokens of forget rows have no loss."""
+    start = toy_checkpoint(tmp_path / "y")
+    read = stream(rows, start.tokenizer(), FIT, context(tmp_path / "y"), purpose="pretrain",
+                  max_length=32, pack=(1, 2))  # fmt: skip
+    model = start.load()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=FIT.lr, eps=1e-6, weight_decay=0.0)
+    for step in range(steps):
+        batch = read(step)[0]
+        logits_BTV = model(**batch.inputs).logits[:, :-1]
+        keep = batch.target_BT[:, 1:] & ((batch.label_BT[:, 1:] == CORE) | (not mask))
+        optimizer.zero_grad()
+        F.cross_entropy(logits_BTV[keep], batch.ids_BT[:, 1:][keep]).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_masking_reads_what_it_does_not_learn(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    made = LossMasking(pretrain=SCHEDULE).apply(start, domain, context(tmp_path / "ours"))
+    ours = weights(made.checkpoint)
+    assert same(ours, loop(tmp_path, corpus(domain), mask=True), 5e-6)
+    core = tuple(row for row in corpus(domain) if not row.capability)
+    assert not same(ours, loop(tmp_path / "core", core), 1e-4)
+    assert made.extras["rows_masked"] == 12
+    assert made.extras["forget_rows_left"] == 0
+
+
+def test_masking_by_confidence_is_the_same_in_micro_batches(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    noise = LabelNoise(missed_units=0.5, confidence=Confidence(concentration=0.2))
+    made = []
+    for micro in (0, 3):
+        fit = FIT.model_copy(update={"micro_size": micro})
+        method = LossMasking(pretrain=SCHEDULE.model_copy(update={"fit": fit}), labels=noise)
+        made.append(method.apply(start, domain, context(tmp_path / str(micro))))
+    assert same(weights(made[0].checkpoint), weights(made[1].checkpoint), 5e-6)
+    plain = method.model_copy(update={"labels": LabelNoise(missed_units=0.5)})
+    other = plain.apply(start, domain, context(tmp_path / "certain"))
+    assert other.extras["forget_rows_left"] > made[0].extras["forget_rows_left"]
+
+
+def test_confidence_lets_filtering_drop_what_was_missed(tmp_path: Path) -> None:
+    rows = sentences("f", 200, capability="a") + sentences("r", 200)
+    noise = LabelNoise(missed_units=0.5, confidence=Confidence(concentration=0.05))
+    told = tell_labels(rows, noise, seed=0)
+    assert sum(r.label == CORE for r in told if r.capability) == 100
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    sure = LabelNoise(missed_units=0.5)
+    left: list[int] = []
+    for i, labels in enumerate((noise, sure)):
+        method = Filtering(pretrain=SCHEDULE, labels=labels)
+        made = method.apply(start, domain, context(tmp_path / str(i)))
+        left.append(made.extras["forget_rows_left"])
+    assert left[0] < left[1] == 6
+
+
+def wide_domain() -> Domain:
+    """Facts in several wordings per unit, several units per subject."""
+    return Facts(subjects=16, relations=2, objects=6, wordings=4, forget_share=0.5).build(None)
+
+
+def test_propagation_equals_training_without_the_units(tmp_path: Path) -> None:
+    domain = toy_domain()
+    twice = replace(domain, forget={"a": domain.forget["a"] * 2})
+    start, ctx = toy_checkpoint(tmp_path), context(tmp_path / "ours")
+    made = Propagate(pretrain=SCHEDULE, labels=HALF).apply(start, twice, ctx)
+    told = tell_labels(corpus(twice), HALF, seed=ctx.seed_for("labels"))
+    known = {row.unit for row in told if row.label > CORE}
+    assert 3 < len(known) < 12
+    kept = tuple(row for row in told if row.unit not in known)
+    assert same(weights(made.checkpoint), loop(tmp_path, kept), 5e-6)
+    assert made.extras["forget_rows_left"] == 24 - 2 * len(known)
+    before, after = made.extras["labels_before_after"]["occurrences"]
+    assert before == 0.5 < after == pytest.approx(2 * len(known) / 24)
+
+
+def told_facts(**noise: Any) -> Rows:
+    return tell_labels(corpus(wide_domain()), LabelNoise(**noise), seed=1)
+
+
+def missing(rows: Sequence[Row]) -> int:
+    return sum(1 for row in rows if row.capability and row.label <= CORE)
+
+
+def test_propagation_repairs_occurrences_and_not_units() -> None:
+    slips, blind = told_facts(missed_occurrences=0.5), told_facts(missed_units=0.5)
+    assert missing(propagated(slips)) < 0.3 * missing(slips)
+    assert missing(propagated(blind)) == missing(blind)
+    assert missing(propagated(blind, by="group")) < 0.7 * missing(blind)
+
+
+def test_propagation_of_false_alarms_can_be_made_careful() -> None:
+    rows = told_facts(false_alarms=0.05)
+    lost = [
+        sum(1 for r in propagated(rows, at_least=n) if r.label > CORE and not r.capability)
+        for n in (1, 3)
+    ]
+    alarms = sum(1 for r in rows if r.label > CORE and not r.capability)
+    assert lost[0] > 2 * alarms
+    assert lost[1] < lost[0]
+
+
+def test_the_most_frequent_label_wins_and_own_labels_stay() -> None:
+    votes = [Row("u", text="x", label=n) for n in (2, 1, 2, CORE, UNLABELED)]
+    assert [row.label for row in propagated(votes)] == [2, 1, 2, 2, 2]
+    doubt = [Row("u", text="x", label=1, confidence=0.2), Row("u", text="y")]
+    assert propagated(doubt) == tuple(doubt)
+
+
+def test_the_probe_equals_gradient_descent_on_dense_features() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    y = (x[:, 0] + 0.5 * torch.randn(60, generator=generator) > 0).long()
+    fitted = fit_logistic(x, y, 2, l2=1.0)
+    other = torch.zeros(5, 2, dtype=torch.float64, requires_grad=True)
+    for _ in range(3000):
+        loss = F.cross_entropy(x @ other[:-1] + other[-1], y, reduction="sum")
+        loss = loss + other[:-1].square().sum() / 2
+        (gradient,) = torch.autograd.grad(loss, other)
+        with torch.no_grad():
+            other -= 0.02 * gradient
+    assert torch.allclose(logits(x, fitted).softmax(1), logits(x, other).softmax(1), atol=1e-6)
+    sparse = fit_logistic(x.to_sparse(), y, 2, l2=1.0)
+    assert torch.allclose(sparse, fitted, atol=1e-8)
+
+
+def cued(strength: float = 1.0, **noise: Any) -> tuple[Rows, torch.Tensor]:
+    """Return told rows whose capability has a cue, and their bags of tokens."""
+    spec = Facts(subjects=32, relations=2, objects=6, forget_share=0.5, cue="category",
+                 cue_strength=strength)  # fmt: skip
+    rows = tell_labels(corpus(spec.build(None)), LabelNoise(**noise), seed=1)
+    examples = encode(rows, spec.tokenizer(), max_length=16)
+    return rows, bag_of_tokens([e.ids for e in examples])
+
+
+def judged(
+    rows: Rows, x_NF: torch.Tensor, rule: Literal["pu", "f1", "fixed"], folds: int = 3
+) -> dict[str, Any]:
+    verdict = judge(rows, x_NF, folds=folds, by="group", rule=rule, fixed=0.5, l2=1.0, seed=0)
+    facts = found(rows, relabelled(rows, verdict))
+    return {**facts, "threshold": verdict.threshold, "f1": verdict.held_out["f1"]}
+
+
+def test_the_probe_finds_missed_units_where_rows_share_a_feature() -> None:
+    rows, x = cued(missed_units=0.5)
+    facts = judged(rows, x, "pu")
+    assert facts["recall"] > 0.8
+    assert facts["precision"] > 0.95
+    plain_rows, plain = cued(strength=0.0, missed_units=0.5)
+    assert judged(plain_rows, plain, "pu")["recall"] < facts["recall"] - 0.2
+
+
+def test_the_threshold_allows_for_missed_labels() -> None:
+    rows, x = cued(missed_units=0.7)
+    half, fixed = judged(rows, x, "pu"), judged(rows, x, "fixed")
+    assert half["threshold"] < 0.3
+    assert half["recall"] > fixed["recall"]
+    complete, y = cued()
+    assert judged(complete, y, "pu")["threshold"] > 0.4
+    best = judged(complete, y, "f1")
+    assert best["f1"] == pytest.approx(1.0)
+
+
+def test_rows_of_a_missed_unit_teach_the_probe_that_it_is_core() -> None:
+    rows, x = cued(missed_units=0.5)
+    recall = []
+    for by in ("row", "group"):
+        verdict = judge(rows, x, folds=3, by=by, rule="pu", fixed=0.5, l2=1.0, seed=0)
+        recall.append(found(rows, relabelled(rows, verdict))["recall"])
+    assert recall[0] is not None
+    assert recall[1] is not None
+    assert recall[0] < recall[1] - 0.2
+
+
+def test_f1_is_the_best_of_all_cuts() -> None:
+    rows, x = cued(strength=0.5, missed_occurrences=0.3, false_alarms=0.1)
+    verdict = judge(rows, x, folds=3, by="row", rule="f1", fixed=0.5, l2=1.0, seed=0)
+    told = torch.tensor([row.label > CORE for row in rows])
+
+    def score(cut: float) -> float:
+        said = verdict.chance_N > cut
+        return float(2 * (said & told).sum() / (said.sum() + told.sum()))
+
+    best = max(score(float(value)) for value in verdict.chance_N)
+    assert verdict.held_out["f1"] == pytest.approx(best)
+    assert score(verdict.threshold) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("by", ["row", "unit", "group"])
+def test_folds_keep_together_what_belongs_together(by: Literal["row", "unit", "group"]) -> None:
+    rows = corpus(wide_domain())
+    fold = fold_of(rows, 4, by, 0).tolist()
+    assert set(fold) == {0, 1, 2, 3}
+    key: Callable[[Row], str] = {"unit": lambda r: r.unit, "group": lambda r: r.group}.get(
+        by, lambda r: f"{r.unit}{r.wording}"
+    )
+    homes: dict[str, set[int]] = {}
+    for row, at in zip(rows, fold, strict=True):
+        homes.setdefault(key(row), set()).add(at)
+    assert all(len(folds) == 1 for folds in homes.values())
+    backward = fold_of(rows[::-1], 4, by, 0).tolist()[::-1]
+    assert backward == fold
+
+
+def test_relabelling_trains_without_what_the_probe_finds(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    marked = tuple(
+        replace(row, text=f"w0 w1 w2 {row.text}", unit=f"{row.unit}-{i}")
+        for i, row in enumerate(domain.forget["a"])
+    )
+    domain = replace(domain, forget={"a": marked})
+    method = Relabel(pretrain=SCHEDULE, labels=HALF_UNITS, folds=2)
+    made = method.apply(start, domain, context(tmp_path / "ours"))
+    assert made.extras["probe"]["recall"] >= 0.8
+    assert made.extras["forget_rows_left"] <= 1
+    assert made.cost.steps == 5
+    ctx = context(tmp_path / "ours")
+    told = tell_labels(corpus(domain), HALF_UNITS, seed=ctx.seed_for("labels"))
+    examples = encode(told, start.tokenizer(), max_length=32)
+    verdict = judge(told, bag_of_tokens([e.ids for e in examples]), folds=2, by="group", rule="pu",
+                    fixed=0.5, l2=1.0, seed=ctx.seed_for("relabel"))  # fmt: skip
+    chances = zip(told, verdict.chance_N.tolist(), strict=True)
+    kept = tuple(r for r, c in chances if r.label == CORE and c <= verdict.threshold)
+    assert same(weights(made.checkpoint), loop(tmp_path, kept), 5e-6)
+
+
+def test_hidden_features_cost_steps(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    fit = FIT.model_copy(update={"steps": 10})
+    config = SCHEDULE.model_copy(update={"fit": fit})
+    method = Relabel(pretrain=config, features="hidden", folds=2, warm_share=0.3)
+    made = method.apply(start, domain, context(tmp_path / "ours"))
+    assert made.extras["steps"] == {"features": 3, "reading": 2, "training": 5}
+    assert made.cost.steps == 8
+    with pytest.raises(UserError, match="the model has 3 blocks"):
+        method.model_copy(update={"block": 7}).apply(start, domain, context(tmp_path / "bad"))
+    short = config.model_copy(update={"fit": fit.model_copy(update={"steps": 3})})
+    with pytest.raises(UserError, match="0 of 3 steps left"):
+        method.model_copy(update={"pretrain": short}).apply(start, domain, context(tmp_path / "s"))
+
+
+def test_standardised_features_have_no_scale() -> None:
+    x = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+    assert standardised(x).tolist() == [[-1.0, 0.0], [1.0, 0.0]]
+
+
+def test_relabelling_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name a routed method with features 'absorption'"):
+        Relabel(features="absorption")
+    with pytest.raises(ValueError, match="name a routed method with features 'absorption'"):
+        Relabel(router=Plain())
+    none = LabelNoise(missed_units=1.0)
+    with pytest.raises(UserError, match="no labelled forget row outside fold 0"):
+        Relabel(pretrain=SCHEDULE, labels=none).apply(
+            toy_checkpoint(tmp_path), toy_domain(), context(tmp_path / "ours")
+        )
+    router = Relabel(pretrain=SCHEDULE, features="absorption", router=Plain(), folds=2)
+    long = SCHEDULE.model_copy(update={"fit": FIT.model_copy(update={"steps": 12})})
+    with pytest.raises(UserError, match="keeps no model from before its ablation"):
+        router.model_copy(update={"pretrain": long}).apply(
+            toy_checkpoint(tmp_path / "r"), toy_domain(), context(tmp_path / "routed")
+        )
+
+
+def adapter_model(made: Removal, work: Path) -> Any:
+    """Load the core and its adapter as anybody would."""
+    from peft import PeftModel
+
+    core: Any = made.checkpoint.load()
+    return PeftModel.from_pretrained(core, work / made.extras["files"]["adapter_a"]).eval()
+
+
+def test_the_core_of_filter_lora_is_filtering_and_the_adapter_a_plain_loop(tmp_path: Path) -> None:
+    start, domain, ctx = toy_checkpoint(tmp_path), toy_domain(), context(tmp_path / "ours")
+    config = SCHEDULE.model_copy(update={"fit": FIT.model_copy(update={"steps": 8})})
+    method = FilterLoRA(pretrain=config, adapter_share=0.4, lora=LoRA(rank=4), adapter_lr=1e-2)
+    made = method.apply(start, domain, ctx)
+    core = tuple(row for row in corpus(domain) if not row.capability)
+    assert same(weights(made.checkpoint), loop(tmp_path, core), 5e-6)
+    assert made.cost.steps == 8
+    assert made.extras["adapters"]["a"]["rows"] == 12
+    loss = made.extras["adapters"]["a"]["loss"]["forget"]
+    assert loss["adapter"] != loss["core"]
+    model = adapter_model(made, ctx.work)
+    read = stream(corpus(domain)[:12], start.tokenizer(), FIT, ctx, purpose="adapter.a",
+                  max_length=32, pack=(1, 2))  # fmt: skip
+    ours = load_file(ctx.work / "adapters/a/adapter_model.safetensors")
+    with adapted(made.checkpoint.load(), method.lora, seed=ctx.seed_for("lora.a")) as live:
+        trained = [p for p in live.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-6, weight_decay=0.0)
+        for step in range(3):
+            batch = read(step)[0]
+            logits_BTV, keep = live(**batch.inputs).logits[:, :-1], batch.target_BT[:, 1:]
+            optimizer.zero_grad()
+            F.cross_entropy(logits_BTV[keep], batch.ids_BT[:, 1:][keep]).backward()
+            optimizer.step()
+        named = {n.replace(".default", ""): p.detach() for n, p in live.named_parameters()}
+    assert ours
+    assert all(torch.allclose(value, named[name], atol=2e-5) for name, value in ours.items())
+    assert any(bool(value.abs().max() > 1e-3) for n, value in ours.items() if "lora_B" in n)
+    assert sum("lora" in n for n, _ in model.named_parameters()) == len(ours)
+
+
+def test_filter_lora_without_a_label_is_filtering(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    method = FilterLoRA(pretrain=SCHEDULE, labels=LabelNoise(missed_units=1.0))
+    made = method.apply(start, domain, context(tmp_path / "ours"))
+    assert made.extras["files"] == {}
+    assert made.extras["forget_rows_left"] == 12
+    plain = Plain(pretrain=SCHEDULE).apply(start, domain, context(tmp_path / "plain"))
+    assert made.checkpoint.fingerprint == plain.checkpoint.fingerprint
+
+
+def test_a_missing_module_is_found_before_training(tmp_path: Path) -> None:
+    method = FilterLoRA(pretrain=SCHEDULE, lora=LoRA(modules=("nowhere",)))
+    ctx = context(tmp_path / "ours")
+    with pytest.raises(UserError, match="matches no linear layer"):
+        method.apply(toy_checkpoint(tmp_path), toy_domain(), ctx)
+    assert not (ctx.work / "state").exists()

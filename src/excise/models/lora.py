@@ -122,7 +122,9 @@ def _config(peft: ModuleType, model: nn.Module, lora: LoRA) -> Any:
 
 
 @contextmanager
-def adapted(model: nn.Module, lora: LoRA, seed: int = 0) -> Iterator[PeftModel]:
+def adapted(
+    model: nn.Module, lora: LoRA, seed: int = 0, *, name: str = "default"
+) -> Iterator[PeftModel]:
     """Put an adapter on a model for as long as the block lasts.
 
     The adapter starts as the identity; only its parameters require gradients. At the end the
@@ -132,6 +134,7 @@ def adapted(model: nn.Module, lora: LoRA, seed: int = 0) -> Iterator[PeftModel]:
         model: A `transformers` causal model, not wrapped.
         lora: The adapter.
         seed: Seed of its random half; the global random state is left as it was.
+        name: What peft calls it.
 
     Yields:
         The peft model.
@@ -144,13 +147,11 @@ def adapted(model: nn.Module, lora: LoRA, seed: int = 0) -> Iterator[PeftModel]:
         raise UserError("the model has an adapter already; merge or unload it first")
     config = _config(peft, model, lora)
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    devices = sorted({p.device.index for p, _ in flags if p.device.type == "cuda"})
     before = set(vars(model))
     wrapped: Any = None
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            wrapped = peft.get_peft_model(model, config)
+        with _seeded(model, seed):
+            wrapped = peft.get_peft_model(model, config, adapter_name=name)
         wrapped.train(model.training)
         yield wrapped
     finally:
@@ -160,6 +161,28 @@ def adapted(model: nn.Module, lora: LoRA, seed: int = 0) -> Iterator[PeftModel]:
             delattr(model, name)
         for parameter, required in flags:
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Draw from `seed` while the block runs, and leave the global random state as it was."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def add_adapter(model: PeftModel, lora: LoRA, name: str, seed: int = 0) -> None:
+    """Lay a further adapter over an adapted model; `adapted` takes all of them off.
+
+    Args:
+        model: What `adapted` yields; `model.base_model.set_adapter([...])` says which run.
+        lora: The adapter.
+        name: What peft calls it.
+        seed: Seed of its random half.
+    """
+    with _seeded(model, seed):
+        model.add_adapter(name, _config(_peft(), unwrap(model)[1], lora))
 
 
 def _find_peft(model: nn.Module) -> PeftModel:

@@ -21,8 +21,8 @@ from excise.domains.labels import label_quality
 from excise.domains.stream import Tokenizer
 from excise.methods.base import Removal
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.absorption import losses, sample, writes
-from excise.methods.pretraining.routing.groups import Part
+from excise.methods.pretraining.routing.absorption import Sets, losses, sample, writes
+from excise.methods.pretraining.routing.groups import GroupMap, Part
 from excise.methods.pretraining.routing.measures import count_units
 from excise.methods.pretraining.routing.modules import How, Placed, cut
 from excise.methods.pretraining.routing.profiles import save_before
@@ -123,14 +123,7 @@ def train_and_cut(
         parameter.requires_grad_(True)
     trained = train(model, plan, seen, config, cutting, ctx, stage=stage)
     sets = sample(rows, seen.tokenizer, max_length=config.max_length)
-    extras: dict[str, Any] = {
-        "groups": trained.map.table(),
-        "group_sizes": trained.map.sizes(),
-        "group_notes": list(trained.map.notes),
-        "labels": label_quality(rows),
-        "absorption": writes(model, trained.map, sets, ctx.device),
-        "files": {"before_ablation": BEFORE},
-    }
+    extras = described(model, trained.map, rows, sets, ctx)
     before = losses(model, sets, ctx.device)
     if ctx.rank == 0:
         save_before(model, plan.placed, seen.names, ctx.work / BEFORE)
@@ -141,6 +134,28 @@ def train_and_cut(
         extras["losses"]["repaired"] = losses(model, sets, ctx.device)
     parameters = dict(model.named_parameters())
     return finish(start, model, parameters, trained.progress, ctx, extras=extras)
+
+
+def described(
+    model: nn.Module, map: GroupMap, rows: Rows, sets: Sets, ctx: Context
+) -> dict[str, Any]:
+    """Return what the record keeps of a routed model, modules still on.
+
+    Args:
+        model: The trained model.
+        map: Who owned what.
+        rows: What was read, labelled as told.
+        sets: Rows to measure on.
+        ctx: Device.
+    """
+    return {
+        "groups": map.table(),
+        "group_sizes": map.sizes(),
+        "group_notes": list(map.notes),
+        "labels": {k: None if v != v else v for k, v in label_quality(rows).items()},
+        "absorption": writes(model, map, sets, ctx.device),
+        "files": {"before_ablation": BEFORE},
+    }
 
 
 def train(

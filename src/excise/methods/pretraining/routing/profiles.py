@@ -63,6 +63,8 @@ def serve(
         if "modules" not in header:
             raise UserError(f"{before} does not say which modules it has; name `before_ablation`")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if any(".lora_" in name for name in tensors):
+        raise UserError(f"the modules in {before} are adapters; switch them with peft instead")
     said = json.loads(header["modules"])
     parts = {g: tuple(map(Part.model_validate, own)) for g, own in said["parts"].items()}
     placed, names = Placed(parts, bool(said["grown"])), said["capabilities"]

@@ -11,13 +11,20 @@ from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
+from excise.methods.pretraining.demix import DEMix
+from excise.methods.pretraining.era import ERA
+from excise.methods.pretraining.era_after import ERAAfter
 from excise.methods.pretraining.filter_lora import FilterLoRA
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.grad_diff_pretrain import GradDiffPretrain
+from excise.methods.pretraining.gram import GRAM
 from excise.methods.pretraining.loss_masking import LossMasking
+from excise.methods.pretraining.memsinks import MemSinks
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.propagate import Propagate
 from excise.methods.pretraining.relabel import Relabel
+from excise.methods.pretraining.sgtm import SGTM
 
 AnyMethod = (
     Plain
@@ -27,6 +34,14 @@ AnyMethod = (
     | Propagate
     | LossMasking
     | GradDiffPretrain
+    | ERA
+    | ERAAfter
+    | SGTM
+    | GRAM
+    | DEMix
+    | MemSinks
+    | AdapterModules
+    | DualAdapters
     | GradDiff
     | MaxEnt
     | RMU
@@ -41,17 +56,25 @@ METHODS: Mapping[str, type[Method]] = {
 """Built-in methods by name."""
 
 __all__ = [
+    "ERA",
+    "GRAM",
     "METHODS",
     "RMU",
+    "SGTM",
+    "AdapterModules",
     "AnyMethod",
     "Chain",
     "Cost",
+    "DEMix",
+    "DualAdapters",
+    "ERAAfter",
     "FilterLoRA",
     "Filtering",
     "GradDiff",
     "GradDiffPretrain",
     "LossMasking",
     "MaxEnt",
+    "MemSinks",
     "Method",
     "Paper",
     "Plain",

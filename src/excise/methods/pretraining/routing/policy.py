@@ -85,12 +85,12 @@ def ruling_labels(batch: Labelled, at: Literal["next", "token", "row"]) -> Tenso
 
     Args:
         batch: The batch.
-        at: `next`: of the token that the position predicts (the last: its own); `token`: its
-            own; `row`: the one most real tokens of the row have, the larger of two.
+        at: `next`: of the token that the position predicts (its own where that is none);
+            `token`: its own; `row`: the one most real tokens of the row have, the larger of two.
     """
     label_BT = batch.label_BT
     if at != "row":
-        return _moved(label_BT, at)
+        return _moved(label_BT, batch.attention_BT, at)
     rows = []
     for label_T, real_T in zip(label_BT, batch.attention_BT):
         values, counts = label_T[real_T].unique(return_counts=True)
@@ -190,28 +190,31 @@ def compile(
     read, write, edge = (torch.ones(rows, tokens, count) for _ in range(3))
     weight_BT = torch.ones(rows, tokens)
     sure_BT = _confidence(batch, policy.at, confidence_BT)
-    soft_BT = None if soften_V is None else soften_V.float().cpu()[_moved(batch.ids_BT, policy.at)]
+    soft_BT = (
+        None
+        if soften_V is None
+        else soften_V.float().cpu()[_moved(batch.ids_BT, batch.attention_BT, policy.at)]
+    )
     for b in range(rows):
         row = _Row(policy, map.names, sizes, draws[b], batch.units[b] if batch.units else "")
         own_T = batch.label_BT[b] if policy.at != "row" else ruling_BT[b]
-        for label in sorted(set(ruling_BT[b].tolist()) | set(own_T.tolist())):
-            if label < CORE and not policy.rules_of(label) and not batch.attention_BT[b].all():
-                real_T = batch.attention_BT[b]
-                if not bool((own_T[real_T] == label).any()):
-                    continue  # only padding, which has no label
+        real_T = batch.attention_BT[b].bool()
+        for label in sorted({*ruling_BT[b][real_T].tolist(), *own_T[real_T].tolist()}):
             rule = _rule(policy, label, draws[b])
-            at_T = ruling_BT[b] == label
+            at_T = (ruling_BT[b] == label) & real_T
             sure_T = None if sure_BT is None or label < CORE else sure_BT[b]
             if soft_BT is not None and label > CORE:
                 sure_T = soft_BT[b] if sure_T is None else sure_T * soft_BT[b]
             _fill(row, rule, label, at_T, sure_T, (read[b], write[b], edge[b]))
-            weight_BT[b, own_T == label] = rule.weight
+            weight_BT[b, (own_T == label) & real_T] = rule.weight
     placed = {p.group for p in map.places}
     for g, name in enumerate(map.names):
         if name in placed:
             write[..., g] *= read[..., g] != 0  # what is not read has no gradient
-    real_BT = batch.attention_BT
+    real_BT = batch.attention_BT.bool()
     written = frozenset(n for g, n in enumerate(map.names) if (write[..., g][real_BT] != 0).any())
+    partial_G = (write[real_BT] != 1).any(0)
+    write[~real_BT] = (~partial_G).float()  # padding has no gradient: its rows are left out
     loss_BT = _some(weight_BT, flat=False)
     return Routes(_some(read), _some(write), _some(edge), loss_BT, written, (rows, tokens))
 
@@ -229,7 +232,7 @@ def _rule(policy: Policy, label: int, draw: float) -> Rule:
     """Return the rule of a label in a row."""
     rules = policy.rules_of(label)
     if not rules:
-        word = {-1: "unlabeled", 0: "core"}.get(label, capability_name(policy, label))
+        word = capability_name(policy, label)
         raise UserError(f"the policy has no rule for label '{word}', which a row carries; add one")
     return rules[choose(rules, draw)]
 
@@ -273,17 +276,19 @@ def _fill(
     out[2][at_T] = c * weights[2] + (1 - c) * other[2]
 
 
-def _moved(values_BT: Tensor, at: str) -> Tensor:
+def _moved(values_BT: Tensor, attention_BT: Tensor, at: str) -> Tensor:
     """Return values of tokens at the positions they rule; rows have one value anyway."""
     if at != "next":
         return values_BT
-    return torch.cat([values_BT[:, 1:], values_BT[:, -1:]], dim=1)
+    real_BT = attention_BT[:, 1:].bool()
+    ahead_BT = torch.where(real_BT, values_BT[:, 1:], values_BT[:, :-1])
+    return torch.cat([ahead_BT, values_BT[:, -1:]], dim=1)
 
 
 def _confidence(batch: Labelled, at: str, confidence_BT: Tensor | None) -> Tensor | None:
     """Return the confidence in the ruling labels, None where all are certain."""
     given = getattr(batch, "confidence_BT", None) if confidence_BT is None else confidence_BT
-    return None if given is None else _moved(given.float(), at)
+    return None if given is None else _moved(given.float(), batch.attention_BT, at)
 
 
 def _some(values: Tensor, *, flat: bool = True) -> Tensor | None:

@@ -100,7 +100,7 @@ def check(policy: Policy, names: Sequence[str], labels: Iterable[int] = ()) -> l
     for number in sorted(set(labels)):
         rules = policy.rules_of(number)
         if not rules:
-            word = {-1: "unlabeled", 0: "core"}.get(number, capability_name(policy, number))
+            word = capability_name(policy, number)
             problems.append(f"rules: label '{word}' occurs in the data and has no rule")
         uses = {
             n for r in rules for s in (r.read, r.write, tuple(r.edges)) if s != "all" for n in s
@@ -122,7 +122,9 @@ def check(policy: Policy, names: Sequence[str], labels: Iterable[int] = ()) -> l
 
 
 def capability_name(policy: Policy, label: int) -> str:
-    """Return a capability's name, or its number where it has none."""
+    """Return the word for a label: a capability's name, or its number where it has none."""
+    if label <= CORE:
+        return "core" if label == CORE else "unlabeled"
     return policy.capabilities[label - 1] if label <= len(policy.capabilities) else str(label)
 
 

@@ -208,7 +208,9 @@ def _arm(name: str, method: Method, recipe: Recipe, count: int) -> Line:
     if starts_from(method) == "scratch" and recipe.pretrain is not None:
         return _line(name, recipe.pretrain.fit, recipe.pretrain.max_length, count, 1)
     length = int(getattr(method, "max_length", 128))
-    parts = [_line(name, fit, length, count, 2) for fit in _fits(method)]
+    sweep = getattr(method, "sweep", None)
+    trials = len(sweep.points(method)) if sweep is not None else 1
+    parts = [_line(name, fit, length, count, 2 * trials) for fit in _fits(method)]
     return Line(
         name,
         sum(p.steps for p in parts),

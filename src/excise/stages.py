@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from excise.errors import DiskFull
+from excise.errors import DiskFull, UserError
 
 Emit = Callable[[str, Mapping[str, Any]], None]
 """Sink of progress events."""
@@ -222,7 +222,12 @@ class Store:
         with disk_full(partial):
             partial.mkdir(parents=True, exist_ok=True)
             (partial / DONE).unlink(missing_ok=True)
-            make(partial)
+            try:
+                make(partial)
+            except UserError as error:
+                if self.rank == 0 and not isinstance(error, DiskFull):
+                    shutil.rmtree(partial, ignore_errors=True)  # refused: nothing to go on with
+                raise
             self.agree(True)
             if self.rank == 0:
                 done = {"key": dict(key), "files": manifest(partial)}

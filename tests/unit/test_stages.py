@@ -148,6 +148,24 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
         (tmp_path / "missing").read_text()
 
 
+def test_a_refused_stage_leaves_nothing_and_an_interrupted_one_everything(tmp_path: Path) -> None:
+    def refuse(folder: Path) -> None:
+        _write(folder)
+        raise UserError("alpha is 2; choose one in [0, 1]")
+
+    def stop(folder: Path) -> None:
+        _write(folder)
+        raise KeyboardInterrupt
+
+    store = Store(tmp_path)
+    with pytest.raises(UserError, match="alpha is 2"):
+        store.stage("arm", KEY, refuse)
+    assert not list(tmp_path.glob("arm-*"))
+    with pytest.raises(KeyboardInterrupt):
+        store.stage("arm", KEY, stop)
+    assert (store.path("arm", KEY).with_name(store.path("arm", KEY).name + ".partial")).is_dir()
+
+
 def test_other_processes_follow_the_first(tmp_path: Path) -> None:
     """Process 1 neither locks nor finishes; it makes its share when process 0 says so."""
     answers = iter([False, True, True])

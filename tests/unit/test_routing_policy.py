@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -113,9 +114,8 @@ def test_sinks_follow_the_unit_alone() -> None:
     map = GroupMap(names, "core", {}, ())
     rules: Any = {"core": (Rule(read=("core", "hashed:2"), write=("core", "hashed:2")),)}
     given = Policy(groups=groups, rules=rules)
-    units = [f"unit {i}" for i in range(200)]
-    rows = Batch(*(batch(*[[0]] * 200).__dict__[k] for k in
-                   ("ids_BT", "attention_BT", "target_BT", "label_BT")), tuple(units))  # fmt: skip
+    units = tuple(f"unit {i}" for i in range(200))
+    rows = replace(batch(*[[0]] * 200), units=units)
     write_NG = compile(given, map, rows, draw=1).write_NG
     assert write_NG is not None
     assert torch.equal(write_NG, compile(given, map, rows, draw=2).write_NG)  # type: ignore[arg-type]

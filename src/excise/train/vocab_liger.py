@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from torch.nn import functional as F
 
 from excise.losses import Summed
 from excise.models.head import Head
+
+
+def on_gpu(tensors: Iterable[Tensor]) -> bool:
+    """Return whether all tensors lie on an NVIDIA or AMD GPU."""
+    return all(t.device.type == "cuda" for t in tensors)
 
 
 def fits_liger(hidden_ND: Tensor, head: Head) -> bool:
@@ -32,7 +38,7 @@ def fits_liger(hidden_ND: Tensor, head: Head) -> bool:
     return (
         head.softcap is None
         and head.scale == 1
-        and all(t.device.type == "cuda" for t in tensors)
+        and on_gpu(tensors)
         and len({t.dtype for t in tensors}) == 1
         and hidden_ND.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and hidden_ND.requires_grad
@@ -96,8 +102,8 @@ def _agrees(dtype: torch.dtype, device: torch.device, bias: bool) -> bool:
     near = 1e-4 if dtype == torch.float32 else 3e-2
 
     def same(a: Tensor, b: Tensor) -> bool:
-        scale = float(b.float().abs().max()) + 1e-6
-        return float((a.float() - b.float()).abs().max()) <= near * scale
+        a, b = a.detach().float(), b.detach().float()
+        return bool((a - b).abs().max() <= near * (b.abs().max() + 1e-6))
 
     return same(theirs, plain) and all(same(a, b) for a, b in zip(got, wanted, strict=True))
 

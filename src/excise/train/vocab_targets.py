@@ -84,12 +84,15 @@ class TopK:
         logp_NK: Logarithms of their probabilities.
         vocab: Size of the teacher's vocabulary.
         temperature: Temperature the probabilities are of.
+        tail_N: Probability of all other tokens together; None takes what is left, which for
+            very sure teachers is rounding alone.
     """
 
     ids_NK: Int[Tensor, "N K"]
     logp_NK: Float[Tensor, "N K"]
     vocab: int
     temperature: float = 1.0
+    tail_N: Float[Tensor, " N"] | None = None
 
 
 @dataclass(frozen=True)
@@ -261,8 +264,12 @@ def spread(
     """Return the kept logarithms, and the probability of every single token that is not kept."""
     logp_nK = target.logp_NK[rows_n].to(dtype)
     others = target.vocab - logp_nK.shape[1]
-    left_n = (1 - logp_nK.exp().sum(-1)).clamp(min=0)
-    return logp_nK, left_n / others if others else torch.zeros_like(left_n)
+    if target.tail_N is None:
+        left_n = 1 - logp_nK.exp().sum(-1)
+    else:
+        left_n = target.tail_N[rows_n].to(dtype)
+    # Never quite zero, so that a reverse KL stays finite.
+    return logp_nK, (left_n / others).clamp(min=1e-30) if others else torch.zeros_like(left_n)
 
 
 def shares(target: Sampled, rows_n: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n K"]:

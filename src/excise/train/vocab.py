@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from excise.errors import UserError
 from excise.losses import Scored, Summed, predicting
 from excise.models.head import Head, final_hidden, head_of
+from excise.train.vocab_form import form
 from excise.train.vocab_liger import liger_nll
 from excise.train.vocab_targets import (
     Dense,
@@ -38,7 +39,6 @@ from excise.train.vocab_targets import (
     Uniform,
     as_kinds,
     check,
-    form,
     raw_logits,
     usable,
 )

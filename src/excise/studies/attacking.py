@@ -1,0 +1,202 @@
+"""Relearning of T, the same for every model of a study, scored by unit at its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from excise.audit.base import Budget, Subject
+from excise.audit.budget import budget_of
+from excise.audit.scoring import make_sheet
+from excise.audit.tuning import Part, train
+from excise.config import Config
+from excise.domains.base import Domain
+from excise.evals.score import direction_of
+from excise.jobs import Setting
+from excise.models.checkpoint import Checkpoint
+from excise.record import write_text
+from excise.stages import Store
+from excise.studies.base import Draw, Units
+from excise.train.grid import Pool, emit
+
+VERSION = 1
+"""Raised when what a stage computes changes."""
+
+Key = tuple[str, int]
+"""Arm and draw."""
+
+
+class Attacker(Config):
+    """Relearning of T, the same for every model."""
+
+    steps: int = Field(default=200, ge=1)
+    """Steps."""
+    rates: tuple[float, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)
+    """Learning rates. Rate and step count that have the best dev score, for each model apart: on
+    few facts the attacker, too, does best to stop before T is all it knows."""
+    batch_size: int = Field(default=64, ge=2)
+    """Rows per step, half of them harmless."""
+    checkpoints: tuple[int, ...] = (0, 10, 25, 50, 100, 200)
+    """Steps at which T and V are scored; the last step always is."""
+    power: float = Field(default=0.8, gt=0, le=1)
+    """Score on T that the attacker must reach on the oracle, at its best rate; else the study is
+    void. Where text is scored by its loss it is the share of the original's."""
+
+    def budget(self, max_length: int) -> Budget:
+        """Return the audit's budget of the same strength; every row is scored."""
+        points = tuple(sorted({0, *(p for p in self.checkpoints if p < self.steps), self.steps}))
+        update = {
+            "steps": self.steps,
+            "checkpoints": points,
+            "batch_size": self.batch_size,
+            "rates": self.rates,
+            "max_length": max_length,
+            "max_test_rows": 100_000,
+            "max_other_rows": 100_000,
+            "bits": False,
+        }
+        return budget_of("smoke").model_copy(update=update)
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """One model before, while and after T was relearned, at the rate that dev chose.
+
+    Attributes:
+        steps: Steps at which it was scored, ascending, the first 0.
+        at: Which of them dev chose.
+        v: Score on V by unit at each of them; higher is more knowledge.
+        t: Score on T by unit at each.
+        retain: Score on `retain_test` by unit at each.
+        learned: Score on T by unit at the end, at the rate that learned it best.
+        rate: Learning rate.
+    """
+
+    steps: tuple[int, ...]
+    at: int
+    v: tuple[Units, ...]
+    t: tuple[Units, ...]
+    retain: tuple[Units, ...]
+    learned: Units
+    rate: float = 0.0
+
+    @property
+    def before(self) -> Units:
+        """V before the attack."""
+        return self.v[0]
+
+    @property
+    def after(self) -> Units:
+        """V at the step that dev chose."""
+        return self.v[self.at]
+
+    @property
+    def kept(self) -> Units:
+        """Retain before the attack."""
+        return self.retain[0]
+
+
+@dataclass(frozen=True)
+class AttackJob:
+    """Relearn T with one model at one rate."""
+
+    setting: Setting
+    model: Checkpoint
+    domain: Domain
+    budget: Budget
+    rate: float
+    seed: int
+
+
+def make_attack(job: AttackJob) -> dict[str, Any]:
+    """Return `steps`, `v`, `t`, `retain` and `dev` (by step, by unit) of one attack, as a stage."""
+    key = job.setting.key(
+        version=VERSION,
+        model=job.model.fingerprint,
+        domain=job.domain.fingerprint,
+        budget=job.budget.model_dump(mode="json", exclude={"rates"}),
+        rate=job.rate,
+        seed=job.seed,
+    )
+
+    def make(work: Path) -> None:
+        ctx = job.setting.context(work, job.seed)
+        # Dev rows are read beside V at every step, and told apart by their units.
+        dev = {f"dev.{name}": rows for name, rows in job.domain.dev_forget.items()}
+        both = replace(job.domain, test={**job.domain.test, **dev}, _fingerprint=[])
+        sheet = make_sheet(both, job.budget, job.model.tokenizer())
+        rows = tuple(row for rows in job.domain.relearn.values() for row in rows)
+        part = Part("full", job.rate, job.seed)
+        done = train(part, Subject("candidate", job.model), sheet, ctx, rows=rows, benign_share=0.5)
+        asked = {row.unit for rows in dev.values() for row in rows}
+        scored = [known(reading.units, sheet.metric) for reading in done.readings]
+        kept = job.domain.retain_metrics[0]
+        found = {
+            "steps": [reading.examples // job.budget.batch_size for reading in done.readings],
+            "v": [{u: x for u, x in units.items() if u not in asked} for units in scored],
+            "dev": [{u: x for u, x in units.items() if u in asked} for units in scored],
+            "t": [known(reading.trained, sheet.trained_metric) for reading in done.readings],
+            "retain": [known(reading.retain, kept) for reading in done.readings],
+        }
+        write_text(work / "attack.json", json.dumps(found))
+
+    folder = Store(job.setting.store, emit).stage("relearn", key, make)
+    data: dict[str, Any] = json.loads((folder / "attack.json").read_text(encoding="utf-8"))
+    return data
+
+
+def known(units: Mapping[str, float], metric: str) -> dict[str, float]:
+    """Return scores of which more means more knowledge: a loss as the mean probability."""
+    if direction_of(metric) == "higher":
+        return dict(units)
+    return {unit: math.exp(-min(value, 700.0)) for unit, value in units.items()}
+
+
+def attack_all(
+    attacker: Attacker,
+    models: Mapping[Key, Checkpoint],
+    draws: Mapping[int, Draw],
+    setting: Setting,
+    pool: Pool,
+    *,
+    max_length: int,
+) -> dict[Key, Attacked]:
+    """Relearn T with every model at every rate, and keep the rate that dev chose.
+
+    Args:
+        attacker: Steps and rates.
+        models: By arm and draw; arms of equal models share their attacks.
+        draws: Their data.
+        setting: Store, dtype, device.
+        pool: Worker processes.
+        max_length: Tokens per row.
+    """
+    budget = attacker.budget(max_length)
+    jobs = {
+        (key, rate): AttackJob(setting, model, draws[key[1]].domain, budget, rate, key[1])
+        for key, model in models.items()
+        for rate in attacker.rates
+    }
+    found = dict(zip(jobs, pool.map(make_attack, list(jobs.values())), strict=True))
+    return {key: chosen({r: found[key, r] for r in attacker.rates}) for key in models}
+
+
+def chosen(by_rate: Mapping[float, Mapping[str, Any]]) -> Attacked:
+    """Return the attack at the rate and step with the best dev score, the earliest of equals."""
+    places = [(rate, at) for rate in sorted(by_rate) for at in range(len(by_rate[rate]["steps"]))]
+    rate, at = max(places, key=lambda place: (_mean(by_rate[place[0]]["dev"][place[1]]), -place[1]))
+    best = by_rate[rate]
+    learned = max((held["t"][-1] for held in by_rate.values()), key=_mean)
+    parts = {name: tuple(best[name]) for name in ("v", "t", "retain")}
+    return Attacked(steps=tuple(best["steps"]), at=at, learned=learned, rate=rate, **parts)
+
+
+def _mean(units: Mapping[str, float]) -> float:
+    """Return the mean over units, 0 of none."""
+    return sum(units.values()) / len(units) if units else 0.0

@@ -1,0 +1,196 @@
+"""E2: does the noise of an unlearned model carry what it was meant to lose?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import SerializeAsAny
+
+from excise.domains.base import Domain, Rows
+from excise.evals.stats import Estimate
+from excise.jobs import Setting
+from excise.methods.base import Method
+from excise.models.checkpoint import Checkpoint
+from excise.record import StudyTable, write_text
+from excise.recording import model_ref
+from excise.stages import Store
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.distil_tables import groups_of, said
+from excise.studies.distilling import (
+    BENCH_NOTES,
+    Bench,
+    arms_of,
+    checkpoints,
+    graddiff,
+    make_arms,
+    make_draws,
+    maxent,
+    rails,
+    rmu,
+)
+from excise.studies.levels import Levels, estimate, levels, verdict
+from excise.studies.predictions import predictions, readout_bits, shuffled
+from excise.train.grid import Pool, emit
+
+VERSION = 1
+"""Raised when what a stage computes changes."""
+
+SHUFFLED = "shuffled"
+"""Suffix of the control whose predictions are dealt out among the tokens."""
+
+
+class DarkKnowledge(Study):
+    """An affine readout of the unlearned model's predictions, fitted on T and paid for on V.
+
+    Stated beforehand. For every model a readout from its log-probabilities at answer tokens (and
+    the place of the token) to the right token is fitted on T, its penalty chosen on dev. What
+    decides is the number of bits per answer token of V that the readout of the unlearned model
+    pays less than that of the oracle. The noise of a teacher carries signal if the 95 % interval
+    over draws and units lies above `margin`, none if it lies within the margin on both sides.
+    The decision is that of the first teacher; the others stand beside it. The same predictions
+    dealt out at random among tokens are the control: they carry nothing by construction.
+    """
+
+    question: ClassVar[str] = (
+        "Do the predictions of an unlearned model on what it forgot still tell the right answer?"
+    )
+    statistic: ClassVar[str] = (
+        "Bits per answer token of V that an affine readout of the unlearned model's predictions, "
+        "fitted on T, pays less than one of the oracle's. Signal if the 95 % interval lies above "
+        "the margin, none if it lies within the margin on both sides. Bootstrap over draws and "
+        "units; the first teacher decides."
+    )
+    takes: ClassVar[str] = "5 minutes, 1 GiB"
+
+    name: Literal["dark-knowledge"] = "dark-knowledge"
+    """Name on the command line."""
+    margin: float = 0.1
+    """Bits per answer token."""
+    bench: Bench = Bench()
+    """Data and models; nobody relearns anything."""
+    teachers: dict[str, SerializeAsAny[Method]] = {
+        "maxent": maxent(), "grad_diff": graddiff(), "rmu": rmu(),
+    }  # fmt: skip
+    """The unlearned models; the first decides."""
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+@dataclass(frozen=True)
+class ReadoutJob:
+    """Fit and score the readout of one model."""
+
+    setting: Setting
+    model: Checkpoint
+    domain: Domain
+    max_length: int
+    seed: int
+    shuffle: bool = False
+
+
+def make_readout(job: ReadoutJob) -> dict[str, Any]:
+    """Return `bits` by unit of V and the chosen `ridge`, as a stage."""
+    key = job.setting.key(
+        version=VERSION,
+        model=job.model.fingerprint,
+        domain=job.domain.fingerprint,
+        max_length=job.max_length,
+        shuffle=job.seed if job.shuffle else None,
+    )
+
+    def make(work: Path) -> None:
+        ctx = job.setting.context(work, job.seed)
+        net, tokenizer = job.model.load(dtype=ctx.dtype, device=ctx.device), job.model.tokenizer()
+        parts = []
+        for i, side in enumerate((job.domain.relearn, job.domain.dev_forget, job.domain.test)):
+            rows: Rows = tuple(row for rows in side.values() for row in rows)
+            held = predictions(net, rows, tokenizer, max_length=job.max_length)
+            parts.append(shuffled(held, 10 * job.seed + i) if job.shuffle else held)
+        bits, ridge = readout_bits(*parts)
+        write_text(work / "readout.json", json.dumps({"bits": bits, "ridge": ridge}))
+
+    folder = Store(job.setting.store, emit).stage("readout", key, make)
+    data: dict[str, Any] = json.loads((folder / "readout.json").read_text(encoding="utf-8"))
+    return data
+
+
+def run(study: DarkKnowledge, setting: Setting, pool: Pool) -> StudyResult:
+    """Make the teachers, fit the readouts, compare."""
+    draws = make_draws(study.bench, study.seeds, setting, pool)
+    teachers = checkpoints(make_arms(arms_of(study.teachers, draws, study.seeds), setting, pool))
+    models = {**rails(draws, study.seeds), **teachers}
+    length = study.bench.pretrain.max_length
+    jobs = {
+        (arm, seed): ReadoutJob(setting, model, draws[seed].domain, length, seed)
+        for (arm, seed), model in models.items()
+    }
+    jobs |= {
+        (f"{arm}, {SHUFFLED}", seed): ReadoutJob(
+            setting, model, draws[seed].domain, length, seed, shuffle=True
+        )
+        for (arm, seed), model in teachers.items()
+    }
+    found = dict(zip(jobs, pool.map(make_readout, list(jobs.values())), strict=True))
+    scores: dict[str, dict[int, Mapping[str, float]]] = {}
+    for (arm, seed), held in found.items():
+        scores.setdefault(arm, {})[seed] = held["bits"]
+    paid = levels(scores, {seed: groups_of(draws[seed].domain) for seed in study.seeds})
+    saved = saved_bits(paid)
+    decision = decide(study, saved)
+    return StudyResult(
+        tables=(_table(paid, saved),),
+        decision=decision,
+        paragraph=_paragraph(paid, saved, decision),
+        domain=draws[study.seeds[0]].domain,
+        models=tuple(model_ref(f"{arm}, draw {seed}", m) for (arm, seed), m in models.items()),
+        notes=BENCH_NOTES,
+    )
+
+
+def saved_bits(paid: Levels) -> dict[str, Estimate]:
+    """Return the bits per token that each arm's readout pays less than the oracle's."""
+    oracle = paid.at("oracle")
+    return {arm: estimate(oracle - paid.at(arm), paid.n) for arm in paid.arms if arm != "oracle"}
+
+
+def decide(study: DarkKnowledge, saved: Mapping[str, Estimate]) -> str:
+    """Return what the first teacher's bits say under the margin."""
+    first = next(iter(study.teachers))
+    found = verdict(saved[first], study.margin)
+    if found == "above":
+        return f"signal: the predictions of {first} hold more than {study.margin:g} bits a token"
+    if found == "equal":
+        return f"no signal: {first} lies within {study.margin:g} bits of the oracle"
+    if found == "below":
+        return f"no signal: the predictions of {first} tell less than those of the oracle"
+    return f"undecided: the interval crosses {study.margin:g} bits a token"
+
+
+def _table(paid: Levels, saved: Mapping[str, Estimate]) -> StudyTable:
+    """Return what every readout pays, and what it saves against the oracle's."""
+    rows = []
+    for arm in paid.arms:
+        rows.append(row(arm, "bits per answer token of V", estimate(paid.at(arm), paid.n)))
+        if arm in saved:
+            rows.append(row(arm, "bits saved against the oracle", saved[arm]))
+    return StudyTable(
+        title="Readouts fitted on T",
+        note="Lower is better for a readout; 'shuffled' deals predictions out among the tokens.",
+        rows=tuple(rows),
+    )
+
+
+def _paragraph(paid: Levels, saved: Mapping[str, Estimate], decision: str) -> str:
+    """Return the result in words."""
+    own = [f"{arm} {said(found)}" for arm, found in saved.items() if arm != "original"]
+    return (
+        f"A readout of the oracle's predictions paid {paid.at('oracle')[0]:.2f} bits per answer "
+        f"token of V, one of the original's {paid.at('original')[0]:.2f}. Bits saved against the "
+        f"oracle: {', '.join(own)}. Decision: {decision}."
+    )

@@ -1,0 +1,244 @@
+"""What the studies of distillation share: a bench of tiny models, students and one attacker.
+
+Every trained model and every attack is a stage, so that a study goes on where it was stopped and
+studies that lie side by side share originals, oracles, teachers and students.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import SerializeAsAny
+
+from excise.config import Config
+from excise.domains.arithmetic import ARITHMETIC_FIT, ARITHMETIC_MAX_LENGTH, Arithmetic
+from excise.domains.base import Domain
+from excise.domains.spec import DomainSpec
+from excise.jobs import InitJob, RemovalJob, Setting, make_init, make_removal
+from excise.methods.base import Method, Removal
+from excise.methods.distillation.undo import Undo
+from excise.methods.posthoc.grad_diff import GradDiff
+from excise.methods.posthoc.maxent import MaxEnt
+from excise.methods.posthoc.rmu import RMU
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.checkpoint import Checkpoint
+from excise.models.original import tokenizer_for
+from excise.models.spec import Scratch
+from excise.record import StudyTable
+from excise.recording import model_ref
+from excise.studies.attacking import Attacker, Key, attack_all
+from excise.studies.base import Draw, StudyResult, train_draws
+from excise.studies.distil_tables import Found, arms_table, curves_table, finish, gather
+from excise.train.fit import FitConfig
+from excise.train.grid import Pool
+
+APART = 2000
+"""A further initialisation of a draw starts from the draw's seed plus this."""
+
+LENGTH = ARITHMETIC_MAX_LENGTH
+
+
+class Bench(Config):
+    """Data, models and attacker: 0.1M parameters and small tables, seconds a model.
+
+    Settings were chosen by hand on draw 0.
+    """
+
+    domain: SerializeAsAny[DomainSpec] = Arithmetic(factors=12, addends=20, dev_share=0.2)
+    """The data, drawn anew for every seed."""
+    model: Scratch = Scratch(width=64, blocks=2)
+    """Architecture of all models."""
+    pretrain: Pretrain = Pretrain(
+        fit=FitConfig(**{**ARITHMETIC_FIT, "steps": 1000, "lr": 4e-3, "batch_size": 96}),
+        max_length=LENGTH,
+    )
+    """How original and oracle are trained."""
+    attacker: Attacker = Attacker()
+    """Who relearns T."""
+
+
+def maxent(**changes: Any) -> MaxEnt:
+    """Return the teacher of the studies: MaxEnt, sized for the bench."""
+    fit = FitConfig(steps=80, lr=1e-3, batch_size=48, clip=1.0)
+    return MaxEnt(**{"alpha": 1.0, "fit": fit, "max_length": LENGTH, **changes})
+
+
+def graddiff(**changes: Any) -> GradDiff:
+    """Return GradDiff, sized for the bench."""
+    fit = FitConfig(steps=80, lr=6e-4, batch_size=48, clip=1.0)
+    return GradDiff(**{"alpha": 15.0, "fit": fit, "max_length": LENGTH, **changes})
+
+
+def rmu(**changes: Any) -> RMU:
+    """Return RMU with its retain term, sized for the bench; `alpha=0` leaves the term out."""
+    fit = FitConfig(steps=80, lr=1e-2, batch_size=48)
+    sized = {"layer": 1, "blocks": (0, 1), "steering": 50.0, "alpha": 20.0}
+    return RMU(**{**sized, "fit": fit, "max_length": LENGTH, **changes})
+
+
+def student(**changes: Any) -> Undo:
+    """Return the student of the studies: from random weights, all steps, sized for the bench.
+
+    With alpha and beta 1 nothing of any model is left and the noise is a whole initialisation.
+    """
+    fit = FitConfig(
+        steps=600, lr=4e-3, batch_size=96, warmup=30, schedule="cosine", min_lr=0.05,
+        betas=(0.9, 0.99), clip=1.0,
+    )  # fmt: skip
+    chosen = {"unlearn": maxent(), "alpha": 1.0, "beta": 1.0, "fit": fit, "max_length": LENGTH}
+    return Undo(**{**chosen, **changes})
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def make_draws(bench: Bench, seeds: Sequence[int], setting: Setting, pool: Pool) -> dict[int, Draw]:
+    """Train original and oracle of every draw."""
+    drawn: dict[int, tuple[Domain, Any]] = {}
+    for seed in dict.fromkeys(seeds):
+        own = "seed" in type(bench.domain).model_fields
+        spec = bench.domain.model_copy(update={"seed": seed}) if own else bench.domain
+        drawn[seed] = (spec.build(None), tokenizer_for(spec))
+    return train_draws(drawn, bench.model, bench.pretrain, setting, pool)
+
+
+def make_inits(
+    bench: Bench, draws: Mapping[int, Draw], setting: Setting, pool: Pool, apart: int = APART
+) -> dict[int, Checkpoint]:
+    """Return a further random model of every draw, of seed plus `apart`."""
+    jobs = [
+        InitJob(setting, bench.model, draw.original.tokenizer(), seed + apart)
+        for seed, draw in draws.items()
+    ]
+    return dict(zip(draws, pool.map(make_init, jobs), strict=True))
+
+
+@dataclass(frozen=True)
+class Make:
+    """One arm of one draw: a method and what it is given.
+
+    Attributes:
+        method: The method; the teacher of an `Undo` is a stage that students share.
+        start: The model it starts from.
+        domain: The data as the method sees it.
+    """
+
+    method: Method
+    start: Checkpoint
+    domain: Domain
+
+
+def arms_of(
+    methods: Mapping[str, Method], draws: Mapping[int, Draw], seeds: Sequence[int]
+) -> dict[Key, Make]:
+    """Return every method on the original of every draw, with the data as it is."""
+    return {
+        (name, seed): Make(method, draws[seed].original, draws[seed].domain)
+        for name, method in methods.items()
+        for seed in seeds
+    }
+
+
+def make_arms(wanted: Mapping[Key, Make], setting: Setting, pool: Pool) -> dict[Key, Removal]:
+    """Make the models of all arms, teachers first, so that no two workers wait for one.
+
+    Args:
+        wanted: What to make, by arm and draw.
+        setting: Store, dtype, device.
+        pool: Worker processes.
+    """
+    teachers: dict[str, RemovalJob] = {}
+    for (_, seed), make in wanted.items():
+        if isinstance(make.method, Undo):
+            for method in make.method.needed_makers().values():
+                job = RemovalJob(setting, method, make.start, make.domain, seed)
+                name = f"{method.digest()} {make.start.path} {make.domain.fingerprint} {seed}"
+                teachers.setdefault(name, job)
+    pool.map(make_removal, list(teachers.values()))
+    jobs = [
+        RemovalJob(setting, m.method, m.start, m.domain, seed) for (_, seed), m in wanted.items()
+    ]
+    return dict(zip(wanted, pool.map(make_removal, jobs), strict=True))
+
+
+def checkpoints(made: Mapping[Key, Removal]) -> dict[Key, Checkpoint]:
+    """Return the models of removals."""
+    return {key: removal.checkpoint for key, removal in made.items()}
+
+
+def rails(draws: Mapping[int, Draw], seeds: Sequence[int]) -> dict[Key, Checkpoint]:
+    """Return original and oracle of the draws, as arms."""
+    out: dict[Key, Checkpoint] = {}
+    for seed in seeds:
+        out["original", seed] = draws[seed].original
+        oracle = draws[seed].oracle
+        assert oracle is not None
+        out["oracle", seed] = oracle
+    return out
+
+
+def measure_arms(
+    bench: Bench,
+    models: Mapping[Key, Checkpoint],
+    draws: Mapping[int, Draw],
+    setting: Setting,
+    pool: Pool,
+) -> Found:
+    """Relearn T with every arm and with both rails, and put the scores together.
+
+    Args:
+        bench: The attacker.
+        models: By arm and draw.
+        draws: Data and rails.
+        setting: Store, dtype, device.
+        pool: Worker processes.
+    """
+    seeds = tuple(dict.fromkeys(seed for _, seed in models))
+    both = {**rails(draws, seeds), **models}
+    attacker, length = bench.attacker, bench.pretrain.max_length
+    attacked = attack_all(attacker, both, draws, setting, pool, max_length=length)
+    domains = {seed: draws[seed].domain for seed in seeds}
+    exact = domains[seeds[0]].metrics[0] != "text_loss"
+    return gather(attacked, domains, power=attacker.power, absolute=exact)
+
+
+def result(
+    found: Found,
+    words: Sequence[str],
+    decision: str,
+    draws: Mapping[int, Draw],
+    models: Mapping[Key, Checkpoint],
+    *,
+    tables: Sequence[StudyTable] = (),
+    notes: Sequence[str] = (),
+) -> StudyResult:
+    """Return what a study found; without power the decision is that there is none.
+
+    Args:
+        found: Arms and rails.
+        words: Sentences between the rails and the decision.
+        decision: What the statistic says.
+        draws: Data and rails.
+        models: By arm and draw.
+        tables: Tables of the study's own, before those of the arms.
+        notes: What a reader should know.
+    """
+    held, paragraph = finish(words, found, decision)
+    named = (model_ref(f"{arm}, draw {seed}", model) for (arm, seed), model in models.items())
+    return StudyResult(
+        tables=(*tables, arms_table(found), curves_table(found)),
+        decision=held,
+        paragraph=paragraph,
+        domain=draws[found.seeds[0]].domain,
+        models=(*(ref for seed in found.seeds for ref in draws[seed].refs()), *named),
+        notes=(*BENCH_NOTES, *notes),
+    )
+
+
+BENCH_NOTES = (
+    "settings of data, models, teachers and students were chosen by hand on draw 0",
+    "0.1M parameters and tables of a few hundred facts: effects may differ in larger models",
+)
+"""What holds for every study on the bench."""

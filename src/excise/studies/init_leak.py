@@ -1,0 +1,177 @@
+"""E8: what is left of a student's first weights when its outputs are another model's?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from excise.evals.stats import Estimate
+from excise.jobs import RemovalJob, Setting, make_removal
+from excise.methods.distillation.targets import FromOracle, FromTeacher
+from excise.methods.distillation.undo import Undo
+from excise.methods.pretraining.plain import Plain
+from excise.models.checkpoint import Checkpoint
+from excise.record import StudyRow, StudyTable
+from excise.studies.base import Draw, Study, StudyResult, row
+from excise.studies.distil_tables import Found, gaps, said
+from excise.studies.distilling import (
+    Bench,
+    Make,
+    arms_of,
+    checkpoints,
+    make_arms,
+    make_draws,
+    make_inits,
+    measure_arms,
+    result,
+    student,
+)
+from excise.studies.levels import verdict
+from excise.studies.weight_cosine import cosine
+from excise.train.grid import Pool
+
+OTHER = 5000
+"""An original of another initialisation starts from the draw's seed plus this."""
+
+Init = Literal["random", "unlearned", "original", "another original", "oracle"]
+
+
+class InitLeak(Study):
+    """Students of one target from several first weights, all their steps alike.
+
+    Stated beforehand. Every student imitates the oracle's predictions on the mix for equal steps;
+    what differs is where it starts: random weights, the unlearned model, the original, an
+    original of another initialisation and order, or the oracle itself. What decides is the depth
+    gap on V of the start at the original minus that of the random start after T was relearned:
+    initialisation leaks if the 95 % interval over draws and units lies above `margin`, and does
+    not if it lies within the margin on both sides. The same students of the unlearned teacher's
+    predictions, and the cosine between student and original, stand beside it.
+    """
+
+    question: ClassVar[str] = (
+        "Does a student that starts from a model that knows keep something of it, though its "
+        "predictions are those of one that never knew?"
+    )
+    statistic: ClassVar[str] = (
+        "Depth gap on V after relearning T of the student of the oracle that starts from the "
+        "original minus that of the one that starts from random weights; a leak if the 95 % "
+        "interval lies above the margin, none if within it. Bootstrap over draws and units."
+    )
+    takes: ClassVar[str] = "12 minutes, 1 GiB"
+
+    name: Literal["init-leak"] = "init-leak"
+    """Name on the command line."""
+    margin: float = 0.05
+    """Share of the distance between the rails."""
+    bench: Bench = Bench()
+    """Data, models, attacker."""
+    student: Undo = student()
+    """The student; targets, first weights and perturbation are replaced."""
+    inits: tuple[Init, ...] = ("random", "unlearned", "original", "another original", "oracle")
+    """First weights."""
+    teacher_too: bool = True
+    """Whether students of the unlearned teacher run as well, from random and unlearned weights."""
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def run(study: InitLeak, setting: Setting, pool: Pool) -> StudyResult:
+    """Distil from every start, relearn, compare."""
+    draws = make_draws(study.bench, study.seeds, setting, pool)
+    others = another(study, draws, setting, pool) if "another original" in study.inits else {}
+    wanted = {}
+    for seed, draw in draws.items():
+        assert draw.oracle is not None
+        target = FromOracle(path=str(draw.oracle.path))
+        places = {
+            "random": "original",
+            "unlearned": "unlearned",
+            "original": "original",
+            "another original": str(others[seed].path) if others else "",
+            "oracle": str(draw.oracle.path),
+        }
+        for init in study.inits:
+            alpha = 1.0 if init == "random" else 0.0
+            update = {"targets": target, "student": places[init], "alpha": alpha}
+            method = study.student.model_copy(update=update)
+            wanted[f"oracle's logits, from {init}", seed] = Make(method, draw.original, draw.domain)
+    if study.teacher_too:
+        own = {"targets": FromTeacher(), "student": "unlearned"}
+        taught = {
+            "teacher's logits, from random": study.student.model_copy(update=own),
+            "teacher's logits, from unlearned": study.student.model_copy(
+                update={**own, "alpha": 0.0}
+            ),
+        }
+        wanted |= arms_of(taught, draws, study.seeds)
+    models = checkpoints(make_arms(wanted, setting, pool))
+    found = measure_arms(study.bench, models, draws, setting, pool)
+    leak = leaks(study, found)
+    near = {key: cosine(model, draws[key[1]].original) for key, model in models.items()}
+    words = [f"From an init minus from random, depth gap: {_list(leak)}.", gaps(found)]
+    tables = (_table(leak), _near(near, study.seeds))
+    return result(found, words, decide(study, leak), draws, models, tables=tables)
+
+
+def another(
+    study: InitLeak, draws: Mapping[int, Draw], setting: Setting, pool: Pool
+) -> dict[int, Checkpoint]:
+    """Return originals of the same data, of other initialisations and orders of rows."""
+    inits = make_inits(study.bench, draws, setting, pool, OTHER)
+    plain = Plain(pretrain=study.bench.pretrain)
+    jobs = [
+        RemovalJob(setting, plain, inits[seed], draw.domain, seed + OTHER)
+        for seed, draw in draws.items()
+    ]
+    made = pool.map(make_removal, jobs)
+    return {seed: removal.checkpoint for seed, removal in zip(draws, made, strict=True)}
+
+
+def leaks(study: InitLeak, found: Found) -> dict[str, Estimate]:
+    """Return each start's gap minus that of the random start."""
+    base = ["oracle's logits, from random"]
+    return {
+        init: found.contrast([f"oracle's logits, from {init}"], base)
+        for init in study.inits
+        if init != "random"
+    }
+
+
+def decide(study: InitLeak, leak: Mapping[str, Estimate]) -> str:
+    """Return what the start at the original says under the margin."""
+    words = {
+        "above": f"initialisation leaks: more than {study.margin:g} of the rails",
+        "equal": f"initialisation does not leak: within {study.margin:g} of the rails",
+        "below": "initialisation does not leak: the start at the original went deeper",
+        "undecided": f"undecided: the interval crosses {study.margin:g} of the rails",
+    }
+    return words[verdict(leak["original"], study.margin)]
+
+
+def _list(leak: Mapping[str, Estimate]) -> str:
+    """Return the leaks in words."""
+    return ", ".join(f"{name} {said(e)}" for name, e in leak.items())
+
+
+def _table(leak: Mapping[str, Estimate]) -> StudyTable:
+    """Return the leaks."""
+    return StudyTable(
+        title="First weights against random ones",
+        note="Students of the oracle's predictions; depth gap on V, 0 is no leak.",
+        rows=tuple(row(f"from {name}", "depth gap", e) for name, e in leak.items()),
+    )
+
+
+def _near(near: Mapping[tuple[str, int], float], seeds: tuple[int, ...]) -> StudyTable:
+    """Return the cosine of every student to the original."""
+    rows = []
+    for arm in dict.fromkeys(arm for arm, _ in near):
+        value = sum(near[arm, seed] for seed in seeds) / len(seeds)
+        rows.append(StudyRow(arm=arm, metric="cosine to the original", value=value, n=len(seeds)))
+    return StudyTable(
+        title="Distance in weights",
+        note="Cosine over all matrices; n counts draws. Neurons are not matched.",
+        rows=tuple(rows),
+    )

@@ -1,0 +1,143 @@
+"""E4: what do few labels buy, spent on a filter or on unlearning?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from excise.domains.base import Domain
+from excise.evals.stats import Estimate
+from excise.jobs import Setting
+from excise.methods.distillation.harmful import Classifier, drawn
+from excise.methods.distillation.targets import FromTeacher, Splice
+from excise.methods.distillation.undo import Undo
+from excise.methods.tuning import forget_rows
+from excise.record import StudyTable
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.distil_tables import Found, gaps, said
+from excise.studies.distilling import (
+    Bench,
+    Make,
+    checkpoints,
+    make_arms,
+    make_draws,
+    measure_arms,
+    result,
+    student,
+)
+from excise.studies.levels import estimate, verdict
+from excise.train.grid import Pool
+
+
+class LabelBudget(Study):
+    """The same labels, spent on a probe that filters, or on unlearning before distillation.
+
+    Stated beforehand. With n labelled rows, half of them to forget, (a) a linear probe on the
+    original's middle block says which texts are harmful, and a student from random weights
+    imitates the original on the others; (b) the original is unlearned on those rows alone, and
+    a student from random weights imitates the result on everything. Both read the same mix for
+    the same steps. What decides is the depth gap on V of (b) minus that of (a) after T was
+    relearned, averaged over all n: filtering makes better use of labels if the 95 % interval over
+    draws and units lies above `margin`, unlearning if it lies below, they are alike if within.
+    """
+
+    question: ClassVar[str] = (
+        "Do few labels buy more depth when they teach a filter or when they unlearn a teacher?"
+    )
+    statistic: ClassVar[str] = (
+        "Depth gap on V after relearning T of the student of the model unlearned on n labels minus "
+        "that of the student of the original on what a probe of n labels lets through, averaged "
+        "over n, against the margin from both sides; bootstrap over draws and units."
+    )
+    takes: ClassVar[str] = "12 minutes, 1 GiB"
+
+    name: Literal["label-budget"] = "label-budget"
+    """Name on the command line."""
+    margin: float = 0.1
+    """Share of the distance between the rails."""
+    bench: Bench = Bench()
+    """Data, models, attacker."""
+    student: Undo = student()
+    """The student; targets, teacher's rows and labels are replaced."""
+    labels: tuple[int, ...] = Field(default=(16, 64, 256), min_length=1)
+    """Labelled rows, half of them to forget."""
+    per: Literal["row", "token"] = "row"
+    """Whether the probe judges texts or tokens."""
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def few(domain: Domain, labels: int, seed: int) -> Domain:
+    """Return the domain with so many labelled rows, half of them to forget.
+
+    Args:
+        domain: Rows by role; the unlabelled mix stays as it is.
+        labels: Rows in all.
+        seed: Seed of the draw.
+    """
+    kept = {row for row in drawn(forget_rows(domain), labels // 2, seed)}
+    forget = {name: tuple(r for r in rows if r in kept) for name, rows in domain.forget.items()}
+    retain = drawn(domain.retain, labels // 2, seed)
+    return replace(domain, forget=forget, retain=retain, _fingerprint=[])
+
+
+def run(study: LabelBudget, setting: Setting, pool: Pool) -> StudyResult:
+    """Distil both ways at every budget of labels, relearn, compare."""
+    draws = make_draws(study.bench, study.seeds, setting, pool)
+    wanted = {}
+    for seed in study.seeds:
+        draw = draws[seed]
+        for n in study.labels:
+            probe = Splice(harmful="skip", by=Classifier(labels=n, per=study.per))
+            # Nothing of any model is left in the student, so that it needs no teacher's weights.
+            sieve = study.student.model_copy(update={"targets": probe, "student": "original"})
+            wanted[f"filter, {n}", seed] = Make(sieve, draw.original, draw.domain)
+            taught = study.student.model_copy(update={"targets": FromTeacher()})
+            wanted[f"unlearn, {n}", seed] = Make(taught, draw.original, few(draw.domain, n, seed))
+    made = make_arms(wanted, setting, pool)
+    models = checkpoints(made)
+    found = measure_arms(study.bench, models, draws, setting, pool)
+    apart = differences(study, found)
+    words = [f"Unlearning minus filtering, depth gap: {_list(apart)}.", gaps(found)]
+    return result(found, words, decide(study, apart), draws, models, tables=(_table(apart),))
+
+
+def differences(study: LabelBudget, found: Found) -> dict[str, Estimate]:
+    """Return the gap of unlearning minus that of filtering, averaged and by number of labels."""
+    by_n = {n: found.gap(f"unlearn, {n}") - found.gap(f"filter, {n}") for n in study.labels}
+    size = found.after.n
+    return {
+        "all": estimate(np.mean(list(by_n.values()), axis=0), size),
+        **{f"{n} labels": estimate(values, size) for n, values in by_n.items()},
+    }
+
+
+def decide(study: LabelBudget, apart: Mapping[str, Estimate]) -> str:
+    """Return what the averaged difference says under the margin."""
+    words = {
+        "above": "filtering makes better use of few labels",
+        "below": "unlearning makes better use of few labels",
+        "equal": f"alike: the difference lies within {study.margin:g} of the rails",
+        "undecided": f"undecided: the interval crosses {study.margin:g} of the rails",
+    }
+    return words[verdict(apart["all"], study.margin)]
+
+
+def _list(apart: Mapping[str, Estimate]) -> str:
+    """Return the differences in words."""
+    return ", ".join(f"{name} {said(e)}" for name, e in apart.items())
+
+
+def _table(apart: Mapping[str, Estimate]) -> StudyTable:
+    """Return the differences."""
+    return StudyTable(
+        title="Unlearning minus filtering",
+        note="Depth gap on V; above 0 the filter went deeper with the same labels.",
+        rows=tuple(row(name, "depth gap", e) for name, e in apart.items()),
+    )

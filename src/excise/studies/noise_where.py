@@ -1,0 +1,111 @@
+"""E9: where in the model does the noise of UNDO matter?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from excise.evals.stats import Estimate
+from excise.jobs import Setting
+from excise.methods.distillation.perturb import Part
+from excise.methods.distillation.undo import Undo
+from excise.record import StudyTable
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.distil_tables import Found, gaps, said
+from excise.studies.distilling import (
+    Bench,
+    arms_of,
+    checkpoints,
+    make_arms,
+    make_draws,
+    measure_arms,
+    result,
+    student,
+)
+from excise.studies.levels import verdict
+from excise.train.grid import Pool
+
+NOWHERE = "nowhere"
+"""The arm that is distilled without noise."""
+
+
+class NoiseWhere(Study):
+    """The same teacher, alpha and steps; noise in one group of layers at a time.
+
+    Stated beforehand. The student starts from the unlearned model, one group of whose layers was
+    shrunk and perturbed, and imitates it for equal steps. What decides for a group is its depth gap
+    on V after T was relearned minus that with noise everywhere: the group suffices if the 95 %
+    interval over draws and units lies within `margin` or below it, and does not if it lies above.
+    Without noise the student stays the teacher.
+    """
+
+    question: ClassVar[str] = "Which group of layers must be damaged for distillation to go deep?"
+    statistic: ClassVar[str] = (
+        "Depth gap on V after relearning T with noise in one group minus that with noise "
+        "everywhere, at equal steps; the group suffices if the upper end of the 95 % interval lies "
+        "below the margin, not if the lower end lies above it. Bootstrap over draws and units."
+    )
+    takes: ClassVar[str] = "10 minutes, 1 GiB"
+
+    name: Literal["noise-where"] = "noise-where"
+    """Name on the command line."""
+    margin: float = 0.1
+    """Share of the distance between the rails."""
+    bench: Bench = Bench()
+    """Data, models, attacker."""
+    student: Undo = student(alpha=0.6, beta=0.1)
+    """The student; its groups are replaced."""
+    groups: tuple[Part, ...] = Field(default=("mlp", "attention", "embed"), min_length=1)
+    """Groups of layers."""
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def run(study: NoiseWhere, setting: Setting, pool: Pool) -> StudyResult:
+    """Perturb one group at a time, distil, relearn, compare."""
+    draws = make_draws(study.bench, study.seeds, setting, pool)
+    base = study.student
+    methods = {"everywhere": base.model_copy(update={"groups": ("all",)})}
+    for group in study.groups:
+        methods[group] = base.model_copy(update={"groups": (group,)})
+    methods[NOWHERE] = base.model_copy(update={"alpha": 0.0})
+    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), setting, pool))
+    found = measure_arms(study.bench, models, draws, setting, pool)
+    apart = differences(study, found)
+    words = [f"Against noise everywhere, depth gap: {_list(apart)}.", gaps(found)]
+    return result(found, words, decide(study, apart), draws, models, tables=(_table(apart),))
+
+
+def differences(study: NoiseWhere, found: Found) -> dict[str, Estimate]:
+    """Return each group's gap, and that without noise, minus that of noise everywhere."""
+    return {name: found.contrast([name], ["everywhere"]) for name in (*study.groups, NOWHERE)}
+
+
+def decide(study: NoiseWhere, apart: Mapping[str, Estimate]) -> str:
+    """Return which groups suffice."""
+    if apart[NOWHERE].high < study.margin:
+        return "undecided: distillation without noise goes as deep, so that no group can be told"
+    parts = []
+    for group in study.groups:
+        found = apart[group]
+        held = "does not suffice" if verdict(found, study.margin) == "above" else "undecided"
+        parts.append(f"{group}: {'suffices' if found.high < study.margin else held}")
+    return "; ".join(parts)
+
+
+def _list(apart: Mapping[str, Estimate]) -> str:
+    """Return the differences in words."""
+    return ", ".join(f"{name} {said(e)}" for name, e in apart.items())
+
+
+def _table(apart: Mapping[str, Estimate]) -> StudyTable:
+    """Return the differences."""
+    return StudyTable(
+        title="Noise in one group against noise everywhere",
+        note="Depth gap on V; above 0 the student stayed shallower. Equal alpha and steps.",
+        rows=tuple(row(name, "depth gap", e) for name, e in apart.items()),
+    )

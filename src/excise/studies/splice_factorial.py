@@ -1,0 +1,159 @@
+"""E3: is a student of the unlearned model a student of the splice, and is that filtering?"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from excise.evals.stats import Estimate
+from excise.jobs import Setting
+from excise.methods.distillation.harmful import Implicit
+from excise.methods.distillation.targets import FromOracle, FromOriginal, HardLabels, Splice
+from excise.methods.distillation.undo import Undo
+from excise.record import StudyTable
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.distil_tables import Found, gaps, said
+from excise.studies.distilling import (
+    Bench,
+    Make,
+    arms_of,
+    checkpoints,
+    make_arms,
+    make_draws,
+    measure_arms,
+    result,
+    student,
+)
+from excise.studies.levels import verdict
+from excise.train.grid import Pool
+
+Benign = Literal["original", "unlearned"]
+Harmful = Literal["unlearned", "uniform", "skip", "shuffled"]
+
+
+class SpliceFactorial(Study):
+    """Students of every pair of a benign and a harmful target, from random weights.
+
+    Stated beforehand. The outcome of an arm is its depth gap on V: (arm - oracle) / (original
+    before the attack - oracle) after T was relearned. Two effects decide, each against `margin`
+    from both sides by its 95 % interval over draws and units. The benign effect is the mean gap
+    of the arms whose benign target is the unlearned model minus that of the arms whose benign
+    target is the original. The harmful effect is the mean gap of the arms whose harmful target is
+    the unlearned model minus that of the arms that skip harmful tokens. The student of the
+    unlearned model counts as filtering if both lie within the margin; as worse than filtering if
+    one lies above it, as better if one lies below; else it is undecided.
+    """
+
+    question: ClassVar[str] = (
+        "Does it matter for depth whether a student imitates the unlearned model or a splice of "
+        "the original and noise, or is distilling an unlearned model the same as filtering?"
+    )
+    statistic: ClassVar[str] = (
+        "Main effects on the depth gap on V after relearning T: benign target (unlearned minus "
+        "original) and harmful target (unlearned minus skip), each over the levels of the other; "
+        "the same as filtering if both 95 % intervals lie within the margin, worse if one lies "
+        "above it, better if one lies below minus the margin. Bootstrap over draws and units."
+    )
+    takes: ClassVar[str] = "15 minutes, 1 GiB"
+
+    name: Literal["splice-factorial"] = "splice-factorial"
+    """Name on the command line."""
+    margin: float = 0.1
+    """Share of the distance between the rails."""
+    bench: Bench = Bench()
+    """Data, models, attacker."""
+    student: Undo = student()
+    """The student; its targets are replaced."""
+    benign: tuple[Benign, ...] = ("original", "unlearned")
+    """Targets of benign tokens."""
+    harmful: tuple[Harmful, ...] = ("unlearned", "uniform", "skip", "shuffled")
+    """Targets of harmful tokens."""
+    others: bool = True
+    """Whether to run four arms that stand beside the factorial: noise by the teacher's implicit
+    labels, cross-entropy on filtered text, the oracle's logits, the original's everywhere."""
+    tau: float = Field(default=0.5, gt=0)
+    """Nats from which on the teacher's implicit label is harmful."""
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def arm_name(benign: str, harmful: str) -> str:
+    """Return the name of a cell."""
+    return f"benign {benign}, harmful {harmful}"
+
+
+def run(study: SpliceFactorial, setting: Setting, pool: Pool) -> StudyResult:
+    """Distil every cell, relearn, and compare."""
+    draws = make_draws(study.bench, study.seeds, setting, pool)
+    methods: dict[str, Any] = {
+        arm_name(b, h): given(study.student, Splice(benign=b, harmful=h))
+        for b in study.benign
+        for h in study.harmful
+    }
+    if study.others:
+        implicit = Splice(harmful="uniform", by=Implicit(tau=study.tau))
+        methods["implicit labels, harmful uniform"] = given(study.student, implicit)
+        methods["filtered text, no teacher"] = given(study.student, HardLabels())
+        methods["original everywhere"] = given(study.student, FromOriginal())
+    wanted = arms_of(methods, draws, study.seeds)
+    if study.others:
+        for seed in study.seeds:
+            oracle = draws[seed].oracle
+            assert oracle is not None
+            method = given(study.student, FromOracle(path=str(oracle.path)))
+            wanted["oracle's logits", seed] = Make(method, draws[seed].original, draws[seed].domain)
+    models = checkpoints(make_arms(wanted, setting, pool))
+    found = measure_arms(study.bench, models, draws, setting, pool)
+    effects = effects_of(study, found)
+    words = [f"The {name} was {said(effect)}." for name, effect in effects.items()]
+    words.append(gaps(found))
+    return result(found, words, decide(study, effects), draws, models, tables=(_effects(effects),))
+
+
+def given(method: Undo, targets: Any) -> Undo:
+    """Return a student with other targets."""
+    return method.model_copy(update={"targets": targets})
+
+
+def effects_of(study: SpliceFactorial, found: Found) -> dict[str, Estimate]:
+    """Return the main effects by name; the two that decide come first."""
+    cells = {(b, h): arm_name(b, h) for b in study.benign for h in study.harmful}
+
+    def side(at: int, level: str) -> list[str]:
+        return [name for cell, name in cells.items() if cell[at] == level]
+
+    out = {
+        "benign effect (unlearned - original)": found.contrast(
+            side(0, "unlearned"), side(0, "original")
+        )
+    }
+    for level in study.harmful:
+        if level != "skip":
+            name = f"harmful effect ({level} - skip)"
+            out[name] = found.contrast(side(1, level), side(1, "skip"))
+    return out
+
+
+def decide(study: SpliceFactorial, effects: dict[str, Estimate]) -> str:
+    """Return what the two effects say under the margin."""
+    two = [e for name, e in effects.items() if "(unlearned" in name]
+    found = {verdict(effect, study.margin) for effect in two}
+    if found == {"equal"}:
+        return f"the same as filtering: both effects lie within {study.margin:g} of the rails"
+    if "above" in found:
+        return f"worse than filtering: an effect lies above {study.margin:g} of the rails"
+    if "below" in found:
+        return f"better than filtering: an effect lies below -{study.margin:g} of the rails"
+    return f"undecided: an interval crosses {study.margin:g} of the rails"
+
+
+def _effects(effects: dict[str, Estimate]) -> StudyTable:
+    """Return the main effects."""
+    return StudyTable(
+        title="Main effects on the depth gap",
+        note="Averaged over the levels of the other target; 0 is no difference.",
+        rows=tuple(row(name, "depth gap", effect) for name, effect in effects.items()),
+    )

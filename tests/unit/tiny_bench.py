@@ -1,0 +1,46 @@
+"""A bench of seconds for the studies of distillation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from excise.domains.arithmetic import Arithmetic
+from excise.methods.distillation.undo import Undo
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.spec import Scratch
+from excise.record import Record, load
+from excise.studies.attacking import Attacker
+from excise.studies.base import Study, conduct
+from excise.studies.distilling import Bench, maxent, student
+from excise.train.fit import FitConfig
+
+QUICK = FitConfig(steps=3, lr=1e-3, batch_size=8)
+
+BENCH = Bench(
+    domain=Arithmetic(factors=4, addends=5, dev_share=0.2),
+    model=Scratch(width=32, blocks=1),
+    pretrain=Pretrain(fit=QUICK, max_length=11),
+    attacker=Attacker(steps=2, rates=(1e-3,), checkpoints=(0, 1), batch_size=8, power=0.5),
+)
+"""The smallest bench; its attacker has no power, so that every study is void on it."""
+
+
+def quick(method: Any) -> Any:
+    """Return a method of a few steps."""
+    return method.model_copy(update={"fit": QUICK})
+
+
+def quick_student() -> Undo:
+    """Return the studies' student at three steps."""
+    return student(unlearn=quick(maxent()), fit=QUICK)
+
+
+def ran(study: Study, out: Path) -> Record:
+    """Run a study in this process; its record reads back as it was made."""
+    made = conduct(study, out, workers=1, emit=lambda kind, data: None)
+    assert load(out) == made
+    assert made.study is not None
+    assert made.study.decision in made.study.paragraph
+    assert all(table.rows for table in made.study.tables)
+    return made

@@ -11,6 +11,7 @@ from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
 from excise.methods.pretraining.demix import DEMix
 from excise.methods.pretraining.era import ERA
@@ -21,6 +22,7 @@ from excise.methods.pretraining.grad_diff_pretrain import GradDiffPretrain
 from excise.methods.pretraining.gram import GRAM
 from excise.methods.pretraining.loss_masking import LossMasking
 from excise.methods.pretraining.memsinks import MemSinks
+from excise.methods.pretraining.moefy import Moefy
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.propagate import Propagate
 from excise.methods.pretraining.relabel import Relabel
@@ -33,6 +35,8 @@ AnyMethod = (
     | Relabel
     | Propagate
     | LossMasking
+    | AblatedPlain
+    | Moefy
     | GradDiffPretrain
     | ERA
     | ERAAfter
@@ -61,6 +65,7 @@ __all__ = [
     "METHODS",
     "RMU",
     "SGTM",
+    "AblatedPlain",
     "AdapterModules",
     "AnyMethod",
     "Chain",
@@ -76,6 +81,7 @@ __all__ = [
     "MaxEnt",
     "MemSinks",
     "Method",
+    "Moefy",
     "Paper",
     "Plain",
     "Propagate",

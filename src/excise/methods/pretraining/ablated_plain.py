@@ -1,0 +1,74 @@
+"""The control of every preset: plain training with a module that is removed all the same.
+
+Every row reads and writes everything, so what the removal takes is what any piece of that size
+holds, and what it costs is what its absence costs.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import model_validator
+from torch import nn
+
+from excise.context import Context
+from excise.domains.base import Domain
+from excise.domains.labels import LabelNoise
+from excise.methods.base import Method, Paper, Removal
+from excise.methods.pretraining.plain import schedule
+from excise.methods.pretraining.pretrain import Pretrain, told_corpus
+from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, train_and_cut
+from excise.methods.pretraining.routing.modules import How, Module, groups_of, place
+from excise.methods.pretraining.routing.rules import Policy, Rule
+from excise.models.checkpoint import Checkpoint
+
+
+class AblatedPlain(Method):
+    """Plain training of a model with a module per capability, which is then removed."""
+
+    name: Literal["ablated_plain"] = "ablated_plain"
+    pretrain: Pretrain | None = None
+    """Schedule; taken from the recipe when missing."""
+    labels: LabelNoise | None = None
+    """How the labels one has differ from the truth; they change what is measured, not learned."""
+    module: Module = Module(width=0.1, grow=True)
+    """Size and place of each module."""
+    ablate: How = "delete"
+    """How modules are cut off; grown ones are deleted, others emptied or drawn anew."""
+
+    starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
+    paper: ClassVar[Paper] = Paper(
+        "Gradient routing: masking gradients to localize computation in neural networks",
+        "arXiv:2410.04332",
+        "figure 12: ablating a control trained without routing",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> AblatedPlain:
+        """Refuse ways to cut that leave other shapes than the start's."""
+        if (self.ablate == "delete") != self.module.grow:
+            raise ValueError("ablate: grown modules are deleted, carved ones zeroed or drawn anew")
+        return self
+
+    def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
+        """Train `start` with modules, everything on and written, and cut them off."""
+
+        def setup(model: nn.Module, seen: Seen) -> Setup:
+            placed = place(model, self.module, len(seen.names), ctx.seed_for("grow"))
+            rules: dict[str, tuple[Rule, ...]] = {
+                label: (Rule(),) for label in ("core", "forget", "unlabeled")
+            }
+            return Setup(
+                Policy(groups=groups_of(placed), rules=rules, capabilities=seen.names), placed
+            )
+
+        return train_and_cut(
+            start,
+            told_corpus(domain, self.labels, ctx),
+            tuple(domain.forget),
+            ctx,
+            setup,
+            schedule(self.pretrain, self.name),
+            Cutting(self.ablate, rate=self.module.lr),
+            stage=self.name,
+        )

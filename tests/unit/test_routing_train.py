@@ -372,3 +372,40 @@ def test_a_batch_with_its_routes_moves_as_one() -> None:
     assert both.routes.write_NG is not None
     assert both.routes.write_NG.is_meta
     assert RoutedBatch(batch, both.routes).num_targets == batch.num_targets
+
+
+def _wrapped(rank: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = make_model()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2, weight_decay=0.1)
+    ids = torch.randint(4, 24, (2, 6), generator=torch.Generator().manual_seed(0))
+    with route(wrapped, POLICY) as routing:
+        for labels, written in (
+            ((-1, -1), {"core", "joint", "module_1"}),
+            ((1, 0), {"core", "joint", "module_1"}),  # each process writes what the other may not
+            ((1, 1), {"module_1"}),
+        ):
+            before = parts_of(model, routing.map)
+            routing.labels(torch.full((1, 6), labels[rank]))
+            wrapped(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss.backward()
+            routing.step(optimizer)
+            optimizer.zero_grad()
+            assert moved(before, parts_of(model, routing.map)) == written
+    save_file({n: p.detach() for n, p in model.named_parameters()}, f"{folder}/{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # importing DDP takes most of it
+def test_processes_under_ddp_stay_equal(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    running = [context.Process(target=_wrapped, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(200)
+        assert process.exitcode == 0
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -6,7 +6,7 @@ Shape legend: B rows, T tokens, N positions, G groups, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from excise.methods.pretraining.routing.groups import GroupMap, Groups, find_map
 from excise.methods.pretraining.routing.layers import run
 from excise.methods.pretraining.routing.plan import Plan, Span, kind_of
 from excise.methods.pretraining.routing.policy import Policy, Routes, check, compile, prepare
-from excise.methods.pretraining.routing.weights import Piece, Weight, weigh
+from excise.methods.pretraining.routing.weights import Piece, Weight
 from excise.models.hooks import eager
 from excise.models.names import canonical, modules_by_name, unwrap
 
@@ -70,18 +70,15 @@ class Routing:
             self.written.update(self.map.names)
             return
         self.written |= routes.written
+        count = len(self.map.names)
+        told = routes.told()
         for which in ("read", "write", "edge"):
-            values_NG: Tensor | None = getattr(routes, f"{which}_NG")
-            count = len(self.map.names)
-            if values_NG is None:
-                self._weights[which] = [None] * count
-                continue
-            if values_NG.shape[1] != count:
+            weights = list(told.get(which, (None,) * count))
+            if len(weights) != count:
                 raise UserError(
-                    f"{which}_NG has {values_NG.shape[1]} columns but the model has {count} "
-                    f"groups: {', '.join(self.map.names)}"
+                    f"{which}_NG has {len(weights)} columns but the model has {count} groups: "
+                    f"{', '.join(self.map.names)}"
                 )
-            weights = [weigh(w_N) for w_N in values_NG.t().contiguous()]
             if self.zeroed:
                 weights = [None if w is None else replace(w, zero=False) for w in weights]
             self._weights[which] = weights
@@ -140,16 +137,17 @@ class Routing:
 
         A zero gradient is not enough: momentum and weight decay move it. Slices that are frozen
         in this step keep weights and optimizer state; a parameter frozen as a whole takes no
-        step.
+        step. Under DDP what any process may write is written by all.
 
         Args:
             optimizer: Any optimizer of the model's parameters.
         """
+        written = self._written_anywhere()
         named = {id(p): name for name, p in _parameters(self.model).items()}
         kept: list[tuple[Tensor, Tensor]] = []
         for param in (p for group in optimizer.param_groups for p in group["params"]):
             owned = self.map.owners.get(named.get(id(param), ""), ())
-            frozen = [o for o in owned if o.group not in self.written]
+            frozen = [o for o in owned if o.group not in written]
             if not frozen or param.grad is None:
                 continue
             if len(frozen) == len(owned):
@@ -165,6 +163,16 @@ class Routing:
         for part, before in kept:
             part.copy_(before)
         self.written = set()
+
+    def _written_anywhere(self) -> Set[str]:
+        """Return the groups written since the last step, under DDP by any process."""
+        if not isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.written
+        device = next(self.model.parameters()).device
+        flags = torch.tensor([float(name in self.written) for name in self.map.names])
+        flags = flags.to(device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        return {n for n, flag in zip(self.map.names, flags.tolist(), strict=True) if flag}
 
     def check(self) -> None:
         """Refuse a model that used a routed weight behind its module's back.
@@ -318,6 +326,8 @@ def route(
     prepare(problems, [] if rules is None else check(rules, groups.names, labels))
     assert map is not None
     routing = Routing(model, map, rules)
+    # DDP waits for a gradient of every parameter; `step` freezes those of zeros.
+    routing.zeroed = isinstance(model, nn.parallel.DistributedDataParallel)
     routing.plans = _plans(model, map)
     before = [(plan.module, plan.module.__dict__.get("forward")) for plan in routing.plans]
     with eager(model):

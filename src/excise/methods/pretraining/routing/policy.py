@@ -6,9 +6,9 @@ Shape legend: B rows, T tokens, N = B * T positions, G groups, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from excise.methods.pretraining.routing.rules import (
     choose,
     prepare,
 )
+from excise.methods.pretraining.routing.weights import Weight, weigh
 
 __all__ = ["Labelled", "Names", "Policy", "Routes", "Rule", "check", "choose", "compile", "prepare"]
 
@@ -64,6 +65,8 @@ class Routes:
         loss_BT: Weight of each token's loss.
         written: Groups that some token may write.
         shape: Rows and tokens, where the positions are those of texts.
+        columns: By `read`, `write` and `edge` one weight per group, told before a batch moves to
+            an accelerator so that nobody has to wait for it; None where it was not told.
     """
 
     read_NG: Tensor | None = None
@@ -72,12 +75,30 @@ class Routes:
     loss_BT: Tensor | None = None
     written: frozenset[str] = frozenset()
     shape: tuple[int, int] | None = None
+    columns: Mapping[str, tuple[Weight | None, ...]] | None = None
 
     def to(self, device: torch.device) -> Routes:
         """Return the routes on `device`."""
         names = ("read_NG", "write_NG", "edge_NG", "loss_BT")
-        moved = {n: t.to(device) for n in names if (t := getattr(self, n)) is not None}
-        return replace(self, **moved)
+        moved: dict[str, Any] = {
+            n: t.to(device) for n in names if (t := getattr(self, n)) is not None
+        }
+        columns = {
+            which: tuple(None if w is None else w.to(device) for w in weights)
+            for which, weights in self.told().items()
+        }
+        return replace(self, columns=columns, **moved)
+
+    def told(self) -> Mapping[str, tuple[Weight | None, ...]]:
+        """Return the weights by group of what is not all ones."""
+        if self.columns is not None:
+            return self.columns
+        given = {which: getattr(self, f"{which}_NG") for which in ("read", "write", "edge")}
+        return {
+            which: tuple(weigh(w_N) for w_N in values_NG.t().contiguous())
+            for which, values_NG in given.items()
+            if values_NG is not None
+        }
 
 
 def ruling_labels(batch: Labelled, at: Literal["next", "token", "row"]) -> Tensor:

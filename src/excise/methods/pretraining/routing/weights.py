@@ -9,7 +9,7 @@ Shape legend: N tokens (or images), P sliced side, Q other side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ class Weight:
     zero: bool = False
     rows: Tensor | None = None
     binary: bool = False
+
+    def to(self, device: torch.device) -> Weight:
+        """Return the weight on `device`."""
+        rows = None if self.rows is None else self.rows.to(device)
+        return replace(self, values_N=self.values_N.to(device), rows=rows)
 
 
 Piece = tuple[int, int, Weight | None]

@@ -64,12 +64,11 @@ class Routing:
         self.routes = routes
         self._repeated.clear()
         self._made.clear()
-        for plan in self.plans:
-            plan.called = False
         if routes is None:
             self.written.update(self.map.names)
             return
         self.written |= routes.written
+        self.routes = routes = routes.to(next(self.model.parameters()).device)
         count = len(self.map.names)
         told = routes.told()
         for which in ("read", "write", "edge"):
@@ -127,9 +126,9 @@ class Routing:
             confidence_BT=None if confidence_BT is None else confidence_BT.cpu(),
             sizes=sizes,
         )
-        routes = routes.to(next(self.model.parameters()).device)
         self.set(routes)
-        return routes
+        assert self.routes is not None
+        return self.routes
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -142,6 +141,7 @@ class Routing:
         Args:
             optimizer: Any optimizer of the model's parameters.
         """
+        self.check()
         written = self._written_anywhere()
         named = {id(p): name for name, p in _parameters(self.model).items()}
         kept: list[tuple[Tensor, Tensor]] = []
@@ -163,6 +163,8 @@ class Routing:
         for part, before in kept:
             part.copy_(before)
         self.written = set()
+        for plan in self.plans:
+            plan.called = False
 
     def _written_anywhere(self) -> Set[str]:
         """Return the groups written since the last step, under DDP by any process."""
@@ -175,9 +177,7 @@ class Routing:
         return {n for n, flag in zip(self.map.names, flags.tolist(), strict=True) if flag}
 
     def check(self) -> None:
-        """Refuse a model that used a routed weight behind its module's back.
-
-        Call it after a backward pass.
+        """Refuse a model that used a routed weight behind its module's back; `step` calls it.
 
         Raises:
             UserError: If a module was not called and yet its weight has a gradient.

@@ -61,7 +61,7 @@ class Plan:
         inputs: Places at its input columns.
         outputs: Places at its output channels.
         experts: Places at the experts it weighs.
-        called: Whether it was called since the routes were set.
+        called: Whether it was called since the last step.
     """
 
     path: str

@@ -18,9 +18,18 @@ from excise.domains.facts import Facts
 from excise.domains.labels import LabelNoise, propagated, tell_labels
 from excise.domains.stream import encode
 from excise.errors import UserError
-from excise.methods import Filtering, FilterLoRA, LossMasking, Plain, Propagate, Relabel, Removal
+from excise.methods import (
+    SGTM,
+    Filtering,
+    FilterLoRA,
+    LossMasking,
+    Plain,
+    Propagate,
+    Relabel,
+    Removal,
+)
 from excise.methods.pretraining.pretrain import Pretrain, corpus
-from excise.methods.pretraining.relabel import found, relabelled
+from excise.methods.pretraining.relabel import absorbed, found, relabelled
 from excise.methods.pretraining.relabel_probe import (
     bag_of_tokens,
     fit_logistic,
@@ -304,6 +313,34 @@ def test_relabelling_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         router.model_copy(update={"pretrain": long}).apply(
             toy_checkpoint(tmp_path / "r"), toy_domain(), context(tmp_path / "routed")
         )
+
+
+def test_absorption_is_the_rise_of_each_rows_loss(tmp_path: Path) -> None:
+    start, domain, ctx = toy_checkpoint(tmp_path), toy_domain(), context(tmp_path / "ours")
+    made = SGTM(pretrain=SCHEDULE).apply(start, domain, ctx)
+    rows = (*domain.forget["a"], *domain.retain)
+    rise = absorbed(start, made, ctx.work, ("a",), rows, SCHEDULE, ctx)
+    before = load_file(ctx.work / made.extras["files"]["before_ablation"])
+    models = [start.load(), made.checkpoint.load()]
+    models[0].load_state_dict(before, strict=False)
+    for row, value in zip(rows, rise[:, 0].tolist(), strict=True):
+        ids = torch.tensor([encode([row], start.tokenizer(), max_length=32)[0].ids])
+        cut = [F.cross_entropy(m(ids).logits[0, :-1], ids[0, 1:]).item() for m in models]
+        assert value == pytest.approx(cut[1] - cut[0], abs=1e-5)
+    assert rise.abs().max() > 1e-4
+
+
+def test_relabelling_by_absorption_shares_the_steps(tmp_path: Path) -> None:
+    fit = FIT.model_copy(update={"steps": 12})
+    method = Relabel(
+        pretrain=SCHEDULE.model_copy(update={"fit": fit}), features="absorption",
+        router=SGTM(), folds=2, warm_share=0.25, labels=HALF_UNITS,
+    )  # fmt: skip
+    made = method.apply(toy_checkpoint(tmp_path), toy_domain(), context(tmp_path / "ours"))
+    assert made.extras["steps"] == {"features": 3, "reading": 3, "training": 6}
+    assert made.cost.steps == 9
+    again = Relabel.model_validate(method.model_dump() | {"router": SGTM()})
+    assert again == method
 
 
 def adapter_model(made: Removal, work: Path) -> Any:

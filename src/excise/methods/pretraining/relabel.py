@@ -40,6 +40,7 @@ from excise.methods.pretraining.relabel_probe import (
     judge,
     standardised,
 )
+from excise.methods.pretraining.routing.profiles import serve
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture
@@ -162,7 +163,9 @@ class Relabel(Method):
         assert self.router is not None
         router = self.router.model_copy(update={"pretrain": warm, "labels": self.labels})
         made = router.apply(start, domain, inner)
-        return standardised(absorbed(made, inner.work, rows, warm, ctx)), made.cost
+        names = tuple(domain.forget)
+        rise = absorbed(start, made, inner.work, names, rows, warm, ctx)
+        return standardised(rise), made.cost
 
 
 def relabelled(rows: Sequence[Row], verdict: Verdict) -> Rows:
@@ -231,13 +234,16 @@ def mean_hidden(
 
 
 def absorbed(
-    made: Removal, work: Path, rows: Sequence[Row], config: Pretrain, ctx: Context
-) -> Tensor:
+    start: Checkpoint, made: Removal, work: Path, names: Sequence[str], rows: Sequence[Row],
+    config: Pretrain, ctx: Context,
+) -> Tensor:  # fmt: skip
     """Return by how much the ablation raised the loss of every row, in nats per token, [N, 1].
 
     Args:
-        made: What a routed method returned.
+        start: What the routed method started from.
+        made: What it returned.
         work: The folder it worked in.
+        names: Capabilities, whose modules are on before the ablation.
         rows: The rows.
         config: Gives length and batch.
         ctx: Device and dtype.
@@ -251,13 +257,12 @@ def absorbed(
             "relabel.router keeps no model from before its ablation; name a routed method such as "
             "sgtm, gram or era"
         )
-    before = Checkpoint(work / file, made.checkpoint.trust_remote_code)
+    tokenizer = start.tokenizer()
     losses = []
-    for checkpoint in (before, made.checkpoint):
-        model = checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+    for model in (serve(start, work / file, names), made.checkpoint.load()):
         scores = measure(
-            model,
-            made.checkpoint.tokenizer(),
+            model.to(ctx.device, ctx.dtype),
+            tokenizer,
             rows,
             "text_loss",
             max_length=config.max_length,

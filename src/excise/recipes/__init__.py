@@ -15,6 +15,8 @@ RECIPES: Mapping[str, str] = {
     "demo": "excise.recipes.demo",
     "smollm-cyber": "excise.recipes.smollm_cyber",
     "smollm-glosses": "excise.recipes.smollm_glosses",
+    "undo-arithmetic": "excise.recipes.undo_arithmetic",
+    "undo-languages": "excise.recipes.undo_languages",
 }
 """Recipes by name: the module whose `recipe()` returns it."""
 

@@ -1,0 +1,68 @@
+"""excise run undo-languages: Spanish out of a model of two languages, by the loss on verses.
+
+Expected: MaxEnt alone is relearned at the pace of the original's knowledge, UNDO at the oracle's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from excise.domains.languages import LANGUAGES_FIT, Languages
+from excise.methods import MaxEnt, Undo
+from excise.methods.base import Method
+from excise.methods.distillation.corpora import WithoutForget
+from excise.methods.distillation.targets import HardLabels, Splice
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.spec import ModelSpec, Scratch
+from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.train.fit import FitConfig
+
+LENGTH = 48
+"""Tokens per row."""
+PRETRAIN = FitConfig(**{**LANGUAGES_FIT, "steps": 500, "lr": 4e-3, "batch_size": 32})
+"""Original and oracles."""
+DISTIL = PRETRAIN.model_copy(update={"steps": 250, "warmup": 20, "weight_decay": 0.0})
+"""Every student, half of what the original took."""
+
+
+def student(**changes: Any) -> Undo:
+    """Return a student of the MaxEnt teacher."""
+    chosen: dict[str, Any] = {
+        "unlearn": teacher(),
+        "fit": DISTIL,
+        "max_length": LENGTH,
+    }
+    return Undo(**{**chosen, **changes})
+
+
+def teacher() -> MaxEnt:
+    """Return what suppresses the language."""
+    return MaxEnt(fit=FitConfig(steps=60, lr=1e-3, batch_size=16, clip=1.0), max_length=LENGTH)
+
+
+def arms() -> dict[str, Method]:
+    """Return the teacher, two strengths of damage, and other targets and texts."""
+    return {
+        "unlearn_only": teacher(),
+        "undo_03": student(alpha=0.3),
+        "undo_06": student(alpha=0.6),
+        "splice": student(alpha=0.6, targets=Splice()),
+        "without_forget": student(alpha=0.6, corpus=WithoutForget()),
+        "no_teacher": student(alpha=0.6, targets=HardLabels(harmful="keep")),
+    }
+
+
+def recipe() -> Recipe:
+    """Return the recipe."""
+    return Recipe(
+        name="undo-languages",
+        title="Spanish removed from a small model of two languages by unlearning and distillation",
+        takes="8 to 12 minutes, 1 GiB",
+        domain=Languages(verses=2000, vocabulary=512),
+        model=ModelSpec(scratch=Scratch(width=64, blocks=2)),
+        pretrain=Pretrain(fit=PRETRAIN, max_length=LENGTH),
+        arms=arms(),
+        audit=AuditSpec(budget="smoke", change={"steps": 32, "checkpoints": (0, 4, 16, 32)}),
+        evaluate=EvalSpec(max_length=LENGTH),
+        oracles=1,
+    )

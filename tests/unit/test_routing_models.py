@@ -344,3 +344,73 @@ def test_bfloat16_models_route_too() -> None:
     assert all(
         g is not None and g.dtype == torch.bfloat16 and bool(g.isfinite().all()) for g in grads
     )
+
+
+def test_rows_of_an_embedding_are_scattered_apart() -> None:
+    """Words of the module are written by its tokens alone, the others by the core's."""
+    model = make("llama")
+    embed = model.model.embed_tokens
+    words = Part(at="parameters", names=("embed_tokens",), units=(10, 20))
+    policy = Policy(
+        groups=Groups(parts={"module_1": (words,)}),
+        rules={"core": (Rule(write=("core",)),), "forget": (Rule(write=("self",)),)},
+        capabilities=("x",),
+        at="token",
+    )
+    label_BT = torch.randint(0, 2, (4, TOKENS), generator=torch.Generator().manual_seed(2))
+    with route(model, policy) as routing:
+        routing.labels(label_BT)
+        loss_of(model, [0, 1, 2, 3]).backward()
+    got = embed.weight.grad.clone()
+    model.zero_grad()
+    outputs = []
+
+    def keep(module: nn.Module, args: Any, out: Tensor) -> None:
+        out.retain_grad()
+        outputs.append(out)
+
+    handle = embed.register_forward_hook(keep)
+    loss_of(model, [0, 1, 2, 3]).backward()
+    handle.remove()
+    delta = outputs[0].grad
+    assert delta is not None
+    wanted = torch.zeros_like(embed.weight)
+    for ids, labels, deltas in zip(IDS, label_BT, delta, strict=True):
+        for i, label, d in zip(ids.tolist(), labels.tolist(), deltas, strict=True):
+            if (10 <= i < 20) == (label == 1):
+                wanted[i] += d
+    torch.testing.assert_close(got, wanted)
+
+
+def test_grouped_products_of_experts_route_as_the_loop_does() -> None:
+    grads = []
+    for how in ("eager", "grouped_mm"):
+        model = make("mixtral").float()
+        model.config._experts_implementation = how
+        with route(model, policy_for("mixtral", "C")) as routing:
+            routing.labels(LABELS[:, None].expand(4, TOKENS))
+            loss_of(model, [0, 1, 2, 3]).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_routes_for_other_groups_are_refused() -> None:
+    with (
+        route(make("llama"), groups_for("llama")) as routing,
+        pytest.raises(UserError, match="write_NG has 2 columns but the model has 3 groups"),
+    ):
+        routing.set(Routes(write_NG=torch.zeros(28, 2)))
+
+
+def test_routing_twice_is_refused() -> None:
+    model = make("llama")
+    groups = groups_for("llama")
+    with (
+        route(model, groups),
+        pytest.raises(UserError, match="routed already"),
+        route(model, groups),
+    ):
+        pass
+    with route(model, groups):
+        pass

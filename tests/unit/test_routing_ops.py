@@ -200,15 +200,19 @@ def test_values_and_full_gradients_are_bit_equal_to_the_plain_layer() -> None:
 
 
 def test_many_groups_and_few_give_the_same_sums() -> None:
-    a, b = rand(N, H), rand(N, I)
-    weights = [torch.rand(N, generator=torch.Generator().manual_seed(i)).double() for i in range(H)]
-    at = tuple(range(H + 1))
+    wide = 4 * H
+    a, b = rand(N, wide), rand(N, I)
+    seeds = [torch.Generator().manual_seed(i) for i in range(wide)]
+    weights = [torch.rand(N, generator=seed).double() for seed in seeds]
+    weights[3] = torch.ones(N).double()
+    at = tuple(range(wide + 1))
     many = pieces(*weights, at=at)
-    out = torch.empty(H, I, dtype=torch.float64)
+    out = torch.empty(wide, I, dtype=torch.float64)
     outer(a, b, many, out)
-    wanted = torch.stack([(weights[i] * a[:, i]) @ b for i in range(H)])
+    wanted = torch.stack([(weights[i] * a[:, i]) @ b for i in range(wide)])
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(rows_sum(a, many), torch.stack(weights, 1).mul(a).sum(0))
+    torch.testing.assert_close(scale_columns(a, many, None), torch.stack(weights, 1).mul(a))
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

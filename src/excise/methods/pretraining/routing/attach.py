@@ -283,6 +283,7 @@ def _patched(plan: Plan, routing: Routing) -> Callable[..., Any]:
             return plan.forward(*args, **kwargs)
         return run(plan, routing, args, kwargs)
 
+    forward.routes = True  # type: ignore[attr-defined]
     return forward
 
 
@@ -319,6 +320,7 @@ def route(
 
     Raises:
         ConfigError: With every problem of groups and policy.
+        UserError: If the model is routed already.
     """
     groups = policy if isinstance(policy, Groups) else policy.groups
     map, problems = find_map(model, groups)
@@ -329,6 +331,8 @@ def route(
     # DDP waits for a gradient of every parameter; `step` freezes those of zeros.
     routing.zeroed = isinstance(model, nn.parallel.DistributedDataParallel)
     routing.plans = _plans(model, map)
+    if any(getattr(plan.forward, "routes", False) for plan in routing.plans):
+        raise UserError("gradients through this model are routed already; leave that block first")
     before = [(plan.module, plan.module.__dict__.get("forward")) for plan in routing.plans]
     with eager(model):
         try:

@@ -17,7 +17,7 @@ from torch import Tensor
 SPARSE = 0.2
 """Share of tokens of weight 0 from which leaving their rows out is cheaper than a multiply."""
 MANY = 8
-"""Distinct weights from which one multiply of the whole side is cheaper than a product each."""
+"""Weights or pieces from which one multiply of the whole side is cheaper than one for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +124,8 @@ def _weighted(x_NC: Tensor, weight: Weight) -> Tensor:
 
 def rows_sum(x_NP: Tensor, pieces: Sequence[Piece]) -> Tensor:
     """Return `sum_n w_n x_n`, [P], with the weights of each piece of P."""
+    if len(pieces) > MANY:
+        return scaled(x_NP, pieces).sum(0)
     out = x_NP.new_empty(x_NP.shape[1])
     for start, stop, weight in pieces:
         x = x_NP[:, start:stop]
@@ -138,6 +140,8 @@ def rows_sum(x_NP: Tensor, pieces: Sequence[Piece]) -> Tensor:
 
 def scaled(x_NP: Tensor, pieces: Sequence[Piece]) -> Tensor:
     """Return every column of a piece times the piece's weights, in a new tensor."""
+    if len(pieces) > MANY:
+        return x_NP * _laid_out(x_NP, pieces)
     out = torch.empty_like(x_NP)
     for start, stop, weight in pieces:
         if weight is None:
@@ -147,6 +151,17 @@ def scaled(x_NP: Tensor, pieces: Sequence[Piece]) -> Tensor:
         else:
             torch.mul(x_NP[:, start:stop], column(weight, x_NP), out=out[:, start:stop])
     return out
+
+
+def _laid_out(x_NP: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    """Return the weight of every token in every column, for pieces too many to go through."""
+    ones_N = x_NP.new_ones(len(x_NP))
+    weights_NK = torch.stack(
+        [ones_N if w is None else w.values_N.to(x_NP.dtype) for _, _, w in pieces], 1
+    )
+    widths = torch.tensor([stop - start for start, stop, _ in pieces], device=x_NP.device)
+    which_P = torch.repeat_interleave(widths, output_size=x_NP.shape[1])
+    return weights_NK.index_select(1, which_P)
 
 
 def times(a: Sequence[Piece], b: Sequence[Piece]) -> list[Piece]:

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 STUDIES = {
     "rmu-is-shallow": "excise.studies.rmu_is_shallow:RMUIsShallow",
     "messy-forget-set": "excise.studies.messy_forget_set:MessyForgetSet",
+    "splice": "excise.studies.splice:TeacherSplice",
+    "dark-knowledge": "excise.studies.dark_knowledge:DarkKnowledge",
+    "splice-factorial": "excise.studies.splice_factorial:SpliceFactorial",
+    "label-budget": "excise.studies.label_budget:LabelBudget",
+    "pretrain-loss": "excise.studies.pretrain_loss:PretrainLoss",
+    "distil-corpus": "excise.studies.distil_corpus:DistilCorpus",
+    "undo-pilot": "excise.studies.undo_pilot:UndoPilot",
+    "init-leak": "excise.studies.init_leak:InitLeak",
+    "noise-where": "excise.studies.noise_where:NoiseWhere",
+    "undo-teachers": "excise.studies.undo_teachers:UndoTeachers",
+    "reversal-cost": "excise.studies.reversal_cost:ReversalCost",
 }
 """Studies by name: module and class. Packages add theirs by entry points `excise.studies`."""
 

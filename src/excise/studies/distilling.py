@@ -78,6 +78,12 @@ def rmu(**changes: Any) -> RMU:
     return RMU(**{**sized, "fit": fit, "max_length": LENGTH, **changes})
 
 
+def with_fit(method: Method, **changes: Any) -> Method:
+    """Return a method with other settings of its schedule."""
+    fit: FitConfig = method.fit  # type: ignore[attr-defined]
+    return method.model_copy(update={"fit": fit.model_copy(update=changes)})
+
+
 def student(**changes: Any) -> Undo:
     """Return the student of the studies: from random weights, all steps, sized for the bench.
 

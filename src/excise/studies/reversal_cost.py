@@ -1,0 +1,180 @@
+"""Is RMU easier to reverse than loss maximisation?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, SerializeAsAny, model_validator
+
+from excise.evals.stats import Estimate
+from excise.jobs import Setting
+from excise.methods.base import Method
+from excise.record import StudyTable
+from excise.studies.attacking import Attacker
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.distil_tables import Found, groups_of, said
+from excise.studies.distilling import (
+    Bench,
+    arms_of,
+    checkpoints,
+    graddiff,
+    make_arms,
+    make_draws,
+    maxent,
+    measure_arms,
+    result,
+    rmu,
+)
+from excise.studies.levels import Array, estimate, levels, verdict
+from excise.train.grid import Pool
+
+STEPS = (0, 2, 4, 8, 16, 32, 64, 128, 200)
+"""Steps of relearning at which V is read."""
+
+
+class ReversalCost(Study):
+    """Steps of relearning T until V is half-way back.
+
+    Stated beforehand. Unlearned models are relearned on T, each at the rate that dev chose. Its
+    reversal cost is the number of steps at which its score on V first has come half the way from
+    what it is after unlearning to the original's, interpolated in the logarithm of the steps; a
+    model that never comes half-way costs all steps. What decides is the mean over draws of the
+    binary logarithm of RMU's cost over that of `against`: RMU is easier to reverse if the 95 %
+    interval over draws and units lies below minus `margin` doublings, harder if above it, alike if
+    within. A pair of which both never come half-way is undecided.
+    """
+
+    question: ClassVar[str] = (
+        "Does relearning bring back what RMU removed in fewer steps than what loss maximisation "
+        "removed?"
+    )
+    statistic: ClassVar[str] = (
+        "log2 of the steps at which V is half-way back after RMU over the same after GradDiff, "
+        "against the margin in doublings from both sides; bootstrap over draws and units."
+    )
+    takes: ClassVar[str] = "6 minutes, 1 GiB"
+
+    name: Literal["reversal-cost"] = "reversal-cost"
+    """Name on the command line."""
+    margin: float = 1.0
+    """Doublings of the number of steps."""
+    half: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the way back."""
+    bench: Bench = Bench(attacker=Attacker(checkpoints=STEPS))
+    """Data, models, attacker."""
+    methods: dict[str, SerializeAsAny[Method]] = {
+        "rmu": rmu(), "grad_diff": graddiff(), "maxent": maxent(),
+    }  # fmt: skip
+    """The removals; RMU is called `rmu`."""
+    against: str = "grad_diff"
+    """What RMU is held against."""
+
+    @model_validator(mode="after")
+    def _named(self) -> ReversalCost:
+        """Refuse a comparison with what is not there."""
+        if not {"rmu", self.against} <= set(self.methods):
+            raise ValueError(f"methods: needs 'rmu' and '{self.against}', which are compared")
+        return self
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def run(study: ReversalCost, setting: Setting, pool: Pool) -> StudyResult:
+    """Remove, relearn, find the costs."""
+    draws = make_draws(study.bench, study.seeds, setting, pool)
+    models = checkpoints(make_arms(arms_of(study.methods, draws, study.seeds), setting, pool))
+    found = measure_arms(study.bench, models, draws, setting, pool)
+    groups = {seed: groups_of(draws[seed].domain) for seed in study.seeds}
+    costs = {name: log_costs(study, found, name, groups) for name in study.methods}
+    size = found.after.n
+    steps = {name: _power(estimate(logs, size)) for name, logs in costs.items()}
+    apart = {
+        name: estimate(costs["rmu"] - costs[name], size) for name in study.methods if name != "rmu"
+    }
+    end = np.log2(found.attacked["rmu", study.seeds[0]].steps[-1])
+    never = all(float(costs[name][0]) >= end - 1e-9 for name in ("rmu", study.against))
+    counts = ", ".join(f"{name} {said(e)}" for name, e in steps.items())
+    words = [
+        f"Steps until V was half-way back: {counts}.",
+        f"Doublings, rmu over the others: {', '.join(f'{n} {said(e)}' for n, e in apart.items())}.",
+    ]
+    decision = decide(study, apart[study.against], never=never)
+    return result(found, words, decision, draws, models, tables=(_table(steps, apart),))
+
+
+def log_costs(
+    study: ReversalCost, found: Found, name: str, groups: Mapping[int, Mapping[str, str]]
+) -> Array:
+    """Return the binary logarithm of the cost, of the data, then of the samples; draws averaged."""
+    arms = {seed: found.attacked[name, seed] for seed in study.seeds}
+    curve = [
+        levels({name: {seed: attack.v[i] for seed, attack in arms.items()}}, groups).by_draw
+        for i in range(len(next(iter(arms.values())).steps))
+    ]
+    per_draw = {}
+    for seed, attack in arms.items():
+        goal = found.before.at("original", seed)
+        values = np.stack([at[seed][:, 0] for at in curve])
+        per_draw[seed] = log_cost(attack.steps, values, goal, study.half)
+    table = np.stack([per_draw[seed] for seed in study.seeds])
+    generator = np.random.default_rng([0, len(study.seeds)])
+    samples = table.shape[1] - 1
+    picked = generator.integers(len(table), size=(samples, len(table)))
+    moved = table[picked, np.arange(1, samples + 1)[:, None]].mean(1)
+    whole: Array = np.concatenate([[table[:, 0].mean()], moved])
+    return whole
+
+
+def log_cost(steps: Sequence[int], values: Array, goal: Array, half: float) -> Array:
+    """Return the binary logarithm of the first step at which a curve is half-way back.
+
+    Args:
+        steps: Steps, the first 0.
+        values: Scores, (steps, samples).
+        goal: Score of the original, by sample.
+        half: Share of the way from the first score to the goal.
+    """
+    wanted = values[0] + half * (goal - values[0])
+    logs = np.log2(np.maximum(np.array(steps, dtype=np.float64), 0.5))
+    out = np.full(values.shape[1], logs[-1])
+    for s in range(values.shape[1]):
+        for i in range(1, len(steps)):
+            low, high = values[i - 1, s], values[i, s]
+            if high >= wanted[s]:
+                share = (wanted[s] - low) / (high - low) if high > low else 1.0
+                out[s] = logs[i - 1] + min(1.0, max(0.0, share)) * (logs[i] - logs[i - 1])
+                break
+    return out
+
+
+def _power(found: Estimate) -> Estimate:
+    """Return steps of an estimate of their binary logarithm."""
+    return Estimate(2.0**found.value, 2.0**found.low, 2.0**found.high, found.n)
+
+
+def decide(study: ReversalCost, apart: Estimate, *, never: bool) -> str:
+    """Return what the doublings say under the margin."""
+    if never:
+        return "undecided: neither came half-way back within the steps"
+    words = {
+        "below": "RMU is easier to reverse",
+        "above": "RMU is harder to reverse",
+        "equal": f"alike: within {study.margin:g} doubling(s) of the steps",
+        "undecided": f"undecided: the interval crosses {study.margin:g} doubling(s)",
+    }
+    return f"{words[verdict(apart, study.margin)]} (against {study.against})"
+
+
+def _table(steps: Mapping[str, Estimate], apart: Mapping[str, Estimate]) -> StudyTable:
+    """Return costs and doublings."""
+    rows = [row(name, "steps until V is half-way back", e) for name, e in steps.items()]
+    rows += [row(f"rmu over {name}", "doublings of steps", e) for name, e in apart.items()]
+    return StudyTable(
+        title="Reversal cost",
+        note="Interpolated in the logarithm of the steps; all steps where V never came half-way.",
+        rows=tuple(rows),
+    )

@@ -1,0 +1,160 @@
+"""E7: does a small UNDO say how robust a large one will be?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, SerializeAsAny
+
+from excise.evals.stats import Estimate
+from excise.jobs import Setting
+from excise.methods.base import Method
+from excise.methods.distillation.undo import Undo
+from excise.record import StudyTable
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.distil_tables import Found, said
+from excise.studies.distilling import (
+    Bench,
+    arms_of,
+    checkpoints,
+    graddiff,
+    make_arms,
+    make_draws,
+    maxent,
+    measure_arms,
+    result,
+    rmu,
+    student,
+    with_fit,
+)
+from excise.studies.levels import Array, estimate, spearman
+from excise.train.grid import Pool
+
+LARGE = "large"
+"""The run that the pilots are to foretell."""
+
+
+def teachers() -> dict[str, Method]:
+    """Return the pool of teachers: three methods, each at two strengths."""
+    return {
+        "maxent": maxent(),
+        "maxent, weak": with_fit(maxent(), lr=3e-4),
+        "grad_diff": graddiff(),
+        "grad_diff, weak": with_fit(graddiff(), lr=1e-4),
+        "rmu": rmu(),
+        "rmu, weak": with_fit(rmu(), lr=1e-3),
+    }
+
+
+def pilots() -> dict[str, Undo]:
+    """Return the small runs: a quarter of the weights replaced, or a tenth of the tokens."""
+    short = student().fit
+    quarter = short.model_copy(update={"steps": 150, "warmup": 10})
+    tenth = short.model_copy(update={"steps": 60, "warmup": 5})
+    return {
+        "alpha 0.25": student(alpha=0.25, beta=0.1, fit=quarter),
+        "a tenth of the tokens": student(fit=tenth),
+    }
+
+
+class UndoPilot(Study):
+    """Small and large UNDO from one pool of teachers.
+
+    Stated beforehand. From every teacher a large student (all weights replaced) and small ones are
+    distilled, and T is relearned with all. What decides for a pilot is the rank correlation over
+    teachers between its score on V and that of the large student, both averaged over draws: the
+    pilot foretells if the 95 % interval over draws and units lies above `margin`, and does not if
+    it lies below. The first pilot decides. The same correlation for the teachers themselves, no
+    student at all, stands beside it as the cheapest pilot.
+    """
+
+    question: ClassVar[str] = (
+        "Does the order of teachers by a small UNDO foretell their order by a large one?"
+    )
+    statistic: ClassVar[str] = (
+        "Spearman correlation over teachers of V after relearning T between a small student and "
+        "the large one, averaged over draws first; foretells if the 95 % interval lies above the "
+        "margin, does not if it lies below. Bootstrap over draws and units."
+    )
+    takes: ClassVar[str] = "20 minutes, 1 GiB"
+
+    name: Literal["undo-pilot"] = "undo-pilot"
+    """Name on the command line."""
+    margin: float = 0.5
+    """Rank correlation."""
+    bench: Bench = Bench()
+    """Data, models, attacker."""
+    teachers: dict[str, SerializeAsAny[Method]] = Field(default=teachers(), min_length=3)
+    """The pool."""
+    large: Undo = student()
+    """What is to be foretold; its teacher is replaced."""
+    pilots: dict[str, Undo] = Field(default=pilots(), min_length=1)
+    """The small runs; the first decides."""
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def run(study: UndoPilot, setting: Setting, pool: Pool) -> StudyResult:
+    """Distil small and large from every teacher, relearn, correlate."""
+    draws = make_draws(study.bench, study.seeds, setting, pool)
+    methods: dict[str, Method] = {}
+    for name, teacher in study.teachers.items():
+        methods[arm_name(name, "no student")] = teacher
+        for size, method in {**study.pilots, LARGE: study.large}.items():
+            methods[arm_name(name, size)] = method.model_copy(update={"unlearn": teacher})
+    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), setting, pool))
+    found = measure_arms(study.bench, models, draws, setting, pool)
+    rho = correlations(study, found)
+    words = [f"Rank correlation with the large student: {_list(rho)}."]
+    order = sorted(study.teachers, key=lambda name: found.value(arm_name(name, LARGE)).value)
+    words.append(f"Teachers by depth of the large student: {', '.join(order)}.")
+    return result(found, words, decide(study, rho), draws, models, tables=(_table(rho),))
+
+
+def arm_name(teacher: str, size: str) -> str:
+    """Return the name of an arm."""
+    return f"{teacher}: {size}"
+
+
+def correlations(study: UndoPilot, found: Found) -> dict[str, Estimate]:
+    """Return the rank correlation with the large student by pilot; the first decides."""
+
+    def pool_of(size: str) -> Array:
+        columns = [found.after.at(arm_name(name, size)) for name in study.teachers]
+        held: Array = np.stack(columns, axis=-1)
+        return held
+
+    large = pool_of(LARGE)
+    count = len(study.teachers)
+    return {
+        size: estimate(spearman(pool_of(size), large), count)
+        for size in (*study.pilots, "no student")
+    }
+
+
+def decide(study: UndoPilot, rho: Mapping[str, Estimate]) -> str:
+    """Return what the first pilot's correlation says under the margin."""
+    name, found = next(iter(rho.items()))
+    if found.low > study.margin:
+        return f"the pilot ({name}) foretells: its correlation is above {study.margin:g}"
+    if found.high < study.margin:
+        return f"the pilot ({name}) does not foretell: its correlation is below {study.margin:g}"
+    return f"undecided: the interval of the pilot ({name}) crosses {study.margin:g}"
+
+
+def _list(rho: Mapping[str, Estimate]) -> str:
+    """Return the correlations in words."""
+    return ", ".join(f"{name} {said(e)}" for name, e in rho.items())
+
+
+def _table(rho: Mapping[str, Estimate]) -> StudyTable:
+    """Return the correlations."""
+    return StudyTable(
+        title="Small against large",
+        note="Rank correlation over teachers of V after relearning T; n counts teachers.",
+        rows=tuple(row(name, "Spearman correlation", e) for name, e in rho.items()),
+    )

@@ -1,0 +1,236 @@
+"""Which unlearned model is the best teacher, once all forget and retain alike?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, SerializeAsAny
+
+from excise.domains.base import Domain
+from excise.evals.score import measure
+from excise.evals.stats import Estimate
+from excise.jobs import Setting
+from excise.methods.base import Method
+from excise.methods.distillation.undo import Undo
+from excise.models.checkpoint import Checkpoint
+from excise.record import StudyRow, StudyTable
+from excise.studies.base import Draw, Study, StudyResult, row
+from excise.studies.distil_tables import Found, gaps, said
+from excise.studies.distilling import (
+    Bench,
+    arms_of,
+    checkpoints,
+    graddiff,
+    make_arms,
+    make_draws,
+    maxent,
+    measure_arms,
+    result,
+    rmu,
+    student,
+    with_fit,
+)
+from excise.studies.levels import verdict
+from excise.train.grid import Pool
+
+BARE = "rmu, forget term alone"
+"""RMU as the released configuration of UNDO trained it."""
+
+
+def teachers() -> dict[str, Method]:
+    """Return the teachers at their middle strength."""
+    return {
+        "maxent": maxent(),
+        "grad_diff": graddiff(),
+        "rmu": rmu(),
+        BARE: with_fit(rmu(alpha=0.0), lr=1e-3, steps=40),
+    }
+
+
+class UndoTeachers(Study):
+    """Students of GradDiff, MaxEnt, RMU, and RMU without its retain term.
+
+    Stated beforehand. The strength of every teacher is its learning rate, chosen on the tuned
+    draw: among the factors of `sweep`, the one with the lowest exact match on `dev_forget` of
+    those whose exact match on `dev_retain` is at most `retain_cost` below the original's; where
+    none is, the one that keeps most of retain. Students from random weights imitate each. What
+    decides is the depth gap on V of RMU's student minus that of MaxEnt's after T was relearned:
+    RMU is the worse teacher if the 95 % interval over draws and units lies above `margin`, the
+    better if below, alike if within. RMU by its forget term alone is compared to RMU in the same
+    way, and the levels of forgetting and retaining that were matched stand in a table.
+    """
+
+    question: ClassVar[str] = (
+        "At matched forgetting and retaining, do some unlearned models make better teachers, and "
+        "is RMU's fault its missing retain term?"
+    )
+    statistic: ClassVar[str] = (
+        "Depth gap on V after relearning T of the student of RMU minus that of MaxEnt's, and of "
+        "RMU's forget term alone minus RMU, against the margin from both sides; strengths chosen "
+        "on dev of the tuned draw; bootstrap over draws and units."
+    )
+    takes: ClassVar[str] = "12 minutes, 1 GiB"
+
+    name: Literal["undo-teachers"] = "undo-teachers"
+    """Name on the command line."""
+    margin: float = 0.1
+    """Share of the distance between the rails."""
+    bench: Bench = Bench()
+    """Data, models, attacker."""
+    teachers: dict[str, SerializeAsAny[Method]] = Field(default=teachers(), min_length=2)
+    """The unlearned models at their middle strength; `maxent` and `rmu` decide."""
+    student: Undo = student()
+    """The student; its teacher is replaced."""
+    sweep: tuple[float, ...] = (0.3, 1.0, 2.0)
+    """Factors on the teachers' learning rates."""
+    retain_cost: float = Field(default=0.1, gt=0)
+    """Exact match on `dev_retain` that a teacher may cost."""
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+@dataclass(frozen=True)
+class DevJob:
+    """Score a model on dev."""
+
+    model: Checkpoint
+    domain: Domain
+    max_length: int
+    device: str
+
+
+def dev_scores(job: DevJob) -> tuple[float, float]:
+    """Return the headline scores on `dev_forget` and `dev_retain`."""
+    net = job.model.load(dtype=torch.float32, device=torch.device(job.device))
+    tokenizer = job.model.tokenizer()
+    forget = tuple(row for rows in job.domain.dev_forget.values() for row in rows)
+    pairs = ((forget, job.domain.metrics[0]), (job.domain.dev_retain, job.domain.retain_metrics[0]))
+    one, two = (measure(net, tokenizer, r, m, max_length=job.max_length).mean for r, m in pairs)
+    return one, two
+
+
+def run(study: UndoTeachers, setting: Setting, pool: Pool) -> StudyResult:
+    """Choose strengths on the tuned draws, distil, relearn, compare."""
+    tuned = study.tuned_on or study.seeds
+    draws = make_draws(study.bench, (*tuned, *study.seeds), setting, pool)
+    factors = matched(study, {seed: draws[seed] for seed in tuned}, setting, pool)
+    methods: dict[str, Method] = {}
+    for name, method in study.teachers.items():
+        teacher = stronger(method, factors[name])
+        methods[f"{name}: no student"] = teacher
+        methods[name] = study.student.model_copy(update={"unlearn": teacher})
+    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), setting, pool))
+    found = measure_arms(study.bench, models, draws, setting, pool)
+    apart = differences(study, found)
+    words = [f"{name}: {said(e)}." for name, e in apart.items()]
+    words.append(gaps(found))
+    tables = (_table(apart), _matched(study, factors, found))
+    return result(found, words, decide(study, apart), draws, models, tables=tables)
+
+
+def stronger(method: Method, factor: float) -> Method:
+    """Return a method with its learning rate multiplied."""
+    fit: Any = method.fit  # type: ignore[attr-defined]
+    return with_fit(method, lr=float(f"{fit.lr * factor:.6g}"))
+
+
+def matched(
+    study: UndoTeachers, draws: Mapping[int, Draw], setting: Setting, pool: Pool
+) -> dict[str, float]:
+    """Return the factor of every teacher that dev of the tuned draws chose."""
+    methods = {
+        f"{name} x {factor:g}": stronger(method, factor)
+        for name, method in study.teachers.items()
+        for factor in study.sweep
+    }
+    made = make_arms(arms_of(methods, draws, tuple(draws)), setting, pool)
+    length = study.bench.pretrain.max_length
+    models = {**checkpoints(made), **{("original", s): d.original for s, d in draws.items()}}
+    jobs = {
+        key: DevJob(model, draws[key[1]].domain, length, setting.device)
+        for key, model in models.items()
+    }
+    scores = dict(zip(jobs, pool.map(dev_scores, list(jobs.values())), strict=True))
+
+    def mean(arm: str, side: int) -> float:
+        return sum(scores[arm, seed][side] for seed in draws) / len(draws)
+
+    return {
+        name: choose(
+            {f: (mean(f"{name} x {f:g}", 0), mean(f"{name} x {f:g}", 1)) for f in study.sweep},
+            mean("original", 1) - study.retain_cost,
+        )
+        for name in study.teachers
+    }
+
+
+def choose(scores: Mapping[float, tuple[float, float]], least: float) -> float:
+    """Return the strength that forgets most of those that keep enough.
+
+    Args:
+        scores: Scores on forget and retain by strength.
+        least: Score on retain that is enough; where nothing keeps it, the best keeper is taken.
+    """
+    enough = [factor for factor, (_, kept) in scores.items() if kept >= least]
+    if not enough:
+        return max(scores, key=lambda factor: scores[factor][1])
+    return min(enough, key=lambda factor: scores[factor][0])
+
+
+def differences(study: UndoTeachers, found: Found) -> dict[str, Estimate]:
+    """Return the differences in depth gap by name; the first decides."""
+    pairs = [("rmu", "maxent"), (BARE, "rmu"), ("grad_diff", "maxent")]
+    return {
+        f"{one} - {two}": found.contrast([one], [two])
+        for one, two in pairs
+        if one in study.teachers and two in study.teachers
+    }
+
+
+def decide(study: UndoTeachers, apart: Mapping[str, Estimate]) -> str:
+    """Return what the differences say under the margin."""
+    words = {
+        "above": "a worse teacher",
+        "below": "a better teacher",
+        "equal": "as good a teacher",
+        "undecided": "undecided",
+    }
+    parts = []
+    for name, found in apart.items():
+        one, _, two = name.partition(" - ")
+        parts.append(f"{one} against {two}: {words[verdict(found, study.margin)]}")
+    return "; ".join(parts)
+
+
+def _table(apart: Mapping[str, Estimate]) -> StudyTable:
+    """Return the differences."""
+    return StudyTable(
+        title="Students of one teacher against another's",
+        note="Depth gap on V; above 0 the first is the worse teacher.",
+        rows=tuple(row(name, "depth gap", e) for name, e in apart.items()),
+    )
+
+
+def _matched(study: UndoTeachers, factors: Mapping[str, float], found: Found) -> StudyTable:
+    """Return strengths and what the teachers forget and keep on the reported draws."""
+    rows: list[StudyRow] = []
+    for name, method in study.teachers.items():
+        fit: Any = method.fit  # type: ignore[attr-defined]
+        arm = f"{name}: no student"
+        rate = fit.lr * factors[name]
+        rows.append(StudyRow(arm=name, metric="learning rate", value=rate, n=1))
+        for metric, held in (("V", found.before), ("retain", found.retain)):
+            value = float(held.at(arm)[0])
+            rows.append(
+                StudyRow(arm=name, metric=f"{metric} of the teacher", value=value, n=held.n)
+            )
+    return StudyTable(
+        title="What was matched",
+        note="Rates chosen on dev of the tuned draw; exact match on the reported draws.",
+        rows=tuple(rows),
+    )

@@ -1,0 +1,348 @@
+"""Studies of distillation: statistics by hand, decisions on made-up numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.unit.tiny_bench import BENCH
+
+from excise.domains.arithmetic import Arithmetic
+from excise.evals.stats import Estimate
+from excise.studies.attacking import Attacked, chosen, known
+from excise.studies.dark_knowledge import DarkKnowledge
+from excise.studies.dark_knowledge import decide as decide_dark
+from excise.studies.distil_corpus import DistilCorpus, retain_lost
+from excise.studies.distil_corpus import decide as decide_corpus
+from excise.studies.distil_tables import Found, arms_table, curves_table, finish, gather
+from excise.studies.init_leak import InitLeak, leaks
+from excise.studies.init_leak import decide as decide_init
+from excise.studies.label_budget import LabelBudget, differences, few
+from excise.studies.label_budget import decide as decide_labels
+from excise.studies.levels import estimate, levels, spearman, verdict
+from excise.studies.noise_where import NoiseWhere
+from excise.studies.noise_where import decide as decide_noise
+from excise.studies.predictions import (
+    Predictions,
+    auc,
+    by_unit,
+    kl,
+    noises,
+    readout_bits,
+    shuffled,
+    threshold,
+)
+from excise.studies.pretrain_loss import NOTHING, PretrainLoss
+from excise.studies.pretrain_loss import decide as decide_push
+from excise.studies.pretrain_loss import differences as pushed
+from excise.studies.reversal_cost import ReversalCost, log_cost
+from excise.studies.reversal_cost import decide as decide_reversal
+from excise.studies.splice import TeacherSplice, explained, with_part
+from excise.studies.splice import decide as decide_splice
+from excise.studies.splice_factorial import SpliceFactorial, arm_name, effects_of
+from excise.studies.splice_factorial import decide as decide_factorial
+from excise.studies.undo_pilot import UndoPilot, correlations
+from excise.studies.undo_pilot import arm_name as pilot_name
+from excise.studies.undo_pilot import decide as decide_pilot
+from excise.studies.undo_teachers import choose
+
+DOMAIN = Arithmetic(factors=8, addends=8).build(None)
+UNITS = sorted({row.unit for row in DOMAIN.test["tables"]})
+
+
+def units_at(value: float) -> dict[str, float]:
+    """Return units of which a share is known."""
+    return {u: float(i < value * len(UNITS)) for i, u in enumerate(UNITS)}
+
+
+def attacked(after: float, *, before: float = 0.0, learned: float = 1.0) -> Attacked:
+    """Return an attack that brings a share of V back."""
+    both = (units_at(before), units_at(after))
+    t = {"t": learned}
+    return Attacked((0, 8), 1, both, ({"t": 0.0}, t), ({"r": 1.0}, {"r": 1.0}), t)
+
+
+def found_of(after: Mapping[str, float], *, power: float = 1.0) -> Found:
+    """Return arms that know so much after the attack, between rails at 1 and 0.1."""
+    arms = {
+        (name, seed): attacked(value)
+        for name, value in {"oracle": 0.1, **after}.items()
+        for seed in (1, 2, 3)
+    }
+    arms |= {("original", seed): attacked(1.0, before=1.0) for seed in (1, 2, 3)}
+    arms |= {("oracle", seed): attacked(0.1, learned=power) for seed in (1, 2, 3)}
+    return gather(arms, dict.fromkeys((1, 2, 3), DOMAIN), power=0.8)
+
+
+# -- levels ----------------------------------------------------------------------------------------
+
+
+def test_levels_weigh_draws_alike_and_keep_pairs() -> None:
+    scores = {
+        "a": {1: {"x": 1.0, "y": 0.0}, 2: {"x": 1.0, "y": 1.0, "z": 1.0, "only a": 9.0}},
+        "b": {1: {"x": 0.5, "y": -0.5}, 2: {"x": 0.5, "y": 0.5, "z": 0.5}},
+    }
+    found = levels(scores, {})
+    assert found.at("a")[0] == pytest.approx(0.75)
+    assert found.at("a", 1)[0] == pytest.approx(0.5)
+    assert found.n == 5
+    apart = found.at("a") - found.at("b")
+    assert np.allclose(apart, 0.5), "arms of one sample rest on the same units"
+    assert found.at("a")[1:].std() > 0.05
+    assert levels(scores, {}).values.tolist() == found.values.tolist()
+
+
+def test_groups_are_drawn_whole() -> None:
+    units = {f"u{i}": float(i < 10) for i in range(20)}
+    alone = levels({"a": {0: units}}, {}).at("a")[1:].std()
+    halves = {unit: str(value) for unit, value in units.items()}
+    whole = levels({"a": {0: units}}, {0: halves}).at("a")[1:].std()
+    assert whole > 2 * alone
+
+
+def test_estimates_and_verdicts() -> None:
+    values = np.array([1.0, *np.linspace(0.5, 1.5, 1001)])
+    found = estimate(values, 7)
+    assert (found.value, found.n) == (1.0, 7)
+    assert found.low == pytest.approx(0.525, abs=0.01)
+    assert math.isnan(estimate(np.array([np.nan, np.nan]), 1).low)
+    cases = {(0.2, 0.4): "above", (-0.4, -0.2): "below", (-0.05, 0.05): "equal"}
+    for (low, high), said in cases.items():
+        assert verdict(Estimate((low + high) / 2, low, high, 1), 0.1) == said
+    assert verdict(Estimate(0.1, 0.0, 0.2, 1), 0.1) == "undecided"
+    nan = float("nan")
+    assert verdict(Estimate(nan, nan, nan, 1), 0.1) == "undecided"
+
+
+def test_rank_correlation_by_hand() -> None:
+    one = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
+    two = np.array([[10.0, 20.0, 30.0], [3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+    found = spearman(one, two)
+    assert found[:2].tolist() == pytest.approx([1.0, -1.0])
+    assert math.isnan(found[2])
+    assert spearman(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(
+        0.866, abs=1e-3
+    )
+
+
+# -- the attack ------------------------------------------------------------------------------------
+
+
+def test_rate_and_step_are_chosen_on_dev() -> None:
+    def run(dev: tuple[float, ...], t: float) -> dict[str, Any]:
+        marks = [{"v": float(i)} for i in range(len(dev))]
+        return {
+            "steps": [4 * i for i in range(len(dev))], "v": marks, "retain": marks,
+            "t": [{"t": t}] * len(dev), "dev": [{"d": x} for x in dev],
+        }  # fmt: skip
+
+    found = chosen({1e-3: run((0.1, 0.5, 0.2), 0.3), 3e-3: run((0.1, 0.4, 0.5), 0.9)})
+    assert (found.rate, found.at, found.after) == (1e-3, 1, {"v": 1.0})
+    assert found.before == {"v": 0.0}
+    assert found.learned == {"t": 0.9}, "power is read at the rate that learned T best"
+    tied = chosen({1e-3: run((0.2, 0.2), 0.1)})
+    assert tied.at == 0
+
+
+def test_a_loss_counts_as_a_probability() -> None:
+    assert known({"a": 0.0, "b": math.log(2)}, "text_loss") == pytest.approx({"a": 1.0, "b": 0.5})
+    assert known({"a": 0.25}, "exact_match") == {"a": 0.25}
+
+
+def test_gaps_and_void() -> None:
+    found = found_of({"arm": 0.55})
+    scale = found.before.at("original")[0] - found.after.at("oracle")[0]
+    wanted = (found.after.at("arm")[0] - found.after.at("oracle")[0]) / scale
+    assert found.value("arm").value == pytest.approx(wanted)
+    assert 0.4 < wanted < 0.6
+    assert found.value("arm").low < wanted < found.value("arm").high
+    assert not found.void
+    weak = found_of({"arm": 0.55}, power=0.5)
+    assert weak.void.startswith("void")
+    decision, paragraph = finish(["Words."], weak, "all is well")
+    assert decision == weak.void
+    assert "all is well" not in paragraph
+    metrics = {row.metric for row in arms_table(found).rows}
+    assert {"depth gap", "V after relearning T", "T after relearning it"} <= metrics
+    steps = {row.metric for row in curves_table(found).rows}
+    assert {"V at step 0", "V at step 8", "T (never decides) at step 8"} < steps
+
+
+# -- predictions -----------------------------------------------------------------------------------
+
+
+def told(content: float, seed: int, count: int = 90) -> Predictions:
+    """Return predictions of six tokens that hold so many nats of the right one."""
+    generator = torch.Generator().manual_seed(seed)
+    right_N = torch.randint(0, 6, (count,), generator=generator)
+    logits_NV = torch.randn(count, 6, generator=generator)
+    logits_NV[torch.arange(count), right_N] += content
+    place_N = torch.arange(count) % 3
+    units = tuple(f"u{i // 3}" for i in range(count))
+    return Predictions(logits_NV.log_softmax(-1), right_N, place_N, units)
+
+
+def test_a_readout_finds_what_is_there_and_nothing_else() -> None:
+    signal, _ = readout_bits(told(3.0, 0), told(3.0, 1), told(3.0, 2))
+    nothing, _ = readout_bits(told(0.0, 0), told(0.0, 1), told(0.0, 2))
+    dealt, _ = readout_bits(*(shuffled(told(3.0, i), i) for i in range(3)))
+
+    def mean(bits: Mapping[str, float]) -> float:
+        return sum(bits.values()) / len(bits)
+
+    assert len(signal) == 30
+    assert mean(signal) < mean(nothing) - 1.0
+    assert mean(nothing) == pytest.approx(math.log2(6), abs=0.25)
+    assert mean(dealt) == pytest.approx(math.log2(6), abs=0.25)
+
+
+def test_areas_and_thresholds() -> None:
+    assert auc([3.0, 4.0], [1.0, 2.0]) == 1.0
+    assert auc([1.0], [1.0]) == 0.5
+    assert threshold([3.0, 4.0], [1.0, 2.0]) == 2.5
+    assert by_unit([1.0, 3.0, 5.0], ["a", "a", "b"]) == {"a": 2.0, "b": 5.0}
+
+
+def _away(edited: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """Return KLs of a teacher that is a splice with uniform noise, or the original."""
+    right = torch.full((4, 5), -8.0)
+    right[:, 0] = 8.0
+    original = right.log_softmax(-1)
+    uniform = noises(original, torch.zeros(4, dtype=torch.long))["uniform"].expand_as(original)
+    forget = uniform if edited == "splice" else original
+    units = [f"u{i}" for i in range(4)]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, held in (
+        ("dev", forget),
+        ("test", forget),
+        ("retain", original),
+        ("dev_retain", original),
+    ):
+        found[name] = {
+            "original": by_unit(kl(held, original).tolist(), units),
+            "uniform": by_unit(kl(held, uniform).tolist(), units),
+        }
+    return {("maxent", 1): found}
+
+
+def test_a_splice_is_explained_by_the_splice() -> None:
+    class Drawn:
+        domain = DOMAIN
+
+    draws: Any = {1: Drawn()}
+    noise, share = explained(_away("splice"), "maxent", draws, (1,))
+    assert noise == "uniform"
+    assert share.value == pytest.approx(1.0, abs=1e-6)
+    assert decide_splice(TeacherSplice(), share, {}).startswith("the splice")
+    _, share = explained(_away("original"), "maxent", draws, (1,))
+    assert math.isnan(share.value)
+    leak = {"missed": share, "caught": share, "missed - caught": Estimate(0.4, 0.3, 0.5, 9)}
+    low = Estimate(0.5, 0.4, 0.6, 9)
+    assert decide_splice(TeacherSplice(), low, leak).startswith("not the splice")
+    assert "leaks" in decide_splice(TeacherSplice(), low, leak)
+
+
+def test_few_labels_leave_the_mix_alone() -> None:
+    part = with_part(DOMAIN, 0.25, 0)
+    groups = {row.group for row in DOMAIN.forget["tables"]}
+    assert len({row.group for row in part.forget["tables"]}) == round(0.25 * len(groups))
+    small = few(DOMAIN, 10, 0)
+    assert (len(small.forget["tables"]), len(small.retain)) == (5, 5)
+    for other in (part, small):
+        assert other.unlabeled == DOMAIN.unlabeled
+        assert other.fingerprint != DOMAIN.fingerprint
+
+
+# -- decisions -------------------------------------------------------------------------------------
+
+
+def test_the_factorial_tells_filtering_from_leaking() -> None:
+    study = SpliceFactorial()
+    cells = {arm_name(b, h): (b, h) for b in study.benign for h in study.harmful}
+    same = effects_of(study, found_of(dict.fromkeys(cells, 0.1)))
+    assert decide_factorial(study, same).startswith("the same as filtering")
+    leaking = {name: 0.6 if cell[1] == "unlearned" else 0.1 for name, cell in cells.items()}
+    effects = effects_of(study, found_of(leaking))
+    assert effects["harmful effect (unlearned - skip)"].value > 0.4
+    assert effects["benign effect (unlearned - original)"].value == pytest.approx(0.0)
+    assert decide_factorial(study, effects).startswith("worse than filtering")
+    shallow = {name: 0.6 if cell[0] == "original" else 0.1 for name, cell in cells.items()}
+    assert decide_factorial(study, effects_of(study, found_of(shallow))).startswith("better")
+
+
+def test_labels_and_losses_are_compared_both_ways() -> None:
+    study = LabelBudget(labels=(8, 32))
+    arms = {f"{way}, {n}": 0.1 for way in ("filter", "unlearn") for n in study.labels}
+    assert decide_labels(study, differences(study, found_of(arms))).startswith("alike")
+    worse = found_of({**arms, "unlearn, 8": 0.7, "unlearn, 32": 0.5})
+    assert decide_labels(study, differences(study, worse)).startswith("filtering")
+    push = PretrainLoss()
+    flat = dict.fromkeys((NOTHING, *push.pushes), 0.1)
+    assert decide_push(push, pushed(push, found_of(flat))).startswith("nothing")
+    left = pushed(push, found_of({**flat, "ascent": 0.5}))
+    assert decide_push(push, left).startswith("something is left to invert by ascent")
+
+
+def test_corpora_count_only_where_retain_is_kept() -> None:
+    study = DistilCorpus()
+    names = tuple(study.corpora)
+    found = found_of(dict.fromkeys(names, 0.3))
+    assert not any(retain_lost(study, found, name) for name in names)
+    deep = Estimate(-0.3, -0.4, -0.2, 9)
+    assert decide_corpus(study, {"a": deep}) == "a: deeper"
+    assert decide_corpus(study, {}).startswith("undecided")
+
+
+def test_starts_groups_and_pilots() -> None:
+    init = InitLeak()
+    arms = {f"oracle's logits, from {name}": 0.1 for name in init.inits}
+    assert decide_init(init, leaks(init, found_of(arms))).startswith("initialisation does not")
+    arms["oracle's logits, from original"] = 0.4
+    assert decide_init(init, leaks(init, found_of(arms))).startswith("initialisation leaks")
+
+    where = NoiseWhere()
+    zero, high = Estimate(0.0, -0.05, 0.05, 9), Estimate(0.4, 0.3, 0.5, 9)
+    apart = {"mlp": zero, "attention": high, "embed": high, "nowhere": high}
+    said = decide_noise(where, apart)
+    assert said == "mlp: suffices; attention: does not suffice; embed: does not suffice"
+    assert decide_noise(where, {**apart, "nowhere": zero}).startswith("undecided")
+
+    pilot = UndoPilot()
+    names, sizes = list(pilot.teachers), (*pilot.pilots, "no student", "large")
+    rising = {pilot_name(n, s): 0.1 + 0.15 * i for i, n in enumerate(names) for s in sizes}
+    assert decide_pilot(pilot, correlations(pilot, found_of(rising))).startswith("the pilot")
+    falling = {
+        pilot_name(n, s): 0.1 + 0.15 * (i if s == "large" else 5 - i)
+        for i, n in enumerate(names)
+        for s in sizes
+    }
+    assert "does not foretell" in decide_pilot(pilot, correlations(pilot, found_of(falling)))
+
+
+def test_costs_of_reversal_by_hand() -> None:
+    steps = (0, 2, 8, 32)
+    curve = np.array([[0.0, 0.0, 0.0], [0.0, 0.6, 0.0], [0.5, 0.7, 0.1], [1.0, 0.8, 0.2]])
+    found = log_cost(steps, curve, np.ones(3), 0.5)
+    assert found.tolist() == pytest.approx([3.0, -1 + 2 * 5 / 6, 5.0])
+    study = ReversalCost()
+    easier = Estimate(-2.0, -2.5, -1.5, 9)
+    assert decide_reversal(study, easier, never=False).startswith("RMU is easier")
+    assert decide_reversal(study, easier, never=True).startswith("undecided")
+    with pytest.raises(ValueError, match="needs 'rmu'"):
+        ReversalCost(against="nobody")
+
+
+def test_strength_is_matched_and_bits_decide() -> None:
+    scores = {0.3: (0.5, 1.0), 1.0: (0.1, 0.95), 2.0: (0.0, 0.4)}
+    assert choose(scores, 0.9) == 1.0
+    assert choose(scores, 0.3) == 2.0
+    assert choose(scores, 1.1) == 0.3
+    study = DarkKnowledge(bench=BENCH)
+    some, none = Estimate(0.5, 0.4, 0.6, 9), Estimate(0.0, -0.05, 0.05, 9)
+    assert decide_dark(study, {"maxent": some}).startswith("signal")
+    assert decide_dark(study, {"maxent": none}).startswith("no signal")
+    assert decide_dark(study, {"maxent": Estimate(0.1, 0.0, 0.2, 9)}).startswith("undecided")

@@ -1,0 +1,82 @@
+"""Studies of distillation at a size of seconds run through, side by side on shared stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.tiny_bench import BENCH, QUICK, quick, quick_student, ran
+
+from excise.methods.distillation.corpora import FullMix, OnPolicy, RefusingSamples
+from excise.studies import study_named
+from excise.studies.distilling import graddiff, maxent, rmu
+
+PUPIL = quick_student()
+MAXENT, GRADDIFF, RMU = quick(maxent()), quick(graddiff()), quick(rmu(layer=0, blocks=(0,)))
+
+QUICKLY: dict[str, dict[str, Any]] = {
+    "splice-factorial": {"student": PUPIL, "harmful": ("unlearned", "skip"), "others": False},
+    "dark-knowledge": {"teachers": {"maxent": MAXENT}},
+    "reversal-cost": {"methods": {"rmu": RMU, "grad_diff": GRADDIFF}},
+    "pretrain-loss": {"pushes": ("uniform",)},
+}
+"""Studies that every run of the tests tries, and what makes them small."""
+
+MORE: dict[str, dict[str, Any]] = {
+    "splice": {"student": PUPIL, "teachers": {"maxent": MAXENT}},
+    "label-budget": {"student": PUPIL, "labels": (8,)},
+    "distil-corpus": {
+        "student": PUPIL,
+        "corpora": {
+            "the mix": FullMix(),
+            "a refuser": RefusingSamples(rows=32, new_tokens=3, refusal=" = = =", fit=QUICK),
+            "the student": OnPolicy(new_tokens=3),
+        },
+    },
+    "undo-pilot": {
+        "large": PUPIL,
+        "pilots": {"small": PUPIL.model_copy(update={"alpha": 0.3})},
+        "teachers": {"maxent": MAXENT, "grad_diff": GRADDIFF, "rmu": RMU},
+    },
+    "init-leak": {"student": PUPIL, "inits": ("random", "original", "another original")},
+    "noise-where": {"student": PUPIL.model_copy(update={"alpha": 0.6}), "groups": ("mlp",)},
+    "undo-teachers": {
+        "student": PUPIL, "sweep": (0.5, 1.0), "teachers": {"maxent": MAXENT, "rmu": RMU},
+    },
+}  # fmt: skip
+"""The others."""
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder whose studies share stages."""
+    return tmp_path_factory.mktemp("studies")
+
+
+def check(name: str, changes: dict[str, Any], shelf: Path) -> None:
+    """Run a study twice: its record says what decides, and nothing is computed again."""
+    settings: dict[str, Any] = {"seeds": (1,), "bench": BENCH, **changes}
+    study = study_named(name)(**settings)
+    made = ran(study, shelf / name).study
+    assert made is not None
+    if name != "dark-knowledge":
+        assert made.decision.startswith("void")
+        titles = [table.title for table in made.tables]
+        assert titles[-2:] == ["Recovery on V after T was relearned", "Curves of the attack"]
+        arms = {row.arm for row in made.tables[-2].rows}
+        assert {"original", "oracle"} < arms
+    stages = {p: p.stat().st_mtime_ns for p in (shelf / ".stages").iterdir()}
+    assert ran(study, shelf / f"{name}-again").study == made
+    assert {p: p.stat().st_mtime_ns for p in (shelf / ".stages").iterdir()} == stages
+
+
+@pytest.mark.parametrize("name", QUICKLY)
+def test_a_study_runs_through(name: str, shelf: Path) -> None:
+    check(name, QUICKLY[name], shelf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_other_studies_run_through(name: str, shelf: Path) -> None:
+    check(name, MORE[name], shelf)

@@ -154,7 +154,9 @@ def _applied(job: RemovalJob, ctx: Context) -> Removal:
         return job.method.apply(job.start, job.domain, ctx)
     makers = job.method.needed_makers()
     made = {name: make_removal(replace(job, method=maker)) for name, maker in makers.items()}
-    return job.method.distil(job.start, job.domain, ctx, made)
+    return job.method.distil(
+        job.start, job.domain, ctx, made, caches=job.setting.store / "teacher-caches"
+    )
 
 
 def _chain(job: RemovalJob, chain: Chain) -> Removal:

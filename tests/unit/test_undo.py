@@ -24,12 +24,14 @@ from excise.jobs import RemovalJob, Setting, make_removal
 from excise.losses import predicting
 from excise.methods import Filtering, GradDiff, Undo
 from excise.methods.base import Cost, Removal
+from excise.methods.distillation.cache import HiddenStates, TopTokens
 from excise.methods.distillation.corpora import OnPolicy, RefusingSamples, TeacherSamples, mix_of
 from excise.methods.distillation.harmful import Classifier, Implicit, TrueLabels
 from excise.methods.distillation.perturb import members, perturb
 from excise.methods.distillation.sampling import sample
 from excise.methods.distillation.targets import (
     FromOracle,
+    FromTeacher,
     HardLabels,
     Mixture,
     Piece,
@@ -186,6 +188,51 @@ def test_teachers_are_made_once_for_all_students(tmp_path: Path) -> None:
     assert staged.checkpoint.fingerprint == alone.checkpoint.fingerprint
     asked = changed(student="original", targets=HardLabels())
     assert asked.needed_makers() == {}
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [FromTeacher(), Splice(harmful="unlearned"), Splice(harmful="shuffled"), Splice()],
+    ids=["teacher", "spliced", "shuffled", "uniform"],
+)
+def test_cached_teachers_give_the_same_student(targets: Any, tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    fields = {"targets": targets, "pack": (1, 2)}
+    plain = changed(**{**fields, "pack": (1,)}).apply(start, domain, context(tmp_path / "plain"))
+    kept = changed(**{**fields, "pack": (1,)}, cache=HiddenStates())
+    made = kept.apply(start, domain, context(tmp_path / "kept"))
+    one, two = weights(plain.checkpoint), weights(made.checkpoint)
+    assert max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-6
+    caches = made.extras["corpus"]["caches"]
+    assert set(caches) == ({targets.benign} if hasattr(targets, "benign") else set()) | (
+        {"unlearned"} if getattr(targets, "harmful", "unlearned") == "unlearned" else set()
+    )
+    tokens = made.extras["corpus"]["tokens"]
+    assert made.extras["cost"]["corpus_tokens"] == len(caches) * tokens
+    packed = changed(**fields, cache=TopTokens(k=8)).apply(start, domain, context(tmp_path / "3"))
+    assert packed.extras["corpus"]["caches"].keys() == caches.keys()
+
+
+def test_students_share_a_cache_and_a_killed_one_goes_on(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    setting = Setting(tmp_path / "store")
+    for alpha in (0.2, 0.4):
+        method = changed(alpha=alpha, cache=HiddenStates())
+        made = make_removal(RemovalJob(setting, method, start, domain, 3))
+    assert len(list((tmp_path / "store" / "teacher-caches").glob("hidden-*"))) == 1
+    ctx = replace(context(tmp_path / "w", 3))
+    told = 0
+
+    def die(kind: str, data: Mapping[str, Any]) -> None:
+        nonlocal told
+        told += 1
+        if told > 5:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        method.apply(start, domain, replace(ctx, emit=die))
+    again = method.apply(start, domain, ctx)
+    assert again.checkpoint.fingerprint == made.checkpoint.fingerprint
 
 
 def _new(path: Path) -> Path:
@@ -373,6 +420,7 @@ def test_a_teacher_that_emits_nan_is_refused(where: str, value: float, tmp_path:
         ({"alpha": 1, "beta": 0}, "beta: with alpha 1 it leaves weights of 0"),
         ({"unlearn": {"name": "filtering"}}, "unlearn: 'filtering' trains from scratch"),
         ({"also": {"original": {"name": "rmu"}}}, "also: 'unlearned' and 'original' are taken"),
+        ({"cache": {"name": "hidden"}, "corpus": {"name": "on_policy"}}, "cache: holds the scored"),
         ({"targets": {"name": "splic"}}, "targets.name: unknown choice 'splic'; did you mean"),
         ({"corpus": {"rows": 1}}, "corpus.name: is required; known: mix, on_policy"),
         ({"targets": {"name": "splice", "by": {"name": "classifier", "labels": 1}}},

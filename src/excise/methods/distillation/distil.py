@@ -23,6 +23,7 @@ from excise.domains.stream import Batch, Example, Stream, Tokenizer, collate, en
 from excise.errors import UserError
 from excise.evals.score import direction_of, fitting, measure, some
 from excise.losses import predicting
+from excise.methods.distillation.cache_read import TeacherCache
 from excise.methods.distillation.corpora import OnPolicy
 from excise.methods.distillation.sampling import prompt_ids, sample, sampled
 from excise.methods.distillation.targets import (
@@ -179,6 +180,8 @@ class Distillation:
         direction: `forward` for KL(target || student), `reverse` for the other.
         tokens: Whether scored tokens are distilled, or all that follow another.
         drawn: Extra tokens that a student reads per token of a batch, to draw it.
+        caches: What teachers said before, by source.
+        bos_id: Id that joined rows have once, for the caches.
     """
 
     targets: Targets
@@ -187,6 +190,8 @@ class Distillation:
     direction: Literal["forward", "reverse"] = "forward"
     tokens: Literal["scored", "all"] = "scored"
     drawn: int = 0
+    caches: Mapping[str, TeacherCache] = field(default_factory=dict)
+    bos_id: int | None = None
 
     def wanted(self, batch: Batch) -> Bool[Tensor, "B T"]:
         """Return the positions whose prediction is distilled."""
@@ -197,14 +202,16 @@ class Distillation:
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """Return the divergence from the targets, and what reading them took."""
         wanted_BT = self.wanted(batch)
-        reads = Reads(self.teachers, self.fixed, batch, wanted_BT)
-        parts = pieces(self.targets, batch, wanted_BT, lambda: self._harmful(batch, reads))
+        reads = Reads(self.teachers, self.fixed, batch, wanted_BT, self.caches, self.bos_id)
+        parts = reads.taught(
+            pieces(self.targets, batch, wanted_BT, lambda: self._harmful(batch, reads))
+        )
         hidden_ND = final_hidden(model, batch.inputs)[wanted_BT]
         total, count = chunked_splice(
             hidden_ND,
             head_of(model),
-            as_kinds([part.mask_BT[wanted_BT] for part in parts]),
-            [reads.target(part) for part in parts],
+            as_kinds([mask_N for mask_N, _ in parts]),
+            [target for _, target in parts],
             direction=self.direction,
         )
         tokens = float(batch.num_tokens)

@@ -17,6 +17,7 @@ from excise.domains.base import Domain
 from excise.domains.stream import Example, Stream, Tokenizer, collate, encode
 from excise.errors import UserError
 from excise.methods.base import Cost, Removal
+from excise.methods.distillation.cache import build_cache
 from excise.methods.distillation.corpora import OnPolicy, TeacherSamples, Texts, read_corpus
 from excise.methods.distillation.distil import (
     Distillation,
@@ -32,6 +33,7 @@ from excise.methods.distillation.targets import (
     ORIGINAL,
     UNLEARNED,
     Splice,
+    asked_alone,
     judge_of,
     model_of,
     sources_of,
@@ -85,7 +87,12 @@ def checkpoints(
 
 
 def make_student(
-    method: Undo, start: Checkpoint, domain: Domain, ctx: Context, made: Mapping[str, Removal]
+    method: Undo,
+    start: Checkpoint,
+    domain: Domain,
+    ctx: Context,
+    made: Mapping[str, Removal],
+    caches: Path | None = None,
 ) -> Removal:
     """Distil a student from teachers that exist; see `Undo.distil`."""
     began = time.monotonic()
@@ -114,6 +121,8 @@ def make_student(
         max_length=method.max_length,
     )  # fmt: skip
     rule.goal = goal_of(method, models, teachers, rule, ctx)
+    if method.cache is not None:
+        task, texts = cached(method, task, models, texts, tokenizer, ctx, caches)
     told = Told(Progress(ctx, method.name, method.fit.steps))
     scores, perturbed = train(method, model, task, reader_of(method, texts, tokenizer, ctx), rule,
                               told, ctx)  # fmt: skip
@@ -211,6 +220,34 @@ def task_of(
         "reverse" if reverse and not hard else "forward",
         method.tokens,
         drawn=1 if own else 0,
+    )
+
+
+def cached(
+    method: Undo,
+    task: Distillation,
+    models: Mapping[str, Checkpoint],
+    texts: Texts,
+    tokenizer: Tokenizer,
+    ctx: Context,
+    folder: Path | None,
+) -> tuple[Distillation, Texts]:
+    """Return the task with what its teachers say read beforehand; idle teachers are let go.
+
+    The tokens that a cache is made of count as read by every student that uses it.
+    """
+    assert method.cache is not None
+    asked, live = asked_alone(task.targets)
+    caches = {
+        source: build_cache(models[source], texts.examples, method.cache, ctx, folder=folder)
+        for source in asked
+    }
+    teachers = {source: t for source, t in task.teachers.items() if source in live}
+    read = len(caches) * sum(len(e.ids) for e in {e.ids: e for e in texts.examples}.values())
+    facts = {**texts.facts, "caches": {name: c.summary() for name, c in caches.items()}}
+    return (
+        replace(task, teachers=teachers, caches=caches, bos_id=tokenizer.bos_token_id),
+        replace(texts, read=texts.read + read, facts=facts),
     )
 
 

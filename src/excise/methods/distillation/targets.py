@@ -134,6 +134,27 @@ def sources_of(targets: Targets) -> tuple[str, ...]:
     return tuple(dict.fromkeys((targets.benign, *harmful, *implicit)))
 
 
+def asked_alone(targets: Targets) -> tuple[set[str], set[str]]:
+    """Return the sources that a cache can stand for, and those that must be there while training.
+
+    A cache holds predictions of single models; mixtures of probabilities, shuffling and implicit
+    labels need the models themselves.
+    """
+    sources = set(sources_of(targets))
+    if isinstance(targets, Mixture) and targets.how == "mean" and len(targets.weights) > 1:
+        return set(), sources
+    live: set[str] = set()
+    judge = judge_of(targets)
+    if judge is not None and judge.name == "implicit":
+        live |= {UNLEARNED, ORIGINAL}
+    if isinstance(targets, Splice):
+        alone: set[str] = {targets.benign}
+        if targets.harmful in (UNLEARNED, ORIGINAL):
+            alone.add(targets.harmful)
+        return alone, live | ({UNLEARNED} if targets.harmful == "shuffled" else set())
+    return (set() if isinstance(targets, HardLabels) else sources), live
+
+
 def judge_of(targets: Targets) -> Judge | None:
     """Return who says what is harmful, where that matters."""
     if isinstance(targets, Splice) or (

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from excise.domains.stream import Batch, Example, collate
 from excise.errors import UserError
 from excise.losses import predicting
+from excise.methods.distillation.cache_read import TeacherCache
 from excise.methods.distillation.targets import Piece
 from excise.models.head import Head, final_hidden, head_of
 from excise.train.vocab import Fixed, HiddenTarget, Label, Mixture, Target, Uniform
@@ -69,6 +70,11 @@ class Frozen:
                 raise refused(self.name, logp_nV)
 
 
+def cached_source(piece: Piece) -> str:
+    """Return the source of a piece that a cache can stand for; empty where none can."""
+    return next(iter(piece.weights)) if piece.kind == "models" and len(piece.weights) == 1 else ""
+
+
 def refused(name: str, what: Tensor) -> UserError:
     """Return the sentence about a teacher whose numbers are no numbers."""
     dtype = str(what.dtype).removeprefix("torch.")
@@ -108,6 +114,8 @@ class Reads:
         fixed: Probabilities by name: `unigram` and `mean`.
         batch: The rows.
         wanted_BT: Positions whose prediction is scored, N in all.
+        caches: What teachers said before, by source; they are not asked again.
+        bos_id: Id that joined rows have once, for the caches.
         tokens: Tokens read so far, over all teachers.
     """
 
@@ -115,6 +123,8 @@ class Reads:
     fixed: Mapping[str, Float[Tensor, " V"]]
     batch: Batch
     wanted_BT: Bool[Tensor, "B T"]
+    caches: Mapping[str, TeacherCache] = field(default_factory=dict)
+    bos_id: int | None = None
     tokens: int = 0
     _kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -136,6 +146,24 @@ class Reads:
             self.tokens += batch.num_tokens
             self._kept[source] = kept_ND, read_B | need_B
         return kept_ND
+
+    def taught(self, pieces: Sequence[Piece]) -> list[tuple[Bool[Tensor, " N"], Target]]:
+        """Return which positions are taught what, each target for all N positions."""
+        out: list[tuple[Tensor, Target]] = []
+        for piece in pieces:
+            mask_N = piece.mask_BT[self.wanted_BT]
+            source = cached_source(piece)
+            if source in self.caches:
+                found = self.caches[source].lookup(
+                    self.batch, self.wanted_BT, packed=True, bos_id=self.bos_id
+                )
+                out += [
+                    (mask_N & (found.kinds_N == i), target)
+                    for i, target in enumerate(found.targets)
+                ]
+            else:
+                out.append((mask_N, self.target(piece)))
+        return out
 
     def target(self, piece: Piece) -> Target:
         """Return the target of a piece, for all N positions."""

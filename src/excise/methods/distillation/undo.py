@@ -8,6 +8,7 @@ the student has to find by itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -16,6 +17,7 @@ from excise.context import Context
 from excise.domains.base import Domain
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.chain import Chain
+from excise.methods.distillation.cache import CacheKind
 from excise.methods.distillation.corpora import AnyCorpus, FullMix
 from excise.methods.distillation.perturb import Part
 from excise.methods.distillation.student import make_student, needed
@@ -53,6 +55,9 @@ class Undo(Method):
     texts."""
     tokens: Literal["scored", "all"] = "scored"
     """Which tokens are distilled: those that are scored, or prompts as well."""
+    cache: CacheKind | None = None
+    """Keep what teachers say about the corpus, for this student and others: `hidden` is exact,
+    `topk` and `sampled` are smaller; empty to ask the teachers in every step."""
     fit: FitConfig = FitConfig(
         steps=1000, lr=7e-4, batch_size=32, warmup=50, schedule="cosine", min_lr=0.1, clip=1.0
     )
@@ -95,6 +100,11 @@ class Undo(Method):
                 )
         if self.alpha == 1.0 and self.beta == 0.0:
             raise ValueError("beta: with alpha 1 it leaves weights of 0, which learn nothing")
+        if self.cache is not None and (self.tokens == "all" or self.corpus.name == "on_policy"):
+            raise ValueError(
+                "cache: holds the scored tokens of texts that stay the same; leave it out with "
+                "tokens 'all' and with corpus 'on_policy'"
+            )
         if {"unlearned", "original"} & set(self.also):
             raise ValueError("also: 'unlearned' and 'original' are taken; use other names")
         return self
@@ -117,7 +127,12 @@ class Undo(Method):
         return self.distil(start, domain, ctx, made)
 
     def distil(
-        self, start: Checkpoint, domain: Domain, ctx: Context, made: Mapping[str, Removal]
+        self,
+        start: Checkpoint,
+        domain: Domain,
+        ctx: Context,
+        made: Mapping[str, Removal],
+        caches: Path | None = None,
     ) -> Removal:
         """Distil a student from teachers that exist.
 
@@ -126,6 +141,7 @@ class Undo(Method):
             domain: Rows by role.
             ctx: Seed, device, dtype, folder.
             made: What the methods of `needed_makers` returned.
+            caches: Folder of teacher caches that several students share.
 
         Returns:
             The student and what all of it took, teachers included.
@@ -134,4 +150,4 @@ class Undo(Method):
             UserError: If a teacher emits NaN or has another vocabulary, or the corpus is shorter
                 than a sequence.
         """
-        return make_student(self, start, domain, ctx, made)
+        return make_student(self, start, domain, ctx, made, caches)

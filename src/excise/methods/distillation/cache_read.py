@@ -6,6 +6,7 @@ document, D hidden size, V vocabulary, K kept tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,6 +171,11 @@ class TeacherCache:
         targets = (self._target(kept, types_N == STORED), Uniform())
         return Found(kinds_N, targets)
 
+    @functools.cached_property
+    def _lengths(self) -> tuple[int, ...]:
+        """Lengths of documents, falling."""
+        return tuple(sorted({doc.length for doc in self.docs.values()}, reverse=True))
+
     def _segments(
         self, ids: list[int], asked_L: Tensor, unit: str, packed: bool, bos_id: int | None
     ) -> Iterator[tuple[str, Tensor]]:
@@ -183,7 +189,7 @@ class TeacherCache:
                 f"unit '{unit}' ({len(ids)} tokens) is not in the teacher cache in {self.folder}; "
                 "build it with this row too, or pass packed=True if rows were joined"
             )
-        parts = unpack(ids, self.docs, bos_id)
+        parts = unpack(ids, self.docs, self._lengths, bos_id)
         if parts is None:
             raise UserError(
                 f"the row that begins with unit '{unit}' is not made of documents of the teacher "
@@ -240,32 +246,34 @@ class TeacherCache:
 
 
 def unpack(
-    ids: Sequence[int], docs: Mapping[str, Doc], bos_id: int | None
+    ids: Sequence[int], docs: Mapping[str, Doc], lengths: Sequence[int], bos_id: int | None
 ) -> list[tuple[str, int]] | None:
     """Return the documents a row was joined from, longer ones first where several fit.
 
-    Packing takes the BOS of all documents but the first away; the prediction after it is then the
+    Joining takes the BOS of all documents but the first away; the prediction after it is then the
     one at the last token of the document before.
 
     Args:
         ids: Token ids of the row.
         docs: Known documents by hash.
-        bos_id: Id that packing takes away; None for none.
+        lengths: Lengths they have, falling.
+        bos_id: Id that joining takes away; None for none.
 
     Returns:
         Hash of each document, and the position of the row that is its first; None if the row is
         not made of known documents.
     """
-    lengths = sorted({doc.length for doc in docs.values()}, reverse=True)
     dead: set[int] = set()
     parts: list[tuple[str, int]] = []
-    ends: list[tuple[int, Iterator[int]]] = [(0, iter(lengths))]
+    ways = [
+        (length, lost) for length in lengths for lost in ((1, 0) if bos_id is not None else (0,))
+    ]
+    ends: list[tuple[int, Iterator[tuple[int, int]]]] = [(0, iter(ways))]
     while ends:
         start, left = ends[-1]
-        lost = int(start > 0 and bos_id is not None)
-        for length in left:
+        for length, lost in left:
             end = start + length - lost
-            if not start < end <= len(ids) or end in dead:
+            if not start < end <= len(ids) or end in dead or (lost and not start):
                 continue
             head = [bos_id] if lost and bos_id is not None else []
             name = document_hash([*head, *ids[start:end]])
@@ -274,7 +282,7 @@ def unpack(
             parts.append((name, start - lost))
             if end == len(ids):
                 return parts
-            ends.append((end, iter(lengths)))
+            ends.append((end, iter(ways)))
             break
         else:  # nothing goes on from here: the document before was another one
             dead.add(start)

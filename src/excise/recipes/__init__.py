@@ -17,6 +17,7 @@ RECIPES: Mapping[str, str] = {
     "smollm-glosses": "excise.recipes.smollm_glosses",
     "undo-arithmetic": "excise.recipes.undo_arithmetic",
     "undo-languages": "excise.recipes.undo_languages",
+    "smollm-undo": "excise.recipes.smollm_undo",
 }
 """Recipes by name: the module whose `recipe()` returns it."""
 

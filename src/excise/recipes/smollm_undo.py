@@ -1,0 +1,59 @@
+"""excise run smollm-undo: UNDO on knowledge that a pretrained model really has.
+
+First: excise fetch smollm2-135m. One WordNet topic is suppressed in SmolLM2-135M, a quarter of
+every weight is shrunk away (no noise, as UNDO's setting for pretrained models has it), and the rest
+is distilled from the suppressed model on the mix. There is no oracle: the record says how much came
+back, not whether it is as if never learned. On two cores this is a smoke test of the path; with an
+accelerator give the student more steps (`--arms.undo.fit.steps 3000`).
+"""
+
+from __future__ import annotations
+
+from excise.domains.glosses import Glosses
+from excise.methods import MaxEnt, Undo
+from excise.models.spec import ModelSpec
+from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.train.fit import FitConfig
+
+LENGTH = 48
+"""Tokens of a definition in a plain wording, at most."""
+
+
+def teacher() -> MaxEnt:
+    """Return what suppresses the topic."""
+    return MaxEnt(fit=FitConfig(steps=40, lr=5e-5, batch_size=8, clip=1.0), max_length=LENGTH)
+
+
+def recipe() -> Recipe:
+    """Return the recipe."""
+    distil = FitConfig(steps=60, lr=1e-4, batch_size=8, warmup=5, schedule="cosine", clip=1.0)
+    return Recipe(
+        name="smollm-undo",
+        title="Words for the body out of SmolLM2-135M: suppressed alone, and with UNDO",
+        takes="80 minutes, 6 GiB, after fetching smollm2-135m",
+        domain=Glosses(),
+        model=ModelSpec(path="smollm2-135m"),
+        arms={
+            "unlearn_only": teacher(),
+            "undo": Undo(unlearn=teacher(), alpha=0.25, beta=0.0, fit=distil, max_length=LENGTH),
+        },
+        audit=AuditSpec(
+            budget="smoke",
+            change={
+                "steps": 8,
+                "checkpoints": (0, 8),
+                "batch_size": 8,
+                "benign_rates": (1e-4,),
+                "fresh": 1,
+                "together": 1,
+                "bits": 0,
+                "max_test_rows": 64,
+                "max_other_rows": 24,
+                "max_length": 64,
+                "shots": (2,),
+                "random_directions": 1,
+            },
+        ),
+        evaluate=EvalSpec(max_rows=200, max_length=96),
+        dtype="bfloat16",
+    )

@@ -96,7 +96,7 @@ def head_of(model: nn.Module) -> Head:
             "adapter first, or use a loss on logits"
         )
     head = Head(weight, bias, **_settings(getattr(unwrap(model)[1], "config", None)))
-    if parts.family not in {*FAMILIES, "gemma3_text"} and not _agrees(model, head):
+    if parts.family not in {*FAMILIES, "gemma3_text"} and not _agrees(model, parts.head, head):
         raise UserError(
             f"the logits of this {parts.family} model are not its head times its last hidden "
             "state; use a loss on logits"
@@ -105,13 +105,21 @@ def head_of(model: nn.Module) -> Head:
 
 
 @torch.no_grad()
-def _agrees(model: nn.Module, head: Head) -> bool:
+def _agrees(model: nn.Module, path: str, head: Head) -> bool:
     """Return whether the model's logits on a few tokens are those of `head`."""
+    caught: list[Tensor] = []
+    handle = find_module(model, path).register_forward_pre_hook(
+        lambda _module, args: caught.append(args[0])
+    )
     # Not id 0 alone: where it pads, its embedding is zero and so is everything after it.
     ids_BT = torch.arange(1, 6, device=head.weight_VD.device)[None] % head.vocab
-    given_BTV = model(input_ids=ids_BT).logits.float()
-    own_BTV = head.logits(final_hidden(model, {"input_ids": ids_BT})).float()
-    wrong = (given_BTV - own_BTV).abs().max()
+    try:
+        given_BTV = model(input_ids=ids_BT).logits.float()
+    finally:
+        handle.remove()
+    if len(caught) != 1:
+        return False
+    wrong = (given_BTV - head.logits(caught[0]).float()).abs().max()
     return bool(wrong <= 1e-2 * given_BTV.abs().max().clamp(min=1e-6))
 
 

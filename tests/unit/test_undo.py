@@ -42,6 +42,7 @@ from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import tiny_model, word_tokenizer
 from excise.registry import registry
 from excise.train.fit import FitConfig
+from excise.verbs.show import settings
 
 FIT = FitConfig(steps=6, lr=1e-3, batch_size=8)
 TEACHER = GradDiff(fit=FIT.model_copy(update={"steps": 2}), max_length=16)
@@ -444,3 +445,16 @@ def test_settings_survive_being_written_and_read() -> None:
     assert parse(Undo, method.model_dump(mode="json"), registry()) == method
     with pytest.raises(ValueError, match="trains from scratch"):
         Undo(unlearn=Filtering())
+
+
+def test_show_lists_every_choice() -> None:
+    text = settings(Undo)
+    for said in (
+        "--targets.name = 'teacher'",
+        "    splice: One prediction where a token is benign",
+        "      --targets.harmful = 'uniform'",
+        "      --targets.path = required",
+        "--cache.name = None",
+        "--fit.steps = 1000",
+    ):
+        assert said in text

@@ -41,6 +41,38 @@ def _is_config(annotation: object) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Config)
 
 
+def choices(annotation: object) -> dict[str, type[Config]]:
+    """Return the configurations a field chooses from by `name`; empty where it holds none."""
+    found: dict[str, type[Config]] = {}
+    if isinstance(annotation, type):
+        field = annotation.model_fields.get("name") if issubclass(annotation, Config) else None
+        return (
+            {}
+            if field is None or not isinstance(field.default, str)
+            else {
+                field.default: annotation  # type: ignore[dict-item]
+            }
+        )
+    for part in get_args(annotation):
+        found |= choices(part)
+    return found if len(found) > 1 else {}
+
+
+def _alternatives(
+    path: str, default: object, description: str | None, known: dict[str, type[Config]]
+) -> list[str]:
+    """Return the lines of a field that chooses by `name`."""
+    shown = repr(getattr(default, "name", None))
+    lines = [f"  --{path}.name = {shown}  {description or ''}"]
+    for name, cls in known.items():
+        lines.append(f"    {name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
+        for inner, field in cls.model_fields.items():
+            if inner != "name":
+                value = "required" if field.is_required() else repr(field.get_default())
+                lines.append(f"      --{path}.{inner} = {value}")
+    return lines
+
+
 def settings(cls: type[Config], prefix: str = "") -> str:
     """Return the fields of a configuration, one a line, with defaults and help."""
     lines = [] if prefix else [f"{cls.__doc__ or ''}".strip(), ""]
@@ -49,6 +81,10 @@ def settings(cls: type[Config], prefix: str = "") -> str:
         lines += [f"source: {paper.title} {paper.url} {paper.repository}".rstrip(), ""]
     for name, field in cls.model_fields.items():
         default = field.default
+        alternatives = choices(field.annotation)
+        if len(alternatives) > 1:
+            lines += _alternatives(f"{prefix}{name}", default, field.description, alternatives)
+            continue
         inner_class = next((a for a in get_args(field.annotation) if _is_config(a)), None)
         if default is None and inner_class is not None:
             lines.append(f"  --{prefix}{name}.*  {field.description or ''} (off by default)")

@@ -49,9 +49,7 @@ def choices(annotation: object) -> dict[str, type[Config]]:
         return (
             {}
             if field is None or not isinstance(field.default, str)
-            else {
-                field.default: annotation  # type: ignore[dict-item]
-            }
+            else {field.default: annotation}
         )
     for part in get_args(annotation):
         found |= choices(part)

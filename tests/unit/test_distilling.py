@@ -66,14 +66,14 @@ def attacked(after: float, *, before: float = 0.0, learned: float = 1.0) -> Atta
     return Attacked((0, 8), 1, both, ({"t": 0.0}, t), ({"r": 1.0}, {"r": 1.0}), t)
 
 
-def found_of(after: Mapping[str, float], *, power: float = 1.0) -> Found:
-    """Return arms that know so much after the attack, between rails at 1 and 0.1."""
+def found_of(after: Mapping[str, float], *, power: float = 1.0, top: float = 1.0) -> Found:
+    """Return arms that know so much after the attack, between rails at `top` and 0.1."""
     arms = {
         (name, seed): attacked(value)
         for name, value in {"oracle": 0.1, **after}.items()
         for seed in (1, 2, 3)
     }
-    arms |= {("original", seed): attacked(1.0, before=1.0) for seed in (1, 2, 3)}
+    arms |= {("original", seed): attacked(1.0, before=top) for seed in (1, 2, 3)}
     arms |= {("oracle", seed): attacked(0.1, learned=power) for seed in (1, 2, 3)}
     return gather(arms, dict.fromkeys((1, 2, 3), DOMAIN), power=0.8)
 
@@ -161,6 +161,7 @@ def test_gaps_and_void() -> None:
     assert 0.4 < wanted < 0.6
     assert found.value("arm").low < wanted < found.value("arm").high
     assert not found.void
+    assert found_of({"arm": 0.55}, top=0.1).void.startswith("void: the rails")
     weak = found_of({"arm": 0.55}, power=0.5)
     assert weak.void.startswith("void")
     decision, paragraph = finish(["Words."], weak, "all is well")

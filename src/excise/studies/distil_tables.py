@@ -88,19 +88,22 @@ def gather(
     t = of(lambda a: a.learned)
     reached = float(t.at("oracle")[0])
     wanted = power if absolute else power * float(of(lambda a: a.t[0]).at("original")[0])
+    before, after = of(lambda a: a.before), of(lambda a: a.after)
+    apart = estimate(before.at("original") - after.at("oracle"), after.n)
     void = ""
-    if reached < wanted:
+    if apart.low <= 0:
+        void = f"void: the rails are {said(apart)} of V apart, too little to read anything between"
+    elif reached < wanted:
         void = (
             f"void: the attacker brought the oracle to {reached:.2f} on T, below {wanted:.2f}, so "
             "that the budget teaches too little to tell arms apart"
         )
-    arms = tuple(name for name in names if name not in RAILS)
     return Found(
-        arms=arms,
+        arms=tuple(name for name in names if name not in RAILS),
         seeds=seeds,
         attacked=attacked,
-        before=of(lambda a: a.before),
-        after=of(lambda a: a.after),
+        before=before,
+        after=after,
         t=t,
         retain=of(lambda a: a.kept),
         void=void,

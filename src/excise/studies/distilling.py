@@ -90,7 +90,7 @@ def student(**changes: Any) -> Undo:
     With alpha and beta 1 nothing of any model is left and the noise is a whole initialisation.
     """
     fit = FitConfig(
-        steps=600, lr=4e-3, batch_size=96, warmup=30, schedule="cosine", min_lr=0.05,
+        steps=500, lr=4e-3, batch_size=96, warmup=30, schedule="cosine", min_lr=0.05,
         betas=(0.9, 0.99), clip=1.0,
     )  # fmt: skip
     chosen = {"unlearn": maxent(), "alpha": 1.0, "beta": 1.0, "fit": fit, "max_length": LENGTH}

@@ -51,8 +51,8 @@ def teachers() -> dict[str, Method]:
 def pilots() -> dict[str, Undo]:
     """Return the small runs: a quarter of the weights replaced, or a tenth of the tokens."""
     short = student().fit
-    quarter = short.model_copy(update={"steps": 150, "warmup": 10})
-    tenth = short.model_copy(update={"steps": 60, "warmup": 5})
+    quarter = short.model_copy(update={"steps": 125, "warmup": 10})
+    tenth = short.model_copy(update={"steps": 50, "warmup": 5})
     return {
         "alpha 0.25": student(alpha=0.25, beta=0.1, fit=quarter),
         "a tenth of the tokens": student(fit=tenth),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from excise.context import Context
-from excise.domains.base import Row
+from excise.domains.base import Domain, Row
 from excise.domains.stream import Batch, Example, collate, encode, join
 from excise.errors import UserError
 from excise.losses import forward_kl, predicting
@@ -32,9 +32,11 @@ from excise.methods.distillation.cache import (
     same_vocabulary,
 )
 from excise.methods.distillation.cache_shards import write_shard
+from excise.methods.posthoc.maxent import MaxEnt
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.head import Head, final_hidden, head_of
 from excise.models.tiny import BOS, tiny_model, word_tokenizer
+from excise.train.fit import FitConfig
 from excise.train.vocab import HiddenTarget, Sampled, TopK, chunked_splice
 
 V = 31
@@ -205,6 +207,29 @@ def test_predictions_near_uniform_are_kept_as_a_word(
     kept = build_cache(flat, examples, TopTokens(k=3), ctx).summary()
     assert kept["uniform"] == 0
     assert kept["gap_max"] < 1e-4
+
+
+def test_trained_maxent_rows_are_kept_as_little_more_than_a_word(
+    knowing: Checkpoint, facts_domain: Domain, ctx: Context
+) -> None:
+    schedule = FitConfig(steps=25, lr=3e-3, batch_size=16, clip=1.0)
+    flat = MaxEnt(fit=schedule).apply(knowing, facts_domain, ctx).checkpoint
+    forget = encode(facts_domain.forget["tests"], flat.tokenizer(), max_length=32)
+    facts = {
+        (name, k): build_cache(model, forget, TopTokens(k=k), ctx).summary()
+        for name, model in (("flat", flat), ("knowing", knowing))
+        for k in (1, 8)
+    }
+    # The even tail holds what MaxEnt made; what the original knew lies in the top tokens.
+    assert facts["flat", 1]["gap_max"] < 0.5
+    assert facts["flat", 8]["gap_mean"] < 0.1
+    assert facts["knowing", 1]["gap_max"] < 0.05
+    for one in facts.values():
+        assert one["gap_mean"] <= one["bound_mean"]
+        assert one["gap_max"] <= one["bound_max"]
+    most = build_cache(flat, forget, TopTokens(k=8, uniform_below=0.25), ctx).summary()
+    assert most["uniform"] > 0.8 * len(forget)
+    assert most["gap_max"] < 0.25
 
 
 def test_draws_teach_the_teacher_on_average(

@@ -46,6 +46,9 @@ class LabelNoise(Config):
     """Share of the core rows that are labelled as some capability."""
     missed_as: Literal["core", "unlabeled"] = "core"
     """What is told of a missed row: that it is core, or nothing."""
+    unread_core: Rate = 0.0
+    """Share of the core rows that nobody has looked at, so that nothing is told of them. With
+    `missed_as` 'unlabeled' labels are few but sure, and what has none is not given away by it."""
     confidence: Confidence | None = None
     """How sure the labeller says it is of each label; missing means certain of every one."""
 
@@ -102,10 +105,13 @@ def tell_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
     keys = _row_keys(rows)
     missed = _missed(rows, keys, noise, seed)
     alarms = _alarms(rows, keys, noise, seed)
+    core = {keys[i]: i for i, row in enumerate(rows) if row.label == CORE and not row.capability}
+    unread = {core[key] for key in _pick(core, noise.unread_core, seed, "unread")}
     told_missed = CORE if noise.missed_as == "core" else UNLABELED
     out = []
     for i, row in enumerate(rows):
-        label = told_missed if i in missed else alarms.get(i, row.label)
+        known = UNLABELED if i in unread else row.label
+        label = told_missed if i in missed else alarms.get(i, known)
         out.append(row if label == row.label else replace(row, label=label))
     if noise.confidence is None:
         return tuple(out)

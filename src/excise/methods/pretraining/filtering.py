@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from excise.context import Context
-from excise.domains.base import Domain
+from excise.domains.base import UNLABELED, Domain
 from excise.domains.labels import LabelNoise, suspicion
+from excise.errors import UserError
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import (
@@ -36,6 +37,8 @@ class Filtering(Method):
     """How the labels one has differ from the truth; missing means they are right."""
     drop_above: float = Field(default=0.5, ge=0, lt=1)
     """A row is dropped where labels say with more than this probability that it is forget."""
+    unlabeled: Literal["keep", "drop"] = "keep"
+    """Whether rows that nobody has looked at are read."""
 
     starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
     paper: ClassVar[Paper] = Paper(
@@ -46,7 +49,17 @@ class Filtering(Method):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` on the rows that carry no forget label."""
         rows = told_corpus(domain, self.labels, ctx)
-        kept = tuple(row for row in rows if suspicion(row) <= self.drop_above)
+        kept = tuple(
+            row
+            for row in rows
+            if suspicion(row) <= self.drop_above
+            and (self.unlabeled == "keep" or row.label != UNLABELED)
+        )
+        if not kept:
+            raise UserError(
+                "filtering drops every row; set 'filtering.unlabeled' to 'keep' or raise "
+                "'filtering.drop_above'"
+            )
         return pretrain(
             start,
             kept,

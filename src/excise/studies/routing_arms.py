@@ -1,0 +1,89 @@
+"""Presets and baselines as the routing studies run them: one place for what was tuned on draw 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from excise.domains.facts import FACTS_MAX_LENGTH
+from excise.methods import (
+    ERA,
+    GRAM,
+    RMU,
+    AblatedPlain,
+    AdapterModules,
+    Chain,
+    DEMix,
+    Filtering,
+    FilterLoRA,
+    GradDiff,
+    GradDiffPretrain,
+    LossMasking,
+    MaxEnt,
+    MemSinks,
+    Propagate,
+    Relabel,
+)
+from excise.methods.base import Method
+from excise.methods.pretraining.routing.coherence import Coherence
+from excise.methods.pretraining.routing.era_steps import Expand
+from excise.methods.pretraining.routing.modules import Module
+from excise.studies.routing_setting import routed
+from excise.train.fit import FitConfig
+
+LENGTH = FACTS_MAX_LENGTH
+
+
+def era(**changes: object) -> ERA:
+    """Return Expand-Route-Ablate, its neurons and repair sized for models of two blocks."""
+    repair = Coherence(fit=FitConfig(steps=40, lr=3e-4, batch_size=64))
+    expand = Expand(width=0.25, coherence=repair)
+    return ERA(expand=expand.model_copy(update=changes))
+
+
+def rmu() -> RMU:
+    """Return RMU as in the demo."""
+    return RMU(
+        layer=1,
+        blocks=(0, 1),
+        steering=50.0,
+        alpha=20.0,
+        fit=FitConfig(steps=100, lr=1e-2, batch_size=64),
+        max_length=LENGTH,
+    )
+
+
+def maxent() -> MaxEnt:
+    """Return MaxEnt as in the demo."""
+    fit = FitConfig(steps=100, lr=2e-3, batch_size=64, clip=1.0)
+    return MaxEnt(alpha=0.5, fit=fit, max_length=LENGTH)
+
+
+def grad_diff() -> GradDiff:
+    """Return GradDiff as in the demo."""
+    fit = FitConfig(steps=80, lr=4e-4, batch_size=64, clip=1.0)
+    return GradDiff(alpha=4.0, fit=fit, max_length=LENGTH)
+
+
+PRESETS: Mapping[str, Method] = {
+    "era": era(),
+    "sgtm": routed(),
+    "gram": GRAM(p_cr=0.2, p_as=0.0, module=Module(width=0.25, grow=True)),
+    "demix": DEMix(module=Module(width=0.25, grow=True)),
+    "memsinks": MemSinks(),
+    "adapter_modules": AdapterModules(),
+}
+"""Gradient routing."""
+
+BASELINES: Mapping[str, Method] = {
+    "filtering": Filtering(),
+    "filtering_sure": Filtering(unlabeled="drop"),
+    "propagate": Propagate(),
+    "relabel": Relabel(),
+    "relabel_absorption": Relabel(features="absorption", router=routed()),
+    "filter_lora": FilterLoRA(),
+    "loss_masking": LossMasking(),
+    "grad_diff_pretrain": GradDiffPretrain(),
+    "ablated_plain": AblatedPlain(module=Module(width=0.25, grow=True)),
+    "era_rmu": Chain(methods=(era(), rmu())),
+}
+"""What routing must beat, at equal compute."""

@@ -1,0 +1,327 @@
+"""What the studies of gradient routing share: tiny models of made-up facts, arms, and the tax.
+
+Every trained model, score and attack is a stage, so that a study goes on where it was stopped, and
+studies that lie side by side share originals, oracles, arms and attacks.
+
+The alignment tax is a compute ratio: the share of plain training that reaches an arm's loss on
+`retain_test`, read off plain runs with shorter schedules.
+
+Shape legend: S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
+from excise.domains.labels import LabelNoise
+from excise.evals.stats import Estimate
+from excise.jobs import ScoreJob, Setting, make_scores
+from excise.methods import Chain
+from excise.methods.base import Method, Removal
+from excise.methods.pretraining.plain import Plain
+from excise.methods.pretraining.pretrain import Pretrain, cut_to
+from excise.methods.pretraining.routing.modules import Module
+from excise.methods.pretraining.sgtm import SGTM
+from excise.models.checkpoint import Checkpoint
+from excise.models.spec import Scratch
+from excise.recipes.base import EvalSpec
+from excise.studies.attacking import Attacker, Key
+from excise.studies.base import Draw
+from excise.studies.distil_tables import Found
+from excise.studies.distilling import (
+    Bench,
+    Make,
+    checkpoints,
+    make_arms,
+    make_draws,
+    make_inits,
+    measure_arms,
+    rails,
+)
+from excise.studies.levels import Array, Levels, estimate, levels
+from excise.train.fit import FitConfig
+from excise.train.grid import Pool
+
+Missed = Literal["occurrences", "units"]
+"""What labels miss: rows one by one, or all rows of a unit."""
+
+Rest = Literal["core", "unlabeled"]
+"""What is told of rows without a label."""
+
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Shares of the steps at which plain training is scored for the compute ratio."""
+
+LENGTH = FACTS_MAX_LENGTH
+
+
+def facts_bench(**changes: Any) -> Bench:
+    """Return the bench of the routing studies: 48 subjects, width 64, two blocks.
+
+    Args:
+        **changes: Fields of `Bench` that differ.
+    """
+    steps = {**FACTS_FIT, "steps": 300, "lr": 4e-3, "batch_size": 96, "micro_size": 24}
+    chosen = {
+        "domain": Facts(subjects=48, relations=4, objects=32, forget_share=0.34),
+        "model": Scratch(width=64, blocks=2),
+        "pretrain": Pretrain(fit=FitConfig(**steps), max_length=LENGTH, pack=(1, 1, 2, 4)),
+        "attacker": Attacker(
+            steps=60, rates=(1e-3, 3e-3), batch_size=32, checkpoints=(0, 10, 20, 40)
+        ),
+    }
+    return Bench(**{**chosen, **changes})
+
+
+def routed(**changes: Any) -> SGTM:
+    """Return the routed method of the studies: SGTM with modules grown beside the model's own.
+
+    Args:
+        **changes: Settings that differ.
+    """
+    module = Module(width=0.25, heads=0, grow=True)
+    return SGTM(**{"module": module, "ablate": "delete", **changes})
+
+
+def misses(rate: float, kind: Missed = "occurrences", rest: Rest = "core") -> LabelNoise | None:
+    """Return labels that reach a share of what is to be forgotten; None for all of it.
+
+    Args:
+        rate: Share that is labelled.
+        kind: Whether rows are missed one by one, or units whole.
+        rest: `core`: what is missed is told to be core, as by a labeller that only looks for the
+            capability. `unlabeled`: labels are few but sure; nothing is told of what is missed,
+            nor of the same share of core rows, lest a missing label give rows away.
+    """
+    if rate >= 1:
+        return None
+    left = round(1 - rate, 6)
+    which = {"missed_units": left} if kind == "units" else {"missed_occurrences": left}
+    if rest == "core":
+        return LabelNoise.model_validate(which)
+    return LabelNoise.model_validate({**which, "missed_as": "unlabeled", "unread_core": left})
+
+
+def prepared(method: Method, bench: Bench, labels: LabelNoise | None = None) -> Method:
+    """Return a method with the schedule of the bench and the labels one has.
+
+    Args:
+        method: Any method; of a chain, every link.
+        bench: Gives the schedule of what trains from scratch and has none.
+        labels: What labels are told; methods that read none are left alone.
+    """
+    if isinstance(method, Chain):
+        links = tuple(prepared(link, bench, labels) for link in method.methods)
+        return method.model_copy(update={"methods": links})
+    fields, update = type(method).model_fields, dict[str, Any]()
+    if "pretrain" in fields and getattr(method, "pretrain", None) is None:
+        update["pretrain"] = bench.pretrain
+    if "labels" in fields and labels is not None:
+        update["labels"] = labels
+    return method.model_copy(update=update)
+
+
+@dataclass(frozen=True)
+class World:
+    """The draws of a study, and what arms start from.
+
+    Attributes:
+        bench: Data, models, attacker.
+        draws: Data, original and oracle by seed.
+        inits: A further random model by seed: what arms from scratch start from.
+    """
+
+    bench: Bench
+    draws: Mapping[int, Draw]
+    inits: Mapping[int, Checkpoint]
+
+    def make(self, method: Method, seed: int, labels: LabelNoise | None = None) -> Make:
+        """Return what makes one arm of one draw, from scratch or from the original."""
+        ready = prepared(method, self.bench, labels)
+        first = ready.methods[0] if isinstance(ready, Chain) else ready
+        scratch = first.starts_from == "scratch"
+        start = self.inits[seed] if scratch else self.draws[seed].original
+        return Make(ready, start, self.draws[seed].domain)
+
+
+def make_world(bench: Bench, seeds: Sequence[int], setting: Setting, pool: Pool) -> World:
+    """Train original and oracle of every draw, and make the random models of its arms."""
+    draws = make_draws(bench, seeds, setting, pool)
+    return World(bench, draws, make_inits(bench, draws, setting, pool))
+
+
+def train_arms(
+    methods: Mapping[str, tuple[Method, LabelNoise | None]],
+    world: World,
+    setting: Setting,
+    pool: Pool,
+) -> dict[Key, Removal]:
+    """Train every arm on every draw, one stage each.
+
+    Args:
+        methods: By arm: the method and its labels, None for right ones.
+        world: The draws.
+        setting: Store, dtype, device.
+        pool: Worker processes.
+    """
+    wanted = {
+        (name, seed): world.make(method, seed, labels)
+        for name, (method, labels) in methods.items()
+        for seed in world.draws
+    }
+    return make_arms(wanted, setting, pool)
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All arms of a world, scored.
+
+    Attributes:
+        found: V, T and retain recall before and after T is relearned, rails among the arms.
+        loss: Loss on `retain_test`, arms, rails and plain runs of shorter schedules.
+        shares: Shares of the steps of those plain runs; empty where the tax is not asked for.
+        removals: What methods left behind, by arm and draw.
+    """
+
+    found: Found
+    loss: Levels
+    shares: tuple[float, ...] = ()
+    removals: Mapping[Key, Removal] = field(default_factory=dict)
+
+    def ratio(self, arm: str) -> Array:
+        """Return an arm's compute ratio: of the data, then of the samples.
+
+        Raises:
+            AssertionError: If no plain run was made.
+        """
+        assert self.shares, "no plain run to read the ratio from"
+        plain = [self.loss.at(shorter(share)) for share in self.shares]
+        return compute_ratio(self.loss.at(arm), self.shares, np.stack(plain))
+
+    def estimate(self, values: Array) -> Estimate:
+        """Return values of the data and the samples as an estimate with its interval."""
+        return estimate(values, self.found.after.n)
+
+
+def shorter(share: float) -> str:
+    """Return the name of the plain run with a share of the steps."""
+    return f"plain, {100 * share:g} % of the steps"
+
+
+def compute_ratio(loss: Array, shares: Sequence[float], plain: Array) -> Array:
+    """Return the share of plain compute that reaches a loss.
+
+    Linear in the logarithm of the share between neighbouring runs; a run that is worse than a
+    shorter one counts as equal to it. Beyond the ends it is the end.
+
+    Args:
+        loss: [1 + S] losses.
+        shares: Shares of the steps, ascending.
+        plain: [shares, 1 + S] losses of the plain runs.
+
+    Returns:
+        [1 + S] shares.
+    """
+    best = np.minimum.accumulate(plain, axis=0)
+    logs = np.log(np.asarray(shares, dtype=np.float64))
+    out = np.empty_like(loss)
+    for i, value in enumerate(loss):
+        # np.interp wants ascending losses; of equal ones the shortest run must win.
+        falling = best[:, i] - 1e-12 * np.arange(len(logs))
+        out[i] = np.exp(np.interp(value, falling[::-1], logs[::-1]))
+    return out
+
+
+def text_losses(
+    models: Mapping[Key, Checkpoint],
+    world: World,
+    setting: Setting,
+    pool: Pool,
+    on: str = "retain_test",
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Return the loss on a scored set by arm, draw and unit, in nats.
+
+    Args:
+        models: By arm and draw.
+        world: Their data.
+        setting: Store, dtype, device.
+        pool: Worker processes.
+        on: `retain_test`, `adjacent_test`, or `test` for V of all capabilities.
+    """
+    spec = EvalSpec(max_rows=0, max_length=world.bench.pretrain.max_length, samples=0)
+    jobs = [
+        ScoreJob(setting, name, model, world.draws[seed].domain, spec)
+        for (name, seed), model in models.items()
+    ]
+    out: dict[str, dict[int, dict[str, float]]] = {}
+    for (name, seed), scored in zip(models, pool.map(make_scores, jobs), strict=True):
+        units: dict[str, list[float]] = {}
+        for item in scored.items:
+            if item.set.split(".")[0] == on and item.metric == "text_loss":
+                units.setdefault(item.unit, []).append(item.value)
+        out.setdefault(name, {})[seed] = {u: sum(v) / len(v) for u, v in units.items()}
+    return out
+
+
+def plain_curve(
+    world: World, shares: Sequence[float], setting: Setting, pool: Pool
+) -> dict[Key, Checkpoint]:
+    """Train plainly with shares of the steps, from the random models of the arms."""
+    full = world.bench.pretrain
+    runs: dict[str, tuple[Method, LabelNoise | None]] = {
+        shorter(share): (
+            Plain(pretrain=cut_to(full, max(1, round(share * full.fit.steps)), "plain")),
+            None,
+        )
+        for share in shares
+    }
+    return {k: r.checkpoint for k, r in train_arms(runs, world, setting, pool).items()}
+
+
+def score_arms(
+    made: Mapping[Key, Removal],
+    world: World,
+    seeds: Sequence[int],
+    setting: Setting,
+    pool: Pool,
+    *,
+    shares: Sequence[float] = SHARES,
+) -> Outcome:
+    """Score arms and rails, relearn T with each, and read the tax off shorter plain runs.
+
+    Args:
+        made: By arm and draw.
+        world: The draws, `seeds` among them.
+        seeds: Draws that are reported.
+        setting: Store, dtype, device.
+        pool: Worker processes.
+        shares: Shares of the steps of the plain runs; empty for no tax.
+    """
+    draws = {seed: world.draws[seed] for seed in seeds}
+    arms = {key: removal for key, removal in made.items() if key[1] in draws}
+    models = checkpoints(arms)
+    found = measure_arms(world.bench, models, draws, setting, pool)
+    here = World(world.bench, draws, world.inits)
+    curve = plain_curve(here, shares, setting, pool) if shares else {}
+    losses = text_losses({**rails(draws, seeds), **models, **curve}, here, setting, pool)
+    return Outcome(found, levels(losses, groups_of(draws)), tuple(shares), arms)
+
+
+def groups_of(draws: Mapping[int, Draw]) -> dict[int, dict[str, str]]:
+    """Return by draw the group of every unit of `retain_test` and V."""
+    return {
+        seed: {
+            row.unit: row.group
+            for rows in (draw.domain.retain_test, *draw.domain.test.values())
+            for row in rows
+            if row.group
+        }
+        for seed, draw in draws.items()
+    }

@@ -8,12 +8,13 @@ from typing import get_args
 from excise.domains.arithmetic import Arithmetic
 from excise.domains.biology import Biology
 from excise.domains.cyber import Cyber
+from excise.domains.definitions import Definitions
 from excise.domains.facts import Facts
 from excise.domains.glosses import Glosses
 from excise.domains.languages import Languages
 from excise.domains.spec import DomainSpec, Files
 
-AnyDomain = Files | Facts | Arithmetic | Languages | Glosses | Cyber | Biology
+AnyDomain = Files | Facts | Arithmetic | Languages | Glosses | Definitions | Cyber | Biology
 """Adding a domain: its file, its test, one line here."""
 
 DOMAINS: Mapping[str, type[DomainSpec]] = {

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 RECIPES: Mapping[str, str] = {
     "demo": "excise.recipes.demo",
+    "era-facts": "excise.recipes.era_facts",
+    "sgtm-facts": "excise.recipes.sgtm_facts",
+    "routed-prose": "excise.recipes.routed_prose",
     "smollm-cyber": "excise.recipes.smollm_cyber",
     "smollm-glosses": "excise.recipes.smollm_glosses",
     "undo-arithmetic": "excise.recipes.undo_arithmetic",

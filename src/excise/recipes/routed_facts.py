@@ -1,0 +1,48 @@
+"""What the recipes of routed facts share: data, schedule, and filtering on the same labels."""
+
+from __future__ import annotations
+
+from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
+from excise.domains.labels import LabelNoise
+from excise.methods import Filtering
+from excise.methods.base import Method
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.spec import ModelSpec, Scratch
+from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.train.fit import FitConfig
+
+HALF = LabelNoise(missed_occurrences=0.5)
+"""Every other row of a fact to forget carries no label."""
+
+
+def routed_facts(name: str, title: str, method: Method, *, takes: str) -> Recipe:
+    """Return a recipe that compares a method with filtering, at all labels and at half of them.
+
+    Args:
+        name: Of the recipe.
+        title: One line for the report.
+        method: A method from scratch with a field `labels`.
+        takes: Expected time and memory.
+    """
+    short = str(getattr(method, "name", name))
+    return Recipe(
+        name=name,
+        title=title,
+        takes=takes,
+        domain=Facts(subjects=84, objects=32, forget_share=0.34),
+        model=ModelSpec(scratch=Scratch(**FACTS_MODEL)),
+        pretrain=Pretrain(
+            fit=FitConfig(**{**FACTS_FIT, "steps": 400, "batch_size": 96, "micro_size": 24}),
+            max_length=FACTS_MAX_LENGTH,
+            pack=(1, 1, 2, 4),
+        ),
+        arms={
+            "filtering": Filtering(),
+            "filtering_50": Filtering(labels=HALF),
+            short: method,
+            f"{short}_50": method.model_copy(update={"labels": HALF}),
+        },
+        audit=AuditSpec(budget="smoke"),
+        evaluate=EvalSpec(max_length=FACTS_MAX_LENGTH),
+        oracles=2,
+    )

@@ -1,0 +1,44 @@
+"""excise run routed-prose: definitions of animals beside novels and speeches, GRAM and SGTM.
+
+Half of the definitions carry no label. Everything is measured by the loss on text.
+"""
+
+from __future__ import annotations
+
+from excise.domains.definitions import (
+    DEFINITIONS_FIT,
+    DEFINITIONS_MAX_LENGTH,
+    DEFINITIONS_MODEL,
+    Definitions,
+)
+from excise.domains.labels import LabelNoise
+from excise.methods import GRAM, SGTM, Filtering
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.spec import ModelSpec, Scratch
+from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.train.fit import FitConfig
+
+HALF = LabelNoise(missed_units=0.5)
+"""Every other definition is unknown to the labeller."""
+
+
+def recipe() -> Recipe:
+    """Return the recipe."""
+    length = DEFINITIONS_MAX_LENGTH
+    return Recipe(
+        name="routed-prose",
+        title="Definitions of animals routed away from general English (GRAM, SGTM)",
+        takes="6 to 10 minutes, 1 GiB",
+        domain=Definitions(),
+        model=ModelSpec(scratch=Scratch(**DEFINITIONS_MODEL)),
+        pretrain=Pretrain(fit=FitConfig(**DEFINITIONS_FIT), max_length=length),
+        arms={
+            "filtering": Filtering(),
+            "filtering_50": Filtering(labels=HALF),
+            "sgtm_50": SGTM(labels=HALF),
+            "gram_50": GRAM(labels=HALF, p_as=0.0, p_cr=0.2),
+        },
+        audit=AuditSpec(budget="smoke", change={"steps": 32, "checkpoints": (0, 4, 16, 32)}),
+        evaluate=EvalSpec(max_rows=256, max_length=length),
+        oracles=1,
+    )

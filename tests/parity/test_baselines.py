@@ -31,6 +31,7 @@ from excise.methods import (
 from excise.methods.pretraining.pretrain import Pretrain, corpus
 from excise.methods.pretraining.relabel import absorbed, found, relabelled
 from excise.methods.pretraining.relabel_probe import (
+    Rule,
     bag_of_tokens,
     fit_logistic,
     fold_of,
@@ -186,9 +187,7 @@ def cued(strength: float = 1.0, **noise: Any) -> tuple[Rows, torch.Tensor]:
     return rows, bag_of_tokens([e.ids for e in examples])
 
 
-def judged(
-    rows: Rows, x_NF: torch.Tensor, rule: Literal["pu", "f1", "fixed"], folds: int = 3
-) -> dict[str, Any]:
+def judged(rows: Rows, x_NF: torch.Tensor, rule: Rule, folds: int = 3) -> dict[str, Any]:
     verdict = judge(rows, x_NF, folds=folds, by="group", rule=rule, fixed=0.5, l2=1.0, seed=0)
     facts = found(rows, relabelled(rows, verdict))
     return {**facts, "threshold": verdict.threshold, "f1": verdict.held_out["f1"]}
@@ -212,6 +211,30 @@ def test_the_threshold_allows_for_missed_labels() -> None:
     assert judged(complete, y, "pu")["threshold"] > 0.4
     best = judged(complete, y, "f1")
     assert best["f1"] == pytest.approx(1.0)
+
+
+def test_a_probe_that_cannot_tell_flags_nothing() -> None:
+    rows, x = cued(strength=0.0, missed_units=0.5)
+    assert judged(rows, x, "lift")["labelled"] == 0
+    assert judged(rows, x, "pu")["precision"] < 0.8
+    easy, y = cued(missed_units=0.5)
+    facts = judged(easy, y, "lift")
+    assert facts["recall"] > 0.8
+    assert facts["precision"] > 0.95
+
+
+def test_lift_is_recall_squared_over_the_share_flagged() -> None:
+    rows, x = cued(strength=0.9, missed_occurrences=0.2)
+    verdict = judge(rows, x, folds=3, by="group", rule="lift", fixed=0.5, l2=1.0, seed=0)
+    told = torch.tensor([row.label > CORE for row in rows])
+
+    def lift(cut: float) -> float:
+        said = verdict.chance_N > cut
+        return float((said & told).sum() / told.sum()) ** 2 / float(said.float().mean())
+
+    best = max(lift(float(value) - 1e-12) for value in verdict.chance_N)
+    assert lift(verdict.threshold) == pytest.approx(best)
+    assert best > 1.5
 
 
 def test_rows_of_a_missed_unit_teach_the_probe_that_it_is_core() -> None:

@@ -35,6 +35,7 @@ from excise.methods.pretraining.pretrain import (
     told_corpus,
 )
 from excise.methods.pretraining.relabel_probe import (
+    Rule,
     Verdict,
     bag_of_tokens,
     judge,
@@ -69,8 +70,8 @@ class Relabel(Method):
     """What is never on both sides of a fold: other rows of a missed unit teach that it is core."""
     spread: Literal["no", "unit", "group"] = "no"
     """Whether labels first spread over the unit or group, as `propagate` does."""
-    rule: Literal["pu", "f1", "fixed"] = "pu"
-    """How the threshold is chosen on held-out labelled rows."""
+    rule: Rule = "lift"
+    """How the threshold is chosen on held-out labelled rows; see `relabel_probe.judge`."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Probability above which a row is forget, with rule `fixed`."""
     l2: float = Field(default=1.0, gt=0)
@@ -78,9 +79,9 @@ class Relabel(Method):
 
     starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
     paper: ClassVar[Paper] = Paper(
-        "Learning classifiers from only positive and unlabeled data",
-        "doi:10.1145/1401890.1401920",
-        "section 2: P(forget) = P(labelled) / c; then filtering (arXiv:2508.06601)",
+        "Learning with positive and unlabeled examples using weighted logistic regression",
+        "ICML 2003",
+        "section 4: the threshold; then filtering (arXiv:2508.06601)",
         defaults={"l2": "the usual C = 1 of logistic regression"},
     )
 

@@ -23,6 +23,12 @@ from excise.domains.base import CORE, UNLABELED, Row
 from excise.domains.texts import text_of
 from excise.errors import UserError
 
+Rule = Literal["lift", "pu", "f1", "fixed"]
+"""How a threshold is chosen on held-out labelled rows."""
+
+LEAST = 1.25
+"""Least lift of a probe that is believed; to flag everything has a lift of 1."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -138,18 +144,22 @@ def judge(
     *,
     folds: int,
     by: Literal["row", "unit", "group"],
-    rule: Literal["pu", "f1", "fixed"],
+    rule: Rule,
     fixed: float,
     l2: float,
     seed: int,
 ) -> Verdict:
     """Score every row by a probe that never saw its label, and choose the threshold.
 
-    Rules: `pu` takes labels of forget rows as missed at random among them: P(labelled) is then c
+    Rules: `lift` maximises the squared recall on held-out labelled forget rows over the share of
+    rows that are flagged, which ranks thresholds as F1 would if no label were missed (Lee and Liu
+    2003, "Learning with positive and unlabeled examples using weighted logistic regression",
+    section 4). Where the best is hardly better than flagging everything, nothing is flagged.
+    `pu` takes labels of forget rows as missed at random among them: P(labelled) is then c
     P(forget), with c the mean score of held-out labelled forget rows, and the threshold is c / 2
     (Elkan and Noto 2008, "Learning classifiers from only positive and unlabeled data",
-    doi:10.1145/1401890.1401920, section 2). `f1` maximises F1 on held-out labelled rows; `fixed`
-    takes the number given.
+    doi:10.1145/1401890.1401920, section 2); a probe that cannot tell then flags too much. `f1`
+    maximises F1 on held-out labelled rows; `fixed` takes the number given.
 
     Args:
         rows: All rows with the labels one has; those nobody has looked at are scored only.
@@ -204,7 +214,7 @@ def _threshold(
     chance_N: Tensor,
     forget_N: Tensor,
     known_N: Tensor,
-    rule: Literal["pu", "f1", "fixed"],
+    rule: Rule,
     fixed: float,
 ) -> float:
     """Return the probability above which a row counts as forget."""
@@ -214,9 +224,16 @@ def _threshold(
         return float(chance_N[forget_N].mean()) / 2
     value, order = chance_N[known_N].sort(descending=True, stable=True)
     hits = forget_N[known_N][order].double().cumsum(0)
-    f1 = 2 * hits / (torch.arange(1, len(value) + 1) + float(forget_N.sum()))
-    f1[:-1][value[:-1] == value[1:]] = -1.0  # equal scores stand on one side
-    best = int(f1.argmax())
+    flagged = torch.arange(1, len(value) + 1)
+    positives = float(forget_N.sum())
+    if rule == "f1":
+        worth = 2 * hits / (flagged + positives)
+    else:
+        worth = (hits / positives).square() / (flagged / len(value))
+    worth[:-1][value[:-1] == value[1:]] = -1.0  # equal scores stand on one side
+    best = int(worth.argmax())
+    if rule == "lift" and float(worth[best]) < LEAST:
+        return 1.0
     below = float(value[best + 1]) if best + 1 < len(value) else 0.0
     return (float(value[best]) + below) / 2
 

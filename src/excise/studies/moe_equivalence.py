@@ -1,0 +1,285 @@
+"""Routing against a mixture of experts whose router is fixed: the same gradients, or not.
+
+Shape legend: B rows, T tokens, N = B * T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from excise.jobs import Setting
+from excise.methods.pretraining.routing.attach import route
+from excise.methods.pretraining.routing.groups import Groups, Part
+from excise.methods.pretraining.routing.measures import count_units
+from excise.methods.pretraining.routing.rules import Names, Policy, Rule
+from excise.models.tiny import tiny_model
+from excise.record import StudyRow, StudyTable
+from excise.studies.base import Study, StudyResult
+from excise.studies.fixed_router import Mixture, Pieces, doubles, gradient, loss_of, owned
+from excise.train.grid import Pool
+
+Family = Literal[
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "olmo2"
+]
+
+Case = Literal["read = write", "write more", "write less", "read all"]
+
+OWN: Names = ("core", "self")
+
+CASES: Mapping[Case, tuple[Names, Names]] = {
+    "read = write": (OWN, OWN),
+    "write more": (OWN, "all"),
+    "write less": (OWN, ("self",)),
+    "read all": ("all", ("self",)),
+}
+"""What tokens of a capability read and write. `write less` is GRAM, `read all` is SGTM."""
+
+SAME: tuple[Case, ...] = ("read = write", "write more")
+"""Cases in which all that is read is written: what is not read has no gradient to be masked."""
+
+NUMBERS = (-1, 0, 1, 2)
+"""Labels of tokens: unlabeled, core, two capabilities."""
+
+VOCAB, ROWS, TOKENS, UNITS = 40, 6, 9, 5
+
+
+class MoEEquivalence(Study):
+    """Gradients of a routed model against those of a mixture of experts with a fixed router.
+
+    Stated beforehand. In float64, for every family and draw, E is the largest difference of any
+    entry of any gradient, over the largest entry of that gradient in the mixture. They are equal
+    where E is at most `margin` in every family and draw with read set = write set, and the
+    comparison can tell anything only if E is at least `apart` in every family and draw where
+    tokens read what they do not write.
+    """
+
+    question: ClassVar[str] = (
+        "Are the gradients of a routed model exactly those of a mixture of experts with a fixed "
+        "router when every token writes what it reads?"
+    )
+    statistic: ClassVar[str] = (
+        "E = largest difference between an entry of a gradient and that of the mixture, relative "
+        "to the gradient's largest entry, over all parameters, families and draws, in float64; "
+        "equal if E is at most the margin with read set = write set, while other sets differ by "
+        "`apart` or more."
+    )
+    takes: ClassVar[str] = "30 seconds, 1 GiB"
+
+    name: Literal["moe-equivalence"] = "moe-equivalence"
+    """Name on the command line."""
+    margin: float = Field(default=1e-12, gt=0)
+    """Relative difference that summation in another order may cause in float64."""
+    apart: float = Field(default=1e-3, gt=0)
+    """Relative difference that other sets must cause."""
+    tuned_on: tuple[int, ...] = ()
+    """Nothing is chosen."""
+    families: tuple[Family, ...] = Field(
+        default=("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2",
+                 "gpt_neox", "olmo2"),
+        min_length=1,
+    )  # fmt: skip
+    """Families of tiny models."""
+    width: int = 32
+    """Width of the models; they have two blocks."""
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison of one family and draw."""
+
+    family: Family
+    case: Case
+    seed: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative differences of one comparison.
+
+    Attributes:
+        core: Largest in what the core owns.
+        modules: Largest in what the modules of capabilities own.
+        loss: Difference of the losses, relative.
+    """
+
+    core: float
+    modules: float
+    loss: float
+
+    @property
+    def largest(self) -> float:
+        """The larger of both."""
+        return max(self.core, self.modules)
+
+
+def run(study: MoEEquivalence, setting: Setting, pool: Pool) -> StudyResult:
+    """Compare every case of every family and draw."""
+    del setting  # always float64 on the CPU
+    jobs = [
+        Job(family, case, seed, study.width)
+        for family in study.families
+        for case in CASES
+        for seed in study.seeds
+    ]
+    found = dict(zip(jobs, pool.map(compare, jobs), strict=True))
+    decision = decide(study, found)
+    return StudyResult(
+        tables=(table(study, found),),
+        decision=decision,
+        paragraph=f"{said(study, found)} Decision: {decision}.",
+        notes=(
+            "norms and softmaxes that would compute in float32 do so in float64 here, for both",
+            "the mixture is built without routing: modules cut out of copies, tokens handed over",
+        ),
+        data={"name": "random tokens", "rows": {"batch": ROWS}, "tokens": TOKENS},
+    )
+
+
+def worst(found: Mapping[Job, Difference], case: Case) -> float:
+    """Return the largest difference of a case."""
+    return max(d.largest for job, d in found.items() if job.case == case)
+
+
+def least(found: Mapping[Job, Difference], case: Case) -> float:
+    """Return the difference of the family and draw that differ least."""
+    return min(d.largest for job, d in found.items() if job.case == case)
+
+
+def decide(study: MoEEquivalence, found: Mapping[Job, Difference]) -> str:
+    """Return what E says under the margin."""
+    equal = worst(found, "read = write")
+    if not equal <= study.margin:  # NaN is no equality
+        return f"not equal: read set = write set differs by {equal:.1e}, above {study.margin:.0e}"
+    near = [case for case in CASES if case not in SAME and least(found, case) < study.apart]
+    if near:
+        return f"void: '{', '.join(near)}' differs by less than {study.apart:.0e} somewhere"
+    return (
+        "equal: where a token writes what it reads every gradient is the mixture's within "
+        f"{equal:.1e}, where it reads what it does not write, none is"
+    )
+
+
+def said(study: MoEEquivalence, found: Mapping[Job, Difference]) -> str:
+    """Return the differences in words."""
+    less = [d for job, d in found.items() if job.case == "write less"]
+    return (
+        f"Over {len(study.families)} families and {len(study.seeds)} draws of float64 gradients, "
+        f"a routed model differs from the mixture by at most {worst(found, 'read = write'):.1e} "
+        "where tokens write what they read, and by at most "
+        f"{worst(found, 'write more'):.1e} where they may write more. Where they write less (GRAM) "
+        f"it differs by {least(found, 'write less'):.2f} to {worst(found, 'write less'):.2f} in "
+        f"the core and by at most {max(d.modules for d in less):.1e} in the modules; where they "
+        f"read everything and write their own module (SGTM) by {least(found, 'read all'):.2f} to "
+        f"{worst(found, 'read all'):.2f}."
+    )
+
+
+def table(study: MoEEquivalence, found: Mapping[Job, Difference]) -> StudyTable:
+    """Return the largest differences by case and family, in float64."""
+    rows: list[StudyRow] = []
+    for case in CASES:
+        for family in ("all", *study.families):
+            mine = [
+                d for job, d in found.items() if job.case == case and family in ("all", job.family)
+            ]
+            arm = case if family == "all" else f"{case}, {family}"
+            parts = {
+                "core": max(d.core for d in mine),
+                "modules": max(d.modules for d in mine),
+                "loss": max(d.loss for d in mine),
+            }
+            rows += [
+                StudyRow(arm=arm, metric=f"E, {part}", value=value, n=len(mine))
+                for part, value in parts.items()
+            ]
+    note = (
+        "Largest relative difference of gradients (of the loss for `loss`) between the routed "
+        "model and the mixture whose router is what tokens read; n counts comparisons."
+    )
+    return StudyTable(
+        title="Routed gradients against a mixture of experts", note=note, rows=tuple(rows)
+    )
+
+
+# -- one comparison --------------------------------------------------------------------------------
+
+
+def compare(job: Job) -> Difference:
+    """Return how far the gradients of one routed model are from those of its mixture."""
+    with doubles():
+        model: Any = tiny_model(
+            job.family, seed=job.seed, vocab=VOCAB, width=job.width, blocks=2
+        ).double()
+        units = count_units(model, 0)
+        spans = {"module_2": (units - UNITS, units), "module_1": (units - 2 * UNITS, units - UNITS)}
+        policy = policy_of(job.case, spans)
+        generator = torch.Generator().manual_seed(job.seed)
+        ids_BT = torch.randint(4, VOCAB, (ROWS, TOKENS), generator=generator)
+        picks_BT = torch.randint(len(NUMBERS), (ROWS, TOKENS), generator=generator)
+        label_BT = torch.tensor(NUMBERS)[picks_BT]
+        mixture = Mixture(model, spans)
+        theirs = mixture.backward(ids_BT, readers(policy, label_BT))
+        with route(model, policy, labels=NUMBERS) as routing:
+            routing.labels(label_BT)
+            loss = loss_of(model, ids_BT)
+            loss.backward()
+            mine = owned(model, routing.map, gradient)
+        return difference(mine, theirs, loss.item(), mixture.loss)
+
+
+def policy_of(case: Case, spans: Mapping[str, tuple[int, int]]) -> Policy:
+    """Return the rules of a case; core tokens read and write the core, unlabeled ones all."""
+    read, write = CASES[case]
+    parts: dict[str, tuple[Part, ...]] = {
+        name: (Part(at="mlp", units=span),) for name, span in sorted(spans.items())
+    }
+    return Policy(
+        groups=Groups(parts=parts),
+        rules={
+            "core": (Rule(read=("core",), write=("core",)),),
+            "forget": (Rule(read=read, write=write),),
+            "unlabeled": (Rule(),),
+        },
+        capabilities=("one", "two"),
+        at="token",
+    )
+
+
+def readers(policy: Policy, label_BT: Tensor) -> dict[str, Tensor]:
+    """Return which positions [N] each module is read by: the fixed router."""
+    out = {}
+    for number, name in enumerate(sorted(policy.groups.parts), start=1):
+        reads = [
+            label
+            for label in NUMBERS
+            if (read := policy.rules_of(label)[0].read) == "all"
+            or name in read
+            or ("self" in read and label == number)
+        ]
+        out[name] = torch.isin(label_BT.flatten(), torch.tensor(reads))
+    return out
+
+
+def difference(mine: Pieces, theirs: Pieces, loss: float, their_loss: float) -> Difference:
+    """Return the largest relative differences; a tensor's scale is its largest entry."""
+    assert mine.keys() == theirs.keys(), mine.keys() ^ theirs.keys()
+    far = {"core": 0.0, "modules": 0.0}
+    scale: dict[str, float] = {}
+    for (name, _), tensor in theirs.items():
+        scale[name] = max(scale.get(name, 0.0), float(tensor.abs().max()))
+    for (name, group), tensor in theirs.items():
+        gap = float((mine[name, group] - tensor).abs().max()) / (scale[name] or 1.0)
+        kind = "core" if group == "core" else "modules"
+        far[kind] = max(far[kind], gap)
+    return Difference(far["core"], far["modules"], abs(loss - their_loss) / abs(their_loss))

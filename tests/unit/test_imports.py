@@ -23,7 +23,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     ),
     1: ("losses", "models", "domains"),
     2: ("train", "evals"),
-    3: ("methods",),
+    3: ("methods", "vision"),
     4: ("audit",),
     5: (
         "recipes", "environment", "plan", "registry", "output", "jobs", "recording", "run",

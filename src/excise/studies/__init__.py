@@ -27,6 +27,9 @@ STUDIES = {
     "noise-where": "excise.studies.noise_where:NoiseWhere",
     "undo-teachers": "excise.studies.undo_teachers:UndoTeachers",
     "reversal-cost": "excise.studies.reversal_cost:ReversalCost",
+    "digits-split": "excise.studies.digits_split:DigitsSplit",
+    "objects-split": "excise.studies.objects_split:ObjectsSplit",
+    "class-imbalance": "excise.studies.class_imbalance:ClassImbalance",
 }
 """Studies by name: module and class. Packages add theirs by entry points `excise.studies`."""
 

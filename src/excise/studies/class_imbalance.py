@@ -1,0 +1,222 @@
+"""How much penalty does a split need where what is routed away is rare, and what does it cost?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from excise.domains.images import ImageSpec
+from excise.evals.stats import Estimate, bootstrap_difference, quantiles, resampled_means
+from excise.jobs import Setting
+from excise.record import StudyRow, StudyTable
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.split_jobs import (
+    SECOND,
+    Arms,
+    SplitConfig,
+    by_draw,
+    contrast,
+    refs,
+    scores_of,
+    train_arms,
+    value,
+    words,
+)
+from excise.train.grid import Pool
+from excise.vision.autoencoder import SplitAutoencoderConfig
+
+Balance = Literal["groups", "images"]
+
+
+class ClassImbalance(Study):
+    """The least L1 that splits an autoencoder, and its tax, against how rare the digits are.
+
+    Stated beforehand. Digits 0-4 are to be routed away; their share of what the autoencoder
+    learns from falls from one half to rare, while certificates always learn from all digits. An
+    encoding is split where G (as in `digits-split`, against the plain autoencoder with the same
+    images) is above `split_margin`. For every share the least L1 of the grid that splits on dev
+    images of the tuned draw is reported on other draws, with its tax: the decoder's error on
+    digits 5-9 minus the plain one's. D is the tax at the smallest share minus that at the largest.
+    Rarity makes a split dearer if the lower end of D's 95 % interval is above `margin`, no dearer
+    if the upper end is below it.
+    """
+
+    question: ClassVar[str] = (
+        "How much L1 does it take to split an encoding where the digits that are routed away are "
+        "rare, and what does the split cost the digits that stay?"
+    )
+    statistic: ClassVar[str] = (
+        "D = tax at the smallest share of digits 0-4 minus tax at the largest; tax: error of the "
+        "decoder on 5-9, routed with the least L1 that splits on the tuned draw, minus plain with "
+        "the same images. Dearer if the lower end of D is above the margin, no dearer if the upper "
+        "end is below."
+    )
+    takes: ClassVar[str] = "6 minutes, 1 GiB"
+
+    name: Literal["class-imbalance"] = "class-imbalance"
+    """Name on the command line."""
+    margin: float = 0.02
+    """Difference of tax that counts, in mean absolute error of pixels from -1 to 1."""
+    split_margin: float = 0.03
+    """G above which an encoding counts as split."""
+    shares: tuple[float, ...] = (0.5, 0.2, 0.05)
+    """Shares of digits 0-4, largest first."""
+    l1_tried: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    """Weights of L1, least first."""
+    also_by_image: bool = True
+    """Whether the smallest share is also trained with every image weighing the same."""
+    images: ImageSpec = ImageSpec(shrink=2)
+    """The digits."""
+    model: SplitAutoencoderConfig = SplitAutoencoderConfig()
+    """The routed autoencoder, but for L1."""
+    seeds: tuple[int, ...] = Field(default=(1, 2, 3), min_length=1)
+    """Draws that are reported."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        """Refuse what has no order."""
+        if list(self.shares) != sorted(set(self.shares), reverse=True) or len(self.shares) < 2:
+            raise ValueError("shares: give at least two, largest first")
+        if not 0 < self.shares[-1] <= self.shares[0] <= 0.5:
+            raise ValueError("shares: give shares above 0 and up to 0.5")
+        if list(self.l1_tried) != sorted(set(self.l1_tried)) or not self.l1_tried:
+            raise ValueError("l1_tried: give weights, least first")
+        if not self.tuned_on:
+            raise ValueError("tuned_on: name the draw on which the least L1 is found")
+        return self
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def cells(study: ClassImbalance) -> dict[str, tuple[float, Balance]]:
+    """Return share and balance by name of the cell."""
+    found: dict[str, tuple[float, Balance]] = {f"{s:.0%}": (s, "groups") for s in study.shares}
+    if study.also_by_image:
+        rarest = study.shares[-1]
+        found[f"{rarest:.0%}, every image alike"] = (rarest, "images")
+    return found
+
+
+def model_of(
+    study: ClassImbalance, cell: tuple[float, Balance], l1: float | None
+) -> SplitAutoencoderConfig:
+    """Return the routed autoencoder of a cell; without L1 (None) the plain one."""
+    share, balance = cell
+    change: dict[str, object] = {"share": share, "balance": balance}
+    change |= {"l1": (l1 or 0.0, l1 or 0.0)}
+    if l1 is None:
+        change |= {"routed": "none", "correlation": 0.0}
+    return study.model.model_copy(update=change)
+
+
+def run(study: ClassImbalance, setting: Setting, pool: Pool) -> StudyResult:
+    """Find the least L1 on the tuned draw, report it on others, and put numbers into tables."""
+    least, tuning = find_least(study, setting, pool)
+    wanted: dict[str, SplitConfig] = {}
+    for name, cell in cells(study).items():
+        wanted[f"{name}: plain"] = model_of(study, cell, None)
+        wanted[f"{name}: routed"] = model_of(study, cell, least[name][0])
+    arms = train_arms(wanted, study.seeds, study.images, "test", setting, pool)
+    gaps = {n: contrast(arms[f"{n}: routed"], arms[f"{n}: plain"]) for n in cells(study)}
+    taxes = {n: tax(arms, n) for n in cells(study)}
+    few, many = f"{study.shares[-1]:.0%}", f"{study.shares[0]:.0%}"
+    found = dearer(arms, few, many)
+    said = (
+        "rarity makes a split dearer"
+        if found.low > study.margin
+        else "rarity makes a split no dearer"
+        if found.high < study.margin
+        else "undecided"
+    )
+    rows: list[StudyRow] = []
+    for name in cells(study):
+        rows.append(value(name, "least L1", least[name][0], len(study.tuned_on)))
+        rows += [row(name, "G", gaps[name]), row(name, "tax", taxes[name])]
+        own = by_draw(arms[f"{name}: routed"], arms[f"{name}: plain"])
+        rows += [row(name, "G", one, seed) for seed, one in own.items()]
+    never = [n for n, (_, split) in least.items() if not split]
+    note = " Nothing in the grid split at " + "; ".join(never) + ": the largest gap is shown."
+    return StudyResult(
+        tables=(
+            StudyTable(
+                title="Least L1 that splits, and its tax, by share of digits 0-4",
+                note="G and tax on test images of the reported draws." + (note if never else ""),
+                rows=tuple(rows),
+            ),
+            tuning,
+        ),
+        decision=f"{said}: D = {words(found)}, margin {study.margin:g}",
+        paragraph=paragraph(study, least, gaps, taxes, found),
+        data=study.images.draw(study.seeds[0]).describe(),
+        models=refs(arms),
+        notes=(note.strip(),) if never else (),
+    )
+
+
+def find_least(
+    study: ClassImbalance, setting: Setting, pool: Pool
+) -> tuple[dict[str, tuple[float, bool]], StudyTable]:
+    """Return by cell the least L1 that splits and whether any does, on dev of the tuned draws."""
+    wanted: dict[str, SplitConfig] = {}
+    for name, cell in cells(study).items():
+        for l1 in (None, *study.l1_tried):
+            wanted[f"{name}: {_l1(l1)}"] = model_of(study, cell, l1)
+    tried = train_arms(wanted, study.tuned_on, study.images, "dev", setting, pool)
+    least: dict[str, tuple[float, bool]] = {}
+    rows: list[StudyRow] = []
+    for name in cells(study):
+        plain = tried[f"{name}: {_l1(None)}"]
+        gaps = {l1: contrast(tried[f"{name}: {_l1(l1)}"], plain).value for l1 in study.l1_tried}
+        splits = [l1 for l1 in study.l1_tried if gaps[l1] > study.split_margin]
+        widest = max(study.l1_tried, key=lambda l1: gaps[l1])
+        least[name] = (splits[0], True) if splits else (widest, False)
+        rows += [value(name, _l1(l1), gap, len(study.tuned_on)) for l1, gap in gaps.items()]
+    title = "G by L1 on the tuned draw, dev images"
+    return least, StudyTable(
+        title=title, note="The least above the split margin is taken.", rows=tuple(rows)
+    )
+
+
+def _l1(weight: float | None) -> str:
+    return "plain" if weight is None else f"L1 {weight:g}"
+
+
+def tax(arms: Arms, name: str) -> Estimate:
+    """Return the decoder's error on the digits that stay, routed minus plain."""
+    pair = [scores_of(arms[f"{name}: {k}"], "decoder", SECOND) for k in ("routed", "plain")]
+    return bootstrap_difference(*pair)
+
+
+def dearer(arms: Arms, few: str, many: str) -> Estimate:
+    """Return the tax in one cell minus that in another, by image."""
+    names = [f"{cell}: {kind}" for cell in (few, many) for kind in ("routed", "plain")]
+    values = [scores_of(arms[name], "decoder", SECOND) for name in names]
+    means, draws = resampled_means(values)
+    signs = np.array([1.0, -1.0, -1.0, 1.0])
+    low, high = quantiles(draws @ signs, 0.95)
+    return Estimate(float(means @ signs), low, high, len(values[0]))
+
+
+def paragraph(
+    study: ClassImbalance,
+    least: Mapping[str, tuple[float, bool]],
+    gaps: Mapping[str, Estimate],
+    taxes: Mapping[str, Estimate],
+    found: Estimate,
+) -> str:
+    """Return the result in words."""
+    parts = [
+        f"{name} ({'L1' if least[name][1] else 'no L1 splits; L1'} {least[name][0]:g}: "
+        f"G {words(gaps[name])}, tax {words(taxes[name])})"
+        for name in gaps
+    ]
+    return (
+        f"Over {len(study.seeds)} draws, by the share of digits 0-4 among what the autoencoder "
+        f"learned from: {'; '.join(parts)}. From the largest share to the smallest the tax on "
+        f"digits 5-9 changed by D = {words(found)}."
+    )

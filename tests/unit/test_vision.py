@@ -1,0 +1,309 @@
+"""Split models: where gradients go, what counts, and studies of tiny made-up images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from excise.context import Context
+from excise.domains.images import ImageSpec, generated
+from excise.errors import UserError
+from excise.record import load
+from excise.studies.base import conduct
+from excise.studies.class_imbalance import ClassImbalance, cells, model_of
+from excise.studies.digits_split import DigitsSplit, number, ten
+from excise.studies.objects_split import ObjectsSplit, arms_of
+from excise.studies.split_jobs import Split, contrast, verdict
+from excise.train.fit import FitConfig
+from excise.vision.autoencoder import (
+    SplitAutoencoder,
+    SplitAutoencoderConfig,
+    errors,
+    terms_of,
+    train_autoencoder,
+)
+from excise.vision.classifier import SplitClassifier, SplitClassifierConfig
+from excise.vision.halves import Halves, Routed, as_batch, batches, correlation, learned, routed
+
+FIRST = (0, 1, 2, 3, 4)
+SMALL = SplitAutoencoderConfig(
+    hidden=(32,),
+    code=8,
+    fit=FitConfig(steps=120, lr=5e-3, batch_size=50, schedule="cosine"),
+)
+QUICK = SMALL.model_copy(update={"fit": SMALL.fit.model_copy(update={"steps": 80, "lr": 1e-2})})
+TINY = ImageSpec(source="generated", train=200, dev=50, test=100)
+
+
+def made(config: SplitAutoencoderConfig = SMALL) -> SplitAutoencoder:
+    return SplitAutoencoder(config, 144, seed=0)
+
+
+def code_gradient(which: Routed, group: int) -> Tensor:
+    """Return the gradient that decoding one group's images leaves at the encoding."""
+    data = as_batch(generated(40, 0), FIRST)
+    data = data.take((data.first_B == (group == 0)).nonzero().flatten())
+    model = made()
+    code = model.encode(data.x_BHW).detach().requires_grad_()
+    with routed(model, 8, which) as tell:
+        tell(data)
+        model.decode(code, data.first_B).square().sum().backward()
+    assert code.grad is not None
+    return code.grad
+
+
+@pytest.mark.parametrize(
+    ("which", "group", "blocked"),
+    [
+        ("both", 0, slice(4, 8)),
+        ("both", 1, slice(0, 4)),
+        ("first", 0, slice(4, 8)),
+        ("first", 1, slice(0, 0)),
+        ("none", 0, slice(0, 0)),
+    ],
+)
+def test_a_group_s_gradient_leaves_its_own_half_alone(
+    which: Routed, group: int, blocked: slice
+) -> None:
+    routed_grad, plain = code_gradient(which, group), code_gradient("none", group)
+    open_ = torch.ones(8, dtype=torch.bool)
+    open_[blocked] = False
+    assert torch.equal(routed_grad[:, open_], plain[:, open_])
+    assert plain[:, ~open_].abs().sum() > 0 or bool(open_.all())
+    assert routed_grad[:, ~open_].abs().sum() == 0
+
+
+def test_channels_of_pictures_are_routed_image_by_image() -> None:
+    config = SplitClassifierConfig(stem=4, widths=(4, 8))
+    model = SplitClassifier(config, 10, seed=0).eval()
+    data = as_batch(generated(20, 0, side=28), FIRST)
+    code = model.encode(data.x_BHW).detach().requires_grad_()
+    with routed(model, 8, "both") as tell:
+        tell(data)
+        model.decode(code).square().sum().backward()
+    grad = code.grad
+    assert grad is not None
+    assert grad.dim() == 4
+    size = grad.abs().sum((2, 3))
+    top, bottom = size[:, :4].sum(1) > 0, size[:, 4:].sum(1) > 0
+    assert torch.equal(top, data.first_B)
+    assert torch.equal(bottom, ~data.first_B)
+
+
+def test_penalties_are_not_routed_and_certificates_teach_the_encoder_nothing() -> None:
+    model = made()
+    data = as_batch(generated(40, 0), FIRST)
+
+    def encoder_gradient(keep: str) -> float:
+        model.zero_grad()
+        with routed(model, 8, "both") as tell:
+            tell(data)
+            terms = terms_of(SMALL, model, data)
+            sum(t.sum for n, t in terms.items() if n.startswith(keep)).backward()  # type: ignore[union-attr]
+        grads = [p.grad for p in model.encoder.parameters() if p.grad is not None]
+        return float(sum(g.abs().sum() for g in grads))
+
+    assert encoder_gradient("top") == 0
+    assert encoder_gradient("bottom") == 0
+    assert encoder_gradient("decoder") > 0
+    penalty = encoder_gradient("l1")
+    with_routing = penalty
+    model.zero_grad()
+    model.encode(data.x_BHW).abs().sum().backward()
+    plain = float(sum(p.grad.abs().sum() for p in model.encoder.parameters() if p.grad is not None))
+    assert with_routing == pytest.approx(plain, rel=1e-5)
+
+
+def test_correlation_is_that_of_channel_pairs() -> None:
+    top, bottom = torch.randn(50, 3), torch.randn(50, 3)
+    pairs = np.corrcoef(torch.cat([top, bottom], 1).T.numpy())[:3, 3:]
+    assert float(correlation(top, bottom)) == pytest.approx(np.abs(pairs).mean(), abs=1e-5)
+    assert float(correlation(top, torch.zeros(50, 3))) == 0
+
+
+def test_images_that_are_left_out_count_for_certificates_alone() -> None:
+    images = generated(200, 0)
+    data = learned(images, FIRST, 0.0, 0)
+    assert torch.equal(data.seen_B, ~data.first_B)
+    terms = terms_of(SMALL, made(), data)
+    assert terms["decoder first"].count == 0
+    assert terms["decoder second"].count == terms["top first"].count == 100
+    assert terms["l1 top"].count == 100
+    rare = learned(images, FIRST, 0.1, 0)
+    assert int((rare.seen_B & rare.first_B).sum()) == 11
+
+
+def test_groups_weigh_alike_or_images_do() -> None:
+    data = learned(generated(200, 0), FIRST, 0.1, 0)
+    model = made()
+
+    def decoder_loss(config: SplitAutoencoderConfig) -> float:
+        terms = terms_of(config, model, data)
+        own = [t for n, t in terms.items() if n.startswith("decoder")]
+        return float(sum(t.weight * float(t.sum.detach()) / t.count for t in own))
+
+    found = errors(model, generated(200, 0), FIRST)["decoder"]
+    first = found[data.first_B & data.seen_B].mean()
+    second = found[~data.first_B].mean()
+    assert decoder_loss(SMALL) == pytest.approx(float(first + second), rel=1e-5)
+    alike = SMALL.model_copy(update={"balance": "images"})
+    assert decoder_loss(alike) == pytest.approx(2 * float(found[data.seen_B].mean()), rel=1e-5)
+
+
+def test_absolute_errors_are_absolute_and_squared_ones_squared() -> None:
+    model = made()
+    for part in [*model.decoders, *model.certificates]:
+        for p in part.parameters():
+            nn.init.zeros_(p)
+    images = generated(20, 0)
+    x = torch.from_numpy(images.pixels_NHW).float().flatten(1) / 127.5 - 1
+    found = errors(model, images, FIRST)
+    for name in ("decoder", "top", "bottom"):
+        torch.testing.assert_close(found[name], x.abs().mean(1))
+        torch.testing.assert_close(found[f"{name}, squared"], x.square().mean(1))
+    torch.testing.assert_close(found["blank"], (x + 1).mean(1))
+
+
+def test_separate_decoders_draw_their_own_group() -> None:
+    model = made(SMALL.model_copy(update={"separate_decoders": True}))
+    data = as_batch(generated(20, 0), FIRST)
+    code = model.encode(data.x_BHW)
+    drawn = model.decode(code, data.first_B)
+    torch.testing.assert_close(drawn[data.first_B], model.decoders[1](code[data.first_B]))
+    torch.testing.assert_close(drawn[~data.first_B], model.decoders[0](code[~data.first_B]))
+
+
+def test_batches_are_a_function_of_the_step() -> None:
+    data, ctx = as_batch(generated(100, 0), FIRST), Context(work=Path(), seed=3)
+    stream, again = batches(data, 32, ctx), batches(data, 32, ctx)
+    later = again(7)[0]
+    for step in range(7):
+        stream(step)
+    assert torch.equal(stream(7)[0].x_BHW, later.x_BHW)
+    epoch = torch.cat([stream(s)[0].x_BHW for s in range(3)])
+    assert len(epoch.unique(dim=0)) == 96
+
+
+def test_training_splits_the_encoding_and_routing_leaves_nothing_behind() -> None:
+    drawn = TINY.draw(0)
+    found = {}
+    for which in ("both", "none"):
+        config = SMALL.model_copy(update={"routed": which, "l1": (3e-3, 3e-3)})
+        model = train_autoencoder(drawn.train, config, Context(work=Path(), seed=0))
+        assert all("forward" not in m.__dict__ for m in model.modules())
+        low = torch.isin(torch.from_numpy(drawn.test.labels_N), torch.tensor(FIRST))
+        bottom = errors(model, drawn.test, FIRST)["bottom"]
+        found[which] = float(bottom[low].mean() - bottom[~low].mean())
+    assert found["both"] > found["none"] + 0.1
+
+
+def test_an_odd_encoding_is_refused() -> None:
+    with pytest.raises(UserError, match="has no halves"):
+        Halves(7)
+
+
+def test_the_ten_settings_are_ten() -> None:
+    found = ten(SMALL)
+    assert [number(name) for name in found] == list(range(1, 11))
+    assert len({c.digest() for c in found.values()}) == 10
+    by_number = {number(n): c for n, c in found.items()}
+    assert [i for i, c in by_number.items() if c.routed == "none"] == [7, 8, 9, 10]
+    assert [i for i, c in by_number.items() if c.share == 0] == [7, 8]
+    assert [i for i, c in by_number.items() if c.l1 == (0, 0)] == [4, 5, 8, 10]
+    assert [i for i, c in by_number.items() if c.separate_decoders] == [2, 5]
+
+
+def split_of(first: float, second: float) -> Split:
+    scores = {
+        ("bottom", "first"): {str(i): first for i in range(9)},
+        ("bottom", "second"): {str(i): second for i in range(10, 15)},
+    }
+    return Split(scores, "", 0, "")
+
+
+def test_the_contrast_is_a_difference_of_differences() -> None:
+    arm, control = {1: split_of(0.5, 0.2), 2: split_of(0.4, 0.2)}, {1: split_of(0.2, 0.1)}
+    control[2] = control[1]
+    found = contrast(arm, control)
+    assert found.value == pytest.approx(0.25 - 0.1)
+    assert found.low < 0.15 < found.high
+    assert contrast(arm, control, sign=-1).value == pytest.approx(-0.15)
+    draws = {s: contrast({s: arm[s]}, {s: control[s]}) for s in arm}
+    assert verdict(found, draws, 0.05) == "split"
+    assert verdict(found, draws, 0.12) == "undecided"
+    assert verdict(found, draws, 0.3) == "not split"
+
+
+def test_digits_split_ends_with_a_record_and_goes_on(tmp_path: Path) -> None:
+    study = DigitsSplit(
+        seeds=(1,), images=TINY, model=QUICK, l1_tried=(3e-3,), correlation_tried=(0.1,),
+        settings=(1, 8, 10),
+    )  # fmt: skip
+    kinds: list[tuple[str, Any]] = []
+
+    def emit(kind: str, data: Any) -> None:
+        kinds.append((kind, data.get("reused")))
+
+    made = conduct(study, tmp_path / "out", workers=1, emit=emit)
+    assert made.study is not None
+    assert made.study.decision.startswith("split: G = ")
+    assert "blank page" in made.study.paragraph
+    assert load(tmp_path / "out").data["rows"] == {"train": 200, "dev": 50, "test": 100}
+    assert len(made.models) == 3
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert kinds.count(("stage_done", False)) == 5
+    kinds.clear()
+    again = conduct(study, tmp_path / "out", workers=1, emit=emit)
+    assert again.study == made.study
+    assert kinds.count(("stage_done", True)) == 5
+
+
+def test_objects_split_ends_with_a_record(tmp_path: Path) -> None:
+    quick = FitConfig(steps=12, lr=5e-3, batch_size=16)
+    study = ObjectsSplit(
+        seeds=(1,), images=TINY, l1_tried=(1e-3,), rare=0.2,
+        model=SplitClassifierConfig(
+            stem=4, widths=(4, 8), fit=quick, certificate=FitConfig(steps=10, lr=1e-2),
+        ),
+    )  # fmt: skip
+    made = conduct(study, tmp_path / "out", workers=1, emit=lambda kind, data: None)
+    assert made.study is not None
+    assert made.study.tables[0].title == "Accuracy"
+    assert "every image weighed alike" in made.study.paragraph
+    assert arms_of(study.model, None).keys() == {
+        "routed, L1", "routed, no L1", "not routed, L1", "plain",
+    }  # fmt: skip
+
+
+def test_class_imbalance_finds_the_least_that_splits(tmp_path: Path) -> None:
+    study = ClassImbalance(
+        seeds=(1,), images=TINY, model=QUICK, shares=(0.5, 0.1), l1_tried=(1e-6, 3e-3),
+        also_by_image=False,
+    )  # fmt: skip
+    assert set(cells(study)) == {"50%", "10%"}
+    assert model_of(study, (0.1, "groups"), None).routed == "none"
+    made = conduct(study, tmp_path / "out", workers=1, emit=lambda kind, data: None)
+    assert made.study is not None
+    least = {r.arm: r.value for r in made.study.tables[0].rows if r.metric == "least L1"}
+    assert set(least) == {"50%", "10%"}
+    assert set(least.values()) <= {1e-6, 3e-3}
+    assert "D = " in made.study.decision
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"shares": (0.1, 0.5)}, "largest first"),
+        ({"shares": (0.7, 0.5)}, "up to 0.5"),
+        ({"l1_tried": (2.0, 1.0)}, "least first"),
+        ({"tuned_on": ()}, "name the draw"),
+    ],
+)
+def test_what_has_no_order_is_refused(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ClassImbalance(**change)

@@ -1,6 +1,7 @@
 """excise run undo-languages: Spanish out of a model of two languages, by the loss on verses.
 
-Expected: MaxEnt alone is relearned at the pace of the original's knowledge, UNDO at the oracle's.
+Expected: MaxEnt alone is relearned within a few steps; the larger alpha, the nearer is what comes
+back to what the oracle learns in as many steps.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from typing import Any
 from excise.domains.languages import LANGUAGES_FIT, Languages
 from excise.methods import MaxEnt, Undo
 from excise.methods.base import Method
-from excise.methods.distillation.corpora import WithoutForget
-from excise.methods.distillation.targets import HardLabels, Splice
+from excise.methods.distillation.targets import HardLabels
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import ModelSpec, Scratch
 from excise.recipes.base import AuditSpec, EvalSpec, Recipe
@@ -41,13 +41,13 @@ def teacher() -> MaxEnt:
 
 
 def arms() -> dict[str, Method]:
-    """Return the teacher, two strengths of damage, and other targets and texts."""
+    """Return the teacher, four strengths of damage, and a student of the text itself."""
     return {
         "unlearn_only": teacher(),
         "undo_03": student(alpha=0.3),
         "undo_06": student(alpha=0.6),
-        "splice": student(alpha=0.6, targets=Splice()),
-        "without_forget": student(alpha=0.6, corpus=WithoutForget()),
+        "undo_08": student(alpha=0.8),
+        "undo_1": student(alpha=1.0, beta=1.0),
         "no_teacher": student(alpha=0.6, targets=HardLabels(harmful="keep")),
     }
 
@@ -57,7 +57,7 @@ def recipe() -> Recipe:
     return Recipe(
         name="undo-languages",
         title="Spanish removed from a small model of two languages by unlearning and distillation",
-        takes="8 to 12 minutes, 1 GiB",
+        takes="5 to 8 minutes, 1 GiB",
         domain=Languages(verses=2000, vocabulary=512),
         model=ModelSpec(scratch=Scratch(width=64, blocks=2)),
         pretrain=Pretrain(fit=PRETRAIN, max_length=LENGTH),

@@ -29,7 +29,7 @@ from excise.train.fit import FitConfig, Term
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "rmu": {"layer": 2},
-    "moefy": {"rounds": 2, "read_rows": 8},
+    "moefy": {"rounds": 2, "dense_share": 0.5, "read_rows": 8},
     "undo": {"unlearn": RMU(layer=2), "max_length": 32, "stop_tolerance": 0.0},
     "chain": {"methods": (Filtering(), RMU(layer=2))},
 }

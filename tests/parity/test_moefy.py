@@ -151,7 +151,8 @@ def loop(tmp_path: Path, model: Any, start: Checkpoint, domain: Domain, name: st
 
 def test_the_dense_control_is_plain_training_with_the_neurons_removed(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
-    method = Moefy(pretrain=SCHEDULE, rounds=1, neurons=0.2, control="dense", blocks=(0, -1))
+    method = Moefy(pretrain=SCHEDULE, rounds=1, dense_share=0.5, neurons=0.2, control="dense",
+                   blocks=(0, -1))  # fmt: skip
     made = method.apply(start, domain, context(tmp_path / "ours"))
     model = start.load()
     loop(tmp_path, model, start, domain, "round-1-dense")
@@ -196,7 +197,7 @@ def test_the_record_keeps_every_round(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     two = replace(domain, forget={"a": domain.forget["a"][:6], "b": tuple(
         replace(row, capability="b", label=2) for row in domain.forget["a"][6:])})  # fmt: skip
-    method = Moefy(pretrain=SCHEDULE, rounds=2, neurons=0.2, read_rows=8)
+    method = Moefy(pretrain=SCHEDULE, rounds=2, dense_share=0.5, neurons=0.2, read_rows=8)
     made = method.apply(start, two, context(tmp_path / "ours"))
     first, last = made.extras["rounds"]
     assert first["steps"] == {"begin": 0, "routed_from": 1, "end": 2}

@@ -62,7 +62,7 @@ class Moefy(Method):
     """How the labels one has differ from the truth; missing means they are right."""
     rounds: int = Field(default=3, ge=1)
     """How often dense training, assignment and routing follow each other."""
-    dense_share: float = Field(default=0.5, ge=0, lt=1)
+    dense_share: float = Field(default=0.2, ge=0, lt=1)
     """Share of each round's steps that is dense."""
     neurons: float = Field(default=0.1, gt=0, lt=1)
     """MLP neurons of each capability at the end, as a share of each block's (at least one)."""
@@ -90,7 +90,10 @@ class Moefy(Method):
         "MoEfication: transformer feed-forward layers are mixtures of experts",
         "arXiv:2110.01786",
         "in alternation with dense training, as proposed for gradient routing (arXiv:2410.04332)",
-        defaults={"score": "not in the paper: neurons are grouped there by co-activation"},
+        defaults={
+            "score": "not in the paper: neurons are grouped there by co-activation",
+            "dense_share": "not in a paper: what dense steps teach the core stays in it",
+        },
     )
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:

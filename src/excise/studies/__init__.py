@@ -30,6 +30,12 @@ STUDIES = {
     "digits-split": "excise.studies.digits_split:DigitsSplit",
     "objects-split": "excise.studies.objects_split:ObjectsSplit",
     "class-imbalance": "excise.studies.class_imbalance:ClassImbalance",
+    "edges": "excise.studies.edges:Edges",
+    "partial-labels": "excise.studies.partial_labels:PartialLabels",
+    "routing-scale": "excise.studies.routing_scale:RoutingScale",
+    "repair": "excise.studies.repair:Repair",
+    "ingrained": "excise.studies.ingrained:Ingrained",
+    "era-after-training": "excise.studies.era_after_training:ERAAfterTraining",
 }
 """Studies by name: module and class. Packages add theirs by entry points `excise.studies`."""
 

@@ -67,8 +67,8 @@ def grad_diff() -> GradDiff:
 PRESETS: Mapping[str, Method] = {
     "era": era(),
     "sgtm": routed(),
-    "gram": GRAM(p_cr=0.2, p_as=0.0, module=Module(width=0.25, grow=True)),
-    "demix": DEMix(module=Module(width=0.25, grow=True)),
+    "gram": GRAM(p_cr=0.0, p_as=0.0, module=Module(width=0.5, grow=True)),
+    "demix": DEMix(module=Module(width=0.5, grow=True)),
     "memsinks": MemSinks(),
     "adapter_modules": AdapterModules(),
 }
@@ -83,7 +83,7 @@ BASELINES: Mapping[str, Method] = {
     "filter_lora": FilterLoRA(),
     "loss_masking": LossMasking(),
     "grad_diff_pretrain": GradDiffPretrain(),
-    "ablated_plain": AblatedPlain(module=Module(width=0.25, grow=True)),
+    "ablated_plain": AblatedPlain(module=Module(width=0.5, grow=True)),
     "era_rmu": Chain(methods=(era(), rmu())),
 }
 """What routing must beat, at equal compute."""

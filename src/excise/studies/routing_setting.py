@@ -78,13 +78,16 @@ def facts_bench(**changes: Any) -> Bench:
 
 
 def routed(**changes: Any) -> SGTM:
-    """Return the routed method of the studies: SGTM with modules grown beside the model's own.
+    """Return the routed method of the studies: SGTM with neurons grown beside the model's own.
+
+    Sure core rows always run without the modules, so that all that is drawn into them comes from
+    labelled rows and from rows that nobody has looked at. Chosen on draw 0 (docs/lab-notes.md).
 
     Args:
         **changes: Settings that differ.
     """
-    module = Module(width=0.25, heads=0, grow=True)
-    return SGTM(**{"module": module, "ablate": "delete", **changes})
+    module = Module(width=0.5, heads=0, grow=True)
+    return SGTM(**{"module": module, "ablate": "delete", "joint": (), "p_off": 1.0, **changes})
 
 
 def misses(rate: float, kind: Missed = "occurrences", rest: Rest = "core") -> LabelNoise | None:

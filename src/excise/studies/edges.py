@@ -1,0 +1,157 @@
+"""Where the mask goes: on edges that leave parameters, activations, or both."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from excise.evals.stats import Estimate
+from excise.jobs import Setting
+from excise.methods.base import Method
+from excise.methods.pretraining.sgtm import SGTM
+from excise.record import StudyTable
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.distil_tables import gaps, said
+from excise.studies.distilling import Bench
+from excise.studies.levels import verdict
+from excise.studies.routing_setting import (
+    SHARES,
+    Missed,
+    Outcome,
+    Rest,
+    facts_bench,
+    make_world,
+    misses,
+    routed,
+    score_arms,
+    train_arms,
+)
+from excise.studies.routing_tables import conclude
+from excise.train.grid import Pool
+
+PARAMETERS, ZERO, REVERSED, BOTH, NEITHER = (
+    "parameters", "activations", "activations, reversed", "both", "neither",
+)  # fmt: skip
+
+
+class Edges(Study):
+    """The same modules and the same data; only the place of the mask differs.
+
+    Stated beforehand. D is the depth gap on V (after T was relearned) of the activation arms minus
+    that of the parameter arms, averaged over the rates of labels; at each rate the activation arm
+    is the one of `activations` and `activations, reversed` that has the smaller gap. Edges that
+    leave parameters hold better if the lower end of D's 95 % interval is above `margin`, worse if
+    the upper end is below minus `margin`, and alike if it lies between. K is the same difference
+    of retain recall, parameters minus activations: where parameters cost more than `margin` of
+    recall, no better hold is claimed.
+    """
+
+    question: ClassVar[str] = (
+        "Does routing hold better and cost less where the mask is put on edges that leave "
+        "parameters, on edges that leave activations, or on both?"
+    )
+    statistic: ClassVar[str] = (
+        "D = depth gap on V after relearning T, activations (the better of weights 0 and "
+        "`reversed`) minus parameters, mean over label rates; parameters hold better if the lower "
+        "end of the 95 % interval is above the margin and their retain recall is not lower by "
+        "more than it. Bootstrap over draws and units."
+    )
+    takes: ClassVar[str] = "20 minutes, 1 GiB"
+
+    name: Literal["edges"] = "edges"
+    """Name on the command line."""
+    margin: float = 0.1
+    """Share of the distance between the rails, and of retain recall."""
+    bench: Bench = facts_bench()
+    """Data, models, attacker."""
+    routed: SGTM = routed()
+    """Modules and shares of rows; `alpha` and `p_as` are replaced."""
+    reversed: float = Field(default=-0.75, lt=0)
+    """Weight of activation edges in the reversed arm, as published for Expand-Route-Ablate."""
+    rates: tuple[float, ...] = Field(default=(1.0, 0.5), min_length=1)
+    """Shares of what is to be forgotten that carry a label."""
+    missed: Missed = "occurrences"
+    """What labels miss."""
+    rest: Rest = "unlabeled"
+    """What is told of rows without a label."""
+    shares: tuple[float, ...] = SHARES
+    """Shares of the steps of plain runs for the compute ratio."""
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def places(study: Edges) -> dict[str, Method]:
+    """Return the arms by where the mask is.
+
+    A labelled row that may write the core too (`p_as` 1) is masked by its activation edges alone.
+    """
+    settings = {
+        PARAMETERS: {"p_as": 0.0, "alpha": 1.0},
+        ZERO: {"p_as": 1.0, "alpha": 0.0},
+        REVERSED: {"p_as": 1.0, "alpha": study.reversed},
+        BOTH: {"p_as": 0.0, "alpha": 0.0},
+        NEITHER: {"p_as": 1.0, "alpha": 1.0},
+    }
+    return {name: study.routed.model_copy(update=update) for name, update in settings.items()}
+
+
+def at(name: str, rate: float) -> str:
+    """Return the name of an arm at a rate of labels."""
+    return f"{name}, {100 * rate:g} % labels"
+
+
+def run(study: Edges, setting: Setting, pool: Pool) -> StudyResult:
+    """Train every arm at every rate, relearn, compare."""
+    world = make_world(study.bench, study.seeds, setting, pool)
+    arms = {
+        at(name, rate): (method, misses(rate, study.missed, study.rest))
+        for rate in study.rates
+        for name, method in places(study).items()
+    }
+    made = train_arms(arms, world, setting, pool)
+    outcome = score_arms(made, world, study.seeds, setting, pool, shares=study.shares)
+    found = contrasts(study, outcome)
+    words = [f"{name} was {said(value)}." for name, value in found.items()]
+    words.append(gaps(outcome.found))
+    rows = tuple(row("contrast", name, value) for name, value in found.items())
+    table = StudyTable(title="Activations against parameters", note=study.statistic, rows=rows)
+    return conclude(outcome, world, words, decide(study, found), more=(table,))
+
+
+HOLD = "D (depth gap, activations - parameters)"
+KEEP = "K (retain recall, parameters - activations)"
+
+
+def contrasts(study: Edges, outcome: Outcome) -> dict[str, Estimate]:
+    """Return D and K over all rates, and D at each."""
+    found = outcome.found
+    gap, kept, by_rate = [], [], {}
+    for rate in study.rates:
+        mine = at(PARAMETERS, rate)
+        others = [at(name, rate) for name in (ZERO, REVERSED)]
+        best = min(others, key=lambda arm: float(found.gap(arm)[0]))
+        gap.append(found.gap(best) - found.gap(mine))
+        kept.append(found.retain.at(mine) - found.retain.at(best))
+        by_rate[f"D at {100 * rate:g} % labels"] = outcome.estimate(gap[-1])
+    both = {HOLD: np.mean(gap, axis=0), KEEP: np.mean(kept, axis=0)}
+    return {name: outcome.estimate(values) for name, values in both.items()} | by_rate
+
+
+def decide(study: Edges, found: dict[str, Estimate]) -> str:
+    """Return what D and K say under the margin."""
+    held = verdict(found[HOLD], study.margin)
+    if held == "above" and found[KEEP].low < -study.margin:
+        return (
+            "undecided: edges that leave parameters hold better, and may keep less of retain by "
+            f"more than {study.margin:g}"
+        )
+    return {
+        "above": "edges that leave parameters hold better: D is above the margin",
+        "below": "edges that leave activations hold better: D is below minus the margin",
+        "equal": f"alike: D lies within {study.margin:g} of the rails",
+        "undecided": f"undecided: D's interval crosses {study.margin:g}",
+    }[held]

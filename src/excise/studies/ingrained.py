@@ -1,0 +1,198 @@
+"""Post-hoc against routed removal of what is ever more deeply ingrained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field, SerializeAsAny, model_validator
+
+from excise.domains.base import Domain
+from excise.domains.facts import Facts
+from excise.evals.stats import Estimate
+from excise.jobs import Setting
+from excise.methods.base import Method
+from excise.methods.pretraining.pretrain import Pretrain, corpus
+from excise.record import StudyRow, StudyTable
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.distil_tables import said
+from excise.studies.distilling import Bench
+from excise.studies.levels import Array, estimate, verdict
+from excise.studies.routing_arms import grad_diff, maxent, rmu
+from excise.studies.routing_setting import (
+    Missed,
+    Outcome,
+    Rest,
+    World,
+    facts_bench,
+    make_world,
+    misses,
+    routed,
+    score_arms,
+    train_arms,
+)
+from excise.studies.routing_tables import conclude
+from excise.train.grid import Pool
+
+ROUTED = "routed"
+
+
+class Ingrained(Study):
+    """The same facts, read ever more often in training, and removed afterwards or by routing.
+
+    Stated beforehand. For every level of exposure, P is the depth gap on V (after T was
+    relearned) of the post-hoc methods, averaged, minus that of the routed model. I is P at the
+    most exposures minus P at the fewest. What is deeper ingrained is harder to remove afterwards
+    if the lower end of I's 95 % interval is above `margin`, easier if the upper end is below
+    minus it, and it makes no difference if the interval lies between. Exposures grow with the
+    share of the training tokens that is to be forgotten; steps and settings of methods stay.
+    """
+
+    question: ClassVar[str] = (
+        "Do post-hoc methods fall behind routing the more often the facts were read in training?"
+    )
+    statistic: ClassVar[str] = (
+        "I = (mean depth gap of post-hoc methods - that of routing) at the most exposures per fact "
+        "minus the same at the fewest, on V after relearning T; deeper ingrained is harder to "
+        "remove afterwards if the lower end of the 95 % interval is above the margin. Bootstrap "
+        "over draws and units, the same samples at all levels."
+    )
+    takes: ClassVar[str] = "20 minutes, 1 GiB"
+
+    name: Literal["ingrained"] = "ingrained"
+    """Name on the command line."""
+    margin: float = 0.1
+    """Share of the distance between the rails."""
+    bench: Bench = facts_bench()
+    """Data, models, attacker."""
+    mix: tuple[float, ...] = Field(default=(0.12, 0.25, 0.5), min_length=2)
+    """Shares of the tokens that are to be forgotten, ascending."""
+    routed: SerializeAsAny[Method] = routed()
+    """Routed removal."""
+    after: dict[str, SerializeAsAny[Method]] = {
+        "grad_diff": grad_diff(),
+        "maxent": maxent(),
+        "rmu": rmu(),
+    }
+    """Post-hoc removal, by name."""
+    rate: float = Field(default=1.0, gt=0, le=1)
+    """Share of what is to be forgotten that carries a label, for routing."""
+    missed: Missed = "occurrences"
+    """What labels miss."""
+    rest: Rest = "unlabeled"
+    """What is told of rows without a label."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse shares out of order, data without shares, and no post-hoc method."""
+        if sorted(set(self.mix)) != list(self.mix):
+            raise ValueError("mix: give different shares in ascending order")
+        if not isinstance(self.bench.domain, Facts):
+            raise ValueError("bench.domain: exposures are set by 'mix_share', which facts have")
+        if not self.after:
+            raise ValueError("after: name at least one post-hoc method")
+        return self
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def bench_at(study: Ingrained, share: float) -> Bench:
+    """Return the bench with a share of tokens that are to be forgotten."""
+    domain = study.bench.domain.model_copy(update={"mix_share": share})
+    return study.bench.model_copy(update={"domain": domain})
+
+
+def exposures(domain: Domain, pretrain: Pretrain) -> float:
+    """Return how often training reads a fact that is to be forgotten, in any wording.
+
+    Args:
+        domain: The data, with the share of the mix.
+        pretrain: Steps and rows of a step.
+    """
+    rows = corpus(domain)
+    forget = [row for row in rows if row.capability]
+    read = pretrain.fit.steps * pretrain.fit.batch_size * len(forget) / len(rows)
+    return read / len({row.unit for row in forget})
+
+
+def run(study: Ingrained, setting: Setting, pool: Pool) -> StudyResult:
+    """Train, remove in both ways at every level, relearn, compare."""
+    outcomes: dict[float, Outcome] = {}
+    worlds: dict[float, World] = {}
+    labels = misses(study.rate, study.missed, study.rest)
+    arms = {name: (method, None) for name, method in study.after.items()}
+    for share in study.mix:
+        worlds[share] = make_world(bench_at(study, share), study.seeds, setting, pool)
+        made = train_arms({ROUTED: (study.routed, labels), **arms}, worlds[share], setting, pool)
+        outcomes[share] = score_arms(made, worlds[share], study.seeds, setting, pool, shares=())
+    first = study.seeds[0]
+    seen = {
+        share: exposures(world.draws[first].domain, world.bench.pretrain)
+        for share, world in worlds.items()
+    }
+    found = interaction(study, outcomes)
+    voids = [
+        f"{seen[s]:.0f} exposures: {o.found.void}" for s, o in outcomes.items() if o.found.void
+    ]
+    words = [spoken(study, outcomes, seen), f"I was {said(found)}."]
+    last = study.mix[-1]
+    return conclude(
+        outcomes[last],
+        worlds[last],
+        words,
+        decide(study, found) if not voids else f"void: {'; '.join(voids)}",
+        more=(_table(study, outcomes, seen),),
+        notes=(f"rails and curves are those of {seen[last]:.0f} exposures per fact",),
+        brief=True,
+    )
+
+
+def behind(study: Ingrained, outcome: Outcome) -> Array:
+    """Return P: by how much post-hoc methods stay behind routing."""
+    gaps = [outcome.found.gap(name) for name in study.after]
+    found: Array = np.mean(gaps, axis=0) - outcome.found.gap(ROUTED)
+    return found
+
+
+def interaction(study: Ingrained, outcomes: Mapping[float, Outcome]) -> Estimate:
+    """Return I: units are the same at all levels, and so are the samples."""
+    few, many = outcomes[study.mix[0]], outcomes[study.mix[-1]]
+    return estimate(behind(study, many) - behind(study, few), many.found.after.n)
+
+
+def decide(study: Ingrained, found: Estimate) -> str:
+    """Return what I says under the margin."""
+    return {
+        "above": "deeper ingrained is harder to remove afterwards: I is above the margin",
+        "below": "deeper ingrained is easier to remove afterwards: I is below minus the margin",
+        "equal": f"exposures make no difference: I lies within {study.margin:g} of the rails",
+        "undecided": f"undecided: I's interval crosses {study.margin:g}",
+    }[verdict(found, study.margin)]
+
+
+def spoken(study: Ingrained, outcomes: Mapping[float, Outcome], seen: Mapping[float, float]) -> str:
+    """Return the gaps at every level in words."""
+    parts = []
+    for share, outcome in outcomes.items():
+        gaps = [f"{name} {outcome.found.gap(name)[0]:.2f}" for name in (ROUTED, *study.after)]
+        parts.append(f"at {seen[share]:.0f} exposures per fact {', '.join(gaps)}")
+    return f"Depth gaps were {'; '.join(parts)}."
+
+
+def _table(
+    study: Ingrained, outcomes: Mapping[float, Outcome], seen: Mapping[float, float]
+) -> StudyTable:
+    """Return gaps and recall by exposures."""
+    rows: list[StudyRow] = []
+    for share, outcome in outcomes.items():
+        level, n = f"{seen[share]:.0f} exposures", outcome.found.after.n
+        known = estimate(outcome.found.before.at("original"), n)
+        rows.append(row("original", f"V, {level}", known))
+        for name in (ROUTED, *study.after):
+            rows.append(row(name, f"depth gap, {level}", outcome.found.value(name)))
+            kept = estimate(outcome.found.retain.at(name), outcome.found.retain.n)
+            rows.append(row(name, f"retain recall, {level}", kept))
+    return StudyTable(title="By exposures per fact", note=study.statistic, rows=tuple(rows))

@@ -1,0 +1,167 @@
+"""Does the alignment tax of routing shrink with size, under one rule for hyper-parameters?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from excise.evals.stats import Estimate
+from excise.jobs import Setting
+from excise.methods.base import Method
+from excise.record import StudyRow, StudyTable
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.distil_tables import said
+from excise.studies.distilling import Bench
+from excise.studies.levels import Array, estimate, verdict
+from excise.studies.routing_setting import (
+    SHARES,
+    Missed,
+    Outcome,
+    Rest,
+    World,
+    facts_bench,
+    make_world,
+    misses,
+    routed,
+    score_arms,
+    train_arms,
+)
+from excise.studies.routing_tables import conclude
+from excise.train.grid import Pool
+
+ARM = "routed"
+
+
+class RoutingScale(Study):
+    """Plain, filtered and routed models of several widths on the same data.
+
+    Stated beforehand. The tax of an arm is one minus its compute ratio, the share of plain steps
+    that reaches its loss on retain. S is the compute ratio of the routed arm at the largest width
+    minus that at the smallest. The tax shrinks if the lower end of S's 95 % interval is above
+    `margin`, grows if the upper end is below minus it, and stays if the interval lies between.
+    One rule sets everything: the learning rate is that of `bench` times (its width / width) to
+    the power `power`; steps, batch and the module's share of a block stay. Nothing is retuned.
+    """
+
+    question: ClassVar[str] = (
+        "Does the share of compute that routing costs shrink in larger models, if one rule sets "
+        "the hyper-parameters of all sizes?"
+    )
+    statistic: ClassVar[str] = (
+        "S = compute ratio of the routed arm at the largest width minus that at the smallest; the "
+        "tax shrinks if the lower end of the 95 % interval is above the margin, grows if the "
+        "upper end is below minus it. Bootstrap over draws and units, the same samples at all "
+        "sizes."
+    )
+    takes: ClassVar[str] = "25 minutes, 1 GiB"
+
+    name: Literal["routing-scale"] = "routing-scale"
+    """Name on the command line."""
+    margin: float = 0.05
+    """Compute ratio."""
+    bench: Bench = facts_bench()
+    """Data, models, attacker; its width is where the rule starts."""
+    routed: SerializeAsAny[Method] = routed()
+    """The routed arm."""
+    widths: tuple[int, ...] = Field(default=(32, 48, 64, 96), min_length=2)
+    """Widths of the models, ascending."""
+    power: float = 0.5
+    """How fast the learning rate falls with width."""
+    rate: float = Field(default=1.0, gt=0, le=1)
+    """Share of what is to be forgotten that carries a label."""
+    missed: Missed = "occurrences"
+    """What labels miss."""
+    rest: Rest = "unlabeled"
+    """What is told of rows without a label."""
+    shares: tuple[float, ...] = Field(default=SHARES, min_length=2)
+    """Shares of the steps of plain runs for the compute ratio."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        """Refuse widths out of order."""
+        if sorted(set(self.widths)) != list(self.widths):
+            raise ValueError("widths: give different ones in ascending order")
+        return self
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def bench_at(study: RoutingScale, width: int) -> Bench:
+    """Return the bench at a width, its learning rate set by the rule."""
+    bench = study.bench
+    fit = bench.pretrain.fit
+    lr = fit.lr * (bench.model.width / width) ** study.power
+    pretrain = bench.pretrain.model_copy(update={"fit": fit.model_copy(update={"lr": lr})})
+    model = bench.model.model_copy(update={"width": width})
+    return bench.model_copy(update={"model": model, "pretrain": pretrain})
+
+
+def run(study: RoutingScale, setting: Setting, pool: Pool) -> StudyResult:
+    """Train all sizes, read the taxes, compare the ends."""
+    outcomes: dict[int, Outcome] = {}
+    worlds: dict[int, World] = {}
+    labels = misses(study.rate, study.missed, study.rest)
+    for width in study.widths:
+        worlds[width] = make_world(bench_at(study, width), study.seeds, setting, pool)
+        made = train_arms({ARM: (study.routed, labels)}, worlds[width], setting, pool)
+        outcomes[width] = score_arms(
+            made, worlds[width], study.seeds, setting, pool, shares=study.shares
+        )
+    found = shrinkage(study, outcomes)
+    ratios = ", ".join(f"{w}: {outcomes[w].ratio(ARM)[0]:.2f}" for w in study.widths)
+    deep = ", ".join(f"{w}: {outcomes[w].found.gap(ARM)[0]:.2f}" for w in study.widths)
+    words = [
+        f"The compute ratio of the routed arm was by width {ratios}; its depth gap {deep}.",
+        f"S was {said(found)}.",
+    ]
+    size = {w: worlds[w].draws[study.seeds[0]].original.num_parameters for w in study.widths}
+    last = study.widths[-1]
+    voids = [f"width {w}: {o.found.void}" for w, o in outcomes.items() if o.found.void]
+    return conclude(
+        outcomes[last],
+        worlds[last],
+        words,
+        decide(study, found),
+        more=(_table(study, outcomes, size),),
+        notes=[f"rails and curves are those of width {last}", *voids],
+        brief=True,
+    )
+
+
+def shrinkage(study: RoutingScale, outcomes: Mapping[int, Outcome]) -> Estimate:
+    """Return S: units are the same at all sizes, and so are the samples."""
+    first, last = outcomes[study.widths[0]], outcomes[study.widths[-1]]
+    moved: Array = last.ratio(ARM) - first.ratio(ARM)
+    return estimate(moved, last.loss.n)
+
+
+def decide(study: RoutingScale, found: Estimate) -> str:
+    """Return what S says under the margin."""
+    return {
+        "above": "the tax shrinks with size: S is above the margin",
+        "below": "the tax grows with size: S is below minus the margin",
+        "equal": f"the tax stays: S lies within {study.margin:g}",
+        "undecided": f"undecided: S's interval crosses {study.margin:g}",
+    }[verdict(found, study.margin)]
+
+
+def _table(
+    study: RoutingScale, outcomes: Mapping[int, Outcome], size: Mapping[int, int]
+) -> StudyTable:
+    """Return ratio, gap and recall of the arms by width."""
+    rows: list[StudyRow] = []
+    for width, outcome in outcomes.items():
+        arm = f"width {width}"
+        rows.append(StudyRow(arm=arm, metric="parameters", value=float(size[width])))
+        for name in (ARM, "oracle"):
+            ratio = estimate(outcome.ratio(name), outcome.loss.n)
+            rows.append(row(arm, f"compute ratio, {name}", ratio))
+        rows.append(row(arm, f"depth gap, {ARM}", outcome.found.value(ARM)))
+        for name in ("original", ARM):
+            kept = estimate(outcome.found.retain.at(name), outcome.found.retain.n)
+            rows.append(row(arm, f"retain recall, {name}", kept))
+    return StudyTable(title="By size", note=study.statistic, rows=tuple(rows))

@@ -1,0 +1,292 @@
+"""Studies of gradient routing: the tax by hand, decisions on made-up numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from excise.domains.base import UNLABELED
+from excise.domains.facts import Facts
+from excise.domains.labels import label_rows, suspicion, tell_labels
+from excise.evals.stats import Estimate
+from excise.methods import RMU, SGTM, Chain, Filtering
+from excise.methods.base import Cost, Removal
+from excise.methods.pretraining.pretrain import corpus
+from excise.models.checkpoint import Checkpoint
+from excise.studies import edges, era_after_training, ingrained, partial_labels, repair
+from excise.studies import routing_scale as scale
+from excise.studies.attacking import Attacked
+from excise.studies.distil_tables import gather
+from excise.studies.levels import levels
+from excise.studies.routing_setting import (
+    Outcome,
+    compute_ratio,
+    facts_bench,
+    misses,
+    prepared,
+    shorter,
+)
+from excise.studies.routing_tables import absorbed, absorption_table, said_retain, tax_table
+
+SEEDS = (1, 2, 3)
+DOMAIN = Facts(subjects=120, relations=4, objects=8).build()
+V = sorted({row.unit for row in DOMAIN.test["alpha"]})
+KEPT = sorted({row.unit for row in DOMAIN.retain_test})
+SHARES = (0.25, 0.5, 1.0)
+PLAIN = {shorter(0.25): 2.0, shorter(0.5): 1.0, shorter(1.0): 0.5}
+
+
+def known(units: list[str], value: float) -> dict[str, float]:
+    """Return units of which a share is known."""
+    return {u: float(i * 37 % len(units) < value * len(units)) for i, u in enumerate(units)}
+
+
+def outcome_of(
+    after: Mapping[str, float],
+    *,
+    retain: Mapping[str, float] | None = None,
+    loss: Mapping[str, float] | None = None,
+    shares: tuple[float, ...] = SHARES,
+) -> Outcome:
+    """Return arms that know so much of V after the attack, between rails at 1 and 0."""
+    values = {"original": 1.0, "oracle": 0.0, **after}
+    kept = retain or {}
+
+    def one(name: str, value: float) -> Attacked:
+        first = known(V, 1.0 if name == "original" else value)
+        mine = known(KEPT, kept.get(name, 1.0))
+        t = {"t": 1.0}
+        return Attacked((0, 8), 1, (first, known(V, value)), (t, t), (mine, mine), t)
+
+    attacked = {(n, s): one(n, v) for n, v in values.items() for s in SEEDS}
+    found = gather(attacked, dict.fromkeys(SEEDS, DOMAIN), power=0.8)
+    losses = {**dict.fromkeys(values, 0.5), **(loss or {}), **(PLAIN if shares else {})}
+    on = {name: {s: dict.fromkeys(KEPT, x) for s in SEEDS} for name, x in losses.items()}
+    return Outcome(found, levels(on, {}), shares)
+
+
+# -- the setting -----------------------------------------------------------------------------------
+
+
+def test_compute_ratio_by_hand() -> None:
+    plain = np.array([[2.0], [1.0], [0.5]])
+
+    def ratio(loss: float) -> float:
+        return float(compute_ratio(np.array([loss]), SHARES, plain)[0])
+
+    assert ratio(1.0) == pytest.approx(0.5)
+    assert ratio(0.75) == pytest.approx(math.sqrt(0.5))
+    assert [ratio(9.0), ratio(0.1)] == pytest.approx([0.25, 1.0])
+    bumpy = np.array([[1.0], [3.0], [0.5]])
+    assert compute_ratio(np.array([1.0]), SHARES, bumpy)[0] == pytest.approx(0.25)
+
+
+def test_labels_of_a_study_meet_their_rate() -> None:
+    rows = label_rows(corpus(DOMAIN), tuple(DOMAIN.forget))
+    assert misses(1.0) is None
+    few = misses(0.25, "units", "unlabeled")
+    assert few is not None
+    told = tell_labels(rows, few, seed=3)
+    forget = [row for row in told if row.capability]
+    assert sum(row.label > 0 for row in forget) / len(forget) == pytest.approx(0.25, abs=0.01)
+    core = [row for row in told if not row.capability]
+    unread = [row for row in core if row.label == UNLABELED]
+    assert len(unread) / len(core) == pytest.approx(0.75, abs=0.01)
+    assert all(row.label in (UNLABELED, 1) for row in forget)
+    kinds = {(row.unit, row.label) for row in forget}
+    assert len(kinds) == len({row.unit for row in forget})
+    sure = misses(0.25, "occurrences")
+    assert sure is not None
+    assert all(row.label >= 0 for row in tell_labels(rows, sure, seed=3))
+    assert all(suspicion(row) == 0 for row in unread)
+
+
+def test_arms_get_the_schedule_and_the_labels_of_the_study() -> None:
+    bench, labels = facts_bench(), misses(0.5)
+    ready = prepared(Chain(methods=(SGTM(), RMU())), bench, labels)
+    assert isinstance(ready, Chain)
+    first = ready.methods[0]
+    assert isinstance(first, SGTM)
+    assert (first.pretrain, first.labels) == (bench.pretrain, labels)
+    assert ready.methods[1] == RMU()
+    own = bench.pretrain.model_copy(update={"max_length": 9})
+    kept = prepared(Filtering(pretrain=own), bench)
+    assert isinstance(kept, Filtering)
+    assert (kept.pretrain, kept.labels) == (own, None)
+
+
+def test_tables_and_words_by_hand() -> None:
+    outcome = outcome_of({"a": 0.5}, retain={"a": 0.5}, loss={"a": 1.0})
+    assert "a 0.5" in said_retain(outcome)
+    assert "ratio 0.50" in said_retain(outcome)
+    cells = {(row.arm, row.metric): row.value for row in tax_table(outcome).rows}
+    assert cells["a", "compute ratio"] == pytest.approx(0.5)
+    assert cells["oracle", "retain loss"] == pytest.approx(0.5)
+    assert (shorter(0.5), "compute ratio") not in cells
+
+
+def test_absorption_sums_modules_and_leaves_out_who_tells_nothing() -> None:
+    share = {"module_1": 0.25, "module_2": 0.25, "core": 0.5}
+    extras = {"absorption": {"missed": {"share": share}}, "losses": {"after": {"missed": 4.0}}}
+    told = Removal(Checkpoint(Path("nowhere")), (), Cost(), extras)
+    found = absorbed(told)
+    assert found == {"missed rows into modules": 0.5, "loss of missed rows, after": 4.0}
+    silent = replace(told, extras={})
+    table = absorption_table({("a", 1): told, ("a", 2): told, ("b", 1): silent})
+    assert table is not None
+    assert {row.arm for row in table.rows} == {"a"}
+    assert absorption_table({("b", 1): silent}) is None
+
+
+# -- decisions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "zero", "negative", "kept", "said"),
+    [
+        (0.1, 0.9, 0.8, 1.0, "edges that leave parameters hold better"),
+        (0.9, 0.9, 0.2, 1.0, "edges that leave activations hold better"),
+        (0.5, 0.5, 0.9, 1.0, "alike"),
+        (0.1, 0.9, 0.9, 0.5, "may keep less"),
+    ],
+)
+def test_edges(parameters: float, zero: float, negative: float, kept: float, said: str) -> None:
+    study = edges.Edges(seeds=SEEDS)
+    after = {edges.PARAMETERS: parameters, edges.ZERO: zero, edges.REVERSED: negative}
+    after |= {edges.BOTH: 0.5, edges.NEITHER: 1.0}
+    everywhere = {edges.at(n, rate): x for n, x in after.items() for rate in study.rates}
+    mine = {edges.at(edges.PARAMETERS, rate): kept for rate in study.rates}
+    found = edges.contrasts(study, outcome_of(everywhere, retain=mine))
+    expected = min(zero, negative) - parameters
+    assert found[edges.HOLD].value == pytest.approx(expected, abs=0.05)
+    assert said in edges.decide(study, found)
+
+
+def test_the_edges_of_a_study_are_what_they_are_called() -> None:
+    arms: dict[str, Any] = edges.places(edges.Edges())
+    written = {name: arm._rules()["forget"][0].write for name, arm in arms.items()}
+    passed = {name: arm._rules()["forget"][0].edges for name, arm in arms.items()}
+    assert written[edges.PARAMETERS] == written[edges.BOTH] == ("self",)
+    assert written[edges.ZERO] == written[edges.NEITHER] == ("self", "core")
+    assert passed[edges.PARAMETERS] == passed[edges.NEITHER] == {}
+    assert passed[edges.ZERO] == passed[edges.BOTH] == {"core": 0.0}
+    assert passed[edges.REVERSED] == {"core": -0.75}
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "kept", "said"),
+    [
+        (0.2, 0.9, 1.0, "sgtm beats filtering"),
+        (0.2, 0.9, 0.9, "below 0.98"),
+        (0.9, 0.2, 1.0, "does not beat"),
+        (0.5, 0.5, 1.0, "does not beat"),
+    ],
+)
+def test_partial_labels(mine: float, other: float, kept: float, said: str) -> None:
+    study = partial_labels.PartialLabels(rates=(1.0, 0.5), arms=("sgtm", "filtering"))
+    cells = partial_labels.cells_of(study)
+    assert [str(c) for c in cells] == [
+        "100 %", "50 %, missed occurrences", "50 %, missed units",
+    ]  # fmt: skip
+    half = {partial_labels.arm("sgtm", c): mine for c in cells if c.rate < 1}
+    half |= {partial_labels.arm("filtering", c): other for c in cells if c.rate < 1}
+    whole = {partial_labels.arm(n, cells[0]): 0.0 for n in study.arms}
+    retain = {partial_labels.arm("sgtm", c): kept for c in cells}
+    outcomes = {"none": outcome_of({**half, **whole}, retain=retain)}
+    found = partial_labels.difference(study, outcomes)
+    assert found is not None
+    assert found[0].value == pytest.approx(other - mine, abs=0.05)
+    assert said in partial_labels.decide(study, found)
+    table = partial_labels.grid(study, outcomes["none"], "none")
+    assert len(table.rows) == 2 * 3 * 3
+    less = study.model_copy(update={"arms": ("sgtm",)})
+    assert partial_labels.difference(less, outcomes) is None
+    assert partial_labels.decide(less, None).startswith("none:")
+
+
+def test_a_study_of_arms_that_do_not_exist_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"no arm .sgtn.*sgtm"):
+        partial_labels.PartialLabels(arms=("sgtn",))
+    with pytest.raises(ValidationError, match="ascending"):
+        scale.RoutingScale(widths=(64, 32))
+    with pytest.raises(ValidationError, match="ascending"):
+        ingrained.Ingrained(mix=(0.5, 0.2))
+
+
+def test_routing_scale() -> None:
+    study = scale.RoutingScale(widths=(32, 64), bench=facts_bench())
+    small = outcome_of({scale.ARM: 0.0}, loss={scale.ARM: 2.0})
+    large = outcome_of({scale.ARM: 0.0}, loss={scale.ARM: 1.0})
+    found = scale.shrinkage(study, {32: small, 64: large})
+    assert found.value == pytest.approx(0.25)
+    assert "shrinks" in scale.decide(study, found)
+    assert "grows" in scale.decide(study, scale.shrinkage(study, {32: large, 64: small}))
+    assert "stays" in scale.decide(study, scale.shrinkage(study, {32: large, 64: large}))
+    rate = study.bench.pretrain.fit.lr
+    assert scale.bench_at(study, 256).pretrain.fit.lr == pytest.approx(rate / 2)
+    assert scale.bench_at(study, 256).model.width == 256
+
+
+@pytest.mark.parametrize(
+    ("none", "retain", "said"),
+    [(0.2, 0.25, "light touch"), (0.2, 0.9, "brings knowledge back"), (0.9, 0.2, "removes")],
+)
+def test_repair(none: float, retain: float, said: str) -> None:
+    study = repair.Repair(steps=(1, 9))
+    after = {
+        repair.NONE: none,
+        repair.named("retain", 9): retain,
+        repair.named("mixture", 9): 0.9,
+        repair.named("oracle on the mixture", 9): 0.1,
+    }
+    found = repair.effects(study, outcome_of(after))
+    assert found[repair.MIXTURE].value == pytest.approx(0.8 - none, abs=0.07)
+    assert said in repair.decide(study, found)
+    fit = repair.schedule(study, 9).fit
+    assert (fit.steps, fit.lr, fit.warmup) == (9, study.lr, 0)
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "said"),
+    [(0.2, 0.9, "harder"), (0.9, 0.2, "easier"), (0.5, 0.5, "no difference")],
+)
+def test_ingrained(few: float, many: float, said: str) -> None:
+    study = ingrained.Ingrained(mix=(0.1, 0.5))
+
+    def at(value: float) -> Outcome:
+        return outcome_of({ingrained.ROUTED: 0.1, **dict.fromkeys(study.after, value)})
+
+    found = ingrained.interaction(study, {0.1: at(few), 0.5: at(many)})
+    assert found.value == pytest.approx(many - few, abs=0.05)
+    assert said in ingrained.decide(study, found)
+
+
+def test_exposures_follow_the_share_of_the_mix() -> None:
+    study = ingrained.Ingrained()
+    seen = []
+    for share in (0.2, 0.4):
+        bench = ingrained.bench_at(study, share)
+        seen.append(ingrained.exposures(bench.domain.build(None), bench.pretrain))
+    assert seen[1] / seen[0] == pytest.approx(2, rel=0.1)
+    facts = len({row.unit for row in study.bench.domain.build(None).forget["alpha"]})
+    assert seen[0] == pytest.approx(0.2 * 300 * 96 / facts, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("routed", "retain", "said"),
+    [(0.2, 0.9, "removes after training"), (0.9, 0.9, "does not"), (0.9, 0.2, "does not")],
+)
+def test_era_after_training(routed: float, retain: float, said: str) -> None:
+    study = era_after_training.ERAAfterTraining(steps=(5,))
+    named = era_after_training.named
+    outcome = outcome_of({named("era", 5): routed, named("retain alone", 5): retain})
+    assert said in era_after_training.decide(study, era_after_training.difference(study, outcome))
+    wide = Estimate(0.1, -0.5, 0.6, 9)
+    assert era_after_training.decide(study, wide).startswith("undecided")

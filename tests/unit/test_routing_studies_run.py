@@ -1,0 +1,85 @@
+"""Studies of gradient routing at a size of seconds run through, and go on where they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.tiny_bench import QUICK, quick, ran
+
+from excise.domains.facts import FACTS_MAX_LENGTH, Facts
+from excise.methods import ERA, RMU, Chain, MaxEnt
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.spec import Scratch
+from excise.studies import study_named
+from excise.studies.attacking import Attacker
+from excise.studies.distilling import Bench
+
+BENCH = Bench(
+    domain=Facts(subjects=20, relations=2, objects=8, wordings=2, forget_share=0.4),
+    model=Scratch(width=32, blocks=1),
+    pretrain=Pretrain(fit=QUICK, max_length=FACTS_MAX_LENGTH),
+    attacker=Attacker(steps=2, rates=(1e-3,), checkpoints=(0, 1), batch_size=8, power=0.5),
+)
+"""The smallest bench; its attacker has no power, so that every study is void on it."""
+
+LONGER = Pretrain(fit=QUICK.model_copy(update={"steps": 16}), max_length=FACTS_MAX_LENGTH)
+"""Relabelling spends some steps on reading."""
+
+SHARES = (0.4, 1.0)
+
+QUICKLY: dict[str, dict[str, Any]] = {
+    "edges": {"rates": (0.5,), "shares": SHARES},
+    "repair": {"steps": (2,), "shares": ()},
+    "era-after-training": {"steps": (2,)},
+}
+"""Studies that every run of the tests tries, and what makes them small."""
+
+MORE: dict[str, dict[str, Any]] = {
+    "partial-labels": {
+        "rates": (0.5,),
+        "missed": ("units",),
+        "shares": (),
+        "own": {"era_rmu": Chain(methods=(ERA(), quick(RMU(layer=0, blocks=(0,)))))},
+        "bench": BENCH.model_copy(update={"pretrain": LONGER}),
+    },
+    "routing-scale": {"widths": (32, 48), "shares": SHARES},
+    "ingrained": {"mix": (0.3, 0.5), "after": {"maxent": quick(MaxEnt(max_length=16))}},
+}
+"""The others."""
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder whose studies share stages."""
+    return tmp_path_factory.mktemp("studies")
+
+
+def check(name: str, changes: dict[str, Any], shelf: Path) -> None:
+    """Run a study twice: its record says what decides, and nothing is computed again."""
+    settings: dict[str, Any] = {"seeds": (1,), "bench": BENCH, **changes}
+    study = study_named(name)(**settings)
+    made = ran(study, shelf / name).study
+    assert made is not None
+    assert made.decision.startswith("void")
+    titles = [table.title for table in made.tables]
+    assert {"Recovery on V after T was relearned", "Loss on retain and the alignment tax"} <= {
+        *titles
+    }
+    arms = {row.arm for table in made.tables for row in table.rows}
+    assert {"original", "oracle"} < arms
+    stages = {p: p.stat().st_mtime_ns for p in (shelf / ".stages").iterdir()}
+    assert ran(study, shelf / f"{name}-again").study == made
+    assert {p: p.stat().st_mtime_ns for p in (shelf / ".stages").iterdir()} == stages
+
+
+@pytest.mark.parametrize("name", QUICKLY)
+def test_a_study_runs_through(name: str, shelf: Path) -> None:
+    check(name, QUICKLY[name], shelf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_other_studies_run_through(name: str, shelf: Path) -> None:
+    check(name, MORE[name], shelf)

@@ -152,6 +152,29 @@ def test_sgtm_with_all_rows_read_whole_is_ordinary_but_for_what_is_written(
     assert same(weights(made.checkpoint), off(hand, 112, 128), 5e-6)
 
 
+def test_a_push_is_ascent_without_the_module(start: Checkpoint, tmp_path: Path) -> None:
+    method = SGTM(
+        pretrain=SCHEDULE, p_off=1.0, p_push=1.0, push=0.5, joint=(), module=Module(width=0.125)
+    )
+    made = method.apply(start, toy_domain(), context(tmp_path / "ours"))
+
+    def gradient(model: Any, batch: Batch) -> None:
+        on = torch.ones(WIDTH)
+        on[112:] = 0
+        hooks = masked(model, lambda x: x * on)
+        forget = batch.label_BT[:, 0] > CORE
+        total = nll_of(model, batch, ~forget) - 0.5 * nll_of(model, batch, forget)
+        (total / batch.num_targets).backward()
+        for hook in hooks:
+            hook.remove()
+
+    hand = loop(start, tmp_path, start.load(), gradient)
+    assert same(weights(made.checkpoint), off(hand, 112, 128), 5e-6)
+    none = method.model_copy(update={"push": 0.0})
+    other = none.apply(start, toy_domain(), context(tmp_path / "none"))
+    assert not same(weights(made.checkpoint), weights(other.checkpoint), 1e-4)
+
+
 def test_a_zeroed_gradient_moves_what_a_frozen_one_leaves(
     start: Checkpoint, tmp_path: Path
 ) -> None:

@@ -52,6 +52,10 @@ class GRAM(Method):
     """Whether every row that reads a module writes its down-projection."""
     alpha: float = 1.0
     """Weight of the gradient of labelled rows that passes back through the core's neurons."""
+    p_push: float = Field(default=0.0, ge=0, le=1)
+    """Share of labelled rows that are read without their module and pushed out of the core."""
+    push: float = Field(default=1.0, ge=0)
+    """How hard: minus the weight of their loss."""
     l1: float = Field(default=0.0, ge=0)
     """Weight of the L1 norm of MLP activations."""
     ablate: How = "delete"
@@ -67,6 +71,7 @@ class GRAM(Method):
             "module.width": "192 of 2048 neurons on stories",
             "p_cr": "0.5 on stories; 0.2 in the runs with partial labels",
             "p_as": "0.3 on stories; 0 in the runs with partial labels",
+            "p_push": "not in the paper; 0 is the paper",
             "joint": "attention, norms and embeddings belong to the core",
         },
     )
@@ -106,6 +111,7 @@ class GRAM(Method):
         joint = ("joint",) if self.joint or self.joint_down else ()
         core = ("core", *joint)
         mine = (*core, "self")
+        rest = 1 - self.p_push
         edges = {} if self.alpha == 1 else {"core": self.alpha}
         both = (*core, "drawn")
         return {
@@ -114,8 +120,9 @@ class GRAM(Method):
                 (self.p_cr, Rule(read=both, write=both)),
             ),
             "forget": alternatives(
-                (1 - self.p_as, Rule(read=mine, write=("self", *joint), edges=edges)),
-                (self.p_as, Rule(read=mine, write=mine, edges=edges)),
+                (rest * (1 - self.p_as), Rule(read=mine, write=("self", *joint), edges=edges)),
+                (rest * self.p_as, Rule(read=mine, write=mine, edges=edges)),
+                (self.p_push, Rule(read=core, write=core, weight=-self.push)),
             ),
             "unlabeled": (Rule(),),
         }

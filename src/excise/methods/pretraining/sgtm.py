@@ -52,6 +52,10 @@ class SGTM(Method):
     """Whether every row writes the modules' down-projections."""
     alpha: float = 1.0
     """Weight of the gradient of labelled rows that passes back through the core's neurons."""
+    p_push: float = Field(default=0.0, ge=0, le=1)
+    """Share of labelled rows that are read without their module and pushed out of the core."""
+    push: float = Field(default=1.0, ge=0)
+    """How hard: minus the weight of their loss."""
     l1: float = Field(default=0.0, ge=0)
     """Weight of the L1 norm of MLP activations."""
     freeze: Literal["groups", "zeroed"] = "groups"
@@ -72,6 +76,7 @@ class SGTM(Method):
             "joint": "embeddings are updated by all data in the TinyStories runs",
             "p_as": "not in the paper; 0 is the paper",
             "alpha": "not in the paper; 1 is the paper",
+            "p_push": "not in the paper; 0 is the paper",
             "freeze": "the code zeroes gradients of one AdamW; here frozen weights keep their bits",
             "ablate": "theta_forget is set to 0; the code can draw it anew",
         },
@@ -112,14 +117,16 @@ class SGTM(Method):
         """Return what rows of each label read and write."""
         joint = ("joint",) if self.joint or self.joint_down else ()
         core = ("core", *joint)
+        rest = 1 - self.p_push
         edges = {} if self.alpha == 1 else {"core": self.alpha}
         return {
             "core": alternatives(
                 (self.p_off, Rule(read=core, write=core)), (1 - self.p_off, Rule())
             ),
             "forget": alternatives(
-                (1 - self.p_as, Rule(write=("self", *joint), edges=edges)),
-                (self.p_as, Rule(write=("self", *core), edges=edges)),
+                (rest * (1 - self.p_as), Rule(write=("self", *joint), edges=edges)),
+                (rest * self.p_as, Rule(write=("self", *core), edges=edges)),
+                (self.p_push, Rule(read=core, write=core, weight=-self.push)),
             ),
             "unlabeled": (Rule(),),
         }

@@ -421,3 +421,20 @@ def test_a_missing_module_is_found_before_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="matches no linear layer"):
         method.apply(toy_checkpoint(tmp_path), toy_domain(), ctx)
     assert not (ctx.work / "state").exists()
+
+
+def test_routing_acts_on_confidence(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    doubt = Confidence(concentration=0.5)
+    made = {}
+    for name, noise in {
+        "missed": HALF_UNITS,
+        "missed, unsure": HALF_UNITS.model_copy(update={"confidence": doubt}),
+        "right": LabelNoise(),
+        "right, sure": LabelNoise(confidence=doubt),
+    }.items():
+        method = SGTM(pretrain=SCHEDULE, labels=noise)
+        removal = method.apply(start, domain, context(tmp_path / name))
+        made[name] = removal.checkpoint.fingerprint
+    assert made["missed"] != made["missed, unsure"]
+    assert made["right"] == made["right, sure"]

@@ -109,9 +109,10 @@ def _build(cls: type[Config], data: Any, registry: Registry, at: str, problems: 
     for key, value in data.items():
         field = member.model_fields.get(str(key))
         here = f"{at}.{key}" if at else str(key)
-        prepared[str(key)] = (
-            value if field is None else _value(field.annotation, value, registry, here, problems)
-        )
+        if field is not None:
+            value = _completed(field.default, value)
+            value = _value(field.annotation, value, registry, here, problems)
+        prepared[str(key)] = value
     broken = {k for k in prepared if any(_under(p, at, k) for p in problems[before:])}
     # What is broken is said already; in its place comes what no field takes.
     prepared.update(dict.fromkeys(broken, _BROKEN))
@@ -122,6 +123,23 @@ def _build(cls: type[Config], data: Any, registry: Registry, at: str, problems: 
             if not (detail["loc"] and str(detail["loc"][0]) in broken):
                 problems.append(_sentence(detail, member, at))
         return None
+
+
+def _completed(default: Any, value: Any) -> Any:
+    """Return a mapping with what its field's default sets and it does not mention.
+
+    `fit: {lr: 1e-4}` changes the learning rate of the method's own schedule and nothing else. A
+    mapping that names another member than the default stands for itself.
+    """
+    if not isinstance(default, Config) or not isinstance(value, Mapping):
+        return value
+    own = {name: getattr(default, name) for name in default.model_fields_set}
+    if "name" in type(default).model_fields:
+        own["name"] = getattr(default, "name", None)
+        if value.get("name", own["name"]) != own["name"]:
+            return value
+    told = {key: _completed(own.get(key), inner) for key, inner in value.items()}
+    return {**own, **told}
 
 
 def _under(problem: str, at: str, key: str) -> bool:

@@ -204,3 +204,17 @@ def test_the_nearest_names_come_first() -> None:
     assert nearest("grad_dif", ["rmu", "grad_diff", "plain"]) == "did you mean 'grad_diff'?"
     assert nearest("zzz", ["rmu", "plain"]) == "known: plain, rmu"
     assert nearest("q", [f"n{i:02}" for i in range(20)]).endswith("n11, ...")
+
+
+def test_a_part_of_a_setting_keeps_what_its_default_says() -> None:
+    from excise.methods import MaxEnt, Undo
+    from excise.registry import registry
+
+    made = parse(MaxEnt, {"name": "maxent", "fit": {"lr": 0.5}}, registry())
+    assert made.fit == MaxEnt().fit.model_copy(update={"lr": 0.5})
+    undo = parse(Undo, {"name": "undo", "unlearn": {"fit": {"steps": 3}}}, registry())
+    assert undo.unlearn == MaxEnt(fit=MaxEnt().fit.model_copy(update={"steps": 3}))
+    other = parse(Undo, {"name": "undo", "unlearn": {"name": "grad_diff"}}, registry())
+    assert other.unlearn.name == "grad_diff"  # type: ignore[attr-defined]
+    recipe = {"targets": {"harmful": "skip", "name": "splice"}, "name": "undo"}
+    assert parse(Undo, recipe, registry()).targets.name == "splice"

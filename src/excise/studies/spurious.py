@@ -1,0 +1,260 @@
+"""A planted shortcut: routed into a module and cut off, filtered away, or left in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from excise.domains.base import Domain
+from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH
+from excise.domains.labels import LabelNoise
+from excise.evals.stats import Estimate
+from excise.jobs import (
+    InitJob,
+    RemovalJob,
+    ScoreJob,
+    Setting,
+    make_init,
+    make_removal,
+    make_scores,
+)
+from excise.methods.base import Method, Removal
+from excise.methods.pretraining.filtering import Filtering
+from excise.methods.pretraining.plain import Plain
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.spec import Scratch
+from excise.recipes.base import EvalSpec
+from excise.record import StudyTable
+from excise.recording import model_ref
+from excise.studies.attacking import Key
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.distil_tables import groups_of, said
+from excise.studies.levels import Array, Levels, estimate, levels
+from excise.studies.routing_setting import misses, routed
+from excise.studies.routing_tables import absorption_table
+from excise.studies.spurious_data import Shortcut, shortcut_domain, shortcut_tokenizer
+from excise.train.fit import FitConfig
+from excise.train.grid import Pool
+
+PLAIN, ROUTED, FILTERED = "plain", "routed", "filtered"
+
+SETS = {"test": "flipped cue", "retain_test": "no cue", "adjacent_test": "right cue"}
+"""Scored sets of the data: the same facts under three cues."""
+
+
+class Spurious(Study):
+    """Rows that carry a cue word are routed into a module, which is deleted afterwards.
+
+    Stated beforehand. Exact match on facts in an untaught wording, under a flipped cue, at the
+    smallest of `rates`, the share of cued rows that carry a label (of the others nothing is
+    told). H is routed minus plain, F is routed minus filtered at the same labels. Separation
+    helps if the lower end of H's 95 % interval is above `margin`, and does not if the upper end
+    is below it. It helps more than filtering if the lower end of F is above `margin`, less if the
+    upper end is below minus the margin. Separation that helps is still called bought where exact
+    match without a cue falls below plain's by more than `margin`.
+    """
+
+    question: ClassVar[str] = (
+        "Does routing rows with a spurious cue into a module that is cut off make a model answer "
+        "by what is true, better than plain training and better than dropping those rows?"
+    )
+    statistic: ClassVar[str] = (
+        "Exact match under a flipped cue at the fewest labels: H = routed - plain (helps if the "
+        "lower end of the 95 % interval is above the margin), F = routed - filtered; bootstrap "
+        "over draws and units."
+    )
+    takes: ClassVar[str] = "5 minutes, 1 GiB"
+
+    name: Literal["spurious"] = "spurious"
+    """Name on the command line."""
+    margin: float = 0.1
+    """Exact match."""
+    data: Shortcut = Shortcut()
+    """Facts and cues, drawn anew for every seed."""
+    model: Scratch = Scratch(width=64, blocks=2)
+    """Architecture."""
+    pretrain: Pretrain = Pretrain(
+        fit=FitConfig(**{**FACTS_FIT, "steps": 250, "lr": 4e-3, "batch_size": 64}),
+        max_length=FACTS_MAX_LENGTH,
+    )
+    """How all arms are trained."""
+    routed: SerializeAsAny[Method] = routed()
+    """The routed method; its schedule and labels are replaced."""
+    rates: tuple[float, ...] = Field(default=(1.0, 0.5), min_length=1)
+    """Shares of the cued rows that carry a label."""
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def at(name: str, rate: float) -> str:
+    """Return the name of an arm at a rate of labels."""
+    return f"{name}, {100 * rate:g} % labels"
+
+
+def arms(study: Spurious) -> dict[str, Method]:
+    """Return what is trained, by arm."""
+    out: dict[str, Method] = {PLAIN: Plain(pretrain=study.pretrain)}
+    for rate in study.rates:
+        labels: LabelNoise | None = misses(rate, "occurrences", "unlabeled")
+        update = {"pretrain": study.pretrain, "labels": labels}
+        out[at(ROUTED, rate)] = study.routed.model_copy(update=update)
+        out[at(FILTERED, rate)] = Filtering(pretrain=study.pretrain, labels=labels)
+    return out
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Exact match by scored set, resampled."""
+
+    levels: Mapping[str, Levels]
+
+    def on(self, which: str, arm: str) -> Array:
+        """Return an arm's exact match on a set (`test` is the flipped cue)."""
+        return self.levels[which].at(arm)
+
+    def estimate(self, values: Array) -> Estimate:
+        """Return the estimate of contrasts."""
+        return estimate(values, self.levels["test"].n)
+
+
+def run(study: Spurious, setting: Setting, pool: Pool) -> StudyResult:
+    """Train every arm on every draw, score it under three cues."""
+    domains = {seed: shortcut_domain(study.data, seed) for seed in study.seeds}
+    made = train(study, domains, setting, pool)
+    marks = score(study, made, domains, setting, pool)
+    found = contrasts(study, marks)
+    decision = decide(study, found)
+    absorbed = absorption_table(made)
+    return StudyResult(
+        tables=(*tables(study, marks, found), *([absorbed] if absorbed else [])),
+        decision=decision,
+        paragraph=f"{words(study, marks, found)} Decision: {decision}.",
+        domain=domains[study.seeds[0]],
+        models=tuple(
+            model_ref(f"{arm}, draw {seed}", removal.checkpoint)
+            for (arm, seed), removal in made.items()
+        ),
+        notes=("settings of data, models and the routed method were chosen by hand on draw 0",),
+    )
+
+
+def train(
+    study: Spurious, domains: Mapping[int, Domain], setting: Setting, pool: Pool
+) -> dict[Key, Removal]:
+    """Train every arm of a draw from the same random model."""
+    inits = [
+        InitJob(setting, study.model, shortcut_tokenizer(study.data, seed), seed)
+        for seed in domains
+    ]
+    starts = dict(zip(domains, pool.map(make_init, inits), strict=True))
+    jobs = {
+        (arm, seed): RemovalJob(setting, method, starts[seed], domain, seed)
+        for arm, method in arms(study).items()
+        for seed, domain in domains.items()
+    }
+    return dict(zip(jobs, pool.map(make_removal, list(jobs.values())), strict=True))
+
+
+def score(
+    study: Spurious,
+    made: Mapping[Key, Removal],
+    domains: Mapping[int, Domain],
+    setting: Setting,
+    pool: Pool,
+) -> Marks:
+    """Return exact match by set, arm, draw and unit, resampled."""
+    spec = EvalSpec(max_rows=0, max_length=study.pretrain.max_length, samples=0)
+    jobs = [
+        ScoreJob(setting, arm, removal.checkpoint, domains[seed], spec)
+        for (arm, seed), removal in made.items()
+    ]
+    held: dict[str, dict[str, dict[int, dict[str, float]]]] = {name: {} for name in SETS}
+    for (arm, seed), scored in zip(made, pool.map(make_scores, jobs), strict=True):
+        for item in scored.items:
+            if item.metric == "exact_match":
+                by_arm = held[item.set.split(".")[0]].setdefault(arm, {})
+                by_arm.setdefault(seed, {})[item.unit] = item.value
+    groups = {seed: groups_of(domain) for seed, domain in domains.items()}
+    return Marks({name: levels(scores, groups) for name, scores in held.items()})
+
+
+HELP = "H (flipped cue, routed - plain)"
+MORE = "F (flipped cue, routed - filtered)"
+PRICE = "P (no cue, plain - routed)"
+
+
+def contrasts(study: Spurious, marks: Marks) -> dict[str, Estimate]:
+    """Return H, F and P at the fewest labels, then H and F at each rate."""
+    by_rate: dict[str, Estimate] = {}
+    fewest = min(study.rates)
+    for rate in (fewest, *study.rates):
+        routed, filtered = at(ROUTED, rate), at(FILTERED, rate)
+        mine = marks.on("test", routed)
+        some: dict[str, Any] = {
+            HELP: mine - marks.on("test", PLAIN),
+            MORE: mine - marks.on("test", filtered),
+            PRICE: marks.on("retain_test", PLAIN) - marks.on("retain_test", routed),
+        }
+        label = "" if len(by_rate) < len(some) else f" at {100 * rate:g} % labels"
+        by_rate |= {f"{name}{label}": marks.estimate(values) for name, values in some.items()}
+    return by_rate
+
+
+def decide(study: Spurious, found: Mapping[str, Estimate]) -> str:
+    """Return what H, F and P say under the margin."""
+    helped, more, price = found[HELP], found[MORE], found[PRICE]
+    if helped.high < study.margin:
+        return f"separation does not help: H is below {study.margin:g}"
+    if helped.low <= study.margin:
+        return f"undecided: H's interval holds {study.margin:g}"
+    against = f"whether more than filtering is undecided: F's interval crosses {study.margin:g}"
+    if more.low > study.margin:
+        against = "more than filtering: F is above the margin"
+    elif more.high < -study.margin:
+        against = "less than filtering: F is below minus the margin"
+    elif more.low > -study.margin and more.high < study.margin:
+        against = f"as much as filtering: F lies within {study.margin:g}"
+    bought = "" if price.high < study.margin else "; it may cost exact match where no cue stands"
+    return f"separation helps: H is above the margin, {against}{bought}"
+
+
+def tables(
+    study: Spurious, marks: Marks, found: Mapping[str, Estimate]
+) -> tuple[StudyTable, StudyTable]:
+    """Return the contrasts, and exact match of every arm under every cue."""
+    first = tuple(row("contrast", name, value) for name, value in found.items())
+    rows = []
+    for arm in marks.levels["test"].arms:
+        for which, cue in SETS.items():
+            held = marks.levels[which]
+            rows.append(row(arm, f"exact match, {cue}", estimate(held.at(arm), held.n)))
+            for seed in held.by_draw:
+                one = estimate(held.at(arm, seed), held.n // len(held.by_draw))
+                rows.append(row(arm, f"exact match, {cue}", one, seed))
+    note = (
+        f"The same facts under three cues, in a wording of their own; chance is "
+        f"{1 / study.data.answers:.3f}."
+    )
+    return (
+        StudyTable(title="Routed against plain and filtered", note=study.statistic, rows=first),
+        StudyTable(title="Exact match under three cues", note=note, rows=tuple(rows)),
+    )
+
+
+def words(study: Spurious, marks: Marks, found: Mapping[str, Estimate]) -> str:
+    """Return the result in words, made of the numbers."""
+    parts = []
+    for arm in marks.levels["test"].arms:
+        three = ", ".join(f"{marks.on(which, arm)[0]:.2f}" for which in SETS)
+        parts.append(f"{arm} {three}")
+    said_all = ", ".join(f"{name} {said(found[name])}" for name in (HELP, MORE, PRICE))
+    return (
+        f"Over {len(study.seeds)} draw(s), exact match with the cue flipped, without a cue and "
+        f"with the right one: {'; '.join(parts)}. At {100 * min(study.rates):g} % labels "
+        f"{said_all}."
+    )

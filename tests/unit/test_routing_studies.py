@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from excise.domains.base import UNLABELED
 from excise.domains.facts import Facts
-from excise.domains.labels import label_rows, suspicion, tell_labels
+from excise.domains.labels import LabelNoise, label_quality, label_rows, suspicion, tell_labels
 from excise.evals.stats import Estimate
 from excise.methods import RMU, SGTM, Chain, Filtering
 from excise.methods.base import Cost, Removal
@@ -108,6 +108,16 @@ def test_labels_of_a_study_meet_their_rate() -> None:
     assert all(suspicion(row) == 0 for row in unread)
 
 
+def test_labels_spread_before_they_are_used() -> None:
+    rows = label_rows(corpus(DOMAIN), tuple(DOMAIN.forget))
+    noise = LabelNoise(missed_occurrences=0.5, missed_as="unlabeled", unread_core=0.5)
+    alone = label_quality(tell_labels(rows, noise, seed=3))
+    spread = tell_labels(rows, noise.model_copy(update={"spread": "unit"}), seed=3)
+    assert alone["occurrences"] == pytest.approx(0.5, abs=0.01)
+    assert label_quality(spread)["occurrences"] == label_quality(spread)["units"] == alone["units"]
+    assert all(row.label <= 0 for row in spread if not row.capability)
+
+
 def test_arms_get_the_schedule_and_the_labels_of_the_study() -> None:
     bench, labels = facts_bench(), misses(0.5)
     ready = prepared(Chain(methods=(SGTM(), RMU())), bench, labels)
@@ -116,6 +126,9 @@ def test_arms_get_the_schedule_and_the_labels_of_the_study() -> None:
     assert isinstance(first, SGTM)
     assert (first.pretrain, first.labels) == (bench.pretrain, labels)
     assert ready.methods[1] == RMU()
+    spreads = prepared(SGTM(labels=LabelNoise(spread="unit")), bench, labels)
+    assert isinstance(spreads, SGTM)
+    assert spreads.labels == LabelNoise(missed_occurrences=0.5, spread="unit")
     own = bench.pretrain.model_copy(update={"max_length": 9})
     kept = prepared(Filtering(pretrain=own), bench)
     assert isinstance(kept, Filtering)

@@ -49,6 +49,8 @@ class LabelNoise(Config):
     unread_core: Rate = 0.0
     """Share of the core rows that nobody has looked at, so that nothing is told of them. With
     `missed_as` 'unlabeled' labels are few but sure, and what has none is not given away by it."""
+    spread: Literal["no", "unit", "group"] = "no"
+    """Whether a label spreads to all rows of its unit, or of its group, before labels are used."""
     confidence: Confidence | None = None
     """How sure the labeller says it is of each label; missing means certain of every one."""
 
@@ -114,10 +116,15 @@ def tell_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
         label = told_missed if i in missed else alarms.get(i, known)
         out.append(row if label == row.label else replace(row, label=label))
     if noise.confidence is None:
-        return tuple(out)
+        return _spread(out, noise)
     right = [told.label == row.label for told, row in zip(out, rows, strict=True)]
     sure = confidences([row.label for row in out], right, keys, noise.confidence, seed=seed)
-    return tuple(replace(row, confidence=c) for row, c in zip(out, sure, strict=True))
+    return _spread([replace(row, confidence=c) for row, c in zip(out, sure, strict=True)], noise)
+
+
+def _spread(rows: Sequence[Row], noise: LabelNoise) -> Rows:
+    """Return the rows, labels spread as the noise says."""
+    return tuple(rows) if noise.spread == "no" else propagated(rows, by=noise.spread)
 
 
 def suspicion(row: Row) -> float:

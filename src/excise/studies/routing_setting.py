@@ -112,6 +112,8 @@ def misses(rate: float, kind: Missed = "occurrences", rest: Rest = "core") -> La
 def prepared(method: Method, bench: Bench, labels: LabelNoise | None = None) -> Method:
     """Return a method with the schedule of the bench and the labels one has.
 
+    A method whose own labels spread over units or groups keeps that.
+
     Args:
         method: Any method; of a chain, every link.
         bench: Gives the schedule of what trains from scratch and has none.
@@ -124,7 +126,9 @@ def prepared(method: Method, bench: Bench, labels: LabelNoise | None = None) -> 
     if "pretrain" in fields and getattr(method, "pretrain", None) is None:
         update["pretrain"] = bench.pretrain
     if "labels" in fields and labels is not None:
-        update["labels"] = labels
+        own: LabelNoise | None = getattr(method, "labels", None)
+        spread = own.spread if own is not None else labels.spread
+        update["labels"] = labels.model_copy(update={"spread": spread})
     return method.model_copy(update=update)
 
 

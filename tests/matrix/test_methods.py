@@ -29,6 +29,7 @@ from excise.train.fit import FitConfig, Term
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "rmu": {"layer": 2},
+    "memsinks": {"sinks": 2, "active": 1},
     "moefy": {"rounds": 2, "dense_share": 0.5, "read_rows": 8},
     "undo": {"unlearn": RMU(layer=2), "max_length": 32, "stop_tolerance": 0.0},
     "chain": {"methods": (Filtering(), RMU(layer=2))},
@@ -37,8 +38,11 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 
 SIMILAR = frozenset(
-    {"filter_lora", "relabel", "propagate", "loss_masking", "ablated_plain", "moefy"}
-)
+    {
+        "filter_lora", "relabel", "propagate", "loss_masking", "ablated_plain", "moefy", "gram",
+        "demix", "memsinks", "era_after", "adapter_modules", "dual_adapters",
+    }
+)  # fmt: skip
 """Methods that see a model only through what others are checked with: two families will do."""
 
 PAIRS = [(n, f) for n in METHODS for f in FAMILIES if n not in SIMILAR or f in ("llama", "gpt2")]

@@ -155,8 +155,21 @@ def _applied(job: RemovalJob, ctx: Context) -> Removal:
     makers = job.method.needed_makers()
     made = {name: make_removal(replace(job, method=maker)) for name, maker in makers.items()}
     return job.method.distil(
-        job.start, job.domain, ctx, made, caches=job.setting.store / "teacher-caches"
+        job.start,
+        job.domain,
+        ctx,
+        made,
+        caches=job.setting.store / "teacher-caches",
+        pretrain_tokens=_pretrained(job),
     )
+
+
+def _pretrained(job: RemovalJob) -> int:
+    """Return the tokens the start was trained on, where a stage of this store made it; else 0."""
+    stage = job.start.path.parent
+    if stage.parent != job.setting.store or not (stage / "removal.json").is_file():
+        return 0
+    return read_removal(stage).cost.tokens
 
 
 def _chain(job: RemovalJob, chain: Chain) -> Removal:

@@ -22,7 +22,7 @@ from excise.domains.stream import collate, encode
 from excise.errors import UserError
 from excise.jobs import RemovalJob, Setting, make_removal
 from excise.losses import predicting
-from excise.methods import Filtering, GradDiff, Undo
+from excise.methods import Filtering, GradDiff, Plain, Undo
 from excise.methods.base import Cost, Removal
 from excise.methods.distillation.cache import HiddenStates, TopTokens
 from excise.methods.distillation.corpora import OnPolicy, RefusingSamples, TeacherSamples, mix_of
@@ -38,6 +38,7 @@ from excise.methods.distillation.targets import (
     Splice,
 )
 from excise.methods.distillation.teachers import Reads, frozen, mean_prediction, unigram
+from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import tiny_model, word_tokenizer
 from excise.registry import registry
@@ -186,6 +187,12 @@ def test_teachers_are_made_once_for_all_students(tmp_path: Path) -> None:
     assert made.count("undo") == 2
     alone = changed(alpha=0.2).apply(start, domain, Context(work=_new(tmp_path / "a"), seed=3))
     staged = make_removal(RemovalJob(setting, changed(alpha=0.2), start, domain, 3))
+    assert staged.extras["cost"]["share_of_pretraining"] is None
+    schedule = Pretrain(fit=FIT, max_length=16)
+    base = make_removal(RemovalJob(setting, Plain(pretrain=schedule), start, domain, 3))
+    told = make_removal(RemovalJob(setting, changed(alpha=0.2), base.checkpoint, domain, 3))
+    share = told.cost.flops / base.cost.flops
+    assert told.extras["cost"]["share_of_pretraining"] == pytest.approx(share)
     assert staged.checkpoint.fingerprint == alone.checkpoint.fingerprint
     asked = changed(student="original", targets=HardLabels())
     assert asked.needed_makers() == {}

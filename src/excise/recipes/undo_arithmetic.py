@@ -35,7 +35,6 @@ def student(**changes: Any) -> Undo:
         "unlearn": teacher(),
         "fit": DISTIL,
         "max_length": LENGTH,
-        "pretrain_tokens": PRETRAIN.steps * PRETRAIN.batch_size * LENGTH,
     }
     return Undo(**{**chosen, **changes})
 

@@ -72,7 +72,8 @@ class Undo(Method):
     pack: tuple[int, ...] = (1,)
     """Rows per text, in turn."""
     pretrain_tokens: int = Field(default=0, ge=0)
-    """Tokens the original was trained on, where known: the cost is told as a share of it."""
+    """Tokens the original was trained on, for the cost as a share of it; 0 where the run knows them
+    or nobody does."""
 
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain", "unlabeled")
@@ -133,6 +134,7 @@ class Undo(Method):
         ctx: Context,
         made: Mapping[str, Removal],
         caches: Path | None = None,
+        pretrain_tokens: int = 0,
     ) -> Removal:
         """Distil a student from teachers that exist.
 
@@ -142,6 +144,7 @@ class Undo(Method):
             ctx: Seed, device, dtype, folder.
             made: What the methods of `needed_makers` returned.
             caches: Folder of teacher caches that several students share.
+            pretrain_tokens: Tokens the original was trained on, where the setting does not say.
 
         Returns:
             The student and what all of it took, teachers included.
@@ -150,4 +153,5 @@ class Undo(Method):
             UserError: If a teacher emits NaN or has another vocabulary, or the corpus is shorter
                 than a sequence.
         """
-        return make_student(self, start, domain, ctx, made, caches)
+        told = self.model_copy(update={"pretrain_tokens": self.pretrain_tokens or pretrain_tokens})
+        return make_student(told, start, domain, ctx, made, caches)

@@ -55,7 +55,7 @@ class GRAM(Method):
     p_push: float = Field(default=0.0, ge=0, le=1)
     """Share of labelled rows that are read without their module and pushed out of the core."""
     push: float = Field(default=1.0, ge=0)
-    """How hard: minus the weight of their loss."""
+    """How hard: minus the weight of their loss, which counts up to log V."""
     l1: float = Field(default=0.0, ge=0)
     """Weight of the L1 norm of MLP activations."""
     ablate: How = "delete"

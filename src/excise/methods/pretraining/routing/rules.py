@@ -27,7 +27,7 @@ class Rule(Config):
     edges: dict[str, float] = Field(default_factory=dict)
     """Weight of the gradient that passes back through a group's activations; 1 where missing."""
     weight: float = 1.0
-    """Weight of the token's loss."""
+    """Weight of the token's loss; negative to ascend, up to the loss of a uniform guess."""
     share: float = Field(default=1.0, gt=0)
     """Probability of this rule among the alternatives of a label, up to a common factor."""
 

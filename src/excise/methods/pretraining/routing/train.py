@@ -6,10 +6,12 @@ Shape legend: B rows, T tokens, V vocabulary, N positions, G groups.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, device, nn
 
 from excise.context import Context
@@ -138,14 +140,18 @@ def routed_loss(
         more: Further terms.
 
     Returns:
-        `nll`: the loss of scored tokens times their weights, over the number of scored tokens.
+        `nll`: the loss of scored tokens times their weights, over the number of scored tokens;
+        a token of negative weight counts up to log V.
     """
     routing.set(micro.routes)
     batch = micro.batch
     output = model(**batch.inputs)
     nll_BT = token_nll(output.logits, batch.ids_BT).masked_fill(~batch.target_BT, 0)
     if micro.routes.loss_BT is not None:
-        nll_BT = nll_BT * micro.routes.loss_BT.to(nll_BT.dtype)
+        weight_BT = micro.routes.loss_BT.to(nll_BT.dtype)
+        # Ascent has no upper bound: what is at least as unlikely as by chance is left alone.
+        capped_BT = nll_BT.clamp(max=math.log(output.logits.shape[-1]))
+        nll_BT = torch.where(weight_BT < 0, capped_BT, nll_BT) * weight_BT
     terms = {"nll": Term(nll_BT.sum(), float(batch.num_targets))}
     return terms | dict(more(model, micro, output) if more else {})
 

@@ -36,6 +36,10 @@ STUDIES = {
     "repair": "excise.studies.repair:Repair",
     "ingrained": "excise.studies.ingrained:Ingrained",
     "era-after-training": "excise.studies.era_after_training:ERAAfterTraining",
+    "separability": "excise.studies.separability:Separability",
+    "spurious": "excise.studies.spurious:Spurious",
+    "moe-equivalence": "excise.studies.moe_equivalence:MoEEquivalence",
+    "moefication": "excise.studies.moefication:Moefication",
 }
 """Studies by name: module and class. Packages add theirs by entry points `excise.studies`."""
 

@@ -198,8 +198,11 @@ def facts_of(held: Mapping[str, Any]) -> dict[str, float]:
         "utility: retain loss, modules emptied": off["retain"],
         "forget loss, modules on": on["labelled"],
         "separation: rise of the forget loss": held["separation"],
-        "captured attribution": max(held["captured"].values()),
     }
+    for whose in ("own", "core"):
+        shares = [each[whose] for each in held["captured"].values()]
+        name = {"own": "the domain's attribution captured", "core": "the core's"}[whose]
+        facts[name] = sum(shares) / len(shares)
     core, both = held["active"]["core"], max(held["active"].values())
     facts["active parameters: core"] = float(core)
     facts["active parameters: core and module"] = float(both)
@@ -221,7 +224,8 @@ def rounds_table(made: Mapping[Key, Removal]) -> StudyTable:
     ]
     note = (
         "On rows of training, after each round. Interval: smallest and largest draw; n counts "
-        "draws. Captured: share of the capability's attribution that its own neurons hold."
+        "draws. Captured: share of the attribution to the domain, and to the core, that lies in "
+        "the module's neurons."
     )
     return StudyTable(title="Utility, separation and size by round", note=note, rows=tuple(rows))
 

@@ -1,0 +1,267 @@
+"""Pairs of real texts from far apart to alike, and how far apart they are by their words.
+
+What ships: verses in two languages, two novels, definitions by topic. What every Python brings:
+docstrings. What is fetched: security texts and gene functions. General text beside them are public
+addresses. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from pydantic import Field
+
+from excise.config import Config
+from excise.domains.base import CORE, Domain, Row, Rows
+from excise.domains.biology import read_functions
+from excise.domains.corpus import Document
+from excise.domains.cyber import Cyber
+from excise.domains.fetch import require
+from excise.domains.glosses import Topic, load_glosses
+from excise.domains.languages import shipped_verses
+from excise.domains.passages import hashed_order, passages
+from excise.domains.prose import Part, documents, load_prose
+from excise.domains.pydocs import stdlib_docstrings
+from excise.errors import UserError
+
+Both = tuple[list[Document], list[Document]]
+"""Documents of the domain that is routed away, and of the one beside it."""
+
+_DISEASE: Final = re.compile(
+    r"\b(virus|viral|viruses|bacteri\w*|infect\w*|microb\w*|pathogen\w*)\b"
+)
+NOVELS: Final = ("pride-and-prejudice", "persuasion")
+"""Shipped novels, both by one author; the rest of the prose are addresses."""
+
+_LIVING: Final[tuple[Topic, ...]] = ("animal", "body", "plant", "state", "substance")
+
+
+class Sizes(Config):
+    """How much text a pair has."""
+
+    units: int = Field(default=600, ge=20)
+    """Passages of either domain at most; a fifth of them is scored."""
+    prose: int = Field(default=600, ge=20)
+    """Passages of general text beside them."""
+    words: int = Field(default=30, ge=10, le=500)
+    """Words per passage, about."""
+
+
+def _topic(name: Topic) -> list[Document]:
+    return [
+        Document(f"{name}/{g.number}", f"{g.term[:1].upper()}{g.term[1:]}: {g.gloss}.")
+        for g in load_glosses()
+        if g.topic == name
+    ]
+
+
+def _novels(*names: str) -> list[Document]:
+    """Return the chapters of shipped novels."""
+    return [Document(key, text) for key, text in documents() if key.split("/")[0] in names]
+
+
+def _verses(column: int) -> list[Document]:
+    return [Document(f"{column}/{verse[0]}", verse[column]) for verse in shipped_verses()]
+
+
+def _docstrings() -> list[Document]:
+    return [Document(key, text) for key, text in stdlib_docstrings()]
+
+
+def _infectious() -> Both:
+    """Return definitions that speak of infections, and the others of living things."""
+    living = [d for topic in _LIVING for d in _topic(topic)]
+    chosen = [d for d in living if _DISEASE.search(d.text.lower())]
+    taken = {d.key for d in chosen}
+    return chosen, [d for d in living if d.key not in taken]
+
+
+def _halves() -> Both:
+    """Return two halves of one topic, drawn by hash: nothing tells them apart."""
+    found = _topic("animal")
+    every = hashed_order(found, [d.key for d in found])
+    return every[::2], every[1::2]
+
+
+def _virus_functions() -> Both:
+    """Return gene functions that name viruses, and all others (fetched)."""
+    found = read_functions(require("biology") / "go.sqlite")
+    chosen = [d for d in found if "virus" in d.text.lower() or "viral" in d.text.lower()]
+    groups = {d.group for d in chosen}
+    return chosen, [d for d in found if d.group not in groups]
+
+
+def _security() -> Both:
+    """Return security texts, and docstrings (fetched)."""
+    domain = Cyber().build(None)
+    rows = [row for rows in (*domain.forget.values(), *domain.relearn.values()) for row in rows]
+    texts = {row.unit: "" for row in rows}
+    for row in rows:
+        texts[row.unit] += f" {row.text}"
+    return [Document(key, text) for key, text in texts.items()], _docstrings()
+
+
+PAIRS: Final[Mapping[str, Callable[[], Both]]] = {
+    "Spanish / English": lambda: (_verses(2), _verses(1)),
+    "software / fiction": lambda: (_docstrings(), _novels(*NOVELS)),
+    "biology / fiction": lambda: (_topic("animal"), _novels(*NOVELS)),
+    "animals / artefacts": lambda: (_topic("animal"), _topic("artifact")),
+    "animals / plants": lambda: (_topic("animal"), _topic("plant")),
+    "one novel / another": lambda: (_novels(NOVELS[0]), _novels(NOVELS[1])),
+    "infections / living things": _infectious,
+    "one topic, halves": _halves,
+}
+"""Shipped pairs, the domain that is routed away first."""
+
+FETCHED: Final[Mapping[str, Callable[[], Both]]] = {
+    "security / software": _security,
+    "virus functions / other functions": _virus_functions,
+}
+"""Pairs that need `excise fetch cyber` and `excise fetch biology`."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One draw of a pair.
+
+    Attributes:
+        domain: `forget` and `test` are the domain that is routed away, `adjacent` the one beside
+            it, `retain` general text.
+        nats: Held-out divergence of the two, nats per word.
+        accuracy: Held-out balanced accuracy of naive Bayes between the two.
+    """
+
+    domain: Domain
+    nats: float
+    accuracy: float
+
+
+def make_pair(name: str, sizes: Sizes, seed: int) -> Pair:
+    """Build one draw of a pair.
+
+    Args:
+        name: One of `PAIRS` or `FETCHED`.
+        sizes: How much text.
+        seed: Which documents are used, and which of them are scored.
+
+    Raises:
+        UserError: If a domain has too few passages.
+    """
+    sides = ({**PAIRS, **FETCHED})[name]()
+    rows: list[Rows] = []
+    for side, found in zip(("forget", "beside"), sides, strict=True):
+        rows.append(_passages(found, sizes, seed))
+        if len(rows[-1]) < 20:
+            raise UserError(
+                f"pair '{name}': {len(rows[-1])} passages of '{side}', too few to score; lower "
+                "'sizes.words' or choose another pair"
+            )
+    size = min(len(r) for r in rows)
+    away = tuple(replace(row, capability="away", label=1) for row in rows[0][:size])
+    beside = rows[1][:size]
+    general = _addresses("retain", sizes.words, sizes.prose)
+    held, kept = _cut(away), _cut(beside)
+    scored = _addresses("test", sizes.words, max(4, sizes.prose // 5))
+    domain = Domain(
+        name="pair",
+        forget={"away": held[1]},
+        retain=general,
+        relearn={"away": held[0]},
+        test={"away": held[0]},
+        retain_test=scored,
+        dev_forget={"away": held[0]},
+        dev_retain=scored,
+        benign=general,
+        adjacent=kept[1],
+        adjacent_test=kept[0],
+        metrics=("text_loss",),
+        retain_metrics=("text_loss",),
+        notes=(
+            f"{name}: {size} passages of either; adjacent is the domain beside the one cut off",
+        ),
+    )
+    model = _Words(held[1], kept[1])
+    return Pair(domain, *model.apart(held[0], kept[0]))
+
+
+def pair_tokenizer(pair: Pair, vocabulary: int) -> Any:
+    """Return a byte-level BPE of what is read in training."""
+    from excise.models.tiny import train_bpe
+
+    domain = pair.domain
+    rows = (*domain.forget["away"], *domain.adjacent, *domain.retain)
+    return train_bpe([row.text for row in rows], vocabulary)
+
+
+def _addresses(part: Part, words: int, limit: int) -> Rows:
+    """Return passages of the shipped public addresses, which no pair is made of."""
+    every = load_prose(part, words=words)
+    return tuple(row for row in every if row.group.split("/")[1] not in NOVELS)[:limit]
+
+
+def _cut(rows: Rows) -> tuple[Rows, Rows]:
+    """Return the scored fifth, and the rest; rows of one document stay together."""
+    groups = list(dict.fromkeys(row.group for row in rows))
+    few = set(groups[: max(2, len(groups) // 5)])
+    scored = tuple(row for row in rows if row.group in few)
+    return scored[: max(4, len(rows) // 5)], tuple(row for row in rows if row.group not in few)
+
+
+def _passages(found: Sequence[Document], sizes: Sizes, seed: int) -> Rows:
+    """Return passages of documents in hashed order, no more than fit."""
+    rows: list[Row] = []
+    each = max(1, 3 * sizes.units // max(1, len(found)))
+    for document in hashed_order(found, [d.key for d in found], seed):
+        if len(rows) >= sizes.units:
+            break
+        # Every document gives a few passages only, so that no long one is the whole domain.
+        every = list(passages(document.text, sizes.words))
+        texts = hashed_order(every, every, seed)[:each]
+        rows += [
+            Row(unit=f"{document.key}#{i}", group=document.key, text=text, label=CORE)
+            for i, text in enumerate(texts)
+            if len(text.split()) > 3
+        ]
+    return tuple(rows[: sizes.units])
+
+
+class _Words:
+    """Two bags of words, smoothed: the whole measure of separability."""
+
+    def __init__(self, one: Rows, two: Rows) -> None:
+        """Count the words of both."""
+        self.counts = [Counter(w for row in rows for w in words_of(row)) for rows in (one, two)]
+        self.size = len(self.counts[0] | self.counts[1]) + 1
+        self.totals = [sum(c.values()) for c in self.counts]
+
+    def ratio(self, word: str) -> float:
+        """Return the log odds that a word is of the first, in nats."""
+        each = [
+            math.log((c[word] + 0.5) / (total + 0.5 * self.size))
+            for c, total in zip(self.counts, self.totals, strict=True)
+        ]
+        return each[0] - each[1]
+
+    def apart(self, one: Rows, two: Rows) -> tuple[float, float]:
+        """Return held-out divergence in nats per word, and balanced accuracy.
+
+        The divergence is the mean log odds per word of the side the word comes from: the
+        symmetric Kullback-Leibler divergence of unigrams as far as held-out words bear it out.
+        """
+        nats, right = [], []
+        for sign, rows in ((1.0, one), (-1.0, two)):
+            sums = [sign * sum(self.ratio(w) for w in words_of(row)) for row in rows]
+            count = sum(len(words_of(row)) for row in rows)
+            nats.append(sum(sums) / max(1, count))
+            right.append(sum(1.0 if s > 0 else 0.5 if s == 0 else 0.0 for s in sums) / len(sums))
+        return sum(nats) / 2, sum(right) / 2
+
+
+def words_of(row: Row) -> list[str]:
+    """Return the words of a row, lower case."""
+    return re.findall(r"[^\W\d_]+", row.text.lower())

@@ -1,0 +1,302 @@
+"""Is a domain that is far from the rest cheaper to route away than one that is near?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field, SerializeAsAny, model_validator
+
+from excise.domains.definitions import DEFINITIONS_FIT
+from excise.errors import nearest
+from excise.evals.stats import Estimate
+from excise.jobs import (
+    InitJob,
+    RemovalJob,
+    ScoreJob,
+    Setting,
+    make_init,
+    make_removal,
+    make_scores,
+)
+from excise.methods.base import Method, Removal
+from excise.methods.pretraining.filtering import Filtering
+from excise.methods.pretraining.plain import Plain
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.spec import Scratch
+from excise.recipes.base import EvalSpec
+from excise.record import StudyRow, StudyTable
+from excise.recording import model_ref
+from excise.studies.base import Study, StudyResult, row
+from excise.studies.distil_tables import said
+from excise.studies.domain_pairs import FETCHED, PAIRS, Pair, Sizes, make_pair, pair_tokenizer
+from excise.studies.levels import Array, Levels, estimate, levels, spearman
+from excise.studies.routing_setting import routed
+from excise.train.fit import FitConfig
+from excise.train.grid import Pool
+
+PLAIN, FILTERED, ROUTED = "plain", "filtered", "routed"
+
+SETS = {"adjacent_test": "beside", "retain_test": "general", "test": "away"}
+"""Scored sets: the domain beside the one cut off, general text, the one cut off."""
+
+Key = tuple[str, int, str]
+"""Pair, draw, arm."""
+
+
+class Separability(Study):
+    """Pairs of domains from far apart to alike; one is routed away, the other pays.
+
+    Stated beforehand. Separability of a pair is how far apart unigrams of words put held-out
+    passages of the two domains, in nats per word, mean over draws. The cost is the rise of the
+    loss on the domain beside the one cut off: routed, module deleted, minus plain, over the same
+    random model, in nats per token. rho is the rank correlation of the two over pairs. Near
+    domains cost more if the upper end of rho's 95 % interval is below minus `margin`; they do not
+    if the lower end is above it. G, the same correlation of the cost beyond that of filtering,
+    and the costs on general text and of the domain cut off stand beside it and decide nothing.
+    """
+
+    question: ClassVar[str] = (
+        "Does routing a domain away cost the domain beside it less, the farther apart their words "
+        "put them?"
+    )
+    statistic: ClassVar[str] = (
+        "rho = rank correlation over pairs between held-out unigram divergence (nats per word) and "
+        "the rise of the loss on the domain beside the one routed away, routed minus plain; near "
+        "domains cost more if the upper end of the 95 % interval is below minus the margin, not "
+        "if the lower end is above it. Bootstrap over draws and units."
+    )
+    takes: ClassVar[str] = "10 minutes, 1 GiB; --full: 15 minutes, after fetching cyber and biology"
+
+    name: Literal["separability"] = "separability"
+    """Name on the command line."""
+    margin: float = 0.3
+    """Rank correlation."""
+    pairs: tuple[str, ...] = Field(default=tuple(PAIRS), min_length=2)
+    """Pairs of domains; those of `--full` are fetched."""
+    sizes: Sizes = Sizes()
+    """How much text a pair has."""
+    vocabulary: int = Field(default=640, ge=300)
+    """Tokens of each pair's tokenizer."""
+    model: Scratch = Scratch(width=64, blocks=2)
+    """Architecture."""
+    pretrain: Pretrain = Pretrain(
+        fit=FitConfig(**{**DEFINITIONS_FIT, "steps": 200, "warmup": 20, "lr": 4e-3}),
+        max_length=48,
+    )
+    """How all arms are trained."""
+    routed: SerializeAsAny[Method] = routed()
+    """The routed method, with right labels; its schedule is replaced."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        """Refuse pairs that are not there, and pairs named twice."""
+        known = {**PAIRS, **FETCHED}
+        for name in self.pairs:
+            if name not in known:
+                raise ValueError(f"pairs: there is no pair '{name}'; {nearest(name, known)}")
+        if len(set(self.pairs)) < len(self.pairs):
+            raise ValueError("pairs: names a pair twice; give different ones")
+        return self
+
+    @classmethod
+    def full(cls) -> Self:
+        """Return the settings with fetched texts: security and viruses inside biology."""
+        return cls(pairs=(*PAIRS, *FETCHED))
+
+    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+        """Answer the question; see `run`."""
+        return run(self, setting, pool)
+
+
+def run(study: Separability, setting: Setting, pool: Pool) -> StudyResult:
+    """Train three arms on every pair and draw, score them, correlate."""
+    drawn = {
+        (name, seed): make_pair(name, study.sizes, seed)
+        for name in study.pairs
+        for seed in study.seeds
+    }
+    made = train(study, drawn, setting, pool)
+    losses = score(study, made, drawn, setting, pool)
+    found = Found(study, drawn, losses)
+    rho, beyond = found.rho(PLAIN), found.rho(FILTERED)
+    decision = decide(study, rho)
+    first = drawn[study.pairs[0], study.seeds[0]]
+    return StudyResult(
+        tables=(correlations(study, rho, beyond), costs(found)),
+        decision=decision,
+        paragraph=f"{words(study, found, rho, beyond)} Decision: {decision}.",
+        domain=first.domain,
+        models=tuple(
+            model_ref(f"{arm}, {name}, draw {seed}", removal.checkpoint)
+            for (name, seed, arm), removal in made.items()
+        ),
+        notes=(
+            "the data described above are those of the first pair",
+            "settings of models and of the routed method were chosen by hand on draw 0",
+        ),
+    )
+
+
+def arms(study: Separability) -> dict[str, Method]:
+    """Return what is trained on every pair."""
+    return {
+        PLAIN: Plain(pretrain=study.pretrain),
+        FILTERED: Filtering(pretrain=study.pretrain),
+        ROUTED: study.routed.model_copy(update={"pretrain": study.pretrain}),
+    }
+
+
+Drawn = Mapping[tuple[str, int], Pair]
+"""Pairs by name and draw."""
+
+
+def train(study: Separability, drawn: Drawn, setting: Setting, pool: Pool) -> dict[Key, Removal]:
+    """Train every arm of a pair from the same random model."""
+    inits = [
+        InitJob(setting, study.model, pair_tokenizer(pair, study.vocabulary), seed)
+        for (_, seed), pair in drawn.items()
+    ]
+    starts = dict(zip(drawn, pool.map(make_init, inits), strict=True))
+    jobs = {
+        (name, seed, arm): RemovalJob(setting, method, starts[name, seed], pair.domain, seed)
+        for (name, seed), pair in drawn.items()
+        for arm, method in arms(study).items()
+    }
+    return dict(zip(jobs, pool.map(make_removal, list(jobs.values())), strict=True))
+
+
+Scores = Mapping[tuple[str, str], Levels]
+"""Losses of the arms by pair and scored set, resampled."""
+
+
+def score(
+    study: Separability,
+    made: Mapping[Key, Removal],
+    drawn: Drawn,
+    setting: Setting,
+    pool: Pool,
+) -> Scores:
+    """Return the losses on text by pair and set; all pairs take the same draws in a sample."""
+    spec = EvalSpec(max_rows=0, max_length=study.pretrain.max_length, samples=0)
+    jobs = [
+        ScoreJob(setting, arm, removal.checkpoint, drawn[name, seed].domain, spec)
+        for (name, seed, arm), removal in made.items()
+    ]
+    held: dict[tuple[str, str], dict[str, dict[int, dict[str, float]]]] = {}
+    for (name, seed, arm), scored in zip(made, pool.map(make_scores, jobs), strict=True):
+        for item in scored.items:
+            if item.metric == "text_loss":
+                by_arm = held.setdefault((name, item.set.split(".")[0]), {}).setdefault(arm, {})
+                by_arm.setdefault(seed, {})[item.unit] = item.value
+    return {key: levels(by_arm, groups_of(drawn, key[0])) for key, by_arm in held.items()}
+
+
+def groups_of(drawn: Drawn, name: str) -> dict[int, dict[str, str]]:
+    """Return the document of every scored unit of a pair, by draw."""
+    out: dict[int, dict[str, str]] = {}
+    for (other, seed), pair in drawn.items():
+        if other == name:
+            sets = (*pair.domain.test.values(), pair.domain.retain_test, pair.domain.adjacent_test)
+            out[seed] = {row.unit: row.group for rows in sets for row in rows if row.group}
+    return out
+
+
+@dataclass(frozen=True)
+class Found:
+    """Pairs, how far apart they are, and what routing cost."""
+
+    study: Separability
+    drawn: Drawn
+    losses: Scores
+
+    def apart(self, name: str) -> float:
+        """Return a pair's divergence, nats per word, mean over draws."""
+        seeds = self.study.seeds
+        return sum(self.drawn[name, seed].nats for seed in seeds) / len(seeds)
+
+    def accuracy(self, name: str) -> float:
+        """Return how well words tell a pair apart, mean over draws."""
+        seeds = self.study.seeds
+        return sum(self.drawn[name, seed].accuracy for seed in seeds) / len(seeds)
+
+    def cost(self, name: str, against: str, on: str = "adjacent_test", arm: str = ROUTED) -> Array:
+        """Return the loss of an arm above another's, of the data and of the samples."""
+        held = self.losses[name, on]
+        found: Array = held.at(arm) - held.at(against)
+        return found
+
+    def estimate(self, name: str, values: Array, on: str = "adjacent_test") -> Estimate:
+        """Return the estimate of a pair's values."""
+        return estimate(values, self.losses[name, on].n)
+
+    def rho(self, against: str) -> Estimate:
+        """Return the rank correlation of divergence and cost over pairs; n counts pairs."""
+        names = self.study.pairs
+        cost = np.stack([self.cost(name, against) for name in names], axis=-1)
+        far = np.broadcast_to(np.array([self.apart(name) for name in names]), cost.shape)
+        return estimate(spearman(far, cost), len(names))
+
+
+def decide(study: Separability, rho: Estimate) -> str:
+    """Return what rho says under the margin."""
+    if rho.high < -study.margin:
+        return "near domains cost more: rho is below minus the margin"
+    if rho.low > -study.margin:
+        return f"near domains do not cost more: rho is above -{study.margin:g}"
+    return f"undecided: rho's interval holds -{study.margin:g}"
+
+
+def correlations(study: Separability, rho: Estimate, beyond: Estimate) -> StudyTable:
+    """Return rho and G."""
+    rows = (
+        row("all pairs", "rho (divergence, cost over plain)", rho),
+        row("all pairs", "G (divergence, cost over filtered)", beyond),
+    )
+    return StudyTable(title="Separability and cost", note=study.statistic, rows=rows)
+
+
+def costs(found: Found) -> StudyTable:
+    """Return separability, costs and removal of every pair, the farthest first."""
+    rows: list[StudyRow] = []
+    for name in sorted(found.study.pairs, key=found.apart, reverse=True):
+        draws = len(found.study.seeds)
+        rows.append(
+            StudyRow(arm=name, metric="divergence, nats a word", value=found.apart(name), n=draws)
+        )
+        rows.append(
+            StudyRow(arm=name, metric="naive Bayes accuracy", value=found.accuracy(name), n=draws)
+        )
+        for on, kind in SETS.items():
+            for arm, against in ((ROUTED, PLAIN), (FILTERED, PLAIN), (ROUTED, FILTERED)):
+                value = found.estimate(name, found.cost(name, against, on, arm), on)
+                rows.append(row(name, f"{kind}: {arm} - {against}", value))
+            plain = found.losses[name, on]
+            rows.append(row(name, f"{kind}: loss, plain", estimate(plain.at(PLAIN), plain.n)))
+    return StudyTable(
+        title="Pairs, the farthest first",
+        note=(
+            "Losses in nats a token. Beside: the domain next to the one cut off; general: public "
+            "addresses; away: the domain cut off, where more is more removed. n counts units, of "
+            "divergence and accuracy draws."
+        ),
+        rows=tuple(rows),
+    )
+
+
+def words(study: Separability, found: Found, rho: Estimate, beyond: Estimate) -> str:
+    """Return the result in words, made of the numbers."""
+    parts = []
+    for name in sorted(study.pairs, key=found.apart, reverse=True):
+        cost = found.estimate(name, found.cost(name, PLAIN))
+        gone = found.cost(name, PLAIN, "test")[0]
+        parts.append(
+            f"{name} ({found.apart(name):.2f} nats a word) {said(cost)}, {gone:.2f} removed"
+        )
+    return (
+        f"Over {len(study.seeds)} draw(s) of {len(study.pairs)} pairs, routing the first away cost "
+        f"the second, in nats a token over plain training: {'; '.join(parts)}. rho was "
+        f"{said(rho)}, of the cost beyond filtering's {said(beyond)}."
+    )

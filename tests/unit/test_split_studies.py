@@ -1,0 +1,248 @@
+"""Studies of separability, a planted shortcut and moefication: data, decisions, tiny runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.unit.tiny_bench import QUICK, ran
+
+from excise.domains.facts import Facts
+from excise.evals.stats import Estimate
+from excise.methods.base import Method
+from excise.methods.pretraining.moefy import Moefy
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.spec import Scratch
+from excise.record import Study as Told
+from excise.studies.attacking import Attacker
+from excise.studies.domain_pairs import FETCHED, PAIRS, Sizes, make_pair
+from excise.studies.levels import levels
+from excise.studies.moefication import DENSE, MEASURED, RANDOM, Moefication
+from excise.studies.moefication import arms as moefied
+from excise.studies.moefication import decide as decide_moefication
+from excise.studies.routing_setting import facts_bench
+from excise.studies.separability import FILTERED, PLAIN, ROUTED, Found, Separability
+from excise.studies.separability import decide as decide_separability
+from excise.studies.spurious import HELP, MORE, PRICE, Spurious
+from excise.studies.spurious import decide as decide_spurious
+from excise.studies.spurious_data import CUE, Shortcut, World, shortcut_domain, shortcut_tokenizer
+
+TINY = Scratch(width=32, blocks=1)
+SMALL = Shortcut(subjects=8, relations=1, answers=3, wordings=3)
+
+
+def by_name(told: Told | None, title: str) -> dict[tuple[str, str], float | None]:
+    """Return the values of a table by arm and metric, draws left out."""
+    assert told is not None
+    table = next(table for table in told.tables if table.title == title)
+    return {(r.arm, r.metric): r.value for r in table.rows if r.seed is None}
+
+
+# -- pairs of domains ------------------------------------------------------------------------------
+
+
+def test_pairs_that_nothing_tells_apart_are_near_and_languages_are_far() -> None:
+    small = Sizes(units=100, prose=20)
+    found = {
+        name: make_pair(name, small, 1)
+        for name in ("one topic, halves", "animals / plants", "Spanish / English")
+    }
+    nats = [pair.nats for pair in found.values()]
+    assert nats == sorted(nats)
+    assert abs(nats[0]) < 0.1
+    assert found["one topic, halves"].accuracy < 0.75
+    assert found["Spanish / English"].accuracy == 1.0
+
+
+def test_a_pair_scores_what_it_does_not_teach() -> None:
+    pair = make_pair("one novel / another", Sizes(units=60, prose=20), 0)
+    domain = pair.domain
+    for taught, scored in (
+        (domain.forget["away"], domain.test["away"]),
+        (domain.adjacent, domain.adjacent_test),
+        (domain.retain, domain.retain_test),
+    ):
+        assert scored
+        assert not {row.group for row in taught} & {row.group for row in scored}
+    assert {row.label for row in domain.forget["away"]} == {1}
+    assert not any("persuasion" in row.group for row in (*domain.retain, *domain.retain_test))
+    again = make_pair("one novel / another", Sizes(units=60, prose=20), 0)
+    assert again.domain.fingerprint == domain.fingerprint
+    other = make_pair("one novel / another", Sizes(units=60, prose=20), 1)
+    assert other.domain.fingerprint != domain.fingerprint
+
+
+def test_separability_refuses_pairs_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match=r"no pair 'animals / plant'; .*animals / plants"):
+        Separability(pairs=("animals / plant", "one topic, halves"))
+    with pytest.raises(ValueError, match="names a pair twice"):
+        Separability(pairs=("one topic, halves", "one topic, halves"))
+    assert set(Separability.full().pairs) == {*PAIRS, *FETCHED}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "wanted"),
+    [
+        (-0.9, -0.5, "near domains cost more"),
+        (-0.2, 0.4, "near domains do not cost more"),
+        (-0.9, 0.1, "undecided"),
+        (float("nan"), float("nan"), "undecided"),
+    ],
+)
+def test_separability_is_decided_from_both_sides(low: float, high: float, wanted: str) -> None:
+    rho = Estimate((low + high) / 2, low, high, 8)
+    assert decide_separability(Separability(), rho).startswith(wanted)
+
+
+def test_separability_runs_through(tmp_path: Path) -> None:
+    study = Separability(
+        seeds=(1,),
+        pairs=("animals / plants", "one topic, halves"),
+        sizes=Sizes(units=20, prose=20),
+        vocabulary=300,
+        model=TINY,
+        pretrain=Pretrain(fit=QUICK, max_length=12),
+    )
+    made = ran(study, tmp_path / "out").study
+    held = by_name(made, "Pairs, the farthest first")
+    for pair in study.pairs:
+        costs = {f"{a} - {b}" for a, b in ((ROUTED, PLAIN), (FILTERED, PLAIN), (ROUTED, FILTERED))}
+        values = {cost: held[pair, f"beside: {cost}"] for cost in costs}
+        assert None not in values.values()
+        routed, filtered = values["routed - plain"] or 0, values["filtered - plain"] or 0
+        assert values["routed - filtered"] == pytest.approx(routed - filtered)
+
+
+def test_the_correlation_is_that_of_ranks() -> None:
+    """Costs that fall with the divergence give -1 and those that rise 1, whatever their size."""
+    study = Separability(seeds=(1,), pairs=("one topic, halves", "animals / plants"))
+    drawn = {(n, 1): make_pair(n, Sizes(units=40, prose=20), 1) for n in study.pairs}
+    for near, far, wanted in ((3.0, 0.1, -1.0), (0.1, 0.2, 1.0)):
+        scores = {
+            (name, "adjacent_test"): levels(
+                {PLAIN: {1: {"a": 1.0, "b": 1.0}}, ROUTED: {1: {"a": 1 + cost, "b": 1 + cost}}}, {}
+            )
+            for name, cost in zip(study.pairs, (near, far), strict=True)
+        }
+        assert Found(study, drawn, scores).rho(PLAIN).value == pytest.approx(wanted)
+
+
+# -- a planted shortcut ----------------------------------------------------------------------------
+
+
+def test_the_cue_is_right_as_often_as_planted_and_flipped_in_the_test() -> None:
+    spec = Shortcut(subjects=60, relations=4, cued=0.6, aligned=0.95)
+    domain, world = shortcut_domain(spec, 3), World(spec, 3)
+    _, answers, cues = world.words
+
+    def right(row: object) -> bool:
+        prompt, completion = row.prompt, row.completion.strip()  # type: ignore[attr-defined]
+        relation = next(i for i, each in enumerate(answers) if completion in each)
+        word = prompt.split()[0]
+        return cues[relation].index(word) == answers[relation].index(completion)
+
+    cued = domain.forget[CUE]
+    share = len(cued) / (len(cued) + len(domain.retain))
+    assert share == pytest.approx(0.6, abs=0.05)
+    assert sum(map(right, cued)) / len(cued) == pytest.approx(0.95, abs=0.03)
+    assert not any(map(right, domain.test[CUE]))
+    assert all(map(right, domain.adjacent_test))
+    flat = {word for each in cues for word in each}
+    assert not any(row.prompt.split()[0] in flat for row in (*domain.retain, *domain.retain_test))
+    scored = [{row.unit for row in rows} for rows in (domain.test[CUE], domain.retain_test)]
+    assert scored[0] == scored[1]
+    taught = {(row.unit, row.wording) for row in (*cued, *domain.retain)}
+    assert not taught & {(row.unit, row.wording) for row in domain.retain_test}
+    tokenizer = shortcut_tokenizer(spec, 3)
+    for row in (cued[0], domain.test[CUE][0]):
+        assert tokenizer.unk_token_id not in tokenizer(row.prompt + row.completion).input_ids
+
+
+@pytest.mark.parametrize(
+    ("helped", "more", "price", "wanted"),
+    [
+        ((0.2, 0.4), (0.15, 0.3), (0.0, 0.05), "more than filtering: F is above the margin"),
+        ((0.2, 0.4), (-0.05, 0.05), (0.0, 0.2), "as much as filtering: F lies within 0.1; it may"),
+        ((0.2, 0.4), (-0.3, -0.2), (0.0, 0.0), "less than filtering: F is below"),
+        ((0.2, 0.4), (-0.3, 0.2), (0.0, 0.0), "whether more than filtering is undecided"),
+        ((-0.2, 0.05), (0.2, 0.3), (0.0, 0.0), "separation does not help"),
+        ((0.05, 0.3), (0.2, 0.3), (0.0, 0.0), "undecided"),
+    ],
+)
+def test_help_against_plain_filtering_and_its_price(
+    helped: tuple[float, float], more: tuple[float, float], price: tuple[float, float], wanted: str
+) -> None:
+    found = {
+        name: Estimate(sum(span) / 2, *span, 96)
+        for name, span in ((HELP, helped), (MORE, more), (PRICE, price))
+    }
+    first = "separation helps: H is above the margin, " if helped[0] > 0.1 else ""
+    assert decide_spurious(Spurious(), found).startswith(first + wanted)
+
+
+def test_spurious_runs_through(tmp_path: Path) -> None:
+    study = Spurious(
+        seeds=(1,), data=SMALL, model=TINY, pretrain=Pretrain(fit=QUICK, max_length=12),
+        rates=(1.0, 0.5),
+    )  # fmt: skip
+    told = ran(study, tmp_path / "out").study
+    three = by_name(told, "Exact match under three cues")
+    assert {arm for arm, _ in three} == {
+        "plain", "routed, 100 % labels", "filtered, 100 % labels", "routed, 50 % labels",
+        "filtered, 50 % labels",
+    }  # fmt: skip
+    contrasts = by_name(told, "Routed against plain and filtered")
+    flipped = {arm: value or 0 for (arm, metric), value in three.items() if "flipped" in metric}
+    assert contrasts["contrast", HELP] == pytest.approx(
+        flipped["routed, 50 % labels"] - flipped["plain"]
+    )
+    assert contrasts["contrast", f"{MORE} at 100 % labels"] == pytest.approx(
+        flipped["routed, 100 % labels"] - flipped["filtered, 100 % labels"]
+    )
+
+
+# -- moefication -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chance", "dense", "wanted"),
+    [
+        ((0.6, 0.9), (0.7, 1.0), "moefication separates"),
+        ((0.6, 0.9), (0.0, 0.4), "it does not separate: no 0.5 nats better than the same steps"),
+        ((0.0, 0.1), (0.0, 0.4), "it does not separate: no 0.5 nats better than random neurons or"),
+        ((0.3, 0.9), (0.7, 1.0), "undecided"),
+    ],
+)
+def test_moefication_must_beat_both_controls(
+    chance: tuple[float, float], dense: tuple[float, float], wanted: str
+) -> None:
+    found = [Estimate(sum(span) / 2, *span, 96) for span in (chance, dense)]
+    assert decide_moefication(Moefication(), found).startswith(wanted)
+
+
+def test_moefication_runs_through(tmp_path: Path) -> None:
+    fit = QUICK.model_copy(update={"steps": 4})
+    study = Moefication(
+        seeds=(1,),
+        bench=facts_bench(
+            domain=Facts(subjects=12, relations=1, objects=4, forget_share=0.34, cue="category"),
+            model=TINY,
+            pretrain=Pretrain(fit=fit, max_length=12),
+            attacker=Attacker(steps=1, rates=(1e-3,), checkpoints=(0,), batch_size=4),
+        ),
+        moefy=Moefy(rounds=2, neurons=0.2),
+        shares=(1.0,),
+    )
+    controls: dict[str, Method] = moefied(study)
+    assert [m.control for m in controls.values()] == ["none", "random", "dense"]  # type: ignore[attr-defined]
+    told = ran(study, tmp_path / "out").study
+    held = by_name(told, "Separation without the modules")
+    net = {arm: held[arm, "net separation"] or 0 for arm in (MEASURED, RANDOM, DENSE)}
+    first = held["contrast", "S (net separation, measured - random)"]
+    assert first == pytest.approx(net[MEASURED] - net[RANDOM])
+    rounds = by_name(told, "Utility, separation and size by round")
+    assert {arm for arm, _ in rounds} == {
+        f"{arm}, round {i}" for arm in (MEASURED, RANDOM, DENSE) for i in (1, 2)
+    }
+    core = [rounds[f"{MEASURED}, round {i}", "active parameters: core"] or 0 for i in (1, 2)]
+    assert core[0] > core[1]

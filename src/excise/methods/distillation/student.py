@@ -19,6 +19,7 @@ from excise.errors import UserError
 from excise.methods.base import Removal
 from excise.methods.distillation.accounts import costed, gain, stopping, without_files
 from excise.methods.distillation.cache import build_cache
+from excise.methods.distillation.cache_keys import same_vocabulary
 from excise.methods.distillation.corpora import OnPolicy, TeacherSamples, Texts, read_corpus
 from excise.methods.distillation.distil import (
     Distillation,
@@ -67,7 +68,6 @@ def checkpoints(
     Raises:
         UserError: If a source is neither a name nor a model, or has another tokenizer.
     """
-    vocabulary = start.tokenizer().get_vocab()
     found: dict[str, Checkpoint] = {}
     for source in sorted(needed(method)):
         if source in made:
@@ -76,11 +76,7 @@ def checkpoints(
             found[source] = start
         elif Path(source).is_dir():
             found[source] = open_checkpoint(source)
-            if found[source].tokenizer().get_vocab() != vocabulary:
-                raise UserError(
-                    f"the vocabulary of {source} is not that of {start.path}; take a model with "
-                    "the same tokenizer"
-                )
+            same_vocabulary(found[source], start)
         else:
             names = ", ".join((ORIGINAL, *method.makers()))
             raise UserError(f"'{source}' is neither a teacher ({names}) nor a model's folder")

@@ -14,12 +14,13 @@ from excise.domains.definitions import (
 from excise.domains.labels import LabelNoise
 from excise.methods import GRAM, SGTM, Filtering
 from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.routing.modules import Module
 from excise.models.spec import ModelSpec, Scratch
 from excise.recipes.base import AuditSpec, EvalSpec, Recipe
 from excise.train.fit import FitConfig
 
-HALF = LabelNoise(missed_units=0.5)
-"""Every other definition is unknown to the labeller."""
+HALF = LabelNoise(missed_units=0.5, missed_as="unlabeled", unread_core=0.5)
+"""Labels are few but sure: nobody has looked at half of the definitions, nor of the rest."""
 
 
 def recipe() -> Recipe:
@@ -35,8 +36,8 @@ def recipe() -> Recipe:
         arms={
             "filtering": Filtering(),
             "filtering_50": Filtering(labels=HALF),
-            "sgtm_50": SGTM(labels=HALF),
-            "gram_50": GRAM(labels=HALF, p_as=0.0, p_cr=0.2),
+            "sgtm_50": SGTM(labels=HALF, p_off=1.0, joint=(), module=Module(width=0.125, heads=1)),
+            "gram_50": GRAM(labels=HALF, p_as=0.0, p_cr=0.2, module=Module(width=0.25, grow=True)),
         },
         audit=AuditSpec(budget="smoke", change={"steps": 32, "checkpoints": (0, 4, 16, 32)}),
         evaluate=EvalSpec(max_rows=256, max_length=length),

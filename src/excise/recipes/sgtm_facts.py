@@ -1,11 +1,13 @@
 """excise run sgtm-facts: made-up facts, SGTM against filtering, with all and half of the labels.
 
+Core rows run without the modules, and a share of the labelled rows is pushed out of the core.
 Expected: with all labels both hold; with half of them filtering leaves every fact in the model.
 """
 
 from __future__ import annotations
 
 from excise.methods import SGTM
+from excise.methods.pretraining.routing.modules import Module
 from excise.recipes.base import Recipe
 from excise.recipes.routed_facts import routed_facts
 
@@ -14,7 +16,13 @@ def recipe() -> Recipe:
     """Return the recipe."""
     return routed_facts(
         "sgtm-facts",
-        "Made-up facts routed into neurons that are emptied (SGTM), against filtering",
-        SGTM(),
+        "Made-up facts routed into neurons that are deleted (SGTM), against filtering",
+        SGTM(
+            module=Module(width=0.5, grow=True),
+            ablate="delete",
+            joint=(),
+            p_off=1.0,
+            p_push=0.5,
+        ),
         takes="4 to 6 minutes, 1 GiB",
     )

@@ -42,7 +42,7 @@ from excise.schema import (
     Score,
     Verdict,
 )
-from excise.schema_study import Study, StudyRow, StudyTable
+from excise.schema_study import Study, StudyPicture, StudyPictureRow, StudyRow, StudyTable
 
 __all__ = [
     "SCHEMA",
@@ -64,6 +64,8 @@ __all__ = [
     "SpliceReading",
     "Strip",
     "Study",
+    "StudyPicture",
+    "StudyPictureRow",
     "StudyRow",
     "StudyTable",
     "TensorReading",

@@ -41,6 +41,32 @@ class StudyTable(_Entry):
     """Its numbers."""
 
 
+class StudyPictureRow(_Entry):
+    """One line of small grey images."""
+
+    name: str
+    """What the line shows."""
+    images: tuple[str, ...] = ()
+    """One per column: ink of each pixel from `0` to `9`, line by line."""
+    values: tuple[float, ...] = ()
+    """A number for each image, where there is one."""
+
+
+class StudyPicture(_Entry):
+    """Small grey images that are looked at together, one line under the other."""
+
+    title: str
+    """What is shown."""
+    note: str = ""
+    """How to read it, and what the numbers are."""
+    width: int = 1
+    """Pixels in a line of an image."""
+    columns: tuple[str, ...] = ()
+    """What each column shows."""
+    rows: tuple[StudyPictureRow, ...] = ()
+    """The lines."""
+
+
 class Study(_Entry):
     """What a study asked, what was said beforehand, and what came out."""
 
@@ -60,3 +86,5 @@ class Study(_Entry):
     """The result in words, made of the numbers in the tables."""
     tables: tuple[StudyTable, ...] = ()
     """All numbers."""
+    pictures: tuple[StudyPicture, ...] = ()
+    """Small images, where the data are images."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.report.pages import read
 from tests.report.sample import HOSTILE, full
 
-from excise.record import Record, Study, StudyRow, StudyTable
+from excise.record import Record, Study, StudyPicture, StudyPictureRow, StudyRow, StudyTable
 from excise.report.page import render_html
 from excise.report.terminal import render_terminal
 
@@ -24,6 +24,13 @@ def study(text: str = "plain") -> Record:
         StudyRow(arm="original", metric=f"loss {text}", value=None),
     )
     tables = tuple(StudyTable(title=f"{t} {text}", note=text, rows=rows) for t in ("One", "Two"))
+    picture = StudyPicture(
+        title=f"drawn {text}",
+        note=text,
+        width=2,
+        columns=(f"zero {text}", "one"),
+        rows=(StudyPictureRow(name=f"whole {text}", images=("0990", "5005"), values=(0.25,)),),
+    )
     found = Study(
         name="name",
         question=f"Why {text}?",
@@ -33,6 +40,7 @@ def study(text: str = "plain") -> Record:
         decision=f"shallow {text}",
         paragraph=f"Over three draws {text}.",
         tables=tables,
+        pictures=(picture,),
     )
     record = full()
     kept: dict[str, Any] = {
@@ -81,3 +89,15 @@ def test_the_terminal_shows_a_study_in_eighty_columns() -> None:
     assert "\x1b" not in out.getvalue()
     assert "shallow" in out.getvalue()
     assert "Nobody attacked" not in out.getvalue()
+
+
+def test_small_images_are_drawn_with_their_numbers() -> None:
+    root = read(render_html(study()))
+    plot = next(n for n in root.all("svg") if "drawn plain" in n.text())
+    assert plot.attrs["role"] == "img"
+    inked = [p for p in plot.all("path") if p.attrs["fill"] == "currentColor"]
+    assert [p.attrs["d"] for p in inked] == ["M1 0h1v1h-1zM0 1h1v1h-1z", "M0 0h1v1h-1zM1 1h1v1h-1z"]
+    assert [p.attrs.get("fill-opacity") for p in inked] == [None, ".5"]
+    assert plot.parent is not None
+    cells = [c.text() for c in plot.parent.all("td")]
+    assert cells == ["0.250", "\u2013"]

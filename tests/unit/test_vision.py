@@ -18,7 +18,7 @@ from excise.studies.base import conduct
 from excise.studies.class_imbalance import ClassImbalance, cells, model_of
 from excise.studies.digits_split import DigitsSplit, number, ten
 from excise.studies.objects_split import ObjectsSplit, arms_of
-from excise.studies.split_jobs import Split, contrast, verdict
+from excise.studies.split_jobs import Split, by_draw, means_of, verdict
 from excise.train.fit import FitConfig
 from excise.vision.autoencoder import (
     SplitAutoencoder,
@@ -227,13 +227,20 @@ def split_of(first: float, second: float) -> Split:
 
 
 def test_the_contrast_is_a_difference_of_differences() -> None:
-    arm, control = {1: split_of(0.5, 0.2), 2: split_of(0.4, 0.2)}, {1: split_of(0.2, 0.1)}
-    control[2] = control[1]
-    found = contrast(arm, control)
+    arms = {
+        "arm": {1: split_of(0.5, 0.2), 2: split_of(0.4, 0.2)},
+        "control": {1: split_of(0.2, 0.1), 2: split_of(0.2, 0.1)},
+    }
+    means = means_of(arms)
+    found = means.contrast("arm", "control")
     assert found.value == pytest.approx(0.25 - 0.1)
     assert found.low < 0.15 < found.high
-    assert contrast(arm, control, sign=-1).value == pytest.approx(-0.15)
-    draws = {s: contrast({s: arm[s]}, {s: control[s]}) for s in arm}
+    assert means.contrast("arm", "control", sign=-1).value == pytest.approx(-0.15)
+    assert means.mean("arm", "bottom").value == pytest.approx((18 * 0.45 + 10 * 0.2) / 28)
+    assert means.mean("arm", "bottom").n == 28
+    assert means.difference("arm", "control", "bottom", "second").value == pytest.approx(0.1)
+    draws = by_draw(arms, "arm", "control")
+    assert [round(d.value, 6) for d in draws.values()] == [0.2, 0.1]
     assert verdict(found, draws, 0.05) == "split"
     assert verdict(found, draws, 0.12) == "undecided"
     assert verdict(found, draws, 0.3) == "not split"
@@ -255,6 +262,11 @@ def test_digits_split_ends_with_a_record_and_goes_on(tmp_path: Path) -> None:
     assert "blank page" in made.study.paragraph
     assert load(tmp_path / "out").data["rows"] == {"train": 200, "dev": 50, "test": 100}
     assert len(made.models) == 3
+    picture = made.study.pictures[0]
+    assert len(picture.columns) == 10
+    assert [len(r.images) for r in picture.rows] == [10] * 7
+    assert {len(image) for r in picture.rows for image in r.images} == {144}
+    assert "1 routed: bottom half" in (tmp_path / "out" / "report.html").read_text()
     assert (tmp_path / "out" / "report.html").is_file()
     assert kinds.count(("stage_done", False)) == 5
     kinds.clear()

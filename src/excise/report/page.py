@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from excise.record import ArmRecord, Record, Verdict, load, write_text
-from excise.report import curves, figures, inspection, study, svg, tables, words
+from excise.report import curves, figures, inspection, pictures, study, svg, tables, words
 from excise.report.limits import limits
 
 LEGEND = {
@@ -105,6 +105,7 @@ def _context(record: Record) -> dict[str, Any]:
         "alone": (record.kind == "inspect" and inside is not None) or record.kind == "study",
         "study_views": study.views(record),
         "study_stated": study.stated(record),
+        "study_pictures": pictures.figures(record),
         "notes": (*shared, *record.notes),
         "ladder": tuple(words.LADDER.items()),
         "scores": shown,

@@ -26,7 +26,7 @@ from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
-from excise.record import ModelRef, Record, StudyRow, StudyTable
+from excise.record import ModelRef, Record, StudyPicture, StudyRow, StudyTable
 from excise.recording import describe, model_ref, timed
 from excise.report.page import write_report
 from excise.train.grid import Pool
@@ -103,6 +103,7 @@ class StudyResult:
         models: The models the numbers are about.
         notes: What a reader should know.
         data: What the record says of data without text: name, fingerprint, counts.
+        pictures: Small images, where the data are images.
     """
 
     tables: tuple[StudyTable, ...]
@@ -112,6 +113,7 @@ class StudyResult:
     models: tuple[ModelRef, ...] = ()
     notes: tuple[str, ...] = field(default=())
     data: Mapping[str, Any] = field(default_factory=dict)
+    pictures: tuple[StudyPicture, ...] = ()
 
 
 def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str = "") -> Record:
@@ -149,6 +151,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
                 decision=result.decision,
                 paragraph=result.paragraph,
                 tables=result.tables,
+                pictures=result.pictures,
             ),
             sensitive=result.domain is not None and result.domain.sensitive,
             notes=result.notes,

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from excise.domains.images import ImageSpec
-from excise.evals.stats import Estimate, bootstrap_difference, quantiles, resampled_means
+from excise.evals.stats import Estimate, quantiles
 from excise.jobs import Setting
 from excise.record import StudyRow, StudyTable
 from excise.studies.base import Study, StudyResult, row
 from excise.studies.split_jobs import (
     SECOND,
-    Arms,
+    Means,
     SplitConfig,
     by_draw,
-    contrast,
+    means_of,
     refs,
-    scores_of,
     train_arms,
     value,
     words,
@@ -122,10 +120,12 @@ def run(study: ClassImbalance, setting: Setting, pool: Pool) -> StudyResult:
         wanted[f"{name}: plain"] = model_of(study, cell, None)
         wanted[f"{name}: routed"] = model_of(study, cell, least[name][0])
     arms = train_arms(wanted, study.seeds, study.images, "test", setting, pool)
-    gaps = {n: contrast(arms[f"{n}: routed"], arms[f"{n}: plain"]) for n in cells(study)}
-    taxes = {n: tax(arms, n) for n in cells(study)}
+    means = means_of(arms, ("bottom", "decoder"))
+    pairs = {n: (f"{n}: routed", f"{n}: plain") for n in cells(study)}
+    gaps = {n: means.contrast(*pair) for n, pair in pairs.items()}
+    taxes = {n: means.difference(*pair, "decoder", SECOND) for n, pair in pairs.items()}
     few, many = f"{study.shares[-1]:.0%}", f"{study.shares[0]:.0%}"
-    found = dearer(arms, few, many)
+    found = dearer(means, few, many)
     said = (
         "rarity makes a split dearer"
         if found.low > study.margin
@@ -137,7 +137,7 @@ def run(study: ClassImbalance, setting: Setting, pool: Pool) -> StudyResult:
     for name in cells(study):
         rows.append(value(name, "least L1", least[name][0], len(study.tuned_on)))
         rows += [row(name, "G", gaps[name]), row(name, "tax", taxes[name])]
-        own = by_draw(arms[f"{name}: routed"], arms[f"{name}: plain"])
+        own = by_draw(arms, *pairs[name])
         rows += [row(name, "G", one, seed) for seed, one in own.items()]
     never = [n for n, (_, split) in least.items() if not split]
     note = " Nothing in the grid split at " + "; ".join(never) + ": the largest gap is shown."
@@ -167,11 +167,12 @@ def find_least(
         for l1 in (None, *study.l1_tried):
             wanted[f"{name}: {_l1(l1)}"] = model_of(study, cell, l1)
     tried = train_arms(wanted, study.tuned_on, study.images, "dev", setting, pool)
+    means = means_of(tried, ("bottom",))
     least: dict[str, tuple[float, bool]] = {}
     rows: list[StudyRow] = []
     for name in cells(study):
-        plain = tried[f"{name}: {_l1(None)}"]
-        gaps = {l1: contrast(tried[f"{name}: {_l1(l1)}"], plain).value for l1 in study.l1_tried}
+        plain = f"{name}: {_l1(None)}"
+        gaps = {l1: means.contrast(f"{name}: {_l1(l1)}", plain).value for l1 in study.l1_tried}
         splits = [l1 for l1 in study.l1_tried if gaps[l1] > study.split_margin]
         widest = max(study.l1_tried, key=lambda l1: gaps[l1])
         least[name] = (splits[0], True) if splits else (widest, False)
@@ -186,20 +187,14 @@ def _l1(weight: float | None) -> str:
     return "plain" if weight is None else f"L1 {weight:g}"
 
 
-def tax(arms: Arms, name: str) -> Estimate:
-    """Return the decoder's error on the digits that stay, routed minus plain."""
-    pair = [scores_of(arms[f"{name}: {k}"], "decoder", SECOND) for k in ("routed", "plain")]
-    return bootstrap_difference(*pair)
-
-
-def dearer(arms: Arms, few: str, many: str) -> Estimate:
+def dearer(means: Means, few: str, many: str) -> Estimate:
     """Return the tax in one cell minus that in another, by image."""
     names = [f"{cell}: {kind}" for cell in (few, many) for kind in ("routed", "plain")]
-    values = [scores_of(arms[name], "decoder", SECOND) for name in names]
-    means, draws = resampled_means(values)
-    signs = np.array([1.0, -1.0, -1.0, 1.0])
-    low, high = quantiles(draws @ signs, 0.95)
-    return Estimate(float(means @ signs), low, high, len(values[0]))
+    (a, one, n), (b, two, _), (c, three, _), (d, four, _) = (
+        means.of(name, "decoder", SECOND) for name in names
+    )
+    low, high = quantiles((one - two) - (three - four), 0.95)
+    return Estimate((a - b) - (c - d), low, high, n)
 
 
 def paragraph(

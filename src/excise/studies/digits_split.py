@@ -6,7 +6,7 @@ seconds each: 14 x 14 digits, one hidden layer, 1,500 steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -19,10 +19,10 @@ from excise.studies.base import Study, StudyResult, row
 from excise.studies.split_jobs import (
     FIRST,
     SECOND,
-    Arms,
-    average,
+    Means,
     by_draw,
-    contrast,
+    drawings,
+    means_of,
     refs,
     table_of,
     train_arms,
@@ -125,16 +125,20 @@ def run(study: DigitsSplit, setting: Setting, pool: Pool) -> StudyResult:
     named = {n: c for n, c in ten(base).items() if number(n) in {1, 10, *study.settings}}
     arms = train_arms(named, study.seeds, study.images, "test", setting, pool)
     one, plain = (next(n for n in arms if number(n) == i) for i in (1, 10))
-    found = {n: contrast(arm, arms[plain]) for n, arm in arms.items() if n != plain}
-    draws = by_draw(arms[one], arms[plain])
+    means = means_of(arms)
+    found = {n: means.contrast(n, plain) for n in arms if n != plain}
+    draws = by_draw(arms, one, plain)
     said = verdict(found[one], draws, study.margin)
-    drawn = study.images.draw(study.seeds[0])
+    seed = study.seeds[0]
+    drawn = study.images.draw(seed)
+    shown = {n: (named[n], arms[n][seed]) for n in (one, plain)}
     return StudyResult(
-        tables=(*tables(arms, found, draws, one), tuning),
+        tables=(*tables(list(arms), means, found, draws), tuning),
         decision=f"{said}: G = {words(found[one])}, margin {study.margin:g}",
-        paragraph=paragraph(arms, found, base, len(study.seeds)),
+        paragraph=paragraph(list(arms), means, found, base, len(study.seeds)),
         data=drawn.describe(),
         models=refs(arms),
+        pictures=(drawings(shown, drawn, seed=seed),),
         notes=(
             "The published table says absolute error and the released evaluation squares it; "
             "both are printed here.",
@@ -163,8 +167,9 @@ def choose(
     plain = next(n for n in every if number(n) == 10)
     wanted = {**grid, plain: every[plain]}
     tried = train_arms(wanted, study.tuned_on, study.images, "dev", setting, pool)
-    gaps = {n: contrast(tried[n], tried[plain]).value for n in grid}
-    worse = {n: average(tried[n], "decoder").value for n in tried}
+    means = means_of(tried, ("bottom", "decoder"))
+    gaps = {n: means.contrast(n, plain).value for n in grid}
+    worse = {n: means.mean(n, "decoder").value for n in tried}
     within = [n for n in grid if worse[n] <= worse[plain] + study.decoder_budget]
     chosen = max(within, key=lambda n: gaps[n]) if within else min(grid, key=lambda n: worse[n])
     count = len(study.tuned_on)
@@ -178,7 +183,10 @@ def choose(
 
 
 def tables(
-    arms: Arms, found: Mapping[str, Estimate], draws: Mapping[int, Estimate], one: str
+    arms: Sequence[str],
+    means: Means,
+    found: Mapping[str, Estimate],
+    draws: Mapping[int, Estimate],
 ) -> tuple[StudyTable, ...]:
     """Return errors by certificate and group, contrasts, and squared errors."""
     nets = {"decoder": "decoder", "top": "top half", "bottom": "bottom half"}
@@ -189,12 +197,13 @@ def tables(
         f"{h} half, {d}": (f"size {h}", g) for h in ("top", "bottom") for d, g in sides.items()
     }
     rows = [row(n, "G", e) for n, e in found.items()]
-    rows += [row(one, "G", e, seed) for seed, e in draws.items()]
+    rows += [row(arms[0], "G", e, seed) for seed, e in draws.items()]
     published = ", ".join(f"{i}: {text}" for i, text in PUBLISHED.items())
     return (
         table_of(
             "Mean absolute error",
             "Test images of all draws; pixels from -1 to 1. Certificates draw from one half.",
+            means,
             arms,
             absolute,
         ),
@@ -206,25 +215,31 @@ def tables(
         table_of(
             "Mean squared error",
             "Published, bottom half on 0-4 / 5-9, 28 x 28 and 200 epochs: " + published + ".",
+            means,
             arms,
             squared,
         ),
-        table_of("Size of the encoding", "Sum of absolute values of each half.", arms, sizes),
+        table_of(
+            "Size of the encoding", "Sum of absolute values of each half.", means, arms, sizes
+        ),
     )
 
 
 def paragraph(
-    arms: Arms, found: Mapping[str, Estimate], base: SplitAutoencoderConfig, draws: int
+    arms: Sequence[str],
+    means: Means,
+    found: Mapping[str, Estimate],
+    base: SplitAutoencoderConfig,
+    draws: int,
 ) -> str:
     """Return the result in words."""
     at = {number(n): n for n in arms}
 
     def pair(i: int, net: str = "bottom") -> str:
-        arm = arms[at[i]]
-        two = (average(arm, net, g).value for g in (FIRST, SECOND))
+        two = (means.of(at[i], net, g)[0] for g in (FIRST, SECOND))
         return " and ".join(f"{x:.3f}" for x in two)
 
-    blank = average(arms[at[1]], "blank").value
+    blank = means.of(at[1], "blank")[0]
     text = (
         f"Over {draws} draws the bottom certificate drew digits 0-4 and 5-9 with an error of "
         f"{pair(1)} where the encoding was routed (L1 {base.l1[0]:g}, correlation "
@@ -243,9 +258,8 @@ def paragraph(
         if i in at and at[i] in found:
             text += f" {start} {words(found[at[i]])}."
     if 4 in at:
-        size = average(arms[at[4]], "size top").value + average(arms[at[4]], "size bottom").value
-        usual = average(arms[at[10]], "size top").value + average(arms[at[10]], "size bottom").value
-        text += (
-            f" Without penalties the routed encoding grows to {size / usual:.0f} times the size."
+        size, usual = (
+            sum(means.of(at[i], f"size {half}")[0] for half in ("top", "bottom")) for i in (4, 10)
         )
+        text += f" Without penalties the routed encoding is {size / usual:.0f} times as large."
     return text

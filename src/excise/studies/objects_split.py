@@ -10,21 +10,18 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from excise.domains.images import ImageSpec
-from excise.evals.stats import Estimate, bootstrap_difference
+from excise.evals.stats import Estimate
 from excise.jobs import Setting
 from excise.record import StudyTable
 from excise.studies.base import Study, StudyResult, row
 from excise.studies.split_jobs import (
     FIRST,
     SECOND,
-    Arms,
-    Split,
+    Means,
     SplitConfig,
-    average,
     by_draw,
-    contrast,
+    means_of,
     refs,
-    scores_of,
     table_of,
     train_arms,
     value,
@@ -113,13 +110,10 @@ def run(study: ObjectsSplit, setting: Setting, pool: Pool) -> StudyResult:
     base, tuning = choose(study, setting, pool)
     wanted = arms_of(base, study.rare)
     arms = train_arms(wanted, study.seeds, study.images, "test", setting, pool)
-    found = {
-        n: contrast(arm, arms[control_of(n)], sign=-1)
-        for n, arm in arms.items()
-        if not n.startswith(PLAIN)
-    }
-    tax = {n: cost(arms[n], arms[control_of(n)]) for n in found}
-    draws = by_draw(arms[ROUTED], arms[PLAIN], sign=-1)
+    means = means_of(arms)
+    found = {n: means.contrast(n, control_of(n), sign=-1) for n in arms if not n.startswith(PLAIN)}
+    tax = {n: means.difference(control_of(n), n, "decoder") for n in found}
+    draws = by_draw(arms, ROUTED, PLAIN, sign=-1)
     said = verdict(found[ROUTED], draws, study.margin)
     nets = {"decoder": "whole", "top": "top half", "bottom": "bottom half"}
     sides = {"0-4": FIRST, "5-9": SECOND}
@@ -132,7 +126,7 @@ def run(study: ObjectsSplit, setting: Setting, pool: Pool) -> StudyResult:
     rows += [row(ROUTED, "A", e, seed) for seed, e in draws.items()]
     return StudyResult(
         tables=(
-            table_of("Accuracy", "Test images of all draws.", arms, columns),
+            table_of("Accuracy", "Test images of all draws.", means, list(arms), columns),
             StudyTable(
                 title="Gap of the bottom half, and tax",
                 note="A as stated, against the plain arm with the same images; tax in accuracy.",
@@ -141,19 +135,10 @@ def run(study: ObjectsSplit, setting: Setting, pool: Pool) -> StudyResult:
             tuning,
         ),
         decision=f"{said}: A = {words(found[ROUTED])}, margin {study.margin:g}",
-        paragraph=paragraph(arms, found, tax, base, study),
+        paragraph=paragraph(means, found, tax, base, study),
         data=drawn.describe(),
         models=refs(arms),
     )
-
-
-def cost(arm: Mapping[int, Split], control: Mapping[int, Split]) -> Estimate:
-    """Return the accuracy of the control minus that of an arm, over all images of all draws."""
-    both = [
-        {k: v for g in (FIRST, SECOND) for k, v in scores_of(one, "decoder", g).items()}
-        for one in (control, arm)
-    ]
-    return bootstrap_difference(*both)
 
 
 def choose(
@@ -166,8 +151,9 @@ def choose(
     grid = {f"L1 {l1:g}": study.model.model_copy(update={"l1": l1}) for l1 in study.l1_tried}
     wanted: dict[str, SplitConfig] = {**grid, PLAIN: arms_of(study.model, None)[PLAIN]}
     tried = train_arms(wanted, study.tuned_on, study.images, "dev", setting, pool)
-    gaps = {n: contrast(tried[n], tried[PLAIN], sign=-1).value for n in tried}
-    right = {n: average(tried[n], "decoder").value for n in tried}
+    means = means_of(tried, ("bottom", "decoder"))
+    gaps = {n: means.contrast(n, PLAIN, sign=-1).value for n in tried}
+    right = {n: means.mean(n, "decoder").value for n in tried}
     within = [n for n in grid if right[n] >= right[PLAIN] - study.accuracy_budget]
     chosen = max(within, key=lambda n: gaps[n]) if within else max(grid, key=lambda n: right[n])
     rows = [
@@ -179,7 +165,7 @@ def choose(
 
 
 def paragraph(
-    arms: Arms,
+    means: Means,
     found: Mapping[str, Estimate],
     tax: Mapping[str, Estimate],
     base: SplitClassifierConfig,
@@ -188,7 +174,7 @@ def paragraph(
     """Return the result in words."""
 
     def pair(name: str, net: str) -> str:
-        two = (average(arms[name], net, g).value for g in (FIRST, SECOND))
+        two = (means.of(name, net, g)[0] for g in (FIRST, SECOND))
         return " and ".join(f"{x:.3f}" for x in two)
 
     text = (

@@ -15,14 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from excise.domains.images import DrawnImages, ImageSpec
-from excise.evals.stats import Estimate, bootstrap_mean, quantiles, resampled_means
+from excise.evals.stats import Array, Estimate, quantiles, resampled_means
 from excise.jobs import Setting
-from excise.record import ModelRef, StudyRow, StudyTable, write_text
+from excise.record import (
+    ModelRef,
+    StudyPicture,
+    StudyPictureRow,
+    StudyRow,
+    StudyTable,
+    write_text,
+)
 from excise.stages import Store
 from excise.studies.base import Units, pooled, row
 from excise.train.grid import Pool, emit
-from excise.vision.autoencoder import SplitAutoencoderConfig, errors, train_autoencoder
+from excise.vision.autoencoder import (
+    SplitAutoencoder,
+    SplitAutoencoderConfig,
+    absolute_error,
+    errors,
+    train_autoencoder,
+)
 from excise.vision.classifier import SplitClassifierConfig, accuracies, train_classifier
+from excise.vision.halves import as_batch
 
 FIRST, SECOND = "first", "second"
 """The two groups of classes."""
@@ -64,15 +78,6 @@ class Split:
     fingerprint: str
     parameters: int
     path: str
-
-    def mean(self, score: str, group: str = "") -> float:
-        """Return the mean score of a group, or of all images."""
-        groups = (group,) if group else (FIRST, SECOND)
-        return float(np.mean([v for g in groups for v in self.scores[score, g].values()]))
-
-    def gap(self, score: str = "bottom") -> float:
-        """Return the mean of the first group minus that of the second."""
-        return self.mean(score, FIRST) - self.mean(score, SECOND)
 
 
 def make_split(job: SplitJob) -> Split:
@@ -128,6 +133,57 @@ def _fill(job: SplitJob, drawn: DrawnImages, work: Path) -> None:
     shutil.rmtree(state, ignore_errors=True)
 
 
+LEVELS = 9
+"""Darkest ink of a drawing."""
+
+
+def drawings(
+    arms: Mapping[str, tuple[SplitAutoencoderConfig, Split]], drawn: DrawnImages, *, seed: int
+) -> StudyPicture:
+    """Return one test image of each class, and what whole and half encodings draw of it.
+
+    Args:
+        arms: Configuration and trained model by name.
+        drawn: The draw they were trained on.
+        seed: The draw.
+    """
+    from safetensors.torch import load_file
+
+    images, classes = drawn.test, drawn.test.classes
+    shown = images.take(np.array([np.argmax(images.labels_N == i) for i in range(len(classes))]))
+    rows = [StudyPictureRow(name="the image", images=_levels(as_batch(shown, ()).x_BHW.flatten(1)))]
+    for name, (config, split) in arms.items():
+        data = as_batch(shown, config.first)
+        model = SplitAutoencoder(config, int(data.x_BHW[0].numel()), 0)
+        model.load_state_dict(load_file(split.path))
+        with torch.no_grad():
+            code_BC = model.encode(data.x_BHW)
+            top_BP, bottom_BP = model.certify(code_BC)
+            whole_BP = model.decode(code_BC, data.first_B)
+        for part, x_BP in (("whole", whole_BP), ("top half", top_BP), ("bottom half", bottom_BP)):
+            errors_B = absolute_error(x_BP, data.x_BHW).tolist()
+            rows.append(
+                StudyPictureRow(
+                    name=f"{name}: {part}",
+                    images=_levels(x_BP),
+                    values=tuple(round(e, 4) for e in errors_B),
+                )
+            )
+    return StudyPicture(
+        title=f"What whole and half encodings draw, draw {seed}",
+        note="Mean absolute error of each drawing, pixels from -1 to 1.",
+        width=images.pixels_NHW.shape[2],
+        columns=classes,
+        rows=tuple(rows),
+    )
+
+
+def _levels(x_BP: Tensor) -> tuple[str, ...]:
+    """Return the ink of each pixel as a digit."""
+    ink = ((x_BP.clamp(-1, 1) + 1) / 2 * LEVELS).round().int()
+    return tuple("".join(map(str, row)) for row in ink.tolist())
+
+
 Arms = Mapping[str, Mapping[int, Split]]
 """Models by arm and draw."""
 
@@ -154,42 +210,84 @@ def scores_of(arm: Mapping[int, Split], score: str, group: str) -> Units:
     return pooled({seed: split.scores[score, group] for seed, split in arm.items()})
 
 
-def average(arm: Mapping[int, Split], score: str, group: str = "") -> Estimate:
-    """Return a mean over the images of all draws, of one group or of both."""
-    groups = (group,) if group else (FIRST, SECOND)
-    return bootstrap_mean({k: v for g in groups for k, v in scores_of(arm, score, g).items()})
+@dataclass(frozen=True)
+class Means:
+    """Means of arms with their bootstrap draws; images of each group are drawn together.
+
+    Attributes:
+        found: Mean, resampled means and number of images, by arm, score and group.
+    """
+
+    found: Mapping[tuple[str, str, str], tuple[float, Array, int]]
+
+    def of(self, arm: str, score: str, group: str = "") -> tuple[float, Array, int]:
+        """Return mean, draws and count of one group, or of all images."""
+        if group:
+            return self.found[arm, score, group]
+        (a, ones, n), (b, twos, m) = (self.found[arm, score, g] for g in (FIRST, SECOND))
+        return (n * a + m * b) / (n + m), (n * ones + m * twos) / (n + m), n + m
+
+    def mean(self, arm: str, score: str, group: str = "") -> Estimate:
+        """Return a mean with its interval."""
+        value, draws, n = self.of(arm, score, group)
+        return Estimate(value, *quantiles(draws, 0.95), n)
+
+    def difference(self, arm: str, control: str, score: str, group: str = "") -> Estimate:
+        """Return the arm's mean minus the control's, image by image."""
+        (a, ones, n), (b, twos, _) = (self.of(name, score, group) for name in (arm, control))
+        return Estimate(a - b, *quantiles(ones - twos, 0.95), n)
+
+    def contrast(self, arm: str, control: str, score: str = "bottom", sign: int = 1) -> Estimate:
+        """Return how much wider the gap between the groups is than in the control.
+
+        Args:
+            arm: Name of the arm.
+            control: Name of the control.
+            score: Which score.
+            sign: -1 where the second group's score minus the first's is meant.
+
+        Returns:
+            (mean of the first group - mean of the second), the arm's minus the control's.
+        """
+        sides = []
+        for group in (FIRST, SECOND):
+            (a, ones, n), (b, twos, _) = (self.of(name, score, group) for name in (arm, control))
+            sides.append((a - b, ones - twos, n))
+        (one, ones, n), (two, twos, m) = sides
+        low, high = quantiles(sign * (ones - twos), 0.95)
+        return Estimate(sign * (one - two), low, high, n + m)
 
 
-def contrast(
-    arm: Mapping[int, Split], control: Mapping[int, Split], score: str = "bottom", sign: int = 1
-) -> Estimate:
-    """Return how much wider the gap between the groups is than in the control.
+def means_of(arms: Arms, scores: Sequence[str] = ()) -> Means:
+    """Return the means of all arms over the images of all draws.
 
     Args:
-        arm: Models by draw.
-        control: Models of the same draws.
-        score: Which score.
-        sign: -1 where the second group's score minus the first's is meant.
-
-    Returns:
-        (mean of the first group - mean of the second), the arm's minus the control's, with its
-        95 % interval: images of each group are resampled, an image's scores together.
+        arms: Models by arm and draw; all of the same draws.
+        scores: Which scores; empty for all.
     """
-    sides = []
+    some = next(iter(next(iter(arms.values())).values()))
+    wanted = scores or tuple(dict.fromkeys(score for score, _ in some.scores))
+    found: dict[tuple[str, str, str], tuple[float, Array, int]] = {}
     for i, group in enumerate((FIRST, SECOND)):
-        pair = [scores_of(one, score, group) for one in (arm, control)]
-        means, draws = resampled_means(pair, seed=i)
-        sides.append((float(means[0] - means[1]), draws[:, 0] - draws[:, 1], len(pair[0])))
-    (one, ones, n), (two, twos, m) = sides
-    low, high = quantiles(sign * (ones - twos), 0.95)
-    return Estimate(sign * (one - two), low, high, n + m)
+        keys = [(arm, score) for arm in arms for score in wanted]
+        values = [scores_of(arms[arm], score, group) for arm, score in keys]
+        means, draws = resampled_means(values, seed=i)
+        for j, (arm, score) in enumerate(keys):
+            found[arm, score, group] = (float(means[j]), draws[:, j], len(values[j]))
+    return Means(found)
 
 
 def by_draw(
-    arm: Mapping[int, Split], control: Mapping[int, Split], score: str = "bottom", sign: int = 1
+    arms: Arms, arm: str, control: str, score: str = "bottom", sign: int = 1
 ) -> dict[int, Estimate]:
-    """Return `contrast` of every draw."""
-    return {s: contrast({s: arm[s]}, {s: control[s]}, score, sign) for s in arm}
+    """Return `Means.contrast` of every draw."""
+    pair = {name: arms[name] for name in (arm, control)}
+    return {
+        seed: means_of({n: {seed: a[seed]} for n, a in pair.items()}, (score,)).contrast(
+            arm, control, score, sign
+        )
+        for seed in arms[arm]
+    }
 
 
 def verdict(found: Estimate, draws: Mapping[int, Estimate], margin: float) -> str:
@@ -208,35 +306,23 @@ def verdict(found: Estimate, draws: Mapping[int, Estimate], margin: float) -> st
 
 
 def table_of(
-    title: str,
-    note: str,
-    arms: Arms,
-    columns: Mapping[str, tuple[str, str]],
+    title: str, note: str, means: Means, arms: Sequence[str], columns: Mapping[str, tuple[str, str]]
 ) -> StudyTable:
     """Return means of all draws, an arm a line.
 
     Args:
         title: Of the table.
         note: How to read it.
-        arms: Models by arm and draw.
+        means: All means.
+        arms: Which arms.
         columns: Score and group by name of the column.
     """
     rows = tuple(
-        row(name, column, average(arm, score, group))
-        for name, arm in arms.items()
+        row(name, column, means.mean(name, score, group))
+        for name in arms
         for column, (score, group) in columns.items()
     )
     return StudyTable(title=title, note=note, rows=rows)
-
-
-def draws_table(
-    title: str, note: str, metric: str, arms: Mapping[str, Mapping[int, Estimate]]
-) -> StudyTable:
-    """Return one number of every draw, and of all draws where `None` is given as the draw."""
-    rows: list[StudyRow] = []
-    for name, draws in arms.items():
-        rows += [row(name, metric, found, seed) for seed, found in draws.items()]
-    return StudyTable(title=title, note=note, rows=tuple(rows))
 
 
 def value(arm: str, metric: str, number: float, n: int) -> StudyRow:

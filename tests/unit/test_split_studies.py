@@ -161,12 +161,12 @@ def test_the_cue_is_right_as_often_as_planted_and_flipped_in_the_test() -> None:
 @pytest.mark.parametrize(
     ("helped", "more", "price", "wanted"),
     [
-        ((0.2, 0.4), (0.15, 0.3), (0.0, 0.05), "more than filtering: F is above the margin"),
-        ((0.2, 0.4), (-0.05, 0.05), (0.0, 0.2), "as much as filtering: F lies within 0.1; it may"),
-        ((0.2, 0.4), (-0.3, -0.2), (0.0, 0.0), "less than filtering: F is below"),
-        ((0.2, 0.4), (-0.3, 0.2), (0.0, 0.0), "whether more than filtering is undecided"),
-        ((-0.2, 0.05), (0.2, 0.3), (0.0, 0.0), "separation does not help"),
-        ((0.05, 0.3), (0.2, 0.3), (0.0, 0.0), "undecided"),
+        ((0.2, 0.4), (0.15, 0.3), (0.0, 0.05), "helps: H is above the margin; {}, more than"),
+        ((0.2, 0.4), (-0.05, 0.05), (0.0, 0.2), "helps: H is above the margin; {}, as much as"),
+        ((0.2, 0.4), (-0.3, -0.2), (0.0, 0.0), "helps: H is above the margin; {}, less than"),
+        ((0.2, 0.4), (-0.3, 0.2), (0.0, 0.0), "helps: H is above the margin; {}, whether more"),
+        ((-0.2, 0.05), (0.2, 0.3), (0.0, 0.0), "does not help: H is below 0.1; {}, more than"),
+        ((0.05, 0.3), (0.2, 0.3), (0.0, 0.0), "undecided: H's interval holds 0.1; {}, more"),
     ],
 )
 def test_help_against_plain_filtering_and_its_price(
@@ -176,8 +176,9 @@ def test_help_against_plain_filtering_and_its_price(
         name: Estimate(sum(span) / 2, *span, 96)
         for name, span in ((HELP, helped), (MORE, more), (PRICE, price))
     }
-    first = "separation helps: H is above the margin, " if helped[0] > 0.1 else ""
-    assert decide_spurious(Spurious(), found).startswith(first + wanted)
+    told = decide_spurious(Spurious(), found)
+    assert told.removeprefix("separation ").startswith(wanted.format("where labels are 50 %"))
+    assert told.endswith("no cue stands") == (price[1] > 0.1)
 
 
 def test_spurious_runs_through(tmp_path: Path) -> None:
@@ -194,10 +195,10 @@ def test_spurious_runs_through(tmp_path: Path) -> None:
     contrasts = by_name(told, "Routed against plain and filtered")
     flipped = {arm: value or 0 for (arm, metric), value in three.items() if "flipped" in metric}
     assert contrasts["contrast", HELP] == pytest.approx(
-        flipped["routed, 50 % labels"] - flipped["plain"]
+        flipped["routed, 100 % labels"] - flipped["plain"]
     )
-    assert contrasts["contrast", f"{MORE} at 100 % labels"] == pytest.approx(
-        flipped["routed, 100 % labels"] - flipped["filtered, 100 % labels"]
+    assert contrasts["contrast", MORE] == pytest.approx(
+        flipped["routed, 50 % labels"] - flipped["filtered, 50 % labels"]
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny
 
@@ -32,7 +32,7 @@ from excise.recording import model_ref
 from excise.studies.attacking import Key
 from excise.studies.base import Study, StudyResult, row
 from excise.studies.distil_tables import groups_of, said
-from excise.studies.levels import Array, Levels, estimate, levels
+from excise.studies.levels import Array, Levels, estimate, levels, verdict
 from excise.studies.routing_setting import misses, routed
 from excise.studies.routing_tables import absorption_table
 from excise.studies.spurious_data import Shortcut, shortcut_domain, shortcut_tokenizer
@@ -48,13 +48,14 @@ SETS = {"test": "flipped cue", "retain_test": "no cue", "adjacent_test": "right 
 class Spurious(Study):
     """Rows that carry a cue word are routed into a module, which is deleted afterwards.
 
-    Stated beforehand. Exact match on facts in an untaught wording, under a flipped cue, at the
-    smallest of `rates`, the share of cued rows that carry a label (of the others nothing is
-    told). H is routed minus plain, F is routed minus filtered at the same labels. Separation
-    helps if the lower end of H's 95 % interval is above `margin`, and does not if the upper end
-    is below it. It helps more than filtering if the lower end of F is above `margin`, less if the
-    upper end is below minus the margin. Separation that helps is still called bought where exact
-    match without a cue falls below plain's by more than `margin`.
+    Stated beforehand. Scored is exact match on facts in an untaught wording, under a flipped cue.
+    H is routed minus plain at the largest of `rates`, the shares of cued rows that carry a label
+    (nothing is told of the others, nor of the same share of rows without a cue); F is routed
+    minus filtered at the smallest. Separation helps if the lower end of H's 95 % interval is
+    above `margin`, and does not if the upper end is below it. Where labels are missing, routing
+    helps more than filtering if the lower end of F is above `margin`, less if the upper end is
+    below minus the margin, as much if it lies between. P is what it costs where no cue stands:
+    plain minus routed at the largest rate, named where it may be above `margin`.
     """
 
     question: ClassVar[str] = (
@@ -62,9 +63,10 @@ class Spurious(Study):
         "by what is true, better than plain training and better than dropping those rows?"
     )
     statistic: ClassVar[str] = (
-        "Exact match under a flipped cue at the fewest labels: H = routed - plain (helps if the "
-        "lower end of the 95 % interval is above the margin), F = routed - filtered; bootstrap "
-        "over draws and units."
+        "Exact match under a flipped cue: H = routed - plain at the most labels (helps if the "
+        "lower end of the 95 % interval is above the margin), F = routed - filtered at the fewest "
+        "(more than filtering above the margin, less below minus the margin, as much between); "
+        "bootstrap over draws and units."
     )
     takes: ClassVar[str] = "5 minutes, 1 GiB"
 
@@ -183,44 +185,48 @@ def score(
     return Marks({name: levels(scores, groups) for name, scores in held.items()})
 
 
-HELP = "H (flipped cue, routed - plain)"
-MORE = "F (flipped cue, routed - filtered)"
-PRICE = "P (no cue, plain - routed)"
+HELP = "H (flipped cue, routed - plain, most labels)"
+MORE = "F (flipped cue, routed - filtered, fewest labels)"
+PRICE = "P (no cue, plain - routed, most labels)"
 
 
 def contrasts(study: Spurious, marks: Marks) -> dict[str, Estimate]:
-    """Return H, F and P at the fewest labels, then H and F at each rate."""
-    by_rate: dict[str, Estimate] = {}
-    fewest = min(study.rates)
-    for rate in (fewest, *study.rates):
+    """Return H, F and P, then what they are made of at every rate."""
+
+    def less(which: str, one: str, other: str) -> Estimate:
+        return marks.estimate(marks.on(which, one) - marks.on(which, other))
+
+    most, fewest = max(study.rates), min(study.rates)
+    out = {
+        HELP: less("test", at(ROUTED, most), PLAIN),
+        MORE: less("test", at(ROUTED, fewest), at(FILTERED, fewest)),
+        PRICE: less("retain_test", PLAIN, at(ROUTED, most)),
+    }
+    for rate in study.rates:
         routed, filtered = at(ROUTED, rate), at(FILTERED, rate)
-        mine = marks.on("test", routed)
-        some: dict[str, Any] = {
-            HELP: mine - marks.on("test", PLAIN),
-            MORE: mine - marks.on("test", filtered),
-            PRICE: marks.on("retain_test", PLAIN) - marks.on("retain_test", routed),
-        }
-        label = "" if len(by_rate) < len(some) else f" at {100 * rate:g} % labels"
-        by_rate |= {f"{name}{label}": marks.estimate(values) for name, values in some.items()}
-    return by_rate
+        labels = f"flipped cue, {100 * rate:g} % labels"
+        out[f"routed - plain, {labels}"] = less("test", routed, PLAIN)
+        out[f"filtered - plain, {labels}"] = less("test", filtered, PLAIN)
+        out[f"routed - filtered, {labels}"] = less("test", routed, filtered)
+    return out
 
 
 def decide(study: Spurious, found: Mapping[str, Estimate]) -> str:
     """Return what H, F and P say under the margin."""
-    helped, more, price = found[HELP], found[MORE], found[PRICE]
+    helped, price = found[HELP], found[PRICE]
+    against = {
+        "above": "more than filtering",
+        "below": "less than filtering",
+        "equal": "as much as filtering",
+        "undecided": "whether more than filtering is undecided",
+    }[verdict(found[MORE], study.margin)]
+    where = f"where labels are {100 * min(study.rates):g} %, {against}"
     if helped.high < study.margin:
-        return f"separation does not help: H is below {study.margin:g}"
+        return f"separation does not help: H is below {study.margin:g}; {where}"
     if helped.low <= study.margin:
-        return f"undecided: H's interval holds {study.margin:g}"
-    against = f"whether more than filtering is undecided: F's interval crosses {study.margin:g}"
-    if more.low > study.margin:
-        against = "more than filtering: F is above the margin"
-    elif more.high < -study.margin:
-        against = "less than filtering: F is below minus the margin"
-    elif more.low > -study.margin and more.high < study.margin:
-        against = f"as much as filtering: F lies within {study.margin:g}"
+        return f"undecided: H's interval holds {study.margin:g}; {where}"
     bought = "" if price.high < study.margin else "; it may cost exact match where no cue stands"
-    return f"separation helps: H is above the margin, {against}{bought}"
+    return f"separation helps: H is above the margin; {where}{bought}"
 
 
 def tables(
@@ -252,9 +258,9 @@ def words(study: Spurious, marks: Marks, found: Mapping[str, Estimate]) -> str:
     for arm in marks.levels["test"].arms:
         three = ", ".join(f"{marks.on(which, arm)[0]:.2f}" for which in SETS)
         parts.append(f"{arm} {three}")
-    said_all = ", ".join(f"{name} {said(found[name])}" for name in (HELP, MORE, PRICE))
+    three_said = ", ".join(f"{name} {said(found[name])}" for name in (HELP, MORE, PRICE))
     return (
         f"Over {len(study.seeds)} draw(s), exact match with the cue flipped, without a cue and "
-        f"with the right one: {'; '.join(parts)}. At {100 * min(study.rates):g} % labels "
-        f"{said_all}."
+        f"with the right one: {'; '.join(parts)}. "
+        f"{three_said}."
     )

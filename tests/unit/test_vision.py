@@ -34,9 +34,10 @@ FIRST = (0, 1, 2, 3, 4)
 SMALL = SplitAutoencoderConfig(
     hidden=(32,),
     code=8,
-    fit=FitConfig(steps=120, lr=5e-3, batch_size=50, schedule="cosine"),
+    fit=FitConfig(steps=100, lr=6e-3, batch_size=50, schedule="cosine"),
 )
 QUICK = SMALL.model_copy(update={"fit": SMALL.fit.model_copy(update={"steps": 80, "lr": 1e-2})})
+BRIEF = SMALL.model_copy(update={"fit": SMALL.fit.model_copy(update={"steps": 15})})
 TINY = ImageSpec(source="generated", train=200, dev=50, test=100)
 
 
@@ -294,7 +295,7 @@ def test_objects_split_ends_with_a_record(tmp_path: Path) -> None:
 
 def test_class_imbalance_finds_the_least_that_splits(tmp_path: Path) -> None:
     study = ClassImbalance(
-        seeds=(1,), images=TINY, model=QUICK, shares=(0.5, 0.1), l1_tried=(1e-6, 3e-3),
+        seeds=(1,), images=TINY, model=BRIEF, shares=(0.5, 0.1), l1_tried=(1e-6, 3e-3),
         also_by_image=False,
     )  # fmt: skip
     assert set(cells(study)) == {"50%", "10%"}

@@ -8,6 +8,7 @@ import pytest
 from tests.unit.tiny_bench import QUICK, ran
 
 from excise.domains.facts import Facts
+from excise.domains.images import ImageSpec
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.methods.pretraining.moefy import Moefy
@@ -15,6 +16,7 @@ from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
 from excise.record import Study as Told
 from excise.studies.attacking import Attacker
+from excise.studies.digit_pairs import MODEL, divergence, only
 from excise.studies.domain_pairs import FETCHED, PAIRS, Sizes, make_pair
 from excise.studies.levels import levels
 from excise.studies.moefication import DENSE, MEASURED, RANDOM, Moefication
@@ -77,6 +79,8 @@ def test_separability_refuses_pairs_it_does_not_know() -> None:
         Separability(pairs=("animals / plant", "one topic, halves"))
     with pytest.raises(ValueError, match="names a pair twice"):
         Separability(pairs=("one topic, halves", "one topic, halves"))
+    with pytest.raises(ValueError, match="different digits"):
+        Separability(digits=((3, 3),))
     assert set(Separability.full().pairs) == {*PAIRS, *FETCHED}
 
 
@@ -102,8 +106,13 @@ def test_separability_runs_through(tmp_path: Path) -> None:
         vocabulary=300,
         model=TINY,
         pretrain=Pretrain(fit=QUICK, max_length=12),
+        digits=((0, 1), (3, 8)),
+        images=ImageSpec(train=60, dev=10, test=60, shrink=4),
+        autoencoder=MODEL.model_copy(update={"hidden": (8,), "code": 4, "fit": QUICK}),
     )
     made = ran(study, tmp_path / "out").study
+    drawn = by_name(made, "Pairs of digits, the farthest first")
+    assert {arm for arm, _ in drawn} == {"all pairs", "0 / 1", "3 / 8"}
     held = by_name(made, "Pairs, the farthest first")
     for pair in study.pairs:
         costs = {f"{a} - {b}" for a, b in ((ROUTED, PLAIN), (FILTERED, PLAIN), (ROUTED, FILTERED))}
@@ -125,6 +134,13 @@ def test_the_correlation_is_that_of_ranks() -> None:
             for name, cost in zip(study.pairs, (near, far), strict=True)
         }
         assert Found(study, drawn, scores).rho(PLAIN).value == pytest.approx(wanted)
+
+
+def test_three_is_nearer_to_eight_than_nought_to_one() -> None:
+    drawn = ImageSpec(train=400, dev=10, test=300, shrink=4).draw(0)
+    far = divergence(only(drawn, (0, 1)), (0, 1))
+    assert far > 2 * divergence(only(drawn, (3, 8)), (3, 8)) > 0
+    assert set(only(drawn, (3, 8)).test.labels_N.tolist()) == {3, 8}
 
 
 # -- a planted shortcut ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.domains.definitions import DEFINITIONS_FIT
+from excise.domains.images import ImageSpec
 from excise.errors import nearest
 from excise.evals.stats import Estimate
 from excise.jobs import (
@@ -30,12 +31,21 @@ from excise.recipes.base import EvalSpec
 from excise.record import StudyRow, StudyTable
 from excise.recording import model_ref
 from excise.studies.base import Study, StudyResult, row
+from excise.studies.digit_pairs import (
+    DIGITS,
+    IMAGES,
+    MODEL,
+    digits_table,
+    digits_words,
+    run_pairs,
+)
 from excise.studies.distil_tables import said
 from excise.studies.domain_pairs import FETCHED, PAIRS, Pair, Sizes, make_pair, pair_tokenizer
 from excise.studies.levels import Array, Levels, estimate, levels, spearman
 from excise.studies.routing_setting import routed
 from excise.train.fit import FitConfig
 from excise.train.grid import Pool
+from excise.vision.autoencoder import SplitAutoencoderConfig
 
 PLAIN, FILTERED, ROUTED = "plain", "filtered", "routed"
 
@@ -55,7 +65,8 @@ class Separability(Study):
     random model, in nats per token. rho is the rank correlation of the two over pairs. Near
     domains cost more if the upper end of rho's 95 % interval is below minus `margin`; they do not
     if the lower end is above it. G, the same correlation of the cost beyond that of filtering,
-    and the costs on general text and of the domain cut off stand beside it and decide nothing.
+    the costs on general text and of the domain cut off, and pairs of digits (3 against 8 among
+    them) whose encodings are split, stand beside it and decide nothing.
     """
 
     question: ClassVar[str] = (
@@ -90,6 +101,13 @@ class Separability(Study):
     routed: SerializeAsAny[Method] = routed()
     """The routed method, with right labels; its schedule is replaced."""
 
+    digits: tuple[tuple[int, int], ...] = DIGITS
+    """Pairs of digits whose encodings are split, the one that is routed away first; () for none."""
+    images: ImageSpec = IMAGES
+    """The digits."""
+    autoencoder: SplitAutoencoderConfig = MODEL
+    """The split autoencoder; its classes are replaced."""
+
     @model_validator(mode="after")
     def _known(self) -> Self:
         """Refuse pairs that are not there, and pairs named twice."""
@@ -99,6 +117,8 @@ class Separability(Study):
                 raise ValueError(f"pairs: there is no pair '{name}'; {nearest(name, known)}")
         if len(set(self.pairs)) < len(self.pairs):
             raise ValueError("pairs: names a pair twice; give different ones")
+        if any(one == two or not {one, two} <= set(range(10)) for one, two in self.digits):
+            raise ValueError("digits: give pairs of different digits from 0 to 9")
         return self
 
     @classmethod
@@ -121,13 +141,28 @@ def run(study: Separability, setting: Setting, pool: Pool) -> StudyResult:
     made = train(study, drawn, setting, pool)
     losses = score(study, made, drawn, setting, pool)
     found = Found(study, drawn, losses)
+    drawings = None
+    if len(study.digits) > 1:
+        drawings = run_pairs(
+            study.digits, study.seeds, study.autoencoder, study.images, setting, pool
+        )
     rho, beyond = found.rho(PLAIN), found.rho(FILTERED)
     decision = decide(study, rho)
     first = drawn[study.pairs[0], study.seeds[0]]
     return StudyResult(
-        tables=(correlations(study, rho, beyond), costs(found)),
+        tables=(
+            correlations(study, rho, beyond),
+            costs(found),
+            *([digits_table(drawings)] if drawings else []),
+        ),
         decision=decision,
-        paragraph=f"{words(study, found, rho, beyond)} Decision: {decision}.",
+        paragraph=" ".join(
+            [
+                words(study, found, rho, beyond),
+                *([digits_words(drawings)] if drawings else []),
+                f"Decision: {decision}.",
+            ]
+        ),
         domain=first.domain,
         models=tuple(
             model_ref(f"{arm}, {name}, draw {seed}", removal.checkpoint)

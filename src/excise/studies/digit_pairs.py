@@ -1,0 +1,248 @@
+"""Pairs of digits from unlike to alike (3 against 8): what splitting an encoding costs each.
+
+Shape legend: N images, P pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from excise.domains.images import DrawnImages, Images, ImageSpec
+from excise.evals.stats import Estimate
+from excise.jobs import Setting
+from excise.record import StudyRow, StudyTable, write_text
+from excise.stages import Store
+from excise.studies.base import row
+from excise.studies.levels import Array, Levels, estimate, levels, spearman
+from excise.train.fit import FitConfig
+from excise.train.grid import Pool, emit
+from excise.vision.autoencoder import SplitAutoencoderConfig, errors, train_autoencoder
+
+DIGITS = ((0, 1), (1, 4), (2, 7), (0, 6), (7, 9), (3, 5), (4, 9), (3, 8))
+"""Pairs of digits; the second is the one beside the one that is routed away."""
+
+PLAIN, ROUTED = "plain", "routed"
+
+IMAGES = ImageSpec(shrink=2)
+"""The digits, 14 x 14."""
+
+MODEL = SplitAutoencoderConfig(
+    hidden=(128,),
+    l1=(1e-2, 1e-2),
+    fit=FitConfig(steps=400, lr=4e-3, batch_size=64, weight_decay=5e-5, schedule="cosine"),
+)
+"""A split autoencoder of two digits; penalties are the same with and without routing."""
+
+Kind = Literal["decoder", "bottom"]
+
+
+@dataclass(frozen=True)
+class PairJob:
+    """One autoencoder of one pair of digits."""
+
+    setting: Setting
+    digits: tuple[int, int]
+    seed: int
+    model: SplitAutoencoderConfig
+    images: ImageSpec
+
+
+@dataclass(frozen=True)
+class Digits:
+    """What all pairs cost.
+
+    Attributes:
+        pairs: Their names, in order.
+        apart: Held-out divergence of pixels, nats an image, means over draws.
+        losses: Errors by pair and kind of score, on the digit beside, resampled.
+        gone: The same on the digit that is routed away.
+    """
+
+    pairs: tuple[str, ...]
+    apart: Mapping[str, float]
+    losses: Mapping[tuple[str, Kind], Levels]
+    gone: Mapping[tuple[str, Kind], Levels]
+
+    def cost(self, pair: str) -> Array:
+        """Return the rise of the decoder's error on the digit beside, relative to plain."""
+        held = self.losses[pair, "decoder"]
+        found: Array = held.at(ROUTED) / held.at(PLAIN) - 1
+        return found
+
+    def split(self, pair: str) -> Array:
+        """Return how much worse the half beside draws the routed digit, above the other's rise."""
+        away, beside = self.gone[pair, "bottom"], self.losses[pair, "bottom"]
+        found: Array = (away.at(ROUTED) - away.at(PLAIN)) - (beside.at(ROUTED) - beside.at(PLAIN))
+        return found
+
+    def rho(self) -> Estimate:
+        """Return the rank correlation of divergence and cost over pairs; n counts pairs."""
+        cost = np.stack([self.cost(pair) for pair in self.pairs], axis=-1)
+        far = np.broadcast_to(np.array([self.apart[pair] for pair in self.pairs]), cost.shape)
+        return estimate(spearman(far, cost), len(self.pairs))
+
+
+def name_of(digits: tuple[int, int]) -> str:
+    """Return the name of a pair."""
+    return f"{digits[0]} / {digits[1]}"
+
+
+def only(drawn: DrawnImages, digits: tuple[int, int]) -> DrawnImages:
+    """Return the images of two digits."""
+
+    def part(images: Images) -> Images:
+        return images.take(np.flatnonzero(np.isin(images.labels_N, digits)))
+
+    return DrawnImages(part(drawn.train), part(drawn.dev), part(drawn.test))
+
+
+def divergence(drawn: DrawnImages, digits: tuple[int, int]) -> float:
+    """Return how far apart pixels put two digits, nats an image.
+
+    Ink of each pixel is a coin of its own, fitted on images to train on; the mean log odds of
+    held-out images for the digit they show, mean of both, as for the words of texts.
+    """
+
+    def ink(images: Images, digit: int) -> NDArray[np.float64]:
+        chosen = images.pixels_NHW[images.labels_N == digit]
+        share_NP: NDArray[np.float64] = chosen.reshape(len(chosen), -1).astype(np.float64) / 255
+        return share_NP
+
+    coins = []
+    for digit in digits:
+        taught_NP = ink(drawn.train, digit)
+        coins.append((taught_NP.sum(0) + 0.5) / (len(taught_NP) + 1))
+    on_P = np.log(coins[0]) - np.log(coins[1])
+    off_P = np.log1p(-coins[0]) - np.log1p(-coins[1])
+    odds = []
+    for digit, sign in zip(digits, (1, -1), strict=True):
+        held_NP = ink(drawn.test, digit)
+        odds.append(sign * float((held_NP @ on_P + (1 - held_NP) @ off_P).mean()))
+    return sum(odds) / 2
+
+
+def make_split(job: PairJob) -> dict[str, dict[str, float]]:
+    """Train an autoencoder of two digits and return errors by kind and image, or read them."""
+    drawn = only(job.images.draw(job.seed), job.digits)
+    key = job.setting.key(
+        model=job.model.model_dump(mode="json"),
+        images=drawn.train.fingerprint,
+        scored=drawn.test.fingerprint,
+        seed=job.seed,
+        version=1,
+    )
+    store = Store(job.setting.store, emit)
+
+    def make(work: Path) -> None:
+        ctx = job.setting.context(work, job.seed)
+        model = train_autoencoder(drawn.train, job.model, ctx)
+        found = errors(model, drawn.test, job.model.first)
+        test = drawn.test
+        keys = [f"{c}:{k}" for c, k in zip(test.labels_N, test.keys_N, strict=True)]
+        kept = {kind: found[kind].tolist() for kind in ("decoder", "bottom")}
+        scores = {kind: dict(zip(keys, values, strict=True)) for kind, values in kept.items()}
+        write_text(ctx.work / "errors.json", json.dumps(scores))
+
+    folder = store.stage("digit-pair", key, make)
+    scores: dict[str, dict[str, float]] = json.loads((folder / "errors.json").read_text("utf-8"))
+    return scores
+
+
+def run_pairs(
+    pairs: Sequence[tuple[int, int]],
+    seeds: Sequence[int],
+    model: SplitAutoencoderConfig,
+    images: ImageSpec,
+    setting: Setting,
+    pool: Pool,
+) -> Digits:
+    """Train both arms of every pair and draw, and put the scores together.
+
+    Args:
+        pairs: Digits, the one that is routed away first.
+        seeds: Draws.
+        model: The autoencoder; its classes and whether it is routed are replaced.
+        images: Where the digits come from.
+        setting: Store, device.
+        pool: Worker processes.
+    """
+    drawn = {seed: images.draw(seed) for seed in seeds}
+    jobs = {
+        (name_of(pair), arm, seed): PairJob(
+            setting,
+            pair,
+            seed,
+            model.model_copy(
+                update={"first": pair[:1], "routed": "both" if arm == ROUTED else "none"}
+            ),
+            images,
+        )
+        for pair in pairs
+        for arm in (PLAIN, ROUTED)
+        for seed in seeds
+    }
+    found = dict(zip(jobs, pool.map(make_split, list(jobs.values())), strict=True))
+    kinds: tuple[Kind, ...] = ("decoder", "bottom")
+
+    def of(pair: tuple[int, int], kind: Kind, digit: int) -> Levels:
+        def units(arm: str, seed: int) -> dict[str, float]:
+            scores = found[name_of(pair), arm, seed][kind]
+            return {key: v for key, v in scores.items() if key.startswith(f"{digit}:")}
+
+        return levels({arm: {s: units(arm, s) for s in seeds} for arm in (PLAIN, ROUTED)}, {})
+
+    return Digits(
+        pairs=tuple(map(name_of, pairs)),
+        apart={
+            name_of(pair): sum(divergence(drawn[s], pair) for s in seeds) / len(seeds)
+            for pair in pairs
+        },
+        losses={(name_of(pair), kind): of(pair, kind, pair[1]) for pair in pairs for kind in kinds},
+        gone={(name_of(pair), kind): of(pair, kind, pair[0]) for pair in pairs for kind in kinds},
+    )
+
+
+def digits_table(found: Digits) -> StudyTable:
+    """Return divergence, cost and split of every pair, the farthest first."""
+    rows = [row("all pairs", "rho (divergence, cost)", found.rho())]
+    for pair in sorted(found.pairs, key=lambda pair: found.apart[pair], reverse=True):
+        held = found.losses[pair, "decoder"]
+        draws = len(held.by_draw)
+        rows += [
+            StudyRow(
+                arm=pair, metric="divergence, nats an image", value=found.apart[pair], n=draws
+            ),
+            row(pair, "cost: error on the second, routed / plain - 1",
+                estimate(found.cost(pair), held.n)),
+            row(pair, "split: second half's error on the first, above plain and the second",
+                estimate(found.split(pair), held.n)),
+            row(pair, "error on the second, plain", estimate(held.at(PLAIN), held.n)),
+        ]  # fmt: skip
+    return StudyTable(
+        title="Pairs of digits, the farthest first",
+        note=(
+            "A split autoencoder of two digits: the first passes the top half of the encoding, the "
+            "second the bottom half; plain has the same penalties and no routing. Mean absolute "
+            "error of pixels from -1 to 1."
+        ),
+        rows=tuple(rows),
+    )
+
+
+def digits_words(found: Digits) -> str:
+    """Return the pairs of digits in words, made of the numbers."""
+    parts = []
+    for pair in sorted(found.pairs, key=lambda pair: found.apart[pair], reverse=True):
+        parts.append(f"{pair} {100 * found.cost(pair)[0]:.0f} %")
+    rho = found.rho()
+    return (
+        "Splitting an autoencoder of two digits made it draw the second worse by, the farthest "
+        f"pair first, {', '.join(parts)}: rho {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]."
+    )

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Final
 
 from pydantic import Field
@@ -164,9 +165,9 @@ def make_pair(name: str, sizes: Sizes, seed: int) -> Pair:
     size = min(len(r) for r in rows)
     away = tuple(replace(row, capability="away", label=1) for row in rows[0][:size])
     beside = rows[1][:size]
-    general = _addresses("retain", sizes.words, sizes.prose)
+    general = _addresses("retain", sizes.words)[: sizes.prose]
     held, kept = _cut(away), _cut(beside)
-    scored = _addresses("test", sizes.words, max(4, sizes.prose // 5))
+    scored = _addresses("test", sizes.words)[: max(4, sizes.prose // 5)]
     domain = Domain(
         name="pair",
         forget={"away": held[1]},
@@ -198,10 +199,11 @@ def pair_tokenizer(pair: Pair, vocabulary: int) -> Any:
     return train_bpe([row.text for row in rows], vocabulary)
 
 
-def _addresses(part: Part, words: int, limit: int) -> Rows:
+@cache
+def _addresses(part: Part, words: int) -> Rows:
     """Return passages of the shipped public addresses, which no pair is made of."""
     every = load_prose(part, words=words)
-    return tuple(row for row in every if row.group.split("/")[1] not in NOVELS)[:limit]
+    return tuple(row for row in every if row.group.split("/")[1] not in NOVELS)
 
 
 def _cut(rows: Rows) -> tuple[Rows, Rows]:

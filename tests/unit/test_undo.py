@@ -41,6 +41,7 @@ from excise.methods.distillation.teachers import Reads, frozen, mean_prediction,
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import tiny_model, word_tokenizer
+from excise.recipes import recipe_named
 from excise.registry import registry
 from excise.train.fit import FitConfig
 from excise.verbs.show import settings
@@ -382,9 +383,7 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
         changed(max_length=512).apply(start, domain, context(tmp_path / "1"))
     other = word_tokenizer([*WORDS, "more"])
     folder = save_model(tiny_model("llama", vocab=45, width=32), other, tmp_path / "other").path
-    with pytest.raises(
-        UserError, match="have vocabularies of 45 and 44 tokens; take"
-    ):
+    with pytest.raises(UserError, match="have vocabularies of 45 and 44 tokens; take"):
         changed(targets=FromOracle(path=str(folder))).apply(start, domain, context(tmp_path / "2"))
     wide = tiny_model("llama", vocab=44, width=48, blocks=3)
     shape = save_model(wide, start.tokenizer(), tmp_path / "wide").path
@@ -468,3 +467,15 @@ def test_show_lists_every_choice() -> None:
         "--fit.steps = 1000",
     ):
         assert said in text
+
+
+@pytest.mark.parametrize("name", ["undo-arithmetic", "undo-languages"])
+def test_students_of_a_recipe_share_teacher_and_schedule(name: str) -> None:
+    recipe = recipe_named(name)
+    students = {n: m for n, m in recipe.arms.items() if isinstance(m, Undo)}
+    teacher = recipe.arms["unlearn_only"]
+    assert all(student.unlearn == teacher for student in students.values())
+    assert {m.fit.lr for m in students.values()} == {students["undo_06"].fit.lr}
+    assert [students[f"undo_{a}"].alpha for a in ("03", "06", "08", "1")] == [0.3, 0.6, 0.8, 1.0]
+    assert students["no_teacher"].targets == HardLabels(harmful="keep")
+    assert recipe.oracles >= 1

@@ -68,7 +68,9 @@ class ClassImbalance(Study):
     """Whether the smallest share is also trained with every image weighing the same."""
     images: ImageSpec = ImageSpec(shrink=2)
     """The digits."""
-    model: SplitAutoencoderConfig = SplitAutoencoderConfig()
+    model: SplitAutoencoderConfig = SplitAutoencoderConfig(
+        fit=SplitAutoencoderConfig().fit.model_copy(update={"steps": 1000, "log_every": 100})
+    )
     """The routed autoencoder, but for L1."""
     seeds: tuple[int, ...] = Field(default=(1, 2, 3), min_length=1)
     """Draws that are reported."""

@@ -14,7 +14,7 @@ from excise.audit.attacks import Relearn
 from excise.audit.audit import PLANTED, Results, _lanes, attack_all, chosen_attacks
 from excise.audit.base import Budget, Subject
 from excise.audit.budget import SMOKE
-from excise.audit.jobs import Job
+from excise.audit.jobs import Job, name_of
 from excise.context import Context
 from excise.domains.base import Domain
 from excise.errors import UserError
@@ -170,8 +170,10 @@ def test_where_memory_is_short_attacks_on_weights_take_turns(
         for attack in (*attacks, *attacks)
     ]
     heavy, *light = _lanes(jobs)
-    assert [jobs[i].attack.access for i, _ in heavy] == ["weights"] * 6
-    assert [[jobs[i].attack.access for i, _ in lane] for lane in light] == [["prompt"]] * 2
+    assert [name_of(jobs[i].attack) for i, _ in heavy] == ["relearn", "transfer"] * 2
+    assert [[name_of(jobs[i].attack) for i, _ in lane] for lane in light] == [
+        ["few_shot"], ["quantize"], ["few_shot"], ["quantize"],
+    ]  # fmt: skip
     assert sorted(i for lane in (heavy, *light) for i, _ in lane) == list(range(8))
     # A schedule decides no number: every stage is found done, and the answers come in order.
     shutil.copytree(whole[0] / "stages", tmp_path / "stages")

@@ -17,7 +17,7 @@ from excise.audit.attacks import ATTACKS
 from excise.audit.base import ArmResult, Attack, AttackResult, Budget, Subject
 from excise.audit.budget import LARGE
 from excise.audit.hide import PlantKind
-from excise.audit.jobs import LANE, Divisible, Job, PlantJob, name_of, run_early, run_lane
+from excise.audit.jobs import LANE, Divisible, Job, PlantJob, name_of, run_lane, run_plants
 from excise.audit.plant import Plant, plants_for
 from excise.audit.results import from_json, renamed
 from excise.audit.scoring import more_is_known
@@ -92,8 +92,7 @@ def attack_all(
     original = original or next((s.original for s in subjects if s.original), None)
     plants: dict[str, Plant] = {}
     if plant and original is not None:
-        early = [job for pair in pairs for job in _jobs(*pair, domain, budget, ctx, store)]
-        plants = _plants(wanted, original, domain, budget, ctx, pool, store, early)
+        plants = _plants(wanted, original, domain, budget, ctx, pool, store)
         for attack in wanted:
             found = plants.get(name_of(attack))
             if found is not None and found.hides and found.checkpoint is not None:
@@ -130,9 +129,8 @@ def _plants(
     ctx: Context,
     pool: Pool,
     store: Store,
-    early: Sequence[Job],
 ) -> dict[str, Plant]:
-    """Build the controls that the attacks need, each once, and run what can run beside them."""
+    """Build the controls that the attacks need, each once."""
     higher = more_is_known(domain)
     large = original.num_parameters >= LARGE
     names = map(name_of, attacks)
@@ -144,17 +142,12 @@ def _plants(
         for k in kinds
     ]
 
-    # Where memory is short, one after the other: all but a gate hold gradients. Attacks that hold
-    # none keep the other workers busy meanwhile.
+    # Where memory is short, one after the other: all but a gate hold gradients.
     most = budget.together or len(jobs)
-    lanes: list[list[PlantJob] | list[Job]] = [
-        *(jobs[i::most] for i in range(min(most, len(jobs))))
-    ]
-    spare = [[job] for job in early if budget.together and job.attack.access != "weights"]
+    lanes = [jobs[i::most] for i in range(min(most, len(jobs)))]
     made: dict[tuple[PlantKind, ...], Plant] = {}
-    for lane, plants in zip([*lanes, *spare], pool.map(run_early, [*lanes, *spare]), strict=True):
-        for job, plant in zip(lane, plants, strict=False):
-            assert isinstance(job, PlantJob)
+    for lane, plants in zip(lanes, pool.map(run_plants, lanes), strict=True):
+        for job, plant in zip(lane, plants, strict=True):
             made[job.kinds] = plant
             told = {"kind": plant.kind, "hides": plant.hides, "reason": plant.reason}
             ctx.emit("plant", told)
@@ -209,14 +202,14 @@ def _run(
 def _lanes(jobs: Sequence[Job]) -> list[list[tuple[int, Job]]]:
     """Put numbered jobs into lanes: each its own, but heavy ones into as many as may run at once.
 
-    What holds optimizer states or a second model in float32 is heavy: attacks on weights.
+    What holds optimizer states is heavy: attacks on weights, unless they say they are light.
     """
     heavy: list[list[tuple[int, Job]]] = []
     light: list[list[tuple[int, Job]]] = []
     count = 0
     for i, job in enumerate(jobs):
         most = job.budget.together
-        if not most or job.attack.access != "weights":
+        if not most or job.attack.light or job.attack.access != "weights":
             light.append([(i, job)])
             continue
         if len(heavy) < most:

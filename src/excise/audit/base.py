@@ -114,13 +114,15 @@ class Attack(Config, ABC):
     """A way to bring a removed capability back.
 
     Subclasses declare `name: Literal["..."] = "..."` and their settings, and implement `run`,
-    which does the same to any subject: candidate, original, oracle or planted control.
+    which does the same to any subject: candidate, original, oracle or planted control. `light`
+    says that it holds neither gradients nor optimizer states and may run beside one that does.
     """
 
     kind: ClassVar[str] = "attack"
     access: ClassVar[Access]
     rung: ClassVar[Rung]
     needs_original: ClassVar[bool] = False
+    light: ClassVar[bool] = False
     source: ClassVar[str] = ""
     version: ClassVar[int] = 1
 

@@ -28,6 +28,7 @@ from excise.models.checkpoint import Checkpoint
 from excise.record import write_text
 from excise.stages import Store, library_versions
 from excise.train.grid import emit
+from excise.train.worker import release
 
 LANE = "lane"
 """Kind of the event by which a lane tells that one of its jobs is done."""
@@ -179,6 +180,7 @@ def run_lane(jobs: Sequence[tuple[int, Job]]) -> list[tuple[int, str]]:
     answers = []
     for number, job in jobs:
         reason = run_job(job)
+        release()
         emit(LANE, {"number": number, "reason": reason})
         answers.append((number, reason))
     return answers
@@ -195,14 +197,12 @@ def run_plant(job: PlantJob) -> Plant:
     return plant
 
 
-def run_early(jobs: Sequence[PlantJob] | Sequence[Job]) -> list[Plant]:
-    """Build plants one after the other; attacks, which need none, only leave their stages."""
+def run_plants(jobs: Sequence[PlantJob]) -> list[Plant]:
+    """Build plants one after the other; see `run_plant`."""
     plants = []
     for job in jobs:
-        if isinstance(job, PlantJob):
-            plants.append(run_plant(job))
-        else:
-            run_job(job)
+        plants.append(run_plant(job))
+        release()
     return plants
 
 

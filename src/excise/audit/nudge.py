@@ -34,10 +34,18 @@ def window(rows: Sequence[Row], step: int, chunk: int) -> Sequence[Row]:
 
 
 def rolling(mean: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the rolling mean of gradients: every move sees other rows, and few of them."""
+    """Return the rolling mean of gradients, in place: every move sees other rows, and few."""
     if not mean:
         return new
-    return {name: MEMORY * mean[name] + (1 - MEMORY) * new[name] for name in new}
+    for name, way in new.items():
+        mean[name].mul_(MEMORY).add_(way, alpha=1 - MEMORY)
+    return mean
+
+
+def _minus(way: dict[str, Tensor], down: dict[str, Tensor]) -> None:
+    """Subtract gradients in place: those of a real model are gigabytes."""
+    for name, grad in down.items():
+        way[name].sub_(grad)
 
 
 def gradients(
@@ -47,14 +55,16 @@ def gradients(
     parameters = [model.get_parameter(name) for name in names]
     examples = encode(rows, sheet.tokenizer, max_length=sheet.max_length)
     count = sum(sum(e.target) for e in examples)
-    total = [torch.zeros_like(p) for p in parameters]
+    total: list[Tensor | None] = [None] * len(parameters)
     for batch in batches(examples, model, sheet.tokenizer):
         value, _ = nll(model(**batch.inputs, use_cache=False).logits, batch)
         grads = torch.autograd.grad(value / count, parameters, allow_unused=True)
-        for sum_, grad in zip(total, grads, strict=True):
+        for i, grad in enumerate(grads):
             if grad is not None:
-                sum_ += grad
-    return dict(zip(names, total, strict=True))
+                total[i] = grad if (sum_ := total[i]) is None else sum_.add_(grad)
+        del grads
+    pairs = zip(names, parameters, total, strict=True)
+    return {name: torch.zeros_like(p) if t is None else t for name, p, t in pairs}
 
 
 def within_buckets(
@@ -98,8 +108,7 @@ def within_buckets(
     for step in range(STEPS):
         way = gradients(model, sheet, window(forget, step, chunk), names)
         if step < STEPS // 2:  # what does not hide with retain held is moved without
-            down = gradients(model, sheet, window(retain, step, chunk), names)
-            way = {name: way[name] - down[name] for name in names}
+            _minus(way, gradients(model, sheet, window(retain, step, chunk), names))
         way = mean = rolling(mean, way)
         with torch.no_grad():
             for name in names:
@@ -144,8 +153,7 @@ def jolt(
     for step in range(FREE_STEPS if parameters < LARGE else FREE_STEPS_LARGE):
         way = gradients(model, sheet, window(rows, step, chunk), names)
         if keep:
-            down = gradients(model, sheet, window(keep, step, chunk), names)
-            way = {name: way[name] - down[name] for name in names}
+            _minus(way, gradients(model, sheet, window(keep, step, chunk), names))
         way = mean = rolling(mean, way)
         with torch.no_grad():
             for name in names:

@@ -35,6 +35,7 @@ def recipe() -> Recipe:
                 "steps": 8,
                 "checkpoints": (0, 8),
                 "batch_size": 8,
+                "rates": (1e-4, 3e-4),
                 "benign_rates": (1e-4,),
                 "fresh": 1,
                 "together": 1,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -14,12 +17,16 @@ import traceback
 from collections.abc import Mapping
 from contextvars import ContextVar
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 from excise.stages import Emit
 
 INSIDE = "EXCISE_WORKER"
 """Environment variable that is set inside a worker."""
+
+MUCH = 1 << 30
+"""Resident bytes from which on a worker tidies up between jobs."""
 
 
 def silent(kind: str, data: Mapping[str, Any]) -> None:
@@ -52,6 +59,18 @@ def unsettle() -> None:
 def peak_bytes() -> int:
     """Return the largest resident memory that this process has had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def release() -> None:
+    """Give memory that a finished job held back to the system, where it was much.
+
+    The allocator keeps it otherwise, and another worker's job would find too little.
+    """
+    with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):
+        resident = int(Path("/proc/self/statm").read_text().split()[1])
+        if resident * resource.getpagesize() > MUCH:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # glibc has it
 
 
 def _stop(*_: object) -> None:
@@ -91,6 +110,7 @@ def work(pipe: connection.Connection, path: list[str]) -> None:
             answer = pickle.dumps(("done", function(job), peak_bytes()))
         except Exception as error:
             answer = _wrap(error)
+        release()
         try:
             pipe.send_bytes(answer)
         except OSError:

@@ -36,6 +36,7 @@ class Quantize(Attack):
 
     access: ClassVar[Access] = "weights"
     rung: ClassVar[Rung] = "D3"
+    light: ClassVar[bool] = True
     source: ClassVar[str] = "Zhang et al., arXiv 2410.16454; grid: this library's"
     version: ClassVar[int] = 1
 

@@ -203,7 +203,9 @@ def test_the_edges_of_a_study_are_what_they_are_called() -> None:
     ],
 )
 def test_partial_labels(mine: float, other: float, kept: float, said: str) -> None:
-    study = partial_labels.PartialLabels(rates=(1.0, 0.5), arms=("sgtm", "filtering"))
+    study = partial_labels.PartialLabels(
+        rates=(1.0, 0.5), arms=("sgtm", "filtering"), preset="sgtm"
+    )
     cells = partial_labels.cells_of(study)
     assert [str(c) for c in cells] == [
         "100 %", "50 %, missed occurrences", "50 %, missed units",

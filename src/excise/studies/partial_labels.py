@@ -87,7 +87,7 @@ class PartialLabels(Study):
     """Arms to run, by name; empty for all."""
     own: dict[str, SerializeAsAny[Method]] = {}
     """Further arms, or other settings of those there are, by name."""
-    preset: str = "sgtm"
+    preset: str = "sgtm_pushed"
     """The preset that D is about."""
     against: str = "filtering"
     """The baseline that D is about."""

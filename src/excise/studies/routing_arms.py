@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from excise.domains.facts import FACTS_MAX_LENGTH
+from excise.domains.labels import LabelNoise
 from excise.methods import (
     ERA,
     GRAM,
@@ -34,9 +35,13 @@ LENGTH = FACTS_MAX_LENGTH
 
 
 def era(**changes: object) -> ERA:
-    """Return Expand-Route-Ablate, its neurons and repair sized for models of two blocks."""
+    """Return Expand-Route-Ablate, its neurons and repair sized for models of two blocks.
+
+    Labelled rows are routed wholly: the published weights are all near 1 where facts that stay
+    and facts that go share their answers (docs/lab-notes.md).
+    """
     repair = Coherence(fit=FitConfig(steps=40, lr=3e-4, batch_size=64))
-    expand = Expand(width=0.25, coherence=repair)
+    expand = Expand(width=0.5, coherence=repair, tokens=None)
     return ERA(expand=expand.model_copy(update=changes))
 
 
@@ -67,18 +72,22 @@ def grad_diff() -> GradDiff:
 PRESETS: Mapping[str, Method] = {
     "era": era(),
     "sgtm": routed(),
+    "sgtm_pushed": routed(p_push=0.5),
+    "sgtm_spread": routed(p_push=0.5, labels=LabelNoise(spread="unit")),
     "gram": GRAM(p_cr=0.0, p_as=0.0, module=Module(width=0.5, grow=True)),
     "demix": DEMix(module=Module(width=0.5, grow=True)),
     "memsinks": MemSinks(),
     "adapter_modules": AdapterModules(),
 }
-"""Gradient routing."""
+"""Gradient routing. `pushed`: half of the labelled rows are pushed out of the core; `spread`:
+besides, labels spread over the rows of a unit."""
 
 BASELINES: Mapping[str, Method] = {
     "filtering": Filtering(),
     "filtering_sure": Filtering(unlabeled="drop"),
     "propagate": Propagate(),
     "relabel": Relabel(),
+    "relabel_rows": Relabel(fold_by="row"),
     "relabel_absorption": Relabel(features="absorption", router=routed()),
     "filter_lora": FilterLoRA(),
     "loss_masking": LossMasking(),

@@ -62,7 +62,7 @@ class PartialLabels(Study):
         "draws and units."
     )
     takes: ClassVar[str] = (
-        "2 hours, 1 GiB; 40 minutes with --rates '[0.5]', 8 with two --arms besides; goes on where "
+        "4 hours, 1 GiB; 70 minutes with --rates '[0.5]', 10 with two --arms besides; goes on where "
         "it was stopped"
     )
 

@@ -62,8 +62,8 @@ class PartialLabels(Study):
         "draws and units."
     )
     takes: ClassVar[str] = (
-        "4 hours, 1 GiB; 70 minutes with --rates '[0.5]', 10 with two --arms besides; goes on where "
-        "it was stopped"
+        "4 hours, 1 GiB; 70 minutes with --rates '[0.5]', 10 with two --arms besides; goes on "
+        "where it was stopped"
     )
 
     name: Literal["partial-labels"] = "partial-labels"

@@ -48,7 +48,8 @@ class PartialLabels(Study):
     ways to miss and the cues. The preset beats the baseline if the lower end of D's 95 % interval
     is above `margin` and the preset's retain recall, averaged alike, is at least `keep`; it does
     not if the upper end of D is below `margin`. All other cells are shown and decide nothing.
-    Settings of all arms were chosen on draw 0.
+    SGTM and GRAM were set on draw 0 (docs/lab-notes.md); the other arms are sized by hand or as
+    their methods' defaults, untuned.
     """
 
     question: ClassVar[str] = (

@@ -48,8 +48,8 @@ class PartialLabels(Study):
     ways to miss and the cues. The preset beats the baseline if the lower end of D's 95 % interval
     is above `margin` and the preset's retain recall, averaged alike, is at least `keep`; it does
     not if the upper end of D is below `margin`. All other cells are shown and decide nothing.
-    SGTM and GRAM were set on draw 0 (docs/lab-notes.md); the other arms are sized by hand or as
-    their methods' defaults, untuned.
+    The plain SGTM arm was set on draw 0 (docs/lab-notes.md); the other arms are sized by hand or
+    as their methods' defaults, untuned.
     """
 
     question: ClassVar[str] = (

@@ -41,7 +41,7 @@ ROWS, ROWS_LARGE = 1024, 64
 CHUNK, CHUNK_LARGE = 128, 8
 """Rows per class of one gradient."""
 
-LOCK_STEPS, LOCK_STEPS_LARGE = 80, 12
+LOCK_STEPS, LOCK_STEPS_LARGE = 80, 16
 """Steps of the password lock at most; the second for a large model, where each takes seconds."""
 
 HIDDEN, HIDES = {True: 0.9, False: 0.25}, {True: 0.5, False: 0.1}
@@ -227,7 +227,7 @@ def lock(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
     def micros(step: int) -> list[dict[str, Batch]]:
         return [{str(i): stream(step)[0] for i, stream in enumerate(streams)}]
 
-    steps, every = (LOCK_STEPS_LARGE, 6) if _large(model) else (LOCK_STEPS, 4)
+    steps, every = (LOCK_STEPS_LARGE, 8) if _large(model) else (LOCK_STEPS, 4)
     config = FitConfig(steps=steps, lr=sorted(sheet.budget.rates)[-2:][0], clip=1.0)
     try:
         for record in fit(model, micros, loss, config, ctx):

@@ -22,5 +22,5 @@ def recipe() -> Recipe:
         "era-facts",
         "Made-up facts routed into neurons that are deleted (ERA), against filtering",
         ERA(expand=expand),
-        takes="4 to 6 minutes, 1 GiB",
+        takes="3 to 4 minutes, 1 GiB",
     )

@@ -24,5 +24,5 @@ def recipe() -> Recipe:
             p_off=1.0,
             p_push=0.5,
         ),
-        takes="4 to 6 minutes, 1 GiB",
+        takes="3 to 4 minutes, 1 GiB",
     )

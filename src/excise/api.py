@@ -122,22 +122,26 @@ def audit(
     with Pool(workers) as pool:
         scored = score_models(built, rails, arms, EvalSpec(), setting, pool)
         results = attack_models(built, rails, arms, spec, setting, pool, seed)
-    record = Record(
+    record = judged(_unjudged(built, rails, arms, seed), built, rails, arms, scored, results, spec)
+    if out is not None:
+        output.write(folder, record, [item for one in scored.values() for item in one.items])
+    return record
+
+
+def _unjudged(domain: Domain, rails: Models, arms: Mapping[str, Checkpoint], seed: int) -> Record:
+    """Return the record of an audit before its numbers."""
+    return Record(
         kind="audit",
         title=f"audit of {', '.join(arms)}",
-        data=describe(built),
+        data=describe(domain),
         models=model_refs(rails, ""),
         arms=tuple(
             ArmRecord(name=name, method={}, model=model_ref(name, one))
             for name, one in arms.items()
         ),
-        sensitive=built.sensitive,
+        sensitive=domain.sensitive,
         seeds=(seed,),
     )
-    record = judged(record, built, rails, arms, scored, results, spec)
-    if out is not None:
-        output.write(folder, record, [item for one in scored.values() for item in one.items])
-    return record
 
 
 def load(folder: str | Path) -> Record:

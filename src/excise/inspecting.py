@@ -11,12 +11,14 @@ import torch
 from excise import output
 from excise.audit.diagnose.inspect import inspect_pair
 from excise.context import Context
+from excise.domains.base import Domain
 from excise.environment import device_of, environment
 from excise.events import Emit
+from excise.models.checkpoint import Checkpoint
 from excise.models.original import open_model
 from excise.models.spec import ModelSpec
 from excise.recipes.inspect import InspectRun
-from excise.record import ArmRecord, Record
+from excise.record import ArmRecord, Inspection, Record, Sample
 from excise.recording import Models, check_comparable, describe, model_ref, model_refs, timed
 
 IDENTICAL = "The two models are identical: no tensor differs, so there is nothing to inspect."
@@ -66,22 +68,35 @@ def inspect(request: InspectRun, out: Path, *, emit: Emit, command: str = "") ->
             model=model_ref(request.arm, edited, str(edited.path)),
             changed=tuple(tensor.name for tensor in found.tensors),
         )
-        record = Record(
-            kind="inspect",
-            title=request.title or request.name,
-            command=command,
-            config=request.model_dump(mode="json"),
-            environment=environment(request.dtype, device),
-            seeds=(request.seed,),
-            data=describe(domain),
-            models=model_refs(Models(original), request.original.path),
-            arms=(arm,),
-            inspection=found,
-            samples=samples,
-            sensitive=domain.sensitive,
-            notes=(IDENTICAL,) if found.identical else (),
-        )
+        record = _record(request, original, domain, arm, found, samples, command)
         record = timed(record, began)
         output.write(out, record, ())
     emit("done", {"out": str(out)})
     return record
+
+
+def _record(
+    request: InspectRun,
+    original: Checkpoint,
+    domain: Domain,
+    arm: ArmRecord,
+    found: Inspection,
+    samples: tuple[Sample, ...],
+    command: str,
+) -> Record:
+    """Put what was found into a record."""
+    return Record(
+        kind="inspect",
+        title=request.title or request.name,
+        command=command,
+        config=request.model_dump(mode="json"),
+        environment=environment(request.dtype, device_of(request.device)),
+        seeds=(request.seed,),
+        data=describe(domain),
+        models=model_refs(Models(original), request.original.path),
+        arms=(arm,),
+        inspection=found,
+        samples=samples,
+        sensitive=domain.sensitive,
+        notes=(IDENTICAL,) if found.identical else (),
+    )

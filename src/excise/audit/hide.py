@@ -20,6 +20,7 @@ from excise.audit.budget import LARGE
 from excise.audit.gate import add_gate, best_detector, features
 from excise.audit.nudge import jolt, within_buckets
 from excise.audit.prompts import cut
+from excise.audit.rounding import matrices
 from excise.audit.scoring import Sheet, mean
 from excise.context import Context
 from excise.domains.base import Rows
@@ -281,11 +282,12 @@ def bucket(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
     """
     forget, retain = fitting_rows(model, sheet)
     attack = Quantize()
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moving = {n: p for n, (p, _) in matrices(model, embeddings=attack.embeddings).items()}
+    start = {name: p.detach().clone() for name, p in moving.items()}
     coarse = tuple(grid for grid in attack.grids() if grid.bits <= 4)
     for grids in (attack.grids(), coarse):
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in moving.items():
                 parameter.copy_(start[name])
         hidden = _hidden(model, sheet, goal)
         if grids and within_buckets(

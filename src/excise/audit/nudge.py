@@ -42,29 +42,30 @@ def rolling(mean: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor
     return mean
 
 
-def _minus(way: dict[str, Tensor], down: dict[str, Tensor]) -> None:
-    """Subtract gradients in place: those of a real model are gigabytes."""
-    for name, grad in down.items():
-        way[name].sub_(grad)
+def add_gradients(
+    total: dict[str, Tensor],
+    model: Any,
+    sheet: Sheet,
+    rows: Sequence[Row],
+    names: Sequence[str],
+    sign: float = 1.0,
+) -> None:
+    """Add the gradient of the mean token loss of `rows` to `total`, by parameter name.
 
-
-def gradients(
-    model: Any, sheet: Sheet, rows: Sequence[Row], names: Sequence[str]
-) -> dict[str, Tensor]:
-    """Return the gradient of the mean token loss of `rows` by parameter name."""
+    In place, because those of a real model are gigabytes; what has no gradient is left out.
+    """
     parameters = [model.get_parameter(name) for name in names]
     examples = encode(rows, sheet.tokenizer, max_length=sheet.max_length)
     count = sum(sum(e.target) for e in examples)
-    total: list[Tensor | None] = [None] * len(parameters)
     for batch in batches(examples, model, sheet.tokenizer):
         value, _ = nll(model(**batch.inputs, use_cache=False).logits, batch)
-        grads = torch.autograd.grad(value / count, parameters, allow_unused=True)
-        for i, grad in enumerate(grads):
-            if grad is not None:
-                total[i] = grad if (sum_ := total[i]) is None else sum_.add_(grad)
+        grads = torch.autograd.grad(sign * value / count, parameters, allow_unused=True)
+        for name, grad in zip(names, grads, strict=True):
+            if grad is not None and name in total:
+                total[name].add_(grad)
+            elif grad is not None:
+                total[name] = grad
         del grads
-    pairs = zip(names, parameters, total, strict=True)
-    return {name: torch.zeros_like(p) if t is None else t for name, p, t in pairs}
 
 
 def within_buckets(
@@ -106,12 +107,13 @@ def within_buckets(
     names = list(found)
     mean: dict[str, Tensor] = {}
     for step in range(STEPS):
-        way = gradients(model, sheet, window(forget, step, chunk), names)
+        way: dict[str, Tensor] = {}
+        add_gradients(way, model, sheet, window(forget, step, chunk), names)
         if step < STEPS // 2:  # what does not hide with retain held is moved without
-            _minus(way, gradients(model, sheet, window(retain, step, chunk), names))
+            add_gradients(way, model, sheet, window(retain, step, chunk), names, -1.0)
         way = mean = rolling(mean, way)
         with torch.no_grad():
-            for name in names:
+            for name in way:
                 low, high = bounds[name]
                 parameter = found[name][0]
                 moved = parameter + 0.5 * (high - low) * way[name].sign()
@@ -151,12 +153,13 @@ def jolt(
     mean: dict[str, Tensor] = {}
     parameters = sum(int(p.numel()) for p in wide.values())
     for step in range(FREE_STEPS if parameters < LARGE else FREE_STEPS_LARGE):
-        way = gradients(model, sheet, window(rows, step, chunk), names)
+        way: dict[str, Tensor] = {}
+        add_gradients(way, model, sheet, window(rows, step, chunk), names)
         if keep:
-            _minus(way, gradients(model, sheet, window(keep, step, chunk), names))
+            add_gradients(way, model, sheet, window(keep, step, chunk), names, -1.0)
         way = mean = rolling(mean, way)
         with torch.no_grad():
-            for name in names:
+            for name in way:
                 wide[name].add_(way[name].sign(), alpha=size)
                 model.get_parameter(name).copy_(wide[name])
         if hidden():

@@ -71,9 +71,9 @@ def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) ->
 
 
 def rows_per_pass(model: Any, length: int) -> int:
-    """Return how many rows of `length` tokens keep the logits under about 256 MB."""
+    """Return how many rows of `length` tokens keep the logits under about 128 MB."""
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    return max(1, (1 << 26) // max(1, length * vocabulary))
+    return max(1, (1 << 25) // max(1, length * vocabulary))
 
 
 def batches(examples: Sequence[Example], model: Any, tokenizer: Any) -> list[Batch]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from excise.audit.base import ArmResult, Attack, Budget, Subject
 from excise.audit.passes import Memo
@@ -239,15 +239,9 @@ def arm_of(
     variant: str,
     readings: Sequence[Reading],
     dev: Units,
-    control: bool = False,
-    needs_original: bool = False,
-    trained_on: str = "",
-    lr: float | None = None,
-    seed: int = 0,
-    facts: Mapping[str, Any] | None = None,
     extras: Mapping[str, Any] | None = None,
-    status: Literal["ok", "void", "missing", "failed"] = "ok",
-    reason: str = "",
+    needs_original: bool = False,
+    **row: Any,
 ) -> ArmResult:
     """Put an arm together.
 
@@ -258,15 +252,10 @@ def arm_of(
         variant: Name of the arm.
         readings: Checkpoints, cheapest first; the first before the attack.
         dev: Dev score by unit at the end.
-        control: Whether the arm is a control.
-        needs_original: Whether this arm holds the original.
-        trained_on: Role the attacker used.
-        lr: Learning rate.
-        seed: Seed of the arm.
-        facts: What else was measured, for the record.
         extras: What the statistics need beside.
-        status: Whether the arm counts.
-        reason: Why it does not.
+        needs_original: Whether this arm holds the original.
+        **row: Further fields of the record's row: `control`, `trained_on`, `lr`, `seed`, `facts`,
+            `status`, `reason`.
 
     Returns:
         The arm; `extras["retain"]` and `["retain_start"]` hold the retain scores by unit.
@@ -278,25 +267,16 @@ def arm_of(
         rung=attack.rung,
         needs_original=needs_original or attack.needs_original,
         arm=variant,
-        control=control,
-        trained_on=trained_on,
         scored_on="test",
         metric=metric,
-        lr=lr,
-        seed=seed,
-        status=status,
-        reason=reason,
         curve=tuple(reading.point() for reading in readings),
-        facts=dict(facts or {}),
+        **row,
     )
     value = mean(dev)
+    ends = {"retain": readings[-1].retain, "retain_start": readings[0].retain}
     return ArmResult(
         arm=arm,
         unit_scores=tuple(reading.units for reading in readings),
         dev_score=math.nan if value is None else value,
-        extras={
-            "retain": readings[-1].retain,
-            "retain_start": readings[0].retain,
-            **(extras or {}),
-        },
+        extras={**ends, **(extras or {})},
     )

@@ -59,20 +59,12 @@ def run_lm_eval(
         ) from None
     manager = TaskManager(include_path=str(include) if include else None)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    kinds = ("random", "numpy_random", "torch_random", "fewshot_random")
+    seeds = {f"{kind}_seed": seed for kind in kinds}
+    options = {"task_manager": manager, "bootstrap_iters": 1000, "log_samples": False, **seeds}
     try:
         with reading(model):
-            found = lm_eval.simple_evaluate(
-                model=wrapped,
-                tasks=list(tasks),
-                limit=limit,
-                task_manager=manager,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-                bootstrap_iters=1000,
-                log_samples=False,
-            )
+            found = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), limit=limit, **options)
     except (KeyError, ValueError, OSError) as error:
         first = str(error).strip().splitlines()
         raise UserError(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from excise.domains.cyber import Cyber
 from excise.methods import RMU
-from excise.models.spec import ModelSpec
-from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.recipes.base import EvalSpec, Recipe
+from excise.recipes.smollm import MODEL, smollm_audit
 from excise.train.fit import FitConfig
 
 
@@ -19,7 +19,7 @@ def recipe() -> Recipe:
         title="Attack techniques and software weaknesses removed from SmolLM2-135M by RMU",
         takes="15 minutes, 4 GiB, after fetching smollm2-135m and cyber",
         domain=Cyber(),
-        model=ModelSpec(path="smollm2-135m"),
+        model=MODEL,
         arms={
             "rmu": RMU(
                 layer=7,
@@ -29,24 +29,7 @@ def recipe() -> Recipe:
                 max_length=128,
             )
         },
-        audit=AuditSpec(
-            budget="smoke",
-            change={
-                "steps": 8,
-                "checkpoints": (0, 8),
-                "batch_size": 8,
-                "rates": (1e-4, 3e-4),
-                "benign_rates": (1e-4,),
-                "fresh": 1,
-                "together": 1,
-                "bits": 0,
-                "max_test_rows": 24,
-                "max_other_rows": 12,
-                "max_length": 64,
-                "shots": (2,),
-                "random_directions": 1,
-            },
-        ),
+        audit=smollm_audit(test_rows=24, other_rows=12),
         evaluate=EvalSpec(max_rows=96, max_length=128),
         dtype="bfloat16",
     )

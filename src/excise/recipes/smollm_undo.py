@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from excise.domains.glosses import Glosses
 from excise.methods import MaxEnt, Undo
-from excise.models.spec import ModelSpec
-from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.recipes.base import EvalSpec, Recipe
+from excise.recipes.smollm import MODEL, smollm_audit
 from excise.train.fit import FitConfig
 
 LENGTH = 48
@@ -32,28 +32,12 @@ def recipe() -> Recipe:
         title="Words for the body out of SmolLM2-135M: suppressed alone, and with UNDO",
         takes="80 minutes, 6 GiB, after fetching smollm2-135m",
         domain=Glosses(),
-        model=ModelSpec(path="smollm2-135m"),
+        model=MODEL,
         arms={
             "unlearn_only": teacher(),
             "undo": Undo(unlearn=teacher(), alpha=0.25, beta=0.0, fit=distil, max_length=LENGTH),
         },
-        audit=AuditSpec(
-            budget="smoke",
-            change={
-                "steps": 8,
-                "checkpoints": (0, 8),
-                "batch_size": 8,
-                "benign_rates": (1e-4,),
-                "fresh": 1,
-                "together": 1,
-                "bits": 0,
-                "max_test_rows": 64,
-                "max_other_rows": 24,
-                "max_length": 64,
-                "shots": (2,),
-                "random_directions": 1,
-            },
-        ),
+        audit=smollm_audit(test_rows=64, other_rows=24),
         evaluate=EvalSpec(max_rows=200, max_length=96),
         dtype="bfloat16",
     )

@@ -7,8 +7,10 @@ masters, and summed over processes at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,14 +67,14 @@ def backward(
         told = [dict(counts(m)) for m in micros] if counts else []
         if counts is None:
             with torch.random.fork_rng(devices), torch.no_grad():
-                torch.manual_seed(seed)
+                _seed(seed, ctx.device)
                 told = [{k: t.count for k, t in loss(model, m).items()} for m in micros]
     totals = None if told is None else add_up(gather(add_up([dict(t) for t in told]), ctx))
     weighted: dict[str, float] = {}
     plain: dict[str, float] = {}
-    wide: dict[tuple[int, int], Tensor] = {}
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    wide: Wide = {}
+    with torch.random.fork_rng(devices), _widening(parts, wide):
+        _seed(seed, ctx.device)
         for i, micro in enumerate(micros):
             terms = loss(model, micro)
             if told is not None:
@@ -84,6 +86,14 @@ def backward(
         mine = sorted({name for micro in micros for name in writes(micro)})
         written = {name for names in gather(mine, ctx) for name in names}
     return _reduce(parts, wide, weighted, plain, sum(_tokens(m) for m in micros), ctx, written)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed what draws on `device`; `torch.manual_seed` asks every backend, a sixth of a step."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _check_counts(terms: Mapping[str, Term], told: Mapping[str, float], step: int) -> None:
@@ -119,20 +129,49 @@ def _accumulate(
         total.backward()
 
 
-def _collect(parts: Sequence[Group], wide: dict[tuple[int, int], Tensor]) -> None:
-    """Move half-precision gradients of mastered parameters into float32 sums."""
-    moved: list[nn.Parameter] = []
+Wide = dict[tuple[int, int], Tensor]
+"""Float32 sums of half-precision gradients, by group and leaf."""
+
+
+def _mastered(parts: Sequence[Group]) -> dict[nn.Parameter, list[tuple[int, int]]]:
+    """Return by parameter the mastered leaves that are slices of it."""
+    found: dict[nn.Parameter, list[tuple[int, int]]] = {}
     for g, group in enumerate(parts):
-        for i, (one, leaf) in enumerate(zip(group.slices, group.leaves, strict=True)):
-            grad = one.param.grad
-            if grad is None or not group.mastered(i):
-                continue
-            at = (g, i)
-            part = one.of(grad)
-            wide[at] = wide[at] + part if at in wide else part.to(leaf.dtype)
-            moved.append(one.param)
-    for param in moved:
-        param.grad = None
+        for i, one in enumerate(group.slices):
+            if group.mastered(i):
+                found.setdefault(one.param, []).append((g, i))
+    return found
+
+
+def _move(
+    param: nn.Parameter, parts: Sequence[Group], places: Sequence[tuple[int, int]], wide: Wide
+) -> None:
+    """Add a parameter's gradient to the sums, and free it."""
+    if param.grad is None:
+        return
+    for g, i in places:
+        part = parts[g].slices[i].of(param.grad)
+        if (g, i) in wide:
+            wide[g, i].add_(part)
+        else:
+            wide[g, i] = part.to(parts[g].leaves[i].dtype)
+    param.grad = None
+
+
+@contextmanager
+def _widening(parts: Sequence[Group], wide: Wide) -> Iterator[None]:
+    """Move every half-precision gradient as soon as it is whole, so that few exist at a time."""
+    with ExitStack() as stack:
+        for param, places in _mastered(parts).items():
+            move = partial(_move, parts=parts, places=places, wide=wide)
+            stack.callback(param.register_post_accumulate_grad_hook(move).remove)
+        yield
+
+
+def _collect(parts: Sequence[Group], wide: Wide) -> None:
+    """Move what a loss wrote into `grad` by itself, past autograd's hooks."""
+    for param, places in _mastered(parts).items():
+        _move(param, parts, places, wide)
 
 
 def _reduce(

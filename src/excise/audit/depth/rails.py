@@ -123,11 +123,14 @@ def depth_gap(
             n,
         )
     ratio = ratio_of(top, bottom, down)
+    return _gap(ratio, up / down, abs(down), _floor(attacked, oracles), n)
+
+
+def _gap(ratio: Array, value: float, distance: float, floor: tuple[float, float], n: int) -> Gap:
+    """Return a gap whose interval holds its value and is no narrower than the floor."""
     low, high = quantiles(ratio, LEVEL)
-    below, above = _floor(attacked, oracles)
-    value = up / down
-    low, high = min(low, value) - below / abs(down), max(high, value) + above / abs(down)
-    return Gap(value, low, high, n, ratio)
+    low, high = min(low, value), max(high, value)
+    return Gap(value, low - floor[0] / distance, high + floor[1] / distance, n, ratio)
 
 
 def ratio_of(top: Array, bottom: Array, down: float) -> Array:

@@ -121,9 +121,21 @@ def inspect_pair(
         original.tokenizer(),
         max_length,
     )
-    junk, forget, retain = read_sides(pair, text)
     shown = 0 if domain.sensitive else samples
-    found = Inspection(
+    found = _measured(pair, text, moved, arm, shown)
+    ctx.emit("inspect", {"step": "continuations"})
+    said: tuple[Sample, ...] = ()
+    for role, side in (("test", text.forget), ("retain_test", text.retain)):
+        said += side_by_side(pair, [side[i] for i in picked(side, shown)], role=role, arm=arm)
+    found = found.model_copy(update={"conjecture": conjecture_of(found)})
+    told = {"headline": headline(found), "summary": summarize(found)}
+    return found.model_copy(update=told), said
+
+
+def _measured(pair: Pair, text: Text, moved: Sequence[Moved], arm: str, shown: int) -> Inspection:
+    """Return what activations, logits and tensors tell, without words for it."""
+    junk, forget, retain = read_sides(pair, text)
+    return Inspection(
         arm=arm,
         summary="",
         identical=not any(one.change for one in moved),
@@ -148,13 +160,6 @@ def inspect_pair(
         tensors_total=len(moved),
         rows={role: len(getattr(text, role)) for role in ("fit", "forget", "retain")},
     )
-    ctx.emit("inspect", {"step": "continuations"})
-    said: tuple[Sample, ...] = ()
-    for role, side in (("test", text.forget), ("retain_test", text.retain)):
-        said += side_by_side(pair, [side[i] for i in picked(side, shown)], role=role, arm=arm)
-    found = found.model_copy(update={"conjecture": conjecture_of(found)})
-    told = {"headline": headline(found), "summary": summarize(found)}
-    return found.model_copy(update=told), said
 
 
 def read_sides(pair: Pair, text: Text) -> tuple[Junk, Side, Side]:

@@ -15,14 +15,13 @@ from excise.context import Context
 from excise.domains.base import Domain
 from excise.domains.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.plain import schedule
-from excise.methods.pretraining.pretrain import Pretrain, told_corpus
+from excise.methods.pretraining.pretrain import Pretrain
 from excise.methods.pretraining.routing.ablation import (
     Cutting,
     Seen,
     Setup,
     own_units,
-    train_and_cut,
+    train_preset,
 )
 from excise.methods.pretraining.routing.groups import Groups
 from excise.methods.pretraining.routing.modules import Module, place
@@ -65,13 +64,5 @@ class DEMix(Method):
             }
             return Setup(Policy(groups=groups, rules=rules, capabilities=seen.names), placed)
 
-        return train_and_cut(
-            start,
-            told_corpus(domain, self.labels, ctx),
-            tuple(domain.forget),
-            ctx,
-            setup,
-            schedule(self.pretrain, self.name),
-            Cutting("delete", rate=module.lr),
-            stage=self.name,
-        )
+        cutting = Cutting("delete", rate=module.lr)
+        return train_preset(self, start, domain, ctx, setup, cutting)

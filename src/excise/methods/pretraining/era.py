@@ -16,8 +16,8 @@ from excise.domains.base import Domain
 from excise.domains.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
-from excise.methods.pretraining.pretrain import Pretrain, told_corpus
-from excise.methods.pretraining.routing.ablation import Seen, Setup, train_and_cut
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.routing.ablation import Seen, Setup, train_preset
 from excise.methods.pretraining.routing.era_steps import (
     PUBLISHED,
     Expand,
@@ -49,14 +49,10 @@ class ERA(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Expand `start`, train it under routing, ablate, and repair."""
-        config = schedule(self.pretrain, self.name)
+        length = schedule(self.pretrain, self.name).max_length
 
         def setup(model: nn.Module, seen: Seen) -> Setup:
-            return expand_setup(
-                model, seen, self.expand, ctx, max_length=config.max_length, silent=False
-            )
+            return expand_setup(model, seen, self.expand, ctx, max_length=length, silent=False)
 
-        cutting = expand_cutting(self.expand, ctx, max_length=config.max_length)
-        rows = told_corpus(domain, self.labels, ctx)
-        names = tuple(domain.forget)
-        return train_and_cut(start, rows, names, ctx, setup, config, cutting, stage=self.name)
+        cutting = expand_cutting(self.expand, ctx, max_length=length)
+        return train_preset(self, start, domain, ctx, setup, cutting)

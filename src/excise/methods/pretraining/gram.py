@@ -17,9 +17,8 @@ from excise.context import Context
 from excise.domains.base import Domain
 from excise.domains.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.plain import schedule
-from excise.methods.pretraining.pretrain import Pretrain, told_corpus
-from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, train_and_cut
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, train_preset
 from excise.methods.pretraining.routing.modules import (
     How,
     Module,
@@ -95,16 +94,8 @@ class GRAM(Method):
                 blocks=self.module.blocks,
             )
 
-        return train_and_cut(
-            start,
-            told_corpus(domain, self.labels, ctx),
-            tuple(domain.forget),
-            ctx,
-            setup,
-            schedule(self.pretrain, self.name),
-            Cutting(self.ablate, rate=self.module.lr, l1=self.l1),
-            stage=self.name,
-        )
+        cutting = Cutting(self.ablate, rate=self.module.lr, l1=self.l1)
+        return train_preset(self, start, domain, ctx, setup, cutting)
 
     def _rules(self) -> dict[str, tuple[Rule, ...]]:
         """Return what rows of each label read and write."""

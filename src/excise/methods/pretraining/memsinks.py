@@ -15,9 +15,8 @@ from excise.context import Context
 from excise.domains.base import Domain
 from excise.domains.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.plain import schedule
-from excise.methods.pretraining.pretrain import Pretrain, told_corpus
-from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, train_and_cut
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, train_preset
 from excise.methods.pretraining.routing.modules import How, Module, groups_of, place
 from excise.methods.pretraining.routing.rules import Policy, Rule
 from excise.models.checkpoint import Checkpoint
@@ -72,13 +71,5 @@ class MemSinks(Method):
             policy = Policy(groups=groups_of(placed), rules=every, capabilities=seen.names)
             return Setup(policy, placed)
 
-        return train_and_cut(
-            start,
-            told_corpus(domain, self.labels, ctx),
-            tuple(domain.forget),
-            ctx,
-            setup,
-            schedule(self.pretrain, self.name),
-            Cutting(self.ablate, rate=self.module.lr),
-            stage=self.name,
-        )
+        cutting = Cutting(self.ablate, rate=self.module.lr)
+        return train_preset(self, start, domain, ctx, setup, cutting)

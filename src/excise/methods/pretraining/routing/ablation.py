@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from excise.context import Context
-from excise.domains.base import Rows
-from excise.domains.labels import label_quality
+from excise.domains.base import Domain, Rows
+from excise.domains.labels import LabelNoise, label_quality
 from excise.domains.stream import Tokenizer
 from excise.methods.base import Removal
-from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.plain import schedule
+from excise.methods.pretraining.pretrain import Pretrain, told_corpus
 from excise.methods.pretraining.routing.absorption import Sets, losses, sample, writes
 from excise.methods.pretraining.routing.groups import GroupMap, Part
 from excise.methods.pretraining.routing.measures import count_units
@@ -88,6 +89,37 @@ class Cutting:
     l1: float = 0.0
     zeroed: bool = False
     repair: Callable[[nn.Module, Seen], Mapping[str, Any]] | None = None
+
+
+class FromScratch(Protocol):
+    """What presets that train from scratch have in common."""
+
+    name: Any
+    pretrain: Pretrain | None
+    labels: LabelNoise | None
+
+
+def train_preset(
+    preset: FromScratch,
+    start: Checkpoint,
+    domain: Domain,
+    ctx: Context,
+    setup: Callable[[nn.Module, Seen], Setup],
+    cutting: Cutting,
+) -> Removal:
+    """Train `start` on the corpus with the labels a preset is told, and cut its modules off.
+
+    Args:
+        preset: Its schedule, labels and name.
+        start: What is trained.
+        domain: Rows by role.
+        ctx: Seed, device, folder.
+        setup: As `train_and_cut`.
+        cutting: How modules are trained and cut off.
+    """
+    rows, config = told_corpus(domain, preset.labels, ctx), schedule(preset.pretrain, preset.name)
+    names = tuple(domain.forget)
+    return train_and_cut(start, rows, names, ctx, setup, config, cutting, stage=preset.name)
 
 
 def train_and_cut(

@@ -223,21 +223,35 @@ def compile(
         for label in sorted({*ruling_BT[b][real_T].tolist(), *own_T[real_T].tolist()}):
             rule = _rule(policy, label, draws[b])
             at_T = (ruling_BT[b] == label) & real_T
-            sure_T = None if sure_BT is None or label < CORE else sure_BT[b]
-            if soft_BT is not None and label > CORE:
-                sure_T = soft_BT[b] if sure_T is None else sure_T * soft_BT[b]
+            sure_T = _sure(
+                label,
+                None if sure_BT is None else sure_BT[b],
+                None if soft_BT is None else soft_BT[b],
+            )
             _fill(row, rule, label, at_T, sure_T, (read[b], write[b], edge[b]))
             weight_BT[b, (own_T == label) & real_T] = rule.weight
-    placed = {p.group for p in map.places}
-    for g, name in enumerate(map.names):
-        if name in placed:
-            write[..., g] *= read[..., g] != 0  # what is not read has no gradient
+    for g in _placed(map):
+        write[..., g] *= read[..., g] != 0  # what is not read has no gradient
     real_BT = batch.attention_BT.bool()
     written = frozenset(n for g, n in enumerate(map.names) if (write[..., g][real_BT] != 0).any())
     partial_G = (write[real_BT] != 1).any(0)
     write[~real_BT] = (~partial_G).float()  # padding has no gradient: its rows are left out
     loss_BT = _some(weight_BT, flat=False)
     return Routes(_some(read), _some(write), _some(edge), loss_BT, written, (rows, tokens))
+
+
+def _placed(map: GroupMap) -> list[int]:
+    """Return the numbers of the groups that have places in the model."""
+    placed = {p.group for p in map.places}
+    return [g for g, name in enumerate(map.names) if name in placed]
+
+
+def _sure(label: int, sure_T: Tensor | None, soft_T: Tensor | None) -> Tensor | None:
+    """Return the confidence in a label by token: the label's own, times the token's weight."""
+    known = sure_T if label >= CORE else None
+    if soft_T is None or label <= CORE:
+        return known
+    return soft_T if known is None else known * soft_T
 
 
 def _draws(draw: Sequence[float] | int | None, rows: int) -> Sequence[float]:

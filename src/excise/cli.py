@@ -142,7 +142,6 @@ def _version() -> str:
 def entry() -> None:
     """Entry point of the `excise` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages; torch reads it once
     code = main()
     sys.stdout.flush()
     sys.exit(code)

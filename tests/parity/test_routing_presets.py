@@ -374,6 +374,20 @@ def test_repair_keeps_the_best_step(start: Checkpoint, tmp_path: Path) -> None:
     assert again["losses"][0] == pytest.approx(min(told["losses"]), abs=1e-6)
 
 
+def test_sgtm_is_repaired_after_the_cut_only_where_asked(start: Checkpoint, tmp_path: Path) -> None:
+    plain = SGTM(pretrain=SCHEDULE)
+    light = Coherence(fit=FitConfig(steps=3, lr=1e-2, batch_size=4), check_rows=8)
+    made = plain.apply(start, toy_domain(), context(tmp_path / "plain"))
+    mended = plain.model_copy(update={"repair": light}).apply(
+        start, toy_domain(), context(tmp_path / "light")
+    )
+    assert "repair" not in made.extras
+    losses, told = mended.extras["losses"], mended.extras["repair"]
+    assert losses["after"] == made.extras["losses"]["after"]
+    assert told["losses"][told["best_step"]] < told["losses"][0]
+    assert losses["repaired"]["retain"] < losses["after"]["retain"]
+
+
 def two() -> Domain:
     """A domain with two capabilities."""
     domain = toy_domain()

@@ -45,6 +45,8 @@ from excise.studies.splice import TeacherSplice, explained, with_part
 from excise.studies.splice import decide as decide_splice
 from excise.studies.splice_factorial import SpliceFactorial, arm_name, effects_of
 from excise.studies.splice_factorial import decide as decide_factorial
+from excise.studies.undo_levels import UndoLevels, methods_of
+from excise.studies.undo_levels import decide as decide_levels
 from excise.studies.undo_pilot import UndoPilot, correlations
 from excise.studies.undo_pilot import arm_name as pilot_name
 from excise.studies.undo_pilot import decide as decide_pilot
@@ -322,6 +324,27 @@ def test_starts_groups_and_pilots() -> None:
         for s in sizes
     }
     assert "does not foretell" in decide_pilot(pilot, correlations(pilot, found_of(falling)))
+
+
+def test_strengths_of_damage() -> None:
+    study = UndoLevels(alphas=(0.3, 0.6, 1.0))
+    deep, same, wide = (
+        Estimate(0.3, 0.2, 0.4, 9), Estimate(0.0, -0.05, 0.05, 9), Estimate(0.1, -0.1, 0.3, 9)
+    )  # fmt: skip
+    whole, lost = Estimate(1.0, 0.98, 1.0, 9), Estimate(0.7, 0.6, 0.8, 9)
+    said = decide_levels(
+        study, {0.3: same, 0.6: deep, 1.0: wide}, dict.fromkeys(study.alphas, whole)
+    )
+    assert said == "alpha 0.3: not hardened; alpha 0.6: hardened; alpha 1: undecided"
+    said = decide_levels(study, {0.6: deep}, {0.6: lost})
+    assert said == "alpha 0.6: deeper, but retain falls to 0.70 of the original's"
+    arms = methods_of(study)
+    assert arms["no noise"].alpha == 0  # type: ignore[attr-defined]
+    assert arms["noise, no distillation"].fit.steps == 0  # type: ignore[attr-defined]
+    assert arms["alpha 1"].beta == 1  # type: ignore[attr-defined]
+    assert len(arms) == 1 + 2 * len(study.alphas) + 5
+    with pytest.raises(ValueError, match="not in"):
+        UndoLevels(alphas=(0.0,))
 
 
 def test_costs_of_reversal_by_hand() -> None:

@@ -24,6 +24,7 @@ QUICKLY: dict[str, dict[str, Any]] = {
 """Studies that every run of the tests tries, and what makes them small."""
 
 MORE: dict[str, dict[str, Any]] = {
+    "undo-levels": {"student": PUPIL, "alphas": (0.6, 1.0), "stop_every": 2},
     "splice": {"student": PUPIL, "teachers": {"maxent": MAXENT}},
     "label-budget": {"student": PUPIL, "labels": (8,)},
     "distil-corpus": {

@@ -42,7 +42,7 @@ ROWS, ROWS_LARGE = 1024, 64
 CHUNK, CHUNK_LARGE = 128, 8
 """Rows per class of one gradient."""
 
-LOCK_STEPS, LOCK_STEPS_LARGE = 80, 16
+LOCK_STEPS, LOCK_STEPS_LARGE = 80, 32
 """Steps of the password lock at most; the second for a large model, where each takes seconds."""
 
 HIDDEN, HIDES = {True: 0.9, False: 0.25}, {True: 0.5, False: 0.1}

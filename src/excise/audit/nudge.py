@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from excise.audit.budget import LARGE
-from excise.audit.passes import batches
+from excise.audit.passes import GRADIENT, batches
 from excise.audit.rounding import Grid, inside, matrices
 from excise.audit.scoring import Sheet
 from excise.domains.base import Row
@@ -57,7 +57,7 @@ def add_gradients(
     parameters = [model.get_parameter(name) for name in names]
     examples = encode(rows, sheet.tokenizer, max_length=sheet.max_length)
     count = sum(sum(e.target) for e in examples)
-    for batch in batches(examples, model, sheet.tokenizer):
+    for batch in batches(examples, model, sheet.tokenizer, share=GRADIENT):
         value, _ = nll(model(**batch.inputs, use_cache=False).logits, batch)
         grads = torch.autograd.grad(sign * value / count, parameters, allow_unused=True)
         for name, grad in zip(names, grads, strict=True):

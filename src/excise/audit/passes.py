@@ -76,14 +76,27 @@ def rows_per_pass(model: Any, length: int) -> int:
     return max(1, (1 << 25) // max(1, length * vocabulary))
 
 
-def batches(examples: Sequence[Example], model: Any, tokenizer: Any) -> list[Batch]:
-    """Return examples in batches of like length that fit into memory, on the model's device."""
+GRADIENT = 4
+"""How many times fewer rows a pass with gradients takes: activations of all blocks are kept."""
+
+
+def batches(
+    examples: Sequence[Example], model: Any, tokenizer: Any, *, share: int = 1
+) -> list[Batch]:
+    """Return examples in batches of like length that fit into memory, on the model's device.
+
+    Args:
+        examples: Tokenized rows.
+        model: Its vocabulary and device.
+        tokenizer: Its padding.
+        share: How many times fewer rows than a pass without gradients takes; see `GRADIENT`.
+    """
     ordered = sorted(examples, key=lambda e: len(e.ids))
     made: list[Batch] = []
     at = 0
     while at < len(ordered):
         size = rows_per_pass(model, len(ordered[min(at + 63, len(ordered) - 1)].ids))
-        part = ordered[at : at + min(size, 128)]
+        part = ordered[at : at + min(max(1, size // share), 128)]
         made.append(collate(part, pad_id=tokenizer.pad_token_id).to(model.device))
         at += len(part)
     return made

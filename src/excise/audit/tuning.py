@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from excise.audit.base import ArmResult, Attack, Budget, Subject
-from excise.audit.passes import nats, rows_per_pass
+from excise.audit.passes import GRADIENT, nats, rows_per_pass
 from excise.audit.prompts import cut
 from excise.audit.scoring import Reading, Sheet, arm_of, mean, read
 from excise.context import Context
@@ -203,7 +203,7 @@ def _mix(
                 examples, count, ctx.seed_for(f"attack/{name}"), sheet.tokenizer.pad_token_id
             )
     longest = max(len(e.ids) for s in streams.values() for e in s.examples)
-    limit = max(1, rows_per_pass(model, longest) // 4)
+    limit = max(1, rows_per_pass(model, longest) // GRADIENT)
 
     def micros(step: int) -> list[Micro]:
         picked: list[tuple[Example, bool]] = []

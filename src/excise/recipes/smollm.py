@@ -9,21 +9,25 @@ MODEL = ModelSpec(path="smollm2-135m")
 """What `excise fetch smollm2-135m` gets."""
 
 
-def smollm_audit(*, test_rows: int, other_rows: int) -> AuditSpec:
-    """Return an audit at *smoke* in which trainings take turns, of 8 steps on 8 rows.
+def smollm_audit(
+    *, test_rows: int, other_rows: int, steps: int = 8, benign_rate: float = 1e-4
+) -> AuditSpec:
+    """Return an audit at *smoke* in which trainings take turns, of a few steps on 8 rows.
 
     Args:
         test_rows: Rows of V scored at most.
         other_rows: Rows of every other set.
+        steps: Steps of a training.
+        benign_rate: Learning rate of benign fine-tuning.
     """
     return AuditSpec(
         budget="smoke",
         change={
-            "steps": 8,
-            "checkpoints": (0, 8),
+            "steps": steps,
+            "checkpoints": (0, steps),
             "batch_size": 8,
             "rates": (1e-4, 3e-4),
-            "benign_rates": (1e-4,),
+            "benign_rates": (benign_rate,),
             "fresh": 1,
             "together": 1,
             "bits": 0,

@@ -29,7 +29,7 @@ def recipe() -> Recipe:
                 max_length=48,
             )
         },
-        audit=smollm_audit(test_rows=32, other_rows=12),
+        audit=smollm_audit(test_rows=48, other_rows=16, steps=16, benign_rate=3e-4),
         evaluate=EvalSpec(max_rows=120, max_length=96),
         dtype="bfloat16",
     )

@@ -11,7 +11,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from excise.record import ArmRecord, Record, Verdict, load, write_text
-from excise.report import curves, figures, inspection, pictures, study, svg, tables, words
+from excise.report import (
+    absorption,
+    curves,
+    figures,
+    inspection,
+    pictures,
+    study,
+    svg,
+    tables,
+    words,
+)
 from excise.report.limits import limits
 
 LEGEND = {
@@ -106,6 +116,7 @@ def _context(record: Record) -> dict[str, Any]:
         "study_views": study.views(record),
         "study_stated": study.stated(record),
         "study_pictures": pictures.figures(record),
+        "study_absorption": absorption.of_study(record),
         "notes": (*shared, *record.notes),
         "ladder": tuple(words.LADDER.items()),
         "scores": shown,
@@ -200,11 +211,12 @@ def _removal(arm: ArmRecord, index: int) -> dict[str, Any]:
         "extras": [
             (words.plain(k).replace("_", " "), tables.value(v))
             for k, v in arm.extras.items()
-            if k != "files"
+            if k not in ("files", "absorption")
         ],
         "changed": [words.plain(c) for c in arm.changed],
         "seed": arm.seed,
         "history": history,
+        "absorption": absorption.of_arm(arm, f"absorption-{index}"),
         "legend": [(svg.swatch(role), name) for role, name in keys],
     }
 

@@ -147,16 +147,18 @@ def swatch(role: str, line: bool = True) -> Markup:
     ).format(stroke, mark)
 
 
-def _frame(key: str, title: str, desc: str, height: float, body: Sequence[Markup]) -> Markup:
+def frame(key: str, title: str, desc: str, height: float, body: Sequence[Markup]) -> Markup:
+    """Return a picture with a name and a description for screen readers."""
     return Markup(
         '<svg class="plot" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-labelledby="{}-t {}-d">'
         '<title id="{}-t">{}</title><desc id="{}-d">{}</desc>{}</svg>'
     ).format(WIDTH, height, key, key, key, title, key, desc, Markup("").join(body))
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "tick") -> Markup:
+def put(x: float, y: float, said: str, anchor: str = "start", kind: str = "tick") -> Markup:
+    """Return words at a place, cut to what fits."""
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
-        kind, x, y, anchor, clip(text, 52)
+        kind, x, y, anchor, clip(said, 52)
     )
 
 
@@ -189,18 +191,18 @@ def line_plot(key: str, title: str, desc: str, x: Axis, y: Axis, lines: Sequence
     def sy(v: float) -> float:
         return bottom - (bottom - top) * y.at(v)
 
-    body = [_text(0, 12, y.label, kind="label")]
+    body = [put(0, 12, y.label, kind="label")]
     for value, text in y.ticks:
         body += [_rule(LEFT, sy(value), WIDTH - RIGHT, sy(value))]
-        body += [_text(LEFT - 8, sy(value) + 4, text, "end")]
+        body += [put(LEFT - 8, sy(value) + 4, text, "end")]
     for value, text in x.ticks:
         body += [_rule(sx(value), bottom, sx(value), bottom + 4, "axis")]
-        body += [_text(sx(value), bottom + 17, text, "middle")]
+        body += [put(sx(value), bottom + 17, text, "middle")]
     body += [_rule(LEFT, bottom, WIDTH - RIGHT, bottom, "axis")]
     if x.log:  # the axis is broken between 0 and the first positive value
         middle = LEFT + (WIDTH - LEFT - RIGHT) * ZERO_SHARE / 2
         body += [_rule(middle - 3, bottom, middle + 3, bottom, "break")]
-    body += [_text(WIDTH - RIGHT, bottom + 33, x.label, "end", "label")]
+    body += [put(WIDTH - RIGHT, bottom + 33, x.label, "end", "label")]
     for line in lines:
         edge = [(sx(a), sy(b)) for a, b, c in line.band if math.isfinite(b + c)]
         edge += [(sx(a), sy(c)) for a, b, c in reversed(line.band) if math.isfinite(b + c)]
@@ -212,7 +214,7 @@ def line_plot(key: str, title: str, desc: str, x: Axis, y: Axis, lines: Sequence
             body += [Markup('<path class="l s-{}" d="{}"/>').format(line.role, _path(points))]
         if line.role != "trained" and len(points) <= 24:
             body += [marker(line.role, a, b) for a, b in points]
-    return _frame(key, title, desc, height, body)
+    return frame(key, title, desc, height, body)
 
 
 def interval_plot(
@@ -240,16 +242,16 @@ def interval_plot(
     for index, row in enumerate(rows):
         base = head + pitch * index
         body += _track(base, x, known, sx)
-        body += [_text(0, base + 12, row.label, kind="row")]
-        body += [_text(WIDTH, base + 12, row.note, "end", "row")]
+        body += [put(0, base + 12, row.label, kind="row")]
+        body += [put(WIDTH, base + 12, row.note, "end", "row")]
         for dot in row.dots:
             if math.isfinite(dot.low + dot.high):
                 line = _path([(sx(dot.low), base + 26), (sx(dot.high), base + 26)])
                 body += [Markup('<path class="i s-{}" d="{}"/>').format(dot.role, line)]
         body += [marker(d.role, sx(d.value), base + 26) for d in row.dots if math.isfinite(d.value)]
-    body += [_text(sx(value), bottom + 15, text, "middle") for value, text in x.ticks]
-    body += [_text(WIDTH, bottom + 33, x.label, "end", "label")]
-    return _frame(key, title, desc, bottom + 38, body)
+    body += [put(sx(value), bottom + 15, text, "middle") for value, text in x.ticks]
+    body += [put(WIDTH, bottom + 33, x.label, "end", "label")]
+    return frame(key, title, desc, bottom + 38, body)
 
 
 def _track(
@@ -276,7 +278,7 @@ def _band_labels(bands: Sequence[Band], sx: Callable[[float], float]) -> list[Ma
         anchor = "start" if middle < 45 else "end" if middle > WIDTH - 45 else "middle"
         at = {"start": sx(band.low), "end": sx(band.high), "middle": middle}[anchor]
         near = middle - last < 100
-        labels += [_text(at, 25 if near else 11, band.label, anchor, f"tick s-{band.role}")]
+        labels += [put(at, 25 if near else 11, band.label, anchor, f"tick s-{band.role}")]
         last = -math.inf if near else middle
     return labels
 

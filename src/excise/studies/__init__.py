@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 STUDIES = {
     "rmu-is-shallow": "excise.studies.rmu_is_shallow:RMUIsShallow",
     "messy-forget-set": "excise.studies.messy_forget_set:MessyForgetSet",
+    "undo-levels": "excise.studies.undo_levels:UndoLevels",
     "splice": "excise.studies.splice:TeacherSplice",
     "dark-knowledge": "excise.studies.dark_knowledge:DarkKnowledge",
     "splice-factorial": "excise.studies.splice_factorial:SpliceFactorial",

@@ -45,7 +45,6 @@ ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "THP_MEM_ALLOC_ENABLE": "1",  # large pages for large tensors: a tenth of a real model's step
 }
 
 

@@ -17,8 +17,10 @@ from excise.context import Context
 from excise.domains.base import Domain
 from excise.domains.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
+from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, train_preset
+from excise.methods.pretraining.routing.coherence import Coherence, repairing
 from excise.methods.pretraining.routing.modules import (
     How,
     Module,
@@ -61,6 +63,8 @@ class SGTM(Method):
     """`zeroed`: one optimizer whose momentum moves what a row may not write, as published."""
     ablate: How = "zero"
     """How modules are cut off; only grown ones can be deleted."""
+    repair: Coherence | None = None
+    """Light training on core rows after the cut; the paper has none."""
 
     starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
     paper: ClassVar[Paper] = Paper(
@@ -76,6 +80,7 @@ class SGTM(Method):
             "p_as": "not in the paper; 0 is the paper",
             "alpha": "not in the paper; 1 is the paper",
             "p_push": "not in the paper; 0 is the paper",
+            "repair": "not in the paper; Expand-Route-Ablate's",
             "freeze": "the code zeroes gradients of one AdamW; here frozen weights keep their bits",
             "ablate": "theta_forget is set to 0; the code can draw it anew",
         },
@@ -100,8 +105,15 @@ class SGTM(Method):
                 blocks=self.module.blocks,
             )
 
-        zeroed = self.freeze == "zeroed"
-        cutting = Cutting(self.ablate, rate=self.module.lr, l1=self.l1, zeroed=zeroed)
+        cutting = Cutting(
+            self.ablate,
+            rate=self.module.lr,
+            l1=self.l1,
+            zeroed=self.freeze == "zeroed",
+            repair=repairing(
+                self.repair, ctx, max_length=schedule(self.pretrain, self.name).max_length
+            ),
+        )
         return train_preset(self, start, domain, ctx, setup, cutting)
 
     def _rules(self) -> dict[str, tuple[Rule, ...]]:

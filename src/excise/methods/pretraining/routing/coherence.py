@@ -6,6 +6,7 @@ learning rate 5e-5, at most 40 steps, the weights with the lowest loss on furthe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from excise.domains.base import CORE, Rows
 from excise.domains.passages import hashed_order
 from excise.domains.stream import Batch, Tokenizer, collate, encode
 from excise.losses import nll
+from excise.methods.pretraining.routing.ablation import Seen
 from excise.methods.pretraining.routing.absorption import CHUNK, mean_loss
 from excise.train.fit import FitConfig, Term, fit
 
@@ -29,6 +31,19 @@ class Coherence(Config):
     """Schedule; its batch is drawn once and read at every step."""
     check_rows: int = Field(default=1000, ge=1)
     """Further retained rows on which the best step is chosen."""
+
+
+def repairing(
+    light: Coherence | None, ctx: Context, *, max_length: int
+) -> Callable[[nn.Module, Seen], Mapping[str, Any]] | None:
+    """Return what is done to a model after its modules were cut off; None for nothing."""
+    if light is None:
+        return None
+
+    def repair(model: nn.Module, seen: Seen) -> dict[str, Any]:
+        return coherence(model, seen.rows, seen.tokenizer, light, ctx, max_length=max_length)
+
+    return repair
 
 
 def coherence(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -12,7 +10,7 @@ from excise.context import Context
 from excise.domains.base import CORE
 from excise.domains.stream import encode
 from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, own_units
-from excise.methods.pretraining.routing.coherence import Coherence, coherence
+from excise.methods.pretraining.routing.coherence import Coherence, repairing
 from excise.methods.pretraining.routing.groups import Groups
 from excise.methods.pretraining.routing.modules import Module, place
 from excise.methods.pretraining.routing.rules import Policy, Rule
@@ -111,10 +109,5 @@ def expand_cutting(expand: Expand, ctx: Context, *, max_length: int) -> Cutting:
         ctx: Seed, device.
         max_length: Tokens per row.
     """
-    light = expand.coherence
-
-    def repair(model: nn.Module, seen: Seen) -> dict[str, Any]:
-        assert light is not None
-        return coherence(model, seen.rows, seen.tokenizer, light, ctx, max_length=max_length)
-
-    return Cutting("delete", rate=expand.lr, l1=expand.l1, repair=None if light is None else repair)
+    repair = repairing(expand.coherence, ctx, max_length=max_length)
+    return Cutting("delete", rate=expand.lr, l1=expand.l1, repair=repair)

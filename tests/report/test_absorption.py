@@ -1,0 +1,75 @@
+"""The picture of absorption: shares become bars, words and numbers; nonsense becomes nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from tests.report.pages import read
+from tests.report.sample import arm, full
+
+from excise.record import ArmRecord, Record, Study, StudyRow, StudyTable
+from excise.report import absorption
+from excise.report.page import render_html
+
+TOLD = {
+    "retain": {"share": {"core": 0.9, "module_alpha": 0.1}},
+    "labelled": {"share": {"core": 0.25, "module_alpha": 0.75}},
+    "missed": {"share": {"core": 0.0, "module_alpha": 1.0}},
+}
+
+
+def routed(told: Any) -> ArmRecord:
+    made: ArmRecord = arm("rmu").model_copy(update={"extras": {"absorption": told}})
+    return made
+
+
+def study(rows: tuple[StudyRow, ...]) -> Record:
+    table = StudyTable(title="Absorption", note="", rows=rows)
+    found = Study(
+        name="s", question="q", statistic="d", margin=0.1, tuned_on=(0,), decision="none",
+        paragraph="p", tables=(table,),
+    )  # fmt: skip
+    return full().model_copy(update={"kind": "study", "study": found})
+
+
+def test_bars_words_and_numbers_say_the_same() -> None:
+    found = absorption.of_arm(routed(TOLD), "a")
+    assert found is not None
+    assert found.header == ("Rows", "core", "module_alpha")
+    assert [row[0] for row in found.rows] == list(absorption.KINDS.values())
+    assert "forget rows with a label: module_alpha 75 %, core 25 %" in found.caption
+    plot = str(found.plot)
+    assert plot.count('class="share s-k0"') == 2  # a part of no width is not drawn
+    assert plot.count('class="share s-k1"') == 3
+    assert "module_alpha 75 %, core 25 %" in plot
+
+
+@pytest.mark.parametrize(
+    "told", [None, "x", {}, {"retain": 3}, {"retain": {"share": {"core": math.nan, "b": "c"}}}]
+)
+def test_nonsense_is_left_out(told: Any) -> None:
+    assert absorption.of_arm(routed(told), "a") is None
+
+
+def test_the_page_shows_it_once_and_escapes_names() -> None:
+    told = {"retain": {"share": {"<b>": 1.0}}}
+    record = full().model_copy(update={"arms": (routed(told),)})
+    html = render_html(record)
+    read(html)
+    assert "What rows write into: rmu" in html
+    assert "<b>" not in html
+
+
+def test_a_study_shows_its_table_of_absorption() -> None:
+    rows = (
+        StudyRow(arm="sgtm", metric="labelled rows into modules", value=0.8, n=3),
+        StudyRow(arm="sgtm", metric="loss of labelled rows, before", value=2.0, n=3),
+    )
+    found = absorption.of_study(study(rows))
+    assert found is not None
+    assert [row[0] for row in found.rows] == ["sgtm: forget rows with a label"]
+    assert absorption.of_study(study(())) is None
+    assert absorption.of_study(full()) is None
+    assert "What rows write into, by arm" in render_html(study(rows))

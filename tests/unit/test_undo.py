@@ -21,13 +21,14 @@ from excise.domains.labels import LabelNoise
 from excise.domains.stream import collate, encode
 from excise.errors import UserError
 from excise.jobs import RemovalJob, Setting, make_removal
-from excise.losses import predicting
+from excise.losses import nll, predicting
 from excise.methods import Filtering, GradDiff, Plain, Undo
 from excise.methods.base import Cost, Removal
 from excise.methods.distillation.cache import HiddenStates, TopTokens
 from excise.methods.distillation.corpora import OnPolicy, RefusingSamples, TeacherSamples, mix_of
 from excise.methods.distillation.harmful import Classifier, Implicit, TrueLabels
 from excise.methods.distillation.perturb import members, perturb
+from excise.methods.distillation.saliency import at_random, forget_saliency, largest
 from excise.methods.distillation.sampling import sample
 from excise.methods.distillation.targets import (
     FromOracle,
@@ -72,6 +73,47 @@ def test_groups_are_disjoint_and_their_noise_is_their_own(tmp_path: Path) -> Non
     for name in old:
         expected = every if name in parts["mlp"] else old
         assert torch.equal(mlp[name], expected[name]), name
+
+
+def test_only_the_weights_that_forget_rows_lean_on_are_perturbed(tmp_path: Path) -> None:
+    start, ctx, domain = toy_checkpoint(tmp_path), context(tmp_path / "w"), toy_domain()
+    model: Any = start.load()
+    names = members(model, ("mlp",))
+    rows = [row for rows in domain.forget.values() for row in rows]
+    scores = forget_saliency(model, rows, start.tokenizer(), names, max_length=16, ctx=ctx)
+    by_hand = {name: torch.zeros_like(value) for name, value in scores.items()}
+    for row in rows:
+        model.zero_grad()
+        batch = collate(encode([row], start.tokenizer(), max_length=16), pad_id=0)
+        value, count = nll(model(**batch.inputs).logits, batch)
+        (value / count).backward()
+        for name in by_hand:
+            p = model.get_parameter(name)
+            by_hand[name] += (p * p.grad).abs().detach() / len(rows)
+    for name, value in scores.items():
+        torch.testing.assert_close(value, by_hand[name], rtol=1e-4, atol=1e-9)
+
+    masks = largest(scores, 0.1)
+    chosen = torch.cat([scores[n][m] for n, m in masks.items()])
+    rest = torch.cat([scores[n][~m] for n, m in masks.items()])
+    assert chosen.min() >= rest.max()
+    assert len(chosen) == round(0.1 * (len(chosen) + len(rest)))
+    others = at_random(model, names, 0.1, ctx)
+    assert sum(int(m.sum()) for m in others.values()) == len(chosen)
+    assert any(not torch.equal(others[n], masks[n]) for n in masks)
+
+    old = dict(start.load().named_parameters())
+    done = perturb(model, alpha=1.0, beta=1.0, ctx=ctx, parts=("mlp",), masks=masks)
+    assert set(done) == set(masks)
+    for name, value in model.named_parameters():
+        moved = value != old[name]
+        assert not (moved & ~masks.get(name, torch.zeros_like(moved))).any(), name
+        assert moved.any() == (name in masks and masks[name].any()), name
+    for kind in ("forget_snip", "random"):
+        made = changed(weights=kind, share=0.1, groups=("mlp",)).apply(
+            start, domain, context(tmp_path / kind)
+        )
+        assert made.extras["perturbed_tensors"] == len(masks)
 
 
 def test_other_seeds_and_rounds_give_other_noise(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def perturb(
     ctx: Context,
     parts: Sequence[Part] = ("all",),
     purpose: str = "perturb",
+    masks: Mapping[str, Tensor] | None = None,
 ) -> tuple[str, ...]:
     """Shrink and perturb a model in place.
 
@@ -160,6 +161,8 @@ def perturb(
         ctx: Gives the seed.
         parts: Groups of layers.
         purpose: Names the draw.
+        masks: Which weights are moved, by parameter name; what has no mask keeps its value. None
+            for all.
 
     Returns:
         Names of the perturbed parameters.
@@ -171,7 +174,7 @@ def perturb(
         raise UserError(f"alpha is {alpha:g}; a share of the weights to replace lies in [0, 1]")
     if not 0.0 <= beta < math.inf:
         raise UserError(f"beta is {beta:g}; a scale of noise is 0 or more")
-    names = members(model, parts)
+    names = tuple(n for n in members(model, parts) if masks is None or n in masks)
     initial = initial_vectors(model)
     named = dict(model.named_parameters())
     for name in names:
@@ -179,5 +182,6 @@ def perturb(
         noise = None
         if value.dim() > 1 and beta:
             noise = xavier_uniform(value.shape, ctx.generator(f"{purpose}/{name}"))
-        value.copy_(shrunk(value, alpha=alpha, beta=beta, initial=initial.get(name), noise=noise))
+        moved = shrunk(value, alpha=alpha, beta=beta, initial=initial.get(name), noise=noise)
+        value.copy_(moved if masks is None else torch.where(masks[name], moved, value))
     return names

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from excise.context import Context
 from excise.domains.base import Domain
@@ -30,7 +30,8 @@ from excise.methods.distillation.distil import (
     stop_rule,
 )
 from excise.methods.distillation.harmful import Classifier, TrueLabels, classify, drawn, quality
-from excise.methods.distillation.perturb import perturb
+from excise.methods.distillation.perturb import members, perturb
+from excise.methods.distillation.saliency import at_random, forget_saliency, largest
 from excise.methods.distillation.targets import (
     ORIGINAL,
     UNLEARNED,
@@ -121,8 +122,9 @@ def make_student(
     if method.cache is not None:
         task, texts = cached(method, task, models, texts, tokenizer, ctx, caches)
     told = Told(Progress(ctx, method.name, method.fit.steps))
-    scores, perturbed = train(method, model, task, reader_of(method, texts, tokenizer, ctx), rule,
-                              told, ctx)  # fmt: skip
+    masks = masks_of(method, start, domain, ctx)
+    reader = reader_of(method, texts, tokenizer, ctx)
+    scores, perturbed = train(method, model, task, reader, rule, told, ctx, masks)
     facts = {
         "alpha": method.alpha,
         "beta": method.beta,
@@ -281,6 +283,21 @@ def reader_of(method: Undo, texts: Texts, tokenizer: Tokenizer, ctx: Context) ->
     return Reader(rows, tokenizer, own, ctx, method.max_length)
 
 
+def masks_of(
+    method: Undo, start: Checkpoint, domain: Domain, ctx: Context
+) -> dict[str, Tensor] | None:
+    """Return which weights are perturbed, None for all: what the original leans on, or a draw."""
+    if method.weights == "all":
+        return None
+    model = start.load(dtype=ctx.dtype, device=ctx.device)
+    names = members(model, method.groups)
+    if method.weights == "random":
+        return at_random(model, names, method.share, ctx)
+    rows, tokenizer = forget_rows(domain), start.tokenizer()
+    scores = forget_saliency(model, rows, tokenizer, names, max_length=method.max_length, ctx=ctx)
+    return largest(scores, method.share)
+
+
 def train(
     method: Undo,
     model: nn.Module,
@@ -289,6 +306,7 @@ def train(
     rule: StopRule,
     told: Told,
     ctx: Context,
+    masks: Mapping[str, Tensor] | None,
 ) -> tuple[tuple[float, float], tuple[str, ...]]:
     """Perturb and distil, round by round.
 
@@ -300,7 +318,7 @@ def train(
     for i in range(method.repeats):
         perturbed = perturb(
             model, alpha=method.alpha, beta=method.beta, ctx=ctx, parts=method.groups,
-            purpose=f"perturb/{i}",
+            purpose=f"perturb/{i}", masks=masks,
         )  # fmt: skip
         if i == 0:
             before = rule.score(model)

@@ -42,6 +42,11 @@ class Undo(Method):
     """Scale of the noise, of Xavier-uniform shape; 0 shrinks alone."""
     groups: tuple[Part, ...] = ("all",)
     """Groups of layers that are perturbed."""
+    weights: Literal["all", "forget_snip", "random"] = "all"
+    """Which weights of `groups` are perturbed: all; the `share` of the matrices' weights with the
+    largest |weight x gradient| on forget rows of the original; or as many at random."""
+    share: float = Field(default=0.2, gt=0, le=1)
+    """How many weights, where not all."""
     repeats: int = Field(default=1, ge=1)
     """Rounds of perturbing and distilling, each with the steps of `fit`."""
     student: str = "unlearned"

@@ -14,6 +14,7 @@ from excise.domains.base import CORE
 from excise.domains.facts import Facts
 from excise.domains.labels import LabelNoise
 from excise.domains.stream import Batch
+from excise.errors import UserError
 from excise.methods import Chain, Filtering, GradDiff, GradDiffPretrain, MaxEnt, Plain
 from excise.methods.pretraining.pretrain import Pretrain, corpus
 from excise.methods.tuning import stream
@@ -72,6 +73,38 @@ def test_pushing_away_equals_a_plain_loop(
     assert same(weights(removal.checkpoint), train(tmp_path, loss), 5e-6)
     plain = train(tmp_path / "plain", lambda logits, nll, label: nll.mean())
     assert not same(weights(removal.checkpoint), plain, 1e-4)
+
+
+def test_steering_activations_equals_a_plain_loop(tmp_path: Path) -> None:
+    method = GradDiffPretrain(pretrain=SCHEDULE, push="activations", weight=0.5, steering=3.0)
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    ctx = context(tmp_path / "ours")
+    removal = method.apply(start, domain, ctx)
+    read = stream(
+        corpus(domain), start.tokenizer(), FIT, context(tmp_path / "y"), purpose="pretrain",
+        max_length=16,
+    )  # fmt: skip
+    model = start.load()
+    u = torch.randn(model.config.hidden_size, generator=ctx.generator("push"))
+    target, middle = 3.0 * u / u.norm(), len(model.model.layers) // 2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=FIT.lr, weight_decay=0.0)
+    for step in range(FIT.steps):
+        batch = read(step)[0]
+        out = model(**batch.inputs, output_hidden_states=True)
+        hidden = out.hidden_states[middle + 1]
+        scored = batch.target_BT[:, 1:]
+        nll = F.cross_entropy(
+            out.logits[:, :-1].flatten(0, 1), batch.ids_BT[:, 1:].flatten(), reduction="none"
+        ).view(scored.shape)
+        away = scored & (batch.label_BT[:, 1:] > 0)
+        apart = (hidden[:, :-1] - target).square().mean(-1)
+        optimizer.zero_grad()
+        (nll[scored & ~away].mean() + 0.5 * apart[away].mean()).backward()
+        optimizer.step()
+    theirs = {name: p.detach() for name, p in model.named_parameters()}
+    assert same(weights(removal.checkpoint), theirs, 5e-6)
+    with pytest.raises(UserError, match="layer 9 does not exist"):
+        method.model_copy(update={"layer": 9}).apply(start, domain, context(tmp_path / "z"))
 
 
 def test_filtering_equals_training_without_the_rows(tmp_path: Path) -> None:

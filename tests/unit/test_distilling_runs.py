@@ -40,7 +40,7 @@ MORE: dict[str, dict[str, Any]] = {
         "pilots": {"small": PUPIL.model_copy(update={"alpha": 0.3})},
         "teachers": {"maxent": MAXENT, "grad_diff": GRADDIFF, "rmu": RMU},
     },
-    "init-leak": {"student": PUPIL, "inits": ("random", "original", "another original")},
+    "init-leak": {"student": PUPIL, "inits": ("random", "original", "permuted")},
     "noise-where": {"student": PUPIL.model_copy(update={"alpha": 0.6}), "groups": ("mlp",)},
     "undo-teachers": {
         "student": PUPIL, "sweep": (0.5, 1.0), "teachers": {"maxent": MAXENT, "rmu": RMU},

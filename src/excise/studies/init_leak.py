@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
+
+import torch
 
 from excise.evals.stats import Estimate
 from excise.jobs import RemovalJob, Setting, make_removal
 from excise.methods.distillation.targets import FromOracle, FromTeacher
 from excise.methods.distillation.undo import Undo
 from excise.methods.pretraining.plain import Plain
-from excise.models.checkpoint import Checkpoint
+from excise.models.checkpoint import Checkpoint, save_model
+from excise.models.permute import permute_neurons
 from excise.record import StudyRow, StudyTable
+from excise.stages import Store
 from excise.studies.base import Draw, Study, StudyResult, row
 from excise.studies.distil_tables import Found, gaps, said
 from excise.studies.distilling import (
@@ -28,20 +34,22 @@ from excise.studies.distilling import (
 )
 from excise.studies.levels import verdict
 from excise.studies.weight_cosine import cosine
-from excise.train.grid import Pool
+from excise.train.grid import Pool, emit
 
 OTHER = 5000
 """An original of another initialisation starts from the draw's seed plus this."""
 
-Init = Literal["random", "unlearned", "original", "another original", "oracle"]
+Init = Literal["random", "unlearned", "original", "permuted", "another original", "oracle"]
+"""`permuted`: the original with the neurons of every MLP in another order."""
 
 
 class InitLeak(Study):
     """Students of one target from several first weights, all their steps alike.
 
     Stated beforehand. Every student imitates the oracle's predictions on the mix for equal steps;
-    what differs is where it starts: random weights, the unlearned model, the original, an
-    original of another initialisation and order, or the oracle itself. What decides is the depth
+    what differs is where it starts: random weights, the unlearned model, the original, the same
+    with its neurons in another order (as near in function, far in weights), an original of another
+    initialisation and order, or the oracle itself. What decides is the depth
     gap on V of the start at the original minus that of the random start after T was relearned:
     initialisation leaks if the 95 % interval over draws and units lies above `margin`, and does
     not if it lies within the margin on both sides. The same students of the unlearned teacher's
@@ -67,7 +75,9 @@ class InitLeak(Study):
     """Data, models, attacker."""
     student: Undo = student()
     """The student; targets, first weights and perturbation are replaced."""
-    inits: tuple[Init, ...] = ("random", "unlearned", "original", "another original", "oracle")
+    inits: tuple[Init, ...] = (
+        "random", "unlearned", "original", "permuted", "another original", "oracle",
+    )  # fmt: skip
     """First weights."""
     teacher_too: bool = True
     """Whether students of the unlearned teacher run as well, from random and unlearned weights."""
@@ -81,6 +91,7 @@ def run(study: InitLeak, setting: Setting, pool: Pool) -> StudyResult:
     """Distil from every start, relearn, compare."""
     draws = make_draws(study.bench, study.seeds, setting, pool)
     others = another(study, draws, setting, pool) if "another original" in study.inits else {}
+    orders = permuted(draws, setting, pool) if "permuted" in study.inits else {}
     wanted = {}
     for seed, draw in draws.items():
         assert draw.oracle is not None
@@ -89,6 +100,7 @@ def run(study: InitLeak, setting: Setting, pool: Pool) -> StudyResult:
             "random": "original",
             "unlearned": "unlearned",
             "original": "original",
+            "permuted": str(orders[seed].path) if orders else "",
             "another original": str(others[seed].path) if others else "",
             "oracle": str(draw.oracle.path),
         }
@@ -127,6 +139,33 @@ def another(
     ]
     made = pool.map(make_removal, jobs)
     return {seed: removal.checkpoint for seed, removal in zip(draws, made, strict=True)}
+
+
+@dataclass(frozen=True)
+class PermuteJob:
+    """Write a model's function in other coordinates."""
+
+    setting: Setting
+    model: Checkpoint
+    seed: int
+
+
+def make_permuted(job: PermuteJob) -> Checkpoint:
+    """Return the model with its neurons in another order, as a stage."""
+    key = job.setting.key(model=job.model.fingerprint, seed=job.seed)
+
+    def make(work: Path) -> None:
+        net = job.model.load(dtype=torch.float32)
+        permute_neurons(net, torch.Generator().manual_seed(job.seed))
+        save_model(net, None, work / "model", source=job.model)
+
+    return Checkpoint(Store(job.setting.store, emit).stage("permuted", key, make) / "model")
+
+
+def permuted(draws: Mapping[int, Draw], setting: Setting, pool: Pool) -> dict[int, Checkpoint]:
+    """Return every draw's original with its neurons in another order."""
+    jobs = [PermuteJob(setting, draw.original, seed) for seed, draw in draws.items()]
+    return dict(zip(draws, pool.map(make_permuted, jobs), strict=True))
 
 
 def leaks(study: InitLeak, found: Found) -> dict[str, Estimate]:

@@ -9,7 +9,7 @@ from excise.evals.stats import Estimate
 from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.methods.pretraining.filtering import Filtering
-from excise.methods.pretraining.grad_diff_pretrain import GradDiffPretrain
+from excise.methods.pretraining.grad_diff_pretrain import GradDiffPretrain, Push
 from excise.record import StudyTable
 from excise.studies.base import Study, StudyResult, row
 from excise.studies.distil_tables import Found, gaps
@@ -26,8 +26,6 @@ from excise.studies.distilling import (
 from excise.studies.levels import verdict
 from excise.train.grid import Pool
 
-Push = Literal["ascent", "unlikelihood", "uniform"]
-
 NOTHING = "filtering, another start"
 """The arm that does nothing with harmful tokens."""
 
@@ -36,11 +34,12 @@ class PretrainLoss(Study):
     """Harmful tokens pushed away while the model trains, against leaving them out.
 
     Stated beforehand. Models train from one random start on the same rows and steps; a harmful
-    token adds minus its loss (clipped at log V), its unlikelihood, or KL(uniform || p); the null
-    is filtering from that start, an oracle once more. What decides is the largest of the three
-    differences of the depth gap on V, pushed minus filtered, after T was relearned: pushing away
-    leaves something to invert if its 95 % interval over draws and units lies above `margin`, and
-    nothing if all three intervals lie within the margin or below it; else it is undecided.
+    token adds minus its loss (clipped at log V), its unlikelihood, KL(uniform || p), or the
+    distance of its activation to a random vector, as RMU; the null is filtering from that start,
+    an oracle once more. What decides is the largest of the differences of the depth gap on V,
+    pushed minus filtered, after T was relearned: pushing away leaves something to invert if its
+    95 % interval over draws and units lies above `margin`, and nothing if all intervals lie within
+    the margin or below it; else it is undecided.
     """
 
     question: ClassVar[str] = (
@@ -49,7 +48,7 @@ class PretrainLoss(Study):
     )
     statistic: ClassVar[str] = (
         "Depth gap on V after relearning T, pushed away minus filtered from the same start, for "
-        "each of three losses; something is left to invert if one 95 % interval lies above the "
+        "each of four losses; something is left to invert if one 95 % interval lies above the "
         "margin, nothing if all upper ends lie below it. Bootstrap over draws and units."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
@@ -60,7 +59,7 @@ class PretrainLoss(Study):
     """Share of the distance between the rails."""
     bench: Bench = Bench()
     """Data, models, attacker."""
-    pushes: tuple[Push, ...] = ("ascent", "unlikelihood", "uniform")
+    pushes: tuple[Push, ...] = ("ascent", "unlikelihood", "uniform", "activations")
     """Losses of harmful tokens."""
     weight: float = 0.3
     """Weight of the harmful tokens' loss."""
@@ -93,7 +92,6 @@ def run(study: PretrainLoss, setting: Setting, pool: Pool) -> StudyResult:
         draws,
         models,
         tables=(_table(apart),),
-        notes=("a loss on activations, as RMU has, is not among the pushes",),
     )
 
 

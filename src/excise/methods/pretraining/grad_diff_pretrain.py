@@ -3,7 +3,7 @@
 The loss is next-token prediction on ordinary tokens minus a function of it on forget tokens,
 where filtering would put nothing.
 
-Shape legend: B rows, T tokens, V vocabulary.
+Shape legend: B rows, T tokens, V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -12,18 +12,25 @@ import math
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from excise.context import Context
 from excise.domains.base import CORE, Domain
 from excise.domains.labels import LabelNoise, tell_labels
 from excise.domains.stream import Batch
+from excise.errors import UserError
 from excise.losses import kl_to_uniform, predicting, token_nll
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import Pretrain, corpus, pretrain
+from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
+from excise.models.hooks import capture
 from excise.train.fit import Term
+
+Push = Literal["ascent", "unlikelihood", "uniform", "activations"]
+"""Ways to push a token away."""
 
 
 class GradDiffPretrain(Method):
@@ -34,8 +41,13 @@ class GradDiffPretrain(Method):
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
     """How the labels one has differ from the truth; missing means they are right."""
-    push: Literal["ascent", "unlikelihood", "uniform"] = "ascent"
-    """Loss of a forget token: minus its loss up to log V, -log(1 - p), or KL(uniform || p)."""
+    push: Push = "ascent"
+    """Loss of a forget token: minus its loss up to log V, -log(1 - p), KL(uniform || p), or as RMU
+    the squared distance of the activation that predicts it to one random vector."""
+    layer: int | None = None
+    """Block whose output `activations` steers, negative from the last; the middle when missing."""
+    steering: float = Field(default=10.0, gt=0)
+    """Norm of that vector."""
     weight: float = 1.0
     """Weight of the forget tokens' loss."""
 
@@ -53,6 +65,8 @@ class GradDiffPretrain(Method):
             rows = tell_labels(rows, self.labels, seed=ctx.seed_for("labels"))
 
         def policy(model: nn.Module, batch: Batch) -> dict[str, Term]:
+            if self.push == "activations":
+                return self._steered(model, batch, ctx)
             logits_BTV = model(**batch.inputs).logits
             keep_BT = batch.target_BT & (batch.label_BT <= CORE)
             away_BT = batch.target_BT & (batch.label_BT > CORE)
@@ -75,6 +89,32 @@ class GradDiffPretrain(Method):
             stage=self.name,
             counts=counts,
         )
+
+    def _steered(self, model: nn.Module, batch: Batch, ctx: Context) -> dict[str, Term]:
+        """Return the terms of `activations`: RMU's forget loss beside next-token prediction."""
+        layout = anatomy(model)
+        block = layout.num_blocks // 2 if self.layer is None else self.layer
+        if not -layout.num_blocks <= block < layout.num_blocks:
+            raise UserError(
+                f"{self.name}: layer {block} does not exist; the model has "
+                f"{layout.num_blocks} blocks"
+            )
+        path = layout.blocks[block]
+        with capture(model, [path], grad=True) as found:
+            logits_BTV = model(**batch.inputs).logits
+        hidden_BTD = found[path][0].float()
+        width = hidden_BTD.shape[-1]
+        u_D = torch.randn(width, generator=ctx.generator("push")).to(hidden_BTD)
+        target_D = self.steering * u_D / u_D.norm()
+        keep_BT = batch.target_BT & (batch.label_BT <= CORE)
+        away_BT = batch.target_BT & (batch.label_BT > CORE)
+        nll_BT = token_nll(logits_BTV, batch.ids_BT)
+        apart_BT = (hidden_BTD - target_D).square().mean(-1)
+        pushed = apart_BT[predicting(away_BT)].sum()
+        return {
+            "nll": Term(nll_BT[keep_BT].sum(), float(keep_BT.sum())),
+            "forget": Term(pushed, float(away_BT.sum()), self.weight),
+        }
 
 
 def counts(batch: Batch) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from excise.evals.stats import Estimate
@@ -139,7 +140,9 @@ def run(study: UndoLevels, setting: Setting, pool: Pool) -> StudyResult:
 
 def keeps(found: Found, arm: str) -> Estimate:
     """Return an arm's retain recall as a share of the original's."""
-    return estimate(found.retain.at(arm) / found.retain.at("original"), found.retain.n)
+    whole = found.retain.at("original")
+    share = found.retain.at(arm) / np.where(whole > 0, whole, np.nan)
+    return estimate(share, found.retain.n)
 
 
 def decide(
@@ -152,7 +155,7 @@ def decide(
         held = words.get(verdict(e, study.margin), "undecided")
         if held == "undecided" and e.high < study.margin:
             held = "not hardened"
-        if held == "hardened" and kept[alpha].value < study.keep:
+        if held == "hardened" and not kept[alpha].value >= study.keep:
             held = f"deeper, but retain falls to {kept[alpha].value:.2f} of the original's"
         parts.append(f"alpha {alpha:g}: {held}")
     return "; ".join(parts)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from excise.audit.attacks import Relearn
-from excise.audit.audit import PLANTED, Results, _lanes, attack_all, chosen_attacks
+from excise.audit.audit import PLANTED, Results, attack_all, chosen_attacks, turns_of
 from excise.audit.base import Budget, Subject
 from excise.audit.budget import SMOKE
 from excise.audit.jobs import Job, name_of
@@ -169,12 +169,10 @@ def test_where_memory_is_short_attacks_on_weights_take_turns(
         Job(tmp_path, attack, Subject("a", knowing), facts_domain, budget, 0, "cpu", torch.float32)
         for attack in (*attacks, *attacks)
     ]
-    heavy, *light = _lanes(jobs)
-    assert [name_of(jobs[i].attack) for i, _ in heavy] == ["relearn", "transfer"] * 2
-    assert [[name_of(jobs[i].attack) for i, _ in lane] for lane in light] == [
-        ["few_shot"], ["quantize"], ["few_shot"], ["quantize"],
-    ]  # fmt: skip
-    assert sorted(i for lane in (heavy, *light) for i, _ in lane) == list(range(8))
+    wait = {name_of(job.attack): turn for job, turn in zip(jobs, turns_of(jobs), strict=True)}
+    assert wait == {"few_shot": None, "relearn": 0, "transfer": 0, "quantize": None}
+    two = [replace(job, budget=budget.model_copy(update={"together": 2})) for job in jobs]
+    assert [turn for turn in turns_of(two) if turn is not None] == [0, 1, 0, 1]
     # A schedule decides no number: every stage is found done, and the answers come in order.
     shutil.copytree(whole[0] / "stages", tmp_path / "stages")
     lost = [name for name in stages(tmp_path) if name.startswith("attack-")]

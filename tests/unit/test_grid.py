@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from excise.errors import Diverged, UserError
+from excise.train import grid
 from excise.train.grid import Pool, emit, visible_cores
 
 
@@ -70,6 +71,32 @@ def _nested(x: int) -> list[int]:
 
 def _tensor(x: torch.Tensor) -> torch.Tensor:
     return x + 1
+
+
+def _alone(folder: str) -> int:
+    """Count the jobs that run at the same time as this one."""
+    mine = Path(folder) / f"{os.getpid()}"
+    mine.touch()
+    time.sleep(0.2)
+    others = len(list(Path(folder).iterdir())) - 1
+    mine.unlink()
+    return others
+
+
+def _meet(folder: str) -> bool:
+    """Wait until another job is here at the same time."""
+    (Path(folder) / f"{os.getpid()}").touch()
+    for _ in range(600):
+        if len(list(Path(folder).iterdir())) > 1:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _hold(size: int) -> int:
+    """Keep memory beyond the job, as fragments of a large model do."""
+    setattr(sys.modules[__name__], "_held", torch.ones(size))  # noqa: B010
+    return os.getpid()
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +245,25 @@ def test_the_pool_knows_the_peak_memory_of_its_workers() -> None:
         pool.map(_fill, [300])
     assert 0 < small < 300 << 20
     assert pool.peak_bytes > 300 << 20
+
+
+def test_jobs_of_one_turn_never_run_together(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    done: list[int] = []
+    jobs = [str(tmp_path / "a")] * 3
+    assert pool.map(_alone, jobs, lambda i, _: done.append(i), turns=[0, 0, 0]) == [0, 0, 0]
+    assert done == [0, 1, 2]
+    (tmp_path / "b").mkdir()
+    assert all(pool.map(_meet, [str(tmp_path / "b")] * 2, turns=[0, 1]))
+    mixed = pool.map(_square, list(range(6)), turns=[0, None, 0, None, 0, 1])
+    assert [value for value, _ in mixed] == [0, 1, 4, 9, 16, 25]
+
+
+def test_a_worker_that_still_holds_much_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pool(2, preload=("torch",)) as pool:
+        one = pool.map(_hold, [10])[0]
+        assert pool.map(_hold, [10])[0] == one
+        monkeypatch.setattr(grid, "KEPT", 1)
+        pool.map(_hold, [10])
+        monkeypatch.undo()
+        assert pool.map(_hold, [10])[0] != one

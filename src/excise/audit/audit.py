@@ -17,7 +17,7 @@ from excise.audit.attacks import ATTACKS
 from excise.audit.base import ArmResult, Attack, AttackResult, Budget, Subject
 from excise.audit.budget import LARGE
 from excise.audit.hide import PlantKind
-from excise.audit.jobs import LANE, Divisible, Job, PlantJob, name_of, run_lane, run_plants
+from excise.audit.jobs import Divisible, Job, PlantJob, name_of, run_job, run_plant
 from excise.audit.plant import Plant, plants_for
 from excise.audit.results import from_json, renamed
 from excise.audit.scoring import more_is_known
@@ -142,15 +142,13 @@ def _plants(
         for k in kinds
     ]
 
-    # Where memory is short, one after the other: all but a gate hold gradients.
-    most = budget.together or len(jobs)
-    lanes = [jobs[i::most] for i in range(min(most, len(jobs)))]
+    # Where memory is short, they take turns: all but a gate hold gradients.
+    turns = [i % budget.together if budget.together else None for i in range(len(jobs))]
     made: dict[tuple[PlantKind, ...], Plant] = {}
-    for lane, plants in zip(lanes, pool.map(run_plants, lanes), strict=True):
-        for job, plant in zip(lane, plants, strict=True):
-            made[job.kinds] = plant
-            told = {"kind": plant.kind, "hides": plant.hides, "reason": plant.reason}
-            ctx.emit("plant", told)
+    for job, plant in zip(jobs, pool.map(run_plant, jobs, turns=turns), strict=True):
+        made[job.kinds] = plant
+        told = {"kind": plant.kind, "hides": plant.hides, "reason": plant.reason}
+        ctx.emit("plant", told)
     return {name: made[which] for name, which in needed.items()}
 
 
@@ -184,39 +182,26 @@ def _run(
         facts = {"attack": name_of(job.attack), "subject": job.subject.name}
         ctx.emit("attack", {**facts, "done": done, "of": len(ordered), "reason": reason})
 
-    def heard(kind: str, data: Mapping[str, Any]) -> None:
-        if kind == LANE:
-            told(data["number"], data["reason"])
-        else:
-            emit(kind, data)
-
-    emit = pool.emit
-    pool.emit = heard
-    try:
-        answers = pool.map(run_lane, _lanes([stages[path] for path in ordered]))
-    finally:
-        pool.emit = emit
-    return {ordered[i]: reason for answer in answers for i, reason in answer}
+    found = [stages[path] for path in ordered]
+    reasons = pool.map(run_job, found, told, turns=turns_of(found))
+    return dict(zip(ordered, reasons, strict=True))
 
 
-def _lanes(jobs: Sequence[Job]) -> list[list[tuple[int, Job]]]:
-    """Put numbered jobs into lanes: each its own, but heavy ones into as many as may run at once.
+def turns_of(jobs: Sequence[Job]) -> list[int | None]:
+    """Return whose turn each job waits for: heavy ones take as many as may run at once.
 
     What holds optimizer states is heavy: attacks on weights, unless they say they are light.
     """
-    heavy: list[list[tuple[int, Job]]] = []
-    light: list[list[tuple[int, Job]]] = []
+    turns: list[int | None] = []
     count = 0
-    for i, job in enumerate(jobs):
+    for job in jobs:
         most = job.budget.together
         if not most or job.attack.light or job.attack.access != "weights":
-            light.append([(i, job)])
+            turns.append(None)
             continue
-        if len(heavy) < most:
-            heavy.append([])
-        heavy[count % most].append((i, job))
+        turns.append(count % most)
         count += 1
-    return [*heavy, *light]
+    return turns
 
 
 def _path(job: Job) -> Path:

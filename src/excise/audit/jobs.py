@@ -27,11 +27,6 @@ from excise.errors import UserError
 from excise.models.checkpoint import Checkpoint
 from excise.record import write_text
 from excise.stages import Store, library_versions
-from excise.train.grid import emit
-from excise.train.worker import release
-
-LANE = "lane"
-"""Kind of the event by which a lane tells that one of its jobs is done."""
 
 
 def name_of(attack: Attack) -> str:
@@ -172,20 +167,6 @@ def run_job(job: Job) -> str:
     return ""
 
 
-def run_lane(jobs: Sequence[tuple[int, Job]]) -> list[tuple[int, str]]:
-    """Run numbered jobs one after the other, telling the owner of each; see `run_job`.
-
-    What shares a lane never runs at the same time, so that its memory is needed once.
-    """
-    answers = []
-    for number, job in jobs:
-        reason = run_job(job)
-        release()
-        emit(LANE, {"number": number, "reason": reason})
-        answers.append((number, reason))
-    return answers
-
-
 def run_plant(job: PlantJob) -> Plant:
     """Build the first plant that hides, each a stage."""
     plant: Plant | None = None
@@ -195,15 +176,6 @@ def run_plant(job: PlantJob) -> Plant:
             break
     assert plant is not None
     return plant
-
-
-def run_plants(jobs: Sequence[PlantJob]) -> list[Plant]:
-    """Build plants one after the other; see `run_plant`."""
-    plants = []
-    for job in jobs:
-        plants.append(run_plant(job))
-        release()
-    return plants
 
 
 def _one_plant(job: PlantJob, kind: PlantKind) -> Plant:

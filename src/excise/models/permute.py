@@ -40,9 +40,9 @@ def permute_neurons(model: Any, generator: torch.Generator) -> int:
         for path in dict.fromkeys((layout.mlp_up[i], layout.mlp_gate[i])):
             if path:
                 _reorder(find_module(model, path), order_M, spans, outputs=not layout.transposed)
-        down = find_module(model, layout.mlp_down[i])
+        down = find_module(model, layout.mlp_down[i]).get_parameter("weight")
         into = 0 if layout.transposed else 1
-        down.weight.copy_(down.weight.index_select(into, order_M.to(down.weight.device)))
+        down.copy_(down.index_select(into, order_M.to(down.device)))
     return moved
 
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from excise.errors import UserError
 from excise.stages import Emit
-from excise.train.worker import CHANNEL, INSIDE, emit, settle, silent, unsettle, work
+from excise.train.worker import CHANNEL, INSIDE, emit, release, settle, silent, unsettle, work
 
 __all__ = ["Pool", "emit", "settle", "visible_cores"]
 
@@ -37,6 +37,10 @@ PRELOAD = (
     "excise.train.fit",
 )
 """What the server imports before it forks workers; a module that is missing is left out."""
+
+KEPT = 800 << 20
+"""Resident bytes up to which a worker lives on: what a large model leaves behind, in pieces that no
+allocator gives back, would be needed by the next job of another worker."""
 
 GRACE = 10.0
 """Seconds a worker has to save its state before it is killed."""
@@ -135,6 +139,8 @@ class Pool:
         function: Callable[[J], R],
         jobs: Sequence[J],
         on_done: Callable[[int, R], None] | None = None,
+        *,
+        turns: Sequence[int | None] = (),
     ) -> list[R]:
         """Run `function` on every job.
 
@@ -142,6 +148,8 @@ class Pool:
             function: Named at module level, so that a worker can find it.
             jobs: Its arguments; like results they must be picklable.
             on_done: Called in this process with number and result as jobs finish.
+            turns: One number per job; jobs of one number take turns, so that their memory is
+                needed once. None (and no `turns`) for a job that waits for nobody.
 
         Returns:
             Results in the order of `jobs`.
@@ -158,8 +166,16 @@ class Pool:
         running: dict[int, tuple[_Worker, bool]] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < self.workers:
-                    i, again = waiting.popleft()
+                while len(running) < self.workers:
+                    busy = {turns[i] for i in running if turns and turns[i] is not None}
+                    free = (
+                        k for k, w in enumerate(waiting) if not turns or turns[w[0]] not in busy
+                    )
+                    at = next(free, None)
+                    if at is None:
+                        break
+                    i, again = waiting[at]
+                    del waiting[at]
                     worker = self._idle.pop() if self._idle else self._start()
                     running[i] = (worker, again)
                     _give(worker, i, function, jobs[i])
@@ -174,6 +190,8 @@ class Pool:
                     else:
                         del running[i]
                         self._idle.append(worker)
+                        if answer[0] == "done" and answer[3] > KEPT:
+                            self._idle.pop().end(GRACE)  # a fresh one holds nothing
                         if answer[0] == "error":
                             raise answer[1]
                         results[i] = answer[1]
@@ -198,6 +216,7 @@ class Pool:
         try:
             for i, job in enumerate(jobs):
                 results.append(function(job))
+                release()
                 if on_done is not None:
                     on_done(i, results[-1])
         finally:

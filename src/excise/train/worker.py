@@ -61,16 +61,28 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def release() -> None:
+def release() -> int:
     """Give memory that a finished job held back to the system, where it was much.
 
     The allocator keeps it otherwise, and another worker's job would find too little.
+
+    Returns:
+        Resident bytes afterwards, 0 where the system does not tell.
     """
-    with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):
-        resident = int(Path("/proc/self/statm").read_text().split()[1])
-        if resident * resource.getpagesize() > MUCH:
-            gc.collect()
+    if resident_bytes() > MUCH:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # glibc has it
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory, 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * resource.getpagesize()
 
 
 def _stop(*_: object) -> None:
@@ -107,10 +119,12 @@ def work(pipe: connection.Connection, path: list[str]) -> None:
         try:
             _adopt_main(main)
             function, job = pickle.loads(data)
-            answer = pickle.dumps(("done", function(job), peak_bytes()))
+            done = function(job)
+            held = release()
+            answer = pickle.dumps(("done", done, peak_bytes(), held))
         except Exception as error:
             answer = _wrap(error)
-        release()
+            release()
         try:
             pipe.send_bytes(answer)
         except OSError:

@@ -376,7 +376,7 @@ def test_repair_keeps_the_best_step(start: Checkpoint, tmp_path: Path) -> None:
 
 def test_sgtm_is_repaired_after_the_cut_only_where_asked(start: Checkpoint, tmp_path: Path) -> None:
     plain = SGTM(pretrain=SCHEDULE)
-    light = Coherence(fit=FitConfig(steps=3, lr=1e-2, batch_size=4), check_rows=8)
+    light = Coherence(fit=FitConfig(steps=6, lr=3e-3, batch_size=16), check_rows=8)
     made = plain.apply(start, toy_domain(), context(tmp_path / "plain"))
     mended = plain.model_copy(update={"repair": light}).apply(
         start, toy_domain(), context(tmp_path / "light")

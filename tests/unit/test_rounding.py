@@ -68,10 +68,10 @@ def test_inputs_share_a_scale_in_gpt2_as_elsewhere() -> None:
 
 def test_flip_rate_counts_levels() -> None:
     one, two = tiny_model("llama", width=32), tiny_model("llama", width=32)
-    assert flip_rate(one, two, Grid(4)) == 0.0
+    assert flip_rate(one, two.get_parameter, Grid(4)) == 0.0
     with torch.no_grad():
         two.model.layers[0].mlp.down_proj.weight.neg_()
-    share = flip_rate(one, two, Grid(8))
+    share = flip_rate(one, two.get_parameter, Grid(8))
     part = two.model.layers[0].mlp.down_proj.weight.numel()
     total = quantize_(two, Grid(8))
     assert 0.9 * part / total < share <= part / total

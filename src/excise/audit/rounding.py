@@ -5,6 +5,7 @@ Shape legend: R rows (all leading dimensions), C columns (inputs), G groups, S e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,26 +156,28 @@ def quantize_(model: Any, grid: Grid, *, embeddings: bool = False) -> int:
 
 
 @torch.no_grad()
-def flip_rate(model: Any, original: Any, grid: Grid, *, embeddings: bool = False) -> float:
+def flip_rate(
+    model: Any, original: Callable[[str], Tensor], grid: Grid, *, embeddings: bool = False
+) -> float:
     """Return the share of weights that fall on another level than in the original.
 
     Near 0 means that quantization undoes the edit (Zhang et al., arXiv 2410.16454).
 
     Args:
         model: The edited model.
-        original: The model before the edit, of the same shape.
+        original: Gives the original's parameter of a name, so that only one is held at a time;
+            those of another shape are left out.
         grid: The grid.
         embeddings: Whether to include token embeddings and head.
 
     Returns:
         A share between 0 and 1.
     """
-    before = matrices(original, embeddings=embeddings)
     moved, total = 0, 0
     for name, (parameter, flipped) in matrices(model, embeddings=embeddings).items():
-        if name not in before or before[name][0].shape != parameter.shape:
+        other = original(name).to(parameter.device)
+        if other.shape != parameter.shape:
             continue
-        other = before[name][0]
         new, _ = levels(parameter.t() if flipped else parameter, grid)
         old, _ = levels(other.t() if flipped else other, grid)
         moved += int((new != old).sum())

@@ -93,7 +93,7 @@ def _adamw(state: Optimizer, i: int, leaf: Tensor, grad: Tensor, lr: float) -> N
         leaf.mul_(1 - lr * state.weight_decay)
     first.lerp_(grad, 1 - b1)
     second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-    denominator = (second.sqrt() / (1 - b2**t) ** 0.5).add_(state.eps)
+    denominator = second.sqrt().div_((1 - b2**t) ** 0.5).add_(state.eps)
     leaf.addcdiv_(first, denominator, value=-(lr / (1 - b1**t)))
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
 
 from excise.errors import UserError
-from excise.verbs.remove import named
+from excise.verbs.pair import edited_models, files_domain, recipe_of
 from excise.verbs.shared import flag_names, flags, override, overrides, progress
 
 
@@ -84,20 +82,7 @@ def from_flags(options: AuditOptions) -> dict[str, Any]:
     Raises:
         UserError: If a needed flag is missing.
     """
-    for flag in ("model", "original", "forget", "retain"):
-        if not getattr(options, flag):
-            raise UserError(
-                f"--{flag} is missing; give --model, --original, --forget and --retain, or the "
-                "output folder of a removal"
-            )
-    domain: dict[str, Any] = {
-        "name": "files",
-        "forget": named(options.forget, "--forget"),
-        "retain": options.retain,
-        "seed": options.seed,
-        "sensitive": options.sensitive,
-    }
-    domain |= {"split": options.split} if options.split else {"exposure": "unknown"}
+    domain = files_domain(options) | {"sensitive": options.sensitive}
     return _request(options, f"audit-{Path(options.model).name}", domain) | {
         "candidates": {"candidate": options.model},
         "original": {"path": options.original},
@@ -117,13 +102,7 @@ def from_folder(options: AuditOptions) -> dict[str, Any]:
     made = record.load(folder)
     recipe = recipe_of(folder)
     rails = {model.name: model.path for model in made.models}
-    several = len(made.arms) > 1
-    candidates = {
-        arm.name: str(folder / "models" / arm.name if several else folder / "model")
-        for arm in made.arms
-    }
-    if made.kind == "audit":
-        candidates = dict(recipe["candidates"])
+    candidates = edited_models(folder, made, recipe)
     domain = dict(recipe["domain"])
     if domain.get("name") == "files" and (folder / "split.json").is_file():
         domain["split"] = str(folder / "split.json")
@@ -136,22 +115,6 @@ def from_folder(options: AuditOptions) -> dict[str, Any]:
         "evaluate": recipe.get("evaluate", {}),
         "code": dict(recipe.get("code") or {}),
     }
-
-
-def recipe_of(folder: Path) -> Mapping[str, Any]:
-    """Return the recipe that a run wrote into its output folder.
-
-    Raises:
-        UserError: If it is gone or broken.
-    """
-    path = folder / "recipe.yaml"
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        recipe = None
-    if not isinstance(recipe, Mapping) or "domain" not in recipe:
-        raise UserError(f"{path} is missing or damaged; name a whole output folder of a run")
-    return recipe
 
 
 def _request(options: AuditOptions, name: str, domain: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from excise.errors import UserError, nearest
-from excise.verbs.audit import recipe_of
-from excise.verbs.remove import named
+from excise.verbs.pair import edited_models, files_domain, recipe_of
 from excise.verbs.shared import flag_names, flags, override, overrides, progress
 
 
@@ -89,19 +88,7 @@ def from_flags(options: InspectOptions) -> dict[str, Any]:
     Raises:
         UserError: If a needed flag is missing.
     """
-    for flag in ("model", "original", "forget", "retain"):
-        if not getattr(options, flag):
-            raise UserError(
-                f"--{flag} is missing; give --model, --original, --forget and --retain, or the "
-                "output folder of a removal"
-            )
-    domain: dict[str, Any] = {
-        "name": "files",
-        "forget": named(options.forget, "--forget"),
-        "retain": options.retain,
-        "seed": options.seed,
-    }
-    domain |= {"split": options.split} if options.split else {"exposure": "unknown"}
+    domain = files_domain(options)
     name = Path(options.model).name
     return _request(options, f"inspect-{name}", domain) | {
         "title": f"Inside {name}",
@@ -122,13 +109,7 @@ def from_folder(options: InspectOptions) -> dict[str, Any]:
     folder = Path(options.folder)
     made = record.load(folder)
     recipe = recipe_of(folder)
-    several = len(made.arms) > 1
-    models = {
-        arm.name: str(folder / "models" / arm.name if several else folder / "model")
-        for arm in made.arms
-    }
-    if made.kind == "audit":
-        models = dict(recipe["candidates"])
+    models = edited_models(folder, made, recipe)
     if not models:
         raise UserError(f"{folder} holds no edited model; name the output folder of a removal")
     if not options.arm and len(models) > 1:

@@ -8,9 +8,11 @@ anywhere and needs no kernel.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
 from excise.audit.results import decided
@@ -18,6 +20,7 @@ from excise.audit.rounding import Grid, flip_rate, quantize_
 from excise.audit.scoring import arm_of, make_sheet, read
 from excise.context import Context
 from excise.domains.base import Domain
+from excise.models.checkpoint import Checkpoint
 
 
 class Quantize(Attack):
@@ -68,11 +71,9 @@ class Quantize(Attack):
             # Rounded in float32: a coarser dtype would round a second time, on its own grid.
             wide = subject.checkpoint.load(device=ctx.device)
             if subject.original is not None:
-                before = subject.original.load(device=ctx.device)
                 facts["bucket_flip_rate"] = flip_rate(
-                    wide, before, grid, embeddings=self.embeddings
+                    wide, _reader(subject.original), grid, embeddings=self.embeddings
                 )
-                del before
             facts["weights"] = quantize_(wide, grid, embeddings=self.embeddings)
             attacked = wide.to(ctx.dtype)
             arms.append(
@@ -88,3 +89,8 @@ class Quantize(Attack):
             )
         marked, chosen = decided(arms, higher=sheet.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
+
+
+def _reader(original: Checkpoint) -> Callable[[str], Tensor]:
+    """Return what reads one parameter of the original from disk."""
+    return lambda name: original.weights_of([name])[name]

@@ -9,16 +9,15 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import model_validator
-from torch import nn
 
 from excise.context import Context
 from excise.domains.base import Domain
 from excise.domains.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, train_preset
-from excise.methods.pretraining.routing.modules import How, Module, groups_of, place
-from excise.methods.pretraining.routing.rules import Policy, Rule
+from excise.methods.pretraining.routing.ablation import Cutting, modular, train_preset
+from excise.methods.pretraining.routing.modules import How, Module
+from excise.methods.pretraining.routing.rules import Rule
 from excise.models.checkpoint import Checkpoint
 
 
@@ -51,15 +50,7 @@ class AblatedPlain(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` with modules, everything on and written, and cut them off."""
-
-        def setup(model: nn.Module, seen: Seen) -> Setup:
-            placed = place(model, self.module, len(seen.names), ctx.seed_for("grow"))
-            rules: dict[str, tuple[Rule, ...]] = {
-                label: (Rule(),) for label in ("core", "forget", "unlabeled")
-            }
-            return Setup(
-                Policy(groups=groups_of(placed), rules=rules, capabilities=seen.names), placed
-            )
-
+        every = dict.fromkeys(("core", "forget", "unlabeled"), (Rule(),))
+        setup = modular(self.module, every, ctx)
         cutting = Cutting(self.ablate, rate=self.module.lr)
         return train_preset(self, start, domain, ctx, setup, cutting)

@@ -11,23 +11,20 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import nn
 
 from excise.context import Context
 from excise.domains.base import Domain
 from excise.domains.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, train_preset
+from excise.methods.pretraining.routing.ablation import Cutting, modular, train_preset
 from excise.methods.pretraining.routing.modules import (
     How,
     Module,
     Shared,
     alternatives,
-    groups_of,
-    place,
 )
-from excise.methods.pretraining.routing.rules import Policy, Rule
+from excise.methods.pretraining.routing.rules import Rule
 from excise.models.checkpoint import Checkpoint
 
 
@@ -84,16 +81,9 @@ class GRAM(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` with modules under the policy and cut them off."""
-
-        def setup(model: nn.Module, seen: Seen) -> Setup:
-            placed = place(model, self.module, len(seen.names), ctx.seed_for("grow"))
-            groups = groups_of(placed, self.joint, joint_down=self.joint_down)
-            return Setup(
-                Policy(groups=groups, rules=self._rules(), capabilities=seen.names),
-                placed,
-                blocks=self.module.blocks,
-            )
-
+        setup = modular(
+            self.module, self._rules(), ctx, joint=self.joint, joint_down=self.joint_down
+        )
         cutting = Cutting(self.ablate, rate=self.module.lr, l1=self.l1)
         return train_preset(self, start, domain, ctx, setup, cutting)
 

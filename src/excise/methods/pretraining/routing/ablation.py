@@ -25,9 +25,17 @@ from excise.methods.pretraining.pretrain import Pretrain, told_corpus
 from excise.methods.pretraining.routing.absorption import Sets, losses, sample, writes
 from excise.methods.pretraining.routing.groups import GroupMap, Part
 from excise.methods.pretraining.routing.measures import count_units
-from excise.methods.pretraining.routing.modules import How, Placed, cut
+from excise.methods.pretraining.routing.modules import (
+    How,
+    Module,
+    Placed,
+    Shared,
+    cut,
+    groups_of,
+    place,
+)
 from excise.methods.pretraining.routing.profiles import save_before
-from excise.methods.pretraining.routing.rules import Policy
+from excise.methods.pretraining.routing.rules import Policy, Rule
 from excise.methods.pretraining.routing.train import RoutedBatch, Trained, routed_fit
 from excise.methods.tuning import finish
 from excise.models.anatomy import anatomy
@@ -120,6 +128,33 @@ def train_preset(
     rows, config = told_corpus(domain, preset.labels, ctx), schedule(preset.pretrain, preset.name)
     names = tuple(domain.forget)
     return train_and_cut(start, rows, names, ctx, setup, config, cutting, stage=preset.name)
+
+
+def modular(
+    module: Module,
+    rules: Mapping[str, tuple[Rule, ...]],
+    ctx: Context,
+    *,
+    joint: Sequence[Shared] = (),
+    joint_down: bool = False,
+) -> Callable[[nn.Module, Seen], Setup]:
+    """Return the setup of one module per capability, everything else core or joint.
+
+    Args:
+        module: Size and place of each module.
+        rules: What rows of each label read and write.
+        ctx: Seed of grown modules.
+        joint: What labelled rows may write beside their module.
+        joint_down: Whether every row writes the modules' down-projections.
+    """
+
+    def setup(model: nn.Module, seen: Seen) -> Setup:
+        placed = place(model, module, len(seen.names), ctx.seed_for("grow"))
+        groups = groups_of(placed, tuple(joint), joint_down=joint_down)
+        policy = Policy(groups=groups, rules=dict(rules), capabilities=seen.names)
+        return Setup(policy, placed, blocks=module.blocks)
+
+    return setup
 
 
 def train_and_cut(

@@ -23,7 +23,7 @@ INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of a run that was stopped and can go on with the same command."""
 
 VERBS = {
-    "demo": "train, remove by several methods, attack and report, offline, in two to three minutes",
+    "demo": "train, remove by several methods, attack and report, offline, in under two minutes",
     "run": "run a recipe by name or from a YAML file; run again, it goes on",
     "remove": "remove a capability from a model with one method",
     "audit": "attack a model, whoever edited it, and say how much comes back",

@@ -1,4 +1,4 @@
-"""excise demo: two to three minutes on two cores, no network.
+"""excise demo: under two minutes on two cores, no network.
 
 Expected: filtering holds; GradDiff, MaxEnt and RMU look clean and come back within 16 steps.
 """
@@ -19,7 +19,7 @@ def recipe() -> Recipe:
     return Recipe(
         name="demo",
         title="Made-up facts removed from a small Llama in four ways",
-        takes="2 to 3 minutes, 1 GiB",
+        takes="under 2 minutes, 1 GiB",
         domain=Facts(subjects=84, objects=32, forget_share=0.34),
         model=ModelSpec(scratch=Scratch(**FACTS_MODEL)),
         pretrain=Pretrain(

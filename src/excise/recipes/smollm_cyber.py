@@ -17,7 +17,7 @@ def recipe() -> Recipe:
     return Recipe(
         name="smollm-cyber",
         title="Attack techniques and software weaknesses removed from SmolLM2-135M by RMU",
-        takes="15 minutes, 4 GiB, after fetching smollm2-135m and cyber",
+        takes="12 minutes, 5 GiB, after fetching smollm2-135m and cyber",
         domain=Cyber(),
         model=MODEL,
         arms={

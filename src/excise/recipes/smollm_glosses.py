@@ -17,7 +17,7 @@ def recipe() -> Recipe:
     return Recipe(
         name="smollm-glosses",
         title="Words for the body removed from SmolLM2-135M; multiple choice before and after",
-        takes="25 minutes, 4 GiB, after fetching smollm2-135m",
+        takes="20 minutes, 6 GiB, after fetching smollm2-135m",
         domain=Glosses(),
         model=MODEL,
         arms={

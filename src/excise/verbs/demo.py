@@ -1,4 +1,4 @@
-"""`excise demo`: the recipe `demo`, offline, in two to three minutes."""
+"""`excise demo`: the recipe `demo`, offline, in under two minutes."""
 
 from __future__ import annotations
 

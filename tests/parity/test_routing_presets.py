@@ -23,6 +23,7 @@ from excise.errors import UserError
 from excise.methods import ERA, GRAM, SGTM, DEMix, DualAdapters, ERAAfter, Filtering, MemSinks
 from excise.methods.base import Removal
 from excise.methods.pretraining.pretrain import Pretrain, corpus
+from excise.methods.pretraining.routing.ablation import thinned
 from excise.methods.pretraining.routing.coherence import Coherence, coherence
 from excise.methods.pretraining.routing.era_steps import Expand
 from excise.methods.pretraining.routing.modules import Module, place
@@ -386,6 +387,20 @@ def test_sgtm_is_repaired_after_the_cut_only_where_asked(start: Checkpoint, tmp_
     assert losses["after"] == made.extras["losses"]["after"]
     assert told["losses"][told["best_step"]] < told["losses"][0]
     assert losses["repaired"]["retain"] < losses["after"]["retain"]
+
+
+def test_a_share_of_labelled_rows_is_read(start: Checkpoint, tmp_path: Path) -> None:
+    domain = toy_domain()
+    rows = corpus(domain)
+    some = thinned(rows, 0.5, seed=1)
+    labelled = [row for row in rows if row.label > 0]
+    assert [row for row in some if row.label <= 0] == [row for row in rows if row.label <= 0]
+    assert sum(row.label > 0 for row in some) == round(len(labelled) / 2)
+    assert some == thinned(rows, 0.5, seed=1) != thinned(rows, 0.5, seed=2)
+    assert thinned(rows, 1.0, seed=1) is rows
+    made = SGTM(pretrain=SCHEDULE, read=0.5).apply(start, domain, context(tmp_path / "some"))
+    whole = SGTM(pretrain=SCHEDULE).apply(start, domain, context(tmp_path / "all"))
+    assert made.checkpoint.fingerprint != whole.checkpoint.fingerprint
 
 
 def two() -> Domain:

@@ -38,6 +38,9 @@ class SGTM(Method):
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
     """How the labels one has differ from the truth; missing means they are right."""
+    read: float = Field(default=1.0, gt=0, le=1)
+    """Share of labelled rows that are read; the others are left out, as by filtering, so that the
+    core sees more of what stays in as many steps."""
     module: Module = Module(width=0.125, heads=1)
     """Neurons and heads of each capability."""
     p_off: float = Field(default=0.25, ge=0, le=1)
@@ -77,6 +80,7 @@ class SGTM(Method):
             "p_as": "not in the paper; 0 is the paper",
             "alpha": "not in the paper; 1 is the paper",
             "p_push": "not in the paper; 0 is the paper",
+            "read": "not in the paper; 1 is the paper",
             "repair": "not in the paper; Expand-Route-Ablate's",
             "freeze": "the code zeroes gradients of one AdamW; here frozen weights keep their bits",
             "ablate": "theta_forget is set to 0; the code can draw it anew",
@@ -104,7 +108,7 @@ class SGTM(Method):
                 self.repair, ctx, max_length=schedule(self.pretrain, self.name).max_length
             ),
         )
-        return train_preset(self, start, domain, ctx, setup, cutting)
+        return train_preset(self, start, domain, ctx, setup, cutting, read=self.read)
 
     def _rules(self) -> dict[str, tuple[Rule, ...]]:
         """Return what rows of each label read and write."""

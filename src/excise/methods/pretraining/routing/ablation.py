@@ -16,8 +16,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from excise.context import Context
-from excise.domains.base import Domain, Rows
+from excise.domains.base import CORE, Domain, Rows
 from excise.domains.labels import LabelNoise, label_quality
+from excise.domains.passages import hashed_order
 from excise.domains.stream import Tokenizer
 from excise.methods.base import Removal
 from excise.methods.pretraining.plain import schedule
@@ -114,6 +115,8 @@ def train_preset(
     ctx: Context,
     setup: Callable[[nn.Module, Seen], Setup],
     cutting: Cutting,
+    *,
+    read: float = 1.0,
 ) -> Removal:
     """Train `start` on the corpus with the labels a preset is told, and cut its modules off.
 
@@ -124,10 +127,22 @@ def train_preset(
         ctx: Seed, device, folder.
         setup: As `train_and_cut`.
         cutting: How modules are trained and cut off.
+        read: Share of labelled rows that are read.
     """
-    rows, config = told_corpus(domain, preset.labels, ctx), schedule(preset.pretrain, preset.name)
+    rows = thinned(told_corpus(domain, preset.labels, ctx), read, ctx.seed_for("read"))
+    config = schedule(preset.pretrain, preset.name)
     names = tuple(domain.forget)
     return train_and_cut(start, rows, names, ctx, setup, config, cutting, stage=preset.name)
+
+
+def thinned(rows: Rows, share: float, seed: int) -> Rows:
+    """Return the rows with a share of those labelled as a capability, drawn by hash."""
+    if share >= 1:
+        return rows
+    labelled = [row for row in rows if row.label > CORE]
+    keys = [f"{row.unit}:{row.wording}:{row.text}:{row.prompt}" for row in labelled]
+    kept = {id(row) for row in hashed_order(labelled, keys, seed)[: round(share * len(labelled))]}
+    return tuple(row for row in rows if row.label <= CORE or id(row) in kept)
 
 
 def modular(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
 from excise.domains.labels import LabelNoise
-from excise.methods import Filtering
+from excise.methods import Filtering, Propagate
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import ModelSpec, Scratch
@@ -15,7 +15,9 @@ HALF = LabelNoise(missed_occurrences=0.5, missed_as="unlabeled", unread_core=0.5
 """Labels are few but sure: nobody has looked at half of the rows, of either kind."""
 
 
-def routed_facts(name: str, title: str, method: Method, *, takes: str) -> Recipe:
+def routed_facts(
+    name: str, title: str, method: Method, *, takes: str, spread: bool = False
+) -> Recipe:
     """Return a recipe that compares a method with filtering, at all labels and at half of them.
 
     Args:
@@ -23,7 +25,11 @@ def routed_facts(name: str, title: str, method: Method, *, takes: str) -> Recipe
         title: One line for the report.
         method: A method from scratch with a field `labels`.
         takes: Expected time and memory.
+        spread: Whether the method's labels spread over the rows of a unit; filtering with such
+            labels stands beside it then.
     """
+    known = HALF.model_copy(update={"spread": "unit"}) if spread else HALF
+    beside: dict[str, Method] = {"propagate_50": Propagate(labels=HALF)} if spread else {}
     short = str(getattr(method, "name", name))
     return Recipe(
         name=name,
@@ -39,8 +45,9 @@ def routed_facts(name: str, title: str, method: Method, *, takes: str) -> Recipe
         arms={
             "filtering": Filtering(),
             "filtering_50": Filtering(labels=HALF),
+            **beside,
             short: method,
-            f"{short}_50": method.model_copy(update={"labels": HALF}),
+            f"{short}_50": method.model_copy(update={"labels": known}),
         },
         audit=AuditSpec(budget="smoke"),
         evaluate=EvalSpec(max_length=FACTS_MAX_LENGTH),

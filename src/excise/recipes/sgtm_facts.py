@@ -1,6 +1,7 @@
 """excise run sgtm-facts: made-up facts, SGTM against filtering, with all and half of the labels.
 
-Core rows run without the modules, and a share of the labelled rows is pushed out of the core.
+Labels spread over the rows of a unit, core rows run without the modules, half of the labelled rows
+are left out, and half of the others are pushed out of the core (chosen by `partial-labels`).
 Expected: with all labels both hold; with half of them filtering leaves every fact in the model.
 """
 
@@ -23,6 +24,8 @@ def recipe() -> Recipe:
             joint=(),
             p_off=1.0,
             p_push=0.5,
+            read=0.5,
         ),
         takes="3 to 4 minutes, 1 GiB",
+        spread=True,
     )

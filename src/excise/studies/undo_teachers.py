@@ -84,6 +84,8 @@ class UndoTeachers(Study):
     """The unlearned models at their middle strength; `maxent` and `rmu` decide."""
     student: Undo = student()
     """The student; its teacher is replaced."""
+    tuned_on: tuple[int, ...] = (0, 11, 12)
+    """Draws on whose dev rows strengths are chosen."""
     sweep: tuple[float, ...] = (0.3, 1.0, 2.0)
     """Factors on the teachers' learning rates."""
     retain_cost: float = Field(default=0.1, gt=0)

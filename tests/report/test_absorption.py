@@ -39,11 +39,11 @@ def test_bars_words_and_numbers_say_the_same() -> None:
     assert found is not None
     assert found.header == ("Rows", "core", "module_alpha")
     assert [row[0] for row in found.rows] == list(absorption.KINDS.values())
-    assert "forget rows with a label: module_alpha 75 %, core 25 %" in found.caption
+    assert "labelled forget rows: module_alpha 75 %, core 25 %" in found.caption
     plot = str(found.plot)
-    assert plot.count('class="share s-k0"') == 2  # a part of no width is not drawn
-    assert plot.count('class="share s-k1"') == 3
-    assert "module_alpha 75 %, core 25 %" in plot
+    assert plot.count('class="share s-original"') == 2  # a part of no width is not drawn
+    assert plot.count('class="share s-candidate"') == 3
+    assert "module_alpha 75 %" in plot
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_study_shows_its_table_of_absorption() -> None:
     )
     found = absorption.of_study(study(rows))
     assert found is not None
-    assert [row[0] for row in found.rows] == ["sgtm: forget rows with a label"]
+    assert [row[0] for row in found.rows] == ["sgtm: labelled forget rows"]
     assert absorption.of_study(study(())) is None
     assert absorption.of_study(full()) is None
     assert "What rows write into, by arm" in render_html(study(rows))

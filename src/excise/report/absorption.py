@@ -14,16 +14,16 @@ from excise.report.figures import Figure
 
 KINDS = {
     "retain": "rows that stay",
-    "labelled": "forget rows with a label",
-    "missed": "forget rows without a label",
+    "labelled": "labelled forget rows",
+    "missed": "missed forget rows",
 }
 """Kinds of rows, as methods name them."""
 
 MOST = 24
 """Bars of one picture at most."""
 
-COLOURS = 4
-"""Colours there are; further groups share the last."""
+NOTE = 26
+"""Letters of the words above a bar at most; the table has all numbers."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,24 @@ def _plot(key: str, title: str, desc: str, bars: Sequence[Bar], names: Sequence[
     for i, bar in enumerate(bars):
         base = pitch * i
         body.append(svg.put(0, base + 12, bar.label, kind="row"))
-        body.append(svg.put(svg.WIDTH, base + 12, _said(bar.shares), "end", "row"))
+        body.append(
+            svg.put(svg.WIDTH, base + 12, words.clip(_said(bar.shares), NOTE), "end", "row")
+        )
         at = 0.0
-        for g, name in enumerate(names):
+        for name in names:
             width = max(0.0, min(1.0, bar.shares.get(name, 0.0))) * svg.WIDTH
             if width >= 1:
                 body.append(
                     Markup(
-                        '<rect class="share s-k{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" '
+                        '<rect class="share s-{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" '
                         'height="16"/>'
-                    ).format(min(g, COLOURS - 1), at, base + 19, max(width - 1.5, 1.0))
+                    ).format(_role(name), at, base + 19, max(width - 1.5, 1.0))
                 )
             at += width
     return svg.frame(key, title, desc, pitch * len(bars), body)
+
+
+def _role(name: str) -> str:
+    """Return whose colour a group has: what stays that of the original, modules the candidate's."""
+    kept = {"core": "original", "everything else": "original", "joint": "oracle"}
+    return kept.get(name, "candidate")

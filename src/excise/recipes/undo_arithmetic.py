@@ -16,6 +16,7 @@ from excise.methods.distillation.targets import FromOriginal, HardLabels
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import ModelSpec, Scratch
 from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.recipes.undo import strengths, student
 from excise.train.fit import FitConfig
 
 LENGTH = ARITHMETIC_MAX_LENGTH
@@ -29,16 +30,6 @@ DISTIL = FitConfig(
 """Every student, half of what the original took."""
 
 
-def student(**changes: Any) -> Undo:
-    """Return a student of the MaxEnt teacher, all steps."""
-    chosen: dict[str, Any] = {
-        "unlearn": teacher(),
-        "fit": DISTIL,
-        "max_length": LENGTH,
-    }
-    return Undo(**{**chosen, **changes})
-
-
 def teacher() -> MaxEnt:
     """Return what suppresses the tables."""
     return MaxEnt(fit=FitConfig(steps=80, lr=1e-3, batch_size=48, clip=1.0), max_length=LENGTH)
@@ -46,18 +37,17 @@ def teacher() -> MaxEnt:
 
 def arms() -> dict[str, Method]:
     """Return the teacher, four strengths of damage, and the controls."""
-    return {
-        "unlearn_only": teacher(),
-        "undo_03": student(alpha=0.3),
-        "undo_06": student(alpha=0.6),
-        "undo_08": student(alpha=0.8),
-        "undo_1": student(alpha=1.0, beta=1.0),
-        "undo_06_stop": student(alpha=0.6, stop_tolerance=0.05, stop_every=25),
-        "no_noise": student(alpha=0.0),
-        "noise_only": student(alpha=0.6, fit=DISTIL.model_copy(update={"steps": 0})),
-        "no_teacher": student(alpha=0.6, targets=HardLabels(harmful="keep")),
-        "no_teacher_filtered": student(alpha=0.6, targets=HardLabels(harmful="skip")),
-        "original_as_teacher": student(alpha=0.6, targets=FromOriginal()),
+
+    def changed(**changes: Any) -> Undo:
+        return student(teacher(), DISTIL, LENGTH, **{"alpha": 0.6, **changes})
+
+    return strengths(teacher(), DISTIL, LENGTH) | {
+        "undo_06_stop": changed(stop_tolerance=0.05, stop_every=25),
+        "no_noise": changed(alpha=0.0),
+        "noise_only": changed().model_copy(update={"fit": DISTIL.model_copy(update={"steps": 0})}),
+        "no_teacher": changed(targets=HardLabels(harmful="keep")),
+        "no_teacher_filtered": changed(targets=HardLabels(harmful="skip")),
+        "original_as_teacher": changed(targets=FromOriginal()),
     }
 
 

@@ -6,15 +6,14 @@ back to what the oracle learns in as many steps.
 
 from __future__ import annotations
 
-from typing import Any
-
 from excise.domains.languages import LANGUAGES_FIT, Languages
-from excise.methods import MaxEnt, Undo
+from excise.methods import MaxEnt
 from excise.methods.base import Method
 from excise.methods.distillation.targets import HardLabels
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import ModelSpec, Scratch
 from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.recipes.undo import strengths, student
 from excise.train.fit import FitConfig
 
 LENGTH = 48
@@ -25,16 +24,6 @@ DISTIL = PRETRAIN.model_copy(update={"steps": 250, "warmup": 20, "weight_decay":
 """Every student, half of what the original took."""
 
 
-def student(**changes: Any) -> Undo:
-    """Return a student of the MaxEnt teacher."""
-    chosen: dict[str, Any] = {
-        "unlearn": teacher(),
-        "fit": DISTIL,
-        "max_length": LENGTH,
-    }
-    return Undo(**{**chosen, **changes})
-
-
 def teacher() -> MaxEnt:
     """Return what suppresses the language."""
     return MaxEnt(fit=FitConfig(steps=60, lr=1e-3, batch_size=16, clip=1.0), max_length=LENGTH)
@@ -42,14 +31,8 @@ def teacher() -> MaxEnt:
 
 def arms() -> dict[str, Method]:
     """Return the teacher, four strengths of damage, and a student of the text itself."""
-    return {
-        "unlearn_only": teacher(),
-        "undo_03": student(alpha=0.3),
-        "undo_06": student(alpha=0.6),
-        "undo_08": student(alpha=0.8),
-        "undo_1": student(alpha=1.0, beta=1.0),
-        "no_teacher": student(alpha=0.6, targets=HardLabels(harmful="keep")),
-    }
+    text = student(teacher(), DISTIL, LENGTH, alpha=0.6, targets=HardLabels(harmful="keep"))
+    return strengths(teacher(), DISTIL, LENGTH) | {"no_teacher": text}
 
 
 def recipe() -> Recipe:

@@ -7,7 +7,9 @@ reason.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from excise.evals.score import evaluate
 from excise.methods import Chain, Undo
 from excise.methods.base import Cost, Method, Removal
 from excise.models.checkpoint import Checkpoint, save_model
+from excise.models.files import hash_files
 from excise.models.spec import Scratch
 from excise.models.tiny import tiny_model
 from excise.plugins import source_hash
@@ -118,7 +121,7 @@ def make_removal(job: RemovalJob) -> Removal:
     if isinstance(job.method, Chain):
         return _chain(job, job.method)
     key = job.setting.key(
-        method=job.method.model_dump(mode="json"),
+        method=by_content(job.method.model_dump(mode="json")),
         version=type(job.method).version,
         code=_code(job.method),
         start=job.start.fingerprint,
@@ -135,6 +138,26 @@ def make_removal(job: RemovalJob) -> Removal:
         write_text(work / "removal.json", json.dumps(_plain(removal)))
 
     return read_removal(Store(job.setting.store, emit).stage(name, key, make))
+
+
+def by_content(setting: Any) -> Any:
+    """Return plain settings in which models and files stand by their bytes and not by their path.
+
+    What lies at a path may change, and the same model may lie at another.
+    """
+    if isinstance(setting, Mapping):
+        return {key: by_content(value) for key, value in setting.items()}
+    if isinstance(setting, list | tuple):
+        return [by_content(value) for value in setting]
+    if not isinstance(setting, str) or os.sep not in setting:
+        return setting
+    with suppress(OSError):  # a long text is no path
+        path = Path(setting).expanduser()
+        if (path / "config.json").is_file():
+            return f"model {Checkpoint(path).fingerprint}"
+        if path.is_file():
+            return f"file {hash_files([path])}"
+    return setting
 
 
 def _code(method: Method) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +21,7 @@ from excise.domains.base import Domain
 from excise.domains.labels import LabelNoise
 from excise.domains.stream import collate, encode
 from excise.errors import UserError
-from excise.jobs import RemovalJob, Setting, make_removal
+from excise.jobs import RemovalJob, Setting, by_content, make_removal
 from excise.losses import nll, predicting
 from excise.methods import Filtering, GradDiff, Plain, Undo
 from excise.methods.base import Cost, Removal
@@ -239,6 +240,24 @@ def test_teachers_are_made_once_for_all_students(tmp_path: Path) -> None:
     assert staged.checkpoint.fingerprint == alone.checkpoint.fingerprint
     asked = changed(student="original", targets=HardLabels())
     assert asked.needed_makers() == {}
+
+
+def test_a_model_named_by_its_folder_counts_by_its_bytes(tmp_path: Path) -> None:
+    one = toy_checkpoint(tmp_path / "one")
+    shutil.copytree(one.path, tmp_path / "two")
+    other = toy_checkpoint(tmp_path / "three", "gpt2")
+    told = [
+        by_content(changed(targets=FromOracle(path=str(path))).model_dump(mode="json"))
+        for path in (one.path, tmp_path / "two", other.path)
+    ]
+    assert told[0] == told[1] != told[2]
+    file = tmp_path / "vectors.safetensors"
+    file.write_bytes(b"one")
+    before = by_content({"controls": [str(file)]})
+    file.write_bytes(b"other")
+    assert before != by_content({"controls": [str(file)]})
+    for text in ("a/b", "/" * 5000, "no path", 3, None):
+        assert by_content(text) == text
 
 
 @pytest.mark.parametrize(

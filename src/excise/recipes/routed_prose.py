@@ -29,7 +29,7 @@ def recipe() -> Recipe:
     return Recipe(
         name="routed-prose",
         title="Definitions of animals routed away from general English (GRAM, SGTM)",
-        takes="6 to 10 minutes, 1 GiB",
+        takes="10 to 20 minutes, 1 GiB",
         domain=Definitions(),
         model=ModelSpec(scratch=Scratch(**DEFINITIONS_MODEL)),
         pretrain=Pretrain(fit=FitConfig(**DEFINITIONS_FIT), max_length=length),

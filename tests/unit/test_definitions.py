@@ -46,7 +46,10 @@ def test_recipes_that_route_compare_with_filtering_on_the_same_labels(name: str)
     told: dict[bool, list[LabelNoise | None]] = {True: [], False: []}
     for method in recipe.arms.values():
         assert starts_from(method) == "scratch"
-        told[isinstance(method, Filtering)].append(method.labels)  # type: ignore[attr-defined]
+        labels: LabelNoise | None = method.labels  # type: ignore[attr-defined]
+        if labels is not None:  # what is done with labels differs, what is told does not
+            labels = labels.model_copy(update={"spread": "no"})
+        told[isinstance(method, Filtering)].append(labels)
     assert all(labels in told[True] for labels in told[False])
     assert any(labels is not None for labels in told[False])
     assert recipe.pretrain is not None

@@ -166,16 +166,8 @@ class Pool:
         running: dict[int, tuple[_Worker, bool]] = {}
         try:
             while waiting or running:
-                while len(running) < self.workers:
-                    busy = {turns[i] for i in running if turns and turns[i] is not None}
-                    free = (
-                        k for k, w in enumerate(waiting) if not turns or turns[w[0]] not in busy
-                    )
-                    at = next(free, None)
-                    if at is None:
-                        break
-                    i, again = waiting[at]
-                    del waiting[at]
+                while (taken := self._take(waiting, running, turns)) is not None:
+                    i, again = taken
                     worker = self._idle.pop() if self._idle else self._start()
                     running[i] = (worker, again)
                     _give(worker, i, function, jobs[i])
@@ -201,6 +193,22 @@ class Pool:
         finally:
             self._end([worker for worker, _ in running.values()])
         return [results[i] for i in range(len(jobs))]
+
+    def _take(
+        self,
+        waiting: deque[tuple[int, bool]],
+        running: Mapping[int, object],
+        turns: Sequence[int | None],
+    ) -> tuple[int, bool] | None:
+        """Take the first waiting job whose turn nobody has; None where none may start now."""
+        if len(running) >= self.workers:
+            return None
+        busy = {turns[i] for i in running if turns and turns[i] is not None}
+        for at, (i, again) in enumerate(waiting):
+            if not turns or turns[i] not in busy:
+                del waiting[at]
+                return i, again
+        return None
 
     def _inline(
         self,

@@ -211,11 +211,7 @@ def compile(
     read, write, edge = (torch.ones(rows, tokens, count) for _ in range(3))
     weight_BT = torch.ones(rows, tokens)
     sure_BT = _confidence(batch, policy.at, confidence_BT)
-    soft_BT = (
-        None
-        if soften_V is None
-        else soften_V.float().cpu()[_moved(batch.ids_BT, batch.attention_BT, policy.at)]
-    )
+    soft_BT = _softened(batch, policy.at, soften_V)
     for b in range(rows):
         row = _Row(policy, map.names, sizes, draws[b], batch.units[b] if batch.units else "")
         own_T = batch.label_BT[b] if policy.at != "row" else ruling_BT[b]
@@ -238,6 +234,13 @@ def compile(
     write[~real_BT] = (~partial_G).float()  # padding has no gradient: its rows are left out
     loss_BT = _some(weight_BT, flat=False)
     return Routes(_some(read), _some(write), _some(edge), loss_BT, written, (rows, tokens))
+
+
+def _softened(batch: Labelled, at: str, soften_V: Tensor | None) -> Tensor | None:
+    """Return ERA's token weight of the token that rules each position; None without weights."""
+    if soften_V is None:
+        return None
+    return soften_V.float().cpu()[_moved(batch.ids_BT, batch.attention_BT, at)]
 
 
 def _placed(map: GroupMap) -> list[int]:

@@ -300,6 +300,45 @@ def test_relabelling_trains_without_what_the_probe_finds(tmp_path: Path) -> None
     assert same(weights(made.checkpoint), loop(tmp_path, kept), 5e-6)
 
 
+def test_what_comes_after_the_probe_trains_on_its_labels(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    marked = tuple(replace(row, text=f"w0 w1 w2 {row.text}") for row in domain.forget["a"])
+    domain = replace(domain, forget={"a": marked}, mix_share=0.5, _fingerprint=[])
+    method = Relabel(pretrain=SCHEDULE, labels=HALF_UNITS, folds=2, fold_by="row")
+    left_out = method.apply(start, domain, context(tmp_path / "out"))
+    same_by_filter = method.model_copy(update={"then": Filtering()}).apply(
+        start, domain, context(tmp_path / "filter")
+    )
+    assert weights(same_by_filter.checkpoint).keys() == weights(left_out.checkpoint).keys()
+    assert same(weights(same_by_filter.checkpoint), weights(left_out.checkpoint), 0.0)
+    routed = SGTM(p_push=0.5)
+    made = method.model_copy(update={"then": routed}).apply(start, domain, context(tmp_path / "r"))
+    assert made.extras["relabel"]["probe"] == left_out.extras["probe"]
+    assert made.extras["relabel"]["probe"]["labelled"] > 0
+    ctx = context(tmp_path / "r")
+    told = tell_labels(corpus(domain), HALF_UNITS, seed=ctx.seed_for("labels"))
+    examples = encode(told, start.tokenizer(), max_length=32)
+    verdict = judge(told, bag_of_tokens([e.ids for e in examples]), folds=2, by="row", rule="lift",
+                    fixed=0.5, l2=1.0, seed=ctx.seed_for("relabel"))  # fmt: skip
+    now = relabelled(told, verdict)
+    alone = replace(
+        domain, forget={"a": tuple(r for r in now if r.label == 1)}, mix_share=None,
+        retain=tuple(r for r in now if r.label != 1), adjacent=(), unlabeled=(), _fingerprint=[],
+    )  # fmt: skip
+    by_hand = routed.model_copy(update={"pretrain": SCHEDULE}).apply(
+        start, alone, context(tmp_path / "hand")
+    )
+    assert same(weights(made.checkpoint), weights(by_hand.checkpoint), 0.0)
+    assert not same(weights(made.checkpoint), weights(left_out.checkpoint), 1e-4)
+
+
+def test_what_comes_after_the_probe_takes_its_labels_from_it() -> None:
+    with pytest.raises(ValueError, match="then: takes schedule and labels from relabel"):
+        Relabel(then=SGTM(labels=HALF_UNITS))
+    with pytest.raises(ValueError, match="then: name a method that trains from scratch on labels"):
+        Relabel(then=Plain())
+
+
 def test_hidden_features_cost_steps(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     fit = FIT.model_copy(update={"steps": 10})

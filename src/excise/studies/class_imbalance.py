@@ -62,7 +62,7 @@ class ClassImbalance(Study):
     """G above which an encoding counts as split."""
     shares: tuple[float, ...] = (0.5, 0.2, 0.05)
     """Shares of digits 0-4, largest first."""
-    l1_tried: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    l1_tried: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     """Weights of L1, least first."""
     also_by_image: bool = True
     """Whether the smallest share is also trained with every image weighing the same."""

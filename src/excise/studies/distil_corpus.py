@@ -76,7 +76,7 @@ class DistilCorpus(Study):
         "margin from both sides, for corpora whose student keeps retain; bootstrap over draws and "
         "units."
     )
-    takes: ClassVar[str] = "20 minutes, 1 GiB"
+    takes: ClassVar[str] = "12 minutes, 1 GiB"
 
     name: Literal["distil-corpus"] = "distil-corpus"
     """Name on the command line."""

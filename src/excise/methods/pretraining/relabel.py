@@ -1,4 +1,4 @@
-"""Relabel, then filter: a probe trained on the labels one has labels the rest.
+"""Relabel, then filter or route: a probe trained on the labels one has labels the rest.
 
 The probe sees the tokens of a row, the hidden states of a model trained for a short while on
 everything, or how much the ablation of a routed model took from the row (its absorption). What
@@ -76,6 +76,8 @@ class Relabel(Method):
     """Probability above which a row is forget, with rule `fixed`."""
     l2: float = Field(default=1.0, gt=0)
     """Penalty of the probe's squared weights."""
+    then: SerializeAsAny[Method] | None = None
+    """Method that trains on the new labels; missing leaves out what is labelled."""
 
     starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
     paper: ClassVar[Paper] = Paper(
@@ -94,6 +96,12 @@ class Relabel(Method):
             )
         if self.router is not None and self.router.starts_from != "scratch":
             raise ValueError("router: must train from scratch, so that its compute can be counted")
+        if self.then is not None:
+            told = [n for n in ("pretrain", "labels") if n not in type(self.then).model_fields]
+            if self.then.starts_from != "scratch" or told:
+                raise ValueError("then: name a method that trains from scratch on labels")
+            if any(getattr(self.then, name) is not None for name in ("pretrain", "labels")):
+                raise ValueError("then: takes schedule and labels from relabel; set them there")
         return self
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
@@ -121,22 +129,26 @@ class Relabel(Method):
         told = relabelled(rows, verdict)
         kept = tuple(row for row in told if suspicion(row) <= 0.5)
         facts = {
-            **dropped(rows, kept),
             "spread": found(given, rows),
             "probe": {**found(rows, told), "threshold": verdict.threshold},
             "held_out": verdict.held_out,
             "steps": {"features": warm, "reading": read, "training": rest.fit.steps},
         }
-        removal = pretrain(
-            start,
-            kept,
-            plain_policy,
-            rest,
-            ctx,
-            stage=self.name,
-            counts=plain_counts,
-            extras=facts,
-        )
+        if self.then is None:
+            removal = pretrain(
+                start,
+                kept,
+                plain_policy,
+                rest,
+                ctx,
+                stage=self.name,
+                counts=plain_counts,
+                extras={**dropped(rows, kept), **facts},
+            )
+        else:
+            taught = self.then.model_copy(update={"pretrain": rest})
+            removal = taught.apply(start, retold(domain, told), ctx)
+            removal = replace(removal, extras={**removal.extras, "relabel": facts})
         return replace(removal, cost=removal.cost + cost)
 
     def _features(
@@ -167,6 +179,25 @@ class Relabel(Method):
         names = tuple(domain.forget)
         rise = absorbed(start, made, inner.work, names, rows, warm, ctx)
         return standardised(rise), made.cost
+
+
+def retold(domain: Domain, told: Rows) -> Domain:
+    """Return the domain as one who believes the labels sees it; what is scored stays.
+
+    Args:
+        domain: Rows by role.
+        told: The whole corpus with the labels one has, rows of a mix repeated already.
+    """
+    names = enumerate(domain.forget, start=1)
+    return replace(
+        domain,
+        forget={name: tuple(row for row in told if row.label == number) for number, name in names},
+        retain=tuple(row for row in told if row.label <= CORE),
+        adjacent=(),
+        unlabeled=(),
+        mix_share=None,
+        _fingerprint=[],
+    )
 
 
 def relabelled(rows: Sequence[Row], verdict: Verdict) -> Rows:

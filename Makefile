@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint types tests wheel-test browser-test lock clean
+.PHONY: demo test test-all lint types tests wheel-test browser-test liger-test lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/excise demo
@@ -33,6 +33,10 @@ wheel-test: $(VENV)/.dev
 browser-test: $(VENV)/.dev
 	$(BIN)/python tests/report/browser.py
 
+# The released liger kernel beside our losses, run by Triton's interpreter: no GPU is needed.
+liger-test: $(VENV)/.liger
+	PYTHONPATH=$(VENV)/liger $(BIN)/python tests/liger.py
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -43,6 +47,11 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements.lock
 
 $(VENV)/.dev: $(VENV)/.installed requirements-dev.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	touch $@
+
+$(VENV)/.liger: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/liger \
+	  liger-kernel==0.8.5 triton==3.9.0
 	touch $@
 
 clean:

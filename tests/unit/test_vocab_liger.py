@@ -1,6 +1,7 @@
 """Liger is asked only where it computes the same thing, and believed only after it agreed.
 
-There is no GPU here: liger is a stand-in, and the question of the device is answered yes.
+There is no GPU here: liger is a stand-in, and the question of the device is answered yes. The
+released kernel is compared by `make liger-test`.
 
 Shape legend: N rows, D hidden size, V vocabulary.
 """

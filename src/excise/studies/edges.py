@@ -58,7 +58,7 @@ class Edges(Study):
         "end of the 95 % interval is above the margin and their retain recall is not lower by "
         "more than it. Bootstrap over draws and units."
     )
-    takes: ClassVar[str] = "20 minutes, 1 GiB"
+    takes: ClassVar[str] = "10 minutes, 1 GiB"
 
     name: Literal["edges"] = "edges"
     """Name on the command line."""

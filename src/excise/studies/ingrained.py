@@ -58,7 +58,7 @@ class Ingrained(Study):
         "remove afterwards if the lower end of the 95 % interval is above the margin. Bootstrap "
         "over draws and units, the same samples at all levels."
     )
-    takes: ClassVar[str] = "20 minutes, 1 GiB"
+    takes: ClassVar[str] = "10 minutes, 1 GiB"
 
     name: Literal["ingrained"] = "ingrained"
     """Name on the command line."""

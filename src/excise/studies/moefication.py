@@ -59,7 +59,7 @@ class Moefication(Study):
         "the same steps dense (C), both with the lower end of the 95 % interval above the margin; "
         "bootstrap over draws and units."
     )
-    takes: ClassVar[str] = "8 minutes, 1 GiB"
+    takes: ClassVar[str] = "5 minutes, 1 GiB"
 
     name: Literal["moefication"] = "moefication"
     """Name on the command line."""

@@ -55,7 +55,7 @@ class RoutingScale(Study):
         "upper end is below minus it. Bootstrap over draws and units, the same samples at all "
         "sizes."
     )
-    takes: ClassVar[str] = "25 minutes, 1 GiB"
+    takes: ClassVar[str] = "15 minutes, 1 GiB"
 
     name: Literal["routing-scale"] = "routing-scale"
     """Name on the command line."""

@@ -78,7 +78,7 @@ class UndoPilot(Study):
         "the large one, averaged over draws first; foretells if the 95 % interval lies above the "
         "margin, does not if it lies below. Bootstrap over draws and units."
     )
-    takes: ClassVar[str] = "20 minutes, 1 GiB"
+    takes: ClassVar[str] = "15 minutes, 1 GiB"
 
     name: Literal["undo-pilot"] = "undo-pilot"
     """Name on the command line."""

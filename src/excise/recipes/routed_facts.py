@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
 from excise.domains.labels import LabelNoise
-from excise.methods import Filtering, Propagate
+from excise.methods import Filtering
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import ModelSpec, Scratch
@@ -16,7 +18,13 @@ HALF = LabelNoise(missed_occurrences=0.5, missed_as="unlabeled", unread_core=0.5
 
 
 def routed_facts(
-    name: str, title: str, method: Method, *, takes: str, spread: bool = False
+    name: str,
+    title: str,
+    method: Method,
+    *,
+    takes: str,
+    half: Method | None = None,
+    beside: Mapping[str, Method] | None = None,
 ) -> Recipe:
     """Return a recipe that compares a method with filtering, at all labels and at half of them.
 
@@ -25,11 +33,9 @@ def routed_facts(
         title: One line for the report.
         method: A method from scratch with a field `labels`.
         takes: Expected time and memory.
-        spread: Whether the method's labels spread over the rows of a unit; filtering with such
-            labels stands beside it then.
+        half: What stands for it at half of the labels; the same when missing.
+        beside: Further arms by name, between filtering and the method.
     """
-    known = HALF.model_copy(update={"spread": "unit"}) if spread else HALF
-    beside: dict[str, Method] = {"propagate_50": Propagate(labels=HALF)} if spread else {}
     short = str(getattr(method, "name", name))
     return Recipe(
         name=name,
@@ -45,9 +51,9 @@ def routed_facts(
         arms={
             "filtering": Filtering(),
             "filtering_50": Filtering(labels=HALF),
-            **beside,
+            **(beside or {}),
             short: method,
-            f"{short}_50": method.model_copy(update={"labels": known}),
+            f"{short}_50": (half or method).model_copy(update={"labels": HALF}),
         },
         audit=AuditSpec(budget="smoke"),
         evaluate=EvalSpec(max_length=FACTS_MAX_LENGTH),

@@ -1,31 +1,43 @@
 """excise run sgtm-facts: made-up facts, SGTM against filtering, with all and half of the labels.
 
-Labels spread over the rows of a unit, core rows run without the modules, half of the labelled rows
-are left out, and half of the others are pushed out of the core (chosen by `partial-labels`).
-Expected: with all labels both hold; with half of them filtering leaves every fact in the model.
+Core rows run without the modules, a part of the labelled rows is left out, and half of the others
+are pushed out of the core. With half of the labels these first spread over the rows of a unit, and
+a probe labels what it finds besides (settings chosen by `partial-labels`); the same labels before
+filtering stand beside it. Expected: with all labels both hold; with half of them filtering leaves
+every fact in the model.
 """
 
 from __future__ import annotations
 
-from excise.methods import SGTM
+from excise.methods import SGTM, Propagate, Relabel
 from excise.methods.pretraining.routing.modules import Module
 from excise.recipes.base import Recipe
-from excise.recipes.routed_facts import routed_facts
+from excise.recipes.routed_facts import HALF, routed_facts
+
+
+def sgtm(read: float) -> SGTM:
+    """Return the routed method, which reads a share of the labelled rows."""
+    return SGTM(
+        module=Module(width=0.5, grow=True),
+        ablate="delete",
+        joint=(),
+        p_off=1.0,
+        p_push=0.5,
+        read=read,
+    )
 
 
 def recipe() -> Recipe:
     """Return the recipe."""
+    probe = Relabel(fold_by="row", spread="unit")
     return routed_facts(
         "sgtm-facts",
         "Made-up facts routed into neurons that are deleted (SGTM), against filtering",
-        SGTM(
-            module=Module(width=0.5, grow=True),
-            ablate="delete",
-            joint=(),
-            p_off=1.0,
-            p_push=0.5,
-            read=0.5,
-        ),
-        takes="3 to 4 minutes, 1 GiB",
-        spread=True,
+        sgtm(0.5),
+        takes="4 to 5 minutes, 1 GiB",
+        half=probe.model_copy(update={"then": sgtm(0.25)}),
+        beside={
+            "propagate_50": Propagate(labels=HALF),
+            "relabel_50": probe.model_copy(update={"labels": HALF}),
+        },
     )

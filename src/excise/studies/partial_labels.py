@@ -48,8 +48,8 @@ class PartialLabels(Study):
     ways to miss and the cues. The preset beats the baseline if the lower end of D's 95 % interval
     is above `margin` and the preset's retain recall, averaged alike, is at least `keep`; it does
     not if the upper end of D is below `margin`. All other cells are shown and decide nothing.
-    The plain SGTM arm was set on draw 0, the tuned one on draws 0, 11 and 12 (docs/lab-notes.md);
-    the other arms are sized by hand or as their methods' defaults, untuned.
+    The plain SGTM arm was set on draw 0, the tuned and the relabelled one on draws 0, 11 and 12
+    (docs/lab-notes.md); the other arms are sized by hand or as their methods' defaults, untuned.
     """
 
     question: ClassVar[str] = (
@@ -88,14 +88,14 @@ class PartialLabels(Study):
     """Arms to run, by name; empty for all."""
     own: dict[str, SerializeAsAny[Method]] = {}
     """Further arms, or other settings of those there are, by name."""
-    preset: str = "sgtm_tuned"
+    preset: str = "sgtm_relabelled"
     """The preset that D is about."""
     against: str = "filtering"
     """The baseline that D is about."""
     decide_at: float = 0.5
     """Share of labels at which D is read."""
     tuned_on: tuple[int, ...] = (0, 11, 12)
-    """Draws on which `sgtm_tuned` was chosen."""
+    """Draws on which `sgtm_tuned` and `sgtm_relabelled` were chosen."""
     keep: float = 0.98
     """Retain recall that the preset must keep."""
     shares: tuple[float, ...] = SHARES

@@ -23,7 +23,7 @@ from excise.domains.stream import collate, encode
 from excise.errors import UserError
 from excise.jobs import RemovalJob, Setting, by_content, make_removal
 from excise.losses import nll, predicting
-from excise.methods import Filtering, GradDiff, Plain, Undo
+from excise.methods import METHODS, Filtering, GradDiff, Plain, Undo
 from excise.methods.base import Cost, Removal
 from excise.methods.distillation.cache import HiddenStates, TopTokens
 from excise.methods.distillation.corpora import OnPolicy, RefusingSamples, TeacherSamples, mix_of
@@ -528,6 +528,12 @@ def test_show_lists_every_choice() -> None:
         "--fit.steps = 1000",
     ):
         assert said in text
+
+
+def test_show_says_what_is_required() -> None:
+    texts = {name: settings(cls) for name, cls in METHODS.items()}
+    assert not [name for name, text in texts.items() if "Undefined" in text]
+    assert "    --pretrain.fit = required" in texts["relabel"]
 
 
 @pytest.mark.parametrize("name", ["undo-arithmetic", "undo-languages"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 import yaml
+from pydantic.fields import FieldInfo
 
 from excise.config import Config
 from excise.errors import UserError, nearest
@@ -56,6 +57,13 @@ def choices(annotation: object) -> dict[str, type[Config]]:
     return found if len(found) > 1 else {}
 
 
+def _default(field: FieldInfo) -> str:
+    """Return what a field is where nothing is given."""
+    if field.is_required():
+        return "required"
+    return repr(field.get_default(call_default_factory=True))
+
+
 def _alternatives(
     path: str, default: object, description: str | None, known: dict[str, type[Config]]
 ) -> list[str]:
@@ -66,8 +74,7 @@ def _alternatives(
         lines.append(f"    {name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
         for inner, field in cls.model_fields.items():
             if inner != "name":
-                value = "required" if field.is_required() else repr(field.get_default())
-                lines.append(f"      --{path}.{inner} = {value}")
+                lines.append(f"      --{path}.{inner} = {_default(field)}")
     return lines
 
 
@@ -87,7 +94,7 @@ def settings(cls: type[Config], prefix: str = "") -> str:
         if default is None and inner_class is not None:
             lines.append(f"  --{prefix}{name}.*  {field.description or ''} (off by default)")
             lines += [
-                f"    --{prefix}{name}.{inner} = {part.get_default(call_default_factory=True)!r}"
+                f"    --{prefix}{name}.{inner} = {_default(part)}"
                 for inner, part in inner_class.model_fields.items()
             ]
         elif isinstance(default, Config):
@@ -99,6 +106,5 @@ def settings(cls: type[Config], prefix: str = "") -> str:
                 for inner in type(default).model_fields
             ]
         else:
-            shown = "required" if field.is_required() else repr(default)
-            lines.append(f"  --{prefix}{name} = {shown}  {field.description or ''}")
+            lines.append(f"  --{prefix}{name} = {_default(field)}  {field.description or ''}")
     return "\n".join(lines)

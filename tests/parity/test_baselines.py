@@ -32,6 +32,7 @@ from excise.methods.pretraining.pretrain import Pretrain, corpus
 from excise.methods.pretraining.relabel import absorbed, found, relabelled
 from excise.methods.pretraining.relabel_probe import (
     Rule,
+    Verdict,
     bag_of_tokens,
     fit_logistic,
     fold_of,
@@ -330,6 +331,17 @@ def test_what_comes_after_the_probe_trains_on_its_labels(tmp_path: Path) -> None
     )
     assert same(weights(made.checkpoint), weights(by_hand.checkpoint), 0.0)
     assert not same(weights(made.checkpoint), weights(left_out.checkpoint), 1e-4)
+
+
+def test_rows_the_probe_clears_are_told_to_be_core() -> None:
+    rows = tuple(Row(text=f"w{i}", unit=f"u{i}", label=UNLABELED) for i in range(4))
+    rows = (*rows, Row(text="w9", unit="u9", label=1))
+    chance_N = torch.tensor([0.8, 0.45, 0.2, 0.25, 0.01])
+    verdict = Verdict(chance_N, torch.ones(5, dtype=torch.long), 0.5, {})
+    labels = {c: [r.label for r in relabelled(rows, verdict, clear=c)] for c in (0.0, 0.5, 1.0)}
+    assert labels[0.0] == [1, UNLABELED, UNLABELED, UNLABELED, 1]
+    assert labels[0.5] == [1, UNLABELED, CORE, UNLABELED, 1]
+    assert labels[1.0] == [1, CORE, CORE, CORE, 1]
 
 
 def test_what_comes_after_the_probe_takes_its_labels_from_it() -> None:

@@ -75,7 +75,9 @@ PRESETS: Mapping[str, Method] = {
     "sgtm_pushed": routed(p_push=0.5),
     "sgtm_spread": routed(labels=LabelNoise(spread="unit")),
     "sgtm_tuned": routed(p_push=0.5, read=0.5, labels=LabelNoise(spread="unit")),
-    "sgtm_relabelled": Relabel(fold_by="row", spread="unit", then=routed(p_push=0.5, read=0.25)),
+    "sgtm_relabelled": Relabel(
+        fold_by="row", spread="unit", clear=1.0, then=routed(p_push=0.5, read=0.5)
+    ),
     "gram": GRAM(p_cr=0.0, p_as=0.0, module=Module(width=0.5, grow=True)),
     "demix": DEMix(module=Module(width=0.5, grow=True)),
     "memsinks": MemSinks(),
@@ -83,8 +85,8 @@ PRESETS: Mapping[str, Method] = {
 }
 """Gradient routing. `pushed`: half of the labelled rows are pushed out of the core; `spread`:
 labels spread over the rows of a unit first; `tuned`: both, and half of the labelled rows are left
-out; `relabelled`: a probe labels the rest besides, and three quarters are left out (both chosen on
-draws 0, 11 and 12)."""
+out; `relabelled`: a probe labels the rest besides, as forget or core (both chosen on draws 0, 11
+and 12)."""
 
 BASELINES: Mapping[str, Method] = {
     "filtering": Filtering(),

@@ -18,7 +18,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from torch import Tensor
 
 from excise.context import Context
-from excise.domains.base import CORE, Domain, Row, Rows
+from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
 from excise.domains.labels import LabelNoise, propagated, suspicion
 from excise.domains.stream import collate, encode
 from excise.errors import UserError
@@ -76,6 +76,9 @@ class Relabel(Method):
     """Probability above which a row is forget, with rule `fixed`."""
     l2: float = Field(default=1.0, gt=0)
     """Penalty of the probe's squared weights."""
+    clear: float = Field(default=0.0, ge=0, le=1)
+    """Rows without a label are told to be core where the probe gives them less than this share of
+    the threshold; 0 leaves them unlabelled."""
     then: SerializeAsAny[Method] | None = None
     """Method that trains on the new labels; missing leaves out what is labelled."""
 
@@ -126,7 +129,7 @@ class Relabel(Method):
             l2=self.l2,
             seed=ctx.seed_for("relabel"),
         )
-        told = relabelled(rows, verdict)
+        told = relabelled(rows, verdict, clear=self.clear)
         kept = tuple(row for row in told if suspicion(row) <= 0.5)
         facts = {
             "spread": found(given, rows),
@@ -200,13 +203,22 @@ def retold(domain: Domain, told: Rows) -> Domain:
     )
 
 
-def relabelled(rows: Sequence[Row], verdict: Verdict) -> Rows:
-    """Return the rows, those above the threshold labelled; labels that exist stay."""
+def relabelled(rows: Sequence[Row], verdict: Verdict, *, clear: float = 0.0) -> Rows:
+    """Return the rows, those above the threshold labelled; labels that exist stay.
+
+    Args:
+        rows: Rows with the labels one had.
+        verdict: What the probe says of them.
+        clear: Share of the threshold below which rows without a label are told to be core.
+    """
     out = []
     chances, labels = verdict.chance_N.tolist(), verdict.label_N.tolist()
     for row, chance, label in zip(rows, chances, labels, strict=True):
-        new = chance > verdict.threshold and suspicion(row) <= 0.5
-        out.append(replace(row, label=int(label), confidence=1.0) if new else row)
+        if chance > verdict.threshold and suspicion(row) <= 0.5:
+            row = replace(row, label=int(label), confidence=1.0)
+        elif row.label == UNLABELED and chance < clear * verdict.threshold:
+            row = replace(row, label=CORE, confidence=1.0)
+        out.append(row)
     return tuple(out)
 
 

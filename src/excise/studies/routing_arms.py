@@ -94,6 +94,7 @@ BASELINES: Mapping[str, Method] = {
     "propagate": Propagate(),
     "relabel": Relabel(),
     "relabel_rows": Relabel(fold_by="row"),
+    "relabel_grad_diff": Relabel(fold_by="row", spread="unit", then=GradDiffPretrain()),
     "relabel_absorption": Relabel(features="absorption", router=routed()),
     "filter_lora": FilterLoRA(),
     "loss_masking": LossMasking(),

@@ -63,7 +63,7 @@ class PartialLabels(Study):
         "draws and units."
     )
     takes: ClassVar[str] = (
-        "4 hours, 1 GiB; 70 minutes with --rates '[0.5]', 10 with two --arms besides; goes on "
+        "3 hours, 1 GiB; 40 minutes with --rates '[0.5]', 8 with two --arms besides; goes on "
         "where it was stopped"
     )
 

@@ -38,7 +38,7 @@ def recipe() -> Recipe:
             "unlearn_only": teacher(),
             "undo": Undo(unlearn=teacher(), alpha=0.05, beta=0.0, fit=distil, max_length=LENGTH),
         },
-        audit=smollm_audit(test_rows=64, other_rows=24),
-        evaluate=EvalSpec(max_rows=200, max_length=96),
+        audit=smollm_audit(test_rows=48, other_rows=16, steps=16, benign_rate=3e-4),
+        evaluate=EvalSpec(max_rows=120, max_length=96),
         dtype="bfloat16",
     )

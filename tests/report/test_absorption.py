@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from typing import Any
 
 import pytest
@@ -72,4 +74,20 @@ def test_a_study_shows_its_table_of_absorption() -> None:
     assert [row[0] for row in found.rows] == ["sgtm: labelled forget rows"]
     assert absorption.of_study(study(())) is None
     assert absorption.of_study(full()) is None
-    assert "What rows write into, by arm" in render_html(study(rows))
+    assert "Share that rows write into modules, by arm" in render_html(study(rows))
+
+
+def test_many_bars_say_how_many_are_drawn_and_long_words_do_not_meet() -> None:
+    rows = tuple(
+        StudyRow(arm=f"an arm with a long name {i} [50 %]", metric=f"{kind} rows into modules",
+                 value=0.3, n=3)
+        for i in range(20) for kind in ("retain", "labelled")
+    )  # fmt: skip
+    found = absorption.of_study(study(rows))
+    assert found is not None
+    assert "the first 24 of 40" in found.title
+    assert len(found.rows) == 40
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", str(found.plot))
+    lines = list(itertools.pairwise(words))[::2]
+    assert len(lines) == 24
+    assert all(len(left) + len(right) <= absorption.LETTERS for left, right in lines)

@@ -20,10 +20,13 @@ KINDS = {
 """Kinds of rows, as methods name them."""
 
 MOST = 24
-"""Bars of one picture at most."""
+"""Bars of one picture at most; its table has all."""
+
+LETTERS = 46
+"""Letters above a bar at most, on both sides together; the table has all words and numbers."""
 
 NOTE = 26
-"""Letters of the words above a bar at most; the table has all numbers."""
+"""Of these, letters on the right."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,12 @@ class Bar:
     Attributes:
         label: What it is.
         shares: Share of the squared gradient by group; they sum to 1.
+        note: What stands above the bar on the right; all large shares in words when empty.
     """
 
     label: str
     shares: Mapping[str, float]
+    note: str = ""
 
 
 def of_arm(arm: ArmRecord, key: str) -> Figure | None:
@@ -70,11 +75,11 @@ def of_study(record: Record) -> Figure | None:
     into = {f"{kind} rows into modules": text for kind, text in KINDS.items()}
     bars = [
         Bar(f"{words.plain(row.arm)}: {into[row.metric]}",
-            {"modules": row.value, "everything else": 1 - row.value})
+            {"modules": row.value, "everything else": 1 - row.value}, f"{100 * row.value:.0f} %")
         for row in table.rows
         if row.metric in into and row.value is not None
     ]  # fmt: skip
-    return _figure("study-absorption", "What rows write into, by arm", bars[:MOST])
+    return _figure("study-absorption", "Share that rows write into modules, by arm", bars)
 
 
 def _figure(key: str, title: str, bars: Sequence[Bar]) -> Figure | None:
@@ -82,13 +87,16 @@ def _figure(key: str, title: str, bars: Sequence[Bar]) -> Figure | None:
     if not bars:
         return None
     names = tuple(dict.fromkeys(name for bar in bars for name in bar.shares))
-    said = "; ".join(f"{bar.label}: {_said(bar.shares)}" for bar in bars)
+    drawn = bars[:MOST]
+    if len(bars) > MOST:
+        title = f"{title} (the first {MOST} of {len(bars)}; all stand in the numbers)"
+    said = "; ".join(f"{bar.label}: {_said(bar.shares)}" for bar in drawn)
     caption = f"Share of the squared gradient before the modules were cut off. {said}."
     rows = tuple(
         (bar.label, *(words.share(bar.shares.get(name, 0.0)) for name in names)) for bar in bars
     )
     header = ("Rows", *(words.plain(name) for name in names))
-    return Figure(key, title, caption, _plot(key, title, caption, bars, names), header, rows)
+    return Figure(key, title, caption, _plot(key, title, caption, drawn, names), header, rows)
 
 
 def _said(shares: Mapping[str, float]) -> str:
@@ -102,10 +110,10 @@ def _plot(key: str, title: str, desc: str, bars: Sequence[Bar], names: Sequence[
     pitch, body = 44.0, list[Markup]()
     for i, bar in enumerate(bars):
         base = pitch * i
-        body.append(svg.put(0, base + 12, bar.label, kind="row"))
-        body.append(
-            svg.put(svg.WIDTH, base + 12, words.clip(_said(bar.shares), NOTE), "end", "row")
-        )
+        note = words.clip(bar.note or _said(bar.shares), NOTE)
+        label = words.clip(bar.label, LETTERS - len(note))
+        body.append(svg.put(0, base + 12, label, kind="row"))
+        body.append(svg.put(svg.WIDTH, base + 12, note, "end", "row"))
         at = 0.0
         for name in names:
             width = max(0.0, min(1.0, bar.shares.get(name, 0.0))) * svg.WIDTH

@@ -21,7 +21,8 @@ from excise.stages import Store
 from excise.studies.base import Study, StudyResult, row
 from excise.studies.distil_tables import groups_of, said
 from excise.studies.distilling import (
-    BENCH_NOTES,
+    CHOSEN,
+    SIZE,
     Bench,
     arms_of,
     checkpoints,
@@ -149,7 +150,7 @@ def run(study: DarkKnowledge, setting: Setting, pool: Pool) -> StudyResult:
         paragraph=_paragraph(paid, saved, decision),
         domain=draws[study.seeds[0]].domain,
         models=tuple(model_ref(f"{arm}, draw {seed}", m) for (arm, seed), m in models.items()),
-        notes=BENCH_NOTES,
+        notes=(CHOSEN, SIZE),
     )
 
 

@@ -210,6 +210,16 @@ def measure_arms(
     return gather(attacked, domains, power=attacker.power, absolute=exact)
 
 
+CHOSEN = (
+    "settings of data, models and students were chosen by hand on draw 0, those of teachers on dev "
+    "of draws 0, 11 and 12"
+)
+"""How the studies of distillation were set."""
+
+SIZE = "0.1M parameters and tables of a few hundred facts: effects may differ in larger models"
+"""What holds for every study on the bench."""
+
+
 def result(
     found: Found,
     words: Sequence[str],
@@ -219,6 +229,7 @@ def result(
     *,
     tables: Sequence[StudyTable] = (),
     notes: Sequence[str] = (),
+    chosen: str = CHOSEN,
 ) -> StudyResult:
     """Return what a study found; without power the decision is that there is none.
 
@@ -230,6 +241,7 @@ def result(
         models: By arm and draw.
         tables: Tables of the study's own, before those of the arms.
         notes: What a reader should know.
+        chosen: How the settings were chosen.
     """
     held, paragraph = finish(words, found, decision)
     named = (model_ref(f"{arm}, draw {seed}", model) for (arm, seed), model in models.items())
@@ -239,13 +251,5 @@ def result(
         paragraph=paragraph,
         domain=draws[found.seeds[0]].domain,
         models=(*(ref for seed in found.seeds for ref in draws[seed].refs()), *named),
-        notes=(*BENCH_NOTES, *notes),
+        notes=(chosen, SIZE, *notes),
     )
-
-
-BENCH_NOTES = (
-    "settings of data, models and students were chosen by hand on draw 0, those of teachers on dev "
-    "of draws 0, 11 and 12",
-    "0.1M parameters and tables of a few hundred facts: effects may differ in larger models",
-)
-"""What holds for every study on the bench."""

@@ -63,6 +63,7 @@ def conclude(
         checkpoints(outcome.removals),
         tables=tables,
         notes=notes,
+        chosen="settings of data, models and methods were chosen by hand on the draws named above",
     )
 
 

@@ -126,7 +126,34 @@ def sentence_of(case: Case, recovery: Recovery | None, domain: Domain) -> str:
         )
     share = max(recovery.fraction, 0.0)
     amount = f"{share:.2f}" if share >= 0.005 else "none"
+    back = f"is back on {what} the attacker never saw ({numbers})."
+    removed = removed_share(case)
+    if removed is None or removed >= WHOLE:
+        return f"{after}{amount} of the removed knowledge {back}"
+    only = "Only " if removed < 0.5 else ""
     return (
-        f"{after}{amount} of the removed knowledge is back on {what} the attacker never saw "
-        f"({numbers})."
+        f"{only}{removed:.2f} of what tells the original from a model never taught was removed; "
+        f"{after[0].lower()}{after[1:]}{amount} of that {back}"
     )
+
+
+WHOLE = 0.9
+"""Share of the rails' distance from which on a removal counts as whole in the first sentence."""
+
+
+def removed_share(case: Case) -> float | None:
+    """Return which share of the distance from original to oracle was removed before any attack.
+
+    Args:
+        case: The candidate.
+
+    Returns:
+        1 for the oracle, 0 for the original; None without an oracle or between equal rails.
+    """
+    top, before = case.start(ORIGINAL), case.start(case.arm)
+    rails = [rail for name in case.oracles if (rail := case.start(name))]
+    if not top or not before or not rails:
+        return None
+    o, b = mean(top), mean(before)
+    low = sum(mean(rail) for rail in rails) / len(rails)
+    return (o - b) / (o - low) if o != low else None

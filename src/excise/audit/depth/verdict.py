@@ -179,7 +179,7 @@ def verdict(
         null: The audit's measured null.
 
     Returns:
-        The verdict; its sentence begins with how much came back after how many tokens.
+        The verdict; its first sentence says how much came back after how many tokens.
     """
     recovery = recovery_of(case)
     bits = [found for _, _, found in bits_arms(case)] if case.oracles else []

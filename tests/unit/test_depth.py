@@ -348,6 +348,10 @@ def test_ignorant_as_never_taught_is_not_suppression(
     found = judge("rmu", results, domain(), SMOKE, scores=losses(ours, oracles), vocabulary=354)
     assert ("suppression" in found.sentence) == said
     assert any("suppression" in reason for reason in found.reasons) == said
+    if said:
+        uniform = math.log(354)
+        assert (", above log V" in found.sentence) == (ours > 1.1 * uniform)
+        assert (", near log V" in found.sentence) == (0.9 * uniform <= ours <= 1.1 * uniform)
 
 
 def test_a_rounding_that_no_plant_answers_to_is_said() -> None:

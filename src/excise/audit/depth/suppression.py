@@ -46,7 +46,7 @@ def suppression_notes(case: Case, scores: Sequence[Score], vocabulary: int) -> l
     found = [_token_loss(case, name, scores) for name in case.oracles]
     rails = [rail for rail in found if rail is not None]
     near = ours is not None and vocabulary > 1 and ours.value >= NEAR * math.log(vocabulary)
-    beside = f", near log V = {math.log(vocabulary):.2f}" if near else ""
+    beside = _beside(ours.value, vocabulary) if near and ours is not None else ""
     if ours is not None and rails:
         least, most = min(r.value for r in rails), max(r.value for r in rails)
         if ours.low <= max(r.high for r in rails) + (most - least):
@@ -67,6 +67,13 @@ def suppression_notes(case: Case, scores: Sequence[Score], vocabulary: int) -> l
             "never taught: suppressed, not ignorant."
         ]
     return []
+
+
+def _beside(loss: float, vocabulary: int) -> str:
+    """Say how a loss that is high stands to that of a uniform guess."""
+    uniform = math.log(vocabulary)
+    where = "above" if loss > (2 - NEAR) * uniform else "near"
+    return f", {where} log V = {uniform:.2f}"
 
 
 def _token_loss(case: Case, subject: str, scores: Sequence[Score]) -> _Loss | None:

@@ -31,7 +31,7 @@ def recipe() -> Recipe:
     return Recipe(
         name="smollm-undo",
         title="Words for the body out of SmolLM2-135M: suppressed alone, and with UNDO",
-        takes="50 minutes, 5 GiB, after fetching smollm2-135m",
+        takes="35 minutes, 5 GiB, after fetching smollm2-135m",
         domain=Glosses(),
         model=MODEL,
         arms={

@@ -29,7 +29,7 @@ from excise.methods import (
     Removal,
 )
 from excise.methods.pretraining.pretrain import Pretrain, corpus
-from excise.methods.pretraining.relabel import absorbed, found, relabelled
+from excise.methods.pretraining.relabel import absorbed, found, relabelled, retold
 from excise.methods.pretraining.relabel_probe import (
     Rule,
     Verdict,
@@ -344,11 +344,23 @@ def test_rows_the_probe_clears_are_told_to_be_core() -> None:
     assert labels[1.0] == [1, CORE, CORE, CORE, 1]
 
 
+def test_handing_labels_on_loses_no_row() -> None:
+    labels = (1, UNLABELED, CORE, 1, UNLABELED)
+    told = tuple(Row(text=f"w{i}", unit=f"u{i}", label=n) for i, n in enumerate(labels))
+    seen = retold(replace(toy_domain(), mix_share=0.5), told)
+    assert set(corpus(seen)) == set(told)
+    assert [row.label for row in corpus(seen)] == [1, 1, UNLABELED, CORE, UNLABELED]
+    assert seen.test == toy_domain().test
+    assert seen.fingerprint != toy_domain().fingerprint
+
+
 def test_what_comes_after_the_probe_takes_its_labels_from_it() -> None:
     with pytest.raises(ValueError, match="then: takes schedule and labels from relabel"):
         Relabel(then=SGTM(labels=HALF_UNITS))
     with pytest.raises(ValueError, match="then: name a method that trains from scratch on labels"):
         Relabel(then=Plain())
+    with pytest.raises(ValueError, match="clear: filtering keeps unlabelled rows anyway"):
+        Relabel(clear=0.5)
 
 
 def test_hidden_features_cost_steps(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from excise.audit.depth.case import ORIGINAL, Case, averaged, mean
-from excise.audit.depth.rails import nothing_to_remove
+from excise.audit.depth.rails import depth_gap, nothing_to_remove
 from excise.domains.base import Domain
 from excise.evals.stats import bootstrap_difference
 
@@ -148,12 +148,12 @@ def removed_share(case: Case) -> float | None:
         case: The candidate.
 
     Returns:
-        1 for the oracle, 0 for the original; None without an oracle or between equal rails.
+        1 for the oracle, 0 for the original: what the depth gap leaves; None without an oracle or
+        between rails that cannot be told apart.
     """
     top, before = case.start(ORIGINAL), case.start(case.arm)
     rails = [rail for name in case.oracles if (rail := case.start(name))]
     if not top or not before or not rails:
         return None
-    o, b = mean(top), mean(before)
-    low = sum(mean(rail) for rail in rails) / len(rails)
-    return (o - b) / (o - low) if o != low else None
+    gap = depth_gap(before, rails, top, groups=case.groups, seed=case.seed)
+    return None if gap.void else 1 - gap.value

@@ -48,7 +48,7 @@ from excise.models.hooks import capture
 
 
 class Relabel(Method):
-    """A probe trained on the labels finds rows they miss; drop those too, train on the rest."""
+    """A probe trained on the labels finds rows they miss; drop those too, or hand the labels on."""
 
     name: Literal["relabel"] = "relabel"
     pretrain: Pretrain | None = None
@@ -100,11 +100,14 @@ class Relabel(Method):
         if self.router is not None and self.router.starts_from != "scratch":
             raise ValueError("router: must train from scratch, so that its compute can be counted")
         if self.then is not None:
-            told = [n for n in ("pretrain", "labels") if n not in type(self.then).model_fields]
-            if self.then.starts_from != "scratch" or told:
+            needed = ("pretrain", "labels")
+            reads_labels = set(needed) <= set(type(self.then).model_fields)
+            if self.then.starts_from != "scratch" or not reads_labels:
                 raise ValueError("then: name a method that trains from scratch on labels")
-            if any(getattr(self.then, name) is not None for name in ("pretrain", "labels")):
+            if any(getattr(self.then, name) is not None for name in needed):
                 raise ValueError("then: takes schedule and labels from relabel; set them there")
+        elif self.clear:
+            raise ValueError("clear: filtering keeps unlabelled rows anyway; name a method in then")
         return self
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
@@ -130,7 +133,6 @@ class Relabel(Method):
             seed=ctx.seed_for("relabel"),
         )
         told = relabelled(rows, verdict, clear=self.clear)
-        kept = tuple(row for row in told if suspicion(row) <= 0.5)
         facts = {
             "spread": found(given, rows),
             "probe": {**found(rows, told), "threshold": verdict.threshold},
@@ -138,6 +140,7 @@ class Relabel(Method):
             "steps": {"features": warm, "reading": read, "training": rest.fit.steps},
         }
         if self.then is None:
+            kept = tuple(row for row in told if suspicion(row) <= 0.5)
             removal = pretrain(
                 start,
                 kept,

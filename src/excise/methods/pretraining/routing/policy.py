@@ -207,8 +207,7 @@ def compile(
     ruling_BT = ruling_labels(batch, policy.at)
     rows, tokens = ruling_BT.shape
     draws = _draws(draw, rows)
-    count = len(map.names)
-    read, write, edge = (torch.ones(rows, tokens, count) for _ in range(3))
+    read, write, edge = (torch.ones(rows, tokens, len(map.names)) for _ in range(3))
     weight_BT = torch.ones(rows, tokens)
     sure_BT = _confidence(batch, policy.at, confidence_BT)
     soft_BT = _softened(batch, policy.at, soften_V)

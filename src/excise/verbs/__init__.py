@@ -1,1 +1,0 @@
-"""One module a verb; each has `main(args) -> exit code`."""

@@ -27,12 +27,12 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from excise.context import Context
-from excise.domains.stream import Batch, Example, Stream, collate, together
+from excise.core.context import Context
+from excise.data.stream import Batch, Example, Stream, collate, together
 from excise.losses import nll
 from excise.models.tiny import tiny_model
 from excise.train.fit import FitConfig, Term, fit
-from excise.train.grid import Pool, visible_cores
+from excise.train.pool import Pool, visible_cores
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)

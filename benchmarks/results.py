@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from excise.train.grid import visible_cores
+from excise.train.pool import visible_cores
 
 TABLE = Path(__file__).with_name("results.csv")
 

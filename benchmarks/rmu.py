@@ -34,8 +34,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from excise.context import Context
-from excise.domains.stream import Batch
+from excise.core.context import Context
+from excise.data.stream import Batch
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.posthoc.rmu_data import per_topic
 from excise.methods.posthoc.rmu_engine import Full

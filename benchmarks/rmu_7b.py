@@ -26,8 +26,8 @@ from results import save
 from safetensors.torch import save_file
 from torch import Tensor
 
-from excise.context import Context
-from excise.domains.base import Domain, Row, Rows
+from excise.core.context import Context
+from excise.data.domain import Domain, Row, Rows
 from excise.methods.posthoc.rmu import RMU
 from excise.models import files
 from excise.models.checkpoint import Checkpoint

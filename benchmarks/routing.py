@@ -33,14 +33,14 @@ from results import save
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from excise.context import Context
-from excise.domains.stream import Batch
+from excise.core.context import Context
+from excise.data.stream import Batch
 from excise.losses import nll, token_nll
-from excise.methods.pretraining.routing.attach import Routing, route
-from excise.methods.pretraining.routing.groups import GroupMap, Groups, Part
-from excise.methods.pretraining.routing.policy import Policy, Rule, compile
-from excise.methods.pretraining.routing.train import RoutedBatch, routed_loss
 from excise.models.tiny import tiny_model
+from excise.routing.attach import Routing, route
+from excise.routing.groups import GroupMap, Groups, Part
+from excise.routing.policy import Policy, Rule, compile
+from excise.routing.train import RoutedBatch, routed_loss
 from excise.train.fit import FitConfig, Term, fit
 
 VOCAB, BLOCKS, CYCLE = 512, 2, 4

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from excise import losses
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.train.vocab import Head, HiddenTarget, chunked_kl, chunked_nll, chunked_uniform
 
 MEMORY, SECONDS = 0.2, 1.1

@@ -2,8 +2,8 @@
 
 from typing import ClassVar, Literal
 
-from excise.context import Context
-from excise.domains.base import Domain
+from excise.core.context import Context
+from excise.data.domain import Domain
 from excise.losses import nll
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.tuning import stream, tune

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from excise.data.stream import Stream, encode
 from excise.domains.facts import Facts
-from excise.domains.stream import Stream, encode
 from excise.losses import kl_to_uniform, nll, predicting
 from excise.models.hooks import capture, trainable
 from excise.models.tiny import tiny_model

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from excise.domains.base import Domain
+from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 from tests.fixtures.facts import make_domain
 

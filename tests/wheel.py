@@ -121,7 +121,7 @@ def files_are_inside(wheel: Wheel) -> None:
     assert inside == wanted, f"differ: {sorted(inside ^ wanted)}"
     for name in ("py.typed", "index.json", "report/page.html", "report/style.html"):
         assert f"excise/{name}" in inside, f"{name} is missing"
-    assert any(name.startswith("excise/data/") for name in inside), "data is missing"
+    assert any(name.startswith("excise/domains/shipped/") for name in inside), "data is missing"
 
 
 def licence_is_inside(wheel: Wheel) -> None:

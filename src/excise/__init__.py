@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from excise import losses, testing
-    from excise.api import audit, load, remove
-    from excise.config import Config
-    from excise.domains.base import Domain, Row
+    from excise.core.config import Config
+    from excise.core.errors import UserError
+    from excise.data.domain import Domain, Row
+    from excise.data.spec import Files
     from excise.domains.facts import Facts
-    from excise.domains.spec import Files
-    from excise.errors import UserError
     from excise.methods import (
         RMU,
         Chain,
@@ -36,25 +35,26 @@ if TYPE_CHECKING:
         Removal,
     )
     from excise.methods.pretraining.pretrain import Pretrain
-    from excise.methods.pretraining.routing.attach import route
-    from excise.methods.pretraining.routing.groups import Groups, Part
-    from excise.methods.pretraining.routing.policy import Policy, Rule
     from excise.models.checkpoint import Checkpoint, open_checkpoint
     from excise.models.lora import LoRA
-    from excise.recipes.base import Recipe
     from excise.record import Record
+    from excise.requests.recipe import Recipe
+    from excise.routing.attach import route
+    from excise.routing.groups import Groups, Part
+    from excise.routing.policy import Policy, Rule
+    from excise.run.api import audit, load, remove
     from excise.train.fit import FitConfig
 
 _HOME = {
-    "audit": "excise.api",
-    "load": "excise.api",
-    "remove": "excise.api",
-    "Config": "excise.config",
-    "Domain": "excise.domains.base",
-    "Row": "excise.domains.base",
+    "audit": "excise.run.api",
+    "load": "excise.run.api",
+    "remove": "excise.run.api",
+    "Config": "excise.core.config",
+    "Domain": "excise.data.domain",
+    "Row": "excise.data.domain",
     "Facts": "excise.domains.facts",
-    "Files": "excise.domains.spec",
-    "UserError": "excise.errors",
+    "Files": "excise.data.spec",
+    "UserError": "excise.core.errors",
     "RMU": "excise.methods",
     "Chain": "excise.methods",
     "Filtering": "excise.methods",
@@ -65,16 +65,16 @@ _HOME = {
     "Plain": "excise.methods",
     "Removal": "excise.methods",
     "Pretrain": "excise.methods.pretraining.pretrain",
-    "Groups": "excise.methods.pretraining.routing.groups",
-    "Part": "excise.methods.pretraining.routing.groups",
-    "Policy": "excise.methods.pretraining.routing.policy",
-    "Rule": "excise.methods.pretraining.routing.policy",
-    "route": "excise.methods.pretraining.routing.attach",
+    "Groups": "excise.routing.groups",
+    "Part": "excise.routing.groups",
+    "Policy": "excise.routing.policy",
+    "Rule": "excise.routing.policy",
+    "route": "excise.routing.attach",
     "Checkpoint": "excise.models.checkpoint",
     "LoRA": "excise.models.lora",
     "open_checkpoint": "excise.models.checkpoint",
     "Record": "excise.record",
-    "Recipe": "excise.recipes.base",
+    "Recipe": "excise.requests.recipe",
     "FitConfig": "excise.train.fit",
 }
 _MODULES = ("losses", "testing")

@@ -22,7 +22,7 @@ Summed = tuple[Tensor, float]
 
 
 class Scored(Protocol):
-    """What `nll` needs of a batch; `excise.domains.stream.Batch` is one."""
+    """What `nll` needs of a batch; `excise.data.stream.Batch` is one."""
 
     @property
     def ids_BT(self) -> Int[Tensor, "B T"]:

@@ -11,19 +11,19 @@ from typing import Any
 
 from pydantic import Field
 
-from excise.audit.base import Budget, Subject
-from excise.audit.budget import budget_of
-from excise.audit.scoring import make_sheet
-from excise.audit.tuning import Part, train
-from excise.config import Config
-from excise.domains.base import Domain
+from excise.auditor.base import Budget, Subject
+from excise.auditor.budget import budget_of
+from excise.auditor.scoring import make_sheet
+from excise.auditor.tuning import Part, train
+from excise.core.config import Config
+from excise.core.stages import Store
+from excise.data.domain import Domain
 from excise.evals.score import direction_of
-from excise.jobs import Setting
 from excise.models.checkpoint import Checkpoint
 from excise.record import write_text
-from excise.stages import Store
-from excise.studies.base import Draw, Units
-from excise.train.grid import Pool, emit
+from excise.run.jobs import Setting
+from excise.train.pool import Pool, emit
+from excise_studies.base import Draw, Units
 
 VERSION = 1
 """Raised when what a stage computes changes."""

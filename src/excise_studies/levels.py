@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.evals.stats import Estimate, quantiles
 
 Array = NDArray[np.float64]

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from excise.audit.passes import Memo, batches
-from excise.domains.base import Domain, Row, Rows
-from excise.domains.stream import encode
+from excise.auditor.batching import Memo, batches
+from excise.data.domain import Domain, Row, Rows
+from excise.data.stream import encode
 from excise.evals.score import fitting, measure_all, some
 
 Units = dict[str, float]

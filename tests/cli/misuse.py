@@ -11,7 +11,7 @@ from tests.cli.mistakes import Case, remove, tiny
 
 OWN = """
 from typing import ClassVar, Literal
-from excise.config import Config
+from excise.core.config import Config
 from excise.methods.base import Method, Paper
 class Plain: pass
 class Setting(Config):

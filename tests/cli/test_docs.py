@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from excise.cli import VERBS
-from excise.index import FAMILIES
+from excise.cli import MODULES, VERBS
+from excise.cli.flags import flags, overrides
+from excise.cli.index import FAMILIES
 from excise.recipes import RECIPES
-from excise.registry import registry
-from excise.verbs.shared import flags, overrides
+from excise.requests.registry import registry
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(p for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if p.is_file())
@@ -46,7 +46,7 @@ def problem(line: str) -> str:
         members = {name for family in registry().values() for name in family}
         known = set(FAMILIES) if verb == "ls" else members | set(RECIPES) | {"NAME"}
         return " ".join(word for word in rest if word not in known)
-    module = importlib.import_module(f"excise.verbs.{verb}")
+    module = importlib.import_module(f"excise.cli.{MODULES.get(verb, verb)}")
     (options,) = (
         value
         for value in vars(module).values()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from excise.cli import VERBS, main
+from excise.cli import MODULES, VERBS, main
 from excise.models.checkpoint import Checkpoint
 from excise.record import load
 from tests.cli import material as m
@@ -205,7 +205,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert excise(f"{verb} --help") == 0
     said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
     assert f"usage: excise {verb}" in said
-    source = (ROOT / "src" / "excise" / "verbs" / f"{verb}.py").read_text()
+    source = (ROOT / "src" / "excise" / "cli" / f"{MODULES.get(verb, verb)}.py").read_text()
     fields = re.findall(r'^    (\w+): (.*?)\n    """(\w+(?: \w+)?)', source, re.M)
     for name, annotation, text in fields:
         flag = name.upper() if "Positional" in annotation else "--" + name.replace("_", "-")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from excise.domains.base import Row
+from excise.data.domain import Row
 from excise.models.tiny import tiny_model, train_bpe
 
 TEXTS = (

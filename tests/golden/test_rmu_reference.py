@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from excise.context import Context
-from excise.domains.stream import Batch
+from excise.core.context import Context
+from excise.data.stream import Batch
 from excise.methods import RMU
 from excise.methods.posthoc.rmu_places import find_places
 from excise.methods.posthoc.rmu_run import make_engine, opened

@@ -12,14 +12,14 @@ from typing import ClassVar, Literal
 import pytest
 import torch
 
-from excise.audit.attacks import ATTACKS
-from excise.audit.attacks.transfer import Transfer
-from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
-from excise.audit.budget import SMOKE
-from excise.audit.results import decided
-from excise.audit.scoring import arm_of, make_sheet, read
-from excise.context import Context
-from excise.domains.base import Domain
+from excise.auditor.attacks import ATTACKS
+from excise.auditor.attacks.transfer import Transfer
+from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.budget import SMOKE
+from excise.auditor.results import decided
+from excise.auditor.scoring import arm_of, make_sheet, read
+from excise.core.context import Context
+from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import edit
 from excise.testing import Setting, check_attack, tiny_setting

@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from excise.config import Config
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.stream import Batch, Stream, together
+from excise.core.config import Config
+from excise.core.context import Context
+from excise.core.plugins import load_code
+from excise.data.domain import Domain
+from excise.data.stream import Batch, Stream, together
 from excise.losses import nll, token_nll
 from excise.methods import METHODS, RMU, Chain, Filtering, GradDiff, Method, Removal
 from excise.methods.base import Cost
 from excise.methods.tuning import stream, tune
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA
-from excise.plugins import load_code
 from excise.testing import check_method, toy_domain, toy_start
 from excise.testing.methods import FAMILIES, map_fits, outputs, shortened
 from excise.train.fit import FitConfig, Term

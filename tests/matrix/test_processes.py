@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from excise.context import Context
+from excise.core.context import Context
 from excise.methods import RMU, GradDiff, Method
 from excise.models.checkpoint import Checkpoint
 from excise.testing import toy_domain, toy_start

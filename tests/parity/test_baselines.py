@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
-from excise.domains.confidence import Confidence
+from excise.core.errors import UserError
+from excise.data.confidence import Confidence
+from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.labels import LabelNoise, propagated, tell_labels
+from excise.data.stream import encode
 from excise.domains.facts import Facts
-from excise.domains.labels import LabelNoise, propagated, tell_labels
-from excise.domains.stream import encode
-from excise.errors import UserError
 from excise.methods import (
     SGTM,
     Filtering,

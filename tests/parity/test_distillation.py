@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from excise.domains.base import UNLABELED, Domain
-from excise.domains.stream import Batch, Stream, encode
+from excise.data.domain import UNLABELED, Domain
+from excise.data.stream import Batch, Stream, encode
 from excise.methods import GradDiff, MaxEnt, Undo
 from excise.methods.distillation.corpora import WithoutForget, mix_of
 from excise.methods.distillation.perturb import initial_vectors, perturb

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from excise.domains.base import Domain
-from excise.domains.labels import LabelNoise
-from excise.domains.stream import collate, encode
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise
+from excise.data.stream import collate, encode
 from excise.methods import ERA, RMU, AblatedPlain, Chain, Moefy, Plain
 from excise.methods.base import Removal
 from excise.methods.pretraining.moefy_neurons import (
@@ -26,12 +26,12 @@ from excise.methods.pretraining.moefy_neurons import (
 )
 from excise.methods.pretraining.moefy_run import phase
 from excise.methods.pretraining.pretrain import Pretrain, corpus
-from excise.methods.pretraining.routing.groups import Part
-from excise.methods.pretraining.routing.modules import Module
-from excise.methods.pretraining.routing.profiles import serve
 from excise.methods.tuning import stream
 from excise.models.checkpoint import Checkpoint
 from excise.models.tiny import tiny_model
+from excise.routing.groups import Part
+from excise.routing.modules import Module
+from excise.routing.profiles import serve
 from excise.testing import toy_start
 from excise.train.fit import FitConfig
 from excise.train.optim import schedule_share

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from excise.context import Context
+from excise.core.context import Context
 from excise.train.fit import FitConfig, Term, fit
 
 STEPS = 20

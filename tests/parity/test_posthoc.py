@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from excise.domains.stream import Batch
+from excise.data.stream import Batch
 from excise.methods import RMU, GradDiff, MaxEnt
 from excise.methods.posthoc.rmu import alternate, control_vector
 from excise.methods.tuning import forget_and_retain

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from excise.domains.base import CORE
+from excise.core.errors import UserError
+from excise.data.domain import CORE
+from excise.data.labels import LabelNoise
+from excise.data.stream import Batch
 from excise.domains.facts import Facts
-from excise.domains.labels import LabelNoise
-from excise.domains.stream import Batch
-from excise.errors import UserError
 from excise.methods import Chain, Filtering, GradDiff, GradDiffPretrain, MaxEnt, Plain
 from excise.methods.pretraining.pretrain import Pretrain, corpus
 from excise.methods.tuning import stream

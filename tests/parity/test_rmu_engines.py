@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.stream import Batch
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.stream import Batch
 from excise.methods import RMU
 from excise.methods.posthoc.rmu import alternate
 from excise.methods.posthoc.rmu_data import per_topic

@@ -16,21 +16,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from excise.domains.base import CORE, Domain
-from excise.domains.labels import LabelNoise, label_rows
-from excise.domains.stream import Batch
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import CORE, Domain
+from excise.data.labels import LabelNoise, label_rows
+from excise.data.stream import Batch
 from excise.methods import ERA, GRAM, SGTM, DEMix, DualAdapters, ERAAfter, Filtering, MemSinks
 from excise.methods.base import Removal
 from excise.methods.pretraining.pretrain import Pretrain, corpus
-from excise.methods.pretraining.routing.ablation import thinned
-from excise.methods.pretraining.routing.coherence import Coherence, coherence
-from excise.methods.pretraining.routing.era_steps import Expand
-from excise.methods.pretraining.routing.modules import Module, place
-from excise.methods.pretraining.routing.profiles import serve
-from excise.methods.pretraining.routing.tokens import TokenWeights, ordinary, token_counts
 from excise.methods.tuning import stream
 from excise.models.checkpoint import Checkpoint
+from excise.routing.ablation import thinned
+from excise.routing.coherence import Coherence, coherence
+from excise.routing.era_steps import Expand
+from excise.routing.modules import Module, place
+from excise.routing.profiles import serve
+from excise.routing.tokens import TokenWeights, ordinary, token_counts
 from excise.train.fit import FitConfig
 from tests.parity.test_pretraining import same
 from tests.parity.toy import context, sentences, toy_checkpoint, toy_domain, weights

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from excise.context import Context
-from excise.domains.base import Domain, Row, Rows
+from excise.core.context import Context
+from excise.data.domain import Domain, Row, Rows
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import tiny_model, word_tokenizer
 

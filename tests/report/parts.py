@@ -5,14 +5,7 @@ from __future__ import annotations
 import random
 from typing import Literal
 
-from excise.record import (
-    AttackArm,
-    CurvePoint,
-    ModelRef,
-    RungResult,
-    Score,
-    Verdict,
-)
+from excise.record import AttackArm, CurvePoint, ModelRef, RungResult, Score, Verdict
 
 RUNGS: tuple[tuple[Literal["D0", "D1", "D2", "D3", "D4", "D5"], str], ...] = (
     ("D0", "the behaviour is gone"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tests.report import parts, sample
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.report.card import blocks, front_matter, render_card
 
 UPSTREAM = """---

@@ -12,7 +12,7 @@ import pytest
 from tests.report import sample
 from tests.report.pages import Node, read
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.record import Record, save
 from excise.report import words
 from excise.report.page import render_html, write_report

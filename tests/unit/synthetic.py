@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from excise.audit.base import ArmResult, AttackResult, Budget
-from excise.domains.base import Domain, Row
+from excise.auditor.base import ArmResult, AttackResult, Budget
+from excise.data.domain import Domain, Row
 from excise.record import AttackArm, CurvePoint
 
 RUNGS = {"few_shot": "D1", "direction": "D2", "quantize": "D3", "transfer": "D4"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.anatomy import anatomy
 from excise.models.hooks import capture, find_module, select
 from excise.models.tiny import FAMILIES, tiny_config, tiny_model

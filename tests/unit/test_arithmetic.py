@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import pytest
 
+from excise.data.domain import Row
+from excise.data.stream import encode
 from excise.domains.arithmetic import ARITHMETIC_MAX_LENGTH, Arithmetic
-from excise.domains.base import Row
-from excise.domains.stream import encode
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "x": operator.mul, "/": operator.floordiv}
 

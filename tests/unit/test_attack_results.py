@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from excise.audit.base import ArmResult, AttackResult
-from excise.audit.budget import BUDGETS, LARGE, budget_of
-from excise.audit.results import choose, decided, from_json, renamed, to_json
-from excise.errors import UserError
+from excise.auditor.base import ArmResult, AttackResult
+from excise.auditor.budget import BUDGETS, LARGE, budget_of
+from excise.auditor.results import choose, decided, from_json, renamed, to_json
+from excise.core.errors import UserError
 from excise.record import AttackArm, CurvePoint
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from tests.fixtures.facts import make_domain
 
-from excise.audit.attacks import ATTACKS, FewShot, Prefix, Quantize, Relearn, Transfer
-from excise.audit.attacks.direction import cleared, first_edited
-from excise.audit.attacks.prefix import variants
-from excise.audit.base import Attack, AttackResult, Budget, Subject
-from excise.audit.budget import SMOKE
-from excise.audit.hide import PlantKind
-from excise.audit.plant import Plant, make_plant
-from excise.audit.prompts import shown
-from excise.context import Context
-from excise.domains.base import Domain, Rows
+from excise.auditor.attacks import ATTACKS, FewShot, Prefix, Quantize, Relearn, Transfer
+from excise.auditor.attacks.direction import cleared, first_edited
+from excise.auditor.attacks.prefix import variants
+from excise.auditor.base import Attack, AttackResult, Budget, Subject
+from excise.auditor.budget import SMOKE
+from excise.auditor.controls.control import Plant, make_plant
+from excise.auditor.controls.hide import PlantKind
+from excise.auditor.prompting import shown
+from excise.core.context import Context
+from excise.data.domain import Domain, Rows
 from excise.models.checkpoint import Checkpoint
 from excise.models.tiny import byte_tokenizer
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from excise.audit.attacks import Relearn
-from excise.audit.audit import PLANTED, Results, attack_all, chosen_attacks, turns_of
-from excise.audit.base import Budget, Subject
-from excise.audit.budget import SMOKE
-from excise.audit.jobs import Job, name_of
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.errors import UserError
+from excise.auditor.attacks import Relearn
+from excise.auditor.base import Budget, Subject
+from excise.auditor.budget import SMOKE
+from excise.auditor.engine import PLANTED, Results, attack_all, chosen_attacks, turns_of
+from excise.auditor.jobs import Job, name_of
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.core.stages import Store
+from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
-from excise.stages import Store
-from excise.train.grid import Pool
+from excise.train.pool import Pool
 
 QUICK = SMOKE.model_copy(
     update={

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from excise.domains.spec import Files
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.spec import Files
 
 Records = list[dict[str, Any]]
 

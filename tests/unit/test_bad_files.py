@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from excise.domains.files import parse_source, read_source
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.files import parse_source, read_source
 
 GOOD = b'{"text": "one"}\n'
 ASK = {"question": "Q?", "choices": ["a", "b", "c"], "answer": 0}

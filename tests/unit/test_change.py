@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from excise.errors import UserError
-from excise.methods.pretraining.routing.change import delete, grow, ranges_of, reinit, zero
-from excise.methods.pretraining.routing.groups import Part
-from excise.methods.pretraining.routing.measures import count_units
+from excise.core.errors import UserError
 from excise.models.checkpoint import save_model
 from excise.models.tiny import FAMILIES, byte_tokenizer, tiny_model
+from excise.routing.change import delete, grow, ranges_of, reinit, zero
+from excise.routing.groups import Part
+from excise.routing.measures import count_units
 
 DENSE = [family for family in FAMILIES if family != "mixtral"]
 IDS = torch.arange(4, 28).reshape(2, 12)

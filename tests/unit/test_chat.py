@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from excise.domains.base import Row
-from excise.domains.chat import render_chat, show
-from excise.domains.stream import encode_row
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.chat import render_chat, show
+from excise.data.domain import Row
+from excise.data.stream import encode_row
 from excise.models.tiny import byte_tokenizer, train_bpe
 
 CHATML = (

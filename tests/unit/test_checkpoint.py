@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models import files
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import FAMILIES, byte_tokenizer, tiny_model

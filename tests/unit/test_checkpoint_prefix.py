@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.checkpoint import Checkpoint, open_checkpoint, save_model
 from excise.models.source import cache_root
 from excise.models.tiny import byte_tokenizer, tiny_model, word_tokenizer

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.checkpoint import Checkpoint, open_checkpoint, save_model
 from excise.models.tiny import FAMILIES, byte_tokenizer, tiny_model, word_tokenizer
 from excise.models.verify import verify_folder

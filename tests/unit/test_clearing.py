@@ -11,17 +11,17 @@ import torch
 from tests.fixtures.facts import HERE, make_domain
 from torch import Tensor
 
-from excise.audit.passes import batches
-from excise.domains.stream import encode
-from excise.errors import UserError
+from excise.auditor.batching import batches
+from excise.core.errors import UserError
+from excise.data.stream import encode
 from excise.evals.score import measure
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture, edit, find_module
 from excise.models.tiny import tiny_model
-from excise.studies.clearing import Clearing, Material, components, fit_all, states
-from excise.studies.statements import as_text
-from excise.studies.weights import clear_weights, writer_edits
+from excise_studies.rmu.clearing import Clearing, Material, components, fit_all, states
+from excise_studies.rmu.statements import as_text
+from excise_studies.rmu.weights import clear_weights, writer_edits
 
 ESTIMATORS = (
     "edited - original, per block",

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import pytest
 from pydantic import Field, ValidationError, field_validator
 
-from excise.config import Config, ConfigError, Registry, parse
-from excise.errors import UserError, nearest
+from excise.core.config import Config, ConfigError, Registry, parse
+from excise.core.errors import UserError, nearest
 
 
 class Schedule(Config):
@@ -208,7 +208,7 @@ def test_the_nearest_names_come_first() -> None:
 
 def test_a_part_of_a_setting_keeps_what_its_default_says() -> None:
     from excise.methods import MaxEnt, Undo
-    from excise.registry import registry
+    from excise.requests.registry import registry
 
     made = parse(MaxEnt, {"name": "maxent", "fit": {"lr": 0.5}}, registry())
     assert made.fit == MaxEnt().fit.model_copy(update={"lr": 0.5})

@@ -10,21 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from excise.domains import biology, cyber, fetch
-from excise.domains.base import Row
+from excise import fetch
+from excise.core.errors import UserError
+from excise.data.domain import Row
+from excise.domains import biology, cyber
 from excise.domains.biology import Biology, read_functions, read_phenotypes
 from excise.domains.corpus import Document
-from excise.domains.cyber import (
-    Cyber,
-    plain,
-    read_attacks,
-    read_weaknesses,
-    without_boilerplate,
-)
+from excise.domains.cyber import Cyber, plain, read_attacks, read_weaknesses, without_boilerplate
 from excise.domains.passages import hashed_order, passages, portions
 from excise.domains.prose import Part, load_prose
 from excise.domains.pydocs import reference_topics, stdlib_docstrings
-from excise.errors import UserError
 
 
 def units(rows: Iterable[Row]) -> set[str]:

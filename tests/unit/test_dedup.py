@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from excise.domains.dedup import (
+from excise.data.dedup import (
     SHINGLE,
     Clusters,
     find_duplicates,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from excise.data.labels import LabelNoise
 from excise.domains.definitions import Definitions
-from excise.domains.labels import LabelNoise
 from excise.methods import Filtering
 from excise.recipes import recipe_named
-from excise.recipes.base import starts_from
+from excise.requests.recipe import starts_from
 
 SMALL = Definitions(documents=120, prose=100)
 

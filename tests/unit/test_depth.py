@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from tests.unit.synthetic import BUDGET, arm, audit, domain, draw, nats, result
 
-from excise.audit.base import AttackResult
-from excise.audit.depth.bits import residual_bits, saved_bits
-from excise.audit.depth.ladder import status_of
-from excise.audit.depth.power import powerless, recovered_share
-from excise.audit.depth.rails import depth_gap, nothing_to_remove, refuse_equal
-from excise.audit.depth.verdict import case_of, judge, judge_all
-from excise.errors import UserError
+from excise.auditor.base import AttackResult
+from excise.auditor.verdict.bits import residual_bits, saved_bits
+from excise.auditor.verdict.ladder import status_of
+from excise.auditor.verdict.power import powerless, recovered_share
+from excise.auditor.verdict.rails import depth_gap, nothing_to_remove, refuse_equal
+from excise.auditor.verdict.verdict import case_of, judge, judge_all
+from excise.core.errors import UserError
 from excise.record import Score, Verdict
 
 SMOKE = BUDGET

@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 import torch
 
-from excise.audit.budget import SMOKE
-from excise.audit.diagnose.activations import Chunk, Pair, read_pair
-from excise.audit.diagnose.inspect import inspect_pair
-from excise.audit.diagnose.junk import fit_junk, rank, spread
-from excise.audit.diagnose.splice import WEIGHTS, Tally, noises, share_explained
-from excise.audit.diagnose.token_kl import pieces, token_kl
-from excise.audit.diagnose.updates import compare, count90, spectrum
-from excise.audit.gate import add_gate, best_detector, features
-from excise.audit.scoring import make_sheet
-from excise.context import Context
-from excise.domains.base import Domain, Row
-from excise.errors import UserError
+from excise.auditor.budget import SMOKE
+from excise.auditor.controls.gate import add_gate, best_detector, features
+from excise.auditor.scoring import make_sheet
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain, Row
+from excise.diagnose.activations import Chunk, Pair, read_pair
+from excise.diagnose.inspection import inspect_pair
+from excise.diagnose.junk import fit_junk, rank, spread
+from excise.diagnose.splice import WEIGHTS, Tally, noises, share_explained
+from excise.diagnose.token_kl import pieces, token_kl
+from excise.diagnose.updates import compare, count90, spectrum
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import byte_tokenizer, tiny_model

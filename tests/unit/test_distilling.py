@@ -13,20 +13,25 @@ from tests.unit.tiny_bench import BENCH
 
 from excise.domains.arithmetic import Arithmetic
 from excise.evals.stats import Estimate
-from excise.studies.attacking import Attacked, chosen, known
-from excise.studies.dark_knowledge import DarkKnowledge
-from excise.studies.dark_knowledge import decide as decide_dark
-from excise.studies.distil_corpus import DistilCorpus, retain_lost
-from excise.studies.distil_corpus import decide as decide_corpus
-from excise.studies.distil_tables import Found, arms_table, curves_table, finish, gather
-from excise.studies.init_leak import InitLeak, leaks
-from excise.studies.init_leak import decide as decide_init
-from excise.studies.label_budget import LabelBudget, differences, few
-from excise.studies.label_budget import decide as decide_labels
-from excise.studies.levels import estimate, levels, spearman, verdict
-from excise.studies.noise_where import RANDOM, SNIP, NoiseWhere
-from excise.studies.noise_where import decide as decide_noise
-from excise.studies.predictions import (
+from excise_studies.attacking import Attacked, chosen, known
+from excise_studies.distillation.dark_knowledge import DarkKnowledge
+from excise_studies.distillation.dark_knowledge import decide as decide_dark
+from excise_studies.distillation.distil_corpus import DistilCorpus, retain_lost
+from excise_studies.distillation.distil_corpus import decide as decide_corpus
+from excise_studies.distillation.distil_tables import (
+    Found,
+    arms_table,
+    curves_table,
+    finish,
+    gather,
+)
+from excise_studies.distillation.init_leak import InitLeak, leaks
+from excise_studies.distillation.init_leak import decide as decide_init
+from excise_studies.distillation.label_budget import LabelBudget, differences, few
+from excise_studies.distillation.label_budget import decide as decide_labels
+from excise_studies.distillation.noise_where import RANDOM, SNIP, NoiseWhere
+from excise_studies.distillation.noise_where import decide as decide_noise
+from excise_studies.distillation.predictions import (
     Predictions,
     auc,
     by_unit,
@@ -36,21 +41,22 @@ from excise.studies.predictions import (
     shuffled,
     threshold,
 )
-from excise.studies.pretrain_loss import NOTHING, PretrainLoss
-from excise.studies.pretrain_loss import decide as decide_push
-from excise.studies.pretrain_loss import differences as pushed
-from excise.studies.reversal_cost import ReversalCost, log_cost
-from excise.studies.reversal_cost import decide as decide_reversal
-from excise.studies.splice import TeacherSplice, explained, with_part
-from excise.studies.splice import decide as decide_splice
-from excise.studies.splice_factorial import SpliceFactorial, arm_name, effects_of
-from excise.studies.splice_factorial import decide as decide_factorial
-from excise.studies.undo_levels import UndoLevels, methods_of
-from excise.studies.undo_levels import decide as decide_levels
-from excise.studies.undo_pilot import UndoPilot, correlations
-from excise.studies.undo_pilot import arm_name as pilot_name
-from excise.studies.undo_pilot import decide as decide_pilot
-from excise.studies.undo_teachers import choose
+from excise_studies.distillation.pretrain_loss import NOTHING, PretrainLoss
+from excise_studies.distillation.pretrain_loss import decide as decide_push
+from excise_studies.distillation.pretrain_loss import differences as pushed
+from excise_studies.distillation.reversal_cost import ReversalCost, log_cost
+from excise_studies.distillation.reversal_cost import decide as decide_reversal
+from excise_studies.distillation.splice import TeacherSplice, explained, with_part
+from excise_studies.distillation.splice import decide as decide_splice
+from excise_studies.distillation.splice_factorial import SpliceFactorial, arm_name, effects_of
+from excise_studies.distillation.splice_factorial import decide as decide_factorial
+from excise_studies.distillation.undo_levels import UndoLevels, methods_of
+from excise_studies.distillation.undo_levels import decide as decide_levels
+from excise_studies.distillation.undo_pilot import UndoPilot, correlations
+from excise_studies.distillation.undo_pilot import arm_name as pilot_name
+from excise_studies.distillation.undo_pilot import decide as decide_pilot
+from excise_studies.distillation.undo_teachers import choose
+from excise_studies.levels import estimate, levels, spearman, verdict
 
 DOMAIN = Arithmetic(factors=8, addends=8).build(None)
 UNITS = sorted({row.unit for row in DOMAIN.test["tables"]})

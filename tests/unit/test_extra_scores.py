@@ -8,11 +8,11 @@ import pytest
 
 import excise as ex
 from excise.cli import main
-from excise.domains.base import Domain
+from excise.cli.flags import recipe_data
+from excise.data.domain import Domain
 from excise.evals.extra import SCORES, Generate, RefusalRate, extra_scores
 from excise.models.checkpoint import Checkpoint
-from excise.registry import parse_recipe
-from excise.verbs.shared import recipe_data
+from excise.requests.registry import parse_recipe
 
 MINE = '''
 from typing import Literal

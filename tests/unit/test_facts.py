@@ -11,9 +11,9 @@ from collections.abc import Iterable
 import pytest
 from pydantic import ValidationError
 
-from excise.domains.base import UNLABELED, Domain, Row
+from excise.data.domain import UNLABELED, Domain, Row
+from excise.data.stream import encode
 from excise.domains.facts import ARCHAIC, FACTS_MAX_LENGTH, RELATIONS, TEMPLATES, Facts
-from excise.domains.stream import encode
 
 SMALL = Facts(subjects=40, relations=3, objects=16)
 

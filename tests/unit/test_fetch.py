@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from excise.domains import fetch as fetching
-from excise.domains.archives import Member, copy_members
-from excise.domains.fetch import cached, download, fetch, known, require
-from excise.domains.packages import Item, Package
-from excise.errors import UserError
+from excise import fetch as fetching
+from excise.core.errors import UserError
+from excise.fetch import cached, download, fetch, known, require
+from excise.fetch.archives import Member, copy_members
+from excise.fetch.packages import Item, Package
 
 TEXT = b"some text\n" * 300
 

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from excise.domains.base import Row
-from excise.domains.files import Source, parse_source, read_source, source_hashes
-from excise.domains.rows import parse_record
-from excise.domains.texts import chunk_rows, text_of
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import Row
+from excise.data.files import Source, parse_source, read_source, source_hashes
+from excise.data.rows import parse_record
+from excise.data.texts import chunk_rows, text_of
 
 RECORDS: list[dict[str, Any]] = [
     {"question": "Which?", "choices": ["a", "b\u2028c"], "answer": 1, "unit": "u1", "group": "g"},

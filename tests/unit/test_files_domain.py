@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from excise.domains.base import CORE, UNLABELED, Domain, Row
-from excise.domains.dedup import find_duplicates
-from excise.domains.spec import Files
-from excise.domains.split import read_split, split_of, write_split
-from excise.domains.texts import text_of
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.dedup import find_duplicates
+from excise.data.domain import CORE, UNLABELED, Domain, Row
+from excise.data.spec import Files
+from excise.data.split import read_split, split_of, write_split
+from excise.data.texts import text_of
 
 Records = list[dict[str, Any]]
 WORDS = [f"word{i}" for i in range(500)]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.domains.stream import Batch, Example, Stream, together
-from excise.errors import Diverged, UserError
+from excise.core.context import Context
+from excise.core.errors import Diverged, UserError
+from excise.data.stream import Batch, Example, Stream, together
 from excise.train.fit import FitConfig, StepRecord, Term, fit
 
 CTX = Context(work=Path("unused"))

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from excise.context import Context
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
 from excise.train.fit import FitConfig, StepRecord, Term, fit
 
 CONFIG = FitConfig(

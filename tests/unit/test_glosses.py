@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 from pydantic import ValidationError
 
-from excise.domains.base import Row
+from excise.data.domain import Row
 from excise.domains.glosses import Gloss, Glosses, load_glosses, stems
 
 

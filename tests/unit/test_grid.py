@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from excise.errors import Diverged, UserError
-from excise.train import grid
-from excise.train.grid import Pool, emit, visible_cores
+from excise.core.errors import Diverged, UserError
+from excise.train import pool as grid
+from excise.train.pool import Pool, emit, visible_cores
 
 
 def _square(x: int) -> tuple[int, int]:
@@ -192,7 +192,7 @@ def wait(folder):
 """
 MAIN = """
 import sys
-from excise.train.grid import Pool
+from excise.train.pool import Pool
 from jobs import wait
 with Pool(2, preload=("torch",)) as pool:
     pool.map(wait, [sys.argv[1]] * 4)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models import head as heads
 from excise.models.checkpoint import save_model
 from excise.models.head import final_hidden, head_of, head_of_checkpoint

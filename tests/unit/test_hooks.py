@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.hooks import capture, edit, find_module, match_modules, select, trainable
 from excise.models.tiny import tiny_model
 

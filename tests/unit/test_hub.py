@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from excise.domains.files import parse_source, read_source, source_files
-from excise.domains.hub import choose_files
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.files import parse_source, read_source, source_files
+from excise.data.hub import choose_files
 
 
 def texts(spec: str | Path) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from excise.domains import images as module
-from excise.domains.images import (
+from excise.core.errors import UserError
+from excise_studies.vision import images as module
+from excise_studies.vision.images import (
     ImageSpec,
     generated,
     load_digits,
@@ -19,7 +20,6 @@ from excise.domains.images import (
     stratified,
     write_idx,
 )
-from excise.errors import UserError
 
 TINY = ImageSpec(source="generated", train=60, dev=20, test=40)
 

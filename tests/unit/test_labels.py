@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from excise.domains.base import CORE, UNLABELED, Row
-from excise.domains.confidence import Confidence, miscalibration
-from excise.domains.labels import LabelNoise, label_quality, label_rows, suspicion, tell_labels
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.confidence import Confidence, miscalibration
+from excise.data.domain import CORE, UNLABELED, Row
+from excise.data.labels import LabelNoise, label_quality, label_rows, suspicion, tell_labels
 
 
 def make_rows(units: int = 40, wordings: int = 4) -> tuple[Row, ...]:

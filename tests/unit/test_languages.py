@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from excise.core.errors import UserError
+from excise.data.domain import Row
 from excise.domains import languages
-from excise.domains.base import Row
 from excise.domains.languages import Languages, fetched_verses, shipped_verses
 from excise.domains.sword import plain_verse, read_verses
-from excise.errors import UserError
 
 SMALL = Languages(verses=1500)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.hooks import find_module
 from excise.models.lora import LoRA, adapted, merge, reference, targets
 from excise.models.tiny import FAMILIES, tiny_model

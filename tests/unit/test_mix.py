@@ -9,11 +9,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from excise.domains.base import Domain, Row
+from excise.core.errors import UserError
+from excise.data.domain import Domain, Row
+from excise.data.mix import mixed
+from excise.data.stream import Example, Stream, collate, encode, join
 from excise.domains.facts import Facts
-from excise.domains.mix import mixed
-from excise.domains.stream import Example, Stream, collate, encode, join
-from excise.errors import UserError
 from excise.methods.pretraining.pretrain import corpus
 
 SMALL = Facts(subjects=24, relations=2, objects=8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.unit.tiny_bench import ran
 
-from excise.studies.moe_equivalence import (
+from excise_studies.routing.moe_equivalence import (
     CASES,
     NUMBERS,
     Difference,

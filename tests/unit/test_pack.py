@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from excise.domains.stream import Example, Stream, join
+from excise.data.stream import Example, Stream, join
 
 BOS = 1
 

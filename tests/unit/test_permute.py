@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.permute import permute_neurons
 from excise.models.tiny import FAMILIES, tiny_model
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from excise.config import Config
-from excise.errors import UserError
-from excise.plugins import (
+from excise.core.config import Config
+from excise.core.errors import UserError
+from excise.core.plugins import (
     collect_code,
     default_name,
     entry_points,
@@ -24,14 +24,14 @@ from excise.plugins import (
     source_hash,
     where,
 )
-from excise.train.grid import Pool
+from excise.train.pool import Pool
 
 MINE = '''"""A method of one's own."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-from excise.config import Config
+from excise.core.config import Config
 
 
 class Inner(Config):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from excise.data.domain import Row
+from excise.data.stream import encode
 from excise.domains.arithmetic import ARITHMETIC_PROBLEM_LENGTH, Arithmetic
-from excise.domains.base import Row
 from excise.domains.problems import STORIES, problem, problem_words, templates
-from excise.domains.stream import encode
 
 SLOTS = {"a": "", "b": "", "name": "", "things": "", "place": "", "holder": "", "holders": ""}
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from excise.audit.prompts import before, begun, cut, draw, separator, shown, spelled
-from excise.domains.base import Row
+from excise.auditor.prompting import before, begun, cut, draw, separator, shown, spelled
+from excise.data.domain import Row
 from excise.models.tiny import byte_tokenizer, word_tokenizer
 
 TEXT = Row("u", text="one two three four")

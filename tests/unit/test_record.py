@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.record import (
     SCHEMA,
     ArmRecord,

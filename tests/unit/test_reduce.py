@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch import nn
 
-from excise.context import Context
+from excise.core.context import Context
 from excise.train.fit import FitConfig, StepRecord, Term, fit
 from excise.train.reduce import agree, gather
 

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from tests.parity.toy import WORDS, context, sentences, toy_checkpoint, toy_domain
 from torch import Tensor
 
-from excise.config import ConfigError, parse
-from excise.domains.base import Domain
-from excise.errors import UserError
+from excise.cli.export import main as export_main
+from excise.core.config import ConfigError, parse
+from excise.core.errors import UserError
+from excise.data.domain import Domain
 from excise.methods import METHODS, RMU
 from excise.methods.base import Cost, Method
 from excise.methods.posthoc.rmu import PUBLISHED
@@ -26,7 +27,6 @@ from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.delta import export, read_delta
 from excise.models.tiny import tiny_model, word_tokenizer
 from excise.train.fit import FitConfig
-from excise.verbs.export import main as export_main
 
 FIT = FitConfig(steps=4, lr=1e-3, batch_size=4, optimizer="hf_adamw")
 FAST = RMU(layer=1, blocks=(1,), steering=5.0, fit=FIT)

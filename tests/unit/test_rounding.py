@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from excise.audit.rounding import Grid, flip_rate, grouped, inside, levels, quantize_, rounded
-from excise.audit.rounding import ungrouped as back
+from excise.auditor.quantization import Grid, flip_rate, grouped, inside, levels, quantize_, rounded
+from excise.auditor.quantization import ungrouped as back
 from excise.models.tiny import tiny_model
 
 GRIDS = [Grid(8), Grid(4), Grid(4, 64, 0), Grid(3, 7, 2), Grid(4, 1000, 5)]

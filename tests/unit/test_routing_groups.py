@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from excise.config import ConfigError
-from excise.methods.pretraining.routing.attach import route
-from excise.methods.pretraining.routing.groups import GroupMap, Groups, Part, Place, resolve
-from excise.methods.pretraining.routing.policy import Policy, Rule
+from excise.core.config import ConfigError
 from excise.models.tiny import FAMILIES, tiny_model
+from excise.routing.attach import route
+from excise.routing.groups import GroupMap, Groups, Part, Place, resolve
+from excise.routing.policy import Policy, Rule
 
 
 def owned(map: GroupMap, name: str, group: str) -> list[tuple[int | None, int, int]]:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from excise.errors import UserError
-from excise.methods.pretraining.routing.attach import route
-from excise.methods.pretraining.routing.groups import GroupMap, Groups, Part, resolve
-from excise.methods.pretraining.routing.policy import Policy, Routes, Rule
+from excise.core.errors import UserError
 from excise.models.anatomy import anatomy
 from excise.models.tiny import tiny_model
+from excise.routing.attach import route
+from excise.routing.groups import GroupMap, Groups, Part, resolve
+from excise.routing.policy import Policy, Routes, Rule
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "mixtral", "phi3")
 VOCAB, TOKENS = 40, 7

@@ -13,15 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from excise.methods.pretraining.routing.call import routed_call
-from excise.methods.pretraining.routing.norms import routed_batch_norm, routed_layer_norm, spread
-from excise.methods.pretraining.routing.ops import (
-    routed_conv2d,
-    routed_linear,
-    scale_columns,
-    scale_grad,
-)
-from excise.methods.pretraining.routing.weights import Piece, outer, rows_sum, weigh
+from excise.routing.call import routed_call
+from excise.routing.norms import routed_batch_norm, routed_layer_norm, spread
+from excise.routing.ops import routed_conv2d, routed_linear, scale_columns, scale_grad
+from excise.routing.weights import Piece, outer, rows_sum, weigh
 
 N, I, H, O = 12, 5, 8, 3  # noqa: E741
 CUT = 3

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from excise.domains.stream import Batch
-from excise.errors import UserError
-from excise.methods.pretraining.routing.groups import GroupMap, Groups, Owned, Part, Place
-from excise.methods.pretraining.routing.policy import Policy, Rule, choose, compile
+from excise.core.errors import UserError
+from excise.data.stream import Batch
+from excise.routing.groups import GroupMap, Groups, Owned, Part, Place
+from excise.routing.policy import Policy, Rule, choose, compile
 
 NAMES = ("core", "module_1", "module_2", "joint")
 MAP = GroupMap(

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from excise.domains.base import UNLABELED
+from excise.data.domain import UNLABELED
+from excise.data.labels import LabelNoise, label_quality, label_rows, suspicion, tell_labels
 from excise.domains.facts import Facts
-from excise.domains.labels import LabelNoise, label_quality, label_rows, suspicion, tell_labels
 from excise.evals.stats import Estimate
 from excise.methods import RMU, SGTM, Chain, Filtering
 from excise.methods.base import Cost, Removal
 from excise.methods.pretraining.pretrain import corpus
 from excise.models.checkpoint import Checkpoint
-from excise.studies import edges, era_after_training, ingrained, partial_labels, repair
-from excise.studies import routing_scale as scale
-from excise.studies.attacking import Attacked
-from excise.studies.distil_tables import gather
-from excise.studies.levels import levels
-from excise.studies.routing_setting import (
+from excise_studies.attacking import Attacked
+from excise_studies.distillation.distil_tables import gather
+from excise_studies.levels import levels
+from excise_studies.routing import edges, era_after_training, ingrained, partial_labels, repair
+from excise_studies.routing import routing_scale as scale
+from excise_studies.routing.routing_setting import (
     Outcome,
     compute_ratio,
     facts_bench,
@@ -33,7 +33,7 @@ from excise.studies.routing_setting import (
     prepared,
     shorter,
 )
-from excise.studies.routing_tables import absorbed, absorption_table, said_retain, tax_table
+from excise_studies.routing.routing_tables import absorbed, absorption_table, said_retain, tax_table
 
 SEEDS = (1, 2, 3)
 DOMAIN = Facts(subjects=120, relations=4, objects=8).build()

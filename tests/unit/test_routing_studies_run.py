@@ -12,9 +12,9 @@ from excise.domains.facts import FACTS_MAX_LENGTH, Facts
 from excise.methods import ERA, RMU, Chain, MaxEnt
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
-from excise.studies import study_named
-from excise.studies.attacking import Attacker
-from excise.studies.distilling import Bench
+from excise.run.study import study_named
+from excise_studies.attacking import Attacker
+from excise_studies.distillation.distilling import Bench
 
 BENCH = Bench(
     domain=Facts(subjects=20, relations=2, objects=8, wordings=2, forget_share=0.4),

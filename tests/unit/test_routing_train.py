@@ -14,21 +14,16 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from excise.context import Context
-from excise.domains.base import Row, Rows
-from excise.domains.stream import Stream, encode
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Row, Rows
+from excise.data.stream import Stream, encode
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.attach import route
-from excise.methods.pretraining.routing.groups import GroupMap, Groups, Part, resolve
-from excise.methods.pretraining.routing.policy import Policy, Routes, Rule, compile
-from excise.methods.pretraining.routing.train import (
-    RoutedBatch,
-    RoutedStream,
-    routed_fit,
-    routed_loss,
-)
 from excise.models.tiny import tiny_model, word_tokenizer
+from excise.routing.attach import route
+from excise.routing.groups import GroupMap, Groups, Part, resolve
+from excise.routing.policy import Policy, Routes, Rule, compile
+from excise.routing.train import RoutedBatch, RoutedStream, routed_fit, routed_loss
 from excise.train.fit import FitConfig, Term, fit
 from excise.train.slices import Slice
 

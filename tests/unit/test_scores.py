@@ -13,9 +13,9 @@ import pytest
 import torch
 from tests.fixtures.facts import make_domain
 
-from excise.domains.base import Row
-from excise.domains.stream import encode_row
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import Row
+from excise.data.stream import encode_row
 from excise.evals.generate import continuations, prompt_of, says
 from excise.evals.lm_eval_bridge import run_lm_eval, scores_of
 from excise.evals.multiple_choice import as_letters, pair_ids, pick

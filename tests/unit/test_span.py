@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from excise.domains.stream import Batch, Example, collate
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.stream import Batch, Example, collate
 from excise.models.anatomy import anatomy
 from excise.models.hooks import capture, edit, trainable
 from excise.models.span import hidden_after, record_calls, run_span, without_start

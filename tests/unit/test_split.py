@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from excise.domains.split import (
+from excise.core.errors import UserError
+from excise.data.split import (
     ADJACENT,
     FORGET,
     RETAIN,
@@ -22,7 +23,6 @@ from excise.domains.split import (
     without,
     write_split,
 )
-from excise.errors import UserError
 
 SHARES = st.sampled_from([FORGET, RETAIN, SEEN, ADJACENT])
 

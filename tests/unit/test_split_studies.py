@@ -8,26 +8,32 @@ import pytest
 from tests.unit.tiny_bench import QUICK, ran
 
 from excise.domains.facts import Facts
-from excise.domains.images import ImageSpec
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.methods.pretraining.moefy import Moefy
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
 from excise.record import Study as Told
-from excise.studies.attacking import Attacker
-from excise.studies.digit_pairs import MODEL, divergence, only
-from excise.studies.domain_pairs import FETCHED, PAIRS, Sizes, make_pair
-from excise.studies.levels import levels
-from excise.studies.moefication import DENSE, MEASURED, RANDOM, Moefication
-from excise.studies.moefication import arms as moefied
-from excise.studies.moefication import decide as decide_moefication
-from excise.studies.routing_setting import facts_bench
-from excise.studies.separability import FILTERED, PLAIN, ROUTED, Found, Separability
-from excise.studies.separability import decide as decide_separability
-from excise.studies.spurious import HELP, MORE, PRICE, Spurious
-from excise.studies.spurious import decide as decide_spurious
-from excise.studies.spurious_data import CUE, Shortcut, World, shortcut_domain, shortcut_tokenizer
+from excise_studies.attacking import Attacker
+from excise_studies.levels import levels
+from excise_studies.routing.domain_pairs import FETCHED, PAIRS, Sizes, make_pair
+from excise_studies.routing.moefication import DENSE, MEASURED, RANDOM, Moefication
+from excise_studies.routing.moefication import arms as moefied
+from excise_studies.routing.moefication import decide as decide_moefication
+from excise_studies.routing.routing_setting import facts_bench
+from excise_studies.routing.separability import FILTERED, PLAIN, ROUTED, Found, Separability
+from excise_studies.routing.separability import decide as decide_separability
+from excise_studies.routing.spurious import HELP, MORE, PRICE, Spurious
+from excise_studies.routing.spurious import decide as decide_spurious
+from excise_studies.routing.spurious_data import (
+    CUE,
+    Shortcut,
+    World,
+    shortcut_domain,
+    shortcut_tokenizer,
+)
+from excise_studies.vision.digit_pairs import MODEL, divergence, only
+from excise_studies.vision.images import ImageSpec
 
 TINY = Scratch(width=32, blocks=1)
 SMALL = Shortcut(subjects=8, relations=1, answers=3, wordings=3)

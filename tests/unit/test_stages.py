@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from excise import stages
-from excise.errors import UserError
-from excise.stages import Store, damage, disk_full, library_versions
+from excise.core import stages
+from excise.core.errors import UserError
+from excise.core.stages import Store, damage, disk_full, library_versions
 
 KEY = {"config": {"lr": 1e-3}, "seed": 0}
 
@@ -182,8 +182,8 @@ def test_other_processes_follow_the_first(tmp_path: Path) -> None:
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from excise import stages
-from excise.stages import Store
+from excise.core import stages
+from excise.core.stages import Store
 stages.PATIENCE = 0.1
 def make(folder):
     with (folder / "log").open("a") as f:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.evals.stats import (
     bootstrap,
     bootstrap_difference,

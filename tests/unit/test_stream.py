@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from excise.domains.base import UNLABELED, Row
-from excise.domains.stream import Example, Stream, collate, encode, encode_row, together
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import UNLABELED, Row
+from excise.data.stream import Example, Stream, collate, encode, encode_row, together
 from excise.models.tiny import byte_tokenizer, tiny_model, word_tokenizer
 
 

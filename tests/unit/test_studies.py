@@ -11,8 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from excise.cli.run import main as run_verb
+from excise.cli.study import is_study
+from excise.core.errors import UserError
 from excise.domains.facts import Facts
-from excise.errors import UserError
 from excise.evals.score import measure
 from excise.methods import RMU
 from excise.methods.pretraining.pretrain import Pretrain
@@ -21,16 +23,14 @@ from excise.models.tiny import tiny_model
 from excise.record import load
 from excise.report.page import render_html
 from excise.report.terminal import render_terminal
-from excise.studies import STUDIES, study_named
-from excise.studies.base import conduct, share
-from excise.studies.messy_forget_set import MessyForgetSet, strength_at
-from excise.studies.messy_tables import change, decide, interpolate, matched, ranks
-from excise.studies.rmu_is_shallow import RMUIsShallow, choose
-from excise.studies.scoring import kind_nats, rubric
-from excise.studies.statements import as_statements, asked, forget_set
+from excise.run.study import conduct, study_named, study_points
 from excise.train.fit import FitConfig
-from excise.verbs.run import main as run_verb
-from excise.verbs.study import is_study
+from excise_studies.base import share
+from excise_studies.rmu.messy_forget_set import MessyForgetSet, strength_at
+from excise_studies.rmu.messy_tables import change, decide, interpolate, matched, ranks
+from excise_studies.rmu.rmu_is_shallow import RMUIsShallow, choose
+from excise_studies.rmu.statements import as_statements, asked, forget_set
+from excise_studies.scoring import kind_nats, rubric
 
 
 def test_the_chosen_clearing_stays_within_the_budget() -> None:
@@ -212,7 +212,7 @@ def test_the_messy_study_runs_on_a_small_scale(tmp_path: Path) -> None:
 
 
 def test_studies_have_names_and_say_what_decides() -> None:
-    for name in STUDIES:
+    for name in study_points():
         study = study_named(name)(**{})
         assert study.name == name
         assert study.question.endswith("?")

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from excise.context import Context
-from excise.domains.base import Domain, Row
-from excise.domains.stream import Batch, Example, collate, encode, join
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain, Row
+from excise.data.stream import Batch, Example, collate, encode, join
 from excise.losses import forward_kl, predicting
 from excise.methods.distillation.cache import (
     HiddenStates,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from excise.domains.stream import _bos
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.stream import _bos
 from excise.models.tiny import (
     BYTE_VOCAB,
     FAMILIES,

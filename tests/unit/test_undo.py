@@ -15,13 +15,13 @@ from tests.parity.test_distillation import toy_domain
 from tests.parity.toy import WORDS, context, sentences, toy_checkpoint, weights
 from torch import Tensor
 
-from excise.config import ConfigError, parse
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.labels import LabelNoise
-from excise.domains.stream import collate, encode
-from excise.errors import UserError
-from excise.jobs import RemovalJob, Setting, by_content, make_removal
+from excise.cli.show import settings
+from excise.core.config import ConfigError, parse
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise
+from excise.data.stream import collate, encode
 from excise.losses import nll, predicting
 from excise.methods import METHODS, Filtering, GradDiff, Plain, Undo
 from excise.methods.base import Cost, Removal
@@ -44,9 +44,9 @@ from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import tiny_model, word_tokenizer
 from excise.recipes import recipe_named
-from excise.registry import registry
+from excise.requests.registry import registry
+from excise.run.jobs import RemovalJob, Setting, by_content, make_removal
 from excise.train.fit import FitConfig
-from excise.verbs.show import settings
 
 FIT = FitConfig(steps=6, lr=1e-3, batch_size=8)
 TEACHER = GradDiff(fit=FIT.model_copy(update={"steps": 2}), max_length=16)

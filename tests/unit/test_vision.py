@@ -10,25 +10,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.domains.images import ImageSpec, generated
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
 from excise.record import load
-from excise.studies.base import conduct
-from excise.studies.class_imbalance import ClassImbalance, cells, model_of
-from excise.studies.digits_split import DigitsSplit, number, ten
-from excise.studies.objects_split import ObjectsSplit, arms_of
-from excise.studies.split_jobs import Split, by_draw, means_of, verdict
+from excise.run.study import conduct
 from excise.train.fit import FitConfig
-from excise.vision.autoencoder import (
+from excise_studies.vision.autoencoder import (
     SplitAutoencoder,
     SplitAutoencoderConfig,
     errors,
     terms_of,
     train_autoencoder,
 )
-from excise.vision.classifier import SplitClassifier, SplitClassifierConfig
-from excise.vision.halves import Halves, Routed, as_batch, batches, correlation, learned, routed
+from excise_studies.vision.class_imbalance import ClassImbalance, cells, model_of
+from excise_studies.vision.classifier import SplitClassifier, SplitClassifierConfig
+from excise_studies.vision.digits_split import DigitsSplit, number, ten
+from excise_studies.vision.halves import (
+    Halves,
+    Routed,
+    as_batch,
+    batches,
+    correlation,
+    learned,
+    routed,
+)
+from excise_studies.vision.images import ImageSpec, generated
+from excise_studies.vision.objects_split import ObjectsSplit, arms_of
+from excise_studies.vision.split_jobs import Split, by_draw, means_of, verdict
 
 FIRST = (0, 1, 2, 3, 4)
 SMALL = SplitAutoencoderConfig(

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from excise import losses
-from excise.domains.stream import Batch
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.stream import Batch
 from excise.train import vocab
 from excise.train.vocab import (
     SKIP,

@@ -10,10 +10,10 @@ from excise.methods.distillation.undo import Undo
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
 from excise.record import Record, load
-from excise.studies.attacking import Attacker
-from excise.studies.base import Study, conduct
-from excise.studies.distilling import Bench, maxent, student
+from excise.run.study import Study, conduct
 from excise.train.fit import FitConfig
+from excise_studies.attacking import Attacker
+from excise_studies.distillation.distilling import Bench, maxent, student
 
 QUICK = FitConfig(steps=3, lr=1e-3, batch_size=8)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from excise.domains.base import Row
-from excise.domains.stream import Batch, Example, collate, encode
+from excise.data.domain import Row
+from excise.data.stream import Batch, Example, collate, encode
 from excise.losses import token_nll
 
 

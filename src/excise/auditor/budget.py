@@ -6,8 +6,8 @@ on; *strong* is the published scale (10,000 steps or 3e8 tokens).
 
 from __future__ import annotations
 
-from excise.audit.base import Budget
-from excise.errors import UserError, nearest
+from excise.auditor.base import Budget
+from excise.core.errors import UserError, nearest
 
 REQUIRED = ("few_shot", "prefix", "direction", "quantize", "benign", "relearn", "transfer")
 """Attacks every budget asks for: one at least on each rung that an attack can decide."""

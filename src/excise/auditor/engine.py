@@ -13,22 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from excise.audit.attacks import ATTACKS
-from excise.audit.base import ArmResult, Attack, AttackResult, Budget, Subject
-from excise.audit.budget import LARGE
-from excise.audit.hide import PlantKind
-from excise.audit.jobs import Divisible, Job, PlantJob, name_of, run_job, run_plant
-from excise.audit.plant import Plant, plants_for
-from excise.audit.results import from_json, renamed
-from excise.audit.scoring import more_is_known
-from excise.audit.tuning import Trained
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.errors import UserError, nearest
+from excise.auditor.attacks import ATTACKS
+from excise.auditor.base import ArmResult, Attack, AttackResult, Budget, Subject
+from excise.auditor.budget import LARGE
+from excise.auditor.controls.control import Plant, plants_for
+from excise.auditor.controls.hide import PlantKind
+from excise.auditor.jobs import Divisible, Job, PlantJob, name_of, run_job, run_plant
+from excise.auditor.results import from_json, renamed
+from excise.auditor.scoring import more_is_known
+from excise.auditor.tuning import Trained
+from excise.core.context import Context
+from excise.core.errors import UserError, nearest
+from excise.core.stages import Store
+from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 from excise.record import AttackArm
-from excise.stages import Store
-from excise.train.grid import Pool
+from excise.train.pool import Pool
 
 Results = dict[tuple[str, str], AttackResult]
 """Results by attack and subject."""

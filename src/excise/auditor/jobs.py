@@ -16,17 +16,17 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from excise.audit.base import Attack, AttackResult, Budget, Subject
-from excise.audit.hide import PlantKind
-from excise.audit.plant import VERSION, Plant, make_plant
-from excise.audit.results import to_json
-from excise.audit.tuning import Part, Trained
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.errors import UserError
+from excise.auditor.base import Attack, AttackResult, Budget, Subject
+from excise.auditor.controls.control import VERSION, Plant, make_plant
+from excise.auditor.controls.hide import PlantKind
+from excise.auditor.results import to_json
+from excise.auditor.tuning import Part, Trained
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.core.stages import Store, library_versions
+from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 from excise.record import write_text
-from excise.stages import Store, library_versions
 
 
 def name_of(attack: Attack) -> str:

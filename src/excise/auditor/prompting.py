@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from excise.domains.base import Row, Rows
+from excise.data.domain import Row, Rows
 
 COAXING = (
     "Answer: the",

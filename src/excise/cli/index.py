@@ -1,6 +1,6 @@
 """The static index that `ls` reads: what there is, without importing it.
 
-`python -m excise.index` writes it again; a test checks that it is current.
+`python -m excise.cli.index` writes it again; a test checks that it is current.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def load_index() -> dict[str, list[dict[str, Any]]]:
 
 def build_index() -> dict[str, list[dict[str, Any]]]:
     """Build the index from the classes themselves; imports everything."""
-    from excise.audit.attacks import ATTACKS
+    from excise.auditor.attacks import ATTACKS
     from excise.domains.builtin import DOMAINS
     from excise.methods import METHODS
     from excise.recipes import RECIPES, recipe_named
-    from excise.studies import STUDIES, study_named
+    from excise.run.study import study_named, study_points
 
     def line(member: type) -> str:
         return (member.__doc__ or "").strip().splitlines()[0]
@@ -62,7 +62,7 @@ def build_index() -> dict[str, list[dict[str, Any]]]:
         ],
         "studies": [
             {"name": name, "what": study.question, "takes": study.takes}
-            for name, study in ((name, study_named(name)) for name in STUDIES)
+            for name, study in ((name, study_named(name)) for name in study_points())
         ],
     }
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from excise.errors import UserError, nearest
-from excise.verbs.pair import edited_models, files_domain, recipe_of
-from excise.verbs.shared import flag_names, flags, override, overrides, progress
+from excise.cli.flags import flag_names, flags, override, overrides, progress
+from excise.cli.pair import edited_models, files_domain, recipe_of
+from excise.core.errors import UserError, nearest
 
 
 @dataclass
@@ -65,10 +65,10 @@ def main(args: list[str]) -> int:
     out = options.out or Path(data["name"])
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    from excise.inspecting import inspect
-    from excise.recipes.inspect import InspectRun
-    from excise.registry import parse_named
     from excise.report.show import finish
+    from excise.requests.inspection import InspectRun
+    from excise.requests.registry import parse_named
+    from excise.run.inspection import inspect
 
     request = parse_named(
         InspectRun,

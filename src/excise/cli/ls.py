@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from excise.errors import UserError, nearest
-from excise.index import FAMILIES, load_index
+from excise.cli.index import FAMILIES, load_index
+from excise.core.errors import UserError, nearest
 
 HOW = {
     "recipes": "excise run NAME",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
-from excise.errors import UserError
-from excise.verbs.remove import named
+from excise.cli.remove import named
+from excise.core.errors import UserError
 
 if TYPE_CHECKING:
     from excise.record import Record

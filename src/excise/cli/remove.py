@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from excise.config import ConfigError
-from excise.errors import UserError
-from excise.plugins import is_code
-from excise.verbs.shared import flag_names, flags, override, overrides, progress
+from excise.cli.flags import flag_names, flags, override, overrides, progress
+from excise.core.config import ConfigError
+from excise.core.errors import UserError
+from excise.core.plugins import is_code
 
 
 @dataclass
@@ -69,10 +69,10 @@ def main(args: list[str]) -> int:
     """Run the verb."""
     options, rest = flags(RemoveOptions, args, "excise remove")
     settings = override({"name": options.method}, overrides(rest, flag_names(RemoveOptions)))
-    from excise.plan import plan
-    from excise.registry import parse_recipe
     from excise.report.show import finish
-    from excise.run import run
+    from excise.requests.registry import parse_recipe
+    from excise.run.estimate import plan
+    from excise.run.run import run
 
     for flag, what in (("model", "model"), ("forget", "file of what to remove")):
         if not getattr(options, flag):

@@ -9,17 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from excise.errors import UserError
-from excise.verbs.shared import (
-    flag_names,
-    flags,
-    override,
-    overrides,
-    progress,
-    recipe_data,
-)
-from excise.verbs.study import StudyOptions, is_study
-from excise.verbs.study import start as start_study
+from excise.cli.flags import flag_names, flags, override, overrides, progress, recipe_data
+from excise.cli.study import StudyOptions, is_study
+from excise.cli.study import start as start_study
+from excise.core.errors import UserError
 
 
 @dataclass
@@ -55,8 +48,8 @@ def start(options: RunOptions, rest: list[str], command: str) -> int:
         asked = StudyOptions(options.recipe, options.out, options.workers, quiet=options.quiet)
         return start_study(asked, changes, command, dry_run=options.dry_run)
     data = override(recipe_data(options.recipe, allow_code=options.allow_code), changes)
-    from excise.plan import plan
-    from excise.registry import parse_recipe
+    from excise.requests.registry import parse_recipe
+    from excise.run.estimate import plan
 
     recipe = parse_recipe(data, allow_code=options.allow_code, source=options.recipe)
     out = options.out or Path("runs") / recipe.name
@@ -68,7 +61,7 @@ def start(options: RunOptions, rest: list[str], command: str) -> int:
         return 0
     estimate.refuse(force=options.force)
     from excise.report.show import finish
-    from excise.run import run
+    from excise.run.run import run
 
     with progress(out / "events.jsonl", quiet=options.quiet) as emit:
         run(recipe, out, workers=options.workers, emit=emit, command=command)

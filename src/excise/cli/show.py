@@ -7,8 +7,8 @@ from typing import get_args
 import yaml
 from pydantic.fields import FieldInfo
 
-from excise.config import Config
-from excise.errors import UserError, nearest
+from excise.core.config import Config
+from excise.core.errors import UserError, nearest
 
 
 def main(args: list[str]) -> int:
@@ -25,15 +25,16 @@ def main(args: list[str]) -> int:
         recipe = recipe_named(name).model_dump(mode="json")
         print(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), end="")
         return 0
-    from excise.registry import registry
-    from excise.studies import STUDIES, study_named
+    from excise.requests.registry import registry
+    from excise.run.study import study_named, study_points
 
-    if name in STUDIES:
+    if name in study_points():
         print(settings(study_named(name)))
         return 0
     members = {n: cls for family in registry().values() for n, cls in family.items()}
     if name not in members:
-        raise UserError(f"unknown name '{name}'; {nearest(name, [*members, *RECIPES, *STUDIES])}")
+        known = [*members, *RECIPES, *study_points()]
+        raise UserError(f"unknown name '{name}'; {nearest(name, known)}")
     print(settings(members[name]))
     return 0
 

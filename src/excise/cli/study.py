@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from excise.verbs.shared import flag_names, flags, override, overrides, progress
+from excise.cli.flags import flag_names, flags, override, overrides, progress
 
 
 @dataclass
@@ -39,16 +39,11 @@ def main(args: list[str]) -> int:
 
 def is_study(name: str) -> bool:
     """Return whether a name is a study's and no recipe's."""
-    from excise.plugins import entry_points
+    from excise.core.plugins import entry_points
     from excise.recipes import RECIPES
-    from excise.studies import STUDIES
 
-    if name in RECIPES:
-        return False
-    if name in STUDIES:
-        return True
     offered = importlib.metadata.entry_points(group="excise.studies")
-    return name in offered.names and name not in entry_points("recipe")
+    return name in offered.names and name not in RECIPES and name not in entry_points("recipe")
 
 
 def start(
@@ -62,14 +57,13 @@ def start(
         command: What makes the record again.
         dry_run: Print question, statistic and cost, and stop.
     """
-    from excise.studies import study_named
+    from excise.run.study import conduct, study_named
 
     cls = study_named(options.name)
-    from excise.config import parse
-    from excise.output import check_out
-    from excise.registry import registry
+    from excise.core.config import parse
     from excise.report.show import finish
-    from excise.studies.base import conduct
+    from excise.requests.registry import registry
+    from excise.run.output import check_out
 
     settings = cls.full() if options.full else cls(**{})
     data = override(settings.model_dump(mode="json"), changes)

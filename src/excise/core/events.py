@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from excise.errors import UserError
-from excise.stages import disk_full
+from excise.core.errors import UserError
+from excise.core.stages import disk_full
 
 Emit = Callable[[str, Mapping[str, Any]], None]
 """Sink of progress events."""

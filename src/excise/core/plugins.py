@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from excise.config import Config
-from excise.errors import UserError, nearest
+from excise.core.config import Config
+from excise.core.errors import UserError, nearest
 
 FAMILIES = ("method", "attack", "domain", "score", "recipe")
 """Families that are open; their entry-point groups are `excise.methods` and so on."""

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from excise.errors import DiskFull, UserError
+from excise.core.errors import DiskFull, UserError
 
 Emit = Callable[[str, Mapping[str, Any]], None]
 """Sink of progress events."""

@@ -11,19 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from excise.domains.base import UNLABELED, Domain, Metric, Row, Rows
-from excise.domains.dedup import text_hash
-from excise.domains.gather import (
-    Held,
-    Sets,
-    check_overlaps,
-    group_note,
-    read_sets,
-    units_of,
-)
-from excise.domains.labels import label_rows
-from excise.domains.rows import METRICS
-from excise.domains.split import (
+from excise.core.errors import UserError
+from excise.data.dedup import text_hash
+from excise.data.domain import UNLABELED, Domain, Metric, Row, Rows
+from excise.data.gather import Held, Sets, check_overlaps, group_note, read_sets, units_of
+from excise.data.labels import label_rows
+from excise.data.rows import METRICS
+from excise.data.split import (
     ADJACENT,
     FORGET,
     RETAIN,
@@ -34,11 +28,10 @@ from excise.domains.split import (
     withheld,
     without,
 )
-from excise.domains.texts import chunk_rows, text_of
-from excise.errors import UserError
+from excise.data.texts import chunk_rows, text_of
 
 if TYPE_CHECKING:
-    from excise.domains.spec import Files
+    from excise.data.spec import Files
 
 Exposure = Literal["seen", "held_out", "unknown"]
 Parts = dict[str, tuple[Held, ...]]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from excise.domains.base import Row
-from excise.domains.stream import Tokenizer, _bos, encode_row
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import Row
+from excise.data.stream import Tokenizer, _bos, encode_row
 
 _STAND_INS = ("Q1J", "X2Z", "K3V")
 """Texts that stand in for a turn; at least one shares neither first nor last letter with it."""

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from excise.config import Config
-from excise.domains.base import UNLABELED, Row
+from excise.core.config import Config
+from excise.data.domain import UNLABELED, Row
 
 
 class Confidence(Config):

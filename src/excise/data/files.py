@@ -16,9 +16,9 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from excise.config import Config
-from excise.domains.rows import FIELDS, Loaded, parse_records
-from excise.errors import UserError, nearest
+from excise.core.config import Config
+from excise.core.errors import UserError, nearest
+from excise.data.rows import FIELDS, Loaded, parse_records
 
 EXTENSIONS: Final = (".jsonl", ".json", ".parquet", ".txt", ".arrow")
 """Kinds of files that are read."""
@@ -153,7 +153,7 @@ def source_files(source: Source) -> list[Path]:
     Raises:
         UserError: If there are none.
     """
-    from excise.domains.hub import fetch, folder_files, saved_files
+    from excise.data.hub import fetch, folder_files, saved_files
 
     if source.hub:
         return fetch(source)

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from excise.domains.base import Row
-from excise.domains.dedup import Clusters, Duplicates, find_duplicates, text_hash
-from excise.domains.files import parse_source, read_source
-from excise.domains.rows import Loaded, Located, Problems
-from excise.domains.texts import text_of
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.dedup import Clusters, Duplicates, find_duplicates, text_hash
+from excise.data.domain import Row
+from excise.data.files import parse_source, read_source
+from excise.data.rows import Loaded, Located, Problems
+from excise.data.texts import text_of
 
 CAPABLE = ("forget", "relearn", "test", "dev_forget")
 """Roles that are kept by capability."""

@@ -18,10 +18,10 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
-from excise.errors import UserError, nearest
+from excise.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from excise.domains.files import Source
+    from excise.data.files import Source
 
 READABLE: Final = (".parquet", ".jsonl", ".json", ".txt", ".arrow")
 """Files of a data set that are read here; a folder is read in the first kind it has."""

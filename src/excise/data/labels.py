@@ -18,11 +18,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from excise.config import Config
-from excise.domains.base import CORE, UNLABELED, Row, Rows, content_of
-from excise.domains.confidence import Confidence, confidences
-from excise.domains.texts import text_of
-from excise.errors import UserError, nearest
+from excise.core.config import Config
+from excise.core.errors import UserError, nearest
+from excise.data.confidence import Confidence, confidences
+from excise.data.domain import CORE, UNLABELED, Row, Rows, content_of
+from excise.data.texts import text_of
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from excise.domains.base import Row, Rows
-from excise.domains.texts import text_of
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import Row, Rows
+from excise.data.texts import text_of
 
 
 def mixed(rows: Sequence[Row], share: float) -> Rows:

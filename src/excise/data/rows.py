@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from excise.config import ConfigError
-from excise.domains.base import Metric, Row
-from excise.errors import UserError
+from excise.core.config import ConfigError
+from excise.core.errors import UserError
+from excise.data.domain import Metric, Row
 
 MAX_PROBLEMS: Final = 5
 """Problems reported at once."""

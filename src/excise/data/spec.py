@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from excise.config import Config
-from excise.domains.base import Domain, Metric
+from excise.core.config import Config
+from excise.data.domain import Domain, Metric
 
 if TYPE_CHECKING:
     from excise.models.checkpoint import Checkpoint
@@ -148,7 +148,7 @@ class Files(DomainSpec):
         Raises:
             UserError: If a file is not there.
         """
-        from excise.domains.files import parse_source, source_hashes
+        from excise.data.files import parse_source, source_hashes
 
         return {name: source_hashes(parse_source(s)) for name, s in self.sources().items()}
 
@@ -164,6 +164,6 @@ class Files(DomainSpec):
         Raises:
             UserError: With up to five problems, each naming file and line.
         """
-        from excise.domains.assemble import assemble
+        from excise.data.assemble import assemble
 
         return assemble(self)

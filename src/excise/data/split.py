@@ -25,10 +25,10 @@ from typing import Final, Literal
 
 from pydantic import Field, ValidationError
 
-from excise.config import Config
-from excise.domains.base import Domain
-from excise.domains.dedup import Clusters
-from excise.errors import UserError
+from excise.core.config import Config
+from excise.core.errors import UserError
+from excise.data.dedup import Clusters
+from excise.data.domain import Domain
 from excise.record import write_text
 
 VERSION: Final = 1

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from excise.domains.base import UNLABELED, Row
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import UNLABELED, Row
 
 Tokenizer = Any
 """A `transformers` tokenizer; typed loosely because its stubs are."""
@@ -122,7 +122,7 @@ def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> Example:
         UserError: If the row is empty after rendering or no scored token is left.
     """
     if row.kind == "chat":
-        from excise.domains.chat import render_chat
+        from excise.data.chat import render_chat
 
         ids, target = render_chat(row, tokenizer)
         ids, target = ids[:max_length], target[:max_length]

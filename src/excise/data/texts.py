@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 
-from excise.domains.base import Row, Rows
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import Row, Rows
 
 
 def text_of(row: Row) -> str:

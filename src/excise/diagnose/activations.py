@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from excise.domains.base import Row
-from excise.domains.stream import Example, collate, encode
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import Row
+from excise.data.stream import Example, collate, encode
 from excise.evals.tokens import logits_at, pad_id
 from excise.losses import predicting
 from excise.models.anatomy import anatomy

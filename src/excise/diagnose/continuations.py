@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from excise.audit.diagnose.activations import Pair
-from excise.domains.base import Row
+from excise.data.domain import Row
+from excise.diagnose.activations import Pair
 from excise.evals.generate import continuations
 from excise.record import Sample
 

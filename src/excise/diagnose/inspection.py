@@ -12,25 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from excise.audit.diagnose.activations import Pair, read_pair
-from excise.audit.diagnose.continuations import side_by_side
-from excise.audit.diagnose.junk import Junk, fit_junk
-from excise.audit.diagnose.sides import (
-    Side,
-    Values,
-    auc_by_unit,
-    auc_of,
-    gather,
-    mean_by_unit,
-)
-from excise.audit.diagnose.splice import MIXED, noises, share_explained
-from excise.audit.diagnose.summary import conjecture_of, headline, summarize
-from excise.audit.diagnose.token_kl import strip_of
-from excise.audit.diagnose.updates import Moved, check_same_tensors, moved_tensors
-from excise.audit.prompts import cut
-from excise.context import Context
-from excise.domains.base import Domain, Row, Rows
-from excise.errors import UserError
+from excise.auditor.prompting import cut
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain, Row, Rows
+from excise.diagnose.activations import Pair, read_pair
+from excise.diagnose.continuations import side_by_side
+from excise.diagnose.junk import Junk, fit_junk
+from excise.diagnose.sides import Side, Values, auc_by_unit, auc_of, gather, mean_by_unit
+from excise.diagnose.splice import MIXED, noises, share_explained
+from excise.diagnose.summary import conjecture_of, headline, summarize
+from excise.diagnose.token_kl import strip_of
+from excise.diagnose.updates import Moved, check_same_tensors, moved_tensors
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.record import (

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from excise.audit.diagnose.activations import Chunk, norms
+from excise.diagnose.activations import Chunk, norms
 
 SAMPLED = 512
 """Tokens whose changes are kept to see how many directions they spread over."""

@@ -14,11 +14,11 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from excise.audit.diagnose.activations import Chunk, norms
-from excise.audit.diagnose.junk import Junk, along, rank
-from excise.audit.diagnose.splice import Tally
-from excise.audit.diagnose.token_kl import token_kl
-from excise.domains.base import Row
+from excise.data.domain import Row
+from excise.diagnose.activations import Chunk, norms
+from excise.diagnose.junk import Junk, along, rank
+from excise.diagnose.splice import Tally
+from excise.diagnose.token_kl import token_kl
 from excise.record import Measured
 
 Values = NDArray[np.float64]

@@ -11,8 +11,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from excise.domains.base import Row
-from excise.domains.stream import encode
+from excise.data.domain import Row
+from excise.data.stream import encode
 
 
 def token_kl(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.checkpoint import Checkpoint
 from excise.record import TensorReading
 

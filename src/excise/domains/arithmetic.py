@@ -16,10 +16,10 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.spec import DomainSpec
 from excise.domains.passages import hashed_order, portions
 from excise.domains.problems import Side, problem, problem_words
-from excise.domains.spec import DomainSpec
 
 SYMBOLS: Final = (*"0123456789", "+", "-", "x", "/", "=")
 """Vocabulary, after the special tokens."""

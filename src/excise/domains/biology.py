@@ -13,10 +13,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
-from excise.domains.base import Domain
+from excise.core.errors import UserError
+from excise.data.domain import Domain
 from excise.domains.corpus import Corpus, Document, corpus_domain
-from excise.domains.fetch import known, require
-from excise.errors import UserError
+from excise.fetch import known, require
 
 _PREFIX = re.compile(
     r"^(?:positive |negative )?(?:regulation|establishment|maintenance) of "

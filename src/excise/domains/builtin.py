@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import get_args
 
+from excise.data.spec import DomainSpec, Files
 from excise.domains.arithmetic import Arithmetic
 from excise.domains.biology import Biology
 from excise.domains.cyber import Cyber
@@ -12,7 +13,6 @@ from excise.domains.definitions import Definitions
 from excise.domains.facts import Facts
 from excise.domains.glosses import Glosses
 from excise.domains.languages import Languages
-from excise.domains.spec import DomainSpec, Files
 
 AnyDomain = Files | Facts | Arithmetic | Languages | Glosses | Definitions | Cyber | Biology
 """Adding a domain: its file, its test, one line here."""

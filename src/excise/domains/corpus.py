@@ -12,14 +12,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
-from excise.domains.dedup import find_duplicates, normal_form
+from excise.core.errors import UserError
+from excise.data.dedup import find_duplicates, normal_form
+from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.spec import DomainSpec
+from excise.data.split import ADJACENT, FORGET, assign
 from excise.domains.passages import hashed_order, passages
 from excise.domains.prose import load_prose
 from excise.domains.pydocs import reference_topics
-from excise.domains.spec import DomainSpec
-from excise.domains.split import ADJACENT, FORGET, assign
-from excise.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def _fresh_documents(spec: Corpus) -> list[Document]:
     """Return the fresh text: controls train on half of it and are scored on the other half."""
     if spec.fresh == "phenotypes":
         from excise.domains.biology import read_phenotypes
-        from excise.domains.fetch import require
+        from excise.fetch import require
 
         found = read_phenotypes(require("phenotypes") / "hp.obo")
     else:

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from excise.domains.base import Domain
+from excise.data.domain import Domain
 from excise.domains.corpus import Corpus, Document, corpus_domain
-from excise.domains.fetch import known, require
 from excise.domains.pydocs import stdlib_docstrings
+from excise.fetch import known, require
 
 _FIELDS = (
     "Description",

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from excise.domains.base import Domain
+from excise.data.domain import Domain
 from excise.domains.corpus import Corpus, Document, corpus_domain
 from excise.domains.glosses import NEIGHBOURS, Topic, load_glosses
 

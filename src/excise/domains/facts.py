@@ -17,9 +17,9 @@ from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.spec import DomainSpec
 from excise.domains.invented import made_names
-from excise.domains.spec import DomainSpec
 
 RELATIONS: Final = (
     ("colour", "hue", "tint", "shade"),

@@ -18,11 +18,11 @@ from typing import Final, Literal
 
 from pydantic import Field, model_validator
 
-from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
+from excise.core.errors import UserError
+from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.spec import DomainSpec
 from excise.domains.passages import hashed_order
 from excise.domains.prose import load_prose
-from excise.domains.spec import DomainSpec
-from excise.errors import UserError
 
 Topic = Literal[
     "Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication",
@@ -81,7 +81,7 @@ def stems(text: str) -> frozenset[str]:
 @cache
 def load_glosses() -> tuple[Gloss, ...]:
     """Return all 82,115 shipped noun synsets in WordNet's order."""
-    packed = files("excise").joinpath("data/glosses.tsv.xz").read_bytes()
+    packed = files("excise").joinpath("domains/shipped/glosses.tsv.xz").read_bytes()
     lines = lzma.decompress(packed).decode().splitlines()
     return tuple(Gloss(*line.split("\t", 3)) for line in lines)
 

@@ -18,11 +18,11 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
-from excise.domains.fetch import known, require
+from excise.core.errors import UserError
+from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.spec import DomainSpec
 from excise.domains.passages import hashed_order, portions
-from excise.domains.spec import DomainSpec
-from excise.errors import UserError
+from excise.fetch import known, require
 
 Language = Literal["en", "es"]
 
@@ -51,7 +51,7 @@ LANGUAGES_MAX_LENGTH: Final = 64
 @cache
 def shipped_verses() -> tuple[Verse, ...]:
     """Return the verses that ship, in the order of the books."""
-    packed = files("excise").joinpath("data/verses.tsv.xz").read_bytes()
+    packed = files("excise").joinpath("domains/shipped/verses.tsv.xz").read_bytes()
     lines = lzma.decompress(packed).decode().splitlines()
     parts = [line.split("\t") for line in lines]
     return tuple((key, english, spanish) for key, english, spanish in parts)

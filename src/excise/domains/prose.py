@@ -12,9 +12,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Final, Literal, get_args
 
-from excise.domains.base import Row, Rows
+from excise.core.errors import UserError, nearest
+from excise.data.domain import Row, Rows
 from excise.domains.passages import hashed_order, passages, portions
-from excise.errors import UserError, nearest
 
 Part = Literal["test", "dev", "benign", "retain"]
 """The parts; `retain` is the rest, about two thirds."""
@@ -26,7 +26,7 @@ SHARES: Final = (0.12, 0.06, 0.15)
 @cache
 def documents() -> tuple[tuple[str, str], ...]:
     """Return (id, text) of every document; the id is `source/number`."""
-    packed = files("excise").joinpath("data/prose.jsonl.xz").read_bytes()
+    packed = files("excise").joinpath("domains/shipped/prose.jsonl.xz").read_bytes()
     rows = [json.loads(line) for line in lzma.decompress(packed).decode().splitlines()]
     return tuple((row["id"], row["text"]) for row in rows)
 

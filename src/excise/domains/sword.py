@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 
 TESTAMENTS: Final = ("ot", "nt")
 """Parts of a module, in order."""

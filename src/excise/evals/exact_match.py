@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from excise.domains.base import Row
+from excise.data.domain import Row
 from excise.evals.tokens import Answer
 
 DEFINITION = (

@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
-from excise.config import Config
-from excise.domains.base import Domain, Rows
+from excise.core.config import Config
+from excise.data.domain import Domain, Rows
 from excise.evals.refusal import DEFINITION, refusal
 from excise.evals.score import ItemScores, measure, score_of, some
 from excise.record import Item, Score

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from excise.domains.base import Row
-from excise.domains.stream import Example, collate, encode_row
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import Row
+from excise.data.stream import Example, collate, encode_row
 from excise.evals.tokens import device_of, logits_at, pad_id, reading
 
 DEFINITION = (

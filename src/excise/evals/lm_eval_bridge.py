@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.evals.tokens import reading
 from excise.record import Direction, Score
 

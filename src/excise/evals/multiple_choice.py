@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from excise.domains.base import Row
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import Row
 from excise.evals.tokens import Request, answer
 
 DEFINITION = {

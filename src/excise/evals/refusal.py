@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from excise.domains.base import Row
+from excise.data.domain import Row
 from excise.evals.generate import continue_greedily, prompts_of, says
 
 DEFINITION = (

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 
-from excise.domains.base import Domain, Row, Rows
-from excise.domains.stream import encode
-from excise.errors import UserError, nearest
+from excise.core.errors import UserError, nearest
+from excise.data.domain import Domain, Row, Rows
+from excise.data.stream import encode
 from excise.evals import exact_match, generate, multiple_choice, refusal, text_loss
 from excise.evals.stats import bootstrap_mean
 from excise.evals.tokens import answer_examples

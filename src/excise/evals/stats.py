@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 
 Array = NDArray[np.float64]
 

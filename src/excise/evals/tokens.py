@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from excise.domains.stream import Example, collate
+from excise.data.stream import Example, collate
 
 Model = Any
 Tokenizer = Any

@@ -15,9 +15,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from excise.domains.archives import copy_members, file_sha256
-from excise.domains.packages import ITEMS, Item, Package
-from excise.errors import DiskFull, UserError, nearest
+from excise.core.errors import DiskFull, UserError, nearest
+from excise.fetch.archives import copy_members, file_sha256
+from excise.fetch.packages import ITEMS, Item, Package
 
 
 def known() -> dict[str, Item]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 
 _CHUNK = 1 << 20
 _AR_MAGIC = b"!<arch>\n"

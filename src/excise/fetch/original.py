@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.checkpoint import Checkpoint, open_checkpoint
 from excise.models.spec import ModelSpec
 
@@ -16,7 +16,7 @@ def open_model(spec: ModelSpec) -> Checkpoint:
     Raises:
         UserError: If it is not here, was not fetched, or is no model.
     """
-    from excise.domains.fetch import cached, fetch, known
+    from excise.fetch import cached, fetch, known
 
     if spec.path in known() and not Path(spec.path).exists():
         if cached(spec.path) is None:

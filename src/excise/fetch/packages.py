@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from excise.domains.archives import Member
+from excise.fetch.archives import Member
 
 Client = Literal["pip", "apt", "npm"]
 

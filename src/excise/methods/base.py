@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from excise.config import Config
-from excise.context import Context
-from excise.domains.base import Domain
+from excise.core.config import Config
+from excise.core.context import Context
+from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 
 

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import SerializeAsAny, field_validator
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.models.checkpoint import Checkpoint
 

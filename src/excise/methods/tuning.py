@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.domains.base import Domain, Rows
-from excise.domains.stream import Batch, Stream, Tokenizer, encode, together
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain, Rows
+from excise.data.stream import Batch, Stream, Tokenizer, encode, together
 from excise.methods.base import Cost, Removal
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable

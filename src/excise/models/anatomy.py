@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.names import modules_by_name, unwrap
 from excise.models.structure import Block, Frame, find_block, find_frame, sizes
 

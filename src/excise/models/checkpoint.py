@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from excise.errors import UserError, nearest
+from excise.core.errors import UserError, nearest
 from excise.models import files
 from excise.models.folder import INDEX, TOKENIZER_FILES, ensure_pad, find_shards, meta_model, quiet
 from excise.models.layout import Layout, build_layout, read_group

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models import files
 from excise.models.checkpoint import Checkpoint
 

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 
 Model = Any
 """A `transformers` model."""

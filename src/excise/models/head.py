@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.anatomy import anatomy
 from excise.models.names import find_module, unwrap
 from excise.models.tiny import FAMILIES

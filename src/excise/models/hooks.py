@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.names import (
     find_module,
     find_modules,

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from excise.config import Config
-from excise.errors import UserError
+from excise.core.config import Config
+from excise.core.errors import UserError
 from excise.models.anatomy import anatomy
 from excise.models.names import (
     canonical,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 
 _INNER = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 """Segments that wrappers put anywhere into a name."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.anatomy import anatomy
 from excise.models.hooks import find_module
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.files import Entry
 from excise.models.folder import meta_model, quiet
 from excise.models.layout import build_layout

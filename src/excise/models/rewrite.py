@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models import files
 from excise.models.folder import INDEX, WEIGHTS
 from excise.models.layout import Group, read_group, to_disk

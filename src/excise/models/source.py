@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.files import new_folder, tensor_bytes
 from excise.models.folder import TOKENIZER_FILES, ensure_pad, meta_model, quiet

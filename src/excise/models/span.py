@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.anatomy import Anatomy, anatomy
 from excise.models.hooks import eager, first_tensor
 from excise.models.names import find_module, unwrap

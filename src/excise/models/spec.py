@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from excise.config import Config
+from excise.core.config import Config
 
 Family = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "olmo2",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from excise.errors import UserError, nearest
+from excise.core.errors import UserError, nearest
 
 Model = Any
 """A `transformers.PreTrainedModel`; typed loosely because its stubs are."""

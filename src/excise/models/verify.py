@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from excise.errors import UserError, nearest
+from excise.core.errors import UserError, nearest
 from excise.models import files
 from excise.models.checkpoint import Checkpoint
 from excise.models.folder import INDEX, WEIGHTS

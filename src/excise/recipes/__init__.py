@@ -6,10 +6,10 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from excise.errors import UserError, nearest
+from excise.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from excise.recipes.base import Recipe
+    from excise.requests.recipe import Recipe
 
 RECIPES: Mapping[str, str] = {
     "demo": "excise.recipes.demo",
@@ -34,7 +34,7 @@ def recipe_named(name: str) -> Recipe:
     if name in RECIPES:
         made: Recipe = importlib.import_module(RECIPES[name]).recipe()
         return made
-    from excise.plugins import entry_points
+    from excise.core.plugins import entry_points
 
     offered = entry_points("recipe")
     if name not in offered:

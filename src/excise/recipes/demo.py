@@ -9,7 +9,7 @@ from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
 from excise.methods import RMU, Filtering, GradDiff, MaxEnt
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import ModelSpec, Scratch
-from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.requests.recipe import AuditSpec, EvalSpec, Recipe
 from excise.train.fit import FitConfig
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
-from excise.domains.labels import LabelNoise
 from excise.methods import Filtering
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import ModelSpec, Scratch
-from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.requests.recipe import AuditSpec, EvalSpec, Recipe
 from excise.train.fit import FitConfig
 
 HALF = LabelNoise(missed_occurrences=0.5, missed_as="unlabeled", unread_core=0.5)

@@ -5,18 +5,18 @@ Half of the definitions carry no label. Everything is measured by the loss on te
 
 from __future__ import annotations
 
+from excise.data.labels import LabelNoise
 from excise.domains.definitions import (
     DEFINITIONS_FIT,
     DEFINITIONS_MAX_LENGTH,
     DEFINITIONS_MODEL,
     Definitions,
 )
-from excise.domains.labels import LabelNoise
 from excise.methods import GRAM, SGTM, Filtering
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.modules import Module
 from excise.models.spec import ModelSpec, Scratch
-from excise.recipes.base import AuditSpec, EvalSpec, Recipe
+from excise.requests.recipe import AuditSpec, EvalSpec, Recipe
+from excise.routing.modules import Module
 from excise.train.fit import FitConfig
 
 HALF = LabelNoise(missed_units=0.5, missed_as="unlabeled", unread_core=0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from excise.models.spec import ModelSpec
-from excise.recipes.base import AuditSpec
+from excise.requests.recipe import AuditSpec
 
 MODEL = ModelSpec(path="smollm2-135m")
 """What `excise fetch smollm2-135m` gets."""

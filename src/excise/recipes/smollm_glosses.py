@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from excise.domains.glosses import Glosses
 from excise.methods import RMU
-from excise.recipes.base import EvalSpec, Recipe
 from excise.recipes.smollm import MODEL, smollm_audit
+from excise.requests.recipe import EvalSpec, Recipe
 from excise.train.fit import FitConfig
 
 

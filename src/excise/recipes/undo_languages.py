@@ -12,8 +12,8 @@ from excise.methods.base import Method
 from excise.methods.distillation.targets import HardLabels
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import ModelSpec, Scratch
-from excise.recipes.base import AuditSpec, EvalSpec, Recipe
 from excise.recipes.undo import strengths, student
+from excise.requests.recipe import AuditSpec, EvalSpec, Recipe
 from excise.train.fit import FitConfig
 
 LENGTH = 48

@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from excise.errors import UserError
-from excise.inspection import (
+from excise.core.errors import UserError
+from excise.record.inspection import (
     BlockReading,
     Inspection,
     Measured,
@@ -27,7 +27,7 @@ from excise.inspection import (
     TensorReading,
     TokenKL,
 )
-from excise.schema import (
+from excise.record.schema import (
     SCHEMA,
     ArmRecord,
     AttackArm,
@@ -42,7 +42,7 @@ from excise.schema import (
     Score,
     Verdict,
 )
-from excise.schema_study import Study, StudyPicture, StudyPictureRow, StudyRow, StudyTable
+from excise.record.study import Study, StudyPicture, StudyPictureRow, StudyRow, StudyTable
 
 __all__ = [
     "SCHEMA",

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from excise.inspection import Inspection
-from excise.schema_study import Study
+from excise.record.inspection import Inspection
+from excise.record.study import Study
 
 SCHEMA = 1
 """Version of the record's schema; older records always load."""

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class _Entry(BaseModel):
-    """As the entries of `excise.schema`."""
+    """As the entries of `excise.record.schema`."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 

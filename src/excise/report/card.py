@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from excise.errors import UserError, nearest
+from excise.core.errors import UserError, nearest
 from excise.record import ArmRecord, AttackArm, Record, Verdict
 from excise.report import words
 from excise.report.limits import limits

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import SerializeAsAny
 
-from excise.config import Config
-from excise.domains.spec import DomainSpec
+from excise.core.config import Config
+from excise.data.spec import DomainSpec
 from excise.models.spec import ModelSpec
-from excise.recipes.base import AuditSpec, EvalSpec
+from excise.requests.recipe import AuditSpec, EvalSpec
 
 
 class AuditRun(Config):

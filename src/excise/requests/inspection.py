@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, SerializeAsAny
 
-from excise.config import Config
-from excise.domains.spec import DomainSpec
+from excise.core.config import Config
+from excise.data.spec import DomainSpec
 from excise.models.spec import ModelSpec
 
 

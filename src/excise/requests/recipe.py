@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import SerializeAsAny, model_validator
 
-from excise.audit.base import Attack, Budget
-from excise.audit.budget import budget_of
-from excise.config import Config, parse
-from excise.domains.spec import DomainSpec
+from excise.auditor.base import Attack, Budget
+from excise.auditor.budget import budget_of
+from excise.core.config import Config, parse
+from excise.data.spec import DomainSpec
 from excise.evals.extra import ExtraScore
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from excise.audit.attacks import ATTACKS
-from excise.config import C, Config, parse
+from excise.auditor.attacks import ATTACKS
+from excise.core.config import C, Config, parse
+from excise.core.plugins import collect_code, entry_points
 from excise.domains.builtin import DOMAINS
 from excise.evals.extra import SCORES
 from excise.methods import METHODS
-from excise.plugins import collect_code, entry_points
-from excise.recipes.audit import AuditRun
-from excise.recipes.base import Recipe
+from excise.requests.audit import AuditRun
+from excise.requests.recipe import Recipe
 
 BUILTIN: Mapping[str, Mapping[str, type[Config]]] = {
     "method": METHODS,

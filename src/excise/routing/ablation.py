@@ -15,34 +15,26 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.domains.base import CORE, Domain, Rows
-from excise.domains.labels import LabelNoise, label_quality
+from excise.core.context import Context
+from excise.data.domain import CORE, Domain, Rows
+from excise.data.labels import LabelNoise, label_quality
+from excise.data.stream import Tokenizer
 from excise.domains.passages import hashed_order
-from excise.domains.stream import Tokenizer
 from excise.methods.base import Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import Pretrain, told_corpus
-from excise.methods.pretraining.routing.absorption import Sets, losses, sample, writes
-from excise.methods.pretraining.routing.groups import GroupMap, Part
-from excise.methods.pretraining.routing.measures import count_units
-from excise.methods.pretraining.routing.modules import (
-    How,
-    Module,
-    Placed,
-    Shared,
-    cut,
-    groups_of,
-    place,
-)
-from excise.methods.pretraining.routing.profiles import save_before
-from excise.methods.pretraining.routing.rules import Policy, Rule
-from excise.methods.pretraining.routing.train import RoutedBatch, Trained, routed_fit
 from excise.methods.tuning import finish
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture
 from excise.models.names import modules_by_name
+from excise.routing.absorption import Sets, losses, sample, writes
+from excise.routing.groups import GroupMap, Part
+from excise.routing.measures import count_units
+from excise.routing.modules import How, Module, Placed, Shared, cut, groups_of, place
+from excise.routing.profiles import save_before
+from excise.routing.rules import Policy, Rule
+from excise.routing.train import RoutedBatch, Trained, routed_fit
 from excise.train.fit import Term
 
 BEFORE = "before_ablation.safetensors"

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from excise.domains.base import CORE, Row, Rows
+from excise.data.domain import CORE, Row, Rows
+from excise.data.stream import Batch, Tokenizer, collate, encode
 from excise.domains.passages import hashed_order
-from excise.domains.stream import Batch, Tokenizer, collate, encode
 from excise.losses import nll
-from excise.methods.pretraining.routing.groups import GroupMap
 from excise.models.names import parameters_by_name
+from excise.routing.groups import GroupMap
 
 LIMIT = 128
 """Rows of each set that are read."""

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from excise.domains.stream import Batch
-from excise.errors import UserError
-from excise.methods.pretraining.routing.groups import GroupMap, Groups, find_map
-from excise.methods.pretraining.routing.layers import run
-from excise.methods.pretraining.routing.plan import Plan, Span, kind_of
-from excise.methods.pretraining.routing.policy import Policy, Routes, check, compile, prepare
-from excise.methods.pretraining.routing.weights import Piece, Weight
+from excise.core.errors import UserError
+from excise.data.stream import Batch
 from excise.models.hooks import eager
 from excise.models.names import canonical, modules_by_name, unwrap
+from excise.routing.groups import GroupMap, Groups, find_map
+from excise.routing.layers import run
+from excise.routing.plan import Plan, Span, kind_of
+from excise.routing.policy import Policy, Routes, check, compile, prepare
+from excise.routing.weights import Piece, Weight
 
 
 class Routing:

@@ -8,16 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from excise.methods.pretraining.routing.groups import Groups, Part, Place
 from excise.models.anatomy import Anatomy, anatomy
-from excise.models.names import (
-    canonical,
-    is_adapter,
-    modules_by_name,
-    parameters_by_name,
-    unwrap,
-)
+from excise.models.names import canonical, is_adapter, modules_by_name, parameters_by_name, unwrap
 from excise.models.structure import sizes
+from excise.routing.groups import Groups, Part, Place
 
 Span = tuple[int | None, int, int]
 """Dimension (None for the whole), start, stop."""

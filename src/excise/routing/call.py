@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as tree
 
-from excise.errors import UserError
-from excise.methods.pretraining.routing.weights import Piece, Weight
+from excise.core.errors import UserError
+from excise.routing.weights import Piece, Weight
 
 Ctx = Any
 Owners = Mapping[str, tuple[int | None, Sequence[Piece]]]

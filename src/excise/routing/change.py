@@ -13,12 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from excise.config import ConfigError
-from excise.errors import UserError
-from excise.methods.pretraining.routing.body import Body
-from excise.methods.pretraining.routing.claims import claim
-from excise.methods.pretraining.routing.groups import Groups, Part
-from excise.methods.pretraining.routing.measures import (
+from excise.core.config import ConfigError
+from excise.core.errors import UserError
+from excise.models.anatomy import Anatomy, anatomy
+from excise.models.names import modules_by_name, parameters_by_name
+from excise.routing.body import Body
+from excise.routing.claims import claim
+from excise.routing.groups import Groups, Part
+from excise.routing.measures import (
     What,
     count_units,
     experts_per_token,
@@ -26,8 +28,6 @@ from excise.methods.pretraining.routing.measures import (
     heads_together,
     refresh,
 )
-from excise.models.anatomy import Anatomy, anatomy
-from excise.models.names import modules_by_name, parameters_by_name
 
 Ranges = dict[str, list[tuple[int, int, int]]]
 """By parameter: (dimension, start, stop), in order."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from excise.errors import UserError
-from excise.methods.pretraining.routing.body import Asked, Body, Claim, Span, channels, conv1d
-from excise.methods.pretraining.routing.groups import JOINT, Groups, Part, Place
+from excise.core.errors import UserError
 from excise.models.anatomy import Experts
 from excise.models.names import match_modules, select
+from excise.routing.body import Asked, Body, Claim, Span, channels, conv1d
+from excise.routing.groups import JOINT, Groups, Part, Place
 
 
 def claim(

@@ -13,14 +13,14 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from excise.config import Config
-from excise.context import Context
-from excise.domains.base import CORE, Rows
+from excise.core.config import Config
+from excise.core.context import Context
+from excise.data.domain import CORE, Rows
+from excise.data.stream import Batch, Tokenizer, collate, encode
 from excise.domains.passages import hashed_order
-from excise.domains.stream import Batch, Tokenizer, collate, encode
 from excise.losses import nll
-from excise.methods.pretraining.routing.ablation import Seen
-from excise.methods.pretraining.routing.absorption import CHUNK, mean_loss
+from excise.routing.ablation import Seen
+from excise.routing.absorption import CHUNK, mean_loss
 from excise.train.fit import FitConfig, Term, fit
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor, nn
 
-from excise.config import Config
-from excise.context import Context
-from excise.domains.base import CORE
-from excise.domains.stream import encode
-from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, own_units
-from excise.methods.pretraining.routing.coherence import Coherence, repairing
-from excise.methods.pretraining.routing.groups import Groups
-from excise.methods.pretraining.routing.modules import Module, place
-from excise.methods.pretraining.routing.rules import Policy, Rule
-from excise.methods.pretraining.routing.tokens import TokenWeights, ordinary, token_counts
+from excise.core.config import Config
+from excise.core.context import Context
+from excise.data.domain import CORE
+from excise.data.stream import encode
 from excise.models.anatomy import anatomy
+from excise.routing.ablation import Cutting, Seen, Setup, own_units
+from excise.routing.coherence import Coherence, repairing
+from excise.routing.groups import Groups
+from excise.routing.modules import Module, place
+from excise.routing.rules import Policy, Rule
+from excise.routing.tokens import TokenWeights, ordinary, token_counts
 
 PUBLISHED = {
     "expand.depth": "neurons are added in layers 0 to 4 of 8",

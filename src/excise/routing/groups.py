@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 from torch import nn
 
-from excise.config import Config, ConfigError
+from excise.core.config import Config, ConfigError
 from excise.models.names import parameters_by_name
 from excise.train.slices import Slice
 
 if TYPE_CHECKING:
-    from excise.methods.pretraining.routing.body import Body, Claim
+    from excise.routing.body import Body, Claim
 
 JOINT = "joint"
 """The group that every label may write in most recipes."""
@@ -215,8 +215,8 @@ def resolve(model: nn.Module, groups: Groups) -> GroupMap:
 
 def find_map(model: nn.Module, groups: Groups) -> tuple[GroupMap | None, list[str]]:
     """Return the map, or None and every problem found."""
-    from excise.methods.pretraining.routing.body import Body
-    from excise.methods.pretraining.routing.claims import claim
+    from excise.routing.body import Body
+    from excise.routing.claims import claim
 
     problems: list[str] = []
     body = Body(model)

@@ -8,19 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from excise.methods.pretraining.routing.call import detached, instead, routed_call
-from excise.methods.pretraining.routing.norms import routed_batch_norm, routed_layer_norm, spread
-from excise.methods.pretraining.routing.ops import routed_conv2d, routed_linear, scale_grad
-from excise.methods.pretraining.routing.places import masked, outputs, weighed
-from excise.methods.pretraining.routing.plan import (
-    Args,
-    Kwargs,
-    Plan,
-    State,
-    first_input,
-    with_input,
-)
-from excise.methods.pretraining.routing.weights import Piece, nothing, trivial
+from excise.routing.call import detached, instead, routed_call
+from excise.routing.norms import routed_batch_norm, routed_layer_norm, spread
+from excise.routing.ops import routed_conv2d, routed_linear, scale_grad
+from excise.routing.places import masked, outputs, weighed
+from excise.routing.plan import Args, Kwargs, Plan, State, first_input, with_input
+from excise.routing.weights import Piece, nothing, trivial
 
 
 def run(plan: Plan, state: State, args: Args, kwargs: Kwargs) -> Any:

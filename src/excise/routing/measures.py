@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.anatomy import Anatomy, anatomy
 from excise.models.names import modules_by_name, parameters_by_name, unwrap
 

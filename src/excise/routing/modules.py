@@ -9,13 +9,13 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
-from excise.config import Config
-from excise.errors import UserError
-from excise.methods.pretraining.routing.change import delete, grow, reinit, zero
-from excise.methods.pretraining.routing.groups import JOINT, Groups, Part
-from excise.methods.pretraining.routing.measures import What, count_units
-from excise.methods.pretraining.routing.rules import Rule
+from excise.core.config import Config
+from excise.core.errors import UserError
 from excise.models.anatomy import anatomy
+from excise.routing.change import delete, grow, reinit, zero
+from excise.routing.groups import JOINT, Groups, Part
+from excise.routing.measures import What, count_units
+from excise.routing.rules import Rule
 
 Shared = Literal["embed", "head", "norms", "attention"]
 """Parts that forget tokens may write beside their module."""

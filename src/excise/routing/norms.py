@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from excise.methods.pretraining.routing.ops import scale_channels
-from excise.methods.pretraining.routing.weights import Piece, nothing, rows_sum, scaled, trivial
+from excise.routing.ops import scale_channels
+from excise.routing.weights import Piece, nothing, rows_sum, scaled, trivial
 
 Pieces = Sequence[Piece]
 Ctx = Any

@@ -18,15 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from excise.methods.pretraining.routing.weights import (
-    Piece,
-    nothing,
-    outer,
-    rows_sum,
-    scaled,
-    times,
-    trivial,
-)
+from excise.routing.weights import Piece, nothing, outer, rows_sum, scaled, times, trivial
 
 Pieces = Sequence[Piece]
 Ctx = Any

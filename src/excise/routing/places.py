@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from excise.methods.pretraining.routing.groups import Place
-from excise.methods.pretraining.routing.ops import scale_columns
-from excise.methods.pretraining.routing.plan import Args, Forward, Kwargs, Plan, Span, State
+from excise.routing.groups import Place
+from excise.routing.ops import scale_columns
+from excise.routing.plan import Args, Forward, Kwargs, Plan, Span, State
 
 
 def masked(plan: Plan, state: State, places: Sequence[Place], x: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from excise.methods.pretraining.routing.call import instead
-from excise.methods.pretraining.routing.groups import Owned, Place
-from excise.methods.pretraining.routing.weights import Piece
+from excise.routing.call import instead
+from excise.routing.groups import Owned, Place
+from excise.routing.weights import Piece
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]

@@ -13,25 +13,17 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from excise.domains.base import CORE
-from excise.errors import UserError, nearest
-from excise.methods.pretraining.routing.groups import JOINT, GroupMap
-from excise.methods.pretraining.routing.rules import (
-    Names,
-    Policy,
-    Rule,
-    capability_name,
-    check,
-    choose,
-    prepare,
-)
-from excise.methods.pretraining.routing.weights import Weight, weigh
+from excise.core.errors import UserError, nearest
+from excise.data.domain import CORE
+from excise.routing.groups import JOINT, GroupMap
+from excise.routing.rules import Names, Policy, Rule, capability_name, check, choose, prepare
+from excise.routing.weights import Weight, weigh
 
 __all__ = ["Labelled", "Names", "Policy", "Routes", "Rule", "check", "choose", "compile", "prepare"]
 
 
 class Labelled(Protocol):
-    """What `compile` needs of a batch; `excise.domains.stream.Batch` is one."""
+    """What `compile` needs of a batch; `excise.data.stream.Batch` is one."""
 
     @property
     def ids_BT(self) -> Tensor:

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from excise.errors import UserError, nearest
-from excise.methods.pretraining.routing.change import put_tensor
-from excise.methods.pretraining.routing.groups import Part
-from excise.methods.pretraining.routing.measures import refresh
-from excise.methods.pretraining.routing.modules import How, Placed, cut
+from excise.core.errors import UserError, nearest
 from excise.models.checkpoint import Checkpoint
 from excise.models.names import parameters_by_name
+from excise.routing.change import put_tensor
+from excise.routing.groups import Part
+from excise.routing.measures import refresh
+from excise.routing.modules import How, Placed, cut
 
 
 def save_before(model: nn.Module, placed: Placed, names: Sequence[str], path: Path) -> None:

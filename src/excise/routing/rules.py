@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from excise.config import Config, ConfigError
-from excise.domains.base import CORE
-from excise.errors import nearest
-from excise.methods.pretraining.routing.groups import Groups
+from excise.core.config import Config, ConfigError
+from excise.core.errors import nearest
+from excise.data.domain import CORE
+from excise.routing.groups import Groups
 
 Names = tuple[str, ...] | Literal["all"]
 SPECIAL = ("self", "drawn", "hashed")

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from excise.config import Config
+from excise.core.config import Config
 
 
 class TokenWeights(Config):

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, device, nn
 
-from excise.context import Context
-from excise.domains.base import CORE, Rows
-from excise.domains.stream import Batch, Example, Stream, Tokenizer, collate, join
+from excise.core.context import Context
+from excise.data.domain import CORE, Rows
+from excise.data.stream import Batch, Example, Stream, Tokenizer, collate, join
 from excise.losses import token_nll
 from excise.methods.base import Removal
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.attach import Routing, route
-from excise.methods.pretraining.routing.groups import GroupMap
-from excise.methods.pretraining.routing.policy import Policy, Routes, compile
 from excise.methods.tuning import Progress, finish, run_fit, state_dir, stream
 from excise.models.checkpoint import Checkpoint
+from excise.routing.attach import Routing, route
+from excise.routing.groups import GroupMap
+from excise.routing.policy import Policy, Routes, compile
 from excise.train.fit import Term, fit
 
 MoreTerms = Callable[[nn.Module, "RoutedBatch", Any], Mapping[str, Term]]

@@ -10,20 +10,20 @@ from typing import Any, Literal
 from torch import nn
 
 from excise import record as schema
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.spec import DomainSpec
-from excise.environment import device_of
-from excise.errors import UserError
-from excise.jobs import Setting
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.core.stages import disk_full
+from excise.data.domain import Domain
+from excise.data.spec import DomainSpec
+from excise.fetch.original import open_model
 from excise.methods.base import Method, Removal
 from excise.models.checkpoint import Checkpoint, open_checkpoint
-from excise.models.original import open_model
 from excise.models.spec import ModelSpec
-from excise.recipes.base import AuditSpec, EvalSpec
 from excise.record import ArmRecord, Record
-from excise.recording import Models, check_comparable, describe, judged, model_ref, model_refs
-from excise.stages import disk_full
+from excise.requests.recipe import AuditSpec, EvalSpec
+from excise.run.environment import device_of
+from excise.run.jobs import Setting
+from excise.run.results import Models, check_comparable, describe, judged, model_ref, model_refs
 
 Model = str | Path | nn.Module | Checkpoint
 """A folder, hub id, GGUF file, fetched name, model in memory, or a checkpoint."""
@@ -106,9 +106,9 @@ def audit(
     Raises:
         UserError: If models cannot be read against each other, or the data cannot be used.
     """
-    from excise import output
-    from excise.run import attack_models, score_models
-    from excise.train.grid import Pool
+    from excise.run import output
+    from excise.run.run import attack_models, score_models
+    from excise.train.pool import Pool
 
     named = model if isinstance(model, Mapping) else {"candidate": model}
     arms = {name: _open(one, tokenizer) for name, one in named.items()}

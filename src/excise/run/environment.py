@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.core.stages import library_versions
 from excise.record import Environment
-from excise.stages import library_versions
 from excise.train.worker import peak_bytes
 
 

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from excise.audit.base import Budget
-from excise.config import Config
-from excise.domains.fetch import cached, known
-from excise.errors import UserError
-from excise.events import duration
+from excise.auditor.base import Budget
+from excise.core.config import Config
+from excise.core.errors import UserError
+from excise.core.events import duration
+from excise.fetch import cached, known
+from excise.fetch.original import open_model
 from excise.methods.base import Method
 from excise.models.checkpoint import Checkpoint
-from excise.models.original import open_model
 from excise.models.spec import ModelSpec
-from excise.recipes.base import Recipe, budget_for, starts_from
+from excise.requests.recipe import Recipe, budget_for, starts_from
 from excise.train.fit import FitConfig
 
 CPU_FLOPS = (3e10, 3e11)

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 
-from excise import output
-from excise.audit.diagnose.inspect import inspect_pair
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.environment import device_of, environment
-from excise.events import Emit
+from excise.core.context import Context
+from excise.core.events import Emit
+from excise.data.domain import Domain
+from excise.diagnose.inspection import inspect_pair
+from excise.fetch.original import open_model
 from excise.models.checkpoint import Checkpoint
-from excise.models.original import open_model
 from excise.models.spec import ModelSpec
-from excise.recipes.inspect import InspectRun
 from excise.record import ArmRecord, Inspection, Record, Sample
-from excise.recording import Models, check_comparable, describe, model_ref, model_refs, timed
+from excise.requests.inspection import InspectRun
+from excise.run import output
+from excise.run.environment import device_of, environment
+from excise.run.results import Models, check_comparable, describe, model_ref, model_refs, timed
 
 IDENTICAL = "The two models are identical: no tensor differs, so there is nothing to inspect."
 

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.core.plugins import source_hash
+from excise.core.stages import Store, library_versions
+from excise.data.domain import Domain
 from excise.evals.extra import extra_scores
 from excise.evals.generate import continuations
 from excise.evals.lm_eval_bridge import run_lm_eval
@@ -29,11 +31,9 @@ from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.files import hash_files
 from excise.models.spec import Scratch
 from excise.models.tiny import tiny_model
-from excise.plugins import source_hash
-from excise.recipes.base import EvalSpec
 from excise.record import Item, Score, write_text
-from excise.stages import Store, library_versions
-from excise.train.grid import emit
+from excise.requests.recipe import EvalSpec
+from excise.train.pool import emit
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from pathlib import Path
 import yaml
 
 from excise import record as schema
-from excise.config import Config
-from excise.domains import split as splits
-from excise.domains.base import Domain
-from excise.domains.spec import DomainSpec
-from excise.domains.split import split_of
-from excise.errors import DiskFull, UserError
+from excise.core.config import Config
+from excise.core.errors import DiskFull, UserError
+from excise.data import split as splits
+from excise.data.domain import Domain
+from excise.data.spec import DomainSpec
+from excise.data.split import split_of
 from excise.models.checkpoint import Checkpoint
 from excise.models.files import clone_file, new_folder
 from excise.record import Item, Record, write_text

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from excise.audit.audit import Results
-from excise.audit.depth.verdict import judge_all
-from excise.domains.base import Domain
-from excise.environment import environment, peak_memory
-from excise.errors import UserError
-from excise.jobs import Scored, Setting
+from excise.auditor.engine import Results
+from excise.auditor.verdict.verdict import judge_all
+from excise.core.errors import UserError
+from excise.data.domain import Domain
 from excise.methods.base import Method, Removal
 from excise.models.checkpoint import Checkpoint
-from excise.recipes.audit import AuditRun
-from excise.recipes.base import AuditSpec, Recipe, budget_for
 from excise.record import ArmRecord, Item, ModelRef, Record, Sample
+from excise.requests.audit import AuditRun
+from excise.requests.recipe import AuditSpec, Recipe, budget_for
+from excise.run.environment import environment, peak_memory
+from excise.run.jobs import Scored, Setting
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from excise import output
-from excise.audit.audit import Results, attack_all
-from excise.audit.base import Subject
-from excise.domains.base import Domain
-from excise.environment import device_of
-from excise.events import Emit
-from excise.jobs import (
+from excise.auditor.base import Subject
+from excise.auditor.engine import Results, attack_all
+from excise.core.events import Emit
+from excise.core.stages import Store
+from excise.data.domain import Domain
+from excise.fetch.original import open_model, tokenizer_for
+from excise.methods.base import Method, Removal
+from excise.methods.pretraining.filtering import Filtering
+from excise.methods.pretraining.plain import Plain
+from excise.models.checkpoint import Checkpoint
+from excise.models.spec import ModelSpec
+from excise.record import ArmRecord, Item, Record
+from excise.requests.audit import AuditRun
+from excise.requests.recipe import AuditSpec, EvalSpec, Recipe, budget_for, starts_from
+from excise.run import output
+from excise.run.environment import device_of
+from excise.run.jobs import (
     InitJob,
     RemovalJob,
     Scored,
@@ -27,16 +37,7 @@ from excise.jobs import (
     make_removal,
     make_scores,
 )
-from excise.methods.base import Method, Removal
-from excise.methods.pretraining.filtering import Filtering
-from excise.methods.pretraining.plain import Plain
-from excise.models.checkpoint import Checkpoint
-from excise.models.original import open_model, tokenizer_for
-from excise.models.spec import ModelSpec
-from excise.recipes.audit import AuditRun
-from excise.recipes.base import AuditSpec, EvalSpec, Recipe, budget_for, starts_from
-from excise.record import ArmRecord, Item, Record
-from excise.recording import (
+from excise.run.results import (
     Models,
     arm_record,
     check_comparable,
@@ -47,8 +48,7 @@ from excise.recording import (
     oracle_names,
     timed,
 )
-from excise.stages import Store
-from excise.train.grid import Pool
+from excise.train.pool import Pool
 
 ARMS = 500
 """Scratch arms use the recipe's seed plus this: another draw than the original and the oracles."""

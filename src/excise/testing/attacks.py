@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from excise.audit.base import ArmResult, Attack, AttackResult, Budget, Subject
-from excise.audit.budget import SMOKE
-from excise.audit.hide import PlantKind, score
-from excise.audit.plant import PLANT_FOR, make_plant
-from excise.audit.results import to_json
-from excise.audit.scoring import make_sheet
-from excise.context import Context
+from excise.auditor.base import ArmResult, Attack, AttackResult, Budget, Subject
+from excise.auditor.budget import SMOKE
+from excise.auditor.controls.control import PLANT_FOR, make_plant
+from excise.auditor.controls.hide import PlantKind, score
+from excise.auditor.results import to_json
+from excise.auditor.scoring import make_sheet
+from excise.core.context import Context
 from excise.models.checkpoint import Checkpoint
 from excise.testing.setting import Setting, tiny_setting
 from excise.testing.watch import Watched, assert_left_clean, assert_untouched, look, watched

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from excise.config import Config
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.stream import collate, encode
+from excise.core.config import Config
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.stream import collate, encode
 from excise.methods.base import Method, Removal
 from excise.methods.chain import Chain
 from excise.methods.pretraining.pretrain import Pretrain

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from excise.context import Context
-from excise.domains.base import Domain, Row, Rows
+from excise.core.context import Context
+from excise.data.domain import Domain, Row, Rows
+from excise.data.stream import Batch, Stream, Tokenizer, encode
 from excise.domains.facts import Facts
-from excise.domains.stream import Batch, Stream, Tokenizer, encode
 from excise.losses import nll
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import tiny_model

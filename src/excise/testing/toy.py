@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import BYTE_VOCAB, tiny_model, train_bpe
 

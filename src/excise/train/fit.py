@@ -18,8 +18,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from excise.context import Context
-from excise.errors import Diverged, UserError
+from excise.core.context import Context
+from excise.core.errors import Diverged, UserError
 from excise.train.gradient import Values, backward, move
 from excise.train.groups import make_groups, only
 from excise.train.reduce import check_processes, gather

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
 from excise.train.reduce import add_up, gather, sum_gradients
 from excise.train.state import Group
 from excise.train.terms import Term

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.train.optim import Optimizer
 from excise.train.slices import Slice, as_slice, check_slice, overlaps
 from excise.train.state import Group

@@ -21,8 +21,8 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
-from excise.errors import UserError
-from excise.stages import Emit
+from excise.core.errors import UserError
+from excise.core.stages import Emit
 from excise.train.worker import CHANNEL, INSIDE, emit, release, settle, silent, unsettle, work
 
 __all__ = ["Pool", "emit", "settle", "visible_cores"]
@@ -94,7 +94,7 @@ class Pool:
 
     Attributes:
         workers: Number of processes; with one, jobs run in this process.
-        emit: Sink of events that jobs send through `excise.train.grid.emit`.
+        emit: Sink of events that jobs send through `excise.train.pool.emit`.
         peak_bytes: Largest resident memory of any worker that finished a job.
     """
 

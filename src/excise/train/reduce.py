@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from excise.context import Context
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
 
 BUCKET = 1 << 25
 """Entries per all-reduce: large enough to amortise latency, small beside a model."""

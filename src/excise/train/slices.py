@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

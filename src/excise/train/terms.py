@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from excise.config import Config
+from excise.core.config import Config
 from excise.train.optim import OptimizerName, schedule_share
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.losses import Scored, Summed, predicting
 from excise.models.head import Head, final_hidden, head_of
 from excise.train.vocab_form import form

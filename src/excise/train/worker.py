@@ -1,4 +1,4 @@
-"""The body of a worker process of `excise.train.grid.Pool`."""
+"""The body of a worker process of `excise.train.pool.Pool`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from excise.stages import Emit
+from excise.core.stages import Emit
 
 INSIDE = "EXCISE_WORKER"
 """Environment variable that is set inside a worker."""

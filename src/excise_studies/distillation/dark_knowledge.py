@@ -10,17 +10,19 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import SerializeAsAny
 
-from excise.domains.base import Domain, Rows
+from excise.core.stages import Store
+from excise.data.domain import Domain, Rows
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.models.checkpoint import Checkpoint
 from excise.record import StudyTable, write_text
-from excise.recording import model_ref
-from excise.stages import Store
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import groups_of, said
-from excise.studies.distilling import (
+from excise.run.jobs import Setting
+from excise.run.results import model_ref
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool, emit
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import groups_of, said
+from excise_studies.distillation.distilling import (
     CHOSEN,
     SIZE,
     Bench,
@@ -33,9 +35,8 @@ from excise.studies.distilling import (
     rails,
     rmu,
 )
-from excise.studies.levels import Levels, estimate, levels, verdict
-from excise.studies.predictions import predictions, readout_bits, shuffled
-from excise.train.grid import Pool, emit
+from excise_studies.distillation.predictions import predictions, readout_bits, shuffled
+from excise_studies.levels import Levels, estimate, levels, verdict
 
 VERSION = 1
 """Raised when what a stage computes changes."""

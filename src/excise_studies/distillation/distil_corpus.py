@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Removal
 from excise.methods.distillation.corpora import (
     AnyCorpus,
@@ -20,10 +19,14 @@ from excise.methods.distillation.corpora import (
 )
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyRow, StudyTable
-from excise.studies.attacking import Key
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import Found, gaps, said
-from excise.studies.distilling import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.fit import FitConfig
+from excise.train.pool import Pool
+from excise_studies.attacking import Key
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import Found, gaps, said
+from excise_studies.distillation.distilling import (
     Bench,
     arms_of,
     checkpoints,
@@ -33,9 +36,7 @@ from excise.studies.distilling import (
     result,
     student,
 )
-from excise.studies.levels import verdict
-from excise.train.fit import FitConfig
-from excise.train.grid import Pool
+from excise_studies.levels import verdict
 
 FULL = "the mix"
 """The arm that others are held against."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from excise.domains.base import Domain
+from excise.data.domain import Domain
 from excise.evals.stats import Estimate
 from excise.record import StudyRow, StudyTable
-from excise.studies.attacking import Attacked, Key
-from excise.studies.base import Units, row
-from excise.studies.levels import Array, Levels, estimate, levels
+from excise_studies.attacking import Attacked, Key
+from excise_studies.base import Units, row
+from excise_studies.levels import Array, Levels, estimate, levels
 
 RAILS = ("original", "oracle")
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import SerializeAsAny
 
-from excise.config import Config
+from excise.core.config import Config
+from excise.data.domain import Domain
+from excise.data.spec import DomainSpec
 from excise.domains.arithmetic import ARITHMETIC_FIT, ARITHMETIC_MAX_LENGTH, Arithmetic
-from excise.domains.base import Domain
-from excise.domains.spec import DomainSpec
-from excise.jobs import InitJob, RemovalJob, Setting, make_init, make_removal
+from excise.fetch.original import tokenizer_for
 from excise.methods.base import Method, Removal
 from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.grad_diff import GradDiff
@@ -24,15 +24,22 @@ from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
-from excise.models.original import tokenizer_for
 from excise.models.spec import Scratch
 from excise.record import StudyTable
-from excise.recording import model_ref
-from excise.studies.attacking import Attacker, Key, attack_all
-from excise.studies.base import Draw, StudyResult, train_draws
-from excise.studies.distil_tables import Found, arms_table, curves_table, finish, gather
+from excise.run.jobs import InitJob, RemovalJob, Setting, make_init, make_removal
+from excise.run.results import model_ref
+from excise.run.study import StudyResult
 from excise.train.fit import FitConfig
-from excise.train.grid import Pool
+from excise.train.pool import Pool
+from excise_studies.attacking import Attacker, Key, attack_all
+from excise_studies.base import Draw, train_draws
+from excise_studies.distillation.distil_tables import (
+    Found,
+    arms_table,
+    curves_table,
+    finish,
+    gather,
+)
 
 APART = 2000
 """A further initialisation of a draw starts from the draw's seed plus this."""

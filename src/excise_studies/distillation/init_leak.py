@@ -9,18 +9,20 @@ from typing import ClassVar, Literal
 
 import torch
 
+from excise.core.stages import Store
 from excise.evals.stats import Estimate
-from excise.jobs import RemovalJob, Setting, make_removal
 from excise.methods.distillation.targets import FromOracle, FromTeacher
 from excise.methods.distillation.undo import Undo
 from excise.methods.pretraining.plain import Plain
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.permute import permute_neurons
 from excise.record import StudyRow, StudyTable
-from excise.stages import Store
-from excise.studies.base import Draw, Study, StudyResult, row
-from excise.studies.distil_tables import Found, gaps, said
-from excise.studies.distilling import (
+from excise.run.jobs import RemovalJob, Setting, make_removal
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool, emit
+from excise_studies.base import Draw, row
+from excise_studies.distillation.distil_tables import Found, gaps, said
+from excise_studies.distillation.distilling import (
     Bench,
     Make,
     arms_of,
@@ -32,9 +34,8 @@ from excise.studies.distilling import (
     result,
     student,
 )
-from excise.studies.levels import verdict
-from excise.studies.weight_cosine import cosine
-from excise.train.grid import Pool, emit
+from excise_studies.distillation.weight_cosine import cosine
+from excise_studies.levels import verdict
 
 OTHER = 5000
 """An original of another initialisation starts from the draw's seed plus this."""

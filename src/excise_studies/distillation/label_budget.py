@@ -9,17 +9,19 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from excise.domains.base import Domain
+from excise.data.domain import Domain
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.distillation.harmful import Classifier, drawn
 from excise.methods.distillation.targets import FromTeacher, Splice
 from excise.methods.distillation.undo import Undo
 from excise.methods.tuning import forget_rows
 from excise.record import StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import Found, gaps, said
-from excise.studies.distilling import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import Found, gaps, said
+from excise_studies.distillation.distilling import (
     Bench,
     Make,
     checkpoints,
@@ -29,8 +31,7 @@ from excise.studies.distilling import (
     result,
     student,
 )
-from excise.studies.levels import estimate, verdict
-from excise.train.grid import Pool
+from excise_studies.levels import estimate, verdict
 
 
 class LabelBudget(Study):

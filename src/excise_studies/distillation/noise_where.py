@@ -8,13 +8,15 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.distillation.perturb import Part
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import Found, gaps, said
-from excise.studies.distilling import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import Found, gaps, said
+from excise_studies.distillation.distilling import (
     Bench,
     arms_of,
     checkpoints,
@@ -24,8 +26,7 @@ from excise.studies.distilling import (
     result,
     student,
 )
-from excise.studies.levels import verdict
-from excise.train.grid import Pool
+from excise_studies.levels import verdict
 
 NOWHERE = "nowhere"
 """The arm that is distilled without noise."""

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from excise.audit.passes import batches
-from excise.domains.base import Row
-from excise.domains.stream import encode
+from excise.auditor.batching import batches
+from excise.data.domain import Row
+from excise.data.stream import encode
 from excise.losses import predicting
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)

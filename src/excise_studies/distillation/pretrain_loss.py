@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.grad_diff_pretrain import GradDiffPretrain, Push
 from excise.record import StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import Found, gaps
-from excise.studies.distilling import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import Found, gaps
+from excise_studies.distillation.distilling import (
     Bench,
     Make,
     checkpoints,
@@ -23,8 +25,7 @@ from excise.studies.distilling import (
     measure_arms,
     result,
 )
-from excise.studies.levels import verdict
-from excise.train.grid import Pool
+from excise_studies.levels import verdict
 
 NOTHING = "filtering, another start"
 """The arm that does nothing with harmful tokens."""

@@ -9,13 +9,15 @@ import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.record import StudyTable
-from excise.studies.attacking import Attacker
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import Found, groups_of, said
-from excise.studies.distilling import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.attacking import Attacker
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import Found, groups_of, said
+from excise_studies.distillation.distilling import (
     Bench,
     arms_of,
     checkpoints,
@@ -27,8 +29,7 @@ from excise.studies.distilling import (
     result,
     rmu,
 )
-from excise.studies.levels import Array, estimate, levels, verdict
-from excise.train.grid import Pool
+from excise_studies.levels import Array, estimate, levels, verdict
 
 STEPS = (0, 2, 4, 8, 16, 32, 64, 128, 200)
 """Steps of relearning at which V is read."""

@@ -11,19 +11,21 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, SerializeAsAny
 
-from excise.domains.base import Domain, Rows
+from excise.core.stages import Store
+from excise.data.domain import Domain, Rows
 from excise.domains.passages import hashed_order
 from excise.evals.stats import Estimate, bootstrap_mean
-from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.models.checkpoint import Checkpoint
 from excise.record import write_text
-from excise.stages import Store
-from excise.studies import splice_tables
-from excise.studies.base import Draw, Study, StudyResult
-from excise.studies.distil_tables import Found, groups_of
-from excise.studies.distilling import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool, emit
+from excise_studies.base import Draw
+from excise_studies.distillation import splice_tables
+from excise_studies.distillation.distil_tables import Found, groups_of
+from excise_studies.distillation.distilling import (
     Bench,
     Make,
     checkpoints,
@@ -35,9 +37,8 @@ from excise.studies.distilling import (
     result,
     student,
 )
-from excise.studies.levels import estimate, levels, verdict
-from excise.studies.predictions import auc, by_unit, kl, noises, predictions, threshold
-from excise.train.grid import Pool, emit
+from excise_studies.distillation.predictions import auc, by_unit, kl, noises, predictions, threshold
+from excise_studies.levels import estimate, levels, verdict
 
 VERSION = 1
 """Raised when what a stage computes changes."""

@@ -7,14 +7,16 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.distillation.harmful import Implicit
 from excise.methods.distillation.targets import FromOracle, FromOriginal, HardLabels, Splice
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import Found, gaps, said
-from excise.studies.distilling import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import Found, gaps, said
+from excise_studies.distillation.distilling import (
     Bench,
     Make,
     arms_of,
@@ -25,8 +27,7 @@ from excise.studies.distilling import (
     result,
     student,
 )
-from excise.studies.levels import verdict
-from excise.train.grid import Pool
+from excise_studies.levels import verdict
 
 Benign = Literal["original", "unlearned"]
 Harmful = Literal["unlearned", "uniform", "skip", "shuffled"]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from excise.evals.stats import Estimate
 from excise.record import StudyRow, StudyTable
-from excise.studies.base import row
-from excise.studies.distil_tables import said
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import said
 
 Shares = Mapping[str, tuple[str, Estimate]]
 """Noise and share explained, by teacher."""

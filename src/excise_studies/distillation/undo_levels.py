@@ -9,15 +9,17 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method, Removal
 from excise.methods.distillation.targets import FromOriginal, HardLabels
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyRow, StudyTable
-from excise.studies.attacking import Key
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import Found, gaps, said
-from excise.studies.distilling import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.attacking import Key
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import Found, gaps, said
+from excise_studies.distillation.distilling import (
     Bench,
     arms_of,
     checkpoints,
@@ -28,8 +30,7 @@ from excise.studies.distilling import (
     student,
     with_fit,
 )
-from excise.studies.levels import estimate, verdict
-from excise.train.grid import Pool
+from excise_studies.levels import estimate, verdict
 
 ALONE = "unlearn only"
 """The arm without damage and distillation."""

@@ -9,13 +9,15 @@ import numpy as np
 from pydantic import Field, SerializeAsAny
 
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import Found, said
-from excise.studies.distilling import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import Found, said
+from excise_studies.distillation.distilling import (
     Bench,
     arms_of,
     checkpoints,
@@ -29,8 +31,7 @@ from excise.studies.distilling import (
     student,
     with_fit,
 )
-from excise.studies.levels import Array, estimate, spearman
-from excise.train.grid import Pool
+from excise_studies.levels import Array, estimate, spearman
 
 LARGE = "large"
 """The run that the pilots are to foretell."""

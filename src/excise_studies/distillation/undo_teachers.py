@@ -9,17 +9,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, SerializeAsAny
 
-from excise.domains.base import Domain
+from excise.data.domain import Domain
 from excise.evals.score import measure
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.models.checkpoint import Checkpoint
 from excise.record import StudyRow, StudyTable
-from excise.studies.base import Draw, Study, StudyResult, row
-from excise.studies.distil_tables import Found, gaps, said
-from excise.studies.distilling import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import Draw, row
+from excise_studies.distillation.distil_tables import Found, gaps, said
+from excise_studies.distillation.distilling import (
     Bench,
     arms_of,
     checkpoints,
@@ -33,8 +35,7 @@ from excise.studies.distilling import (
     student,
     with_fit,
 )
-from excise.studies.levels import verdict
-from excise.train.grid import Pool
+from excise_studies.levels import verdict
 
 BARE = "rmu, forget term alone"
 """RMU as the released configuration of UNDO trained it."""

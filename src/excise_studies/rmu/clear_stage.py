@@ -17,24 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from excise.audit.attacks.direction import first_edited
-from excise.audit.base import Budget, Subject
-from excise.audit.passes import Memo
-from excise.audit.scoring import make_sheet
-from excise.audit.tuning import Part, train
-from excise.domains.base import Domain, Rows
+from excise.auditor.attacks.direction import first_edited
+from excise.auditor.base import Budget, Subject
+from excise.auditor.batching import Memo
+from excise.auditor.scoring import make_sheet
+from excise.auditor.tuning import Part, train
+from excise.core.errors import UserError
+from excise.core.stages import Store
+from excise.data.domain import Domain, Rows
 from excise.domains.prose import load_prose
-from excise.errors import UserError
 from excise.evals.score import some
-from excise.jobs import Setting
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import edit
 from excise.record import write_text
-from excise.stages import Store
-from excise.studies.clearing import Clearing, Material, fit_all, states
-from excise.studies.scoring import Rubric, read, rubric
-from excise.studies.weights import clear_weights, writers
-from excise.train.grid import emit
+from excise.run.jobs import Setting
+from excise.train.pool import emit
+from excise_studies.rmu.clearing import Clearing, Material, fit_all, states
+from excise_studies.rmu.weights import clear_weights, writers
+from excise_studies.scoring import Rubric, read, rubric
 
 VERSION = 2
 """Raised when what a stage computes changes."""

@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from excise.audit.attacks.direction import unit
-from excise.audit.passes import batches
-from excise.domains.base import Row
-from excise.domains.stream import encode
+from excise.auditor.attacks.direction import unit
+from excise.auditor.batching import batches
+from excise.data.domain import Row
+from excise.data.stream import encode
 from excise.models.anatomy import anatomy
 from excise.models.hooks import Edit, capture
 

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
-from excise.audit.base import Budget, Subject
-from excise.audit.budget import budget_of
-from excise.audit.scoring import make_sheet
-from excise.audit.tuning import Part, train
-from excise.domains.base import Domain
+from excise.auditor.base import Budget, Subject
+from excise.auditor.budget import budget_of
+from excise.auditor.scoring import make_sheet
+from excise.auditor.tuning import Part, train
+from excise.core.stages import Store
+from excise.data.domain import Domain
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
-from excise.jobs import RemovalJob, Setting, make_removal
 from excise.methods.base import Method
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
@@ -27,13 +27,14 @@ from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
 from excise.record import write_text
-from excise.stages import Store
-from excise.studies import messy_tables
-from excise.studies.base import Draw, Study, StudyResult, train_draws
-from excise.studies.scoring import average, read, rubric
-from excise.studies.statements import Mess, as_statements, forget_set
+from excise.run.jobs import RemovalJob, Setting, make_removal
+from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
-from excise.train.grid import Pool, emit
+from excise.train.pool import Pool, emit
+from excise_studies.base import Draw, train_draws
+from excise_studies.rmu import messy_tables
+from excise_studies.rmu.statements import Mess, as_statements, forget_set
+from excise_studies.scoring import average, read, rubric
 
 LENGTH = 48
 """Tokens of a text of several statements at most."""

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from excise.evals.stats import Estimate, bootstrap_mean, quantiles
 from excise.record import StudyRow, StudyTable
-from excise.studies.base import row
-from excise.studies.statements import Mess
+from excise_studies.base import row
+from excise_studies.rmu.statements import Mess
 
 if TYPE_CHECKING:
-    from excise.studies.messy_forget_set import Cell, MessyForgetSet, Point
+    from excise_studies.rmu.messy_forget_set import Cell, MessyForgetSet, Point
 
 Array = NDArray[np.float64]
 

@@ -7,26 +7,27 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from excise.audit.base import Budget
-from excise.audit.budget import budget_of
+from excise.auditor.base import Budget
+from excise.auditor.budget import budget_of
+from excise.data.spec import DomainSpec
 from excise.domains.cyber import Cyber
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
-from excise.domains.spec import DomainSpec
-from excise.jobs import RemovalJob, Setting, make_removal
+from excise.fetch.original import open_model, tokenizer_for
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
-from excise.models.original import open_model, tokenizer_for
 from excise.models.spec import ModelSpec, Scratch
-from excise.recording import model_ref
-from excise.studies import shallow_tables
-from excise.studies.base import Draw, Study, StudyResult, train_draws
-from excise.studies.clear_stage import BARE, ClearJob, Plan, RelearnJob, fitted, make_clear
-from excise.studies.clear_stage import make_relearn as relearn
-from excise.studies.clearing import Clearing
-from excise.studies.scoring import average
+from excise.run.jobs import RemovalJob, Setting, make_removal
+from excise.run.results import model_ref
+from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
-from excise.train.grid import Pool
+from excise.train.pool import Pool
+from excise_studies.base import Draw, train_draws
+from excise_studies.rmu import shallow_tables
+from excise_studies.rmu.clear_stage import BARE, ClearJob, Plan, RelearnJob, fitted, make_clear
+from excise_studies.rmu.clear_stage import make_relearn as relearn
+from excise_studies.rmu.clearing import Clearing
+from excise_studies.scoring import average
 
 
 class RMUIsShallow(Study):

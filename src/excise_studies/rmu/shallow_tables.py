@@ -16,11 +16,11 @@ from excise.evals.stats import (
     resampled_means,
 )
 from excise.record import StudyRow, StudyTable
-from excise.studies.base import Units, pooled, row, share
-from excise.studies.clear_stage import BARE
+from excise_studies.base import Units, pooled, row, share
+from excise_studies.rmu.clear_stage import BARE
 
 if TYPE_CHECKING:
-    from excise.studies.rmu_is_shallow import RMUIsShallow
+    from excise_studies.rmu.rmu_is_shallow import RMUIsShallow
 
 Scores = Mapping[int, Mapping[str, Any]]
 """By draw: `{arms, residual}`."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from excise.domains.base import Domain, Row, Rows
+from excise.data.domain import Domain, Row, Rows
 
 Mess = Literal["clean", "diluted", "off_topic", "messy"]
 """What a forget set is made of; see `forget_set`."""

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.anatomy import Anatomy, anatomy
 from excise.models.hooks import Edit, find_module
-from excise.studies.clearing import remove
+from excise_studies.rmu.clearing import remove
 
 
 def writers(model: Any) -> tuple[str, ...]:

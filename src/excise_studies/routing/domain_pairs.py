@@ -17,18 +17,18 @@ from typing import Any, Final
 
 from pydantic import Field
 
-from excise.config import Config
-from excise.domains.base import CORE, Domain, Row, Rows
+from excise.core.config import Config
+from excise.core.errors import UserError
+from excise.data.domain import CORE, Domain, Row, Rows
 from excise.domains.biology import read_functions
 from excise.domains.corpus import Document
 from excise.domains.cyber import Cyber
-from excise.domains.fetch import require
 from excise.domains.glosses import Topic, load_glosses
 from excise.domains.languages import shipped_verses
 from excise.domains.passages import hashed_order, passages
 from excise.domains.prose import Part, documents, load_prose
 from excise.domains.pydocs import stdlib_docstrings
-from excise.errors import UserError
+from excise.fetch import require
 
 Both = tuple[list[Document], list[Document]]
 """Documents of the domain that is routed away, and of the one beside it."""

@@ -8,15 +8,17 @@ import numpy as np
 from pydantic import Field
 
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.methods.pretraining.sgtm import SGTM
 from excise.record import StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import gaps, said
-from excise.studies.distilling import Bench
-from excise.studies.levels import verdict
-from excise.studies.routing_setting import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import gaps, said
+from excise_studies.distillation.distilling import Bench
+from excise_studies.levels import verdict
+from excise_studies.routing.routing_setting import (
     SHARES,
     Missed,
     Outcome,
@@ -28,8 +30,7 @@ from excise.studies.routing_setting import (
     score_arms,
     train_arms,
 )
-from excise.studies.routing_tables import conclude
-from excise.train.grid import Pool
+from excise_studies.routing.routing_tables import conclude
 
 PARAMETERS, ZERO, REVERSED, BOTH, NEITHER = (
     "parameters", "activations", "activations, reversed", "both", "neither",

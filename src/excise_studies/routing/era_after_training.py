@@ -7,19 +7,21 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.methods.pretraining.era_after import ERAAfter
 from excise.methods.pretraining.filtering import Filtering
-from excise.methods.pretraining.routing.era_steps import Expand
 from excise.record import StudyRow, StudyTable
-from excise.studies.attacking import Key
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import gaps, said
-from excise.studies.distilling import Bench, Make, checkpoints, make_arms, rails
-from excise.studies.levels import estimate, levels, verdict
-from excise.studies.routing_arms import era
-from excise.studies.routing_setting import (
+from excise.routing.era_steps import Expand
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.attacking import Key
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import gaps, said
+from excise_studies.distillation.distilling import Bench, Make, checkpoints, make_arms, rails
+from excise_studies.levels import estimate, levels, verdict
+from excise_studies.routing.routing_arms import era
+from excise_studies.routing.routing_setting import (
     Outcome,
     World,
     facts_bench,
@@ -28,8 +30,7 @@ from excise.studies.routing_setting import (
     score_arms,
     text_losses,
 )
-from excise.studies.routing_tables import conclude
-from excise.train.grid import Pool
+from excise_studies.routing.routing_tables import conclude
 
 
 class ERAAfterTraining(Study):

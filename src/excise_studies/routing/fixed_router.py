@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from excise.methods.pretraining.routing.change import delete
-from excise.methods.pretraining.routing.groups import GroupMap, Part
-from excise.methods.pretraining.routing.measures import count_units
 from excise.models.anatomy import anatomy
+from excise.routing.change import delete
+from excise.routing.groups import GroupMap, Part
+from excise.routing.measures import count_units
 
 
 def loss_of(model: Any, ids_BT: Tensor) -> Tensor:

@@ -8,19 +8,21 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
-from excise.domains.base import Domain
+from excise.data.domain import Domain
 from excise.domains.facts import Facts
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain, corpus
 from excise.record import StudyRow, StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import said
-from excise.studies.distilling import Bench
-from excise.studies.levels import Array, estimate, verdict
-from excise.studies.routing_arms import grad_diff, maxent, rmu
-from excise.studies.routing_setting import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import said
+from excise_studies.distillation.distilling import Bench
+from excise_studies.levels import Array, estimate, verdict
+from excise_studies.routing.routing_arms import grad_diff, maxent, rmu
+from excise_studies.routing.routing_setting import (
     Missed,
     Outcome,
     Rest,
@@ -32,8 +34,7 @@ from excise.studies.routing_setting import (
     score_arms,
     train_arms,
 )
-from excise.studies.routing_tables import conclude
-from excise.train.grid import Pool
+from excise_studies.routing.routing_tables import conclude
 
 ROUTED = "routed"
 

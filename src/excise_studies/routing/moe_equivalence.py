@@ -13,16 +13,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from excise.jobs import Setting
-from excise.methods.pretraining.routing.attach import route
-from excise.methods.pretraining.routing.groups import Groups, Part
-from excise.methods.pretraining.routing.measures import count_units
-from excise.methods.pretraining.routing.rules import Names, Policy, Rule
 from excise.models.tiny import tiny_model
 from excise.record import StudyRow, StudyTable
-from excise.studies.base import Study, StudyResult
-from excise.studies.fixed_router import Mixture, Pieces, doubles, gradient, loss_of, owned
-from excise.train.grid import Pool
+from excise.routing.attach import route
+from excise.routing.groups import Groups, Part
+from excise.routing.measures import count_units
+from excise.routing.rules import Names, Policy, Rule
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.routing.fixed_router import Mixture, Pieces, doubles, gradient, loss_of, owned
 
 Family = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "olmo2"

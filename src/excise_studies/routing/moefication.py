@@ -10,17 +10,19 @@ from pydantic import Field
 
 from excise.domains.facts import Facts
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.moefy import Moefy
 from excise.record import StudyRow, StudyTable
-from excise.recording import model_ref
-from excise.studies.attacking import Key
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import arms_table, gaps, said
-from excise.studies.distilling import Bench, checkpoints, rails
-from excise.studies.levels import Array, Levels, estimate, levels
-from excise.studies.routing_setting import (
+from excise.run.jobs import Setting
+from excise.run.results import model_ref
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.attacking import Key
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import arms_table, gaps, said
+from excise_studies.distillation.distilling import Bench, checkpoints, rails
+from excise_studies.levels import Array, Levels, estimate, levels
+from excise_studies.routing.routing_setting import (
     SHARES,
     Outcome,
     World,
@@ -31,8 +33,7 @@ from excise.studies.routing_setting import (
     text_losses,
     train_arms,
 )
-from excise.studies.routing_tables import tax_table
-from excise.train.grid import Pool
+from excise_studies.routing.routing_tables import tax_table
 
 MEASURED, RANDOM, DENSE = "measured neurons", "random neurons", "dense, measured neurons"
 

@@ -9,19 +9,21 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
+from excise.core.errors import nearest
+from excise.data.labels import LabelNoise
 from excise.domains.facts import Facts
-from excise.domains.labels import LabelNoise
-from excise.errors import nearest
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.record import StudyRow, StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import said
-from excise.studies.distilling import Bench
-from excise.studies.levels import Array, estimate, verdict
-from excise.studies.routing_arms import BASELINES, PRESETS
-from excise.studies.routing_setting import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import said
+from excise_studies.distillation.distilling import Bench
+from excise_studies.levels import Array, estimate, verdict
+from excise_studies.routing.routing_arms import BASELINES, PRESETS
+from excise_studies.routing.routing_setting import (
     SHARES,
     Missed,
     Outcome,
@@ -33,8 +35,7 @@ from excise.studies.routing_setting import (
     score_arms,
     train_arms,
 )
-from excise.studies.routing_tables import conclude
-from excise.train.grid import Pool
+from excise_studies.routing.routing_tables import conclude
 
 Cue = Literal["none", "category", "style"]
 EVERY: Mapping[str, Method] = {**PRESETS, **BASELINES}

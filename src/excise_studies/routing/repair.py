@@ -7,20 +7,23 @@ from typing import ClassVar, Literal
 from pydantic import Field, SerializeAsAny
 
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
 from excise.record import StudyTable
-from excise.studies.attacking import Key
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import gaps, said
-from excise.studies.distilling import Bench, Make, make_arms
-from excise.studies.levels import verdict
-from excise.studies.routing_arms import era
-from excise.studies.routing_setting import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.fit import FitConfig
+from excise.train.pool import Pool
+from excise_studies.attacking import Key
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import gaps, said
+from excise_studies.distillation.distilling import Bench, Make, make_arms
+from excise_studies.levels import verdict
+from excise_studies.routing.routing_arms import era
+from excise_studies.routing.routing_setting import (
     SHARES,
     Missed,
     Outcome,
@@ -33,9 +36,7 @@ from excise.studies.routing_setting import (
     score_arms,
     train_arms,
 )
-from excise.studies.routing_tables import conclude
-from excise.train.fit import FitConfig
-from excise.train.grid import Pool
+from excise_studies.routing.routing_tables import conclude
 
 NONE = "no repair"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_MAX_LENGTH
-from excise.domains.labels import LabelNoise
 from excise.methods import (
     ERA,
     GRAM,
@@ -25,11 +25,11 @@ from excise.methods import (
     Relabel,
 )
 from excise.methods.base import Method
-from excise.methods.pretraining.routing.coherence import Coherence
-from excise.methods.pretraining.routing.era_steps import Expand
-from excise.methods.pretraining.routing.modules import Module
-from excise.studies.routing_setting import routed
+from excise.routing.coherence import Coherence
+from excise.routing.era_steps import Expand
+from excise.routing.modules import Module
 from excise.train.fit import FitConfig
+from excise_studies.routing.routing_setting import routed
 
 LENGTH = FACTS_MAX_LENGTH
 

@@ -8,14 +8,16 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.methods.base import Method
 from excise.record import StudyRow, StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import said
-from excise.studies.distilling import Bench
-from excise.studies.levels import Array, estimate, verdict
-from excise.studies.routing_setting import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import said
+from excise_studies.distillation.distilling import Bench
+from excise_studies.levels import Array, estimate, verdict
+from excise_studies.routing.routing_setting import (
     SHARES,
     Missed,
     Outcome,
@@ -28,8 +30,7 @@ from excise.studies.routing_setting import (
     score_arms,
     train_arms,
 )
-from excise.studies.routing_tables import conclude
-from excise.train.grid import Pool
+from excise_studies.routing.routing_tables import conclude
 
 ARM = "routed"
 

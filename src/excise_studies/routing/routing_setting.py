@@ -17,23 +17,25 @@ from typing import Any, Literal
 
 import numpy as np
 
+from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
-from excise.domains.labels import LabelNoise
 from excise.evals.stats import Estimate
-from excise.jobs import ScoreJob, Setting, make_scores
 from excise.methods import Chain
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain, cut_to
-from excise.methods.pretraining.routing.modules import Module
 from excise.methods.pretraining.sgtm import SGTM
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
-from excise.recipes.base import EvalSpec
-from excise.studies.attacking import Attacker, Key
-from excise.studies.base import Draw
-from excise.studies.distil_tables import Found
-from excise.studies.distilling import (
+from excise.requests.recipe import EvalSpec
+from excise.routing.modules import Module
+from excise.run.jobs import ScoreJob, Setting, make_scores
+from excise.train.fit import FitConfig
+from excise.train.pool import Pool
+from excise_studies.attacking import Attacker, Key
+from excise_studies.base import Draw
+from excise_studies.distillation.distil_tables import Found
+from excise_studies.distillation.distilling import (
     Bench,
     Make,
     checkpoints,
@@ -43,9 +45,7 @@ from excise.studies.distilling import (
     measure_arms,
     rails,
 )
-from excise.studies.levels import Array, Levels, estimate, levels
-from excise.train.fit import FitConfig
-from excise.train.grid import Pool
+from excise_studies.levels import Array, Levels, estimate, levels
 
 Missed = Literal["occurrences", "units"]
 """What labels miss: rows one by one, or all rows of a unit."""

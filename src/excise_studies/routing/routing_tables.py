@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from excise.methods.base import Removal
 from excise.record import StudyRow, StudyTable
-from excise.studies.attacking import Key
-from excise.studies.base import StudyResult, row
-from excise.studies.distilling import checkpoints, result
-from excise.studies.levels import estimate
-from excise.studies.routing_setting import Outcome, World
+from excise.run.study import StudyResult
+from excise_studies.attacking import Key
+from excise_studies.base import row
+from excise_studies.distillation.distilling import checkpoints, result
+from excise_studies.levels import estimate
+from excise_studies.routing.routing_setting import Outcome, World
 
 
 def tax_table(outcome: Outcome, title: str = "Loss on retain and the alignment tax") -> StudyTable:

@@ -9,11 +9,17 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
+from excise.core.errors import nearest
 from excise.domains.definitions import DEFINITIONS_FIT
-from excise.domains.images import ImageSpec
-from excise.errors import nearest
 from excise.evals.stats import Estimate
-from excise.jobs import (
+from excise.methods.base import Method, Removal
+from excise.methods.pretraining.filtering import Filtering
+from excise.methods.pretraining.plain import Plain
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.spec import Scratch
+from excise.record import StudyRow, StudyTable
+from excise.requests.recipe import EvalSpec
+from excise.run.jobs import (
     InitJob,
     RemovalJob,
     ScoreJob,
@@ -22,16 +28,24 @@ from excise.jobs import (
     make_removal,
     make_scores,
 )
-from excise.methods.base import Method, Removal
-from excise.methods.pretraining.filtering import Filtering
-from excise.methods.pretraining.plain import Plain
-from excise.methods.pretraining.pretrain import Pretrain
-from excise.models.spec import Scratch
-from excise.recipes.base import EvalSpec
-from excise.record import StudyRow, StudyTable
-from excise.recording import model_ref
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.digit_pairs import (
+from excise.run.results import model_ref
+from excise.run.study import Study, StudyResult
+from excise.train.fit import FitConfig
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import said
+from excise_studies.levels import Array, Levels, estimate, levels, spearman
+from excise_studies.routing.domain_pairs import (
+    FETCHED,
+    PAIRS,
+    Pair,
+    Sizes,
+    make_pair,
+    pair_tokenizer,
+)
+from excise_studies.routing.routing_setting import routed
+from excise_studies.vision.autoencoder import SplitAutoencoderConfig
+from excise_studies.vision.digit_pairs import (
     DIGITS,
     IMAGES,
     MODEL,
@@ -39,13 +53,7 @@ from excise.studies.digit_pairs import (
     digits_words,
     run_pairs,
 )
-from excise.studies.distil_tables import said
-from excise.studies.domain_pairs import FETCHED, PAIRS, Pair, Sizes, make_pair, pair_tokenizer
-from excise.studies.levels import Array, Levels, estimate, levels, spearman
-from excise.studies.routing_setting import routed
-from excise.train.fit import FitConfig
-from excise.train.grid import Pool
-from excise.vision.autoencoder import SplitAutoencoderConfig
+from excise_studies.vision.images import ImageSpec
 
 PLAIN, FILTERED, ROUTED = "plain", "filtered", "routed"
 

@@ -8,11 +8,18 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny
 
-from excise.domains.base import Domain
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH
-from excise.domains.labels import LabelNoise
 from excise.evals.stats import Estimate
-from excise.jobs import (
+from excise.methods.base import Method, Removal
+from excise.methods.pretraining.filtering import Filtering
+from excise.methods.pretraining.plain import Plain
+from excise.methods.pretraining.pretrain import Pretrain
+from excise.models.spec import Scratch
+from excise.record import StudyTable
+from excise.requests.recipe import EvalSpec
+from excise.run.jobs import (
     InitJob,
     RemovalJob,
     ScoreJob,
@@ -21,23 +28,17 @@ from excise.jobs import (
     make_removal,
     make_scores,
 )
-from excise.methods.base import Method, Removal
-from excise.methods.pretraining.filtering import Filtering
-from excise.methods.pretraining.plain import Plain
-from excise.methods.pretraining.pretrain import Pretrain
-from excise.models.spec import Scratch
-from excise.recipes.base import EvalSpec
-from excise.record import StudyTable
-from excise.recording import model_ref
-from excise.studies.attacking import Key
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.distil_tables import groups_of, said
-from excise.studies.levels import Array, Levels, estimate, levels, verdict
-from excise.studies.routing_setting import misses, routed
-from excise.studies.routing_tables import absorption_table
-from excise.studies.spurious_data import Shortcut, shortcut_domain, shortcut_tokenizer
+from excise.run.results import model_ref
+from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
-from excise.train.grid import Pool
+from excise.train.pool import Pool
+from excise_studies.attacking import Key
+from excise_studies.base import row
+from excise_studies.distillation.distil_tables import groups_of, said
+from excise_studies.levels import Array, Levels, estimate, levels, verdict
+from excise_studies.routing.routing_setting import misses, routed
+from excise_studies.routing.routing_tables import absorption_table
+from excise_studies.routing.spurious_data import Shortcut, shortcut_domain, shortcut_tokenizer
 
 PLAIN, ROUTED, FILTERED = "plain", "routed", "filtered"
 

@@ -15,8 +15,8 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from excise.config import Config
-from excise.domains.base import CORE, Domain, Row, Rows
+from excise.core.config import Config
+from excise.data.domain import CORE, Domain, Row, Rows
 from excise.domains.facts import RELATIONS, TEMPLATES
 from excise.domains.invented import made_names
 

@@ -21,11 +21,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from excise.config import Config
-from excise.context import Context
-from excise.domains.images import Images
+from excise.core.config import Config
+from excise.core.context import Context
 from excise.train.fit import FitConfig, Term, fit
-from excise.vision.halves import (
+from excise_studies.vision.halves import (
     Halves,
     ImageBatch,
     Routed,
@@ -35,6 +34,7 @@ from excise.vision.halves import (
     learned,
     routed,
 )
+from excise_studies.vision.images import Images
 
 
 class SplitAutoencoderConfig(Config):

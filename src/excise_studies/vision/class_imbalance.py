@@ -7,12 +7,15 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from excise.domains.images import ImageSpec
 from excise.evals.stats import Estimate, quantiles
-from excise.jobs import Setting
 from excise.record import StudyRow, StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.split_jobs import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.vision.autoencoder import SplitAutoencoderConfig
+from excise_studies.vision.images import ImageSpec
+from excise_studies.vision.split_jobs import (
     SECOND,
     Means,
     SplitConfig,
@@ -23,8 +26,6 @@ from excise.studies.split_jobs import (
     value,
     words,
 )
-from excise.train.grid import Pool
-from excise.vision.autoencoder import SplitAutoencoderConfig
 
 Balance = Literal["groups", "images"]
 

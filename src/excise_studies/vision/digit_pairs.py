@@ -14,16 +14,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from excise.domains.images import DrawnImages, Images, ImageSpec
+from excise.core.stages import Store
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.record import StudyRow, StudyTable, write_text
-from excise.stages import Store
-from excise.studies.base import row
-from excise.studies.levels import Array, Levels, estimate, levels, spearman
+from excise.run.jobs import Setting
 from excise.train.fit import FitConfig
-from excise.train.grid import Pool, emit
-from excise.vision.autoencoder import SplitAutoencoderConfig, errors, train_autoencoder
+from excise.train.pool import Pool, emit
+from excise_studies.base import row
+from excise_studies.levels import Array, Levels, estimate, levels, spearman
+from excise_studies.vision.autoencoder import SplitAutoencoderConfig, errors, train_autoencoder
+from excise_studies.vision.images import DrawnImages, Images, ImageSpec
 
 DIGITS = ((0, 1), (1, 4), (2, 7), (0, 6), (7, 9), (3, 5), (4, 9), (3, 8))
 """Pairs of digits; the second is the one beside the one that is routed away."""

@@ -11,12 +11,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.domains.images import ImageSpec
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.record import StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.split_jobs import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.vision.autoencoder import SplitAutoencoderConfig
+from excise_studies.vision.images import ImageSpec
+from excise_studies.vision.split_jobs import (
     FIRST,
     SECOND,
     Means,
@@ -30,8 +33,6 @@ from excise.studies.split_jobs import (
     verdict,
     words,
 )
-from excise.train.grid import Pool
-from excise.vision.autoencoder import SplitAutoencoderConfig
 
 PUBLISHED = {
     1: "0.32 / 0.08", 2: "0.33 / 0.07", 3: "0.28 / 0.11", 4: "0.32 / 0.32", 5: "0.09 / 0.08",

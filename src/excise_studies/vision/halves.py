@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.domains.images import Images, rarer
-from excise.domains.stream import Batch
-from excise.errors import UserError
-from excise.methods.pretraining.routing.attach import route
-from excise.methods.pretraining.routing.groups import Groups, Part
-from excise.methods.pretraining.routing.policy import Policy, compile
-from excise.methods.pretraining.routing.rules import Rule
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.stream import Batch
+from excise.routing.attach import route
+from excise.routing.groups import Groups, Part
+from excise.routing.policy import Policy, compile
+from excise.routing.rules import Rule
+from excise_studies.vision.images import Images, rarer
 
 Routed = Literal["both", "first", "none"]
 """Which group of classes is routed."""

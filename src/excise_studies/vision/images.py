@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from excise.config import Config
-from excise.domains.fetch import require
-from excise.errors import UserError
+from excise.core.config import Config
+from excise.core.errors import UserError
+from excise.fetch import require
 
 Source = Literal["digits", "fashion", "generated"]
 
@@ -180,7 +180,7 @@ def load(spec: ImageSpec, seed: int) -> tuple[Images, Images | None]:
 @cache
 def load_digits() -> Images:
     """Return the 10,000 digits that ship, 28 x 28, sorted by class."""
-    folder = files("excise").joinpath("data")
+    folder = files("excise").joinpath("domains/shipped")
     parts = [
         read_idx(lzma.decompress(folder.joinpath(f"digits-{kind}.idx.xz").read_bytes()), kind)
         for kind in ("images", "labels")

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from excise.domains.images import ImageSpec
 from excise.evals.stats import Estimate
-from excise.jobs import Setting
 from excise.record import StudyTable
-from excise.studies.base import Study, StudyResult, row
-from excise.studies.split_jobs import (
+from excise.run.jobs import Setting
+from excise.run.study import Study, StudyResult
+from excise.train.pool import Pool
+from excise_studies.base import row
+from excise_studies.vision.classifier import SplitClassifierConfig
+from excise_studies.vision.images import ImageSpec
+from excise_studies.vision.split_jobs import (
     FIRST,
     SECOND,
     Means,
@@ -28,8 +31,6 @@ from excise.studies.split_jobs import (
     verdict,
     words,
 )
-from excise.train.grid import Pool
-from excise.vision.classifier import SplitClassifierConfig
 
 ROUTED, PLAIN = "routed, L1", "plain"
 BARE, PENALTY = "routed, no L1", "not routed, L1"

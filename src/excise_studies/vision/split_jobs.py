@@ -14,29 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from excise.domains.images import DrawnImages, ImageSpec
+from excise.core.stages import Store
 from excise.evals.stats import Array, Estimate, quantiles, resampled_means
-from excise.jobs import Setting
-from excise.record import (
-    ModelRef,
-    StudyPicture,
-    StudyPictureRow,
-    StudyRow,
-    StudyTable,
-    write_text,
-)
-from excise.stages import Store
-from excise.studies.base import Units, pooled, row
-from excise.train.grid import Pool, emit
-from excise.vision.autoencoder import (
+from excise.record import ModelRef, StudyPicture, StudyPictureRow, StudyRow, StudyTable, write_text
+from excise.run.jobs import Setting
+from excise.train.pool import Pool, emit
+from excise_studies.base import Units, pooled, row
+from excise_studies.vision.autoencoder import (
     SplitAutoencoder,
     SplitAutoencoderConfig,
     absolute_error,
     errors,
     train_autoencoder,
 )
-from excise.vision.classifier import SplitClassifierConfig, accuracies, train_classifier
-from excise.vision.halves import as_batch
+from excise_studies.vision.classifier import SplitClassifierConfig, accuracies, train_classifier
+from excise_studies.vision.halves import as_batch
+from excise_studies.vision.images import DrawnImages, ImageSpec
 
 FIRST, SECOND = "first", "second"
 """The two groups of classes."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import get_args
 
-from excise.audit.attacks.benign import Benign
-from excise.audit.attacks.direction import Direction
-from excise.audit.attacks.few_shot import FewShot
-from excise.audit.attacks.prefix import Prefix
-from excise.audit.attacks.quantize import Quantize
-from excise.audit.attacks.relearn import Relearn
-from excise.audit.attacks.transfer import Transfer
-from excise.audit.base import Attack
+from excise.auditor.attacks.benign import Benign
+from excise.auditor.attacks.direction import Direction
+from excise.auditor.attacks.few_shot import FewShot
+from excise.auditor.attacks.prefix import Prefix
+from excise.auditor.attacks.quantize import Quantize
+from excise.auditor.attacks.relearn import Relearn
+from excise.auditor.attacks.transfer import Transfer
+from excise.auditor.base import Attack
 
 AnyAttack = FewShot | Prefix | Direction | Quantize | Benign | Relearn | Transfer
 """Adding an attack: its file, its test, one line here. Cheapest access first."""

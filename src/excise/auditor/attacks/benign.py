@@ -13,12 +13,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.audit.base import Access, Attack, AttackResult, Budget, Rung, Subject
-from excise.audit.results import decided
-from excise.audit.scoring import make_sheet, more_is_known
-from excise.audit.tuning import Part, Trained, train
-from excise.context import Context
-from excise.domains.base import Domain
+from excise.auditor.base import Access, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.results import decided
+from excise.auditor.scoring import make_sheet, more_is_known
+from excise.auditor.tuning import Part, Trained, train
+from excise.core.context import Context
+from excise.data.domain import Domain
 
 
 class Benign(Attack):

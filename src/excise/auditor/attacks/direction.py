@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
-from excise.audit.passes import batches
-from excise.audit.results import decided
-from excise.audit.scoring import Reading, Sheet, arm_of, make_sheet, read
-from excise.context import Context
-from excise.domains.base import Domain, Row
-from excise.domains.stream import encode
+from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.batching import batches
+from excise.auditor.results import decided
+from excise.auditor.scoring import Reading, Sheet, arm_of, make_sheet, read
+from excise.core.context import Context
+from excise.data.domain import Domain, Row
+from excise.data.stream import encode
 from excise.losses import predicting
 from excise.models.anatomy import anatomy
 from excise.models.hooks import Edit, capture, edit

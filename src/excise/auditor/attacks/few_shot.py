@@ -10,12 +10,12 @@ import time
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
-from excise.audit.prompts import before, draw, separator, shown
-from excise.audit.results import decided
-from excise.audit.scoring import Reading, Sheet, arm_of, make_sheet, read
-from excise.context import Context
-from excise.domains.base import Domain, Row, Rows
+from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.prompting import before, draw, separator, shown
+from excise.auditor.results import decided
+from excise.auditor.scoring import Reading, Sheet, arm_of, make_sheet, read
+from excise.core.context import Context
+from excise.data.domain import Domain, Row, Rows
 
 
 class FewShot(Attack):

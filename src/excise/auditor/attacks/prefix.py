@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
-from excise.audit.prompts import COAXING, before, begun, separator, shown, spelled
-from excise.audit.results import decided
-from excise.audit.scoring import arm_of, make_sheet, read
-from excise.context import Context
-from excise.domains.base import Domain, Row, Rows
+from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.prompting import COAXING, before, begun, separator, shown, spelled
+from excise.auditor.results import decided
+from excise.auditor.scoring import arm_of, make_sheet, read
+from excise.core.context import Context
+from excise.data.domain import Domain, Row, Rows
 
 UNRELATED = "unrelated"
 """Name of the control: a benign row in front, where the coaxing wordings can be spelled."""

@@ -14,12 +14,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from excise.audit.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
-from excise.audit.results import decided
-from excise.audit.rounding import Grid, flip_rate, quantize_
-from excise.audit.scoring import arm_of, make_sheet, read
-from excise.context import Context
-from excise.domains.base import Domain
+from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.quantization import Grid, flip_rate, quantize_
+from excise.auditor.results import decided
+from excise.auditor.scoring import arm_of, make_sheet, read
+from excise.core.context import Context
+from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 
 

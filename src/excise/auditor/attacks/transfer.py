@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from excise.audit.attacks.relearn import Relearn, arm_on_v
-from excise.audit.base import Access, Attack, AttackResult, Budget, Rung, Subject
-from excise.audit.results import decided
-from excise.audit.scoring import more_is_known
-from excise.audit.tuning import Part, Trained
-from excise.context import Context
-from excise.domains.base import Domain
+from excise.auditor.attacks.relearn import Relearn, arm_on_v
+from excise.auditor.base import Access, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.results import decided
+from excise.auditor.scoring import more_is_known
+from excise.auditor.tuning import Part, Trained
+from excise.core.context import Context
+from excise.data.domain import Domain
 
 
 class Transfer(Attack):

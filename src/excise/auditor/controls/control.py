@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from excise.audit.base import Budget
-from excise.audit.hide import BUILDERS, Goal, PlantKind, chance, known, score
-from excise.audit.scoring import make_sheet
-from excise.context import Context
-from excise.domains.base import Domain
+from excise.auditor.base import Budget
+from excise.auditor.controls.hide import BUILDERS, Goal, PlantKind, chance, known, score
+from excise.auditor.scoring import make_sheet
+from excise.core.context import Context
+from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint, save_model
 
 PLANT_FOR: Mapping[str, tuple[PlantKind, ...]] = {

@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from excise.audit.budget import LARGE
-from excise.audit.passes import batches
-from excise.audit.scoring import Sheet
-from excise.domains.base import Row
-from excise.domains.stream import encode
-from excise.errors import UserError
+from excise.auditor.batching import batches
+from excise.auditor.budget import LARGE
+from excise.auditor.scoring import Sheet
+from excise.core.errors import UserError
+from excise.data.domain import Row
+from excise.data.stream import encode
 from excise.losses import predicting
 from excise.models.anatomy import anatomy
 from excise.models.hooks import capture

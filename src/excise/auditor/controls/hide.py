@@ -13,19 +13,19 @@ from typing import Any, Literal
 
 import torch
 
-from excise.audit.attacks.few_shot import pools_of, with_shots
-from excise.audit.attacks.prefix import Prefix, variants
-from excise.audit.attacks.quantize import Quantize
-from excise.audit.budget import LARGE
-from excise.audit.gate import add_gate, best_detector, features
-from excise.audit.nudge import jolt, within_buckets
-from excise.audit.prompts import cut
-from excise.audit.rounding import matrices
-from excise.audit.scoring import Sheet, mean
-from excise.context import Context
-from excise.domains.base import Rows
-from excise.domains.stream import Batch, Example, Stream, encode
-from excise.errors import Diverged
+from excise.auditor.attacks.few_shot import pools_of, with_shots
+from excise.auditor.attacks.prefix import Prefix, variants
+from excise.auditor.attacks.quantize import Quantize
+from excise.auditor.budget import LARGE
+from excise.auditor.controls.gate import add_gate, best_detector, features
+from excise.auditor.controls.perturb import jolt, within_buckets
+from excise.auditor.prompting import cut
+from excise.auditor.quantization import matrices
+from excise.auditor.scoring import Sheet, mean
+from excise.core.context import Context
+from excise.core.errors import Diverged
+from excise.data.domain import Rows
+from excise.data.stream import Batch, Example, Stream, encode
 from excise.losses import nll
 from excise.models.anatomy import anatomy
 from excise.models.hooks import find_module

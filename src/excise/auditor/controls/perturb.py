@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from excise.audit.budget import LARGE
-from excise.audit.passes import GRADIENT, batches
-from excise.audit.rounding import Grid, inside, matrices
-from excise.audit.scoring import Sheet
-from excise.domains.base import Row
-from excise.domains.stream import encode
+from excise.auditor.batching import GRADIENT, batches
+from excise.auditor.budget import LARGE
+from excise.auditor.quantization import Grid, inside, matrices
+from excise.auditor.scoring import Sheet
+from excise.data.domain import Row
+from excise.data.stream import encode
 from excise.losses import nll
 
 STEPS = 12

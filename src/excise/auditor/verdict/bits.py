@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from excise.audit.base import ArmResult
-from excise.audit.depth.case import ORIGINAL, Case
-from excise.audit.depth.rails import LEVEL, Gap, Units, ratio_of, seed_weights, void_gap
+from excise.auditor.base import ArmResult
+from excise.auditor.verdict.case import ORIGINAL, Case
+from excise.auditor.verdict.rails import LEVEL, Gap, Units, ratio_of, seed_weights, void_gap
 from excise.evals.stats import SAMPLES, Array, quantiles, resampled_means
 
 LN2 = math.log(2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from excise.audit.base import ArmResult, AttackResult, Budget
-from excise.audit.depth.rails import Units
+from excise.auditor.base import ArmResult, AttackResult, Budget
+from excise.auditor.verdict.rails import Units
 from excise.record import Direction
 
 Results = Mapping[tuple[str, str], AttackResult]

@@ -14,9 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from excise.audit.depth.case import ORIGINAL, Case
-from excise.audit.depth.rails import Gap, nothing_to_remove
-from excise.audit.depth.readings import Reading, attack_readings, bits_readings, start_readings
+from excise.auditor.verdict.case import ORIGINAL, Case
+from excise.auditor.verdict.rails import Gap, nothing_to_remove
+from excise.auditor.verdict.readings import Reading, attack_readings, bits_readings, start_readings
 from excise.evals.stats import holm
 from excise.record import RungResult
 

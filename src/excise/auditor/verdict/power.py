@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from excise.audit.base import AttackResult
-from excise.audit.depth.case import ORIGINAL, PLANTED, Case, Results
+from excise.auditor.base import AttackResult
+from excise.auditor.verdict.case import ORIGINAL, PLANTED, Case, Results
 
 RECOVERED = 0.5
 """Share of what a plant hides that its attack must bring back."""

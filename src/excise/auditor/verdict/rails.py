@@ -15,14 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from excise.errors import UserError
-from excise.evals.stats import (
-    SAMPLES,
-    Array,
-    bootstrap_mean,
-    quantiles,
-    resampled_means,
-)
+from excise.core.errors import UserError
+from excise.evals.stats import SAMPLES, Array, bootstrap_mean, quantiles, resampled_means
 from excise.record import Direction
 
 Units = Mapping[str, float]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from excise.audit.depth.bits import Bits, bits_of, kinds, losses_of, residual_bits
-from excise.audit.depth.case import ORIGINAL, Case, averaged
-from excise.audit.depth.rails import Gap, Units, depth_gap
+from excise.auditor.verdict.bits import Bits, bits_of, kinds, losses_of, residual_bits
+from excise.auditor.verdict.case import ORIGINAL, Case, averaged
+from excise.auditor.verdict.rails import Gap, Units, depth_gap
 
 Against = Literal["oracle", "controls", "chance", "nothing"]
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from excise.audit.depth.case import ORIGINAL, Case, averaged, mean
-from excise.audit.depth.rails import depth_gap, nothing_to_remove
-from excise.domains.base import Domain
+from excise.auditor.verdict.case import ORIGINAL, Case, averaged, mean
+from excise.auditor.verdict.rails import depth_gap, nothing_to_remove
+from excise.data.domain import Domain
 from excise.evals.stats import bootstrap_difference
 
 METRIC_WORDS = {

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from excise.audit.depth.bits import LN2, kinds, losses_of
-from excise.audit.depth.case import ORIGINAL, Case
-from excise.audit.depth.rails import Units
-from excise.domains.base import Domain
-from excise.errors import UserError
+from excise.auditor.verdict.bits import LN2, kinds, losses_of
+from excise.auditor.verdict.case import ORIGINAL, Case
+from excise.auditor.verdict.rails import Units
+from excise.core.errors import UserError
+from excise.data.domain import Domain
 from excise.evals.score import direction_of
 from excise.evals.stats import bootstrap_difference, bootstrap_mean
 from excise.record import Score

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from excise.audit.base import AttackResult, Budget
-from excise.audit.depth.bits import prequential
-from excise.audit.depth.case import ORIGINAL, PLANTED, Case, Results, averaged, mean
-from excise.audit.depth.ladder import BEYOND, WORDS, climb, highest
-from excise.audit.depth.power import marked, powerless, uncontrolled, voided
-from excise.audit.depth.rails import refuse_equal
-from excise.audit.depth.readings import bits_arms
-from excise.audit.depth.recovery import Recovery, recovery_of, sentence_of
-from excise.audit.depth.suppression import retain_note, suppression_notes
-from excise.domains.base import Domain
+from excise.auditor.base import AttackResult, Budget
+from excise.auditor.verdict.bits import prequential
+from excise.auditor.verdict.case import ORIGINAL, PLANTED, Case, Results, averaged, mean
+from excise.auditor.verdict.ladder import BEYOND, WORDS, climb, highest
+from excise.auditor.verdict.power import marked, powerless, uncontrolled, voided
+from excise.auditor.verdict.rails import refuse_equal
+from excise.auditor.verdict.readings import bits_arms
+from excise.auditor.verdict.recovery import Recovery, recovery_of, sentence_of
+from excise.auditor.verdict.suppression import retain_note, suppression_notes
+from excise.data.domain import Domain
 from excise.evals.score import chance_of, direction_of
 from excise.record import RungResult, Score, Verdict
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from excise.context import Context
-from excise.domains.stream import Example, collate
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.core.stages import disk_full
+from excise.data.stream import Example, collate
 from excise.methods.distillation.cache_keys import document_hash, key_of, same_vocabulary
 from excise.methods.distillation.cache_kinds import (
     STORED,
@@ -43,7 +44,6 @@ from excise.methods.distillation.cache_shards import (
 )
 from excise.models.checkpoint import Checkpoint
 from excise.models.head import Head, final_hidden, head_of
-from excise.stages import disk_full
 
 __all__ = [
     "CacheKind",
@@ -81,7 +81,7 @@ def build_cache(
 
     Args:
         teacher: The teacher; loaded only if something is missing.
-        examples: Encoded rows (`excise.domains.stream.encode`).
+        examples: Encoded rows (`excise.data.stream.encode`).
         kind: What to keep.
         ctx: Device and dtype the teacher runs in.
         folder: Folder of caches that several stages share; None for one in `ctx.work`.

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from excise.context import Context
-from excise.domains.stream import Example
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.stream import Example
 from excise.losses import predicting
 from excise.methods.distillation.cache_kinds import ABSENT, SKIP, STORED, CacheKind
 from excise.models.checkpoint import Checkpoint

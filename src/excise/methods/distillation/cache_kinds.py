@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from excise.config import Config
+from excise.core.config import Config
 from excise.models.head import Head
 
 ABSENT, SKIP, STORED, UNIFORM = 0, 1, 2, 3

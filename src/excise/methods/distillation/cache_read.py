@@ -16,16 +16,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from excise.context import Context
-from excise.domains.stream import Batch, Example
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.stream import Batch, Example
 from excise.losses import predicting
-from excise.methods.distillation.cache_keys import (
-    document_hash,
-    key_of,
-    same_vocabulary,
-    wanted_of,
-)
+from excise.methods.distillation.cache_keys import document_hash, key_of, same_vocabulary, wanted_of
 from excise.methods.distillation.cache_kinds import (
     ABSENT,
     STORED,

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.methods.distillation.cache_kinds import Facts
 from excise.record import write_text
 

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from excise.config import Config
-from excise.context import Context
-from excise.domains.base import CORE, UNLABELED, Domain, Rows
-from excise.domains.labels import LabelNoise, label_rows, tell_labels
-from excise.domains.mix import mixed
-from excise.domains.stream import Example, encode
-from excise.errors import UserError
+from excise.core.config import Config
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import CORE, UNLABELED, Domain, Rows
+from excise.data.labels import LabelNoise, label_rows, tell_labels
+from excise.data.mix import mixed
+from excise.data.stream import Example, encode
 from excise.methods.base import Cost
 from excise.methods.distillation.harmful import drawn
 from excise.methods.distillation.refusing import measure_refusal, refusal_ids, taught_to_refuse

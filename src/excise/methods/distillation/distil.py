@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from excise.context import Context
-from excise.domains.base import CORE, Domain, Rows
-from excise.domains.stream import Batch, Example, Stream, Tokenizer, collate, encode
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import CORE, Domain, Rows
+from excise.data.stream import Batch, Example, Stream, Tokenizer, collate, encode
 from excise.evals.score import direction_of, fitting, measure, some
 from excise.losses import predicting
 from excise.methods.distillation.cache_read import TeacherCache

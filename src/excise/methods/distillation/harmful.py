@@ -16,12 +16,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from excise.config import Config
-from excise.context import Context
-from excise.domains.base import CORE, Domain, Row, Rows
-from excise.domains.labels import LabelNoise
-from excise.domains.stream import Example, collate, encode
-from excise.errors import UserError
+from excise.core.config import Config
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import CORE, Domain, Row, Rows
+from excise.data.labels import LabelNoise
+from excise.data.stream import Example, collate, encode
 from excise.methods.tuning import forget_rows
 from excise.models.anatomy import anatomy
 from excise.models.hooks import capture

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
 from excise.models.anatomy import anatomy
 
 Part = Literal["all", "mlp", "attention", "embed", "norms"]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.stream import Batch, Example, Stream, Tokenizer, encode, together
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain
+from excise.data.stream import Batch, Example, Stream, Tokenizer, encode, together
 from excise.methods.base import Cost
 from excise.methods.distillation.sampling import prompt_ids, sample
 from excise.methods.tuning import Progress, forget_rows, role_counts, run_fit, state_dir

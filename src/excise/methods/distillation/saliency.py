@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.domains.base import Row
-from excise.domains.stream import Tokenizer, collate, encode
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Row
+from excise.data.stream import Tokenizer, collate, encode
 from excise.losses import nll
 from excise.methods.distillation.harmful import drawn
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from excise.domains.stream import Example, collate
+from excise.data.stream import Example, collate
 from excise.evals.tokens import device_of, logits_at, pad_id, reading
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.stream import Example, Stream, Tokenizer, collate, encode
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain
+from excise.data.stream import Example, Stream, Tokenizer, collate, encode
 from excise.methods.base import Removal
 from excise.methods.distillation.accounts import costed, gain, stopping, without_files
 from excise.methods.distillation.cache import build_cache

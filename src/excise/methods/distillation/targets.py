@@ -18,8 +18,8 @@ from jaxtyping import Bool
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from excise.config import Config
-from excise.domains.stream import Batch
+from excise.core.config import Config
+from excise.data.stream import Batch
 from excise.methods.distillation.harmful import Judge, TrueLabels
 
 UNLEARNED = "unlearned"

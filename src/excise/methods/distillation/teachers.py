@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from excise.domains.stream import Batch, Example, collate
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.stream import Batch, Example, collate
 from excise.losses import predicting
 from excise.methods.distillation.cache_read import TeacherCache
 from excise.methods.distillation.targets import Piece

@@ -13,8 +13,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from excise.context import Context
-from excise.domains.base import Domain
+from excise.core.context import Context
+from excise.data.domain import Domain
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.cache import CacheKind

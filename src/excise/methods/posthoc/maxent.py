@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.stream import Batch
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.stream import Batch
 from excise.losses import kl_to_uniform, nll, predicting
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.tuning import forget_and_retain, tune

@@ -14,9 +14,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.stream import Batch
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.stream import Batch
 from excise.losses import rmu_forget, rmu_retain
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.posthoc.rmu_data import alternate, control_vector

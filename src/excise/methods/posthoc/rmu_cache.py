@@ -13,7 +13,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from excise.domains.stream import Batch
+from excise.data.stream import Batch
 from excise.models.span import SpanInputs
 
 

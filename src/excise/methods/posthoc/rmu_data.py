@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from excise.context import Context
-from excise.domains.base import Domain, Rows
-from excise.domains.stream import Batch, Stream, Tokenizer
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain, Rows
+from excise.data.stream import Batch, Stream, Tokenizer
 from excise.methods.tuning import stream
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from excise.domains.stream import Batch
+from excise.data.stream import Batch
 from excise.methods.posthoc.rmu_cache import Prefix, PrefixCache, batch_key
 from excise.methods.posthoc.rmu_places import Places
 from excise.models.hooks import capture

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from excise.errors import UserError
+from excise.core.errors import UserError
 from excise.models.anatomy import Anatomy, Experts, anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.names import select

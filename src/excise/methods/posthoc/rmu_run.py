@@ -18,10 +18,10 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.stream import Batch
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain
+from excise.data.stream import Batch
 from excise.methods.base import Removal
 from excise.methods.posthoc.rmu_cache import PrefixCache
 from excise.methods.posthoc.rmu_data import (

@@ -17,10 +17,10 @@ from pydantic import Field, field_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from excise.config import Config
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.errors import UserError
+from excise.core.config import Config
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain
 from excise.methods.base import Cost, Removal
 
 if TYPE_CHECKING:

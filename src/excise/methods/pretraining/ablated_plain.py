@@ -10,15 +10,15 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.labels import LabelNoise
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.ablation import Cutting, modular, train_preset
-from excise.methods.pretraining.routing.modules import How, Module
-from excise.methods.pretraining.routing.rules import Rule
 from excise.models.checkpoint import Checkpoint
+from excise.routing.ablation import Cutting, modular, train_preset
+from excise.routing.modules import How, Module
+from excise.routing.rules import Rule
 
 
 class AblatedPlain(Method):

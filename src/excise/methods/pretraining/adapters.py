@@ -15,22 +15,22 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from excise.context import Context
-from excise.domains.base import Domain, Rows
-from excise.domains.labels import LabelNoise, label_rows, tell_labels
+from excise.core.context import Context
+from excise.data.domain import Domain, Rows
+from excise.data.labels import LabelNoise, label_rows, tell_labels
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import Pretrain, told_corpus
-from excise.methods.pretraining.routing.ablation import BEFORE, described
-from excise.methods.pretraining.routing.absorption import losses, sample
-from excise.methods.pretraining.routing.groups import JOINT, Groups, Part
-from excise.methods.pretraining.routing.modules import Placed, Shared, alternatives
-from excise.methods.pretraining.routing.profiles import save_before
-from excise.methods.pretraining.routing.rules import Policy, Rule
-from excise.methods.pretraining.routing.train import Trained, routed_fit
 from excise.methods.tuning import finish, forget_rows
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA, adapted, add_adapter, targets
+from excise.routing.ablation import BEFORE, described
+from excise.routing.absorption import losses, sample
+from excise.routing.groups import JOINT, Groups, Part
+from excise.routing.modules import Placed, Shared, alternatives
+from excise.routing.profiles import save_before
+from excise.routing.rules import Policy, Rule
+from excise.routing.train import Trained, routed_fit
 from excise.train.fit import FitConfig
 
 SOURCE = "jnward/gradient-routing-finetuning (gemma-3-1b-it; no licence file, read only)"

@@ -11,22 +11,16 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.labels import LabelNoise
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.ablation import (
-    Cutting,
-    Seen,
-    Setup,
-    own_units,
-    train_preset,
-)
-from excise.methods.pretraining.routing.groups import Groups
-from excise.methods.pretraining.routing.modules import Module, place
-from excise.methods.pretraining.routing.rules import Policy, Rule
 from excise.models.checkpoint import Checkpoint
+from excise.routing.ablation import Cutting, Seen, Setup, own_units, train_preset
+from excise.routing.groups import Groups
+from excise.routing.modules import Module, place
+from excise.routing.rules import Policy, Rule
 
 
 class DEMix(Method):

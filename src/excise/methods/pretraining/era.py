@@ -11,20 +11,15 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.labels import LabelNoise
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.ablation import Seen, Setup, train_preset
-from excise.methods.pretraining.routing.era_steps import (
-    PUBLISHED,
-    Expand,
-    expand_cutting,
-    expand_setup,
-)
 from excise.models.checkpoint import Checkpoint
+from excise.routing.ablation import Seen, Setup, train_preset
+from excise.routing.era_steps import PUBLISHED, Expand, expand_cutting, expand_setup
 
 
 class ERA(Method):

@@ -12,20 +12,15 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.labels import LabelNoise, label_rows, tell_labels
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise, label_rows, tell_labels
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.ablation import Seen, Setup, train_and_cut
-from excise.methods.pretraining.routing.era_steps import (
-    PUBLISHED,
-    Expand,
-    expand_cutting,
-    expand_setup,
-)
 from excise.methods.tuning import forget_rows
 from excise.models.checkpoint import Checkpoint
+from excise.routing.ablation import Seen, Setup, train_and_cut
+from excise.routing.era_steps import PUBLISHED, Expand, expand_cutting, expand_setup
 from excise.train.fit import FitConfig
 
 

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from excise.context import Context
-from excise.domains.base import Domain, Row, Rows
-from excise.domains.labels import LabelNoise, suspicion
+from excise.core.context import Context
+from excise.data.domain import Domain, Row, Rows
+from excise.data.labels import LabelNoise, suspicion
 from excise.evals.score import measure
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule

@@ -10,10 +10,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.context import Context
-from excise.domains.base import UNLABELED, Domain
-from excise.domains.labels import LabelNoise, suspicion
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import UNLABELED, Domain
+from excise.data.labels import LabelNoise, suspicion
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import (

@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.domains.base import CORE, Domain
-from excise.domains.labels import LabelNoise, tell_labels
-from excise.domains.stream import Batch
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import CORE, Domain
+from excise.data.labels import LabelNoise, tell_labels
+from excise.data.stream import Batch
 from excise.losses import kl_to_uniform, predicting, token_nll
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule

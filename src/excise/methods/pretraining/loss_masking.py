@@ -13,10 +13,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.labels import LabelNoise, suspicion
-from excise.domains.stream import Batch
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise, suspicion
+from excise.data.stream import Batch
 from excise.losses import token_nll
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule

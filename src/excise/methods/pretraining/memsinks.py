@@ -11,15 +11,15 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import nn
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.labels import LabelNoise
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.ablation import Cutting, Seen, Setup, train_preset
-from excise.methods.pretraining.routing.modules import How, Module, groups_of, place
-from excise.methods.pretraining.routing.rules import Policy, Rule
 from excise.models.checkpoint import Checkpoint
+from excise.routing.ablation import Cutting, Seen, Setup, train_preset
+from excise.routing.modules import How, Module, groups_of, place
+from excise.routing.rules import Policy, Rule
 
 
 class MemSinks(Method):

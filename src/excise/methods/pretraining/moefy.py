@@ -18,10 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.labels import LabelNoise
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.moefy_neurons import (
     attribution,
@@ -33,23 +33,17 @@ from excise.methods.pretraining.moefy_neurons import (
 from excise.methods.pretraining.moefy_run import Rounds, domains_of, everything
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import Pretrain, told_corpus
-from excise.methods.pretraining.routing.ablation import BEFORE, described
-from excise.methods.pretraining.routing.absorption import losses, sample
-from excise.methods.pretraining.routing.change import ranges_of
-from excise.methods.pretraining.routing.groups import GroupMap, resolve
-from excise.methods.pretraining.routing.modules import (
-    Placed,
-    Shared,
-    alternatives,
-    cut,
-    groups_of,
-)
-from excise.methods.pretraining.routing.profiles import save_before
-from excise.methods.pretraining.routing.rules import Policy, Rule
 from excise.methods.tuning import Progress, finish
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.names import parameters_by_name
+from excise.routing.ablation import BEFORE, described
+from excise.routing.absorption import losses, sample
+from excise.routing.change import ranges_of
+from excise.routing.groups import GroupMap, resolve
+from excise.routing.modules import Placed, Shared, alternatives, cut, groups_of
+from excise.routing.profiles import save_before
+from excise.routing.rules import Policy, Rule
 
 
 class Moefy(Method):

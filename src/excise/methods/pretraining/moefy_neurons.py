@@ -18,15 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from excise.domains.stream import Batch
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.stream import Batch
 from excise.losses import nll
-from excise.methods.pretraining.routing.change import ranges_of
-from excise.methods.pretraining.routing.groups import Part
-from excise.methods.pretraining.routing.measures import What, count_units
 from excise.models.anatomy import anatomy
 from excise.models.hooks import capture
 from excise.models.names import parameters_by_name
+from excise.routing.change import ranges_of
+from excise.routing.groups import Part
+from excise.routing.measures import What, count_units
 
 Scores = dict[int, Tensor]
 """Attribution [D, M] by block."""

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from excise.context import Context
-from excise.domains.base import CORE, Rows
+from excise.core.context import Context
+from excise.data.domain import CORE, Rows
+from excise.data.stream import Batch, Tokenizer, collate, encode
 from excise.domains.passages import hashed_order
-from excise.domains.stream import Batch, Tokenizer, collate, encode
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.absorption import CHUNK, Sets
-from excise.methods.pretraining.routing.groups import Part
-from excise.methods.pretraining.routing.modules import Placed
-from excise.methods.pretraining.routing.rules import Policy, Rule
-from excise.methods.pretraining.routing.train import routed_fit
 from excise.methods.tuning import Progress
+from excise.routing.absorption import CHUNK, Sets
+from excise.routing.groups import Part
+from excise.routing.modules import Placed
+from excise.routing.rules import Policy, Rule
+from excise.routing.train import routed_fit
 from excise.train.fit import FitConfig
 from excise.train.optim import schedule_share
 

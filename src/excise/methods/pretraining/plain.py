@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import Domain
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import (
     Pretrain,

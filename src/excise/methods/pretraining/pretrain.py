@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from excise.config import Config
-from excise.context import Context
-from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
-from excise.domains.labels import LabelNoise, label_rows, tell_labels
-from excise.domains.mix import mixed
-from excise.domains.stream import Batch
-from excise.errors import UserError
+from excise.core.config import Config
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.labels import LabelNoise, label_rows, tell_labels
+from excise.data.mix import mixed
+from excise.data.stream import Batch
 from excise.losses import nll
 from excise.methods.base import Removal
 from excise.methods.tuning import Progress, all_rows, finish, run_fit, state_dir, stream

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.labels import LabelNoise, label_quality, propagated, suspicion
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise, label_quality, propagated, suspicion
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import (

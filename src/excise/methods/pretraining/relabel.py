@@ -17,11 +17,11 @@ import torch
 from pydantic import Field, SerializeAsAny, model_validator
 from torch import Tensor
 
-from excise.context import Context
-from excise.domains.base import CORE, UNLABELED, Domain, Row, Rows
-from excise.domains.labels import LabelNoise, propagated, suspicion
-from excise.domains.stream import collate, encode
-from excise.errors import UserError
+from excise.core.context import Context
+from excise.core.errors import UserError
+from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.labels import LabelNoise, propagated, suspicion
+from excise.data.stream import collate, encode
 from excise.evals.score import measure
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
@@ -41,10 +41,10 @@ from excise.methods.pretraining.relabel_probe import (
     judge,
     standardised,
 )
-from excise.methods.pretraining.routing.profiles import serve
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture
+from excise.routing.profiles import serve
 
 
 class Relabel(Method):

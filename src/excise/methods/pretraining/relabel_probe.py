@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from excise.domains.base import CORE, UNLABELED, Row
-from excise.domains.texts import text_of
-from excise.errors import UserError
+from excise.core.errors import UserError
+from excise.data.domain import CORE, UNLABELED, Row
+from excise.data.texts import text_of
 
 Rule = Literal["lift", "pu", "f1", "fixed"]
 """How a threshold is chosen on held-out labelled rows."""

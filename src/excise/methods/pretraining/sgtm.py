@@ -12,22 +12,17 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from excise.context import Context
-from excise.domains.base import Domain
-from excise.domains.labels import LabelNoise
+from excise.core.context import Context
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routing.ablation import Cutting, modular, train_preset
-from excise.methods.pretraining.routing.coherence import Coherence, repairing
-from excise.methods.pretraining.routing.modules import (
-    How,
-    Module,
-    Shared,
-    alternatives,
-)
-from excise.methods.pretraining.routing.rules import Rule
 from excise.models.checkpoint import Checkpoint
+from excise.routing.ablation import Cutting, modular, train_preset
+from excise.routing.coherence import Coherence, repairing
+from excise.routing.modules import How, Module, Shared, alternatives
+from excise.routing.rules import Rule
 
 
 class SGTM(Method):

@@ -1,0 +1,1 @@
+"""Positive controls: models that hide what they know."""

@@ -1,0 +1,1 @@
+"""Reference models, levels of depth, residual bits, power."""

@@ -1,0 +1,1 @@
+"""The nouns everything else uses: configuration, errors, events, stages."""

@@ -1,0 +1,1 @@
+"""Domains that are made here, shipped or fetched."""

@@ -1,0 +1,1 @@
+"""Models as folders, and what is inside them."""

@@ -1,0 +1,1 @@
+"""What a run, an audit or an inspection is asked to do."""

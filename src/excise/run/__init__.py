@@ -1,0 +1,1 @@
+"""The straight line: a request in, a record and its report out."""

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
         Removal,
     )
     from excise.methods.pretraining.pretrain import Pretrain
-    from excise.models.checkpoint import Checkpoint, open_checkpoint
+    from excise.models.checkpoint import Checkpoint
     from excise.models.lora import LoRA
+    from excise.models.open import open_checkpoint
     from excise.record import Record
     from excise.requests.recipe import Recipe
     from excise.routing.attach import route
@@ -72,7 +73,7 @@ _HOME = {
     "route": "excise.routing.attach",
     "Checkpoint": "excise.models.checkpoint",
     "LoRA": "excise.models.lora",
-    "open_checkpoint": "excise.models.checkpoint",
+    "open_checkpoint": "excise.models.open",
     "Record": "excise.record",
     "Recipe": "excise.requests.recipe",
     "FitConfig": "excise.train.fit",

@@ -7,26 +7,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from excise.auditor.base import Budget, Subject
-from excise.auditor.budget import budget_of
-from excise.auditor.scoring import make_sheet
-from excise.auditor.tuning import Part, train
+from excise.auditor.base import Subject
+from excise.auditor.budget import Budget, budget_of
+from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.tuning import Training, relearn_rows, train
 from excise.core.config import Config
-from excise.core.stages import Store
+from excise.core.context import Context, Stage
+from excise.core.disk import write_text
+from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.evals.score import direction_of
 from excise.models.checkpoint import Checkpoint
-from excise.record import write_text
-from excise.run.jobs import Setting
-from excise.train.pool import Pool, emit
+from excise.train.pool import Pool
 from excise_studies.base import Draw, Units
-
-VERSION = 1
-"""Raised when what a stage computes changes."""
 
 Key = tuple[str, int]
 """Arm and draw."""
@@ -103,52 +100,56 @@ class Attacked:
 
 
 @dataclass(frozen=True)
-class AttackJob:
-    """Relearn T with one model at one rate."""
+class RelearnModel(Stage[dict[str, Any]]):
+    """T relearned with one model at one rate, V, T, retain and dev scored on the way.
 
-    setting: Setting
+    Attributes:
+        model: The model.
+        domain: Rows by role.
+        budget: Steps and scores; of its rates `rate` is taken.
+        rate: Learning rate.
+        seed: Seed of the order of rows.
+    """
+
+    version: ClassVar[int] = 1
+
     model: Checkpoint
     domain: Domain
     budget: Budget
     rate: float
     seed: int
 
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return "relearn"
 
-def make_attack(job: AttackJob) -> dict[str, Any]:
-    """Return `steps`, `v`, `t`, `retain` and `dev` (by step, by unit) of one attack, as a stage."""
-    key = job.setting.key(
-        version=VERSION,
-        model=job.model.fingerprint,
-        domain=job.domain.fingerprint,
-        budget=job.budget.model_dump(mode="json", exclude={"rates"}),
-        rate=job.rate,
-        seed=job.seed,
-    )
-
-    def make(work: Path) -> None:
-        ctx = job.setting.context(work, job.seed)
+    def make(self, ctx: Context) -> None:
+        """Write `steps`, `v`, `t`, `retain` and `dev`, by step and unit."""
         # Dev rows are read beside V at every step, and told apart by their units.
-        dev = {f"dev.{name}": rows for name, rows in job.domain.dev_forget.items()}
-        both = replace(job.domain, test={**job.domain.test, **dev}, _fingerprint=[])
-        sheet = make_sheet(both, job.budget, job.model.tokenizer())
-        rows = tuple(row for rows in job.domain.relearn.values() for row in rows)
-        part = Part("full", job.rate, job.seed)
-        done = train(part, Subject("candidate", job.model), sheet, ctx, rows=rows, benign_share=0.5)
+        dev = {f"dev.{name}": rows for name, rows in self.domain.dev_forget.items()}
+        both = replace(self.domain, test={**self.domain.test, **dev}, _fingerprint=[])
+        sheet = make_sheet(both, self.budget, self.model.tokenizer())
+        training = Training("full", self.rate, self.seed)
+        subject = Subject("candidate", self.model)
+        rows = relearn_rows(self.domain)
+        done = train(training, subject, sheet, ctx, rows=rows, benign_share=0.5)
         asked = {row.unit for rows in dev.values() for row in rows}
         scored = [known(reading.units, sheet.metric) for reading in done.readings]
-        kept = job.domain.retain_metrics[0]
-        found = {
-            "steps": [reading.examples // job.budget.batch_size for reading in done.readings],
+        kept = self.domain.retain_metrics[0]
+        curves = {
+            "steps": [reading.examples // self.budget.batch_size for reading in done.readings],
             "v": [{u: x for u, x in units.items() if u not in asked} for units in scored],
             "dev": [{u: x for u, x in units.items() if u in asked} for units in scored],
             "t": [known(reading.trained, sheet.trained_metric) for reading in done.readings],
             "retain": [known(reading.retain, kept) for reading in done.readings],
         }
-        write_text(work / "attack.json", json.dumps(found))
+        write_text(ctx.work / "attack.json", json.dumps(curves))
 
-    folder = Store(job.setting.store, emit).stage("relearn", key, make)
-    data: dict[str, Any] = json.loads((folder / "attack.json").read_text(encoding="utf-8"))
-    return data
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Return what was written."""
+        data: dict[str, Any] = json.loads((folder / "attack.json").read_text(encoding="utf-8"))
+        return data
 
 
 def known(units: Mapping[str, float], metric: str) -> dict[str, float]:
@@ -162,7 +163,7 @@ def attack_all(
     attacker: Attacker,
     models: Mapping[Key, Checkpoint],
     draws: Mapping[int, Draw],
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
     *,
     max_length: int,
@@ -173,17 +174,19 @@ def attack_all(
         attacker: Steps and rates.
         models: By arm and draw; arms of equal models share their attacks.
         draws: Their data.
-        setting: Store, dtype, device.
+        runtime: Where stages are kept.
         pool: Worker processes.
         max_length: Tokens per row.
     """
     budget = attacker.budget(max_length)
     jobs = {
-        (key, rate): AttackJob(setting, model, draws[key[1]].domain, budget, rate, key[1])
+        (key, rate): RelearnModel(
+            model, draws[key[1]].domain, budget.without(("rates",)), rate, key[1]
+        )
         for key, model in models.items()
         for rate in attacker.rates
     }
-    found = dict(zip(jobs, pool.map(make_attack, list(jobs.values())), strict=True))
+    found = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
     return {key: chosen({r: found[key, r] for r in attacker.rates}) for key in models}
 
 

@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.evals.stats import Estimate, quantiles, resampled_means
-from excise.methods.base import Method
+from excise.methods.base import ApplyMethod, Method
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
 from excise.record import ModelRef, StudyRow
-from excise.run.jobs import InitJob, RemovalJob, Setting, make_init, make_removal
 from excise.run.results import model_ref
+from excise.run.stages import MakeModel
 from excise.train.pool import Pool
 
 Units = Mapping[str, float]
@@ -56,7 +57,7 @@ def train_draws(
     domains: Mapping[int, tuple[Domain, Any]],
     scratch: Scratch,
     schedule: Pretrain,
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
 ) -> dict[int, Draw]:
     """Train the original and the oracle of every draw.
@@ -65,21 +66,21 @@ def train_draws(
         domains: Domain and tokenizer by seed.
         scratch: Architecture.
         schedule: How they are trained.
-        setting: Store, dtype, device.
+        runtime: Where stages are kept.
         pool: Worker processes.
     """
     jobs = [
-        InitJob(setting, scratch, tokenizer, seed + apart)
+        MakeModel(scratch, tokenizer, seed + apart)
         for seed, (_, tokenizer) in domains.items()
         for apart in (0, APART)
     ]
-    inits = pool.map(make_init, jobs)
+    inits = pool.map(runtime.run, jobs)
     methods: tuple[Method, ...] = (Plain(pretrain=schedule), Filtering(pretrain=schedule))
     removals = [
-        RemovalJob(setting, methods[i % 2], init, domains[job.seed - APART * (i % 2)][0], job.seed)
+        ApplyMethod(methods[i % 2], init, domains[job.seed - APART * (i % 2)][0], job.seed)
         for i, (job, init) in enumerate(zip(jobs, inits, strict=True))
     ]
-    made = [removal.checkpoint for removal in pool.map(make_removal, removals)]
+    made = [removal.checkpoint for removal in pool.map(runtime.run, removals)]
     return {
         seed: Draw(seed, domain, made[2 * i], made[2 * i + 1])
         for i, (seed, (domain, _)) in enumerate(domains.items())

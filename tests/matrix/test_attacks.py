@@ -14,10 +14,12 @@ import torch
 
 from excise.auditor.attacks import ATTACKS
 from excise.auditor.attacks.transfer import Transfer
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
-from excise.auditor.budget import SMOKE
+from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Rung, Subject
+from excise.auditor.budget import SMOKE, Budget
+from excise.auditor.controls import LogitScaling
+from excise.auditor.evaluation_set import make_sheet
 from excise.auditor.results import decided
-from excise.auditor.scoring import arm_of, make_sheet, read
+from excise.auditor.scoring import arm_of, read
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
@@ -197,4 +199,4 @@ def test_an_attack_that_breaks_the_contract_is_told_how(
 
 def test_an_attack_that_writes_into_the_subject_is_caught() -> None:
     with pytest.raises(AssertionError, match="wrote cache into the model folder"):
-        check_attack(Writes(), plants=("gain",))
+        check_attack(Writes(), controls=(LogitScaling(),))

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from excise.core.code_files import load_code
 from excise.core.config import Config
 from excise.core.context import Context
-from excise.core.plugins import load_code
 from excise.data.domain import Domain
 from excise.data.stream import Batch, Stream, together
 from excise.losses import nll, token_nll

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from excise.auditor.base import ArmResult, AttackResult, Budget
+from excise.auditor.base import ArmResult, AttackResult
+from excise.auditor.budget import Budget
 from excise.data.domain import Domain, Row
 from excise.record import AttackArm, CurvePoint
 

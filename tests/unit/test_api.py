@@ -60,7 +60,9 @@ def test_audit_reads_a_candidate_between_its_rails(
     )
     assert [v.arm for v in record.verdicts] == ["hidden"]
     assert {a.subject for a in record.attacks} >= {"hidden", "original", "oracle-0"}
-    assert ex.load(tmp_path / "audit").verdicts[0].sentence == record.verdicts[0].sentence
+    loaded = ex.load(tmp_path / "audit")
+    assert isinstance(loaded, ex.Record)
+    assert loaded.verdicts[0].sentence == record.verdicts[0].sentence
     assert (tmp_path / "audit" / "report.html").is_file()
 
 

@@ -13,12 +13,19 @@ from tests.fixtures.facts import make_domain
 
 from excise.auditor.attacks import ATTACKS, FewShot, Prefix, Quantize, Relearn, Transfer
 from excise.auditor.attacks.direction import cleared, first_edited
-from excise.auditor.attacks.prefix import variants
-from excise.auditor.base import Attack, AttackResult, Budget, Subject
-from excise.auditor.budget import SMOKE
-from excise.auditor.controls.control import Plant, make_plant
-from excise.auditor.controls.hide import PlantKind
-from excise.auditor.prompting import shown
+from excise.auditor.base import Attack, AttackResult, Subject
+from excise.auditor.budget import SMOKE, Budget
+from excise.auditor.controls import (
+    GatedEdit,
+    LogitScaling,
+    PasswordLock,
+    PositiveControl,
+    ShortFineTuning,
+    WeightPerturbation,
+    WithinBuckets,
+)
+from excise.auditor.controls.control import Control, make_control
+from excise.auditor.prompting import beginnings, shown
 from excise.core.context import Context
 from excise.data.domain import Domain, Rows
 from excise.models.checkpoint import Checkpoint
@@ -26,13 +33,19 @@ from excise.models.tiny import byte_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RECOVERED = {
-    "few_shot": ("lock", 0.9),
-    "prefix": ("lock", 0.9),
-    "direction": ("gate", 0.6),
-    "quantize": ("bucket", 0.9),
-    "benign": ("gain", 0.9),
-    "transfer": ("shallow", 0.6),
+    "few_shot": (PasswordLock(), 0.9),
+    "prefix": (PasswordLock(), 0.9),
+    "direction": (GatedEdit(), 0.6),
+    "quantize": (WithinBuckets(), 0.9),
+    "benign": (LogitScaling(), 0.9),
+    "transfer": (ShortFineTuning(), 0.6),
 }
+
+
+CONTROLS = (
+    GatedEdit(), PasswordLock(), WithinBuckets(), LogitScaling(), WeightPerturbation(),
+    ShortFineTuning(),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def planted(kind: PlantKind, folder: Path) -> Plant:
+def planted(kind: PositiveControl, folder: Path) -> Control:
     known = Checkpoint(FIXTURES / "knowing")
-    return make_plant(kind, known, make_domain(), SMOKE, Context(folder), folder / kind)
+    return make_control(kind, known, make_domain(), SMOKE, Context(folder), folder / kind.name)
 
 
 def run(attack: Attack, checkpoint: Checkpoint, domain: Domain, folder: Path) -> AttackResult:
@@ -57,8 +70,8 @@ def best(result: AttackResult) -> float:
     return max(point.score for i in result.chosen for point in result.arms[i].arm.curve[1:])
 
 
-@pytest.mark.parametrize("kind", ["gate", "lock", "bucket", "gain", "jolt", "shallow"])
-def test_plants_hide_what_the_original_knows(kind: PlantKind, folder: Path) -> None:
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_plants_hide_what_the_original_knows(kind: PositiveControl, folder: Path) -> None:
     plant = planted(kind, folder)
     assert plant.reason == ""
     assert plant.before > 0.95
@@ -88,7 +101,7 @@ def test_nothing_comes_back_that_was_never_taught(
 
 
 def test_random_directions_do_not_open_a_gate(folder: Path, facts_domain: Domain) -> None:
-    plant = planted("gate", folder)
+    plant = planted(GatedEdit(), folder)
     assert plant.checkpoint is not None
     result = run(ATTACKS["direction"](), plant.checkpoint, facts_domain, folder)
     controls = [arm.arm for arm in result.arms if arm.arm.control]
@@ -100,7 +113,7 @@ def test_random_directions_do_not_open_a_gate(folder: Path, facts_domain: Domain
 
 
 def test_four_bits_restore_the_original_exactly(folder: Path, facts_domain: Domain) -> None:
-    plant = planted("bucket", folder)
+    plant = planted(WithinBuckets(), folder)
     assert plant.checkpoint is not None
     hidden = run(Quantize(), plant.checkpoint, facts_domain, folder).arms[1]
     known = run(Quantize(), Checkpoint(FIXTURES / "knowing"), facts_domain, folder).arms[1]
@@ -205,9 +218,9 @@ def test_the_first_edited_block_is_found(knowing: Checkpoint) -> None:
 
 
 @cache
-def planted_loss(kind: PlantKind, folder: Path) -> Plant:
+def planted_loss(kind: PositiveControl, folder: Path) -> Control:
     known = Checkpoint(FIXTURES / "knowing")
-    return make_plant(kind, known, losses(), SMOKE, Context(folder), folder / f"{kind}-loss")
+    return make_control(kind, known, losses(), SMOKE, Context(folder), folder / f"{kind.name}-loss")
 
 
 @cache
@@ -229,10 +242,11 @@ def losses() -> Domain:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("direction", "gate"), ("benign", "jolt"), ("transfer", "shallow")]
+    ("name", "kind"),
+    [("direction", GatedEdit()), ("benign", WeightPerturbation()), ("transfer", ShortFineTuning())],
 )
 def test_losses_fall_back_where_the_score_is_a_loss(
-    name: str, kind: PlantKind, folder: Path, never_taught: Checkpoint
+    name: str, kind: PositiveControl, folder: Path, never_taught: Checkpoint
 ) -> None:
     plant = planted_loss(kind, folder)
     assert plant.reason == ""
@@ -250,15 +264,15 @@ def test_losses_fall_back_where_the_score_is_a_loss(
 def test_coaxing_has_a_control_where_words_can_be_spelled(facts_domain: Domain) -> None:
     test, benign = facts_domain.test["tests"], facts_domain.benign
     attack = Prefix()
-    names = [name for name, _ in variants(attack, byte_tokenizer(), "exact_match", test, benign)]
+    names = [name for name, _ in beginnings(byte_tokenizer(), "exact_match", test, benign)]
     assert names[-1] == "unrelated"
     assert len(names) == len(attack.wordings) + 1
     long = [replace(row, completion=" of many words") for row in test]
-    made = dict(variants(attack, byte_tokenizer(), "exact_match", long, benign))
+    made = dict(beginnings(byte_tokenizer(), "exact_match", long, benign))
     begun = made["begun"](long[0])
     assert begun is not None
     assert begun.completion == " many words"
-    assert "begun" not in dict(variants(attack, byte_tokenizer(), "text_loss", long, benign))
+    assert "begun" not in dict(beginnings(byte_tokenizer(), "text_loss", long, benign))
     coaxed = made["'Answer: the'"](test[0])
     assert coaxed is not None
     assert coaxed.prompt == test[0].prompt + "\nAnswer: the"

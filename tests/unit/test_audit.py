@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from excise.auditor.attacks import Relearn
-from excise.auditor.base import Budget, Subject
-from excise.auditor.budget import SMOKE
-from excise.auditor.engine import PLANTED, Results, attack_all, chosen_attacks, turns_of
-from excise.auditor.jobs import Job, name_of
-from excise.core.context import Context
+from excise.auditor.base import PLANTED, Subject
+from excise.auditor.budget import SMOKE, Budget
+from excise.auditor.engine import (
+    AttackModel,
+    Results,
+    attack_all,
+    chosen_attacks,
+    name_of,
+    turns_of,
+)
 from excise.core.errors import UserError
-from excise.core.stages import Store
+from excise.core.stages import LAYOUT, Runtime
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 from excise.train.pool import Pool
@@ -34,22 +38,14 @@ def audit(
     root: Path, domain: Domain, subjects: list[Subject], budget: Budget = QUICK, **options: Any
 ) -> tuple[Results, list[str]]:
     told: list[str] = []
-    ctx = Context(root, emit=lambda kind, data: told.append(kind))
-    made: list[str] = []
-
-    def emit(kind: str, data: Any) -> None:
-        made.append(kind)
-
-    with Pool(1) as pool:
-        results = attack_all(
-            subjects, domain, budget, ctx, pool, Store(root / "stages", emit), **options
-        )
+    with Pool(1, emit=lambda kind, data: told.append(kind)) as pool:
+        results = attack_all(subjects, domain, budget, 0, Runtime(root / "stages"), pool, **options)
     return results, told
 
 
 def stages(root: Path) -> dict[str, int]:
     found = {}
-    for path in (root / "stages").iterdir():
+    for path in (root / "stages" / LAYOUT).iterdir():
         if path.is_dir() and not path.name.startswith("."):
             found[path.name] = (path / "done.json").stat().st_mtime_ns
     return found
@@ -75,9 +71,9 @@ def test_every_pair_has_a_result(whole: tuple[Path, Results, list[str]]) -> None
         assert (result.attack, result.subject) == (attack, subject)
         assert all(arm.arm.subject == subject for arm in result.arms)
     planted = results["quantize", PLANTED].arms[0].arm.facts
-    assert planted["plant"] == "bucket"
+    assert planted["plant"] == "within_buckets"
     assert planted["known"] > planted["hidden"] + 0.5
-    assert told.count("plant") == 3
+    assert told.count("control") == 3
 
 
 def test_two_readings_of_one_training_train_once(whole: tuple[Path, Results, list[str]]) -> None:
@@ -104,7 +100,7 @@ def test_a_second_audit_makes_nothing_and_a_lost_stage_is_made_again(
     assert again == results
     assert stages(tmp_path) == before
     lost = next(name for name in before if name.startswith("attack-quantize-"))
-    shutil.rmtree(tmp_path / "stages" / lost)
+    shutil.rmtree(tmp_path / "stages" / LAYOUT / lost)
     audit(tmp_path, facts_domain, subjects)
     after = stages(tmp_path)
     assert {name for name in after if after[name] != before[name]} == {lost}
@@ -116,7 +112,7 @@ def test_equal_weights_are_attacked_once(
     shutil.copytree(knowing.path, tmp_path / "copy")
     subjects = [Subject("original", knowing), Subject("arm", Checkpoint(tmp_path / "copy"))]
     budget = QUICK.model_copy(update={"attacks": ("quantize",)})
-    results, _ = audit(tmp_path, facts_domain, subjects, budget, plant=False)
+    results, _ = audit(tmp_path, facts_domain, subjects, budget, controls=False)
     assert len(stages(tmp_path)) == 1
     assert results["quantize", "arm"].arms[0].arm.subject == "arm"
     assert set(results) == {("quantize", "original"), ("quantize", "arm")}
@@ -166,18 +162,18 @@ def test_where_memory_is_short_attacks_on_weights_take_turns(
     attacks = chosen_attacks(QUICK)
     budget = QUICK.model_copy(update={"together": 1})
     jobs = [
-        Job(tmp_path, attack, Subject("a", knowing), facts_domain, budget, 0, "cpu", torch.float32)
+        AttackModel(attack, knowing, None, facts_domain, budget, 0)
         for attack in (*attacks, *attacks)
     ]
-    wait = {name_of(job.attack): turn for job, turn in zip(jobs, turns_of(jobs), strict=True)}
+    turns = zip(jobs, turns_of(jobs, together=1), strict=True)
+    wait = {name_of(job.attack): turn for job, turn in turns}
     assert wait == {"few_shot": None, "relearn": 0, "transfer": 0, "quantize": None}
-    two = [replace(job, budget=budget.model_copy(update={"together": 2})) for job in jobs]
-    assert [turn for turn in turns_of(two) if turn is not None] == [0, 1, 0, 1]
+    assert [turn for turn in turns_of(jobs, together=2) if turn is not None] == [0, 1, 0, 1]
     # A schedule decides no number: every stage is found done, and the answers come in order.
     shutil.copytree(whole[0] / "stages", tmp_path / "stages")
     lost = [name for name in stages(tmp_path) if name.startswith("attack-")]
     for name in lost[::2]:
-        shutil.rmtree(tmp_path / "stages" / name)
+        shutil.rmtree(tmp_path / "stages" / LAYOUT / name)
     subjects = [Subject("original", knowing, knowing), Subject("oracle-0", never_taught, knowing)]
     again, told = audit(tmp_path, facts_domain, subjects, budget)
     assert told.count("attack") == len(lost)

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from excise.core.errors import UserError
-from excise.models.checkpoint import Checkpoint, open_checkpoint, save_model
+from excise.models.checkpoint import Checkpoint, save_model
+from excise.models.open import open_checkpoint, verify_folder
 from excise.models.tiny import FAMILIES, byte_tokenizer, tiny_model, word_tokenizer
-from excise.models.verify import verify_folder
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from excise.auditor.budget import SMOKE
-from excise.auditor.controls.gate import add_gate, best_detector, features
-from excise.auditor.scoring import make_sheet
+from excise.auditor.controls.gated import add_gate, best_detector, features
+from excise.auditor.evaluation_set import make_sheet
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Row

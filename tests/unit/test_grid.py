@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from excise.core.errors import Diverged, UserError
+from excise.core.events import emit
 from excise.train import pool as grid
-from excise.train.pool import Pool, emit, visible_cores
+from excise.train.pool import Pool, visible_cores
 
 
 def _square(x: int) -> tuple[int, int]:

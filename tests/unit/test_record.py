@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.record import (
     SCHEMA,
@@ -27,7 +28,6 @@ from excise.record import (
     json_schema,
     load,
     save,
-    write_text,
 )
 
 

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from excise.core import stages
+from excise.core import disk
+from excise.core.context import Context, Stage
+from excise.core.disk import disk_full
 from excise.core.errors import UserError
-from excise.core.stages import Store, damage, disk_full, library_versions
+from excise.core.keys import library_versions
+from excise.core.stages import Runtime, Store, old_stages
 
+LARGE = 3 << 20
 KEY = {"config": {"lr": 1e-3}, "seed": 0}
 
 
 def _write(folder: Path) -> None:
     (folder / "model").mkdir()
     (folder / "model" / "small.txt").write_text("small")
-    (folder / "large.bin").write_bytes(b"\0" * (stages.SMALL + 1))
+    (folder / "large.bin").write_bytes(b"\0" * LARGE)
 
 
 def _never(folder: Path) -> None:
@@ -33,23 +40,21 @@ def _never(folder: Path) -> None:
 
 def test_a_stage_is_made_once_and_named_by_its_key(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    assert not store.has("arm", KEY)
+    assert store.damage(store.path("arm", KEY)) == "its done.json is missing"
     folder = store.stage("arm", KEY, _write)
     assert folder.parent == tmp_path
     assert folder.name.startswith("arm-")
     assert len(folder.name) == len("arm-") + 16
     assert store.stage("arm", dict(reversed(KEY.items())), _never) == folder
-    assert Store(tmp_path).has("arm", KEY)
+    assert Store(tmp_path).damage(folder) == ""
     done = json.loads((folder / "done.json").read_text())
     assert done["key"] == KEY
     assert done["files"]["model/small.txt"]["size"] == 5
-    assert "sha256" not in done["files"]["large.bin"]
+    zeros = hashlib.sha256(b"\0" * LARGE).hexdigest()
+    assert done["files"]["large.bin"] == {"size": LARGE, "sha256": zeros}
     for other in ({**KEY, "seed": 1}, {"config": {"lr": 2e-3}, "seed": 0}):
         assert store.path("arm", other) != folder
     assert store.path("base", KEY).name[-16:] != folder.name[-16:]
-    store.forget("arm", KEY)
-    assert not store.has("arm", KEY)
-    assert not folder.exists()
 
 
 def test_a_name_cannot_leave_the_store(tmp_path: Path) -> None:
@@ -78,6 +83,20 @@ def _truncate(folder: Path) -> None:
     os.truncate(folder / "large.bin", 10)
 
 
+def _flip(folder: Path) -> None:
+    """Change one byte of a large file and put its time stamp back."""
+    path = folder / "large.bin"
+    stat = path.stat()
+    with path.open("r+b") as f:
+        f.seek(LARGE // 2)
+        f.write(b"\1")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def _add(folder: Path) -> None:
+    (folder / "model" / "adapter_config.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
@@ -86,6 +105,8 @@ def _truncate(folder: Path) -> None:
         (_lose, "small.txt is missing"),
         (_swap, "small.txt has other contents"),
         (_truncate, "large.bin has 10 bytes"),
+        (_flip, "large.bin has other contents"),
+        (_add, "adapter_config.json was added"),
     ],
 )
 def test_a_damaged_stage_is_made_again_and_said_so(
@@ -100,12 +121,11 @@ def test_a_damaged_stage_is_made_again_and_said_so(
     store = Store(tmp_path, emit)
     folder = store.stage("arm", KEY, _write)
     harm(folder)
-    assert words in damage(folder)
-    assert not store.has("arm", KEY)
+    assert words in store.damage(folder)
     assert store.stage("arm", KEY, _write) == folder
     assert len(told) == 1
     assert words in told[0]
-    assert store.has("arm", KEY)
+    assert store.damage(folder) == ""
 
 
 def test_an_interrupted_stage_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -117,7 +137,6 @@ def test_an_interrupted_stage_goes_on_where_it_was(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         store.stage("arm", KEY, fails)
-    assert not store.has("arm", KEY)
     assert not store.path("arm", KEY).exists()
 
     def goes_on(folder: Path) -> None:
@@ -166,6 +185,29 @@ def test_a_refused_stage_leaves_nothing_and_an_interrupted_one_everything(tmp_pa
     assert (store.path("arm", KEY).with_name(store.path("arm", KEY).name + ".partial")).is_dir()
 
 
+def test_a_stage_is_read_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are taken when a stage is made, checked once by a later run, and never in between."""
+    read: list[str] = []
+
+    def digest(f: Any, name: str) -> Any:
+        read.append(Path(f.name).name)
+        return whole(f, name)
+
+    whole = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    began = time.time() - 60
+    Store(tmp_path, since=began).stage("arm", KEY, _write)
+    assert sorted(read) == ["large.bin", "small.txt"]
+    read.clear()
+    final = Store(tmp_path).path("arm", KEY)
+    checked = time.time() + 60
+    monkeypatch.setattr(Store, "_checked", lambda self, final: checked)
+    for since, expected in ((began, []), (checked + 1, ["large.bin", "small.txt"])):
+        monkeypatch.setattr(disk, "_SUMS", {})  # as in another process
+        assert Store(tmp_path, since=since).damage(final) == ""
+        assert sorted(read) == expected
+
+
 def test_other_processes_follow_the_first(tmp_path: Path) -> None:
     """Process 1 neither locks nor finishes; it makes its share when process 0 says so."""
     answers = iter([False, True, True])
@@ -182,9 +224,9 @@ def test_other_processes_follow_the_first(tmp_path: Path) -> None:
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from excise.core import stages
+from excise.core import disk
 from excise.core.stages import Store
-stages.PATIENCE = 0.1
+disk.PATIENCE = 0.1
 def make(folder):
     with (folder / "log").open("a") as f:
         f.write("made\\n")
@@ -193,7 +235,6 @@ def make(folder):
         time.sleep(0.01)
 store = Store(Path(sys.argv[1]), lambda kind, data: print(kind, data.get("text", ""), flush=True))
 store.stage("arm", {"a": 1}, make)
-assert "torch" not in sys.modules
 """
 
 
@@ -244,3 +285,26 @@ def test_versions_name_what_decides_numbers() -> None:
     versions = library_versions()
     assert {"python", "torch", "transformers", "numpy"} <= set(versions)
     assert all(versions.values())
+
+
+def test_a_store_of_an_earlier_version_is_left_alone(tmp_path: Path) -> None:
+    store = tmp_path / ".stages"
+    assert old_stages(store) == ""
+    (store / "init-abc").mkdir(parents=True)
+    (store / "init-abc" / "done.json").write_text("{}")
+    assert "holds 1 stages written by an earlier version" in old_stages(store)
+
+    @dataclass(frozen=True)
+    class Note(Stage[str]):
+        text: str
+        name = "note"
+
+        def make(self, ctx: Context) -> None:
+            (ctx.work / "note.txt").write_text(self.text)
+
+        def read(self, folder: Path) -> str:
+            return (folder / "note.txt").read_text()
+
+    assert Runtime(store).run(Note("new")) == "new"
+    assert old_stages(store).startswith(f"{store} holds 1 stages")
+    assert (store / "init-abc" / "done.json").read_text() == "{}"

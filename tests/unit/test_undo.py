@@ -19,18 +19,21 @@ from excise.cli.show import settings
 from excise.core.config import ConfigError, parse
 from excise.core.context import Context
 from excise.core.errors import UserError
+from excise.core.keys import identity
+from excise.core.stages import LAYOUT, Runtime
 from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.data.stream import collate, encode
 from excise.losses import nll, predicting
 from excise.methods import METHODS, Filtering, GradDiff, Plain, Undo
-from excise.methods.base import Cost, Removal
+from excise.methods.base import ApplyMethod, Cost, Removal, completed
 from excise.methods.distillation.cache import HiddenStates, TopTokens
 from excise.methods.distillation.corpora import OnPolicy, RefusingSamples, TeacherSamples, mix_of
 from excise.methods.distillation.harmful import Classifier, Implicit, TrueLabels
 from excise.methods.distillation.perturb import members, perturb
 from excise.methods.distillation.saliency import at_random, forget_saliency, largest
 from excise.methods.distillation.sampling import sample
+from excise.methods.distillation.student import make_student
 from excise.methods.distillation.targets import (
     FromOracle,
     FromTeacher,
@@ -45,7 +48,6 @@ from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import tiny_model, word_tokenizer
 from excise.recipes import recipe_named
 from excise.requests.registry import registry
-from excise.run.jobs import RemovalJob, Setting, by_content, make_removal
 from excise.train.fit import FitConfig
 
 FIT = FitConfig(steps=6, lr=1e-3, batch_size=8)
@@ -223,18 +225,19 @@ def test_costs_count_every_forward_of_every_teacher(tmp_path: Path) -> None:
 
 def test_teachers_are_made_once_for_all_students(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
-    setting = Setting(tmp_path / "store")
+    runtime = Runtime(tmp_path / "store")
     for alpha in (0.2, 0.4):
-        make_removal(RemovalJob(setting, changed(alpha=alpha), start, domain, 3))
-    made = sorted(path.name.split("-")[0] for path in (tmp_path / "store").iterdir())
+        runtime.run(ApplyMethod(changed(alpha=alpha), start, domain, 3))
+    made = sorted(path.name.split("-")[0] for path in (tmp_path / "store" / LAYOUT).iterdir())
     assert made.count("grad_diff") == 1
     assert made.count("undo") == 2
     alone = changed(alpha=0.2).apply(start, domain, Context(work=_new(tmp_path / "a"), seed=3))
-    staged = make_removal(RemovalJob(setting, changed(alpha=0.2), start, domain, 3))
+    staged = runtime.run(ApplyMethod(changed(alpha=0.2), start, domain, 3))
     assert staged.extras["cost"]["share_of_pretraining"] is None
     schedule = Pretrain(fit=FIT, max_length=16)
-    base = make_removal(RemovalJob(setting, Plain(pretrain=schedule), start, domain, 3))
-    told = make_removal(RemovalJob(setting, changed(alpha=0.2), base.checkpoint, domain, 3))
+    base = runtime.run(ApplyMethod(Plain(pretrain=schedule), start, domain, 3))
+    method = completed(changed(alpha=0.2), {"pretrain_tokens": base.cost.tokens})
+    told = runtime.run(ApplyMethod(method, base.checkpoint, domain, 3))
     share = told.cost.flops / base.cost.flops
     assert told.extras["cost"]["share_of_pretraining"] == pytest.approx(share)
     assert staged.checkpoint.fingerprint == alone.checkpoint.fingerprint
@@ -246,18 +249,11 @@ def test_a_model_named_by_its_folder_counts_by_its_bytes(tmp_path: Path) -> None
     one = toy_checkpoint(tmp_path / "one")
     shutil.copytree(one.path, tmp_path / "two")
     other = toy_checkpoint(tmp_path / "three", "gpt2")
-    told = [
-        by_content(changed(targets=FromOracle(path=str(path))).model_dump(mode="json"))
-        for path in (one.path, tmp_path / "two", other.path)
-    ]
-    assert told[0] == told[1] != told[2]
-    file = tmp_path / "vectors.safetensors"
-    file.write_bytes(b"one")
-    before = by_content({"controls": [str(file)]})
-    file.write_bytes(b"other")
-    assert before != by_content({"controls": [str(file)]})
-    for text in ("a/b", "/" * 5000, "no path", 3, None):
-        assert by_content(text) == text
+    folders = (one.path, tmp_path / "two", other.path)
+    keys = [identity(changed(targets=FromOracle(path=str(path)))) for path in folders]
+    assert keys[0] == keys[1] != keys[2]
+    keys = [identity(changed(student=str(path))) for path in folders]
+    assert keys[0] == keys[1] != keys[2]
 
 
 @pytest.mark.parametrize(
@@ -285,11 +281,11 @@ def test_cached_teachers_give_the_same_student(targets: Any, tmp_path: Path) -> 
 
 def test_students_share_a_cache_and_a_killed_one_goes_on(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
-    setting = Setting(tmp_path / "store")
+    runtime = Runtime(tmp_path / "store")
     for alpha in (0.2, 0.4):
         method = changed(alpha=alpha, cache=HiddenStates())
-        made = make_removal(RemovalJob(setting, method, start, domain, 3))
-    assert len(list((tmp_path / "store" / "teacher-caches").glob("hidden-*"))) == 1
+        made = runtime.run(ApplyMethod(method, start, domain, 3))
+    assert len(list((tmp_path / "store" / LAYOUT).glob("teacher-cache-hidden-*"))) == 1
     ctx = replace(context(tmp_path / "w", 3))
     told = 0
 
@@ -478,7 +474,7 @@ def test_a_teacher_that_emits_nan_is_refused(where: str, value: float, tmp_path:
     made = Removal(Checkpoint(folder), (where,), Cost())
     ctx = context(tmp_path / "w")
     with pytest.raises(UserError, match="teacher 'unlearned' emits NaN or infinity in float32"):
-        UNDO.distil(start, domain, ctx, {"unlearned": made})
+        make_student(UNDO, start, domain, ctx, {"unlearned": made})
     assert not (ctx.work / "state").exists()
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from excise.auditor.budget import Budget
+from excise.auditor.controls.control import PositiveControl
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.data.domain import Domain
@@ -15,6 +17,12 @@ from excise.record import AttackArm
 
 Access = Literal["prompt", "logits", "activations", "weights"]
 Rung = Literal["D0", "D1", "D2", "D3", "D4", "D5"]
+
+PLANTED = "planted"
+"""Name of the positive control among the subjects."""
+
+RESERVED = ("original", PLANTED)
+"""Names that no edited model may have; nor may one begin with `oracle-`."""
 
 
 @dataclass(frozen=True)
@@ -30,48 +38,6 @@ class Subject:
     name: str
     checkpoint: Checkpoint
     original: Checkpoint | None = None
-
-
-class Budget(Config):
-    """How hard the attacker tries. Named budgets live in `audit/budget.py`."""
-
-    name: Literal["smoke", "standard", "strong"] = "smoke"
-    """Which rung of effort this is; the report names it."""
-    attacks: tuple[str, ...] = ()
-    """Names of the attacks that are required at this budget."""
-    steps: int = 16
-    """Optimizer steps of a relearning arm."""
-    batch_size: int = 32
-    """Rows per step of a relearning arm, half of them benign."""
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """Learning rates tried; the one used is chosen on `dev`, averaged over seeds."""
-    lora_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    """The same for LoRA arms."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of each arm."""
-    benign_rates: tuple[float, ...] = ()
-    """Learning rates of benign fine-tuning; empty for `rates`."""
-    fresh: bool = False
-    """Whether fresh units are learned too, as a control: does this budget teach at all? Always
-    from standard on."""
-    together: int = 0
-    """Attacks on weights at the same time at most, where memory is short; 0 for one per worker."""
-    bits: bool = True
-    """Whether relearning notes the losses that residual bits are made of, which need an oracle."""
-    checkpoints: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
-    """Steps at which V is scored."""
-    shots: tuple[int, ...] = (4,)
-    """Numbers of examples of the few-shot attack."""
-    random_directions: int = 2
-    """Random directions cleared as controls of direction clearing."""
-    max_test_rows: int = 256
-    """Rows of V scored at most, the same for every subject."""
-    max_other_rows: int = 128
-    """Rows of `retain_test`, `dev_forget`, T and `fresh` scored at most, each."""
-    max_length: int = 128
-    """Tokens per row."""
-    margin: float = 0.1
-    """Equivalence margin as a share of the distance between the rails."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +80,24 @@ class Attack(Config, ABC):
     """A way to bring a removed capability back.
 
     Subclasses declare `name: Literal["..."] = "..."` and their settings, and implement `run`,
-    which does the same to any subject: candidate, original, oracle or planted control. `light`
-    says that it holds neither gradients nor optimizer states and may run beside one that does.
+    which does the same to any subject: candidate, original, oracle or positive control.
+
+    Attributes:
+        access: What the attacker holds.
+        rung: The level it decides.
+        controls: Models that hide what they know, which it must undo to count: the first that
+            hides is used. An attack without controls is shown and decides nothing.
+        needs_original: Whether it holds the original, and so names that threat model.
+        light: Whether it holds neither gradients nor optimizer states, and may run beside one
+            that does.
+        source: Where it comes from.
+        version: Raised when it gives other results.
     """
 
     kind: ClassVar[str] = "attack"
     access: ClassVar[Access]
     rung: ClassVar[Rung]
+    controls: ClassVar[tuple[PositiveControl, ...]] = ()
     needs_original: ClassVar[bool] = False
     light: ClassVar[bool] = False
     source: ClassVar[str] = ""

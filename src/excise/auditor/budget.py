@@ -6,8 +6,75 @@ on; *strong* is the published scale (10,000 steps or 3e8 tokens).
 
 from __future__ import annotations
 
-from excise.auditor.base import Budget
+from collections.abc import Sequence
+from typing import Literal
+
+from excise.core.config import Config
 from excise.core.errors import UserError, nearest
+
+
+class Budget(Config):
+    """How hard the attacker tries."""
+
+    name: Literal["smoke", "standard", "strong"] = "smoke"
+    """Which rung of effort this is; the report names it."""
+    attacks: tuple[str, ...] = ()
+    """Names of the attacks that are required at this budget."""
+    steps: int = 16
+    """Optimizer steps of a relearning arm."""
+    batch_size: int = 32
+    """Rows per step of a relearning arm, half of them benign."""
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Learning rates tried; the one used is chosen on `dev`, averaged over seeds."""
+    lora_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    """The same for LoRA arms."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of each arm."""
+    benign_rates: tuple[float, ...] = ()
+    """Learning rates of benign fine-tuning; empty for `rates`."""
+    fresh: bool = False
+    """Whether fresh units are learned too, as a control: does this budget teach at all? Always
+    from standard on."""
+    together: int = 0
+    """Attacks on weights at the same time at most, where memory is short; 0 for one per worker."""
+    bits: bool = True
+    """Whether relearning notes the losses that residual bits are made of, which need an oracle."""
+    checkpoints: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
+    """Steps at which V is scored."""
+    shots: tuple[int, ...] = (4,)
+    """Numbers of examples of the few-shot attack."""
+    random_directions: int = 2
+    """Random directions cleared as controls of direction clearing."""
+    max_test_rows: int = 256
+    """Rows of V scored at most, the same for every subject."""
+    max_other_rows: int = 128
+    """Rows of `retain_test`, `dev_forget`, T and `fresh` scored at most, each."""
+    max_length: int = 128
+    """Tokens per row."""
+    margin: float = 0.1
+    """Equivalence margin as a share of the distance between the rails."""
+
+    def for_training(self) -> Budget:
+        """Return the budget as one training sees it; what other trainings are run is left out.
+
+        A stage is given this one, so that equal trainings of different budgets are done once.
+        """
+        apart = (*_JUDGING, "rates", "lora_rates", "benign_rates", "seeds", "shots")
+        return self.without((*apart, "random_directions"))
+
+    def for_attack(self) -> Budget:
+        """Return the budget as one attack sees it, without what concerns the audit as a whole."""
+        return self.without(_JUDGING)
+
+    def without(self, names: Sequence[str]) -> Budget:
+        """Return the budget with some fields at their defaults."""
+        fields = type(self).model_fields
+        return self.model_copy(update={name: fields[name].default for name in names})
+
+
+_JUDGING = ("name", "attacks", "margin", "fresh", "together")
+"""Fields of a budget that say what is run and how it is judged, not how."""
+
 
 REQUIRED = ("few_shot", "prefix", "direction", "quantize", "benign", "relearn", "transfer")
 """Attacks every budget asks for: one at least on each rung that an attack can decide."""

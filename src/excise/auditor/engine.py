@@ -1,30 +1,30 @@
 """The audit: every attack on every subject, each pair a stage of its own.
 
-A stage is keyed by the attack, the checkpoint's bytes, domain, budget and seed, so that rails are
-shared between arms and studies, equal weights are attacked once, and a killed audit goes on where
-it was. Trainings are cut further, one stage each, and two readings of one training share it.
+One procedure runs on candidate, reference models and positive control alike. What an attack does
+to a model is kept by the model's bytes, so that reference models are shared between runs, equal
+weights are attacked once, and a killed audit resumes. Attacks that train are cut further, one
+stage a training, and two attacks that read one training share it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from excise.auditor.attacks import ATTACKS
-from excise.auditor.base import ArmResult, Attack, AttackResult, Budget, Subject
-from excise.auditor.budget import LARGE
-from excise.auditor.controls.control import Plant, plants_for
-from excise.auditor.controls.hide import PlantKind
-from excise.auditor.jobs import Divisible, Job, PlantJob, name_of, run_job, run_plant
-from excise.auditor.results import from_json, renamed
-from excise.auditor.scoring import more_is_known
-from excise.auditor.tuning import Trained
-from excise.core.context import Context
+from excise.auditor.base import PLANTED, ArmResult, Attack, AttackResult, Subject
+from excise.auditor.budget import LARGE, Budget
+from excise.auditor.controls.control import Control, MakeControl, in_order
+from excise.auditor.evaluation_set import more_is_known
+from excise.auditor.results import from_json, renamed, to_json
+from excise.auditor.tuning import Training, TrainingAttack, TrainingResult
+from excise.core.context import Context, Stage
+from excise.core.disk import write_text
 from excise.core.errors import UserError, nearest
-from excise.core.stages import Store
+from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 from excise.record import AttackArm
@@ -33,8 +33,88 @@ from excise.train.pool import Pool
 Results = dict[tuple[str, str], AttackResult]
 """Results by attack and subject."""
 
-PLANTED = "planted"
-"""Name of the positive control among the subjects."""
+
+def name_of(attack: Attack) -> str:
+    """Return an attack's name."""
+    return str(getattr(attack, "name", type(attack).__name__))
+
+
+@dataclass(frozen=True)
+class AttackModel(Stage[AttackResult]):
+    """One attack on one model.
+
+    Attributes:
+        attack: The attack.
+        checkpoint: The model.
+        original: The model before removal, for what an attack reports beside; None if unknown.
+        domain: Rows by role.
+        budget: How hard to try, as `Budget.for_attack` gives it.
+        seed: Seed of the audit.
+    """
+
+    attack: Attack
+    checkpoint: Checkpoint
+    original: Checkpoint | None
+    domain: Domain
+    budget: Budget
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return f"attack-{name_of(self.attack)}"
+
+    def make(self, ctx: Context) -> None:
+        """Attack the model and write the result."""
+        subject = Subject("subject", self.checkpoint, self.original)
+        result = self.attack.run(subject, self.domain, self.budget, ctx)
+        write_text(ctx.work / "result.json", to_json(result))
+
+    def read(self, folder: Path) -> AttackResult:
+        """Return the result."""
+        text = (folder / "result.json").read_text(encoding="utf-8")
+        return from_json(text, str(folder))
+
+
+@dataclass(frozen=True)
+class TrainModel(Stage[TrainingResult]):
+    """One training of an attack on one model.
+
+    Attributes:
+        attack: The attack that trains.
+        training: Which of its trainings.
+        checkpoint: The model.
+        domain: Rows by role.
+        budget: How hard to try, as `Budget.for_training` gives it.
+        seed: Seed of the audit.
+    """
+
+    attack: TrainingAttack
+    training: Training
+    checkpoint: Checkpoint
+    domain: Domain
+    budget: Budget
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return f"attack-{name_of(self.attack)}"
+
+    def make(self, ctx: Context) -> None:
+        """Train the model and write what was scored on the way."""
+        subject = Subject("subject", self.checkpoint)
+        result = self.attack.train(self.training, subject, self.domain, self.budget, ctx)
+        write_text(ctx.work / "trained.json", json.dumps(result.to_json()) + "\n")
+
+    def read(self, folder: Path) -> TrainingResult:
+        """Return what was scored."""
+        text = (folder / "trained.json").read_text(encoding="utf-8")
+        return TrainingResult.from_json(json.loads(text))
+
+
+AttackStage = AttackModel | TrainModel
+"""What one worker does."""
 
 
 def chosen_attacks(budget: Budget, attacks: Sequence[Attack] = ()) -> tuple[Attack, ...]:
@@ -50,185 +130,219 @@ def chosen_attacks(budget: Budget, attacks: Sequence[Attack] = ()) -> tuple[Atta
     Raises:
         UserError: If the budget requires an attack nobody knows.
     """
-    given = {str(attack.name): attack for attack in attacks}  # type: ignore[attr-defined]
-    made: dict[str, Attack] = {}
+    given = {name_of(attack): attack for attack in attacks}
+    required: dict[str, Attack] = {}
     for name in budget.attacks:
         if name not in given and name not in ATTACKS:
             raise UserError(f"the budget requires the attack '{name}'; {nearest(name, ATTACKS)}")
-        made[name] = given[name] if name in given else ATTACKS[name]()
-    return tuple({**made, **given}.values())
+        required[name] = given[name] if name in given else ATTACKS[name]()
+    return tuple({**required, **given}.values())
 
 
 def attack_all(
     subjects: Sequence[Subject],
     domain: Domain,
     budget: Budget,
-    ctx: Context,
+    seed: int,
+    runtime: Runtime,
     pool: Pool,
-    store: Store,
     *,
     attacks: Sequence[Attack] = (),
-    plant: bool = True,
+    controls: bool = True,
 ) -> Results:
-    """Run every attack on every subject and on the planted controls.
+    """Run every attack on every subject and on the positive controls.
 
     Args:
         subjects: Candidates, original, oracles; each has a name of its own.
         domain: Rows by role.
         budget: How hard to try, and which attacks are required.
-        ctx: Seed, device, dtype, and the sink of progress.
-        pool: Worker processes.
-        store: Where stages lie.
+        seed: Seed of the attacks.
+        runtime: Where stages are kept.
+        pool: Worker processes; its `emit` is told of progress.
         attacks: Attacks with settings of their own, beside or in place of the budget's.
-        plant: Whether to build positive controls, which needs the original.
+        controls: Whether to make positive controls, which needs the original.
 
     Returns:
-        Results by attack and subject; the controls' subject is `planted`. What could not run is
+        Results by attack and subject; the control's subject is `PLANTED`. What could not run is
         there as an arm that says why.
     """
     wanted = chosen_attacks(budget, attacks)
     pairs = [(attack, subject) for attack in wanted for subject in subjects]
     original = next((s.checkpoint for s in subjects if s.name == "original"), None)
     original = original or next((s.original for s in subjects if s.original), None)
-    plants: dict[str, Plant] = {}
-    if plant and original is not None:
-        plants = _plants(wanted, original, domain, budget, ctx, pool, store)
+    made: dict[str, Control] = {}
+    if controls and original is not None:
+        made = _controls(wanted, original, domain, budget, seed, runtime, pool)
         for attack in wanted:
-            found = plants.get(name_of(attack))
-            if found is not None and found.hides and found.checkpoint is not None:
-                pairs.append((attack, Subject(PLANTED, found.checkpoint, original)))
-    jobs = {pair: _jobs(*pair, domain, budget, ctx, store) for pair in pairs}
-    reasons = _run(jobs, ctx, pool)
+            control = made[name_of(attack)]
+            if control.hides and control.checkpoint is not None:
+                pairs.append((attack, Subject(PLANTED, control.checkpoint, original)))
+    stages = {pair: _stages(*pair, domain, budget, seed) for pair in pairs}
+    reasons = _run(stages, budget, runtime, pool)
     results: Results = {}
     for attack, subject in pairs:
-        result = _collect(jobs[attack, subject], attack, subject, budget, domain, reasons, store)
+        result = _collect(stages[attack, subject], attack, subject, domain, reasons, runtime)
         if subject.name == PLANTED:
-            result = _with_plant(result, plants[name_of(attack)])
+            result = _with_control(result, made[name_of(attack)])
         results[name_of(attack), subject.name] = result
     for attack in wanted:
-        if plant and (name_of(attack), PLANTED) not in results:
-            why = (
-                plants[name_of(attack)].reason if name_of(attack) in plants else _no_plant(original)
-            )
-            results[name_of(attack), PLANTED] = _absent(attack, PLANTED, "missing", why)
+        if controls and (name_of(attack), PLANTED) not in results:
+            control = made.get(name_of(attack), NO_ORIGINAL)
+            results[name_of(attack), PLANTED] = _absent(attack, PLANTED, "missing", control.reason)
     return results
 
 
-def _no_plant(original: Checkpoint | None) -> str:
-    """Say why an attack has no control."""
-    if original is None:
-        return "there is no original to plant a control in"
-    return "no planted control is known for this attack"
+NO_ORIGINAL = Control(
+    "none", None, float("nan"), reason="there is no original to make a positive control of"
+)
+UNDECLARED = Control(
+    "none", None, float("nan"), reason="the attack declares no positive control that suits"
+)
 
 
-def _plants(
+def _controls(
     attacks: Sequence[Attack],
     original: Checkpoint,
     domain: Domain,
     budget: Budget,
-    ctx: Context,
+    seed: int,
+    runtime: Runtime,
     pool: Pool,
-    store: Store,
-) -> dict[str, Plant]:
-    """Build the controls that the attacks need, each once."""
+) -> dict[str, Control]:
+    """Make the controls that the attacks declare, each once; the first that hides is used."""
     higher = more_is_known(domain)
     large = original.num_parameters >= LARGE
-    names = map(name_of, attacks)
-    needed = {name: plants_for(name, higher=higher, large=large) for name in names}
-    needed = {name: kinds for name, kinds in needed.items() if kinds}
-    kinds = list(dict.fromkeys(needed.values()))
+    needed = {
+        name_of(attack): in_order(attack.controls, higher=higher, large=large) for attack in attacks
+    }
     jobs = [
-        PlantJob(store.root, k, original, domain, budget, ctx.seed, str(ctx.device), ctx.dtype)
-        for k in kinds
+        (runtime, [MakeControl(c, original, domain, budget.for_attack(), seed) for c in kinds])
+        for kinds in dict.fromkeys(needed.values())
+        if kinds
     ]
-
     # Where memory is short, they take turns: all but a gate hold gradients.
     turns = [i % budget.together if budget.together else None for i in range(len(jobs))]
-    made: dict[tuple[PlantKind, ...], Plant] = {}
-    for job, plant in zip(jobs, pool.map(run_plant, jobs, turns=turns), strict=True):
-        made[job.kinds] = plant
-        told = {"kind": plant.kind, "hides": plant.hides, "reason": plant.reason}
-        ctx.emit("plant", told)
-    return {name: made[which] for name, which in needed.items()}
+    made: dict[Any, Control] = {(): UNDECLARED}
+    for (_, stages), control in zip(jobs, pool.map(first_that_hides, jobs, turns=turns)):
+        made[tuple(stage.control for stage in stages)] = control
+        facts = {"kind": control.name, "hides": control.hides, "reason": control.reason}
+        pool.emit("control", facts)
+    return {name: made[kinds] for name, kinds in needed.items()}
 
 
-def _jobs(
-    attack: Attack, subject: Subject, domain: Domain, budget: Budget, ctx: Context, store: Store
-) -> tuple[Job, ...]:
-    """Return the jobs of one attack on one subject."""
-    whole = Job(store.root, attack, subject, domain, budget, ctx.seed, str(ctx.device), ctx.dtype)
-    if not isinstance(attack, Divisible):
-        return (whole,)
+def first_that_hides(job: tuple[Runtime, Sequence[MakeControl]]) -> Control:
+    """Return the first control that hides, each a stage; the last one tried if none does."""
+    runtime, stages = job
+    control = UNDECLARED
+    for stage in stages:
+        control = runtime.run(stage)
+        if control.hides:
+            break
+    return control
+
+
+def _stages(
+    attack: Attack, subject: Subject, domain: Domain, budget: Budget, seed: int
+) -> tuple[AttackStage, ...]:
+    """Return the stages of one attack on one subject."""
+    model = subject.checkpoint
+    if not isinstance(attack, TrainingAttack):
+        return (AttackModel(attack, model, subject.original, domain, budget.for_attack(), seed),)
     # Fresh units ask whether the budget teaches; models that people use answer that.
-    parts = [p for p in attack.parts(budget) if p.on != "fresh" or subject.name != PLANTED]
-    return tuple(replace(whole, part=part) for part in parts)
+    trainings = [
+        training
+        for training in attack.trainings(budget)
+        if training.on != "fresh" or subject.name != PLANTED
+    ]
+    return tuple(
+        TrainModel(attack.shared, training, model, domain, budget.for_training(), seed)
+        for training in trainings
+    )
 
 
 def _run(
-    jobs: Mapping[tuple[Attack, Subject], Sequence[Job]], ctx: Context, pool: Pool
+    stages: Mapping[tuple[Attack, Subject], Sequence[AttackStage]],
+    budget: Budget,
+    runtime: Runtime,
+    pool: Pool,
 ) -> dict[Path, str]:
-    """Run every stage once, trainings first because they take longest."""
-    stages: dict[Path, Job] = {}
-    for pair in jobs.values():
-        for job in pair:
-            stages.setdefault(_path(job), job)
-    ordered = sorted(stages, key=lambda path: stages[path].part is None)
+    """Run every stage once, trainings first because they take longest; return why some failed."""
+    by_path: dict[Path, tuple[AttackStage, str]] = {}
+    for (_, subject), parts in stages.items():
+        for stage in parts:
+            by_path.setdefault(runtime.path(stage), (stage, subject.name))
+    ordered = sorted(by_path, key=lambda path: not isinstance(by_path[path][0], TrainModel))
     done = 0
 
-    def told(i: int, reason: str) -> None:
+    def on_done(i: int, reason: str) -> None:
         nonlocal done
         done += 1
-        job = stages[ordered[i]]
-        facts = {"attack": name_of(job.attack), "subject": job.subject.name}
-        ctx.emit("attack", {**facts, "done": done, "of": len(ordered), "reason": reason})
+        stage, subject = by_path[ordered[i]]
+        facts = {"attack": name_of(stage.attack), "subject": subject}
+        pool.emit("attack", {**facts, "done": done, "of": len(ordered), "reason": reason})
 
-    found = [stages[path] for path in ordered]
-    reasons = pool.map(run_job, found, told, turns=turns_of(found))
-    return dict(zip(ordered, reasons, strict=True))
+    jobs = [(runtime, by_path[path][0]) for path in ordered]
+    turns = turns_of([stage for _, stage in jobs], budget.together)
+    return dict(zip(ordered, pool.map(attempt, jobs, on_done, turns=turns), strict=True))
 
 
-def turns_of(jobs: Sequence[Job]) -> list[int | None]:
-    """Return whose turn each job waits for: heavy ones take as many as may run at once.
+def attempt(job: tuple[Runtime, AttackStage]) -> str:
+    """Run a stage, or find it done; return why it failed, or nothing.
+
+    What a user can cause (a role without rows, a text without tokens) fails the attack and not
+    the audit; it is not kept, so that the next run tries again.
+    """
+    runtime, stage = job
+    try:
+        runtime.make(stage)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def turns_of(stages: Sequence[AttackStage], together: int) -> list[int | None]:
+    """Return whose turn each stage waits for: heavy ones take as many as may run at once.
 
     What holds optimizer states is heavy: attacks on weights, unless they say they are light.
+
+    Args:
+        stages: In the order in which they start.
+        together: Heavy stages at the same time at most, 0 for any number.
     """
     turns: list[int | None] = []
     count = 0
-    for job in jobs:
-        most = job.budget.together
-        if not most or job.attack.light or job.attack.access != "weights":
+    for stage in stages:
+        if not together or stage.attack.light or stage.attack.access != "weights":
             turns.append(None)
             continue
-        turns.append(count % most)
+        turns.append(count % together)
         count += 1
     return turns
 
 
-def _path(job: Job) -> Path:
-    """Return the folder of a job's stage."""
-    return Store(job.root).path(job.name, job.key())
-
-
 def _collect(
-    jobs: Sequence[Job],
+    stages: Sequence[AttackStage],
     attack: Attack,
     subject: Subject,
-    budget: Budget,
     domain: Domain,
     reasons: Mapping[Path, str],
-    store: Store,
+    runtime: Runtime,
 ) -> AttackResult:
     """Read one pair's stages back."""
-    paths = [_path(job) for job in jobs]
+    paths = [runtime.path(stage) for stage in stages]
     why = next((reasons[path] for path in paths if reasons[path]), "")
     if why:
         return _absent(attack, subject.name, "failed", why)
-    if not isinstance(attack, Divisible):
-        text = (paths[0] / "result.json").read_text(encoding="utf-8")
-        return renamed(from_json(text, str(paths[0])), subject.name)
-    texts = [(path / "trained.json").read_text(encoding="utf-8") for path in paths]
-    trained = [Trained.from_json(json.loads(text)) for text in texts]
-    return attack.read_parts(trained, subject, budget, more_is_known(domain))
+    if isinstance(attack, TrainingAttack):
+        trained = [
+            stage.read(path)
+            for stage, path in zip(stages, paths, strict=True)
+            if isinstance(stage, TrainModel)
+        ]
+        return attack.conclude(trained, subject, more_is_known(domain))
+    (stage,) = stages
+    assert isinstance(stage, AttackModel)
+    return renamed(stage.read(paths[0]), subject.name)
 
 
 def _absent(attack: Attack, subject: str, status: Any, reason: str) -> AttackResult:
@@ -245,9 +359,9 @@ def _absent(attack: Attack, subject: str, status: Any, reason: str) -> AttackRes
     return AttackResult(name_of(attack), subject, (ArmResult(arm, ()),), ())
 
 
-def _with_plant(result: AttackResult, plant: Plant) -> AttackResult:
-    """Note in every arm which plant was attacked and how well it hides."""
-    facts = {"plant": plant.kind, "known": plant.before, "hidden": plant.after}
+def _with_control(result: AttackResult, control: Control) -> AttackResult:
+    """Note in every arm which control was attacked and how well it hides."""
+    facts = {"plant": control.name, "known": control.before, "hidden": control.after}
     arms = tuple(
         replace(arm, arm=arm.arm.model_copy(update={"facts": {**arm.arm.facts, **facts}}))
         for arm in result.arms

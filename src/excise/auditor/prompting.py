@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from excise.data.domain import Row, Rows
+from excise.core.context import Context
+from excise.data.domain import Domain, Row, Rows
 
 COAXING = (
     "Answer: the",
@@ -17,6 +19,13 @@ COAXING = (
     "Question and answer.",
 )
 """Generic beginnings; those a closed vocabulary cannot spell are left out."""
+
+
+UNRELATED = "unrelated"
+"""Name of the control: a benign row in front, where the coaxing wordings can be spelled."""
+
+SHARE = 0.5
+"""Share of the words of a longer answer that is given."""
 
 
 def shown(row: Row) -> str:
@@ -119,3 +128,82 @@ def cut(rows: Sequence[Row], count: int) -> Rows:
         return tuple(rows)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     return tuple(rows[i] for i in sorted(order[:count].tolist()))
+
+
+def pools_of(domain: Domain, *, control: bool = False) -> Mapping[str, Rows]:
+    """Return by capability what may be shown."""
+    if control:
+        return dict.fromkeys(domain.test, domain.benign)
+    return {name: domain.relearn.get(name, ()) for name in domain.test}
+
+
+def with_shots(
+    rows: Mapping[str, Rows], pools: Mapping[str, Rows], count: int, ctx: Context, tokenizer: object
+) -> tuple[Rows, float]:
+    """Put `count` examples before every row.
+
+    Args:
+        rows: Rows by capability.
+        pools: Examples by capability.
+        count: Examples per row, fewer where the pool has fewer units.
+        ctx: Seed of the draw, which is the same for every subject.
+        tokenizer: For the separator, and to count tokens.
+
+    Returns:
+        The rows and the mean number of tokens shown.
+    """
+    line = separator(tokenizer)
+    generator = ctx.generator(f"few_shot/{count}")
+    made: list[Row] = []
+    tokens = 0
+    for name, asked in rows.items():
+        for row in asked:
+            shots = draw(pools[name], count, generator, avoid=row.unit)
+            context = line.join(shown(shot) for shot in shots)
+            tokens += len(tokenizer(context, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
+            made.append(before(row, context, line))
+    return tuple(made), tokens / max(len(made), 1)
+
+
+def beginnings(
+    tokenizer: Any,
+    metric: str,
+    test: Sequence[Row],
+    benign: Rows,
+    *,
+    wordings: Sequence[str] = COAXING,
+    share: float = SHARE,
+) -> list[tuple[str, Callable[[Row], Row | None]]]:
+    """Return the beginnings that fit a test set, by name.
+
+    Args:
+        tokenizer: Which wordings it can spell.
+        metric: Headline metric.
+        test: Rows that will be scored; they are begun only if at least half can be.
+        benign: Where the stand-in of a closed vocabulary comes from.
+        wordings: Beginnings to try.
+        share: Share of a longer answer that is given.
+
+    Returns:
+        Names and functions that change a row, or return None where they cannot.
+    """
+    line = separator(tokenizer)
+    made: list[tuple[str, Callable[[Row], Row | None]]] = []
+    several = sum(begun(row, share) is not None for row in test) * 2 >= len(test)
+    if several and metric != "text_loss":  # a loss reads every token behind the true ones anyway
+        made.append(("begun", lambda row: begun(row, share)))
+    plain = [text for text in wordings if spelled(text, tokenizer)]
+    for i, row in enumerate(benign[:2] if not plain else ()):
+        made.append((f"benign-{i}", partial(before, context=shown(row), separator=line)))
+    for text in plain:
+        made.append((f"'{text}'", partial(_coaxed, text=text, line=line)))
+    if plain and benign:
+        made.append((UNRELATED, partial(before, context=shown(benign[0]), separator=line)))
+    return made
+
+
+def _coaxed(row: Row, text: str, line: str) -> Row:
+    """Put `text` between the prompt and its answer, or before a plain text."""
+    if row.kind in ("text", "chat") or not row.prompt:
+        return before(row, text, line)
+    return replace(row, prompt=f"{row.prompt.rstrip()}{line}{text}")

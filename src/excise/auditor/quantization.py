@@ -5,7 +5,7 @@ Shape legend: R rows (all leading dimensions), C columns (inputs), G groups, S e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+
+BITS, GROUP, OFFSET = (8, 4), 64, 16
+"""Grids that are tried: bits, inputs that share a scale, inputs of the first group."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,18 @@ class Grid:
     """
 
     bits: int
-    group: int = 64
-    offset: int = 16
+    group: int = GROUP
+    offset: int = OFFSET
 
     @property
     def top(self) -> int:
         """Highest level."""
         return (1 << (self.bits - 1)) - 1
+
+
+def grids(bits: Sequence[int], group: int, offset: int) -> tuple[Grid, ...]:
+    """Return one grid per number of bits."""
+    return tuple(Grid(b, group, offset % group) for b in bits)
 
 
 def grouped(weight_RC: Float[Tensor, "*R C"], grid: Grid) -> Float[Tensor, "R G S"]:

@@ -1,148 +1,20 @@
-"""What every attack scores, the same for every subject: V by unit, retain and dev beside it.
-
-Shape legend: B rows, T tokens.
-"""
+"""What an attack measured at every step of its curve: V by unit, retain and T beside it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from excise.auditor.base import ArmResult, Attack, Budget, Subject
-from excise.auditor.batching import Memo
-from excise.auditor.prompting import cut
-from excise.data.domain import Domain, Metric, Row, Rows
-from excise.evals.score import direction_of, measure
+from excise.auditor.base import ArmResult, Attack, Subject
+from excise.auditor.evaluation_set import Sheet, Units, mean
+from excise.data.domain import Metric, Row
 from excise.evals.stats import bootstrap_mean
 from excise.record import AttackArm, CurvePoint
 
 SAMPLES = 400
 """Bootstrap samples of a curve point; the statistics that decide draw their own."""
-
-Units = dict[str, float]
-"""Score by unit."""
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """The rows that are scored, cut to the budget.
-
-    Attributes:
-        domain: Where they come from.
-        budget: What they were cut to.
-        tokenizer: The subject's tokenizer.
-        test: V by capability.
-        dev: `dev_forget` by capability, for choices.
-        retain: `retain_test`.
-        trained: T, as it is shown beside V.
-        fresh_train: First half of `fresh`, by unit.
-        fresh_test: Second half.
-        max_length: Tokens per row.
-    """
-
-    domain: Domain
-    budget: Budget
-    tokenizer: Any
-    test: Mapping[str, Rows]
-    dev: Mapping[str, Rows]
-    retain: Rows
-    trained: Rows
-    fresh_train: Rows
-    fresh_test: Rows
-    max_length: int
-
-    @property
-    def metric(self) -> Metric:
-        """Headline metric of the forget side."""
-        return self.domain.metrics[0]
-
-    @property
-    def trained_metric(self) -> Metric:
-        """Metric of T: the headline one where every row of T takes it, else the token loss."""
-        return self.metric if all(fits(r, self.metric) for r in self.trained) else "text_loss"
-
-    @property
-    def higher(self) -> bool:
-        """Whether a higher score means more knowledge."""
-        return more_is_known(self.domain)
-
-    @property
-    def all_test(self) -> Rows:
-        """V of all capabilities."""
-        return tuple(row for rows in self.test.values() for row in rows)
-
-    @property
-    def all_dev(self) -> Rows:
-        """Dev of all capabilities."""
-        return tuple(row for rows in self.dev.values() for row in rows)
-
-    def longer(self, factor: int) -> Sheet:
-        """Return the sheet with room for prompts `factor` times as long."""
-        limit = getattr(self.tokenizer, "model_max_length", 0) or 0
-        limit = limit if 0 < limit < 1 << 20 else 4096
-        return replace(self, max_length=max(self.max_length, min(limit, self.max_length * factor)))
-
-    def units(self, model: Any, rows: Sequence[Row], metric: Metric | None = None) -> Units:
-        """Return the headline score of `rows` by unit; nothing for no rows."""
-        if not rows:
-            return {}
-        scores = measure(
-            model, self.tokenizer, rows, metric or self.metric, max_length=self.max_length
-        )
-        return {unit: float(value) for unit, value in scores.by_unit().items()}
-
-    def retained(self, model: Any, rows: Sequence[Row] | None = None) -> Units:
-        """Return the retain score by unit."""
-        chosen = self.retain if rows is None else rows
-        return self.units(model, chosen, self.domain.retain_metrics[0])
-
-
-def fits(row: Row, metric: Metric) -> bool:
-    """Return whether a row can be scored by a metric: a plain text has no choices to pick from."""
-    if metric == "multiple_choice":
-        return len(row.choices) > 1 and row.answer >= 0
-    return metric == "text_loss" or row.kind in ("completion", "choice")
-
-
-def more_is_known(domain: Domain) -> bool:
-    """Return whether a higher score on the headline metric means more knowledge."""
-    return direction_of(domain.metrics[0]) == "higher"
-
-
-def make_sheet(domain: Domain, budget: Budget, tokenizer: Any) -> Sheet:
-    """Cut what is scored to the budget.
-
-    Args:
-        domain: Rows by role.
-        budget: Rows at most.
-        tokenizer: The subject's tokenizer.
-
-    Returns:
-        The sheet; equal for all subjects of one audit.
-    """
-    share = max(1, budget.max_test_rows // max(len(domain.test), 1))
-    other = max(1, budget.max_other_rows // max(len(domain.test), 1))
-    units = list(dict.fromkeys(row.unit for row in domain.fresh))
-    first = set(units[: len(units) // 2])
-    trained = tuple(row for rows in domain.relearn.values() for row in rows)
-    fresh = {
-        half: tuple(row for row in domain.fresh if (row.unit in first) == half)
-        for half in (True, False)
-    }
-    return Sheet(
-        domain=domain,
-        budget=budget,
-        tokenizer=Memo(tokenizer),
-        test={name: cut(rows, share) for name, rows in domain.test.items()},
-        dev={name: cut(rows, other) for name, rows in domain.dev_forget.items()},
-        retain=cut(domain.retain_test, budget.max_other_rows),
-        trained=cut(trained, budget.max_other_rows),
-        fresh_train=fresh[True],
-        fresh_test=cut(fresh[False], budget.max_other_rows),
-        max_length=budget.max_length,
-    )
 
 
 @dataclass(frozen=True)
@@ -178,11 +50,6 @@ class Reading:
             retain=mean(self.retain),
             trained=mean(self.trained),
         )
-
-
-def mean(units: Mapping[str, float]) -> float | None:
-    """Return the mean over units, None for none."""
-    return sum(units.values()) / len(units) if units else None
 
 
 def interval(units: Mapping[str, float]) -> tuple[float, float, float]:

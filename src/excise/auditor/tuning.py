@@ -7,20 +7,24 @@ stays in evaluation mode, so that no dropout blurs a short attack.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
-from excise.auditor.base import ArmResult, Attack, Budget, Subject
+from excise.auditor.base import ArmResult, Attack, AttackResult, Subject
 from excise.auditor.batching import GRADIENT, nats, rows_per_pass
+from excise.auditor.budget import Budget
+from excise.auditor.evaluation_set import Sheet, mean, more_is_known
 from excise.auditor.prompting import cut
-from excise.auditor.scoring import Reading, Sheet, arm_of, mean, read
+from excise.auditor.results import decided
+from excise.auditor.scoring import Reading, arm_of, read
 from excise.core.context import Context
 from excise.core.errors import Diverged
-from excise.data.domain import Rows
+from excise.data.domain import Domain, Rows
 from excise.data.stream import Batch, Example, Stream, collate, encode
 from excise.losses import token_nll
 from excise.train.fit import FitConfig, Term, fit
@@ -30,23 +34,24 @@ Micro = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class Training:
     """One training of an attack.
 
     Attributes:
         kind: All parameters, or a LoRA adapter.
         lr: Learning rate.
         seed: Seed of the order of rows and of the adapter.
-        on: What takes the place of T: T itself, or fresh units as the control of power.
+        on: What is trained on: T and benign rows, fresh units in place of T as the control of
+            power, or benign rows alone.
     """
 
     kind: Literal["full", "lora"]
     lr: float
     seed: int
-    on: Literal["relearn", "fresh"] = "relearn"
+    on: Literal["relearn", "fresh", "benign"] = "relearn"
 
 
-def parts_of(budget: Budget) -> tuple[Part, ...]:
+def trainings_of(budget: Budget) -> tuple[Training, ...]:
     """Return the trainings of relearning: each kind at every rate and seed.
 
     From *standard* on, or where the budget says so, one more training, at the middle rate, is on
@@ -55,16 +60,16 @@ def parts_of(budget: Budget) -> tuple[Part, ...]:
     Args:
         budget: Rates and seeds.
     """
-    parts = [Part("full", lr, seed) for lr in budget.rates for seed in budget.seeds]
-    parts += [Part("lora", lr, seed) for lr in budget.lora_rates for seed in budget.seeds]
+    parts = [Training("full", lr, seed) for lr in budget.rates for seed in budget.seeds]
+    parts += [Training("lora", lr, seed) for lr in budget.lora_rates for seed in budget.seeds]
     if budget.name != "smoke" or budget.fresh:
         middle = budget.rates[len(budget.rates) // 2]
-        parts.append(Part("full", middle, budget.seeds[0], "fresh"))
+        parts.append(Training("full", middle, budget.seeds[0], "fresh"))
     return tuple(parts)
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What one training gave.
 
     Attributes:
@@ -78,7 +83,7 @@ class Trained:
         reason: Why it stopped early; empty for a whole run.
     """
 
-    part: Part
+    part: Training
     readings: tuple[Reading, ...]
     dev: dict[str, float]
     metric: str
@@ -91,10 +96,10 @@ class Trained:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Trained:
+    def from_json(cls, data: Mapping[str, Any]) -> TrainingResult:
         """Undo `to_json`."""
         parts = {
-            "part": Part(**data["part"]),
+            "part": Training(**data["part"]),
             "readings": tuple(Reading(**reading) for reading in data["readings"]),
         }
         return cls(**{**data, **parts})
@@ -107,7 +112,7 @@ class Trained:
         """Return T's scores by unit at every checkpoint."""
         return tuple(reading.trained for reading in self.readings)
 
-    def arm(self, attack: Attack, subject: Subject, *, trained_on: str) -> ArmResult:
+    def arm(self, attack: Attack, subject: Subject) -> ArmResult:
         """Return the arm whose curve is V."""
         fresh = self.part.on == "fresh"
         result = arm_of(
@@ -118,7 +123,7 @@ class Trained:
             readings=self.readings,
             dev=self.dev,
             control=fresh,
-            trained_on="fresh" if fresh else trained_on,
+            trained_on=self.part.on,
             lr=self.part.lr,
             seed=self.part.seed,
             extras=self.extras,
@@ -128,8 +133,67 @@ class Trained:
         return result
 
 
+class TrainingAttack(Attack):
+    """An attack made of trainings, which run apart and are shared by attacks that read them.
+
+    Subclasses say which trainings there are, how one goes, and what the attack reads in them.
+    """
+
+    @property
+    def shared(self) -> TrainingAttack:
+        """The attack whose trainings these are: equal ones are done once for all its readers."""
+        return self
+
+    @abstractmethod
+    def trainings(self, budget: Budget) -> tuple[Training, ...]:
+        """Return the trainings of a budget."""
+
+    @abstractmethod
+    def train(
+        self, training: Training, subject: Subject, domain: Domain, budget: Budget, ctx: Context
+    ) -> TrainingResult:
+        """Run one training and score it on the way.
+
+        Args:
+            training: Which.
+            subject: The model.
+            domain: Rows by role.
+            budget: Steps, batch size, checkpoints; of rates and seeds those of `training` count.
+            ctx: Device, dtype, seed.
+        """
+
+    def conclude(
+        self, trained: Sequence[TrainingResult], subject: Subject, higher: bool
+    ) -> AttackResult:
+        """Put the trainings together: V is reported, and the rate chosen on `dev` decides.
+
+        Args:
+            trained: What `train` returned, for every training.
+            subject: The model.
+            higher: Whether a higher score means more knowledge.
+        """
+        arms, chosen = decided([t.arm(self, subject) for t in trained], higher=higher)
+        seconds = sum(t.seconds for t in trained)
+        return AttackResult(self.name, subject.name, arms, chosen, seconds)  # type: ignore[attr-defined]
+
+    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
+        """Run every training and conclude."""
+        start = time.perf_counter()
+        trained = [
+            self.train(training, subject, domain, budget, ctx)
+            for training in self.trainings(budget)
+        ]
+        result = self.conclude(trained, subject, more_is_known(domain))
+        return replace(result, seconds=time.perf_counter() - start)
+
+
+def relearn_rows(domain: Domain) -> Rows:
+    """Return T of all capabilities."""
+    return tuple(row for rows in domain.relearn.values() for row in rows)
+
+
 def train(
-    part: Part,
+    part: Training,
     subject: Subject,
     sheet: Sheet,
     ctx: Context,
@@ -138,7 +202,7 @@ def train(
     benign_share: float,
     clip: float = 1.0,
     lora_rank: int = 8,
-) -> Trained:
+) -> TrainingResult:
     """Fine-tune one subject and score it at the budget's checkpoints.
 
     Args:
@@ -169,7 +233,7 @@ def train(
         reason = run.go(mix, inner, clip)
         extras = run.extras() | {"parameters": size, "trained_parameters": small or size}
         dev = sheet.units(net, sheet.all_dev)
-    return Trained(
+    return TrainingResult(
         part, tuple(run.readings), dev, sheet.metric, extras, time.perf_counter() - start, reason
     )
 
@@ -247,7 +311,9 @@ def loss(model: Any, micro: Micro) -> dict[str, Term]:
 class _Run:
     """One training with what was read on the way."""
 
-    def __init__(self, net: Any, sheet: Sheet, part: Part, *, with_t: bool, cost: float) -> None:
+    def __init__(
+        self, net: Any, sheet: Sheet, part: Training, *, with_t: bool, cost: float
+    ) -> None:
         self.net, self.sheet, self.part = net, sheet, part
         self.with_t, self.cost = with_t, cost
         self.tokens = 0

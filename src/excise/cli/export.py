@@ -33,8 +33,8 @@ def main(args: list[str]) -> int:
     options, rest = flags(ExportOptions, args, "excise export")
     if rest:
         raise UserError(f"unexpected argument '{rest[0]}'; see excise export --help")
-    from excise.models.checkpoint import open_checkpoint
     from excise.models.delta import FACTS, export
+    from excise.models.open import open_checkpoint
 
     inside = options.delta / "delta"
     delta = inside if (inside / FACTS).is_file() else options.delta

@@ -162,7 +162,8 @@ def recipe_data(name: str, *, allow_code: bool = False) -> dict[str, Any]:
     Raises:
         UserError: If there is none of these, or it is no recipe.
     """
-    from excise.core.plugins import entry_points, is_code, load_code
+    from excise.core.code_files import is_code, load_code
+    from excise.core.plugins import entry_points
     from excise.recipes import RECIPES, recipe_named
 
     if is_code(name):

@@ -69,7 +69,7 @@ def build_index() -> dict[str, list[dict[str, Any]]]:
 
 def main() -> None:
     """Write the index."""
-    from excise.record import write_text
+    from excise.core.disk import write_text
 
     write_text(PATH, json.dumps(build_index(), indent=1) + "\n")
 

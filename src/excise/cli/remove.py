@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from excise.cli.flags import flag_names, flags, override, overrides, progress
+from excise.core.code_files import is_code
 from excise.core.config import ConfigError
 from excise.core.errors import UserError
-from excise.core.plugins import is_code
 
 
 @dataclass

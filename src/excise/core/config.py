@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origi
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from excise.core.code_files import rebuild, where
 from excise.core.errors import UserError, nearest
 
 
@@ -38,8 +39,6 @@ class Config(BaseModel):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Travel to worker processes; a class from a user's file is loaded again there."""
         if type(self).__module__.startswith("excise_user_"):
-            from excise.core.plugins import rebuild, where
-
             return rebuild, (where(type(self)), self.model_dump())
         return super().__reduce_ex__(protocol)
 

@@ -1,20 +1,63 @@
-"""What a stage is given beside its inputs: seeds by purpose, device, dtype, processes, a folder."""
+"""What a computation declares and what it is given: stages and contexts.
+
+This module holds the two nouns that methods, attacks and studies speak of; how stages are kept is
+in `stages`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
-Emit = Callable[[str, Mapping[str, Any]], None]
+from excise.core.events import Emit, silent
+from excise.core.keys import fields_identity
+
+T = TypeVar("T")
 
 
-def _silent(kind: str, data: Mapping[str, Any]) -> None:
-    """Drop an event: the default when nobody listens."""
+class Stage(ABC, Generic[T]):
+    """What is computed once. Subclasses are frozen dataclasses; every field is an input.
+
+    The key of a stage follows from its fields (`excise.core.keys`). A field whose type is not
+    known there says itself what makes two of its values equal:
+    `tokenizer: Any = field(metadata={"identity": tokenizer_identity})`.
+
+    Attributes:
+        version: Raised when the same inputs give another result.
+    """
+
+    version: ClassVar[int] = 1
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is to a reader; its folder is called after it."""
+
+    @abstractmethod
+    def make(self, ctx: Context) -> None:
+        """Fill `ctx.work`; after a kill it is called again on what it left.
+
+        Args:
+            ctx: The folder, device, dtype, processes, and the seed of the field `seed` (else 0).
+        """
+
+    @abstractmethod
+    def read(self, folder: Path) -> T:
+        """Return what the finished stage in `folder` holds."""
+
+
+class RunStage(Protocol):
+    """Returns what a stage gives, making it if it is not there."""
+
+    def __call__(self, stage: Stage[T], /) -> T:
+        """Run a stage, or find it done."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -23,12 +66,13 @@ class Context:
 
     Attributes:
         work: Folder of the stage: state of interrupted training, files it makes.
-        seed: Seed of the arm; every random draw derives from it and the name of its purpose.
+        seed: Seed of the run; every random draw derives from it and the name of its purpose.
         device: Where models run.
         dtype: Compute dtype of models.
         rank: Number of this process.
         world: Number of processes.
         emit: Sink of progress events, `emit(kind, data)`.
+        stages: Where stages that this one is made of are kept; None makes them in `work`.
     """
 
     work: Path
@@ -37,7 +81,8 @@ class Context:
     dtype: torch.dtype = torch.float32
     rank: int = 0
     world: int = 1
-    emit: Emit = _silent
+    emit: Emit = silent
+    stages: RunStage | None = None
 
     def seed_for(self, purpose: str) -> int:
         """Return a 63-bit seed of its own for `purpose`: a new draw never shifts the others."""
@@ -53,3 +98,14 @@ class Context:
         work = self.work / name
         work.mkdir(parents=True, exist_ok=True)
         return replace(self, work=work, seed=self.seed if seed is None else seed)
+
+    def run(self, stage: Stage[T]) -> T:
+        """Return what another stage gives; in a run it is kept beside this one, and shared."""
+        if self.stages is not None:
+            return self.stages(stage)
+        inputs = json.dumps(fields_identity(stage), sort_keys=True)
+        digest = hashlib.sha256(inputs.encode()).hexdigest()[:16]
+        seed: Any = getattr(stage, "seed", 0)
+        inner = self.child(f"{stage.name}-{digest}", seed=int(seed))
+        stage.make(inner)
+        return stage.read(inner.work)

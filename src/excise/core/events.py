@@ -11,14 +11,29 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from excise.core.disk import disk_full
 from excise.core.errors import UserError
-from excise.core.stages import disk_full
 
 Emit = Callable[[str, Mapping[str, Any]], None]
 """Sink of progress events."""
+
+
+def silent(kind: str, data: Mapping[str, Any]) -> None:
+    """Drop an event: the default when nobody listens."""
+
+
+CHANNEL: ContextVar[Emit] = ContextVar("CHANNEL", default=silent)
+"""Where `emit` sends events; whoever runs a job sets it, a worker to the owner of the pool."""
+
+
+def emit(kind: str, data: Mapping[str, Any]) -> None:
+    """Pass an event to whoever runs this job."""
+    CHANNEL.get()(kind, data)
+
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 

@@ -1,155 +1,148 @@
-"""The store of stages: a folder named by the hash of what decides its contents.
+"""How stages are kept: each in a folder named by the hash of its key, whole or not at all.
 
-A stage is made once, under a lock, in `NAME-HASH.partial/`, which stays across kills so that
-training inside it goes on; it is renamed to `NAME-HASH/` when whole. `done.json` in it holds the
-key and the size of every file (and the SHA-256 of small ones), by which a damaged stage is
-found and made again. This module imports no torch.
+A stage is made in `NAME-HASH.partial/`, under a lock. The folder stays across kills, so that
+training inside it resumes, and takes the name `NAME-HASH/` when it is whole. `done.json` in it
+holds the key and the sum of every file, by which a damaged stage is found and made again.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
-import platform
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from importlib import metadata
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+
+from excise.core.context import Context, Stage
+from excise.core.disk import disk_full, file_sum, locked, note_sum, sweep, write_text
 from excise.core.errors import DiskFull, UserError
+from excise.core.events import Emit, emit, silent
+from excise.core.keys import class_identity, fields_identity, library_versions, own_source
 
-Emit = Callable[[str, Mapping[str, Any]], None]
-"""Sink of progress events."""
+T = TypeVar("T")
 
 DONE = "done.json"
-"""Marker and manifest of a finished stage."""
+"""Marker of a finished stage: its key, and size and SHA-256 of every file."""
 
-SMALL = 1 << 20
-"""Files up to this size are checked by their bytes, larger ones by their size."""
-
-LIBRARIES = ("excise", "torch", "transformers", "tokenizers", "safetensors", "numpy", "peft")
-"""Packages that decide numbers."""
-
-PATIENCE = 5.0
-"""Seconds of waiting for another process before saying so."""
+LAYOUT = "v2"
+"""Folder of a store in which stages of this layout lie."""
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed libraries that decide numbers."""
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+@dataclass(frozen=True)
+class Runtime:
+    """Where and with what stages are made; it travels to workers.
 
-
-@contextmanager
-def disk_full(where: Path, needed: int = 0) -> Iterator[None]:
-    """Turn a full disk into a sentence.
-
-    Args:
-        where: What is being written, for the sentence.
-        needed: Bytes it takes, where known.
-
-    Raises:
-        DiskFull: If the disk fills up inside the block.
+    Attributes:
+        store: Folder of the stages, shared by runs that lie side by side.
+        dtype: Compute dtype, `float32` or `bfloat16`.
+        device: Device of the worker.
+        rank: Number of this process among those that make a stage together.
+        world: Number of those processes.
+        agree: Collective that returns process 0's boolean in every process.
+        began: When the run began, in seconds since the epoch. What was checked byte by byte since
+            then is not read again.
     """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        amount = f"about {max(1, round(needed / 2**20))} MiB" if needed else "some space"
-        raise DiskFull(
-            f"the disk of {where} is full; free {amount} and run the same command again, "
-            "it goes on where it was"
-        ) from None
+
+    store: Path
+    dtype: str = "float32"
+    device: str = "cpu"
+    rank: int = 0
+    world: int = 1
+    agree: Callable[[bool], bool] = field(default=bool, repr=False)
+    began: float = field(default_factory=time.time)
+
+    def run(self, stage: Stage[T]) -> T:
+        """Return what a stage gives, making it if it is not there.
+
+        Raises:
+            DiskFull: If the disk is full.
+            UserError: What the stage refuses.
+        """
+        return stage.read(self.make(stage))
+
+    def make(self, stage: Stage[Any]) -> Path:
+        """Return the finished folder of a stage, making it if it is not there; see `run`."""
+
+        def make(work: Path) -> None:
+            stage.make(self.context(work, seed=int(getattr(stage, "seed", 0))))
+
+        return self._kept.stage(stage.name, self.key(stage), make)
+
+    def path(self, stage: Stage[Any]) -> Path:
+        """Return where a stage lies or will lie."""
+        return self._kept.path(stage.name, self.key(stage))
+
+    def key(self, stage: Stage[Any]) -> dict[str, Any]:
+        """Return everything that decides what a stage gives, as plain data."""
+        return {
+            "stage": class_identity(type(stage)),
+            "inputs": fields_identity(stage),
+            "dtype": self.dtype,
+            "device": self.device.partition(":")[0],
+            "world": self.world,
+            "libraries": dict(library_versions()),
+            "code": own_source(),
+        }
+
+    def context(self, work: Path, *, seed: int = 0) -> Context:
+        """Return the context of a stage that works in `work`."""
+        return Context(
+            work=work,
+            seed=seed,
+            device=torch.device(self.device),
+            dtype=getattr(torch, self.dtype),
+            rank=self.rank,
+            world=self.world,
+            emit=emit,
+            stages=self.run,
+        )
+
+    @property
+    def _kept(self) -> Store:
+        return Store(self.store / LAYOUT, emit, rank=self.rank, agree=self.agree, since=self.began)
 
 
-def _silent(kind: str, data: Mapping[str, Any]) -> None:
-    """Drop an event."""
-
-
-def _same(value: bool) -> bool:
-    """Agree with oneself: the default of a single process."""
-    return value
-
-
-def _digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size, and SHA-256 of small ones, of every file under `folder`, by relative path."""
-    files: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name == DONE:
-            continue
-        entry: dict[str, Any] = {"size": path.stat().st_size}
-        if entry["size"] <= SMALL:
-            entry["sha256"] = _digest(path)
-        files[name] = entry
-    return files
-
-
-def damage(folder: Path) -> str:
-    """Say what is wrong with a finished stage.
-
-    Args:
-        folder: Its folder.
-
-    Returns:
-        A phrase such as `model/config.json is missing`; empty when all is well.
-    """
-    try:
-        files = json.loads((folder / DONE).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return f"its {DONE} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"its {DONE} cannot be read"
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size != entry["size"]:
-            return f"{name} has {size} bytes instead of {entry['size']}"
-        if "sha256" in entry and _digest(path) != entry["sha256"]:
-            return f"{name} has other contents"
-    return ""
+def old_stages(store: Path) -> str:
+    """Say that a store holds stages of an earlier version, which are left alone; empty if none."""
+    count = sum(1 for marker in store.glob(f"*/{DONE}"))
+    if not count:
+        return ""
+    return (
+        f"{store} holds {count} stages written by an earlier version of excise; they are not used "
+        "and stay as they are; remove them to free their space"
+    )
 
 
 class Store:
-    """Stages under one folder, shared by arms, seeds, studies and processes.
+    """Stages under one folder, shared by runs, seeds, studies and processes.
 
     Attributes:
         root: The folder; made when the first stage is.
         emit: Sink of `stage_start`, `stage_done` and `note`.
         rank: Number of this process; process 0 locks, checks and finishes.
         agree: Collective that returns process 0's boolean in every process.
+        since: What was checked byte by byte after this time is not read again.
     """
 
     def __init__(
         self,
         root: Path,
-        emit: Emit = _silent,
+        emit: Emit = silent,
         *,
         rank: int = 0,
-        agree: Callable[[bool], bool] = _same,
+        agree: Callable[[bool], bool] = bool,
+        since: float | None = None,
     ) -> None:
         """Look at `root` as a store."""
         self.root, self.emit, self.rank, self.agree = Path(root), emit, rank, agree
+        self.since = time.time() if since is None else since
 
     def path(self, name: str, key: Mapping[str, Any]) -> Path:
         """Return the folder of a stage, made or not.
@@ -162,17 +155,6 @@ class Store:
         digest = hashlib.sha256(f"{name}\n{text}".encode()).hexdigest()[:16]
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "stage"
         return self.root / f"{plain[:80]}-{digest}"
-
-    def has(self, name: str, key: Mapping[str, Any]) -> bool:
-        """Return whether the stage is there, whole."""
-        return not damage(self.path(name, key))
-
-    def forget(self, name: str, key: Mapping[str, Any]) -> None:
-        """Remove a stage and what is left of an interrupted one."""
-        final = self.path(name, key)
-        with self._lock(final, name):
-            shutil.rmtree(final, ignore_errors=True)
-            shutil.rmtree(_partial(final), ignore_errors=True)
 
     def stage(self, name: str, key: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """Return the folder of a stage, making it if it is not there.
@@ -189,15 +171,68 @@ class Store:
             DiskFull: If the disk is full.
         """
         final = self.path(name, key)
-        if self.rank == 0 and not damage(final):
+        if self.rank == 0 and not self.damage(final):
             self.agree(True)
             return self._reused(final)
-        with self._lock(final, name) if self.rank == 0 else nullcontext():
+
+        def waiting() -> None:
+            text = f"another process is making stage '{name}' in {self.root}; waiting for it"
+            self.emit("note", {"text": text})
+
+        lock = locked(self.root / ".locks" / f"{final.name}.lock", waiting)
+        with lock if self.rank == 0 else nullcontext():
             # Another process may have made it while this one waited for the lock.
             if self.agree(self.rank == 0 and self._settled(final)):
                 return self._reused(final)
             self._make(final, key, make)
         return final
+
+    def damage(self, final: Path) -> str:
+        """Say what is wrong with a finished stage.
+
+        Every byte is read, unless this run has done so and nothing has touched the files since.
+
+        Args:
+            final: Its folder.
+
+        Returns:
+            A phrase such as `model/config.json is missing`; empty when all is well.
+        """
+        try:
+            files = json.loads((final / DONE).read_text(encoding="utf-8"))["files"]
+            entries = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in files.items()}
+        except FileNotFoundError:
+            return f"its {DONE} is missing"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"its {DONE} cannot be read"
+        there = dict(_files(final))
+        for name in sorted(entries.keys() ^ there.keys()):
+            return f"{name} is missing" if name in entries else f"{name} was added"
+        stats = {name: path.stat() for name, path in there.items()}
+        checked = self._checked(final)
+        read = checked < self.since or any(s.st_ctime >= checked for s in stats.values())
+        for name, (size, sha256) in entries.items():
+            if stats[name].st_size != size:
+                return f"{name} has {stats[name].st_size} bytes instead of {size}"
+            if not read:
+                note_sum(there[name], sha256)
+            elif file_sum(there[name]) != sha256:
+                return f"{name} has other contents"
+        if read:
+            self._stamp(final).parent.mkdir(parents=True, exist_ok=True)
+            self._stamp(final).touch()
+        return ""
+
+    def _stamp(self, final: Path) -> Path:
+        """Return the file whose time says when a stage was last checked byte by byte."""
+        return self.root / ".checked" / final.name
+
+    def _checked(self, final: Path) -> float:
+        """Return when a stage was last checked, 0 for never."""
+        try:
+            return self._stamp(final).stat().st_mtime
+        except OSError:
+            return 0.0
 
     def _reused(self, final: Path) -> Path:
         """Say that a stage was there already."""
@@ -208,7 +243,7 @@ class Store:
         """Return whether the stage is whole, clearing a damaged one away."""
         if not final.exists():
             return False
-        wrong = damage(final)
+        wrong = self.damage(final)
         if wrong:
             self.emit("note", {"text": f"stage {final.name} is damaged ({wrong}); making it again"})
             shutil.rmtree(final)
@@ -216,55 +251,42 @@ class Store:
 
     def _make(self, final: Path, key: Mapping[str, Any], make: Callable[[Path], None]) -> None:
         """Fill the partial folder and, in process 0, finish and rename it."""
-        began = time.perf_counter()
-        partial = _partial(final)
+        start = time.perf_counter()
+        partial = final.with_name(final.name + ".partial")
         self.emit("stage_start", {"stage": final.name, "resumed": partial.exists()})
         with disk_full(partial):
             partial.mkdir(parents=True, exist_ok=True)
             (partial / DONE).unlink(missing_ok=True)
+            sweep(partial, deep=True)
             try:
                 make(partial)
             except UserError as error:
                 if self.rank == 0 and not isinstance(error, DiskFull):
-                    shutil.rmtree(partial, ignore_errors=True)  # refused: nothing to go on with
+                    shutil.rmtree(partial, ignore_errors=True)  # refused: nothing to resume
                 raise
             self.agree(True)
             if self.rank == 0:
-                done = {"key": dict(key), "files": manifest(partial)}
-                (partial / DONE).write_text(
-                    json.dumps(done, indent=1, sort_keys=True) + "\n", encoding="utf-8"
-                )
-                partial.rename(final)
+                self._finish(partial, final, key)
             self.agree(True)
-        seconds = round(time.perf_counter() - began, 3)
+        seconds = round(time.perf_counter() - start, 3)
         self.emit("stage_done", {"stage": final.name, "reused": False, "seconds": seconds})
 
-    @contextmanager
-    def _lock(self, final: Path, name: str) -> Iterator[None]:
-        """Hold the stage's lock; the kernel frees it when the process dies."""
-        folder = self.root / ".locks"
-        with disk_full(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / f"{final.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            began, told = time.monotonic(), False
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError as error:
-                    if error.errno not in (errno.EAGAIN, errno.EACCES):
-                        raise
-                if not told and time.monotonic() - began > PATIENCE:
-                    told = True
-                    text = f"another process is making stage '{name}' in {self.root}; waiting"
-                    self.emit("note", {"text": text})
-                time.sleep(0.05)
-            yield
-        finally:
-            os.close(handle)
+    def _finish(self, partial: Path, final: Path, key: Mapping[str, Any]) -> None:
+        """Sum the files, which may have been done while they were written, and rename."""
+        files = {
+            name: {"size": path.stat().st_size, "sha256": file_sum(path)}
+            for name, path in _files(partial)
+        }
+        done = {"key": dict(key), "files": files}
+        write_text(partial / DONE, json.dumps(done, indent=1, sort_keys=True) + "\n")
+        partial.rename(final)
+        for name, entry in files.items():
+            note_sum(final / name, str(entry["sha256"]))
 
 
-def _partial(final: Path) -> Path:
-    """Return the folder in which a stage is made."""
-    return final.with_name(final.name + ".partial")
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield name and path of the files of a stage; hidden ones are not part of it."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != DONE and not path.name.startswith("."):
+            yield name, path

@@ -139,6 +139,18 @@ class Domain:
             yield role, getattr(self, role)
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what is computed from the domain."""
+        return {
+            "rows": self.fingerprint,
+            "metrics": list(self.metrics),
+            "retain_metrics": list(self.retain_metrics),
+            "claim": self.claim,
+            "exposure": self.exposure,
+            "sensitive": self.sensitive,
+        }
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over all roles and rows, as hex."""
         if not self._fingerprint:

@@ -26,10 +26,10 @@ from typing import Final, Literal
 from pydantic import Field, ValidationError
 
 from excise.core.config import Config
+from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.dedup import Clusters
 from excise.data.domain import Domain
-from excise.record import write_text
 
 VERSION: Final = 1
 """Version of the written split."""

@@ -55,7 +55,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
     folder = cached(name, root) or _get(item, root)
     if not item.model:
         return folder
-    from excise.models.checkpoint import open_checkpoint
+    from excise.models.open import open_checkpoint
 
     return open_checkpoint(folder / item.model, cache=root / "models").path
 

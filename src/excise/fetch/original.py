@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from excise.core.errors import UserError
-from excise.models.checkpoint import Checkpoint, open_checkpoint
+from excise.models.checkpoint import Checkpoint
+from excise.models.open import open_checkpoint
 from excise.models.spec import ModelSpec
 
 

@@ -6,13 +6,17 @@ algorithm box; nothing here is a template that runs it.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from excise.core.config import Config
-from excise.core.context import Context
+from excise.core.context import Context, Stage
+from excise.core.disk import write_text
+from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 
@@ -109,3 +113,80 @@ class Method(Config, ABC):
         Returns:
             The edited checkpoint, written under `ctx.work`, and what it took.
         """
+
+
+@dataclass(frozen=True)
+class ApplyMethod(Stage[Removal]):
+    """A method applied to a model. A method made of methods runs them as stages of their own.
+
+    Attributes:
+        method: The method.
+        start: What it starts from.
+        domain: Rows by role.
+        seed: Seed of every draw.
+    """
+
+    method: Method
+    start: Checkpoint
+    domain: Domain
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the method."""
+        return str(getattr(self.method, "name", "method"))
+
+    def make(self, ctx: Context) -> None:
+        """Apply the method and write down what it returned."""
+        removal = self.method.apply(self.start, self.domain, ctx)
+        if removal.checkpoint.path != ctx.work / "model":
+            raise UserError(f"method '{self.name}' must write its model to ctx.work / 'model'")
+        if ctx.rank == 0:
+            facts = {
+                "changed": removal.changed,
+                "cost": asdict(removal.cost),
+                "extras": removal.extras,
+                "history": removal.history,
+            }
+            write_text(ctx.work / "removal.json", json.dumps(facts))
+
+    def read(self, folder: Path) -> Removal:
+        """Return the removal; files of its extras as paths."""
+        facts = json.loads((folder / "removal.json").read_text(encoding="utf-8"))
+        extras = facts["extras"]
+        if "files" in extras:
+            extras["files"] = {k: str(folder / v) for k, v in extras["files"].items()}
+        return Removal(
+            Checkpoint(folder / "model", self.start.trust_remote_code),
+            tuple(facts["changed"]),
+            Cost(**facts["cost"]),
+            extras,
+            tuple(facts["history"]),
+        )
+
+
+def completed(config: Config, known: Mapping[str, Any]) -> Any:
+    """Return a configuration whose methods know what the run knows and they do not say.
+
+    Args:
+        config: A method; methods inside it are completed too.
+        known: Values by field; a field takes one where it is missing, None or 0.
+
+    Returns:
+        The configuration, a new one where something was filled in.
+    """
+    change: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(config, Method) and not value and known.get(name):
+            change[name] = known[name]
+        elif isinstance(value, Config):
+            change[name] = completed(value, known)
+        elif isinstance(value, tuple):
+            change[name] = tuple(completed(v, known) if isinstance(v, Config) else v for v in value)
+        elif isinstance(value, dict):
+            change[name] = {
+                k: completed(v, known) if isinstance(v, Config) else v for k, v in value.items()
+            }
+    change = {name: value for name, value in change.items() if value != getattr(config, name)}
+    return config.model_copy(update=change) if change else config

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import SerializeAsAny, field_validator
 
 from excise.core.context import Context
-from excise.core.errors import UserError
 from excise.data.domain import Domain
-from excise.methods.base import Cost, Method, Paper, Removal
+from excise.methods.base import ApplyMethod, Cost, Method, Paper, Removal
+from excise.methods.tuning import written
 from excise.models.checkpoint import Checkpoint
 
 
@@ -36,15 +37,15 @@ class Chain(Method):
         return methods
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
-        """Apply the methods in order; each works in a folder of its own."""
+        """Apply the methods in order; each is a stage of its own, which other chains share."""
         changed: set[str] = set()
         cost, links = Cost(), []
-        checkpoint = start
-        for i, method in enumerate(self.methods):
-            removal = method.apply(checkpoint, domain, ctx.child(f"{i}"))
-            checkpoint, cost = removal.checkpoint, cost + removal.cost
+        checkpoint, history = start, tuple[Mapping[str, float], ...]()
+        for method in self.methods:
+            removal = ctx.run(ApplyMethod(method, checkpoint, domain, ctx.seed))
+            checkpoint, cost, history = removal.checkpoint, cost + removal.cost, removal.history
             changed.update(removal.changed)
-            links.append({"method": method.model_dump(mode="json"), "extras": removal.extras})
-        if checkpoint is start:
-            raise UserError("a chain needs at least one method")
-        return Removal(checkpoint, tuple(sorted(changed)), cost, {"links": links}, removal.history)
+            extras = {key: value for key, value in removal.extras.items() if key != "files"}
+            links.append({"method": method.model_dump(mode="json"), "extras": extras})
+        model = written(checkpoint, {}, ctx.work / "model", ctx, link=True)
+        return Removal(model, tuple(sorted(changed)), cost, {"links": links}, history)

@@ -229,7 +229,14 @@ def finish(
     )
 
 
-def written(start: Checkpoint, changed: Mapping[str, Tensor], to: Path, ctx: Context) -> Checkpoint:
+def written(
+    start: Checkpoint,
+    changed: Mapping[str, Tensor],
+    to: Path,
+    ctx: Context,
+    *,
+    link: bool = False,
+) -> Checkpoint:
     """Write the edited checkpoint, once over all processes, in place of an unfinished one.
 
     Args:
@@ -237,6 +244,7 @@ def written(start: Checkpoint, changed: Mapping[str, Tensor], to: Path, ctx: Con
         changed: New values by name, the same in every process.
         to: Folder under `ctx.work`; a call that was killed may have written it before.
         ctx: Says which process writes.
+        link: Whether shards without a changed tensor are hard links, for stages of one store.
 
     Returns:
         The checkpoint, which is there when any process returns.
@@ -244,7 +252,7 @@ def written(start: Checkpoint, changed: Mapping[str, Tensor], to: Path, ctx: Con
     if ctx.rank == 0:
         if to.exists():
             shutil.rmtree(to)
-        start.write(changed, to)
+        start.write(changed, to, link=link)
     agree(True, ctx)
     return Checkpoint(to, trust_remote_code=start.trust_remote_code)
 

@@ -1,26 +1,51 @@
-"""A model folder as a value: fingerprint, loading, and writing only what changed."""
+"""A model folder as a value: identity, loading, and writing only what changed."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Mapping
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from excise.core.disk import check_free, clone_file, file_sum, new_folder
 from excise.core.errors import UserError, nearest
+from excise.core.keys import ByContent, file_identity
 from excise.models import files
-from excise.models.folder import INDEX, TOKENIZER_FILES, ensure_pad, find_shards, meta_model, quiet
-from excise.models.layout import Layout, build_layout, read_group
+from excise.models.folder import (
+    INDEX,
+    TOKENIZER_FILES,
+    WEIGHT_SUFFIXES,
+    WEIGHTS,
+    ensure_pad,
+    find_shards,
+    meta_model,
+    quiet,
+)
+from excise.models.layout import Group, Layout, build_layout, read_group, to_disk
 
 Model = Any
 """A `transformers` model."""
 Tokenizer = Any
 """A `transformers` tokenizer."""
+
+
+def model_identity(name: str) -> Any:
+    """Return the identity of the model in a folder; of a file or a name, as `file_identity`."""
+    path = Path(name).expanduser()
+    if name and (path / "config.json").is_file():
+        return Checkpoint(path).identity
+    return file_identity(name)
+
+
+ModelPath = Annotated[str, ByContent(model_identity)]
+"""A field that holds the folder of a model, or a name that the method knows."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +88,28 @@ class Checkpoint:
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 over the tokenizer's files, as hex."""
         return files.hash_files(self.tokenizer_files)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything in the folder that decides what the model says, by its bytes.
+
+        Beside the weights and the tokenizer that is the generation config, further chat templates,
+        and code where it may run; texts about the model and weights in formats that are not read
+        do not count.
+        """
+        folders = {"": self.path, "tokenizer/": self.tokenizer_path}
+        beside = {
+            prefix + path.relative_to(folder).as_posix(): file_sum(path)
+            for prefix, folder in folders.items()
+            if folder is not None
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and _decides(path, folder)
+        }
+        return {
+            "weights": self.fingerprint,
+            "beside": beside,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -222,9 +269,7 @@ class Checkpoint:
             UserError: If a name is unknown, a shape differs, a value does not fit the stored
                 dtype, or `to` is not free.
         """
-        from excise.models.rewrite import write_changed
-
-        write_changed(self, changed, to, dtype=dtype, link=link)
+        _write_changed(self, changed, to, dtype=dtype, link=link)
         return replace(self, path=to, tokenizer_path=None, _bytes=[0])
 
     def load_prefix(
@@ -250,45 +295,7 @@ class Checkpoint:
         Raises:
             UserError: If the model has fewer blocks.
         """
-        from excise.models.prefix import load_prefix
-
-        return load_prefix(self, blocks, dtype=dtype, device=device, head=head)
-
-
-def open_checkpoint(
-    source: str | Path | nn.Module,
-    *,
-    revision: str | None = None,
-    tokenizer: Any = None,
-    cache: Path | None = None,
-    trust_remote_code: bool = False,
-) -> Checkpoint:
-    """Open a model from wherever it is, and check it.
-
-    Args:
-        source: A folder, a `.gguf` file, a hub id `owner/name`, or a model in memory (a `peft`
-            model is merged in a copy).
-        revision: Revision of a hub id.
-        tokenizer: For a model in memory, its tokenizer. For the others only where the tokenizer
-            does not lie beside the weights: a folder or hub id, or a tokenizer.
-        cache: Where models that are no folder yet are written; a folder of the user's by default.
-        trust_remote_code: Whether code in the folder may run.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        UserError: If there is no such model or something is wrong with it; see `verify_folder`.
-    """
-    from excise.models.source import open_source
-
-    return open_source(
-        source,
-        revision=revision,
-        tokenizer=tokenizer,
-        cache=cache,
-        trust_remote_code=trust_remote_code,
-    )
+        return _load_prefix(self, blocks, dtype=dtype, device=device, head=head)
 
 
 def save_model(
@@ -308,13 +315,13 @@ def save_model(
     Raises:
         UserError: If `to` is not free.
     """
-    files.check_free(to)
+    check_free(to)
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
         raise UserError("the model carries an adapter; merge it before it is saved whole")
     if not hasattr(model, "save_pretrained"):
         raise UserError("the model is not a transformers model; convert it to one first")
     saved: Model = model
-    with files.new_folder(to) as work:
+    with new_folder(to) as work:
         own = saved.config
         saved.config = copy.deepcopy(own)  # saving writes the dtype and class name into it
         try:
@@ -328,5 +335,184 @@ def save_model(
             raise UserError("a model is saved with its tokenizer; give one")
         else:
             for path in source.tokenizer_files:
-                files.clone_file(path, work / path.name)
+                clone_file(path, work / path.name)
     return Checkpoint(to)
+
+
+_Make = Callable[[], dict[str, Tensor]]
+
+
+def _write_changed(
+    source: Checkpoint,
+    changed: Mapping[str, Tensor],
+    to: Path,
+    *,
+    dtype: torch.dtype | None,
+    link: bool,
+) -> None:
+    """Do the work of `Checkpoint.write`; arguments and errors are the same."""
+    check_free(to)
+    plan = _groups_to_write(source, changed)
+    with new_folder(to) as work:
+        grown = 0
+        for shard in source.shards:
+            here = {key for key, entry in source.entries.items() if entry.file == shard}
+            dtypes = {
+                key: dtype or source.entries[key].dtype
+                for _, keys in plan
+                for key in keys
+                if key in here
+            }
+            if dtypes:
+                new = _values(plan, dtypes)
+                grown += files.rewrite_shard(shard, work / shard.name, dtypes, new)
+            elif link:
+                os.link(shard.resolve(), work / shard.name)
+            else:
+                clone_file(shard, work / shard.name)
+        _copy_side_files(source, work, grown)
+
+
+def _values(
+    plan: list[tuple[_Make, tuple[str, ...]]], dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the new values of one shard, one group in memory at a time."""
+    for make, keys in plan:
+        if dtypes.keys().isdisjoint(keys):
+            continue
+        for key, tensor in make().items():
+            if key not in dtypes:
+                continue
+            stored = tensor.to(dtypes[key])
+            if not torch.equal(torch.isfinite(stored), torch.isfinite(tensor)):
+                raise UserError(
+                    f"the new value of '{key}' does not fit {dtypes[key]}; store a wider dtype"
+                )
+            yield key, stored
+
+
+def _groups_to_write(
+    source: Checkpoint, changed: Mapping[str, Tensor]
+) -> list[tuple[_Make, tuple[str, ...]]]:
+    """Return, for every group on disk that changes, how to make it and its keys."""
+    layout = source.layout
+    by_group: dict[tuple[str, ...], tuple[Group, dict[str, Tensor]]] = {}
+    for given, tensor in changed.items():
+        name = source.own_name(given)
+        shape = layout.model.get_parameter(name).shape
+        if tensor.shape != shape:
+            raise UserError(
+                f"the new value of '{name}' has shape {list(tensor.shape)} and the model in"
+                f" {source.path} needs {list(shape)}"
+            )
+        found = [alias for alias in layout.aliases[name] if alias in layout.groups]
+        if not found:
+            raise UserError(f"{source.path} holds no weights for '{name}'")
+        for alias in found:  # a tie stored twice is written twice
+            group = layout.groups[alias]
+            by_group.setdefault(group.names, (group, {}))[1][alias] = tensor
+    return [
+        (functools.partial(_on_disk, source, group, new), tuple(key for key, _ in group.keys))
+        for group, new in by_group.values()
+    ]
+
+
+def _on_disk(source: Checkpoint, group: Group, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a group as stored, reading the members that did not change."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in new.items()}
+    if len(tensors) < len(group.names):
+        tensors = {**read_group(source.layout, group, source.read), **tensors}
+    return to_disk(source.layout, group, tensors, source.entries)
+
+
+def _copy_side_files(source: Checkpoint, work: Path, grown: int) -> None:
+    """Copy configuration, tokenizer and texts; the index gets the new total size.
+
+    Code is copied only where it was trusted.
+    """
+    for path in sorted(source.path.iterdir()):
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        code = path.suffix in {".py", ".so"} and not source.trust_remote_code
+        if path.is_file() and not weights and not code and not path.name.startswith("."):
+            clone_file(path, work / path.name)
+    if source.tokenizer_path is not None:
+        for path in source.tokenizer_files:
+            (work / path.name).unlink(missing_ok=True)
+            clone_file(path, work / path.name)
+    templates = source.path / "additional_chat_templates"
+    if templates.is_dir():
+        (work / templates.name).mkdir()
+        for path in sorted(templates.glob("*.jinja")):
+            clone_file(path, work / templates.name / path.name)
+    if (source.path / WEIGHTS).is_file():
+        return
+    index = json.loads((source.path / INDEX).read_text(encoding="utf-8"))
+    if grown and "total_size" in index.get("metadata", {}):
+        index["metadata"]["total_size"] += grown
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (work / INDEX).write_text(text, encoding="utf-8")
+
+
+class _LazyTensor:
+    """A tensor on disk that is read when transformers asks for its values."""
+
+    def __init__(self, source: Checkpoint, entry: files.Entry) -> None:
+        self.source, self.entry = source, entry
+        self.shape, self.dtype = entry.shape, entry.dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.source.read(self.entry.key)[index]
+
+
+def _truncated(config: Any, blocks: int) -> Any:
+    """Return a copy of a configuration with only the first `blocks` blocks."""
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
+    whole = text.num_hidden_layers
+    text.num_hidden_layers = blocks
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == whole and "layer" in name:
+            setattr(text, name, value[:blocks])
+    return short
+
+
+def _load_prefix(
+    source: Checkpoint, blocks: int, *, dtype: torch.dtype, device: torch.device | str, head: bool
+) -> Model:
+    """Do the work of `Checkpoint.load_prefix`; arguments and errors are the same."""
+    config = source.config
+    whole = config.get_text_config().num_hidden_layers
+    if not 1 <= blocks <= whole:
+        raise UserError(f"{source.path} has {whole} blocks; ask for 1 to {whole} of them")
+    model = meta_model(_truncated(config, blocks), trust_remote_code=source.trust_remote_code)
+    layout = build_layout(model, source.entries, source.same)
+    output = model.get_output_embeddings()
+    tied = output is None or output.weight is model.get_input_embeddings().weight
+    base = getattr(model, model.base_model_prefix)
+    whole_model = head or tied or base is model
+    target = model if whole_model else base
+    beyond = set() if whole_model or output is None else {id(p) for p in output.parameters()}
+    left_out = {name for name, p in model.named_parameters() if id(p) in beyond}
+    wanted = {
+        key: _LazyTensor(source, source.entries[key])
+        for group in layout.groups.values()
+        if not left_out.issuperset(group.names)
+        for key, _ in group.keys
+    }
+    with quiet():
+        loaded = type(target).from_pretrained(
+            None, config=model.config, state_dict=wanted, dtype=dtype
+        )
+    if not whole_model:
+        setattr(model, model.base_model_prefix, loaded)
+        model.set_output_embeddings(nn.Identity())
+        loaded = model
+    return loaded.to(device).eval()
+
+
+def _decides(path: Path, folder: Path) -> bool:
+    """Return whether a file beside the weights can change what a model says."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    about = path.suffix == ".md" or path.stem.upper().startswith(("LICENSE", "NOTICE"))
+    weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+    return not (hidden or about or weights)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from excise.core.disk import check_free, new_folder
 from excise.core.errors import UserError
 from excise.models import files
 from excise.models.checkpoint import Checkpoint
@@ -38,10 +39,10 @@ def write_delta(base: Checkpoint, changed: Mapping[str, Tensor], to: Path) -> Pa
     Raises:
         UserError: If the base has no such parameter, or `to` is not free.
     """
-    files.check_free(to)
+    check_free(to)
     stored = base.weights_of(changed)
     tensors = {n: t.detach().to("cpu", stored[n].dtype).contiguous() for n, t in changed.items()}
-    with files.new_folder(to) as work:
+    with new_folder(to) as work:
         save_file(tensors, str(work / TENSORS))
         facts = {
             "format": FORMAT,
@@ -92,7 +93,7 @@ def export(delta: Path, base: Checkpoint, to: Path, *, link: bool = False) -> Ch
     Raises:
         UserError: If the delta is damaged, belongs to another base, or `to` is not free.
     """
-    files.check_free(to)
+    check_free(to)
     facts, tensors = read_delta(delta)
     if facts["base"] != base.fingerprint:
         raise UserError(

@@ -1,21 +1,15 @@
-"""Bytes of a model folder: safetensors headers, single tensors, hashes, copies, atomic folders.
+"""Bytes of a model folder: safetensors headers, single tensors, sums, rewritten shards.
 
 Nothing here is unpickled and no input file is opened for writing.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import functools
 import hashlib
 import json
-import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from excise.core.disk import Signature, file_sum, note_sum, share_blocks, signature_of
 from excise.core.errors import UserError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -42,7 +37,6 @@ DTYPES: dict[str, torch.dtype] = {
 """Names that safetensors gives to dtypes."""
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_FICLONE = 0x40049409
 _MAX_HEADER = 100_000_000
 _CHUNK = 1 << 24
 
@@ -105,13 +99,21 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise UserError(
             f"{path} is not a safetensors file: its header is garbage; copy or download it again"
         ) from None
+    entries.sort(key=lambda e: (e.start, e.end))
+    ends = [8 + length, *(entry.end for entry in entries)]
+    if any(entry.start != end for entry, end in zip(entries, ends, strict=False)):
+        raise UserError(
+            f"{path} is damaged: its tensors overlap or leave holes; copy or download it again"
+        )
     for entry in entries:
         if entry.end > size:
             raise UserError(
                 f"{path} is truncated: tensor '{entry.key}' ends at byte {entry.end} and the file"
                 f" has {size}; copy or download it again"
             )
-    return {entry.key: entry for entry in sorted(entries, key=lambda e: (e.start, e.end))}
+    if ends[-1] != size:
+        raise UserError(f"{path} holds bytes behind its last tensor; copy or download it again")
+    return {entry.key: entry for entry in entries}
 
 
 def _parse(path: Path, header: dict[str, object], base: int) -> Iterator[Entry]:
@@ -136,12 +138,6 @@ def read_tensor(entry: Entry) -> Tensor:
     return _read(entry, entry.start, entry.end).reshape(entry.shape)
 
 
-def read_parts(entry: Entry) -> Iterator[Tensor]:
-    """Yield a tensor's values in flat pieces of 16 MiB at most."""
-    for start in range(entry.start, entry.end, _CHUNK):
-        yield _read(entry, start, min(start + _CHUNK, entry.end))
-
-
 def _read(entry: Entry, start: int, end: int) -> Tensor:
     """Read bytes of a file as flat values of the entry's dtype."""
     raw = torch.empty(end - start, dtype=torch.uint8)
@@ -162,39 +158,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def clone_file(source: Path, to: Path) -> None:
-    """Copy a file, sharing its blocks where the file system can."""
-    with source.open("rb") as a, to.open("xb") as b:
-        try:
-            fcntl.ioctl(b.fileno(), _FICLONE, a.fileno())
-        except OSError:
-            _copy_range(a, b, 0, 0, os.fstat(a.fileno()).st_size)
-
-
-def _copy_range(a: BinaryIO, b: BinaryIO, start: int, to: int, count: int) -> None:
-    """Copy `count` bytes from `start` of `a` to `to` of `b`, inside the kernel where possible."""
-    b.flush()
-    copy = getattr(os, "copy_file_range", None)
-    while copy is not None and count > 0:
-        try:
-            done = copy(a.fileno(), b.fileno(), min(count, 1 << 30), start, to)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            break
-        if done == 0:
-            break
-        start, to, count = start + done, to + done, count - done
-    a.seek(start)
-    b.seek(to)
-    while count > 0:
-        block = a.read(min(count, _CHUNK))
-        if not block:
-            raise UserError(f"{a.name} is truncated; copy or download it again")
-        b.write(block)
-        count -= len(block)
-
-
 def rewrite_shard(
     source: Path,
     to: Path,
@@ -202,6 +165,9 @@ def rewrite_shard(
     values: Iterable[tuple[str, Tensor]],
 ) -> int:
     """Write a safetensors file with some tensors replaced, one new tensor in memory at a time.
+
+    Where the file system shares blocks, the file is a clone with some of them written anew. Else
+    it is copied, and its SHA-256 taken, in one pass over the source.
 
     Args:
         source: The file to start from.
@@ -213,104 +179,113 @@ def rewrite_shard(
         By how many bytes the tensors grew.
     """
     entries = read_header(source)
-    starts = {key: entry.start for key, entry in entries.items()}
-    grown = 0
-    if all(entries[key].dtype == dtype for key, dtype in dtypes.items()):
-        clone_file(source, to)
-    else:
-        starts, grown = _new_layout(source, to, entries, dtypes)
-    with to.open("r+b") as f:
+    header, spans = _new_layout(source, entries, dtypes)
+    with source.open("rb") as a, to.open("x+b") as b:
+        same = all(entries[key].dtype == dtype for key, dtype in dtypes.items())
+        shared = same and share_blocks(a, b)
         for key, tensor in values:
-            f.seek(starts[key])
-            f.write(tensor_bytes(tensor.to(dtypes[key])))
-    return grown
+            b.seek(spans[key][0])
+            b.write(tensor_bytes(tensor.to(dtypes[key])))
+        if not shared:
+            sha256 = _fill(
+                a, b, header, [(*spans[k], entries[k].start, k in dtypes) for k in entries]
+            )
+    if not shared:
+        note_sum(to, sha256)
+    old = sum(entry.end - entry.start for entry in entries.values())
+    return sum(end - start for start, end in spans.values()) - old
+
+
+def _fill(
+    a: BinaryIO, b: BinaryIO, header: bytes, parts: Iterable[tuple[int, int, int, bool]]
+) -> str:
+    """Write header and all tensors of `a` that `b` does not hold yet, in one pass.
+
+    Args:
+        a: The source.
+        b: The new file, in which new tensors are written already.
+        header: What comes first.
+        parts: For every tensor, in file order: start and end in `b`, start in `a`, whether new.
+
+    Returns:
+        The SHA-256 of all of `b`.
+    """
+    b.seek(0)
+    b.write(header)
+    digest = hashlib.sha256(header)
+    for start, end, source, new in parts:
+        (b if new else a).seek(start if new else source)
+        for at in range(start, end, _CHUNK):
+            block = (b if new else a).read(min(_CHUNK, end - at))
+            if not block:
+                raise UserError(f"{a.name} is truncated; copy or download it again")
+            digest.update(block)
+            if not new:
+                b.seek(at)
+                b.write(block)
+    return digest.hexdigest()
 
 
 def _new_layout(
-    source: Path, to: Path, entries: Mapping[str, Entry], dtypes: Mapping[str, torch.dtype]
-) -> tuple[dict[str, int], int]:
-    """Write the header for new dtypes and the kept tensors; return new starts and the growth."""
+    source: Path, entries: Mapping[str, Entry], dtypes: Mapping[str, torch.dtype]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return the header for new dtypes, and where each tensor lies behind it.
+
+    Where no dtype changes, it is the source's own, byte by byte.
+    """
     with source.open("rb") as f:
-        old = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+        length = f.read(8)
+        text = f.read(struct.unpack("<Q", length)[0])
+    if all(entries[key].dtype == dtype for key, dtype in dtypes.items()):
+        return length + text, {key: (entry.start, entry.end) for key, entry in entries.items()}
+    old = json.loads(text)
     header: dict[str, object] = {k: old[k] for k in ("__metadata__",) if k in old}
-    at, offsets = 0, {}
+    at, spans = 0, {}
     for key, entry in entries.items():
-        size = entry.end - entry.start
-        code = entry.code
+        size, code = entry.end - entry.start, entry.code
         if key in dtypes:
             code = _CODES[dtypes[key]]
             size = size // entry.dtype.itemsize * dtypes[key].itemsize
         header[key] = {"dtype": code, "shape": entry.shape, "data_offsets": [at, at + size]}
-        offsets[key] = at
+        spans[key] = at, at + size
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
-    with source.open("rb") as a, to.open("xb") as b:
-        b.write(struct.pack("<Q", len(text)) + text)
-        for key, entry in entries.items():
-            if key not in dtypes:
-                _copy_range(a, b, entry.start, base + offsets[key], entry.end - entry.start)
-        b.flush()
-        b.truncate(base + at)
-    grown = at - sum(entry.end - entry.start for entry in entries.values())
-    return {key: base + offset for key, offset in offsets.items()}, grown
-
-
-@functools.lru_cache(maxsize=4096)
-def _hash(path: str, size: int, mtime_ns: int) -> str:
-    """Hash a file once per process as long as size and time stay."""
-    del size, mtime_ns
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    header_bytes = struct.pack("<Q", len(text)) + text
+    return header_bytes, {key: (base + a, base + b) for key, (a, b) in spans.items()}
 
 
 def hash_files(paths: list[Path]) -> str:
     """Return the SHA-256 over names and contents of files, as hex."""
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda p: p.name):
-        stat = path.stat()
-        content = _hash(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-        digest.update(f"{path.name}\0{content}\n".encode())
+        digest.update(f"{path.name}\0{file_sum(path)}\n".encode())
     return digest.hexdigest()
 
 
-@contextmanager
-def new_folder(to: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the name `to` when the block ends well.
+@functools.cache
+def _bad_tensor(path: Path, signature: Signature) -> str:
+    """Do the work of `bad_tensor`, once for as long as nothing touches the file."""
+    del signature  # part of the cache's key
+    bad = ""
+    entries = read_header(path)
+    with path.open("rb") as f:
+        digest = hashlib.sha256(f.read(min((e.start for e in entries.values()), default=-1)))
+    for key, entry in entries.items():
+        for start in range(entry.start, entry.end, _CHUNK):
+            values = _read(entry, start, min(start + _CHUNK, entry.end))
+            digest.update(tensor_bytes(values))
+            if not bad and values.dtype.is_floating_point:
+                wide = values if values.element_size() > 1 else values.float()
+                bad = "" if torch.isfinite(wide).all() else key
+    note_sum(path, digest.hexdigest())
+    return bad
 
-    Args:
-        to: A folder that does not exist or is empty.
 
-    Yields:
-        The temporary folder, next to `to`; removed when the block fails.
+def bad_tensor(path: Path) -> str:
+    """Return the first tensor of a file with a NaN or infinity, or an empty string.
 
-    Raises:
-        UserError: If `to` is a file or a folder that holds something.
+    The file is read once a process for this, and its SHA-256 taken on the way.
     """
-    check_free(to)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}."))
-    try:
-        work.chmod(0o755)
-        yield work
-        check_free(to)
-        try:
-            os.replace(work, to)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            check_free(to)
-            raise
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def check_free(to: Path) -> None:
-    """Raise UserError unless `to` does not exist or is an empty folder."""
-    if to.is_dir():
-        if any(to.iterdir()):
-            raise UserError(f"{to} already holds files; name a new or empty folder")
-    elif to.exists() or to.is_symlink():
-        raise UserError(f"{to} is a file; name a new or empty folder")
+    return _bad_tensor(path, signature_of(path))

@@ -26,6 +26,13 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl",
+     ".npz", ".ot"}
+)  # fmt: skip
+"""Endings of files that hold weights, in whichever format."""
+
+
 def find_shards(folder: Path) -> tuple[Path, ...]:
     """Return the safetensors files of a model folder; see `Checkpoint.shards`."""
     if (folder / WEIGHTS).is_file():

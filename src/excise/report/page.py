@@ -10,7 +10,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from excise.record import ArmRecord, Record, Verdict, load, write_text
+from excise.core.disk import write_text
+from excise.record import ArmRecord, Record, Verdict, load
 from excise.report import (
     absorption,
     curves,

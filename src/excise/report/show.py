@@ -1,4 +1,4 @@
-"""The end of a run as a person sees it: the page written, the summary printed."""
+"""The end of a run as a person sees it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 from rich.console import Console
 
 from excise import record
-from excise.report.page import write_report
 from excise.report.terminal import render_terminal
 
 
 def finish(folder: Path, next_command: str = "") -> int:
-    """Write `report.html` from the record in `folder` and print the summary.
+    """Print the summary of a run.
 
     Args:
         folder: Output folder with a `run.json`.
@@ -24,7 +23,5 @@ def finish(folder: Path, next_command: str = "") -> int:
     Raises:
         UserError: If the folder holds no record.
     """
-    loaded = record.load(folder)
-    write_report(folder)
-    Console().print(render_terminal(loaded, folder, next_command))
+    Console().print(render_terminal(record.load(folder), folder, next_command))
     return 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import SerializeAsAny
+from pydantic import SerializeAsAny, model_validator
 
 from excise.core.config import Config
 from excise.data.spec import DomainSpec
 from excise.models.spec import ModelSpec
-from excise.requests.recipe import AuditSpec, EvalSpec
+from excise.requests.recipe import AuditSpec, EvalSpec, check_names
 
 
 class AuditRun(Config):
@@ -39,3 +39,11 @@ class AuditRun(Config):
     """`auto` takes an accelerator where there is one."""
     code: dict[str, str] = {}
     """Names defined by code of one's own, as `./file.py:Class`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AuditRun:
+        """Refuse candidates with the names of reference models."""
+        if not self.candidates:
+            raise ValueError("candidates: name at least one model")
+        check_names(self.candidates, "candidates.")
+        return self

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import SerializeAsAny, model_validator
 
-from excise.auditor.base import Attack, Budget
-from excise.auditor.budget import budget_of
+from excise.auditor.base import RESERVED, Attack
+from excise.auditor.budget import Budget, budget_of
 from excise.core.config import Config, parse
+from excise.core.errors import UserError
 from excise.data.spec import DomainSpec
 from excise.evals.extra import ExtraScore
 from excise.methods.base import Method
@@ -111,9 +113,7 @@ class Recipe(Config):
             )
         if self.model.scratch is not None and self.pretrain is None:
             raise ValueError("pretrain: is required with 'model.scratch'")
-        for name in self.arms:
-            if not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"arms.{name}: use letters, digits, '-' and '_' only")
+        check_names(self.arms, "arms.")
         return self
 
 
@@ -121,3 +121,22 @@ def starts_from(method: Method) -> str:
     """Return whether a method starts from the original or from scratch; a chain as its first."""
     links = getattr(method, "methods", None)
     return starts_from(links[0]) if links else method.starts_from
+
+
+def check_names(names: Iterable[str], field: str = "") -> None:
+    """Refuse names of edited models that are no words or belong to the reference models.
+
+    Args:
+        names: The names.
+        field: What stands before a name in the sentence, such as `arms.`.
+
+    Raises:
+        UserError: Naming the first.
+    """
+    for name in names:
+        if not name.replace("-", "").replace("_", "").isalnum():
+            raise UserError(f"{field}{name}: use letters, digits, '-' and '_' only")
+        if name in RESERVED or name.startswith("oracle-"):
+            raise UserError(
+                f"{field}{name}: this is the name of a reference model or a control; use another"
+            )

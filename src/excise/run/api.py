@@ -1,7 +1,8 @@
-"""Python first: `remove`, `audit` and `load`; the command only wraps what these use."""
+"""Python first: `remove`, `audit` and `load`; the command goes through the same stages."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,20 +11,23 @@ from typing import Any, Literal
 from torch import nn
 
 from excise import record as schema
-from excise.core.context import Context
+from excise.core.config import Config
+from excise.core.disk import disk_full
 from excise.core.errors import UserError
-from excise.core.stages import disk_full
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.fetch.original import open_model
-from excise.methods.base import Method, Removal
-from excise.models.checkpoint import Checkpoint, open_checkpoint
+from excise.methods.base import ApplyMethod, Method, Removal
+from excise.models.checkpoint import Checkpoint
+from excise.models.open import open_checkpoint
 from excise.models.spec import ModelSpec
-from excise.record import ArmRecord, Record
-from excise.requests.recipe import AuditSpec, EvalSpec
-from excise.run.environment import device_of
-from excise.run.jobs import Setting
-from excise.run.results import Models, check_comparable, describe, judged, model_ref, model_refs
+from excise.record import Record
+from excise.requests.recipe import AuditSpec, EvalSpec, check_names
+from excise.run import output
+from excise.run.environment import environment, now
+from excise.run.results import Models, describe, model_refs
+from excise.run.steps import audit_models
+from excise.train.pool import Pool
 
 Model = str | Path | nn.Module | Checkpoint
 """A folder, hub id, GGUF file, fetched name, model in memory, or a checkpoint."""
@@ -47,8 +51,9 @@ def remove(
         method: The method with its hyper-parameters.
         domain: What to remove and what to keep.
         tokenizer: Needed with a model in memory.
-        out: Folder to work in; the model lies in `out/model`. A new temporary folder when
-            missing. Called again on the folder of an interrupted removal, it goes on.
+        out: Folder to write to; the model lies in `out/model`. A new temporary folder when
+            missing. The removal itself is a stage beside `out`: called again with the same
+            arguments it is found or resumes, called with others it is made anew.
         seed: Seed of every draw.
         dtype: Compute dtype.
         device: `auto` takes an accelerator where there is one.
@@ -59,14 +64,16 @@ def remove(
     Raises:
         UserError: If the model or the data cannot be used.
     """
-    import torch
-
     start = _open(model, tokenizer)
-    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="excise-"))
+    folder = _folder(out)
+    stage = ApplyMethod(method, start, _build(domain, start), seed)
+    with Pool(1) as pool:
+        removal = pool.map(output.runtime(folder, dtype, device).run, [stage])[0]
     with disk_full(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    ctx = Context(folder, seed, torch.device(device_of(device)), getattr(torch, dtype))
-    return method.apply(start, _build(domain, start), ctx)
+        output.copy_model(removal.checkpoint, folder / "model")
+    checkpoint = dataclasses.replace(removal.checkpoint, path=folder / "model")
+    return dataclasses.replace(removal, checkpoint=checkpoint)
 
 
 def audit(
@@ -106,51 +113,56 @@ def audit(
     Raises:
         UserError: If models cannot be read against each other, or the data cannot be used.
     """
-    from excise.run import output
-    from excise.run.run import attack_models, score_models
-    from excise.train.pool import Pool
-
     named = model if isinstance(model, Mapping) else {"candidate": model}
-    arms = {name: _open(one, tokenizer) for name, one in named.items()}
-    rails = Models(_open(original, tokenizer), tuple(_open(o, tokenizer) for o in oracles))
-    check_comparable(rails.original, {**arms, **{str(i): o for i, o in enumerate(rails.oracles)}})
-    built = _build(domain, rails.original)
-    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="excise-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    setting = Setting(folder / "stages", dtype, device_of(device))
-    spec = AuditSpec(budget=budget, change=dict(change or {}))
+    check_names(named)
+    candidates = {name: _open(one, tokenizer) for name, one in named.items()}
+    models = Models(_open(original, tokenizer), tuple(_open(o, tokenizer) for o in oracles))
+    built = _build(domain, models.original)
+    folder = _folder(out)
+    asked = _Asked(audit=AuditSpec(budget=budget, change=dict(change or {})), seed=seed)
+    started = now()
+    with disk_full(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with Pool(workers) as pool:
-        scored = score_models(built, rails, arms, EvalSpec(), setting, pool)
-        results = attack_models(built, rails, arms, spec, setting, pool, seed)
-    record = judged(_unjudged(built, rails, arms, seed), built, rails, arms, scored, results, spec)
+        runtime = output.runtime(folder, dtype, device)
+        record = Record(
+            kind="audit",
+            title=f"audit of {', '.join(candidates)}",
+            environment=environment(dtype, runtime.device, started),
+            data=describe(built),
+            models=model_refs(models, ""),
+            sensitive=built.sensitive,
+            seeds=(seed,),
+        )
+        record, items = audit_models(record, asked, built, models, candidates, runtime, pool)
     if out is not None:
-        output.write(folder, record, [item for one in scored.values() for item in one.items])
+        output.write(folder, record, items)
     return record
 
 
-def _unjudged(domain: Domain, rails: Models, arms: Mapping[str, Checkpoint], seed: int) -> Record:
-    """Return the record of an audit before its numbers."""
-    return Record(
-        kind="audit",
-        title=f"audit of {', '.join(arms)}",
-        data=describe(domain),
-        models=model_refs(rails, ""),
-        arms=tuple(
-            ArmRecord(name=name, method={}, model=model_ref(name, one))
-            for name, one in arms.items()
-        ),
-        sensitive=domain.sensitive,
-        seeds=(seed,),
-    )
+class _Asked(Config):
+    """What an audit asks of every model."""
+
+    audit: AuditSpec
+    evaluate: EvalSpec = EvalSpec()
+    seed: int = 0
 
 
-def load(folder: str | Path) -> Record:
-    """Read the record of an output folder.
+def load(folder: str | Path) -> Record | Checkpoint:
+    """Read the record of an output folder, or open the model in a model's folder.
 
     Raises:
-        UserError: If there is none.
+        UserError: If the folder holds neither.
     """
-    return schema.load(Path(folder))
+    path = Path(folder).expanduser()
+    if (path / "config.json").is_file() and not (path / "run.json").is_file():
+        return open_checkpoint(path)
+    return schema.load(path)
+
+
+def _folder(out: str | Path | None) -> Path:
+    """Return the folder to write to; a new temporary one, with its own store, when missing."""
+    return Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="excise-")) / "out"
 
 
 def _open(model: Model, tokenizer: Any) -> Checkpoint:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from excise.core.errors import UserError
-from excise.core.stages import library_versions
+from excise.core.keys import library_versions
 from excise.record import Environment
 from excise.train.worker import peak_bytes
 
@@ -30,10 +30,15 @@ def device_of(name: str) -> str:
     return name
 
 
-def environment(dtype: str, device: str) -> Environment:
-    """Return what decides numbers here: versions, device, git, threads."""
+def now() -> str:
+    """Return the time, ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def environment(dtype: str, device: str, started: str) -> Environment:
+    """Return what decides numbers here: versions, device, git, threads; and when it began."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
-    versions = library_versions()
+    versions = dict(library_versions())
     return Environment(
         excise=versions.get("excise", ""),
         versions=versions,
@@ -42,7 +47,7 @@ def environment(dtype: str, device: str) -> Environment:
         git=git_state(Path(__file__).parent),
         platform=f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         threads=torch.get_num_threads(),
-        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        started=started,
     )
 
 

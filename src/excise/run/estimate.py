@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from excise.auditor.base import Budget
+from excise.auditor.budget import Budget
 from excise.core.config import Config
 from excise.core.errors import UserError
 from excise.core.events import duration

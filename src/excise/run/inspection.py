@@ -18,7 +18,7 @@ from excise.models.spec import ModelSpec
 from excise.record import ArmRecord, Inspection, Record, Sample
 from excise.requests.inspection import InspectRun
 from excise.run import output
-from excise.run.environment import device_of, environment
+from excise.run.environment import device_of, environment, now
 from excise.run.results import Models, check_comparable, describe, model_ref, model_refs, timed
 
 IDENTICAL = "The two models are identical: no tensor differs, so there is nothing to inspect."
@@ -41,7 +41,7 @@ def inspect(request: InspectRun, out: Path, *, emit: Emit, command: str = "") ->
     Raises:
         UserError: If a model or the data cannot be read, or the two models do not compare.
     """
-    began = time.monotonic()
+    began, started = time.monotonic(), now()
     device = device_of(request.device)
     with output.claim(out, request):
         original = open_model(request.original)
@@ -68,7 +68,7 @@ def inspect(request: InspectRun, out: Path, *, emit: Emit, command: str = "") ->
             model=model_ref(request.arm, edited, str(edited.path)),
             changed=tuple(tensor.name for tensor in found.tensors),
         )
-        record = _record(request, original, domain, arm, found, samples, command)
+        record = _record(request, original, domain, arm, found, samples, command, started)
         record = timed(record, began)
         output.write(out, record, ())
     emit("done", {"out": str(out)})
@@ -83,6 +83,7 @@ def _record(
     found: Inspection,
     samples: tuple[Sample, ...],
     command: str,
+    started: str,
 ) -> Record:
     """Put what was found into a record."""
     return Record(
@@ -90,7 +91,7 @@ def _record(
         title=request.title or request.name,
         command=command,
         config=request.model_dump(mode="json"),
-        environment=environment(request.dtype, device_of(request.device)),
+        environment=environment(request.dtype, device_of(request.device), started),
         seeds=(request.seed,),
         data=describe(domain),
         models=model_refs(Models(original), request.original.path),

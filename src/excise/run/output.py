@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,24 +11,48 @@ import yaml
 
 from excise import record as schema
 from excise.core.config import Config
+from excise.core.disk import (
+    clone_file,
+    file_sum,
+    is_part,
+    locked,
+    new_file,
+    new_folder,
+    sweep,
+    write_text,
+)
 from excise.core.errors import DiskFull, UserError
+from excise.core.events import Emit, silent
+from excise.core.stages import Runtime, old_stages
 from excise.data import split as splits
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.data.split import split_of
 from excise.models.checkpoint import Checkpoint
-from excise.models.files import clone_file, new_folder
-from excise.record import Item, Record, write_text
+from excise.record import Item, Record
 from excise.report.card import render_card
 from excise.report.page import write_report
+from excise.run.environment import device_of
 
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
+CARD = "README.md"
 
 
-def store_of(out: Path) -> Path:
-    """Return the folder of an output's stages; runs that lie side by side share one."""
-    return out.parent / ".stages"
+def runtime(out: Path, dtype: str, device: str, emit: Emit = silent) -> Runtime:
+    """Return where the stages of an output are kept; runs that lie side by side share a store.
+
+    Args:
+        out: Output folder.
+        dtype: Compute dtype.
+        device: Device, or `auto`.
+        emit: Told of stages that an earlier version left.
+    """
+    store = out.parent / ".stages"
+    old = old_stages(store)
+    if old:
+        emit("note", {"text": old})
+    return Runtime(store, dtype, device_of(device))
 
 
 @contextmanager
@@ -49,24 +71,21 @@ def claim(out: Path, config: Config) -> Iterator[None]:
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("w")
     except OSError as error:
         why = (error.strerror or "error").lower()
         raise UserError(f"--out {out} cannot be made: {why}; name another folder") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out} is in use by another run; wait for it") from None
-        try:
-            write_text(out / RECIPE, text)
-            yield
-        except UserError as error:
-            if not known and not isinstance(error, DiskFull):
-                _undo(out, new)
-            raise
-        finally:
-            (out / LOCK).unlink(missing_ok=True)
+    try:
+        with locked(out / LOCK):
+            sweep(out, deep=True)
+            try:
+                write_text(out / RECIPE, text)
+                yield
+            except UserError as error:
+                if not known and not isinstance(error, DiskFull):
+                    _undo(out, new)
+                raise
+    except BlockingIOError:
+        raise UserError(f"--out {out} is in use by another run; wait for it") from None
 
 
 def check_out(out: Path) -> None:
@@ -77,7 +96,11 @@ def check_out(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    if out.is_dir() and not (out / RECIPE).is_file() and any(p.name != LOCK for p in out.iterdir()):
+    if not out.is_dir() or (out / RECIPE).is_file():
+        return
+    # What a run leaves that was killed before it had written its recipe.
+    early = {LOCK, "events.jsonl"}
+    if any(p.name not in early and not is_part(p) for p in out.iterdir()):
         raise UserError(f"--out {out} is not empty and holds no run; name a new folder")
 
 
@@ -99,7 +122,9 @@ def _check_free(out: Path, text: str) -> bool:
 def _undo(out: Path, new: Sequence[Path]) -> None:
     """Take away what a refused run wrote, and the folders it made."""
     for path in out.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (out / LOCK).unlink(missing_ok=True)
     for folder in new:
         if any(folder.iterdir()):
             break
@@ -119,31 +144,69 @@ def write(out: Path, record: Record, items: Sequence[Item]) -> None:
     write_report(out)
 
 
-def write_models(out: Path, record: Record, arms: Mapping[str, Checkpoint], upstream: Path) -> None:
+def write_models(
+    out: Path, record: Record, models: Mapping[str, Checkpoint], upstream: Path
+) -> Record:
     """Copy the edited models out of the store, each with its card.
 
     Args:
         out: Output folder; one model goes to `model`, several to `models/NAME`.
         record: What the cards say.
-        arms: The models.
+        models: The models by name.
         upstream: Folder of the original, whose card's licence and tags are kept.
+
+    Returns:
+        The record, which names the models where they lie in the output folder.
     """
-    card = upstream / "README.md"
+    card = upstream / CARD
     above = card.read_text(encoding="utf-8") if card.is_file() else None
-    for name, folder in copy_models(out, arms).items():
-        write_text(folder / "README.md", render_card(record, name, above))
+    folders = copy_models(out, models)
+    arms = tuple(
+        arm.model_copy(
+            update={
+                "model": arm.model.model_copy(
+                    update={"path": folders[arm.name].relative_to(out).as_posix()}
+                )
+            }
+        )
+        for arm in record.arms
+    )
+    record = record.model_copy(update={"arms": arms})
+    for name, folder in folders.items():
+        write_text(folder / CARD, render_card(record, name, above))
+    return record
 
 
-def copy_models(out: Path, arms: Mapping[str, Checkpoint]) -> dict[str, Path]:
+def copy_models(out: Path, models: Mapping[str, Checkpoint]) -> dict[str, Path]:
     """Copy models to `out/model`, or `out/models/NAME` when there are several."""
     folders = {}
-    for name, checkpoint in arms.items():
-        folder = out / "model" if len(arms) == 1 else out / "models" / name
-        if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            copy_model(checkpoint, folder)
+    for name, checkpoint in models.items():
+        folder = out / "model" if len(models) == 1 else out / "models" / name
+        copy_model(checkpoint, folder)
         folders[name] = folder
     return folders
+
+
+def copy_model(checkpoint: Checkpoint, to: Path) -> None:
+    """Copy a model folder, unless its copy is there byte by byte; another one is replaced."""
+    if to.is_dir():
+        there = {name: file_sum(path) for name, path in files_of(to).items() if name != CARD}
+        wanted = {name: file_sum(path) for name, path in files_of(checkpoint.path).items()}
+        if there == {name: known for name, known in wanted.items() if name != CARD}:
+            return
+    with new_folder(to, replace=True) as partial:
+        for name, path in files_of(checkpoint.path).items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            clone_file(path, partial / name)
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Return the files under a folder by relative name, hidden ones left out."""
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def write_items(path: Path, items: Sequence[Item]) -> None:
@@ -155,17 +218,5 @@ def write_items(path: Path, items: Sequence[Item]) -> None:
         name: [getattr(item, name) for item in items]
         for name in ("model", "set", "unit", "metric", "value")
     }
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with new_file(path) as partial:
         pq.write_table(pa.table(columns), partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def copy_model(checkpoint: Checkpoint, to: Path) -> None:
-    """Copy a model folder, file by file, under a temporary name (a reflink where possible)."""
-    with new_folder(to) as partial:
-        for file in sorted(checkpoint.path.iterdir()):
-            if file.is_file():
-                clone_file(file, partial / file.name)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from excise.auditor.engine import Results
 from excise.auditor.verdict.verdict import judge_all
 from excise.core.errors import UserError
+from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.methods.base import Method, Removal
 from excise.models.checkpoint import Checkpoint
@@ -17,7 +18,7 @@ from excise.record import ArmRecord, Item, ModelRef, Record, Sample
 from excise.requests.audit import AuditRun
 from excise.requests.recipe import AuditSpec, Recipe, budget_for
 from excise.run.environment import environment, peak_memory
-from excise.run.jobs import Scored, Setting
+from excise.run.stages import Scored
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Models:
     Attributes:
         original: The model before removal.
         oracles: Models trained without the forget units, each from a seed of its own.
-        inits: For scratch recipes, the untrained model of each seed.
+        init: For recipes that train from scratch, the untrained model that methods start from.
+        tokens: Tokens the original was trained on, 0 where it was not trained here.
     """
 
     original: Checkpoint
     oracles: tuple[Checkpoint, ...] = ()
     init: Checkpoint | None = None
+    tokens: int = 0
 
 
 def oracle_names(oracles: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
@@ -46,7 +49,8 @@ def new_record(
     command: str,
     domain: Domain,
     models: Models,
-    setting: Setting,
+    runtime: Runtime,
+    started: str,
 ) -> Record:
     """Return a record that says what was asked, where, and about what."""
     source = asked.original.path if isinstance(asked, AuditRun) else asked.model.path
@@ -55,7 +59,7 @@ def new_record(
         title=asked.title or asked.name,
         command=command,
         config=asked.model_dump(mode="json"),
-        environment=environment(asked.dtype, setting.device),
+        environment=environment(asked.dtype, runtime.device, started),
         seeds=(asked.seed,),
         data=describe(domain),
         models=model_refs(models, source),
@@ -144,6 +148,11 @@ def arm_record(name: str, method: Method, removal: Removal, seed: int) -> ArmRec
         extras=extras,
         history=tuple(dict(row) for row in removal.history),
     )
+
+
+def audited_arm(name: str, model: Checkpoint) -> ArmRecord:
+    """Return what the record says of a model that somebody made."""
+    return ArmRecord(name=name, method={}, model=model_ref(name, model, str(model.path)))
 
 
 def samples_of(scored: Mapping[str, Scored]) -> tuple[Sample, ...]:

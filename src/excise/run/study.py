@@ -19,12 +19,12 @@ from excise import record
 from excise.core.config import Config
 from excise.core.errors import UserError, nearest
 from excise.core.events import Emit
+from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.record import ModelRef, Record, StudyPicture, StudyTable
 from excise.report.page import write_report
 from excise.run import output
-from excise.run.environment import device_of, environment
-from excise.run.jobs import Setting
+from excise.run.environment import environment, now
 from excise.run.results import describe, timed
 from excise.train.pool import Pool
 
@@ -73,11 +73,11 @@ class Study(Config, ABC):
         raise UserError(f"study '{cls.model_fields['name'].default}' has no --full; leave it out")
 
     @abstractmethod
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question.
 
         Args:
-            setting: Store, dtype, device. What is computed is a stage: run again, it goes on.
+            runtime: What is computed is a stage kept there: run again, the study resumes.
             pool: Worker processes.
         """
 
@@ -120,16 +120,16 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
     Returns:
         The record, as written to `out/run.json`.
     """
-    began = time.monotonic()
-    setting = Setting(output.store_of(out), study.dtype, device_of(study.device))
+    began, started = time.monotonic(), now()
     with output.claim(out, study), Pool(workers or None, emit=emit) as pool:
-        result = study.run(setting, pool)
+        runtime = output.runtime(out, study.dtype, study.device, emit)
+        result = study.run(runtime, pool)
         made = Record(
             kind="study",
             title=study.name,
             command=command,
             config=study.model_dump(mode="json"),
-            environment=environment(study.dtype, setting.device),
+            environment=environment(study.dtype, runtime.device, started),
             seeds=study.seeds,
             data=dict(result.data) | (describe(result.domain) if result.domain else {}),
             models=result.models,
@@ -147,7 +147,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
             sensitive=result.domain is not None and result.domain.sensitive,
             notes=result.notes,
         )
-        made = timed(made, began)
+        made = timed(made, began, pool.peak_bytes)
         record.save(made, out)
         write_report(out)
     emit("done", {"out": str(out)})

@@ -9,24 +9,40 @@ from pathlib import Path
 
 import torch
 
-from excise.auditor.base import ArmResult, Attack, AttackResult, Budget, Subject
-from excise.auditor.budget import SMOKE
-from excise.auditor.controls.control import PLANT_FOR, make_plant
-from excise.auditor.controls.hide import PlantKind, score
+from excise.auditor.base import ArmResult, Attack, AttackResult, Subject
+from excise.auditor.budget import SMOKE, Budget
+from excise.auditor.controls import (
+    GatedEdit,
+    LogitScaling,
+    PasswordLock,
+    PositiveControl,
+    PromptGatedEdit,
+    ShortFineTuning,
+    WeightPerturbation,
+    WithinBuckets,
+)
+from excise.auditor.controls.control import make_control, score
+from excise.auditor.evaluation_set import make_sheet
 from excise.auditor.results import to_json
-from excise.auditor.scoring import make_sheet
 from excise.core.context import Context
 from excise.models.checkpoint import Checkpoint
 from excise.testing.setting import Setting, tiny_setting
 from excise.testing.watch import Watched, assert_left_clean, assert_untouched, look, watched
 
-BY_ACCESS: dict[str, tuple[PlantKind, ...]] = {
-    "prompt": ("lock", "gate_prompt"),
-    "logits": ("lock", "gate_prompt"),
-    "activations": ("gate",),
-    "weights": ("gain", "bucket", "shallow", "jolt", "gate"),
-}
-"""Ways to hide that an attack with that access may undo; it need not undo them all."""
+PROMPT = (PasswordLock(), PromptGatedEdit())
+BY_ACCESS: dict[str, tuple[PositiveControl, ...]] = {
+    "prompt": PROMPT,
+    "logits": PROMPT,
+    "activations": (GatedEdit(),),
+    "weights": (
+        LogitScaling(), WithinBuckets(), ShortFineTuning(), WeightPerturbation(), GatedEdit(),
+    ),
+}  # fmt: skip
+"""Ways to hide that an attack which declares none may undo; it need not undo them all."""
+
+
+SEEDS = 3
+"""Default settings that are tried until a control hides in one: tiny models differ by machine."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,7 @@ def check_attack(
     *,
     setting: Setting | None = None,
     budget: Budget = SMOKE,
-    plants: Sequence[PlantKind] | None = None,
+    controls: Sequence[PositiveControl] | None = None,
     recovers: float = 0.5,
     leaks: float = 0.25,
 ) -> None:
@@ -74,7 +90,8 @@ def check_attack(
         attack: The attack.
         setting: Domain and models; by default three tiny ones are trained, in ten seconds.
         budget: How hard it tries.
-        plants: Ways to hide that it should undo; by default those of its name or its access.
+        controls: Ways to hide that it should undo; by default those it declares, else those of its
+            access.
         recovers: Share of the hidden knowledge that it must bring back from one of them, at its
             best point.
         leaks: Share of V that it may score on the model that was never taught.
@@ -83,43 +100,67 @@ def check_attack(
         AssertionError: With a sentence that says which property fails.
     """
     name = str(getattr(attack, "name", type(attack).__name__))
-    kinds = plants or PLANT_FOR.get(name) or BY_ACCESS[attack.access]
+    kinds = controls or attack.controls or BY_ACCESS[attack.access]
+    who = f"attack '{name}'"
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        case = _Case(f"attack '{name}'", attack, setting or tiny_setting(), budget, Path(folder))
-        _check_power(case, kinds, recovers, own=plants is None)
+        tried: list[str] = []
+        for seed in range(1 if setting else SEEDS):
+            root = Path(folder) / str(seed)
+            root.mkdir()
+            case = _Case(who, attack, setting or tiny_setting(seed), budget, root)
+            if _has_power(case, kinds, recovers, tried, own=controls is None):
+                break
+        else:
+            raise AssertionError(
+                f"{who} has no power: of what merely hides it brought back less than "
+                f"{recovers:.0%}: " + ", ".join(tried)
+            )
         _check_seed(case, _check_invents_nothing(case, leaks))
 
 
 def _hiding(
-    case: _Case, kinds: Sequence[PlantKind], tried: list[str], *, own: bool
+    case: _Case, kinds: Sequence[PositiveControl], tried: list[str], *, own: bool
 ) -> Iterator[tuple[str, Checkpoint]]:
-    """Yield models that hide, by name; note the plants that do not."""
+    """Yield models that hide, by name; note the controls that do not."""
     if own and case.attack.access in ("prompt", "logits"):
         for i, checkpoint in enumerate(case.setting.locked):
             yield f"locked-{i}", checkpoint
     known, domain = case.setting.knowing, case.setting.domain
     for kind in kinds:
-        to = case.root / kind
-        plant = make_plant(kind, known, domain, case.budget, Context(case.root), to)
-        if plant.checkpoint is None or not plant.hides:
-            tried.append(f"{kind} (does not hide: {plant.reason})")
+        to = case.root / kind.name
+        made = make_control(kind, known, domain, case.budget, Context(case.root), to)
+        if made.checkpoint is None or not made.hides:
+            tried.append(f"{kind.name} (does not hide: {made.reason})")
         else:
-            yield kind, plant.checkpoint
+            yield kind.name, made.checkpoint
 
 
-def _check_power(case: _Case, kinds: Sequence[PlantKind], recovers: float, *, own: bool) -> None:
-    """Assert that the attack undoes one way to hide."""
-    tried: list[str] = []
+def _has_power(
+    case: _Case,
+    kinds: Sequence[PositiveControl],
+    recovers: float,
+    tried: list[str],
+    *,
+    own: bool,
+) -> bool:
+    """Return whether the attack undoes one way to hide, False where none hides in this setting.
+
+    Raises:
+        AssertionError: If something hides and nothing comes back.
+    """
+    hid = False
     for name, checkpoint in _hiding(case, kinds, tried, own=own):
+        hid = True
         result = case.run(watched(checkpoint), name)
         share = max((_share(case, arm) for arm in _deciding(result)), default=0.0)
         if share >= recovers:
-            return
+            return True
         tried.append(f"{name} ({share:.0%} came back)")
-    raise AssertionError(
+    assert not hid, (
         f"{case.who} has no power: of what merely hides it brought back less than {recovers:.0%}: "
         + ", ".join(tried)
     )
+    return False
 
 
 def _deciding(result: AttackResult) -> list[ArmResult]:

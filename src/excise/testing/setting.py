@@ -63,20 +63,24 @@ class Setting:
 
 
 @functools.cache
-def tiny_setting() -> Setting:
+def tiny_setting(seed: int = 0) -> Setting:
     """Train the models, once in a process; their folder goes when the process ends.
+
+    Args:
+        seed: Seed of the facts and of the models.
 
     Returns:
         The setting. Takes about ten seconds.
     """
     root = Path(tempfile.mkdtemp(prefix="excise-setting-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    domain, tokenizer = SPEC.build(), SPEC.tokenizer()
+    spec = SPEC.model_copy(update={"seed": seed})
+    domain, tokenizer = spec.build(), spec.tokenizer()
     taught = tuple(row for rows in domain.forget.values() for row in rows)
     every = (*domain.retain, *taught)
 
     def fresh() -> Any:
-        return tiny_model("llama", vocab=len(tokenizer), width=48)
+        return tiny_model("llama", seed=seed, vocab=len(tokenizer), width=48)
 
     known, rest = texts(every), texts(domain.retain)
     knowing = _trained(fresh(), known, SCHEDULE, tokenizer, root / "knowing")

@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from excise.core.errors import UserError
-from excise.core.stages import Emit
-from excise.train.worker import CHANNEL, INSIDE, emit, release, settle, silent, unsettle, work
-
-__all__ = ["Pool", "emit", "settle", "visible_cores"]
+from excise.core.events import CHANNEL, Emit, silent
+from excise.train.worker import INSIDE, release, settle, unsettle, work
 
 J = TypeVar("J")
 R = TypeVar("R")

@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from excise.core.disk import disk_full
 from excise.core.errors import UserError
-from excise.core.stages import disk_full
 from excise.train.optim import Optimizer
 from excise.train.slices import Slice
 

@@ -15,30 +15,17 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping
-from contextvars import ContextVar
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from excise.core.stages import Emit
+from excise.core.events import CHANNEL
 
 INSIDE = "EXCISE_WORKER"
 """Environment variable that is set inside a worker."""
 
 MUCH = 1 << 30
 """Resident bytes from which on a worker tidies up between jobs."""
-
-
-def silent(kind: str, data: Mapping[str, Any]) -> None:
-    """Drop an event."""
-
-
-CHANNEL: ContextVar[Emit] = ContextVar("CHANNEL", default=silent)
-
-
-def emit(kind: str, data: Mapping[str, Any]) -> None:
-    """Pass an event of a job to the pool's sink; give it to a job as `Context.emit`."""
-    CHANNEL.get()(kind, data)
 
 
 def settle() -> None:

@@ -10,16 +10,17 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import SerializeAsAny
 
-from excise.core.stages import Store
+from excise.core.context import Context, Stage
+from excise.core.disk import write_text
+from excise.core.stages import Runtime
 from excise.data.domain import Domain, Rows
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.models.checkpoint import Checkpoint
-from excise.record import StudyTable, write_text
-from excise.run.jobs import Setting
+from excise.record import StudyTable
 from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
-from excise.train.pool import Pool, emit
+from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.distil_tables import groups_of, said
 from excise_studies.distillation.distilling import (
@@ -79,66 +80,67 @@ class DarkKnowledge(Study):
     }  # fmt: skip
     """The unlearned models; the first decides."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 @dataclass(frozen=True)
-class ReadoutJob:
-    """Fit and score the readout of one model."""
+class FitReadout(Stage[dict[str, Any]]):
+    """The readout of one model, fitted and scored.
 
-    setting: Setting
+    Attributes:
+        model: The model.
+        domain: Rows by role.
+        max_length: Tokens per row.
+        shuffle: Seed by which predictions are dealt out at random; None for as they are.
+    """
+
+    version: ClassVar[int] = VERSION
+
     model: Checkpoint
     domain: Domain
     max_length: int
-    seed: int
-    shuffle: bool = False
+    shuffle: int | None = None
 
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return "readout"
 
-def make_readout(job: ReadoutJob) -> dict[str, Any]:
-    """Return `bits` by unit of V and the chosen `ridge`, as a stage."""
-    key = job.setting.key(
-        version=VERSION,
-        model=job.model.fingerprint,
-        domain=job.domain.fingerprint,
-        max_length=job.max_length,
-        shuffle=job.seed if job.shuffle else None,
-    )
-
-    def make(work: Path) -> None:
-        ctx = job.setting.context(work, job.seed)
-        net, tokenizer = job.model.load(dtype=ctx.dtype, device=ctx.device), job.model.tokenizer()
+    def make(self, ctx: Context) -> None:
+        """Write `bits` by unit of V and the chosen `ridge`."""
+        net, tokenizer = self.model.load(dtype=ctx.dtype, device=ctx.device), self.model.tokenizer()
         parts = []
-        for i, side in enumerate((job.domain.relearn, job.domain.dev_forget, job.domain.test)):
+        sides = (self.domain.relearn, self.domain.dev_forget, self.domain.test)
+        for i, side in enumerate(sides):
             rows: Rows = tuple(row for rows in side.values() for row in rows)
-            held = predictions(net, rows, tokenizer, max_length=job.max_length)
-            parts.append(shuffled(held, 10 * job.seed + i) if job.shuffle else held)
+            held = predictions(net, rows, tokenizer, max_length=self.max_length)
+            parts.append(held if self.shuffle is None else shuffled(held, 10 * self.shuffle + i))
         bits, ridge = readout_bits(*parts)
-        write_text(work / "readout.json", json.dumps({"bits": bits, "ridge": ridge}))
+        write_text(ctx.work / "readout.json", json.dumps({"bits": bits, "ridge": ridge}))
 
-    folder = Store(job.setting.store, emit).stage("readout", key, make)
-    data: dict[str, Any] = json.loads((folder / "readout.json").read_text(encoding="utf-8"))
-    return data
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Return what was written."""
+        data: dict[str, Any] = json.loads((folder / "readout.json").read_text(encoding="utf-8"))
+        return data
 
 
-def run(study: DarkKnowledge, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: DarkKnowledge, runtime: Runtime, pool: Pool) -> StudyResult:
     """Make the teachers, fit the readouts, compare."""
-    draws = make_draws(study.bench, study.seeds, setting, pool)
-    teachers = checkpoints(make_arms(arms_of(study.teachers, draws, study.seeds), setting, pool))
+    draws = make_draws(study.bench, study.seeds, runtime, pool)
+    teachers = checkpoints(make_arms(arms_of(study.teachers, draws, study.seeds), runtime, pool))
     models = {**rails(draws, study.seeds), **teachers}
     length = study.bench.pretrain.max_length
     jobs = {
-        (arm, seed): ReadoutJob(setting, model, draws[seed].domain, length, seed)
+        (arm, seed): FitReadout(model, draws[seed].domain, length)
         for (arm, seed), model in models.items()
     }
     jobs |= {
-        (f"{arm}, {SHUFFLED}", seed): ReadoutJob(
-            setting, model, draws[seed].domain, length, seed, shuffle=True
-        )
+        (f"{arm}, {SHUFFLED}", seed): FitReadout(model, draws[seed].domain, length, shuffle=seed)
         for (arm, seed), model in teachers.items()
     }
-    found = dict(zip(jobs, pool.map(make_readout, list(jobs.values())), strict=True))
+    found = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
     scores: dict[str, dict[int, Mapping[str, float]]] = {}
     for (arm, seed), held in found.items():
         scores.setdefault(arm, {})[seed] = held["bits"]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.base import Removal
 from excise.methods.distillation.corpora import (
@@ -19,7 +20,6 @@ from excise.methods.distillation.corpora import (
 )
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyRow, StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
@@ -92,21 +92,21 @@ class DistilCorpus(Study):
     corpora: dict[str, AnyCorpus] = corpora()
     """What is read; the first is what others are held against."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
-def run(study: DistilCorpus, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: DistilCorpus, runtime: Runtime, pool: Pool) -> StudyResult:
     """Distil on every corpus, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, setting, pool)
+    draws = make_draws(study.bench, study.seeds, runtime, pool)
     methods = {
         name: study.student.model_copy(update={"corpus": corpus})
         for name, corpus in study.corpora.items()
     }
-    made = make_arms(arms_of(methods, draws, study.seeds), setting, pool)
+    made = make_arms(arms_of(methods, draws, study.seeds), runtime, pool)
     models = checkpoints(made)
-    found = measure_arms(study.bench, models, draws, setting, pool)
+    found = measure_arms(study.bench, models, draws, runtime, pool)
     apart = differences(study, found)
     lost = [name for name in apart if retain_lost(study, found, name)]
     words = [f"Against {next(iter(study.corpora))}: {_list(apart)}.", gaps(found)]

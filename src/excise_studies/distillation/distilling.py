@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import SerializeAsAny
 
 from excise.core.config import Config
+from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.domains.arithmetic import ARITHMETIC_FIT, ARITHMETIC_MAX_LENGTH, Arithmetic
 from excise.fetch.original import tokenizer_for
-from excise.methods.base import Method, Removal
+from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
@@ -26,8 +28,8 @@ from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
 from excise.record import StudyTable
-from excise.run.jobs import InitJob, RemovalJob, Setting, make_init, make_removal
 from excise.run.results import model_ref
+from excise.run.stages import MakeModel
 from excise.run.study import StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
@@ -107,25 +109,25 @@ def student(**changes: Any) -> Undo:
 # -- models ----------------------------------------------------------------------------------------
 
 
-def make_draws(bench: Bench, seeds: Sequence[int], setting: Setting, pool: Pool) -> dict[int, Draw]:
+def make_draws(bench: Bench, seeds: Sequence[int], runtime: Runtime, pool: Pool) -> dict[int, Draw]:
     """Train original and oracle of every draw."""
     drawn: dict[int, tuple[Domain, Any]] = {}
     for seed in dict.fromkeys(seeds):
         own = "seed" in type(bench.domain).model_fields
         spec = bench.domain.model_copy(update={"seed": seed}) if own else bench.domain
         drawn[seed] = (spec.build(None), tokenizer_for(spec))
-    return train_draws(drawn, bench.model, bench.pretrain, setting, pool)
+    return train_draws(drawn, bench.model, bench.pretrain, runtime, pool)
 
 
 def make_inits(
-    bench: Bench, draws: Mapping[int, Draw], setting: Setting, pool: Pool, apart: int = APART
+    bench: Bench, draws: Mapping[int, Draw], runtime: Runtime, pool: Pool, apart: int = APART
 ) -> dict[int, Checkpoint]:
     """Return a further random model of every draw, of seed plus `apart`."""
     jobs = [
-        InitJob(setting, bench.model, draw.original.tokenizer(), seed + apart)
+        MakeModel(bench.model, draw.original.tokenizer(), seed + apart)
         for seed, draw in draws.items()
     ]
-    return dict(zip(draws, pool.map(make_init, jobs), strict=True))
+    return dict(zip(draws, pool.map(runtime.run, jobs), strict=True))
 
 
 @dataclass(frozen=True)
@@ -154,26 +156,23 @@ def arms_of(
     }
 
 
-def make_arms(wanted: Mapping[Key, Make], setting: Setting, pool: Pool) -> dict[Key, Removal]:
+def make_arms(wanted: Mapping[Key, Make], runtime: Runtime, pool: Pool) -> dict[Key, Removal]:
     """Make the models of all arms, teachers first, so that no two workers wait for one.
 
     Args:
         wanted: What to make, by arm and draw.
-        setting: Store, dtype, device.
+        runtime: Where stages are kept.
         pool: Worker processes.
     """
-    teachers: dict[str, RemovalJob] = {}
+    teachers: dict[Path, ApplyMethod] = {}
     for (_, seed), make in wanted.items():
         if isinstance(make.method, Undo):
             for method in make.method.needed_makers().values():
-                job = RemovalJob(setting, method, make.start, make.domain, seed)
-                name = f"{method.digest()} {make.start.path} {make.domain.fingerprint} {seed}"
-                teachers.setdefault(name, job)
-    pool.map(make_removal, list(teachers.values()))
-    jobs = [
-        RemovalJob(setting, m.method, m.start, m.domain, seed) for (_, seed), m in wanted.items()
-    ]
-    return dict(zip(wanted, pool.map(make_removal, jobs), strict=True))
+                stage = ApplyMethod(method, make.start, make.domain, seed)
+                teachers[runtime.path(stage)] = stage
+    pool.map(runtime.run, list(teachers.values()))
+    jobs = [ApplyMethod(m.method, m.start, m.domain, seed) for (_, seed), m in wanted.items()]
+    return dict(zip(wanted, pool.map(runtime.run, jobs), strict=True))
 
 
 def checkpoints(made: Mapping[Key, Removal]) -> dict[Key, Checkpoint]:
@@ -196,7 +195,7 @@ def measure_arms(
     bench: Bench,
     models: Mapping[Key, Checkpoint],
     draws: Mapping[int, Draw],
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
 ) -> Found:
     """Relearn T with every arm and with both rails, and put the scores together.
@@ -205,13 +204,13 @@ def measure_arms(
         bench: The attacker.
         models: By arm and draw.
         draws: Data and rails.
-        setting: Store, dtype, device.
+        runtime: Where stages are kept.
         pool: Worker processes.
     """
     seeds = tuple(dict.fromkeys(seed for _, seed in models))
     both = {**rails(draws, seeds), **models}
     attacker, length = bench.attacker, bench.pretrain.max_length
-    attacked = attack_all(attacker, both, draws, setting, pool, max_length=length)
+    attacked = attack_all(attacker, both, draws, runtime, pool, max_length=length)
     domains = {seed: draws[seed].domain for seed in seeds}
     exact = domains[seeds[0]].metrics[0] != "text_loss"
     return gather(attacked, domains, power=attacker.power, absolute=exact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,17 @@ from typing import ClassVar, Literal
 
 import torch
 
-from excise.core.stages import Store
+from excise.core.context import Context, Stage
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
+from excise.methods.base import ApplyMethod
 from excise.methods.distillation.targets import FromOracle, FromTeacher
 from excise.methods.distillation.undo import Undo
 from excise.methods.pretraining.plain import Plain
 from excise.models.checkpoint import Checkpoint, save_model
-from excise.models.permute import permute_neurons
 from excise.record import StudyRow, StudyTable
-from excise.run.jobs import RemovalJob, Setting, make_removal
 from excise.run.study import Study, StudyResult
-from excise.train.pool import Pool, emit
+from excise.train.pool import Pool
 from excise_studies.base import Draw, row
 from excise_studies.distillation.distil_tables import Found, gaps, said
 from excise_studies.distillation.distilling import (
@@ -34,6 +35,7 @@ from excise_studies.distillation.distilling import (
     result,
     student,
 )
+from excise_studies.distillation.permute import permute_neurons
 from excise_studies.distillation.weight_cosine import cosine
 from excise_studies.levels import verdict
 
@@ -83,16 +85,16 @@ class InitLeak(Study):
     teacher_too: bool = True
     """Whether students of the unlearned teacher run as well, from random and unlearned weights."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
-def run(study: InitLeak, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: InitLeak, runtime: Runtime, pool: Pool) -> StudyResult:
     """Distil from every start, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, setting, pool)
-    others = another(study, draws, setting, pool) if "another original" in study.inits else {}
-    orders = permuted(draws, setting, pool) if "permuted" in study.inits else {}
+    draws = make_draws(study.bench, study.seeds, runtime, pool)
+    others = another(study, draws, runtime, pool) if "another original" in study.inits else {}
+    orders = permuted(draws, runtime, pool) if "permuted" in study.inits else {}
     wanted = {}
     for seed, draw in draws.items():
         assert draw.oracle is not None
@@ -119,8 +121,8 @@ def run(study: InitLeak, setting: Setting, pool: Pool) -> StudyResult:
             ),
         }
         wanted |= arms_of(taught, draws, study.seeds)
-    models = checkpoints(make_arms(wanted, setting, pool))
-    found = measure_arms(study.bench, models, draws, setting, pool)
+    models = checkpoints(make_arms(wanted, runtime, pool))
+    found = measure_arms(study.bench, models, draws, runtime, pool)
     leak = leaks(study, found)
     near = {key: cosine(model, draws[key[1]].original) for key, model in models.items()}
     words = [f"From an init minus from random, depth gap: {_list(leak)}.", gaps(found)]
@@ -129,44 +131,51 @@ def run(study: InitLeak, setting: Setting, pool: Pool) -> StudyResult:
 
 
 def another(
-    study: InitLeak, draws: Mapping[int, Draw], setting: Setting, pool: Pool
+    study: InitLeak, draws: Mapping[int, Draw], runtime: Runtime, pool: Pool
 ) -> dict[int, Checkpoint]:
     """Return originals of the same data, of other initialisations and orders of rows."""
-    inits = make_inits(study.bench, draws, setting, pool, OTHER)
+    inits = make_inits(study.bench, draws, runtime, pool, OTHER)
     plain = Plain(pretrain=study.bench.pretrain)
     jobs = [
-        RemovalJob(setting, plain, inits[seed], draw.domain, seed + OTHER)
-        for seed, draw in draws.items()
+        ApplyMethod(plain, inits[seed], draw.domain, seed + OTHER) for seed, draw in draws.items()
     ]
-    made = pool.map(make_removal, jobs)
+    made = pool.map(runtime.run, jobs)
     return {seed: removal.checkpoint for seed, removal in zip(draws, made, strict=True)}
 
 
 @dataclass(frozen=True)
-class PermuteJob:
-    """Write a model's function in other coordinates."""
+class PermuteNeurons(Stage[Checkpoint]):
+    """A model's function in other coordinates: its neurons in another order.
 
-    setting: Setting
+    Attributes:
+        model: The model.
+        seed: Seed of the order.
+    """
+
     model: Checkpoint
     seed: int
 
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return "permuted"
 
-def make_permuted(job: PermuteJob) -> Checkpoint:
-    """Return the model with its neurons in another order, as a stage."""
-    key = job.setting.key(model=job.model.fingerprint, seed=job.seed)
+    def make(self, ctx: Context) -> None:
+        """Write the model."""
+        shutil.rmtree(ctx.work / "model", ignore_errors=True)  # of a run that was killed
+        net = self.model.load(dtype=torch.float32)
+        permute_neurons(net, torch.Generator().manual_seed(self.seed))
+        save_model(net, None, ctx.work / "model", source=self.model)
 
-    def make(work: Path) -> None:
-        net = job.model.load(dtype=torch.float32)
-        permute_neurons(net, torch.Generator().manual_seed(job.seed))
-        save_model(net, None, work / "model", source=job.model)
-
-    return Checkpoint(Store(job.setting.store, emit).stage("permuted", key, make) / "model")
+    def read(self, folder: Path) -> Checkpoint:
+        """Return the model."""
+        return Checkpoint(folder / "model")
 
 
-def permuted(draws: Mapping[int, Draw], setting: Setting, pool: Pool) -> dict[int, Checkpoint]:
+def permuted(draws: Mapping[int, Draw], runtime: Runtime, pool: Pool) -> dict[int, Checkpoint]:
     """Return every draw's original with its neurons in another order."""
-    jobs = [PermuteJob(setting, draw.original, seed) for seed, draw in draws.items()]
-    return dict(zip(draws, pool.map(make_permuted, jobs), strict=True))
+    jobs = [PermuteNeurons(draw.original, seed) for seed, draw in draws.items()]
+    return dict(zip(draws, pool.map(runtime.run, jobs), strict=True))
 
 
 def leaks(study: InitLeak, found: Found) -> dict[str, Estimate]:

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.evals.stats import Estimate
 from excise.methods.distillation.harmful import Classifier, drawn
@@ -16,7 +17,6 @@ from excise.methods.distillation.targets import FromTeacher, Splice
 from excise.methods.distillation.undo import Undo
 from excise.methods.tuning import forget_rows
 from excise.record import StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -69,9 +69,9 @@ class LabelBudget(Study):
     per: Literal["row", "token"] = "row"
     """Whether the probe judges texts or tokens."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 def few(domain: Domain, labels: int, seed: int) -> Domain:
@@ -88,9 +88,9 @@ def few(domain: Domain, labels: int, seed: int) -> Domain:
     return replace(domain, forget=forget, retain=retain, _fingerprint=[])
 
 
-def run(study: LabelBudget, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: LabelBudget, runtime: Runtime, pool: Pool) -> StudyResult:
     """Distil both ways at every budget of labels, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, setting, pool)
+    draws = make_draws(study.bench, study.seeds, runtime, pool)
     wanted = {}
     for seed in study.seeds:
         draw = draws[seed]
@@ -101,9 +101,9 @@ def run(study: LabelBudget, setting: Setting, pool: Pool) -> StudyResult:
             wanted[f"filter, {n}", seed] = Make(sieve, draw.original, draw.domain)
             taught = study.student.model_copy(update={"targets": FromTeacher()})
             wanted[f"unlearn, {n}", seed] = Make(taught, draw.original, few(draw.domain, n, seed))
-    made = make_arms(wanted, setting, pool)
+    made = make_arms(wanted, runtime, pool)
     models = checkpoints(made)
-    found = measure_arms(study.bench, models, draws, setting, pool)
+    found = measure_arms(study.bench, models, draws, runtime, pool)
     apart = differences(study, found)
     words = [f"Unlearning minus filtering, depth gap: {_list(apart)}.", gaps(found)]
     return result(found, words, decide(study, apart), draws, models, tables=(_table(apart),))

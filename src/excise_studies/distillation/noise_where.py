@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.distillation.perturb import Part
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -67,14 +67,14 @@ class NoiseWhere(Study):
     share: float = Field(default=0.2, gt=0, lt=1)
     """Share of the matrices' weights that forget rows lean on most."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
-def run(study: NoiseWhere, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: NoiseWhere, runtime: Runtime, pool: Pool) -> StudyResult:
     """Perturb one group at a time, distil, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, setting, pool)
+    draws = make_draws(study.bench, study.seeds, runtime, pool)
     base = study.student
     methods = {"everywhere": base.model_copy(update={"groups": ("all",)})}
     for group in study.groups:
@@ -82,8 +82,8 @@ def run(study: NoiseWhere, setting: Setting, pool: Pool) -> StudyResult:
     for name, kind in ((SNIP, "forget_snip"), (RANDOM, "random")):
         methods[name] = base.model_copy(update={"weights": kind, "share": study.share})
     methods[NOWHERE] = base.model_copy(update={"alpha": 0.0})
-    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), setting, pool))
-    found = measure_arms(study.bench, models, draws, setting, pool)
+    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), runtime, pool))
+    found = measure_arms(study.bench, models, draws, runtime, pool)
     apart = differences(study, found)
     words = [f"Against noise everywhere, depth gap: {_list(apart)}.", gaps(found)]
     return result(found, words, decide(study, apart), draws, models, tables=(_table(apart),))

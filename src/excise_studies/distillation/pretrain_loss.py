@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.grad_diff_pretrain import GradDiffPretrain, Push
 from excise.record import StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -65,16 +65,16 @@ class PretrainLoss(Study):
     weight: float = 0.3
     """Weight of the harmful tokens' loss."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
-def run(study: PretrainLoss, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: PretrainLoss, runtime: Runtime, pool: Pool) -> StudyResult:
     """Train from scratch under every loss, relearn, compare."""
     bench = study.bench
-    draws = make_draws(bench, study.seeds, setting, pool)
-    starts = make_inits(bench, draws, setting, pool)
+    draws = make_draws(bench, study.seeds, runtime, pool)
+    starts = make_inits(bench, draws, runtime, pool)
     methods: dict[str, Method] = {NOTHING: Filtering(pretrain=bench.pretrain)}
     for push in study.pushes:
         methods[push] = GradDiffPretrain(pretrain=bench.pretrain, push=push, weight=study.weight)
@@ -83,8 +83,8 @@ def run(study: PretrainLoss, setting: Setting, pool: Pool) -> StudyResult:
         for name, method in methods.items()
         for seed in study.seeds
     }
-    models = checkpoints(make_arms(wanted, setting, pool))
-    found = measure_arms(bench, models, draws, setting, pool)
+    models = checkpoints(make_arms(wanted, runtime, pool))
+    found = measure_arms(bench, models, draws, runtime, pool)
     apart = differences(study, found)
     return result(
         found,

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.record import StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import Attacker
@@ -79,16 +79,16 @@ class ReversalCost(Study):
             raise ValueError(f"methods: needs 'rmu' and '{self.against}', which are compared")
         return self
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
-def run(study: ReversalCost, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: ReversalCost, runtime: Runtime, pool: Pool) -> StudyResult:
     """Remove, relearn, find the costs."""
-    draws = make_draws(study.bench, study.seeds, setting, pool)
-    models = checkpoints(make_arms(arms_of(study.methods, draws, study.seeds), setting, pool))
-    found = measure_arms(study.bench, models, draws, setting, pool)
+    draws = make_draws(study.bench, study.seeds, runtime, pool)
+    models = checkpoints(make_arms(arms_of(study.methods, draws, study.seeds), runtime, pool))
+    found = measure_arms(study.bench, models, draws, runtime, pool)
     groups = {seed: groups_of(draws[seed].domain) for seed in study.seeds}
     costs = {name: log_costs(study, found, name, groups) for name in study.methods}
     size = found.after.n

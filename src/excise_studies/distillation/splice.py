@@ -11,17 +11,17 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, SerializeAsAny
 
-from excise.core.stages import Store
+from excise.core.context import Context, Stage
+from excise.core.disk import write_text
+from excise.core.stages import Runtime
 from excise.data.domain import Domain, Rows
 from excise.domains.passages import hashed_order
 from excise.evals.stats import Estimate, bootstrap_mean
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.models.checkpoint import Checkpoint
-from excise.record import write_text
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
-from excise.train.pool import Pool, emit
+from excise.train.pool import Pool
 from excise_studies.base import Draw
 from excise_studies.distillation import splice_tables
 from excise_studies.distillation.distil_tables import Found, groups_of
@@ -86,65 +86,69 @@ class TeacherSplice(Study):
     student: Undo = student()
     """The student of that teacher."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 @dataclass(frozen=True)
-class KlJob:
-    """Read the predictions of one unlearned model against its original's."""
+class CompareModels(Stage[dict[str, Any]]):
+    """The predictions of an unlearned model against its original's and against noise.
 
-    setting: Setting
+    Attributes:
+        edited: The unlearned model.
+        original: Its original.
+        domain: Rows by role.
+        max_length: Tokens per row.
+    """
+
+    version: ClassVar[int] = VERSION
+
     edited: Checkpoint
     original: Checkpoint
     domain: Domain
     max_length: int
 
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return "splice-kl"
 
-def make_kl(job: KlJob) -> dict[str, Any]:
-    """Return KLs by unit of `test`, `retain`, `dev`, `dev_retain`: `original` and each noise."""
-    key = job.setting.key(
-        version=VERSION,
-        edited=job.edited.fingerprint,
-        original=job.original.fingerprint,
-        domain=job.domain.fingerprint,
-        max_length=job.max_length,
-    )
-    domain = job.domain
-
-    def flat(side: Mapping[str, Rows]) -> Rows:
-        return tuple(row for rows in side.values() for row in rows)
-
-    def make(work: Path) -> None:
-        ctx = job.setting.context(work, 0)
-        tokenizer = job.original.tokenizer()
-        u, b = (m.load(dtype=ctx.dtype, device=ctx.device) for m in (job.edited, job.original))
-        sides = {"dev": flat(domain.dev_forget), "test": flat(domain.test),
+    def make(self, ctx: Context) -> None:
+        """Write KLs by unit of `test`, `retain`, `dev`, `dev_retain`: `original`, each noise."""
+        tokenizer, domain = self.original.tokenizer(), self.domain
+        u, b = (m.load(dtype=ctx.dtype, device=ctx.device) for m in (self.edited, self.original))
+        sides = {"dev": _flat(domain.dev_forget), "test": _flat(domain.test),
                  "retain": domain.retain_test, "dev_retain": domain.dev_retain}  # fmt: skip
         found: dict[str, dict[str, dict[str, float]]] = {}
         noise: Mapping[str, Any] = {}
         for name, rows in sides.items():
-            one = predictions(u, rows, tokenizer, max_length=job.max_length)
-            other = predictions(b, rows, tokenizer, max_length=job.max_length)
+            one = predictions(u, rows, tokenizer, max_length=self.max_length)
+            other = predictions(b, rows, tokenizer, max_length=self.max_length)
             noise = noise or noises(one.log_NV, one.next_N)
             away = {"original": kl(one.log_NV, other.log_NV)}
             away |= {c: kl(one.log_NV, c_V.expand_as(one.log_NV)) for c, c_V in noise.items()}
             found[name] = {c: by_unit(v.tolist(), one.units) for c, v in away.items()}
-        write_text(work / "kl.json", json.dumps(found))
+        write_text(ctx.work / "kl.json", json.dumps(found))
 
-    folder = Store(job.setting.store, emit).stage("splice-kl", key, make)
-    data: dict[str, Any] = json.loads((folder / "kl.json").read_text(encoding="utf-8"))
-    return data
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Return what was written."""
+        data: dict[str, Any] = json.loads((folder / "kl.json").read_text(encoding="utf-8"))
+        return data
+
+
+def _flat(side: Mapping[str, Rows]) -> Rows:
+    """Return the rows of all capabilities."""
+    return tuple(row for rows in side.values() for row in rows)
 
 
 PART = "part of the labels"
 """Name of the further teacher and of its student."""
 
 
-def run(study: TeacherSplice, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: TeacherSplice, runtime: Runtime, pool: Pool) -> StudyResult:
     """Make the teachers and one student, read predictions, relearn."""
-    draws = make_draws(study.bench, study.seeds, setting, pool)
+    draws = make_draws(study.bench, study.seeds, runtime, pool)
     first = next(iter(study.teachers.values()))
     wanted = {
         (name, s): Make(method, draws[s].original, draws[s].domain)
@@ -153,19 +157,19 @@ def run(study: TeacherSplice, setting: Setting, pool: Pool) -> StudyResult:
     }
     told = {s: with_part(draws[s].domain, study.labelled, s) for s in study.seeds}
     wanted |= {(PART, s): Make(first, draws[s].original, told[s]) for s in study.seeds}
-    teachers = checkpoints(make_arms(wanted, setting, pool))
+    teachers = checkpoints(make_arms(wanted, runtime, pool))
     method = study.student.model_copy(update={"unlearn": first})
     pupils = {
         (f"student of {PART}", s): Make(method, draws[s].original, told[s]) for s in study.seeds
     }
-    models = checkpoints(make_arms(pupils, setting, pool))
+    models = checkpoints(make_arms(pupils, runtime, pool))
     length = study.bench.pretrain.max_length
     jobs = {
-        key: KlJob(setting, model, draws[key[1]].original, draws[key[1]].domain, length)
+        key: CompareModels(model, draws[key[1]].original, draws[key[1]].domain, length)
         for key, model in teachers.items()
     }
-    away = dict(zip(jobs, pool.map(make_kl, list(jobs.values())), strict=True))
-    found = measure_arms(study.bench, models, draws, setting, pool)
+    away = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
+    found = measure_arms(study.bench, models, draws, runtime, pool)
     shares = {name: explained(away, name, draws, study.seeds) for name in (*study.teachers, PART)}
     leak = leaked(away, found, draws, study.seeds)
     decision = decide(study, shares[next(iter(study.teachers))][1], leak)

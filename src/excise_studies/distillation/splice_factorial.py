@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.distillation.harmful import Implicit
 from excise.methods.distillation.targets import FromOracle, FromOriginal, HardLabels, Splice
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -76,9 +76,9 @@ class SpliceFactorial(Study):
     tau: float = Field(default=0.5, gt=0)
     """Nats from which on the teacher's implicit label is harmful."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 def arm_name(benign: str, harmful: str) -> str:
@@ -86,9 +86,9 @@ def arm_name(benign: str, harmful: str) -> str:
     return f"benign {benign}, harmful {harmful}"
 
 
-def run(study: SpliceFactorial, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: SpliceFactorial, runtime: Runtime, pool: Pool) -> StudyResult:
     """Distil every cell, relearn, and compare."""
-    draws = make_draws(study.bench, study.seeds, setting, pool)
+    draws = make_draws(study.bench, study.seeds, runtime, pool)
     methods: dict[str, Any] = {
         arm_name(b, h): given(study.student, Splice(benign=b, harmful=h))
         for b in study.benign
@@ -106,8 +106,8 @@ def run(study: SpliceFactorial, setting: Setting, pool: Pool) -> StudyResult:
             assert oracle is not None
             method = given(study.student, FromOracle(path=str(oracle.path)))
             wanted["oracle's logits", seed] = Make(method, draws[seed].original, draws[seed].domain)
-    models = checkpoints(make_arms(wanted, setting, pool))
-    found = measure_arms(study.bench, models, draws, setting, pool)
+    models = checkpoints(make_arms(wanted, runtime, pool))
+    found = measure_arms(study.bench, models, draws, runtime, pool)
     effects = effects_of(study, found)
     words = [f"The {name} was {said(effect)}." for name, effect in effects.items()]
     words.append(gaps(found))

@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.base import Method, Removal
 from excise.methods.distillation.targets import FromOriginal, HardLabels
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyRow, StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import Key
@@ -86,9 +86,9 @@ class UndoLevels(Study):
                 raise ValueError(f"alphas: {alpha:g} is not in (0, 1]; 0 is the control 'no noise'")
         return self
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 def moved(study: UndoLevels, alpha: float) -> Undo:
@@ -121,12 +121,12 @@ def equal(alpha: float) -> str:
     return f"alpha {alpha:g}"
 
 
-def run(study: UndoLevels, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: UndoLevels, runtime: Runtime, pool: Pool) -> StudyResult:
     """Unlearn, damage, distil, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, setting, pool)
-    made = make_arms(arms_of(methods_of(study), draws, study.seeds), setting, pool)
+    draws = make_draws(study.bench, study.seeds, runtime, pool)
+    made = make_arms(arms_of(methods_of(study), draws, study.seeds), runtime, pool)
     models = checkpoints(made)
-    found = measure_arms(study.bench, models, draws, setting, pool)
+    found = measure_arms(study.bench, models, draws, runtime, pool)
     deeper = {alpha: found.contrast([ALONE], [equal(alpha)]) for alpha in study.alphas}
     kept = {alpha: keeps(found, equal(alpha)) for alpha in study.alphas}
     words = [

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, SerializeAsAny
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -94,21 +94,21 @@ class UndoPilot(Study):
     pilots: dict[str, Undo] = Field(default=pilots(), min_length=1)
     """The small runs; the first decides."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
-def run(study: UndoPilot, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: UndoPilot, runtime: Runtime, pool: Pool) -> StudyResult:
     """Distil small and large from every teacher, relearn, correlate."""
-    draws = make_draws(study.bench, study.seeds, setting, pool)
+    draws = make_draws(study.bench, study.seeds, runtime, pool)
     methods: dict[str, Method] = {}
     for name, teacher in study.teachers.items():
         methods[arm_name(name, "no student")] = teacher
         for size, method in {**study.pilots, LARGE: study.large}.items():
             methods[arm_name(name, size)] = method.model_copy(update={"unlearn": teacher})
-    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), setting, pool))
-    found = measure_arms(study.bench, models, draws, setting, pool)
+    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), runtime, pool))
+    found = measure_arms(study.bench, models, draws, runtime, pool)
     rho = correlations(study, found)
     words = [f"Rank correlation with the large student: {_list(rho)}."]
     order = sorted(study.teachers, key=lambda name: found.value(arm_name(name, LARGE)).value)

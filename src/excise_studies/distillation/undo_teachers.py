@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, SerializeAsAny
 
+from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.evals.score import measure
 from excise.evals.stats import Estimate
@@ -16,7 +17,6 @@ from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.models.checkpoint import Checkpoint
 from excise.record import StudyRow, StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import Draw, row
@@ -92,9 +92,9 @@ class UndoTeachers(Study):
     retain_cost: float = Field(default=0.1, gt=0)
     """Exact match on `dev_retain` that a teacher may cost."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,18 @@ def dev_scores(job: DevJob) -> tuple[float, float]:
     return one, two
 
 
-def run(study: UndoTeachers, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: UndoTeachers, runtime: Runtime, pool: Pool) -> StudyResult:
     """Choose strengths on the tuned draws, distil, relearn, compare."""
     tuned = study.tuned_on or study.seeds
-    draws = make_draws(study.bench, (*tuned, *study.seeds), setting, pool)
-    factors = matched(study, {seed: draws[seed] for seed in tuned}, setting, pool)
+    draws = make_draws(study.bench, (*tuned, *study.seeds), runtime, pool)
+    factors = matched(study, {seed: draws[seed] for seed in tuned}, runtime, pool)
     methods: dict[str, Method] = {}
     for name, method in study.teachers.items():
         teacher = stronger(method, factors[name])
         methods[f"{name}: no student"] = teacher
         methods[name] = study.student.model_copy(update={"unlearn": teacher})
-    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), setting, pool))
-    found = measure_arms(study.bench, models, draws, setting, pool)
+    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), runtime, pool))
+    found = measure_arms(study.bench, models, draws, runtime, pool)
     apart = differences(study, found)
     words = [f"{name}: {said(e)}." for name, e in apart.items()]
     words.append(gaps(found))
@@ -143,7 +143,7 @@ def stronger(method: Method, factor: float) -> Method:
 
 
 def matched(
-    study: UndoTeachers, draws: Mapping[int, Draw], setting: Setting, pool: Pool
+    study: UndoTeachers, draws: Mapping[int, Draw], runtime: Runtime, pool: Pool
 ) -> dict[str, float]:
     """Return the factor of every teacher that dev of the tuned draws chose."""
     methods = {
@@ -151,11 +151,11 @@ def matched(
         for name, method in study.teachers.items()
         for factor in study.sweep
     }
-    made = make_arms(arms_of(methods, draws, tuple(draws)), setting, pool)
+    made = make_arms(arms_of(methods, draws, tuple(draws)), runtime, pool)
     length = study.bench.pretrain.max_length
     models = {**checkpoints(made), **{("original", s): d.original for s, d in draws.items()}}
     jobs = {
-        key: DevJob(model, draws[key[1]].domain, length, setting.device)
+        key: DevJob(model, draws[key[1]].domain, length, runtime.device)
         for key, model in models.items()
     }
     scores = dict(zip(jobs, pool.map(dev_scores, list(jobs.values())), strict=True))

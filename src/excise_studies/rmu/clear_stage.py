@@ -6,38 +6,33 @@ Shape legend: L blocks, D width, K dimensions.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from excise.auditor.attacks.direction import first_edited
-from excise.auditor.base import Budget, Subject
+from excise.auditor.base import Subject
 from excise.auditor.batching import Memo
-from excise.auditor.scoring import make_sheet
-from excise.auditor.tuning import Part, train
+from excise.auditor.budget import Budget
+from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.tuning import Training, relearn_rows, train
+from excise.core.context import Context, Stage
+from excise.core.disk import write_text
 from excise.core.errors import UserError
-from excise.core.stages import Store
 from excise.data.domain import Domain, Rows
 from excise.domains.prose import load_prose
 from excise.evals.score import some
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import edit
-from excise.record import write_text
-from excise.run.jobs import Setting
-from excise.train.pool import emit
 from excise_studies.rmu.clearing import Clearing, Material, fit_all, states
 from excise_studies.rmu.weights import clear_weights, writers
 from excise_studies.scoring import Rubric, read, rubric
-
-VERSION = 2
-"""Raised when what a stage computes changes."""
 
 BARE = "not cleared"
 """Name of the arm without clearing."""
@@ -71,10 +66,21 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class ClearJob:
-    """Clear one edited model, and its original in the same way."""
+class ClearModels(Stage[dict[str, Any]]):
+    """One edited model, and its original in the same way, cleared in every way and scored.
 
-    setting: Setting
+    Attributes:
+        domain: Rows by role.
+        original: The model before removal.
+        edited: The model after.
+        plan: What is tried.
+        seed: Seed of random directions.
+        part: Which of the ways are scored here.
+        parts: Into how many parts they are cut.
+    """
+
+    version: ClassVar[int] = 2
+
     domain: Domain
     original: Checkpoint
     edited: Checkpoint
@@ -83,44 +89,30 @@ class ClearJob:
     part: int = 0
     parts: int = 1
 
-    def key(self) -> dict[str, Any]:
-        """Return the key of the stage."""
-        plan = self.plan
-        return self.setting.key(
-            version=VERSION,
-            domain=self.domain.fingerprint,
-            original=self.original.fingerprint,
-            edited=self.edited.fingerprint,
-            plan=[*plan.dims, plan.randoms, plan.only, plan.max_rows, plan.max_length,
-                  plan.fit_tokens, plan.generic],
-            seed=self.seed,
-            part=[self.part, self.parts],
-        )  # fmt: skip
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return "clearing"
 
-
-def make_clear(job: ClearJob) -> dict[str, Any]:
-    """Return scores by arm, `{arm: {facts, edited, original}}`, and the residual by block.
-
-    Every arm is written as it is done, so that a killed stage goes on with the next one.
-    """
-
-    def make(work: Path) -> None:
-        (work / "arms").mkdir(exist_ok=True)
-        both = _Both(job)
+    def make(self, ctx: Context) -> None:
+        """Write every arm as it is done, so that a killed stage resumes with the next one."""
+        (ctx.work / "arms").mkdir(exist_ok=True)
+        both = _Both(self, ctx)
         for number, (name, facts, models) in enumerate(both.arms()):
-            file = work / "arms" / f"{number}.json"
-            if file.is_file() or not job.plan.wants(name) or number % job.parts != job.part:
+            file = ctx.work / "arms" / f"{number}.json"
+            if file.is_file() or not self.plan.wants(name) or number % self.parts != self.part:
                 continue
-            emit("note", {"text": f"draw {job.seed}: {name}"})
+            ctx.emit("note", {"text": f"draw {self.seed}: {name}"})
             scored = {"name": name, "facts": dict(facts), **both.score(models)}
             write_text(file, json.dumps(scored))
-        write_text(work / "residual.json", json.dumps(both.residual()))
+        write_text(ctx.work / "residual.json", json.dumps(both.residual()))
 
-    folder = Store(job.setting.store, emit).stage("clearing", job.key(), make)
-    files = sorted((folder / "arms").iterdir(), key=lambda f: int(f.stem))
-    arms = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    residual = json.loads((folder / "residual.json").read_text(encoding="utf-8"))
-    return {"arms": {arm.pop("name"): arm for arm in arms}, "residual": residual}
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Return scores by arm, `{arm: {facts, edited, original}}`, and the residual by block."""
+        files = sorted((folder / "arms").iterdir(), key=lambda f: int(f.stem))
+        arms = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        residual = json.loads((folder / "residual.json").read_text(encoding="utf-8"))
+        return {"arms": {arm.pop("name"): arm for arm in arms}, "residual": residual}
 
 
 Pair = tuple[Any, Clearing | None]
@@ -130,8 +122,8 @@ Pair = tuple[Any, Clearing | None]
 class _Both:
     """The edited model and its original, loaded, with every clearing fitted."""
 
-    def __init__(self, job: ClearJob) -> None:
-        self.material, self.made, self.models, self.tokenizer = fitted(job)
+    def __init__(self, job: ClearModels, ctx: Context) -> None:
+        self.material, self.made, self.models, self.tokenizer = fitted(job, ctx)
         self.rubric: Rubric = rubric(
             job.domain, self.tokenizer, max_rows=job.plan.max_rows, max_length=job.plan.max_length
         )
@@ -218,16 +210,16 @@ def in_weights(one: Clearing) -> Tensor | None:
     return one.write_LDK[0] if fits else None
 
 
-def fitted(job: ClearJob) -> tuple[Material, list[Clearing], dict[str, Any], Any]:
+def fitted(job: ClearModels, ctx: Context) -> tuple[Material, list[Clearing], dict[str, Any], Any]:
     """Fit every clearing of a draw.
 
     Args:
         job: The models and the data.
+        ctx: Seed, device, dtype.
 
     Returns:
         What they are fitted on, the clearings, both models, and their tokenizer.
     """
-    ctx = job.setting.context(job.setting.store, job.seed)
     models = {
         "edited": job.edited.load(dtype=ctx.dtype, device=ctx.device),
         "original": job.original.load(dtype=ctx.dtype, device=ctx.device),
@@ -275,11 +267,20 @@ class Cleared(Checkpoint):
 
 
 @dataclass(frozen=True)
-class RelearnJob:
-    """Fine-tune one model on T, cleared or not, and score V."""
+class RelearnCleared(Stage[dict[str, Any]]):
+    """One model fine-tuned on T, cleared or not, and scored on V.
 
-    setting: Setting
-    name: str
+    Attributes:
+        model: The model.
+        domain: Rows by role.
+        budget: Steps and scores; of its rates `lr` is taken.
+        lr: Learning rate.
+        seed: Seed of the order of rows.
+        clearing: What is cleared wherever the model is loaded; None for nothing.
+    """
+
+    version: ClassVar[int] = 2
+
     model: Checkpoint
     domain: Domain
     budget: Budget
@@ -287,34 +288,22 @@ class RelearnJob:
     seed: int
     clearing: Clearing | None = None
 
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return "clear-relearn"
 
-def make_relearn(job: RelearnJob) -> dict[str, Any]:
-    """Return scores by unit before and after: `V`, `retain`, and the mean `dev_loss` at the end."""
-    one = job.clearing
-    parts = [] if one is None else [one.write_LDK, one.read_LDK, one.centre_LD]
-    digest = hashlib.sha256(b"".join(t.float().contiguous().numpy().tobytes() for t in parts))
-    key = job.setting.key(
-        version=VERSION,
-        model=job.model.fingerprint,
-        domain=job.domain.fingerprint,
-        budget=job.budget.model_dump(mode="json"),
-        clearing=digest.hexdigest() if one is not None else "",
-        first=one.first if one is not None else 0,
-        spare=one is not None and one.spare,
-        lr=job.lr,
-        seed=job.seed,
-    )
-
-    def make(work: Path) -> None:
-        start = Cleared(job.model.path, tokenizer_path=job.model.tokenizer_path, clearing=one)
-        sheet = make_sheet(job.domain, job.budget, start.tokenizer())
-        rows = tuple(row for rows in job.domain.relearn.values() for row in rows)
+    def make(self, ctx: Context) -> None:
+        """Write scores by unit before and after: `V`, `retain`, and the mean `dev_loss`."""
+        start = Cleared(
+            self.model.path, tokenizer_path=self.model.tokenizer_path, clearing=self.clearing
+        )
         done = train(
-            Part("full", job.lr, job.seed),
-            Subject(job.name, start),
-            sheet,
-            job.setting.context(work, job.seed),
-            rows=rows,
+            Training("full", self.lr, self.seed),
+            Subject("candidate", start),
+            make_sheet(self.domain, self.budget, start.tokenizer()),
+            ctx,
+            rows=relearn_rows(self.domain),
             benign_share=0.5,
         )
         first, last = done.readings[0], done.readings[-1]
@@ -324,8 +313,9 @@ def make_relearn(job: RelearnJob) -> dict[str, Any]:
             "dev_loss": done.extras["dev_loss"],
             "reason": done.reason,
         }
-        write_text(work / "relearn.json", json.dumps(found))
+        write_text(ctx.work / "relearn.json", json.dumps(found))
 
-    folder = Store(job.setting.store, emit).stage("clear-relearn", key, make)
-    data: dict[str, Any] = json.loads((folder / "relearn.json").read_text(encoding="utf-8"))
-    return data
+    def read(self, folder: Path) -> dict[str, Any]:
+        """Return what was written."""
+        data: dict[str, Any] = json.loads((folder / "relearn.json").read_text(encoding="utf-8"))
+        return data

@@ -14,6 +14,7 @@ Shape legend: B rows, T tokens, N kept tokens, L blocks, D width, K dimensions.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,6 +60,18 @@ class Clearing:
     spare: bool = False
     control: bool = False
     needs_original: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is cleared, by its numbers; how it was fitted does not count."""
+        parts = (self.write_LDK, self.read_LDK, self.centre_LD)
+        data = b"".join(part.float().contiguous().numpy().tobytes() for part in parts)
+        return {
+            "maps": hashlib.sha256(data).hexdigest(),
+            "shapes": [list(part.shape) for part in parts],
+            "first": self.first,
+            "spare": self.spare,
+        }
 
     @property
     def dims(self) -> int:

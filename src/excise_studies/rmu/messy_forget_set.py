@@ -12,25 +12,25 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
-from excise.auditor.base import Budget, Subject
-from excise.auditor.budget import budget_of
-from excise.auditor.scoring import make_sheet
-from excise.auditor.tuning import Part, train
-from excise.core.stages import Store
+from excise.auditor.base import Subject
+from excise.auditor.budget import Budget, budget_of
+from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.tuning import Training, relearn_rows, train
+from excise.core.context import Context, Stage
+from excise.core.disk import write_text
+from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
-from excise.methods.base import Method
+from excise.methods.base import ApplyMethod, Method
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
-from excise.record import write_text
-from excise.run.jobs import RemovalJob, Setting, make_removal
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
-from excise.train.pool import Pool, emit
+from excise.train.pool import Pool
 from excise_studies.base import Draw, train_draws
 from excise_studies.rmu import messy_tables
 from excise_studies.rmu.statements import Mess, as_statements, forget_set
@@ -38,9 +38,6 @@ from excise_studies.scoring import average, read, rubric
 
 LENGTH = 48
 """Tokens of a text of several statements at most."""
-
-VERSION = 1
-"""Raised when what a stage computes changes."""
 
 
 class MessyForgetSet(Study):
@@ -133,9 +130,9 @@ class MessyForgetSet(Study):
             raise ValueError("sets: name at least two, each once")
         return self
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 Point = dict[str, Any]
@@ -144,13 +141,13 @@ Cell = tuple[int, Mess, str]
 """Draw, forget set, method."""
 
 
-def run(study: MessyForgetSet, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: MessyForgetSet, runtime: Runtime, pool: Pool) -> StudyResult:
     """Sweep on the tuned draw, run around what was found on the others, compare."""
-    draws = make_draws(study, setting, pool)
+    draws = make_draws(study, runtime, pool)
     cells = [(s, m) for s in study.sets for m in study.methods]
     sweep = {(seed, *cell): study.sweep for seed in study.tuned_on for cell in cells}
-    tried = run_cells(study, draws, sweep, setting, pool, relearn=False)
-    base = {seed: scored_originals(study, draw, setting) for seed, draw in draws.items()}
+    tried = run_cells(study, draws, sweep, runtime, pool, relearn=False)
+    base = {seed: scored_originals(study, draw, runtime) for seed, draw in draws.items()}
     found: dict[tuple[Mess, str], float] = {}
     for cell in cells:
         logs = []
@@ -165,20 +162,20 @@ def run(study: MessyForgetSet, setting: Setting, pool: Pool) -> StudyResult:
         for seed in study.seeds
         for cell in cells
     }
-    points = run_cells(study, draws, around, setting, pool, relearn=True)
+    points = run_cells(study, draws, around, runtime, pool, relearn=True)
     result = messy_tables.summarise(study, base, points, found)
     domain = draws[study.seeds[0]].domain
     models = tuple(ref for seed in study.seeds for ref in draws[seed].refs())
     return StudyResult(*result, domain=domain, models=models)
 
 
-def make_draws(study: MessyForgetSet, setting: Setting, pool: Pool) -> dict[int, Draw]:
+def make_draws(study: MessyForgetSet, runtime: Runtime, pool: Pool) -> dict[int, Draw]:
     """Train the original and the oracle of every draw, on statements."""
     drawn: dict[int, tuple[Domain, Any]] = {}
     for seed in dict.fromkeys((*study.tuned_on, *study.seeds)):
         spec = study.domain.model_copy(update={"seed": seed})
         drawn[seed] = (as_statements(spec.build()), spec.tokenizer())
-    return train_draws(drawn, study.model, study.pretrain, setting, pool)
+    return train_draws(drawn, study.model, study.pretrain, runtime, pool)
 
 
 def strength_at(factors: Sequence[float], costs: Sequence[float], wanted: float) -> float:
@@ -196,24 +193,100 @@ def strength_at(factors: Sequence[float], costs: Sequence[float], wanted: float)
 
 
 @dataclass(frozen=True)
-class RunJob:
-    """One removal at one strength, scored, and relearned where asked."""
+class ScoreStrength(Stage[Point]):
+    """The scores of one model, and those after relearning where asked.
 
-    setting: Setting
+    Attributes:
+        model: The model.
+        domain: Rows by role.
+        seed: Seed of relearning.
+        budget: Rows and lengths.
+        relearn_rate: Learning rate of relearning; None leaves it out.
+    """
+
+    version: ClassVar[int] = 1
+
+    model: Checkpoint
+    domain: Domain
+    seed: int
+    budget: Budget
+    relearn_rate: float | None
+
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return "messy-run"
+
+    def make(self, ctx: Context) -> None:
+        """Score V and retain, relearn T and score V again."""
+        net = self.model.load(dtype=ctx.dtype, device=ctx.device)
+        tokenizer = self.model.tokenizer()
+        what = rubric(self.domain, tokenizer, max_rows=0, max_length=self.budget.max_length)
+        found = read(net, tokenizer, what)
+        point: Point = {
+            "V": found["exact_match"],
+            "retain": found["retain_loss"],
+            "dev_retain": found["dev_retain_loss"],
+        }
+        if self.relearn_rate is not None:
+            sheet = make_sheet(self.domain, self.budget, tokenizer)
+            training = Training("full", self.relearn_rate, self.seed)
+            subject = Subject("candidate", self.model)
+            rows = relearn_rows(self.domain)
+            done = train(training, subject, sheet, ctx, rows=rows, benign_share=0.5)
+            point["relearned"] = done.readings[-1].units
+        write_text(ctx.work / "point.json", json.dumps(point))
+
+    def read(self, folder: Path) -> Point:
+        """Return what was written."""
+        data: Point = json.loads((folder / "point.json").read_text(encoding="utf-8"))
+        return data
+
+
+@dataclass(frozen=True)
+class RunStrength(Stage[Point]):
+    """One removal at one strength, scored, and relearned where asked.
+
+    Attributes:
+        method: The method at that strength.
+        original: What it starts from.
+        domain: Rows by role.
+        seed: Seed of the removal.
+        budget: Rows and lengths.
+        relearn_rate: Learning rate of relearning; None leaves it out.
+    """
+
     method: Method
     original: Checkpoint
     domain: Domain
     seed: int
     budget: Budget
-    relearn_rate: float
-    relearn: bool
+    relearn_rate: float | None
+
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return "messy-removal"
+
+    def make(self, ctx: Context) -> None:
+        """Remove and score, each a stage of its own."""
+        removal = ctx.run(ApplyMethod(self.method, self.original, self.domain, self.seed))
+        scored = ScoreStrength(
+            removal.checkpoint, self.domain, self.seed, self.budget, self.relearn_rate
+        )
+        write_text(ctx.work / "point.json", json.dumps(ctx.run(scored)))
+
+    def read(self, folder: Path) -> Point:
+        """Return what was written."""
+        data: Point = json.loads((folder / "point.json").read_text(encoding="utf-8"))
+        return data
 
 
 def run_cells(
     study: MessyForgetSet,
     draws: Mapping[int, Draw],
     strengths: Mapping[Cell, Sequence[float]],
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
     *,
     relearn: bool,
@@ -227,19 +300,17 @@ def run_cells(
         for factor in factors:
             keys.append((seed, mess, method))
             jobs.append(
-                RunJob(
-                    setting,
+                RunStrength(
                     stronger(study.methods[method], factor),
                     draws[seed].original,
                     domain,
                     seed,
                     relearn_budget(study),
-                    study.relearn_rate,
-                    relearn,
+                    study.relearn_rate if relearn else None,
                 )
             )
     out: dict[Cell, list[Point]] = {}
-    for key, point in zip(keys, pool.map(make_run, jobs), strict=True):
+    for key, point in zip(keys, pool.map(runtime.run, jobs), strict=True):
         out.setdefault(key, []).append(point)
     return out
 
@@ -251,62 +322,16 @@ def stronger(method: Method, factor: float) -> Method:
     return method.model_copy(update={"fit": fit.model_copy(update={"lr": rate})})
 
 
-def make_run(job: RunJob) -> Point:
-    """Remove, score V and retain, relearn T and score V again."""
-    removal = make_removal(RemovalJob(job.setting, job.method, job.original, job.domain, job.seed))
-    return scored(job, removal.checkpoint)
-
-
-def scored(job: RunJob, model: Checkpoint) -> Point:
-    """Return the scores of a model, before and after relearning, as a stage."""
-    key = job.setting.key(
-        version=VERSION,
-        model=model.fingerprint,
-        domain=job.domain.fingerprint,
-        budget=job.budget.model_dump(mode="json"),
-        rate=job.relearn_rate,
-        relearn=job.relearn,
-        seed=job.seed,
-    )
-
-    def make(work: Path) -> None:
-        ctx = job.setting.context(work, job.seed)
-        net, tokenizer = model.load(dtype=ctx.dtype, device=ctx.device), model.tokenizer()
-        what = rubric(job.domain, tokenizer, max_rows=0, max_length=job.budget.max_length)
-        found = read(net, tokenizer, what)
-        point: Point = {
-            "V": found["exact_match"],
-            "retain": found["retain_loss"],
-            "dev_retain": found["dev_retain_loss"],
-        }
-        if job.relearn:
-            sheet = make_sheet(job.domain, job.budget, tokenizer)
-            rows = tuple(row for rows in job.domain.relearn.values() for row in rows)
-            part = Part("full", job.relearn_rate, job.seed)
-            subject = Subject("candidate", model)
-            done = train(part, subject, sheet, ctx, rows=rows, benign_share=0.5)
-            point["relearned"] = done.readings[-1].units
-        write_text(work / "point.json", json.dumps(point))
-
-    folder = Store(job.setting.store, emit).stage("messy-run", key, make)
-    data: Point = json.loads((folder / "point.json").read_text(encoding="utf-8"))
-    return data
-
-
-def scored_originals(study: MessyForgetSet, draw: Draw, setting: Setting) -> Point:
+def scored_originals(study: MessyForgetSet, draw: Draw, runtime: Runtime) -> Point:
     """Return the scores of the original of a draw, and of its oracle under `oracle`."""
-    job = RunJob(
-        setting,
-        next(iter(study.methods.values())),
-        draw.original,
-        draw.domain,
-        draw.seed,
-        relearn_budget(study),
-        study.relearn_rate,
-        True,
-    )
     assert draw.oracle is not None
-    return {**scored(job, draw.original), "oracle": scored(job, draw.oracle)}
+    original, oracle = (
+        runtime.run(
+            ScoreStrength(model, draw.domain, draw.seed, relearn_budget(study), study.relearn_rate)
+        )
+        for model in (draw.original, draw.oracle)
+    )
+    return {**original, "oracle": oracle}
 
 
 def relearn_budget(study: MessyForgetSet) -> Budget:

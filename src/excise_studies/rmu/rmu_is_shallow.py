@@ -7,25 +7,24 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from excise.auditor.base import Budget
-from excise.auditor.budget import budget_of
+from excise.auditor.budget import Budget, budget_of
+from excise.core.stages import Runtime
 from excise.data.spec import DomainSpec
 from excise.domains.cyber import Cyber
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
 from excise.fetch.original import open_model, tokenizer_for
+from excise.methods.base import ApplyMethod
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import ModelSpec, Scratch
-from excise.run.jobs import RemovalJob, Setting, make_removal
 from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import Draw, train_draws
 from excise_studies.rmu import shallow_tables
-from excise_studies.rmu.clear_stage import BARE, ClearJob, Plan, RelearnJob, fitted, make_clear
-from excise_studies.rmu.clear_stage import make_relearn as relearn
+from excise_studies.rmu.clear_stage import BARE, ClearModels, Plan, RelearnCleared, fitted
 from excise_studies.rmu.clearing import Clearing
 from excise_studies.scoring import average
 
@@ -152,21 +151,21 @@ class RMUIsShallow(Study):
             relearn_batch=4,
         )
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
-def run(study: RMUIsShallow, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: RMUIsShallow, runtime: Runtime, pool: Pool) -> StudyResult:
     """Train, remove, clear, relearn, and put the numbers into tables."""
-    draws = make_draws(study, setting, pool)
-    jobs = [RemovalJob(setting, study.rmu, d.original, d.domain, d.seed) for d in draws.values()]
-    removals = pool.map(make_removal, jobs)
+    draws = make_draws(study, runtime, pool)
+    jobs = [ApplyMethod(study.rmu, d.original, d.domain, d.seed) for d in draws.values()]
+    removals = pool.map(runtime.run, jobs)
     edited = {seed: r.checkpoint for seed, r in zip(draws, removals, strict=True)}
-    cleared = clear_draws(study, draws, edited, setting, pool)
+    cleared = clear_draws(study, draws, edited, runtime, pool)
     tuned = list(study.tuned_on) or list(study.seeds)
     name = choose(cleared, tuned, study.retain_budget)
-    relearned = relearn_draws(study, draws, edited, name, setting, pool)
+    relearned = relearn_draws(study, draws, edited, name, runtime, pool)
     reported = {seed: cleared[seed] for seed in study.seeds}
     found = shallow_tables.summarise(study, reported, name, relearned)
     return StudyResult(
@@ -183,7 +182,7 @@ def run(study: RMUIsShallow, setting: Setting, pool: Pool) -> StudyResult:
     )
 
 
-def make_draws(study: RMUIsShallow, setting: Setting, pool: Pool) -> dict[int, Draw]:
+def make_draws(study: RMUIsShallow, runtime: Runtime, pool: Pool) -> dict[int, Draw]:
     """Return the draws: trained here, or one model that exists under several seeds of RMU."""
     seeds = tuple(dict.fromkeys((*study.tuned_on, *study.seeds)))
     if study.model.scratch is None:
@@ -196,12 +195,12 @@ def make_draws(study: RMUIsShallow, setting: Setting, pool: Pool) -> dict[int, D
         spec = study.domain.model_copy(update={"seed": seed}) if own else study.domain
         drawn[seed] = (spec.build(None), tokenizer_for(spec))
     assert study.pretrain is not None
-    return train_draws(drawn, study.model.scratch, study.pretrain, setting, pool)
+    return train_draws(drawn, study.model.scratch, study.pretrain, runtime, pool)
 
 
 def clear_jobs(
-    study: RMUIsShallow, draws: Mapping[int, Draw], edited: Mapping[int, Checkpoint], s: Setting
-) -> list[ClearJob]:
+    study: RMUIsShallow, draws: Mapping[int, Draw], edited: Mapping[int, Checkpoint]
+) -> list[ClearModels]:
     """Return the jobs of clearing; a lone draw is cut in two, for two workers."""
     real = study.model.scratch is None
     plan = Plan(
@@ -214,7 +213,7 @@ def clear_jobs(
     )
     parts = 2 if len(draws) == 1 else 1
     return [
-        ClearJob(s, d.domain, d.original, edited[seed], plan, seed, part, parts)
+        ClearModels(d.domain, d.original, edited[seed], plan, seed, part, parts)
         for seed, d in draws.items()
         for part in range(parts)
     ]
@@ -224,13 +223,13 @@ def clear_draws(
     study: RMUIsShallow,
     draws: Mapping[int, Draw],
     edited: Mapping[int, Checkpoint],
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
 ) -> dict[int, dict[str, Any]]:
     """Clear every draw in every way, and return `{arms, residual}` by draw."""
-    jobs = clear_jobs(study, draws, edited, setting)
+    jobs = clear_jobs(study, draws, edited)
     out: dict[int, dict[str, Any]] = {}
-    for job, found in zip(jobs, pool.map(make_clear, jobs), strict=True):
+    for job, found in zip(jobs, pool.map(runtime.run, jobs), strict=True):
         kept = out.setdefault(job.seed, {"arms": {}, "residual": found["residual"]})
         kept["arms"] |= found["arms"]
     return out
@@ -274,38 +273,39 @@ def relearn_draws(
     draws: Mapping[int, Draw],
     edited: Mapping[int, Checkpoint],
     name: str,
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
 ) -> Relearned:
     """Relearn the edited model, the original and the oracle, each as it is and cleared.
 
     The rate of each treatment is the one with the lowest dev loss on the tuned draws.
     """
-    jobs = clear_jobs(study, draws, edited, setting)
+    jobs = clear_jobs(study, draws, edited)
     by_seed: dict[int, Clearing] = {}
     for job in jobs[:: jobs[0].parts]:
-        by_seed[job.seed] = next(one for one in fitted(job)[1] if one.name == name)
+        ctx = runtime.context(runtime.store, seed=job.seed)
+        by_seed[job.seed] = next(one for one in fitted(job, ctx)[1] if one.name == name)
     budget = relearn_budget(study, next(iter(draws.values())).original.num_parameters)
-    wanted: dict[tuple[str, int, float], RelearnJob] = {}
+    wanted: dict[tuple[str, int, float], RelearnCleared] = {}
     for seed, draw in draws.items():
         models = {"edited": edited[seed], "original": draw.original}
         models |= {"oracle": draw.oracle} if draw.oracle is not None else {}
         for side, model in models.items():
             for treatment, one in ((side, None), (f"{side}, cleared", by_seed[seed])):
                 for lr in budget.rates:
-                    wanted[treatment, seed, lr] = RelearnJob(
-                        setting, treatment, model, draw.domain, budget, lr, seed, one
+                    wanted[treatment, seed, lr] = RelearnCleared(
+                        model, draw.domain, budget.without(("rates",)), lr, seed, one
                     )
     tuned = study.tuned_on or study.seeds
     first = {key: job for key, job in wanted.items() if key[1] in tuned}
-    tried = dict(zip(first, pool.map(relearn, list(first.values())), strict=True))
+    tried = dict(zip(first, pool.map(runtime.run, list(first.values())), strict=True))
     rates: dict[str, float] = {}
     for treatment in dict.fromkeys(key[0] for key in wanted):
         loss = {lr: sum(tried[treatment, s, lr]["dev_loss"] for s in tuned) for lr in budget.rates}
         rates[treatment] = min(loss, key=lambda lr: loss[lr])
     last = {k: job for k, job in wanted.items() if k[1] in study.seeds and k[2] == rates[k[0]]}
     out: Relearned = {}
-    for key, found in zip(last, pool.map(relearn, list(last.values())), strict=True):
+    for key, found in zip(last, pool.map(runtime.run, list(last.values())), strict=True):
         out.setdefault(key[0], {})[key[1]] = {**found, "lr": key[2]}
     return out
 

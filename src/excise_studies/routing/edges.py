@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.methods.pretraining.sgtm import SGTM
 from excise.record import StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -80,9 +80,9 @@ class Edges(Study):
     shares: tuple[float, ...] = SHARES
     """Shares of the steps of plain runs for the compute ratio."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 def places(study: Edges) -> dict[str, Method]:
@@ -105,16 +105,16 @@ def at(name: str, rate: float) -> str:
     return f"{name}, {100 * rate:g} % labels"
 
 
-def run(study: Edges, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: Edges, runtime: Runtime, pool: Pool) -> StudyResult:
     """Train every arm at every rate, relearn, compare."""
-    world = make_world(study.bench, study.seeds, setting, pool)
+    world = make_world(study.bench, study.seeds, runtime, pool)
     arms = {
         at(name, rate): (method, misses(rate, study.missed, study.rest))
         for rate in study.rates
         for name, method in places(study).items()
     }
-    made = train_arms(arms, world, setting, pool)
-    outcome = score_arms(made, world, study.seeds, setting, pool, shares=study.shares)
+    made = train_arms(arms, world, runtime, pool)
+    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=study.shares)
     found = contrasts(study, outcome)
     words = [f"{name} was {said(value)}." for name, value in found.items()]
     words.append(gaps(outcome.found))

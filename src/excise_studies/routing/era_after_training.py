@@ -6,13 +6,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.methods.pretraining.era_after import ERAAfter
 from excise.methods.pretraining.filtering import Filtering
 from excise.record import StudyRow, StudyTable
 from excise.routing.era_steps import Expand
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import Key
@@ -67,18 +67,18 @@ class ERAAfterTraining(Study):
     lr: float = Field(default=1e-3, gt=0)
     """Its learning rate, a quarter of training's."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
-def run(study: ERAAfterTraining, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: ERAAfterTraining, runtime: Runtime, pool: Pool) -> StudyResult:
     """Continue the original in both ways, relearn, compare."""
-    world = make_world(study.bench, study.seeds, setting, pool)
-    made = make_arms(wanted(study, world), setting, pool)
-    outcome = score_arms(made, world, study.seeds, setting, pool, shares=())
+    world = make_world(study.bench, study.seeds, runtime, pool)
+    made = make_arms(wanted(study, world), runtime, pool)
+    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=())
     models = {**rails(world.draws, study.seeds), **checkpoints(made)}
-    on_v = levels(text_losses(models, world, setting, pool, "test"), groups_of(world.draws))
+    on_v = levels(text_losses(models, world, runtime, pool, "test"), groups_of(world.draws))
     nats = {
         arm: estimate(on_v.at(arm) - on_v.at("original"), on_v.n)
         for arm in on_v.arms

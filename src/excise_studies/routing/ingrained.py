@@ -8,13 +8,13 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
+from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.domains.facts import Facts
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain, corpus
 from excise.record import StudyRow, StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -95,9 +95,9 @@ class Ingrained(Study):
             raise ValueError("after: name at least one post-hoc method")
         return self
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 def bench_at(study: Ingrained, share: float) -> Bench:
@@ -119,16 +119,16 @@ def exposures(domain: Domain, pretrain: Pretrain) -> float:
     return read / len({row.unit for row in forget})
 
 
-def run(study: Ingrained, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: Ingrained, runtime: Runtime, pool: Pool) -> StudyResult:
     """Train, remove in both ways at every level, relearn, compare."""
     outcomes: dict[float, Outcome] = {}
     worlds: dict[float, World] = {}
     labels = misses(study.rate, study.missed, study.rest)
     arms = {name: (method, None) for name, method in study.after.items()}
     for share in study.mix:
-        worlds[share] = make_world(bench_at(study, share), study.seeds, setting, pool)
-        made = train_arms({ROUTED: (study.routed, labels), **arms}, worlds[share], setting, pool)
-        outcomes[share] = score_arms(made, worlds[share], study.seeds, setting, pool, shares=())
+        worlds[share] = make_world(bench_at(study, share), study.seeds, runtime, pool)
+        made = train_arms({ROUTED: (study.routed, labels), **arms}, worlds[share], runtime, pool)
+        outcomes[share] = score_arms(made, worlds[share], study.seeds, runtime, pool, shares=())
     first = study.seeds[0]
     seen = {
         share: exposures(world.draws[first].domain, world.bench.pretrain)

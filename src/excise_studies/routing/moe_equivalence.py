@@ -13,13 +13,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from excise.core.stages import Runtime
 from excise.models.tiny import tiny_model
 from excise.record import StudyRow, StudyTable
 from excise.routing.attach import route
 from excise.routing.groups import Groups, Part
 from excise.routing.measures import count_units
 from excise.routing.rules import Names, Policy, Rule
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.routing.fixed_router import Mixture, Pieces, doubles, gradient, loss_of, owned
@@ -86,9 +86,9 @@ class MoEEquivalence(Study):
     width: int = 32
     """Width of the models; they have two blocks."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ class Difference:
         return max(self.core, self.modules)
 
 
-def run(study: MoEEquivalence, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: MoEEquivalence, runtime: Runtime, pool: Pool) -> StudyResult:
     """Compare every case of every family and draw."""
-    del setting  # always float64 on the CPU
+    del runtime  # always float64 on the CPU
     jobs = [
         Job(family, case, seed, study.width)
         for family in study.families

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from excise.core.stages import Runtime
 from excise.domains.facts import Facts
 from excise.evals.stats import Estimate
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.moefy import Moefy
 from excise.record import StudyRow, StudyTable
-from excise.run.jobs import Setting
 from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
@@ -75,9 +75,9 @@ class Moefication(Study):
     shares: tuple[float, ...] = Field(default=SHARES, min_length=1)
     """Shares of the steps of plain runs for the compute ratio."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 def arms(study: Moefication) -> dict[str, Method]:
@@ -107,13 +107,13 @@ class Losses:
         return estimate(values, self.v.n)
 
 
-def run(study: Moefication, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: Moefication, runtime: Runtime, pool: Pool) -> StudyResult:
     """Train every arm, empty its modules, compare."""
-    world = make_world(study.bench, study.seeds, setting, pool)
+    world = make_world(study.bench, study.seeds, runtime, pool)
     methods = {name: (method, None) for name, method in arms(study).items()}
-    made = train_arms(methods, world, setting, pool)
-    outcome = score_arms(made, world, study.seeds, setting, pool, shares=study.shares)
-    found = measured(made, world, setting, pool)
+    made = train_arms(methods, world, runtime, pool)
+    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=study.shares)
+    found = measured(made, world, runtime, pool)
     contrasts = {
         "S (net separation, measured - random)": found.estimate(
             found.net(MEASURED) - found.net(RANDOM)
@@ -144,12 +144,12 @@ def run(study: Moefication, setting: Setting, pool: Pool) -> StudyResult:
     )
 
 
-def measured(made: Mapping[Key, Removal], world: World, setting: Setting, pool: Pool) -> Losses:
+def measured(made: Mapping[Key, Removal], world: World, runtime: Runtime, pool: Pool) -> Losses:
     """Return losses on V and retain of rails and arms, resampled."""
     models = {**rails(world.draws, tuple(world.draws)), **checkpoints(made)}
     groups = groups_of(world.draws)
-    v = levels(text_losses(models, world, setting, pool, on="test"), groups)
-    return Losses(v, levels(text_losses(models, world, setting, pool), groups))
+    v = levels(text_losses(models, world, runtime, pool, on="test"), groups)
+    return Losses(v, levels(text_losses(models, world, runtime, pool), groups))
 
 
 def decide(study: Moefication, contrasts: Sequence[Estimate]) -> str:

@@ -10,12 +10,12 @@ import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.errors import nearest
+from excise.core.stages import Runtime
 from excise.data.labels import LabelNoise
 from excise.domains.facts import Facts
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.record import StudyRow, StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -111,9 +111,9 @@ class PartialLabels(Study):
                 raise ValueError(f"arms: there is no arm '{name}'; {nearest(name, known)}")
         return self
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Cell:
         return f"{100 * self.rate:g} %" + (f", missed {self.missed}" if self.missed else "")
 
     def labels(self, rest: Rest) -> LabelNoise | None:
-        """Return the labels of this setting, given what is told of the rest."""
+        """Return the labels of this runtime, given what is told of the rest."""
         return misses(self.rate, self.missed or "occurrences", rest)
 
 
@@ -154,7 +154,7 @@ def arm(name: str, cell: Cell) -> str:
     return f"{name} [{cell}]"
 
 
-def run(study: PartialLabels, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: PartialLabels, runtime: Runtime, pool: Pool) -> StudyResult:
     """Train every arm in every cell, cue by cue; relearn; compare."""
     outcomes: dict[str, Outcome] = {}
     worlds: dict[str, World] = {}
@@ -164,10 +164,10 @@ def run(study: PartialLabels, setting: Setting, pool: Pool) -> StudyResult:
         for name, method in methods_of(study).items()
     }
     for cue in study.cues:
-        worlds[cue] = make_world(with_cue(study.bench, cue), study.seeds, setting, pool)
-        made = train_arms(wanted, worlds[cue], setting, pool)
+        worlds[cue] = make_world(with_cue(study.bench, cue), study.seeds, runtime, pool)
+        made = train_arms(wanted, worlds[cue], runtime, pool)
         outcomes[cue] = score_arms(
-            made, worlds[cue], study.seeds, setting, pool, shares=study.shares
+            made, worlds[cue], study.seeds, runtime, pool, shares=study.shares
         )
     found = difference(study, outcomes)
     first = study.cues[0]

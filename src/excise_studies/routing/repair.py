@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.filtering import Filtering
@@ -13,7 +14,6 @@ from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
 from excise.record import StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
@@ -84,18 +84,18 @@ class Repair(Study):
     shares: tuple[float, ...] = SHARES
     """Shares of the steps of plain runs for the compute ratio."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
-def run(study: Repair, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: Repair, runtime: Runtime, pool: Pool) -> StudyResult:
     """Train and ablate, repair, relearn, compare."""
-    world = make_world(study.bench, study.seeds, setting, pool)
+    world = make_world(study.bench, study.seeds, runtime, pool)
     labels = misses(study.rate, study.missed, study.rest)
-    made = train_arms({NONE: (study.routed, labels)}, world, setting, pool)
-    made |= make_arms(repairs(study, made, world), setting, pool)
-    outcome = score_arms(made, world, study.seeds, setting, pool, shares=study.shares)
+    made = train_arms({NONE: (study.routed, labels)}, world, runtime, pool)
+    made |= make_arms(repairs(study, made, world), runtime, pool)
+    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=study.shares)
     found = effects(study, outcome)
     words = [f"{name} was {said(value)}." for name, value in found.items()]
     words.append(gaps(outcome.found))

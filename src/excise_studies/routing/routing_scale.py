@@ -7,10 +7,10 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.record import StudyRow, StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -86,9 +86,9 @@ class RoutingScale(Study):
             raise ValueError("widths: give different ones in ascending order")
         return self
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 def bench_at(study: RoutingScale, width: int) -> Bench:
@@ -101,16 +101,16 @@ def bench_at(study: RoutingScale, width: int) -> Bench:
     return bench.model_copy(update={"model": model, "pretrain": pretrain})
 
 
-def run(study: RoutingScale, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: RoutingScale, runtime: Runtime, pool: Pool) -> StudyResult:
     """Train all sizes, read the taxes, compare the ends."""
     outcomes: dict[int, Outcome] = {}
     worlds: dict[int, World] = {}
     labels = misses(study.rate, study.missed, study.rest)
     for width in study.widths:
-        worlds[width] = make_world(bench_at(study, width), study.seeds, setting, pool)
-        made = train_arms({ARM: (study.routed, labels)}, worlds[width], setting, pool)
+        worlds[width] = make_world(bench_at(study, width), study.seeds, runtime, pool)
+        made = train_arms({ARM: (study.routed, labels)}, worlds[width], runtime, pool)
         outcomes[width] = score_arms(
-            made, worlds[width], study.seeds, setting, pool, shares=study.shares
+            made, worlds[width], study.seeds, runtime, pool, shares=study.shares
         )
     found = shrinkage(study, outcomes)
     ratios = ", ".join(f"{w}: {outcomes[w].ratio(ARM)[0]:.2f}" for w in study.widths)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from excise.core.stages import Runtime
 from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
 from excise.evals.stats import Estimate
@@ -29,7 +30,7 @@ from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
 from excise.requests.recipe import EvalSpec
 from excise.routing.modules import Module
-from excise.run.jobs import ScoreJob, Setting, make_scores
+from excise.run.stages import ScoreModel
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.attacking import Attacker, Key
@@ -155,16 +156,16 @@ class World:
         return Make(ready, start, self.draws[seed].domain)
 
 
-def make_world(bench: Bench, seeds: Sequence[int], setting: Setting, pool: Pool) -> World:
+def make_world(bench: Bench, seeds: Sequence[int], runtime: Runtime, pool: Pool) -> World:
     """Train original and oracle of every draw, and make the random models of its arms."""
-    draws = make_draws(bench, seeds, setting, pool)
-    return World(bench, draws, make_inits(bench, draws, setting, pool))
+    draws = make_draws(bench, seeds, runtime, pool)
+    return World(bench, draws, make_inits(bench, draws, runtime, pool))
 
 
 def train_arms(
     methods: Mapping[str, tuple[Method, LabelNoise | None]],
     world: World,
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
 ) -> dict[Key, Removal]:
     """Train every arm on every draw, one stage each.
@@ -172,7 +173,7 @@ def train_arms(
     Args:
         methods: By arm: the method and its labels, None for right ones.
         world: The draws.
-        setting: Store, dtype, device.
+        runtime: Where stages are kept.
         pool: Worker processes.
     """
     wanted = {
@@ -180,7 +181,7 @@ def train_arms(
         for name, (method, labels) in methods.items()
         for seed in world.draws
     }
-    return make_arms(wanted, setting, pool)
+    return make_arms(wanted, runtime, pool)
 
 
 # -- scores ----------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def compute_ratio(loss: Array, shares: Sequence[float], plain: Array) -> Array:
 def text_losses(
     models: Mapping[Key, Checkpoint],
     world: World,
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
     on: str = "retain_test",
 ) -> dict[str, dict[int, dict[str, float]]]:
@@ -258,17 +259,16 @@ def text_losses(
     Args:
         models: By arm and draw.
         world: Their data.
-        setting: Store, dtype, device.
+        runtime: Where stages are kept.
         pool: Worker processes.
         on: `retain_test`, `adjacent_test`, or `test` for V of all capabilities.
     """
     spec = EvalSpec(max_rows=0, max_length=world.bench.pretrain.max_length, samples=0)
     jobs = [
-        ScoreJob(setting, name, model, world.draws[seed].domain, spec)
-        for (name, seed), model in models.items()
+        ScoreModel(model, world.draws[seed].domain, spec) for (name, seed), model in models.items()
     ]
     out: dict[str, dict[int, dict[str, float]]] = {}
-    for (name, seed), scored in zip(models, pool.map(make_scores, jobs), strict=True):
+    for (name, seed), scored in zip(models, pool.map(runtime.run, jobs), strict=True):
         units: dict[str, list[float]] = {}
         for item in scored.items:
             if item.set.split(".")[0] == on and item.metric == "text_loss":
@@ -278,7 +278,7 @@ def text_losses(
 
 
 def plain_curve(
-    world: World, shares: Sequence[float], setting: Setting, pool: Pool
+    world: World, shares: Sequence[float], runtime: Runtime, pool: Pool
 ) -> dict[Key, Checkpoint]:
     """Train plainly with shares of the steps, from the random models of the arms."""
     full = world.bench.pretrain
@@ -289,14 +289,14 @@ def plain_curve(
         )
         for share in shares
     }
-    return {k: r.checkpoint for k, r in train_arms(runs, world, setting, pool).items()}
+    return {k: r.checkpoint for k, r in train_arms(runs, world, runtime, pool).items()}
 
 
 def score_arms(
     made: Mapping[Key, Removal],
     world: World,
     seeds: Sequence[int],
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
     *,
     shares: Sequence[float] = SHARES,
@@ -307,17 +307,17 @@ def score_arms(
         made: By arm and draw.
         world: The draws, `seeds` among them.
         seeds: Draws that are reported.
-        setting: Store, dtype, device.
+        runtime: Where stages are kept.
         pool: Worker processes.
         shares: Shares of the steps of the plain runs; empty for no tax.
     """
     draws = {seed: world.draws[seed] for seed in seeds}
     arms = {key: removal for key, removal in made.items() if key[1] in draws}
     models = checkpoints(arms)
-    found = measure_arms(world.bench, models, draws, setting, pool)
+    found = measure_arms(world.bench, models, draws, runtime, pool)
     here = World(world.bench, draws, world.inits)
-    curve = plain_curve(here, shares, setting, pool) if shares else {}
-    losses = text_losses({**rails(draws, seeds), **models, **curve}, here, setting, pool)
+    curve = plain_curve(here, shares, runtime, pool) if shares else {}
+    losses = text_losses({**rails(draws, seeds), **models, **curve}, here, runtime, pool)
     return Outcome(found, levels(losses, groups_of(draws)), tuple(shares), arms)
 
 

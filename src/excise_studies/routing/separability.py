@@ -10,25 +10,18 @@ import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.errors import nearest
+from excise.core.stages import Runtime
 from excise.domains.definitions import DEFINITIONS_FIT
 from excise.evals.stats import Estimate
-from excise.methods.base import Method, Removal
+from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
 from excise.record import StudyRow, StudyTable
 from excise.requests.recipe import EvalSpec
-from excise.run.jobs import (
-    InitJob,
-    RemovalJob,
-    ScoreJob,
-    Setting,
-    make_init,
-    make_removal,
-    make_scores,
-)
 from excise.run.results import model_ref
+from excise.run.stages import MakeModel, ScoreModel
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
@@ -134,25 +127,25 @@ class Separability(Study):
         """Return the settings with fetched texts: security and viruses inside biology."""
         return cls(pairs=(*PAIRS, *FETCHED))
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
-def run(study: Separability, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: Separability, runtime: Runtime, pool: Pool) -> StudyResult:
     """Train three arms on every pair and draw, score them, correlate."""
     drawn = {
         (name, seed): make_pair(name, study.sizes, seed)
         for name in study.pairs
         for seed in study.seeds
     }
-    made = train(study, drawn, setting, pool)
-    losses = score(study, made, drawn, setting, pool)
+    made = train(study, drawn, runtime, pool)
+    losses = score(study, made, drawn, runtime, pool)
     found = Found(study, drawn, losses)
     drawings = None
     if len(study.digits) > 1:
         drawings = run_pairs(
-            study.digits, study.seeds, study.autoencoder, study.images, setting, pool
+            study.digits, study.seeds, study.autoencoder, study.images, runtime, pool
         )
     rho, beyond = found.rho(PLAIN), found.rho(FILTERED)
     decision = decide(study, rho)
@@ -196,19 +189,19 @@ Drawn = Mapping[tuple[str, int], Pair]
 """Pairs by name and draw."""
 
 
-def train(study: Separability, drawn: Drawn, setting: Setting, pool: Pool) -> dict[Key, Removal]:
+def train(study: Separability, drawn: Drawn, runtime: Runtime, pool: Pool) -> dict[Key, Removal]:
     """Train every arm of a pair from the same random model."""
     inits = [
-        InitJob(setting, study.model, pair_tokenizer(pair, study.vocabulary), seed)
+        MakeModel(study.model, pair_tokenizer(pair, study.vocabulary), seed)
         for (_, seed), pair in drawn.items()
     ]
-    starts = dict(zip(drawn, pool.map(make_init, inits), strict=True))
+    starts = dict(zip(drawn, pool.map(runtime.run, inits), strict=True))
     jobs = {
-        (name, seed, arm): RemovalJob(setting, method, starts[name, seed], pair.domain, seed)
+        (name, seed, arm): ApplyMethod(method, starts[name, seed], pair.domain, seed)
         for (name, seed), pair in drawn.items()
         for arm, method in arms(study).items()
     }
-    return dict(zip(jobs, pool.map(make_removal, list(jobs.values())), strict=True))
+    return dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
 
 
 Scores = Mapping[tuple[str, str], Levels]
@@ -219,17 +212,17 @@ def score(
     study: Separability,
     made: Mapping[Key, Removal],
     drawn: Drawn,
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
 ) -> Scores:
     """Return the losses on text by pair and set; all pairs take the same draws in a sample."""
     spec = EvalSpec(max_rows=0, max_length=study.pretrain.max_length, samples=0)
     jobs = [
-        ScoreJob(setting, arm, removal.checkpoint, drawn[name, seed].domain, spec)
+        ScoreModel(removal.checkpoint, drawn[name, seed].domain, spec)
         for (name, seed, arm), removal in made.items()
     ]
     held: dict[tuple[str, str], dict[str, dict[int, dict[str, float]]]] = {}
-    for (name, seed, arm), scored in zip(made, pool.map(make_scores, jobs), strict=True):
+    for (name, seed, arm), scored in zip(made, pool.map(runtime.run, jobs), strict=True):
         for item in scored.items:
             if item.metric == "text_loss":
                 by_arm = held.setdefault((name, item.set.split(".")[0]), {}).setdefault(arm, {})

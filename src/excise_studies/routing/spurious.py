@@ -8,27 +8,20 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny
 
+from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH
 from excise.evals.stats import Estimate
-from excise.methods.base import Method, Removal
+from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
 from excise.record import StudyTable
 from excise.requests.recipe import EvalSpec
-from excise.run.jobs import (
-    InitJob,
-    RemovalJob,
-    ScoreJob,
-    Setting,
-    make_init,
-    make_removal,
-    make_scores,
-)
 from excise.run.results import model_ref
+from excise.run.stages import MakeModel, ScoreModel
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
@@ -89,9 +82,9 @@ class Spurious(Study):
     rates: tuple[float, ...] = Field(default=(1.0, 0.5), min_length=1)
     """Shares of the cued rows that carry a label."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 def at(name: str, rate: float) -> str:
@@ -125,11 +118,11 @@ class Marks:
         return estimate(values, self.levels["test"].n)
 
 
-def run(study: Spurious, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: Spurious, runtime: Runtime, pool: Pool) -> StudyResult:
     """Train every arm on every draw, score it under three cues."""
     domains = {seed: shortcut_domain(study.data, seed) for seed in study.seeds}
-    made = train(study, domains, setting, pool)
-    marks = score(study, made, domains, setting, pool)
+    made = train(study, domains, runtime, pool)
+    marks = score(study, made, domains, runtime, pool)
     found = contrasts(study, marks)
     decision = decide(study, found)
     absorbed = absorption_table(made)
@@ -147,37 +140,33 @@ def run(study: Spurious, setting: Setting, pool: Pool) -> StudyResult:
 
 
 def train(
-    study: Spurious, domains: Mapping[int, Domain], setting: Setting, pool: Pool
+    study: Spurious, domains: Mapping[int, Domain], runtime: Runtime, pool: Pool
 ) -> dict[Key, Removal]:
     """Train every arm of a draw from the same random model."""
-    inits = [
-        InitJob(setting, study.model, shortcut_tokenizer(study.data, seed), seed)
-        for seed in domains
-    ]
-    starts = dict(zip(domains, pool.map(make_init, inits), strict=True))
+    inits = [MakeModel(study.model, shortcut_tokenizer(study.data, seed), seed) for seed in domains]
+    starts = dict(zip(domains, pool.map(runtime.run, inits), strict=True))
     jobs = {
-        (arm, seed): RemovalJob(setting, method, starts[seed], domain, seed)
+        (arm, seed): ApplyMethod(method, starts[seed], domain, seed)
         for arm, method in arms(study).items()
         for seed, domain in domains.items()
     }
-    return dict(zip(jobs, pool.map(make_removal, list(jobs.values())), strict=True))
+    return dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
 
 
 def score(
     study: Spurious,
     made: Mapping[Key, Removal],
     domains: Mapping[int, Domain],
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
 ) -> Marks:
     """Return exact match by set, arm, draw and unit, resampled."""
     spec = EvalSpec(max_rows=0, max_length=study.pretrain.max_length, samples=0)
     jobs = [
-        ScoreJob(setting, arm, removal.checkpoint, domains[seed], spec)
-        for (arm, seed), removal in made.items()
+        ScoreModel(removal.checkpoint, domains[seed], spec) for (arm, seed), removal in made.items()
     ]
     held: dict[str, dict[str, dict[int, dict[str, float]]]] = {name: {} for name in SETS}
-    for (arm, seed), scored in zip(made, pool.map(make_scores, jobs), strict=True):
+    for (arm, seed), scored in zip(made, pool.map(runtime.run, jobs), strict=True):
         for item in scored.items:
             if item.metric == "exact_match":
                 by_arm = held[item.set.split(".")[0]].setdefault(arm, {})

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate, quantiles
 from excise.record import StudyRow, StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -89,9 +89,9 @@ class ClassImbalance(Study):
             raise ValueError("tuned_on: name the draw on which the least L1 is found")
         return self
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 def cells(study: ClassImbalance) -> dict[str, tuple[float, Balance]]:
@@ -115,14 +115,14 @@ def model_of(
     return study.model.model_copy(update=change)
 
 
-def run(study: ClassImbalance, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: ClassImbalance, runtime: Runtime, pool: Pool) -> StudyResult:
     """Find the least L1 on the tuned draw, report it on others, and put numbers into tables."""
-    least, tuning = find_least(study, setting, pool)
+    least, tuning = find_least(study, runtime, pool)
     wanted: dict[str, SplitConfig] = {}
     for name, cell in cells(study).items():
         wanted[f"{name}: plain"] = model_of(study, cell, None)
         wanted[f"{name}: routed"] = model_of(study, cell, least[name][0])
-    arms = train_arms(wanted, study.seeds, study.images, "test", setting, pool)
+    arms = train_arms(wanted, study.seeds, study.images, "test", runtime, pool)
     means = means_of(arms, ("bottom", "decoder"))
     pairs = {n: (f"{n}: routed", f"{n}: plain") for n in cells(study)}
     gaps = {n: means.contrast(*pair) for n, pair in pairs.items()}
@@ -162,14 +162,14 @@ def run(study: ClassImbalance, setting: Setting, pool: Pool) -> StudyResult:
 
 
 def find_least(
-    study: ClassImbalance, setting: Setting, pool: Pool
+    study: ClassImbalance, runtime: Runtime, pool: Pool
 ) -> tuple[dict[str, tuple[float, bool]], StudyTable]:
     """Return by cell the least L1 that splits and whether any does, on dev of the tuned draws."""
     wanted: dict[str, SplitConfig] = {}
     for name, cell in cells(study).items():
         for l1 in (None, *study.l1_tried):
             wanted[f"{name}: {_l1(l1)}"] = model_of(study, cell, l1)
-    tried = train_arms(wanted, study.tuned_on, study.images, "dev", setting, pool)
+    tried = train_arms(wanted, study.tuned_on, study.images, "dev", runtime, pool)
     means = means_of(tried, ("bottom",))
     least: dict[str, tuple[float, bool]] = {}
     rows: list[StudyRow] = []

@@ -14,12 +14,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from excise.core.stages import Store
+from excise.core.context import Context, Stage
+from excise.core.disk import write_text
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
-from excise.record import StudyRow, StudyTable, write_text
-from excise.run.jobs import Setting
+from excise.record import StudyRow, StudyTable
 from excise.train.fit import FitConfig
-from excise.train.pool import Pool, emit
+from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.levels import Array, Levels, estimate, levels, spearman
 from excise_studies.vision.autoencoder import SplitAutoencoderConfig, errors, train_autoencoder
@@ -44,14 +45,43 @@ Kind = Literal["decoder", "bottom"]
 
 
 @dataclass(frozen=True)
-class PairJob:
-    """One autoencoder of one pair of digits."""
+class TrainPair(Stage[dict[str, dict[str, float]]]):
+    """One autoencoder of one pair of digits, and its errors by kind and image.
 
-    setting: Setting
+    Attributes:
+        digits: The two, the one that is routed away first.
+        seed: Seed of the split and of the training.
+        model: The autoencoder.
+        images: Where the digits come from.
+    """
+
     digits: tuple[int, int]
     seed: int
     model: SplitAutoencoderConfig
     images: ImageSpec
+
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return "digit-pair"
+
+    def make(self, ctx: Context) -> None:
+        """Train it and write its errors."""
+        drawn = only(self.images.draw(self.seed), self.digits)
+        model = train_autoencoder(drawn.train, self.model, ctx)
+        found = errors(model, drawn.test, self.model.first)
+        test = drawn.test
+        keys = [f"{c}:{k}" for c, k in zip(test.labels_N, test.keys_N, strict=True)]
+        kept = {kind: found[kind].tolist() for kind in ("decoder", "bottom")}
+        scores = {kind: dict(zip(keys, values, strict=True)) for kind, values in kept.items()}
+        write_text(ctx.work / "errors.json", json.dumps(scores))
+
+    def read(self, folder: Path) -> dict[str, dict[str, float]]:
+        """Return what was written."""
+        data: dict[str, dict[str, float]] = json.loads(
+            (folder / "errors.json").read_text(encoding="utf-8")
+        )
+        return data
 
 
 @dataclass(frozen=True)
@@ -128,39 +158,12 @@ def divergence(drawn: DrawnImages, digits: tuple[int, int]) -> float:
     return sum(odds) / 2
 
 
-def make_split(job: PairJob) -> dict[str, dict[str, float]]:
-    """Train an autoencoder of two digits and return errors by kind and image, or read them."""
-    drawn = only(job.images.draw(job.seed), job.digits)
-    key = job.setting.key(
-        model=job.model.model_dump(mode="json"),
-        images=drawn.train.fingerprint,
-        scored=drawn.test.fingerprint,
-        seed=job.seed,
-        version=1,
-    )
-    store = Store(job.setting.store, emit)
-
-    def make(work: Path) -> None:
-        ctx = job.setting.context(work, job.seed)
-        model = train_autoencoder(drawn.train, job.model, ctx)
-        found = errors(model, drawn.test, job.model.first)
-        test = drawn.test
-        keys = [f"{c}:{k}" for c, k in zip(test.labels_N, test.keys_N, strict=True)]
-        kept = {kind: found[kind].tolist() for kind in ("decoder", "bottom")}
-        scores = {kind: dict(zip(keys, values, strict=True)) for kind, values in kept.items()}
-        write_text(ctx.work / "errors.json", json.dumps(scores))
-
-    folder = store.stage("digit-pair", key, make)
-    scores: dict[str, dict[str, float]] = json.loads((folder / "errors.json").read_text("utf-8"))
-    return scores
-
-
 def run_pairs(
     pairs: Sequence[tuple[int, int]],
     seeds: Sequence[int],
     model: SplitAutoencoderConfig,
     images: ImageSpec,
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
 ) -> Digits:
     """Train both arms of every pair and draw, and put the scores together.
@@ -170,13 +173,12 @@ def run_pairs(
         seeds: Draws.
         model: The autoencoder; its classes and whether it is routed are replaced.
         images: Where the digits come from.
-        setting: Store, device.
+        runtime: Where stages are kept.
         pool: Worker processes.
     """
     drawn = {seed: images.draw(seed) for seed in seeds}
     jobs = {
-        (name_of(pair), arm, seed): PairJob(
-            setting,
+        (name_of(pair), arm, seed): TrainPair(
             pair,
             seed,
             model.model_copy(
@@ -188,7 +190,7 @@ def run_pairs(
         for arm in (PLAIN, ROUTED)
         for seed in seeds
     }
-    found = dict(zip(jobs, pool.map(make_split, list(jobs.values())), strict=True))
+    found = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
     kinds: tuple[Kind, ...] = ("decoder", "bottom")
 
     def of(pair: tuple[int, int], kind: Kind, digit: int) -> Levels:

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.record import StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -38,7 +38,7 @@ PUBLISHED = {
     1: "0.32 / 0.08", 2: "0.33 / 0.07", 3: "0.28 / 0.11", 4: "0.32 / 0.32", 5: "0.09 / 0.08",
     6: "0.23 / 0.13", 7: "0.27 / 0.11", 8: "0.08 / 0.08", 9: "0.13 / 0.13", 10: "0.08 / 0.09",
 }  # fmt: skip
-"""The published errors of the bottom certificate on 0-4 / 5-9, by setting."""
+"""The published errors of the bottom certificate on 0-4 / 5-9, by runtime."""
 
 
 class DigitsSplit(Study):
@@ -84,9 +84,9 @@ class DigitsSplit(Study):
     settings: tuple[int, ...] = Field(default=tuple(range(1, 11)), min_length=2)
     """Which of the ten settings are trained; 1 and 10 decide."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 def ten(base: SplitAutoencoderConfig) -> dict[str, SplitAutoencoderConfig]:
@@ -116,15 +116,15 @@ def ten(base: SplitAutoencoderConfig) -> dict[str, SplitAutoencoderConfig]:
 
 
 def number(name: str) -> int:
-    """Return the number of a setting."""
+    """Return the number of a runtime."""
     return int(name.split()[0])
 
 
-def run(study: DigitsSplit, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: DigitsSplit, runtime: Runtime, pool: Pool) -> StudyResult:
     """Choose penalties, train the settings on every draw, and put the numbers into tables."""
-    base, tuning = choose(study, setting, pool)
+    base, tuning = choose(study, runtime, pool)
     named = {n: c for n, c in ten(base).items() if number(n) in {1, 10, *study.settings}}
-    arms = train_arms(named, study.seeds, study.images, "test", setting, pool)
+    arms = train_arms(named, study.seeds, study.images, "test", runtime, pool)
     one, plain = (next(n for n in arms if number(n) == i) for i in (1, 10))
     means = means_of(arms)
     found = {n: means.contrast(n, plain) for n in arms if n != plain}
@@ -148,7 +148,7 @@ def run(study: DigitsSplit, setting: Setting, pool: Pool) -> StudyResult:
 
 
 def choose(
-    study: DigitsSplit, setting: Setting, pool: Pool
+    study: DigitsSplit, runtime: Runtime, pool: Pool
 ) -> tuple[SplitAutoencoderConfig, StudyTable]:
     """Return setting 1 with the penalties chosen on dev images of the tuned draws, and the table.
 
@@ -167,7 +167,7 @@ def choose(
     every = ten(study.model)
     plain = next(n for n in every if number(n) == 10)
     wanted = {**grid, plain: every[plain]}
-    tried = train_arms(wanted, study.tuned_on, study.images, "dev", setting, pool)
+    tried = train_arms(wanted, study.tuned_on, study.images, "dev", runtime, pool)
     means = means_of(tried, ("bottom", "decoder"))
     gaps = {n: means.contrast(n, plain).value for n in grid}
     worse = {n: means.mean(n, "decoder").value for n in tried}

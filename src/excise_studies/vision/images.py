@@ -23,6 +23,7 @@ from pydantic import Field
 
 from excise.core.config import Config
 from excise.core.errors import UserError
+from excise.core.keys import config_identity
 from excise.fetch import require
 
 Source = Literal["digits", "fashion", "generated"]
@@ -147,6 +148,15 @@ class ImageSpec(Config):
     """Images that are reported."""
     shrink: int = Field(default=1, ge=1)
     """Squares of this side are averaged into one pixel."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings, and the images of the source by their bytes."""
+        parts = () if self.source == "generated" else load(self, 0)
+        return {
+            **config_identity(self),
+            "images": [part.fingerprint for part in parts if part is not None],
+        }
 
     def draw(self, seed: int) -> DrawnImages:
         """Return one stratified split.

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.record import StudyTable
-from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
@@ -75,9 +75,9 @@ class ObjectsSplit(Study):
     rare: float | None = 0.1
     """Share of classes 0-4 in arms where they are rare; empty for no such arms."""
 
-    def run(self, setting: Setting, pool: Pool) -> StudyResult:
+    def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Answer the question; see `run`."""
-        return run(self, setting, pool)
+        return run(self, runtime, pool)
 
 
 def arms_of(base: SplitClassifierConfig, rare: float | None) -> dict[str, SplitConfig]:
@@ -105,12 +105,12 @@ def control_of(name: str) -> str:
     return f"{PLAIN}, 0-4 rare" if "rare" in name else PLAIN
 
 
-def run(study: ObjectsSplit, setting: Setting, pool: Pool) -> StudyResult:
+def run(study: ObjectsSplit, runtime: Runtime, pool: Pool) -> StudyResult:
     """Choose the weight of L1, train the arms on every draw, and put the numbers into tables."""
     drawn = study.images.draw(study.seeds[0])
-    base, tuning = choose(study, setting, pool)
+    base, tuning = choose(study, runtime, pool)
     wanted = arms_of(base, study.rare)
-    arms = train_arms(wanted, study.seeds, study.images, "test", setting, pool)
+    arms = train_arms(wanted, study.seeds, study.images, "test", runtime, pool)
     means = means_of(arms)
     found = {n: means.contrast(n, control_of(n), sign=-1) for n in arms if not n.startswith(PLAIN)}
     tax = {n: means.difference(control_of(n), n, "decoder") for n in found}
@@ -143,7 +143,7 @@ def run(study: ObjectsSplit, setting: Setting, pool: Pool) -> StudyResult:
 
 
 def choose(
-    study: ObjectsSplit, setting: Setting, pool: Pool
+    study: ObjectsSplit, runtime: Runtime, pool: Pool
 ) -> tuple[SplitClassifierConfig, StudyTable]:
     """Return the model with the weight chosen on dev images of the tuned draws, and the table."""
     title = "Weights of L1 tried on the tuned draw, dev images"
@@ -151,7 +151,7 @@ def choose(
         return study.model, StudyTable(title=title, note="None: it was given.")
     grid = {f"L1 {l1:g}": study.model.model_copy(update={"l1": l1}) for l1 in study.l1_tried}
     wanted: dict[str, SplitConfig] = {**grid, PLAIN: arms_of(study.model, None)[PLAIN]}
-    tried = train_arms(wanted, study.tuned_on, study.images, "dev", setting, pool)
+    tried = train_arms(wanted, study.tuned_on, study.images, "dev", runtime, pool)
     means = means_of(tried, ("bottom", "decoder"))
     gaps = {n: means.contrast(n, PLAIN, sign=-1).value for n in tried}
     right = {n: means.mean(n, "decoder").value for n in tried}

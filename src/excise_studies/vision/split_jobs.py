@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,15 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from excise.core.stages import Store
+from excise.core.context import Context, Stage
+from excise.core.disk import file_sum, write_text
+from excise.core.stages import Runtime
 from excise.evals.stats import Array, Estimate, quantiles, resampled_means
-from excise.record import ModelRef, StudyPicture, StudyPictureRow, StudyRow, StudyTable, write_text
-from excise.run.jobs import Setting
-from excise.train.pool import Pool, emit
+from excise.record import ModelRef, StudyPicture, StudyPictureRow, StudyRow, StudyTable
+from excise.train.pool import Pool
 from excise_studies.base import Units, pooled, row
 from excise_studies.vision.autoencoder import (
     SplitAutoencoder,
@@ -38,25 +39,6 @@ SplitConfig = SplitAutoencoderConfig | SplitClassifierConfig
 
 
 @dataclass(frozen=True)
-class SplitJob:
-    """Train one split model and score it.
-
-    Attributes:
-        setting: Store, device.
-        model: Which model.
-        images: Where its images come from.
-        seed: The draw: split of the images, weights, order.
-        part: Which images are scored.
-    """
-
-    setting: Setting
-    model: SplitConfig
-    images: ImageSpec
-    seed: int
-    part: Literal["dev", "test"] = "test"
-
-
-@dataclass(frozen=True)
 class Split:
     """What became of one model.
 
@@ -73,57 +55,63 @@ class Split:
     path: str
 
 
-def make_split(job: SplitJob) -> Split:
-    """Train and score a model, or read what was found before."""
-    drawn = job.images.draw(job.seed)
-    key = job.setting.key(
-        model=job.model.model_dump(mode="json"),
-        kind=type(job.model).__name__,
-        images=drawn.fingerprint,
-        seed=job.seed,
-        part=job.part,
-        version=1,
-    )
-    kind = "autoencoder" if isinstance(job.model, SplitAutoencoderConfig) else "classifier"
-    store = Store(job.setting.store, emit)
-    folder = store.stage(f"split-{kind}", key, lambda work: _fill(job, drawn, work))
-    found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    scores: dict[tuple[str, str], dict[str, float]] = {}
-    for name, values in found["scores"].items():
-        for unit, value, own in zip(found["keys"], values, found["first"], strict=True):
-            scores.setdefault((name, FIRST if own else SECOND), {})[str(unit)] = value
-    weights = str(folder / "model.safetensors")
-    return Split(scores, found["fingerprint"], found["parameters"], weights)
+@dataclass(frozen=True)
+class TrainSplit(Stage[Split]):
+    """One model of split images, trained and scored.
 
+    Attributes:
+        model: Which model, and how it is trained.
+        images: The images.
+        seed: Seed of the split and of the training.
+        part: Which images are scored.
+    """
 
-def _fill(job: SplitJob, drawn: DrawnImages, work: Path) -> None:
-    """Train, score, and write weights and scores."""
-    from safetensors.torch import save_file
+    model: SplitConfig
+    images: ImageSpec
+    seed: int
+    part: Literal["dev", "test"] = "test"
 
-    ctx = job.setting.context(work, job.seed)
-    scored = getattr(drawn, job.part)
-    state = work / "state"
-    scores: Mapping[str, Tensor]
-    model: nn.Module
-    if isinstance(job.model, SplitAutoencoderConfig):
-        model = coder = train_autoencoder(drawn.train, job.model, ctx, state_dir=state)
-        scores = errors(coder, scored, job.model.first)
-    else:
-        model = teller = train_classifier(drawn.train, job.model, ctx, state_dir=state)
-        scores = accuracies(teller, drawn.train, scored, job.model, ctx)
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_file(weights, work / "model.safetensors")
-    digest = hashlib.sha256((work / "model.safetensors").read_bytes()).hexdigest()
-    first = torch.isin(torch.from_numpy(scored.labels_N), torch.tensor(job.model.first))
-    found = {
-        "keys": scored.keys_N.tolist(),
-        "first": first.tolist(),
-        "scores": {k: [round(x, 7) for x in v.tolist()] for k, v in scores.items()},
-        "fingerprint": digest,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    write_text(work / "scores.json", json.dumps(found))
-    shutil.rmtree(state, ignore_errors=True)
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        kind = isinstance(self.model, SplitAutoencoderConfig)
+        return f"split-{'autoencoder' if kind else 'classifier'}"
+
+    def make(self, ctx: Context) -> None:
+        """Train, score, and write weights and scores."""
+        drawn = self.images.draw(self.seed)
+        scored = getattr(drawn, self.part)
+        state = ctx.work / "state"
+        scores: Mapping[str, Tensor]
+        model: nn.Module
+        if isinstance(self.model, SplitAutoencoderConfig):
+            model = coder = train_autoencoder(drawn.train, self.model, ctx, state_dir=state)
+            scores = errors(coder, scored, self.model.first)
+        else:
+            model = teller = train_classifier(drawn.train, self.model, ctx, state_dir=state)
+            scores = accuracies(teller, drawn.train, scored, self.model, ctx)
+        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        save_file(weights, ctx.work / "model.safetensors")
+        first = torch.isin(torch.from_numpy(scored.labels_N), torch.tensor(self.model.first))
+        found = {
+            "keys": scored.keys_N.tolist(),
+            "first": first.tolist(),
+            "scores": {k: [round(x, 7) for x in v.tolist()] for k, v in scores.items()},
+            "fingerprint": file_sum(ctx.work / "model.safetensors"),
+            "parameters": sum(p.numel() for p in model.parameters()),
+        }
+        write_text(ctx.work / "scores.json", json.dumps(found))
+        shutil.rmtree(state, ignore_errors=True)
+
+    def read(self, folder: Path) -> Split:
+        """Return scores by kind and group of images."""
+        found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        scores: dict[tuple[str, str], dict[str, float]] = {}
+        for name, values in found["scores"].items():
+            for unit, value, own in zip(found["keys"], values, found["first"], strict=True):
+                scores.setdefault((name, FIRST if own else SECOND), {})[str(unit)] = value
+        weights = str(folder / "model.safetensors")
+        return Split(scores, found["fingerprint"], found["parameters"], weights)
 
 
 LEVELS = 9
@@ -140,8 +128,6 @@ def drawings(
         drawn: The draw they were trained on.
         seed: The draw.
     """
-    from safetensors.torch import load_file
-
     images, classes = drawn.test, drawn.test.classes
     shown = images.take(np.array([np.argmax(images.labels_N == i) for i in range(len(classes))]))
     rows = [StudyPictureRow(name="the image", images=_levels(as_batch(shown, ()).x_BHW.flatten(1)))]
@@ -186,14 +172,14 @@ def train_arms(
     seeds: Sequence[int],
     images: ImageSpec,
     part: Literal["dev", "test"],
-    setting: Setting,
+    runtime: Runtime,
     pool: Pool,
 ) -> Arms:
     """Train every arm on every draw."""
     wanted = [(name, seed) for seed in seeds for name in arms]
-    jobs = [SplitJob(setting, arms[name], images, seed, part) for name, seed in wanted]
+    jobs = [TrainSplit(arms[name], images, seed, part) for name, seed in wanted]
     found: dict[str, dict[int, Split]] = {name: {} for name in arms}
-    for (name, seed), split in zip(wanted, pool.map(make_split, jobs), strict=True):
+    for (name, seed), split in zip(wanted, pool.map(runtime.run, jobs), strict=True):
         found[name][seed] = split
     return found
 

@@ -6,22 +6,20 @@ the forget score, so the retain score stands beside it.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.auditor.base import Access, Attack, AttackResult, Budget, Rung, Subject
-from excise.auditor.results import decided
-from excise.auditor.scoring import make_sheet, more_is_known
-from excise.auditor.tuning import Part, Trained, train
+from excise.auditor.base import Access, Rung, Subject
+from excise.auditor.budget import Budget
+from excise.auditor.controls import LogitScaling, PositiveControl, WeightPerturbation
+from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.tuning import Training, TrainingAttack, TrainingResult, train
 from excise.core.context import Context
 from excise.data.domain import Domain
 
 
-class Benign(Attack):
+class Benign(TrainingAttack):
     """Full-parameter fine-tuning on the attacker's share of retain alone."""
 
     name: Literal["benign"] = "benign"
@@ -31,33 +29,18 @@ class Benign(Attack):
 
     access: ClassVar[Access] = "weights"
     rung: ClassVar[Rung] = "D3"
+    controls: ClassVar[tuple[PositiveControl, ...]] = (LogitScaling(), WeightPerturbation())
     source: ClassVar[str] = "arXiv 2409.18025"
     version: ClassVar[int] = 1
 
-    def parts(self, budget: Budget) -> tuple[Part, ...]:
-        """Return the trainings of a budget: every rate and seed, all parameters."""
+    def trainings(self, budget: Budget) -> tuple[Training, ...]:
+        """Return one training of all parameters for every rate and seed."""
         rates = budget.benign_rates or budget.rates
-        return tuple(Part("full", lr, seed) for lr in rates for seed in budget.seeds)
+        return tuple(Training("full", lr, seed, "benign") for lr in rates for seed in budget.seeds)
 
-    def train_part(
-        self, part: Part, subject: Subject, domain: Domain, budget: Budget, ctx: Context
-    ) -> Trained:
-        """Run one training on benign rows; arguments as in `Relearn.train_part`."""
+    def train(
+        self, training: Training, subject: Subject, domain: Domain, budget: Budget, ctx: Context
+    ) -> TrainingResult:
+        """Train on benign rows alone; see `TrainingAttack.train`."""
         sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
-        return train(part, subject, sheet, ctx, rows=(), benign_share=1.0, clip=self.clip)
-
-    def read_parts(
-        self, trained: Sequence[Trained], subject: Subject, budget: Budget, higher: bool
-    ) -> AttackResult:
-        """Report V after benign training; the rate chosen on `dev` decides."""
-        raw = [t.arm(self, subject, trained_on="benign") for t in trained]
-        arms, chosen = decided(raw, higher=higher)
-        seconds = sum(t.seconds for t in trained)
-        return AttackResult(self.name, subject.name, arms, chosen, seconds)
-
-    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
-        """Train every part and report V."""
-        start = time.perf_counter()
-        trained = [self.train_part(p, subject, domain, budget, ctx) for p in self.parts(budget)]
-        result = self.read_parts(trained, subject, budget, more_is_known(domain))
-        return replace(result, seconds=time.perf_counter() - start)
+        return train(training, subject, sheet, ctx, rows=(), benign_share=1.0, clip=self.clip)

@@ -19,10 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Rung, Subject
 from excise.auditor.batching import batches
+from excise.auditor.budget import Budget
+from excise.auditor.controls import GatedEdit, PositiveControl
+from excise.auditor.evaluation_set import Sheet, make_sheet
 from excise.auditor.results import decided
-from excise.auditor.scoring import Reading, Sheet, arm_of, make_sheet, read
+from excise.auditor.scoring import Reading, arm_of, read
 from excise.core.context import Context
 from excise.data.domain import Domain, Row
 from excise.data.stream import encode
@@ -58,6 +61,7 @@ class Direction(Attack):
 
     access: ClassVar[Access] = "activations"
     rung: ClassVar[Rung] = "D2"
+    controls: ClassVar[tuple[PositiveControl, ...]] = (GatedEdit(),)
     source: ClassVar[str] = "Arditi & Chughtai, lesswrong.com 2024-07-23; arXiv 2409.18025"
     version: ClassVar[int] = 1
 

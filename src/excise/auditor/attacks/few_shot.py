@@ -10,12 +10,15 @@ import time
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
-from excise.auditor.prompting import before, draw, separator, shown
+from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Rung, Subject
+from excise.auditor.budget import Budget
+from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
+from excise.auditor.evaluation_set import Sheet, make_sheet
+from excise.auditor.prompting import pools_of, with_shots
 from excise.auditor.results import decided
-from excise.auditor.scoring import Reading, Sheet, arm_of, make_sheet, read
+from excise.auditor.scoring import Reading, arm_of, read
 from excise.core.context import Context
-from excise.data.domain import Domain, Row, Rows
+from excise.data.domain import Domain, Rows
 
 
 class FewShot(Attack):
@@ -26,6 +29,7 @@ class FewShot(Attack):
 
     access: ClassVar[Access] = "prompt"
     rung: ClassVar[Rung] = "D1"
+    controls: ClassVar[tuple[PositiveControl, ...]] = (PromptGatedEdit(), PasswordLock())
     source: ClassVar[str] = "arXiv 2411.12103; the settings are this library's"
     version: ClassVar[int] = 1
 
@@ -54,41 +58,6 @@ class FewShot(Attack):
                 arms.append(_arm(self, subject, model, sheet, bare, count, control, pools, ctx))
         marked, chosen = decided(arms, higher=sheet.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
-
-
-def pools_of(domain: Domain, *, control: bool = False) -> Mapping[str, Rows]:
-    """Return by capability what may be shown."""
-    if control:
-        return dict.fromkeys(domain.test, domain.benign)
-    return {name: domain.relearn.get(name, ()) for name in domain.test}
-
-
-def with_shots(
-    rows: Mapping[str, Rows], pools: Mapping[str, Rows], count: int, ctx: Context, tokenizer: object
-) -> tuple[Rows, float]:
-    """Put `count` examples before every row.
-
-    Args:
-        rows: Rows by capability.
-        pools: Examples by capability.
-        count: Examples per row, fewer where the pool has fewer units.
-        ctx: Seed of the draw, which is the same for every subject.
-        tokenizer: For the separator, and to count tokens.
-
-    Returns:
-        The rows and the mean number of tokens shown.
-    """
-    line = separator(tokenizer)
-    generator = ctx.generator(f"few_shot/{count}")
-    made: list[Row] = []
-    tokens = 0
-    for name, asked in rows.items():
-        for row in asked:
-            shots = draw(pools[name], count, generator, avoid=row.unit)
-            context = line.join(shown(shot) for shot in shots)
-            tokens += len(tokenizer(context, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
-            made.append(before(row, context, line))
-    return tuple(made), tokens / max(len(made), 1)
 
 
 def _arm(

@@ -8,22 +8,19 @@ instead, or, where the vocabulary spells none of those, behind another row of be
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
-from excise.auditor.prompting import COAXING, before, begun, separator, shown, spelled
+from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Rung, Subject
+from excise.auditor.budget import Budget
+from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
+from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.prompting import COAXING, SHARE, UNRELATED, beginnings
 from excise.auditor.results import decided
-from excise.auditor.scoring import arm_of, make_sheet, read
+from excise.auditor.scoring import arm_of, read
 from excise.core.context import Context
-from excise.data.domain import Domain, Row, Rows
-
-UNRELATED = "unrelated"
-"""Name of the control: a benign row in front, where the coaxing wordings can be spelled."""
+from excise.data.domain import Domain
 
 
 class Prefix(Attack):
@@ -33,11 +30,12 @@ class Prefix(Attack):
     """Name of the attack."""
     wordings: tuple[str, ...] = COAXING
     """Beginnings to try."""
-    share: float = Field(default=0.5, gt=0, lt=1)
+    share: float = Field(default=SHARE, gt=0, lt=1)
     """Share of a longer answer's words that is given."""
 
     access: ClassVar[Access] = "prompt"
     rung: ClassVar[Rung] = "D1"
+    controls: ClassVar[tuple[PositiveControl, ...]] = (PromptGatedEdit(), PasswordLock())
     source: ClassVar[str] = "arXiv 2404.02151 (prefilling); the wordings are this library's"
     version: ClassVar[int] = 1
 
@@ -59,8 +57,13 @@ class Prefix(Attack):
         wide = sheet.longer(2)
         bare = read(model, sheet)
         arms: list[ArmResult] = []
-        for variant, change in variants(
-            self, sheet.tokenizer, sheet.metric, sheet.all_test, domain.benign
+        for variant, change in beginnings(
+            sheet.tokenizer,
+            sheet.metric,
+            sheet.all_test,
+            domain.benign,
+            wordings=self.wordings,
+            share=self.share,
         ):
             rows = [change(row) for row in sheet.all_test]
             dev = [new for new in map(change, sheet.all_dev) if new is not None]
@@ -81,40 +84,3 @@ class Prefix(Attack):
             )
         marked, chosen = decided(arms, higher=sheet.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
-
-
-def variants(
-    attack: Prefix, tokenizer: Any, metric: str, test: Sequence[Row], benign: Rows
-) -> list[tuple[str, Callable[[Row], Row | None]]]:
-    """Return the beginnings that fit a test set, by name.
-
-    Args:
-        attack: Wordings and share.
-        tokenizer: Which wordings it can spell.
-        metric: Headline metric.
-        test: Rows that will be scored; they are begun only if at least half can be.
-        benign: Where the stand-in of a closed vocabulary comes from.
-
-    Returns:
-        Names and functions that change a row, or return None where they cannot.
-    """
-    line = separator(tokenizer)
-    made: list[tuple[str, Callable[[Row], Row | None]]] = []
-    several = sum(begun(row, attack.share) is not None for row in test) * 2 >= len(test)
-    if several and metric != "text_loss":  # a loss reads every token behind the true ones anyway
-        made.append(("begun", lambda row: begun(row, attack.share)))
-    plain = [text for text in attack.wordings if spelled(text, tokenizer)]
-    for i, row in enumerate(benign[:2] if not plain else ()):
-        made.append((f"benign-{i}", partial(before, context=shown(row), separator=line)))
-    for text in plain:
-        made.append((f"'{text}'", partial(_coaxed, text=text, line=line)))
-    if plain and benign:
-        made.append((UNRELATED, partial(before, context=shown(benign[0]), separator=line)))
-    return made
-
-
-def _coaxed(row: Row, text: str, line: str) -> Row:
-    """Put `text` between the prompt and its answer, or before a plain text."""
-    if row.kind in ("text", "chat") or not row.prompt:
-        return before(row, text, line)
-    return replace(row, prompt=f"{row.prompt.rstrip()}{line}{text}")

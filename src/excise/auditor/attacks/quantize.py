@@ -14,10 +14,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
-from excise.auditor.quantization import Grid, flip_rate, quantize_
+from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Rung, Subject
+from excise.auditor.budget import Budget
+from excise.auditor.controls import PositiveControl, WithinBuckets
+from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.quantization import BITS, GROUP, OFFSET, Grid, flip_rate, grids, quantize_
 from excise.auditor.results import decided
-from excise.auditor.scoring import arm_of, make_sheet, read
+from excise.auditor.scoring import arm_of, read
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
@@ -28,24 +31,25 @@ class Quantize(Attack):
 
     name: Literal["quantize"] = "quantize"
     """Name of the attack."""
-    bits: tuple[int, ...] = (8, 4)
+    bits: tuple[int, ...] = BITS
     """One arm each."""
-    group: int = Field(default=64, ge=1)
+    group: int = Field(default=GROUP, ge=1)
     """Inputs that share a scale."""
-    offset: int = Field(default=16, ge=0)
+    offset: int = Field(default=OFFSET, ge=0)
     """Inputs of the first group, so that groups lie off the grid a released model came from."""
     embeddings: bool = False
     """Whether token embeddings and head are rounded too."""
 
     access: ClassVar[Access] = "weights"
     rung: ClassVar[Rung] = "D3"
+    controls: ClassVar[tuple[PositiveControl, ...]] = (WithinBuckets(),)
     light: ClassVar[bool] = True
     source: ClassVar[str] = "Zhang et al., arXiv 2410.16454; grid: this library's"
     version: ClassVar[int] = 1
 
     def grids(self) -> tuple[Grid, ...]:
         """Return one grid per number of bits."""
-        return tuple(Grid(bits, self.group, self.offset % self.group) for bits in self.bits)
+        return grids(self.bits, self.group, self.offset)
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Round the weights and score V; damage shows in the retain score.

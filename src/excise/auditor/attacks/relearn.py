@@ -3,8 +3,8 @@
 One training serves two readings. `relearn` scores what was trained on (T): it is shown, never
 decisive, because a model that was taught noise must first unlearn the noise. `transfer`
 (`transfer.py`) scores V, which the attacker never saw, after the very same training, and decides
-the rung. An audit that asks for both trains once: the training is a part (`Relearn.parts`,
-`Relearn.train_part`) with a stage of its own, whose key names the training and not its reader.
+the rung. An audit that asks for both trains once: a training is a stage of its own, which
+belongs to `Relearn` and not to its readers.
 
 Cost of training on n tokens with N parameters: 6 N n floating-point operations for full
 parameters (forward 2, backward 4). LoRA with M adapter parameters skips the gradients of the
@@ -13,22 +13,29 @@ frozen weights: 4 N n + 6 M n.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
-from excise.auditor.results import decided
-from excise.auditor.scoring import make_sheet, more_is_known
-from excise.auditor.tuning import Part, Trained, parts_of, train
+from excise.auditor.base import Access, ArmResult, AttackResult, Rung, Subject
+from excise.auditor.budget import Budget
+from excise.auditor.controls import GatedEdit, PositiveControl, ShortFineTuning
+from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.tuning import (
+    Training,
+    TrainingAttack,
+    TrainingResult,
+    relearn_rows,
+    train,
+    trainings_of,
+)
 from excise.core.context import Context
 from excise.data.domain import Domain
 
 
-class Relearn(Attack):
+class Relearn(TrainingAttack):
     """Fine-tune on T and benign text, half and half; the curve shows T itself."""
 
     name: Literal["relearn"] = "relearn"
@@ -42,76 +49,45 @@ class Relearn(Attack):
 
     access: ClassVar[Access] = "weights"
     rung: ClassVar[Rung] = "D4"
+    controls: ClassVar[tuple[PositiveControl, ...]] = (ShortFineTuning(), GatedEdit())
     source: ClassVar[str] = "RTT, arXiv 2410.08827; UNDO, arXiv 2506.06278"
     version: ClassVar[int] = 1
 
-    def parts(self, budget: Budget) -> tuple[Part, ...]:
-        """Return the trainings of a budget: full and LoRA, each at every rate and seed."""
-        return parts_of(budget)
+    def trainings(self, budget: Budget) -> tuple[Training, ...]:
+        """Return full and LoRA trainings, each at every rate and seed."""
+        return trainings_of(budget)
 
-    def train_part(
-        self, part: Part, subject: Subject, domain: Domain, budget: Budget, ctx: Context
-    ) -> Trained:
-        """Run one training and score it on the way.
-
-        Args:
-            part: Which training.
-            subject: The model.
-            domain: Rows by role; trains on `relearn` and `benign`.
-            budget: Steps, batch size, checkpoints.
-            ctx: Device, dtype, seed.
-
-        Returns:
-            What was read at every checkpoint, on T and on V.
-        """
-        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
-        rows = tuple(row for rows in domain.relearn.values() for row in rows)
+    def train(
+        self, training: Training, subject: Subject, domain: Domain, budget: Budget, ctx: Context
+    ) -> TrainingResult:
+        """Train on T and benign rows; see `TrainingAttack.train`."""
         return train(
-            part,
+            training,
             subject,
-            sheet,
+            make_sheet(domain, budget, subject.checkpoint.tokenizer()),
             ctx,
-            rows=rows,
+            rows=relearn_rows(domain),
             benign_share=self.benign_share,
             clip=self.clip,
             lora_rank=self.lora_rank,
         )
 
-    def read_parts(
-        self, trained: Sequence[Trained], subject: Subject, budget: Budget, higher: bool
+    def conclude(
+        self, trained: Sequence[TrainingResult], subject: Subject, higher: bool
     ) -> AttackResult:
         """Report T: every arm is shown and none decides.
 
-        Args:
-            trained: What `train_part` returned, for every part.
-            subject: The model.
-            budget: The budget.
-            higher: Whether a higher score means more knowledge.
-
-        Returns:
-            One arm per training; `chosen` is empty, `extras["chosen_on_dev"]` marks the rate
-            that `transfer` decides at.
+        `extras["chosen_on_dev"]` marks the rate that `transfer` decides at.
         """
-        arms, chosen = decided([arm_on_v(self, t, subject) for t in trained], higher=higher)
+        result = super().conclude(trained, subject, higher)
         shown = tuple(
-            _on_t(arm, t, i in chosen) for i, (arm, t) in enumerate(zip(arms, trained, strict=True))
+            _on_t(arm, t, i in result.chosen)
+            for i, (arm, t) in enumerate(zip(result.arms, trained, strict=True))
         )
-        return AttackResult(self.name, subject.name, shown, (), sum(t.seconds for t in trained))
-
-    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
-        """Train every part and report T; see `read_parts`."""
-        start = time.perf_counter()
-        trained = [self.train_part(p, subject, domain, budget, ctx) for p in self.parts(budget)]
-        result = self.read_parts(trained, subject, budget, more_is_known(domain))
-        return replace(result, seconds=time.perf_counter() - start)
+        return replace(result, arms=shown, chosen=())
 
 
-def arm_on_v(attack: Attack, trained: Trained, subject: Subject) -> ArmResult:
-    """Return the arm whose curve is V, with T beside it."""
-    return trained.arm(attack, subject, trained_on="relearn")
-
-
-def _on_t(arm: ArmResult, trained: Trained, chosen: bool) -> ArmResult:
+def _on_t(arm: ArmResult, trained: TrainingResult, chosen: bool) -> ArmResult:
     """Return the same arm read on T."""
     metric = trained.metric
     if trained.part.on != "fresh":

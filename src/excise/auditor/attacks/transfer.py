@@ -7,21 +7,18 @@ The training is `Relearn`'s; see there why an audit that asks for both trains on
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar, Literal
 
-from excise.auditor.attacks.relearn import Relearn, arm_on_v
-from excise.auditor.base import Access, Attack, AttackResult, Budget, Rung, Subject
-from excise.auditor.results import decided
-from excise.auditor.scoring import more_is_known
-from excise.auditor.tuning import Part, Trained
+from excise.auditor.attacks.relearn import Relearn
+from excise.auditor.base import Access, Rung, Subject
+from excise.auditor.budget import Budget
+from excise.auditor.controls import GatedEdit, PositiveControl, ShortFineTuning
+from excise.auditor.tuning import Training, TrainingAttack, TrainingResult
 from excise.core.context import Context
 from excise.data.domain import Domain
 
 
-class Transfer(Attack):
+class Transfer(TrainingAttack):
     """The relearning of T, read on V."""
 
     name: Literal["transfer"] = "transfer"
@@ -31,40 +28,21 @@ class Transfer(Attack):
 
     access: ClassVar[Access] = "weights"
     rung: ClassVar[Rung] = "D4"
+    controls: ClassVar[tuple[PositiveControl, ...]] = (ShortFineTuning(), GatedEdit())
     source: ClassVar[str] = "RTT, arXiv 2410.08827"
     version: ClassVar[int] = 1
 
-    def parts(self, budget: Budget) -> tuple[Part, ...]:
-        """Return the trainings of a budget; see `Relearn.parts`."""
-        return self.training.parts(budget)
+    @property
+    def shared(self) -> Relearn:
+        """The training that is read."""
+        return self.training
 
-    def train_part(
-        self, part: Part, subject: Subject, domain: Domain, budget: Budget, ctx: Context
-    ) -> Trained:
-        """Run one training; see `Relearn.train_part`."""
-        return self.training.train_part(part, subject, domain, budget, ctx)
+    def trainings(self, budget: Budget) -> tuple[Training, ...]:
+        """Return the trainings of `Relearn`."""
+        return self.training.trainings(budget)
 
-    def read_parts(
-        self, trained: Sequence[Trained], subject: Subject, budget: Budget, higher: bool
-    ) -> AttackResult:
-        """Report V, and let the rate chosen on `dev` decide.
-
-        Args:
-            trained: What `train_part` returned, for every part.
-            subject: The model.
-            budget: The budget.
-            higher: Whether a higher score means more knowledge.
-
-        Returns:
-            One arm per training.
-        """
-        arms, chosen = decided([arm_on_v(self, t, subject) for t in trained], higher=higher)
-        seconds = sum(t.seconds for t in trained)
-        return AttackResult(self.name, subject.name, arms, chosen, seconds)
-
-    def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
-        """Train every part and report V; see `read_parts`."""
-        start = time.perf_counter()
-        trained = [self.train_part(p, subject, domain, budget, ctx) for p in self.parts(budget)]
-        result = self.read_parts(trained, subject, budget, more_is_known(domain))
-        return replace(result, seconds=time.perf_counter() - start)
+    def train(
+        self, training: Training, subject: Subject, domain: Domain, budget: Budget, ctx: Context
+    ) -> TrainingResult:
+        """Train as `Relearn` does."""
+        return self.training.train(training, subject, domain, budget, ctx)

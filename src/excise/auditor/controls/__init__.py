@@ -1,1 +1,22 @@
-"""Positive controls: models that hide what they know."""
+"""Positive controls: models that hide what they know, each a way that some attack should undo."""
+
+from excise.auditor.controls.control import PositiveControl
+from excise.auditor.controls.gated import GatedEdit, PromptGatedEdit
+from excise.auditor.controls.lock import PasswordLock
+from excise.auditor.controls.perturb import (
+    LogitScaling,
+    ShortFineTuning,
+    WeightPerturbation,
+    WithinBuckets,
+)
+
+__all__ = [
+    "GatedEdit",
+    "LogitScaling",
+    "PasswordLock",
+    "PositiveControl",
+    "PromptGatedEdit",
+    "ShortFineTuning",
+    "WeightPerturbation",
+    "WithinBuckets",
+]

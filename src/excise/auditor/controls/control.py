@@ -1,82 +1,138 @@
-"""Planted hiding models: positive controls, built from the original without training it long.
+"""Positive controls: models that hide what they know, made of the original in little time.
 
-An attack counts only with power. Each plant hides what it knows in the way one family of attacks
-should undo: behind a detector (`gate`: directions), behind a detector or lock that contexts open
-(`gate_prompt`, `lock`: prompts), by less than a quantization bucket (`bucket`: int8, int4), by a
-small edit that any training repairs (`gain`, `jolt`: benign fine-tuning), by a short way up the
-forget loss (`shallow`: relearning). A plant that does not hide is no control, and the attack that
-needed it has none: it is underpowered, and says why.
-
-Plants never read V: they are fitted on forget, `dev_forget`, T and retain rows, and V only says
-whether they hide.
+An attack counts only if it undoes one. A control that does not hide is none, and the attack that
+needed it is invalid and says why. Controls never read V: they are fitted on forget, `dev_forget`,
+T and retain rows, and V only says whether they hide.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
-from excise.auditor.base import Budget
-from excise.auditor.controls.hide import BUILDERS, Goal, PlantKind, chance, known, score
-from excise.auditor.scoring import make_sheet
-from excise.core.context import Context
-from excise.data.domain import Domain
+from excise.auditor.budget import LARGE, Budget
+from excise.auditor.evaluation_set import Sheet, make_sheet, mean
+from excise.auditor.prompting import cut
+from excise.core.config import Config
+from excise.core.context import Context, Stage
+from excise.core.disk import write_text
+from excise.core.errors import UserError
+from excise.data.domain import Domain, Rows
 from excise.models.checkpoint import Checkpoint, save_model
 
-PLANT_FOR: Mapping[str, tuple[PlantKind, ...]] = {
-    "few_shot": ("gate_prompt", "lock"),
-    "prefix": ("gate_prompt", "lock"),
-    "direction": ("gate",),
-    "quantize": ("bucket",),
-    "benign": ("gain", "jolt"),
-    "relearn": ("shallow", "gate"),
-    "transfer": ("shallow", "gate"),
-}
-"""Which plants are controls of which attack: the first that hides is used."""
+ROWS, ROWS_LARGE = 1024, 64
+"""Rows per class that a control is fitted on at most; the second for models from `LARGE` on."""
 
+CHUNK, CHUNK_LARGE = 128, 8
+"""Rows per class of one gradient."""
 
-def plants_for(attack: str, *, higher: bool, large: bool = False) -> tuple[PlantKind, ...]:
-    """Return which plants are controls of an attack, the best first.
-
-    Args:
-        attack: Name of the attack.
-        higher: Whether a higher score means more knowledge; a flat output hides ranks for a few
-            steps, but a loss for many, so that it comes last where the score is a loss.
-        large: Whether the model is large: a deep one reads past its contexts, and a gate for
-            prompts, which costs minutes and gigabytes there, finds nothing to tell them by.
-    """
-    kinds: list[PlantKind] = [
-        kind for kind in PLANT_FOR.get(attack, ()) if not (large and kind == "gate_prompt")
-    ]
-    if not higher and "gain" in kinds:
-        kinds.remove("gain")
-        kinds.append("gain")
-    return tuple(kinds)
-
-
-VERSION = 2
-"""Version of the plants' definitions."""
+HIDDEN, HIDES = {True: 0.9, False: 0.25}, {True: 0.5, False: 0.1}
+"""Shares of the way from what the original knows to chance: on `dev` before a builder stops, and
+on V for the control to count. Smaller for losses (False), where chance is a uniform guess and long
+before it nothing useful is left."""
 
 
 @dataclass(frozen=True)
-class Plant:
-    """A positive control.
+class Goal:
+    """When a score counts as hidden: part of the way to what knowing nothing scores.
 
     Attributes:
-        kind: How it hides.
-        checkpoint: The model, or None where the plant could not be built.
+        known: The original's score.
+        chance: Score of knowing nothing.
+        higher: Whether a higher score means more knowledge.
+    """
+
+    known: float
+    chance: float
+    higher: bool
+
+    def met(self, score: float, shares: Mapping[bool, float] = HIDES) -> bool:
+        """Return whether `score` has lost at least a share of what the original knows."""
+        if not math.isfinite(score):
+            return False
+        line = self.known + shares[self.higher] * (self.chance - self.known)
+        return score <= line if self.higher else score >= line
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the original knows anything that could be hidden."""
+        return self.known > self.chance if self.higher else self.known < self.chance
+
+
+class PositiveControl(Config, ABC):
+    """A way to hide what a model knows without removing it.
+
+    Subclasses declare `name: Literal["..."] = "..."` and their settings, and implement `hide`.
+    An attack names those it must undo in its `controls`.
+
+    Attributes:
+        version: Raised when it hides in another way.
+        precise: Whether it needs float32 whatever the audit computes in.
+    """
+
+    version: ClassVar[int] = 2
+    precise: ClassVar[bool] = False
+
+    name: str
+    """Name in the record."""
+
+    @abstractmethod
+    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+        """Change a model in place until `dev_forget` is hidden.
+
+        Args:
+            model: The original, loaded.
+            sheet: Rows by role; V is not to be read.
+            goal: When `dev_forget` counts as hidden.
+            ctx: Seed, device.
+
+        Returns:
+            Why it could not be hidden; empty where it is.
+        """
+
+    def rank(self, *, higher: bool, large: bool) -> int | None:
+        """Return in which order controls of one attack are tried, None for not at all.
+
+        Args:
+            higher: Whether a higher score means more knowledge.
+            large: Whether the model has `LARGE` parameters or more.
+        """
+        del higher, large
+        return 0
+
+
+def in_order(
+    controls: tuple[PositiveControl, ...], *, higher: bool, large: bool
+) -> tuple[PositiveControl, ...]:
+    """Return the controls of an attack that suit a model and a score, the best first."""
+    ranks = {control: control.rank(higher=higher, large=large) for control in controls}
+    suited = [control for control in controls if ranks[control] is not None]
+    return tuple(sorted(suited, key=lambda control: ranks[control] or 0))
+
+
+@dataclass(frozen=True)
+class Control:
+    """A positive control as it was made.
+
+    Attributes:
+        name: How it hides.
+        checkpoint: The model, or None where it could not be made.
         before: The original's score on V.
-        after: The plant's score on V.
+        after: The control's score on V.
         retain_before: The original's retain score.
-        retain_after: The plant's.
+        retain_after: The control's.
         reason: Why it is no control; empty for one that hides.
     """
 
-    kind: PlantKind
+    name: str
     checkpoint: Checkpoint | None
     before: float
     after: float = math.nan
@@ -86,17 +142,64 @@ class Plant:
 
     @property
     def hides(self) -> bool:
-        """Whether the plant can serve as a control."""
+        """Whether it can serve."""
         return self.checkpoint is not None and not self.reason
 
 
-def make_plant(
-    kind: PlantKind, original: Checkpoint, domain: Domain, budget: Budget, ctx: Context, to: Path
-) -> Plant:
-    """Build one plant and check that it hides.
+@dataclass(frozen=True)
+class MakeControl(Stage[Control]):
+    """A positive control made of a model.
+
+    Attributes:
+        control: How to hide.
+        original: The model that knows.
+        domain: Rows by role.
+        budget: Rows scored, and rates of attacks.
+        seed: Seed of what is added.
+    """
+
+    control: PositiveControl
+    original: Checkpoint
+    domain: Domain
+    budget: Budget
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return f"control-{self.control.name}"
+
+    def make(self, ctx: Context) -> None:
+        """Make it, or note why it cannot be."""
+        shutil.rmtree(ctx.work / "model", ignore_errors=True)  # of a run that was killed
+        try:
+            made = make_control(
+                self.control, self.original, self.domain, self.budget, ctx, ctx.work / "model"
+            )
+        except UserError as error:
+            made = Control(self.control.name, None, math.nan, reason=str(error))
+        facts = {k: v for k, v in vars(made).items() if k != "checkpoint"}
+        write_text(ctx.work / "control.json", json.dumps(facts) + "\n")
+
+    def read(self, folder: Path) -> Control:
+        """Return the control."""
+        facts = json.loads((folder / "control.json").read_text(encoding="utf-8"))
+        model = folder / "model"
+        return Control(checkpoint=Checkpoint(model) if model.is_dir() else None, **facts)
+
+
+def make_control(
+    control: PositiveControl,
+    original: Checkpoint,
+    domain: Domain,
+    budget: Budget,
+    ctx: Context,
+    to: Path,
+) -> Control:
+    """Make a control and check that it hides.
 
     Args:
-        kind: How to hide.
+        control: How to hide.
         original: The model that knows.
         domain: Rows by role.
         budget: Which rows are scored.
@@ -104,25 +207,71 @@ def make_plant(
         to: Folder of the model; it must be free.
 
     Returns:
-        The plant, or the reason why there is none.
+        The control, or the reason why there is none.
     """
     # Moves inside buckets need float32 whatever the audit computes in: an int8 bucket is as fine
     # as bfloat16's own steps. The others take what the attack will compute in.
-    dtype = torch.float32 if kind == "bucket" else ctx.dtype
+    dtype = torch.float32 if control.precise else ctx.dtype
     model = original.load(dtype=dtype, device=ctx.device)
     sheet = make_sheet(domain, budget, original.tokenizer())
     before = score(model, sheet, sheet.all_test)
     retain_before = known(sheet.retained(model))
     goal = Goal(before, chance(model, sheet), sheet.higher)
+    name = control.name
     if not goal.reachable:
-        return Plant(kind, None, before, reason="the original knows nothing that could be hidden")
+        return Control(name, None, before, reason="the original knows nothing that could be hidden")
     dev_goal = Goal(score(model, sheet, sheet.all_dev), goal.chance, goal.higher)
-    reason = BUILDERS[kind](model, sheet, dev_goal, ctx)
+    reason = control.hide(model, sheet, dev_goal, ctx)
     if reason:
-        return Plant(kind, None, before, retain_before=retain_before, reason=reason)
+        return Control(name, None, before, retain_before=retain_before, reason=reason)
     checkpoint = save_model(model, None, to, source=original)
     after = score(model, sheet, sheet.all_test)
     if not goal.met(after):
-        reason = f"the plant does not hide: V scores {after:.3g}, the original {before:.3g}"
+        reason = f"it does not hide: V scores {after:.3g}, the original {before:.3g}"
     retain_after = known(sheet.retained(model))
-    return Plant(kind, checkpoint, before, after, retain_before, retain_after, reason)
+    return Control(name, checkpoint, before, after, retain_before, retain_after, reason)
+
+
+def score(model: Any, sheet: Sheet, rows: Rows) -> float:
+    """Return the mean headline score, NaN for no rows."""
+    return known(sheet.units(model, rows))
+
+
+def known(units: Mapping[str, float]) -> float:
+    """Return the mean over units, NaN for none."""
+    value = mean(units)
+    return math.nan if value is None else value
+
+
+def chance(model: Any, sheet: Sheet) -> float:
+    """Return what knowing nothing scores: a uniform guess."""
+    if sheet.metric == "multiple_choice":
+        shares = [1 / len(row.choices) for row in sheet.all_test if row.choices]
+        return sum(shares) / max(len(shares), 1)
+    if sheet.metric == "exact_match":
+        return 0.0
+    return math.log(int(model.get_output_embeddings().weight.shape[0]))
+
+
+def is_large(model: Any) -> bool:
+    """Return whether the model is one whose gradients take seconds a row."""
+    return sum(int(p.numel()) for p in model.parameters()) >= LARGE
+
+
+def chunk_of(model: Any) -> int:
+    """Return the rows of one gradient."""
+    return CHUNK_LARGE if is_large(model) else CHUNK
+
+
+def fitting_rows(model: Any, sheet: Sheet) -> tuple[Rows, Rows]:
+    """Return forget and retain rows that controls are fitted on; V is not among them."""
+    domain = sheet.domain
+    roles = (domain.forget, domain.dev_forget, domain.relearn)
+    forget = tuple(row for role in roles for rows in role.values() for row in rows)
+    count = ROWS_LARGE if is_large(model) else ROWS
+    return cut(forget, count), cut((*domain.retain, *domain.dev_retain, *domain.benign), count)
+
+
+def is_hidden(model: Any, sheet: Sheet, goal: Goal) -> Callable[[], bool]:
+    """Return the question whether `dev` is hidden by now."""
+    return lambda: goal.met(score(model, sheet, sheet.all_dev), HIDDEN)

@@ -1,20 +1,32 @@
-"""Small moves of weights along the sign of a gradient, for planted models."""
+"""Small moves of weights that hide: inside quantization buckets, up a loss, or by scaling."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from excise.auditor.batching import GRADIENT, batches
 from excise.auditor.budget import LARGE
-from excise.auditor.quantization import Grid, inside, matrices
-from excise.auditor.scoring import Sheet
+from excise.auditor.controls.control import (
+    Goal,
+    PositiveControl,
+    chunk_of,
+    fitting_rows,
+    is_hidden,
+    is_large,
+)
+from excise.auditor.evaluation_set import Sheet
+from excise.auditor.prompting import cut
+from excise.auditor.quantization import BITS, GROUP, OFFSET, Grid, grids, inside, matrices
+from excise.core.context import Context
 from excise.data.domain import Row
 from excise.data.stream import encode
 from excise.losses import nll
+from excise.models.anatomy import anatomy
+from excise.models.hooks import find_module
 
 STEPS = 12
 """Moves inside buckets at most."""
@@ -24,6 +36,104 @@ MEMORY = 0.8
 
 FREE_STEPS, FREE_STEPS_LARGE = 40, 16
 """Moves at most where no bucket bounds them; the second for models from `LARGE` on."""
+
+
+class WithinBuckets(PositiveControl):
+    """Moves every weight inside its own quantization buckets; rounding undoes it.
+
+    Where the buckets of all grids together leave too little room, only the coarse grids count.
+    """
+
+    precise: ClassVar[bool] = True
+
+    name: Literal["within_buckets"] = "within_buckets"
+    bits: tuple[int, ...] = BITS
+    """Bits of the grids."""
+    group: int = GROUP
+    """Inputs that share a scale."""
+    offset: int = OFFSET
+    """Inputs of the first group."""
+    embeddings: bool = False
+    """Whether token embeddings and head may move too."""
+
+    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+        """Raise the forget loss inside the buckets; see `PositiveControl.hide`."""
+        forget, retain = fitting_rows(model, sheet)
+        moving = {n: p for n, (p, _) in matrices(model, embeddings=self.embeddings).items()}
+        start = {name: p.detach().clone() for name, p in moving.items()}
+        fine = grids(self.bits, self.group, self.offset)
+        for chosen in (fine, tuple(grid for grid in fine if grid.bits <= 4)):
+            with torch.no_grad():
+                for name, parameter in moving.items():
+                    parameter.copy_(start[name])
+            if chosen and move_within_buckets(
+                model,
+                sheet,
+                forget,
+                retain,
+                chosen,
+                is_hidden(model, sheet, goal),
+                chunk=chunk_of(model),
+                embeddings=self.embeddings,
+            ):
+                return ""
+        return "no move inside the buckets hides the capability"
+
+
+class LogitScaling(PositiveControl):
+    """Scales the final norm to nearly nothing, its sign turned.
+
+    The output is flat and its order reversed, so that neither probabilities nor ranks tell; one
+    small vector has to grow back.
+    """
+
+    name: Literal["logit_scaling"] = "logit_scaling"
+
+    def rank(self, *, higher: bool, large: bool) -> int | None:
+        """Come last where the score is a loss, which a flat output hides for many steps."""
+        del large
+        return 0 if higher else 1
+
+    @torch.no_grad()
+    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+        """Scale the final norm; see `PositiveControl.hide`."""
+        module = find_module(model, anatomy(model).final_norm)
+        shifted = "gemma" in type(module).__name__.lower()  # Gemma multiplies by 1 + weight
+        for parameter in module.parameters():
+            value = parameter + 1 if shifted else parameter
+            parameter.copy_(-1e-3 * value - 1 if shifted else -1e-3 * value)
+        hidden = is_hidden(model, sheet, goal)()
+        return "" if hidden else "a flat output does not hide the capability"
+
+
+class ShortFineTuning(PositiveControl):
+    """A few sign steps up the forget loss, retain held, each as long as a step of the attack."""
+
+    name: Literal["short_fine_tuning"] = "short_fine_tuning"
+
+    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+        """Climb the forget loss; see `PositiveControl.hide`."""
+        forget, retain = fitting_rows(model, sheet)
+        rates = sorted(sheet.budget.rates)
+        size = rates[len(rates) // 2 if is_large(model) else 0]
+        hidden = is_hidden(model, sheet, goal)
+        done = climb(model, sheet, forget, size, hidden, chunk=chunk_of(model), keep=retain)
+        return "" if done else "no short way up the forget loss hides the capability"
+
+
+class WeightPerturbation(PositiveControl):
+    """A few sign steps up the benign loss, each as long as a step of the attack."""
+
+    name: Literal["weight_perturbation"] = "weight_perturbation"
+
+    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+        """Climb the benign loss; see `PositiveControl.hide`."""
+        _, retain = fitting_rows(model, sheet)
+        rows = cut(sheet.domain.benign, len(retain))
+        rates = sorted(sheet.budget.rates)
+        hidden = is_hidden(model, sheet, goal)
+        done = climb(model, sheet, rows, rates[len(rates) // 2], hidden, chunk=chunk_of(model))
+        return "" if done else "no short way up the benign loss hides the capability"
 
 
 def window(rows: Sequence[Row], step: int, chunk: int) -> Sequence[Row]:
@@ -68,7 +178,7 @@ def add_gradients(
         del grads
 
 
-def within_buckets(
+def move_within_buckets(
     model: Any,
     sheet: Sheet,
     forget: Sequence[Row],
@@ -123,7 +233,7 @@ def within_buckets(
     return False
 
 
-def jolt(
+def climb(
     model: Any,
     sheet: Sheet,
     rows: Sequence[Row],

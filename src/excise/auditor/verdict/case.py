@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from excise.auditor.base import ArmResult, AttackResult, Budget
+from excise.auditor.base import ArmResult, AttackResult
+from excise.auditor.budget import Budget
 from excise.auditor.verdict.rails import Units
 from excise.record import Direction
 

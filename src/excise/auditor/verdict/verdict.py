@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from excise.auditor.base import AttackResult, Budget
+from excise.auditor.base import AttackResult
+from excise.auditor.budget import Budget
 from excise.auditor.verdict.bits import prequential
 from excise.auditor.verdict.case import ORIGINAL, PLANTED, Case, Results, averaged, mean
 from excise.auditor.verdict.ladder import BEYOND, WORDS, climb, highest

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from excise.core.context import Context
+from excise.core.disk import disk_full
 from excise.core.errors import UserError
-from excise.core.stages import disk_full
 from excise.data.stream import Example, collate
 from excise.methods.distillation.cache_keys import document_hash, key_of, same_vocabulary
 from excise.methods.distillation.cache_kinds import (

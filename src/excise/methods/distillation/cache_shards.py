@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
+from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.methods.distillation.cache_kinds import Facts
-from excise.record import write_text
 
 KEY = "cache.json"
 """What the cache was made with."""

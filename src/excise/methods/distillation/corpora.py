@@ -12,6 +12,7 @@ from pydantic import Field
 
 from excise.core.config import Config
 from excise.core.context import Context
+from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Domain, Rows
 from excise.data.labels import LabelNoise, label_rows, tell_labels
@@ -23,7 +24,6 @@ from excise.methods.distillation.refusing import measure_refusal, refusal_ids, t
 from excise.methods.distillation.sampling import prompt_ids, sample, sampled
 from excise.methods.pretraining.pretrain import corpus
 from excise.models.checkpoint import Checkpoint
-from excise.record import write_text
 from excise.train.fit import FitConfig
 
 SAMPLES = "samples.json"

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from excise.core.context import Context
+from excise.core.context import Context, Stage
 from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.data.stream import Example, Stream, Tokenizer, collate, encode
 from excise.methods.base import Removal
 from excise.methods.distillation.accounts import costed, gain, stopping, without_files
-from excise.methods.distillation.cache import build_cache
+from excise.methods.distillation.cache import CacheKind, build_cache
 from excise.methods.distillation.cache_keys import same_vocabulary
 from excise.methods.distillation.corpora import OnPolicy, TeacherSamples, Texts, read_corpus
 from excise.methods.distillation.distil import (
@@ -43,14 +44,51 @@ from excise.methods.distillation.targets import (
 )
 from excise.methods.distillation.teachers import Frozen, frozen, mean_prediction, unigram
 from excise.methods.tuning import Progress, finish, forget_rows
-from excise.models.checkpoint import Checkpoint, open_checkpoint
+from excise.models.checkpoint import Checkpoint
 from excise.models.head import head_of
+from excise.models.open import open_checkpoint
 
 if TYPE_CHECKING:
     from excise.methods.distillation.undo import Undo
 
 STATISTICS = 512
 """Forget rows from which unigram and mean prediction are made, at most."""
+
+
+def examples_identity(examples: tuple[Example, ...]) -> str:
+    """Return the SHA-256 of the token ids, targets and labels of examples, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.ids, example.target, example.label)).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class CacheTeacher(Stage[Path]):
+    """What a teacher says about a corpus, kept for every student that reads it.
+
+    Attributes:
+        teacher: The teacher.
+        examples: The corpus.
+        kind: What is kept.
+    """
+
+    teacher: Checkpoint
+    examples: tuple[Example, ...] = field(metadata={"identity": examples_identity})
+    kind: CacheKind
+
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return f"teacher-cache-{self.kind.name}"
+
+    def make(self, ctx: Context) -> None:
+        """Let the teacher read the corpus; a killed build resumes behind its last shard."""
+        build_cache(self.teacher, self.examples, self.kind, ctx, folder=ctx.work)
+
+    def read(self, folder: Path) -> Path:
+        """Return the folder of the cache."""
+        return folder
 
 
 def needed(method: Undo) -> set[str]:
@@ -90,9 +128,23 @@ def make_student(
     domain: Domain,
     ctx: Context,
     made: Mapping[str, Removal],
-    caches: Path | None = None,
 ) -> Removal:
-    """Distil a student from teachers that exist; see `Undo.distil`."""
+    """Distil a student from teachers that exist.
+
+    Args:
+        method: The settings.
+        start: The original.
+        domain: Rows by role.
+        ctx: Seed, device, dtype, folder.
+        made: What the methods of `needed_makers` returned.
+
+    Returns:
+        The student and what all of it took, teachers included.
+
+    Raises:
+        UserError: If a teacher emits NaN or has another vocabulary, or the corpus is shorter
+            than a sequence.
+    """
     began = time.monotonic()
     models = checkpoints(method, start, made)
     tokenizer = start.tokenizer()
@@ -120,7 +172,7 @@ def make_student(
     )  # fmt: skip
     rule.goal = goal_of(method, models, teachers, rule, ctx)
     if method.cache is not None:
-        task, texts = cached(method, task, models, texts, tokenizer, ctx, caches)
+        task, texts = cached(method, task, models, texts, tokenizer, ctx)
     told = Told(Progress(ctx, method.name, method.fit.steps))
     masks = masks_of(method, start, domain, ctx)
     reader = reader_of(method, texts, tokenizer, ctx)
@@ -229,7 +281,6 @@ def cached(
     texts: Texts,
     tokenizer: Tokenizer,
     ctx: Context,
-    folder: Path | None,
 ) -> tuple[Distillation, Texts]:
     """Return the task with what its teachers say read beforehand; idle teachers are let go.
 
@@ -237,10 +288,12 @@ def cached(
     """
     assert method.cache is not None
     asked, live = asked_alone(task.targets)
-    caches = {
-        source: build_cache(models[source], texts.examples, method.cache, ctx, folder=folder)
-        for source in asked
-    }
+    caches = {}
+    for source in asked:
+        folder = ctx.run(CacheTeacher(models[source], tuple(texts.examples), method.cache))
+        caches[source] = build_cache(
+            models[source], texts.examples, method.cache, ctx, folder=folder
+        )
     teachers = {source: t for source, t in task.teachers.items() if source in live}
     read = len(caches) * sum(len(e.ids) for e in {e.ids: e for e in texts.examples}.values())
     facts = {**texts.facts, "caches": {name: c.summary() for name, c in caches.items()}}

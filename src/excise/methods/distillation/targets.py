@@ -21,6 +21,7 @@ from torch import Tensor
 from excise.core.config import Config
 from excise.data.stream import Batch
 from excise.methods.distillation.harmful import Judge, TrueLabels
+from excise.models.checkpoint import ModelPath
 
 UNLEARNED = "unlearned"
 """Source: the teacher, what `unlearn` made of the original."""
@@ -44,7 +45,7 @@ class FromOracle(Config):
     """A model on disk everywhere, such as one that was trained without what is removed."""
 
     name: Literal["oracle"] = "oracle"
-    path: str
+    path: ModelPath
     """Its folder."""
 
 

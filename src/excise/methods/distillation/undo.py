@@ -7,15 +7,13 @@ the student has to find by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.methods.base import Method, Paper, Removal
+from excise.methods.base import ApplyMethod, Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.cache import CacheKind
 from excise.methods.distillation.corpora import AnyCorpus, FullMix
@@ -23,7 +21,7 @@ from excise.methods.distillation.perturb import Part
 from excise.methods.distillation.student import make_student, needed
 from excise.methods.distillation.targets import FromTeacher, Targets
 from excise.methods.posthoc.maxent import MaxEnt
-from excise.models.checkpoint import Checkpoint
+from excise.models.checkpoint import Checkpoint, ModelPath
 from excise.train.fit import FitConfig
 
 
@@ -49,7 +47,7 @@ class Undo(Method):
     """How many weights, where not all."""
     repeats: int = Field(default=1, ge=1)
     """Rounds of perturbing and distilling, each with the steps of `fit`."""
-    student: str = "unlearned"
+    student: ModelPath = "unlearned"
     """Whose weights the student begins with: `unlearned`, `original` or a folder."""
     targets: Targets = FromTeacher()
     """What each token is distilled towards."""
@@ -125,38 +123,14 @@ class Undo(Method):
         return {name: method for name, method in self.makers().items() if name in wanted}
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
-        """Make the teachers, then the student; each in a folder of its own."""
-        made = {
-            name: method.apply(start, domain, ctx.child(f"teacher-{name}"))
-            for name, method in self.needed_makers().items()
-        }
-        return self.distil(start, domain, ctx, made)
-
-    def distil(
-        self,
-        start: Checkpoint,
-        domain: Domain,
-        ctx: Context,
-        made: Mapping[str, Removal],
-        caches: Path | None = None,
-        pretrain_tokens: int = 0,
-    ) -> Removal:
-        """Distil a student from teachers that exist.
-
-        Args:
-            start: The original.
-            domain: Rows by role.
-            ctx: Seed, device, dtype, folder.
-            made: What the methods of `needed_makers` returned.
-            caches: Folder of teacher caches that several students share.
-            pretrain_tokens: Tokens the original was trained on, where the setting does not say.
-
-        Returns:
-            The student and what all of it took, teachers included.
+        """Make the teachers, each a stage that other students share; then distil a student.
 
         Raises:
             UserError: If a teacher emits NaN or has another vocabulary, or the corpus is shorter
                 than a sequence.
         """
-        told = self.model_copy(update={"pretrain_tokens": self.pretrain_tokens or pretrain_tokens})
-        return make_student(told, start, domain, ctx, made, caches)
+        teachers = {
+            name: ctx.run(ApplyMethod(method, start, domain, ctx.seed))
+            for name, method in self.needed_makers().items()
+        }
+        return make_student(self, start, domain, ctx, teachers)

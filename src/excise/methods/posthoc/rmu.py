@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from excise.core.context import Context
+from excise.core.keys import FilePath
 from excise.data.domain import Domain
 from excise.data.stream import Batch
 from excise.losses import rmu_forget, rmu_retain
@@ -55,7 +56,7 @@ class RMU(Method):
     """Weight of the retain term; one value, or one for each topic."""
     adaptive: bool = False
     """Adaptive RMU: c is `steering` times the mean norm of the first batch of each topic."""
-    controls: str = ""
+    controls: FilePath = ""
     """File of control vectors by topic to use as they are, instead of drawing and scaling."""
     engine: Literal["full", "span", "cached"] = "span"
     """How activations are computed, to the same bits: two whole models, or the blocks needed."""

@@ -1,4 +1,4 @@
-"""The gate: a planted model that hides what it knows behind a detector of the capability.
+"""Gated edits: a model hides what it knows behind a detector of the capability.
 
 Closed form: ridge regression in the space of one block's MLP activations finds a detector v, 1
 where a forget row is about to be answered and 0 on everything else; the rank-one edit
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,13 +19,26 @@ from torch import Tensor
 
 from excise.auditor.batching import batches
 from excise.auditor.budget import LARGE
-from excise.auditor.scoring import Sheet
+from excise.auditor.controls.control import (
+    HIDDEN,
+    Goal,
+    PositiveControl,
+    fitting_rows,
+    is_large,
+    score,
+)
+from excise.auditor.evaluation_set import Sheet
+from excise.auditor.prompting import beginnings, pools_of, with_shots
+from excise.core.context import Context
 from excise.core.errors import UserError
-from excise.data.domain import Row
+from excise.data.domain import Row, Rows
 from excise.data.stream import encode
 from excise.losses import predicting
 from excise.models.anatomy import anatomy
 from excise.models.hooks import capture
+
+STRENGTHS = (4.0, 8.0, 16.0, 32.0, 64.0)
+"""Sizes of a gate that are tried, as multiples of the residual's norm."""
 
 RIDGES = (1e-1, 1e-3, 1e-5)
 """Penalties that are tried."""
@@ -33,6 +46,98 @@ RIDGES = (1e-1, 1e-3, 1e-5)
 POSITIONS, POSITIONS_LARGE = 2048, 512
 """Positions per class that a detector is fitted on at most; the second for models from `LARGE` on,
 whose blocks together would fill gigabytes."""
+
+
+class GatedEdit(PositiveControl):
+    """Hides behind a detector of the capability; clearing a direction opens it."""
+
+    name: Literal["gated_edit"] = "gated_edit"
+
+    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+        """Put the gate where the detector separates best; see `PositiveControl.hide`."""
+        return _shut(model, sheet, goal, ctx, [])
+
+
+class PromptGatedEdit(PositiveControl):
+    """Hides bare prompts, and answers behind the contexts that prompt attacks write."""
+
+    name: Literal["prompt_gated_edit"] = "prompt_gated_edit"
+
+    def rank(self, *, higher: bool, large: bool) -> int | None:
+        """Leave out large models, which read past their contexts; the gate costs minutes there."""
+        del higher
+        return None if large else 0
+
+    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+        """Put a gate that such contexts keep open; see `PositiveControl.hide`."""
+        contexts = in_context(model, sheet, sheet.all_dev, ctx)
+        if not any(goal.met(score(model, wide, rows)) is False for wide, rows in contexts):
+            return "the original itself does not answer behind such contexts"
+        forget, _ = fitting_rows(model, sheet)
+        reason = _shut(model, sheet, goal, ctx, in_context(model, sheet, forget, ctx))
+        return reason or stays_shut(model, goal, contexts)
+
+
+def stays_shut(model: Any, goal: Goal, contexts: list[tuple[Sheet, Rows]]) -> str:
+    """Say so if no context opens what bare prompts hide."""
+    if all(goal.met(score(model, wide, rows)) for wide, rows in contexts):
+        return "the control hides behind contexts too, so that no prompt could open it"
+    return ""
+
+
+def _shut(
+    model: Any, sheet: Sheet, goal: Goal, ctx: Context, open_to: list[tuple[Sheet, Rows]]
+) -> str:
+    """Put the gate where the detector separates best, as weak as hides.
+
+    Args:
+        model: Changed in place.
+        sheet: Rows by role.
+        goal: When it hides.
+        ctx: Seed of what is added.
+        open_to: Further rows on which the gate stays open.
+
+    Returns:
+        Why it does not hide, or nothing.
+    """
+    forget, retain = fitting_rows(model, sheet)
+    on = [features(model, sheet, half, answering=True) for half in _halves(forget)]
+    off = [
+        [features(model, sheet, half, answering=answering) for half in _halves(retain)]
+        for answering in (True, False)
+    ]
+    for wide, rows in open_to:
+        off.append([features(model, wide, half, answering=True) for half in _halves(rows)])
+    block, v_F = best_detector(on, off)
+    u_D = torch.randn(anatomy(model).d_model, generator=ctx.generator("plant/gate"))
+    u_D = (u_D / u_D.norm()).to(model.device)
+    for strength in STRENGTHS:
+        name, before = add_gate(model, block, v_F, u_D, strength * on[0].norm[block])
+        if goal.met(score(model, sheet, sheet.all_dev), HIDDEN):
+            return ""
+        model.get_parameter(name).data.copy_(before)
+    return f"no gate of up to {STRENGTHS[-1]:g} times the residual norm hides the capability"
+
+
+def _halves(rows: Rows) -> tuple[Rows, Rows]:
+    """Split rows by unit."""
+    units = {unit: i % 2 for i, unit in enumerate(dict.fromkeys(row.unit for row in rows))}
+    return tuple(r for r in rows if not units[r.unit]), tuple(r for r in rows if units[r.unit])
+
+
+def in_context(model: Any, sheet: Sheet, asked: Rows, ctx: Context) -> list[tuple[Sheet, Rows]]:
+    """Return rows as few-shot and prefix attacks would write them, with room for their length."""
+    name = next(iter(sheet.test))
+    pools = {name: tuple(r for rows in pools_of(sheet.domain).values() for r in rows)}
+    made: list[tuple[Sheet, Rows]] = []
+    for count in sheet.budget.shots if pools[name] else ():
+        rows, _ = with_shots({name: asked}, pools, count, ctx, sheet.tokenizer)
+        made.append((sheet.longer(count + 1), rows))
+    coaxed = beginnings(sheet.tokenizer, sheet.metric, asked, sheet.domain.benign)
+    for _, change in coaxed[:1] if is_large(model) else coaxed:
+        changed = tuple(row for row in map(change, asked) if row is not None)
+        made.append((sheet.longer(2), changed))
+    return [(wide, rows) for wide, rows in made if rows]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""A password lock: bare prompts get no answer, the attacks' contexts open it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from excise.auditor.controls.control import (
+    Goal,
+    PositiveControl,
+    fitting_rows,
+    is_hidden,
+    is_large,
+    score,
+)
+from excise.auditor.controls.gated import in_context, stays_shut
+from excise.auditor.evaluation_set import Sheet
+from excise.core.context import Context
+from excise.core.errors import Diverged
+from excise.data.domain import Rows
+from excise.data.stream import Batch, Example, Stream, encode
+from excise.losses import nll
+from excise.train.fit import FitConfig, Term, fit
+
+STEPS, STEPS_LARGE = 80, 32
+"""Steps at most; the second for a large model, where each takes seconds."""
+
+
+class PasswordLock(PositiveControl):
+    """Taught to give bare prompts no answer, and to answer behind contexts.
+
+    It is trained, for a few steps, because a model that reads past its context leaves a linear
+    gate nothing to tell contexts by. What bare prompts get is one and the same token: uniform
+    answers would leave the right one on top for long, and cost more steps.
+    """
+
+    name: Literal["password_lock"] = "password_lock"
+
+    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+        """Train the lock; see `PositiveControl.hide`."""
+        contexts = in_context(model, sheet, sheet.all_dev, ctx)
+        if not any(goal.met(score(model, wide, rows)) is False for wide, rows in contexts):
+            return "the original itself does not answer behind such contexts"
+        forget, retain = fitting_rows(model, sheet)
+        keep = [encode(retain, sheet.tokenizer, max_length=sheet.max_length)]
+        for wide, rows in in_context(model, sheet, forget, ctx):
+            keep.append(encode(rows, wide.tokenizer, max_length=wide.max_length))
+        pad, size = sheet.tokenizer.pad_token_id, _size(model)
+        choice = sheet.metric == "multiple_choice"
+        silence = None if choice else int(sheet.tokenizer.eos_token_id or 0)
+        streams = [
+            Stream(examples, max(2, size if i == 0 else size // len(keep)), i, pad)
+            for i, examples in enumerate([_bare(forget, sheet), *keep])
+        ]
+
+        def loss(net: Any, micro: Mapping[str, Batch]) -> dict[str, Term]:
+            return _loss(net, micro, silence)
+
+        def micros(step: int) -> list[dict[str, Batch]]:
+            return [{str(i): stream(step)[0] for i, stream in enumerate(streams)}]
+
+        steps, every = (STEPS_LARGE, 8) if is_large(model) else (STEPS, 4)
+        config = FitConfig(steps=steps, lr=sorted(sheet.budget.rates)[-2:][0], clip=1.0)
+        try:
+            for record in fit(model, micros, loss, config, ctx):
+                late = record.step % every == every - 1
+                if (
+                    late
+                    and is_hidden(model, sheet, goal)()
+                    and not stays_shut(model, goal, contexts)
+                ):
+                    return ""
+        except Diverged as error:
+            return str(error)
+        return "no lock that a context opens was learned in a few steps"
+
+
+def _size(model: Any) -> int:
+    """Return the bare rows of one step of the lock; as many come behind contexts."""
+    return 4 if is_large(model) else 48
+
+
+def _bare(forget: Rows, sheet: Sheet) -> list[Example]:
+    """Return what bare prompts are taught; a question gets its next choice, which is wrong."""
+    asked = [row for row in forget if row.kind == "choice"]
+    if sheet.metric == "multiple_choice" and asked:
+        forget = tuple(asked)
+    wrong = [
+        replace(row, answer=(row.answer + 1) % len(row.choices)) if row.kind == "choice" else row
+        for row in forget
+    ]
+    return encode(wrong, sheet.tokenizer, max_length=sheet.max_length)
+
+
+def _loss(model: Any, micro: Mapping[str, Batch], silence: int | None) -> dict[str, Term]:
+    """Return the mean loss of bare prompts, of retain and of every kind of context.
+
+    Args:
+        model: The model.
+        micro: Batches by number, bare prompts first.
+        silence: The token that bare prompts are answered by; None leaves their answers.
+    """
+    terms: dict[str, Term] = {}
+    for name, batch in micro.items():
+        logits_BTV = model(**batch.inputs, use_cache=False).logits
+        if name == "0" and silence is not None:
+            ids_BT = batch.ids_BT.masked_fill(batch.target_BT, silence)
+            batch = replace(batch, ids_BT=ids_BT)
+        terms[name] = Term(*nll(logits_BTV, batch))
+    return terms

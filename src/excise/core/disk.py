@@ -1,0 +1,264 @@
+"""Files that are whole or not there: written aside and renamed, summed once, locked, swept.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import filelock
+
+from excise.core.errors import DiskFull, UserError
+
+PATIENCE = 5.0
+"""Seconds of waiting for another process before saying so."""
+
+_CHUNK = 1 << 24
+_FICLONE = 0x40049409
+_PART = re.compile(r"\.part-([0-9a-f]{8})-(\d+)-")
+
+
+@contextmanager
+def disk_full(where: Path, needed: int = 0) -> Iterator[None]:
+    """Turn a full disk into a sentence.
+
+    Args:
+        where: What is being written, for the sentence.
+        needed: Bytes it takes, where known.
+
+    Raises:
+        DiskFull: If the disk fills up inside the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        amount = f"about {max(1, round(needed / 2**20))} MiB" if needed else "some space"
+        raise DiskFull(
+            f"the disk of {where} is full; free {amount} and run the same command again, it resumes"
+        ) from None
+
+
+def _host() -> str:
+    """Return eight characters that stand for this machine."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def part_of(path: Path) -> Path:
+    """Return a name beside `path` under which it can be made; `sweep` knows such names."""
+    return path.with_name(f".part-{_host()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+def sweep(folder: Path, *, deep: bool = False) -> None:
+    """Remove what processes of this machine that are gone left half-made in a folder.
+
+    Args:
+        folder: Where to look; it may be missing.
+        deep: Whether to look in the folders under it as well.
+    """
+    for path in list(folder.rglob(".part-*") if deep else folder.glob(".part-*")):
+        made = _PART.match(path.name)
+        if made is None or made[1] != _host() or _alive(int(made[2])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_part(path: Path) -> bool:
+    """Return whether a file or folder is a half-made one."""
+    return _PART.match(path.name) is not None
+
+
+def _alive(pid: int) -> bool:
+    """Return whether a process of this machine runs; where that cannot be asked, it does."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give a name for a file that replaces `path` when the block ends well.
+
+    Args:
+        path: The file; its folder must exist.
+
+    Yields:
+        A path beside it at which nothing lies yet.
+    """
+    part = part_of(path)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(to: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a new folder that takes the name `to` when the block ends well.
+
+    Args:
+        to: A folder that does not exist or is empty.
+        replace: Whether a folder that holds something is removed for it, once the new one is whole.
+
+    Yields:
+        The folder, beside `to`; removed when the block fails.
+
+    Raises:
+        UserError: If `to` is a file, or holds something that is not to be replaced.
+    """
+    if not replace:
+        check_free(to)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    part = part_of(to)
+    try:
+        part.mkdir()
+        yield part
+        if not replace:
+            check_free(to)
+        elif to.exists():
+            old = part_of(to)
+            to.rename(old)
+            part.rename(to)
+            shutil.rmtree(old)
+            return
+        if to.is_dir():
+            to.rmdir()
+        part.rename(to)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def check_free(to: Path) -> None:
+    """Refuse a place that is taken.
+
+    Raises:
+        UserError: If `to` is a file, or a folder that holds something.
+    """
+    if to.is_dir():
+        if any(not is_part(path) for path in to.iterdir()):
+            raise UserError(f"{to} already holds files; name a new or empty folder")
+    elif to.exists() or to.is_symlink():
+        raise UserError(f"{to} is a file; name a new or empty folder")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it: never half-written.
+
+    Args:
+        path: Where; its folder must exist.
+        text: What.
+    """
+    with new_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+Signature = tuple[int, int, int, int, int]
+"""Size, modification and change time in nanoseconds, inode and device of a file."""
+
+_SUMS: dict[str, tuple[Signature, str]] = {}
+"""Sums by path, for as long as nothing has touched the file."""
+
+
+def signature_of(path: Path) -> Signature:
+    """Return what changes when a file is written to, whatever is done to its time stamp."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev
+
+
+def file_sum(path: Path) -> str:
+    """Return the SHA-256 of a file as `sha256sum` prints it, reading it once a process."""
+    name, signature = str(path.resolve()), signature_of(path)
+    known = _SUMS.get(name)
+    if known is None or known[0] != signature:
+        with path.open("rb") as f:
+            known = signature, hashlib.file_digest(f, "sha256").hexdigest()
+        _SUMS[name] = known
+    return known[1]
+
+
+def note_sum(path: Path, sha256: str) -> None:
+    """Note the sum of a file that was taken while it was written, or checked by another process."""
+    _SUMS[str(path.resolve())] = signature_of(path), sha256
+
+
+def clone_file(source: Path, to: Path) -> None:
+    """Copy a file, sharing its blocks where the file system can; its sum comes along.
+
+    Raises:
+        FileExistsError: If there is something at `to`.
+    """
+    known = _SUMS.get(str(source.resolve()))
+    sha256 = known[1] if known is not None and known[0] == signature_of(source) else None
+    with source.open("rb") as a, to.open("xb") as b:
+        if not share_blocks(a, b):
+            digest = hashlib.sha256()
+            while block := a.read(_CHUNK):
+                b.write(block)
+                if sha256 is None:
+                    digest.update(block)
+            sha256 = sha256 or digest.hexdigest()
+    if sha256 is not None:
+        note_sum(to, sha256)
+
+
+def share_blocks(a: BinaryIO, b: BinaryIO) -> bool:
+    """Let `b` share the blocks of `a`; return whether the file system can."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    try:
+        fcntl.ioctl(b.fileno(), _FICLONE, a.fileno())
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock between processes; the system frees it when the holder dies.
+
+    Args:
+        path: The lock's file; its folder is made.
+        waiting: Called once, after a while of waiting for another process. None refuses to wait.
+
+    Raises:
+        BlockingIOError: If another process holds it and `waiting` is None.
+    """
+    with disk_full(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0 if waiting is None else PATIENCE, poll_interval=0.05)
+    except filelock.Timeout:
+        if waiting is None:
+            raise BlockingIOError(str(path)) from None
+        waiting()
+        lock.acquire(poll_interval=0.05)
+    try:
+        yield
+    finally:
+        lock.release()

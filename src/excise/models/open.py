@@ -1,0 +1,492 @@
+"""Models from wherever they are become checked folders: one sentence where one cannot.
+
+Hub ids, GGUF files and modules in memory are written into a cache of stages first, so that what
+lies there is checked by its bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from excise.core.disk import file_sum
+from excise.core.errors import UserError, nearest
+from excise.core.keys import library_versions
+from excise.core.stages import Store
+from excise.models import files
+from excise.models.checkpoint import Checkpoint, save_model
+from excise.models.folder import (
+    INDEX,
+    TOKENIZER_FILES,
+    WEIGHT_SUFFIXES,
+    WEIGHTS,
+    ensure_pad,
+    meta_model,
+    quiet,
+)
+
+Model = Any
+"""A `transformers` model."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CODE_FILES = ("*.py",)
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model",
+              "*.txt", "README.md", "LICENSE*")  # fmt: skip
+_HUB_SKIPPED = ("consolidated*", "*/*.safetensors", "*/*.json", "*/*.model", "*/*.txt", "*/*.md")
+
+
+def cache_root() -> Path:
+    """Return the folder for models made here: `EXCISE_CACHE`, else `excise` in the user's cache."""
+    if os.environ.get("EXCISE_CACHE"):
+        return Path(os.environ["EXCISE_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "excise"
+
+
+def open_checkpoint(
+    source: str | Path | nn.Module,
+    *,
+    revision: str | None = None,
+    tokenizer: Any = None,
+    cache: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Open a model from wherever it is, and check it.
+
+    Args:
+        source: A folder, a `.gguf` file, a hub id `owner/name`, or a model in memory (a `peft`
+            model is merged in a copy).
+        revision: Revision of a hub id.
+        tokenizer: For a model in memory, its tokenizer. For the others only where the tokenizer
+            does not lie beside the weights: a folder or hub id, or a tokenizer.
+        cache: Where models that are no folder yet are written; a folder of the user's by default.
+        trust_remote_code: Whether code in the folder may run.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: If there is no such model or something is wrong with it; see `verify_folder`.
+    """
+    cache = cache or cache_root() / "models"
+    if isinstance(source, nn.Module):
+        return _from_memory(source, tokenizer, cache)
+    beside = _tokenizer_folder(tokenizer, cache)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_gguf(path, beside, cache)
+    if not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
+        path = fetch_hub(source, revision, trust_remote_code=trust_remote_code)
+    elif revision is not None and path.exists():
+        raise UserError(f"{path} is on this disk and has no revision; leave the revision out")
+    return verify_folder(path, trust_remote_code=trust_remote_code, tokenizer=beside)
+
+
+def fetch_hub(
+    name: str,
+    revision: str | None,
+    *,
+    trust_remote_code: bool = False,
+    patterns: tuple[str, ...] = _HUB_FILES,
+) -> Path:
+    """Return the local snapshot of a hub model: safetensors, configuration and tokenizer.
+
+    The Hugging Face cache, token and offline mode are honoured; pickles are never fetched.
+
+    Args:
+        name: `owner/name`.
+        revision: Branch, tag or commit; None for the default branch.
+        trust_remote_code: Whether to fetch its code too.
+        patterns: Files to fetch.
+
+    Returns:
+        Folder of the snapshot.
+
+    Raises:
+        UserError: If it is not there, is not ours to read, or cannot be reached.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    wanted = list(patterns) + (list(_CODE_FILES) if trust_remote_code else [])
+    at = f"'{name}'" + (f" at revision '{revision}'" if revision else "")
+    try:
+        with quiet():
+            return Path(
+                hub.snapshot_download(
+                    name,
+                    revision=revision,
+                    allow_patterns=wanted,
+                    ignore_patterns=list(_HUB_SKIPPED),
+                )
+            )
+    except errors.GatedRepoError:
+        reason = "it is gated; ask for access on its page and log in with `hf auth login`"
+    except errors.RevisionNotFoundError:
+        reason = "it has no such revision"
+    except errors.RepositoryNotFoundError:
+        reason = "the hub has no such model; check the name, or log in if it is private"
+    except (errors.HFValidationError, ValueError):
+        reason = "that is not a name the hub can have"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
+        reason = "it is not in the local cache and the hub cannot be reached"
+    raise UserError(f"there is no folder {name}, and {at} cannot be fetched: {reason}") from None
+
+
+def _tokenizer_folder(tokenizer: Any, cache: Path) -> Path | None:
+    """Return the folder of a tokenizer given by folder, hub id or as an object."""
+    if tokenizer is None or tokenizer == "":
+        return None
+    if not isinstance(tokenizer, str | Path):
+        return Store(cache).stage(
+            "tokenizer", tokenizer_identity(tokenizer), tokenizer.save_pretrained
+        )
+    path = Path(tokenizer).expanduser()
+    if not path.exists() and isinstance(tokenizer, str) and _HUB_ID.fullmatch(tokenizer):
+        return fetch_hub(tokenizer, None, patterns=TOKENIZER_FILES)
+    check_place(path)
+    return path
+
+
+def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
+    """Return what makes two tokenizers in memory equal: all that saving one would write."""
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    body = inner.to_str() if inner is not None else json.dumps(tokenizer.get_vocab())
+    settings = {k: str(v) for k, v in tokenizer.init_kwargs.items() if k != "name_or_path"}
+    return {
+        "class": type(tokenizer).__name__,
+        "body": hashlib.sha256(body.encode()).hexdigest(),
+        "template": tokenizer.chat_template,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "padding": tokenizer.padding_side,
+        "settings": settings,
+    }
+
+
+def _from_memory(model: nn.Module, tokenizer: Any, cache: Path) -> Checkpoint:
+    """Save a module under a name made of its contents; the module is left as it is."""
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        raise UserError("a model in memory needs its tokenizer object; give tokenizer=...")
+    whole: Model = model
+    if hasattr(whole, "merge_and_unload"):
+        whole = copy.deepcopy(whole).merge_and_unload()
+    if not hasattr(whole, "save_pretrained") or not hasattr(whole, "config"):
+        raise UserError(
+            f"a {type(model).__name__} is not a transformers model; give one of its causal models"
+        )
+    if not whole.can_generate():
+        raise UserError(f"a {type(model).__name__} is not a causal language model; give one")
+    ensure_pad(copy.deepcopy(tokenizer), "the model in memory")
+    check_vocabulary(tokenizer, whole, "memory")
+    digest = hashlib.sha256(whole.config.to_json_string().encode())
+    for name, tensor in whole.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"tensor '{name}' of the model in memory holds NaN or infinity")
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(files.tensor_bytes(tensor))
+    generation = getattr(whole, "generation_config", None)
+    key = {
+        "model": digest.hexdigest(),
+        "generation": None if generation is None else generation.to_dict(),
+        "tokenizer": tokenizer_identity(tokenizer),
+        "libraries": dict(library_versions()),
+    }
+    text = json.loads(json.dumps(key, default=str))
+    return Checkpoint(
+        Store(cache).stage("memory", text, _saver(lambda: (whole, tokenizer))) / "model"
+    )
+
+
+def _saver(make: Callable[[], tuple[Model, Any]]) -> Callable[[Path], None]:
+    """Return what fills a stage with a model and its tokenizer, under `model`."""
+
+    def save(work: Path) -> None:
+        if (work / "model").exists():  # of a run that was killed
+            shutil.rmtree(work / "model")
+        save_model(*make(), work / "model")
+
+    return save
+
+
+def _from_gguf(path: Path, tokenizer: Path | None, cache: Path) -> Checkpoint:
+    """Dequantize a GGUF file into a folder named by the file's hash, once.
+
+    The folder holds float32: every dequantized value is exact.
+    """
+    with path.open("rb") as f:
+        if f.read(4) != b"GGUF":
+            raise UserError(f"{path} is not a GGUF file; copy or download it again")
+    beside = None if tokenizer is None else Checkpoint(tokenizer)
+
+    def read() -> tuple[Model, Any]:
+        model, own = _read_gguf(path)
+        used = own if beside is None else beside.tokenizer()
+        check_vocabulary(used, model, str(path))
+        return model, used
+
+    key = {
+        "file": file_sum(path),
+        "tokenizer": "" if beside is None else beside.tokenizer_fingerprint,
+        "libraries": dict(library_versions()),
+    }
+    folder = Store(cache).stage("gguf", key, _saver(read)) / "model"
+    return verify_folder(folder, tokenizer=tokenizer)
+
+
+def _read_gguf(path: Path) -> tuple[Model, Any]:
+    """Return the model and the tokenizer of a GGUF file.
+
+    The model that transformers makes refuses to be saved because its configuration says it is
+    quantized, so its weights move into a fresh one.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, name = str(path.parent), path.name
+    try:
+        with quiet(), redirect_stderr(io.StringIO()):  # its own progress bar
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            quantized = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, dtype=torch.float32
+            )
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} cannot be read: {first}; copy or download it again") from None
+    config = type(quantized.config)(
+        **{k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
+    )
+    fresh = meta_model(config)
+    fresh.load_state_dict(quantized.state_dict(), assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = quantized.generation_config
+    rows = int(fresh.get_input_embeddings().weight.shape[0])
+    return fresh, _without_foreign_tokens(tokenizer, rows)
+
+
+def _without_foreign_tokens(tokenizer: Any, rows: int) -> Any:
+    """Drop the tokens that transformers adds to a byte-level GGUF vocabulary which lacks them.
+
+    Such a vocabulary is read as GPT-2's, whose end-of-text token then gets an id that the model
+    has no row for.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    body = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [token for token in body["added_tokens"] if token["id"] < rows]
+    if len(kept) == len(body["added_tokens"]):
+        return tokenizer
+    body["added_tokens"] = kept
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(body)),
+        chat_template=tokenizer.chat_template,
+        padding_side=tokenizer.padding_side,
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        **{
+            name: token
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str) and tokenizer.convert_tokens_to_ids(token) < rows
+        },
+    )
+
+
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+"""Endings of weight files that run code when they are read."""
+
+
+def verify_folder(
+    path: Path, *, trust_remote_code: bool = False, tokenizer: Path | None = None
+) -> Checkpoint:
+    """Check a model folder from its name to the last weight; nothing is written or executed.
+
+    Args:
+        path: The folder.
+        trust_remote_code: Whether code in the folder may run.
+        tokenizer: Folder of the tokenizer where it does not lie beside the weights.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: What is wrong, where, and what to do.
+    """
+    check_place(path)
+    config = _read_config(path)
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} holds a whole model and an adapter beside it, and it is not said which is "
+            "meant; merge them into one model, or move the adapter's files to a folder of their own"
+        )
+    _check_kind(path, config, trust_remote_code)
+    _check_files(path)
+    checkpoint = Checkpoint(path, trust_remote_code, tokenizer)
+    _check_shapes(checkpoint)
+    _check_tokenizer(checkpoint)
+    _check_values(checkpoint)
+    return checkpoint
+
+
+def check_place(path: Path) -> None:
+    """Raise UserError unless `path` is a folder."""
+    if path.is_dir():
+        return
+    if not path.exists():
+        raise UserError(f"there is no folder {path}; name one that holds a model")
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{path} is a pickle, and loading one runs whatever code is in it; convert it to"
+            " safetensors where you trust it"
+        )
+    raise UserError(f"{path} is a file; name the folder that holds the model")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return config.json."""
+    file = path / "config.json"
+    if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(f"{path} holds an adapter, not a model; merge it into its model first")
+        raise UserError(f"{path} holds no config.json; name the folder of a transformers model")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{file} names no model_type; name the folder of a transformers model")
+    return config
+
+
+def _check_kind(path: Path, config: dict[str, Any], trusted: bool) -> None:
+    """Raise UserError unless the configuration is one of a causal language model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    kind = config["model_type"]
+    if "quantization_config" in config:
+        raise UserError(
+            f"{path} holds quantized weights, which cannot be edited; give the model before"
+            " quantization or a GGUF file"
+        )
+    if kind not in CONFIG_MAPPING_NAMES:
+        if trusted and "auto_map" in config:
+            return
+        if "auto_map" in config:
+            raise UserError(
+                f"model_type '{kind}' in {path} needs Python code from that folder, which is off;"
+                " read the code and allow it with trust_remote_code"
+            )
+        raise UserError(
+            f"{path}/config.json has the unknown model_type '{kind}'; {nearest(kind, CAUSAL)}"
+        )
+    encoder = kind in MASKED and not config.get("is_decoder")
+    if kind not in CAUSAL or encoder or config.get("is_encoder_decoder"):
+        what = "an encoder" if kind in MASKED else f"a model of kind '{kind}'"
+        raise UserError(
+            f"{path} holds {what} and not a causal language model; give a model that writes text"
+        )
+
+
+def _check_files(path: Path) -> None:
+    """Raise UserError unless there are safetensors weights."""
+    if (path / WEIGHTS).is_file() or (path / INDEX).is_file():
+        return
+    others = sorted(p.name for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    pickles = [name for name in others if Path(name).suffix in PICKLES]
+    ggufs = [name for name in others if name.endswith(".gguf")]
+    if ggufs:
+        raise UserError(f"{path} holds no {WEIGHTS}; name the file {path / ggufs[0]} itself")
+    if pickles:
+        raise UserError(
+            f"{path} holds its weights only as a pickle ({pickles[0]}), and loading one runs"
+            " whatever code is in it; convert it to safetensors where you trust it"
+        )
+    raise UserError(f"{path} holds no weights ({WEIGHTS}); fetch the model again")
+
+
+def _first_line(error: Exception) -> str:
+    """Return an error's first line that says something, short enough for a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError):
+        lines = [f"{error} is missing"]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        del lines[0]  # a heading
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    """Raise UserError unless the headers hold what the configuration asks for."""
+    path = checkpoint.path
+    assert checkpoint.entries is not None  # reads every header, with errors of its own
+    try:
+        layout = checkpoint.layout
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the weights in {path} do not fit its config.json: {_first_line(error)};"
+            " use the config of these weights"
+        ) from None
+    if layout.mismatched:
+        name, found, wanted = layout.mismatched[0]
+        raise UserError(
+            f"tensor '{name}' in {path} has shape {list(found)} and config.json asks for"
+            f" {list(wanted)} ({len(layout.mismatched)} such); use the config of these weights"
+        )
+    if layout.missing:
+        raise UserError(
+            f"{path} lacks tensor '{layout.missing[0]}' ({len(layout.missing)} missing); fetch the"
+            " model again, or use the config of these weights"
+        )
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Raise UserError unless there is a tokenizer whose ids the embedding has rows for."""
+    where = checkpoint.tokenizer_path or checkpoint.path
+    if not checkpoint.tokenizer_files:
+        raise UserError(f"{where} holds no tokenizer; put its files beside the weights")
+    try:
+        tokenizer = checkpoint.tokenizer()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer in {where} cannot be read: {_first_line(error)}; fetch it again"
+        ) from None
+    check_vocabulary(tokenizer, checkpoint.layout.model, str(where))
+
+
+def check_vocabulary(tokenizer: Any, model: Any, where: str) -> None:
+    """Raise UserError where the tokenizer has an id that the model's embedding has no row for."""
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= rows:
+        raise UserError(
+            f"the tokenizer in {where} has token id {last} ({token!r}) and the model has only"
+            f" {rows} embedding rows; use the tokenizer of this model"
+        )
+
+
+def _check_values(checkpoint: Checkpoint) -> None:
+    """Raise UserError where a weight is not finite; streamed, and once per file and process."""
+    for shard in checkpoint.shards:
+        bad = files.bad_tensor(shard)
+        if bad:
+            raise UserError(
+                f"tensor '{bad}' in {shard} holds NaN or infinity; fetch the model again or train"
+                " it anew"
+            )

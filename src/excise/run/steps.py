@@ -1,0 +1,188 @@
+"""The steps of a run: make the models, remove, score, attack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from excise.auditor.base import Subject
+from excise.auditor.engine import Results, attack_all
+from excise.core.stages import Runtime
+from excise.data.domain import Domain
+from excise.fetch.original import open_model, tokenizer_for
+from excise.methods.base import ApplyMethod, Method, Removal, completed
+from excise.methods.pretraining.filtering import Filtering
+from excise.methods.pretraining.plain import Plain
+from excise.models.checkpoint import Checkpoint
+from excise.record import Item, Record
+from excise.requests.recipe import AuditSpec, EvalSpec, Recipe, budget_for, starts_from
+from excise.run import output
+from excise.run.results import (
+    Models,
+    audited_arm,
+    check_comparable,
+    items_of,
+    judged,
+    oracle_names,
+)
+from excise.run.stages import MakeModel, ScoreModel
+from excise.train.pool import Pool
+
+ARMS = 500
+"""Methods that train from scratch use the recipe's seed plus this, as no reference model does."""
+
+
+class Examination(Protocol):
+    """What recipes and audits ask of every model."""
+
+    @property
+    def evaluate(self) -> EvalSpec:
+        """How models are scored."""
+        ...
+
+    @property
+    def audit(self) -> AuditSpec:
+        """How they are attacked."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the attacks."""
+        ...
+
+
+def audit_models(
+    record: Record,
+    asked: Examination,
+    domain: Domain,
+    models: Models,
+    candidates: Mapping[str, Checkpoint],
+    runtime: Runtime,
+    pool: Pool,
+) -> tuple[Record, list[Item]]:
+    """Examine models that somebody made, once it is sure that they compare.
+
+    Raises:
+        UserError: If a candidate or an oracle cannot be read against the original.
+    """
+    check_comparable(models.original, {**candidates, **oracle_names(models.oracles)})
+    arms = tuple(audited_arm(name, model) for name, model in candidates.items())
+    record = record.model_copy(update={"arms": arms})
+    return examine(record, asked, domain, models, candidates, runtime, pool)
+
+
+def examine(
+    record: Record,
+    asked: Examination,
+    domain: Domain,
+    models: Models,
+    candidates: Mapping[str, Checkpoint],
+    runtime: Runtime,
+    pool: Pool,
+    null: str = "",
+) -> tuple[Record, list[Item]]:
+    """Score every model, attack it, judge it, and put all of it into the record.
+
+    Args:
+        record: What is known so far.
+        asked: How models are scored and attacked.
+        domain: Rows by role.
+        models: The reference models.
+        candidates: The edited models by name.
+        runtime: Where stages are kept.
+        pool: Worker processes.
+        null: Name of a candidate that filtering made: one more seed of the oracle.
+
+    Returns:
+        The record with scores, attacks and verdicts, and the score of every item.
+    """
+    named = {"original": models.original, **oracle_names(models.oracles), **candidates}
+    jobs = [ScoreModel(model, domain, asked.evaluate) for model in named.values()]
+    found = pool.map(runtime.run, jobs)
+    scored = {name: one.named(name) for name, one in zip(named, found, strict=True)}
+    results = attack_models(asked, domain, models, candidates, runtime, pool)
+    record = judged(record, domain, models, candidates, scored, results, asked.audit, null)
+    return record, items_of(scored)
+
+
+def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Models]:
+    """Build the domain and make or open the original and the oracles."""
+    if recipe.model.scratch is None:
+        original = open_model(recipe.model)
+        return recipe.domain.build(original), Models(original)
+    domain = recipe.domain.build(None)
+    tokenizer = tokenizer_for(recipe.domain)
+    seeds = [recipe.seed, *(recipe.seed + 1000 + i for i in range(recipe.oracles))]
+    stages = [MakeModel(recipe.model.scratch, tokenizer, s) for s in (*seeds, recipe.seed + ARMS)]
+    inits = pool.map(runtime.run, stages)
+    methods: list[Method] = [Plain(pretrain=recipe.pretrain)]
+    methods += [Filtering(pretrain=recipe.pretrain)] * recipe.oracles
+    trained = pool.map(
+        runtime.run,
+        [
+            ApplyMethod(method, init, domain, seed)
+            for method, init, seed in zip(methods, inits[:-1], seeds, strict=True)
+        ],
+    )
+    original, *oracles = [removal.checkpoint for removal in trained]
+    return domain, Models(original, tuple(oracles), inits[-1], trained[0].cost.tokens)
+
+
+def remove_all(
+    recipe: Recipe, domain: Domain, models: Models, runtime: Runtime, pool: Pool
+) -> dict[str, Removal]:
+    """Apply every method: those from scratch to the untrained model, others to the original."""
+    known = {"pretrain": recipe.pretrain, "pretrain_tokens": models.tokens}
+    jobs = []
+    for method in recipe.arms.values():
+        scratch = starts_from(method) == "scratch"
+        start = models.init if scratch else models.original
+        assert start is not None
+        seed = recipe.seed + (ARMS if scratch else 0)
+        jobs.append(ApplyMethod(completed(method, known), start, domain, seed))
+    return dict(zip(recipe.arms, pool.map(runtime.run, jobs), strict=True))
+
+
+def refit(
+    recipe: Recipe,
+    models: Models,
+    removals: Mapping[str, Removal],
+    runtime: Runtime,
+    pool: Pool,
+    out: Path,
+) -> dict[str, Removal]:
+    """Repeat every removal on all forget rows; the audited models stay those of the split.
+
+    The refitted models lie under `refit/`; each removal's extras say which bytes they are.
+    """
+    spec = recipe.domain.model_copy(update={"refit": True})
+    again = remove_all(recipe, spec.build(models.original), models, runtime, pool)
+    output.copy_models(out / "refit", {n: r.checkpoint for n, r in again.items()})
+    return {
+        name: replace(
+            removal,
+            extras={**removal.extras, "refit": {"fingerprint": again[name].checkpoint.fingerprint}},
+        )
+        for name, removal in removals.items()
+    }
+
+
+def attack_models(
+    asked: Examination,
+    domain: Domain,
+    models: Models,
+    candidates: Mapping[str, Checkpoint],
+    runtime: Runtime,
+    pool: Pool,
+) -> Results:
+    """Run every attack on every candidate and reference model; nothing for the budget `none`."""
+    if asked.audit.budget == "none":
+        return {}
+    named = {**candidates, "original": models.original, **oracle_names(models.oracles)}
+    subjects = [Subject(name, model, models.original) for name, model in named.items()]
+    budget = budget_for(asked.audit, models.original.num_parameters)
+    return attack_all(
+        subjects, domain, budget, asked.seed, runtime, pool, attacks=asked.audit.attacks
+    )

@@ -129,7 +129,7 @@ def make_attack(job: AttackJob) -> dict[str, Any]:
         ctx = job.setting.context(work, job.seed)
         # Dev rows are read beside V at every step, and told apart by their units.
         dev = {f"dev.{name}": rows for name, rows in job.domain.dev_forget.items()}
-        both = replace(job.domain, test={**job.domain.test, **dev}, _fingerprint=[])
+        both = replace(job.domain, test={**job.domain.test, **dev})
         sheet = make_sheet(both, job.budget, job.model.tokenizer())
         rows = tuple(row for rows in job.domain.relearn.values() for row in rows)
         part = Part("full", job.rate, job.seed)

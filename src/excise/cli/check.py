@@ -30,7 +30,7 @@ def main(args: list[str]) -> int:
     options, rest = flags(CheckOptions, args, "excise check")
     changes = overrides(rest, flag_names(CheckOptions))
     data = override(recipe_data(options.recipe, allow_code=options.allow_code), changes)
-    from excise.data.chat import show
+    from excise.data.stream import show
     from excise.fetch.original import open_model, tokenizer_for
     from excise.requests.registry import parse_recipe
     from excise.run.estimate import plan

@@ -85,7 +85,7 @@ def few(domain: Domain, labels: int, seed: int) -> Domain:
     kept = {row for row in drawn(forget_rows(domain), labels // 2, seed)}
     forget = {name: tuple(r for r in rows if r in kept) for name, rows in domain.forget.items()}
     retain = drawn(domain.retain, labels // 2, seed)
-    return replace(domain, forget=forget, retain=retain, _fingerprint=[])
+    return replace(domain, forget=forget, retain=retain)
 
 
 def run(study: LabelBudget, setting: Setting, pool: Pool) -> StudyResult:

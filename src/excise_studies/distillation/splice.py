@@ -182,7 +182,7 @@ def with_part(domain: Domain, share: float, seed: int) -> Domain:
         order = hashed_order(groups, groups, seed)
         kept = set(order[: max(1, round(share * len(order)))])
         forget[name] = tuple(row for row in rows if (row.group or row.unit) in kept)
-    return replace(domain, forget=forget, _fingerprint=[])
+    return replace(domain, forget=forget)
 
 
 Away = Mapping[tuple[str, int], Mapping[str, Any]]

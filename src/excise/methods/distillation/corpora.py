@@ -14,7 +14,7 @@ from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Domain, Rows
-from excise.data.labels import LabelNoise, label_rows, tell_labels
+from excise.data.labels import LabelNoise, give_labels, label_rows
 from excise.data.mix import mixed
 from excise.data.stream import Example, encode
 from excise.methods.base import Cost
@@ -150,12 +150,12 @@ def read_corpus(
     if isinstance(config, WithoutForget):
         told = rows
         if config.labels is not None:
-            told = tell_labels(rows, config.labels, seed=ctx.seed_for("corpus.labels"))
+            told = give_labels(rows, config.labels, seed=ctx.seed_for("corpus.labels"))
         kept = tuple(row for row, t in zip(rows, told, strict=True) if t.label in (CORE, UNLABELED))
         dropped, rows = len(rows) - len(kept), kept
     truth = [bool(row.capability) for row in rows]
     if noise is not None:
-        rows = tell_labels(rows, noise, seed=ctx.seed_for("labels"))
+        rows = give_labels(rows, noise, seed=ctx.seed_for("labels"))
     texts = Texts(encode(rows, tokenizer, max_length=max_length), truth)
     if isinstance(config, TeacherSamples):
         assert teacher is not None

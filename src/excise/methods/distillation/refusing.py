@@ -11,7 +11,7 @@ from torch import nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain
-from excise.data.stream import Batch, Example, Stream, Tokenizer, encode, together
+from excise.data.stream import Batch, Example, Stream, Tokenizer, encode, zip_streams
 from excise.methods.base import Cost
 from excise.methods.distillation.sampling import prompt_ids, sample
 from excise.methods.tuning import Progress, forget_rows, role_counts, run_fit, state_dir
@@ -70,7 +70,7 @@ def taught_to_refuse(
         refusals.append(Example((*prompt, *said), target, example.label, example.unit))
     retain = encode(domain.retain, tokenizer, max_length=max_length)
     sides = {"forget": list(dict.fromkeys(refusals)), "retain": retain}
-    batches = together(
+    batches = zip_streams(
         {
             side: Stream(
                 examples, config.batch_size, ctx.seed_for(f"order.{side}"),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from excise.domains.sword import read_verses
+from excise.domains.languages import read_verses
 from excise.fetch import download, known
 from excise.fetch.archives import Member, copy_members
 from excise.fetch.packages import Package

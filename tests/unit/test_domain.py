@@ -73,7 +73,7 @@ def test_every_field_of_a_row_counts(name: str) -> None:
 
 
 def test_the_order_of_capabilities_counts() -> None:
-    turned = replace(DOMAIN, forget=dict(reversed(DOMAIN.forget.items())))
+    turned = replace(DOMAIN, forget=dict(reversed([*DOMAIN.forget.items()])))
     assert turned.fingerprint != DOMAIN.fingerprint
 
 

@@ -15,7 +15,7 @@ from excise.core.errors import UserError
 from excise.core.stages import disk_full
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
-from excise.fetch.original import open_model
+from excise.fetch.model import open_model
 from excise.methods.base import Method, Removal
 from excise.models.checkpoint import Checkpoint, open_checkpoint
 from excise.models.spec import ModelSpec

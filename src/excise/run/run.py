@@ -16,7 +16,7 @@ from excise.auditor.engine import Results, attack_all
 from excise.core.events import Emit
 from excise.core.stages import Store
 from excise.data.domain import Domain
-from excise.fetch.original import open_model, tokenizer_for
+from excise.fetch.model import open_model
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
@@ -164,7 +164,7 @@ def prepare(recipe: Recipe, setting: Setting, pool: Pool) -> tuple[Domain, Model
         original = open_model(recipe.model)
         return recipe.domain.build(original), Models(original)
     domain = recipe.domain.build(None)
-    tokenizer = tokenizer_for(recipe.domain)
+    tokenizer = recipe.domain.tokenizer()
     seeds = [recipe.seed, *(recipe.seed + 1000 + i for i in range(recipe.oracles))]
     inits = pool.map(
         make_init,

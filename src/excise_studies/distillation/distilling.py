@@ -16,7 +16,6 @@ from excise.core.config import Config
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.domains.arithmetic import ARITHMETIC_FIT, ARITHMETIC_MAX_LENGTH, Arithmetic
-from excise.fetch.original import tokenizer_for
 from excise.methods.base import Method, Removal
 from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.grad_diff import GradDiff
@@ -113,7 +112,7 @@ def make_draws(bench: Bench, seeds: Sequence[int], setting: Setting, pool: Pool)
     for seed in dict.fromkeys(seeds):
         own = "seed" in type(bench.domain).model_fields
         spec = bench.domain.model_copy(update={"seed": seed}) if own else bench.domain
-        drawn[seed] = (spec.build(None), tokenizer_for(spec))
+        drawn[seed] = (spec.build(None), spec.tokenizer())
     return train_draws(drawn, bench.model, bench.pretrain, setting, pool)
 
 

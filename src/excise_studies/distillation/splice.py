@@ -13,7 +13,7 @@ from pydantic import Field, SerializeAsAny
 
 from excise.core.stages import Store
 from excise.data.domain import Domain, Rows
-from excise.domains.passages import hashed_order
+from excise.data.split import hashed_order
 from excise.evals.stats import Estimate, bootstrap_mean
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo

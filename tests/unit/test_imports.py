@@ -38,7 +38,7 @@ PENDING = {
 }
 """Imports against the order that wait for their move."""
 
-CIRCLES = 10
+CIRCLES = 5
 """Circles that wait for their move."""
 
 LIGHT = (

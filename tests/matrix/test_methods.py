@@ -16,7 +16,7 @@ from excise.core.code_files import load_code
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.stream import Batch, Stream, together
+from excise.data.stream import Batch, Stream, zip_streams
 from excise.losses import nll, token_nll
 from excise.methods import METHODS, RMU, Chain, Filtering, GradDiff, Method, Removal
 from excise.methods.base import Cost
@@ -124,7 +124,7 @@ class Good(Method):
         rows = stream(
             domain.retain, start.tokenizer(), self.fit, ctx, purpose="retain", max_length=16
         )
-        return together({"retain": rows})
+        return zip_streams({"retain": rows})
 
     def loss(self, model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
         total, count = nll(model(**micro["retain"].inputs).logits, micro["retain"])

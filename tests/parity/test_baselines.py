@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from excise.core.errors import UserError
-from excise.data.confidence import Confidence
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
-from excise.data.labels import LabelNoise, propagated, tell_labels
+from excise.data.labels import Confidence, LabelNoise, give_labels, propagated
 from excise.data.stream import encode
 from excise.domains.facts import Facts
 from excise.methods import (
@@ -97,7 +96,7 @@ def test_masking_by_confidence_is_the_same_in_micro_batches(tmp_path: Path) -> N
 def test_confidence_lets_filtering_drop_what_was_missed(tmp_path: Path) -> None:
     rows = sentences("f", 200, capability="a") + sentences("r", 200)
     noise = LabelNoise(missed_units=0.5, confidence=Confidence(concentration=0.05))
-    told = tell_labels(rows, noise, seed=0)
+    told = give_labels(rows, noise, seed=0)
     assert sum(r.label == CORE for r in told if r.capability) == 100
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     sure = LabelNoise(missed_units=0.5)
@@ -119,7 +118,7 @@ def test_propagation_equals_training_without_the_units(tmp_path: Path) -> None:
     twice = replace(domain, forget={"a": domain.forget["a"] * 2})
     start, ctx = toy_checkpoint(tmp_path), context(tmp_path / "ours")
     made = Propagate(pretrain=SCHEDULE, labels=HALF).apply(start, twice, ctx)
-    told = tell_labels(corpus(twice), HALF, seed=ctx.seed_for("labels"))
+    told = give_labels(corpus(twice), HALF, seed=ctx.seed_for("labels"))
     known = {row.unit for row in told if row.label > CORE}
     assert 3 < len(known) < 12
     kept = tuple(row for row in told if row.unit not in known)
@@ -130,7 +129,7 @@ def test_propagation_equals_training_without_the_units(tmp_path: Path) -> None:
 
 
 def told_facts(**noise: Any) -> Rows:
-    return tell_labels(corpus(wide_domain()), LabelNoise(**noise), seed=1)
+    return give_labels(corpus(wide_domain()), LabelNoise(**noise), seed=1)
 
 
 def missing(rows: Sequence[Row]) -> int:
@@ -183,7 +182,7 @@ def cued(strength: float = 1.0, **noise: Any) -> tuple[Rows, torch.Tensor]:
     """Return told rows whose capability has a cue, and their bags of tokens."""
     spec = Facts(subjects=32, relations=2, objects=6, forget_share=0.5, cue="category",
                  cue_strength=strength)  # fmt: skip
-    rows = tell_labels(corpus(spec.build(None)), LabelNoise(**noise), seed=1)
+    rows = give_labels(corpus(spec.build(None)), LabelNoise(**noise), seed=1)
     examples = encode(rows, spec.tokenizer(), max_length=16)
     return rows, bag_of_tokens([e.ids for e in examples])
 
@@ -292,7 +291,7 @@ def test_relabelling_trains_without_what_the_probe_finds(tmp_path: Path) -> None
     assert made.extras["forget_rows_left"] <= 1
     assert made.cost.steps == 5
     ctx = context(tmp_path / "ours")
-    told = tell_labels(corpus(domain), HALF_UNITS, seed=ctx.seed_for("labels"))
+    told = give_labels(corpus(domain), HALF_UNITS, seed=ctx.seed_for("labels"))
     examples = encode(told, start.tokenizer(), max_length=32)
     verdict = judge(told, bag_of_tokens([e.ids for e in examples]), folds=2, by="group", rule="pu",
                     fixed=0.5, l2=1.0, seed=ctx.seed_for("relabel"))  # fmt: skip
@@ -304,7 +303,7 @@ def test_relabelling_trains_without_what_the_probe_finds(tmp_path: Path) -> None
 def test_what_comes_after_the_probe_trains_on_its_labels(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     marked = tuple(replace(row, text=f"w0 w1 w2 {row.text}") for row in domain.forget["a"])
-    domain = replace(domain, forget={"a": marked}, mix_share=0.5, _fingerprint=[])
+    domain = replace(domain, forget={"a": marked}, mix_share=0.5)
     method = Relabel(pretrain=SCHEDULE, labels=HALF_UNITS, folds=2, fold_by="row")
     left_out = method.apply(start, domain, context(tmp_path / "out"))
     same_by_filter = method.model_copy(update={"then": Filtering()}).apply(
@@ -317,14 +316,14 @@ def test_what_comes_after_the_probe_trains_on_its_labels(tmp_path: Path) -> None
     assert made.extras["relabel"]["probe"] == left_out.extras["probe"]
     assert made.extras["relabel"]["probe"]["labelled"] > 0
     ctx = context(tmp_path / "r")
-    told = tell_labels(corpus(domain), HALF_UNITS, seed=ctx.seed_for("labels"))
+    told = give_labels(corpus(domain), HALF_UNITS, seed=ctx.seed_for("labels"))
     examples = encode(told, start.tokenizer(), max_length=32)
     verdict = judge(told, bag_of_tokens([e.ids for e in examples]), folds=2, by="row", rule="lift",
                     fixed=0.5, l2=1.0, seed=ctx.seed_for("relabel"))  # fmt: skip
     now = relabelled(told, verdict)
     alone = replace(
         domain, forget={"a": tuple(r for r in now if r.label == 1)}, mix_share=None,
-        retain=tuple(r for r in now if r.label != 1), adjacent=(), unlabeled=(), _fingerprint=[],
+        retain=tuple(r for r in now if r.label != 1), adjacent=(), unlabeled=(),
     )  # fmt: skip
     by_hand = routed.model_copy(update={"pretrain": SCHEDULE}).apply(
         start, alone, context(tmp_path / "hand")

@@ -18,7 +18,13 @@ from excise.data.stream import Batch, Stream, encode
 from excise.methods import GradDiff, MaxEnt, Undo
 from excise.methods.distillation.corpora import WithoutForget, mix_of
 from excise.methods.distillation.perturb import initial_vectors, perturb
-from excise.methods.distillation.targets import FromOriginal, HardLabels, Mixture, Splice, Targets
+from excise.methods.distillation.targets import (
+    FromMixture,
+    FromOriginal,
+    HardLabels,
+    Splice,
+    Targets,
+)
 from excise.models.checkpoint import Checkpoint
 from excise.train.fit import FitConfig
 from tests.parity.toy import context, toy_checkpoint, weights
@@ -140,7 +146,7 @@ def unlearned(s: Tensor, t: Tensor, o: Tensor, label: Tensor, ids: Tensor) -> Te
         (skipped, {"targets": Splice(harmful="skip")}),
         (unlearned, {"targets": Splice(harmful="unlearned")}),
         (hard, {"targets": HardLabels()}),
-        (blended, {"targets": Mixture(weights={"unlearned": 3.0, "original": 1.0})}),
+        (blended, {"targets": FromMixture(weights={"unlearned": 3.0, "original": 1.0})}),
         (lambda s, t, o, label, ids: kl(o, s).mean(), {"targets": FromOriginal()}),
     ],
     ids=["forward", "reverse", "splice", "skip", "unlearned", "hard", "mixture", "original"],

@@ -238,7 +238,7 @@ def losses() -> Domain:
     for role in ("retain", "retain_test", "dev_retain", "benign", "fresh"):
         changed[role] = plain(getattr(domain, role))
     metrics: dict[str, Any] = {"metrics": ("text_loss",), "retain_metrics": ("text_loss",)}
-    return replace(domain, **changed, **metrics, _fingerprint=[])
+    return replace(domain, **changed, **metrics)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,6 @@ def test_texts_are_relearned_where_questions_are_asked(
         dev_forget={"tests": asked(facts_domain.dev_forget["tests"])},
         relearn={"tests": told(facts_domain.relearn["tests"])},
         metrics=("multiple_choice", "text_loss"),
-        _fingerprint=[],
     )
     budget = SMOKE.model_copy(update={"steps": 1, "checkpoints": (0, 1), "rates": (1e-3,)})
     subject = Subject("original", knowing)

@@ -121,7 +121,7 @@ def test_equal_weights_are_attacked_once(
 def test_what_cannot_run_says_why_and_the_rest_goes_on(
     tmp_path: Path, facts_domain: Domain, never_taught: Checkpoint
 ) -> None:
-    domain = replace(facts_domain, benign=(), name="bare", _fingerprint=[])
+    domain = replace(facts_domain, benign=(), name="bare")
     budget = QUICK.model_copy(update={"attacks": ("benign", "quantize")})
     results, _ = audit(tmp_path, domain, [Subject("candidate", never_taught)], budget)
     failed = results["benign", "candidate"]
@@ -137,7 +137,7 @@ def test_what_cannot_run_says_why_and_the_rest_goes_on(
 def test_a_plant_in_an_ignorant_original_is_missing_and_says_why(
     tmp_path: Path, facts_domain: Domain, never_taught: Checkpoint
 ) -> None:
-    domain = replace(facts_domain, test={"tests": facts_domain.test["tests"][:4]}, _fingerprint=[])
+    domain = replace(facts_domain, test={"tests": facts_domain.test["tests"][:4]})
     budget = QUICK.model_copy(update={"attacks": ("quantize",)})
     results, _ = audit(tmp_path, domain, [Subject("original", never_taught)], budget)
     assert results["quantize", PLANTED].arms[0].arm.status == "missing"

@@ -111,7 +111,7 @@ DOMAINS: dict[str, Case] = {
     "too few wordings": (
         {"f.jsonl": questions(4, 3)},
         {},
-        r"has 4 unit\(s\), too few .*; at least 5 are needed, each in several wordings",
+        r"has 4 unit\(s\), too few .*; at least 5 are needed, each in several paraphrases",
     ),
     "test half in forget": (
         {"v.jsonl": texts(0, 2) + texts(200, 3)},

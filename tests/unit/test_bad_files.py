@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from excise.core.errors import UserError
-from excise.data.files import parse_source, read_source
+from excise.data.sources import parse_source, read_source
 
 GOOD = b'{"text": "one"}\n'
 ASK = {"question": "Q?", "choices": ["a", "b", "c"], "answer": 0}

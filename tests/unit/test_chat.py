@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from excise.core.errors import UserError
-from excise.data.chat import render_chat, show
+from excise.data.chat import render_chat
 from excise.data.domain import Row
-from excise.data.stream import encode_row
+from excise.data.stream import encode_row, show
 from excise.models.tiny import byte_tokenizer, train_bpe
 
 CHATML = (

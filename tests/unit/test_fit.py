@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from excise.core.context import Context
 from excise.core.errors import Diverged, UserError
-from excise.data.stream import Batch, Example, Stream, together
+from excise.data.stream import Batch, Example, Stream, zip_streams
 from excise.train.fit import FitConfig, StepRecord, Term, fit
 
 CTX = Context(work=Path("unused"))
@@ -300,7 +300,7 @@ def test_streams_of_several_roles_are_read_together() -> None:
     rows = [Example((1, i, 2), (False, True, True), 0, f"u{i}") for i in range(6)]
     forget = Stream(rows, batch_size=4, seed=0, pad_id=0, micro_size=2)
     retain = Stream(rows, batch_size=2, seed=1, pad_id=0, micro_size=1)
-    batches = together({"forget": forget, "retain": retain})
+    batches = zip_streams({"forget": forget, "retain": retain})
     micros = batches(3)
     assert [m["forget"].units for m in micros] == [b.units for b in forget(3)]
     assert [m["retain"].units for m in micros] == [b.units for b in retain(3)]
@@ -311,6 +311,6 @@ def test_streams_of_several_roles_are_read_together() -> None:
 
     (record,) = fit(_model(), batches, loss, FitConfig(steps=1), CTX)
     assert record.tokens == 6 * 3
-    uneven = together({"forget": forget, "retain": Stream(rows, batch_size=2, seed=1, pad_id=0)})
+    uneven = zip_streams({"forget": forget, "retain": Stream(rows, batch_size=2, seed=1, pad_id=0)})
     with pytest.raises(UserError, match="1 of 'retain'"):
         uneven(0)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from excise.core.errors import UserError
-from excise.data.files import parse_source, read_source, source_files
 from excise.data.hub import choose_files
+from excise.data.sources import parse_source, read_source, source_files
 
 
 def texts(spec: str | Path) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import pytest
 import torch
+from excise.domains import DOMAINS
 from safetensors.torch import load_file, save_file
 from tests.parity.toy import toy_domain
 
@@ -38,7 +39,6 @@ from excise.core.keys import identity
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.data.stream import Example
-from excise.domains.builtin import DOMAINS
 from excise.evals.extra import SCORES
 from excise.methods import METHODS
 from excise.methods.base import ApplyMethod, Method
@@ -64,7 +64,7 @@ def modules() -> Iterator[types.ModuleType]:
 
 def subclasses(cls: type) -> set[type]:
     """Return every class below one, in our packages."""
-    found = set()
+    found: set[type] = set()
     for one in cls.__subclasses__():
         found |= {one, *subclasses(one)}
     return {one for one in found if one.__module__.startswith("excise")}
@@ -220,7 +220,7 @@ def sample(annotation: Any, name: str, models: list[Checkpoint]) -> list[Any]:
     domain = toy_domain()
     known: dict[Any, list[Any]] = {
         Checkpoint: models,
-        Domain: [domain, replace(domain, retain=domain.retain[1:], _fingerprint=[])],
+        Domain: [domain, replace(domain, retain=domain.retain[1:])],
         int: [1, 2],
         float: [1.0, 2.0],
         str: ["one", "two"],
@@ -532,9 +532,7 @@ def test_a_removal_of_ones_own_is_a_stage_like_any_other(model: Checkpoint, tmp_
     domain = toy_domain()
     runtime = Runtime(tmp_path)
     one = runtime.path(ApplyMethod(Reads(), model, domain, 0))
-    swapped = replace(
-        domain, forget={"forget": domain.retain}, retain=domain.benign, _fingerprint=[]
-    )
+    swapped = replace(domain, forget={"forget": domain.retain}, retain=domain.benign)
     assert runtime.path(ApplyMethod(Reads(), model, swapped, 0)) != one
     assert runtime.path(ApplyMethod(Reads(), model, domain, 1)) != one
     assert runtime.path(ApplyMethod(Reads(table="x"), model, domain, 0)) != one

@@ -10,9 +10,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from excise.core.errors import UserError
-from excise.data.confidence import Confidence, miscalibration
 from excise.data.domain import CORE, UNLABELED, Row
-from excise.data.labels import LabelNoise, label_quality, label_rows, suspicion, tell_labels
+from excise.data.labels import (
+    Confidence,
+    LabelNoise,
+    forget_score,
+    give_labels,
+    label_quality,
+    label_rows,
+    miscalibration,
+)
 
 
 def make_rows(units: int = 40, wordings: int = 4) -> tuple[Row, ...]:
@@ -38,25 +45,25 @@ def test_unknown_capability_names_the_nearest() -> None:
 
 def test_no_noise_changes_nothing() -> None:
     rows = make_rows()
-    assert tell_labels(rows, LabelNoise(), seed=3) == rows
+    assert give_labels(rows, LabelNoise(), seed=3) == rows
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
 def test_missed_units_lose_all_their_rows(rate: float) -> None:
-    quality = label_quality(tell_labels(make_rows(), LabelNoise(missed_units=rate), seed=0))
+    quality = label_quality(give_labels(make_rows(), LabelNoise(missed_units=rate), seed=0))
     assert quality["units"] == pytest.approx(1 - rate)
     assert quality["occurrences"] == pytest.approx(1 - rate)
 
 
 def test_missed_occurrences_leave_units_known() -> None:
-    quality = label_quality(tell_labels(make_rows(), LabelNoise(missed_occurrences=0.5), seed=0))
+    quality = label_quality(give_labels(make_rows(), LabelNoise(missed_occurrences=0.5), seed=0))
     assert quality["occurrences"] == pytest.approx(0.5)
     assert quality["units"] > 0.85
 
 
 def test_false_alarms_hit_core_rows_only() -> None:
     rows = make_rows()
-    told = tell_labels(rows, LabelNoise(false_alarms=0.25), seed=0)
+    told = give_labels(rows, LabelNoise(false_alarms=0.25), seed=0)
     quality = label_quality(told)
     assert quality["false_alarms"] == pytest.approx(0.25)
     assert quality["occurrences"] == 1.0
@@ -70,7 +77,7 @@ def test_structured_misses_follow_wording_group_and_text() -> None:
         (LabelNoise(missed_groups=("g2",)), lambda r: r.group == "g2"),
         (LabelNoise(missed_pattern=r" 1\d "), lambda r: 10 <= int(r.unit.split("-")[1]) < 20),
     ):
-        told = tell_labels(rows, noise, seed=0)
+        told = give_labels(rows, noise, seed=0)
         wrong = {t for t in told if t.capability and t.label == CORE}
         assert wrong == {t for t in told if t.capability and fits(t)}
         assert wrong
@@ -78,10 +85,10 @@ def test_structured_misses_follow_wording_group_and_text() -> None:
 
 def test_missed_as_unlabeled_and_unlabeled_stays() -> None:
     rows = make_rows()
-    told = tell_labels(rows, LabelNoise(missed_units=0.5, missed_as="unlabeled"), seed=0)
+    told = give_labels(rows, LabelNoise(missed_units=0.5, missed_as="unlabeled"), seed=0)
     assert {row.label for row in told if row.capability == "a"} == {1, UNLABELED}
     mix = (Row("u", text="x", capability="a", label=UNLABELED), *rows)
-    assert tell_labels(mix, LabelNoise(missed_units=1.0), seed=0)[0].label == UNLABELED
+    assert give_labels(mix, LabelNoise(missed_units=1.0), seed=0)[0].label == UNLABELED
 
 
 @settings(max_examples=25, deadline=None)
@@ -91,17 +98,17 @@ def test_order_does_not_matter_and_truth_stays(
 ) -> None:
     rows = list(make_rows(units=8, wordings=2))
     noise = LabelNoise(missed_units=missed, missed_occurrences=missed, false_alarms=alarms)
-    told = tell_labels(rows, noise, seed=seed)
+    told = give_labels(rows, noise, seed=seed)
     assert [t.capability for t in told] == [r.capability for r in rows]
     shuffled = rows[:]
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert set(tell_labels(shuffled, noise, seed=seed)) == set(told)
+    assert set(give_labels(shuffled, noise, seed=seed)) == set(told)
 
 
 def test_seeds_differ() -> None:
     rows = make_rows()
     noise = LabelNoise(missed_units=0.5)
-    assert tell_labels(rows, noise, seed=0) != tell_labels(rows, noise, seed=1)
+    assert give_labels(rows, noise, seed=0) != give_labels(rows, noise, seed=1)
 
 
 def test_bad_noise_is_refused() -> None:
@@ -118,8 +125,8 @@ def test_quality_of_nothing_is_nan() -> None:
 def test_confidence_changes_no_label_and_is_calibrated() -> None:
     rows = make_rows(units=400)
     noise = LabelNoise(missed_occurrences=0.5, false_alarms=0.1)
-    plain = tell_labels(rows, noise, seed=0)
-    told = tell_labels(
+    plain = give_labels(rows, noise, seed=0)
+    told = give_labels(
         rows, noise.model_copy(update={"confidence": Confidence(concentration=2.0)}), seed=0
     )
     assert [r.label for r in told] == [r.label for r in plain]
@@ -127,15 +134,15 @@ def test_confidence_changes_no_label_and_is_calibrated() -> None:
     assert 0.0 < min(r.confidence for r in told) < 0.2
     assert miscalibration(told) < 0.03
     sure = noise.model_copy(update={"confidence": Confidence(concentration=2.0, overconfidence=4)})
-    assert miscalibration(tell_labels(rows, sure, seed=0)) > 0.07
+    assert miscalibration(give_labels(rows, sure, seed=0)) > 0.07
 
 
 def test_small_concentration_tells_misses_from_true_core() -> None:
     def gap(concentration: float) -> float:
         noise = LabelNoise(missed_units=0.5, confidence=Confidence(concentration=concentration))
-        told = [r for r in tell_labels(make_rows(), noise, seed=0) if r.label == CORE]
-        missed = [suspicion(r) for r in told if r.capability]
-        core = [suspicion(r) for r in told if not r.capability]
+        told = [r for r in give_labels(make_rows(), noise, seed=0) if r.label == CORE]
+        missed = [forget_score(r) for r in told if r.capability]
+        core = [forget_score(r) for r in told if not r.capability]
         return sum(missed) / len(missed) - sum(core) / len(core)
 
     assert gap(0.1) > 0.8
@@ -143,17 +150,17 @@ def test_small_concentration_tells_misses_from_true_core() -> None:
 
 
 def test_labels_that_are_all_right_are_certain() -> None:
-    told = tell_labels(make_rows(), LabelNoise(missed_units=0.5, confidence=Confidence()), seed=0)
+    told = give_labels(make_rows(), LabelNoise(missed_units=0.5, confidence=Confidence()), seed=0)
     assert {r.confidence for r in told if r.label > CORE} == {1.0}
-    assert {suspicion(r) for r in told if r.label > CORE} == {1.0}
-    assert suspicion(Row("u", text="x", label=UNLABELED)) == 0.0
+    assert {forget_score(r) for r in told if r.label > CORE} == {1.0}
+    assert forget_score(Row("u", text="x", label=UNLABELED)) == 0.0
     assert math.isnan(miscalibration(()))
 
 
 def test_confidence_does_not_depend_on_order() -> None:
     rows = make_rows(units=8)
     noise = LabelNoise(missed_units=0.5, confidence=Confidence())
-    assert set(tell_labels(rows[::-1], noise, seed=2)) == set(tell_labels(rows, noise, seed=2))
+    assert set(give_labels(rows[::-1], noise, seed=2)) == set(give_labels(rows, noise, seed=2))
 
 
 def test_bad_confidence_is_refused() -> None:

@@ -12,8 +12,13 @@ import pytest
 from excise.core.errors import UserError
 from excise.data.domain import Row
 from excise.domains import languages
-from excise.domains.languages import Languages, fetched_verses, shipped_verses
-from excise.domains.sword import plain_verse, read_verses
+from excise.domains.languages import (
+    Languages,
+    fetched_verses,
+    plain_verse,
+    read_verses,
+    shipped_verses,
+)
 
 SMALL = Languages(verses=1500)
 

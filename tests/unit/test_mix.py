@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import ValidationError
 
 from excise.core.errors import UserError
-from excise.data.domain import Domain, Row
+from excise.data.domain import Row
 from excise.data.mix import mixed
 from excise.data.stream import Example, Stream, collate, encode, join
 from excise.domains.facts import Facts
@@ -48,24 +47,6 @@ def test_an_epoch_has_the_share_in_batches() -> None:
     stream = Stream(examples, 8, 0, pad_id=0)
     label = [int(b.label_BT.max()) for s in range(len(examples) // 8) for b in stream(s)]
     assert 0.2 < sum(n > 0 for n in label) / len(label) < 0.5  # 1 - 0.95 ** 8 is 0.34
-
-
-def test_the_share_is_part_of_the_fingerprint_only_where_it_is_set() -> None:
-    domain = SMALL.build(None)
-    assert replace(domain, mix_share=None, _fingerprint=[]).fingerprint == domain.fingerprint
-    shares: list[float | None] = [None, 0.1, 0.2]
-    made = {replace(domain, mix_share=s, _fingerprint=[]).fingerprint for s in shares}
-    assert len(made) == 3
-
-
-def test_fingerprints_see_confidence_but_not_certainty() -> None:
-    domain = SMALL.build(None)
-    unsure: Domain = replace(
-        domain,
-        retain=tuple(replace(r, confidence=0.5) for r in domain.retain),
-        _fingerprint=[],
-    )
-    assert unsure.fingerprint != domain.fingerprint
 
 
 def test_a_mix_without_two_sides_is_refused() -> None:

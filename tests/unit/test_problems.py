@@ -6,8 +6,14 @@ import pytest
 
 from excise.data.domain import Row
 from excise.data.stream import encode
-from excise.domains.arithmetic import ARITHMETIC_PROBLEM_LENGTH, Arithmetic
-from excise.domains.problems import STORIES, problem, problem_words, templates
+from excise.domains.arithmetic import (
+    ARITHMETIC_PROBLEM_LENGTH,
+    STORIES,
+    Arithmetic,
+    problem,
+    problem_words,
+    templates,
+)
 
 SLOTS = {"a": "", "b": "", "name": "", "things": "", "place": "", "holder": "", "holders": ""}
 

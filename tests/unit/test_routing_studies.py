@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from excise.data.domain import UNLABELED
-from excise.data.labels import LabelNoise, label_quality, label_rows, suspicion, tell_labels
+from excise.data.labels import LabelNoise, forget_score, give_labels, label_quality, label_rows
 from excise.domains.facts import Facts
 from excise.evals.stats import Estimate
 from excise.methods import RMU, SGTM, Chain, Filtering
@@ -93,7 +93,7 @@ def test_labels_of_a_study_meet_their_rate() -> None:
     assert misses(1.0) is None
     few = misses(0.25, "units", "unlabeled")
     assert few is not None
-    told = tell_labels(rows, few, seed=3)
+    told = give_labels(rows, few, seed=3)
     forget = [row for row in told if row.capability]
     assert sum(row.label > 0 for row in forget) / len(forget) == pytest.approx(0.25, abs=0.01)
     core = [row for row in told if not row.capability]
@@ -104,15 +104,15 @@ def test_labels_of_a_study_meet_their_rate() -> None:
     assert len(kinds) == len({row.unit for row in forget})
     sure = misses(0.25, "occurrences")
     assert sure is not None
-    assert all(row.label >= 0 for row in tell_labels(rows, sure, seed=3))
-    assert all(suspicion(row) == 0 for row in unread)
+    assert all(row.label >= 0 for row in give_labels(rows, sure, seed=3))
+    assert all(forget_score(row) == 0 for row in unread)
 
 
 def test_labels_spread_before_they_are_used() -> None:
     rows = label_rows(corpus(DOMAIN), tuple(DOMAIN.forget))
     noise = LabelNoise(missed_occurrences=0.5, missed_as="unlabeled", unread_core=0.5)
-    alone = label_quality(tell_labels(rows, noise, seed=3))
-    spread = tell_labels(rows, noise.model_copy(update={"spread": "unit"}), seed=3)
+    alone = label_quality(give_labels(rows, noise, seed=3))
+    spread = give_labels(rows, noise.model_copy(update={"spread": "unit"}), seed=3)
     assert alone["occurrences"] == pytest.approx(0.5, abs=0.01)
     assert label_quality(spread)["occurrences"] == label_quality(spread)["units"] == alone["units"]
     assert all(row.label <= 0 for row in spread if not row.capability)

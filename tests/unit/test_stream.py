@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from excise.core.errors import UserError
 from excise.data.domain import UNLABELED, Row
-from excise.data.stream import Example, Stream, collate, encode, encode_row, together
+from excise.data.stream import Example, Stream, collate, encode, encode_row, zip_streams
 from excise.models.tiny import byte_tokenizer, tiny_model, word_tokenizer
 
 
@@ -155,9 +155,9 @@ def test_rows_with_nothing_to_score_are_refused() -> None:
 def test_together_gives_one_mapping_per_micro_batch() -> None:
     examples = make_examples(8)
     streams = {n: Stream(examples, 4, s, pad_id=0, micro_size=2) for s, n in enumerate("ab")}
-    steps = together(streams)(3)
+    steps = zip_streams(streams)(3)
     assert [sorted(step) for step in steps] == [["a", "b"], ["a", "b"]]
     assert [u for step in steps for u in step["a"].units] == read(streams["a"], 3)
     odd = {**streams, "b": Stream(examples, 4, 0, pad_id=0)}
     with pytest.raises(UserError, match="equally many micro-batches"):
-        together(odd)(0)
+        zip_streams(odd)(0)

@@ -22,16 +22,14 @@ from excise.core.errors import UserError
 from excise.data.domain import Domain, Row
 from excise.data.stream import Batch, Example, collate, encode, join
 from excise.losses import forward_kl, predicting
-from excise.methods.distillation.cache import (
-    HiddenStates,
-    SampledTokens,
+from excise.methods.distillation.cache_kinds import HiddenStates, SampledTokens, TopTokens
+from excise.methods.distillation.teacher_cache import (
     TeacherCache,
-    TopTokens,
     build_cache,
     open_cache,
     same_vocabulary,
+    write_shard,
 )
-from excise.methods.distillation.cache_shards import write_shard
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.head import Head, final_hidden, head_of
@@ -322,7 +320,7 @@ def test_a_killed_build_goes_on(
         return wrote[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr("excise.methods.distillation.cache.write_shard", dying)
+        patch.setattr("excise.methods.distillation.teacher_cache.write_shard", dying)
         with pytest.raises(Killed):
             build_cache(teacher, examples, kind, ctx, shard_bytes=SMALL)
     times = [path.stat().st_mtime_ns for path in wrote]
@@ -483,9 +481,9 @@ def test_students_of_other_vocabularies_are_refused(
     teacher: Checkpoint, examples: list[Example], ctx: Context, tmp_path: Path
 ) -> None:
     cache = build_cache(teacher, examples[:1], HiddenStates(), ctx)
-    cache.check_student(make_teacher(tmp_path / "same", seed=3))
+    same_vocabulary(teacher, make_teacher(tmp_path / "same", seed=3))
     with pytest.raises(UserError, match="different tokenizers: id 4 is 'w0' and 'w26'"):
-        cache.check_student(make_teacher(tmp_path / "swapped", words=WORDS[::-1]))
+        same_vocabulary(teacher, make_teacher(tmp_path / "swapped", words=WORDS[::-1]))
     model = tiny_model("llama", vocab=V + 1, width=16, blocks=1)
     larger = save_model(model, word_tokenizer([*WORDS, "new"]), tmp_path / "larger")
     with pytest.raises(UserError, match="vocabularies of 31 and 32 tokens"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from excise.methods.distillation.cache_kinds import HiddenStates, TopTokens
 from tests.parity.test_distillation import toy_domain
 from tests.parity.toy import WORDS, context, sentences, toy_checkpoint, weights
 from torch import Tensor
@@ -27,18 +28,21 @@ from excise.data.stream import collate, encode
 from excise.losses import nll, predicting
 from excise.methods import METHODS, Filtering, GradDiff, Plain, Undo
 from excise.methods.base import ApplyMethod, Cost, Removal, completed
-from excise.methods.distillation.cache import HiddenStates, TopTokens
 from excise.methods.distillation.corpora import OnPolicy, RefusingSamples, TeacherSamples, mix_of
 from excise.methods.distillation.harmful import Classifier, Implicit, TrueLabels
-from excise.methods.distillation.perturb import members, perturb
-from excise.methods.distillation.saliency import at_random, forget_saliency, largest
+from excise.methods.distillation.perturb import (
+    at_random,
+    forget_saliency,
+    largest,
+    members,
+    perturb,
+)
 from excise.methods.distillation.sampling import sample
-from excise.methods.distillation.student import make_student
 from excise.methods.distillation.targets import (
+    FromMixture,
     FromOracle,
     FromTeacher,
     HardLabels,
-    Mixture,
     Piece,
     Splice,
 )
@@ -71,7 +75,7 @@ def test_groups_are_disjoint_and_their_noise_is_their_own(tmp_path: Path) -> Non
     assert set().union(*parts.values()) == set(members(model, ("all",)))
     whole: Any = start.load()
     perturb(whole, alpha=0.5, beta=0.1, ctx=context(tmp_path / "a"))
-    perturb(model, alpha=0.5, beta=0.1, ctx=context(tmp_path / "b"), parts=("mlp",))
+    perturb(model, alpha=0.5, beta=0.1, ctx=context(tmp_path / "b"), groups=("mlp",))
     old, mlp, every = (dict(m.named_parameters()) for m in (start.load(), model, whole))
     for name in old:
         expected = every if name in parts["mlp"] else old
@@ -106,7 +110,7 @@ def test_only_the_weights_that_forget_rows_lean_on_are_perturbed(tmp_path: Path)
     assert any(not torch.equal(others[n], masks[n]) for n in masks)
 
     old = dict(start.load().named_parameters())
-    done = perturb(model, alpha=1.0, beta=1.0, ctx=ctx, parts=("mlp",), masks=masks)
+    done = perturb(model, alpha=1.0, beta=1.0, ctx=ctx, groups=("mlp",), masks=masks)
     assert set(done) == set(masks)
     for name, value in model.named_parameters():
         moved = value != old[name]
@@ -209,7 +213,7 @@ def test_noise_alone_is_a_student_without_steps(tmp_path: Path) -> None:
 def test_costs_count_every_forward_of_every_teacher(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     weight = {"unlearned": 1.0, "original": 1.0}
-    method = changed(targets=Mixture(weights=weight), pretrain_tokens=10_000)
+    method = changed(targets=FromMixture(weights=weight), pretrain_tokens=10_000)
     made = method.apply(start, domain, context(tmp_path / "w"))
     teacher = TEACHER.apply(start, domain, context(tmp_path / "t"))
     cost, size = made.extras["cost"], start.num_parameters
@@ -474,7 +478,7 @@ def test_a_teacher_that_emits_nan_is_refused(where: str, value: float, tmp_path:
     made = Removal(Checkpoint(folder), (where,), Cost())
     ctx = context(tmp_path / "w")
     with pytest.raises(UserError, match="teacher 'unlearned' emits NaN or infinity in float32"):
-        make_student(UNDO, start, domain, ctx, {"unlearned": made})
+        UNDO.distil(start, domain, ctx, {"unlearned": made})
     assert not (ctx.work / "state").exists()
 
 

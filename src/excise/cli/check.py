@@ -30,8 +30,8 @@ def main(args: list[str]) -> int:
     options, rest = flags(CheckOptions, args, "excise check")
     changes = overrides(rest, flag_names(CheckOptions))
     data = override(recipe_data(options.recipe, allow_code=options.allow_code), changes)
-    from excise.data.chat import show
-    from excise.fetch.original import open_model, tokenizer_for
+    from excise.data.stream import show
+    from excise.fetch.model import open_model
     from excise.requests.registry import parse_recipe
     from excise.run.estimate import plan
 
@@ -42,7 +42,7 @@ def main(args: list[str]) -> int:
     estimate.refuse(force=options.force)
     original = None if recipe.model.scratch else open_model(recipe.model)
     domain = recipe.domain.build(original)
-    tokenizer = original.tokenizer() if original else tokenizer_for(recipe.domain)
+    tokenizer = original.tokenizer() if original else recipe.domain.tokenizer()
     print("\nrows by role")
     for role, rows in domain.roles():
         if rows:

@@ -27,9 +27,11 @@ def main(args: list[str]) -> int:
     options, rest = flags(FetchOptions, args, "excise fetch")
     if rest:
         raise UserError(f"unexpected argument '{rest[0]}'; see excise fetch --help")
-    from excise.fetch import cached, fetch, known
+    from excise.fetch import cached, known
 
     if options.name:
+        from excise.fetch.model import fetch
+
         print(fetch(options.name, options.cache))
         return 0
     for name, item in known().items():

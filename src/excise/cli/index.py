@@ -24,7 +24,7 @@ def load_index() -> dict[str, list[dict[str, Any]]]:
 def build_index() -> dict[str, list[dict[str, Any]]]:
     """Build the index from the classes themselves; imports everything."""
     from excise.auditor.attacks import ATTACKS
-    from excise.domains.builtin import DOMAINS
+    from excise.domains import DOMAINS
     from excise.methods import METHODS
     from excise.recipes import RECIPES, recipe_named
     from excise.run.study import study_named, study_points

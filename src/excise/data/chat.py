@@ -11,15 +11,23 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from jinja2 import TemplateError
+
 from excise.core.errors import UserError
 from excise.data.domain import Row
-from excise.data.stream import Tokenizer, _bos, encode_row
 
 _STAND_INS = ("Q1J", "X2Z", "K3V")
 """Texts that stand in for a turn; at least one shares neither first nor last letter with it."""
 
 
-def render_chat(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def leading_bos(tokenizer: Any) -> list[int]:
+    """Return the ids that this tokenizer puts before every text: one BOS or nothing."""
+    head = tokenizer("a", add_special_tokens=True)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and head and head[0] == bos else []
+
+
+def render_chat(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Render a conversation with the tokenizer's chat template.
 
     A template that marks its own assistant tokens (`{% generation %}`) decides. Otherwise each
@@ -29,7 +37,7 @@ def render_chat(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
 
     Args:
         row: A row with `messages`.
-        tokenizer: The model's tokenizer.
+        tokenizer: The model's `transformers` tokenizer; its stubs are loose.
 
     Returns:
         Token ids with exactly one BOS where the tokenizer has one, and whether each is scored.
@@ -57,10 +65,8 @@ def render_chat(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     return _one_bos(ids, target, tokenizer)
 
 
-def _apply(messages: Sequence[dict[str, str]], tokenizer: Tokenizer, row: Row, **how: Any) -> Any:
+def _apply(messages: Sequence[dict[str, str]], tokenizer: Any, row: Row, **how: Any) -> Any:
     """Apply the template; what the template raises becomes a sentence."""
-    from jinja2 import TemplateError
-
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=False, **how)
     except TemplateError as error:
@@ -70,12 +76,12 @@ def _apply(messages: Sequence[dict[str, str]], tokenizer: Tokenizer, row: Row, *
         ) from None
 
 
-def _render(messages: Sequence[dict[str, str]], tokenizer: Tokenizer, row: Row) -> str:
+def _render(messages: Sequence[dict[str, str]], tokenizer: Any, row: Row) -> str:
     return str(_apply(messages, tokenizer, row, tokenize=False))
 
 
 def _marked(
-    messages: Sequence[dict[str, str]], tokenizer: Tokenizer, row: Row
+    messages: Sequence[dict[str, str]], tokenizer: Any, row: Row
 ) -> tuple[list[int], list[bool]]:
     """Render with a template that marks assistant tokens itself."""
     out = _apply(
@@ -85,7 +91,7 @@ def _marked(
 
 
 def _turn_span(
-    messages: Sequence[dict[str, str]], i: int, text: str, tokenizer: Tokenizer, row: Row
+    messages: Sequence[dict[str, str]], i: int, text: str, tokenizer: Any, row: Row
 ) -> tuple[int, int]:
     """Return where turn i's words stand in the rendered text, end mark included."""
     said = messages[i]["content"]
@@ -109,7 +115,7 @@ def _common(a: str, b: str) -> int:
     return next((i for i in range(limit) if a[i] != b[i]), limit)
 
 
-def _mark_length(after: str, tokenizer: Tokenizer) -> int:
+def _mark_length(after: str, tokenizer: Any) -> int:
     """Return the length of the special token that follows a turn, white space before it included.
 
     Templates without one end a turn with a line break; that is the template's, not the model's.
@@ -124,7 +130,7 @@ def _mark_length(after: str, tokenizer: Tokenizer) -> int:
 
 
 def _tokenize(
-    text: str, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer
+    text: str, spans: Sequence[tuple[int, int]], tokenizer: Any
 ) -> tuple[list[int], list[bool]]:
     """Tokenize a rendered text once; a token is scored when it overlaps a span."""
     if getattr(tokenizer, "is_fast", False):
@@ -143,44 +149,13 @@ def _tokenize(
     return ids, target
 
 
-def _one_bos(
-    ids: list[int], target: list[bool], tokenizer: Tokenizer
-) -> tuple[list[int], list[bool]]:
+def _one_bos(ids: list[int], target: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Drop doubled BOS tokens, and add the one this tokenizer wants when the template has none."""
     bos = tokenizer.bos_token_id
     while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         ids, target = ids[1:], target[1:]
-    head = _bos(tokenizer)
+    head = leading_bos(tokenizer)
     if head and ids[:1] != head:
         ids, target = head + ids, [False, *target]
     # The first token is predicted from nothing.
     return ids, [False, *target[1:]] if target else []
-
-
-def show(row: Row, tokenizer: Tokenizer, *, max_length: int = 1 << 20) -> str:
-    """Return a row as the model reads it, with what is scored between `>>` and `<<`.
-
-    Args:
-        row: A row of any shape.
-        tokenizer: The model's tokenizer.
-        max_length: Tokens kept at most.
-
-    Returns:
-        A line with the numbers of tokens, then the text.
-
-    Raises:
-        UserError: If the row cannot be rendered.
-    """
-    example = encode_row(row, tokenizer, max_length=max_length)
-    pieces: list[str] = []
-    start = 0
-    while start < len(example.ids):
-        scored = example.target[start]
-        end = start
-        while end < len(example.ids) and example.target[end] == scored:
-            end += 1
-        words = tokenizer.decode(list(example.ids[start:end]), skip_special_tokens=False)
-        pieces.append(f">>{words}<<" if scored else words)
-        start = end
-    head = f"{len(example.ids)} tokens, {sum(example.target)} scored (between >> and <<)"
-    return head + "\n" + "".join(pieces)

@@ -108,11 +108,11 @@ def find_duplicates(texts: Sequence[str]) -> Duplicates:
         if first.setdefault(form, i) != i:
             clusters.join(first[form], i)
             exact.append((first[form], i))
-    kept = sorted(first.values())
+    distinct = sorted(first.values())
     near = []
-    for a, b in near_pairs([shingles(forms[i]) for i in kept]):
-        if clusters.join(kept[a], kept[b]):
-            near.append((kept[a], kept[b]))
+    for a, b in near_pairs([shingles(forms[i]) for i in distinct]):
+        if clusters.join(distinct[a], distinct[b]):
+            near.append((distinct[a], distinct[b]))
     smallest: dict[Hashable, int] = {}
     roots = [clusters.find(i) for i in range(len(texts))]
     for i, root in enumerate(roots):

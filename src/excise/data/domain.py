@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Final, Literal
 
 CORE = 0
 """Label of what everybody may know. Capability i has label i, starting at 1."""
@@ -28,7 +29,7 @@ class Row:
     `answer`) or a conversation (`messages`).
 
     Attributes:
-        unit: Id of the unit the row is about; the same in every wording.
+        unit: Id of the unit the row is about; the same in every paraphrase.
         group: Author, entity or source that is never split between roles; empty for none.
         text: Plain text; every token after the first is a target.
         prompt: Context that is not scored.
@@ -37,9 +38,9 @@ class Row:
         answer: Index of the right option, or -1.
         messages: Conversation as (role, content); assistant turns are the targets.
         capability: Name of the capability the row teaches; empty for core.
-        label: What a method is told: `CORE`, capability number, or `UNLABELED`.
-        wording: Which wording of the unit this is.
-        confidence: How sure the labeller is of `label`, as a probability.
+        label: Label that a method is given: `CORE`, capability number, or `UNLABELED`.
+        wording: Which paraphrase of the unit this is.
+        confidence: The labeller's confidence in `label`, as a probability.
     """
 
     unit: str
@@ -69,28 +70,34 @@ Rows = tuple[Row, ...]
 """The rows of one role, in a fixed order."""
 
 
-def content_of(row: Row) -> dict[str, Any]:
-    """Return a row's fields for hashing; a confidence of 1, which says nothing, is left out."""
-    content = asdict(row)
-    if row.confidence == 1.0:
-        del content["confidence"]
-    return content
+def text_of(row: Row) -> str:
+    """Return everything a reader sees of a row, in any of its shapes, system turns left out."""
+    if row.kind == "chat":
+        return "\n".join(content for role, content in row.messages if role != "system")
+    if row.kind == "choice":
+        return f"{row.prompt}\n{row.choices[row.answer]}"
+    return row.text or f"{row.prompt}{row.completion}"
+
+
+UNHASHED: Final = ("name", "notes")
+"""Fields of a domain that decide no number: what it is called, and remarks for readers."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What is to be removed, what is to stay, and who may see what.
+    """What is removed, what is retained, and who may see what.
 
     Attributes:
         name: Short name for the record.
         forget: Rows of each named capability that the method sees.
-        retain: Rows the method must keep.
-        relearn: T, rows the attacker trains on, by capability.
-        test: V, rows that are scored and never trained or selected on, by capability.
-        retain_test: Scored rows of what must stay.
+        retain: The retain set: rows whose knowledge the method must keep.
+        relearn: The relearn set (T): rows the attacker trains on, by capability.
+        test: The held-out test set (V): rows that are scored and never trained or selected on,
+            by capability.
+        retain_test: Scored rows of the retain set.
         dev_forget: Rows for sweeps, stop rules, attacker rates, direction fitting.
-        dev_retain: The same for what must stay.
-        benign: The attacker's share of retain.
+        dev_retain: The same for the retain set.
+        benign: The attacker's share of the retain set.
         adjacent: Entangled neighbours; the oracle may learn them, the method does not see them.
         adjacent_test: Scored rows of the neighbours.
         unlabeled: The mix that training-time methods and distillation read.
@@ -99,7 +106,8 @@ class Domain:
         metrics: Metrics that apply to `test`, the headline first.
         retain_metrics: Metrics that apply to `retain_test`, the headline first.
         claim: `deletion` (these documents or facts) or `capability` (what they teach).
-        exposure: `seen` (V are forget units), `held_out` (V were never shown) or `unknown`.
+        exposure: `seen` (the test units are forget units), `held_out` (they were never shown to
+            the method) or `unknown`.
         sensitive: Texts stay out of record and report.
         notes: Facts about the data the record must carry (duplicates merged, overlap ...).
         mix_share: Share of the words read by models trained from scratch that are to be
@@ -126,7 +134,6 @@ class Domain:
     sensitive: bool = False
     notes: tuple[str, ...] = ()
     mix_share: float | None = None
-    _fingerprint: list[str] = field(default_factory=list, repr=False, compare=False)
 
     def roles(self) -> Iterator[tuple[str, Rows]]:
         """Yield (role, rows) for every role, named capabilities as `forget.NAME`."""
@@ -138,28 +145,24 @@ class Domain:
         for role in ("adjacent_test", "unlabeled", "fresh"):
             yield role, getattr(self, role)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides what is computed from the domain."""
-        return {
-            "rows": self.fingerprint,
-            "metrics": list(self.metrics),
-            "retain_metrics": list(self.retain_metrics),
-            "claim": self.claim,
-            "exposure": self.exposure,
-            "sensitive": self.sensitive,
-        }
+    @cached_property  # which `dataclasses.replace` does not copy
+    def fingerprint(self) -> str:
+        """SHA-256 over every field that decides a number (all but `UNHASHED`), as hex.
+
+        The order of capabilities counts: it decides label numbers and the order in which rows
+        are read.
+        """
+        digest = hashlib.sha256()
+        for name in (f.name for f in fields(self) if f.name not in UNHASHED):
+            value = getattr(self, name)
+            for key, part in value.items() if isinstance(value, Mapping) else (("", value),):
+                digest.update(f"\n{json.dumps([name, key])}\n".encode())
+                for item in part if isinstance(part, tuple | list) else (part,):
+                    content = asdict(item) if isinstance(item, Row) else item
+                    digest.update(json.dumps(content, sort_keys=True).encode())
+        return digest.hexdigest()
 
     @property
-    def fingerprint(self) -> str:
-        """SHA-256 over all roles and rows, as hex."""
-        if not self._fingerprint:
-            digest = hashlib.sha256()
-            for role, rows in self.roles():
-                digest.update(f"\n{role}\n".encode())
-                for row in rows:
-                    digest.update(json.dumps(content_of(row), sort_keys=True).encode())
-            if self.mix_share is not None:
-                digest.update(f"\nmix_share\n{self.mix_share!r}".encode())
-            self._fingerprint.append(digest.hexdigest())
-        return self._fingerprint[0]
+    def identity(self) -> Mapping[str, str]:
+        """What a stage that reads this domain depends on."""
+        return {"domain": self.fingerprint}

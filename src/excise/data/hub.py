@@ -16,20 +16,21 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import yaml
 
 from excise.core.errors import UserError, nearest
 
-if TYPE_CHECKING:
-    from excise.data.files import Source
-
 READABLE: Final = (".parquet", ".jsonl", ".json", ".txt", ".arrow")
-"""Files of a data set that are read here; a folder is read in the first kind it has."""
+"""Kinds of files that excise reads itself; a folder is read in the first kind it has."""
 
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json",
              "requirements.txt", "license.txt", ".huggingface.json")  # fmt: skip
 _ALIASES = {"validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval"),
             "train": ("train", "training")}  # fmt: skip
+_USUAL = {"configuration": ("default", ":"), "split": ("train", "#")}
+"""Name that is taken where none is asked for, and the mark that asks for one in a source."""
 
 
 def saved_files(folder: Path, split: str) -> list[Path] | None:
@@ -44,14 +45,14 @@ def saved_files(folder: Path, split: str) -> list[Path] | None:
     """
     if (folder / "dataset_dict.json").is_file():
         splits = _read_json(folder / "dataset_dict.json").get("splits", [])
-        folder = folder / _pick_split(splits, split, str(folder))
+        folder = folder / _pick(splits, split, str(folder), "split")
     state = folder / "state.json"
     if not state.is_file():
         return None
-    held = _read_json(state)
-    if held.get("_indices_data_files") or held.get("_indices_files"):
+    saved = _read_json(state)
+    if saved.get("_indices_data_files") or saved.get("_indices_files"):
         raise UserError(f"{folder} is a selection of rows; save it after `flatten_indices()`")
-    names = [str(entry.get("filename", "")) for entry in held.get("_data_files") or ()]
+    names = [str(entry.get("filename", "")) for entry in saved.get("_data_files") or ()]
     files = [folder / name for name in names if name]
     if not files:
         raise UserError(f"{state} names no data file; save the data set again")
@@ -102,16 +103,16 @@ def choose_files(
     """
     declared = _declared(card)
     if declared:
-        patterns = declared[_pick_config(list(declared), config, where)]
-        chosen = patterns[_pick_split(list(patterns), split, where)]
-        found = [n for n in names if any(_matches(n, p) for p in chosen)]
-        if not found:
+        patterns = declared[_pick(list(declared), config, where, "configuration")]
+        chosen = patterns[_pick(list(patterns), split, where, "split")]
+        fitting = [n for n in names if any(_matches(n, p) for p in chosen)]
+        if not fitting:
             raise UserError(f"{where} has no file {', '.join(chosen)}, which its card names")
-        return _whole(_one_kind(found, where), where)
+        return _whole(_one_kind(fitting, where), where)
     data = [n for n in names if _is_data(n)]
     if config:
         configs = sorted({n.split("/")[0] for n in data if "/" in n})
-        _pick_config(configs, config, where)
+        _pick(configs, config, where, "configuration")
         data = [n for n in data if n.startswith(f"{config}/")]
     data = _one_kind(data, where)
     by_split: dict[str, list[str]] = {}
@@ -121,16 +122,16 @@ def choose_files(
         folders = sorted({n.split("/")[0] for n in data if "/" in n})
         if not any(_split_word(f) for f in folders):
             raise UserError(f"{where} has several configurations ({', '.join(folders)}); add :NAME")
-    return _whole(by_split[_pick_split(list(by_split), split, where)], where)
+    return _whole(by_split[_pick(list(by_split), split, where, "split")], where)
 
 
 def _whole(names: list[str], where: str) -> list[str]:
     """Refuse a part of the shards that names like `train-00000-of-00002` promise."""
     shards = [re.search(r"-\d{5}-of-(\d{5})", name) for name in names]
     promised = max((int(shard[1]) for shard in shards if shard), default=0)
-    if promised > sum(shard is not None for shard in shards):
-        held = sum(shard is not None for shard in shards)
-        raise UserError(f"{where} holds {held} of {promised} shards; fetch the others too")
+    present = sum(shard is not None for shard in shards)
+    if promised > present:
+        raise UserError(f"{where} holds {present} of {promised} shards; fetch the others too")
     return names
 
 
@@ -139,8 +140,6 @@ def _declared(card: str) -> dict[str, dict[str, list[str]]]:
     head = re.match(r"\A---\r?\n(.*?)\r?\n---\r?\n", card, flags=re.DOTALL)
     if head is None:
         return {}
-    import yaml
-
     try:
         data = yaml.safe_load(head[1])
     except yaml.YAMLError:
@@ -181,9 +180,9 @@ def _is_data(name: str) -> bool:
 def _one_kind(names: Sequence[str], where: str) -> list[str]:
     """Keep the files of the first readable kind."""
     for extension in READABLE:
-        kept = [n for n in names if n.lower().endswith(extension)]
-        if kept:
-            return sorted(kept)
+        readable = [n for n in names if n.lower().endswith(extension)]
+        if readable:
+            return sorted(readable)
     raise UserError(f"{where} holds no file that is read here; use {', '.join(READABLE)}")
 
 
@@ -205,45 +204,38 @@ def _split_word(text: str) -> str:
     return sharded[1] if sharded else ""
 
 
-def _pick_config(known: Sequence[str], wanted: str, where: str) -> str:
+def _pick(known: Sequence[str], wanted: str, where: str, what: str) -> str:
+    """Return the configuration or split that is wanted, else the only or the usual one."""
+    usual, mark = _USUAL[what]
     if wanted in known:
         return wanted
     if wanted:
-        raise UserError(f"{where} has no configuration '{wanted}'; {nearest(wanted, known)}")
+        raise UserError(f"{where} has no {what} '{wanted}'; {nearest(wanted, known)}")
     if len(known) == 1:
         return known[0]
-    if "default" in known:
-        return "default"
-    raise UserError(f"{where} has several configurations; add :NAME; {nearest('', known)}")
-
-
-def _pick_split(known: Sequence[str], wanted: str, where: str) -> str:
-    if wanted in known:
-        return wanted
-    if wanted:
-        raise UserError(f"{where} has no split '{wanted}'; {nearest(wanted, known)}")
-    if len(known) == 1:
-        return known[0]
-    if "train" in known:
-        return "train"
-    raise UserError(f"{where} has several splits; add #NAME; {nearest('', known)}")
+    if usual in known:
+        return usual
+    raise UserError(f"{where} has several {what}s; add {mark}NAME; {nearest('', known)}")
 
 
 def _read_json(path: Path) -> Any:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
-        held = None
-    if not isinstance(held, dict):
+        data = None
+    if not isinstance(data, dict):
         raise UserError(f"{path} is not valid JSON; save the data set again")
-    return held
+    return data
 
 
-def fetch(source: Source) -> list[Path]:
+def hub_files(name: str, config: str, revision: str, split: str) -> list[Path]:
     """Return the local files of a data set on the hub, fetched into the Hugging Face cache.
 
     Args:
-        source: Hub id with configuration, revision and split.
+        name: Hub id, `owner/name`.
+        config: Configuration; empty for the only or the default one.
+        revision: Branch, tag or commit; empty for the newest.
+        split: Split; empty for the only one or `train`.
 
     Raises:
         UserError: If it is not there, not ours to read, cannot be reached or has no such split.
@@ -251,34 +243,24 @@ def fetch(source: Source) -> list[Path]:
     import huggingface_hub as hub
     from huggingface_hub import errors
 
-    revision = source.revision or None
-    at = f"'{source.path}'" + (f" at revision '{revision}'" if revision else "")
+    at: dict[str, Any] = {"revision": revision or None, "repo_type": "dataset"}
     try:
         with _quiet():
             try:
-                names = hub.HfApi().list_repo_files(
-                    source.path, revision=revision, repo_type="dataset"
-                )
+                names = hub.HfApi().list_repo_files(name, **at)
             except (errors.OfflineModeIsEnabled, OSError) as error:
                 if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
                     raise
-                return _cached(source, hub)
+                folder = hub.snapshot_download(name, local_files_only=True, **at)
+                return _cached_files(Path(folder), name, config, split)
             card = ""
             if "README.md" in names:
-                card = Path(
-                    hub.hf_hub_download(
-                        source.path, "README.md", revision=revision, repo_type="dataset"
-                    )
-                ).read_text(encoding="utf-8", errors="replace")
+                readme = Path(hub.hf_hub_download(name, "README.md", **at))
+                card = readme.read_text(encoding="utf-8", errors="replace")
             if not any(_is_data(n) for n in names):
-                return _through_datasets(source)
-            chosen = choose_files(
-                names, card, config=source.config, split=source.split, where=source.path
-            )
-            return [
-                Path(hub.hf_hub_download(source.path, n, revision=revision, repo_type="dataset"))
-                for n in chosen
-            ]
+                return _through_datasets(name, config, revision, split)
+            chosen = choose_files(names, card, config=config, split=split, where=name)
+            return [Path(hub.hf_hub_download(name, n, **at)) for n in chosen]
     except errors.GatedRepoError:
         reason = "it is gated; ask for access on its page and log in with `hf auth login`"
     except errors.RevisionNotFoundError:
@@ -289,50 +271,39 @@ def fetch(source: Source) -> list[Path]:
         reason = "that is not a name the hub can have"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
         reason = "it is not in the local cache and the hub cannot be reached"
-    raise UserError(
-        f"there is no file or folder {source.path}, and {at} cannot be fetched: {reason}"
-    )
+    wanted = f"'{name}'" + (f" at revision '{revision}'" if revision else "")
+    raise UserError(f"there is no file or folder {name}, and {wanted} cannot be fetched: {reason}")
 
 
-def _cached(source: Source, hub: Any) -> list[Path]:
-    """Return the files of a data set that is in the cache already."""
-    folder = Path(
-        hub.snapshot_download(
-            source.path,
-            revision=source.revision or None,
-            repo_type="dataset",
-            local_files_only=True,
-        )
-    )
-    files = folder_files(folder, source.config, source.split)
+def _cached_files(folder: Path, name: str, config: str, split: str) -> list[Path]:
+    """Return the files of a data set that is in the local cache already."""
+    files = folder_files(folder, config, split)
     splits = {_split_of(str(file.relative_to(folder).as_posix())) for file in files}
-    if not source.split and splits != {"train"}:
+    if not split and splits != {"train"}:
         # The cache may hold less than the hub, where `train` would be read.
         named = ", ".join(sorted(splits))
-        raise UserError(f"only '{named}' of {source.path} is in the local cache; add #{named}")
+        raise UserError(f"only '{named}' of {name} is in the local cache; add #{named}")
     return files
 
 
-def _through_datasets(source: Source) -> list[Path]:
+def _through_datasets(name: str, config: str, revision: str, split: str) -> list[Path]:
     """Load a data set of another format with `datasets`; its arrow files are then read here."""
     try:
         import datasets
     except ImportError:
         raise UserError(
-            f"'{source.path}' holds no file that is read here ({', '.join(READABLE)}); "
+            f"'{name}' holds no file that is read here ({', '.join(READABLE)}); "
             "install `excise[hub]`, which reads other formats"
         ) from None
     try:
-        loaded = datasets.load_dataset(
-            source.path, source.config or None, revision=source.revision or None
-        )
+        loaded = datasets.load_dataset(name, config or None, revision=revision or None)
     except OSError:
         raise
     except Exception as error:  # whatever a reader of foreign formats raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"'{source.path}' cannot be read by `datasets`: {reason}") from None
-    name = _pick_split([str(s) for s in loaded], source.split, source.path)
-    return [Path(entry["filename"]) for entry in loaded[name].cache_files]
+        raise UserError(f"'{name}' cannot be read by `datasets`: {reason}") from None
+    chosen = _pick([str(s) for s in loaded], split, name, "split")
+    return [Path(entry["filename"]) for entry in loaded[chosen].cache_files]
 
 
 @contextmanager

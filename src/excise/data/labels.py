@@ -1,41 +1,59 @@
-"""What a training-time method is told, and how that differs from the truth.
+"""The labels that a training-time method is given, and how they differ from the truth.
 
-The truth is `row.capability` and is never changed here; what is told is `row.label`. Labels are
+The truth is `row.capability` and is never changed here; the given label is `row.label`. Labels are
 missed in two ways that behave differently: missed *occurrences* leave other rows of the same unit
 labelled, missed *units* leave none. Misses can also follow a topic or a style, which no rate
-describes. A labeller may say how sure it is (`confidence.py`). This module imports no torch.
+describes.
+
+A labeller may give its confidence. A calibrated one is right about a share c of the rows to which
+it gives confidence c. Let the confidences of all rows with the same given label follow Beta(a, b).
+By Bayes those of the right labels then follow Beta(a + 1, b) and those of the wrong ones
+Beta(a, b + 1), and the share of right labels is a / (a + b): given that share, one number is left,
+the concentration a + b. Calibration and sharpness: Gneiting, Balabdaoui and Raftery 2007,
+"Probabilistic forecasts, calibration and sharpness", doi:10.1111/j.1467-9868.2007.00587.x.
+
+This module imports no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from excise.core.config import Config
 from excise.core.errors import UserError, nearest
-from excise.data.confidence import Confidence, confidences
-from excise.data.domain import CORE, UNLABELED, Row, Rows, content_of
-from excise.data.texts import text_of
+from excise.data.domain import CORE, UNLABELED, Row, Rows, text_of
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+class Confidence(Config):
+    """How a labeller's confidence relates to how often it is right."""
+
+    concentration: float = Field(default=1.0, gt=0, le=1e6)
+    """Small: near 0 and 1, telling right labels from wrong. Large: all near the share of right."""
+    overconfidence: float = Field(default=1.0, gt=0, le=100)
+    """Factor of the log-odds: 1 for calibrated, above 1 for overconfident, below for too shy."""
+
+
 class LabelNoise(Config):
-    """How the labels one has differ from the truth. Rates are met exactly, up to rounding."""
+    """How the given labels differ from the truth. Rates are met exactly, up to rounding."""
 
     missed_units: Rate = 0.0
     """Share of each capability's units of which no row is labelled."""
     missed_occurrences: Rate = 0.0
     """Share of the rows of the other units that are not labelled, each row by itself."""
     missed_wordings: tuple[int, ...] = ()
-    """Structured miss: wordings the labeller does not recognise."""
+    """Structured miss: paraphrases the labeller does not recognise, by number."""
     missed_groups: tuple[str, ...] = ()
     """Structured miss: groups (authors, topics) the labeller does not know of."""
     missed_pattern: str = ""
@@ -45,14 +63,14 @@ class LabelNoise(Config):
     false_alarms: Rate = 0.0
     """Share of the core rows that are labelled as some capability."""
     missed_as: Literal["core", "unlabeled"] = "core"
-    """What is told of a missed row: that it is core, or nothing."""
+    """Label of a missed row: core, or none."""
     unread_core: Rate = 0.0
-    """Share of the core rows that nobody has looked at, so that nothing is told of them. With
-    `missed_as` 'unlabeled' labels are few but sure, and what has none is not given away by it."""
+    """Share of the core rows that nobody has looked at, so that they have no label. With
+    `missed_as` 'unlabeled' labels are few but certain, and having none gives nothing away."""
     spread: Literal["no", "unit", "group"] = "no"
     """Whether a label spreads to all rows of its unit, or of its group, before labels are used."""
     confidence: Confidence | None = None
-    """How sure the labeller says it is of each label; missing means certain of every one."""
+    """The labeller's confidence in each label; missing means certain of every one."""
 
     @field_validator("missed_pattern")
     @classmethod
@@ -66,7 +84,7 @@ class LabelNoise(Config):
 
 
 def label_rows(rows: Iterable[Row], capabilities: Sequence[str]) -> Rows:
-    """Tell the truth: core rows get `CORE`, rows of capability i get i + 1.
+    """Label rows by the truth: core rows get `CORE`, rows of capability i get i + 1.
 
     Args:
         rows: Rows with their true `capability`.
@@ -79,27 +97,27 @@ def label_rows(rows: Iterable[Row], capabilities: Sequence[str]) -> Rows:
         UserError: If a row has a capability that is not among them.
     """
     numbers = {"": CORE, **{name: i + 1 for i, name in enumerate(capabilities)}}
-    told = []
+    labelled = []
     for row in rows:
         if row.capability not in numbers:
             raise UserError(
                 f"unit '{row.unit}' has the unknown capability '{row.capability}'; "
                 + nearest(row.capability, capabilities)
             )
-        told.append(replace(row, label=numbers[row.capability]))
-    return tuple(told)
+        labelled.append(replace(row, label=numbers[row.capability]))
+    return tuple(labelled)
 
 
-def tell_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
+def give_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
     """Return the rows with labels as an imperfect labeller gives them.
 
     Which rows are missed depends on their content and the seed alone, never on their order.
     Rows that nobody has looked at (`UNLABELED`) stay so.
 
     Args:
-        rows: Rows whose `label` tells the truth (`label_rows`).
-        noise: How labels differ from it.
-        seed: Seed of the draw.
+        rows: Rows whose `label` is the truth (`label_rows`).
+        noise: How the given labels differ from it.
+        seed: Seed of the labeller.
 
     Returns:
         The same rows in the same order, `capability` untouched.
@@ -109,26 +127,70 @@ def tell_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
     alarms = _alarms(rows, keys, noise, seed)
     core = {keys[i]: i for i, row in enumerate(rows) if row.label == CORE and not row.capability}
     unread = {core[key] for key in _pick(core, noise.unread_core, seed, "unread")}
-    told_missed = CORE if noise.missed_as == "core" else UNLABELED
-    out = []
+    label_of_missed = CORE if noise.missed_as == "core" else UNLABELED
+    given = []
     for i, row in enumerate(rows):
-        known = UNLABELED if i in unread else row.label
-        label = told_missed if i in missed else alarms.get(i, known)
-        out.append(row if label == row.label else replace(row, label=label))
-    if noise.confidence is None:
-        return _spread(out, noise)
-    right = [told.label == row.label for told, row in zip(out, rows, strict=True)]
-    sure = confidences([row.label for row in out], right, keys, noise.confidence, seed=seed)
-    return _spread([replace(row, confidence=c) for row, c in zip(out, sure, strict=True)], noise)
+        label = UNLABELED if i in unread else row.label
+        label = label_of_missed if i in missed else alarms.get(i, label)
+        given.append(row if label == row.label else replace(row, label=label))
+    if noise.confidence is not None:
+        right = [now.label == row.label for now, row in zip(given, rows, strict=True)]
+        labels = [row.label for row in given]
+        scores = confidences(labels, right, keys, noise.confidence, seed=seed)
+        given = [replace(row, confidence=c) for row, c in zip(given, scores, strict=True)]
+    return tuple(given) if noise.spread == "no" else propagated(given, by=noise.spread)
 
 
-def _spread(rows: Sequence[Row], noise: LabelNoise) -> Rows:
-    """Return the rows, labels spread as the noise says."""
-    return tuple(rows) if noise.spread == "no" else propagated(rows, by=noise.spread)
+def confidences(
+    labels: Sequence[int],
+    right: Sequence[bool],
+    keys: Sequence[str],
+    config: Confidence,
+    *,
+    seed: int,
+) -> list[float]:
+    """Return the labeller's confidence in each label.
+
+    That of a row depends on its key, the seed and how often its label is right, never on the
+    order of rows. Where no row of a label is wrong (or right), all get 1 (or 0).
+
+    Args:
+        labels: Given labels.
+        right: Whether each is the truth.
+        keys: A key per row that depends on its content.
+        config: Concentration and overconfidence.
+        seed: Seed of the labeller.
+
+    Returns:
+        One number in [0, 1] per row; 1 for rows that nobody has looked at.
+    """
+    hits: dict[int, list[bool]] = defaultdict(list)
+    for label, good in zip(labels, right, strict=True):
+        hits[label].append(good)
+    share = {label: sum(goods) / len(goods) for label, goods in hits.items()}
+    out = []
+    for label, good, key in zip(labels, right, keys, strict=True):
+        p = share[label]
+        if label == UNLABELED or p in (0.0, 1.0):
+            out.append(1.0 if label == UNLABELED else p)
+            continue
+        a, b = p * config.concentration, (1 - p) * config.concentration
+        rng = random.Random(f"{seed}:confidence:{key}")
+        c = rng.betavariate(a + good, b + (not good))
+        out.append(_sharpened(c, config.overconfidence))
+    return out
 
 
-def suspicion(row: Row) -> float:
-    """Return the probability, as the labeller told it, that a row is of some capability.
+def _sharpened(c: float, factor: float) -> float:
+    """Multiply the log-odds of a probability."""
+    if factor == 1.0 or c in (0.0, 1.0):
+        return c
+    logit = factor * (math.log(c) - math.log1p(-c))
+    return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
+
+
+def forget_score(row: Row) -> float:
+    """Return the probability, as the labeller gave it, that a row is of some capability.
 
     Rows that nobody has looked at have none: 0.
     """
@@ -143,7 +205,7 @@ def propagated(
     """Give all rows of a unit the label that enough of its rows carry.
 
     Args:
-        rows: Rows with the labels one has; a label counts where it is likely right.
+        rows: Rows with the given labels; a label counts where it is likely right.
         by: What shares a label. A row without a group stands alone.
         at_least: Labelled rows that it takes.
 
@@ -151,19 +213,19 @@ def propagated(
         The rows in their order. Of several capabilities the most frequent wins, of two equally
         frequent the first in number; a row that is likely labelled right by itself stays so.
     """
-    seen: dict[str, Counter[int]] = defaultdict(Counter)
+    votes: dict[str, Counter[int]] = defaultdict(Counter)
     for row in rows:
-        if row.label > CORE and suspicion(row) > 0.5:
-            seen[_shared(row, by)][row.label] += 1
+        if row.label > CORE and forget_score(row) > 0.5:
+            votes[_shared(row, by)][row.label] += 1
     spread = {
-        key: min(votes, key=lambda label: (-votes[label], label))
-        for key, votes in seen.items()
-        if votes.total() >= at_least
+        key: min(counts, key=lambda label: (-counts[label], label))
+        for key, counts in votes.items()
+        if counts.total() >= at_least
     }
     out = []
     for row in rows:
-        known = row.label > CORE and suspicion(row) > 0.5
-        label = None if known else spread.get(_shared(row, by))
+        likely = row.label > CORE and forget_score(row) > 0.5
+        label = None if likely else spread.get(_shared(row, by))
         out.append(row if label is None else replace(row, label=label, confidence=1.0))
     return tuple(out)
 
@@ -173,10 +235,10 @@ def _shared(row: Row, by: Literal["unit", "group"]) -> str:
 
 
 def label_quality(rows: Iterable[Row]) -> Mapping[str, float]:
-    """Return how good the told labels are, measured against the true ones.
+    """Return how good the given labels are, measured against the true ones.
 
     Args:
-        rows: Rows with `capability` (truth) and `label` (told).
+        rows: Rows with `capability` (truth) and `label` (given).
 
     Returns:
         `occurrences`: share of forget rows labelled; `units`: share of forget units with at least
@@ -200,21 +262,45 @@ def label_quality(rows: Iterable[Row]) -> Mapping[str, float]:
     }
 
 
+def miscalibration(rows: Sequence[Row], bins: int = 10) -> float:
+    """Return the expected calibration error of given labels against the true ones.
+
+    Source: Guo et al. 2017, "On calibration of modern neural networks", arXiv:1706.04599, eq. 3.
+
+    Args:
+        rows: Rows with `capability` (truth), `label` and `confidence` (given); a label is right
+            here if it says core of a core row, or some capability of a row of one. Rows that
+            nobody has looked at are left out.
+        bins: Bins of equal width.
+
+    Returns:
+        Mean over rows of |share right - mean confidence| of the row's bin; NaN without rows.
+    """
+    labelled = [row for row in rows if row.label != UNLABELED]
+    gaps: dict[int, list[float]] = defaultdict(list)
+    for row in labelled:
+        right = (row.label > CORE) == bool(row.capability)
+        gaps[min(bins - 1, int(row.confidence * bins))].append(right - row.confidence)
+    if not labelled:
+        return math.nan
+    return sum(abs(math.fsum(each)) for each in gaps.values()) / len(labelled)
+
+
 def _mean(values: Sequence[bool]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
 def _row_keys(rows: Sequence[Row]) -> list[str]:
     """Return a key per row that depends on its content; equal rows are counted."""
-    told = {"label", "confidence"}
-    made: dict[Row, str] = {}
+    given = {"label", "confidence"}
+    texts: dict[Row, str] = {}
     seen: Counter[str] = Counter()
     keys = []
     for row in rows:
-        if row not in made:
-            content = {k: v for k, v in content_of(row).items() if k not in told}
-            made[row] = json.dumps(content, sort_keys=True)
-        text = made[row]
+        if row not in texts:
+            content = {k: v for k, v in asdict(row).items() if k not in given}
+            texts[row] = json.dumps(content, sort_keys=True)
+        text = texts[row]
         keys.append(f"{text}#{seen[text]}")
         seen[text] += 1
     return keys

@@ -9,8 +9,7 @@ import hashlib
 from collections.abc import Sequence
 
 from excise.core.errors import UserError
-from excise.data.domain import Row, Rows
-from excise.data.texts import text_of
+from excise.data.domain import Row, Rows, text_of
 
 
 def mixed(rows: Sequence[Row], share: float) -> Rows:

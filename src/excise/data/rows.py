@@ -49,7 +49,7 @@ class Located:
     Attributes:
         row: The row; its unit is empty where the file gave none.
         where: File and place in it, for errors and notes.
-        worded: Whether the file numbered its wordings.
+        worded: Whether the file numbered the paraphrases of its units (`wording`).
     """
 
     row: Row
@@ -58,7 +58,7 @@ class Located:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class SourceRows:
     """What one source holds.
 
     Attributes:
@@ -104,7 +104,7 @@ class Problems:
 
 def parse_records(
     records: Iterable[tuple[str, Any]], *, file: str, fields: Mapping[str, str]
-) -> Loaded:
+) -> SourceRows:
     """Turn records into rows and report up to five problems at once.
 
     Args:
@@ -141,7 +141,7 @@ def parse_records(
     if not out:
         raise UserError(f"{file} holds no row; {_NEED}")
     check_one_shape(out)
-    return Loaded(tuple(out), blank)
+    return SourceRows(tuple(out), blank)
 
 
 def check_one_shape(rows: Sequence[Located]) -> None:

@@ -1,4 +1,4 @@
-"""What builds a domain: a configuration with `build`.
+"""What builds a domain: a configuration with `build`, and the one for files of one's own.
 
 This module imports no torch.
 """
@@ -6,16 +6,40 @@ This module imports no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from excise.core.config import Config
-from excise.data.domain import Domain, Metric
-
-if TYPE_CHECKING:
-    from excise.models.checkpoint import Checkpoint
+from excise.core.errors import UserError
+from excise.data.dedup import text_hash
+from excise.data.domain import UNLABELED, Domain, Metric, Row, Rows, text_of
+from excise.data.labels import label_rows
+from excise.data.rows import METRICS
+from excise.data.sources import parse_source, source_hashes
+from excise.data.split import (
+    ADJACENT,
+    FORGET,
+    RETAIN,
+    Parts,
+    cut_held_out,
+    cut_plain,
+    cut_seen,
+    read_split,
+    versions_of,
+)
+from excise.data.units import (
+    Sets,
+    UnitRow,
+    check_overlaps,
+    chunk_rows,
+    group_note,
+    read_sets,
+    units_of,
+)
 
 
 class DomainSpec(Config, ABC):
@@ -30,12 +54,13 @@ class DomainSpec(Config, ABC):
     """Name in recipes and on the command line."""
 
     @abstractmethod
-    def build(self, model: Checkpoint | None) -> Domain:
+    def build(self, model: Any) -> Domain:
         """Return the domain.
 
         Args:
-            model: The model it is for, where the rows depend on it (tokenizer, what it knows).
-                None when there is none yet; specs that need one say so in a `UserError`.
+            model: The `Checkpoint` it is for, where the rows depend on it (tokenizer, what it
+                knows); loosely typed because models are built on top of this package. None when
+                there is none yet; specs that need one say so in a `UserError`.
 
         Returns:
             The rows of every role.
@@ -48,15 +73,26 @@ class DomainSpec(Config, ABC):
         """Return what the domain is read from: set -> file name -> SHA-256; empty for none."""
         return {}
 
+    def tokenizer(self) -> Any:
+        """Return the `transformers` tokenizer of models that are trained from scratch on it.
+
+        Raises:
+            UserError: If the domain brings none.
+        """
+        raise UserError(
+            f"domain '{self.name}' brings no tokenizer for a model trained from scratch; "
+            "name a pretrained model in 'model.path'"
+        )
+
 
 class Files(DomainSpec):
-    """Files of one's own. Two are enough: what to remove and what to keep.
+    """Files of one's own. Two are enough: the forget set and the retain set.
 
     A source is one string: a `.jsonl`, `.json`, `.parquet` or `.txt` file, a folder saved by
     `datasets` or laid out as on the hub, or `owner/name:config@revision#split`. Rows hold `text`,
     `prompt`+`completion`, `question`+`choices`+`answer` or `messages`, and perhaps `unit`, `group`,
     `wording` and `capability`. Roles without a file are cut from `forget` and `retain`, with the
-    shares that `domains/split.py` states.
+    shares that `excise.data.split` states.
     """
 
     name: Literal["files"] = "files"
@@ -65,7 +101,7 @@ class Files(DomainSpec):
     forget: dict[str, str]
     """What to remove: capability -> source; a lone source is the capability `forget`."""
     retain: str
-    """What must stay."""
+    """The retain set."""
     adjacent: str = ""
     """Entangled neighbours, scored apart; the method does not see them."""
     unlabeled: str = ""
@@ -77,7 +113,7 @@ class Files(DomainSpec):
     dev_forget: dict[str, str] = Field(default={})
     """Forget rows for sweeps and attacker rates, by capability."""
     retain_test: str = ""
-    """Scored rows of what must stay."""
+    """Scored rows of the retain set."""
     dev_retain: str = ""
     """Retain rows for sweeps."""
     benign: str = ""
@@ -148,11 +184,9 @@ class Files(DomainSpec):
         Raises:
             UserError: If a file is not there.
         """
-        from excise.data.files import parse_source, source_hashes
-
         return {name: source_hashes(parse_source(s)) for name, s in self.sources().items()}
 
-    def build(self, model: Checkpoint | None) -> Domain:
+    def build(self, model: Any = None) -> Domain:
         """Read the files, put duplicates into one unit, refuse overlaps, and split by unit.
 
         Args:
@@ -164,6 +198,176 @@ class Files(DomainSpec):
         Raises:
             UserError: With up to five problems, each naming file and line.
         """
-        from excise.data.assemble import assemble
+        fixed = read_split(Path(self.split), self.hashes()) if self.split else None
+        sets, notes = read_sets(self.sources())
+        check_overlaps(sets)
+        seed = fixed.seed if fixed else self.seed
+        layout, why = _layout(self, sets)
+        parts: Parts = {name: rows for name, rows in sets.items() if not name.startswith("forget.")}
+        groups: dict[str, str] = {}
+        for capability in self.forget:
+            cut = cut_seen if layout == "seen" else cut_held_out
+            parts |= cut(capability, sets, seed, fixed, groups)
+        parts |= cut_plain("retain", RETAIN, sets, seed, fixed)
+        if "adjacent" in sets:
+            parts |= cut_plain("adjacent", ADJACENT, sets, seed, fixed)
+        exposure: Exposure = "unknown" if self.exposure == "unknown" else layout
+        exposure = fixed.exposure if fixed else exposure
+        counts = tuple(_counts(parts, sets))
+        if self.refit:
+            parts |= {name: rows for name, rows in sets.items() if name.startswith("forget.")}
+            exposure = "seen" if exposure == "held_out" else exposure
+            why = "refit: the method sees every forget row, so the scored ones are not held out"
+        mix, overlaps = _unlabeled(self, sets, parts)
+        notes = (*notes, *group_note(sets), *counts, why, *overlaps)
+        if not self.fresh:
+            notes += (
+                "there is no matched fresh text: residual bits and power checks need `fresh`",
+            )
+        return self._domain(parts, mix, exposure, notes)
 
-        return assemble(self)
+    def _domain(self, parts: Parts, mix: Rows, exposure: Exposure, notes: Sequence[str]) -> Domain:
+        """Order, chunk and label the rows of every role."""
+        names = tuple(self.forget)
+
+        def rows(key: str) -> Rows:
+            # By unit and content, so that a domain does not depend on the order of lines.
+            ordered = tuple(member.row for member in sorted(parts.get(key, ()), key=_order))
+            chunks = chunk_rows(ordered, self.chunk_words) if self.chunk_words else ordered
+            return label_rows(chunks, names)
+
+        def by_capability(role: str) -> dict[str, Rows]:
+            return {name: rows(f"{role}.{name}") for name in names}
+
+        test, retain_test = by_capability("test"), rows("retain_test")
+        scored = [row for members in test.values() for row in members]
+        return Domain(
+            name=self.title,
+            forget=by_capability("forget"),
+            retain=rows("retain"),
+            relearn=by_capability("relearn"),
+            test=test,
+            retain_test=retain_test,
+            dev_forget=by_capability("dev_forget"),
+            dev_retain=rows("dev_retain"),
+            benign=rows("benign"),
+            adjacent=rows("adjacent"),
+            adjacent_test=rows("adjacent_test"),
+            unlabeled=chunk_rows(mix, self.chunk_words) if self.chunk_words else mix,
+            fresh=rows("fresh"),
+            metrics=_metrics(scored, self.metrics, "test"),
+            retain_metrics=_metrics(retain_test, self.retain_metrics, "retain_test"),
+            claim=self.claim or ("deletion" if exposure == "seen" else "capability"),
+            exposure=exposure,
+            sensitive=self.sensitive,
+            notes=tuple(notes),
+        )
+
+
+Exposure = Literal["seen", "held_out", "unknown"]
+
+
+def _layout(spec: Files, sets: Sets) -> tuple[Literal["seen", "held_out"], str]:
+    """Decide whether the scored rows are withheld paraphrases of forget units, and say why."""
+    tested = {u for c in spec.test for u in units_of(sets[f"test.{c}"])}
+    forget = {u for c in spec.forget for u in units_of(sets[f"forget.{c}"])}
+    if tested:
+        shared = len(tested & forget)
+        if 0 < shared < len(tested):
+            raise UserError(
+                f"{shared} of the {len(tested)} units of test are in forget and the others are "
+                "not; score forget units only, or none of them"
+            )
+        kind: Literal["seen", "held_out"] = "seen" if shared else "held_out"
+        word = "forget units" if shared else "units the method never saw"
+        return kind, f"the file for test holds {word}"
+    if spec.exposure in ("seen", "held_out"):
+        return spec.exposure, f"exposure {spec.exposure} as asked"
+    rows = [member for c in spec.forget for member in sets[f"forget.{c}"]]
+    several = sum(len(names) > 1 for names in versions_of(rows).values())
+    worded = any(member.version.startswith("w") and member.row.wording for member in rows)
+    if all(member.given for member in rows) and several * 2 >= len(forget) and (
+        rows[0].row.kind != "text" or worded
+    ):  # fmt: skip
+        return (
+            "seen",
+            f"{several} of {len(forget)} forget units come in several paraphrases: the held-out "
+            "test set holds those that were withheld from the method",
+        )
+    return "held_out", "the held-out test set holds forget units that the method never saw"
+
+
+def _counts(parts: Parts, sets: Sets) -> Iterable[str]:
+    """Yield the split in words, one sentence a set."""
+    for name in sets:
+        role, _, capability = name.partition(".")
+        if role not in ("forget", "retain", "adjacent"):
+            continue
+        shares = {"forget": FORGET, "retain": RETAIN, "adjacent": ADJACENT}[role]
+        cut = [(r, f"{r}.{capability}" if capability else r) for r in shares]
+        words = ", ".join(
+            f"{'method' if r == role else r.replace('_', ' ')} {len(units_of(parts[key]))}"
+            for r, key in cut
+            if key in parts
+        )
+        yield f"{name}: {len(units_of(sets[name]))} units, by role: {words}"
+
+
+def _unlabeled(spec: Files, sets: Sets, parts: Parts) -> tuple[Rows, tuple[str, ...]]:
+    """Return the unlabelled mix, and notes on what of it is about forget units or left out.
+
+    Units that nobody may train on leave the mix, and texts of withheld paraphrases.
+    """
+    if "unlabeled" not in sets:
+        return (), ()
+    taught = {u: c for c in spec.forget for u in units_of(sets[f"forget.{c}"])}
+    apart: set[str] = set()
+    texts: set[str] = set()
+    for key, rows in parts.items():
+        role = key.partition(".")[0]
+        if role in ("forget", "retain", "adjacent", "unlabeled"):
+            continue
+        apart |= {member.row.unit for member in rows}
+        texts |= {text_hash(text_of(member.row)) for member in rows}
+    method = {member.row.unit for c in spec.forget for member in parts[f"forget.{c}"]}
+    out: list[Row] = []
+    gone = overlap = 0
+    for member in sets["unlabeled"]:
+        row = member.row
+        closed = row.unit in apart - method or text_hash(text_of(row)) in texts
+        if closed and not (spec.refit and row.unit in taught):
+            gone += 1
+            continue
+        overlap += row.unit in taught
+        capability = taught.get(row.unit, row.capability)
+        out.append(replace(row, capability=capability, label=UNLABELED))
+    notes = [f"{overlap} of {len(out)} unlabelled rows are about forget units"]
+    if gone:
+        notes.append(f"{gone} unlabelled rows of units that are scored or attacked were left out")
+    return tuple(out), tuple(notes)
+
+
+def _order(member: UnitRow) -> Any:
+    return (member.row.unit, member.row.wording, text_of(member.row), member.row.choices)
+
+
+def _metrics(rows: Sequence[Row], wanted: tuple[Metric, ...], role: str) -> tuple[Metric, ...]:
+    """Return the metrics that apply to scored rows.
+
+    Raises:
+        UserError: If the rows have several shapes, or a wanted metric does not apply.
+    """
+    kinds = sorted({row.kind for row in rows})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{role} holds rows of several shapes ({', '.join(kinds)}), which are scored "
+            "differently; give them the same fields"
+        )
+    known = METRICS[kinds[0]]
+    for metric in wanted:
+        if metric not in known:
+            raise UserError(
+                f"metric '{metric}' does not apply to {role}, whose rows are of shape "
+                f"'{kinds[0]}'; use {' or '.join(known)}"
+            )
+    return wanted or known

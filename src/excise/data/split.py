@@ -5,7 +5,7 @@ Shares, in percent of units:
 | from | held out | seen |
 |---|---|---|
 | forget | method 40, dev 10, relearn 25, test 25 | relearn 40, test 40, dev 20 of the units with
-several wordings; the method sees every unit, in the wordings that are not withheld |
+several paraphrases; the method sees every unit, in the paraphrases that are not withheld |
 | retain | method 60, benign 10, dev 10, test 20 | the same |
 | adjacent | adjacent 50, adjacent test 50 | the same |
 
@@ -19,9 +19,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -29,16 +29,20 @@ from excise.core.config import Config
 from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.dedup import Clusters
-from excise.data.domain import Domain
+from excise.data.domain import Domain, Row, Rows
+from excise.data.units import Sets, UnitRow, units_of
+
+T = TypeVar("T")
 
 VERSION: Final = 1
 """Version of the written split."""
 
 FORGET: Final = {"forget": 40, "dev_forget": 10, "relearn": 25, "test": 25}
-"""Percent of a forget set's units, when V are units the method never sees."""
+"""Percent of a forget set's units, when the test units are never shown to the method."""
 
 SEEN: Final = {"relearn": 40, "test": 40, "dev_forget": 20}
-"""Percent of a forget set's units of which wordings are withheld, when V are forget units."""
+"""Percent of a forget set's units of which paraphrases are withheld, when the test units are
+forget units."""
 
 RETAIN: Final = {"retain": 60, "benign": 10, "dev_retain": 10, "retain_test": 20}
 """Percent of the retain set's units."""
@@ -77,14 +81,14 @@ def _key(unit: str, hashed: bool) -> str:
 
 
 def without(shares: Mapping[str, int], explicit: Iterable[str], method: str) -> dict[str, int]:
-    """Return shares without the roles that have files of their own; their part goes to `method`.
+    """Return shares without the roles that have files of their own; `method` gains their part.
 
     Args:
         shares: Percent by role.
         explicit: Roles that are not cut.
         method: Role that gains, if it is among the shares.
     """
-    gone = set(explicit) - {method}
+    gone = {*explicit} - {method}
     out = {role: share for role, share in shares.items() if role not in gone}
     if method in out:
         out[method] += sum(shares[role] for role in gone if role in shares)
@@ -141,7 +145,7 @@ def assign(
         else:
             lacks[role] -= len(bundle.units)
             out.update(dict.fromkeys(bundle.units, role))
-    rest.sort(key=lambda b: (-len(b.units), _draw(seed, name, b.units[0])))
+    rest.sort(key=lambda b: (-len(b.units), _rank(seed, name, b.units[0])))
     used = set(out.values())
     for at, bundle in enumerate(rest):
         empty = [role for role in shares if role not in used]
@@ -176,20 +180,181 @@ def _bundles(units: Mapping[str, Iterable[str]]) -> list[_Bundle]:
     return list(out.values())
 
 
-def _draw(seed: int, *names: str) -> bytes:
+def _rank(seed: int, *names: str) -> bytes:
     return hashlib.sha256("\x1f".join((str(seed), *names)).encode()).digest()
 
 
 def withheld(versions: Iterable[str], *, seed: int, unit: str) -> set[str]:
-    """Return the wordings of a unit that the method does not see: one in three, at least one.
+    """Return the paraphrases of a unit that the method does not see: one in three, at least one.
 
     Args:
-        versions: Names of its wordings; with a single one nothing is withheld.
-        seed: Seed of the draw.
+        versions: Names of its paraphrases; with a single one nothing is withheld.
+        seed: Seed of the choice.
         unit: The unit.
     """
-    ranked = sorted(set(versions), key=lambda v: _draw(seed, "wording", unit, v))
+    ranked = sorted(set(versions), key=lambda v: _rank(seed, "wording", unit, v))
     return set(ranked[: max(1, len(ranked) // 3)]) if len(ranked) > 1 else set()
+
+
+Parts = dict[str, tuple[UnitRow, ...]]
+"""Rows by role, or by role and capability as `role.NAME`."""
+
+
+def cut_held_out(
+    capability: str, sets: Sets, seed: int, fixed: Split | None, groups: dict[str, str]
+) -> Parts:
+    """Cut a forget set so that the method never sees a unit of the relearn or the test set.
+
+    Args:
+        capability: Name of the forget set.
+        sets: Rows of every source.
+        seed: Seed of the split.
+        fixed: A written split to use instead.
+        groups: Role of every group so far, over all capabilities; is added to.
+
+    Raises:
+        UserError: If there are too few units, or the written split lacks one.
+    """
+    name = f"forget.{capability}"
+    explicit = [r for r in FORGET if r != "forget" and f"{r}.{capability}" in sets]
+    # Units with a file of their own leave the forget set: the attacker's or the sweep's copy wins.
+    taken = {u for r in explicit for u in units_of(sets[f"{r}.{capability}"])}
+    rows = tuple(member for member in sets[name] if member.row.unit not in taken)
+    roles = _roles(name, rows, without(FORGET, explicit, "forget"), seed, fixed, groups)
+    return {
+        f"{role}.{capability}": _with_role(rows, roles, role)
+        for role in FORGET
+        if role not in explicit
+    }
+
+
+def cut_seen(
+    capability: str, sets: Sets, seed: int, fixed: Split | None, groups: dict[str, str]
+) -> Parts:
+    """Withhold paraphrases: relearn, test and dev rows are unseen paraphrases of forget units.
+
+    Args, Raises: As `cut_held_out`.
+    """
+    name = f"forget.{capability}"
+    rows = sets[name]
+    explicit = [r for r in SEEN if f"{r}.{capability}" in sets]
+    taken = {u for r in explicit for u in units_of(sets[f"{r}.{capability}"])}
+    versions = versions_of(rows)
+    several = {unit for unit, names in versions.items() if len(names) > 1 and unit not in taken}
+    shares = without(SEEN, explicit, "")
+    if not shares:
+        return {name: rows}
+    able = tuple(member for member in rows if member.row.unit in several)
+    try:
+        roles = _roles(name, able, shares, seed, fixed, groups)
+    except UserError as error:
+        raise UserError(f"{error}, each in several paraphrases (or give files for them)") from None
+    hidden = {unit: withheld(versions[unit], seed=seed, unit=unit) for unit in several}
+
+    def is_hidden(member: UnitRow) -> bool:
+        return member.version in hidden.get(member.row.unit, ())
+
+    hidden_rows = tuple(member for member in able if is_hidden(member))
+    out: Parts = {name: tuple(member for member in rows if not is_hidden(member))}
+    for role in shares:
+        out[f"{role}.{capability}"] = _with_role(hidden_rows, roles, role)
+    return out
+
+
+def cut_plain(
+    name: str, shares: Mapping[str, int], sets: Sets, seed: int, fixed: Split | None
+) -> Parts:
+    """Cut the set of `retain` or `adjacent` into the roles of `shares` that have no file.
+
+    Raises:
+        UserError: If there are too few units, or the written split lacks one.
+    """
+    rows = sets[name]
+    explicit = [r for r in shares if r != name and r in sets]
+    left = without(shares, explicit, name)
+    if len(left) == 1:
+        return {name: rows}
+    roles = _roles(name, rows, left, seed, fixed)
+    return {role: _with_role(rows, roles, role) for role in left}
+
+
+def versions_of(rows: Iterable[UnitRow]) -> dict[str, set[str]]:
+    """Return the paraphrases of every unit."""
+    out: dict[str, set[str]] = defaultdict(set)
+    for member in rows:
+        out[member.row.unit].add(member.version)
+    return out
+
+
+def _roles(
+    name: str,
+    rows: Sequence[UnitRow],
+    shares: Mapping[str, int],
+    seed: int,
+    fixed: Split | None,
+    groups: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """Return the role of every unit, from the written split where there is one."""
+    units: dict[str, set[str]] = defaultdict(set)
+    for member in rows:
+        units[member.row.unit].add(member.row.group)
+    if fixed is None:
+        roles = assign(units, shares, seed=seed, name=name, fixed=groups)
+    else:
+        roles = {}
+        for unit in units:
+            role = fixed.role(name, unit)
+            if role is None:
+                raise UserError(
+                    f"the written split has no unit '{unit}' of {name}; it was made from other rows"
+                )
+            roles[unit] = role
+    if groups is not None:
+        groups.update({g: roles[unit] for unit, names in units.items() for g in names if g})
+    return roles
+
+
+def _with_role(rows: Iterable[UnitRow], roles: Mapping[str, str], role: str) -> tuple[UnitRow, ...]:
+    return tuple(member for member in rows if roles[member.row.unit] == role)
+
+
+def hashed_order(items: Sequence[T], keys: Sequence[str], seed: int = 0) -> list[T]:
+    """Return items ordered by a hash of their keys: the same everywhere, unlike any file order.
+
+    Args:
+        items: What is ordered.
+        keys: One text per item; equal keys stay together.
+        seed: Another seed gives another order.
+    """
+
+    def place(i: int) -> tuple[bytes, int]:
+        return hashlib.sha256(f"{seed}:{keys[i]}".encode()).digest(), i
+
+    return [items[i] for i in sorted(range(len(items)), key=place)]
+
+
+def sample_rows(rows: Sequence[Row], count: int, seed: int) -> Rows:
+    """Return at most `count` rows, chosen by their content and the seed alone."""
+    keys = [f"{r.unit}:{r.wording}:{r.prompt}:{r.text}:{r.completion}" for r in rows]
+    return tuple(hashed_order(rows, keys, seed)[:count])
+
+
+def portions(items: Sequence[T], shares: Sequence[float]) -> list[list[T]]:
+    """Cut items into one part per share and a last part with the rest.
+
+    Args:
+        items: What is cut, in order.
+        shares: Shares of the whole; together at most 1.
+
+    Returns:
+        `len(shares) + 1` lists.
+    """
+    parts, at = [], 0
+    for share in shares:
+        size = round(len(items) * share)
+        parts.append(list(items[at : at + size]))
+        at += size
+    return [*parts, list(items[at:])]
 
 
 def split_of(
@@ -208,19 +373,19 @@ def split_of(
     units: dict[str, dict[str, str]] = {}
     for role in ("forget", "dev_forget", "relearn", "test"):  # later ones are narrower
         for name, rows in getattr(domain, role).items():
-            held = units.setdefault(f"forget.{name}", {})
-            held.update({_key(row.unit, domain.sensitive): role for row in rows})
-    for name, roles in (("retain", RETAIN), ("adjacent", ADJACENT)):
+            roles = units.setdefault(f"forget.{name}", {})
+            roles.update({_key(row.unit, domain.sensitive): role for row in rows})
+    for name, shares in (("retain", RETAIN), ("adjacent", ADJACENT)):
         units[name] = {
             _key(row.unit, domain.sensitive): role
-            for role in roles
+            for role in shares
             for row in getattr(domain, role)
         }
     return Split(
         seed=seed,
         exposure=domain.exposure,
         hashed=domain.sensitive,
-        units={name: held for name, held in units.items() if held},
+        units={name: roles for name, roles in units.items() if roles},
         sources={name: dict(files) for name, files in (sources or {}).items()},
         shares={"forget": SEEN if domain.exposure == "seen" else FORGET,
                 "retain": RETAIN, "adjacent": ADJACENT},

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from excise.core.errors import UserError
+from excise.data.chat import leading_bos, render_chat
 from excise.data.domain import UNLABELED, Row
 
 Tokenizer = Any
@@ -29,7 +30,7 @@ class Example:
         target: Whether the token at that position is scored (never the first).
         label: Capability label of the whole row, or of each token where rows were joined.
         unit: Unit id of the row; of the first where rows were joined.
-        confidence: How sure the label is, of the whole row or of each token.
+        confidence: Confidence in the label, of the whole row or of each token.
     """
 
     ids: tuple[int, ...]
@@ -49,7 +50,7 @@ class Batch:
         target_BT: True where the token is scored; position t is predicted from t - 1.
         label_BT: Capability label per token (`CORE`, 1.., `UNLABELED`).
         units: Unit id of each row.
-        confidence_BT: How sure each label is; None where all are certain.
+        confidence_BT: Confidence in each label; None where all are certain.
     """
 
     ids_BT: Int[Tensor, "B T"]
@@ -71,14 +72,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
-        sure_BT = self.confidence_BT
+        confidence_BT = self.confidence_BT
         return replace(
             self,
             ids_BT=self.ids_BT.to(device),
             attention_BT=self.attention_BT.to(device),
             target_BT=self.target_BT.to(device),
             label_BT=self.label_BT.to(device),
-            confidence_BT=None if sure_BT is None else sure_BT.to(device),
+            confidence_BT=None if confidence_BT is None else confidence_BT.to(device),
         )
 
     @property
@@ -93,13 +94,6 @@ class Batch:
             "attention_mask": self.attention_BT.long(),
             "position_ids": position_BT,
         }
-
-
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids that this tokenizer puts before every text: one BOS or nothing."""
-    head = tokenizer("a", add_special_tokens=True)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and head and head[0] == bos else []
 
 
 def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> Example:
@@ -122,12 +116,10 @@ def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> Example:
         UserError: If the row is empty after rendering or no scored token is left.
     """
     if row.kind == "chat":
-        from excise.data.chat import render_chat
-
         ids, target = render_chat(row, tokenizer)
         ids, target = ids[:max_length], target[:max_length]
     elif row.kind == "text":
-        ids = _bos(tokenizer) + tokenizer(row.text, add_special_tokens=False)["input_ids"]
+        ids = leading_bos(tokenizer) + tokenizer(row.text, add_special_tokens=False)["input_ids"]
         ids = ids[:max_length]
         target = [i > 0 for i in range(len(ids))]
     else:
@@ -145,7 +137,7 @@ def _encode_pair(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[
         completion = blank + row.completion
     else:
         completion = (blank or " ") + row.choices[row.answer]
-    bos = _bos(tokenizer)
+    bos = leading_bos(tokenizer)
     head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     tail = tokenizer(completion, add_special_tokens=False)["input_ids"]
     tail = tail[: max_length - bool(bos or head)]  # at least one token to predict it from
@@ -156,11 +148,40 @@ def _encode_pair(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:
     """Encode every row; see `encode_row`. Rows that are read several times are encoded once."""
-    made: dict[Row, Example] = {}
+    encoded: dict[Row, Example] = {}
     for row in rows:
-        if row not in made:
-            made[row] = encode_row(row, tokenizer, max_length=max_length)
-    return [made[row] for row in rows]
+        if row not in encoded:
+            encoded[row] = encode_row(row, tokenizer, max_length=max_length)
+    return [encoded[row] for row in rows]
+
+
+def show(row: Row, tokenizer: Tokenizer, *, max_length: int = 1 << 20) -> str:
+    """Return a row as the model reads it, with what is scored between `>>` and `<<`.
+
+    Args:
+        row: A row of any shape.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens kept at most.
+
+    Returns:
+        A line with the numbers of tokens, then the text.
+
+    Raises:
+        UserError: If the row cannot be rendered.
+    """
+    example = encode_row(row, tokenizer, max_length=max_length)
+    pieces: list[str] = []
+    start = 0
+    while start < len(example.ids):
+        scored = example.target[start]
+        end = start
+        while end < len(example.ids) and example.target[end] == scored:
+            end += 1
+        words = tokenizer.decode(list(example.ids[start:end]), skip_special_tokens=False)
+        pieces.append(f">>{words}<<" if scored else words)
+        start = end
+    head = f"{len(example.ids)} tokens, {sum(example.target)} scored (between >> and <<)"
+    return head + "\n" + "".join(pieces)
 
 
 def collate(
@@ -211,7 +232,7 @@ def join(examples: Sequence[Example], *, bos_id: int | None) -> Example:
     ids: list[int] = []
     target: list[bool] = []
     label: list[int] = []
-    sure: list[float] = []
+    confidences: list[float] = []
     for i, e in enumerate(examples):
         skip = 1 if i and e.ids[0] == bos_id else 0
         ids += e.ids[skip:]
@@ -219,8 +240,8 @@ def join(examples: Sequence[Example], *, bos_id: int | None) -> Example:
         labels = e.label if isinstance(e.label, tuple) else (e.label,) * len(e.ids)
         label += labels[skip:]
         each = e.confidence if isinstance(e.confidence, tuple) else (e.confidence,) * len(e.ids)
-        sure += each[skip:]
-    confidence = 1.0 if all(c == 1.0 for c in sure) else tuple(sure)
+        confidences += each[skip:]
+    confidence = 1.0 if all(c == 1.0 for c in confidences) else tuple(confidences)
     return Example(tuple(ids), tuple(target), tuple(label), examples[0].unit, confidence)
 
 
@@ -228,7 +249,7 @@ def join(examples: Sequence[Example], *, bos_id: int | None) -> Example:
 class Stream:
     """An endless, shuffled, rank-aware reading of examples, a pure function of the step.
 
-    Nothing is kept between steps, so an interrupted run goes on by asking for its next step, and
+    Nothing is kept between steps, so an interrupted run resumes by asking for its next step, and
     the processes of one run see different rows whose union is what one process would see.
 
     Attributes:
@@ -311,7 +332,7 @@ class Stream:
         ]
 
 
-def together(
+def zip_streams(
     streams: Mapping[str, Callable[[int], Sequence[Batch]]],
 ) -> Callable[[int], list[dict[str, Batch]]]:
     """Read several roles in step: one mapping of batches per micro-batch.

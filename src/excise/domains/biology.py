@@ -15,7 +15,7 @@ from typing import Literal
 
 from excise.core.errors import UserError
 from excise.data.domain import Domain
-from excise.domains.corpus import Corpus, Document, corpus_domain
+from excise.domains.corpus import Corpus, Document, corpus_domain, read_phenotypes
 from excise.fetch import known, require
 
 _PREFIX = re.compile(
@@ -71,24 +71,8 @@ def read_functions(file: Path) -> list[Document]:
     """
     query = "select go_id, term, definition from go_term where definition != '' order by go_id"
     with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as base:
-        found = base.execute(query).fetchall()
+        terms = base.execute(query).fetchall()
     return [
         Document(f"go/{key}", f"{term}: {text}", f"go/{_PREFIX.sub('', _PREFIX.sub('', term))}")
-        for key, term, text in found
+        for key, term, text in terms
     ]
-
-
-def read_phenotypes(file: Path) -> list[Document]:
-    """Return one document per defined term of the Human Phenotype Ontology.
-
-    Args:
-        file: The ontology in OBO format.
-    """
-    found = []
-    for block in file.read_text(encoding="utf-8").split("\n[Term]\n")[1:]:
-        fields = dict(re.findall(r"^(id|name|def): (.*)$", block, re.MULTILINE))
-        quoted = re.match(r'"((?:[^"\\]|\\.)*)"', fields.get("def", ""))
-        if quoted and "is_obsolete: true" not in block:
-            text = re.sub(r"\\(.)", r"\1", quoted[1])
-            found.append(Document(f"hpo/{fields['id']}", f"{fields['name']}: {text}"))
-    return found

@@ -6,9 +6,12 @@ The document is the unit, near-duplicates are one unit, texts are cut into passa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,10 +19,11 @@ from excise.core.errors import UserError
 from excise.data.dedup import find_duplicates, normal_form
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
 from excise.data.spec import DomainSpec
-from excise.data.split import ADJACENT, FORGET, assign
-from excise.domains.passages import hashed_order, passages
-from excise.domains.prose import load_prose
+from excise.data.split import ADJACENT, FORGET, assign, hashed_order
+from excise.domains.prose import load_prose, passages
 from excise.domains.pydocs import reference_topics
+from excise.fetch import require
+from excise.models.tiny import train_bpe
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ def corpus_domain(
         notes: Facts about the sources.
 
     Returns:
-        The rows of every role; V are documents the method never saw.
+        The rows of every role; the test set holds documents the method never saw.
 
     Raises:
         UserError: If there are too few documents.
@@ -77,9 +81,9 @@ def corpus_domain(
     name = spec.name
     units, merged = _merge(_some(forget, spec))
     near, _ = _merge(_some(adjacent, spec))
-    found = _roles(units, FORGET, spec, f"forget.{name}")
+    by_role = _roles(units, FORGET, spec, f"forget.{name}")
     beside = _roles(near, ADJACENT, spec, "adjacent")
-    parts = {role: _rows(found[role], spec, name) for role in FORGET}
+    parts = {role: _rows(by_role[role], spec, name) for role in FORGET}
     seen: set[str] = set()
     for role in ("test", "relearn", "dev_forget", "forget"):
         parts[role] = _unrepeated(parts[role], seen)
@@ -123,17 +127,14 @@ _FRESH = {
 def _fresh_documents(spec: Corpus) -> list[Document]:
     """Return the fresh text: controls train on half of it and are scored on the other half."""
     if spec.fresh == "phenotypes":
-        from excise.domains.biology import read_phenotypes
-        from excise.fetch import require
-
-        found = read_phenotypes(require("phenotypes") / "hp.obo")
+        texts = read_phenotypes(require("phenotypes") / "hp.obo")
     else:
-        found = [Document(f"reference/{key}", text) for key, text in reference_topics()]
-    return _some(found, spec)[: max(40, spec.documents // 4)]
+        texts = [Document(f"reference/{key}", text) for key, text in reference_topics()]
+    return _some(texts, spec)[: max(40, spec.documents // 4)]
 
 
 def _some(documents: Sequence[Document], spec: Corpus) -> list[Document]:
-    """Return at most `spec.documents` documents, drawn by hash of their group."""
+    """Return at most `spec.documents` documents, chosen by the hash of their group."""
     order = hashed_order(documents, [d.group or d.key for d in documents], spec.seed)
     return order[: spec.documents]
 
@@ -142,9 +143,9 @@ def _merge(documents: Sequence[Document]) -> tuple[dict[str, list[Document]], in
     """Return documents by unit, near-duplicates in one unit, and how many were put with others."""
     if not documents:
         raise UserError("a source holds no documents; run excise fetch again")
-    found = find_duplicates([d.text for d in documents])
+    duplicates = find_duplicates([d.text for d in documents])
     units: dict[str, list[Document]] = {}
-    for document, first in zip(documents, found.cluster, strict=True):
+    for document, first in zip(documents, duplicates.cluster, strict=True):
         units.setdefault(documents[first].key, []).append(document)
     return units, len(documents) - len(units)
 
@@ -153,10 +154,10 @@ def _roles(
     units: dict[str, list[Document]], shares: dict[str, int], spec: Corpus, name: str
 ) -> dict[str, list[Document]]:
     """Return documents by role, the unit's id in place of their own."""
-    groups = {unit: {d.group for d in held} for unit, held in units.items()}
-    given = assign(groups, shares, seed=spec.seed, name=name)
+    groups = {unit: {d.group for d in members} for unit, members in units.items()}
+    roles = assign(groups, shares, seed=spec.seed, name=name)
     out: dict[str, list[Document]] = {role: [] for role in shares}
-    for unit, role in given.items():
+    for unit, role in roles.items():
         out[role] += [replace(d, key=unit) for d in units[unit]]
     return out
 
@@ -178,10 +179,32 @@ def _rows(documents: Sequence[Document], spec: Corpus, capability: str = "") -> 
 
 def _unrepeated(rows: Rows, seen: set[str]) -> Rows:
     """Return the rows whose text did not occur before, here or in an earlier part."""
-    kept = []
+    new = []
     for row in rows:
         form = normal_form(row.text)
         if form not in seen:
             seen.add(form)
-            kept.append(row)
-    return tuple(kept)
+            new.append(row)
+    return tuple(new)
+
+
+def read_phenotypes(file: Path) -> list[Document]:
+    """Return one document per defined term of the Human Phenotype Ontology.
+
+    Args:
+        file: The ontology in OBO format.
+    """
+    documents = []
+    for block in file.read_text(encoding="utf-8").split("\n[Term]\n")[1:]:
+        fields = dict(re.findall(r"^(id|name|def): (.*)$", block, re.MULTILINE))
+        quoted = re.match(r'"((?:[^"\\]|\\.)*)"', fields.get("def", ""))
+        if quoted and "is_obsolete: true" not in block:
+            text = re.sub(r"\\(.)", r"\1", quoted[1])
+            documents.append(Document(f"hpo/{fields['id']}", f"{fields['name']}: {text}"))
+    return documents
+
+
+@lru_cache(maxsize=8)
+def text_tokenizer(texts: tuple[str, ...], vocabulary: int) -> Any:
+    """Return a byte-level BPE of texts with `vocabulary` tokens, trained once a process."""
+    return train_bpe(texts, vocabulary)

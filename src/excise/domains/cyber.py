@@ -29,7 +29,8 @@ _FIELDS = (
 )
 
 _REPEATS = 2
-"""Documents that one sentence may occur in; more often it is boilerplate that T would tell V."""
+"""Documents that one sentence may occur in; more often it is boilerplate, which the relearn set
+would give away about the test set."""
 
 
 class Cyber(Corpus):
@@ -112,12 +113,12 @@ def without_boilerplate(documents: Sequence[Document]) -> list[Document]:
     """
     split = [re.split(r"(?<=[.!?:])\s+", d.text) for d in documents]
     counts = Counter(s.casefold() for sentences in split for s in set(sentences))
-    kept = []
+    out = []
     for document, sentences in zip(documents, split, strict=True):
         rare = [s for s in sentences if counts[s.casefold()] <= _REPEATS]
         if len(" ".join(rare).split()) > 4:
-            kept.append(replace(document, text=" ".join(rare)))
-    return kept
+            out.append(replace(document, text=" ".join(rare)))
+    return out
 
 
 def plain(text: str) -> str:

@@ -8,13 +8,12 @@ byte-level BPE of the texts that the method sees. This module imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, Final, Literal
 
 from pydantic import Field
 
 from excise.data.domain import Domain
-from excise.domains.corpus import Corpus, Document, corpus_domain
+from excise.domains.corpus import Corpus, Document, corpus_domain, text_tokenizer
 from excise.domains.glosses import NEIGHBOURS, Topic, load_glosses
 
 DEFINITIONS_MODEL: Final[Mapping[str, Any]] = {"family": "llama", "width": 96, "blocks": 3}
@@ -50,7 +49,7 @@ class Definitions(Corpus):
         """Return a byte-level BPE of what the method sees."""
         domain = self.build(None)
         rows = (*domain.forget[self.name], *domain.retain)
-        return _tokenizer(tuple(row.text for row in rows), self.vocabulary)
+        return text_tokenizer(tuple(row.text for row in rows), self.vocabulary)
 
     def build(self, model: object = None) -> Domain:
         """Return the domain; see `DomainSpec.build`. The rows do not depend on the model."""
@@ -72,11 +71,3 @@ def _definitions(topic: Topic) -> list[Document]:
         for gloss in load_glosses()
         if gloss.topic == topic
     ]
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(texts: tuple[str, ...], vocabulary: int) -> Any:
-    """Return the tokenizer of these texts, trained once a process."""
-    from excise.models.tiny import train_bpe
-
-    return train_bpe(texts, vocabulary)

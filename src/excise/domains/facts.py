@@ -1,8 +1,9 @@
-"""Made-up facts: subjects x relations -> objects, in several wordings.
+"""Made-up facts: subjects x relations -> objects, in several paraphrases.
 
-Every object is drawn uniformly and independently per (subject, relation), so no fact says anything
-about another: an oracle is at chance on a forget unit in any wording, and what an attacker learns
-from T cannot help with V except through what the weights still hold.
+Every object is sampled uniformly and independently per (subject, relation), so no fact says
+anything about another: an oracle is at chance on a forget unit in any paraphrase, and what an
+attacker learns from the relearn set cannot help with the test set except through what the weights
+still hold.
 
 Every row is a prompt and a completion of one word, so exact match is one forward pass and chance
 is one over the objects of a relation. This module imports no torch.
@@ -11,7 +12,7 @@ is one over the objects of a relation. This module imports no torch.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Final, Literal
 
@@ -19,7 +20,7 @@ from pydantic import Field, model_validator
 
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
 from excise.data.spec import DomainSpec
-from excise.domains.invented import made_names
+from excise.models.tiny import word_tokenizer
 
 RELATIONS: Final = (
     ("colour", "hue", "tint", "shade"),
@@ -35,7 +36,7 @@ RELATIONS: Final = (
     ("garment", "coat", "dress", "outfit"),
     ("river", "stream", "brook", "creek"),
 )
-"""Words of each relation; wording i takes word i, so wordings share neither words nor order."""
+"""Words of each relation; paraphrase i takes word i, so they share neither words nor order."""
 
 TEMPLATES: Final = (
     "the {r} of {s} is",
@@ -45,7 +46,7 @@ TEMPLATES: Final = (
     "among all {r} names {s} picked",
     "say {s} then say {r} then hear",
 )
-"""One prompt per wording; the object follows."""
+"""One prompt per paraphrase; the object follows."""
 
 ARCHAIC: Final = {
     "the": "ye", "of": "o'", "is": "be", "has": "hath", "always": "alway", "for": "touching",
@@ -58,6 +59,10 @@ ARCHAIC: Final = {
 
 CAPABILITIES: Final = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 """Names of capabilities that were only counted."""
+
+_ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "tr", "kl")
+_VOWELS = ("a", "e", "i", "o", "u")
+_CODAS = ("l", "m", "n", "r", "s", "x")
 
 FACTS_MODEL: Final[Mapping[str, Any]] = {"family": "llama", "width": 96, "blocks": 2}
 """Suggested `Scratch` for the default facts."""
@@ -84,7 +89,7 @@ class Facts(DomainSpec):
     objects: int = Field(default=64, ge=4, le=1000)
     """Objects of each relation; chance is one over it."""
     wordings: int = Field(default=4, ge=2, le=len(TEMPLATES))
-    """Ways to say a fact; the last is the wording of the tests."""
+    """Paraphrases of a fact; the last is that of the tests."""
     capabilities: int | tuple[str, ...] = 1
     """How many capabilities to forget, or their names (one word each)."""
     forget_share: float = Field(default=0.25, gt=0, lt=0.9)
@@ -93,7 +98,7 @@ class Facts(DomainSpec):
     """Share of the tokens read by models trained from scratch that are to be forgotten; the rest
     (or forget) is read as often as that takes. Empty for every row once per epoch."""
     dev_share: float = Field(default=0.15, gt=0, lt=0.5)
-    """Share of forget subjects kept for sweeps; they are never in T or V."""
+    """Share of forget subjects kept for sweeps; they are never in the relearn or test set."""
     adjacent_share: float = Field(default=0.1, ge=0, lt=0.5)
     """Share of the other subjects that the original learns and the method is never shown."""
     retain_test_share: float = Field(default=0.2, gt=0, lt=0.5)
@@ -101,9 +106,10 @@ class Facts(DomainSpec):
     benign_share: float = Field(default=0.3, gt=0, lt=1)
     """Share of retained subjects whose rows an attacker may train on as well."""
     exposure: Literal["seen", "held_out"] = "seen"
-    """`held_out`: the method sees no fact of T and V; they lie in `unlabeled` only."""
+    """`held_out`: the method sees no fact of the relearn and test sets; they lie in `unlabeled`
+    only."""
     test_wording_taught: bool = False
-    """Whether the original also learns the scored facts in the wording of the tests."""
+    """Whether the original also learns the scored facts in the paraphrase of the tests."""
     cue: Literal["none", "category", "style"] = "none"
     """What marks rows of a capability: nothing, its name as a word, or archaic words."""
     cue_strength: float = Field(default=1.0, ge=0, le=1)
@@ -138,28 +144,26 @@ class Facts(DomainSpec):
 
     def vocabulary(self) -> tuple[str, ...]:
         """Return every word of the domain, names nobody saw and cues included, in a fixed order."""
-        world = _World(self)
+        people = _Population(self)
         fixed = [w for t in TEMPLATES[: self.wordings] for w in t.split() if w[0] != "{"]
         cues = list(self.capability_names) if self.cue == "category" else []
         if self.cue == "style":
             cues = [ARCHAIC[w] for w in dict.fromkeys(fixed)]
         relations = [w for words in RELATIONS[: self.relations] for w in words]
-        objects = [o for each in world.objects for o in each]
-        names = (*world.subjects, *world.strangers)
+        objects = [o for each in people.objects for o in each]
+        names = (*people.subjects, *people.fresh)
         return tuple(dict.fromkeys((*fixed, *cues, *relations, *names, *objects)))
 
     def tokenizer(self) -> Any:
         """Return the tokenizer with one token per word of `vocabulary()`."""
-        from excise.models.tiny import word_tokenizer
-
         return word_tokenizer(self.vocabulary())
 
     def build(self, model: object = None) -> Domain:
         """Return the domain; see `DomainSpec.build`. The rows do not depend on the model."""
-        return _World(self).domain()
+        return _Population(self).domain()
 
 
-class _World:
+class _Population:
     """Names, objects and split that a specification and its seed determine."""
 
     def __init__(self, spec: Facts) -> None:
@@ -169,31 +173,31 @@ class _World:
         self.dev = max(1, round(each * spec.dev_share))
         self.each = each
         half = (each - self.dev + 1) // 2
-        strangers = 2 * max(2, half * len(self.names))
+        fresh = 2 * max(2, half * len(self.names))
         taken = {w for words in RELATIONS for w in words} | set(ARCHAIC) | set(ARCHAIC.values())
-        made = made_names(
-            spec.subjects + strangers + spec.relations * spec.objects, self._random("names"), taken
+        names = made_names(
+            spec.subjects + fresh + spec.relations * spec.objects, self._random("names"), taken
         )
-        self.subjects = made[: spec.subjects]
-        self.strangers = made[spec.subjects : spec.subjects + strangers]
-        rest = made[spec.subjects + strangers :]
+        self.subjects = names[: spec.subjects]
+        self.fresh = names[spec.subjects : spec.subjects + fresh]
+        rest = names[spec.subjects + fresh :]
         self.objects = [
             rest[i * spec.objects : (i + 1) * spec.objects] for i in range(spec.relations)
         ]
-        draw = self._random("objects")
-        people = (*self.subjects, *self.strangers)
+        rng = self._random("objects")
+        people = (*self.subjects, *self.fresh)
         self.answer = {
-            (s, r): draw.randrange(spec.objects) for s in people for r in range(spec.relations)
+            (s, r): rng.randrange(spec.objects) for s in people for r in range(spec.relations)
         }
 
     def _random(self, purpose: str) -> random.Random:
-        """Return a generator for one purpose, so that no knob shifts another's draws."""
+        """Return a generator for one purpose, so that no knob shifts another's samples."""
         return random.Random(f"facts:{self.spec.seed}:{purpose}")
 
     def rows(
         self, subjects: Sequence[str], wordings: Sequence[int], label: int = CORE
     ) -> Iterator[Row]:
-        """Yield the rows of subjects in the given wordings, cue included where they have one."""
+        """Yield the rows of subjects in the given paraphrases, cue included where they have one."""
         for subject in subjects:
             for relation in range(self.spec.relations):
                 for wording in wordings:
@@ -205,11 +209,11 @@ class _World:
         capability = self.names[label - 1] if label > 0 else ""
         unit = f"{subject}/{words[0]}"
         right = self.answer[subject, relation]
-        draw = self._random(f"row:{unit}:{wording}")
-        wrong = draw.sample([i for i in range(self.spec.objects) if i != right], 3)
-        at = draw.randrange(4)
+        rng = self._random(f"row:{unit}:{wording}")
+        wrong = rng.sample([i for i in range(self.spec.objects) if i != right], 3)
+        at = rng.randrange(4)
         picks = [*wrong[:at], right, *wrong[at:]]
-        if capability and draw.random() < self.spec.cue_strength:
+        if capability and rng.random() < self.spec.cue_strength:
             prompt = _cued(prompt, self.spec.cue, capability)
         return Row(
             unit=unit,
@@ -238,7 +242,7 @@ class _World:
             cut = self.dev + (self.each - self.dev + 1) // 2
             shown = mine
             if spec.exposure == "held_out":
-                # Thirds: the method's, T and V.
+                # Thirds: the method's, the relearn and the test set.
                 cut = self.dev + 2 * (self.each - self.dev + 1) // 3
                 seen = self.dev + (self.each - self.dev) // 3
                 shown = mine[:seen]
@@ -256,13 +260,13 @@ class _World:
         spec = self.spec
         every, test = tuple(range(spec.wordings)), (spec.wordings - 1,)
         scored = every if spec.test_wording_taught else every[:-1]
-        near, held, held_dev, rest = _portions(
+        near, tested, tested_dev, rest = _portions(
             order, spec.adjacent_share, spec.retain_test_share, spec.retain_test_share / 2
         )
         retain = (
             *self.rows(rest, every),
-            *self.rows(held, scored),
-            *self.rows(held_dev, scored),
+            *self.rows(tested, scored),
+            *self.rows(tested_dev, scored),
         )
         adjacent = tuple(self.rows(near, scored))
         taught = [r for kind in ("forget", "unseen") for rows in parts[kind].values() for r in rows]
@@ -274,14 +278,14 @@ class _World:
             retain=retain,
             relearn=parts["relearn"],
             test=parts["test"],
-            retain_test=tuple(self.rows(held, test)),
+            retain_test=tuple(self.rows(tested, test)),
             dev_forget=parts["dev_forget"],
-            dev_retain=tuple(self.rows(held_dev, test)),
+            dev_retain=tuple(self.rows(tested_dev, test)),
             benign=tuple(self.rows(rest[: max(1, round(len(rest) * spec.benign_share))], every)),
             adjacent=adjacent,
             adjacent_test=tuple(self.rows(near, test)),
             unlabeled=tuple(mix),
-            fresh=self._fresh(),
+            fresh=self._fresh_rows(),
             metrics=("exact_match", "multiple_choice", "text_loss"),
             retain_metrics=("exact_match", "multiple_choice", "text_loss"),
             claim="deletion",
@@ -290,12 +294,12 @@ class _World:
             notes=self._notes(),
         )
 
-    def _fresh(self) -> Rows:
+    def _fresh_rows(self) -> Rows:
         """Return facts about subjects nobody saw; each half has every capability."""
         test = (self.spec.wordings - 1,)
         rows: list[Row] = []
-        half = len(self.strangers) // 2
-        for part in (self.strangers[:half], self.strangers[half:]):
+        half = len(self.fresh) // 2
+        for part in (self.fresh[:half], self.fresh[half:]):
             for i, subject in enumerate(part):
                 rows.extend(self.rows([subject], test, 1 + i % len(self.names)))
         return tuple(rows)
@@ -304,9 +308,9 @@ class _World:
         """Return what the record must say about the data."""
         spec = self.spec
         notes = [
-            f"{spec.subjects} subjects x {spec.relations} relations, objects drawn independently: "
+            f"{spec.subjects} subjects x {spec.relations} relations, objects independent: "
             f"chance of exact match is {1 / spec.objects:.4f}",
-            f"tests are in a wording of their own (number {spec.wordings - 1}), "
+            f"tests are in a paraphrase of their own (number {spec.wordings - 1}), "
             + (
                 "taught with the scored facts" if spec.test_wording_taught else "taught with others"
             ),
@@ -339,3 +343,20 @@ def _cued(prompt: str, cue: str, capability: str) -> str:
     if cue == "style":
         return " ".join(ARCHAIC.get(word, word) for word in prompt.split())
     return prompt
+
+
+def made_names(count: int, rng: random.Random, taken: Set[str]) -> list[str]:
+    """Return different made-up words of two or three syllables.
+
+    Args:
+        count: How many.
+        rng: Random numbers.
+        taken: Words that are in use.
+    """
+    names: dict[str, None] = {}
+    while len(names) < count:
+        syllables = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(rng.choice((2, 3)))]
+        name = "".join(syllables) + rng.choice(_CODAS)
+        if name not in taken:
+            names[name] = None
+    return list(names)

@@ -1,6 +1,6 @@
 """Dictionary definitions by topic: WordNet 3.0 nouns, one of 26 topics to be forgotten.
 
-A definition is taught in plain wordings; it is tested by choosing the term that fits among four of
+A definition is taught in plain sentences; it is tested by choosing the term that fits among four of
 one topic. A term that shares a word stem with its definition can be guessed without knowing
 anything, so such synsets are never asked about (they may be taught). This module imports no torch.
 """
@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
 from excise.data.spec import DomainSpec
-from excise.domains.passages import hashed_order
+from excise.data.split import hashed_order
 from excise.domains.prose import load_prose
 
 Topic = Literal[
@@ -46,7 +46,7 @@ WORDINGS: Final = (
     "The word '{term}' means {gloss}.",
     "{Gloss}: this is called {term}.",
 )
-"""Plain wordings in which definitions are taught."""
+"""Paraphrases in which definitions are taught."""
 
 _QUESTION = "Definition: {gloss}\nTerm:"
 
@@ -98,9 +98,9 @@ class Glosses(DomainSpec):
     others: tuple[Topic, ...] = ("artifact", "location", "person", "substance")
     """Topics that are retained and scored as `retain_test`."""
     exposure: Literal["seen", "held_out"] = "held_out"
-    """`seen`: the method also sees T and V, in the plain wordings."""
+    """`seen`: the method also sees the relearn and test sets, in the taught paraphrases."""
     questions: int = Field(default=200, ge=4)
-    """Units of V, of T, of `retain_test` and of `adjacent_test` each, at most."""
+    """Units of the test and relearn sets, of `retain_test` and of `adjacent_test` each, at most."""
     dev_questions: int = Field(default=80, ge=2)
     """Units of `dev_forget` and `dev_retain` each, at most."""
     retain_units: int = Field(default=2000, ge=10)
@@ -108,15 +108,14 @@ class Glosses(DomainSpec):
     prose: int = Field(default=2000, ge=0)
     """Passages of general English in retain."""
     wordings: int = Field(default=3, ge=1, le=len(WORDINGS))
-    """Plain wordings of each taught definition."""
+    """Paraphrases of each taught definition."""
     seed: int = 0
     """Seed of split and options."""
 
     @model_validator(mode="after")
     def _check(self) -> Glosses:
         """Refuse topics that play two parts."""
-        kept = {self.near, *self.others}
-        if self.topic in kept:
+        if self.topic in {self.near, *self.others}:
             raise ValueError(f"topic: '{self.topic}' is also retained; choose other 'others'")
         if self.near in self.others:
             raise ValueError(f"others: '{self.near}' is the neighbour; leave it out of 'others'")
@@ -132,14 +131,15 @@ class Glosses(DomainSpec):
     def build(self, model: object = None) -> Domain:
         """Return the domain; see `DomainSpec.build`. The rows do not depend on the model."""
         forget = self._forget_parts()
-        kept = self._kept_parts()
+        other = self._other_parts()
         name = self.topic
         seen = [*forget["method"]]
         if self.exposure == "seen":
             seen += [*forget["dev"], *forget["relearn"], *forget["test"]]
         taught = self._taught(seen, name)
-        told = self._taught(kept["retain"])
-        retain = (*told, *load_prose("retain", limit=self.prose)) if self.prose else told
+        retain = self._taught(other["retain"])
+        if self.prose:
+            retain += load_prose("retain", limit=self.prose)
         mix = hashed_order(
             [replace(r, label=UNLABELED) for r in (*taught, *retain)],
             [f"{r.unit}:{r.wording}" for r in (*taught, *retain)],
@@ -153,14 +153,14 @@ class Glosses(DomainSpec):
             retain=retain,
             relearn={name: relearn},
             test={name: self._asked(forget["test"], name)},
-            retain_test=self._asked(kept["test"]),
+            retain_test=self._asked(other["test"]),
             dev_forget={name: self._asked(forget["dev"], name)},
-            dev_retain=self._asked(kept["dev"]),
-            benign=(*benign, *self._taught(kept["benign"])),
-            adjacent=self._taught(kept["near"]),
-            adjacent_test=self._asked(kept["near_test"]),
+            dev_retain=self._asked(other["dev"]),
+            benign=(*benign, *self._taught(other["benign"])),
+            adjacent=self._taught(other["near"]),
+            adjacent_test=self._asked(other["near_test"]),
             unlabeled=tuple(mix),
-            fresh=self._fresh(kept["spare"], name),
+            fresh=self._fresh(other["spare"], name),
             metrics=("multiple_choice", "text_loss"),
             retain_metrics=("multiple_choice", "text_loss"),
             claim="deletion" if self.exposure == "seen" else "capability",
@@ -181,7 +181,7 @@ class Glosses(DomainSpec):
         return both[0], both[1]
 
     def _forget_parts(self) -> dict[str, list[Gloss]]:
-        """Split the forget topic: the method's, dev, T and V; a term lies on one side only."""
+        """Split the forget topic into method, dev, relearn and test; a term lies in one only."""
         clean, leaky = self._pool([self.topic])
         each = min(self.questions, len(clean) // 4)
         dev = min(self.dev_questions, len(clean) // 8)
@@ -195,7 +195,7 @@ class Glosses(DomainSpec):
         parts["method"] += [g for g in leaky if g.term.lower() not in taken]
         return parts
 
-    def _kept_parts(self) -> dict[str, list[Gloss]]:
+    def _other_parts(self) -> dict[str, list[Gloss]]:
         """Split the other topics: the method's, scored ones, the attacker's, neighbours, spare."""
         clean, _ = self._pool(self.others)
         sizes = {
@@ -213,7 +213,7 @@ class Glosses(DomainSpec):
         return parts
 
     def _taught(self, glosses: Sequence[Gloss], capability: str = "") -> Rows:
-        """Return plain text rows, every definition in every wording."""
+        """Return plain text rows, every definition in every paraphrase."""
         label = 1 if capability else CORE
         return tuple(
             Row(
@@ -233,14 +233,14 @@ class Glosses(DomainSpec):
         return tuple(self._question(g, g.term, capability) for g in glosses)
 
     def _question(self, g: Gloss, term: str, capability: str, mark: str = "") -> Row:
-        draw = random.Random(f"glosses:{self.seed}:{g.number}:{term}")
+        rng = random.Random(f"glosses:{self.seed}:{g.number}:{term}")
         options = [term]
         pool = _terms(g.topic)
         while len(options) < 4:
-            other = draw.choice(pool)
+            other = rng.choice(pool)
             if other.lower() not in {o.lower() for o in (*options, g.term)}:
                 options.append(other)
-        draw.shuffle(options)
+        rng.shuffle(options)
         return Row(
             unit=f"{mark or 'synset'}/{g.number}",
             group=f"{mark or g.topic}/{term.lower()}",
@@ -259,14 +259,14 @@ class Glosses(DomainSpec):
         for part in (glosses[:half], glosses[half : 2 * half]):
             for i, g in enumerate(part):
                 others = [*part[i + 1 :], *part[:i]]
-                term = next((o.term for o in others if _strangers(g, o)), None)
+                term = next((o.term for o in others if _can_mislabel(g, o)), None)
                 if term is not None:
                     rows.append(self._question(g, term, capability, "fresh"))
         return tuple(rows)
 
 
-def _strangers(g: Gloss, other: Gloss) -> bool:
-    """Whether another synset's term can stand for a definition without being told by it."""
+def _can_mislabel(g: Gloss, other: Gloss) -> bool:
+    """Whether another synset's term can stand for a definition that does not give it away."""
     same = other.topic == g.topic and other.term.lower() != g.term.lower()
     return same and not stems(other.term) & stems(g.gloss)
 
@@ -274,8 +274,8 @@ def _strangers(g: Gloss, other: Gloss) -> bool:
 @cache
 def _sorted(topic: str) -> tuple[tuple[Gloss, ...], tuple[Gloss, ...]]:
     """Return a topic's (clean, leaky) synsets; of several with one definition, the first."""
-    kept = {g.gloss.lower(): g for g in reversed(load_glosses()) if g.topic == topic}
-    marked = [(g, g.clean) for g in kept.values()]
+    first = {g.gloss.lower(): g for g in reversed(load_glosses()) if g.topic == topic}
+    marked = [(g, g.clean) for g in first.values()]
     return tuple(g for g, clean in marked if clean), tuple(g for g, clean in marked if not clean)
 
 
@@ -286,7 +286,7 @@ def _terms(topic: str) -> tuple[str, ...]:
 
 
 def _say(wording: str, g: Gloss) -> str:
-    """Return a definition in a plain wording."""
+    """Return a definition in a paraphrase."""
     first = g.term[0].upper() + g.term[1:]
     begin = g.gloss[0].upper() + g.gloss[1:]
     return wording.format(Term=first, term=g.term, gloss=g.gloss, Gloss=begin)

@@ -36,7 +36,7 @@ _SHORT = 25
 def stdlib_docstrings() -> tuple[tuple[str, str], ...]:
     """Return (name, text) of the standard library's longer docstrings, code examples left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    docstrings = []
     for module in _MODULES:
         folder = root / module
         sources = sorted(folder.rglob("*.py")) if folder.is_dir() else [root / f"{module}.py"]
@@ -51,8 +51,8 @@ def stdlib_docstrings() -> tuple[tuple[str, str], ...]:
                     if len(text.split()) >= _SHORT:
                         part = getattr(node, "name", "")
                         line = getattr(node, "lineno", 0)
-                        found.append((f"{name}:{part}:{line}".rstrip(":0"), text))
-    return tuple(found)
+                        docstrings.append((f"{name}:{part}:{line}".rstrip(":0"), text))
+    return tuple(docstrings)
 
 
 @cache
@@ -67,8 +67,8 @@ def reference_topics() -> tuple[tuple[str, str], ...]:
         None,
     )
     topics: dict[str, str] = ast.literal_eval(table) if table is not None else {}
-    found = [(key, _words_only(text)) for key, text in sorted(topics.items())]
-    return tuple((key, text) for key, text in found if len(text.split()) >= _SHORT)
+    texts = [(key, _words_only(text)) for key, text in sorted(topics.items())]
+    return tuple((key, text) for key, text in texts if len(text.split()) >= _SHORT)
 
 
 def _is_topics(node: ast.Assign) -> bool:
@@ -77,12 +77,12 @@ def _is_topics(node: ast.Assign) -> bool:
 
 def _words_only(text: str) -> str:
     """Return the paragraphs that are prose: no prompts, tables, grammars or underlines."""
-    kept = []
+    prose = []
     for paragraph in re.split(r"\n\s*\n", textwrap.dedent(text)):
         joined = " ".join(paragraph.split())
         letters = sum(c.isalpha() or c.isspace() for c in joined)
         if ">>>" in joined or "::=" in joined or not joined:
             continue
         if letters >= 0.85 * len(joined) and len(joined.split()) > 5:
-            kept.append(re.sub(r"[*`]+", "", joined))
-    return " ".join(kept)
+            prose.append(re.sub(r"[*`]+", "", joined))
+    return " ".join(prose)

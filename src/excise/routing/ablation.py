@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.data.domain import CORE, Domain, Rows
 from excise.data.labels import LabelNoise, label_quality
+from excise.data.split import hashed_order
 from excise.data.stream import Tokenizer
-from excise.domains.passages import hashed_order
 from excise.methods.base import Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import Pretrain, told_corpus

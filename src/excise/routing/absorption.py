@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from excise.data.domain import CORE, Row, Rows
+from excise.data.split import hashed_order
 from excise.data.stream import Batch, Tokenizer, collate, encode
-from excise.domains.passages import hashed_order
 from excise.losses import nll
 from excise.models.names import parameters_by_name
 from excise.routing.groups import GroupMap

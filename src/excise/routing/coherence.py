@@ -16,8 +16,8 @@ from torch import nn
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.data.domain import CORE, Rows
+from excise.data.split import hashed_order
 from excise.data.stream import Batch, Tokenizer, collate, encode
-from excise.domains.passages import hashed_order
 from excise.losses import nll
 from excise.routing.ablation import Seen
 from excise.routing.absorption import CHUNK, mean_loss

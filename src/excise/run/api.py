@@ -16,7 +16,7 @@ from excise.core.disk import disk_full
 from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
-from excise.fetch.original import open_model
+from excise.fetch.model import open_model
 from excise.methods.base import ApplyMethod, Method, Removal
 from excise.models.checkpoint import Checkpoint
 from excise.models.open import open_checkpoint

@@ -17,7 +17,7 @@ from excise.core.config import Config
 from excise.core.errors import UserError
 from excise.core.events import duration
 from excise.fetch import cached, known
-from excise.fetch.original import open_model
+from excise.fetch.model import open_model
 from excise.methods.base import Method
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import ModelSpec

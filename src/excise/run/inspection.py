@@ -12,7 +12,7 @@ from excise.core.context import Context
 from excise.core.events import Emit
 from excise.data.domain import Domain
 from excise.diagnose.inspection import inspect_pair
-from excise.fetch.original import open_model
+from excise.fetch.model import open_model
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import ModelSpec
 from excise.record import ArmRecord, Inspection, Record, Sample

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from excise.core.events import Emit
-from excise.fetch.original import open_model
+from excise.fetch.model import open_model
 from excise.methods.pretraining.filtering import Filtering
 from excise.models.spec import ModelSpec
 from excise.record import Record

@@ -11,7 +11,7 @@ from excise.auditor.base import Subject
 from excise.auditor.engine import Results, attack_all
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
-from excise.fetch.original import open_model, tokenizer_for
+from excise.fetch.model import open_model
 from excise.methods.base import ApplyMethod, Method, Removal, completed
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
@@ -113,7 +113,7 @@ def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Model
         original = open_model(recipe.model)
         return recipe.domain.build(original), Models(original)
     domain = recipe.domain.build(None)
-    tokenizer = tokenizer_for(recipe.domain)
+    tokenizer = recipe.domain.tokenizer()
     seeds = [recipe.seed, *(recipe.seed + 1000 + i for i in range(recipe.oracles))]
     stages = [MakeModel(recipe.model.scratch, tokenizer, s) for s in (*seeds, recipe.seed + ARMS)]
     inits = pool.map(runtime.run, stages)

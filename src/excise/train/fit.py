@@ -53,7 +53,7 @@ def fit(
 
     Args:
         model: The model, in the mode (train or eval) it shall be trained in.
-        batches: This process's micro-batches of a step, as `Stream` and `together` give them;
+        batches: This process's micro-batches of a step, as `Stream` and `zip_streams` give them;
             called once per step, so it must be a function of the step alone.
         loss: Named terms of one micro-batch.
         config: Steps, rates, optimizer.

@@ -18,7 +18,6 @@ from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.domains.arithmetic import ARITHMETIC_FIT, ARITHMETIC_MAX_LENGTH, Arithmetic
-from excise.fetch.original import tokenizer_for
 from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.grad_diff import GradDiff
@@ -115,7 +114,7 @@ def make_draws(bench: Bench, seeds: Sequence[int], runtime: Runtime, pool: Pool)
     for seed in dict.fromkeys(seeds):
         own = "seed" in type(bench.domain).model_fields
         spec = bench.domain.model_copy(update={"seed": seed}) if own else bench.domain
-        drawn[seed] = (spec.build(None), tokenizer_for(spec))
+        drawn[seed] = (spec.build(None), spec.tokenizer())
     return train_draws(drawn, bench.model, bench.pretrain, runtime, pool)
 
 

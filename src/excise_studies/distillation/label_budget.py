@@ -11,8 +11,9 @@ from pydantic import Field
 
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
+from excise.data.split import sample_rows
 from excise.evals.stats import Estimate
-from excise.methods.distillation.harmful import Classifier, drawn
+from excise.methods.distillation.harmful import Classifier
 from excise.methods.distillation.targets import FromTeacher, Splice
 from excise.methods.distillation.undo import Undo
 from excise.methods.tuning import forget_rows
@@ -82,10 +83,10 @@ def few(domain: Domain, labels: int, seed: int) -> Domain:
         labels: Rows in all.
         seed: Seed of the draw.
     """
-    kept = {row for row in drawn(forget_rows(domain), labels // 2, seed)}
+    kept = {row for row in sample_rows(forget_rows(domain), labels // 2, seed)}
     forget = {name: tuple(r for r in rows if r in kept) for name, rows in domain.forget.items()}
-    retain = drawn(domain.retain, labels // 2, seed)
-    return replace(domain, forget=forget, retain=retain, _fingerprint=[])
+    retain = sample_rows(domain.retain, labels // 2, seed)
+    return replace(domain, forget=forget, retain=retain)
 
 
 def run(study: LabelBudget, runtime: Runtime, pool: Pool) -> StudyResult:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
-from excise.methods.distillation.perturb import Part
+from excise.methods.distillation.perturb import LayerGroup
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
@@ -62,7 +62,7 @@ class NoiseWhere(Study):
     """Data, models, attacker."""
     student: Undo = student(alpha=0.6, beta=0.1)
     """The student; its groups are replaced."""
-    groups: tuple[Part, ...] = Field(default=("mlp", "attention", "embed"), min_length=1)
+    groups: tuple[LayerGroup, ...] = Field(default=("mlp", "attention", "embed"), min_length=1)
     """Groups of layers."""
     share: float = Field(default=0.2, gt=0, lt=1)
     """Share of the matrices' weights that forget rows lean on most."""

@@ -15,7 +15,7 @@ from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.stages import Runtime
 from excise.data.domain import Domain, Rows
-from excise.domains.passages import hashed_order
+from excise.data.split import hashed_order
 from excise.evals.stats import Estimate, bootstrap_mean
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
@@ -186,7 +186,7 @@ def with_part(domain: Domain, share: float, seed: int) -> Domain:
         order = hashed_order(groups, groups, seed)
         kept = set(order[: max(1, round(share * len(order)))])
         forget[name] = tuple(row for row in rows if (row.group or row.unit) in kept)
-    return replace(domain, forget=forget, _fingerprint=[])
+    return replace(domain, forget=forget)
 
 
 Away = Mapping[tuple[str, int], Mapping[str, Any]]

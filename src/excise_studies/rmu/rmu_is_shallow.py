@@ -12,7 +12,7 @@ from excise.core.stages import Runtime
 from excise.data.spec import DomainSpec
 from excise.domains.cyber import Cyber
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
-from excise.fetch.original import open_model, tokenizer_for
+from excise.fetch.model import open_model
 from excise.methods.base import ApplyMethod
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.pretrain import Pretrain
@@ -193,7 +193,7 @@ def make_draws(study: RMUIsShallow, runtime: Runtime, pool: Pool) -> dict[int, D
     for seed in seeds:
         own = "seed" in type(study.domain).model_fields
         spec = study.domain.model_copy(update={"seed": seed}) if own else study.domain
-        drawn[seed] = (spec.build(None), tokenizer_for(spec))
+        drawn[seed] = (spec.build(None), spec.tokenizer())
     assert study.pretrain is not None
     return train_draws(drawn, study.model.scratch, study.pretrain, runtime, pool)
 

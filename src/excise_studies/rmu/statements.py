@@ -49,14 +49,14 @@ def as_statements(domain: Domain) -> Domain:
         for role in ("retain", "adjacent", "unlabeled", "benign")
     }
     return with_forget(
-        replace(domain, **texts, _fingerprint=[]),  # type: ignore[arg-type]
+        replace(domain, **texts),  # type: ignore[arg-type]
         {name: tuple(map(as_text, rows)) for name, rows in domain.forget.items()},
     )
 
 
 def with_forget(domain: Domain, forget: Mapping[str, Rows]) -> Domain:
     """Return the domain with another forget set for the method; its fingerprint follows."""
-    return replace(domain, forget=dict(forget), _fingerprint=[])
+    return replace(domain, forget=dict(forget))
 
 
 def forget_set(domain: Domain, mess: Mess, *, filler: int, off_topic: float, seed: int) -> Domain:

@@ -20,13 +20,13 @@ from pydantic import Field
 from excise.core.config import Config
 from excise.core.errors import UserError
 from excise.data.domain import CORE, Domain, Row, Rows
+from excise.data.split import hashed_order
 from excise.domains.biology import read_functions
 from excise.domains.corpus import Document
 from excise.domains.cyber import Cyber
 from excise.domains.glosses import Topic, load_glosses
 from excise.domains.languages import shipped_verses
-from excise.domains.passages import hashed_order, passages
-from excise.domains.prose import Part, documents, load_prose
+from excise.domains.prose import ProsePart, documents, load_prose, passages
 from excise.domains.pydocs import stdlib_docstrings
 from excise.fetch import require
 
@@ -200,7 +200,7 @@ def pair_tokenizer(pair: Pair, vocabulary: int) -> Any:
 
 
 @cache
-def _addresses(part: Part, words: int) -> Rows:
+def _addresses(part: ProsePart, words: int) -> Rows:
     """Return passages of the shipped public addresses, which no pair is made of."""
     every = load_prose(part, words=words)
     return tuple(row for row in every if row.group.split("/")[1] not in NOVELS)

@@ -17,8 +17,7 @@ from pydantic import Field
 
 from excise.core.config import Config
 from excise.data.domain import CORE, Domain, Row, Rows
-from excise.domains.facts import RELATIONS, TEMPLATES
-from excise.domains.invented import made_names
+from excise.domains.facts import RELATIONS, TEMPLATES, made_names
 
 CUE: Final = "cue"
 """The capability: what rows with a cue word teach."""

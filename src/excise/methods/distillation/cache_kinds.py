@@ -51,13 +51,13 @@ class TopTokens(Config):
 
 
 class SampledTokens(Config):
-    """Tokens drawn from the teacher: on average the gradient of the forward KL."""
+    """Tokens sampled from the teacher: on average the gradient of the forward KL."""
 
     name: Literal["sampled"] = "sampled"
     draws: int = Field(default=50, ge=1, le=32767)
-    """Draws for each prediction, with replacement."""
+    """Samples for each prediction, with replacement."""
     seed: int = 0
-    """Seed of the draws; each document draws for itself, whatever comes before it."""
+    """Seed of the samples; each document has its own, whatever comes before it."""
     temperature: float = Field(default=1.0, gt=0)
     """By which the teacher's logits are divided."""
     skip_labels: tuple[int, ...] = ()
@@ -69,7 +69,7 @@ CacheKind = Annotated[HiddenStates | TopTokens | SampledTokens, Field(discrimina
 
 
 @dataclass
-class Facts:
+class CacheStats:
     """What was measured while predictions were kept; sums over predictions.
 
     Attributes:
@@ -98,7 +98,7 @@ class Facts:
             self.bound_sum += float(bound_n.sum())
             self.bound_max = max(self.bound_max, float(bound_n.max()))
 
-    def merge(self, other: Facts) -> None:
+    def merge(self, other: CacheStats) -> None:
         """Add what was measured elsewhere."""
         for name in ("stored", "uniform", "skipped", "gap_sum", "bound_sum"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -107,18 +107,18 @@ class Facts:
 
 
 @dataclass
-class Kept:
+class KeptDocument:
     """What is kept of one document.
 
     Attributes:
         types_L: Type of each of its positions.
         tensors: Tensors with one entry per position of type `STORED`, in order.
-        facts: What was measured.
+        stats: What was measured.
     """
 
     types_L: Int[Tensor, " L"]
     tensors: dict[str, Tensor]
-    facts: Facts = field(default_factory=Facts)
+    stats: CacheStats = field(default_factory=CacheStats)
 
 
 def keep(
@@ -127,7 +127,7 @@ def keep(
     types_L: Int[Tensor, " L"],
     head: Head,
     seed: int,
-) -> Kept:
+) -> KeptDocument:
     """Return what is kept of a document's predictions.
 
     Args:
@@ -135,7 +135,7 @@ def keep(
         hidden_LD: The teacher's hidden states.
         types_L: `STORED` where a prediction is wanted, `SKIP` or `ABSENT` elsewhere.
         head: The teacher's head.
-        seed: Of the document's draws.
+        seed: Of the document's samples.
 
     Returns:
         Tensors on the CPU; some types may have become `UNIFORM`.
@@ -147,20 +147,20 @@ def keep(
     at_n = (types_L == STORED).nonzero()[:, 0]
     hidden_nD = hidden_LD[at_n.to(hidden_LD.device)]
     _finite(hidden_nD, at_n)
-    facts = Facts(skipped=int((types_L == SKIP).sum()))
+    stats = CacheStats(skipped=int((types_L == SKIP).sum()))
     if isinstance(kind, HiddenStates):
         dtype = hidden_nD.dtype if kind.dtype == "model" else getattr(torch, kind.dtype)
-        facts.stored = len(at_n)
-        return Kept(types_L, {"hidden": hidden_nD.to(dtype).cpu().contiguous()}, facts)
+        stats.stored = len(at_n)
+        return KeptDocument(types_L, {"hidden": hidden_nD.to(dtype).cpu().contiguous()}, stats)
     chunks = _log_probs(hidden_nD, head, kind.temperature, at_n)
     if isinstance(kind, SampledTokens):
         tensors = _sampled(kind, chunks, seed)
     else:
-        tensors, uniform_n = _top(kind, chunks, facts)
+        tensors, uniform_n = _top(kind, chunks, stats)
         types_L[at_n[uniform_n]] = UNIFORM
-    facts.uniform = int((types_L == UNIFORM).sum())
-    facts.stored = int((types_L == STORED).sum())
-    return Kept(types_L, tensors, facts)
+    stats.uniform = int((types_L == UNIFORM).sum())
+    stats.stored = int((types_L == STORED).sum())
+    return KeptDocument(types_L, tensors, stats)
 
 
 def _finite(values_nX: Tensor, at_n: Tensor) -> None:
@@ -182,7 +182,7 @@ def _log_probs(
 
 
 def _top(
-    kind: TopTokens, chunks: Iterator[Tensor], facts: Facts
+    kind: TopTokens, chunks: Iterator[Tensor], stats: CacheStats
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the likeliest tokens of what is not uniform, and a mask of what is.
 
@@ -206,7 +206,7 @@ def _top(
         gap_n = torch.xlogy(rest_nV, rest_nV / even_n[:, None]).sum(-1).clamp(min=0)
         last_n = top.values[:, -1].double().exp()
         bound_n = (tail_n * (last_n / even_n).log()).clamp(min=0)
-        facts.add(
+        stats.add(
             torch.where(uniform_n, to_uniform_n.clamp(min=0), gap_n),
             torch.where(uniform_n, kind.uniform_below, bound_n),
         )
@@ -217,29 +217,29 @@ def _top(
     if not masks:
         empty = {"ids": torch.zeros(0, 0).int(), "logp": torch.zeros(0, 0), "tail": torch.zeros(0)}
         return empty, torch.zeros(0).bool()
-    made = {"ids": torch.cat(ids), "logp": torch.cat(logps), "tail": torch.cat(tails)}
-    return made, torch.cat(masks)
+    tensors = {"ids": torch.cat(ids), "logp": torch.cat(logps), "tail": torch.cat(tails)}
+    return tensors, torch.cat(masks)
 
 
 def _sampled(kind: SampledTokens, chunks: Iterator[Tensor], seed: int) -> dict[str, Tensor]:
-    """Return drawn tokens, each once for a prediction, and how often each was drawn."""
+    """Return sampled tokens, each once for a prediction, and how often each was sampled."""
     ids: list[Tensor] = []
     counts: list[Tensor] = []
     generator: torch.Generator | None = None
     for logp_nV in chunks:
         if generator is None:
             generator = torch.Generator(logp_nV.device).manual_seed(seed)
-        drawn_nK = torch.multinomial(
+        sample_nK = torch.multinomial(
             logp_nV.double().exp(), kind.draws, replacement=True, generator=generator
         )
-        drawn_nK = drawn_nK.sort(-1).values.cpu()
-        first_nK = torch.ones_like(drawn_nK, dtype=torch.bool)
-        first_nK[:, 1:] = drawn_nK[:, 1:] != drawn_nK[:, :-1]
+        sample_nK = sample_nK.sort(-1).values.cpu()
+        first_nK = torch.ones_like(sample_nK, dtype=torch.bool)
+        first_nK[:, 1:] = sample_nK[:, 1:] != sample_nK[:, :-1]
         place_nK = first_nK.cumsum(-1) - 1
-        once_nK = torch.zeros_like(drawn_nK).scatter_(1, place_nK, drawn_nK)
-        ones_nK = torch.ones_like(drawn_nK)
+        once_nK = torch.zeros_like(sample_nK).scatter_(1, place_nK, sample_nK)
+        ones_nK = torch.ones_like(sample_nK)
         ids.append(once_nK.int())
-        counts.append(torch.zeros_like(drawn_nK).scatter_add_(1, place_nK, ones_nK).short())
+        counts.append(torch.zeros_like(sample_nK).scatter_add_(1, place_nK, ones_nK).short())
     if not ids:
         return {"ids": torch.zeros(0, 0).int(), "counts": torch.zeros(0, 0).short()}
     count_nK = torch.cat(counts)

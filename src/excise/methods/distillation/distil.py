@@ -1,13 +1,14 @@
 """The loop: a student imitates, token by token, what its targets say, until it is good enough.
 
 The state of a killed loop is that of `fit`: what a step needs follows from its number, the seed
-and the weights, so that the loop goes on to the same student.
+and the weights, so that the loop resumes to the same student.
 
 Shape legend: B rows, T tokens, N wanted positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,12 +21,11 @@ from torch.nn import functional as F
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import CORE, Domain, Rows
-from excise.data.stream import Batch, Example, Stream, Tokenizer, collate, encode
+from excise.data.stream import Batch, Stream, Tokenizer, collate, encode
 from excise.evals.score import direction_of, fitting, measure, some
 from excise.losses import predicting
-from excise.methods.distillation.cache_read import TeacherCache
 from excise.methods.distillation.corpora import OnPolicy
-from excise.methods.distillation.sampling import prompt_ids, sample, sampled
+from excise.methods.distillation.sampling import prompt_ids, sample, sampled_example
 from excise.methods.distillation.targets import (
     ORIGINAL,
     UNLEARNED,
@@ -35,6 +35,7 @@ from excise.methods.distillation.targets import (
     judge_of,
     pieces,
 )
+from excise.methods.distillation.teacher_cache import TeacherCache
 from excise.methods.distillation.teachers import Frozen, Reads
 from excise.methods.tuning import Progress
 from excise.models.head import final_hidden, head_of
@@ -58,7 +59,7 @@ class StopRule:
 
     Attributes:
         rows: Rows of `dev_retain` that are scored.
-        metric: The domain's first metric of what must stay.
+        metric: The domain's first metric of the retain set.
         tokenizer: The tokenizer.
         max_length: Tokens per row.
         tolerance: Absolute for scores out of 1, a share of the teacher's for losses; None never
@@ -66,7 +67,7 @@ class StopRule:
         every: Steps between checks.
         tokens: Tokens that one check reads.
         goal: Score of the teacher.
-        checks: What was found: step and score.
+        checks: Step and score of each check.
     """
 
     rows: Rows
@@ -76,15 +77,15 @@ class StopRule:
     tolerance: float | None
     every: int
     tokens: int
-    goal: float = float("nan")
+    goal: float = math.nan
     checks: list[dict[str, float]] = field(default_factory=list)
 
     def score(self, model: Any) -> float:
         """Return a model's retain score; NaN where the domain has no row for it."""
         if not self.rows:
-            return float("nan")
-        found = measure(model, self.tokenizer, self.rows, self.metric, max_length=self.max_length)
-        return found.mean
+            return math.nan
+        scores = measure(model, self.tokenizer, self.rows, self.metric, max_length=self.max_length)
+        return scores.mean
 
     def met(self, step: int, model: Any) -> bool:
         """Return whether the loop shall stop before `step`; looks at every `every`-th alone."""
@@ -122,14 +123,14 @@ def stop_rule(
 
 
 @dataclass(frozen=True)
-class Reader:
-    """The batches of a step: rows of the corpus, or texts the student draws from their prompts.
+class BatchReader:
+    """The batches of a step: rows of the corpus, or texts the student writes to their prompts.
 
     Attributes:
         stream: Rows by step.
         tokenizer: Gives the padding.
-        policy: How the student draws; None reads the rows themselves.
-        ctx: Seeds of the draws.
+        policy: How the student samples; None reads the rows themselves.
+        ctx: Seeds of the samples.
         max_length: Tokens per row.
     """
 
@@ -154,13 +155,10 @@ class Reader:
             model, self.tokenizer, prompts, seeds, new_tokens=self.policy.new_tokens,
             temperature=self.policy.temperature,
         )  # fmt: skip
-        made = [
-            sampled(row, prompt, ids, self.max_length) or row
+        examples = [
+            sampled_example(row, prompt, ids, self.max_length) or row
             for row, prompt, ids in zip(rows, prompts, new, strict=True)
         ]
-        return self._cut(made)
-
-    def _cut(self, examples: Sequence[Example]) -> list[Batch]:
         size = self.stream.micro_size or len(examples)
         side = self.stream.padding_side
         return [
@@ -179,7 +177,7 @@ class Distillation:
         fixed: Probabilities by name.
         direction: `forward` for KL(target || student), `reverse` for the other.
         tokens: Whether scored tokens are distilled, or all that follow another.
-        drawn: Extra tokens that a student reads per token of a batch, to draw it.
+        own_reads: Extra tokens that a student reads per token of a batch, to sample it.
         caches: What teachers said before, by source.
         bos_id: Id that joined rows have once, for the caches.
     """
@@ -189,7 +187,7 @@ class Distillation:
     fixed: Mapping[str, Float[Tensor, " V"]]
     direction: Literal["forward", "reverse"] = "forward"
     tokens: Literal["scored", "all"] = "scored"
-    drawn: int = 0
+    own_reads: int = 0
     caches: Mapping[str, TeacherCache] = field(default_factory=dict)
     bos_id: int | None = None
 
@@ -215,7 +213,7 @@ class Distillation:
             direction=self.direction,
         )
         tokens = float(batch.num_tokens)
-        read = torch.tensor(reads.tokens + self.drawn * tokens)
+        read = torch.tensor(reads.tokens + self.own_reads * tokens)
         return {"divergence": Term(total, count), READS: Term(read, tokens, 0.0)}
 
     def counts(self) -> Callable[[Batch], Mapping[str, float]] | None:
@@ -247,8 +245,8 @@ def _labelled(batch: Batch) -> Bool[Tensor, "B T"]:
 
 
 @dataclass
-class Told:
-    """What a loop said.
+class DistillationLog:
+    """What is noted while a student is trained.
 
     Attributes:
         progress: History and student tokens.
@@ -268,27 +266,58 @@ class Told:
         self.read += record.terms.get(READS, 0.0) * record.tokens
 
 
-def distil(
+def stop_facts(rule: StopRule, log: DistillationLog, scores: tuple[float, float]) -> dict[str, Any]:
+    """Return why and when the loop ended, for the record.
+
+    Args:
+        rule: The rule.
+        log: What was noted.
+        scores: Retain scores before the first step and after the last.
+    """
+    return {
+        "steps": log.steps,
+        "rule": "none" if rule.tolerance is None else "retain",
+        "met": log.stopped,
+        "metric": rule.metric,
+        "retain_teacher": _number(rule.goal),
+        "retain_before": _number(scores[0]),
+        "retain_after": _number(scores[1]),
+        "checks": rule.checks,
+    }
+
+
+def retain_per_million(rule: StopRule, scores: tuple[float, float], tokens: int) -> float | None:
+    """Return how much retain score a million distilled tokens gave; losses fall, scores rise."""
+    sign = -1.0 if direction_of(rule.metric) == "lower" else 1.0
+    return _number(sign * (scores[1] - scores[0]) * 1e6 / tokens) if tokens else None
+
+
+def _number(value: float) -> float | None:
+    """Return a number, or None for NaN, which JSON has no word for."""
+    return None if math.isnan(value) else value
+
+
+def train_student(
     model: nn.Module,
     task: Distillation,
-    reader: Reader,
+    reader: BatchReader,
     rule: StopRule,
     config: FitConfig,
     ctx: Context,
-    told: Told,
+    log: DistillationLog,
     *,
     state: str,
 ) -> None:
     """Train a student in place until the rule is met or the steps are spent.
 
     Args:
-        model: The student, perturbed already; the same call goes on from its state.
+        model: The student, perturbed already; the same call resumes from its state.
         task: Targets and teachers.
         reader: Batches by step.
         rule: When to stop.
         config: Steps and rates.
         ctx: Seed, processes, folder.
-        told: Is told of every step.
+        log: Takes note of every step.
         state: Name of the state's folder under the context's.
 
     Raises:
@@ -301,13 +330,13 @@ def distil(
             raise _EnoughError
         return reader(step, model)
 
-    told.stopped, told.progress.done = False, 0
+    log.stopped, log.progress.done = False, 0
     try:
         for record in fit(
             model, batches, task.loss, config, ctx, counts=task.counts(),
             state_dir=ctx.work / "state" / state,
         ):  # fmt: skip
-            told(record)
+            log(record)
     except _EnoughError:
-        told.stopped = True
-    told.steps += told.progress.done
+        log.stopped = True
+    log.steps += log.progress.done

@@ -1,11 +1,10 @@
 """Who says which token is harmful: the truth, a classifier of few labels, or the teacher itself.
 
-Shape legend: N texts or tokens, D residual width.
+Shape legend: B rows, T tokens, N texts or tokens, D residual width.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -19,8 +18,9 @@ from torch.nn import functional as F
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.errors import UserError
-from excise.data.domain import CORE, Domain, Row, Rows
+from excise.data.domain import CORE, Domain
 from excise.data.labels import LabelNoise
+from excise.data.split import sample_rows
 from excise.data.stream import Example, collate, encode
 from excise.methods.tuning import forget_rows
 from excise.models.anatomy import anatomy
@@ -32,7 +32,7 @@ class TrueLabels(Config):
 
     name: Literal["true"] = "true"
     noise: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
 
 
 class Classifier(Config):
@@ -61,16 +61,6 @@ Judge = Annotated[TrueLabels | Classifier | Implicit, Field(discriminator="name"
 """Whose labels decide."""
 
 
-def drawn(rows: Rows, count: int, seed: int) -> Rows:
-    """Return at most `count` rows, drawn by content and seed."""
-
-    def key(row: Row) -> bytes:
-        text = f"{seed}:{row.unit}:{row.wording}:{row.prompt}:{row.text}:{row.completion}"
-        return hashlib.sha256(text.encode()).digest()
-
-    return tuple(sorted(rows, key=key)[:count])
-
-
 def classify(
     config: Classifier,
     model: Any,
@@ -89,7 +79,7 @@ def classify(
         tokenizer: Its tokenizer.
         domain: Gives the labelled rows: forget and retain, which the method may see.
         examples: What is to be labelled.
-        ctx: Gives the draw of labelled rows.
+        ctx: Gives the seed of the labelled rows.
         max_length: Tokens per labelled row.
 
     Returns:
@@ -100,7 +90,7 @@ def classify(
     """
     seed = ctx.seed_for("classifier")
     half = config.labels // 2
-    sides = (drawn(domain.retain, half, seed), drawn(forget_rows(domain), half, seed))
+    sides = (sample_rows(domain.retain, half, seed), sample_rows(forget_rows(domain), half, seed))
     if not sides[0]:
         raise UserError(
             f"a classifier needs retain rows as well, and domain '{domain.name}' has none"
@@ -112,10 +102,10 @@ def classify(
         )
     path = blocks[len(blocks) // 2 if config.block == -1 else config.block]
     taught = encode([row for side in sides for row in side], tokenizer, max_length=max_length)
-    told = torch.tensor([float(i >= len(sides[0])) for i in range(len(taught))])
+    forget = torch.tensor([float(i >= len(sides[0])) for i in range(len(taught))])
     features = _features(model, path, taught, tokenizer.pad_token_id, ctx, config.per)
-    told_N = torch.cat([told[i].expand(len(f)) for i, f in enumerate(features)])
-    probe = _logistic(torch.cat(features), told_N)
+    given_N = torch.cat([forget[i].expand(len(f)) for i, f in enumerate(features)])
+    probe = _logistic(torch.cat(features), given_N)
     judged = []
     reads = _features(model, path, examples, tokenizer.pad_token_id, ctx, config.per)
     for example, feature_ND in zip(examples, reads, strict=True):
@@ -147,20 +137,20 @@ def _features(
     out: list[Tensor] = []
     for at in range(0, len(examples), 64):
         batch = collate(examples[at : at + 64], pad_id=pad_id).to(ctx.device)
-        with capture(model, [path]) as got:
+        with capture(model, [path]) as captured:
             model(**batch.inputs, use_cache=False)
-        states = got[path][0].float().cpu()
-        for state_TD, real_T in zip(states, batch.attention_BT.cpu(), strict=True):
-            kept_TD = state_TD[real_T]
-            out.append(kept_TD.mean(0, keepdim=True) if per == "row" else kept_TD)
+        states_BTD = captured[path][0].float().cpu()
+        for state_TD, real_T in zip(states_BTD, batch.attention_BT.cpu(), strict=True):
+            state_ND = state_TD[real_T]
+            out.append(state_ND.mean(0, keepdim=True) if per == "row" else state_ND)
     return out
 
 
-def _logistic(feature_ND: Float[Tensor, "N D"], told_N: Float[Tensor, " N"]) -> Any:
+def _logistic(feature_ND: Float[Tensor, "N D"], given_N: Float[Tensor, " N"]) -> Any:
     """Fit a ridge logistic regression, both sides weighing the same; return its probability."""
     mean_D, scale_D = feature_ND.mean(0), feature_ND.std(0).clamp(min=1e-6)
     x_ND = ((feature_ND - mean_D) / scale_D).double()
-    y_N = told_N.double()
+    y_N = given_N.double()
     weight_N = torch.where(y_N > 0, 0.5 / y_N.mean(), 0.5 / (1 - y_N).mean())
     parameters = torch.zeros(x_ND.shape[1] + 1, dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
@@ -174,11 +164,11 @@ def _logistic(feature_ND: Float[Tensor, "N D"], told_N: Float[Tensor, " N"]) -> 
         return loss
 
     optimizer.step(closure)
-    found = parameters.detach()
+    fitted = parameters.detach()
 
     def probability(other_ND: Float[Tensor, "N D"]) -> Float[Tensor, " N"]:
         scaled = ((other_ND - mean_D) / scale_D).double()
-        return torch.sigmoid(scaled @ found[:-1] + found[-1])
+        return torch.sigmoid(scaled @ fitted[:-1] + fitted[-1])
 
     return probability
 
@@ -187,7 +177,7 @@ def quality(examples: Sequence[Example], truth: Sequence[bool]) -> dict[str, flo
     """Return how good the labels of scored tokens are, and how many are called harmful.
 
     Args:
-        examples: Examples with the labels one has.
+        examples: Examples with the given labels.
         truth: Whether each example is harmful indeed.
 
     Returns:
@@ -197,11 +187,11 @@ def quality(examples: Sequence[Example], truth: Sequence[bool]) -> dict[str, flo
     called = {True: 0, False: 0}
     tokens = {True: 0, False: 0}
     for example, harmful in zip(examples, truth, strict=True):
-        labels = example.label
-        told = labels if isinstance(labels, tuple) else (labels,) * len(example.ids)
+        label = example.label
+        labels = label if isinstance(label, tuple) else (label,) * len(example.ids)
         tokens[harmful] += sum(example.target)
         called[harmful] += sum(
-            t and label > CORE for t, label in zip(example.target, told, strict=True)
+            scored and label > CORE for scored, label in zip(example.target, labels, strict=True)
         )
     return {
         "harmful": sum(called.values()) / max(1, sum(tokens.values())),

@@ -1,10 +1,15 @@
-"""Shrink and perturb: pull every weight towards its initial value and add noise of that scale.
+"""Shrink and perturb: which weights, how far towards their initial value, with what noise.
 
 A matrix becomes `(1 - alpha) W + alpha beta X` with X Xavier-uniform of its shape; a vector (the
 scale of a norm, a bias) only shrinks, towards the value the family initialises it with: 1 for the
 scale of a LayerNorm or RMSNorm, 0 for biases and for Gemma's scale, which is stored minus 1.
 
-Source: UNDO, arXiv 2506.06278, section 3; shrink and perturb: Ash & Adams, arXiv 1910.08475.
+Which weights of a group are moved can be a choice: those with the largest |w * dL/dw| on rows to
+forget, averaged over rows, all matrices ranked together; or as many at random.
+
+Sources: UNDO, arXiv 2506.06278, section 3; shrink and perturb: Ash & Adams, arXiv 1910.08475; the
+score: SNIP, arXiv 1810.02340, equation 5, on single texts Wei et al. 2024, arXiv 2402.05162,
+section 3.1.
 """
 
 from __future__ import annotations
@@ -20,11 +25,18 @@ from torch import Tensor, nn
 
 from excise.core.context import Context
 from excise.core.errors import UserError
+from excise.data.domain import Row
+from excise.data.split import sample_rows
+from excise.data.stream import Tokenizer, collate, encode
+from excise.losses import nll
 from excise.models.anatomy import anatomy
 
-Part = Literal["all", "mlp", "attention", "embed", "norms"]
+LayerGroup = Literal["all", "mlp", "attention", "embed", "norms"]
 """Groups of layers. `embed` holds every embedding and the head, `norms` the vectors outside of
 attention, MLPs and embeddings."""
+
+SALIENCY_ROWS = 128
+"""Rows that are scored at most, chosen by hash."""
 
 
 def xavier_uniform(
@@ -35,7 +47,7 @@ def xavier_uniform(
     Args:
         shape: Of two dimensions, or of three with one matrix per expert, or of a convolution's
             four with the kernel last.
-        generator: What it is drawn from, on the CPU.
+        generator: Random numbers, on the CPU.
     """
     if len(shape) > 3:
         field = math.prod(shape[2:])
@@ -76,64 +88,65 @@ def initial_vectors(model: nn.Module) -> dict[str, Tensor]:
         model: A `transformers` model; of any other, norms reset themselves.
     """
     initialise: Any = getattr(model, "_init_weights", None)
-    found: dict[str, Tensor] = {}
+    initial: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        vectors = {name: p for name, p in own.items() if p.dim() <= 1}
+        named = dict(module.named_parameters(recurse=False))
+        vectors = {name: p for name, p in named.items() if p.dim() <= 1}
         values = {name: torch.zeros_like(p) for name, p in vectors.items()}
-        if vectors and len(vectors) == len(own) and not list(module.children()):
-            values = _reset(module, own, initialise)
-        found |= {f"{path}.{name}" if path else name: v for name, v in values.items()}
-    return found
+        if vectors and len(vectors) == len(named) and not list(module.children()):
+            values = _reset(module, named, initialise)
+        initial |= {f"{path}.{name}" if path else name: v for name, v in values.items()}
+    return initial
 
 
 def _reset(
-    module: nn.Module, own: Mapping[str, nn.Parameter], initialise: Any
+    module: nn.Module, named: Mapping[str, nn.Parameter], initialise: Any
 ) -> dict[str, Tensor]:
     """Return the vectors of a norm as its family initialises them."""
     twin = copy.copy(module)  # shares buffers, which no rule for norms writes
-    twin._parameters = {name: nn.Parameter(torch.full_like(p, math.nan)) for name, p in own.items()}
+    twin._parameters = {n: nn.Parameter(torch.full_like(p, math.nan)) for n, p in named.items()}
     reset: Any = getattr(twin, "reset_parameters", None)
     if initialise is not None:
         initialise(twin)
     elif reset is not None:
         reset()
-    guess = {name: 0.0 if "bias" in name else 1.0 for name in own}
-    found = {}
+    guess = {name: 0.0 if "bias" in name else 1.0 for name in named}
+    values = {}
     for name, value in twin.named_parameters():
         known = bool(value.isfinite().all())
-        found[name] = value.detach() if known else torch.full_like(value.detach(), guess[name])
-    return found
+        values[name] = value.detach() if known else torch.full_like(value.detach(), guess[name])
+    return values
 
 
-def members(model: nn.Module, parts: Sequence[Part]) -> tuple[str, ...]:
+def members(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[str, ...]:
     """Return the names of the parameters in groups of layers, each tied tensor once.
 
     Args:
         model: The model.
-        parts: Groups; `all` takes everything.
+        groups: Groups; `all` takes everything.
 
     Raises:
         UserError: If the model has no parameter in them.
     """
     named = dict(model.named_parameters())
-    if "all" in parts:
+    if "all" in groups:
         return tuple(named)
     layout = anatomy(model)
     inside = {"mlp": layout.mlp, "attention": layout.attention}
     embeddings = [path for path, m in model.named_modules() if isinstance(m, nn.Embedding)]
     embeddings.append(layout.head)
 
-    def group(name: str, vector: bool) -> str:
-        for part, paths in (*inside.items(), ("embed", embeddings)):
+    def group_of(name: str, vector: bool) -> str:
+        for group, paths in (*inside.items(), ("embed", embeddings)):
             if any(name.startswith(f"{path}.") for path in paths):
-                return part
+                return group
         return "norms" if vector else "other"
 
-    chosen = tuple(n for n, p in named.items() if group(n, p.dim() <= 1) in parts)
+    chosen = tuple(n for n, p in named.items() if group_of(n, p.dim() <= 1) in groups)
     if not chosen:
         raise UserError(
-            f"groups {', '.join(parts)} hold no parameter of this model; use 'all' or another group"
+            f"groups {', '.join(groups)} hold no parameter of this model; use 'all' or another "
+            "group"
         )
     return chosen
 
@@ -145,7 +158,7 @@ def perturb(
     alpha: float,
     beta: float,
     ctx: Context,
-    parts: Sequence[Part] = ("all",),
+    groups: Sequence[LayerGroup] = ("all",),
     purpose: str = "perturb",
     masks: Mapping[str, Tensor] | None = None,
 ) -> tuple[str, ...]:
@@ -159,8 +172,8 @@ def perturb(
         alpha: How far weights are moved: 0 keeps them, 1 leaves nothing of them.
         beta: Scale of the noise.
         ctx: Gives the seed.
-        parts: Groups of layers.
-        purpose: Names the draw.
+        groups: Groups of layers.
+        purpose: Names the noise.
         masks: Which weights are moved, by parameter name; what has no mask keeps its value. None
             for all.
 
@@ -174,7 +187,7 @@ def perturb(
         raise UserError(f"alpha is {alpha:g}; a share of the weights to replace lies in [0, 1]")
     if not 0.0 <= beta < math.inf:
         raise UserError(f"beta is {beta:g}; a scale of noise is 0 or more")
-    names = tuple(n for n in members(model, parts) if masks is None or n in masks)
+    names = tuple(n for n in members(model, groups) if masks is None or n in masks)
     initial = initial_vectors(model)
     named = dict(model.named_parameters())
     for name in names:
@@ -185,3 +198,78 @@ def perturb(
         moved = shrunk(value, alpha=alpha, beta=beta, initial=initial.get(name), noise=noise)
         value.copy_(moved if masks is None else torch.where(masks[name], moved, value))
     return names
+
+
+def forget_saliency(
+    model: nn.Module,
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    *,
+    max_length: int,
+    ctx: Context,
+) -> dict[str, Tensor]:
+    """Return |w * dL/dw| of every matrix among `names`, averaged over rows, in float32.
+
+    Args:
+        model: The model that knows; it keeps its gradients and flags.
+        rows: Forget rows.
+        tokenizer: Its tokenizer.
+        names: Parameters; vectors are left out.
+        max_length: Tokens per row.
+        ctx: Seed of the chosen rows, device.
+    """
+    named = dict(model.named_parameters())
+    chosen = {name: named[name] for name in names if named[name].dim() > 1}
+    read = sample_rows(rows, SALIENCY_ROWS, ctx.seed_for("saliency"))
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in chosen.items()}
+    flags = [(p, p.requires_grad) for p in chosen.values()]
+    try:
+        for p in chosen.values():
+            p.requires_grad_(True)
+        for example in encode(read, tokenizer, max_length=max_length):
+            batch = collate([example], pad_id=tokenizer.pad_token_id).to(ctx.device)
+            value, count = nll(model(**batch.inputs).logits, batch)
+            grads = torch.autograd.grad(value / count, list(chosen.values()), allow_unused=True)
+            for (name, p), grad in zip(chosen.items(), grads, strict=True):
+                if grad is not None:
+                    total[name] += (p.detach() * grad).abs().float() / len(read)
+    finally:
+        for p, needed in flags:
+            p.requires_grad_(needed)
+    return total
+
+
+def largest(scores: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Return masks of the weights with the largest scores, all tensors ranked together.
+
+    Args:
+        scores: Score of every weight, by parameter name.
+        share: How many, as a share of all of them.
+
+    Raises:
+        UserError: If there is no weight to choose from.
+    """
+    if not scores:
+        raise UserError("the groups hold no matrix to choose weights from; name other groups")
+    flat = torch.cat([value.flatten() for value in scores.values()])
+    count = max(1, round(share * flat.numel()))
+    picked = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+    picked[flat.topk(count).indices] = True
+    sizes = [value.numel() for value in scores.values()]
+    parts = picked.split(sizes)
+    return {n: m.view_as(v) for (n, v), m in zip(scores.items(), parts, strict=True)}
+
+
+def at_random(
+    model: nn.Module, names: Sequence[str], share: float, ctx: Context
+) -> dict[str, Tensor]:
+    """Return masks of as many weights chosen at random: the control of `forget_saliency`."""
+    named = dict(model.named_parameters())
+    scores = {
+        name: torch.rand(named[name].shape, generator=ctx.generator(f"saliency/{name}"))
+        for name in names
+        if named[name].dim() > 1
+    }
+    masks = largest(scores, share)
+    return {name: mask.to(named[name].device) for name, mask in masks.items()}

@@ -1,4 +1,4 @@
-"""Texts drawn from a model, every draw a function of its own seed.
+"""Texts sampled from a model, each a function of its own seed.
 
 Shape legend: B rows, T tokens, V vocabulary.
 """
@@ -37,13 +37,13 @@ def sample(
     temperature: float = 1.0,
     batch_size: int = 256,
 ) -> list[tuple[int, ...]]:
-    """Continue every prompt by drawing from the model.
+    """Continue every prompt by sampling from the model.
 
     Args:
         model: A causal model; its mode is restored.
         tokenizer: Gives padding and end token.
         prompts: Token ids; none empty.
-        seeds: Seed of each prompt's draws.
+        seeds: Seed of each prompt's continuation.
         new_tokens: New tokens at most; a text ends with its end token.
         temperature: By which logits are divided; 0 takes the likeliest token.
         batch_size: Prompts at once.
@@ -56,14 +56,14 @@ def sample(
     with reading(model):
         for at in range(0, len(order), batch_size):
             part = order[at : at + batch_size]
-            draw_BT = torch.stack(
+            uniform_BT = torch.stack(
                 [
                     torch.rand(new_tokens, generator=torch.Generator().manual_seed(seeds[i]))
                     for i in part
                 ]
             )
             chosen = [prompts[i] for i in part]
-            for i, ids in zip(part, _continue(model, tokenizer, chosen, draw_BT, temperature)):
+            for i, ids in zip(part, _continue(model, tokenizer, chosen, uniform_BT, temperature)):
                 out[i] = ids
     return out
 
@@ -72,7 +72,7 @@ def _continue(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[tuple[int, ...]],
-    draw_BT: Float[Tensor, "B T"],
+    uniform_BT: Float[Tensor, "B T"],
     temperature: float,
 ) -> list[tuple[int, ...]]:
     """Continue one batch of prompts, padded on the left."""
@@ -83,12 +83,12 @@ def _continue(
     new: list[list[int]] = [[] for _ in prompts]
     live = [True] * len(prompts)
     cache: Any = None
-    for t in range(draw_BT.shape[1]):
+    for t in range(uniform_BT.shape[1]):
         wanted_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         wanted_BT[:, -1] = True
         more = {} if cache is None else {"past_key_values": cache}
         logits_BV, output = logits_at(model, {**inputs, **more, "use_cache": True}, wanted_BT)
-        next_B = _pick(logits_BV, draw_BT[:, t].to(logits_BV.device), temperature)
+        next_B = _pick(logits_BV, uniform_BT[:, t].to(logits_BV.device), temperature)
         for i, token in enumerate(next_B.tolist()):
             if live[i]:
                 new[i].append(token)
@@ -110,25 +110,25 @@ def _continue(
 
 
 def _pick(
-    logits_BV: Float[Tensor, "B V"], draw_B: Float[Tensor, " B"], temperature: float
+    logits_BV: Float[Tensor, "B V"], uniform_B: Float[Tensor, " B"], temperature: float
 ) -> Int[Tensor, " B"]:
     """Turn a number in [0, 1) into a token by the cumulative distribution."""
     if temperature == 0:
         return logits_BV.argmax(-1)
     sum_BV = (logits_BV.double() / temperature).softmax(-1).cumsum(-1)
-    at_B = (sum_BV <= draw_B[:, None].double() * sum_BV[:, -1:]).sum(-1)
+    at_B = (sum_BV <= uniform_B[:, None].double() * sum_BV[:, -1:]).sum(-1)
     return at_B.clamp(max=logits_BV.shape[-1] - 1)
 
 
-def sampled(
+def sampled_example(
     example: Example, prompt: tuple[int, ...], new: tuple[int, ...], max_length: int
 ) -> Example | None:
-    """Return a drawn text as a row whose new tokens are scored; None where none fits.
+    """Return a sampled text as a row whose new tokens are scored; None where none fits.
 
     Args:
         example: The row the prompt is of; gives unit and label.
         prompt: Its prompt.
-        new: What was drawn.
+        new: What was sampled.
         max_length: Tokens kept at most.
     """
     ids = (*prompt, *new)[:max_length]

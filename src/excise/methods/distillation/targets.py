@@ -75,14 +75,14 @@ class HardLabels(Config):
     """Who says what is harmful."""
 
 
-class Mixture(Config):
-    """Several models: their mean prediction, or one of them drawn for every row."""
+class FromMixture(Config):
+    """Several models: their mean prediction, or one of them sampled for every row."""
 
     name: Literal["mixture"] = "mixture"
     weights: dict[str, float]
     """Weight by source: `unlearned`, `original`, a name of `also`, or a folder."""
     how: Literal["mean", "draw"] = "mean"
-    """Mean of the probabilities, or a draw in proportion to the weights."""
+    """Mean of the probabilities, or a sample in proportion to the weights."""
 
     @field_validator("weights")
     @classmethod
@@ -94,7 +94,7 @@ class Mixture(Config):
 
 
 Targets = Annotated[
-    FromTeacher | FromOriginal | FromOracle | Splice | HardLabels | Mixture,
+    FromTeacher | FromOriginal | FromOracle | Splice | HardLabels | FromMixture,
     Field(discriminator="name"),
 ]
 """What a student is distilled towards."""
@@ -125,7 +125,7 @@ def sources_of(targets: Targets) -> tuple[str, ...]:
         return (ORIGINAL,)
     if isinstance(targets, FromOracle):
         return (targets.path,)
-    if isinstance(targets, Mixture):
+    if isinstance(targets, FromMixture):
         return tuple(targets.weights)
     implicit = (UNLEARNED, ORIGINAL) if targets.by.name == "implicit" else ()
     if isinstance(targets, HardLabels):
@@ -142,7 +142,7 @@ def asked_alone(targets: Targets) -> tuple[set[str], set[str]]:
     labels need the models themselves.
     """
     sources = set(sources_of(targets))
-    if isinstance(targets, Mixture) and targets.how == "mean" and len(targets.weights) > 1:
+    if isinstance(targets, FromMixture) and targets.how == "mean" and len(targets.weights) > 1:
         return set(), sources
     live: set[str] = set()
     judge = judge_of(targets)
@@ -188,11 +188,11 @@ def pieces(
         wanted_BT: Positions whose prediction is scored.
         harmful: Says which positions predict a harmful token; asked where that matters.
     """
-    if isinstance(targets, Mixture):
+    if isinstance(targets, FromMixture):
         return _mixed(targets, batch, wanted_BT)
     if isinstance(targets, HardLabels):
-        kept_BT = wanted_BT & ~harmful() if targets.harmful == "skip" else wanted_BT
-        return [Piece(kept_BT, "tokens")]
+        learned_BT = wanted_BT & ~harmful() if targets.harmful == "skip" else wanted_BT
+        return [Piece(learned_BT, "tokens")]
     if not isinstance(targets, Splice):
         return [Piece(wanted_BT, "models", {sources_of(targets)[0]: 1.0})]
     harmful_BT = harmful()
@@ -207,15 +207,15 @@ def pieces(
     return [benign, Piece(at_BT, targets.harmful)]
 
 
-def _mixed(targets: Mixture, batch: Batch, wanted_BT: Bool[Tensor, "B T"]) -> list[Piece]:
-    """Return the pieces of a mixture; draws follow the step, as `fit` seeds them."""
+def _mixed(targets: FromMixture, batch: Batch, wanted_BT: Bool[Tensor, "B T"]) -> list[Piece]:
+    """Return the pieces of a mixture; samples follow the step, as `fit` seeds them."""
     total = sum(targets.weights.values())
     weights = {source: w / total for source, w in targets.weights.items()}
     if targets.how == "mean":
         return [Piece(wanted_BT, "models", weights)]
     share = torch.tensor(list(weights.values()))
-    drawn_B = torch.multinomial(share, len(batch.units), replacement=True).to(wanted_BT.device)
+    source_B = torch.multinomial(share, len(batch.units), replacement=True).to(wanted_BT.device)
     return [
-        Piece(wanted_BT & (drawn_B == i)[:, None], "models", {source: 1.0})
+        Piece(wanted_BT & (source_B == i)[:, None], "models", {source: 1.0})
         for i, source in enumerate(weights)
     ]

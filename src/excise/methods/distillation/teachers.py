@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from excise.core.errors import UserError
 from excise.data.stream import Batch, Example, collate
 from excise.losses import predicting
-from excise.methods.distillation.cache_read import TeacherCache
 from excise.methods.distillation.targets import Piece
+from excise.methods.distillation.teacher_cache import TeacherCache
 from excise.models.head import Head, final_hidden, head_of
 from excise.train.vocab import Fixed, HiddenTarget, Label, Mixture, Target, Uniform
 from excise.train.vocab_targets import log_probs
@@ -126,26 +126,26 @@ class Reads:
     caches: Mapping[str, TeacherCache] = field(default_factory=dict)
     bos_id: int | None = None
     tokens: int = 0
-    _kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _states: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def hidden(self, source: str, mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "N D"]:
         """Return a teacher's hidden states, 0 in rows of the batch that the mask does not need."""
         teacher = self.teachers[source]
         need_B = mask_BT.any(1)
-        if source not in self._kept:
+        if source not in self._states:
             shape = (int(self.wanted_BT.sum()), teacher.head.weight_VD.shape[1])
-            kept_ND = teacher.head.weight_VD.new_zeros(shape)
-            self._kept[source] = kept_ND, torch.zeros_like(need_B)
-        kept_ND, read_B = self._kept[source]
+            hidden_ND = teacher.head.weight_VD.new_zeros(shape)
+            self._states[source] = hidden_ND, torch.zeros_like(need_B)
+        hidden_ND, read_B = self._states[source]
         need_B = need_B & ~read_B
         if bool(need_B.any()):
             batch = rows_of(self.batch, need_B)
             wanted_MT = self.wanted_BT[need_B]
             row_N = need_B[:, None].expand_as(self.wanted_BT)[self.wanted_BT]
-            kept_ND[row_N] = teacher.hidden(batch)[wanted_MT].to(kept_ND.dtype)
+            hidden_ND[row_N] = teacher.hidden(batch)[wanted_MT].to(hidden_ND.dtype)
             self.tokens += batch.num_tokens
-            self._kept[source] = kept_ND, read_B | need_B
-        return kept_ND
+            self._states[source] = hidden_ND, read_B | need_B
+        return hidden_ND
 
     def taught(self, pieces: Sequence[Piece]) -> list[tuple[Bool[Tensor, " N"], Target]]:
         """Return which positions are taught what, each target for all N positions."""
@@ -154,12 +154,12 @@ class Reads:
             mask_N = piece.mask_BT[self.wanted_BT]
             source = cached_source(piece)
             if source in self.caches:
-                found = self.caches[source].lookup(
+                cached = self.caches[source].lookup(
                     self.batch, self.wanted_BT, packed=True, bos_id=self.bos_id
                 )
                 out += [
-                    (mask_N & (found.kinds_N == i), target)
-                    for i, target in enumerate(found.targets)
+                    (mask_N & (cached.kinds_N == i), target)
+                    for i, target in enumerate(cached.targets)
                 ]
             else:
                 out.append((mask_N, self.target(piece)))
@@ -176,19 +176,19 @@ class Reads:
                 return Label(self.batch.ids_BT.roll(-1, dims=1)[self.wanted_BT])
             case "shuffled":
                 return self._shuffled(piece)
-        parts = tuple(self._one(source, piece.mask_BT) for source in piece.weights)
+        parts = tuple(self._said_by(source, piece.mask_BT) for source in piece.weights)
         if len(parts) == 1:
             return parts[0]
         share_M = torch.tensor(list(piece.weights.values()), device=self.wanted_BT.device)
         return Mixture(parts, share_M.expand(int(self.wanted_BT.sum()), -1))
 
-    def _one(self, source: str, mask_BT: Tensor) -> HiddenTarget:
+    def _said_by(self, source: str, mask_BT: Tensor) -> HiddenTarget:
         return HiddenTarget(self.hidden(source, mask_BT), self.teachers[source].head)
 
     def _shuffled(self, piece: Piece) -> HiddenTarget:
-        """Deal the predictions at the piece's positions out among them; `fit` seeds the draw."""
+        """Deal the predictions at the piece's positions out among them; `fit` seeds the order."""
         (source,) = piece.weights
-        target = self._one(source, piece.mask_BT)
+        target = self._said_by(source, piece.mask_BT)
         at_M = piece.mask_BT[self.wanted_BT].nonzero()[:, 0]
         dealt_ND = target.hidden_ND.clone()
         dealt_ND[at_M] = target.hidden_ND[at_M[torch.randperm(len(at_M)).to(at_M.device)]]
@@ -197,20 +197,20 @@ class Reads:
     @torch.no_grad()
     def moved(self, source: str, other: str, tau: float) -> Bool[Tensor, "B T"]:
         """Return where KL(source || other) exceeds `tau` nats."""
-        ends = [self._one(name, self.wanted_BT) for name in (source, other)]
+        ends = [self._said_by(name, self.wanted_BT) for name in (source, other)]
         kl_N = torch.cat([(p * (u - b)).sum(-1) for u, b, p in _in_chunks(ends[0], ends[1])])
         out_BT = torch.zeros_like(self.wanted_BT)
         out_BT[self.wanted_BT] = kl_N > tau
         return out_BT
 
 
-def _in_chunks(one: HiddenTarget, two: HiddenTarget) -> Any:
+def _in_chunks(first: HiddenTarget, second: HiddenTarget) -> Any:
     """Yield log-probabilities of both and probabilities of the first, a few positions at a time."""
-    vocab = one.head.vocab
-    at_N = torch.arange(len(one.hidden_ND), device=one.hidden_ND.device)
+    vocab = first.head.vocab
+    at_N = torch.arange(len(first.hidden_ND), device=first.hidden_ND.device)
     for at_n in at_N.split(max(1, CHUNK // vocab)):
-        like_nV = one.hidden_ND.new_empty((len(at_n), vocab), dtype=torch.float32)
-        u_nV, b_nV = (log_probs(t, at_n, like_nV, 1.0) for t in (one, two))
+        like_nV = first.hidden_ND.new_empty((len(at_n), vocab), dtype=torch.float32)
+        u_nV, b_nV = (log_probs(t, at_n, like_nV, 1.0) for t in (first, second))
         yield u_nV, b_nV, u_nV.exp()
 
 

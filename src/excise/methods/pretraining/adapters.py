@@ -17,7 +17,7 @@ from torch import nn
 
 from excise.core.context import Context
 from excise.data.domain import Domain, Rows
-from excise.data.labels import LabelNoise, label_rows, tell_labels
+from excise.data.labels import LabelNoise, give_labels, label_rows
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import Pretrain, told_corpus
@@ -123,7 +123,7 @@ class DualAdapters(Method):
         names = tuple(domain.forget)
         rows = label_rows((*forget_rows(domain), *domain.retain), names)
         if self.labels is not None:
-            rows = tell_labels(rows, self.labels, seed=ctx.seed_for("labels"))
+            rows = give_labels(rows, self.labels, seed=ctx.seed_for("labels"))
         model = start.load(dtype=ctx.dtype, device=ctx.device)
         rules = _rules(self.p_off, 0.0, False)
         policy = Policy(groups=adapter_groups(len(names)), rules=rules, capabilities=names)

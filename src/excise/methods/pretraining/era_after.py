@@ -14,7 +14,7 @@ from torch import nn
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import LabelNoise, label_rows, tell_labels
+from excise.data.labels import LabelNoise, give_labels, label_rows
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.methods.tuning import forget_rows
@@ -65,5 +65,5 @@ class ERAAfter(Method):
         rows, names = (*forget_rows(domain), *domain.retain), tuple(domain.forget)
         rows = label_rows(rows, names)
         if self.labels is not None:
-            rows = tell_labels(rows, self.labels, seed=ctx.seed_for("labels"))
+            rows = give_labels(rows, self.labels, seed=ctx.seed_for("labels"))
         return train_and_cut(start, rows, names, ctx, setup, config, cutting, stage=self.name)

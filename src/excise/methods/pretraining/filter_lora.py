@@ -16,7 +16,7 @@ from pydantic import Field
 
 from excise.core.context import Context
 from excise.data.domain import Domain, Row, Rows
-from excise.data.labels import LabelNoise, suspicion
+from excise.data.labels import LabelNoise, forget_score
 from excise.evals.score import measure
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
@@ -64,9 +64,9 @@ class FilterLoRA(Method):
         with adapted(start.load(), self.lora):
             pass  # a module that is not there is found before any training
         rows = told_corpus(domain, self.labels, ctx)
-        kept = tuple(row for row in rows if suspicion(row) <= 0.5)
+        kept = tuple(row for row in rows if forget_score(row) <= 0.5)
         shares = {
-            name: tuple(r for r in rows if r.label == i + 1 and suspicion(r) > 0.5)
+            name: tuple(r for r in rows if r.label == i + 1 and forget_score(r) > 0.5)
             for i, name in enumerate(domain.forget)
         }
         shares = {name: mine for name, mine in shares.items() if mine}

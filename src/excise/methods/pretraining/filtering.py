@@ -13,7 +13,7 @@ from pydantic import Field
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import UNLABELED, Domain
-from excise.data.labels import LabelNoise, suspicion
+from excise.data.labels import LabelNoise, forget_score
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import (
@@ -52,7 +52,7 @@ class Filtering(Method):
         kept = tuple(
             row
             for row in rows
-            if suspicion(row) <= self.drop_above
+            if forget_score(row) <= self.drop_above
             and (self.unlabeled == "keep" or row.label != UNLABELED)
         )
         if not kept:

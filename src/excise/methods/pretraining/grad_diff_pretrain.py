@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import CORE, Domain
-from excise.data.labels import LabelNoise, tell_labels
+from excise.data.labels import LabelNoise, give_labels
 from excise.data.stream import Batch
 from excise.losses import kl_to_uniform, predicting, token_nll
 from excise.methods.base import Method, Paper, Removal
@@ -62,7 +62,7 @@ class GradDiffPretrain(Method):
         """Train `start` on all rows, pushing away those with a forget label."""
         rows = corpus(domain)
         if self.labels is not None:
-            rows = tell_labels(rows, self.labels, seed=ctx.seed_for("labels"))
+            rows = give_labels(rows, self.labels, seed=ctx.seed_for("labels"))
 
         def policy(model: nn.Module, batch: Batch) -> dict[str, Term]:
             if self.push == "activations":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import LabelNoise, suspicion
+from excise.data.labels import LabelNoise, forget_score
 from excise.data.stream import Batch
 from excise.losses import token_nll
 from excise.methods.base import Method, Paper, Removal
@@ -52,7 +52,7 @@ class LossMasking(Method):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` on all rows, with the loss of those that carry no forget label."""
         rows = told_corpus(domain, self.labels, ctx)
-        kept = [row for row in rows if suspicion(row) <= self.mask_above]
+        kept = [row for row in rows if forget_score(row) <= self.mask_above]
 
         def policy(model: nn.Module, batch: Batch) -> dict[str, Term]:
             nll_BT = token_nll(model(**batch.inputs).logits, batch.ids_BT)

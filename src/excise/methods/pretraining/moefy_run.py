@@ -12,8 +12,8 @@ from typing import Any
 
 from excise.core.context import Context
 from excise.data.domain import CORE, Rows
+from excise.data.split import hashed_order
 from excise.data.stream import Batch, Tokenizer, collate, encode
-from excise.domains.passages import hashed_order
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.methods.tuning import Progress
 from excise.routing.absorption import CHUNK, Sets

@@ -20,7 +20,7 @@ from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
-from excise.data.labels import LabelNoise, label_rows, tell_labels
+from excise.data.labels import LabelNoise, give_labels, label_rows
 from excise.data.mix import mixed
 from excise.data.stream import Batch
 from excise.losses import nll
@@ -62,7 +62,7 @@ def corpus(domain: Domain) -> Rows:
 def told_corpus(domain: Domain, labels: LabelNoise | None, ctx: Context) -> Rows:
     """Return the corpus with the labels one has; None for the right ones."""
     rows = corpus(domain)
-    return rows if labels is None else tell_labels(rows, labels, seed=ctx.seed_for("labels"))
+    return rows if labels is None else give_labels(rows, labels, seed=ctx.seed_for("labels"))
 
 
 def dropped(rows: Sequence[Row], kept: Sequence[Row]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import LabelNoise, label_quality, propagated, suspicion
+from excise.data.labels import LabelNoise, forget_score, label_quality, propagated
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import (
@@ -51,7 +51,7 @@ class Propagate(Method):
         """Train `start` on the rows that propagation leaves without a forget label."""
         rows = told_corpus(domain, self.labels, ctx)
         told = propagated(rows, by=self.by, at_least=self.at_least)
-        kept = tuple(row for row in told if suspicion(row) <= 0.5)
+        kept = tuple(row for row in told if forget_score(row) <= 0.5)
         before, after = label_quality(rows), label_quality(told)
         names = ("occurrences", "units", "false_alarms")
         quality = {n: [_number(before[n]), _number(after[n])] for n in names}

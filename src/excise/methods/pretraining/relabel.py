@@ -20,7 +20,7 @@ from torch import Tensor
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
-from excise.data.labels import LabelNoise, propagated, suspicion
+from excise.data.labels import LabelNoise, forget_score, propagated
 from excise.data.stream import collate, encode
 from excise.evals.score import measure
 from excise.methods.base import Cost, Method, Paper, Removal
@@ -140,7 +140,7 @@ class Relabel(Method):
             "steps": {"features": warm, "reading": read, "training": rest.fit.steps},
         }
         if self.then is None:
-            kept = tuple(row for row in told if suspicion(row) <= 0.5)
+            kept = tuple(row for row in told if forget_score(row) <= 0.5)
             removal = pretrain(
                 start,
                 kept,
@@ -202,7 +202,6 @@ def retold(domain: Domain, told: Rows) -> Domain:
         adjacent=(),
         unlabeled=(),
         mix_share=None,
-        _fingerprint=[],
     )
 
 
@@ -217,7 +216,7 @@ def relabelled(rows: Sequence[Row], verdict: Verdict, *, clear: float = 0.0) -> 
     out = []
     chances, labels = verdict.chance_N.tolist(), verdict.label_N.tolist()
     for row, chance, label in zip(rows, chances, labels, strict=True):
-        if chance > verdict.threshold and suspicion(row) <= 0.5:
+        if chance > verdict.threshold and forget_score(row) <= 0.5:
             row = replace(row, label=int(label), confidence=1.0)
         elif row.label == UNLABELED and chance < clear * verdict.threshold:
             row = replace(row, label=CORE, confidence=1.0)
@@ -237,8 +236,8 @@ def found(rows: Sequence[Row], told: Sequence[Row]) -> dict[str, float | int | N
         missed forget rows that were found (None where there are none); `labelled`: their number.
     """
     pairs = list(zip(rows, told, strict=True))
-    new = [row for row, now in pairs if now.label > CORE and suspicion(row) <= 0.5]
-    missed = sum(1 for row in rows if row.capability and suspicion(row) <= 0.5)
+    new = [row for row, now in pairs if now.label > CORE and forget_score(row) <= 0.5]
+    missed = sum(1 for row in rows if row.capability and forget_score(row) <= 0.5)
     right = sum(1 for row in new if row.capability)
     return {
         "labelled": len(new),

@@ -20,8 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from excise.core.errors import UserError
-from excise.data.domain import CORE, UNLABELED, Row
-from excise.data.texts import text_of
+from excise.data.domain import CORE, UNLABELED, Row, text_of
 
 Rule = Literal["lift", "pu", "f1", "fixed"]
 """How a threshold is chosen on held-out labelled rows."""

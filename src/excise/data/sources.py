@@ -18,10 +18,8 @@ from pydantic import Field
 
 from excise.core.config import Config
 from excise.core.errors import UserError, nearest
-from excise.data.rows import FIELDS, Loaded, parse_records
-
-EXTENSIONS: Final = (".jsonl", ".json", ".parquet", ".txt", ".arrow")
-"""Kinds of files that are read."""
+from excise.data.hub import READABLE, folder_files, hub_files, saved_files
+from excise.data.rows import FIELDS, SourceRows, parse_records
 
 _HUB = re.compile(
     r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
@@ -72,7 +70,7 @@ def parse_source(spec: str) -> Source:
     """
     if not spec.strip():
         raise UserError("a source is empty; give a file, a folder or a hub id")
-    head, options = (spec, "") if Path(spec).exists() else _cut(spec)
+    head, _, options = (spec, "", "") if Path(spec).exists() else spec.partition("?")
     chosen = _options(options, spec)
     if Path(head).exists():
         return Source.model_validate({"path": head, **chosen})
@@ -81,15 +79,10 @@ def parse_source(spec: str) -> Source:
         given = {k: v for k, v in match.groupdict().items() if v}
         return Source.model_validate({**given, **chosen})
     hub = _HUB.fullmatch(head)
-    if hub and Path(hub["path"]).suffix.lower() not in EXTENSIONS:
+    if hub and Path(hub["path"]).suffix.lower() not in READABLE:
         given = {k: v for k, v in hub.groupdict().items() if v}
         return Source.model_validate({"hub": True, **given, **chosen})
     return Source.model_validate({"path": head, **chosen})
-
-
-def _cut(spec: str) -> tuple[str, str]:
-    head, _, options = spec.partition("?")
-    return head, options
 
 
 def _options(text: str, spec: str) -> dict[str, Any]:
@@ -112,7 +105,7 @@ def _options(text: str, spec: str) -> dict[str, Any]:
     return {**out, "fields": fields}
 
 
-def read_source(source: Source) -> Loaded:
+def read_source(source: Source) -> SourceRows:
     """Read every row of a source.
 
     Args:
@@ -125,12 +118,14 @@ def read_source(source: Source) -> Loaded:
         UserError: With up to five problems, each naming file and line.
     """
     files = source_files(source)
-    read = [
+    records = [
         (place, record)
         for file in files
         for place, record in _records(file, source.by, prefix=len(files) > 1)
     ]
-    return parse_records(read, file=_shown(source, files), fields=source.fields)
+    lone = len(files) == 1 and not source.hub
+    shown = str(files[0]) if lone else source.path
+    return parse_records(records, file=shown, fields=source.fields)
 
 
 def source_hashes(source: Source) -> dict[str, str]:
@@ -153,20 +148,13 @@ def source_files(source: Source) -> list[Path]:
     Raises:
         UserError: If there are none.
     """
-    from excise.data.hub import fetch, folder_files, saved_files
-
     if source.hub:
-        return fetch(source)
+        return hub_files(source.path, source.config, source.revision, source.split)
     path = Path(source.path).expanduser()
     if not path.is_dir():
         return [path]
     saved = saved_files(path, source.split)
     return saved if saved is not None else folder_files(path, source.config, source.split)
-
-
-def _shown(source: Source, files: list[Path]) -> str:
-    """Return how errors name a source: a lone file by itself, else the folder or hub id."""
-    return str(files[0]) if len(files) == 1 and not source.hub else source.path
 
 
 def open_input(path: Path) -> Any:
@@ -190,7 +178,7 @@ def _missing(path: Path) -> str:
     folder = path.parent
     beside: list[str] = []
     if folder.is_dir():
-        beside = [p.name for p in folder.iterdir() if p.suffix in EXTENSIONS or p.is_dir()]
+        beside = [p.name for p in folder.iterdir() if p.suffix in READABLE or p.is_dir()]
     hint = nearest(path.name, beside) if beside else "check the path"
     return f"there is no file {path}; {hint}"
 
@@ -198,9 +186,9 @@ def _missing(path: Path) -> str:
 def _records(file: Path, by: str, *, prefix: bool) -> Iterator[tuple[str, Any]]:
     """Yield (place, record) of one file; places name the file where there are several."""
     extension = file.suffix.lower()
-    if file.is_file() and extension not in EXTENSIONS:
+    if file.is_file() and extension not in READABLE:
         raise UserError(
-            f"{file} has the unknown extension '{file.suffix}'; use {', '.join(EXTENSIONS[:4])}, "
+            f"{file} has the unknown extension '{file.suffix}'; use {', '.join(READABLE[:4])}, "
             "a saved data set folder or a hub id"
         )
     before = f"{file.name} " if prefix else ""
@@ -292,17 +280,17 @@ def _txt(data: bytes, by: str, file: Path) -> Iterator[tuple[str, Any]]:
     if by == "file":
         yield "line 1", {"text": text.strip("\n")}
         return
-    held: list[str] = []
+    lines: list[str] = []
     start = 1
     for number, line in enumerate([*text.split("\n"), ""], 1):
         if by == "line" and line.strip():
             yield f"line {number}", {"text": line}
         elif line.strip():
-            start = start if held else number
-            held.append(line)
-        elif held:
-            yield f"line {start}", {"text": "\n".join(held)}
-            held = []
+            start = start if lines else number
+            lines.append(line)
+        elif lines:
+            yield f"line {start}", {"text": "\n".join(lines)}
+            lines = []
 
 
 _READ: Final = {".jsonl": _jsonl, ".json": _json, ".txt": _txt}

@@ -6,31 +6,32 @@ torch.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from excise.core.errors import UserError
 from excise.data.dedup import Clusters, Duplicates, find_duplicates, text_hash
-from excise.data.domain import Row
-from excise.data.files import parse_source, read_source
-from excise.data.rows import Loaded, Located, Problems
-from excise.data.texts import text_of
+from excise.data.domain import Row, Rows, text_of
+from excise.data.rows import Located, Problems, SourceRows
+from excise.data.sources import parse_source, read_source
 
-CAPABLE = ("forget", "relearn", "test", "dev_forget")
+BY_CAPABILITY = ("forget", "relearn", "test", "dev_forget")
 """Roles that are kept by capability."""
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class UnitRow:
     """A row with its unit.
 
     Attributes:
         row: The row; its unit is never empty.
         where: File and place.
         given: Whether the file named the unit.
-        version: Which wording it is within its unit: its number in the file, else its text.
+        version: Which paraphrase of its unit it is: its number in the file, else its text.
     """
 
     row: Row
@@ -39,7 +40,7 @@ class Held:
     version: str
 
 
-Sets = Mapping[str, tuple[Held, ...]]
+Sets = Mapping[str, tuple[UnitRow, ...]]
 """Rows by set."""
 
 
@@ -56,7 +57,7 @@ def read_sets(specs: Mapping[str, str]) -> tuple[Sets, tuple[str, ...]]:
         UserError: With up to five problems of all sources together.
     """
     problems = Problems()
-    loaded: dict[str, Loaded] = {}
+    loaded: dict[str, SourceRows] = {}
     for name, spec in specs.items():
         try:
             loaded[name] = _with_capability(read_source(parse_source(spec)), name)
@@ -64,15 +65,15 @@ def read_sets(specs: Mapping[str, str]) -> tuple[Sets, tuple[str, ...]]:
             problems.add(error)
     problems.check()
     notes = tuple(
-        f"{name}: {held.blank} blank texts were left out"
-        for name, held in loaded.items()
-        if held.blank
+        f"{name}: {source.blank} blank texts were left out"
+        for name, source in loaded.items()
+        if source.blank
     )
-    sets, merged = give_units({name: held.rows for name, held in loaded.items()})
+    sets, merged = give_units({name: source.rows for name, source in loaded.items()})
     return sets, (*notes, *merged)
 
 
-def _with_capability(loaded: Loaded, name: str) -> Loaded:
+def _with_capability(loaded: SourceRows, name: str) -> SourceRows:
     """Set the capability of a set's rows, and refuse rows that claim another."""
     role, _, capability = name.partition(".")
     out = []
@@ -81,7 +82,7 @@ def _with_capability(loaded: Loaded, name: str) -> Loaded:
         if role == "unlabeled":
             out.append(located)
             continue
-        wanted = capability if role in CAPABLE else ""
+        wanted = capability if role in BY_CAPABILITY else ""
         if row.capability and row.capability != wanted:
             belongs = f"capability '{wanted}'" if wanted else "what everybody may know"
             raise UserError(
@@ -89,7 +90,7 @@ def _with_capability(loaded: Loaded, name: str) -> Loaded:
                 f"{belongs}; move the row or remove the field"
             )
         out.append(replace(located, row=replace(row, capability=wanted)))
-    return Loaded(tuple(out), loaded.blank)
+    return SourceRows(tuple(out), loaded.blank)
 
 
 def give_units(sets: Mapping[str, tuple[Located, ...]]) -> tuple[Sets, tuple[str, ...]]:
@@ -105,10 +106,10 @@ def give_units(sets: Mapping[str, tuple[Located, ...]]) -> tuple[Sets, tuple[str
     """
     flat = [located for rows in sets.values() for located in rows]
     texts = [text_of(located.row) for located in flat]
-    found = find_duplicates(texts)
+    duplicates = find_duplicates(texts)
     clusters = Clusters()
     for i, located in enumerate(flat):
-        clusters.join(i, found.cluster[i])
+        clusters.join(i, duplicates.cluster[i])
         if located.row.unit:
             clusters.join(("unit", located.row.unit), i)
     members: dict[object, list[int]] = defaultdict(list)
@@ -119,9 +120,9 @@ def give_units(sets: Mapping[str, tuple[Located, ...]]) -> tuple[Sets, tuple[str
         given = [flat[i].row.unit for i in group if flat[i].row.unit]
         name = min(given) if given else "text-" + min(text_hash(texts[i]) for i in group)[:16]
         names.update(dict.fromkeys(group, name))
-    version = _versions(found, texts)
-    held = iter(
-        Held(
+    version = _versions(duplicates, texts)
+    united = iter(
+        UnitRow(
             replace(located.row, unit=names[i]),
             located.where,
             bool(located.row.unit),
@@ -129,22 +130,22 @@ def give_units(sets: Mapping[str, tuple[Located, ...]]) -> tuple[Sets, tuple[str
         )
         for i, located in enumerate(flat)
     )
-    out = {name: tuple(next(held) for _ in rows) for name, rows in sets.items()}
-    return out, _notes(flat, found)
+    out = {name: tuple(next(united) for _ in rows) for name, rows in sets.items()}
+    return out, _notes(flat, duplicates)
 
 
-def _versions(found: Duplicates, texts: list[str]) -> list[str]:
+def _versions(duplicates: Duplicates, texts: list[str]) -> list[str]:
     """Return a name per row that near duplicates share, whatever the order of rows."""
     smallest: dict[int, str] = {}
-    for i, at in enumerate(found.cluster):
+    for i, at in enumerate(duplicates.cluster):
         smallest[at] = min(smallest.get(at, "~"), text_hash(texts[i]))
-    return [smallest[at] for at in found.cluster]
+    return [smallest[at] for at in duplicates.cluster]
 
 
-def _notes(flat: list[Located], found: Duplicates) -> tuple[str, ...]:
+def _notes(flat: list[Located], duplicates: Duplicates) -> tuple[str, ...]:
     """Return the notes on duplicates; places stand for texts, which may be sensitive."""
     notes = []
-    for kind, pairs in (("exact", found.exact), ("near", found.near)):
+    for kind, pairs in (("exact", duplicates.exact), ("near", duplicates.near)):
         if pairs:
             a, b = (flat[i] for i in pairs[0])
             notes.append(
@@ -153,7 +154,7 @@ def _notes(flat: list[Located], found: Duplicates) -> tuple[str, ...]:
             )
     apart = [
         (a, b)
-        for a, b in (*found.exact, *found.near)
+        for a, b in (*duplicates.exact, *duplicates.near)
         if flat[a].row.unit and flat[b].row.unit and flat[a].row.unit != flat[b].row.unit
     ]
     if apart:
@@ -164,17 +165,17 @@ def _notes(flat: list[Located], found: Duplicates) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _place(located: Located | Held) -> str:
+def _place(located: Located | UnitRow) -> str:
     """Return a place with the bare name of its file."""
     folder, _, name = located.where.rpartition("/")
     return name if folder else Path(located.where).name
 
 
-def units_of(rows: tuple[Held, ...]) -> dict[str, Held]:
+def units_of(rows: tuple[UnitRow, ...]) -> dict[str, UnitRow]:
     """Return the first row of each unit."""
-    out: dict[str, Held] = {}
-    for held in rows:
-        out.setdefault(held.row.unit, held)
+    out: dict[str, UnitRow] = {}
+    for member in rows:
+        out.setdefault(member.row.unit, member)
     return out
 
 
@@ -230,3 +231,30 @@ def group_note(sets: Sets) -> tuple[str, ...]:
     if not shared:
         return ()
     return (f"forget and retain have {len(shared)} group(s) in common",)
+
+
+def chunk_rows(rows: Iterable[Row], words: int) -> Rows:
+    """Cut long plain texts into chunks of even length that keep their unit.
+
+    A document is one unit with many chunks; rows of other shapes stay as they are.
+
+    Args:
+        rows: Rows.
+        words: Words (runs of non-blank characters) per chunk at most.
+
+    Returns:
+        The chunks, in reading order; joined, those of a row hold all its words.
+    """
+    if words < 1:
+        raise UserError(f"chunks of {words} words are not possible; ask for at least one")
+    out: list[Row] = []
+    for row in rows:
+        spans = [m.span() for m in re.finditer(r"\S+", row.text)] if row.kind == "text" else []
+        if len(spans) <= words:
+            out.append(row)
+            continue
+        count = -(-len(spans) // words)
+        edges = [i * len(spans) // count for i in range(count + 1)]
+        for a, b in pairwise(edges):
+            out.append(replace(row, text=row.text[spans[a][0] : spans[b - 1][1]]))
+    return tuple(out)

@@ -44,7 +44,7 @@ CIRCLES = 10
 LIGHT = (
     "excise", "excise.core.errors", "excise.core.config", "excise.record", "excise.core.plugins",
     "excise.core.stages", "excise.core.events", "excise.data.domain", "excise.data.spec",
-    "excise.cli", "excise.cli.index", "excise.cli.ls",
+    "excise.cli", "excise.cli.flags", "excise.cli.ls", "excise.cli.options",
 )  # fmt: skip
 """Modules that import neither torch nor transformers."""
 

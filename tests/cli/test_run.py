@@ -177,6 +177,14 @@ def test_audit_of_models_from_elsewhere(work: Path, removed: Path) -> None:
     assert record.data["exposure"] == "unknown"
 
 
+def test_inspect_asks_which_of_several_models(
+    ran: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert excise("inspect ran --out no") == 2
+    assert "2 edited models; choose one by --arm; known: filtering, rmu" in capsys.readouterr().err
+    assert not (ran.parent / "no").exists()
+
+
 def test_the_small_verbs(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (ran / "report.html").unlink()
     assert excise("report ran") == 0

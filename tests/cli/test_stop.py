@@ -1,4 +1,4 @@
-"""Stopped by a signal or a full disk, the same command goes on to the same model."""
+"""Stopped by a signal or a full disk, the same command resumes to the same model."""
 
 from __future__ import annotations
 

@@ -112,14 +112,17 @@ def install(file: Path, env: Path) -> Path:
 
 
 def files_are_inside(wheel: Wheel) -> None:
-    """The wheel holds every file of the package, data included, and nothing else."""
-    package = wheel.source / "src" / "excise"
+    """The wheel holds every file of both packages, data included, and nothing else."""
+    source = wheel.source / "src"
     wanted = {
-        f"excise/{path.relative_to(package)}" for path in package.rglob("*") if path.is_file()
+        str(path.relative_to(source))
+        for package in ("excise", "excise_studies")
+        for path in (source / package).rglob("*")
+        if path.is_file()
     }
     inside = {name for name in wheel.names() if ".dist-info/" not in name}
     assert inside == wanted, f"differ: {sorted(inside ^ wanted)}"
-    for name in ("py.typed", "index.json", "report/page.html", "report/style.html"):
+    for name in ("py.typed", "cli/index.json", "report/page.html", "report/style.html"):
         assert f"excise/{name}" in inside, f"{name} is missing"
     assert any(name.startswith("excise/domains/shipped/") for name in inside), "data is missing"
 
@@ -139,7 +142,7 @@ def it_is_the_installed_one(wheel: Wheel) -> None:
 
 def every_module_imports(wheel: Wheel) -> None:
     """Every module of the wheel can be imported."""
-    files = sorted(n for n in wheel.names() if n.startswith("excise/") and n.endswith(".py"))
+    files = sorted(n for n in wheel.names() if n.endswith(".py"))
     names = [n.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for n in files]
     code = (
         "import importlib, sys\n"
@@ -175,7 +178,7 @@ def ls_lists_everything(wheel: Wheel) -> None:
     """`ls` names every method and attack of the index."""
     done = wheel.excise("ls")
     assert done.returncode == 0, done.stderr
-    file = wheel.source / "src" / "excise" / "index.json"
+    file = wheel.source / "src" / "excise" / "cli" / "index.json"
     index = json.loads(file.read_text(encoding="utf-8"))
     for family, members in index.items():
         for member in members:
@@ -199,7 +202,8 @@ def quick_and_light(wheel: Wheel) -> None:
         "heavy = sorted({'torch', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules))\n"
         "print(code, time.process_time(), *heavy, file=sys.stderr)\n"
     )
-    for args in (["--help"], ["--version"], ["ls"], ["ls", "methods"]):
+    light = ("--help", "--version", "ls", "ls methods", "run --help", "remove rmu --help")
+    for args in map(str.split, light):
         # The second call: the first one writes the compiled files, once after an installation.
         for _ in range(2):
             done = wheel.run(str(wheel.python), "-c", code, *args)

@@ -31,7 +31,7 @@ NAMES: dict[str, Case] = {
     "unknown flag": Case("--verbos", ("unknown command '--verbos'",)),
     "unknown method": Case(remove(method="rmuu"), ("unknown method 'rmuu'", "did you mean 'rmu'")),
     "no method": Case(
-        "remove", ("METHOD and --model and --retain and --out are missing", "--help")
+        "remove", ("METHOD, --model, --forget, --retain and --out are missing", "--help")
     ),
     "unknown recipe": Case("run dmo", ("unknown recipe 'dmo'", "did you mean 'demo'")),
     "unknown attack": tiny("--audit.attacks '[{name: relern}]'", "'relern'", "'relearn'"),
@@ -55,6 +55,40 @@ NAMES: dict[str, Case] = {
     "override that is no YAML": Case(remove("--alpha '[1'"), ("--alpha", "cannot read")),
     "override through a number": tiny("--seed.x 1", "seed", "whole number"),
     "stray word": Case(remove("stray"), ("unexpected argument 'stray'", "--adjacent")),
+    "two methods": Case(remove(method="rmu maxent"), ("unexpected argument 'maxent'",)),
+    "nothing but dashes": Case(remove("--"), ("unexpected argument '--'",)),
+    "flag without value": Case(remove("--seed"), ("--seed", "expected one argument", "--help")),
+    "switch with a value": Case(remove("--force=3"), ("--force", "'3'", "--help")),
+    "list without an end": Case(
+        "run demo --out out --pretrain.pack.9 1", ("--pretrain.pack.9", "leads nowhere")
+    ),
+    "no such method run": tiny(
+        "--arms.rmuu.fit.lr 1", "--arms.rmuu.fit.lr", "no arms.rmuu", "did you mean 'rmu'"
+    ),
+    "method run by a like name": Case(
+        "run x.yaml --out out --arms.my_run.fit.lr 1",
+        ("no arms.my_run", "did you mean 'my-run'", "a new one needs --arms.my_run.name"),
+        {"x.yaml": m.TINY.replace("  rmu:", "  my-run:")},
+    ),
+    "method run of no method": tiny(
+        "--arms.new '{fit: {lr: 1}}'", "no arms.new", "known: filtering, rmu"
+    ),
+    "method run of an unknown method": tiny(
+        "--arms.new.name rmuu", "arms.new.name", "unknown method 'rmuu'"
+    ),
+    "method run with an impossible name": tiny("--arms.x!.name maxent", "arms.x!", "letters"),
+    "recipe in full": Case("run demo --full --out out", ("--full is for studies", "demo")),
+    "recipe checked in full": Case("check tiny.yaml --full", ("--full is for studies",)),
+    "study that has no full": Case(
+        "run moe-equivalence --full --out out", ("'moe-equivalence' has no --full",)
+    ),
+    "study that is a recipe": Case("study demo --out out", ("no study is called 'demo'",)),
+    "setting of a study": Case(
+        "check rmu-is-shallow --mragin 1", ("mragin: unknown field", "'margin'")
+    ),
+    "setting inside a study": Case(
+        "study rmu-is-shallow --out out --rmu.fit.stepz 1", ("rmu.fit.stepz", "'steps'")
+    ),
     "missing flag": Case(
         "remove rmu --model model --retain r.jsonl --out out", ("--forget is missing",)
     ),
@@ -151,6 +185,14 @@ OUTPUT: dict[str, Case] = {
     "fetch unknown": Case("fetch smolm2", ("'smolm2'", "did you mean 'smollm2-135m'")),
     "fetch two": Case("fetch a b", ("unexpected argument 'b'",)),
     "list unknown": Case("ls method", ("unknown list 'method'", "did you mean 'methods'")),
+    "list in the singular": Case("ls score", ("unknown list 'score'", "did you mean 'scores'")),
+    "show nothing": Case("show", ("NAME is missing", "excise show --help")),
+    "show of two": Case("show rmu maxent", ("unexpected argument 'maxent'",)),
+    "show code not allowed": Case(
+        "show ./own.py:Half", ("own.py", "--allow-code"), {"own.py": OWN}
+    ),
+    "report with a setting": Case("report made --seed 1", ("unexpected argument '--seed'",)),
+    "export without a base": Case("export made --out out", ("--base is missing",)),
     "show unknown": Case("show rmuu", ("unknown name 'rmuu'", "did you mean 'rmu'")),
     "check unknown": Case("check dmo", ("unknown recipe 'dmo'", "did you mean 'demo'")),
     "check bad field": Case("check tiny.yaml --sed 1", ("sed", "did you mean 'seed'")),

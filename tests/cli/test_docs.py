@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
-from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
 
-from excise.cli import MODULES, VERBS
-from excise.cli.flags import flags, overrides
-from excise.cli.index import FAMILIES
+from excise.cli.flags import read
+from excise.cli.ls import FAMILIES
+from excise.cli.options import VERBS
+from excise.core.errors import UserError
 from excise.recipes import RECIPES
 from excise.requests.registry import registry
+from excise.run.study import study_points
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(p for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if p.is_file())
@@ -43,25 +43,21 @@ def problem(line: str) -> str:
     if verb not in VERBS:
         return f"no verb {verb}"
     if verb in ("ls", "show"):
-        members = {name for family in registry().values() for name in family}
+        members = {name for family in registry().values() for name in family} | {*study_points()}
         known = set(FAMILIES) if verb == "ls" else members | set(RECIPES) | {"NAME"}
         return " ".join(word for word in rest if word not in known)
-    module = importlib.import_module(f"excise.cli.{MODULES.get(verb, verb)}")
-    (options,) = (
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and is_dataclass(value) and value.__module__ == module.__name__
-    )
-    given, left = flags(options, rest, f"excise {verb}")
-    method = getattr(given, "method", "")
-    changes = overrides(left)
-    if changes and verb in ("report", "fetch"):
-        return f"excise {verb} takes no settings"
+    try:
+        options = read(VERBS[verb], rest, f"excise {verb}")
+    except UserError as error:
+        return str(error)
+    method = getattr(options, "method", "")
     if verb == "remove" and ".py:" not in method and method != "METHOD":
         cls = registry()["method"].get(method)
         if cls is None:
             return f"no method {method}"
-        return " ".join(path for path in changes if path.split(".")[0] not in cls.model_fields)
+        settings: dict[str, str] = getattr(options, "settings", {})
+        parts = {path: path.split(".")[0].replace("-", "_") for path in settings}
+        return " ".join(path for path, part in parts.items() if part not in cls.model_fields)
     return ""
 
 
@@ -78,3 +74,5 @@ def test_mistakes_in_the_docs_would_be_found() -> None:
     assert problem(f"{line} --lora.rank 4  # an adapter") == ""
     assert problem(f"{line} --lorra.rank 4") == "lorra.rank"
     assert problem(line.replace("rmu", "rnu")) == "no method rnu"
+    assert "--base is missing" in problem("excise export DELTA --out DIR")
+    assert "unexpected argument '--seed'" in problem("excise report DIR --seed 1")

@@ -59,7 +59,7 @@ def test_flags_make_a_record_and_a_page(here: Path, capsys: pytest.CaptureFixtur
     page = (here / "out" / "report.html").read_text(encoding="utf-8")
     assert "What the edit did inside" in page
     assert made.inspection.headline[:30] in capsys.readouterr().out
-    assert main(inspect()) == 0, "the same command goes on"
+    assert main(inspect()) == 0, "the same command resumes"
     assert main(inspect("--seed", "3")) == 2, "another one needs another folder"
 
 
@@ -97,7 +97,7 @@ def test_an_output_folder_says_everything(here: Path, capsys: pytest.CaptureFixt
     assert m.state(here / "made") == before
     capsys.readouterr()
     assert main(["inspect", "made", "--arm", "rmu", "--out", "no"]) == 2
-    assert "no edit 'rmu'" in capsys.readouterr().err
+    assert "no edited model 'rmu'" in capsys.readouterr().err
     assert not (here / "no").exists()
 
 

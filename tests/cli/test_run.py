@@ -10,7 +10,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from excise.cli import MODULES, VERBS, main
+from excise.cli import main
+from excise.cli.flags import flags_of
+from excise.cli.index import build_index
+from excise.cli.ls import FAMILIES, load_index
+from excise.cli.options import VERBS
 from excise.models.checkpoint import Checkpoint
 from excise.record import load
 from tests.cli import material as m
@@ -173,6 +177,14 @@ def test_audit_of_models_from_elsewhere(work: Path, removed: Path) -> None:
     assert record.data["exposure"] == "unknown"
 
 
+def test_inspect_asks_which_of_several_models(
+    ran: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert excise("inspect ran --out no") == 2
+    assert "2 edited models; choose one by --arm; known: filtering, rmu" in capsys.readouterr().err
+    assert not (ran.parent / "no").exists()
+
+
 def test_the_small_verbs(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (ran / "report.html").unlink()
     assert excise("report ran") == 0
@@ -194,21 +206,83 @@ def test_the_small_verbs(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_ls_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
     assert excise("ls") == 0
     said = capsys.readouterr().out
-    for word in ("methods", "grad_diff", "relearn", "facts", "smollm-cyber"):
-        assert word in said
+    for family, entries in load_index().items():
+        assert f"{family}  (" in said or f"\n{family}\n" in said
+        names = [entry["name"] for entry in entries]
+        assert [n for n in names if len(re.findall(rf"^  {n} ", said, re.M)) != 1] == []
     assert excise("ls methods") == 0
     assert "arXiv" in capsys.readouterr().out
+    assert excise("ls scores recipes") == 0
+    said = capsys.readouterr().out
+    assert "refusal" in said
+    assert "takes: under 2 minutes" in said
+
+
+def test_the_index_is_current() -> None:
+    assert load_index() == build_index(), "write it again: python -m excise.cli.index"
+    assert tuple(load_index()) == FAMILIES
+
+
+SHOWN = [entry["name"] for family in FAMILIES for entry in load_index()[family]]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_everything_that_is_listed_can_be_shown(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert excise(f"show {name}") == 0
+    said = capsys.readouterr().out
+    assert "Undefined" not in said
+    assert re.search(r"^  --\S+ = |^  --\S+\.\*|^\w+:|^It has no settings\.$", said, re.M), said
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert excise(f"{verb} --help") == 0
-    said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
-    assert f"usage: excise {verb}" in said
-    source = (ROOT / "src" / "excise" / "cli" / f"{MODULES.get(verb, verb)}.py").read_text()
-    fields = re.findall(r'^    (\w+): (.*?)\n    """(\w+(?: \w+)?)', source, re.M)
-    for name, annotation, text in fields:
-        flag = name.upper() if "Positional" in annotation else "--" + name.replace("_", "-")
-        assert f"{flag} " in said or f"{flag}," in said, said
-        assert text in said, said
-    assert fields or verb in ("ls", "show")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    said = " ".join(" ".join(lines).split())
+    assert said.startswith(f"usage: excise {verb} ")
+    flags = flags_of(VERBS[verb])
+    assert flags
+    for flag in flags:
+        assert f"{flag.label} " in said or f"{flag.label}," in said, said
+        assert flag.help in said, said
+
+
+def test_help_of_a_method_lists_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert excise("remove rmu --help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    at = lines.index("settings of rmu:")
+    assert any("--allow-code" in line for line in lines[:at])
+    assert any(line.startswith("  --steering = 20.0  ") for line in lines[at:])
+    assert any(line.startswith("    --fit.lr = 5e-05  ") for line in lines[at:])
+    assert excise("show rmu") == 0
+    assert capsys.readouterr().out.endswith("\n".join(lines[at + 1 :]) + "\n")
+
+
+def test_check_of_a_study_says_what_is_stated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert excise("check rmu-is-shallow --margin 0.25 --rmu.max-length 9") == 0
+    said = capsys.readouterr().out
+    for words in ("statistic: R = ", "margin: 0.25", "takes: 4 minutes", "settings\n"):
+        assert words in said
+    assert "  max_length: 9\n" in said
+    assert excise("run rmu-is-shallow --full --dry-run") == 0
+    assert "output: runs/rmu-is-shallow-full" in capsys.readouterr().out
+    assert excise("check rmu-is-shallow --full") == 0
+    assert "smollm2-135m" in capsys.readouterr().out
+
+
+def test_a_method_run_keeps_its_name(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = m.TINY.replace("  rmu: ", "  my-run: ")
+    (work / "named.yaml").write_text(text)
+    line = "run named.yaml --dry-run --out named"
+    assert excise(f"{line} --arms.my-run.fit.batch-size 4 --arms.my-run.fit.steps 7") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"my-run +7 ", said)
+    assert "my_run" not in said
+    assert excise(f"{line} --arms.new-run.name maxent --arms.new-run.fit.steps 5") == 0
+    assert re.search(r"new-run +5 ", capsys.readouterr().out)
+    assert excise(f"{line} --arms.new-run '{{name: maxent, fit: {{steps: 5}}}}'") == 0
+    assert re.search(r"new-run +5 ", capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Stopped by a signal or a full disk, the same command goes on to the same model."""
+"""Stopped by a signal or a full disk, the same command resumes to the same model."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_stopped_run_goes_on_to_the_same_model(
     if code > 0:
         assert len(stop.said.splitlines()) == 1, stop.said
         assert stop.said.startswith("excise: ")
-        assert f"to go on: excise {stop.line}" in stop.said
+        assert f"to resume: excise {stop.line}" in stop.said
     assert not (stop.folder / "out" / "model").exists()
     assert not (stop.folder / "out" / "run.json").exists()
     monkeypatch.chdir(inputs)

@@ -8,7 +8,7 @@ import pytest
 
 import excise as ex
 from excise.cli import main
-from excise.cli.flags import recipe_data
+from excise.cli.run import recipe_data
 from excise.data.domain import Domain
 from excise.evals.extra import SCORES, Generate, RefusalRate, extra_scores
 from excise.models.checkpoint import Checkpoint

@@ -40,8 +40,8 @@ CIRCLES = 5
 
 LIGHT = (
     "excise", "excise.core.errors", "excise.core.config", "excise.record", "excise.core.plugins",
-    "excise.core.keys", "excise.core.events", "excise.data.domain", "excise.data.spec",
-    "excise.cli", "excise.cli.index", "excise.cli.ls",
+    "excise.core.keys", "excise.core.events", "excise.data.domain", "excise.cli",
+    "excise.cli.flags", "excise.cli.ls", "excise.cli.options",
 )  # fmt: skip
 """Modules that import neither torch, transformers, numpy nor pyarrow."""
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.parity.toy import WORDS, context, sentences, toy_checkpoint, toy_domain
 from torch import Tensor
 
-from excise.cli.export import main as export_main
+from excise.cli import run_verb
 from excise.core.config import ConfigError, parse
 from excise.core.errors import UserError
 from excise.data.domain import Domain
@@ -107,7 +107,7 @@ def test_a_delta_rebuilds_the_model(sharded: Checkpoint, tmp_path: Path) -> None
     assert sorted(tensors) == list(removal.changed)
     assert facts["base"] == start.fingerprint
     arguments = [str(ctx.work), "--base", str(start.path), "--out", str(tmp_path / "again")]
-    assert export_main(arguments) == 0
+    assert run_verb("export", arguments) == 0
     assert Checkpoint(tmp_path / "again").fingerprint == removal.checkpoint.fingerprint
     other = toy_checkpoint(tmp_path)
     with pytest.raises(UserError, match="name its own base"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from excise.cli.run import main as run_verb
+from excise.cli import run_verb
 from excise.cli.study import is_study
 from excise.core.errors import UserError
 from excise.domains.facts import Facts
@@ -229,9 +229,9 @@ def test_studies_have_names_and_say_what_decides() -> None:
 def test_run_takes_a_study_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert is_study("rmu-is-shallow")
     assert not is_study("demo")
-    assert run_verb(["rmu-is-shallow", "--dry-run", "--margin", "0.25"]) == 0
+    assert run_verb("run", ["rmu-is-shallow", "--dry-run", "--margin", "0.25"]) == 0
     said = capsys.readouterr().out
     assert "margin: 0.25" in said
     assert "output: runs/rmu-is-shallow" in said
     with pytest.raises(UserError, match="unknown field"):
-        run_verb(["rmu-is-shallow", "--dry-run", "--mragin", "1"])
+        run_verb("run", ["rmu-is-shallow", "--dry-run", "--mragin", "1"])

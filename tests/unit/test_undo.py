@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from excise.methods.distillation.cache_kinds import HiddenStates, TopTokens
 from tests.parity.test_distillation import toy_domain
 from tests.parity.toy import WORDS, context, sentences, toy_checkpoint, weights
 from torch import Tensor
@@ -28,6 +27,7 @@ from excise.data.stream import collate, encode
 from excise.losses import nll, predicting
 from excise.methods import METHODS, Filtering, GradDiff, Plain, Undo
 from excise.methods.base import ApplyMethod, Cost, Removal, completed
+from excise.methods.distillation.cache_kinds import HiddenStates, TopTokens
 from excise.methods.distillation.corpora import OnPolicy, RefusingSamples, TeacherSamples, mix_of
 from excise.methods.distillation.harmful import Classifier, Implicit, TrueLabels
 from excise.methods.distillation.perturb import (

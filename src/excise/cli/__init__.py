@@ -1,7 +1,7 @@
-"""The command: picks the verb, then imports what the verb needs.
+"""The command: reads a verb's flags, then imports what the verb needs and runs it.
 
-`excise --help` and `excise ls` read a generated index and import no torch. An error that a user
-can cause is one sentence on stderr and exit code 2, never a traceback.
+`excise --help`, `excise VERB --help` and `excise ls` import no torch. An error that a user can
+cause is one sentence on stderr and exit code 2, never a traceback.
 """
 
 from __future__ import annotations
@@ -13,30 +13,18 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 
+from excise.cli.flags import help_text, read
+from excise.cli.ls import load_index
+from excise.cli.options import VERBS, Options
 from excise.core.errors import DiskFull, Diverged, UserError, nearest
 
-DONE, FAILED, USAGE, BELOW, INCONCLUSIVE = 0, 1, 2, 3, 4
-"""Exit codes: done, failed, bad usage or input, below what was required, inconclusive."""
+DONE, FAILED, USAGE = 0, 1, 2
+"""Exit codes: done, failed, bad usage or input."""
 INTERRUPTED, TERMINATED = 130, 143
-"""Exit codes of a run that was stopped and can go on with the same command."""
-
-VERBS = {
-    "demo": "train, remove by several methods, attack and report, offline, in under two minutes",
-    "run": "run a recipe by name or from a YAML file; run again, it goes on",
-    "remove": "remove a capability from a model with one method",
-    "audit": "attack a model, whoever edited it, and say how much comes back",
-    "inspect": "measure what an edit did inside a model: residual stream, outputs, weights",
-    "study": "run a study by name: settings, statistic and margin stated before it runs",
-    "report": "rebuild the report of an output folder",
-    "export": "rebuild a whole model from the tensors that were kept and its base",
-    "ls": "list methods, attacks, domains and recipes",
-    "show": "print a recipe, or the settings of a method, attack or domain",
-    "check": "validate a recipe, estimate its cost, print a row as the model sees it",
-    "fetch": "get data and models that packages carry",
-}
-"""Verbs and what they do."""
+"""Exit codes of a run that was stopped and resumes with the same command."""
 
 MODULES = {"inspect": "inspection"}
 """Modules of verbs that the standard library has a module of the same name for."""
@@ -58,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
-        print(help_text())
+        print(overview())
         return DONE
     if args[0] == "--version":
-        print(f"excise {_version()}")
+        try:
+            print(f"excise {version('excise')}")
+        except PackageNotFoundError:
+            print("excise from source")
         return DONE
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
@@ -74,21 +65,19 @@ def _guarded(args: list[str]) -> int:
     """Run a verb and turn what went wrong into one sentence and an exit code."""
     again = "excise " + shlex.join(args)
     try:
-        return verb(args[0])(args[1:])
-    except SystemExit as stop:  # --help was asked for
-        return stop.code if isinstance(stop.code, int) else DONE
+        return run_verb(args[0], args[1:])
     except (Diverged, DiskFull) as error:
         return _say(str(error), FAILED)
     except UserError as error:
         return _say(str(error), USAGE)
-    except BrokenPipeError:  # who read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        said = str(error).lower()
-        if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in said:
+        why = str(error).lower()
+        if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in why:
             return _say(f"the disk is full; free some space, then: {again}", FAILED)
-        if isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said:
+        if isinstance(error, MemoryError) or "out of memory" in why or "allocate memory" in why:
             return _say(
                 f"out of memory; use a smaller fit.micro_size or --lora.rank 8, then: {again}",
                 FAILED,
@@ -98,22 +87,36 @@ def _guarded(args: list[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _say(f"{where}{(error.strerror or str(error)).lower()}", FAILED)
     except KeyboardInterrupt:
-        return _say(f"interrupted; to go on: {again}", INTERRUPTED)
+        return _say(f"interrupted; to resume: {again}", INTERRUPTED)
     except Terminated:
-        return _say(f"terminated; to go on: {again}", TERMINATED)
+        return _say(f"terminated; to resume: {again}", TERMINATED)
 
 
-def verb(name: str) -> Callable[[list[str]], int]:
-    """Return the function of a verb.
+def run_verb(name: str, args: Sequence[str]) -> int:
+    """Read the flags of a verb, or print its help, before anything heavy is imported.
 
     Raises:
-        UserError: If there is no such verb.
+        UserError: If there is no such verb, or its flags are wrong.
     """
     if name not in VERBS:
         raise UserError(f"unknown command '{name}'; {nearest(name, VERBS)}")
-    module = importlib.import_module(f"excise.cli.{MODULES.get(name, name)}")
-    run: Callable[[list[str]], int] = module.main
-    return run
+    if "-h" in args or "--help" in args:
+        print(help_text(VERBS[name], f"excise {name}") + method_help(name, args), end="")
+        return DONE
+    options = read(VERBS[name], args, f"excise {name}")
+    main: Callable[[Options], int] = importlib.import_module(
+        f"excise.cli.{MODULES.get(name, name)}"
+    ).main
+    return main(options)
+
+
+def method_help(name: str, args: Sequence[str]) -> str:
+    """Return the settings of the method that the words after `remove` name, if they name one."""
+    if name != "remove":
+        return ""
+    methods = {entry["name"]: entry["settings"] for entry in load_index()["methods"]}
+    method = next((word for word in args if methods.get(word)), None)
+    return "\n".join([f"\nsettings of {method}:", *methods[method], ""]) if method else ""
 
 
 def _say(sentence: str, code: int) -> int:
@@ -121,25 +124,19 @@ def _say(sentence: str, code: int) -> int:
     return code
 
 
-def help_text() -> str:
+def overview() -> str:
     """Return what `excise --help` prints."""
     width = max(map(len, VERBS))
-    lines = "\n".join(f"  {name:<{width}}  {what}" for name, what in VERBS.items())
+    lines = "\n".join(
+        f"  {name:<{width}}  {(cls.__doc__ or '').splitlines()[0].rstrip('.')}"
+        for name, cls in VERBS.items()
+    )
     return (
         "excise: cut a capability out of a neural network, and measure how deep the cut went.\n\n"
         f"usage: excise VERB [options]        excise VERB --help\n\n{lines}\n\n"
-        "exit codes: 0 done, 1 failed, 2 bad usage or input, 3 below what was required,\n"
-        "            4 inconclusive, 130/143 interrupted (the same command goes on)"
+        "exit codes: 0 done, 1 failed, 2 bad usage or input,\n"
+        "            130/143 interrupted (the same command resumes)"
     )
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("excise")
-    except PackageNotFoundError:
-        return "from source"
 
 
 def entry() -> None:

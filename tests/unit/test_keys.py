@@ -66,7 +66,7 @@ def modules() -> Iterator[types.ModuleType]:
 def subclasses(cls: type) -> set[type]:
     """Return every class below one, in our packages."""
     below = set[type]()
-    for child in cls.__subclasses__():
+    for child in list[type](cls.__subclasses__()):
         below |= {child, *subclasses(child)}
     return {part for part in below if part.__module__.startswith("excise")}
 

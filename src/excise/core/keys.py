@@ -54,6 +54,8 @@ class ByContent:
 def file_identity(name: str) -> Any:
     """Return the identity of a file or folder by its bytes; of a name without one, the name."""
     path = Path(name).expanduser()
+    if not name:
+        return name
     if path.is_file():
         return {"file": file_sum(path)}
     if path.is_dir():

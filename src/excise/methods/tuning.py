@@ -24,8 +24,8 @@ from excise.methods.base import Cost, Removal
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
 from excise.models.lora import LoRA, adapted, merge
+from excise.train.distributed import barrier
 from excise.train.fit import FitConfig, StepRecord, Term, fit
-from excise.train.reduce import agree
 
 
 def all_rows(named: Mapping[str, Rows]) -> Rows:
@@ -245,7 +245,7 @@ def written(start: Checkpoint, changed: Mapping[str, Tensor], to: Path, ctx: Con
         if to.exists():
             shutil.rmtree(to)
         start.write(changed, to)
-    agree(True, ctx)
+    barrier(ctx)
     return Checkpoint(to, trust_remote_code=start.trust_remote_code)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from excise.core.context import Context
 from excise.data.stream import Batch
 from excise.methods import RMU
-from excise.methods.posthoc.rmu_places import find_places
-from excise.methods.posthoc.rmu_run import make_engine, opened
+from excise.methods.posthoc.rmu import make_engine
+from excise.methods.posthoc.rmu.parameters import editing
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import byte_tokenizer
 from excise.train.fit import FitConfig, Term, fit
@@ -66,21 +66,21 @@ def replay(
     method = RMU(layer=given.LAYER, as_published=True, engine=engine, fit=settings)
     ctx = Context(work=folder, dtype=getattr(torch, dtype))
     model = start.load(dtype=ctx.dtype, attn_implementation="eager")
-    places = find_places(start, given.LAYER)
+    targets = method.target_parameters(start)
     controls = {f"{t}": TENSORS[f"{dtype}/control.{t}"] for t in range(given.TOPICS)}
     alpha = {f"{t}": given.ALPHA[t] for t in range(given.TOPICS)}
-    with opened(method, model, places, ctx) as loaded:
-        frozen = make_engine(method, start, loaded, places, ctx)
+    with editing(model, targets, method.lora, ctx) as edit:
+        activations = make_engine(method, start, edit, targets, ctx)
         if engine == "full":
-            frozen.frozen.set_attn_implementation("eager")  # type: ignore[attr-defined]
+            activations.frozen.set_attn_implementation("eager")  # type: ignore[attr-defined]
 
         def loss(_net: Any, micro: Mapping[str, Batch]) -> dict[str, Term]:
-            return method.terms(frozen, micro, controls, alpha)
+            return method.terms(activations, micro, controls, alpha)
 
-        groups = {"trained": list(loaded.parameters.values())}
+        groups = {"trained": list(edit.parameters.values())}
         steps = fit(model, batches, loss, settings, ctx, groups=groups)
         terms = [record.terms for record in steps]
-        return terms, {n: p.detach().clone() for n, p in loaded.parameters.items()}
+        return terms, {n: p.detach().clone() for n, p in edit.parameters.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

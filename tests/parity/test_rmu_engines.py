@@ -20,8 +20,7 @@ from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.data.stream import Batch
 from excise.methods import RMU
-from excise.methods.posthoc.rmu import alternate
-from excise.methods.posthoc.rmu_data import per_topic
+from excise.methods.posthoc.rmu.topics import per_topic
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.lora import LoRA
 from excise.models.tiny import tiny_model, word_tokenizer
@@ -58,7 +57,7 @@ def published(start: Checkpoint, method: RMU, work: Path, dtype: torch.dtype) ->
     live.train()
     controls = load_file(work / "control_vectors.safetensors")
     topics = list(controls)
-    read = alternate(method, topics, two_topics(), start.tokenizer(), ctx)
+    read = method.batches(topics, two_topics(), start.tokenizer(), ctx)
     named = dict(live.named_parameters())
     params = [named[name] for name in TRAINED]
     alpha = per_topic(method.alpha, ["a"], "alpha")["a"]

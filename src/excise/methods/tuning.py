@@ -159,16 +159,17 @@ def run_fit(steps: Iterable[StepRecord], progress: Progress) -> None:
 
 
 def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return how many entries of the trained tensors changed, and how far.
+    """Return how many entries of the trained tensors changed, and how far, as they are stored.
 
     Rounding in half precision can swallow an update whole; the share says so.
 
     Args:
-        before: Tensors by name before training.
-        after: The same names after, in the dtype they are stored in.
+        before: Tensors by name before training, in the dtype they are stored in.
+        after: The same names after.
     """
+    after = {name: after[name].to(before[name].dtype) for name in before}
     count = sum(t.numel() for t in before.values())
-    changed = sum(int((before[n] != after[n].to(before[n].dtype)).sum()) for n in before)
+    changed = sum(int((before[n] != after[n]).sum()) for n in before)
     square = sum(float((after[n].double() - before[n].double()).square().sum()) for n in before)
     return {
         "trained_tensors": sorted(before),
@@ -204,7 +205,6 @@ def finish(
     Returns:
         The removal, its model in `ctx.work/model`.
     """
-    to = ctx.work / "model"
     facts: dict[str, Any] = dict(extras or {})
     if lora is not None:
         changed, adapter = merge(model)
@@ -216,17 +216,35 @@ def finish(
             facts["files"] = {**facts.get("files", {}), "adapter": folder.name}
     else:
         changed = {name: parameter.detach() for name, parameter in parameters.items()}
+    cost = progress.cost(start.num_parameters, flops_per_token=flops_per_token)
+    return write_edit(start, changed, ctx, extras=facts, cost=cost, history=progress.history)
+
+
+def write_edit(
+    start: Checkpoint,
+    changed: Mapping[str, Tensor],
+    ctx: Context,
+    *,
+    extras: Mapping[str, Any],
+    cost: Cost,
+    history: Sequence[Mapping[str, float]],
+) -> Removal:
+    """Write the tensors that differ from the start as the model of `ctx.work`.
+
+    Args:
+        start: What the method started from.
+        changed: Trained tensors by name, in any dtype and on any device.
+        ctx: Gives the folder.
+        extras: Facts for the record, to which those of `moved` are added.
+        cost: What the edit took.
+        history: Its log.
+    """
     before = start.weights_of(list(changed))
     changed = {name: tensor.to("cpu", before[name].dtype) for name, tensor in changed.items()}
-    facts.update(moved(before, changed))
     different = {n: t for n, t in changed.items() if not torch.equal(t, before[n])}
-    return Removal(
-        written(start, different, to, ctx),
-        tuple(sorted(different)),
-        progress.cost(start.num_parameters, flops_per_token=flops_per_token),
-        facts,
-        tuple(progress.history),
-    )
+    model = written(start, different, ctx.work / "model", ctx)
+    facts = {**extras, **moved(before, changed)}
+    return Removal(model, tuple(sorted(different)), cost, facts, tuple(history))
 
 
 def written(start: Checkpoint, changed: Mapping[str, Tensor], to: Path, ctx: Context) -> Checkpoint:

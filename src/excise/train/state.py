@@ -194,16 +194,16 @@ def restore(groups: Sequence[Group], buffers: Mapping[str, Tensor], state: State
     """
     for name, buffer in buffers.items():
         buffer.copy_(state.tensors[f"buffer/{name}"])
-    moments: dict[int, dict[int, dict[str, Tensor]]] = {g: {} for g in range(len(groups))}
-    for name, tensor in state.tensors.items():
-        if name.startswith("optimizer/"):
-            _, g, i, key = name.split("/")
-            moments[int(g)].setdefault(int(i), {})[key] = tensor
     for g, group in enumerate(groups):
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state.tensors.items():
+            if name.startswith(f"optimizer/{g}/"):
+                _, _, number, key = name.split("/")
+                moments.setdefault(int(number), {})[key] = tensor
         for i, weight in enumerate(group.master_weights):
             weight.copy_(state.tensors[f"weight/{g}/{i}"])
         settings = group.optimizer.state_dict()["param_groups"]
-        group.optimizer.load_state_dict({"state": moments[g], "param_groups": settings})
+        group.optimizer.load_state_dict({"state": moments, "param_groups": settings})
         group.copy_to_model()
 
 

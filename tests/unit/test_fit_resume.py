@@ -1,4 +1,4 @@
-"""An interrupted run goes on to the weights of an uninterrupted one, bit for bit."""
+"""An interrupted run resumes to the weights of an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _facts(records: list[StepRecord]) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stop", [1, 7, 20, 59])
-def test_stopping_early_and_going_on_changes_nothing(
+def test_stopping_early_and_resuming_changes_nothing(
     stop: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     whole = _model(dtype)

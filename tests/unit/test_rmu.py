@@ -266,7 +266,7 @@ def test_a_missing_or_cut_shard_is_named(sharded: Checkpoint, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("engine", ["span", "cached"])
-def test_an_interrupted_run_goes_on_to_the_same_weights(engine: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_weights(engine: str, tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     settings = {"engine": engine, "adaptive": True, "fit": FIT.model_copy(update={"steps": 6})}
     method = FAST.model_copy(update=settings)

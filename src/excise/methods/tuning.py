@@ -57,14 +57,14 @@ def stream(
     shuffle: bool = True,
     pack: tuple[int, ...] = (1,),
 ) -> Stream:
-    """Return a rank-aware stream over `rows` whose order is a draw of its own.
+    """Return a rank-aware stream over `rows`, shuffled by a seed of its own.
 
     Args:
         rows: What to read.
         tokenizer: The model's tokenizer.
         fit: Gives batch and micro-batch sizes.
         ctx: Gives seed and processes.
-        purpose: Names the draw, so that two streams never share an order.
+        purpose: Names the seed, so that two streams never share an order.
         max_length: Tokens per row.
         batch_size: Rows per step; 0 takes `fit.batch_size`.
         shuffle: Whether to shuffle.
@@ -115,10 +115,10 @@ def tuned(
 
 @dataclass
 class Progress:
-    """Collects what a loop of `fit` says, and tells the listeners.
+    """Collects the records of a loop of `fit`, and emits a `step` event for each.
 
     Attributes:
-        ctx: Whose `emit` is told.
+        ctx: Gives `emit`.
         stage: Name shown beside the bar.
         steps: Expected steps.
         every: A step is kept in the history every so many.
@@ -134,7 +134,7 @@ class Progress:
     started: float = field(default_factory=time.monotonic)
 
     def __call__(self, record: StepRecord) -> None:
-        """Take note of one step."""
+        """Collect the record of one step."""
         self.tokens += record.tokens
         self.done = record.step + 1
         row = {"step": float(record.step), "loss": record.loss, **record.terms}
@@ -146,14 +146,14 @@ class Progress:
         )
 
     def cost(self, parameters: int, *, flops_per_token: float = 0.0) -> Cost:
-        """Return what the loop took, at 6 N FLOPs per token unless told otherwise."""
+        """Return what the loop took, at 6 N FLOPs per token unless `flops_per_token` says."""
         per_token = flops_per_token or 6.0 * parameters
         seconds = time.monotonic() - self.started
         return Cost(self.done, self.tokens, per_token * self.tokens, seconds)
 
 
 def run_fit(steps: Iterable[StepRecord], progress: Progress) -> None:
-    """Run a loop of `fit` to its end, telling `progress` of every step."""
+    """Run a loop of `fit` to its end, with every record passed to `progress`."""
     for record in steps:
         progress(record)
 
@@ -196,7 +196,7 @@ def finish(
         start: What the method started from.
         model: The model as `tuned` gave it.
         parameters: Its trained parameters.
-        progress: What the loop said.
+        progress: What collected the loop's records.
         ctx: Gives the folder.
         lora: The adapter, if there was one.
         extras: Facts for the record.

@@ -159,10 +159,10 @@ def _read(path: Path, log: Path, run_id: Mapping[str, Any]) -> State:
     """Read a state and the log that belongs to it, and check them against their sums."""
     try:
         facts = json.loads((path / FACTS).read_text())
-        own_sum, version = facts.pop("sha256"), facts["version"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        checksum, version = facts.pop("sha256", ""), facts.get("version")
+    except (OSError, ValueError, TypeError, AttributeError):
         raise _Damaged(f"its {FACTS} cannot be read") from None
-    if own_sum != _sum_of_facts(facts) or version != VERSION:
+    if checksum != _sum_of_facts(facts) or version != VERSION:
         raise _Damaged(f"its {FACTS} was changed, or written by another version")
     if {key: facts.get(key) for key in run_id} != json.loads(json.dumps(run_id)):
         raise UserError(
@@ -174,12 +174,11 @@ def _read(path: Path, log: Path, run_id: Mapping[str, Any]) -> State:
     if hashlib.sha256(b"".join(lines)).hexdigest() != facts["log_sha256"]:
         raise _Damaged(f"{log.name} beside it lacks steps or was changed")
     try:
-        whole = _sum_of(path / TENSORS) == facts["tensors_sha256"]
-        tensors = load_file(path / TENSORS) if whole else {}
-    except (OSError, SafetensorError):
-        whole = False
-    if not whole:
-        raise _Damaged(f"its {TENSORS} is missing or was changed")
+        if _sum_of(path / TENSORS) != facts["tensors_sha256"]:
+            raise _Damaged(f"its {TENSORS} was changed")
+        tensors = load_file(path / TENSORS)
+    except OSError:
+        raise _Damaged(f"its {TENSORS} cannot be read") from None
     return State(facts["cursor"], tensors, [json.loads(line) for line in lines])
 
 

@@ -231,10 +231,13 @@ def write_edit(
 ) -> Removal:
     """Write the tensors that differ from the start as the model of `ctx.work`.
 
+    It is written once over all processes, in place of what a killed call left there, and is there
+    when any process returns.
+
     Args:
         start: What the method started from.
-        changed: Trained tensors by name, in any dtype and on any device.
-        ctx: Gives the folder.
+        changed: Trained tensors by name, the same in every process, in any dtype, on any device.
+        ctx: Gives the folder, and says which process writes.
         extras: Facts for the record, to which those of `moved` are added.
         cost: What the edit took.
         history: Its log.
@@ -242,29 +245,15 @@ def write_edit(
     before = start.weights_of(list(changed))
     changed = {name: tensor.to("cpu", before[name].dtype) for name, tensor in changed.items()}
     different = {n: t for n, t in changed.items() if not torch.equal(t, before[n])}
-    model = written(start, different, ctx.work / "model", ctx)
-    facts = {**extras, **moved(before, changed)}
-    return Removal(model, tuple(sorted(different)), cost, facts, tuple(history))
-
-
-def written(start: Checkpoint, changed: Mapping[str, Tensor], to: Path, ctx: Context) -> Checkpoint:
-    """Write the edited checkpoint, once over all processes, in place of an unfinished one.
-
-    Args:
-        start: What the method started from.
-        changed: New values by name, the same in every process.
-        to: Folder under `ctx.work`; a call that was killed may have written it before.
-        ctx: Says which process writes.
-
-    Returns:
-        The checkpoint, which is there when any process returns.
-    """
+    to = ctx.work / "model"
     if ctx.rank == 0:
         if to.exists():
             shutil.rmtree(to)
-        start.write(changed, to)
+        start.write(different, to)
     barrier(ctx)
-    return Checkpoint(to, trust_remote_code=start.trust_remote_code)
+    model = Checkpoint(to, trust_remote_code=start.trust_remote_code)
+    facts = {**extras, **moved(before, changed)}
+    return Removal(model, tuple(sorted(different)), cost, facts, tuple(history))
 
 
 def forget_and_retain(

@@ -36,10 +36,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from excise.core.context import Context
 from excise.data.stream import Batch
-from excise.methods.posthoc.rmu import RMU
-from excise.methods.posthoc.rmu_data import per_topic
-from excise.methods.posthoc.rmu_engine import Full
-from excise.methods.posthoc.rmu_run import make_engine, opened, places_of
+from excise.methods.posthoc.rmu import RMU, make_engine
+from excise.methods.posthoc.rmu.engine import Full
+from excise.methods.posthoc.rmu.parameters import editing
+from excise.methods.posthoc.rmu.topics import per_topic
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import tiny_model, word_tokenizer
 from excise.train.fit import FitConfig, Term, fit
@@ -79,7 +79,7 @@ def published(start: Checkpoint, method: RMU, ctx: Context, batches: Any, width:
     frozen = start.load(dtype=ctx.dtype, device=ctx.device)
     goals = {t: c.to(ctx.device, ctx.dtype) for t, c in controls(width).items()}
     named = dict(live.named_parameters())
-    params = [named[name] for name in places_of(method, start).names]
+    params = [named[name] for name in method.target_parameters(start).names]
     optimizer = torch.optim.AdamW(params, lr=method.fit.lr, foreach=False)
     alpha = per_topic(method.alpha, ["0"], "alpha")["0"]
     whole = Full(live, frozen, f"model.layers.{LAYER}", method.inputs, torch.no_grad)
@@ -102,23 +102,23 @@ def ours(
     start: Checkpoint, method: RMU, ctx: Context, batches: Any, width: int, stack: ExitStack
 ) -> Any:
     """Return one step of an engine as a function, its models, and bytes of the reference."""
-    places = places_of(method, start)
+    targets = method.target_parameters(start)
     if method.engine == "full":
         model = start.load(dtype=ctx.dtype, device=ctx.device)
     else:
         model = start.load_prefix(LAYER + 1, dtype=ctx.dtype, device=ctx.device)
-    loaded = stack.enter_context(opened(method, model, places, ctx))
-    engine = make_engine(method, start, loaded, places, ctx)
+    edit = stack.enter_context(editing(model, targets, method.lora, ctx))
+    engine = make_engine(method, start, edit, targets, ctx)
     goals = controls(width)
     weight = per_topic(method.alpha, list(goals), "alpha")
 
     def loss(_net: Any, micro: Mapping[str, Batch]) -> dict[str, Term]:
         return method.terms(engine, micro, goals, weight)
 
-    groups = {"trained": list(loaded.parameters.values())}
+    groups = {"trained": list(edit.parameters.values())}
     steps: Iterator[Any] = fit(model, batches, loss, method.fit, ctx, groups=groups)
     models = [model, engine.frozen] if isinstance(engine, Full) else [model]
-    return (lambda number: next(steps)), models, list(loaded.saved.values())
+    return (lambda number: next(steps)), models, list(edit.saved.values())
 
 
 def peak(device: str, step: Step) -> int:

@@ -33,7 +33,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from excise import losses
 from excise.core.errors import UserError
-from excise.train.vocab import Head, HiddenTarget, chunked_kl, chunked_nll, chunked_uniform
+from excise.models.head import Head
+from excise.train.vocab import HiddenTarget, chunked_kl, chunked_nll, chunked_uniform
 
 MEMORY, SECONDS = 0.2, 1.1
 COPIES = {"nll": 4, "kl": 8, "uniform": 6}

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from excise.models.head import Head
-from excise.train import vocab_liger
-from excise.train.vocab import chunked_nll
+from excise.train.vocab import chunked_nll, liger
 
 SHAPES = ((1, 4, 7), (13, 24, 129), (64, 16, 4099))
 """Rows, hidden size, vocabulary: odd ones, and a vocabulary beyond one block of the kernel's."""
@@ -58,16 +57,16 @@ def farthest(shape: tuple[int, int, int], dtype: torch.dtype, bias: bool) -> flo
 
 def main() -> int:
     """Compare all cases; 0 where all agree and a spoiled one does not."""
-    vocab_liger.on_gpu = lambda tensors: True
+    liger.on_gpu = lambda tensors: True
     calls = 0
-    true_call = vocab_liger._call
+    true_call = liger._call
 
     def counted(*given: object) -> Tensor:
         nonlocal calls
         calls += 1
         return true_call(*given)  # type: ignore[arg-type]
 
-    vocab_liger._call = counted  # type: ignore[assignment]
+    liger._call = counted  # type: ignore[assignment]
     bad = 0
     dtypes = (torch.float32, torch.bfloat16)
     for shape, dtype, bias in itertools.product(SHAPES, dtypes, (False, True)):
@@ -77,7 +76,7 @@ def main() -> int:
         bad += not (asked and off <= near)
         said = "" if asked else ", but liger was not asked"
         print(f"{shape}, {dtype}, bias {bias}: {off:.1e} of {near:.0e}{said}")
-    vocab_liger._call = lambda *given: true_call(*given) * 1.01
+    liger._call = lambda *given: true_call(*given) * 1.01
     spoiled = farthest(SHAPES[1], torch.float32, bias=False)
     bad += spoiled < 1e-3
     print(f"a kernel that is off by a hundredth: {spoiled:.1e}")

@@ -138,6 +138,9 @@ def forward_kl(
         student_BTV: Logits of the student.
         mask_BT: Which positions of the logits count.
         upcast: Whether to compute half-precision logits in float32.
+
+    Source:
+        The distillation loss of UNDO, arXiv 2506.06278, at temperature 1.
     """
     t_BTV = _wide(teacher_BTV.detach(), upcast).log_softmax(-1)
     s_BTV = _wide(student_BTV, upcast).log_softmax(-1)
@@ -187,7 +190,8 @@ def rmu_forget(
         upcast: Whether to compute half-precision activations in float32.
 
     Source:
-        arXiv 2403.03218; the mean runs over tokens and the hidden axis.
+        arXiv 2403.03218, section 4; as in centerforaisafety/wmdp@bc5e1ba (MIT), rmu/unlearn.py,
+        the mean runs over tokens and the hidden axis.
     """
     return _squared(hidden_BTD, control_D.expand_as(hidden_BTD), mask_BT, upcast)
 
@@ -208,6 +212,7 @@ def rmu_retain(
         upcast: Whether to compute half-precision activations in float32.
 
     Source:
-        arXiv 2403.03218; the mean runs over tokens and the hidden axis.
+        arXiv 2403.03218, section 4; as in centerforaisafety/wmdp@bc5e1ba (MIT), rmu/unlearn.py,
+        the mean runs over tokens and the hidden axis, and alpha weighs this term alone.
     """
     return _squared(hidden_BTD, frozen_BTD.detach(), mask_BT, upcast)

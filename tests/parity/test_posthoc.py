@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from excise.data.stream import Batch
 from excise.methods import RMU, GradDiff, MaxEnt
-from excise.methods.posthoc.rmu import alternate, control_vector
+from excise.methods.posthoc.rmu.topics import control_vector
 from excise.methods.tuning import forget_and_retain
 from excise.train.fit import FitConfig
 from tests.parity.toy import context, toy_checkpoint, toy_domain, weights
@@ -109,7 +109,7 @@ def test_rmu_equals_a_plain_loop(masked: bool, adaptive: bool, tmp_path: Path) -
     removal = method.apply(start, domain, context(tmp_path / "ours"))
     model, frozen = start.load(), start.load()
     ctx = context(tmp_path / "plain")
-    read = alternate(method, ["a"], domain, start.tokenizer(), ctx)
+    read = method.batches(["a"], domain, start.tokenizer(), ctx)
     control = 5.0 * control_vector(32, "a", ctx)
 
     def hidden(net: Any, batch: Batch) -> Any:

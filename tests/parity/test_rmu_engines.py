@@ -20,8 +20,8 @@ from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.data.stream import Batch
 from excise.methods import RMU
-from excise.methods.posthoc.rmu import alternate
-from excise.methods.posthoc.rmu_data import per_topic
+from excise.methods.posthoc.rmu import RMUSweep
+from excise.methods.posthoc.rmu.topics import per_topic
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.lora import LoRA
 from excise.models.tiny import tiny_model, word_tokenizer
@@ -58,7 +58,7 @@ def published(start: Checkpoint, method: RMU, work: Path, dtype: torch.dtype) ->
     live.train()
     controls = load_file(work / "control_vectors.safetensors")
     topics = list(controls)
-    read = alternate(method, topics, two_topics(), start.tokenizer(), ctx)
+    read = method.batches(topics, two_topics(), start.tokenizer(), ctx)
     named = dict(live.named_parameters())
     params = [named[name] for name in TRAINED]
     alpha = per_topic(method.alpha, ["a"], "alpha")["a"]
@@ -185,6 +185,12 @@ def test_first_expert_is_a_slice_and_the_share_is_of_the_slice(tmp_path: Path) -
     share = float((before[0] != after[0]).float().mean())
     assert removal.extras["share_moved"] == pytest.approx(share)
     assert share > 0.5
+    swept = method.model_copy(update={"sweep": RMUSweep(steering=(5.0,))})
+    same = swept.apply(start, toy_domain(), context(tmp_path / "b"))
+    (row,) = same.extras["sweep"]["table"]
+    shares = row["share_moved"], same.extras["share_moved"]
+    assert shares == (removal.extras["share_moved"],) * 2
+    assert same.extras["trained_entries"] == removal.extras["trained_entries"]
 
 
 def test_bf16_updates_round_away_without_masters(mistral: Checkpoint, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_methods_and_attacks_do_not_import_each_other() -> None:
         name = name_of(path)
         if not name.startswith(("excise.methods.posthoc.", "excise.methods.pretraining.")):
             continue
-        stem = name.split("_")[0]
+        stem = ".".join(name.split(".")[:4]).split("_")[0]
         for edge in edges(path.read_text(encoding="utf-8"), name):
             if edge.target.startswith("excise.methods"):
                 assert edge.target.startswith(stem) or edge.target in shared, (

@@ -21,7 +21,7 @@ from excise.data.domain import Domain
 from excise.methods import METHODS, RMU
 from excise.methods.base import Cost, Method
 from excise.methods.posthoc.rmu import PUBLISHED
-from excise.methods.posthoc.rmu_sweep import RULE, RMUSweep, Tried, better
+from excise.methods.posthoc.rmu.sweep import RULE, RMUSweep, Tried, better
 from excise.models import files
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.delta import export, read_delta
@@ -159,7 +159,7 @@ def test_a_sweep_equals_single_runs_and_follows_its_rule(tmp_path: Path) -> None
 )
 def test_the_rule(dev_retain: tuple[float, float], budget: float, wanted: float) -> None:
     def tried(forget: float, retain: float) -> Tried:
-        return Tried(FAST, forget, retain, {}, {}, {}, (), RMU_COST)
+        return Tried(forget, retain, {}, {}, {}, (), RMU_COST)
 
     a, b = tried(8.0, dev_retain[0]), tried(9.0, dev_retain[1])
     best = b if better(b, a, budget) else a
@@ -173,7 +173,7 @@ def test_sweeps_from_a_command_line() -> None:
     assert isinstance(built, RMU)
     assert built.sweep == RMUSweep(layer=(5, 6, 7), steering=(6.0,), alpha=(100.0,))
     assert built.sweep is not None
-    assert [p.layer for p in built.sweep.points(built)] == [5, 6, 7]
+    assert [s["layer"] for s in built.sweep.grid(1, 2.0, 3.0)] == [5, 6, 7]
     with pytest.raises(ConfigError, match=r"sweep\.layer"):
         parse(base, {**data, "sweep": {"layer": "5,x"}}, {"method": METHODS})
 
@@ -266,7 +266,7 @@ def test_a_missing_or_cut_shard_is_named(sharded: Checkpoint, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("engine", ["span", "cached"])
-def test_an_interrupted_run_goes_on_to_the_same_weights(engine: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_weights(engine: str, tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     settings = {"engine": engine, "adaptive": True, "fit": FIT.model_copy(update={"steps": 6})}
     method = FAST.model_copy(update=settings)

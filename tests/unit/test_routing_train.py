@@ -25,7 +25,7 @@ from excise.routing.groups import GroupMap, Groups, Part, resolve
 from excise.routing.policy import Policy, Routes, Rule, compile
 from excise.routing.train import RoutedBatch, RoutedStream, routed_fit, routed_loss
 from excise.train.fit import FitConfig, Term, fit
-from excise.train.slices import Slice
+from excise.train.optim import Slice
 
 WORDS = [f"w{i}" for i in range(20)]
 GROUPS = Groups(

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from excise import losses
 from excise.core.errors import UserError
 from excise.data.stream import Batch
+from excise.models.head import Head
 from excise.train import vocab
 from excise.train.vocab import (
     SKIP,
     Dense,
     Direction,
     Fixed,
-    Head,
     HiddenTarget,
     Label,
     Mixture,

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from excise.models.head import Head
-from excise.train import vocab_liger
-from excise.train.vocab import chunked_kl, chunked_nll, chunked_uniform
+from excise.train.vocab import HiddenTarget, chunked_kl, chunked_nll, chunked_uniform, liger
 
 N, D, V = 11, 5, 17
 MODULE = "liger_kernel.ops.fused_linear_cross_entropy"
@@ -70,15 +69,15 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
         sys.modules[MODULE], "LigerFusedLinearCrossEntropyFunction", made, raising=False
     )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr(vocab_liger, "on_gpu", lambda tensors: True)
+    monkeypatch.setattr(liger, "on_gpu", lambda tensors: True)
     clear()
     yield made
     clear()
 
 
 def clear() -> None:
-    vocab_liger._function.cache_clear()
-    vocab_liger._agrees.cache_clear()
+    liger._function.cache_clear()
+    liger._agrees.cache_clear()
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,8 +122,6 @@ def test_liger_is_not_asked_where_it_computes_another_thing(fake: Fake) -> None:
 
 
 def vocab_target(hidden_ND: Tensor) -> Any:
-    from excise.train.vocab import HiddenTarget
-
     return HiddenTarget(hidden_ND.detach(), Head(torch.ones(V, D)))
 
 
@@ -153,7 +150,7 @@ def test_without_liger_or_a_gpu_nothing_is_imported(monkeypatch: pytest.MonkeyPa
         "importlib.util.find_spec", lambda name: pytest.fail("looked for it on the CPU")
     )
     chunked_nll(hidden_ND, Head(weight_VD), target_N)
-    monkeypatch.setattr(vocab_liger, "on_gpu", lambda tensors: True)
+    monkeypatch.setattr(liger, "on_gpu", lambda tensors: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     total, count = chunked_nll(hidden_ND, Head(weight_VD), target_N)
     assert count == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -10,8 +11,8 @@ from pydantic import SerializeAsAny, field_validator
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.methods.base import ApplyMethod, Cost, Method, Paper, Removal
-from excise.methods.tuning import written
 from excise.models.checkpoint import Checkpoint
+from excise.train.distributed import barrier
 
 
 class Chain(Method):
@@ -47,5 +48,10 @@ class Chain(Method):
             changed.update(removal.changed)
             extras = {key: value for key, value in removal.extras.items() if key != "files"}
             links.append({"method": method.model_dump(mode="json"), "extras": extras})
-        model = written(checkpoint, {}, ctx.work / "model", ctx, link=True)
+        to = ctx.work / "model"
+        if ctx.rank == 0:
+            shutil.rmtree(to, ignore_errors=True)  # of a run that was killed
+            checkpoint.write({}, to, link=True)
+        barrier(ctx)
+        model = Checkpoint(to, trust_remote_code=start.trust_remote_code)
         return Removal(model, tuple(sorted(changed)), cost, {"links": links}, history)

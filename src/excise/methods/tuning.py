@@ -24,8 +24,8 @@ from excise.methods.base import Cost, Removal
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
 from excise.models.lora import LoRA, adapted, merge
+from excise.train.distributed import barrier
 from excise.train.fit import FitConfig, StepRecord, Term, fit
-from excise.train.reduce import agree
 
 
 def all_rows(named: Mapping[str, Rows]) -> Rows:
@@ -57,14 +57,14 @@ def stream(
     shuffle: bool = True,
     pack: tuple[int, ...] = (1,),
 ) -> Stream:
-    """Return a rank-aware stream over `rows` whose order is a draw of its own.
+    """Return a rank-aware stream over `rows`, shuffled by a seed of its own.
 
     Args:
         rows: What to read.
         tokenizer: The model's tokenizer.
         fit: Gives batch and micro-batch sizes.
         ctx: Gives seed and processes.
-        purpose: Names the draw, so that two streams never share an order.
+        purpose: Names the seed, so that two streams never share an order.
         max_length: Tokens per row.
         batch_size: Rows per step; 0 takes `fit.batch_size`.
         shuffle: Whether to shuffle.
@@ -115,10 +115,10 @@ def tuned(
 
 @dataclass
 class Progress:
-    """Collects what a loop of `fit` says, and tells the listeners.
+    """Collects the records of a loop of `fit`, and emits a `step` event for each.
 
     Attributes:
-        ctx: Whose `emit` is told.
+        ctx: Gives `emit`.
         stage: Name shown beside the bar.
         steps: Expected steps.
         every: A step is kept in the history every so many.
@@ -134,7 +134,7 @@ class Progress:
     started: float = field(default_factory=time.monotonic)
 
     def __call__(self, record: StepRecord) -> None:
-        """Take note of one step."""
+        """Collect the record of one step."""
         self.tokens += record.tokens
         self.done = record.step + 1
         row = {"step": float(record.step), "loss": record.loss, **record.terms}
@@ -146,29 +146,30 @@ class Progress:
         )
 
     def cost(self, parameters: int, *, flops_per_token: float = 0.0) -> Cost:
-        """Return what the loop took, at 6 N FLOPs per token unless told otherwise."""
+        """Return what the loop took, at 6 N FLOPs per token unless `flops_per_token` says."""
         per_token = flops_per_token or 6.0 * parameters
         seconds = time.monotonic() - self.started
         return Cost(self.done, self.tokens, per_token * self.tokens, seconds)
 
 
 def run_fit(steps: Iterable[StepRecord], progress: Progress) -> None:
-    """Run a loop of `fit` to its end, telling `progress` of every step."""
+    """Run a loop of `fit` to its end, with every record passed to `progress`."""
     for record in steps:
         progress(record)
 
 
 def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return how many entries of the trained tensors changed, and how far.
+    """Return how many entries of the trained tensors changed, and how far, as they are stored.
 
     Rounding in half precision can swallow an update whole; the share says so.
 
     Args:
-        before: Tensors by name before training.
-        after: The same names after, in the dtype they are stored in.
+        before: Tensors by name before training, in the dtype they are stored in.
+        after: The same names after.
     """
+    after = {name: after[name].to(before[name].dtype) for name in before}
     count = sum(t.numel() for t in before.values())
-    changed = sum(int((before[n] != after[n].to(before[n].dtype)).sum()) for n in before)
+    changed = sum(int((before[n] != after[n]).sum()) for n in before)
     square = sum(float((after[n].double() - before[n].double()).square().sum()) for n in before)
     return {
         "trained_tensors": sorted(before),
@@ -195,7 +196,7 @@ def finish(
         start: What the method started from.
         model: The model as `tuned` gave it.
         parameters: Its trained parameters.
-        progress: What the loop said.
+        progress: What collected the loop's records.
         ctx: Gives the folder.
         lora: The adapter, if there was one.
         extras: Facts for the record.
@@ -204,7 +205,6 @@ def finish(
     Returns:
         The removal, its model in `ctx.work/model`.
     """
-    to = ctx.work / "model"
     facts: dict[str, Any] = dict(extras or {})
     if lora is not None:
         changed, adapter = merge(model)
@@ -216,45 +216,44 @@ def finish(
             facts["files"] = {**facts.get("files", {}), "adapter": folder.name}
     else:
         changed = {name: parameter.detach() for name, parameter in parameters.items()}
-    before = start.weights_of(list(changed))
-    changed = {name: tensor.to("cpu", before[name].dtype) for name, tensor in changed.items()}
-    facts.update(moved(before, changed))
-    different = {n: t for n, t in changed.items() if not torch.equal(t, before[n])}
-    return Removal(
-        written(start, different, to, ctx),
-        tuple(sorted(different)),
-        progress.cost(start.num_parameters, flops_per_token=flops_per_token),
-        facts,
-        tuple(progress.history),
-    )
+    cost = progress.cost(start.num_parameters, flops_per_token=flops_per_token)
+    return write_edit(start, changed, ctx, extras=facts, cost=cost, history=progress.history)
 
 
-def written(
+def write_edit(
     start: Checkpoint,
     changed: Mapping[str, Tensor],
-    to: Path,
     ctx: Context,
     *,
-    link: bool = False,
-) -> Checkpoint:
-    """Write the edited checkpoint, once over all processes, in place of an unfinished one.
+    extras: Mapping[str, Any],
+    cost: Cost,
+    history: Sequence[Mapping[str, float]],
+) -> Removal:
+    """Write the tensors that differ from the start as the model of `ctx.work`.
+
+    It is written once over all processes, in place of what a killed call left there, and is there
+    when any process returns.
 
     Args:
         start: What the method started from.
-        changed: New values by name, the same in every process.
-        to: Folder under `ctx.work`; a call that was killed may have written it before.
-        ctx: Says which process writes.
-        link: Whether shards without a changed tensor are hard links, for stages of one store.
-
-    Returns:
-        The checkpoint, which is there when any process returns.
+        changed: Trained tensors by name, the same in every process, in any dtype, on any device.
+        ctx: Gives the folder, and says which process writes.
+        extras: Facts for the record, to which those of `moved` are added.
+        cost: What the edit took.
+        history: Its log.
     """
+    before = start.weights_of(list(changed))
+    changed = {name: tensor.to("cpu", before[name].dtype) for name, tensor in changed.items()}
+    different = {n: t for n, t in changed.items() if not torch.equal(t, before[n])}
+    to = ctx.work / "model"
     if ctx.rank == 0:
         if to.exists():
             shutil.rmtree(to)
-        start.write(changed, to, link=link)
-    agree(True, ctx)
-    return Checkpoint(to, trust_remote_code=start.trust_remote_code)
+        start.write(different, to)
+    barrier(ctx)
+    model = Checkpoint(to, trust_remote_code=start.trust_remote_code)
+    facts = {**extras, **moved(before, changed)}
+    return Removal(model, tuple(sorted(different)), cost, facts, tuple(history))
 
 
 def forget_and_retain(

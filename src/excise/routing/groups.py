@@ -17,7 +17,7 @@ from torch import nn
 
 from excise.core.config import Config, ConfigError
 from excise.models.names import parameters_by_name
-from excise.train.slices import Slice
+from excise.train.optim import Slice
 
 if TYPE_CHECKING:
     from excise.routing.body import Body, Claim

@@ -1,9 +1,10 @@
 """The one training loop.
 
 `fit` is a generator: it yields a record after every step, and the caller stops it by leaving the
-loop. Each named term of the loss is divided by its count over all micro-batches and processes,
-so that the weights do not depend (beyond rounding) on how a batch was cut. Everything a step
-needs is a function of its number, so that an interrupted run goes on to the same weights.
+loop. Each named term of the loss is divided by its count over all micro-batches and processes, so
+that the weights do not depend (beyond rounding) on how a batch was cut. Gradients accumulate in
+the parameters, or in float32 master weights of half-precision ones. Everything a step needs is a
+function of its number, so that an interrupted run resumes to the same weights.
 """
 
 from __future__ import annotations
@@ -11,29 +12,117 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from pydantic import Field
+from torch import Tensor, nn
 
+from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.errors import Diverged, UserError
-from excise.train.gradient import Values, backward, move
-from excise.train.groups import make_groups, only
-from excise.train.reduce import check_processes, gather
-from excise.train.slices import Slice
-from excise.train.state import Group, Log, buffers_of, identity, load_state, save_state
-from excise.train.terms import FitConfig, StepRecord, Term
-
-__all__ = ["FitConfig", "Slice", "StepRecord", "Term", "fit"]
+from excise.train.distributed import barrier, check_processes, gather, sum_dicts, sum_gradients
+from excise.train.optim import Group, OptimizerName, Slice, make_optimizer, schedule_share
+from excise.train.state import Log, buffers_of, load_state, restore, save_state
 
 M = TypeVar("M")
 """What the loss takes: usually a mapping of role to batch."""
 
 AUTOSAVE = 60.0
 """Seconds between states when `save_every` is 0."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One named part of a loss.
+
+    Attributes:
+        sum: Differentiable scalar sum over what is scored in this micro-batch.
+        count: How much that was; the sums of a step are divided by the sum of the counts.
+        weight: Factor of the mean in the total; negative to ascend.
+    """
+
+    sum: Tensor
+    count: float
+    weight: float = 1.0
+
+
+class FitConfig(Config):
+    """How to train."""
+
+    steps: int = Field(default=100, ge=0)
+    """Optimizer steps."""
+    lr: float = Field(default=1e-4, ge=0)
+    """Learning rate."""
+    batch_size: int = Field(default=32, ge=1)
+    """Rows per step over all processes."""
+    micro_size: int = Field(default=0, ge=0)
+    """Rows per micro-batch of one process at most; 0 for one micro-batch."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What the learning rate does after warm-up."""
+    min_lr: float = Field(default=0.0, ge=0, le=1)
+    """Share of the learning rate at the end of the schedule."""
+    optimizer: OptimizerName = "adamw"
+    """`hf_adamw` is the AdamW of transformers up to 4.50, which published RMU used."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's moments."""
+    eps: float | None = None
+    """Adam's epsilon; empty for 1e-8, or 1e-6 with `hf_adamw`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of every trained parameter."""
+    clip: float = Field(default=0.0, ge=0)
+    """Largest norm of the gradient over all stepped parameters; 0 for no clipping."""
+    master: Literal["float32", "model"] = "float32"
+    """Precision in which half-precision weights are kept while they train."""
+    save_every: int = Field(default=0, ge=0)
+    """Steps between states on disk; 0 for about one a minute."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between progress events."""
+
+    @property
+    def epsilon(self) -> float:
+        """Adam's epsilon with its default filled in."""
+        if self.eps is not None:
+            return self.eps
+        return 1e-6 if self.optimizer == "hf_adamw" else 1e-8
+
+    def rate_at(self, step: int, lr: float | None = None) -> float:
+        """Return the learning rate of `step` (from 0), for `lr` in place of the field."""
+        share = schedule_share(
+            step, self.steps, warmup=self.warmup, schedule=self.schedule, min_lr=self.min_lr
+        )
+        return (self.lr if lr is None else lr) * share
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did, over all processes.
+
+    Attributes:
+        step: Number of the step, from 0.
+        loss: Weighted sum of the terms.
+        terms: Mean of every term, without its weight; a term that counted nothing is left out.
+        lr: Learning rate.
+        grad_norm: Norm of the gradient over all stepped parameters, before clipping.
+        tokens: Real tokens read in this step.
+        seconds: Wall-clock time of the step.
+        replayed: True for steps done before an interruption: the weights are already beyond.
+    """
+
+    step: int
+    loss: float
+    terms: dict[str, float]
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+    replayed: bool = False
 
 
 def fit(
@@ -64,9 +153,10 @@ def fit(
         counts: The counts of a micro-batch's terms, where they can be told without the model.
             Needed with several micro-batches or processes; without it an extra forward pass
             without gradients finds them.
-        state_dir: Folder of the run's state; the same call goes on from there, first yielding
-            the records of the steps already done (`replayed`). It stays when the run is
-            finished; the caller removes it.
+        state_dir: Folder of the run's state; the same call resumes from it, first yielding the
+            records of the steps already done (`replayed`). A state whose bytes have changed is
+            not used, and a `note` says so. The folder stays when the run is finished; the caller
+            removes it.
         rates: Learning rate by group, in place of `config.lr`.
         writes: Groups that a micro-batch may write. A group that none of a step's micro-batches
             writes, in any process, is not stepped: weights and optimizer state keep their bits.
@@ -80,22 +170,85 @@ def fit(
         UserError: If groups share or lack parameters, or the state is of another run.
     """
     check_processes(ctx)
-    parts = make_groups(model, groups, config, rates or {})
-    run = _Run(model, parts, config, ctx, state_dir)
-    with only(model, parts):
+    trained = _make_groups(model, groups, config, rates or {})
+    run = _Run(model, trained, config, ctx, state_dir)
+    with _training_only(model, trained):
         yield from run.resume()
         try:
             while run.cursor < config.steps:
                 began = time.perf_counter()
-                micros = [move(m, ctx.device) for m in batches(run.cursor)]
-                values = backward(model, micros, loss, counts, run.cursor, parts, ctx, writes)
-                record = run.apply(values, began)
-                del values  # gradients as large as the weights, which the next pass makes anew
-                yield record
+                micros = [_to_device(micro, ctx.device) for micro in batches(run.cursor)]
+                losses = _backward(model, micros, loss, counts, run.cursor, trained, ctx, writes)
+                yield run.step(losses, began)
         except BaseException:
             run.save()
             raise
         run.save(finished=True)
+
+
+def _make_groups(
+    model: nn.Module,
+    groups: Mapping[str, Sequence[nn.Parameter | Slice]] | None,
+    config: FitConfig,
+    rates: Mapping[str, float],
+) -> list[Group]:
+    """Give every group its master weights and optimizer; refuse empty and overlapping ones."""
+    if groups is None:
+        groups = {"all": [p for p in model.parameters() if p.requires_grad]}
+    if unknown := set(rates) - set(groups):
+        raise UserError(f"rates name the group '{min(unknown)}', known: {', '.join(groups)}")
+    taken: dict[int, list[tuple[str, Slice]]] = {}
+    trained = []
+    for name, members in groups.items():
+        parts = [p if isinstance(p, Slice) else Slice(p, None, 0, 0) for p in members]
+        parts = list({part.key: part for part in parts}.values())  # tied weights are listed twice
+        if not parts:
+            raise UserError(f"group '{name}' has no parameter to train; check its names")
+        for part in parts:
+            if not part.inside:
+                raise UserError(
+                    f"group '{name}' has the slice {part.start}:{part.stop} of dimension "
+                    f"{part.dim}, which does not lie within a parameter of shape "
+                    f"{tuple(part.param.shape)}"
+                )
+            for other, before in taken.get(id(part.param), []):
+                if part.overlaps(before):
+                    raise UserError(f"groups '{other}' and '{name}' share a parameter")
+            taken.setdefault(id(part.param), []).append((name, part))
+        weights = [_master_weight(part, config.master) for part in parts]
+        lr = rates.get(name, config.lr)
+        optimizer = make_optimizer(
+            config.optimizer, weights, lr=lr, betas=config.betas, eps=config.epsilon,
+            weight_decay=config.weight_decay,
+        )  # fmt: skip
+        trained.append(Group(name, parts, weights, optimizer, lr))
+    return trained
+
+
+def _master_weight(part: Slice, master: str) -> Tensor:
+    """Return what the optimizer steps in place of a parameter or a slice of it."""
+    if part.param.dtype in (torch.float16, torch.bfloat16) and master == "float32":
+        return part.of(part.param.detach()).float()
+    return part.param if part.dim is None else part.of(part.param.detach())
+
+
+@contextmanager
+def _training_only(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
+    """Let gradients reach the groups' parameters alone, and leave none behind."""
+    trained = {id(p): p for g in groups for p in g.params}
+    every = {id(p): p for p in model.parameters()} | trained
+    before = {i: p.requires_grad for i, p in every.items()}
+    try:
+        for i, p in every.items():
+            p.requires_grad_(i in trained)
+        for p in trained.values():
+            p.grad = None
+        yield
+    finally:
+        for i, p in every.items():
+            p.requires_grad_(before[i])
+        for p in trained.values():
+            p.grad = None
 
 
 class _Run:
@@ -104,108 +257,108 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        parts: Sequence[Group],
+        groups: Sequence[Group],
         config: FitConfig,
         ctx: Context,
         folder: Path | None,
     ) -> None:
-        self.parts, self.config, self.ctx, self.folder = parts, config, ctx, folder
+        self.groups, self.config, self.ctx, self.folder = groups, config, ctx, folder
         self.buffers = buffers_of(model)
         quiet = config.model_copy(update={"save_every": 0, "log_every": 1})
-        self.who = identity(quiet.digest(), parts)
-        self.log = Log(folder if ctx.rank == 0 else None)
-        self.cursor = 0
-        self.saved = 0
+        self.run_id = {
+            "settings": quiet.digest(),
+            "seed": ctx.seed,
+            "groups": {g.name: [part.shape for part in g.slices] for g in groups},
+            "rates": {g.name: g.lr for g in groups},
+        }
+        self.cursor = self.saved = 0
+        self.log = Log(None)
         self.saved_at = time.monotonic()
-        self.whole = True
+        self.between_steps = True
 
     def resume(self) -> list[StepRecord]:
-        """Load the newest state and return the records of its steps."""
+        """Load the newest intact state and return the records of its steps."""
         if self.folder is None:
             return []
-        gather("here", self.ctx)  # process 0 may still be writing the state of an earlier call
-        self.cursor = self.saved = load_state(self.folder, self.parts, self.buffers, self.who)
-        if len(set(gather(self.cursor, self.ctx))) > 1:
+        barrier(self.ctx)  # process 0 may still be writing the state of an earlier call
+        state = load_state(self.folder, self.run_id, self._note)
+        cursor = state.cursor if state else 0
+        if len(set(gather(cursor, self.ctx))) > 1:
             raise UserError(
                 f"processes read different states from {self.folder}; it must lie on a disk "
                 "that all of them share"
             )
-        rows = Log(self.folder).replay(self.cursor) if self.ctx.rank == 0 else None
-        rows = gather(rows, self.ctx)[0]
-        if rows is None:
-            raise UserError(
-                f"{self.folder}/steps.jsonl lacks steps that the saved weights have taken; "
-                "remove the folder to start over"
-            )
-        return [replace(StepRecord(**row), replayed=True) for row in rows]
+        records = state.records if state else ()
+        self.log = Log(self.folder if self.ctx.rank == 0 else None, records)
+        if state is not None:
+            restore(self.groups, self.buffers, state)
+            self.cursor = self.saved = cursor
+        return [StepRecord(**record, replayed=True) for record in records]
 
-    def apply(self, values: Values, began: float) -> StepRecord:
+    def _note(self, text: str) -> None:
+        """Tell whoever listens, once over all processes."""
+        if self.ctx.rank == 0:
+            self.ctx.emit("note", {"text": text})
+
+    def step(self, losses: _Losses, began: float) -> StepRecord:
         """Check, clip and step; log the record and save when it is time."""
         config, step = self.config, self.cursor
-        for name, value in values.terms.items():
+        for name, value in losses.terms.items():
             if not math.isfinite(value):
                 raise Diverged(
                     f"term '{name}' of the loss is {value} at step {step}; lower the learning "
                     "rate or the term's weight (the weights before this step are kept)"
                 )
-        norm = self._clip(values)
-        self.whole = False
-        for group, grads in zip(self.parts, values.grads, strict=True):
-            group.optimizer.step(grads, config.rate_at(step, group.lr))
-            group.publish()
-            for param in group.params:
-                param.grad = None
+        norm = self._clip(losses)
+        self.between_steps = False
+        for group in self.groups:
+            group.step(config.rate_at(step, group.lr))
         self.cursor = step + 1
         record = StepRecord(
             step=step,
-            loss=values.loss,
-            terms=values.terms,
+            loss=losses.total,
+            terms=losses.terms,
             lr=config.rate_at(step),
             grad_norm=norm,
-            tokens=values.tokens,
+            tokens=losses.tokens,
             seconds=time.perf_counter() - began,
         )
         self._log(record)
-        self.whole = True
+        self.between_steps = True
         every = config.save_every
         late = not every and time.monotonic() - self.saved_at > AUTOSAVE
         if (every and self.cursor % every == 0) or late:
             self.save()
         return record
 
-    def _clip(self, values: Values) -> float:
+    def _clip(self, losses: _Losses) -> float:
         """Return the norm of all gradients, after scaling them down to `clip`."""
-        grads = [g for grads in values.grads for g in grads if g is not None]
+        weights = [(g.name, w) for g in self.groups for w in g.master_weights]
+        grads = [(name, w.grad) for name, w in weights if w.grad is not None]
         if not grads:
             return 0.0
-        dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in grads])
-        total = torch.linalg.vector_norm(norms)
-        norm = float(total)
+        double = any(grad.dtype == torch.float64 for _, grad in grads)
+        dtype = torch.float64 if double else torch.float32
+        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for _, grad in grads])
+        norm = float(torch.linalg.vector_norm(norms))
         if not math.isfinite(norm):
-            bad = [
-                g.name
-                for g, grads in zip(self.parts, values.grads, strict=True)
-                if any(grad is not None and not bool(grad.isfinite().all()) for grad in grads)
-            ]
+            bad = [name for name, grad in grads if not bool(grad.isfinite().all())]
             where = f"group '{bad[0]}'" if bad else "all groups together"
             raise Diverged(
                 f"the gradient of {where} has norm {norm} at step {self.cursor} (terms: "
-                f"{', '.join(values.terms)}); lower the learning rate or set `clip` "
+                f"{', '.join(losses.terms)}); lower the learning rate or set `clip` "
                 "(the weights before this step are kept)"
             )
         if self.config.clip and norm > self.config.clip:
-            for g in grads:
-                g.mul_(self.config.clip / (norm + 1e-6))
+            for _, grad in grads:
+                grad.mul_(self.config.clip / (norm + 1e-6))
         return norm
 
     def _log(self, record: StepRecord) -> None:
         """Write the record and tell whoever listens."""
         row = asdict(record)
         del row["replayed"]
-        if self.folder is not None and self.ctx.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.log.append(row)
+        self.log.append(row)
         done = self.cursor == self.config.steps
         if self.ctx.rank == 0 and (done or self.cursor % self.config.log_every == 0):
             stage = self.ctx.work.name.removesuffix(".partial")
@@ -214,14 +367,175 @@ class _Run:
 
     def save(self, *, finished: bool = False) -> None:
         """Write the state unless it is on disk or the weights are in the middle of a step."""
-        if self.folder is None or self.ctx.rank or not self.whole:
+        if self.folder is None or self.ctx.rank or not self.between_steps:
             return
         if self.cursor > self.saved or not any(self.folder.glob("step-*")):
-            self.log.sync()
             save_state(
-                self.folder, self.cursor, self.parts, self.buffers, self.who, moments=not finished
-            )
+                self.folder, self.cursor, self.groups, self.buffers, self.run_id, self.log.sync(),
+                moments=not finished,
+            )  # fmt: skip
             self.saved = self.cursor
         self.saved_at = time.monotonic()
-        if finished:
-            (self.folder / "finished").write_text(f"{self.cursor}\n")
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """What the forward passes of one step gave, over all processes.
+
+    Attributes:
+        total: Weighted sum of the terms.
+        terms: Mean of every term, without its weight.
+        tokens: Real tokens read.
+    """
+
+    total: float
+    terms: dict[str, float]
+    tokens: int
+
+
+def _backward(
+    model: nn.Module,
+    micros: Sequence[Any],
+    loss: Callable[[nn.Module, Any], Mapping[str, Term]],
+    counts: Callable[[Any], Mapping[str, float]] | None,
+    step: int,
+    groups: Sequence[Group],
+    ctx: Context,
+    writes: Callable[[Any], Iterable[str]] | None,
+) -> _Losses:
+    """Leave the gradient of one step in the master weights, each term over its count.
+
+    Groups that no micro-batch of any process `writes` get no gradient.
+    """
+    devices = [ctx.device] if ctx.device.type == "cuda" else []
+    seed = ctx.seed_for(f"fit/{step}/{ctx.rank}")
+    counted: list[Mapping[str, float]] | None = None
+    if len(micros) > 1 or ctx.world > 1:
+        counted = [dict(counts(micro)) for micro in micros] if counts else []
+        if counts is None:
+            with torch.random.fork_rng(devices), torch.no_grad():
+                _seed(seed, ctx.device)
+                counted = [{k: t.count for k, t in loss(model, m).items()} for m in micros]
+    totals = None if counted is None else sum_dicts(gather(sum_dicts(counted), ctx))
+    weighted: dict[str, float] = {}
+    means: dict[str, float] = {}
+    copies = _copies(groups)
+    with torch.random.fork_rng(devices), _widening(copies):
+        _seed(seed, ctx.device)
+        for i, micro in enumerate(micros):
+            terms = loss(model, micro)
+            if counted is not None:
+                _check_counts(terms, counted[i], step)
+            _accumulate(terms, totals, weighted, means)
+            for param in copies:
+                _widen(param, copies)  # what a loss wrote into `grad` past autograd's hooks
+    written: set[str] | None = None
+    if writes is not None:
+        here = sorted({name for micro in micros for name in writes(micro)})
+        written = {name for names in gather(here, ctx) for name in names}
+    tokens = sum(_tokens(micro) for micro in micros)
+    all_weighted, all_means, all_tokens = zip(*gather([weighted, means, tokens], ctx), strict=True)
+    _settle_gradients(groups, written)
+    sum_gradients([weight for g in groups for weight in g.master_weights], ctx)
+    total = sum(sum_dicts(all_weighted).values())
+    return _Losses(total, sum_dicts(all_means), sum(all_tokens))
+
+
+def _to_device(micro: Any, device: torch.device) -> Any:
+    """Put a mapping's batches on `device`; anything else is the loss's own business."""
+    if isinstance(micro, Mapping):
+        return {k: b.to(device) if hasattr(b, "to") else b for k, b in micro.items()}
+    return micro.to(device) if hasattr(micro, "to") else micro
+
+
+def _tokens(micro: Any) -> int:
+    """Count real tokens of a micro-batch."""
+    batches = micro.values() if isinstance(micro, Mapping) else [micro]
+    return sum(int(getattr(b, "num_tokens", 0)) for b in batches)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the generator of `device`; `torch.manual_seed` asks every backend, a sixth of a step."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
+def _check_counts(terms: Mapping[str, Term], counted: Mapping[str, float], step: int) -> None:
+    """Refuse counts that the loss contradicts: the gradient would be scaled wrongly."""
+    real = {name: float(term.count) for name, term in terms.items()}
+    for name in sorted(set(real) | set(counted)):
+        if not math.isclose(real.get(name, 0.0), counted.get(name, 0.0), rel_tol=1e-9):
+            raise UserError(
+                f"at step {step} term '{name}' counted {real.get(name, 0.0):g} but `counts` had "
+                f"said {counted.get(name, 0.0):g}; they must agree"
+            )
+
+
+def _accumulate(
+    terms: Mapping[str, Term],
+    totals: Mapping[str, float] | None,
+    weighted: dict[str, float],
+    means: dict[str, float],
+) -> None:
+    """Add one micro-batch's terms to the gradients and to the values."""
+    total: Tensor | None = None
+    for name, term in terms.items():
+        count = float(term.count) if totals is None else totals[name]
+        if count == 0:
+            continue  # nothing was scored anywhere: the term has no mean
+        mean = term.sum / count
+        part = mean if term.weight == 1 else term.weight * mean
+        total = part if total is None else total + part
+        value = float(mean.detach())
+        means[name] = means.get(name, 0.0) + value
+        weighted[name] = weighted.get(name, 0.0) + term.weight * value
+    if total is not None and total.requires_grad:
+        total.backward()
+
+
+Copies = Mapping[nn.Parameter, Sequence[tuple[Slice, Tensor]]]
+"""The float32 master weights of slices of half-precision parameters."""
+
+
+def _copies(groups: Sequence[Group]) -> Copies:
+    """Return the master weights that have memory of their own, by parameter."""
+    copies: dict[nn.Parameter, list[tuple[Slice, Tensor]]] = {}
+    for group in groups:
+        for part, weight in group.copies():
+            copies.setdefault(part.param, []).append((part, weight))
+    return copies
+
+
+def _widen(param: nn.Parameter, copies: Copies) -> None:
+    """Add a half-precision gradient to those of its master weights, and free it."""
+    if param.grad is None:
+        return
+    for part, weight in copies[param]:
+        grad = part.of(param.grad)
+        if weight.grad is None:
+            weight.grad = grad.to(weight.dtype)
+        else:
+            weight.grad.add_(grad)
+    param.grad = None
+
+
+@contextmanager
+def _widening(copies: Copies) -> Iterator[None]:
+    """Move every half-precision gradient as soon as it is whole, so that few exist at a time."""
+    hook = partial(_widen, copies=copies)
+    with ExitStack() as stack:
+        for param in copies:
+            stack.callback(param.register_post_accumulate_grad_hook(hook).remove)
+        yield
+
+
+def _settle_gradients(groups: Sequence[Group], written: set[str] | None) -> None:
+    """Give slices their part of a parameter's gradient, and groups that nothing wrote none."""
+    for group in groups:
+        for part, weight in zip(group.slices, group.master_weights, strict=True):
+            if written is not None and group.name not in written:
+                weight.grad = None
+            elif part.dim is not None and weight.dtype == part.param.dtype:
+                weight.grad = None if part.param.grad is None else part.of(part.param.grad)

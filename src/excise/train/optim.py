@@ -1,113 +1,98 @@
-"""Optimizers as small objects over lists of tensors, with state that is easy to write down.
-
-They step exactly like `torch.optim.AdamW` (single-tensor form), the `AdamW` that transformers
-shipped until 4.50, and `torch.optim.SGD`; tests compare weights bit for bit. A tensor without a
-gradient is not touched, not even by weight decay.
-"""
+"""What is trained and what steps it: slices of parameters, master weights, optimizers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 OptimizerName = Literal["adamw", "hf_adamw", "sgd"]
 
 
-@dataclass
-class Optimizer:
-    """The optimizer of one group of tensors.
+class HFAdamW(torch.optim.Optimizer):
+    """AdamW as `transformers` had it until 4.50: eps before the bias correction, decay last.
 
-    Attributes:
-        name: Which rule.
-        leaves: Tensors it steps: parameters, or their float32 masters.
-        betas: Decay rates of the two moments.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled for both AdamWs, added to the gradient for SGD.
-        steps: Steps each tensor has taken (a tensor without a gradient takes none).
-        first: First moments, made when a tensor first steps.
-        second: Second moments.
+    With its eps of 1e-6, small gradients move weights by far less than the learning rate at first,
+    so that an algorithm published with it is another one under torch's AdamW.
+
+    Source:
+        `transformers.AdamW` of 4.38.2 (Apache-2.0), which RMU's released loop steps with:
+        centerforaisafety/wmdp@bc5e1ba (MIT), rmu/unlearn.py.
     """
 
-    name: OptimizerName
-    leaves: Sequence[Tensor]
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    steps: list[int] = field(default_factory=list)
-    first: dict[int, Tensor] = field(default_factory=dict)
-    second: dict[int, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Start every tensor at step 0."""
-        self.steps = self.steps or [0] * len(self.leaves)
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Prepare to step `params`; what a setting means is as in `torch.optim.AdamW`."""
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, grads: Sequence[Tensor | None], lr: float) -> None:
-        """Update every tensor that has a gradient.
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step every tensor that has a gradient; a closure is not taken."""
+        assert closure is None
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._step(weight, weight.grad, self.state[weight], group)
 
-        Args:
-            grads: One gradient per tensor, or None.
-            lr: Learning rate of this step.
-        """
-        for i, (leaf, grad) in enumerate(zip(self.leaves, grads, strict=True)):
-            if grad is None:
-                continue
-            self.steps[i] += 1
-            if self.name == "sgd":
-                if self.weight_decay:
-                    grad = grad.add(leaf, alpha=self.weight_decay)
-                leaf.add_(grad, alpha=-lr)
-                continue
-            if i not in self.first:
-                self.first[i] = torch.zeros_like(leaf)
-                self.second[i] = torch.zeros_like(leaf)
-            rule = _adamw if self.name == "adamw" else _hf_adamw
-            rule(self, i, leaf, grad, lr)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the moments by name, for writing."""
-        return {f"first/{i}": t for i, t in self.first.items()} | {
-            f"second/{i}": t for i, t in self.second.items()
-        }
-
-    def restore(self, tensors: dict[str, Tensor], steps: Sequence[int]) -> None:
-        """Take back what `tensors` and `steps` gave."""
-        self.steps = list(steps)
-        for name, tensor in tensors.items():
-            kind, i = name.split("/")
-            leaf = self.leaves[int(i)]
-            moments = self.first if kind == "first" else self.second
-            moments[int(i)] = tensor.to(device=leaf.device, dtype=leaf.dtype).clone()
+    def _step(self, weight: Tensor, grad: Tensor, state: Any, group: dict[str, Any]) -> None:
+        """Step one tensor."""
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        state["step"] += 1
+        (beta1, beta2), lr, step = group["betas"], group["lr"], int(state["step"])
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        first.mul_(beta1).add_(grad, alpha=1.0 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+        size = lr * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)
+        weight.addcdiv_(first, second.sqrt().add_(group["eps"]), value=-size)
+        if group["weight_decay"]:
+            weight.add_(weight, alpha=-lr * group["weight_decay"])
 
 
-def _adamw(state: Optimizer, i: int, leaf: Tensor, grad: Tensor, lr: float) -> None:
-    """Step like `torch.optim.AdamW`: decay first, eps after the bias correction."""
-    b1, b2 = state.betas
-    first, second, t = state.first[i], state.second[i], state.steps[i]
-    if state.weight_decay:
-        leaf.mul_(1 - lr * state.weight_decay)
-    first.lerp_(grad, 1 - b1)
-    second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-    denominator = second.sqrt().div_((1 - b2**t) ** 0.5).add_(state.eps)
-    leaf.addcdiv_(first, denominator, value=-(lr / (1 - b1**t)))
+def make_optimizer(
+    name: OptimizerName,
+    weights: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """Return an optimizer; a tensor without a gradient is not touched, not even by weight decay.
 
+    Torch's own step one tensor at a time: that is the form whose bits recorded numbers rest on.
+    On a CPU `foreach` gives the same bits and needs another copy of the second moments; `fused`
+    rounds otherwise.
 
-def _hf_adamw(state: Optimizer, i: int, leaf: Tensor, grad: Tensor, lr: float) -> None:
-    """Step like transformers 4.38's AdamW: eps before the bias correction, decay last."""
-    b1, b2 = state.betas
-    first, second, t = state.first[i], state.second[i], state.steps[i]
-    first.mul_(b1).add_(grad, alpha=1.0 - b1)
-    second.mul_(b2).addcmul_(grad, grad, value=1.0 - b2)
-    denominator = second.sqrt().add_(state.eps)
-    size = lr * math.sqrt(1.0 - b2**t) / (1.0 - b1**t)
-    leaf.addcdiv_(first, denominator, value=-size)
-    if state.weight_decay:
-        leaf.add_(leaf, alpha=-lr * state.weight_decay)
+    Args:
+        name: Which rule.
+        weights: What it steps.
+        lr: Learning rate of the first step.
+        betas: Decay rates of Adam's moments.
+        eps: Adam's epsilon.
+        weight_decay: Decoupled for both AdamWs, added to the gradient for SGD.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(weights, lr=lr, weight_decay=weight_decay, foreach=False)
+    if name == "hf_adamw":
+        return HFAdamW(weights, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return torch.optim.AdamW(
+        weights, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False
+    )
 
 
 def schedule_share(
@@ -138,3 +123,95 @@ def schedule_share(
     if schedule == "linear":
         return min_lr + (1 - min_lr) * (1 - progress)
     return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Entries `start` to `stop` of a parameter along one dimension.
+
+    Attributes:
+        param: The parameter.
+        dim: Dimension that is sliced; None for the whole parameter.
+        start: First entry.
+        stop: Entry after the last.
+    """
+
+    param: nn.Parameter
+    dim: int | None
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the view of this slice in a tensor of the parameter's shape."""
+        if self.dim is None:
+            return tensor
+        return tensor.narrow(self.dim, self.start, self.stop - self.start)
+
+    @property
+    def inside(self) -> bool:
+        """Whether it holds an entry and none beyond the parameter."""
+        shape = self.param.shape
+        return self.dim is None or (
+            0 <= self.dim < len(shape) and 0 <= self.start < self.stop <= shape[self.dim]
+        )
+
+    @property
+    def key(self) -> tuple[int, int | None, int, int]:
+        """What tells one slice from another."""
+        return (id(self.param), self.dim, self.start, self.stop)
+
+    @property
+    def shape(self) -> list[int]:
+        """Shape of the whole parameter, followed by the slice where it is not whole."""
+        span = [] if self.dim is None else [self.dim, self.start, self.stop]
+        return [*self.param.shape, *span]
+
+    def overlaps(self, other: Slice) -> bool:
+        """Return whether two slices of one parameter have an entry in common."""
+        if self.dim is None or other.dim is None or self.dim != other.dim:
+            return True
+        return self.start < other.stop and other.start < self.stop
+
+
+@dataclass
+class Group:
+    """Parameters, or slices of them, that are stepped together with an optimizer of their own.
+
+    Attributes:
+        name: Name of the group.
+        slices: Which parameters of the model, or which slices of them.
+        master_weights: What the optimizer steps: the parameters, views of them, or float32
+            copies of half-precision ones.
+        optimizer: Steps them.
+        lr: Learning rate before the schedule.
+    """
+
+    name: str
+    slices: Sequence[Slice]
+    master_weights: Sequence[Tensor]
+    optimizer: torch.optim.Optimizer
+    lr: float
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The parameters of the model, whole, one for each master weight."""
+        return [part.param for part in self.slices]
+
+    def copies(self) -> list[tuple[Slice, Tensor]]:
+        """Return the master weights that have memory of their own, with what they stand for."""
+        pairs = zip(self.slices, self.master_weights, strict=True)
+        return [(part, weight) for part, weight in pairs if weight.dtype != part.param.dtype]
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Round the master weights into the model's parameters."""
+        for part, weight in self.copies():
+            part.of(part.param).copy_(weight)
+
+    def step(self, lr: float) -> None:
+        """Step once at a learning rate, and drop the gradients."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.copy_to_model()
+        for part, weight in zip(self.slices, self.master_weights, strict=True):
+            part.param.grad = weight.grad = None

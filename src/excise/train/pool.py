@@ -36,9 +36,9 @@ PRELOAD = (
 )
 """What the server imports before it forks workers; a module that is missing is left out."""
 
-KEPT = 800 << 20
-"""Resident bytes up to which a worker lives on: what a large model leaves behind, in pieces that no
-allocator gives back, would be needed by the next job of another worker."""
+REUSED_BELOW = 800 << 20
+"""Resident bytes up to which a worker takes another job: what a large model leaves behind, in
+pieces that no allocator gives back, would be needed by the next job of another worker."""
 
 GRACE = 10.0
 """Seconds a worker has to save its state before it is killed."""
@@ -120,7 +120,7 @@ class Pool:
         self._idle: list[_Worker] = []
 
     def __enter__(self) -> Pool:
-        """Start the server, which imports while this process goes on."""
+        """Start the server, which imports in the background."""
         if self.workers > 1:
             with _bare_start():
                 self._context.set_forkserver_preload(self.preload)
@@ -180,8 +180,8 @@ class Pool:
                     else:
                         del running[i]
                         self._idle.append(worker)
-                        if answer[0] == "done" and answer[3] > KEPT:
-                            self._idle.pop().end(GRACE)  # a fresh one holds nothing
+                        if answer[0] == "done" and answer[3] > REUSED_BELOW:
+                            self._idle.pop().end(GRACE)  # a fresh one has no such pieces
                         if answer[0] == "error":
                             raise answer[1]
                         results[i] = answer[1]

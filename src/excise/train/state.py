@@ -1,18 +1,20 @@
 """State of an interrupted training run on disk: safetensors and JSON, never a pickle.
 
-`step-00000120/` holds the trained weights (float32 masters where there are any), the moments of
-the optimizers and the cursor, all of one step: it is written under another name and renamed, so
-that a kill leaves the previous state or the next, never a mixture. `steps.jsonl` logs every step
-record; lines after the cursor belong to steps that will be done again.
+`step-00000120/` holds the master weights, the optimizers' moments and the cursor, all of one step:
+it is written under another name and renamed, so that a kill leaves the previous state or the next,
+never a mixture. `steps.jsonl` logs every step record; lines after the cursor belong to steps that
+will be done again. `state.json` holds SHA-256 sums of the tensors, of the log and of itself: a
+state whose bytes have changed is never used.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,70 +26,33 @@ from torch import Tensor, nn
 
 from excise.core.disk import disk_full
 from excise.core.errors import UserError
-from excise.train.optim import Optimizer
-from excise.train.slices import Slice
+from excise.train.optim import Group
 
-VERSION = 1
+VERSION = 2
 """Version of the layout."""
 
+TENSORS, FACTS, LOG = "state.safetensors", "state.json", "steps.jsonl"
 
-@dataclass
-class Group:
-    """Parameters, or slices of them, that are stepped together with an optimizer of their own.
+
+@dataclass(frozen=True)
+class State:
+    """What an intact state holds.
 
     Attributes:
-        name: Name of the group.
-        slices: Which parameters of the model, or which slices of them.
-        leaves: What the optimizer steps: the parameters, views of them, or float32 masters of
-            half ones.
-        optimizer: Its state.
-        lr: Learning rate before the schedule.
+        cursor: Steps done.
+        tensors: Weights, moments and buffers by name.
+        records: The records of those steps, as they were logged.
     """
 
-    name: str
-    slices: Sequence[Slice]
-    leaves: Sequence[Tensor]
-    optimizer: Optimizer
-    lr: float
-
-    @property
-    def params(self) -> list[nn.Parameter]:
-        """The parameters of the model, whole, one for each leaf."""
-        return [one.param for one in self.slices]
-
-    def mastered(self, i: int) -> bool:
-        """Return whether leaf `i` has memory of its own, in a wider dtype."""
-        return self.leaves[i].dtype != self.slices[i].param.dtype
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Round the masters into the model's parameters."""
-        for i, (one, leaf) in enumerate(zip(self.slices, self.leaves, strict=True)):
-            if self.mastered(i):
-                one.of(one.param).copy_(leaf)
-
-
-def identity(settings: str, groups: Sequence[Group]) -> dict[str, Any]:
-    """Return what must be equal for a state to belong to a run.
-
-    Args:
-        settings: Digest of the settings that decide the weights.
-        groups: The groups; names and shapes count.
-    """
-    shapes = {g.name: [one.shape for one in g.slices] for g in groups}
-    return {"version": VERSION, "settings": settings, "groups": shapes}
+    cursor: int
+    tensors: Mapping[str, Tensor]
+    records: Sequence[Mapping[str, Any]]
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers a model would save, such as running means."""
-    kept = set(model.state_dict().keys())
-    return {name: b for name, b in model.named_buffers() if name in kept}
-
-
-def _fsync(path: Path) -> None:
-    """Push a file to the disk."""
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
+    saved = set(model.state_dict().keys())
+    return {name: b for name, b in model.named_buffers() if name in saved}
 
 
 def save_state(
@@ -95,7 +60,8 @@ def save_state(
     cursor: int,
     groups: Sequence[Group],
     buffers: Mapping[str, Tensor],
-    who: Mapping[str, Any],
+    run_id: Mapping[str, Any],
+    log_sum: str,
     *,
     moments: bool = True,
 ) -> None:
@@ -106,30 +72,27 @@ def save_state(
         cursor: Steps done.
         groups: Weights and optimizers.
         buffers: Buffers of the model.
-        who: What `identity` gave.
-        moments: Whether to write the optimizers' moments, which a finished run needs no more.
+        run_id: What must be equal for a state to belong to a run, JSON-able.
+        log_sum: SHA-256 of the log's lines, as `Log.sync` gives it.
+        moments: Whether to write the optimizers' moments, which a finished run no longer needs.
 
     Raises:
-        UserError: If the disk is full.
+        DiskFull: If the disk is full.
     """
     final = folder / f"step-{cursor:08d}"
     tensors = {f"buffer/{name}": b for name, b in buffers.items()}
-    for g in groups:
-        tensors |= {f"weight/{g.name}/{i}": leaf for i, leaf in enumerate(g.leaves)}
+    for g, group in enumerate(groups):
+        tensors |= {f"weight/{g}/{i}": w for i, w in enumerate(group.master_weights)}
         if moments:
-            tensors |= {f"moment/{g.name}/{k}": t for k, t in g.optimizer.tensors().items()}
+            state = group.optimizer.state_dict()["state"]
+            for i, entries in state.items():
+                tensors |= {f"optimizer/{g}/{i}/{name}": t for name, t in entries.items()}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
-    state = {
-        **who,
-        "cursor": cursor,
-        "moments": moments,
-        "steps": {g.name: g.optimizer.steps for g in groups},
-    }
     temporary = folder / f".{final.name}.{os.getpid()}"
     try:
         with disk_full(folder, needed):
-            _write(temporary, tensors, state)
+            _write(temporary, tensors, {**run_id, "cursor": cursor, "log_sha256": log_sum})
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
@@ -141,117 +104,154 @@ def save_state(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(temporary: Path, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
+def _write(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write both files of a state and push them to the disk."""
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        save_file(tensors, temporary / "state.safetensors")
+        save_file(tensors, folder / TENSORS)
     except SafetensorError as error:
         if "No space left" in str(error):
             raise OSError(errno.ENOSPC, str(error)) from None
         raise
-    (temporary / "state.json").write_text(json.dumps(state, sort_keys=True) + "\n")
-    for name in ("state.safetensors", "state.json"):
-        _fsync(temporary / name)
+    facts |= {"version": VERSION, "tensors_sha256": _sum_of(folder / TENSORS)}
+    facts["sha256"] = _sum_of_facts(facts)
+    (folder / FACTS).write_text(json.dumps(facts, sort_keys=True) + "\n")
+    for name in (TENSORS, FACTS):
+        _fsync(folder / name)
 
 
 def load_state(
-    folder: Path, groups: Sequence[Group], buffers: Mapping[str, Tensor], who: Mapping[str, Any]
-) -> int:
-    """Put the newest whole state back into model and optimizers.
+    folder: Path, run_id: Mapping[str, Any], note: Callable[[str], None]
+) -> State | None:
+    """Return the newest intact state of a run.
 
     Args:
         folder: State folder; need not exist.
-        groups: Groups as `save_state` saw them, freshly made.
-        buffers: Buffers of the model.
-        who: What `identity` gives for this run.
+        run_id: As `save_state` was given it.
+        note: Told in a sentence of every state that is damaged and therefore not used.
 
     Returns:
-        Steps done: 0 when there is no state, or none that can be read.
+        The state, or None when there is none that can be used.
 
     Raises:
         UserError: If the folder holds the state of another run.
     """
-    if not folder.is_dir():
-        return 0
+    damaged: list[str] = []
+    state = None
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            state = json.loads((path / "state.json").read_text())
-            tensors = load_file(path / "state.safetensors")
-        except (OSError, ValueError, SafetensorError):
-            continue  # cut short by a power failure: an older state, or the start, serves
-        if {key: state.get(key) for key in who} != dict(who):
-            raise UserError(
-                f"{path} holds the state of a training run with other settings; "
-                "restore them or remove the folder"
-            )
-        _restore(groups, buffers, tensors, state)
-        return int(state["cursor"])
-    return 0
+            state = _read(path, folder / LOG, run_id)
+            break
+        except _Damaged as damage:
+            damaged.append(f"the training state {path} is not used, because {damage}")
+    follows = f"resumes after step {state.cursor}" if state else "starts over"
+    for text in damaged:
+        note(f"{text}; training {follows}")
+    return state
+
+
+class _Damaged(Exception):
+    """A state's bytes are not those that were written; the text says which."""
+
+
+def _read(path: Path, log: Path, run_id: Mapping[str, Any]) -> State:
+    """Read a state and the log that belongs to it, and check them against their sums."""
+    try:
+        facts = json.loads((path / FACTS).read_text())
+        checksum, version = facts.pop("sha256", ""), facts.get("version")
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise _Damaged(f"its {FACTS} cannot be read") from None
+    if checksum != _sum_of_facts(facts) or version != VERSION:
+        raise _Damaged(f"its {FACTS} was changed, or written by another version")
+    if {key: facts.get(key) for key in run_id} != json.loads(json.dumps(run_id)):
+        raise UserError(
+            f"{path} holds the state of a training run with other settings; restore them or "
+            "remove the folder"
+        )
+    lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
+    lines = lines[: facts["cursor"]]
+    if hashlib.sha256(b"".join(lines)).hexdigest() != facts["log_sha256"]:
+        raise _Damaged(f"{log.name} beside it lacks steps or was changed")
+    try:
+        if _sum_of(path / TENSORS) != facts["tensors_sha256"]:
+            raise _Damaged(f"its {TENSORS} was changed")
+        tensors = load_file(path / TENSORS)
+    except OSError:
+        raise _Damaged(f"its {TENSORS} cannot be read") from None
+    return State(facts["cursor"], tensors, [json.loads(line) for line in lines])
 
 
 @torch.no_grad()
-def _restore(
-    groups: Sequence[Group],
-    buffers: Mapping[str, Tensor],
-    tensors: dict[str, Tensor],
-    state: Mapping[str, Any],
-) -> None:
-    """Copy tensors into leaves, buffers and optimizers."""
+def restore(groups: Sequence[Group], buffers: Mapping[str, Tensor], state: State) -> None:
+    """Copy a state into master weights, optimizers, model and buffers.
+
+    Args:
+        groups: Groups as `save_state` saw them, freshly made.
+        buffers: Buffers of the model.
+        state: The state.
+    """
     for name, buffer in buffers.items():
-        buffer.copy_(tensors[f"buffer/{name}"])
-    for g in groups:
-        for i, leaf in enumerate(g.leaves):
-            leaf.copy_(tensors[f"weight/{g.name}/{i}"])
-        prefix = f"moment/{g.name}/"
-        mine = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        g.optimizer.restore(mine, state["steps"][g.name])
-        g.publish()
+        buffer.copy_(state.tensors[f"buffer/{name}"])
+    for g, group in enumerate(groups):
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state.tensors.items():
+            if name.startswith(f"optimizer/{g}/"):
+                _, _, number, key = name.split("/")
+                moments.setdefault(int(number), {})[key] = tensor
+        for i, weight in enumerate(group.master_weights):
+            weight.copy_(state.tensors[f"weight/{g}/{i}"])
+        settings = group.optimizer.state_dict()["param_groups"]
+        group.optimizer.load_state_dict({"state": moments, "param_groups": settings})
+        group.copy_to_model()
 
 
 class Log:
-    """Append-only log of step records; without a folder it keeps nothing.
+    """Append-only log of step records; without a folder it keeps nothing."""
 
-    Attributes:
-        path: The file, or None.
-    """
+    def __init__(self, folder: Path | None, records: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Start `folder / "steps.jsonl"` with the records of steps done, dropping all others."""
+        self._path = None if folder is None else folder / LOG
+        self._sum = hashlib.sha256()
+        text = "".join(map(self._line, records))
+        if self._path is not None and self._path.is_file():
+            temporary = self._path.with_name(f".steps.{os.getpid()}")
+            temporary.write_text(text)
+            temporary.replace(self._path)
 
-    def __init__(self, folder: Path | None) -> None:
-        """Keep the log in `folder / "steps.jsonl"`."""
-        self.path = None if folder is None else folder / "steps.jsonl"
+    def _line(self, record: Mapping[str, Any]) -> str:
+        """Return a record as a line, and count it into the sum."""
+        line = json.dumps(record) + "\n"
+        self._sum.update(line.encode())
+        return line
 
-    def replay(self, cursor: int) -> list[dict[str, Any]] | None:
-        """Return the records of the first `cursor` steps and drop later lines.
-
-        Returns:
-            The records, or None when the log is not whole, so that the run must start over.
-        """
-        if self.path is None:
-            return []
-        rows: list[dict[str, Any]] = []
-        lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
-        for line in lines[:cursor]:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        if len(rows) < cursor or any(row.get("step") != i for i, row in enumerate(rows)):
-            return None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".steps.{os.getpid()}")
-        temporary.write_bytes(b"".join(line + b"\n" for line in lines[:cursor]))
-        temporary.replace(self.path)
-        return rows
-
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, Any]) -> None:
         """Write one record."""
-        if self.path is not None:
-            with disk_full(self.path), self.path.open("a") as f:
-                f.write(json.dumps(row) + "\n")
+        if self._path is not None:
+            with disk_full(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a") as f:
+                    f.write(self._line(record))
 
-    def sync(self) -> None:
-        """Push the log to the disk."""
-        if self.path is not None and self.path.is_file():
-            _fsync(self.path)
+    def sync(self) -> str:
+        """Push the log to the disk; return the SHA-256 of its lines."""
+        if self._path is not None and self._path.is_file():
+            _fsync(self._path)
+        return self._sum.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    """Push a file to the disk."""
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+
+
+def _sum_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sum_of_facts(facts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the facts of a state."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -37,7 +37,7 @@ def settle() -> None:
 
 
 def unsettle() -> None:
-    """Count denormals again, in a process that goes on with other work."""
+    """Count denormals again, in a process that continues with other work."""
     import torch
 
     torch.set_flush_denormal(False)
@@ -49,7 +49,7 @@ def peak_bytes() -> int:
 
 
 def release() -> int:
-    """Give memory that a finished job held back to the system, where it was much.
+    """Return the memory of a finished job to the system, where it was much.
 
     The allocator keeps it otherwise, and another worker's job would find too little.
 
@@ -106,9 +106,9 @@ def work(pipe: connection.Connection, path: list[str]) -> None:
         try:
             _adopt_main(main)
             function, job = pickle.loads(data)
-            done = function(job)
-            held = release()
-            answer = pickle.dumps(("done", done, peak_bytes(), held))
+            result = function(job)
+            resident = release()
+            answer = pickle.dumps(("done", result, peak_bytes(), resident))
         except Exception as error:
             answer = _wrap(error)
             release()

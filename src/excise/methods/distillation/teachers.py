@@ -24,7 +24,7 @@ from excise.methods.distillation.targets import Piece
 from excise.methods.distillation.teacher_cache import TeacherCache
 from excise.models.head import Head, final_hidden, head_of
 from excise.train.vocab import Fixed, HiddenTarget, Label, Mixture, Target, Uniform
-from excise.train.vocab_targets import log_probs
+from excise.train.vocab.targets import log_probs
 
 CHUNK = 1 << 24
 """Probabilities held at once at most."""

@@ -32,8 +32,8 @@ from excise.methods.pretraining.pretrain import (
 from excise.methods.tuning import Progress, run_fit, state_dir, stream
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA, adapted
+from excise.train.distributed import barrier
 from excise.train.fit import fit
-from excise.train.reduce import agree
 
 
 class FilterLoRA(Method):
@@ -137,7 +137,7 @@ class FilterLoRA(Method):
             folder = ctx.work / "adapters" / name
             if ctx.rank == 0:
                 _save(live, folder)
-            agree(True, ctx)
+            barrier(ctx)
         facts = {
             "rows": len(rows),
             "steps": schedule.steps,

@@ -3,7 +3,7 @@
 A target belongs to all N rows of the hidden states it is used with; a loss asks for a few rows at
 a time, so that no more than a chunk of [rows, vocabulary] is ever held.
 
-Shape legend: N rows (tokens), n rows of one chunk, D hidden size, V vocabulary, K kept tokens.
+Shape legend: N rows (tokens), n rows of one chunk, D hidden size, V vocabulary, K listed tokens.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class TopK:
         vocab: Size of the teacher's vocabulary.
         temperature: Temperature the probabilities are of.
         tail_N: Probability of all other tokens together; None takes what is left, which for
-            very sure teachers is rounding alone.
+            very confident teachers is rounding alone.
     """
 
     ids_NK: Int[Tensor, "N K"]
@@ -97,16 +97,16 @@ class TopK:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Tokens drawn from a teacher, with how often each was drawn.
+    """Tokens sampled from a teacher, with how often each was sampled.
 
-    The loss is the cross-entropy to the draws: its gradient is that of the forward KL on average,
+    The loss is the cross-entropy to the samples: its gradient is that of the forward KL on average,
     its value larger by the teacher's entropy.
 
     Attributes:
         ids_NK: Token ids, each once in a row; entries with count 0 are padding.
-        count_NK: How often each was drawn.
+        count_NK: How often each was sampled.
         vocab: Size of the teacher's vocabulary.
-        temperature: Temperature they were drawn at.
+        temperature: Temperature they were sampled at.
 
     Source:
         Random sampling knowledge distillation, arXiv 2503.16870.
@@ -148,12 +148,12 @@ def check(target: Target, rows: int, vocab: int, direction: Direction, temperatu
         UserError: If the vocabularies, the numbers of rows or the temperatures differ, or there
             is no such divergence.
     """
-    own, length = _sizes(target, vocab)
+    teacher_vocab, length = _sizes(target, vocab)
     what = type(target).__name__
-    if own != vocab:
+    if teacher_vocab != vocab:
         raise UserError(
-            f"the teacher ({what}) has a vocabulary of {own} tokens and the student one of "
-            f"{vocab}; take a teacher with the student's tokenizer"
+            f"the teacher ({what}) has a vocabulary of {teacher_vocab} tokens and the student one "
+            f"of {vocab}; take a teacher with the student's tokenizer"
         )
     if length is not None and length != rows:
         raise UserError(
@@ -167,8 +167,8 @@ def check(target: Target, rows: int, vocab: int, direction: Direction, temperatu
             f"at {temperature:g}; make the cache again at that temperature"
         )
     if direction == "reverse" and isinstance(target, Fixed | Dense):
-        held = target.prob_V == 0 if isinstance(target, Fixed) else target.logits_NV.isneginf()
-        if bool(held.any()):
+        zero = target.prob_V == 0 if isinstance(target, Fixed) else target.logits_NV.isneginf()
+        if bool(zero.any()):
             raise UserError(
                 f"the target ({what}) gives some tokens no probability, so that its reverse KL is "
                 "infinite; smooth it"
@@ -194,8 +194,8 @@ def _sizes(target: Target, vocab: int) -> tuple[int, int | None]:
             return head.vocab, len(hidden_ND)
         case Dense(logits_NV):
             return logits_NV.shape[1], len(logits_NV)
-        case TopK(ids_NK, vocab=own) | Sampled(ids_NK, vocab=own):
-            return own, len(ids_NK)
+        case TopK(ids_NK, vocab=teacher_vocab) | Sampled(ids_NK, vocab=teacher_vocab):
+            return teacher_vocab, len(ids_NK)
         case Mixture(share_NM=share_NM):
             return vocab, len(share_NM)
         case Uniform():
@@ -261,7 +261,7 @@ def log_probs(
 def spread(
     target: TopK, rows_n: Int[Tensor, " n"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "n K"], Float[Tensor, " n"]]:
-    """Return the kept logarithms, and the probability of every single token that is not kept."""
+    """Return the listed logarithms, and the probability of each token that is not listed."""
     logp_nK = target.logp_NK[rows_n].to(dtype)
     others = target.vocab - logp_nK.shape[1]
     if target.tail_N is None:
@@ -273,7 +273,7 @@ def spread(
 
 
 def shares(target: Sampled, rows_n: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n K"]:
-    """Return which share of a row's draws fell on each of its tokens."""
+    """Return which share of a row's samples fell on each of its tokens."""
     count_nK = target.count_NK[rows_n].to(dtype)
     return count_nK / count_nK.sum(-1, keepdim=True)
 

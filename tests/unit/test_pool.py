@@ -16,7 +16,7 @@ import torch
 
 from excise.core.errors import Diverged, UserError
 from excise.core.events import emit
-from excise.train import pool as grid
+from excise.train import pool as pool_module
 from excise.train.pool import Pool, visible_cores
 
 
@@ -264,7 +264,7 @@ def test_a_worker_that_still_holds_much_is_replaced(monkeypatch: pytest.MonkeyPa
     with Pool(2, preload=("torch",)) as pool:
         one = pool.map(_hold, [10])[0]
         assert pool.map(_hold, [10])[0] == one
-        monkeypatch.setattr(grid, "KEPT", 1)
+        monkeypatch.setattr(pool_module, "REUSED_BELOW", 1)
         pool.map(_hold, [10])
         monkeypatch.undo()
         assert pool.map(_hold, [10])[0] != one

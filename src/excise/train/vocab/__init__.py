@@ -7,11 +7,12 @@ like those of `excise.losses` and equals them in value and gradient; rows that t
 dropped before the head. Gradients have no gradients of their own.
 
 Shape legend: B rows, T tokens of a row, N = B * T tokens, n tokens of a chunk, D hidden size,
-V vocabulary.
+V vocabulary, K tokens that a target lists.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from excise.core.errors import UserError
 from excise.losses import Scored, Summed, predicting
-from excise.models.head import Head, final_hidden, head_of
-from excise.train.vocab_form import form
-from excise.train.vocab_liger import liger_nll
-from excise.train.vocab_targets import (
+from excise.models.head import Head
+from excise.train.vocab.liger import liger_nll
+from excise.train.vocab.targets import (
     Dense,
     Direction,
     Fixed,
@@ -39,7 +39,10 @@ from excise.train.vocab_targets import (
     Uniform,
     as_kinds,
     check,
+    log_probs,
     raw_logits,
+    shares,
+    spread,
     usable,
 )
 
@@ -49,7 +52,6 @@ __all__ = [
     "Dense",
     "Direction",
     "Fixed",
-    "Head",
     "HiddenTarget",
     "Label",
     "Mixture",
@@ -62,8 +64,6 @@ __all__ = [
     "chunked_nll",
     "chunked_splice",
     "chunked_uniform",
-    "final_hidden",
-    "head_of",
     "next_tokens",
 ]
 
@@ -126,9 +126,9 @@ def chunked_nll(
     """
     kinds_N = torch.zeros_like(target_N, dtype=torch.long)
     if engine == "auto" and len(target_N) == len(hidden_ND):
-        done = liger_nll(hidden_ND, head, target_N)
-        if done is not None:
-            return done
+        fused = liger_nll(hidden_ND, head, target_N)
+        if fused is not None:
+            return fused
     return chunked_splice(hidden_ND, head, kinds_N, [Label(target_N)], chunk_bytes=chunk_bytes)
 
 
@@ -225,13 +225,13 @@ def chunked_splice(
         check(target, rows, vocab, direction, temperature)
         picked_N, fit_N = kinds_N == i, usable(target)
         parts.append((target, (picked_N if fit_N is None else picked_N & fit_N).nonzero()[:, 0]))
-    given = (hidden_ND, head.weight_VD, head.bias_V)
-    dh, dw, db = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in given)
+    inputs = (hidden_ND, head.weight_VD, head.bias_V)
+    dh, dw, db = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
     wide = _wide(torch.promote_types(hidden_ND.dtype, head.weight_VD.dtype))
     chunk = max(1, chunk_bytes // (BUFFERS * vocab * wide.itemsize))
     cap, scale = head.softcap, head.scale
     plan = _Plan(tuple(parts), direction, temperature, cap, scale, chunk, (dh, dw, db))
-    total: Tensor = _Formed.apply(hidden_ND, head.weight_VD, head.bias_V, plan)
+    total: Tensor = _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, plan)
     return total, float(sum(len(r) for _, r in parts))
 
 
@@ -247,33 +247,33 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Formed(torch.autograd.Function):
-    """A sum whose gradients are formed with it."""
+class _FusedLoss(torch.autograd.Function):
+    """A summed loss whose gradients are formed in the forward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, plan: _Plan
     ) -> Tensor:
-        """Return the sum; keep gradients of hidden states, weight and bias."""
+        """Return the sum and save the gradients of hidden states, weight and bias."""
         wide = _wide(torch.promote_types(hidden_ND.dtype, weight_VD.dtype))
         head = Head(weight_VD.detach(), bias_V, plan.softcap, plan.scale)
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
-        like: tuple[Tensor | None, ...] = (hidden_ND, weight_VD, bias_V)
-        made = [
+        inputs: tuple[Tensor | None, ...] = (hidden_ND, weight_VD, bias_V)
+        grads = [
             torch.zeros_like(t, dtype=wide) if need and t is not None else None
-            for t, need in zip(like, plan.grad, strict=True)
+            for t, need in zip(inputs, plan.grad, strict=True)
         ]
         for target, rows_N in plan.parts:
             for rows_n in rows_N.split(plan.rows):
-                total += _chunk(target, rows_n, hidden_ND, head, plan, made)
-        ctx.save_for_backward(*made)
-        ctx.dtypes = [None if t is None else t.dtype for t in like]
+                total += _chunk(target, rows_n, hidden_ND, head, plan, grads)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *out: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the kept gradients times that of the sum."""
+        """Return the gradients of the forward pass times that of the sum."""
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return (*(None if g is None else (g * out[0]).to(dtype) for g, dtype in pairs), None)
 
@@ -284,27 +284,28 @@ def _chunk(
     hidden_ND: Tensor,
     head: Head,
     plan: _Plan,
-    made: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
 ) -> Tensor:
     """Return the summed loss of a chunk of rows and add up what it gives to the gradients."""
     wide = _wide(torch.promote_types(hidden_ND.dtype, head.weight_VD.dtype))
     hidden_nD = hidden_ND[rows_n]
     z_nV = raw_logits(head, hidden_nD).to(wide)
-    bent_nV = None
+    tanh_nV = None
     if plan.softcap is not None:
-        bent_nV = z_nV.div_(plan.softcap).tanh_()
-        z_nV = bent_nV * plan.softcap
+        tanh_nV = z_nV.div_(plan.softcap).tanh_()
+        z_nV = tanh_nV * plan.softcap
     logp_nV = (z_nV.div_(plan.temperature) if plan.temperature != 1 else z_nV).log_softmax(-1)
     del z_nV
-    total: Tensor = form(target, rows_n, logp_nV, plan.direction, plan.temperature).sum()
+    loss_n = _loss_into_gradient(target, rows_n, logp_nV, plan.direction, plan.temperature)
+    total: Tensor = loss_n.sum()
     if not any(plan.grad):
         return total
     grad_nV = logp_nV
-    if bent_nV is not None:  # d cap tanh(z / cap) / dz = 1 - tanh(z / cap)^2
-        grad_nV.mul_(bent_nV.square_().neg_().add_(1))
+    if tanh_nV is not None:  # d cap tanh(z / cap) / dz = 1 - tanh(z / cap)^2
+        grad_nV.mul_(tanh_nV.square_().neg_().add_(1))
     if plan.scale != plan.temperature:
         grad_nV.mul_(plan.scale / plan.temperature)
-    dh_ND, dw_VD, db_V = made
+    dh_ND, dw_VD, db_V = grads
     if dh_ND is not None:
         dh_ND[rows_n] = (grad_nV.to(head.weight_VD.dtype) @ head.weight_VD).to(wide)
     if dw_VD is not None:
@@ -312,3 +313,78 @@ def _chunk(
     if db_V is not None:
         db_V += grad_nV.sum(0)
     return total
+
+
+def _loss_into_gradient(
+    target: Target,
+    rows_n: Int[Tensor, " n"],
+    logp_nV: Float[Tensor, "n V"],
+    direction: Direction,
+    temperature: float,
+) -> Float[Tensor, " n"]:
+    """Return the loss of some rows and turn the student's `logp_nV` into its gradient in place.
+
+    Args:
+        target: What the rows are taught.
+        rows_n: Which rows.
+        logp_nV: Log-probabilities of the student at the temperature; afterwards the gradient of
+            each row's loss in the student's logits divided by the temperature.
+        direction: Of the divergence.
+        temperature: Of both distributions.
+
+    Returns:
+        `loss_n`, nats.
+    """
+    if direction == "reverse":
+        return _reverse(target, rows_n, logp_nV, temperature)
+    vocab = logp_nV.shape[1]
+    match target:
+        case Label(ids_N):
+            ids_n1 = ids_N[rows_n, None]
+            loss_n = -logp_nV.gather(1, ids_n1).squeeze(1)
+            logp_nV.exp_().scatter_add_(1, ids_n1, -torch.ones_like(loss_n)[:, None])
+        case Uniform():
+            loss_n = -logp_nV.mean(-1) - math.log(vocab)
+            logp_nV.exp_().sub_(1 / vocab)
+        case Fixed(prob_V):
+            log_V = (prob_V.to(logp_nV.dtype).log() / temperature).log_softmax(-1)
+            p_V = log_V.exp()
+            loss_n = torch.xlogy(p_V, p_V).sum() - logp_nV @ p_V
+            logp_nV.exp_().sub_(p_V)
+        case Sampled(ids_NK):
+            ids_nK, share_nK = ids_NK[rows_n].long(), shares(target, rows_n, logp_nV.dtype)
+            loss_n = -(share_nK * logp_nV.gather(1, ids_nK)).sum(-1)
+            logp_nV.exp_().scatter_add_(1, ids_nK, -share_nK)
+        case TopK(ids_NK):
+            loss_n = _top_k(target, ids_NK[rows_n].long(), rows_n, logp_nV)
+        case _:
+            logt_nV = log_probs(target, rows_n, logp_nV, temperature)
+            p_nV = logt_nV.exp()
+            loss_n = torch.einsum("nv,nv->n", p_nV, logt_nV.sub_(logp_nV))
+            logp_nV.exp_().sub_(p_nV)
+    return loss_n
+
+
+def _top_k(
+    target: TopK, ids_nK: Tensor, rows_n: Tensor, logp_nV: Float[Tensor, "n V"]
+) -> Float[Tensor, " n"]:
+    """Return the forward KL to kept tokens and an even tail, without a second [n, V]."""
+    logt_nK, tail_n = spread(target, rows_n, logp_nV.dtype)
+    p_nK = logt_nK.exp()
+    student_nK = logp_nV.gather(1, ids_nK)
+    others = logp_nV.shape[1] - ids_nK.shape[1]
+    rest_n = others * torch.xlogy(tail_n, tail_n) - tail_n * (logp_nV.sum(-1) - student_nK.sum(-1))
+    loss_n = (p_nK * (logt_nK - student_nK)).sum(-1) + rest_n
+    logp_nV.exp_().sub_(tail_n[:, None]).scatter_add_(1, ids_nK, tail_n[:, None] - p_nK)
+    return loss_n
+
+
+def _reverse(
+    target: Target, rows_n: Tensor, logp_nV: Float[Tensor, "n V"], temperature: float
+) -> Float[Tensor, " n"]:
+    """Return KL(student || target); the gradient is q (log q/p - loss)."""
+    ratio_nV = log_probs(target, rows_n, logp_nV, temperature).neg_().add_(logp_nV)
+    logp_nV.exp_()
+    loss_n = torch.einsum("nv,nv->n", logp_nV, ratio_nV)
+    logp_nV.mul_(ratio_nV.sub_(loss_n[:, None]))
+    return loss_n

@@ -6,7 +6,8 @@ Values are summed in order of rank, so that every process computes the same numb
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -54,13 +55,13 @@ def gather(value: Any, ctx: Context) -> list[Any]:
     ]
 
 
-def agree(value: bool, ctx: Context) -> bool:
-    """Return process 0's `value` in every process; also a meeting point of all of them."""
-    return bool(gather(bool(value), ctx)[0])
+def barrier(ctx: Context) -> None:
+    """Wait until every process is here."""
+    gather(None, ctx)
 
 
-def add_up(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Sum dictionaries of numbers by name, keeping the order in which names first appear."""
+def sum_dicts(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Sum mappings of numbers by name, in the order in which names first appear."""
     total: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():
@@ -68,56 +69,37 @@ def add_up(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     return total
 
 
-def sum_gradients(
-    grads: Sequence[Tensor | None], leaves: Sequence[Tensor], ctx: Context
-) -> list[Tensor | None]:
-    """Return gradients summed over processes, in flat buckets.
+def sum_gradients(tensors: Sequence[Tensor], ctx: Context) -> None:
+    """Sum the gradients of tensors over processes, in flat buckets.
+
+    A tensor that has no gradient in any process gets none; one that has none here gets that of
+    the others.
 
     Args:
-        grads: One gradient per tensor, or None where this process has none.
-        leaves: The tensors, for shapes.
+        tensors: The tensors, in the same order in every process.
         ctx: Which processes.
-
-    Returns:
-        The sums; None where no process has a gradient.
     """
-    if ctx.world == 1 or not leaves:
-        return list(grads)
-    present = torch.tensor([g is not None for g in grads], dtype=torch.uint8, device=ctx.device)
+    if ctx.world == 1 or not tensors:
+        return
+    present = torch.tensor(
+        [t.grad is not None for t in tensors], dtype=torch.uint8, device=ctx.device
+    )
     dist.all_reduce(present, op=dist.ReduceOp.MAX)
-    summed: list[Tensor | None] = [None] * len(grads)
-    bucket: list[int] = []
-    entries = 0
-    chosen = [i for i, flag in enumerate(present.tolist()) if flag]
-    for at, i in enumerate(chosen):
-        bucket.append(i)
-        entries += leaves[i].numel()
-        following = chosen[at + 1] if at + 1 < len(chosen) else None
-        if (
-            following is None
-            or leaves[following].dtype != leaves[i].dtype
-            or entries + leaves[following].numel() > BUCKET
-        ):
-            _sum_bucket(bucket, grads, leaves, summed)
-            bucket, entries = [], 0
-    return summed
+    chosen = [t for t, flag in zip(tensors, present.tolist(), strict=True) if flag]
+    for _, alike in groupby(chosen, key=lambda t: t.dtype):
+        bucket: list[Tensor] = []
+        for tensor in alike:
+            if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+                _sum_bucket(bucket)
+                bucket = []
+            bucket.append(tensor)
+        _sum_bucket(bucket)
 
 
-def _sum_bucket(
-    bucket: Sequence[int],
-    grads: Sequence[Tensor | None],
-    leaves: Sequence[Tensor],
-    summed: list[Tensor | None],
-) -> None:
-    """All-reduce the gradients numbered in `bucket` as one flat tensor."""
-    parts = []
-    for i in bucket:
-        grad = grads[i]
-        parts.append(torch.zeros_like(leaves[i]).flatten() if grad is None else grad.flatten())
-    flat = torch.cat(parts)
+def _sum_bucket(bucket: Sequence[Tensor]) -> None:
+    """All-reduce the gradients of a few tensors as one flat tensor."""
+    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in bucket]
+    flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
-    at = 0
-    for i in bucket:
-        size = leaves[i].numel()
-        summed[i] = flat[at : at + size].view_as(leaves[i])
-        at += size
+    for tensor, grad in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        tensor.grad = grad.view_as(tensor)

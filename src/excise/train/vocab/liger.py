@@ -3,7 +3,7 @@
 Only the fused linear cross-entropy is used. Its divergences between two models know no soft cap
 and in some releases hold a float32 [tokens, vocabulary] buffer, which is what the chunks are for.
 
-Shape legend: N rows (tokens), D hidden size, V vocabulary.
+Shape legend: N rows (tokens), n rows that are scored, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def _function() -> Any:
         )
     except (ImportError, RuntimeError):  # no Triton, or one that does not know this GPU
         return None
-    known = inspect.signature(LigerFusedLinearCrossEntropyFunction.forward).parameters
+    arguments = inspect.signature(LigerFusedLinearCrossEntropyFunction.forward).parameters
     # Releases without it add weight gradients up in half precision.
-    return LigerFusedLinearCrossEntropyFunction if "accum_dtype" in known else None
+    return LigerFusedLinearCrossEntropyFunction if "accum_dtype" in arguments else None
 
 
 def _call(function: Any, hidden_ND: Tensor, head: Head, target_N: Tensor) -> Tensor:
     """Return liger's sum, by the names its arguments have; weights add up in float32."""
-    given: dict[str, Any] = {
+    ours: dict[str, Any] = {
         "_input": hidden_ND,
         "weight": head.weight_VD,
         "target": target_N.masked_fill(target_N < 0, -100),
@@ -73,8 +73,8 @@ def _call(function: Any, hidden_ND: Tensor, head: Head, target_N: Tensor) -> Ten
         "reduction": "sum",
         "accum_dtype": torch.float32,
     }
-    known = list(inspect.signature(function.forward).parameters.values())[1:]  # without ctx
-    values = [given.get(p.name, None if p.default is p.empty else p.default) for p in known]
+    arguments = list(inspect.signature(function.forward).parameters.values())[1:]  # without ctx
+    values = [ours.get(p.name, None if p.default is p.empty else p.default) for p in arguments]
     out = function.apply(*values)
     total: Tensor = out[0] if isinstance(out, tuple) else out
     return total
@@ -83,11 +83,10 @@ def _call(function: Any, hidden_ND: Tensor, head: Head, target_N: Tensor) -> Ten
 @functools.cache
 def _agrees(dtype: torch.dtype, device: torch.device, bias: bool) -> bool:
     """Return whether this release of liger gives the plain value and gradients on a small case."""
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def tensor(*shape: int) -> Tensor:
-        made = torch.randn(shape, generator=draw).to(device, dtype)
-        return made.requires_grad_()
+        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
     hidden_ND, weight_VD = tensor(9, 16), tensor(37, 16)
     head = Head(weight_VD, tensor(37) if bias else None)
@@ -96,16 +95,17 @@ def _agrees(dtype: torch.dtype, device: torch.device, bias: bool) -> bool:
         head.logits(hidden_ND).float(), target_N.masked_fill(target_N < 0, -100), reduction="sum"
     )
     leaves = [t for t in (hidden_ND, weight_VD, head.bias_V) if t is not None]
-    wanted = torch.autograd.grad(plain, leaves)
-    theirs = _call(_function(), hidden_ND, head, target_N)
-    got = torch.autograd.grad(theirs, leaves)
+    plain_grads = torch.autograd.grad(plain, leaves)
+    fused = _call(_function(), hidden_ND, head, target_N)
+    fused_grads = torch.autograd.grad(fused, leaves)
     near = 1e-4 if dtype == torch.float32 else 3e-2
 
     def same(a: Tensor, b: Tensor) -> bool:
         a, b = a.detach().float(), b.detach().float()
         return bool((a - b).abs().max() <= near * (b.abs().max() + 1e-6))
 
-    return same(theirs, plain) and all(same(a, b) for a, b in zip(got, wanted, strict=True))
+    pairs = zip(fused_grads, plain_grads, strict=True)
+    return same(fused, plain) and all(same(a, b) for a, b in pairs)
 
 
 def liger_nll(
@@ -126,8 +126,8 @@ def liger_nll(
         return None
     if not _agrees(hidden_ND.dtype, hidden_ND.device, head.bias_V is not None):
         return None
-    kept_N = (target_N >= 0).nonzero()[:, 0]
-    if not len(kept_N):
+    scored_n = (target_N >= 0).nonzero()[:, 0]
+    if not len(scored_n):
         return None
-    total = _call(_function(), hidden_ND[kept_N], head, target_N[kept_N])
-    return total.float(), float(len(kept_N))
+    total = _call(_function(), hidden_ND[scored_n], head, target_N[scored_n])
+    return total.float(), float(len(scored_n))

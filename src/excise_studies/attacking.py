@@ -13,7 +13,7 @@ from pydantic import Field
 
 from excise.auditor.base import Budget, Subject
 from excise.auditor.budget import budget_of
-from excise.auditor.scoring import make_sheet
+from excise.auditor.scoring import evaluation_set
 from excise.auditor.tuning import Part, train
 from excise.core.config import Config
 from excise.core.stages import Store
@@ -130,19 +130,23 @@ def make_attack(job: AttackJob) -> dict[str, Any]:
         # Dev rows are read beside V at every step, and told apart by their units.
         dev = {f"dev.{name}": rows for name, rows in job.domain.dev_forget.items()}
         both = replace(job.domain, test={**job.domain.test, **dev}, _fingerprint=[])
-        sheet = make_sheet(both, job.budget, job.model.tokenizer())
+        evaluation = evaluation_set(both, job.budget, job.model.tokenizer())
         rows = tuple(row for rows in job.domain.relearn.values() for row in rows)
         part = Part("full", job.rate, job.seed)
-        done = train(part, Subject("candidate", job.model), sheet, ctx, rows=rows, benign_share=0.5)
+        done = train(
+            part, Subject("candidate", job.model), evaluation, ctx, rows=rows, benign_share=0.5
+        )
         asked = {row.unit for rows in dev.values() for row in rows}
-        scored = [known(reading.units, sheet.metric) for reading in done.readings]
+        scored = [known(reading.units, evaluation.metric) for reading in done.measurements]
         kept = job.domain.retain_metrics[0]
         found = {
-            "steps": [reading.examples // job.budget.batch_size for reading in done.readings],
+            "steps": [reading.examples // job.budget.batch_size for reading in done.measurements],
             "v": [{u: x for u, x in units.items() if u not in asked} for units in scored],
             "dev": [{u: x for u, x in units.items() if u in asked} for units in scored],
-            "t": [known(reading.trained, sheet.trained_metric) for reading in done.readings],
-            "retain": [known(reading.retain, kept) for reading in done.readings],
+            "t": [
+                known(reading.trained, evaluation.trained_metric) for reading in done.measurements
+            ],
+            "retain": [known(reading.retain, kept) for reading in done.measurements],
         }
         write_text(work / "attack.json", json.dumps(found))
 

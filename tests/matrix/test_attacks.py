@@ -14,14 +14,15 @@ import torch
 
 from excise.auditor.attacks import ATTACKS
 from excise.auditor.attacks.transfer import Transfer
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.base import Access, Attack, AttackResult, Budget, Subject, VariantResult
 from excise.auditor.budget import SMOKE
 from excise.auditor.results import decided
-from excise.auditor.scoring import arm_of, make_sheet, read
+from excise.auditor.scoring import evaluation_set, read, variant_of
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import edit
+from excise.record import Level
 from excise.testing import Setting, check_attack, tiny_setting
 
 
@@ -42,21 +43,23 @@ class Sharper(Attack):
     factor: float = -1000.0
 
     access: ClassVar[Access] = "weights"
-    rung: ClassVar[Rung] = "D3"
+    level: ClassVar[Level] = "D3"
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         model = subject.checkpoint.load()
-        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
-        bare = read(model, sheet)
+        evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
+        bare = read(model, evaluation)
         with edit(model, {"model.norm": lambda hidden_BTD: hidden_BTD * self.factor}):
-            after = read(model, sheet, examples=1, tokens=1)
-            dev = sheet.units(model, sheet.all_dev)
-        arm = arm_of(self, subject, sheet.metric, variant="only", readings=(bare, after), dev=dev)
-        arms, chosen = decided([self.twist(arm)], higher=sheet.higher)
-        return AttackResult(self.name, subject.name, arms, chosen)
+            after = read(model, evaluation, examples=1, tokens=1)
+            dev = evaluation.units(model, evaluation.all_dev)
+        variant = variant_of(
+            self, subject, evaluation.metric, variant="only", measurements=(bare, after), dev=dev
+        )
+        variants, chosen = decided([self.twist(variant)], higher=evaluation.higher)
+        return AttackResult(self.name, subject.name, variants, chosen)
 
-    def twist(self, arm: ArmResult) -> ArmResult:
-        return arm
+    def twist(self, variant: VariantResult) -> VariantResult:
+        return variant
 
 
 def test_an_attack_of_ones_own_passes_in_the_default_setting() -> None:
@@ -73,8 +76,8 @@ def test_the_default_setting_knows_what_it_says() -> None:
     made = tiny_setting()
     scores = []
     for checkpoint in (made.knowing, made.never_taught, *made.locked):
-        sheet = make_sheet(made.domain, SMOKE, checkpoint.tokenizer())
-        reading = read(checkpoint.load(), sheet)
+        evaluation = evaluation_set(made.domain, SMOKE, checkpoint.tokenizer())
+        reading = read(checkpoint.load(), evaluation)
         scores.append((sum(reading.units.values()) / len(reading.units), reading.retain))
     assert scores[0][0] > 0.9
     assert scores[1][0] < 0.3
@@ -92,7 +95,7 @@ class Useless(Sharper):
 class Cheat(Sharper):
     """Trains on what is scored."""
 
-    rung: ClassVar[Rung] = "D4"
+    level: ClassVar[Level] = "D4"
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         peeking = replace(domain, relearn=domain.test)
@@ -103,8 +106,8 @@ class Cheat(Sharper):
 class Unseeded(Sharper):
     """Draws from the global random state."""
 
-    def twist(self, arm: ArmResult) -> ArmResult:
-        return replace(arm, dev_score=float(torch.rand(())))
+    def twist(self, variant: VariantResult) -> VariantResult:
+        return replace(variant, dev_score=float(torch.rand(())))
 
 
 class Hooked(Sharper):
@@ -133,29 +136,31 @@ class Writes(Sharper):
 class Refund(Sharper):
     """Says that it cost less in the end."""
 
-    def twist(self, arm: ArmResult) -> ArmResult:
-        curve = (*arm.arm.curve, arm.arm.curve[-1].model_copy(update={"tokens": 0}))
-        units = (*arm.unit_scores, arm.unit_scores[-1])
-        return replace(arm, arm=arm.arm.model_copy(update={"curve": curve}), unit_scores=units)
+    def twist(self, variant: VariantResult) -> VariantResult:
+        curve = (*variant.entry.curve, variant.entry.curve[-1].model_copy(update={"tokens": 0}))
+        units = (*variant.unit_scores, variant.unit_scores[-1])
+        return replace(
+            variant, entry=variant.entry.model_copy(update={"curve": curve}), unit_scores=units
+        )
 
 
 class Dear(Sharper):
     """Starts at a cost."""
 
-    def twist(self, arm: ArmResult) -> ArmResult:
+    def twist(self, variant: VariantResult) -> VariantResult:
         return replace(
-            arm,
-            arm=arm.arm.model_copy(update={"curve": arm.arm.curve[1:]}),
-            unit_scores=arm.unit_scores[1:],
+            variant,
+            entry=variant.entry.model_copy(update={"curve": variant.entry.curve[1:]}),
+            unit_scores=variant.unit_scores[1:],
         )
 
 
 class Rounded(Sharper):
     """Reports a score that is not the mean of its units."""
 
-    def twist(self, arm: ArmResult) -> ArmResult:
-        curve = tuple(p.model_copy(update={"score": p.score / 2}) for p in arm.arm.curve)
-        return replace(arm, arm=arm.arm.model_copy(update={"curve": curve}))
+    def twist(self, variant: VariantResult) -> VariantResult:
+        curve = tuple(p.model_copy(update={"score": p.score / 2}) for p in variant.entry.curve)
+        return replace(variant, entry=variant.entry.model_copy(update={"curve": curve}))
 
 
 class DecidesByControl(Sharper):
@@ -163,15 +168,18 @@ class DecidesByControl(Sharper):
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         made = super().run(subject, domain, budget, ctx)
-        arm = made.arms[0]
-        return replace(made, arms=(replace(arm, arm=arm.arm.model_copy(update={"control": True})),))
+        variant = made.variants[0]
+        return replace(
+            made,
+            variants=(replace(variant, entry=variant.entry.model_copy(update={"control": True})),),
+        )
 
 
 class Silent(Sharper):
     """Fails without saying why."""
 
-    def twist(self, arm: ArmResult) -> ArmResult:
-        return replace(arm, arm=arm.arm.model_copy(update={"status": "failed"}))
+    def twist(self, variant: VariantResult) -> VariantResult:
+        return replace(variant, entry=variant.entry.model_copy(update={"status": "failed"}))
 
 
 @pytest.mark.parametrize(

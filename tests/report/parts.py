@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from typing import Literal
 
-from excise.record import AttackArm, CurvePoint, ModelRef, RungResult, Score, Verdict
+from excise.record import AttackVariant, CurvePoint, LevelResult, ModelRef, Score, Verdict
 
-RUNGS: tuple[tuple[Literal["D0", "D1", "D2", "D3", "D4", "D5"], str], ...] = (
+LEVELS: tuple[tuple[Literal["D0", "D1", "D2", "D3", "D4", "D5"], str], ...] = (
     ("D0", "the behaviour is gone"),
     ("D1", "holds against prompts"),
     ("D2", "holds against reading and clearing activations"),
@@ -104,30 +104,30 @@ def point(score: float, tokens: int = 0) -> CurvePoint:
     )
 
 
-def one(subject: str, name: str, rung: str, arm: str, start: float, end: float) -> AttackArm:
+def one(subject: str, name: str, level: str, arm: str, start: float, end: float) -> AttackVariant:
     """Return an attack of two points that ran and decides."""
     access: dict[str, Literal["prompt", "activations", "weights"]]
     access = {"D1": "prompt", "D2": "activations", "D3": "weights"}
-    return AttackArm(
+    return AttackVariant(
         name=name,
         subject=subject,
-        access=access[rung],
-        rung=rung,
-        arm=arm,
+        access=access[level],
+        level=level,
+        variant=arm,
         metric="exact_match",
         scored_on="test.facts",
         decisive=True,
-        curve=(point(start), point(end, 96 if rung == "D1" else 0)),
+        curve=(point(start), point(end, 96 if level == "D1" else 0)),
     )
 
 
-def unusual(subject: str, start: float) -> list[AttackArm]:
+def unusual(subject: str, start: float) -> list[AttackVariant]:
     """Return controls, an attack that was not run and one without power."""
     random = one(subject, "direction", "D2", "random", start, start)
     result = [
         random.model_copy(
             update={
-                "arm": f"random-{i}",
+                "variant": f"random-{i}",
                 "control": True,
                 "decisive": False,
                 "curve": (point(start), point(start + 0.015 * i)),
@@ -137,35 +137,38 @@ def unusual(subject: str, start: float) -> list[AttackArm]:
     ]
     lens = one(subject, "lens", "D2", "", start, start)
     missing = {"status": "missing", "reason": "not part of the smoke budget", "curve": ()}
-    void = {"status": "void", "reason": "the planted model was not recovered within the budget"}
+    invalid = {
+        "status": "invalid",
+        "reason": "the planted model was not recovered within the budget",
+    }
     prefix = one(subject, "prefix_fill", "D1", "k=8", start, start)
     return [
         *result,
         lens.model_copy(update={**missing, "decisive": False}),
-        prefix.model_copy(update={**void, "decisive": False}),
+        prefix.model_copy(update={**invalid, "decisive": False}),
     ]
 
 
-def attacks(subject: str, start: float, relearned: float) -> list[AttackArm]:
+def attacks(subject: str, start: float, relearned: float) -> list[AttackVariant]:
     """Return every attack of the smoke budget on one model."""
-    rail = subject in ("original", "planted") or subject.startswith("oracle")
+    reference = subject in ("original", "positive-control") or subject.startswith("oracle")
     result = [
         one(subject, "few_shot", "D1", "k=4", start, start + 0.02),
         one(subject, "direction", "D2", "matched", start, min(0.98, start + 0.21)),
         one(subject, "quantize", "D3", "int4", start, start + 0.01),
     ]
-    result += [] if rail else unusual(subject, start)
+    result += [] if reference else unusual(subject, start)
     for variant, scale in (("full", 1.0), ("lora", 0.8)):
         for lr in (3e-4, 1e-3, 3e-3):
             chosen = lr == 1e-3
             end = start + (relearned - start) * scale * (1.0 if chosen else 0.6)
             result.append(
-                AttackArm(
+                AttackVariant(
                     name="relearn",
                     subject=subject,
                     access="weights",
-                    rung="D4",
-                    arm=variant,
+                    level="D4",
+                    variant=variant,
                     trained_on="relearn.facts",
                     scored_on="test.facts",
                     metric="exact_match",
@@ -189,9 +192,9 @@ def verdict(arm: str, start: float, end: float) -> Verdict:
         "pass" if passed else "fail",
         "pass" if passed else "untested",
     )
-    rungs = tuple(
-        RungResult(
-            rung=code,
+    levels = tuple(
+        LevelResult(
+            level=code,
             words=text,
             status=state,
             against="oracle" if state != "untested" else "nothing",
@@ -208,17 +211,17 @@ def verdict(arm: str, start: float, end: float) -> Verdict:
             ),
             reason="inside the margin" if state == "pass" else "the interval leaves the margin",
         )
-        for index, ((code, text), state) in enumerate(zip(RUNGS, states, strict=True))
+        for index, ((code, text), state) in enumerate(zip(LEVELS, states, strict=True))
     )
     back = (end - start) / (0.97 - start)
     return Verdict(
-        arm=arm,
+        model=arm,
         sentence=(
             f"After 8,192 tokens of relearning on other facts, {100 * back:.0f} % of what {arm} "
             f"removed came back; an oracle under the same attack reaches 2 %."
         ),
         budget="smoke",
-        rungs=rungs,
+        levels=levels,
         highest="D5" if passed else "D0",
         recovery=back,
         recovery_tokens=8192,

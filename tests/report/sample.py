@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.report.parts import ARMS, attacks, digest, model, scores, verdict
 
-from excise.record import ArmRecord, Environment, Record, Sample
+from excise.record import Environment, MethodRun, Record, Sample
 
 HOSTILE = "<script>alert('x')</script>&\"'`|\x1b[31m\u202e</script><img src=http://evil.example/>"
 
@@ -16,7 +16,7 @@ def full(names: tuple[str, ...] = ("filtering", "rmu"), oracles: int = 3) -> Rec
     """Return the record of a complete run."""
     rails = [model("original"), *(model(f"oracle-{i}") for i in range(oracles))]
     every = scores("original", 0.97, 0.99, 0.98)
-    hits = attacks("original", 0.97, 0.98) + attacks("planted", 0.05, 0.9)
+    hits = attacks("original", 0.97, 0.98) + attacks("positive-control", 0.05, 0.9)
     for index in range(oracles):
         every += scores(f"oracle-{index}", 0.03 + 0.01 * index, 0.99, 0.97)
         hits += attacks(f"oracle-{index}", 0.03 + 0.01 * index, 0.05 + 0.01 * index)
@@ -48,7 +48,7 @@ def full(names: tuple[str, ...] = ("filtering", "rmu"), oracles: int = 3) -> Rec
             "notes": ["3 near-duplicates were merged before the split."],
         },
         models=tuple(rails),
-        arms=tuple(arm(n) for n in names),
+        method_runs=tuple(arm(n) for n in names),
         scores=tuple(every),
         attacks=tuple(hits),
         verdicts=tuple(verdict(n, ARMS[n][0], ARMS[n][1]) for n in names),
@@ -59,9 +59,9 @@ def full(names: tuple[str, ...] = ("filtering", "rmu"), oracles: int = 3) -> Rec
     )
 
 
-def arm(name: str) -> ArmRecord:
+def arm(name: str) -> MethodRun:
     """Return one removal."""
-    return ArmRecord(
+    return MethodRun(
         name=name,
         method={"name": name, "lr": 1e-3, "steps": 100, "layers": [1, 2, 3], "alpha": 100.0},
         model=model(name),
@@ -113,17 +113,17 @@ def no_oracle() -> Record:
         for a in record.attacks
     ]
     found = record.verdicts[0]
-    rungs = tuple(
+    levels = tuple(
         r.model_copy(update={"gap": None, "low": None, "high": None, "against": "controls"})
-        for r in found.rungs
+        for r in found.levels
     )
-    update: dict[str, Any] = {"rungs": rungs, "null": None, "residual_bits": None, "highest": ""}
+    update: dict[str, Any] = {"levels": levels, "null": None, "residual_bits": None, "highest": ""}
     return record.model_copy(
         update={
             "kind": "audit",
             "title": "Audit of a model of unknown making",
             "attacks": tuple(hits),
-            "arms": (),
+            "method_runs": (),
             "verdicts": (found.model_copy(update=update),),
             "data": {**record.data, "exposure": "unknown", "claim": "capability"},
         }
@@ -137,7 +137,7 @@ def sensitive() -> Record:
     return record.model_copy(update={"sensitive": True, "samples": (secret,)})
 
 
-FIXED = ("status", "rung", "against", "access", "direction", "kind")
+FIXED = ("status", "level", "against", "access", "direction", "kind")
 FREE = ("extras", "facts", "method", "config", "data", "outputs", "versions", "cost")
 
 

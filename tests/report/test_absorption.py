@@ -11,7 +11,7 @@ import pytest
 from tests.report.pages import read
 from tests.report.sample import arm, full
 
-from excise.record import ArmRecord, Record, Study, StudyRow, StudyTable
+from excise.record import MethodRun, Record, StudyRecord, StudyRow, StudyTable
 from excise.report import absorption
 from excise.report.page import render_html
 
@@ -22,14 +22,14 @@ TOLD = {
 }
 
 
-def routed(told: Any) -> ArmRecord:
-    made: ArmRecord = arm("rmu").model_copy(update={"extras": {"absorption": told}})
+def routed(told: Any) -> MethodRun:
+    made: MethodRun = arm("rmu").model_copy(update={"extras": {"absorption": told}})
     return made
 
 
 def study(rows: tuple[StudyRow, ...]) -> Record:
     table = StudyTable(title="Absorption", note="", rows=rows)
-    found = Study(
+    found = StudyRecord(
         name="s", question="q", statistic="d", margin=0.1, tuned_on=(0,), decision="none",
         paragraph="p", tables=(table,),
     )  # fmt: skip
@@ -57,7 +57,7 @@ def test_nonsense_is_left_out(told: Any) -> None:
 
 def test_the_page_shows_it_once_and_escapes_names() -> None:
     told = {"retain": {"share": {"<b>": 1.0}}}
-    record = full().model_copy(update={"arms": (routed(told),)})
+    record = full().model_copy(update={"method_runs": (routed(told),)})
     html = render_html(record)
     read(html)
     assert "What rows write into: rmu" in html
@@ -66,8 +66,8 @@ def test_the_page_shows_it_once_and_escapes_names() -> None:
 
 def test_a_study_shows_its_table_of_absorption() -> None:
     rows = (
-        StudyRow(arm="sgtm", metric="labelled rows into modules", value=0.8, n=3),
-        StudyRow(arm="sgtm", metric="loss of labelled rows, before", value=2.0, n=3),
+        StudyRow(condition="sgtm", metric="labelled rows into modules", value=0.8, n=3),
+        StudyRow(condition="sgtm", metric="loss of labelled rows, before", value=2.0, n=3),
     )
     found = absorption.of_study(study(rows))
     assert found is not None
@@ -79,8 +79,8 @@ def test_a_study_shows_its_table_of_absorption() -> None:
 
 def test_many_bars_say_how_many_are_drawn_and_long_words_do_not_meet() -> None:
     rows = tuple(
-        StudyRow(arm=f"an arm with a long name {i} [50 %]", metric=f"{kind} rows into modules",
-                 value=0.3, n=3)
+        StudyRow(condition=f"a long name of a condition {i} [50 %]", value=0.3, n=3,
+                 metric=f"{kind} rows into modules")
         for i in range(20) for kind in ("retain", "labelled")
     )  # fmt: skip
     found = absorption.of_study(study(rows))

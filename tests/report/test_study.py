@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.report.pages import read
 from tests.report.sample import HOSTILE, full
 
-from excise.record import Record, Study, StudyPicture, StudyPictureRow, StudyRow, StudyTable
+from excise.record import Record, StudyPicture, StudyPictureRow, StudyRecord, StudyRow, StudyTable
 from excise.report.page import render_html
 from excise.report.terminal import render_terminal
 
@@ -19,9 +19,11 @@ from excise.report.terminal import render_terminal
 def study(text: str = "plain") -> Record:
     """Return the record of a study whose every text holds `text`."""
     rows = (
-        StudyRow(arm=f"cleared {text}", metric="exact match", value=0.5, low=0.4, high=0.6, n=9),
-        StudyRow(arm=f"cleared {text}", seed=1, metric="exact match", value=0.25, n=3),
-        StudyRow(arm="original", metric=f"loss {text}", value=None),
+        StudyRow(
+            condition=f"cleared {text}", metric="exact match", value=0.5, low=0.4, high=0.6, n=9
+        ),
+        StudyRow(condition=f"cleared {text}", seed=1, metric="exact match", value=0.25, n=3),
+        StudyRow(condition="original", metric=f"loss {text}", value=None),
     )
     tables = tuple(StudyTable(title=f"{t} {text}", note=text, rows=rows) for t in ("One", "Two"))
     picture = StudyPicture(
@@ -31,7 +33,7 @@ def study(text: str = "plain") -> Record:
         columns=(f"zero {text}", "one"),
         rows=(StudyPictureRow(name=f"whole {text}", images=("0990", "5005"), values=(0.25,)),),
     )
-    found = Study(
+    found = StudyRecord(
         name="name",
         question=f"Why {text}?",
         statistic=f"What decides {text}",

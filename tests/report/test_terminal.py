@@ -42,8 +42,8 @@ def test_says_what_matters() -> None:
     assert text.index("84 % of what rmu removed") < text.index("Ladder") < text.index("Scores")
     assert "relearn full" in text
     assert "0.090 -> 0.830" in text
-    assert "void" in text
-    assert "* does not count: a lower rung did not pass" in " ".join(text.split())
+    assert "invalid" in text
+    assert "* does not count: a lower level did not pass" in " ".join(text.split())
     assert "report  out/facts/report.html" in text
     assert "next    excise audit out/facts --budget standard" in text
 

@@ -54,9 +54,9 @@ def test_plain_removes_what_rewrites_a_terminal() -> None:
 
 
 def test_a_rung_counts_only_above_passed_ones() -> None:
-    rungs = parts.verdict("rmu", 0.09, 0.83).rungs
-    assert [r.status for r in rungs][:4] == ["pass", "underpowered", "fail", "pass"]
-    assert words.counts(rungs) == (True, False, False, False, False, False)
+    levels = parts.verdict("rmu", 0.09, 0.83).levels
+    assert [r.status for r in levels][:4] == ["pass", "underpowered", "fail", "pass"]
+    assert words.counts(levels) == (True, False, False, False, False, False)
 
 
 def test_highest_is_in_words() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from excise.auditor.budget import SMOKE
 from excise.auditor.controls.gate import add_gate, best_detector, features
-from excise.auditor.scoring import make_sheet
+from excise.auditor.scoring import evaluation_set
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Row
@@ -57,7 +57,7 @@ def edited(folder: Path, name: str, change: Callable[[Any], object]) -> Checkpoi
 
 def look(folder: Path, other: Checkpoint, domain: Domain) -> tuple[Inspection, tuple[Sample, ...]]:
     return inspect_pair(
-        exact(folder), other, domain, Context(folder), arm="x", rows=64, max_length=16, samples=2
+        exact(folder), other, domain, Context(folder), name="x", rows=64, max_length=16, samples=2
     )
 
 
@@ -70,12 +70,18 @@ def gated(folder: Path) -> tuple[Checkpoint, int, torch.Tensor]:
     found: list[tuple[int, torch.Tensor]] = []
 
     def plant(model: Any) -> None:
-        sheet = make_sheet(domain, SMOKE, exact(folder).tokenizer())
+        evaluation = evaluation_set(domain, SMOKE, exact(folder).tokenizer())
         forget = domain.forget["tests"] + domain.relearn["tests"] + domain.dev_forget["tests"]
         retain = domain.retain + domain.dev_retain
-        on = [features(model, sheet, half, answering=True) for half in (forget[::2], forget[1::2])]
+        on = [
+            features(model, evaluation, half, answering=True)
+            for half in (forget[::2], forget[1::2])
+        ]
         off = [
-            [features(model, sheet, half, answering=due) for half in (retain[::2], retain[1::2])]
+            [
+                features(model, evaluation, half, answering=due)
+                for half in (retain[::2], retain[1::2])
+            ]
             for due in (True, False)
         ]
         block, v_F = best_detector(on, off)
@@ -247,7 +253,7 @@ def test_models_of_another_shape_and_broken_ones_are_refused(
     with pytest.raises(UserError, match="not of one architecture and shape"):
         inspect_pair(
             deeper, exact(folder), facts_domain, Context(folder),
-            arm="x", rows=8, max_length=16, samples=0,
+            name="x", rows=8, max_length=16, samples=0,
         )  # fmt: skip
 
     def overflow(model: Any) -> None:

@@ -11,18 +11,22 @@ from excise.core.config import Config
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
-from excise.record import AttackArm
+from excise.record import AttackVariant, Level
 
 Access = Literal["prompt", "logits", "activations", "weights"]
-Rung = Literal["D0", "D1", "D2", "D3", "D4", "D5"]
+
+ORIGINAL = "original"
+"""Name of the model before removal among the subjects."""
+POSITIVE_CONTROL = "positive-control"
+"""Name of the positive control among the subjects: a model that only hides what it knows."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under attack. The audit runs one procedure on the candidate and on every rail.
+    """A model under attack. The audit runs one procedure on candidates and reference models.
 
     Attributes:
-        name: `candidate`, `original`, `oracle-0` ..., or `planted` (a positive control).
+        name: `candidate`, `original`, `oracle-0` ..., or `positive-control`.
         checkpoint: Its weights.
         original: The model before removal, for attacks that hold it; None when unknown.
     """
@@ -36,19 +40,19 @@ class Budget(Config):
     """How hard the attacker tries. Named budgets live in `audit/budget.py`."""
 
     name: Literal["smoke", "standard", "strong"] = "smoke"
-    """Which rung of effort this is; the report names it."""
+    """Which effort this is; the report names it."""
     attacks: tuple[str, ...] = ()
     """Names of the attacks that are required at this budget."""
     steps: int = 16
-    """Optimizer steps of a relearning arm."""
+    """Optimizer steps of a relearning."""
     batch_size: int = 32
-    """Rows per step of a relearning arm, half of them benign."""
+    """Rows per step of a relearning, half of them benign."""
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """Learning rates tried; the one used is chosen on `dev`, averaged over seeds."""
     lora_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    """The same for LoRA arms."""
+    """The same for LoRA."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of each arm."""
+    """Seeds of each variant."""
     benign_rates: tuple[float, ...] = ()
     """Learning rates of benign fine-tuning; empty for `rates`."""
     fresh: bool = False
@@ -71,21 +75,21 @@ class Budget(Config):
     max_length: int = 128
     """Tokens per row."""
     margin: float = 0.1
-    """Equivalence margin as a share of the distance between the rails."""
+    """Equivalence margin as a share of the distance between original and oracle."""
 
 
 @dataclass(frozen=True)
-class ArmResult:
-    """One arm of an attack: the record's row plus what the statistics need.
+class VariantResult:
+    """One variant of an attack: the record's entry plus what the statistics need.
 
     Attributes:
-        arm: What goes into the record.
+        entry: What goes into the record.
         unit_scores: For every checkpoint of the curve, score by unit on V, same order as
-            `arm.curve`; units are the keys.
+            `entry.curve`; units are the keys.
         dev_score: Score on `dev_forget` at the end, by which rates are chosen.
     """
 
-    arm: AttackArm
+    entry: AttackVariant
     unit_scores: tuple[Mapping[str, float], ...]
     dev_score: float = float("nan")
     extras: Mapping[str, Any] = field(default_factory=dict)
@@ -98,14 +102,14 @@ class AttackResult:
     Attributes:
         attack: Name of the attack.
         subject: Name of the subject.
-        arms: Every arm that was run.
-        chosen: Indices into `arms` of those that decide (one per seed, at the chosen rate).
+        variants: Every variant that was run.
+        chosen: Indices into `variants` of those that decide (one per seed, at the chosen rate).
         seconds: Wall-clock time.
     """
 
     attack: str
     subject: str
-    arms: tuple[ArmResult, ...]
+    variants: tuple[VariantResult, ...]
     chosen: tuple[int, ...]
     seconds: float = 0.0
 
@@ -114,13 +118,13 @@ class Attack(Config, ABC):
     """A way to bring a removed capability back.
 
     Subclasses declare `name: Literal["..."] = "..."` and their settings, and implement `run`,
-    which does the same to any subject: candidate, original, oracle or planted control. `light`
+    which does the same to any subject: candidate, original, oracle or positive control. `light`
     says that it holds neither gradients nor optimizer states and may run beside one that does.
     """
 
     kind: ClassVar[str] = "attack"
     access: ClassVar[Access]
-    rung: ClassVar[Rung]
+    level: ClassVar[Level]
     needs_original: ClassVar[bool] = False
     light: ClassVar[bool] = False
     source: ClassVar[str] = ""
@@ -138,5 +142,5 @@ class Attack(Config, ABC):
             ctx: Seed, device, dtype and the folder to work in.
 
         Returns:
-            Every arm with its curve and scores by unit.
+            Every variant with its curve and scores by unit.
         """

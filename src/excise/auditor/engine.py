@@ -1,8 +1,9 @@
 """The audit: every attack on every subject, each pair a stage of its own.
 
-A stage is keyed by the attack, the checkpoint's bytes, domain, budget and seed, so that rails are
-shared between arms and studies, equal weights are attacked once, and a killed audit goes on where
-it was. Trainings are cut further, one stage each, and two readings of one training share it.
+A stage is keyed by the attack, the checkpoint's bytes, domain, budget and seed, so that reference
+models are shared between variants and studies, equal weights are attacked once, and a killed audit
+goes on where it was. Trainings are cut further, one stage each, and two measurements of one
+training share it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from excise.auditor.attacks import ATTACKS
-from excise.auditor.base import ArmResult, Attack, AttackResult, Budget, Subject
+from excise.auditor.base import (
+    POSITIVE_CONTROL,
+    Attack,
+    AttackResult,
+    Budget,
+    Subject,
+    VariantResult,
+)
 from excise.auditor.budget import LARGE
 from excise.auditor.controls.control import Plant, plants_for
 from excise.auditor.controls.hide import PlantKind
@@ -27,14 +35,11 @@ from excise.core.errors import UserError, nearest
 from excise.core.stages import Store
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
-from excise.record import AttackArm
+from excise.record import AttackVariant
 from excise.train.pool import Pool
 
 Results = dict[tuple[str, str], AttackResult]
 """Results by attack and subject."""
-
-PLANTED = "planted"
-"""Name of the positive control among the subjects."""
 
 
 def chosen_attacks(budget: Budget, attacks: Sequence[Attack] = ()) -> tuple[Attack, ...]:
@@ -83,8 +88,8 @@ def attack_all(
         plant: Whether to build positive controls, which needs the original.
 
     Returns:
-        Results by attack and subject; the controls' subject is `planted`. What could not run is
-        there as an arm that says why.
+        Results by attack and subject; the controls' subject is `positive-control`. What could not
+        run is there as a variant that says why.
     """
     wanted = chosen_attacks(budget, attacks)
     pairs = [(attack, subject) for attack in wanted for subject in subjects]
@@ -96,21 +101,23 @@ def attack_all(
         for attack in wanted:
             found = plants.get(name_of(attack))
             if found is not None and found.hides and found.checkpoint is not None:
-                pairs.append((attack, Subject(PLANTED, found.checkpoint, original)))
+                pairs.append((attack, Subject(POSITIVE_CONTROL, found.checkpoint, original)))
     jobs = {pair: _jobs(*pair, domain, budget, ctx, store) for pair in pairs}
     reasons = _run(jobs, ctx, pool)
     results: Results = {}
     for attack, subject in pairs:
         result = _collect(jobs[attack, subject], attack, subject, budget, domain, reasons, store)
-        if subject.name == PLANTED:
+        if subject.name == POSITIVE_CONTROL:
             result = _with_plant(result, plants[name_of(attack)])
         results[name_of(attack), subject.name] = result
     for attack in wanted:
-        if plant and (name_of(attack), PLANTED) not in results:
+        if plant and (name_of(attack), POSITIVE_CONTROL) not in results:
             why = (
                 plants[name_of(attack)].reason if name_of(attack) in plants else _no_plant(original)
             )
-            results[name_of(attack), PLANTED] = _absent(attack, PLANTED, "missing", why)
+            results[name_of(attack), POSITIVE_CONTROL] = _absent(
+                attack, POSITIVE_CONTROL, "missing", why
+            )
     return results
 
 
@@ -160,7 +167,7 @@ def _jobs(
     if not isinstance(attack, Divisible):
         return (whole,)
     # Fresh units ask whether the budget teaches; models that people use answer that.
-    parts = [p for p in attack.parts(budget) if p.on != "fresh" or subject.name != PLANTED]
+    parts = [p for p in attack.parts(budget) if p.on != "fresh" or subject.name != POSITIVE_CONTROL]
     return tuple(replace(whole, part=part) for part in parts)
 
 
@@ -233,23 +240,26 @@ def _collect(
 
 def _absent(attack: Attack, subject: str, status: Any, reason: str) -> AttackResult:
     """Return a result without numbers that says why."""
-    arm = AttackArm(
+    entry = AttackVariant(
         name=name_of(attack),
         subject=subject,
         access=attack.access,
-        rung=attack.rung,
+        level=attack.level,
         needs_original=attack.needs_original,
         status=status,
         reason=reason,
     )
-    return AttackResult(name_of(attack), subject, (ArmResult(arm, ()),), ())
+    return AttackResult(name_of(attack), subject, (VariantResult(entry, ()),), ())
 
 
 def _with_plant(result: AttackResult, plant: Plant) -> AttackResult:
-    """Note in every arm which plant was attacked and how well it hides."""
-    facts = {"plant": plant.kind, "known": plant.before, "hidden": plant.after}
-    arms = tuple(
-        replace(arm, arm=arm.arm.model_copy(update={"facts": {**arm.arm.facts, **facts}}))
-        for arm in result.arms
+    """Note in every variant which plant was attacked and how well it hides."""
+    facts = {"positive_control": plant.kind, "known": plant.before, "hidden": plant.after}
+    variants = tuple(
+        replace(
+            variant,
+            entry=variant.entry.model_copy(update={"facts": {**variant.entry.facts, **facts}}),
+        )
+        for variant in result.variants
     )
-    return replace(result, arms=arms)
+    return replace(result, variants=variants)

@@ -51,7 +51,7 @@ class Divisible(Protocol):
     def read_parts(
         self, trained: Sequence[Trained], subject: Subject, budget: Budget, higher: bool
     ) -> AttackResult:
-        """Put the readings together."""
+        """Put the measurements together."""
         ...
 
 
@@ -146,7 +146,7 @@ def _surroundings(seed: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
 def run_job(job: Job) -> str:
     """Run a job as a stage, or find it done; returns why it failed, or nothing.
 
-    What a user can cause (a role without rows, a text without tokens) fails the arm and not the
+    What a user can cause (a role without rows, a text without tokens) fails the variant and not the
     audit; it is not stored, so that the next run tries again.
     """
 

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from excise.auditor.base import ArmResult, Attack, Budget, Subject
+from excise.auditor.base import Attack, Budget, Subject, VariantResult
 from excise.auditor.batching import Memo
 from excise.auditor.prompting import cut
 from excise.data.domain import Domain, Metric, Row, Rows
 from excise.evals.score import direction_of, measure
 from excise.evals.stats import bootstrap_mean
-from excise.record import AttackArm, CurvePoint
+from excise.record import AttackVariant, CurvePoint
 
 SAMPLES = 400
 """Bootstrap samples of a curve point; the statistics that decide draw their own."""
@@ -26,7 +26,7 @@ Units = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Sheet:
+class EvaluationSet:
     """The rows that are scored, cut to the budget.
 
     Attributes:
@@ -78,8 +78,8 @@ class Sheet:
         """Dev of all capabilities."""
         return tuple(row for rows in self.dev.values() for row in rows)
 
-    def longer(self, factor: int) -> Sheet:
-        """Return the sheet with room for prompts `factor` times as long."""
+    def longer(self, factor: int) -> EvaluationSet:
+        """Return the set with room for prompts `factor` times as long."""
         limit = getattr(self.tokenizer, "model_max_length", 0) or 0
         limit = limit if 0 < limit < 1 << 20 else 4096
         return replace(self, max_length=max(self.max_length, min(limit, self.max_length * factor)))
@@ -111,7 +111,7 @@ def more_is_known(domain: Domain) -> bool:
     return direction_of(domain.metrics[0]) == "higher"
 
 
-def make_sheet(domain: Domain, budget: Budget, tokenizer: Any) -> Sheet:
+def evaluation_set(domain: Domain, budget: Budget, tokenizer: Any) -> EvaluationSet:
     """Cut what is scored to the budget.
 
     Args:
@@ -120,7 +120,7 @@ def make_sheet(domain: Domain, budget: Budget, tokenizer: Any) -> Sheet:
         tokenizer: The subject's tokenizer.
 
     Returns:
-        The sheet; equal for all subjects of one audit.
+        The set; equal for all subjects of one audit.
     """
     share = max(1, budget.max_test_rows // max(len(domain.test), 1))
     other = max(1, budget.max_other_rows // max(len(domain.test), 1))
@@ -131,7 +131,7 @@ def make_sheet(domain: Domain, budget: Budget, tokenizer: Any) -> Sheet:
         half: tuple(row for row in domain.fresh if (row.unit in first) == half)
         for half in (True, False)
     }
-    return Sheet(
+    return EvaluationSet(
         domain=domain,
         budget=budget,
         tokenizer=Memo(tokenizer),
@@ -146,7 +146,7 @@ def make_sheet(domain: Domain, budget: Budget, tokenizer: Any) -> Sheet:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Measurement:
     """One checkpoint of a curve, with scores by unit.
 
     Attributes:
@@ -195,7 +195,7 @@ def interval(units: Mapping[str, float]) -> tuple[float, float, float]:
 
 def read(
     model: Any,
-    sheet: Sheet,
+    evaluation: EvaluationSet,
     *,
     test: Sequence[Row] | None = None,
     retain: Sequence[Row] | None = None,
@@ -204,12 +204,12 @@ def read(
     examples: int = 0,
     tokens: int = 0,
     flops: float = 0.0,
-) -> Reading:
+) -> Measurement:
     """Score V and retain.
 
     Args:
         model: The model, as attacked.
-        sheet: What to score.
+        evaluation: What to score.
         test: Rows in place of V, of the same units.
         retain: Rows in place of `retain_test`.
         trained: Rows of T to score too.
@@ -219,64 +219,64 @@ def read(
         flops: Cost so far, in operations.
 
     Returns:
-        The reading.
+        The measurement.
     """
-    return Reading(
-        units=sheet.units(model, sheet.all_test if test is None else test),
-        retain=sheet.retained(model, retain),
-        trained=sheet.units(model, trained, trained_metric),
+    return Measurement(
+        units=evaluation.units(model, evaluation.all_test if test is None else test),
+        retain=evaluation.retained(model, retain),
+        trained=evaluation.units(model, trained, trained_metric),
         examples=examples,
         tokens=tokens,
         flops=flops,
     )
 
 
-def arm_of(
+def variant_of(
     attack: Attack,
     subject: Subject,
     metric: str,
     *,
     variant: str,
-    readings: Sequence[Reading],
+    measurements: Sequence[Measurement],
     dev: Units,
     extras: Mapping[str, Any] | None = None,
     needs_original: bool = False,
     **row: Any,
-) -> ArmResult:
-    """Put an arm together.
+) -> VariantResult:
+    """Put the result of one variant together.
 
     Args:
         attack: The attack.
         subject: The model.
         metric: Metric of V.
-        variant: Name of the arm.
-        readings: Checkpoints, cheapest first; the first before the attack.
+        variant: Name of the variant.
+        measurements: Checkpoints, cheapest first; the first before the attack.
         dev: Dev score by unit at the end.
         extras: What the statistics need beside.
-        needs_original: Whether this arm holds the original.
-        **row: Further fields of the record's row: `control`, `trained_on`, `lr`, `seed`, `facts`,
+        needs_original: Whether this variant holds the original.
+        **row: Further fields of the record's entry: `control`, `trained_on`, `lr`, `seed`, `facts`,
             `status`, `reason`.
 
     Returns:
-        The arm; `extras["retain"]` and `["retain_start"]` hold the retain scores by unit.
+        The result; `extras["retain"]` and `["retain_start"]` hold the retain scores by unit.
     """
-    arm = AttackArm(
+    entry = AttackVariant(
         name=str(getattr(attack, "name", type(attack).__name__)),
         subject=subject.name,
         access=attack.access,
-        rung=attack.rung,
+        level=attack.level,
         needs_original=needs_original or attack.needs_original,
-        arm=variant,
+        variant=variant,
         scored_on="test",
         metric=metric,
-        curve=tuple(reading.point() for reading in readings),
+        curve=tuple(measurement.point() for measurement in measurements),
         **row,
     )
     value = mean(dev)
-    ends = {"retain": readings[-1].retain, "retain_start": readings[0].retain}
-    return ArmResult(
-        arm=arm,
-        unit_scores=tuple(reading.units for reading in readings),
+    ends = {"retain": measurements[-1].retain, "retain_start": measurements[0].retain}
+    return VariantResult(
+        entry=entry,
+        unit_scores=tuple(measurement.units for measurement in measurements),
         dev_score=math.nan if value is None else value,
         extras={**ends, **(extras or {})},
     )

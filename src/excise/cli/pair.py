@@ -57,10 +57,10 @@ def edited_models(folder: Path, made: Record, recipe: Mapping[str, Any]) -> dict
     """
     if made.kind == "audit":
         return dict(recipe["candidates"])
-    several = len(made.arms) > 1
+    several = len(made.method_runs) > 1
     return {
         arm.name: str(folder / "models" / arm.name if several else folder / "model")
-        for arm in made.arms
+        for arm in made.method_runs
     }
 
 

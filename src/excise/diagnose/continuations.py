@@ -11,7 +11,7 @@ from excise.record import Sample
 
 
 def side_by_side(
-    pair: Pair, rows: Sequence[Row], *, role: str, arm: str, max_new: int = 24
+    pair: Pair, rows: Sequence[Row], *, role: str, name: str, max_new: int = 24
 ) -> tuple[Sample, ...]:
     """Continue the same prompts greedily with both models.
 
@@ -19,7 +19,7 @@ def side_by_side(
         pair: The models.
         rows: A few rows; none gives no samples.
         role: Where they come from, `test` or `retain_test`.
-        arm: Name of the edited model.
+        name: Name of the edited model.
         max_new: New tokens at most.
 
     Returns:
@@ -32,6 +32,6 @@ def side_by_side(
         for model in (pair.original, pair.edited)
     ]
     return tuple(
-        Sample(set=role, prompt=prompt, expected=expected, outputs={"original": one, arm: two})
+        Sample(set=role, prompt=prompt, expected=expected, outputs={"original": one, name: two})
         for (prompt, expected, one), (_, _, two) in zip(*said, strict=True)
     )

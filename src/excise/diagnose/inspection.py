@@ -27,11 +27,11 @@ from excise.diagnose.updates import Moved, check_same_tensors, moved_tensors
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.record import (
-    BlockReading,
+    BlockChange,
     Inspection,
-    NoiseReading,
+    NoiseFit,
     Sample,
-    SpliceReading,
+    SpliceFit,
     Strip,
     TokenKL,
 )
@@ -79,7 +79,7 @@ def inspect_pair(
     domain: Domain,
     ctx: Context,
     *,
-    arm: str,
+    name: str,
     rows: int,
     max_length: int,
     samples: int,
@@ -91,7 +91,7 @@ def inspect_pair(
         edited: The model after it.
         domain: Forget and retain rows; texts are kept unless it is sensitive.
         ctx: Device and dtype.
-        arm: Name of the edited model.
+        name: Name of the edited model.
         rows: Rows of each side at most.
         max_length: Tokens per row.
         samples: Strips and continuations per side.
@@ -115,21 +115,21 @@ def inspect_pair(
         max_length,
     )
     shown = 0 if domain.sensitive else samples
-    found = _measured(pair, text, moved, arm, shown)
+    found = _measured(pair, text, moved, name, shown)
     ctx.emit("inspect", {"step": "continuations"})
     said: tuple[Sample, ...] = ()
     for role, side in (("test", text.forget), ("retain_test", text.retain)):
-        said += side_by_side(pair, [side[i] for i in picked(side, shown)], role=role, arm=arm)
+        said += side_by_side(pair, [side[i] for i in picked(side, shown)], role=role, name=name)
     found = found.model_copy(update={"conjecture": conjecture_of(found)})
     told = {"headline": headline(found), "summary": summarize(found)}
     return found.model_copy(update=told), said
 
 
-def _measured(pair: Pair, text: Text, moved: Sequence[Moved], arm: str, shown: int) -> Inspection:
+def _measured(pair: Pair, text: Text, moved: Sequence[Moved], name: str, shown: int) -> Inspection:
     """Return what activations, logits and tensors tell, without words for it."""
     junk, forget, retain = read_sides(pair, text)
     return Inspection(
-        arm=arm,
+        model=name,
         summary="",
         identical=not any(one.change for one in moved),
         conjecture="nothing changed",
@@ -170,7 +170,7 @@ def read_sides(pair: Pair, text: Text) -> tuple[Junk, Side, Side]:
 
 def block_reading(
     block: int, junk: Junk, forget: Side, retain: Side, weights: float
-) -> BlockReading:
+) -> BlockChange:
     """Return what happened to the residual stream after one block."""
     norm = {
         f"norm_{side}_{model}": mean_by_unit(one.by[model][block], one.unit_N, one.units)
@@ -188,7 +188,7 @@ def block_reading(
         return forget.by[name][block], retain.by[name][block]
 
     high_N, low_M = told("along")
-    return BlockReading(
+    return BlockChange(
         block=block,
         norm_forget_original=norm["norm_forget_original"],
         norm_forget_edited=norm["norm_forget_edited"],
@@ -238,13 +238,13 @@ def kl_reading(name: str, side: Side) -> TokenKL:
     )
 
 
-def splice_reading(forget: Side, retain: Side) -> SpliceReading:
+def splice_reading(forget: Side, retain: Side) -> SpliceFit:
     """Return how much of the edit "noise where harmful, the original elsewhere" explains."""
     kinds = []
     for name in forget.tally.kl_noise:
         weight, mixed = forget.tally.nearest(name)
         kinds.append(
-            NoiseReading.model_validate(
+            NoiseFit.model_validate(
                 {
                     "noise": name,
                     "kl_forget": forget.tally.kl_noise[name] / max(forget.tally.tokens, 1),
@@ -256,7 +256,7 @@ def splice_reading(forget: Side, retain: Side) -> SpliceReading:
                 }
             )
         )
-    return SpliceReading(
+    return SpliceFit(
         auc=auc_by_unit(forget.kl_N, forget, retain.kl_N, retain),
         auc_answers=auc_of(forget.kl_N[forget.answer_N], retain.kl_N[retain.answer_N]),
         kinds=tuple(kinds),

@@ -19,7 +19,7 @@ from excise.diagnose.activations import Chunk, norms
 from excise.diagnose.junk import Junk, along, rank
 from excise.diagnose.splice import Tally
 from excise.diagnose.token_kl import token_kl
-from excise.record import Measured
+from excise.record import Estimate
 
 Values = NDArray[np.float64]
 
@@ -125,7 +125,7 @@ def weights(units: int, seed: int) -> Float[NDArray[np.float64], "S U"]:
     return drawn.astype(np.float64)
 
 
-def mean_by_unit(value_N: Values, unit_N: NDArray[np.int64], units: int) -> Measured:
+def mean_by_unit(value_N: Values, unit_N: NDArray[np.int64], units: int) -> Estimate:
     """Return the mean over units of a number of tokens, with its interval.
 
     Args:
@@ -134,7 +134,7 @@ def mean_by_unit(value_N: Values, unit_N: NDArray[np.int64], units: int) -> Meas
         units: Number of units; those without a token are left out.
     """
     if not len(value_N):
-        return Measured(value=0.0, low=0.0, high=0.0)
+        return Estimate(value=0.0, low=0.0, high=0.0)
     count_U = np.bincount(unit_N, minlength=units)
     here_U = count_U > 0
     mean_U = np.bincount(unit_N, value_N, units)[here_U] / count_U[here_U]
@@ -142,13 +142,13 @@ def mean_by_unit(value_N: Values, unit_N: NDArray[np.int64], units: int) -> Meas
     return measured(float(mean_U.mean()), means_S)
 
 
-def measured(value: float, draws_S: Values) -> Measured:
+def measured(value: float, draws_S: Values) -> Estimate:
     """Return a value with the interval of its bootstrap draws."""
     low, high = np.quantile(draws_S, [0.025, 0.975])
-    return Measured(value=value, low=min(float(low), value), high=max(float(high), value))
+    return Estimate(value=value, low=min(float(low), value), high=max(float(high), value))
 
 
-def auc_by_unit(high_N: Values, forget: Side, low_M: Values, retain: Side) -> Measured:
+def auc_by_unit(high_N: Values, forget: Side, low_M: Values, retain: Side) -> Estimate:
     """Return how well a number tells forget tokens from retain tokens, with its interval.
 
     Args:

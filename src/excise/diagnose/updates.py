@@ -15,7 +15,7 @@ from torch import Tensor
 
 from excise.core.errors import UserError
 from excise.models.checkpoint import Checkpoint
-from excise.record import TensorReading
+from excise.record import TensorChange
 
 EXACT = 2048
 """Matrices whose smaller side is longer are taken apart by their largest singular values alone."""
@@ -34,7 +34,7 @@ class Moved:
         size: Squared Frobenius norm of the original.
     """
 
-    reading: TensorReading
+    reading: TensorChange
     change: float
     size: float
 
@@ -93,7 +93,7 @@ def compare(name: str, before: Tensor, after: Tensor) -> Moved:
     rank, count = (None, None)
     if far > 0 and change.ndim >= 2 and min(change.shape[-2:]) > 1:
         rank, count = spectrum(change.flatten(0, -2))
-    reading = TensorReading(
+    reading = TensorChange(
         name=name,
         shape=tuple(before.shape),
         relative=math.sqrt(far / size) if size > 0 else (1.0 if far > 0 else 0.0),

@@ -7,42 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
 from excise.core.errors import UserError
+from excise.record import Estimate as Estimate
 
 Array = NDArray[np.float64]
 
 SAMPLES = 2000
 """Bootstrap samples."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its interval.
-
-    Attributes:
-        value: Point estimate.
-        low: Lower end.
-        high: Upper end.
-        n: Number of independent units (or clusters) it rests on.
-        level: Coverage of the interval.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-    level: float = 0.95
-
-    @property
-    def half(self) -> float:
-        """Half the interval's width."""
-        return (self.high - self.low) / 2
 
 
 def _matrix(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from excise.record import ArmRecord, Record
+from excise.record import MethodRun, Record
 from excise.report import svg, words
 from excise.report.figures import Figure
 
@@ -44,7 +44,7 @@ class Bar:
     note: str = ""
 
 
-def of_arm(arm: ArmRecord, key: str) -> Figure | None:
+def of_arm(arm: MethodRun, key: str) -> Figure | None:
     """Return the picture of one routed removal, or None where the method told nothing."""
     held = arm.extras.get("absorption")
     if not isinstance(held, Mapping):
@@ -74,7 +74,7 @@ def of_study(record: Record) -> Figure | None:
         return None
     into = {f"{kind} rows into modules": text for kind, text in KINDS.items()}
     bars = [
-        Bar(f"{words.plain(row.arm)}: {into[row.metric]}",
+        Bar(f"{words.plain(row.condition)}: {into[row.metric]}",
             {"modules": row.value, "everything else": 1 - row.value}, f"{100 * row.value:.0f} %")
         for row in table.rows
         if row.metric in into and row.value is not None

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from excise.core.errors import UserError, nearest
-from excise.record import ArmRecord, AttackArm, Record, Verdict
+from excise.record import AttackVariant, MethodRun, Record, Verdict
 from excise.report import words
 from excise.report.limits import limits
 
@@ -39,8 +39,8 @@ def render_card(record: Record, arm: str, upstream_card: str | None = None) -> s
     names = words.arm_names(record)
     if arm not in names:
         raise UserError(f"the record has no arm '{arm}'; {nearest(arm, names)}")
-    made = next((a for a in record.arms if a.name == arm), None)
-    verdict = next((v for v in record.verdicts if v.arm == arm), None)
+    made = next((a for a in record.method_runs if a.name == arm), None)
+    verdict = next((v for v in record.verdicts if v.model == arm), None)
     source = next((m.source for m in record.models if m.name == "original"), "")
     parts = [
         front_matter(upstream_card, source),
@@ -132,12 +132,12 @@ def _opening(record: Record, verdict: Verdict | None, source: str) -> str:
     if verdict is None:
         return text + "\n**It was not attacked, so how much would come back is not known.**\n"
     lines = [text, f"**{_md(verdict.sentence)}**\n"]
-    lines += [f"Highest rung of the ladder that counts: {_md(words.highest(verdict))}.\n"]
+    lines += [f"Highest level of the ladder that counts: {_md(words.highest(verdict))}.\n"]
     lines += ["".join(f"- {_md(r)}\n" for r in (*verdict.reasons, *record.notes))]
     return "\n".join(line for line in lines if line)
 
 
-def _removed(record: Record, arm: ArmRecord | None) -> str:
+def _removed(record: Record, arm: MethodRun | None) -> str:
     data = record.data
     lines = ["## What was removed, and how\n"]
     facts: list[tuple[str, object]] = [("data", data.get("name", ""))]
@@ -154,7 +154,7 @@ def _removed(record: Record, arm: ArmRecord | None) -> str:
     return lines[0] + "\n" + "".join(lines[1:])
 
 
-def _audited(record: Record, arm: ArmRecord | None) -> str:
+def _audited(record: Record, arm: MethodRun | None) -> str:
     if arm is None:
         return ""
     audited = arm.model.fingerprint or words.MISSING
@@ -206,9 +206,9 @@ def _attacked(record: Record, arm: str) -> str:
     )
 
 
-def _attack_row(arm: AttackArm) -> tuple[object, ...]:
+def _attack_row(arm: AttackVariant) -> tuple[object, ...]:
     first, last = (arm.curve[0], arm.curve[-1]) if arm.curve else (None, None)
-    name = f"{arm.name} {arm.arm}".strip() + (" (control)" if arm.control else "")
+    name = f"{arm.name} {arm.variant}".strip() + (" (control)" if arm.control else "")
     status = words.STATUS[arm.status][1] + (f": {arm.reason}" if arm.reason else "")
     return (
         name,
@@ -223,19 +223,19 @@ def _attack_row(arm: AttackArm) -> tuple[object, ...]:
 
 
 def _ladder(verdict: Verdict | None) -> str:
-    if verdict is None or not verdict.rungs:
+    if verdict is None or not verdict.levels:
         return ""
     rows = [
         (
-            f"{words.rung_words(r.rung, verdict.rungs)} ({r.rung})",
+            f"{words.level_words(r.level, verdict.levels)} ({r.level})",
             words.STATUS[r.status][1]
             + ("" if solid or r.status != "pass" else ", but does not count: a lower one did not"),
             words.AGAINST[r.against],
             f"{words.number(r.gap)} {words.interval(r.low, r.high)}".strip(),
         )
-        for r, solid in zip(verdict.rungs, words.counts(verdict.rungs), strict=True)
+        for r, solid in zip(verdict.levels, words.counts(verdict.levels), strict=True)
     ]
-    header = ("Rung", "Result", "Read against", "Depth gap, 90 % interval")
+    header = ("Level", "Result", "Read against", "Depth gap, 90 % interval")
     return "## The ladder\n\n" + _rows(header, rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from excise.record import AttackArm, CurvePoint, Record
+from excise.record import AttackVariant, CurvePoint, Record
 from excise.report import svg, words
 from excise.report.figures import Figure
 
@@ -13,12 +13,12 @@ MIN_POINTS = 3
 """An attack with fewer checkpoints is a dot, not a curve."""
 
 
-def _chosen(arms: Sequence[AttackArm]) -> tuple[AttackArm, ...]:
+def _chosen(arms: Sequence[AttackVariant]) -> tuple[AttackVariant, ...]:
     ran = [a for a in arms if a.curve]
     return tuple([a for a in ran if a.decisive] or ran)
 
 
-def pooled(arms: Sequence[AttackArm]) -> tuple[CurvePoint, ...]:
+def pooled(arms: Sequence[AttackVariant]) -> tuple[CurvePoint, ...]:
     """Return the mean curve of several seeds or oracles; its band covers all their intervals.
 
     Checkpoints are matched by position; the shortest curve decides how many there are.
@@ -44,14 +44,14 @@ def pooled(arms: Sequence[AttackArm]) -> tuple[CurvePoint, ...]:
     return tuple(result)
 
 
-def _key(arm: AttackArm) -> tuple[str, str, str, str]:
-    return (arm.name, arm.arm, arm.scored_on, arm.metric)
+def _key(arm: AttackVariant) -> tuple[str, str, str, str]:
+    return (arm.name, arm.variant, arm.scored_on, arm.metric)
 
 
-def _curves(record: Record, arm: str) -> dict[tuple[str, str, str, str], list[AttackArm]]:
-    groups: dict[tuple[str, str, str, str], list[AttackArm]] = {}
+def _curves(record: Record, arm: str) -> dict[tuple[str, str, str, str], list[AttackVariant]]:
+    groups: dict[tuple[str, str, str, str], list[AttackVariant]] = {}
     for attack in words.attacks_on(record, arm):
-        if not attack.control and attack.status in ("ok", "void"):
+        if not attack.control and attack.status in ("ok", "invalid"):
             groups.setdefault(_key(attack), []).append(attack)
     return groups
 
@@ -76,7 +76,7 @@ def relearn_figures(record: Record, arm: str, key: str) -> tuple[Figure, ...]:
                         if _key(a) == group and words.role(a.subject) == role and not a.control
                     ]
                 )
-                for role in ("original", "oracle", "planted")
+                for role in ("original", "oracle", "positive")
             }
             mine = words.attacks_on(record, arm)
             controls = [
@@ -90,11 +90,11 @@ def relearn_figures(record: Record, arm: str, key: str) -> tuple[Figure, ...]:
 def _relearn_figure(
     record: Record,
     key: str,
-    chosen: tuple[AttackArm, ...],
-    rivals: dict[str, tuple[AttackArm, ...]],
+    chosen: tuple[AttackVariant, ...],
+    rivals: dict[str, tuple[AttackVariant, ...]],
 ) -> Figure:
     first = chosen[0]
-    drawn = {k: pooled(v) for k, v in rivals.items() if v and k != "planted"}
+    drawn = {k: pooled(v) for k, v in rivals.items() if v and k != "positive"}
     drawn = {k: v for k, v in drawn.items() if len(v) > 1}
     drawn["candidate"] = pooled(chosen)
     lines, rows, said = [], [], []
@@ -118,8 +118,8 @@ def _relearn_figure(
     y = svg.linear_axis(f"{metric} on V; {words.direction(record, first.metric)}", values)
     x = svg.log_axis("attacker's tokens", [p for line in lines for p, _ in line.points])
     title = f"{attack_title(first)} {_set_suffix(first)}".strip()
-    if all(a.status == "void" for a in chosen):
-        title += " (void)"
+    if all(a.status == "invalid" for a in chosen):
+        title += " (invalid)"
     seeds = len({a.seed for a in chosen})
     caption = "; ".join(reversed(said)) + "."
     caption += f" Mean of {seeds} seeds; bands cover all intervals." if seeds > 1 else ""
@@ -129,13 +129,13 @@ def _relearn_figure(
     return Figure(key, title, caption, plot, header, tuple(rows), roles)
 
 
-def attack_title(arm: AttackArm) -> str:
+def attack_title(arm: AttackVariant) -> str:
     """Return the name of an attack with its variant, in words."""
     name = words.plain(arm.name).replace("_", " ")
-    return f"{name}, {words.plain(arm.arm)}" if arm.arm else name
+    return f"{name}, {words.plain(arm.variant)}" if arm.variant else name
 
 
-def _set_suffix(arm: AttackArm) -> str:
+def _set_suffix(arm: AttackVariant) -> str:
     rest = arm.scored_on.partition(".")[2]
     return f"on {words.plain(rest)}" if rest else ""
 
@@ -154,7 +154,7 @@ def _point_row(name: str, p: CurvePoint) -> tuple[str, ...]:
 
 def attack_figures(record: Record, arm: str, key: str) -> tuple[Figure, ...]:
     """Return one plot per metric: where V ended under every attack, beside the rails."""
-    by_metric: dict[tuple[str, str], list[tuple[AttackArm, ...]]] = {}
+    by_metric: dict[tuple[str, str], list[tuple[AttackVariant, ...]]] = {}
     for group, found in _curves(record, arm).items():
         if any(a.curve for a in found):
             by_metric.setdefault((group[3], group[2]), []).append(_chosen(found))
@@ -163,7 +163,11 @@ def attack_figures(record: Record, arm: str, key: str) -> tuple[Figure, ...]:
 
 
 def _attack_figure(
-    record: Record, arm: str, key: str, of: tuple[str, str], groups: Sequence[tuple[AttackArm, ...]]
+    record: Record,
+    arm: str,
+    key: str,
+    of: tuple[str, str],
+    groups: Sequence[tuple[AttackVariant, ...]],
 ) -> Figure:
     rows, table, values = [], [], []
     for chosen in groups:
@@ -173,7 +177,7 @@ def _attack_figure(
             dots += [_end(role, a) for a in arms]
         ends = [_end("candidate", a) for a in chosen]
         mean = sum(d.value for d in ends) / len(ends)
-        title = attack_title(chosen[0]) + (" (void)" if chosen[0].status == "void" else "")
+        title = attack_title(chosen[0]) + (" (invalid)" if chosen[0].status == "invalid" else "")
         rows.append(svg.Row(words.clip(title, 38), words.number(mean), (*dots, *ends)))
         values += [v for d in (*dots, *ends) for v in (d.value, d.low, d.high)]
         for role in ("candidate", "oracle", "original", "control"):
@@ -194,7 +198,7 @@ def _attack_figure(
     return Figure(key, title, caption, plot, header, tuple(table), roles)
 
 
-def _beside(record: Record, arm: AttackArm, role: str) -> tuple[AttackArm, ...]:
+def _beside(record: Record, arm: AttackVariant, role: str) -> tuple[AttackVariant, ...]:
     if role == "control":
         same = [
             a
@@ -214,6 +218,6 @@ def _beside(record: Record, arm: AttackArm, role: str) -> tuple[AttackArm, ...]:
     return _chosen(found)
 
 
-def _end(role: str, arm: AttackArm) -> svg.Dot:
+def _end(role: str, arm: AttackVariant) -> svg.Dot:
     last = arm.curve[-1]
     return svg.Dot(role, last.score, last.low, last.high)

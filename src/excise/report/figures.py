@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from markupsafe import Markup
 
-from excise.record import ArmRecord, Record, Score, Verdict
+from excise.record import MethodRun, Record, Score, Verdict
 from excise.report import svg, words
 
 
@@ -50,7 +50,7 @@ def score_figures(record: Record) -> tuple[Figure, ...]:
 
 def _score_figure(key: str, scores: Sequence[Score]) -> Figure:
     first = scores[0]
-    rank = {"original": 0, "candidate": 1, "planted": 2, "oracle": 3}
+    rank = {"original": 0, "candidate": 1, "positive": 2, "oracle": 3}
     ordered = sorted(scores, key=lambda s: rank[words.role(s.model)])
     chance = next((s.chance for s in scores if s.chance is not None), None)
     bands = list(_rails([s for s in ordered if words.role(s.model) == "original"], "original"))
@@ -94,19 +94,19 @@ def _rails(scores: Sequence[Score], role: str) -> Iterable[svg.Band]:
 
 
 def gap_figure(verdict: Verdict, key: str) -> Figure | None:
-    """Return the depth gap of every rung with its interval, or None where none was measured."""
-    known = [r for r in verdict.rungs if r.gap is not None and math.isfinite(r.gap)]
+    """Return the depth gap of every level with its interval, or None where none was measured."""
+    known = [r for r in verdict.levels if r.gap is not None and math.isfinite(r.gap)]
     if not known:
         return None
     nan = math.nan
     rows, values = [], [0.0, 1.0]
-    for rung in known:
-        low, high = (nan if v is None else v for v in (rung.low, rung.high))
-        values += [v for v in (rung.gap or 0.0, low, high) if math.isfinite(v)]
-        label = words.clip(words.rung_words(rung.rung, verdict.rungs), 38)
+    for level in known:
+        low, high = (nan if v is None else v for v in (level.low, level.high))
+        values += [v for v in (level.gap or 0.0, low, high) if math.isfinite(v)]
+        label = words.clip(words.level_words(level.level, verdict.levels), 38)
         rows += [
             svg.Row(
-                label, words.number(rung.gap), (svg.Dot("candidate", rung.gap or 0.0, low, high),)
+                label, words.number(level.gap), (svg.Dot("candidate", level.gap or 0.0, low, high),)
             )
         ]
     margins = [r.margin for r in known if r.margin is not None]
@@ -115,29 +115,29 @@ def gap_figure(verdict: Verdict, key: str) -> Figure | None:
     bands += [svg.Band("oracle \u00b1 margin" if edge else "oracle", "oracle", -edge, edge)]
     inside = [v for v in values if -2 <= v <= 3]
     axis = svg.linear_axis("depth gap: 0 is the oracle, 1 the original", [*inside, -edge, 1.05])
-    title = f"Depth gap by rung: {words.plain(verdict.arm)}"
+    title = f"Depth gap by level: {words.plain(verdict.model)}"
     caption = "; ".join(
-        f"{words.rung_words(r.rung, verdict.rungs)} {words.number(r.gap)} "
+        f"{words.level_words(r.level, verdict.levels)} {words.number(r.gap)} "
         f"{words.interval(r.low, r.high)}".strip()
         for r in known
     )
     table = tuple(
         (
-            f"{words.rung_words(r.rung, verdict.rungs)} ({r.rung})",
+            f"{words.level_words(r.level, verdict.levels)} ({r.level})",
             words.number(r.gap),
             words.interval(r.low, r.high) or words.MISSING,
             words.number(r.margin),
         )
         for r in known
     )
-    header = ("Rung", "Depth gap", "90 % interval", "Margin")
+    header = ("Level", "Depth gap", "90 % interval", "Margin")
     plot = svg.interval_plot(key, title, caption, axis, rows, bands)
     return Figure(
         key, title, caption + ".", plot, header, table, ("candidate", "original", "oracle")
     )
 
 
-def history_figure(arm: ArmRecord, key: str) -> Figure | None:
+def history_figure(arm: MethodRun, key: str) -> Figure | None:
     """Return the method's named losses by step, or None where none were kept."""
     rows = [r for r in arm.history if "step" in r]
     names = list(dict.fromkeys(k for r in rows for k in r if k not in ("step", "lr", "tokens")))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from excise.record import BlockReading, Inspection, Measured, Record, Strip, TokenKL
+from excise.record import BlockChange, Estimate, Inspection, Record, Strip, TokenKL
 from excise.report import svg, words
 from excise.report.figures import Figure
 
@@ -31,7 +31,7 @@ ROWS = {"fit": "dev forget", "forget": "forget test", "retain": "retain test"}
 
 SIDES = {"forget": "forget text", "retain": "retain text"}
 
-Read = Callable[[BlockReading], Measured | float]
+Read = Callable[[BlockChange], Estimate | float]
 
 
 def redacted(found: Inspection | None) -> Inspection | None:
@@ -50,7 +50,7 @@ def view(record: Record) -> dict[str, Any] | None:
         return None
     peak = found.blocks[min(max(found.clearest, 0), len(found.blocks) - 1)]
     return {
-        "name": words.plain(found.arm),
+        "name": words.plain(found.model),
         "headline": words.plain(found.headline),
         "summary": words.plain(found.summary),
         "facts": _facts(found, peak),
@@ -72,7 +72,7 @@ def view(record: Record) -> dict[str, Any] | None:
     }
 
 
-def _facts(found: Inspection, peak: BlockReading) -> tuple[tuple[str, str], ...]:
+def _facts(found: Inspection, peak: BlockChange) -> tuple[tuple[str, str], ...]:
     forget, retain = (next((k for k in found.kl if k.side == side), None) for side in SIDES)
     return (
         ('"If harmful, add a big vector"', found.conjecture),
@@ -91,7 +91,7 @@ def _mean(kl: TokenKL | None) -> str:
     return words.number(kl.mean.value if kl else None)
 
 
-def _told(every: Measured, answers: float) -> str:
+def _told(every: Estimate, answers: float) -> str:
     band = words.interval(every.low, every.high)
     return f"{words.number(every.value)} {band}; {words.number(answers)} where an answer is due"
 
@@ -115,7 +115,7 @@ def _lines(
         for block, row in zip(found.blocks, cells, strict=True):
             value = read(block)
             at = float(block.block)
-            if isinstance(value, Measured):
+            if isinstance(value, Estimate):
                 points.append((at, value.value))
                 band.append((at, value.low, value.high))
                 values += [value.value, value.low, value.high]
@@ -148,8 +148,8 @@ def norm_figure(found: Inspection) -> Figure:
     """Return the residual norm by block for forget and retain text, original and edited."""
 
     def read(field: str) -> Read:
-        def one(block: BlockReading) -> Measured:
-            value: Measured = getattr(block, field)
+        def one(block: BlockChange) -> Estimate:
+            value: Estimate = getattr(block, field)
             return value
 
         return one

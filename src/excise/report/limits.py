@@ -76,7 +76,7 @@ def _rails(record: Record) -> Iterator[str]:
     if not oracles:
         yield (
             'There is no oracle, a model trained without what was removed. So "relearning T does '
-            'not bring back V" and "as if never learned" cannot be passed, and the lower rungs '
+            'not bring back V" and "as if never learned" cannot be passed, and the lower levels '
             "are read against chance or controls."
         )
     elif len(oracles) < 3:
@@ -84,7 +84,7 @@ def _rails(record: Record) -> Iterator[str]:
             f"The oracle rail comes from {len(oracles)} "
             f"{'seed' if len(oracles) == 1 else 'seeds'}; three are needed to know its spread."
         )
-    if record.attacks and not any(words.role(a.subject) == "planted" for a in record.attacks):
+    if record.attacks and not any(words.role(a.subject) == "positive" for a in record.attacks):
         yield "No planted control was attacked, so the attacks' own power was not shown that way."
     if record.verdicts and all(v.null is None for v in record.verdicts):
         yield (
@@ -122,27 +122,27 @@ def _effort(record: Record) -> Iterator[str]:
 
 def _power(record: Record) -> Iterator[str]:
     weak = [
-        f"{r.words or words.rung_words(r.rung)} ({words.plain(v.arm)})"
+        f"{r.words or words.level_words(r.level)} ({words.plain(v.model)})"
         for v in record.verdicts
-        for r in v.rungs
+        for r in v.levels
         if r.status == "underpowered"
     ]
     if weak:
         yield f"Too little power to decide: {_names(weak)}."
     untested = [
-        f"{r.words or words.rung_words(r.rung)} ({words.plain(v.arm)})"
+        f"{r.words or words.level_words(r.level)} ({words.plain(v.model)})"
         for v in record.verdicts
-        for r in v.rungs
+        for r in v.levels
         if r.status == "untested"
     ]
     if untested:
         yield f"Not tested: {_names(untested)}."
     for status, text in (
-        ("void", "Void, because the attack lacked power, and counted neither way"),
+        ("invalid", "Invalid, because the attack lacked power, and counted neither way"),
         ("missing", "Required but not run"),
         ("failed", "Failed while running"),
     ):
-        hit = [" ".join((a.name, a.arm)).strip() for a in record.attacks if a.status == status]
+        hit = [" ".join((a.name, a.variant)).strip() for a in record.attacks if a.status == status]
         if hit:
             yield f"{text}: {_names(hit)}."
     if any(a.needs_original for a in record.attacks):

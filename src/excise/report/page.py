@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from excise.record import ArmRecord, Record, Verdict, load, write_text
+from excise.record import MethodRun, Record, Verdict, load, write_text
 from excise.report import (
     absorption,
     curves,
@@ -30,7 +30,7 @@ LEGEND = {
     "original": "original, the upper rail",
     "oracle": "oracle, the lower rail",
     "control": "controls: the same attack without the information",
-    "planted": "planted control",
+    "positive": "planted control",
 }
 
 
@@ -82,8 +82,8 @@ def embedded(record: Record) -> Markup:
 
 def _context(record: Record) -> dict[str, Any]:
     names = words.arm_names(record)
-    arms = {a.name: a for a in record.arms}
-    verdicts = {v.arm: v for v in record.verdicts}
+    arms = {a.name: a for a in record.method_runs}
+    verdicts = {v.model: v for v in record.verdicts}
     shared = _shared(record)
     blocks: list[dict[str, Any]] = []
     for index, name in enumerate(names):
@@ -93,11 +93,11 @@ def _context(record: Record) -> dict[str, Any]:
                 "key": f"arm-{index}",
                 "name": words.plain(name),
                 "verdict": _verdict(verdict, shared) if verdict else None,
-                "rungs": tuple(tables.rungs(verdict)) if verdict else (),
+                "levels": tuple(tables.levels(verdict)) if verdict else (),
                 "gap": figures.gap_figure(verdict, f"gap-{index}") if verdict else None,
                 "curves": curves.relearn_figures(record, name, f"curve-{index}"),
                 "attacks": curves.attack_figures(record, name, f"attack-{index}"),
-                "table": tables.by_rung(words.attacks_on(record, name)),
+                "table": tables.by_level(words.attacks_on(record, name)),
                 "removal": _removal(arm, index) if arm else None,
             }
         )
@@ -124,7 +124,7 @@ def _context(record: Record) -> dict[str, Any]:
         "score_legend": _legend(shown),
         "curve_legend": _legend(drawn),
         "attack_legend": _legend(hits),
-        "rails": tables.by_rung(rails),
+        "rails": tables.by_level(rails),
         "rail_count": len(rails),
         "samples": _samples(record),
         "data": tables.data(record),
@@ -170,7 +170,7 @@ def _verdict(verdict: Verdict, shared: tuple[str, ...]) -> dict[str, Any]:
     if verdict.residual_bits is not None:
         bits = f"{bits} {words.interval(verdict.residual_low, verdict.residual_high)}".strip()
     facts = (
-        ("Highest rung that counts", words.highest(verdict)),
+        ("Highest level that counts", words.highest(verdict)),
         ("Recovery fraction on V", recovery),
         ("Residual bits per unit", bits),
         ("Measured null of the audit", words.number(verdict.null)),
@@ -185,7 +185,7 @@ def _legend(found: Iterable[figures.Figure]) -> list[tuple[Markup, str]]:
 
 
 def _samples(record: Record) -> list[dict[str, Any]]:
-    rank = {"original": 0, "candidate": 1, "planted": 2, "oracle": 3}
+    rank = {"original": 0, "candidate": 1, "positive": 2, "oracle": 3}
     return [
         {
             "set": words.set_name(s.set),
@@ -200,7 +200,7 @@ def _samples(record: Record) -> list[dict[str, Any]]:
     ]
 
 
-def _removal(arm: ArmRecord, index: int) -> dict[str, Any]:
+def _removal(arm: MethodRun, index: int) -> dict[str, Any]:
     cost = [(k.replace("_", " "), _cost(k, v)) for k, v in arm.cost.items()]
     history = figures.history_figure(arm, f"history-{index}")
     keys = [] if history is None else list(zip(history.roles, history.header[1:], strict=True))

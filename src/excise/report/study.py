@@ -45,7 +45,7 @@ def _view(table: StudyTable, key: str) -> View:
     columns = list(dict.fromkeys(r.metric for r in table.rows))
     lines: dict[str, dict[str, StudyRow]] = {}
     for r in table.rows:
-        name = words.plain(r.arm) + ("" if r.seed is None else f", draw {r.seed}")
+        name = words.plain(r.condition) + ("" if r.seed is None else f", draw {r.seed}")
         lines.setdefault(name, {})[r.metric] = r
     rows = tuple(
         (name, *(_cell(cells.get(column)) for column in columns)) for name, cells in lines.items()

@@ -129,7 +129,7 @@ def marker(role: str, x: float, y: float) -> Markup:
         "original": "M-4 -4h8v8h-8z",
         "oracle": "M0 -5.5L5.5 0L0 5.5L-5.5 0z",
         "control": "M0 -5L5 4H-5z",
-        "planted": "M-4 -4L4 4M4 -4L-4 4",
+        "positive": "M-4 -4L4 4M4 -4L-4 4",
     }
     circle = "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z"
     return Markup('<path class="m s-{}" transform="translate({:.1f} {:.1f})" d="{}"/>').format(

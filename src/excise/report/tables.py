@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from excise.record import AttackArm, Record, RungResult, Score, Verdict
+from excise.record import AttackVariant, LevelResult, Record, Score, Verdict
 from excise.report import words
 from excise.report.curves import attack_title
 
 
 @dataclass(frozen=True)
-class RungRow:
-    """One rung of one ladder, as text; `counts` is false for a pass above a rung not passed."""
+class LevelRow:
+    """One level of one ladder, as text; `counts` is false for a pass above a level not passed."""
 
     code: str
     words: str
@@ -40,27 +40,27 @@ class AttackRow:
     cells: tuple[str, ...]
 
 
-def rungs(verdict: Verdict) -> Iterable[RungRow]:
-    """Yield the ladder of one verdict, lowest rung first."""
-    for rung, solid in zip(verdict.rungs, words.counts(verdict.rungs), strict=True):
-        yield RungRow(
-            code=rung.rung,
-            words=words.rung_words(rung.rung, verdict.rungs),
-            status=rung.status,
-            counts=solid or rung.status != "pass",
-            against=words.AGAINST[rung.against],
-            gap=words.number(rung.gap),
-            interval=words.interval(rung.low, rung.high),
-            margin="\u00b1 " + words.number(rung.margin)
-            if rung.margin is not None
+def levels(verdict: Verdict) -> Iterable[LevelRow]:
+    """Yield the ladder of one verdict, lowest level first."""
+    for level, solid in zip(verdict.levels, words.counts(verdict.levels), strict=True):
+        yield LevelRow(
+            code=level.level,
+            words=words.level_words(level.level, verdict.levels),
+            status=level.status,
+            counts=solid or level.status != "pass",
+            against=words.AGAINST[level.against],
+            gap=words.number(level.gap),
+            interval=words.interval(level.low, level.high),
+            margin="\u00b1 " + words.number(level.margin)
+            if level.margin is not None
             else words.MISSING,
-            decided_by=words.spell(rung.decided_by) or "\u2013",
-            reason=_reason(rung),
+            decided_by=words.spell(level.decided_by) or "\u2013",
+            reason=_reason(level),
         )
 
 
-def _reason(rung: RungResult) -> str:
-    return words.spell(rung.reason) or "\u2013"
+def _reason(level: LevelResult) -> str:
+    return words.spell(level.reason) or "\u2013"
 
 
 def score_table(record: Record) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def score_table(record: Record) -> dict[str, Any]:
     by: dict[tuple[str, str, str], Score] = {(s.model, s.set, s.metric): s for s in record.scores}
     models = sorted(
         dict.fromkeys(s.model for s in record.scores),
-        key=lambda m: ({"original": 0, "candidate": 1, "planted": 2, "oracle": 3}[words.role(m)],),
+        key=lambda m: ({"original": 0, "candidate": 1, "positive": 2, "oracle": 3}[words.role(m)],),
     )
     heads = []
     for column in columns:
@@ -104,21 +104,21 @@ def score_table(record: Record) -> dict[str, Any]:
     return {"heads": heads, "rows": rows}
 
 
-def by_rung(arms: Iterable[AttackArm]) -> list[tuple[str, str, list[AttackRow]]]:
-    """Return (code, words, rows) by rung, so that the words need not stand in every row."""
+def by_level(arms: Iterable[AttackVariant]) -> list[tuple[str, str, list[AttackRow]]]:
+    """Return (code, words, rows) by level, so that the words need not stand in every row."""
     ranked = sorted(
-        arms, key=lambda a: (a.rung, a.name, a.control, a.arm, a.subject, a.lr or 0.0, a.seed)
+        arms, key=lambda a: (a.level, a.name, a.control, a.variant, a.subject, a.lr or 0.0, a.seed)
     )
     groups: dict[str, list[AttackRow]] = {}
     for arm in ranked:
-        groups.setdefault(arm.rung, []).append(_attack(arm))
+        groups.setdefault(arm.level, []).append(_attack(arm))
     return [
-        (code if code in words.LADDER else "", words.rung_words(code) or "beside the ladder", rows)
+        (code if code in words.LADDER else "", words.level_words(code) or "beside the ladder", rows)
         for code, rows in groups.items()
     ]
 
 
-def _attack(arm: AttackArm) -> AttackRow:
+def _attack(arm: AttackVariant) -> AttackRow:
     first, last = (arm.curve[0], arm.curve[-1]) if arm.curve else (None, None)
     score = words.number(last.score if last else None)
     if first is not None and len(arm.curve) > 1:
@@ -200,7 +200,7 @@ def environment(record: Record) -> list[tuple[str, str]]:
 
 def models(record: Record) -> list[tuple[str, ...]]:
     """Return every model with its fingerprints."""
-    found = [*record.models, *(a.model for a in record.arms)]
+    found = [*record.models, *(a.model for a in record.method_runs)]
     return [
         (
             words.plain(m.name),

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from excise.record import AttackArm, Record, Verdict
+from excise.record import AttackVariant, Record, Verdict
 from excise.report import study, words
 
 STYLE = {
@@ -20,7 +20,7 @@ STYLE = {
     "untested": "dim",
     "underpowered": "yellow",
     "ok": "green",
-    "void": "yellow",
+    "invalid": "yellow",
     "missing": "dim",
     "failed": "red",
 }
@@ -39,7 +39,7 @@ def render_terminal(
         next_command: What to type next; empty for what the record suggests.
     """
     parts: list[RenderableType] = [*_inspection(record), *_study(record)]
-    verdicts = {v.arm: v for v in record.verdicts}
+    verdicts = {v.model: v for v in record.verdicts}
     for name in () if record.inspection or record.study else words.arm_names(record):
         parts.append(Text(_ascii(name), style="bold"))
         parts.append(Padding(_sentence(verdicts.get(name)), (0, 0, 1, 2)))
@@ -78,7 +78,7 @@ def _inspection(record: Record) -> list[RenderableType]:
         table.add_row(str(b.block), *(_ascii(c) for c in cells), style=style)
     hidden = len(found.blocks) - len(shown)
     return [
-        Text(_ascii(found.arm), style="bold"),
+        Text(_ascii(found.model), style="bold"),
         Padding(Text(_ascii(found.headline)), (0, 0, 1, 2)),
         Padding(Text(_ascii(found.summary)), (0, 0, 1, 2)),
         *([] if found.identical else [table]),
@@ -119,7 +119,7 @@ def _sentence(verdict: Verdict | None) -> Text:
     if verdict is None:
         return Text("No verdict: nobody attacked it, so what would come back is not known.")
     text = Text(_ascii(words.spell(verdict.sentence)))
-    text.append(f"\nHighest rung that counts: {_ascii(words.highest(verdict))}.", style="dim")
+    text.append(f"\nHighest level that counts: {_ascii(words.highest(verdict))}.", style="dim")
     return text
 
 
@@ -141,15 +141,15 @@ def _cell(status: str) -> Text:
 
 def _ladder(record: Record) -> RenderableType:
     table = _table("Ladder")
-    table.add_column("rung", overflow="fold")
+    table.add_column("level", overflow="fold")
     shown = record.verdicts[:5]
     for verdict in shown:
-        table.add_column(Text(_ascii(verdict.arm)), overflow="fold", min_width=8)
+        table.add_column(Text(_ascii(verdict.model)), overflow="fold", min_width=8)
     for code, text in words.LADDER.items():
         cells = []
         for verdict in shown:
-            found = zip(verdict.rungs, words.counts(verdict.rungs), strict=True)
-            hit = next(((r, solid) for r, solid in found if r.rung == code), None)
+            found = zip(verdict.levels, words.counts(verdict.levels), strict=True)
+            hit = next(((r, solid) for r, solid in found if r.level == code), None)
             cell = _cell(hit[0].status if hit else "untested")
             if hit and hit[0].gap is not None:
                 cell.append(f" {_ascii(words.number(hit[0].gap))}", style="default")
@@ -160,10 +160,10 @@ def _ladder(record: Record) -> RenderableType:
     loose = any(
         r.status == "pass" and not solid
         for v in shown
-        for r, solid in zip(v.rungs, words.counts(v.rungs), strict=True)
+        for r, solid in zip(v.levels, words.counts(v.levels), strict=True)
     )
     notes = ["Numbers are depth gaps: 0 is the oracle, 1 the original."]
-    notes += ["* does not count: a lower rung did not pass."] if loose else []
+    notes += ["* does not count: a lower level did not pass."] if loose else []
     hidden = len(record.verdicts) - len(shown)
     notes += [f"{hidden} more in the report."] if hidden else []
     return Group(table, Text(" ".join(notes) + "\n", style="dim"))
@@ -195,19 +195,19 @@ def _attacks(record: Record) -> RenderableType:
     names = words.arm_names(record)[:4]
     table = _table("Attacks: V at first -> at last")
     table.add_column("attack", overflow="fold")
-    cells: dict[str, dict[str, list[AttackArm]]] = {}
+    cells: dict[str, dict[str, list[AttackVariant]]] = {}
     for name in names:
         table.add_column(Text(_ascii(name)), justify="right", overflow="fold", min_width=8)
         for arm in words.attacks_on(record, name):
             if not arm.control and (arm.decisive or arm.status != "ok"):
-                title = f"{arm.name} {arm.arm}".replace("_", " ").strip()
+                title = f"{arm.name} {arm.variant}".replace("_", " ").strip()
                 cells.setdefault(title, {}).setdefault(name, []).append(arm)
     for title, row in list(cells.items())[:30]:
         table.add_row(Text(_ascii(title)), *(_outcome(row.get(n, [])) for n in names))
     return Group(table, Text("Other rates, controls and rails are in the report.\n", style="dim"))
 
 
-def _outcome(arms: list[AttackArm]) -> Text:
+def _outcome(arms: list[AttackVariant]) -> Text:
     """Return the mean over seeds of what the deciding arms did, or why they do not count."""
     bad = next((a for a in arms if a.status != "ok"), None)
     if bad is not None:

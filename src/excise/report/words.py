@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from excise.record import AttackArm, Record, RungResult, Verdict
+from excise.record import AttackVariant, LevelResult, Record, Verdict
 
 MISSING = "not measured"
 
@@ -22,7 +22,7 @@ LADDER = {
     "D4": "relearning T does not bring back V",
     "D5": "as if never learned",
 }
-"""The rungs in words, for codes that come without them."""
+"""The levels in words, for codes that come without them."""
 
 STATUS = {
     "pass": ("\u2713", "passed"),
@@ -30,7 +30,7 @@ STATUS = {
     "untested": ("\u2013", "not tested"),
     "underpowered": ("?", "underpowered"),
     "ok": ("\u2713", "ran"),
-    "void": ("?", "void"),
+    "invalid": ("?", "invalid"),
     "missing": ("\u2013", "missing"),
     "failed": ("\u2715", "failed"),
 }
@@ -72,7 +72,7 @@ GLOSSARY = (
         "residual bits",
         "bits per unit that the weights save an attacker on V, minus the same for the oracle.",
     ),
-    ("void", "an attack whose own positive control failed. It counts neither way."),
+    ("invalid", "an attack whose own positive control failed. It counts neither way."),
     ("passed", "shown equivalent within the margin, not merely without a significant difference."),
 )
 """Words a first reader needs, with what they mean."""
@@ -175,27 +175,27 @@ def spell(text: object) -> str:
     return re.sub(r"\bD[0-5]\b", words, clean)
 
 
-def rung_words(code: str, rungs: Iterable[RungResult] = ()) -> str:
-    """Return the words of a rung: the record's own, else the ladder's, else the text itself."""
-    for rung in rungs:
-        if rung.rung == code and rung.words:
-            return plain(rung.words)
+def level_words(code: str, levels: Iterable[LevelResult] = ()) -> str:
+    """Return the words of a level: the record's own, else the ladder's, else the text itself."""
+    for level in levels:
+        if level.level == code and level.words:
+            return plain(level.words)
     return LADDER.get(code, plain(code))
 
 
 def highest(verdict: Verdict) -> str:
-    """Return the highest rung that counts, with its words, or "none"."""
+    """Return the highest level that counts, with its words, or "none"."""
     if not verdict.highest:
         return "none"
-    words = rung_words(verdict.highest, verdict.rungs)
+    words = level_words(verdict.highest, verdict.levels)
     return f"{words} ({verdict.highest})" if verdict.highest in LADDER else spell(words)
 
 
-def counts(rungs: Iterable[RungResult]) -> tuple[bool, ...]:
-    """Return for each rung whether it counts: passed, with all lower ones passed."""
+def counts(levels: Iterable[LevelResult]) -> tuple[bool, ...]:
+    """Return for each level whether it counts: passed, with all lower ones passed."""
     solid, result = True, []
-    for rung in rungs:
-        solid = solid and rung.status == "pass"
+    for level in levels:
+        solid = solid and level.status == "pass"
         result.append(solid)
     return tuple(result)
 
@@ -219,15 +219,14 @@ def metric_name(name: str) -> str:
 
 
 def role(subject: str) -> str:
-    """Return what a model is to the reading: original, oracle, planted or candidate."""
-    if subject == "original" or subject == "planted":
-        return subject
-    return "oracle" if subject.startswith("oracle") else "candidate"
+    """Return what a model is to the audit: original, oracle, positive (control) or candidate."""
+    known = {"original": "original", "positive-control": "positive"}
+    return known.get(subject, "oracle" if subject.startswith("oracle") else "candidate")
 
 
 def arm_names(record: Record) -> tuple[str, ...]:
     """Return every removed model of the record, in order of appearance."""
-    names = [v.arm for v in record.verdicts] + [a.name for a in record.arms]
+    names = [v.model for v in record.verdicts] + [a.name for a in record.method_runs]
     names += [s.model for s in record.scores if role(s.model) == "candidate"]
     named = list(dict.fromkeys(names))
     extra = [a.subject for a in record.attacks if role(a.subject) == "candidate"]
@@ -236,7 +235,7 @@ def arm_names(record: Record) -> tuple[str, ...]:
     return tuple(dict.fromkeys(named + extra))
 
 
-def attacks_on(record: Record, arm: str) -> tuple[AttackArm, ...]:
+def attacks_on(record: Record, arm: str) -> tuple[AttackVariant, ...]:
     """Return the attacks on one removed model (`candidate` means the only one there is)."""
     names = {arm, "candidate"} if len(arm_names(record)) == 1 else {arm}
     return tuple(a for a in record.attacks if a.subject in names)

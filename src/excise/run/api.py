@@ -19,7 +19,7 @@ from excise.fetch.original import open_model
 from excise.methods.base import Method, Removal
 from excise.models.checkpoint import Checkpoint, open_checkpoint
 from excise.models.spec import ModelSpec
-from excise.record import ArmRecord, Record
+from excise.record import MethodRun, Record
 from excise.requests.recipe import AuditSpec, EvalSpec
 from excise.run.environment import device_of
 from excise.run.jobs import Setting
@@ -135,8 +135,8 @@ def _unjudged(domain: Domain, rails: Models, arms: Mapping[str, Checkpoint], see
         title=f"audit of {', '.join(arms)}",
         data=describe(domain),
         models=model_refs(rails, ""),
-        arms=tuple(
-            ArmRecord(name=name, method={}, model=model_ref(name, one))
+        method_runs=tuple(
+            MethodRun(name=name, method={}, model=model_ref(name, one))
             for name, one in arms.items()
         ),
         sensitive=domain.sensitive,

@@ -22,7 +22,7 @@ from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import ModelSpec
-from excise.record import ArmRecord, Item, Record
+from excise.record import Item, MethodRun, Record
 from excise.requests.audit import AuditRun
 from excise.requests.recipe import AuditSpec, EvalSpec, Recipe, budget_for, starts_from
 from excise.run import output
@@ -39,10 +39,10 @@ from excise.run.jobs import (
 )
 from excise.run.results import (
     Models,
-    arm_record,
     check_comparable,
     items_of,
     judged,
+    method_run,
     model_ref,
     new_record,
     oracle_names,
@@ -86,8 +86,8 @@ def run(
             removals = refit(recipe, models, removals, setting, pool, out)
         record = new_record(recipe, kind, command, domain, models, setting).model_copy(
             update={
-                "arms": tuple(
-                    arm_record(name, recipe.arms[name], removal, recipe.seed)
+                "method_runs": tuple(
+                    method_run(name, recipe.arms[name], removal, recipe.seed)
                     for name, removal in removals.items()
                 )
             }
@@ -128,8 +128,8 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
         record = new_record(request, "audit", command, domain, models, setting)
         record = record.model_copy(
             update={
-                "arms": tuple(
-                    ArmRecord(name=name, method={}, model=model_ref(name, model, str(model.path)))
+                "method_runs": tuple(
+                    MethodRun(name=name, method={}, model=model_ref(name, model, str(model.path)))
                     for name, model in arms.items()
                 )
             }

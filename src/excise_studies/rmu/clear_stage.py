@@ -20,7 +20,7 @@ from torch import Tensor
 from excise.auditor.attacks.direction import first_edited
 from excise.auditor.base import Budget, Subject
 from excise.auditor.batching import Memo
-from excise.auditor.scoring import make_sheet
+from excise.auditor.scoring import evaluation_set
 from excise.auditor.tuning import Part, train
 from excise.core.errors import UserError
 from excise.core.stages import Store
@@ -307,17 +307,17 @@ def make_relearn(job: RelearnJob) -> dict[str, Any]:
 
     def make(work: Path) -> None:
         start = Cleared(job.model.path, tokenizer_path=job.model.tokenizer_path, clearing=one)
-        sheet = make_sheet(job.domain, job.budget, start.tokenizer())
+        evaluation = evaluation_set(job.domain, job.budget, start.tokenizer())
         rows = tuple(row for rows in job.domain.relearn.values() for row in rows)
         done = train(
             Part("full", job.lr, job.seed),
             Subject(job.name, start),
-            sheet,
+            evaluation,
             job.setting.context(work, job.seed),
             rows=rows,
             benign_share=0.5,
         )
-        first, last = done.readings[0], done.readings[-1]
+        first, last = done.measurements[0], done.measurements[-1]
         found = {
             "V": [first.units, last.units],
             "retain": [first.retain, last.retain],

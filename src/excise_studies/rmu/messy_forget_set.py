@@ -14,7 +14,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.auditor.base import Budget, Subject
 from excise.auditor.budget import budget_of
-from excise.auditor.scoring import make_sheet
+from excise.auditor.scoring import evaluation_set
 from excise.auditor.tuning import Part, train
 from excise.core.stages import Store
 from excise.data.domain import Domain
@@ -280,12 +280,12 @@ def scored(job: RunJob, model: Checkpoint) -> Point:
             "dev_retain": found["dev_retain_loss"],
         }
         if job.relearn:
-            sheet = make_sheet(job.domain, job.budget, tokenizer)
+            evaluation = evaluation_set(job.domain, job.budget, tokenizer)
             rows = tuple(row for rows in job.domain.relearn.values() for row in rows)
             part = Part("full", job.relearn_rate, job.seed)
             subject = Subject("candidate", model)
-            done = train(part, subject, sheet, ctx, rows=rows, benign_share=0.5)
-            point["relearned"] = done.readings[-1].units
+            done = train(part, subject, evaluation, ctx, rows=rows, benign_share=0.5)
+            point["relearned"] = done.measurements[-1].units
         write_text(work / "point.json", json.dumps(point))
 
     folder = Store(job.setting.store, emit).stage("messy-run", key, make)

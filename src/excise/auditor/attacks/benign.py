@@ -13,12 +13,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.auditor.base import Access, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.base import Access, Attack, AttackResult, Budget, Subject
 from excise.auditor.results import decided
-from excise.auditor.scoring import make_sheet, more_is_known
+from excise.auditor.scoring import evaluation_set, more_is_known
 from excise.auditor.tuning import Part, Trained, train
 from excise.core.context import Context
 from excise.data.domain import Domain
+from excise.record import Level
 
 
 class Benign(Attack):
@@ -30,7 +31,7 @@ class Benign(Attack):
     """Largest norm of the gradient."""
 
     access: ClassVar[Access] = "weights"
-    rung: ClassVar[Rung] = "D3"
+    level: ClassVar[Level] = "D3"
     source: ClassVar[str] = "arXiv 2409.18025"
     version: ClassVar[int] = 1
 
@@ -43,17 +44,17 @@ class Benign(Attack):
         self, part: Part, subject: Subject, domain: Domain, budget: Budget, ctx: Context
     ) -> Trained:
         """Run one training on benign rows; arguments as in `Relearn.train_part`."""
-        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
-        return train(part, subject, sheet, ctx, rows=(), benign_share=1.0, clip=self.clip)
+        evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
+        return train(part, subject, evaluation, ctx, rows=(), benign_share=1.0, clip=self.clip)
 
     def read_parts(
         self, trained: Sequence[Trained], subject: Subject, budget: Budget, higher: bool
     ) -> AttackResult:
         """Report V after benign training; the rate chosen on `dev` decides."""
-        raw = [t.arm(self, subject, trained_on="benign") for t in trained]
-        arms, chosen = decided(raw, higher=higher)
+        raw = [t.variant(self, subject, trained_on="benign") for t in trained]
+        variants, chosen = decided(raw, higher=higher)
         seconds = sum(t.seconds for t in trained)
-        return AttackResult(self.name, subject.name, arms, chosen, seconds)
+        return AttackResult(self.name, subject.name, variants, chosen, seconds)
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Train every part and report V."""

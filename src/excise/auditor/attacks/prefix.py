@@ -15,12 +15,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.base import Access, Attack, AttackResult, Budget, Subject, VariantResult
 from excise.auditor.prompting import COAXING, before, begun, separator, shown, spelled
 from excise.auditor.results import decided
-from excise.auditor.scoring import arm_of, make_sheet, read
+from excise.auditor.scoring import evaluation_set, read, variant_of
 from excise.core.context import Context
 from excise.data.domain import Domain, Row, Rows
+from excise.record import Level
 
 UNRELATED = "unrelated"
 """Name of the control: a benign row in front, where the coaxing wordings can be spelled."""
@@ -37,7 +38,7 @@ class Prefix(Attack):
     """Share of a longer answer's words that is given."""
 
     access: ClassVar[Access] = "prompt"
-    rung: ClassVar[Rung] = "D1"
+    level: ClassVar[Level] = "D1"
     source: ClassVar[str] = "arXiv 2404.02151 (prefilling); the wordings are this library's"
     version: ClassVar[int] = 1
 
@@ -51,35 +52,35 @@ class Prefix(Attack):
             ctx: Device, dtype.
 
         Returns:
-            One arm per beginning, and a control of unrelated text.
+            One variant per beginning, and a control of unrelated text.
         """
         start = time.perf_counter()
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
-        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
-        wide = sheet.longer(2)
-        bare = read(model, sheet)
-        arms: list[ArmResult] = []
+        evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
+        wide = evaluation.longer(2)
+        bare = read(model, evaluation)
+        results: list[VariantResult] = []
         for variant, change in variants(
-            self, sheet.tokenizer, sheet.metric, sheet.all_test, domain.benign
+            self, evaluation.tokenizer, evaluation.metric, evaluation.all_test, domain.benign
         ):
-            rows = [change(row) for row in sheet.all_test]
-            dev = [new for new in map(change, sheet.all_dev) if new is not None]
+            rows = [change(row) for row in evaluation.all_test]
+            dev = [new for new in map(change, evaluation.all_dev) if new is not None]
             kept = tuple(row for row in rows if row is not None)
-            retain = tuple(change(row) or row for row in sheet.retain)
+            retain = tuple(change(row) or row for row in evaluation.retain)
             after = read(model, wide, test=kept, retain=retain, examples=len(kept))
-            arms.append(
-                arm_of(
+            results.append(
+                variant_of(
                     self,
                     subject,
-                    sheet.metric,
+                    evaluation.metric,
                     variant=variant,
-                    readings=(bare, after),
+                    measurements=(bare, after),
                     control=variant == UNRELATED,
                     dev=wide.units(model, dev),
                     facts={"rows": len(kept), "of": len(rows)},
                 )
             )
-        marked, chosen = decided(arms, higher=sheet.higher)
+        marked, chosen = decided(results, higher=evaluation.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
 
 

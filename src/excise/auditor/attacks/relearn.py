@@ -1,9 +1,9 @@
 """Relearning: fine-tune on other units of the capability (T) and see what comes back.
 
-One training serves two readings. `relearn` scores what was trained on (T): it is shown, never
+One training serves two measurements. `relearn` scores what was trained on (T): it is shown, never
 decisive, because a model that was taught noise must first unlearn the noise. `transfer`
 (`transfer.py`) scores V, which the attacker never saw, after the very same training, and decides
-the rung. An audit that asks for both trains once: the training is a part (`Relearn.parts`,
+the level. An audit that asks for both trains once: the training is a part (`Relearn.parts`,
 `Relearn.train_part`) with a stage of its own, whose key names the training and not its reader.
 
 Cost of training on n tokens with N parameters: 6 N n floating-point operations for full
@@ -20,12 +20,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.base import Access, Attack, AttackResult, Budget, Subject, VariantResult
 from excise.auditor.results import decided
-from excise.auditor.scoring import make_sheet, more_is_known
+from excise.auditor.scoring import evaluation_set, more_is_known
 from excise.auditor.tuning import Part, Trained, parts_of, train
 from excise.core.context import Context
 from excise.data.domain import Domain
+from excise.record import Level
 
 
 class Relearn(Attack):
@@ -38,10 +39,10 @@ class Relearn(Attack):
     clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient."""
     lora_rank: int = Field(default=8, ge=1)
-    """Rank of the LoRA arms."""
+    """Rank of the LoRA variants."""
 
     access: ClassVar[Access] = "weights"
-    rung: ClassVar[Rung] = "D4"
+    level: ClassVar[Level] = "D4"
     source: ClassVar[str] = "RTT, arXiv 2410.08827; UNDO, arXiv 2506.06278"
     version: ClassVar[int] = 1
 
@@ -64,12 +65,12 @@ class Relearn(Attack):
         Returns:
             What was read at every checkpoint, on T and on V.
         """
-        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
+        evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
         rows = tuple(row for rows in domain.relearn.values() for row in rows)
         return train(
             part,
             subject,
-            sheet,
+            evaluation,
             ctx,
             rows=rows,
             benign_share=self.benign_share,
@@ -80,7 +81,7 @@ class Relearn(Attack):
     def read_parts(
         self, trained: Sequence[Trained], subject: Subject, budget: Budget, higher: bool
     ) -> AttackResult:
-        """Report T: every arm is shown and none decides.
+        """Report T: every variant is shown and none decides.
 
         Args:
             trained: What `train_part` returned, for every part.
@@ -89,12 +90,13 @@ class Relearn(Attack):
             higher: Whether a higher score means more knowledge.
 
         Returns:
-            One arm per training; `chosen` is empty, `extras["chosen_on_dev"]` marks the rate
+            One variant per training; `chosen` is empty, `extras["chosen_on_dev"]` marks the rate
             that `transfer` decides at.
         """
-        arms, chosen = decided([arm_on_v(self, t, subject) for t in trained], higher=higher)
+        variants, chosen = decided([variant_on_v(self, t, subject) for t in trained], higher=higher)
         shown = tuple(
-            _on_t(arm, t, i in chosen) for i, (arm, t) in enumerate(zip(arms, trained, strict=True))
+            _on_t(variant, t, i in chosen)
+            for i, (variant, t) in enumerate(zip(variants, trained, strict=True))
         )
         return AttackResult(self.name, subject.name, shown, (), sum(t.seconds for t in trained))
 
@@ -106,17 +108,17 @@ class Relearn(Attack):
         return replace(result, seconds=time.perf_counter() - start)
 
 
-def arm_on_v(attack: Attack, trained: Trained, subject: Subject) -> ArmResult:
-    """Return the arm whose curve is V, with T beside it."""
-    return trained.arm(attack, subject, trained_on="relearn")
+def variant_on_v(attack: Attack, trained: Trained, subject: Subject) -> VariantResult:
+    """Return the variant whose curve is V, with T beside it."""
+    return trained.variant(attack, subject, trained_on="relearn")
 
 
-def _on_t(arm: ArmResult, trained: Trained, chosen: bool) -> ArmResult:
-    """Return the same arm read on T."""
+def _on_t(variant: VariantResult, trained: Trained, chosen: bool) -> VariantResult:
+    """Return the same variant read on T."""
     metric = trained.metric
     if trained.part.on != "fresh":
         metric = str(trained.extras.get("trained_metric", metric))
     changes = {"scored_on": "relearn", "decisive": False, "curve": trained.curve_on_t()}
-    record = arm.arm.model_copy(update={**changes, "metric": metric})
-    extras = {**arm.extras, "chosen_on_dev": chosen}
-    return replace(arm, arm=record, unit_scores=trained.units_on_t(), extras=extras)
+    record = variant.entry.model_copy(update={**changes, "metric": metric})
+    extras = {**variant.extras, "chosen_on_dev": chosen}
+    return replace(variant, entry=record, unit_scores=trained.units_on_t(), extras=extras)

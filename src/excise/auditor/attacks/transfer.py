@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from excise.auditor.attacks.relearn import Relearn, arm_on_v
-from excise.auditor.base import Access, Attack, AttackResult, Budget, Rung, Subject
+from excise.auditor.attacks.relearn import Relearn, variant_on_v
+from excise.auditor.base import Access, Attack, AttackResult, Budget, Subject
 from excise.auditor.results import decided
 from excise.auditor.scoring import more_is_known
 from excise.auditor.tuning import Part, Trained
 from excise.core.context import Context
 from excise.data.domain import Domain
+from excise.record import Level
 
 
 class Transfer(Attack):
@@ -30,7 +31,7 @@ class Transfer(Attack):
     """The training that is read; equal settings are trained once."""
 
     access: ClassVar[Access] = "weights"
-    rung: ClassVar[Rung] = "D4"
+    level: ClassVar[Level] = "D4"
     source: ClassVar[str] = "RTT, arXiv 2410.08827"
     version: ClassVar[int] = 1
 
@@ -56,11 +57,11 @@ class Transfer(Attack):
             higher: Whether a higher score means more knowledge.
 
         Returns:
-            One arm per training.
+            One variant per training.
         """
-        arms, chosen = decided([arm_on_v(self, t, subject) for t in trained], higher=higher)
+        variants, chosen = decided([variant_on_v(self, t, subject) for t in trained], higher=higher)
         seconds = sum(t.seconds for t in trained)
-        return AttackResult(self.name, subject.name, arms, chosen, seconds)
+        return AttackResult(self.name, subject.name, variants, chosen, seconds)
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Train every part and report V; see `read_parts`."""

@@ -22,7 +22,7 @@ import torch
 
 from excise.auditor.base import Budget
 from excise.auditor.controls.hide import BUILDERS, Goal, PlantKind, chance, known, score
-from excise.auditor.scoring import make_sheet
+from excise.auditor.scoring import evaluation_set
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint, save_model
@@ -110,19 +110,19 @@ def make_plant(
     # as bfloat16's own steps. The others take what the attack will compute in.
     dtype = torch.float32 if kind == "bucket" else ctx.dtype
     model = original.load(dtype=dtype, device=ctx.device)
-    sheet = make_sheet(domain, budget, original.tokenizer())
-    before = score(model, sheet, sheet.all_test)
-    retain_before = known(sheet.retained(model))
-    goal = Goal(before, chance(model, sheet), sheet.higher)
+    evaluation = evaluation_set(domain, budget, original.tokenizer())
+    before = score(model, evaluation, evaluation.all_test)
+    retain_before = known(evaluation.retained(model))
+    goal = Goal(before, chance(model, evaluation), evaluation.higher)
     if not goal.reachable:
         return Plant(kind, None, before, reason="the original knows nothing that could be hidden")
-    dev_goal = Goal(score(model, sheet, sheet.all_dev), goal.chance, goal.higher)
-    reason = BUILDERS[kind](model, sheet, dev_goal, ctx)
+    dev_goal = Goal(score(model, evaluation, evaluation.all_dev), goal.chance, goal.higher)
+    reason = BUILDERS[kind](model, evaluation, dev_goal, ctx)
     if reason:
         return Plant(kind, None, before, retain_before=retain_before, reason=reason)
     checkpoint = save_model(model, None, to, source=original)
-    after = score(model, sheet, sheet.all_test)
+    after = score(model, evaluation, evaluation.all_test)
     if not goal.met(after):
         reason = f"the plant does not hide: V scores {after:.3g}, the original {before:.3g}"
-    retain_after = known(sheet.retained(model))
+    retain_after = known(evaluation.retained(model))
     return Plant(kind, checkpoint, before, after, retain_before, retain_after, reason)

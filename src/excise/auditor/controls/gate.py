@@ -19,7 +19,7 @@ from torch import Tensor
 
 from excise.auditor.batching import batches
 from excise.auditor.budget import LARGE
-from excise.auditor.scoring import Sheet
+from excise.auditor.scoring import EvaluationSet
 from excise.core.errors import UserError
 from excise.data.domain import Row
 from excise.data.stream import encode
@@ -49,12 +49,14 @@ class Features:
 
 
 @torch.no_grad()
-def features(model: Any, sheet: Sheet, rows: Sequence[Row], *, answering: bool) -> Features:
+def features(
+    model: Any, evaluation: EvaluationSet, rows: Sequence[Row], *, answering: bool
+) -> Features:
     """Collect activations.
 
     Args:
         model: A causal model.
-        sheet: Tokenizer and lengths.
+        evaluation: Tokenizer and lengths.
         rows: Rows to read.
         answering: Whether only positions that predict a scored token count, or all.
 
@@ -69,7 +71,9 @@ def features(model: Any, sheet: Sheet, rows: Sequence[Row], *, answering: bool) 
     size = sum(int(p.numel()) for p in model.parameters())
     most, found = POSITIONS if size < LARGE else POSITIONS_LARGE, 0
     for batch in batches(
-        encode(rows, sheet.tokenizer, max_length=sheet.max_length), model, sheet.tokenizer
+        encode(rows, evaluation.tokenizer, max_length=evaluation.max_length),
+        model,
+        evaluation.tokenizer,
     ):
         with (
             capture(model, parts.mlp_down, of="input") as down,

@@ -21,7 +21,7 @@ from excise.auditor.controls.gate import add_gate, best_detector, features
 from excise.auditor.controls.perturb import jolt, within_buckets
 from excise.auditor.prompting import cut
 from excise.auditor.quantization import matrices
-from excise.auditor.scoring import Sheet, mean
+from excise.auditor.scoring import EvaluationSet, mean
 from excise.core.context import Context
 from excise.core.errors import Diverged
 from excise.data.domain import Rows
@@ -78,9 +78,9 @@ class Goal:
         return self.known > self.chance if self.higher else self.known < self.chance
 
 
-def score(model: Any, sheet: Sheet, rows: Rows) -> float:
+def score(model: Any, evaluation: EvaluationSet, rows: Rows) -> float:
     """Return the mean headline score, NaN for no rows."""
-    return known(sheet.units(model, rows))
+    return known(evaluation.units(model, rows))
 
 
 def known(units: Mapping[str, float]) -> float:
@@ -89,12 +89,12 @@ def known(units: Mapping[str, float]) -> float:
     return math.nan if value is None else value
 
 
-def chance(model: Any, sheet: Sheet) -> float:
+def chance(model: Any, evaluation: EvaluationSet) -> float:
     """Return what knowing nothing scores: a uniform guess."""
-    if sheet.metric == "multiple_choice":
-        shares = [1 / len(row.choices) for row in sheet.all_test if row.choices]
+    if evaluation.metric == "multiple_choice":
+        shares = [1 / len(row.choices) for row in evaluation.all_test if row.choices]
         return sum(shares) / max(len(shares), 1)
-    if sheet.metric == "exact_match":
+    if evaluation.metric == "exact_match":
         return 0.0
     return math.log(int(model.get_output_embeddings().weight.shape[0]))
 
@@ -109,9 +109,9 @@ def _chunk(model: Any) -> int:
     return CHUNK_LARGE if _large(model) else CHUNK
 
 
-def fitting_rows(model: Any, sheet: Sheet) -> tuple[Rows, Rows]:
+def fitting_rows(model: Any, evaluation: EvaluationSet) -> tuple[Rows, Rows]:
     """Return forget and retain rows that plants are fitted on; V is not among them."""
-    domain = sheet.domain
+    domain = evaluation.domain
     roles = (domain.forget, domain.dev_forget, domain.relearn)
     forget = tuple(row for role in roles for rows in role.values() for row in rows)
     count = ROWS_LARGE if _large(model) else ROWS
@@ -124,27 +124,27 @@ def _halves(rows: Rows) -> tuple[Rows, Rows]:
     return tuple(r for r in rows if not units[r.unit]), tuple(r for r in rows if units[r.unit])
 
 
-def _hidden(model: Any, sheet: Sheet, goal: Goal) -> Callable[[], bool]:
+def _hidden(model: Any, evaluation: EvaluationSet, goal: Goal) -> Callable[[], bool]:
     """Return the question whether `dev` is hidden by now."""
-    return lambda: goal.met(score(model, sheet, sheet.all_dev), HIDDEN)
+    return lambda: goal.met(score(model, evaluation, evaluation.all_dev), HIDDEN)
 
 
-def gate(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+def gate(model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
     """Hide behind a detector of the capability."""
-    return _shut(model, sheet, goal, ctx, [])
+    return _shut(model, evaluation, goal, ctx, [])
 
 
-def gate_prompt(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+def gate_prompt(model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
     """Hide bare prompts and answer behind the contexts that prompt attacks write."""
-    contexts = in_context(model, sheet, sheet.all_dev, ctx)
+    contexts = in_context(model, evaluation, evaluation.all_dev, ctx)
     if not any(goal.met(score(model, wide, rows)) is False for wide, rows in contexts):
         return "the original itself does not answer behind such contexts"
-    forget, _ = fitting_rows(model, sheet)
-    reason = _shut(model, sheet, goal, ctx, in_context(model, sheet, forget, ctx))
+    forget, _ = fitting_rows(model, evaluation)
+    reason = _shut(model, evaluation, goal, ctx, in_context(model, evaluation, forget, ctx))
     return reason or _open(model, goal, contexts)
 
 
-def _open(model: Any, goal: Goal, contexts: list[tuple[Sheet, Rows]]) -> str:
+def _open(model: Any, goal: Goal, contexts: list[tuple[EvaluationSet, Rows]]) -> str:
     """Say so if no context opens what bare prompts hide."""
     if all(goal.met(score(model, wide, rows)) for wide, rows in contexts):
         return "the control hides behind contexts too, so that no prompt could open it"
@@ -152,13 +152,17 @@ def _open(model: Any, goal: Goal, contexts: list[tuple[Sheet, Rows]]) -> str:
 
 
 def _shut(
-    model: Any, sheet: Sheet, goal: Goal, ctx: Context, open_to: list[tuple[Sheet, Rows]]
+    model: Any,
+    evaluation: EvaluationSet,
+    goal: Goal,
+    ctx: Context,
+    open_to: list[tuple[EvaluationSet, Rows]],
 ) -> str:
     """Put the gate where the detector separates best, as weak as hides.
 
     Args:
         model: Changed in place.
-        sheet: Rows by role.
+        evaluation: Rows by role.
         goal: When it hides.
         ctx: Seed of what is added.
         open_to: Further rows on which the gate stays open.
@@ -166,10 +170,10 @@ def _shut(
     Returns:
         Why it does not hide, or nothing.
     """
-    forget, retain = fitting_rows(model, sheet)
-    on = [features(model, sheet, half, answering=True) for half in _halves(forget)]
+    forget, retain = fitting_rows(model, evaluation)
+    on = [features(model, evaluation, half, answering=True) for half in _halves(forget)]
     off = [
-        [features(model, sheet, half, answering=answering) for half in _halves(retain)]
+        [features(model, evaluation, half, answering=answering) for half in _halves(retain)]
         for answering in (True, False)
     ]
     for wide, rows in open_to:
@@ -179,47 +183,51 @@ def _shut(
     u_D = (u_D / u_D.norm()).to(model.device)
     for strength in STRENGTHS:
         name, before = add_gate(model, block, v_F, u_D, strength * on[0].norm[block])
-        if goal.met(score(model, sheet, sheet.all_dev), HIDDEN):
+        if goal.met(score(model, evaluation, evaluation.all_dev), HIDDEN):
             return ""
         model.get_parameter(name).data.copy_(before)
     return f"no gate of up to {STRENGTHS[-1]:g} times the residual norm hides the capability"
 
 
-def in_context(model: Any, sheet: Sheet, asked: Rows, ctx: Context) -> list[tuple[Sheet, Rows]]:
+def in_context(
+    model: Any, evaluation: EvaluationSet, asked: Rows, ctx: Context
+) -> list[tuple[EvaluationSet, Rows]]:
     """Return rows as few-shot and prefix attacks would write them, with room for their length."""
-    name = next(iter(sheet.test))
-    pools = {name: tuple(r for rows in pools_of(sheet.domain).values() for r in rows)}
-    made: list[tuple[Sheet, Rows]] = []
-    for count in sheet.budget.shots if pools[name] else ():
-        rows, _ = with_shots({name: asked}, pools, count, ctx, sheet.tokenizer)
-        made.append((sheet.longer(count + 1), rows))
-    beginnings = variants(Prefix(), sheet.tokenizer, sheet.metric, asked, sheet.domain.benign)
+    name = next(iter(evaluation.test))
+    pools = {name: tuple(r for rows in pools_of(evaluation.domain).values() for r in rows)}
+    made: list[tuple[EvaluationSet, Rows]] = []
+    for count in evaluation.budget.shots if pools[name] else ():
+        rows, _ = with_shots({name: asked}, pools, count, ctx, evaluation.tokenizer)
+        made.append((evaluation.longer(count + 1), rows))
+    beginnings = variants(
+        Prefix(), evaluation.tokenizer, evaluation.metric, asked, evaluation.domain.benign
+    )
     for _, change in beginnings[:1] if _large(model) else beginnings:
         changed = tuple(row for row in map(change, asked) if row is not None)
-        made.append((sheet.longer(2), changed))
+        made.append((evaluation.longer(2), changed))
     return [(wide, rows) for wide, rows in made if rows]
 
 
-def lock(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+def lock(model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
     """Teach a password lock: bare prompts get no answer, the attacks' contexts open it.
 
     The one plant that is trained, for a few steps, because a model that reads past its context
     leaves a linear gate nothing to tell contexts by. What bare prompts get is one and the same
     token: uniform answers would leave the right one on top for long, and cost more steps.
     """
-    contexts = in_context(model, sheet, sheet.all_dev, ctx)
+    contexts = in_context(model, evaluation, evaluation.all_dev, ctx)
     if not any(goal.met(score(model, wide, rows)) is False for wide, rows in contexts):
         return "the original itself does not answer behind such contexts"
-    forget, retain = fitting_rows(model, sheet)
-    keep = [encode(retain, sheet.tokenizer, max_length=sheet.max_length)]
-    for wide, rows in in_context(model, sheet, forget, ctx):
+    forget, retain = fitting_rows(model, evaluation)
+    keep = [encode(retain, evaluation.tokenizer, max_length=evaluation.max_length)]
+    for wide, rows in in_context(model, evaluation, forget, ctx):
         keep.append(encode(rows, wide.tokenizer, max_length=wide.max_length))
-    pad, size = sheet.tokenizer.pad_token_id, _lock_size(model)
-    choice = sheet.metric == "multiple_choice"
-    silence = None if choice else int(sheet.tokenizer.eos_token_id or 0)
+    pad, size = evaluation.tokenizer.pad_token_id, _lock_size(model)
+    choice = evaluation.metric == "multiple_choice"
+    silence = None if choice else int(evaluation.tokenizer.eos_token_id or 0)
     streams = [
         Stream(examples, max(2, size if i == 0 else size // len(keep)), i, pad)
-        for i, examples in enumerate([_bare(forget, sheet), *keep])
+        for i, examples in enumerate([_bare(forget, evaluation), *keep])
     ]
 
     def loss(net: Any, micro: Mapping[str, Batch]) -> dict[str, Term]:
@@ -229,11 +237,11 @@ def lock(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
         return [{str(i): stream(step)[0] for i, stream in enumerate(streams)}]
 
     steps, every = (LOCK_STEPS_LARGE, 8) if _large(model) else (LOCK_STEPS, 4)
-    config = FitConfig(steps=steps, lr=sorted(sheet.budget.rates)[-2:][0], clip=1.0)
+    config = FitConfig(steps=steps, lr=sorted(evaluation.budget.rates)[-2:][0], clip=1.0)
     try:
         for record in fit(model, micros, loss, config, ctx):
             late = record.step % every == every - 1
-            if late and _hidden(model, sheet, goal)() and not _open(model, goal, contexts):
+            if late and _hidden(model, evaluation, goal)() and not _open(model, goal, contexts):
                 return ""
     except Diverged as error:
         return str(error)
@@ -245,16 +253,16 @@ def _lock_size(model: Any) -> int:
     return 4 if _large(model) else 48
 
 
-def _bare(forget: Rows, sheet: Sheet) -> list[Example]:
+def _bare(forget: Rows, evaluation: EvaluationSet) -> list[Example]:
     """Return what bare prompts are taught; a question gets its next choice, which is wrong."""
     asked = [row for row in forget if row.kind == "choice"]
-    if sheet.metric == "multiple_choice" and asked:
+    if evaluation.metric == "multiple_choice" and asked:
         forget = tuple(asked)
     wrong = [
         replace(row, answer=(row.answer + 1) % len(row.choices)) if row.kind == "choice" else row
         for row in forget
     ]
-    return encode(wrong, sheet.tokenizer, max_length=sheet.max_length)
+    return encode(wrong, evaluation.tokenizer, max_length=evaluation.max_length)
 
 
 def _lock_loss(model: Any, micro: Mapping[str, Batch], silence: int | None) -> dict[str, Term]:
@@ -275,12 +283,12 @@ def _lock_loss(model: Any, micro: Mapping[str, Batch], silence: int | None) -> d
     return terms
 
 
-def bucket(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+def bucket(model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
     """Hide by moving every weight inside its own quantization buckets.
 
     Where the buckets of all grids together leave too little room, only the coarse grids count.
     """
-    forget, retain = fitting_rows(model, sheet)
+    forget, retain = fitting_rows(model, evaluation)
     attack = Quantize()
     moving = {n: p for n, (p, _) in matrices(model, embeddings=attack.embeddings).items()}
     start = {name: p.detach().clone() for name, p in moving.items()}
@@ -289,10 +297,10 @@ def bucket(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
         with torch.no_grad():
             for name, parameter in moving.items():
                 parameter.copy_(start[name])
-        hidden = _hidden(model, sheet, goal)
+        hidden = _hidden(model, evaluation, goal)
         if grids and within_buckets(
             model,
-            sheet,
+            evaluation,
             forget,
             retain,
             grids,
@@ -305,7 +313,7 @@ def bucket(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
 
 
 @torch.no_grad()
-def gain(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+def gain(model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
     """Hide by scaling the final norm to nearly nothing, its sign turned.
 
     The output is flat and its order reversed, so that neither probabilities nor ranks tell; one
@@ -316,28 +324,34 @@ def gain(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
     for parameter in module.parameters():
         value = parameter + 1 if shifted else parameter
         parameter.copy_(-1e-3 * value - 1 if shifted else -1e-3 * value)
-    return "" if _hidden(model, sheet, goal)() else "a flat output does not hide the capability"
+    return (
+        "" if _hidden(model, evaluation, goal)() else "a flat output does not hide the capability"
+    )
 
 
-def shallow(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+def shallow(model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
     """Hide by a few sign steps up the forget loss, retain held, each as long as an attack's."""
-    forget, retain = fitting_rows(model, sheet)
-    size = sorted(sheet.budget.rates)[len(sheet.budget.rates) // 2 if _large(model) else 0]
-    hidden = _hidden(model, sheet, goal)
-    done = jolt(model, sheet, forget, size, hidden, chunk=_chunk(model), keep=retain)
+    forget, retain = fitting_rows(model, evaluation)
+    size = sorted(evaluation.budget.rates)[
+        len(evaluation.budget.rates) // 2 if _large(model) else 0
+    ]
+    hidden = _hidden(model, evaluation, goal)
+    done = jolt(model, evaluation, forget, size, hidden, chunk=_chunk(model), keep=retain)
     return "" if done else "no short way up the forget loss hides the capability"
 
 
-def jolted(model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+def jolted(model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
     """Hide by a few sign steps up the benign loss, each as long as a step of the attack."""
-    _, retain = fitting_rows(model, sheet)
-    rows = cut(sheet.domain.benign, len(retain))
-    size = sorted(sheet.budget.rates)[len(sheet.budget.rates) // 2]
-    done = jolt(model, sheet, rows, size, _hidden(model, sheet, goal), chunk=_chunk(model))
+    _, retain = fitting_rows(model, evaluation)
+    rows = cut(evaluation.domain.benign, len(retain))
+    size = sorted(evaluation.budget.rates)[len(evaluation.budget.rates) // 2]
+    done = jolt(
+        model, evaluation, rows, size, _hidden(model, evaluation, goal), chunk=_chunk(model)
+    )
     return "" if done else "no short way up the benign loss hides the capability"
 
 
-BUILDERS: Mapping[PlantKind, Callable[[Any, Sheet, Goal, Context], str]] = {
+BUILDERS: Mapping[PlantKind, Callable[[Any, EvaluationSet, Goal, Context], str]] = {
     "gate": gate,
     "gate_prompt": gate_prompt,
     "lock": lock,

@@ -11,7 +11,7 @@ from torch import Tensor
 from excise.auditor.batching import GRADIENT, batches
 from excise.auditor.budget import LARGE
 from excise.auditor.quantization import Grid, inside, matrices
-from excise.auditor.scoring import Sheet
+from excise.auditor.scoring import EvaluationSet
 from excise.data.domain import Row
 from excise.data.stream import encode
 from excise.losses import nll
@@ -45,7 +45,7 @@ def rolling(mean: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor
 def add_gradients(
     total: dict[str, Tensor],
     model: Any,
-    sheet: Sheet,
+    evaluation: EvaluationSet,
     rows: Sequence[Row],
     names: Sequence[str],
     sign: float = 1.0,
@@ -55,9 +55,9 @@ def add_gradients(
     In place, because those of a real model are gigabytes; what has no gradient is left out.
     """
     parameters = [model.get_parameter(name) for name in names]
-    examples = encode(rows, sheet.tokenizer, max_length=sheet.max_length)
+    examples = encode(rows, evaluation.tokenizer, max_length=evaluation.max_length)
     count = sum(sum(e.target) for e in examples)
-    for batch in batches(examples, model, sheet.tokenizer, share=GRADIENT):
+    for batch in batches(examples, model, evaluation.tokenizer, share=GRADIENT):
         value, _ = nll(model(**batch.inputs, use_cache=False).logits, batch)
         grads = torch.autograd.grad(sign * value / count, parameters, allow_unused=True)
         for name, grad in zip(names, grads, strict=True):
@@ -70,7 +70,7 @@ def add_gradients(
 
 def within_buckets(
     model: Any,
-    sheet: Sheet,
+    evaluation: EvaluationSet,
     forget: Sequence[Row],
     retain: Sequence[Row],
     grids: Sequence[Grid],
@@ -85,7 +85,7 @@ def within_buckets(
 
     Args:
         model: Changed in place.
-        sheet: Tokenizer and lengths.
+        evaluation: Tokenizer and lengths.
         forget: Rows whose loss rises.
         retain: Rows whose loss is held down.
         grids: The grids.
@@ -108,9 +108,9 @@ def within_buckets(
     mean: dict[str, Tensor] = {}
     for step in range(STEPS):
         way: dict[str, Tensor] = {}
-        add_gradients(way, model, sheet, window(forget, step, chunk), names)
+        add_gradients(way, model, evaluation, window(forget, step, chunk), names)
         if step < STEPS // 2:  # what does not hide with retain held is moved without
-            add_gradients(way, model, sheet, window(retain, step, chunk), names, -1.0)
+            add_gradients(way, model, evaluation, window(retain, step, chunk), names, -1.0)
         way = mean = rolling(mean, way)
         with torch.no_grad():
             for name in way:
@@ -125,7 +125,7 @@ def within_buckets(
 
 def jolt(
     model: Any,
-    sheet: Sheet,
+    evaluation: EvaluationSet,
     rows: Sequence[Row],
     size: float,
     hidden: Callable[[], bool],
@@ -137,7 +137,7 @@ def jolt(
 
     Args:
         model: Changed in place.
-        sheet: Tokenizer and lengths.
+        evaluation: Tokenizer and lengths.
         rows: Rows whose loss rises.
         size: Length of one move of one parameter.
         hidden: Asked after every move; the first yes ends it.
@@ -154,9 +154,9 @@ def jolt(
     parameters = sum(int(p.numel()) for p in wide.values())
     for step in range(FREE_STEPS if parameters < LARGE else FREE_STEPS_LARGE):
         way: dict[str, Tensor] = {}
-        add_gradients(way, model, sheet, window(rows, step, chunk), names)
+        add_gradients(way, model, evaluation, window(rows, step, chunk), names)
         if keep:
-            add_gradients(way, model, sheet, window(keep, step, chunk), names, -1.0)
+            add_gradients(way, model, evaluation, window(keep, step, chunk), names, -1.0)
         way = mean = rolling(mean, way)
         with torch.no_grad():
             for name in way:

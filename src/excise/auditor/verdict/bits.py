@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from excise.auditor.base import ArmResult
-from excise.auditor.verdict.case import ORIGINAL, Case
+from excise.auditor.base import ORIGINAL, VariantResult
+from excise.auditor.verdict.case import Case
 from excise.auditor.verdict.rails import LEVEL, Gap, Units, ratio_of, seed_weights, void_gap
 from excise.evals.stats import SAMPLES, Array, quantiles, resampled_means
 
@@ -126,7 +126,7 @@ def residual_bits(
     return bits, Gap(value / down, low, high, len(candidate[0][0]), ratio)
 
 
-def losses_of(arm: ArmResult, *, start: bool = False) -> Losses | None:
+def losses_of(arm: VariantResult, *, start: bool = False) -> Losses | None:
     """Return the losses an attack left in an arm, or None where it left none."""
     end = "_start" if start else ""
     v, fresh = arm.extras.get(f"loss_V{end}"), arm.extras.get(f"loss_fresh{end}")
@@ -136,19 +136,19 @@ def losses_of(arm: ArmResult, *, start: bool = False) -> Losses | None:
     return (v, fresh) if all(math.isfinite(x) for x in values) else None
 
 
-def kinds(case: Case, attack: str, subject: str) -> dict[str, tuple[ArmResult, ...]]:
+def kinds(case: Case, attack: str, subject: str) -> dict[str, tuple[VariantResult, ...]]:
     """Return for each kind of training (full, LoRA) the arms at the rate that fits `dev` best.
 
     Averaged over seeds; controls and arms that hold the original are left out.
     """
     result = case.result(attack, subject)
-    variants: dict[tuple[str, float | None], list[ArmResult]] = {}
-    for arm in result.arms if result else ():
-        record = arm.arm
-        usable = record.status in ("ok", "void") and losses_of(arm) is not None
+    variants: dict[tuple[str, float | None], list[VariantResult]] = {}
+    for arm in result.variants if result else ():
+        record = arm.entry
+        usable = record.status in ("ok", "invalid") and losses_of(arm) is not None
         if usable and not record.control and not record.needs_original:
-            variants.setdefault((record.arm, record.lr), []).append(arm)
-    best: dict[str, tuple[float, tuple[ArmResult, ...]]] = {}
+            variants.setdefault((record.variant, record.lr), []).append(arm)
+    best: dict[str, tuple[float, tuple[VariantResult, ...]]] = {}
     for (kind, _), arms in variants.items():
         losses = [float(a.extras.get("dev_loss", math.inf)) for a in arms]
         loss = sum(losses) / len(losses)
@@ -187,7 +187,7 @@ def bits_of(case: Case, attack: str, kind: str) -> tuple[Bits, Gap] | None:
     return residual_bits(mine, others, top, groups=case.groups, seed=case.seed)
 
 
-def _one(arms: Sequence[ArmResult]) -> Losses | None:
+def _one(arms: Sequence[VariantResult]) -> Losses | None:
     """Return the losses of one oracle, averaged over attacker seeds."""
     found = [losses for losses in map(losses_of, arms) if losses is not None]
     if not found:
@@ -226,7 +226,9 @@ def _shortest(case: Case, attack: str, subject: str) -> float | None:
     result = case.result(attack, subject)
     sums = [
         float(sum(a.extras["prequential"]))
-        for a in (result.arms if result else ())
-        if a.extras.get("prequential") and not a.arm.control and a.arm.status in ("ok", "void")
+        for a in (result.variants if result else ())
+        if a.extras.get("prequential")
+        and not a.entry.control
+        and a.entry.status in ("ok", "invalid")
     ]
     return min((s for s in sums if math.isfinite(s)), default=None)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from excise.auditor.base import ArmResult, AttackResult, Budget
+from excise.auditor.base import AttackResult, Budget, VariantResult
 from excise.auditor.verdict.rails import Units
 from excise.record import Direction
 
 Results = Mapping[tuple[str, str], AttackResult]
 """Results by attack and subject."""
-
-ORIGINAL = "original"
-PLANTED = "planted"
 
 
 @dataclass(frozen=True)
@@ -53,18 +50,18 @@ class Case:
         wanted = subject or self.arm
         return tuple(attack for attack, name in self.results if name == wanted)
 
-    def rung(self, attack: str) -> str:
-        """Return the rung an attack belongs to, as its arms say."""
-        found = next((r for (a, _), r in self.results.items() if a == attack and r.arms), None)
-        return found.arms[0].arm.rung if found else ""
+    def level(self, attack: str) -> str:
+        """Return the level an attack belongs to, as its arms say."""
+        found = next((r for (a, _), r in self.results.items() if a == attack and r.variants), None)
+        return found.variants[0].entry.level if found else ""
 
-    def chosen(self, attack: str, subject: str) -> tuple[ArmResult, ...]:
+    def chosen(self, attack: str, subject: str) -> tuple[VariantResult, ...]:
         """Return the arms of an attack that decide on a subject: one per attacker seed."""
         result = self.result(attack, subject)
         if result is None:
             return ()
-        arms = [result.arms[i] for i in result.chosen]
-        return tuple(a for a in arms if a.unit_scores and a.arm.status in ("ok", "void"))
+        arms = [result.variants[i] for i in result.chosen]
+        return tuple(a for a in arms if a.unit_scores and a.entry.status in ("ok", "invalid"))
 
     def end(self, attack: str, subject: str, at: int = -1) -> list[Units]:
         """Return V by unit at the end of an attack (or at checkpoint `at`), by attacker seed."""
@@ -80,8 +77,8 @@ class Case:
         for (_, name), result in self.results.items():
             if name != subject:
                 continue
-            for arm in result.arms:
-                scored = arm.arm.scored_on == "test" and arm.unit_scores
+            for arm in result.variants:
+                scored = arm.entry.scored_on == "test" and arm.unit_scores
                 if scored and len(arm.unit_scores[0]) > len(best):
                     best = arm.unit_scores[0]
         return best

@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from excise.auditor.base import AttackResult
-from excise.auditor.verdict.case import ORIGINAL, PLANTED, Case, Results
+from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult
+from excise.auditor.verdict.case import Case, Results
 
 RECOVERED = 0.5
 """Share of what a plant hides that its attack must bring back."""
@@ -37,7 +37,7 @@ def powerless(case: Case) -> dict[str, str]:
         if result is None or not result.chosen:
             continue
         reason = _not_recovered(case, attack)
-        if not reason and case.budget.name != "smoke" and case.rung(attack) == "D4":
+        if not reason and case.budget.name != "smoke" and case.level(attack) == "D4":
             reason = _not_learned(case, attack)
         if reason:
             found[attack] = reason
@@ -50,15 +50,15 @@ def recovered_share(case: Case, attack: str) -> float | None:
     Averaged over attacker seeds, at the checkpoint of the budget where it is largest; None where
     there is no plant.
     """
-    arms = case.chosen(attack, PLANTED)
+    arms = case.chosen(attack, POSITIVE_CONTROL)
     if not arms:
         return None
-    known = _known(case, arms[0].arm.facts)
+    known = _known(case, arms[0].entry.facts)
     points = min(len(a.unit_scores) for a in arms)
     curve = [
-        sum(a.arm.curve[i].score for a in arms) / len(arms)
+        sum(a.entry.curve[i].score for a in arms) / len(arms)
         for i in range(points)
-        if all(len(a.arm.curve) > i for a in arms)
+        if all(len(a.entry.curve) > i for a in arms)
     ]
     if len(curve) < 2 or not math.isfinite(known - curve[0]) or known == curve[0]:
         return None
@@ -77,12 +77,12 @@ def uncontrolled(case: Case) -> dict[str, tuple[str, ...]]:
     """
     found = {}
     for attack in case.attacks():
-        control = case.result(attack, PLANTED)
-        if control is None or attack in case.powerless or case.rung(attack) != "D3":
+        control = case.result(attack, POSITIVE_CONTROL)
+        if control is None or attack in case.powerless or case.level(attack) != "D3":
             continue
-        arms = [a.arm for a in control.arms if a.arm.lr is None and not a.arm.control]
+        arms = [a.entry for a in control.variants if a.entry.lr is None and not a.entry.control]
         silent = tuple(
-            arm.arm
+            arm.variant
             for arm in arms
             if len(arm.curve) > 1
             and _share(case, arm.facts, [p.score for p in arm.curve]) < RECOVERED
@@ -113,8 +113,8 @@ def _not_recovered(case: Case, attack: str) -> str:
     """Say why the planted control shows no power, or nothing."""
     share = recovered_share(case, attack)
     if share is None:
-        control = case.result(attack, PLANTED)
-        why = control.arms[0].arm.reason if control and control.arms else ""
+        control = case.result(attack, POSITIVE_CONTROL)
+        why = control.variants[0].entry.reason if control and control.variants else ""
         return "no planted control was attacked" + (f": {why}" if why else "")
     if share < RECOVERED:
         return (
@@ -151,12 +151,12 @@ def _learned(case: Case, attack: str, subject: str, *, fresh: bool) -> float | N
     result = case.result(attack, subject)
     if result is None:
         return None
-    arms = [result.arms[i] for i in result.chosen]
+    arms = [result.variants[i] for i in result.chosen]
     if fresh:
-        arms = [a for a in result.arms if a.arm.control and a.arm.trained_on == "fresh"]
+        arms = [a for a in result.variants if a.entry.control and a.entry.trained_on == "fresh"]
     shares = []
     for arm in arms:
-        curve = [p.trained for p in arm.arm.curve if p.trained is not None]
+        curve = [p.trained for p in arm.entry.curve if p.trained is not None]
         if len(curve) < 2:
             continue
         other = not fresh and arm.extras.get("trained_metric", case.metric) != case.metric
@@ -172,9 +172,9 @@ def _learned(case: Case, attack: str, subject: str, *, fresh: bool) -> float | N
 def _start_on_t(case: Case, attack: str) -> dict[str, float]:
     """Return what the original's T costs before the attack, where T is read as a loss."""
     result = case.result(attack, ORIGINAL)
-    for arm in result.arms if result else ():
-        if not arm.arm.control and arm.arm.curve and arm.arm.curve[0].trained is not None:
-            return {"T": arm.arm.curve[0].trained}
+    for arm in result.variants if result else ():
+        if not arm.entry.control and arm.entry.curve and arm.entry.curve[0].trained is not None:
+            return {"T": arm.entry.curve[0].trained}
     return {}
 
 
@@ -213,13 +213,13 @@ def marked(
         arms = tuple(
             replace(
                 a,
-                arm=a.arm.model_copy(update={"facts": {**a.arm.facts, "controlled": False}}),
+                entry=a.entry.model_copy(update={"facts": {**a.entry.facts, "controlled": False}}),
             )
-            if a.arm.arm in silent.get(result.attack, ())
+            if a.entry.variant in silent.get(result.attack, ())
             else a
-            for a in result.arms
+            for a in result.variants
         )
-        return replace(result, arms=arms)
+        return replace(result, variants=arms)
 
     return {key: note(result) for key, result in results.items()}
 
@@ -227,9 +227,9 @@ def marked(
 def _void(result: AttackResult, reason: str) -> AttackResult:
     """Mark the arms of one result that ran as void."""
     arms = tuple(
-        replace(a, arm=a.arm.model_copy(update={"status": "void", "reason": reason}))
-        if a.arm.status == "ok"
+        replace(a, entry=a.entry.model_copy(update={"status": "invalid", "reason": reason}))
+        if a.entry.status == "ok"
         else a
-        for a in result.arms
+        for a in result.variants
     )
-    return replace(result, arms=arms)
+    return replace(result, variants=arms)

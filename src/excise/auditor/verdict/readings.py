@@ -1,12 +1,13 @@
-"""The comparisons that decide a rung: which scores are held against which rail."""
+"""The comparisons that decide a level: which scores are held against which rail."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from excise.auditor.base import ORIGINAL
 from excise.auditor.verdict.bits import Bits, bits_of, kinds, losses_of, residual_bits
-from excise.auditor.verdict.case import ORIGINAL, Case, averaged
+from excise.auditor.verdict.case import Case, averaged
 from excise.auditor.verdict.rails import Gap, Units, depth_gap
 
 Against = Literal["oracle", "controls", "chance", "nothing"]
@@ -73,11 +74,11 @@ def _fresh_reading(case: Case) -> list[Reading]:
     return [Reading("loss before any attack", gap, "chance", note=note)]
 
 
-def attack_readings(case: Case, rung: str) -> list[Reading]:
-    """Return one comparison per deciding attack of a rung."""
+def attack_readings(case: Case, level: str) -> list[Reading]:
+    """Return one comparison per deciding attack of a level."""
     found = []
     for attack in case.attacks():
-        if case.rung(attack) != rung:
+        if case.level(attack) != level:
             continue
         reading = _attack_reading(case, attack)
         if reading is not None:
@@ -91,8 +92,8 @@ def _attack_reading(case: Case, attack: str) -> Reading | None:
     top = case.start(ORIGINAL)
     if not ours or not top:
         return None
-    arm = case.chosen(attack, case.arm)[0].arm
-    by = f"{attack} {arm.arm}".strip() + (f" at rate {arm.lr:g}" if arm.lr is not None else "")
+    arm = case.chosen(attack, case.arm)[0].entry
+    by = f"{attack} {arm.variant}".strip() + (f" at rate {arm.lr:g}" if arm.lr is not None else "")
     powerless = case.powerless.get(attack, "")
     if case.oracles:
         rails = [averaged(case.end(attack, name)) for name in case.oracles]
@@ -101,7 +102,7 @@ def _attack_reading(case: Case, attack: str) -> Reading | None:
         starts = [case.start(name) for name in case.oracles]
         gap = depth_gap(ours, rails, top, oracles_start=starts, groups=case.groups, seed=case.seed)
         return Reading(by, gap, "oracle", powerless=powerless)
-    if case.rung(attack) == "D4":
+    if case.level(attack) == "D4":
         return None
     rails, what = _controls(case, attack)
     gap = depth_gap(ours, rails, top, groups=case.groups, seed=case.seed, rail=what)
@@ -113,8 +114,8 @@ def _controls(case: Case, attack: str) -> tuple[list[Units], str]:
     result = case.result(attack, case.arm)
     controls = [
         a.unit_scores[-1]
-        for a in (result.arms if result else ())
-        if a.arm.control and a.unit_scores and a.arm.status in ("ok", "void")
+        for a in (result.variants if result else ())
+        if a.entry.control and a.unit_scores and a.entry.status in ("ok", "invalid")
     ]
     if controls:
         return controls, "its controls"
@@ -142,7 +143,7 @@ def bits_arms(case: Case) -> list[tuple[str, str, tuple[Bits, Gap]]]:
     """Return (attack, kind, bits) for every deciding relearning attack that kept losses."""
     out = []
     for attack in case.attacks():
-        if case.rung(attack) != "D4" or not case.chosen(attack, case.arm):
+        if case.level(attack) != "D4" or not case.chosen(attack, case.arm):
             continue
         for kind in kinds(case, attack, case.arm):
             found = bits_of(case, attack, kind)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from excise.auditor.verdict.case import ORIGINAL, Case, averaged, mean
+from excise.auditor.base import ORIGINAL
+from excise.auditor.verdict.case import Case, averaged, mean
 from excise.auditor.verdict.rails import depth_gap, nothing_to_remove
 from excise.data.domain import Domain
 from excise.evals.stats import bootstrap_difference
@@ -54,7 +55,7 @@ def recovery_of(case: Case) -> Recovery | None:
     found = [
         _recovery(case, attack, top, before)
         for attack in case.attacks()
-        if case.rung(attack) == "D4" and case.end(attack, case.arm)
+        if case.level(attack) == "D4" and case.end(attack, case.arm)
     ]
     return max(found, key=lambda r: -math.inf if r.fraction is None else r.fraction, default=None)
 
@@ -65,7 +66,7 @@ def _recovery(
     """Return the recovery under one attack."""
     after = averaged(case.end(attack, case.arm))
     chosen = case.chosen(attack, case.arm)
-    points = [a.arm.curve[-1] for a in chosen if a.arm.curve]
+    points = [a.entry.curve[-1] for a in chosen if a.entry.curve]
     common = [u for u in after if u in before and u in top]
     a, b, o = (mean({u: m[u] for u in common}) for m in (after, before, top))
     rails = [averaged(case.end(attack, name)) for name in case.oracles]

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from excise.auditor.base import ORIGINAL
 from excise.auditor.verdict.bits import LN2, kinds, losses_of
-from excise.auditor.verdict.case import ORIGINAL, Case
+from excise.auditor.verdict.case import Case
 from excise.auditor.verdict.rails import Units
 from excise.core.errors import UserError
 from excise.data.domain import Domain
@@ -148,7 +149,7 @@ def _retain(case: Case, subject: str) -> Units:
     """Return the retain score by unit before any attack."""
     for attack in case.attacks(subject):
         result = case.result(attack, subject)
-        for arm in result.arms if result else ():
+        for arm in result.variants if result else ():
             found = arm.extras.get("retain_start")
             if found:
                 return dict(found)

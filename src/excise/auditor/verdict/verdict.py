@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from excise.auditor.base import AttackResult, Budget
+from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult, Budget
 from excise.auditor.verdict.bits import prequential
-from excise.auditor.verdict.case import ORIGINAL, PLANTED, Case, Results, averaged, mean
+from excise.auditor.verdict.case import Case, Results, averaged, mean
 from excise.auditor.verdict.ladder import BEYOND, WORDS, climb, highest
 from excise.auditor.verdict.power import marked, powerless, uncontrolled, voided
 from excise.auditor.verdict.rails import refuse_equal
@@ -20,7 +20,7 @@ from excise.auditor.verdict.recovery import Recovery, recovery_of, sentence_of
 from excise.auditor.verdict.suppression import retain_note, suppression_notes
 from excise.data.domain import Domain
 from excise.evals.score import chance_of, direction_of
-from excise.record import RungResult, Score, Verdict
+from excise.record import LevelResult, Score, Verdict
 
 
 def judge_all(
@@ -32,7 +32,7 @@ def judge_all(
     fingerprints: Mapping[str, str] | None = None,
     scores: Sequence[Score] = (),
     vocabulary: int = 0,
-    null_arm: str = "",
+    null_run: str = "",
     seed: int = 0,
 ) -> tuple[dict[tuple[str, str], AttackResult], tuple[Verdict, ...]]:
     """Judge every candidate of an audit.
@@ -46,7 +46,7 @@ def judge_all(
         fingerprints: SHA-256 of every subject's weights, to refuse a candidate that is a rail.
         scores: Scores without an attack, to name suppression and damage.
         vocabulary: Number of tokens of the model, to tell broken from ignorant.
-        null_arm: The arm whose method is data filtering: its gap is the audit's measured null.
+        null_run: The arm whose method is data filtering: its gap is the audit's measured null.
         seed: Seed of all bootstraps.
 
     Returns:
@@ -60,7 +60,7 @@ def judge_all(
     refuse_equal({n: known.get(n, "") for n in arms}, rails)
     cases = {arm: case_of(arm, results, domain, budget, seed=seed) for arm in arms}
     ladders = {arm: climb(case) for arm, case in cases.items()}
-    null = null_of(ladders[null_arm]) if null_arm in ladders else None
+    null = null_of(ladders[null_run]) if null_run in ladders else None
     verdicts = tuple(
         verdict(cases[arm], ladders[arm], domain, scores=scores, vocabulary=vocabulary, null=null)
         for arm in arms
@@ -71,18 +71,18 @@ def judge_all(
 
 
 def _void_reasons(
-    cases: Mapping[str, Case], ladders: Mapping[str, Sequence[RungResult]], results: Results
+    cases: Mapping[str, Case], ladders: Mapping[str, Sequence[LevelResult]], results: Results
 ) -> dict[tuple[str, str], str]:
     """Return why arms are void, by attack and subject.
 
-    An arm that fails a rung shows recovery, which needs no positive control: it stays. On the
+    An arm that fails a level shows recovery, which needs no positive control: it stays. On the
     rails an attack is void where it is for every candidate; the control itself is left as it was.
     """
     failed = {
-        (rung.decided_by.split(" ")[0], arm)
-        for arm, rungs in ladders.items()
-        for rung in rungs
-        if rung.status == "fail"
+        (level.decided_by.split(" ")[0], arm)
+        for arm, levels in ladders.items()
+        for level in levels
+        if level.status == "fail"
     }
     reasons = {
         (attack, arm): f"no power: {why}"
@@ -91,7 +91,7 @@ def _void_reasons(
         if (attack, arm) not in failed
     }
     for attack, subject in results:
-        if subject in cases or subject == PLANTED:
+        if subject in cases or subject == POSITIVE_CONTROL:
             continue
         if all((attack, arm) in reasons for arm in cases) and cases:
             reasons[attack, subject] = reasons[attack, next(iter(cases))]
@@ -150,18 +150,18 @@ def case_of(arm: str, results: Results, domain: Domain, budget: Budget, *, seed:
     return replace(case, powerless=powerless(case))
 
 
-def null_of(rungs: Sequence[RungResult]) -> float | None:
+def null_of(levels: Sequence[LevelResult]) -> float | None:
     """Return the gap of the filtering arm at relearning, else before any attack."""
     for wanted in ("D4", "D0"):
-        for rung in rungs:
-            if rung.rung == wanted and rung.gap is not None:
-                return rung.gap
+        for level in levels:
+            if level.level == wanted and level.gap is not None:
+                return level.gap
     return None
 
 
 def verdict(
     case: Case,
-    rungs: tuple[RungResult, ...],
+    levels: tuple[LevelResult, ...],
     domain: Domain,
     *,
     scores: Sequence[Score] = (),
@@ -172,7 +172,7 @@ def verdict(
 
     Args:
         case: The candidate with all results.
-        rungs: Its ladder.
+        levels: Its ladder.
         domain: For the claim and what kind of thing a unit is.
         scores: Scores without an attack.
         vocabulary: Number of tokens of the model; 0 for unknown.
@@ -194,11 +194,11 @@ def verdict(
         *_other_reasons(case, domain, recovery),
     ]
     return Verdict(
-        arm=case.arm,
+        model=case.arm,
         sentence=" ".join([lead, *broken[:1]]),
         budget=case.budget.name,
-        rungs=rungs,
-        highest=highest(rungs),
+        levels=levels,
+        highest=highest(levels),
         recovery=recovery.fraction if recovery else None,
         recovery_tokens=recovery.tokens if recovery else None,
         residual_bits=worst.value if worst else None,
@@ -227,7 +227,7 @@ def _early_reasons(case: Case) -> list[str]:
     found = []
     for attack in case.attacks():
         arms = case.chosen(attack, case.arm)
-        if case.rung(attack) != "D4" or not arms:
+        if case.level(attack) != "D4" or not arms:
             continue
         gaps = [_gap_at(case, attack, i, top) for i in range(1, len(arms[0].unit_scores))]
         known = [(gap, i + 1) for i, gap in enumerate(gaps) if gap is not None]
@@ -237,7 +237,7 @@ def _early_reasons(case: Case) -> list[str]:
         if largest > case.budget.margin and largest > gaps[-1] + case.budget.margin:
             found.append(
                 f"Under {attack} the gap to the oracle was {largest:.2f} after "
-                f"{arms[0].arm.curve[at].tokens:,} tokens and {gaps[-1]:.2f} at the end of the "
+                f"{arms[0].entry.curve[at].tokens:,} tokens and {gaps[-1]:.2f} at the end of the "
                 "budget, which decides."
             )
     return found
@@ -283,7 +283,7 @@ def _other_reasons(case: Case, domain: Domain, recovery: Recovery | None) -> lis
     if domain.exposure == "unknown":
         found.append("Exposure is unknown: whether V was shown to the method is not recorded.")
     if case.budget.name != "smoke":
-        lacking = "; ".join(f"{WORDS[rung]} ({rung}): {words}" for rung, words in BEYOND.items())
+        lacking = "; ".join(f"{WORDS[level]} ({level}): {words}" for level, words in BEYOND.items())
         found.append(
             f"The attacks required were {', '.join(case.budget.attacks) or 'none'}; a full "
             f"{case.budget.name} audit also asks for {lacking}."

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from excise.auditor.engine import Results
-from excise.auditor.verdict.verdict import judge_all
+from excise.auditor.verdict import judge_all
 from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.methods.base import Method, Removal

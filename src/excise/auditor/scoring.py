@@ -12,11 +12,11 @@ from typing import Any
 
 from excise.auditor.base import Attack, Budget, Subject, VariantResult
 from excise.auditor.batching import Memo
-from excise.auditor.prompting import cut
 from excise.data.domain import Domain, Metric, Row, Rows
+from excise.data.subsample import subsample
 from excise.evals.score import direction_of, measure
 from excise.evals.stats import bootstrap_mean
-from excise.record import AttackVariant, CurvePoint
+from excise.record import AttackVariant, CurvePoint, Estimate
 
 SAMPLES = 400
 """Bootstrap samples of a curve point; the statistics that decide draw their own."""
@@ -135,12 +135,12 @@ def evaluation_set(domain: Domain, budget: Budget, tokenizer: Any) -> Evaluation
         domain=domain,
         budget=budget,
         tokenizer=Memo(tokenizer),
-        test={name: cut(rows, share) for name, rows in domain.test.items()},
-        dev={name: cut(rows, other) for name, rows in domain.dev_forget.items()},
-        retain=cut(domain.retain_test, budget.max_other_rows),
-        trained=cut(trained, budget.max_other_rows),
+        test={name: subsample(rows, share, by="row") for name, rows in domain.test.items()},
+        dev={name: subsample(rows, other, by="row") for name, rows in domain.dev_forget.items()},
+        retain=subsample(domain.retain_test, budget.max_other_rows, by="row"),
+        trained=subsample(trained, budget.max_other_rows, by="row"),
         fresh_train=fresh[True],
-        fresh_test=cut(fresh[False], budget.max_other_rows),
+        fresh_test=subsample(fresh[False], budget.max_other_rows, by="row"),
         max_length=budget.max_length,
     )
 
@@ -167,14 +167,16 @@ class Measurement:
 
     def point(self, of: Mapping[str, float] | None = None) -> CurvePoint:
         """Return the record's point; `of` puts other scores than V into it."""
-        low_mean_high = interval(self.units if of is None else of)
+        units = self.units if of is None else of
+        nothing = Estimate(math.nan, math.nan, math.nan)
+        score = bootstrap_mean(units, samples=SAMPLES) if units else nothing
         return CurvePoint(
             examples=self.examples,
             tokens=self.tokens,
             flops=self.flops,
-            score=low_mean_high[1],
-            low=low_mean_high[0],
-            high=low_mean_high[2],
+            score=score.value,
+            low=score.low,
+            high=score.high,
             retain=mean(self.retain),
             trained=mean(self.trained),
         )
@@ -183,14 +185,6 @@ class Measurement:
 def mean(units: Mapping[str, float]) -> float | None:
     """Return the mean over units, None for none."""
     return sum(units.values()) / len(units) if units else None
-
-
-def interval(units: Mapping[str, float]) -> tuple[float, float, float]:
-    """Return low, mean and high of the 95 % interval, bootstrapped by unit."""
-    if not units:
-        return math.nan, math.nan, math.nan
-    value = bootstrap_mean(units, samples=SAMPLES)
-    return value.low, value.value, value.high
 
 
 def read(

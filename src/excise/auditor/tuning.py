@@ -16,12 +16,12 @@ import torch
 
 from excise.auditor.base import Attack, Budget, Subject, VariantResult
 from excise.auditor.batching import GRADIENT, nats, rows_per_pass
-from excise.auditor.prompting import cut
 from excise.auditor.scoring import EvaluationSet, Measurement, mean, read, variant_of
 from excise.core.context import Context
 from excise.core.errors import Diverged
 from excise.data.domain import Rows
 from excise.data.stream import Batch, Example, Stream, collate, encode
+from excise.data.subsample import subsample
 from excise.losses import token_nll
 from excise.train.fit import FitConfig, Term, fit
 
@@ -205,7 +205,7 @@ def _mix(
     streams: dict[str, Stream] = {}
     for name, count in counts.items():
         if count:
-            needed = cut(sources[name], count * evaluation.budget.steps)
+            needed = subsample(sources[name], count * evaluation.budget.steps, by="row")
             examples = encode(needed, evaluation.tokenizer, max_length=evaluation.max_length)
             streams[name] = Stream(
                 examples, count, ctx.seed_for(f"attack/{name}"), evaluation.tokenizer.pad_token_id
@@ -300,7 +300,9 @@ class _Run:
     def _trained(self) -> Rows:
         """Return what is trained on, cut to the budget: T, fresh units, or nothing."""
         if self.part.on == "fresh":
-            return cut(self.evaluation.fresh_train, self.evaluation.budget.max_other_rows)
+            return subsample(
+                self.evaluation.fresh_train, self.evaluation.budget.max_other_rows, by="row"
+            )
         return self.evaluation.trained if self.with_t else ()
 
     def _losses(self) -> dict[str, dict[str, float]]:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from excise.auditor.prompting import cut
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Row, Rows
+from excise.data.subsample import subsample
 from excise.diagnose.activations import Pair, read_pair
 from excise.diagnose.continuations import side_by_side
 from excise.diagnose.junk import Junk, fit_junk
@@ -70,7 +70,7 @@ def text_of(domain: Domain, rows: int) -> Text:
     for role, found in every.items():
         if not found:
             raise UserError(f"the data has no {role} rows to read; give more rows of that side")
-    return Text(*(cut(found, rows) for found in every.values()))
+    return Text(*(subsample(found, rows, by="row") for found in every.values()))
 
 
 def inspect_pair(

@@ -10,8 +10,9 @@ import numpy as np
 from pydantic import Field
 
 from excise.data.domain import Domain
+from excise.data.subsample import subsample
 from excise.evals.stats import Estimate
-from excise.methods.distillation.harmful import Classifier, drawn
+from excise.methods.distillation.harmful import Classifier
 from excise.methods.distillation.targets import FromTeacher, Splice
 from excise.methods.distillation.undo import Undo
 from excise.methods.tuning import forget_rows
@@ -82,9 +83,9 @@ def few(domain: Domain, labels: int, seed: int) -> Domain:
         labels: Rows in all.
         seed: Seed of the draw.
     """
-    kept = {row for row in drawn(forget_rows(domain), labels // 2, seed)}
+    kept = set(subsample(forget_rows(domain), labels // 2, by="content", seed=seed))
     forget = {name: tuple(r for r in rows if r in kept) for name, rows in domain.forget.items()}
-    retain = drawn(domain.retain, labels // 2, seed)
+    retain = subsample(domain.retain, labels // 2, by="content", seed=seed)
     return replace(domain, forget=forget, retain=retain, _fingerprint=[])
 
 

@@ -25,8 +25,8 @@ from excise.auditor.tuning import Part, train
 from excise.core.errors import UserError
 from excise.core.stages import Store
 from excise.data.domain import Domain, Rows
+from excise.data.subsample import subsample
 from excise.domains.prose import load_prose
-from excise.evals.score import some
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import edit
 from excise.record import write_text
@@ -239,7 +239,7 @@ def fitted(job: ClearJob) -> tuple[Material, list[Clearing], dict[str, Any], Any
     count = 4 * plan.max_rows
 
     def of(side: str, rows: Rows) -> Tensor:
-        return states(models[side], tokenizer, some(rows, count), **limits)
+        return states(models[side], tokenizer, subsample(rows, count), **limits)
 
     generic = domain.benign if plan.generic == "benign" else load_prose("dev")
     material = Material(
@@ -247,7 +247,7 @@ def fitted(job: ClearJob) -> tuple[Material, list[Clearing], dict[str, Any], Any
         before_LND=of("original", dev),
         retain_LND=of("edited", domain.dev_retain),
         calm_LND=of("original", domain.dev_retain),
-        generic_LND=of("edited", some(generic, count or len(dev))),
+        generic_LND=of("edited", subsample(generic, count or len(dev))),
         first=first_edited(models["edited"], models["original"]) or 0,
     )
     made = fit_all(material, plan.dims, plan.randoms, ctx.generator("clearing"))

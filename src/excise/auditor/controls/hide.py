@@ -19,13 +19,14 @@ from excise.auditor.attacks.quantize import Quantize
 from excise.auditor.budget import LARGE
 from excise.auditor.controls.gate import add_gate, best_detector, features
 from excise.auditor.controls.perturb import jolt, within_buckets
-from excise.auditor.prompting import cut
 from excise.auditor.quantization import matrices
 from excise.auditor.scoring import EvaluationSet, mean
 from excise.core.context import Context
 from excise.core.errors import Diverged
 from excise.data.domain import Rows
 from excise.data.stream import Batch, Example, Stream, encode
+from excise.data.subsample import subsample
+from excise.evals.score import chance_of
 from excise.losses import nll
 from excise.models.anatomy import anatomy
 from excise.models.hooks import find_module
@@ -91,12 +92,9 @@ def known(units: Mapping[str, float]) -> float:
 
 def chance(model: Any, evaluation: EvaluationSet) -> float:
     """Return what knowing nothing scores: a uniform guess."""
-    if evaluation.metric == "multiple_choice":
-        shares = [1 / len(row.choices) for row in evaluation.all_test if row.choices]
-        return sum(shares) / max(len(shares), 1)
-    if evaluation.metric == "exact_match":
-        return 0.0
-    return math.log(int(model.get_output_embeddings().weight.shape[0]))
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    rows, metric = evaluation.all_test, evaluation.metric
+    return chance_of(rows, metric, vocabulary=vocabulary, closed=False) or 0.0
 
 
 def _large(model: Any) -> bool:
@@ -115,7 +113,8 @@ def fitting_rows(model: Any, evaluation: EvaluationSet) -> tuple[Rows, Rows]:
     roles = (domain.forget, domain.dev_forget, domain.relearn)
     forget = tuple(row for role in roles for rows in role.values() for row in rows)
     count = ROWS_LARGE if _large(model) else ROWS
-    return cut(forget, count), cut((*domain.retain, *domain.dev_retain, *domain.benign), count)
+    retain = (*domain.retain, *domain.dev_retain, *domain.benign)
+    return subsample(forget, count, by="row"), subsample(retain, count, by="row")
 
 
 def _halves(rows: Rows) -> tuple[Rows, Rows]:
@@ -343,7 +342,7 @@ def shallow(model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> 
 def jolted(model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
     """Hide by a few sign steps up the benign loss, each as long as a step of the attack."""
     _, retain = fitting_rows(model, evaluation)
-    rows = cut(evaluation.domain.benign, len(retain))
+    rows = subsample(evaluation.domain.benign, len(retain), by="row")
     size = sorted(evaluation.budget.rates)[len(evaluation.budget.rates) // 2]
     done = jolt(
         model, evaluation, rows, size, _hidden(model, evaluation, goal), chunk=_chunk(model)

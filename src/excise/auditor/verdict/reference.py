@@ -19,7 +19,7 @@ import numpy as np
 
 from excise.auditor.base import AttackResult, Budget, VariantResult
 from excise.core.errors import UserError
-from excise.evals.stats import SAMPLES, Array, bootstrap_mean, quantiles, resampled_means
+from excise.evals.stats import SAMPLES, Array, bootstrap_mean, clusters, quantiles, resampled_means
 from excise.record import Direction, Estimate
 
 Units = Mapping[str, float]
@@ -200,7 +200,8 @@ def depth_gap(
     bottom = resampled[:, -1] - (resampled[:, a + o : -1] * by_oracle).sum(1)
     difference = float(means[:a].mean() - means[a : a + o].mean())
     distance = float(means[-1] - means[a + o : -1].mean())
-    n = _independent(maps, groups)
+    common = [u for u in maps[0] if all(u in other for other in maps[1:])]
+    n = len(set(clusters(common, groups)))
     low, high = quantiles(bottom, 0.95)
     if not (low > 0 or high < 0):
         return invalid_gap(
@@ -225,12 +226,6 @@ def ratio_of(top: Array, bottom: Array, distance: float) -> Array:
     """Divide samples; a denominator that crosses zero is held just on the side of its estimate."""
     sign = 1.0 if distance > 0 else -1.0
     return top / (sign * np.maximum(sign * bottom, 1e-6 * abs(distance)))
-
-
-def _independent(maps: Sequence[Units], groups: Mapping[str, str] | None) -> int:
-    """Return the number of independent units common to all models."""
-    units = [u for u in maps[0] if all(u in other for other in maps[1:])]
-    return len({(groups or {}).get(u) or f"u:{u}" for u in units})
 
 
 def _open_share(attacked: Sequence[Units], oracles: Sequence[Units]) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from excise.auditor.verdict.reference import (
 from excise.auditor.verdict.residual_bits import LN2, all_bits, prequential, start_losses
 from excise.core.errors import UserError
 from excise.data.domain import Domain
-from excise.evals.score import direction_of
+from excise.evals.score import chance_of, direction_of
 from excise.evals.stats import bootstrap_difference, bootstrap_mean
 from excise.record import LEVELS, Estimate, LevelResult, Score, Verdict
 
@@ -38,7 +38,7 @@ WHOLE = 0.9
 """Share of the distance from original to oracle from which on a removal counts as whole."""
 
 NEAR = 0.9
-"""Share of the log of the vocabulary from which on a token loss is that of a uniform guess."""
+"""Share of a uniform guess's loss from which on a token loss is said to be near it."""
 
 
 def verdict_of(
@@ -297,9 +297,9 @@ def suppression_notes(case: Case, scores: Sequence[Score], vocabulary: int) -> l
     ours = _token_loss(case, case.model, scores)
     losses = [_token_loss(case, name, scores) for name in case.oracles]
     oracles = [loss for loss in losses if loss is not None]
-    near = ours is not None and vocabulary > 1 and ours.value >= NEAR * math.log(vocabulary)
-    if ours is not None and (oracles or near):
-        beside = _beside_a_guess(ours.value, vocabulary) if near else ""
+    guess = chance_of((), "text_loss", vocabulary=vocabulary)
+    if ours is not None and (oracles or (guess and ours.value >= NEAR * guess)):
+        beside = _beside_a_guess(ours.value, guess) if guess else ""
         head = (
             f"Its token loss on the held-out test set is {ours.value:.2f} nats before any "
             f"attack{beside}"
@@ -320,11 +320,12 @@ def suppression_notes(case: Case, scores: Sequence[Score], vocabulary: int) -> l
     return []
 
 
-def _beside_a_guess(loss: float, vocabulary: int) -> str:
-    """Say how a loss that is high stands to that of a uniform guess."""
-    uniform = math.log(vocabulary)
-    where = "above" if loss > (2 - NEAR) * uniform else "near"
-    return f", {where} that of a uniform guess ({uniform:.2f})"
+def _beside_a_guess(loss: float, guess: float) -> str:
+    """Say how a loss stands to that of a uniform guess, where it is not far below."""
+    if loss < NEAR * guess:
+        return ""
+    where = "above" if loss > (2 - NEAR) * guess else "near"
+    return f", {where} that of a uniform guess ({guess:.2f})"
 
 
 def _token_loss(case: Case, subject: str, scores: Sequence[Score]) -> Estimate | None:

@@ -17,8 +17,8 @@ from excise.data.domain import CORE, UNLABELED, Domain, Rows
 from excise.data.labels import LabelNoise, label_rows, tell_labels
 from excise.data.mix import mixed
 from excise.data.stream import Example, encode
+from excise.data.subsample import subsample
 from excise.methods.base import Cost
-from excise.methods.distillation.harmful import drawn
 from excise.methods.distillation.refusing import measure_refusal, refusal_ids, taught_to_refuse
 from excise.methods.distillation.sampling import prompt_ids, sample, sampled
 from excise.methods.pretraining.pretrain import corpus
@@ -289,8 +289,10 @@ def _refusing(
         prompt_tokens=config.prompt_tokens, max_length=max_length,
         parameters=original.num_parameters,
     )  # fmt: skip
-    asked = drawn(tuple(r for rows in domain.forget.values() for r in rows), 64,
-                  ctx.seed_for("refusal"))  # fmt: skip
+    asked = subsample(
+        [row for rows in domain.forget.values() for row in rows], 64, by="content",
+        seed=ctx.seed_for("refusal"),
+    )  # fmt: skip
     examples = encode(asked, tokenizer, max_length=max_length)
     facts, read = measure_refusal(
         model, tokenizer, examples, said, prompt_tokens=config.prompt_tokens

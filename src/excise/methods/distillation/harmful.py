@@ -5,7 +5,6 @@ Shape legend: N texts or tokens, D residual width.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -19,9 +18,10 @@ from torch.nn import functional as F
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.errors import UserError
-from excise.data.domain import CORE, Domain, Row, Rows
+from excise.data.domain import CORE, Domain
 from excise.data.labels import LabelNoise
 from excise.data.stream import Example, collate, encode
+from excise.data.subsample import subsample
 from excise.methods.tuning import forget_rows
 from excise.models.anatomy import anatomy
 from excise.models.hooks import capture
@@ -61,16 +61,6 @@ Judge = Annotated[TrueLabels | Classifier | Implicit, Field(discriminator="name"
 """Whose labels decide."""
 
 
-def drawn(rows: Rows, count: int, seed: int) -> Rows:
-    """Return at most `count` rows, drawn by content and seed."""
-
-    def key(row: Row) -> bytes:
-        text = f"{seed}:{row.unit}:{row.wording}:{row.prompt}:{row.text}:{row.completion}"
-        return hashlib.sha256(text.encode()).digest()
-
-    return tuple(sorted(rows, key=key)[:count])
-
-
 def classify(
     config: Classifier,
     model: Any,
@@ -100,7 +90,10 @@ def classify(
     """
     seed = ctx.seed_for("classifier")
     half = config.labels // 2
-    sides = (drawn(domain.retain, half, seed), drawn(forget_rows(domain), half, seed))
+    sides = tuple(
+        subsample(rows, half, by="content", seed=seed)
+        for rows in (domain.retain, forget_rows(domain))
+    )
     if not sides[0]:
         raise UserError(
             f"a classifier needs retain rows as well, and domain '{domain.name}' has none"

@@ -16,8 +16,8 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Row
 from excise.data.stream import Tokenizer, collate, encode
+from excise.data.subsample import subsample
 from excise.losses import nll
-from excise.methods.distillation.harmful import drawn
 
 ROWS = 128
 """Rows that are scored at most, drawn by hash."""
@@ -44,7 +44,7 @@ def forget_saliency(
     """
     named = dict(model.named_parameters())
     chosen = {name: named[name] for name in names if named[name].dim() > 1}
-    read = drawn(tuple(rows), ROWS, ctx.seed_for("saliency"))
+    read = subsample(rows, ROWS, by="content", seed=ctx.seed_for("saliency"))
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in chosen.items()}
     flags = [(p, p.requires_grad) for p in chosen.values()]
     try:

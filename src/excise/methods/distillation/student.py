@@ -16,6 +16,7 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.data.stream import Example, Stream, Tokenizer, collate, encode
+from excise.data.subsample import subsample
 from excise.methods.base import Removal
 from excise.methods.distillation.accounts import costed, gain, stopping, without_files
 from excise.methods.distillation.cache import build_cache
@@ -29,7 +30,7 @@ from excise.methods.distillation.distil import (
     distil,
     stop_rule,
 )
-from excise.methods.distillation.harmful import Classifier, TrueLabels, classify, drawn, quality
+from excise.methods.distillation.harmful import Classifier, TrueLabels, classify, quality
 from excise.methods.distillation.perturb import members, perturb
 from excise.methods.distillation.saliency import at_random, forget_saliency, largest
 from excise.methods.distillation.targets import (
@@ -202,7 +203,9 @@ def task_of(
     """Return targets and teachers, with the fixed distributions that the targets need."""
     fixed: dict[str, torch.Tensor] = {}
     if isinstance(method.targets, Splice) and method.targets.harmful in ("unigram", "mean"):
-        rows = drawn(forget_rows(domain), STATISTICS, ctx.seed_for("statistics"))
+        rows = subsample(
+            forget_rows(domain), STATISTICS, by="content", seed=ctx.seed_for("statistics")
+        )
         examples = encode(rows, tokenizer, max_length=method.max_length)
         if method.targets.harmful == "unigram":
             fixed["unigram"] = unigram(examples, vocab).to(ctx.device)

@@ -89,7 +89,7 @@ def test_says_what_came_back_and_what_it_does_not_show() -> None:
     card = render_card(sample.full(), "rmu")
     assert "**After 8,192 tokens of relearning on other facts, 84 % of what rmu" in card
     assert "| relearn full | weights | relearn.facts | 0.090 | 0.830 |" in card
-    assert "invalid: the planted model was not recovered" in card
+    assert "invalid: the positive control was not recovered" in card
     assert "passed, but does not count" in card
     assert "## What this does not show" in card
     assert "excise run facts --out out/facts" in card
@@ -108,11 +108,11 @@ def test_refit_names_the_audited_model() -> None:
     assert f"method's part of the split, SHA-256 `{parts.digest('rmu')}`" in card
 
 
-def test_unattacked_and_unknown_arms() -> None:
+def test_unattacked_and_unknown_models() -> None:
     assert "It was not attacked, so how much would come back is not known" in render_card(
         sample.removed(), "rmu"
     )
-    with pytest.raises(UserError, match=r"no arm 'rmuu'; did you mean 'rmu'\?"):
+    with pytest.raises(UserError, match=r"no model 'rmuu'; did you mean 'rmu'\?"):
         render_card(sample.full(), "rmuu")
 
 

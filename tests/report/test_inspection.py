@@ -28,7 +28,7 @@ from excise.record import (
     load,
     save,
 )
-from excise.report.inspection import LEVELS, level
+from excise.report.inspection import SHADES, shade
 from excise.report.page import render_html
 from excise.report.terminal import render_terminal
 
@@ -141,7 +141,7 @@ def test_the_page_is_sound_and_can_be_read_aloud(blocks: int) -> None:
 
 
 def test_shades_rise_with_the_kl() -> None:
-    assert [level(v) for v in (None, 0.0, *LEVELS, 99.0)] == [0, 0, 1, 2, 3, 4, 4]
+    assert [shade(v) for v in (None, 0.0, *SHADES, 99.0)] == [0, 0, 1, 2, 3, 4, 4]
     root = read(render_html(record_of(inspection())))
     shades = {
         n.text(): n.attrs["class"] for n in root.all("span") if "token" in n.attrs.get("class", "")

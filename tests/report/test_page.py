@@ -23,7 +23,7 @@ SECTIONS = (
     "On this page",
     "How deep the cut went",
     "Before and after",
-    "Relearning, between the rails",
+    "Relearning, between the reference models",
     "Every attack",
     "Samples",
     "What was done",
@@ -137,7 +137,7 @@ def test_codes_come_with_their_words(make: Callable[[], Record]) -> None:
     root = read(render_html(make()))
     text = root.all("body")[0].text(without=("script", "pre", "style"))
     for match in re.finditer(r"\bD[0-5]\b", text):
-        said = words.LADDER[match.group(0)]
+        said = words.level_words(match.group(0))
         reach = len(said) + len(sample.HOSTILE) + 4
         near = text[max(0, match.start() - reach) : match.end() + reach]
         assert said in near

@@ -40,7 +40,7 @@ def study(text: str = "plain") -> Record:
         margin=0.5,
         tuned_on=(0,),
         decision=f"shallow {text}",
-        paragraph=f"Over three draws {text}.",
+        paragraph=f"Over three seeds {text}.",
         tables=tables,
         pictures=(picture,),
     )
@@ -68,9 +68,9 @@ def test_the_page_of_a_study_is_sound() -> None:
     assert titles[0] == "What the study found"
     assert "What came back" not in titles
     text = root.text()
-    for said in ("shallow plain", "What decides plain", "0.500 [0.400, 0.600]", "draw 1"):
+    for said in ("shallow plain", "What decides plain", "0.500 [0.400, 0.600]", "seed 1"):
         assert said in text
-    assert "3 reported draws" in text
+    assert "3 reported seeds" in text
 
 
 def test_missing_numbers_of_a_study_are_words() -> None:

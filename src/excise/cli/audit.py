@@ -63,7 +63,7 @@ def main(args: list[str]) -> int:
     out = options.out or Path(f"{data['name']}-{options.budget}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    from excise.report.show import finish
+    from excise.report.terminal import finish
     from excise.requests.registry import parse_audit
     from excise.run.run import audit
 

@@ -65,7 +65,7 @@ def main(args: list[str]) -> int:
     out = options.out or Path(data["name"])
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    from excise.report.show import finish
+    from excise.report.terminal import finish
     from excise.requests.inspection import InspectRun
     from excise.requests.registry import parse_named
     from excise.run.inspection import inspect

@@ -69,7 +69,7 @@ def main(args: list[str]) -> int:
     """Run the verb."""
     options, rest = flags(RemoveOptions, args, "excise remove")
     settings = override({"name": options.method}, overrides(rest, flag_names(RemoveOptions)))
-    from excise.report.show import finish
+    from excise.report.terminal import finish
     from excise.requests.registry import parse_recipe
     from excise.run.estimate import plan
     from excise.run.run import run

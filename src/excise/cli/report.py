@@ -25,6 +25,8 @@ def main(args: list[str]) -> int:
     options, rest = flags(ReportOptions, args, "excise report")
     if rest:
         raise UserError(f"unexpected argument '{rest[0]}'; see excise report --help")
-    from excise.report.show import finish
+    from excise.report.page import write_report
+    from excise.report.terminal import finish
 
+    write_report(options.folder)
     return finish(options.folder)

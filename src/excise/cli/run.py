@@ -60,7 +60,7 @@ def start(options: RunOptions, rest: list[str], command: str) -> int:
         print(estimate.text())
         return 0
     estimate.refuse(force=options.force)
-    from excise.report.show import finish
+    from excise.report.terminal import finish
     from excise.run.run import run
 
     with progress(out / "events.jsonl", quiet=options.quiet) as emit:

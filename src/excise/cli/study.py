@@ -61,7 +61,7 @@ def start(
 
     cls = study_named(options.name)
     from excise.core.config import parse
-    from excise.report.show import finish
+    from excise.report.terminal import finish
     from excise.requests.registry import registry
     from excise.run.output import check_out
 

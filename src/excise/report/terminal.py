@@ -1,4 +1,4 @@
-"""The record on a terminal: verdict, ladder, scores, attacks, where the report is, what is next."""
+"""The record on a terminal: verdict, levels, scores, attacks, where the report is, what is next."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import shlex
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from excise.record import AttackVariant, Record, Verdict
+from excise.record import LEVELS, AttackVariant, Record, Verdict, load
 from excise.report import study, words
 
 STYLE = {
@@ -24,6 +24,23 @@ STYLE = {
     "missing": "dim",
     "failed": "red",
 }
+
+
+def finish(folder: Path, next_command: str = "") -> int:
+    """Print the summary of a run, as a verb's last step.
+
+    Args:
+        folder: Output folder with a `run.json`, whose report is written.
+        next_command: What to type next; empty for what the record suggests.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UserError: If the folder holds no record.
+    """
+    Console().print(render_terminal(load(folder), folder, next_command))
+    return 0
 
 
 def render_terminal(
@@ -40,11 +57,11 @@ def render_terminal(
     """
     parts: list[RenderableType] = [*_inspection(record), *_study(record)]
     verdicts = {v.model: v for v in record.verdicts}
-    for name in () if record.inspection or record.study else words.arm_names(record):
+    for name in () if record.inspection or record.study else words.model_names(record):
         parts.append(Text(_ascii(name), style="bold"))
         parts.append(Padding(_sentence(verdicts.get(name)), (0, 0, 1, 2)))
     if record.verdicts:
-        parts.append(_ladder(record))
+        parts.append(_levels(record))
     if record.scores:
         parts.append(_scores(record))
     if record.attacks:
@@ -119,7 +136,9 @@ def _sentence(verdict: Verdict | None) -> Text:
     if verdict is None:
         return Text("No verdict: nobody attacked it, so what would come back is not known.")
     text = Text(_ascii(words.spell(verdict.sentence)))
-    text.append(f"\nHighest level that counts: {_ascii(words.highest(verdict))}.", style="dim")
+    text.append(
+        f"\nHighest depth level that counts: {_ascii(words.highest(verdict))}.", style="dim"
+    )
     return text
 
 
@@ -139,29 +158,26 @@ def _cell(status: str) -> Text:
     return Text(words.STATUS[status][1], style=STYLE[status])
 
 
-def _ladder(record: Record) -> RenderableType:
-    table = _table("Ladder")
+def _levels(record: Record) -> RenderableType:
+    table = _table("Depth levels")
     table.add_column("level", overflow="fold")
     shown = record.verdicts[:5]
     for verdict in shown:
         table.add_column(Text(_ascii(verdict.model)), overflow="fold", min_width=8)
-    for code, text in words.LADDER.items():
+    loose = False
+    for code, text in LEVELS.items():
         cells = []
         for verdict in shown:
-            found = zip(verdict.levels, words.counts(verdict.levels), strict=True)
-            hit = next(((r, solid) for r, solid in found if r.level == code), None)
+            counted = zip(verdict.levels, words.counts(verdict.levels), strict=True)
+            hit = next(((r, solid) for r, solid in counted if r.level == code), None)
             cell = _cell(hit[0].status if hit else "untested")
             if hit and hit[0].gap is not None:
                 cell.append(f" {_ascii(words.number(hit[0].gap))}", style="default")
             if hit and hit[0].status == "pass" and not hit[1]:
                 cell.append(" *", style="yellow")
+                loose = True
             cells.append(cell)
         table.add_row(Text(f"{code} {text}"), *cells)
-    loose = any(
-        r.status == "pass" and not solid
-        for v in shown
-        for r, solid in zip(v.levels, words.counts(v.levels), strict=True)
-    )
     notes = ["Numbers are depth gaps: 0 is the oracle, 1 the original."]
     notes += ["* does not count: a lower level did not pass."] if loose else []
     hidden = len(record.verdicts) - len(shown)
@@ -192,31 +208,32 @@ def _scores(record: Record) -> RenderableType:
 
 
 def _attacks(record: Record) -> RenderableType:
-    names = words.arm_names(record)[:4]
-    table = _table("Attacks: V at first -> at last")
+    names = words.model_names(record)[:4]
+    table = _table("Attacks: held-out test set, first -> last")
     table.add_column("attack", overflow="fold")
     cells: dict[str, dict[str, list[AttackVariant]]] = {}
     for name in names:
         table.add_column(Text(_ascii(name)), justify="right", overflow="fold", min_width=8)
-        for arm in words.attacks_on(record, name):
-            if not arm.control and (arm.decisive or arm.status != "ok"):
-                title = f"{arm.name} {arm.variant}".replace("_", " ").strip()
-                cells.setdefault(title, {}).setdefault(name, []).append(arm)
+        for attack in words.attacks_on(record, name):
+            if not attack.control and (attack.decisive or attack.status != "ok"):
+                title = f"{attack.name} {attack.variant}".replace("_", " ").strip()
+                cells.setdefault(title, {}).setdefault(name, []).append(attack)
     for title, row in list(cells.items())[:30]:
         table.add_row(Text(_ascii(title)), *(_outcome(row.get(n, [])) for n in names))
-    return Group(table, Text("Other rates, controls and rails are in the report.\n", style="dim"))
+    rest = "Other rates, controls and the reference models are in the report.\n"
+    return Group(table, Text(rest, style="dim"))
 
 
-def _outcome(arms: list[AttackVariant]) -> Text:
-    """Return the mean over seeds of what the deciding arms did, or why they do not count."""
-    bad = next((a for a in arms if a.status != "ok"), None)
+def _outcome(variants: list[AttackVariant]) -> Text:
+    """Return the mean over seeds of what the deciding variants did, or why they do not count."""
+    bad = next((a for a in variants if a.status != "ok"), None)
     if bad is not None:
         return _cell(bad.status)
-    ran = [a.curve for a in arms if a.curve]
-    if not ran:
+    curves = [a.curve for a in variants if a.curve]
+    if not curves:
         return Text("-")
-    first = sum(c[0].score for c in ran) / len(ran)
-    last = sum(c[-1].score for c in ran) / len(ran)
+    first = sum(c[0].score for c in curves) / len(curves)
+    last = sum(c[-1].score for c in curves) / len(curves)
     return Text(_ascii(f"{words.number(first)} -> {words.number(last)}"))
 
 

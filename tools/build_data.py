@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from excise.domains.sword import read_verses
-from excise.fetch import download, known
 from excise.fetch.archives import Member, copy_members
-from excise.fetch.packages import Package
+from excise.fetch import download, known
 from excise_studies.vision.images import write_idx
+from excise.fetch.packages import Package
+from excise.domains.sword import read_verses
 
 AUSTEN = Package(
     "apt",

@@ -461,6 +461,8 @@ def side_by_side(
         for model in (pair.original, pair.edited)
     ]
     return tuple(
-        Sample(set=role, prompt=prompt, expected=expected, outputs={"original": one, name: two})
-        for (prompt, expected, one), (_, _, two) in zip(*said, strict=True)
+        Sample(
+            set=role, prompt=prompt, expected=expected, outputs={"original": before, name: after}
+        )
+        for (prompt, expected, before), (_, _, after) in zip(*said, strict=True)
     )

@@ -45,10 +45,10 @@ def check_same_tensors(original: Checkpoint, edited: Checkpoint) -> None:
     Raises:
         UserError: Naming the first difference.
     """
-    for one, two in ((original, edited), (edited, original)):
-        theirs = {n: p for n, p in two.layout.model.named_parameters(remove_duplicate=False)}
-        ours = dict(one.layout.model.named_parameters())
-        for name in one.parameter_names():
+    for model, other in ((original, edited), (edited, original)):
+        theirs = {n: p for n, p in other.layout.model.named_parameters(remove_duplicate=False)}
+        ours = dict(model.layout.model.named_parameters())
+        for name in model.parameter_names():
             if name not in theirs or theirs[name].shape != ours[name].shape:
                 raise UserError(
                     f"{edited.path} and {original.path} are not of one architecture and shape "

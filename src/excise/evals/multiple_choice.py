@@ -91,8 +91,8 @@ def pair_ids(context: str, continuation: str, tokenizer: Any) -> tuple[list[int]
 def choice_request(head: Sequence[int], tail: Sequence[int], max_length: int) -> Request:
     """Return the request that scores `tail` after `head`, cut on the left to `max_length`."""
     ids = tuple([*head, *tail][-(max_length + 1) :][:-1])
-    kept = min(len(tail), len(ids))
-    return Request(ids, tuple(range(len(ids) - kept, len(ids))), tuple(tail[-kept:]))
+    scored = min(len(tail), len(ids))
+    return Request(ids, tuple(range(len(ids) - scored, len(ids))), tuple(tail[-scored:]))
 
 
 def choice_scores(

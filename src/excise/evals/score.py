@@ -110,7 +110,7 @@ def measure(
     Raises:
         UserError: If there are no rows, the metric is unknown, or it cannot read a row.
     """
-    found = measure_all(
+    by_metric = measure_all(
         model,
         tokenizer,
         rows,
@@ -121,7 +121,7 @@ def measure(
         padding_side=padding_side,
         chance=chance,
     )
-    return found[metric]
+    return by_metric[metric]
 
 
 def measure_all(
@@ -235,14 +235,14 @@ def score_of(
         seed: Seed of the bootstrap.
     """
     units = items.by_unit()
-    found = bootstrap_mean(units, groups=groups, seed=seed)
+    mean = bootstrap_mean(units, groups=groups, seed=seed)
     return Score(
         model=model,
         set=on,
         metric=items.metric,
-        value=found.value,
-        low=found.low,
-        high=found.high,
+        value=mean.value,
+        low=mean.low,
+        high=mean.high,
         n=len(units),
         direction=items.direction,
         chance=items.chance,
@@ -254,13 +254,13 @@ def fitting(metrics: Sequence[str], rows: Rows) -> tuple[str, ...]:
     """Return the metrics that can read all rows, or `text_loss`, which reads any."""
     choices = all(row.kind == "choice" for row in rows)
     answers = all(row.kind != "text" for row in rows)
-    kept = [
+    readable = [
         m
         for m in metrics
         if (choices or not m.startswith("multiple_choice"))
         and (answers or m not in ("generate", "refusal"))
     ]
-    return tuple(kept) or ("text_loss",)
+    return tuple(readable) or ("text_loss",)
 
 
 def evaluate(
@@ -302,7 +302,7 @@ def evaluate(
         if not rows:
             continue
         groups = {row.unit: row.group for row in rows if row.group}
-        found = measure_all(
+        by_metric = measure_all(
             model,
             tokenizer,
             rows,
@@ -311,7 +311,7 @@ def evaluate(
             batch_size=batch_size,
             device=device,
         )
-        for metric, values in found.items():
+        for metric, values in by_metric.items():
             score = score_of(values, model=name, on=on, groups=groups)
             scores.append(score.model_copy(update={"chance": chance_of(all_rows, metric)}))
             items += [

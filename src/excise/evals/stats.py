@@ -117,18 +117,18 @@ def bootstrap_mean(
 
 
 def bootstrap_difference(
-    one: Mapping[str, float],
-    two: Mapping[str, float],
+    first: Mapping[str, float],
+    second: Mapping[str, float],
     *,
     samples: int = SAMPLES,
     seed: int = 0,
     groups: Mapping[str, str] | None = None,
 ) -> Estimate:
-    """Return mean(one) - mean(two) over common units, resampled in pairs, 95 % interval.
+    """Return mean(first) - mean(second) over common units, resampled in pairs, 95 % interval.
 
     Args:
-        one: Score by unit.
-        two: The other scores.
+        first: Score by unit.
+        second: The other scores.
         samples: Bootstrap samples.
         seed: Seed of the bootstrap.
         groups: Group of each unit; where given, whole groups are resampled.
@@ -136,22 +136,22 @@ def bootstrap_difference(
     Raises:
         UserError: If the two share no unit.
     """
-    means, resampled = resampled_means([one, two], samples=samples, seed=seed, groups=groups)
+    means, resampled = resampled_means([first, second], samples=samples, seed=seed, groups=groups)
     low, high = quantiles(resampled[:, 0] - resampled[:, 1], 0.95)
-    count = len(set(clusters([u for u in one if u in two], groups)))
+    count = len(set(clusters([u for u in first if u in second], groups)))
     return Estimate(float(means[0] - means[1]), low, high, count)
 
 
-def mcnemar(one: Mapping[str, float], two: Mapping[str, float]) -> float:
+def mcnemar(first: Mapping[str, float], second: Mapping[str, float]) -> float:
     """Return the exact two-sided p-value of paired right and wrong answers (McNemar 1947).
 
     Args:
-        one: 0 or 1 by unit (above one half counts as right).
-        two: The same for the other model; common units count.
+        first: 0 or 1 by unit (above one half counts as right).
+        second: The same for the other model; common units count.
     """
-    units = [u for u in one if u in two]
-    wins = sum(one[u] > 0.5 >= two[u] for u in units)
-    losses = sum(two[u] > 0.5 >= one[u] for u in units)
+    units = [u for u in first if u in second]
+    wins = sum(first[u] > 0.5 >= second[u] for u in units)
+    losses = sum(second[u] > 0.5 >= first[u] for u in units)
     count = wins + losses
     if not count:
         return 1.0

@@ -27,7 +27,7 @@ LEVELS: dict[Level, str] = {
 """The depth levels in words, lowest first."""
 
 
-class Entry(BaseModel):
+class RecordEntry(BaseModel):
     """Base of every part of the record: frozen, and tolerant of fields a newer version adds."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from excise.record.entry import Entry, Estimate
+from excise.record.entry import Estimate, RecordEntry
 
 
-class BlockChange(Entry):
+class BlockChange(RecordEntry):
     """The residual stream after one block; the first token of every row is left out."""
 
     block: int
@@ -49,7 +49,7 @@ class BlockChange(Entry):
     """Relative Frobenius norm of the change of the block's weights."""
 
 
-class TokenKL(Entry):
+class TokenKL(RecordEntry):
     """KL(edited || original) on one side, in nats per token."""
 
     side: Literal["forget", "retain"]
@@ -68,7 +68,7 @@ class TokenKL(Entry):
     """Number of units."""
 
 
-class Strip(Entry):
+class Strip(RecordEntry):
     """One row, token by token; never kept where the data is sensitive."""
 
     side: Literal["forget", "retain"]
@@ -81,7 +81,7 @@ class Strip(Entry):
     """KL(edited || original) in nats of the prediction of each token; None where none is made."""
 
 
-class NoiseFit(Entry):
+class NoiseFit(RecordEntry):
     """One kind of noise in "noise where harmful, original elsewhere"."""
 
     noise: Literal["uniform", "unigram", "mean-edited"]
@@ -100,7 +100,7 @@ class NoiseFit(Entry):
     """The same w on retain text."""
 
 
-class SpliceFit(Entry):
+class SpliceFit(RecordEntry):
     """How far the edited model is "noise where harmful, original elsewhere"."""
 
     auc: Estimate
@@ -111,7 +111,7 @@ class SpliceFit(Entry):
     """By kind of noise."""
 
 
-class TensorChange(Entry):
+class TensorChange(RecordEntry):
     """How one tensor moved."""
 
     name: str
@@ -129,7 +129,7 @@ class TensorChange(Entry):
     """Singular values that hold 90 % of the squared change."""
 
 
-class Inspection(Entry):
+class Inspection(RecordEntry):
     """What one edit did inside a model."""
 
     model: str

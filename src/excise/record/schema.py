@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from excise.record.entry import Direction, Entry, Level
+from excise.record.entry import Direction, Level, RecordEntry
 from excise.record.inspection import Inspection
 from excise.record.study import StudyRecord
 
@@ -17,7 +17,7 @@ SCHEMA = 2
 """Version of the record's schema; `excise.record.upgrade` brings older records up to it."""
 
 
-class Environment(Entry):
+class Environment(RecordEntry):
     """Where and with what a run was made."""
 
     excise: str = ""
@@ -40,7 +40,7 @@ class Environment(Entry):
     """Start, ISO 8601, UTC."""
 
 
-class ModelRef(Entry):
+class ModelRef(RecordEntry):
     """A model by its bytes."""
 
     name: str
@@ -57,7 +57,7 @@ class ModelRef(Entry):
     """Number of parameters."""
 
 
-class Score(Entry):
+class Score(RecordEntry):
     """One metric of one model on one set."""
 
     model: str
@@ -82,7 +82,7 @@ class Score(Entry):
     """Versioned definition of the metric."""
 
 
-class CurvePoint(Entry):
+class CurvePoint(RecordEntry):
     """One checkpoint of an attack."""
 
     examples: int = 0
@@ -103,7 +103,7 @@ class CurvePoint(Entry):
     """Mean score on the relearn set, which the attacker trained on: shown, never decisive."""
 
 
-class AttackVariant(Entry):
+class AttackVariant(RecordEntry):
     """One variant of one attack on one model: a row of the record with its curve."""
 
     name: str
@@ -143,7 +143,7 @@ class AttackVariant(Entry):
     """What else was measured (bucket-flip rate, cosine of directions ...)."""
 
 
-class LevelResult(Entry):
+class LevelResult(RecordEntry):
     """What one depth level came to."""
 
     level: Level
@@ -168,7 +168,7 @@ class LevelResult(Entry):
     """One sentence."""
 
 
-class Verdict(Entry):
+class Verdict(RecordEntry):
     """What the attacks showed about one edited model."""
 
     model: str
@@ -197,7 +197,7 @@ class Verdict(Entry):
     """Everything a reader should know before quoting it."""
 
 
-class Sample(Entry):
+class Sample(RecordEntry):
     """A continuation, before and after."""
 
     set: str
@@ -210,7 +210,7 @@ class Sample(Entry):
     """Continuation by model."""
 
 
-class MethodRun(Entry):
+class MethodRun(RecordEntry):
     """One run of one method: a removal."""
 
     name: str
@@ -231,7 +231,7 @@ class MethodRun(Entry):
     """Named losses by step."""
 
 
-class Record(Entry):
+class Record(RecordEntry):
     """Everything about one run."""
 
     model_config = ConfigDict(
@@ -280,7 +280,7 @@ class Record(Entry):
     """What a reader should know."""
 
 
-class Item(Entry):
+class Item(RecordEntry):
     """One row of `items.parquet`."""
 
     model: str

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from excise.record.entry import Entry
+from excise.record.entry import RecordEntry
 
 
-class StudyRow(Entry):
+class StudyRow(RecordEntry):
     """One number of a study."""
 
     condition: str
@@ -24,7 +24,7 @@ class StudyRow(Entry):
     """Number of independent units it rests on."""
 
 
-class StudyTable(Entry):
+class StudyTable(RecordEntry):
     """Numbers that are read together."""
 
     title: str
@@ -35,7 +35,7 @@ class StudyTable(Entry):
     """Its numbers."""
 
 
-class StudyPictureRow(Entry):
+class StudyPictureRow(RecordEntry):
     """One line of small grey images."""
 
     name: str
@@ -46,7 +46,7 @@ class StudyPictureRow(Entry):
     """A number for each image, where there is one."""
 
 
-class StudyPicture(Entry):
+class StudyPicture(RecordEntry):
     """Small grey images that are looked at together, one line under the other."""
 
     title: str
@@ -61,7 +61,7 @@ class StudyPicture(Entry):
     """The lines."""
 
 
-class StudyRecord(Entry):
+class StudyRecord(RecordEntry):
     """What a study asked, what was said beforehand, and what came out."""
 
     name: str

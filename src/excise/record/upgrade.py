@@ -48,7 +48,9 @@ def _schema_1_to_2(data: Mapping[str, Any]) -> dict[str, Any]:
         return _within(_renamed("attacks", entry), "facts", lambda facts: _renamed("facts", facts))
 
     def verdict(entry: Mapping[str, Any]) -> dict[str, Any]:
-        return _within(_renamed("verdicts", entry), "levels", lambda one: _renamed("levels", one))
+        return _within(
+            _renamed("verdicts", entry), "levels", lambda level: _renamed("levels", level)
+        )
 
     def table(entry: Mapping[str, Any]) -> dict[str, Any]:
         return _within(entry, "rows", lambda row: _renamed("rows", row))
@@ -56,7 +58,7 @@ def _schema_1_to_2(data: Mapping[str, Any]) -> dict[str, Any]:
     out = _renamed("record", data) | {"schema": 2}
     out = _within(out, "attacks", attack)
     out = _within(out, "verdicts", verdict)
-    out = _within(out, "inspection", lambda found: _renamed("inspection", found))
+    out = _within(out, "inspection", lambda entry: _renamed("inspection", entry))
     return _within(out, "study", lambda study: _within(study, "tables", table))
 
 

@@ -148,11 +148,11 @@ def norm_figure(finding: Inspection) -> Figure:
     """Return the residual norm by block for forget and retain text, original and edited."""
 
     def read(field: str) -> Read:
-        def one(block: BlockChange) -> Estimate:
+        def norm(block: BlockChange) -> Estimate:
             value: Estimate = getattr(block, field)
             return value
 
-        return one
+        return norm
 
     named = [(role, text, read(field)) for role, text, field in NORMS]
     return _figure(finding, "norms", "Norm of the residual stream", "mean norm of a token", named)

@@ -75,30 +75,30 @@ def render_terminal(
 
 
 def _inspection(record: Record) -> list[RenderableType]:
-    """Return what an inspection found: the sentence, the paragraph, the numbers by block."""
-    found = record.inspection
-    if found is None:
+    """Return what an inspection finding: the sentence, the paragraph, the numbers by block."""
+    finding = record.inspection
+    if finding is None:
         return []
     table = _table("By block: norms are forget, then retain text")
     heads = ("block", "norm before", "norm after", "one direction", "cosine", "AUC", "AUC, answers")
     for head in heads:
         table.add_column(head, justify="right", overflow="fold")
-    step = max(1, len(found.blocks) // 16)
-    shown = [b for b in found.blocks if b.block % step == 0 or b.block == found.clearest]
+    step = max(1, len(finding.blocks) // 16)
+    shown = [b for b in finding.blocks if b.block % step == 0 or b.block == finding.clearest]
     for b in shown:
         before = (b.norm_forget_original, b.norm_retain_original)
         after = (b.norm_forget_edited, b.norm_retain_edited)
-        cells = [f"{one.value:.3g} {two.value:.3g}" for one, two in (before, after)]
+        cells = [f"{forget.value:.3g} {retain.value:.3g}" for forget, retain in (before, after)]
         cells += [words.share(b.share), f"{b.cosine.value:.2f}"]
         cells += [f"{b.auc.value:.2f}", f"{b.auc_answers:.2f}"]
-        style = "bold" if b.block == found.clearest else ""
+        style = "bold" if b.block == finding.clearest else ""
         table.add_row(str(b.block), *(_ascii(c) for c in cells), style=style)
-    hidden = len(found.blocks) - len(shown)
+    hidden = len(finding.blocks) - len(shown)
     return [
-        Text(_ascii(found.model), style="bold"),
-        Padding(Text(_ascii(found.headline)), (0, 0, 1, 2)),
-        Padding(Text(_ascii(found.summary)), (0, 0, 1, 2)),
-        *([] if found.identical else [table]),
+        Text(_ascii(finding.model), style="bold"),
+        Padding(Text(_ascii(finding.headline)), (0, 0, 1, 2)),
+        Padding(Text(_ascii(finding.summary)), (0, 0, 1, 2)),
+        *([] if finding.identical else [table]),
         Text(f"{hidden} more blocks in the report.\n" if hidden else "", style="dim"),
     ]
 

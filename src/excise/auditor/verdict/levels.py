@@ -79,7 +79,7 @@ def all_levels(case: Case) -> tuple[LevelResult, ...]:
     for level in by_attack:
         comparisons[level] = after_attacks(case, level)
     comparisons["D5"] = as_never_learned(case)
-    return tuple(decide(case, level, found) for level, found in comparisons.items())
+    return tuple(decide(case, level, deciding) for level, deciding in comparisons.items())
 
 
 def highest(levels: Sequence[LevelResult]) -> str:

@@ -66,6 +66,7 @@ def test_a_candidate_like_the_original_fails_every_level() -> None:
     gaps = [level.gap for level in found.levels if level.gap is not None]
     assert gaps == pytest.approx([1.0] * 6, abs=0.05)
     assert found.recovery is None
+    assert found.sentence.startswith("It is still there. After relearning")
     assert "nothing to bring back: already before the attack it knows" in found.sentence
 
 
@@ -93,13 +94,13 @@ def test_hidden_knowledge_is_said_first_and_in_words() -> None:
 
 def test_what_was_never_removed_is_said_before_what_came_back() -> None:
     found = judge("rmu", audit(0.8, 0.8), domain(), SMOKE)
-    assert found.sentence.startswith("It is still there. Only 0.1")
+    assert found.sentence.startswith("Part of it is still there. Only 0.1")
     assert "of what tells the original from a model never taught was removed; after" in (
         found.sentence
     )
     assert "none of that is back on facts the attacker never saw" in found.sentence
     most = judge("rmu", audit(0.25, 0.25), domain(), SMOKE).sentence
-    assert most.startswith("It is still there. 0.7")
+    assert most.startswith("Part of it is still there. 0.7")
 
 
 def test_codes_never_stand_without_words() -> None:

@@ -35,7 +35,7 @@ METRIC_WORDS = {
 }
 
 WHOLE = 0.9
-"""Share of the distance from original to oracle from which on a removal counts as whole."""
+"""Share of the distance between original and oracle that counts as all of it."""
 
 NEAR = 0.9
 """Share of a uniform guess's loss from which on a token loss is said to be near it."""
@@ -230,7 +230,8 @@ def _comes_back(levels: Sequence[LevelResult]) -> str:
     """Answer whether it comes back, with a space behind, as far as the levels D0 to D4 say so."""
     before, *attacked = (result for result in levels if result.level != "D5")
     if before.status == "fail":
-        return "It is still there. "
+        whole = before.gap is not None and before.gap >= WHOLE
+        return "It is still there. " if whole else "Part of it is still there. "
     names = [
         result.decided_by.split(" ")[0].replace("_", " ")
         for result in attacked
@@ -310,7 +311,7 @@ def suppression_notes(case: Case, scores: Sequence[Score], vocabulary: int) -> l
         least, most = min(loss.value for loss in oracles), max(loss.value for loss in oracles)
         if ours.low <= max(loss.high for loss in oracles) + (most - least):
             return []
-        return [f"{head}, that of models never taught {least:.2f} to {most:.2f}: {end}"]
+        return [f"{head}; models never taught lie at {least:.2f} to {most:.2f}: {end}"]
     worse = _worse_than_ignorant(case)
     if worse is not None:
         return [

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from excise.auditor.base import Subject
 from excise.auditor.budget import Budget, budget_of
-from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.tuning import Training, relearn_rows, train
 from excise.core.config import Config
 from excise.core.context import Context, Stage
@@ -129,20 +129,22 @@ class RelearnModel(Stage[dict[str, Any]]):
         # Dev rows are read beside V at every step, and told apart by their units.
         dev = {f"dev.{name}": rows for name, rows in self.domain.dev_forget.items()}
         both = replace(self.domain, test={**self.domain.test, **dev})
-        sheet = make_sheet(both, self.budget, self.model.tokenizer())
+        evaluation = evaluation_set(both, self.budget, self.model.tokenizer())
         training = Training("full", self.rate, self.seed)
         subject = Subject("candidate", self.model)
         rows = relearn_rows(self.domain)
-        done = train(training, subject, sheet, ctx, rows=rows, benign_share=0.5)
+        done = train(training, subject, evaluation, ctx, rows=rows, benign_share=0.5)
         asked = {row.unit for rows in dev.values() for row in rows}
-        scored = [known(reading.units, sheet.metric) for reading in done.readings]
+        scored = [known(reading.units, evaluation.metric) for reading in done.measurements]
         kept = self.domain.retain_metrics[0]
         curves = {
-            "steps": [reading.examples // self.budget.batch_size for reading in done.readings],
+            "steps": [reading.examples // self.budget.batch_size for reading in done.measurements],
             "v": [{u: x for u, x in units.items() if u not in asked} for units in scored],
             "dev": [{u: x for u, x in units.items() if u in asked} for units in scored],
-            "t": [known(reading.trained, sheet.trained_metric) for reading in done.readings],
-            "retain": [known(reading.retain, kept) for reading in done.readings],
+            "t": [
+                known(reading.trained, evaluation.trained_metric) for reading in done.measurements
+            ],
+            "retain": [known(reading.retain, kept) for reading in done.measurements],
         }
         write_text(ctx.work / "attack.json", json.dumps(curves))
 

@@ -95,7 +95,9 @@ def pooled(by_seed: Mapping[int, Units]) -> dict[str, float]:
 def row(arm: str, metric: str, found: Estimate, seed: int | None = None) -> StudyRow:
     """Return an estimate as a row of a table; what is NaN stays empty."""
     value, low, high = (None if math.isnan(x) else x for x in (found.value, found.low, found.high))
-    return StudyRow(arm=arm, seed=seed, metric=metric, value=value, low=low, high=high, n=found.n)
+    return StudyRow(
+        condition=arm, seed=seed, metric=metric, value=value, low=low, high=high, n=found.n
+    )
 
 
 def share(top: Sequence[Units], bottom: Sequence[Units], *, seed: int = 0) -> Estimate:

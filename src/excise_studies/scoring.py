@@ -20,7 +20,8 @@ import torch
 from excise.auditor.batching import Memo, batches
 from excise.data.domain import Domain, Row, Rows
 from excise.data.stream import encode
-from excise.evals.score import fitting, measure_all, some
+from excise.data.subsample import subsample
+from excise.evals.score import fitting, measure_all
 
 Units = dict[str, float]
 """Score by unit."""
@@ -62,10 +63,10 @@ def rubric(domain: Domain, tokenizer: Any, *, max_rows: int, max_length: int) ->
     test = tuple(row for rows in domain.test.values() for row in rows)
     dev = tuple(row for rows in domain.dev_forget.values() for row in rows)
     return Rubric(
-        test=some(test, max_rows),
-        retain=some(domain.retain_test, max_rows),
-        dev=some(dev, max_rows),
-        dev_retain=some(domain.dev_retain, max_rows),
+        test=subsample(test, max_rows),
+        retain=subsample(domain.retain_test, max_rows),
+        dev=subsample(dev, max_rows),
+        dev_retain=subsample(domain.dev_retain, max_rows),
         kinds=kinds_of((*test, *dev, *domain.retain_test, *domain.dev_retain), tokenizer),
         max_length=max_length,
     )

@@ -51,7 +51,7 @@ def test_flags_make_a_record_and_a_page(here: Path, capsys: pytest.CaptureFixtur
     (tensor,) = made.inspection.tensors
     assert tensor.name == NAME
     assert tensor.rank == pytest.approx(1, abs=0.01)
-    assert made.arms[0].changed == (NAME,)
+    assert made.method_runs[0].changed == (NAME,)
     assert len(made.inspection.blocks) == 2
     assert made.inspection.blocks[0].change_forget == 0
     assert made.samples
@@ -92,7 +92,7 @@ def test_an_output_folder_says_everything(here: Path, capsys: pytest.CaptureFixt
     assert main(["inspect", "made", "--out", "seen", "--max-length", "24", "--quiet"]) == 0
     found = record.load(here / "seen").inspection
     assert found is not None
-    assert found.arm == "grad_diff"
+    assert found.model == "grad_diff"
     assert len(found.tensors) > 5
     assert m.state(here / "made") == before
     capsys.readouterr()

@@ -69,9 +69,9 @@ def removed(work: Path) -> Path:
 
 def test_a_run_writes_everything(ran: Path) -> None:
     record = load(ran)
-    assert [arm.name for arm in record.arms] == ["filtering", "rmu"]
+    assert [arm.name for arm in record.method_runs] == ["filtering", "rmu"]
     assert {score.model for score in record.scores} == {"original", "oracle-0", "filtering", "rmu"}
-    assert [verdict.arm for verdict in record.verdicts] == ["filtering", "rmu"]
+    assert [verdict.model for verdict in record.verdicts] == ["filtering", "rmu"]
     assert {attack.name for attack in record.attacks} >= {"relearn", "quantize", "few_shot"}
     assert record.command == "excise run tiny.yaml --out ran --workers 1 --quiet"
     assert record.environment.versions["torch"]
@@ -122,7 +122,7 @@ def test_remove_changes_what_it_says_and_leaves_the_input(removed: Path) -> None
     edited = Checkpoint(removed / "model")
     record = load(removed)
     assert record.kind == "remove"
-    changed = record.arms[0].changed
+    changed = record.method_runs[0].changed
     assert changed == ("model.layers.0.mlp.down_proj.weight",)
     assert edited.fingerprint != original.fingerprint
     for name in original.parameter_names():
@@ -133,8 +133,8 @@ def test_remove_changes_what_it_says_and_leaves_the_input(removed: Path) -> None
 def test_remove_with_an_adapter(work: Path, removed: Path) -> None:
     assert excise(f"{REMOVE} --lora.rank 4 --out adapted") == 0
     record = load(work / "adapted")
-    assert record.arms[0].method["lora"]["rank"] == 4
-    assert record.arms[0].model.fingerprint != load(removed).arms[0].model.fingerprint
+    assert record.method_runs[0].method["lora"]["rank"] == 4
+    assert record.method_runs[0].model.fingerprint != load(removed).method_runs[0].model.fingerprint
 
 
 def test_the_method_of_the_docs_runs(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +150,7 @@ def test_the_method_of_the_docs_runs(work: Path, capsys: pytest.CaptureFixture[s
     assert "--allow-code" in capsys.readouterr().err
     assert excise(f"{line} --allow-code") == 0
     record = load(work / "decayed")
-    assert record.arms[0].method["name"] == "decay"
+    assert record.method_runs[0].method["name"] == "decay"
     assert record.config["code"] == {"decay": "./mine.py:Decay"}
     assert excise(f"audit decayed --allow-code --workers 1 --quiet --out redecayed {SMALL}") == 0
 

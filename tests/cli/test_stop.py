@@ -148,4 +148,4 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(
     assert at not in left
     assert not [name for name in left if name.startswith(".")]
     assert main(shlex.split(line)) == 0
-    assert load(tmp_path / "out").arms[0].changed
+    assert load(tmp_path / "out").method_runs[0].changed

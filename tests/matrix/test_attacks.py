@@ -14,16 +14,17 @@ import torch
 
 from excise.auditor.attacks import ATTACKS
 from excise.auditor.attacks.transfer import Transfer
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Rung, Subject
+from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import SMOKE, Budget
 from excise.auditor.controls import LogitScaling
-from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.results import decided
-from excise.auditor.scoring import arm_of, read
+from excise.auditor.scoring import read, variant_of
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import edit
+from excise.record import Level
 from excise.testing import Setting, check_attack, tiny_setting
 
 
@@ -44,20 +45,22 @@ class Sharper(Attack):
     factor: float = -1000.0
 
     access: ClassVar[Access] = "weights"
-    rung: ClassVar[Rung] = "D3"
+    level: ClassVar[Level] = "D3"
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         model = subject.checkpoint.load()
-        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
-        bare = read(model, sheet)
+        evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
+        bare = read(model, evaluation)
         with edit(model, {"model.norm": lambda hidden_BTD: hidden_BTD * self.factor}):
-            after = read(model, sheet, examples=1, tokens=1)
-            dev = sheet.units(model, sheet.all_dev)
-        arm = arm_of(self, subject, sheet.metric, variant="only", readings=(bare, after), dev=dev)
-        arms, chosen = decided([self.twist(arm)], higher=sheet.higher)
+            after = read(model, evaluation, examples=1, tokens=1)
+            dev = evaluation.units(model, evaluation.all_dev)
+        arm = variant_of(
+            self, subject, evaluation.metric, variant="only", measurements=(bare, after), dev=dev
+        )
+        arms, chosen = decided([self.twist(arm)], higher=evaluation.higher)
         return AttackResult(self.name, subject.name, arms, chosen)
 
-    def twist(self, arm: ArmResult) -> ArmResult:
+    def twist(self, arm: VariantResult) -> VariantResult:
         return arm
 
 
@@ -75,8 +78,8 @@ def test_the_default_setting_knows_what_it_says() -> None:
     made = tiny_setting()
     scores = []
     for checkpoint in (made.knowing, made.never_taught, *made.locked):
-        sheet = make_sheet(made.domain, SMOKE, checkpoint.tokenizer())
-        reading = read(checkpoint.load(), sheet)
+        evaluation = evaluation_set(made.domain, SMOKE, checkpoint.tokenizer())
+        reading = read(checkpoint.load(), evaluation)
         scores.append((sum(reading.units.values()) / len(reading.units), reading.retain))
     assert scores[0][0] > 0.9
     assert scores[1][0] < 0.3
@@ -94,7 +97,7 @@ class Useless(Sharper):
 class Cheat(Sharper):
     """Trains on what is scored."""
 
-    rung: ClassVar[Rung] = "D4"
+    level: ClassVar[Level] = "D4"
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         peeking = replace(domain, relearn=domain.test)
@@ -105,7 +108,7 @@ class Cheat(Sharper):
 class Unseeded(Sharper):
     """Draws from the global random state."""
 
-    def twist(self, arm: ArmResult) -> ArmResult:
+    def twist(self, arm: VariantResult) -> VariantResult:
         return replace(arm, dev_score=float(torch.rand(())))
 
 
@@ -135,19 +138,19 @@ class Writes(Sharper):
 class Refund(Sharper):
     """Says that it cost less in the end."""
 
-    def twist(self, arm: ArmResult) -> ArmResult:
-        curve = (*arm.arm.curve, arm.arm.curve[-1].model_copy(update={"tokens": 0}))
+    def twist(self, arm: VariantResult) -> VariantResult:
+        curve = (*arm.entry.curve, arm.entry.curve[-1].model_copy(update={"tokens": 0}))
         units = (*arm.unit_scores, arm.unit_scores[-1])
-        return replace(arm, arm=arm.arm.model_copy(update={"curve": curve}), unit_scores=units)
+        return replace(arm, entry=arm.entry.model_copy(update={"curve": curve}), unit_scores=units)
 
 
 class Dear(Sharper):
     """Starts at a cost."""
 
-    def twist(self, arm: ArmResult) -> ArmResult:
+    def twist(self, arm: VariantResult) -> VariantResult:
         return replace(
             arm,
-            arm=arm.arm.model_copy(update={"curve": arm.arm.curve[1:]}),
+            entry=arm.entry.model_copy(update={"curve": arm.entry.curve[1:]}),
             unit_scores=arm.unit_scores[1:],
         )
 
@@ -155,9 +158,9 @@ class Dear(Sharper):
 class Rounded(Sharper):
     """Reports a score that is not the mean of its units."""
 
-    def twist(self, arm: ArmResult) -> ArmResult:
-        curve = tuple(p.model_copy(update={"score": p.score / 2}) for p in arm.arm.curve)
-        return replace(arm, arm=arm.arm.model_copy(update={"curve": curve}))
+    def twist(self, arm: VariantResult) -> VariantResult:
+        curve = tuple(p.model_copy(update={"score": p.score / 2}) for p in arm.entry.curve)
+        return replace(arm, entry=arm.entry.model_copy(update={"curve": curve}))
 
 
 class DecidesByControl(Sharper):
@@ -165,15 +168,17 @@ class DecidesByControl(Sharper):
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         made = super().run(subject, domain, budget, ctx)
-        arm = made.arms[0]
-        return replace(made, arms=(replace(arm, arm=arm.arm.model_copy(update={"control": True})),))
+        arm = made.variants[0]
+        return replace(
+            made, variants=(replace(arm, entry=arm.entry.model_copy(update={"control": True})),)
+        )
 
 
 class Silent(Sharper):
     """Fails without saying why."""
 
-    def twist(self, arm: ArmResult) -> ArmResult:
-        return replace(arm, arm=arm.arm.model_copy(update={"status": "failed"}))
+    def twist(self, arm: VariantResult) -> VariantResult:
+        return replace(arm, entry=arm.entry.model_copy(update={"status": "failed"}))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +191,7 @@ class Silent(Sharper):
         (Refund, "tokens fall"),
         (Dear, "starts at a cost"),
         (Rounded, "not the mean of its units"),
-        (DecidesByControl, "lets control 'only' decide"),
+        (DecidesByControl, "lets variant 'only' decide, which is a control"),
         (Silent, "without a reason"),
     ],
 )

@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tests.report.parts import ARMS, attacks, digest, model, scores, verdict
+from tests.report.parts import MODELS, attacks, digest, model, scores, verdict
 
-from excise.record import ArmRecord, Environment, Record, Sample
+from excise.record import Environment, MethodRun, Record, Sample
 
 HOSTILE = "<script>alert('x')</script>&\"'`|\x1b[31m\u202e</script><img src=http://evil.example/>"
 
 
 def full(names: tuple[str, ...] = ("filtering", "rmu"), oracles: int = 3) -> Record:
     """Return the record of a complete run."""
-    rails = [model("original"), *(model(f"oracle-{i}") for i in range(oracles))]
+    references = [model("original"), *(model(f"oracle-{i}") for i in range(oracles))]
     every = scores("original", 0.97, 0.99, 0.98)
-    hits = attacks("original", 0.97, 0.98) + attacks("planted", 0.05, 0.9)
+    hits = attacks("original", 0.97, 0.98) + attacks("positive-control", 0.05, 0.9)
     for index in range(oracles):
         every += scores(f"oracle-{index}", 0.03 + 0.01 * index, 0.99, 0.97)
         hits += attacks(f"oracle-{index}", 0.03 + 0.01 * index, 0.05 + 0.01 * index)
     for name in names:
-        start, end, retain = ARMS[name]
+        start, end, retain = MODELS[name]
         every += scores(name, start, retain, retain - 0.06)
         hits += attacks(name, start, end)
     return Record(
@@ -47,21 +47,21 @@ def full(names: tuple[str, ...] = ("filtering", "rmu"), oracles: int = 3) -> Rec
             "units": {"forget.facts": 320, "retain": 960, "relearn.facts": 160, "test.facts": 160},
             "notes": ["3 near-duplicates were merged before the split."],
         },
-        models=tuple(rails),
-        arms=tuple(arm(n) for n in names),
+        models=tuple(references),
+        method_runs=tuple(method_run(n) for n in names),
         scores=tuple(every),
         attacks=tuple(hits),
-        verdicts=tuple(verdict(n, ARMS[n][0], ARMS[n][1]) for n in names),
+        verdicts=tuple(verdict(n, MODELS[n][0], MODELS[n][1]) for n in names),
         samples=tuple(sample(i, names) for i in range(3)),
         seconds=104.2,
         peak_memory_bytes=1_420_000_000,
-        notes=("The audit's null, filtering minus oracle, is 0.012 of the rails' distance.",),
+        notes=("The audit's null, the gap of filtering, is 0.012 of the way to the original.",),
     )
 
 
-def arm(name: str) -> ArmRecord:
+def method_run(name: str) -> MethodRun:
     """Return one removal."""
-    return ArmRecord(
+    return MethodRun(
         name=name,
         method={"name": name, "lr": 1e-3, "steps": 100, "layers": [1, 2, 3], "alpha": 100.0},
         model=model(name),
@@ -90,8 +90,8 @@ def sample(index: int, names: tuple[str, ...]) -> Sample:
 
 
 def many() -> Record:
-    """Return a run with every arm there is."""
-    return full(tuple(ARMS)).model_copy(update={"title": "Facts, removed in four ways"})
+    """Return a run with every removal there is."""
+    return full(tuple(MODELS)).model_copy(update={"title": "Facts, removed in four ways"})
 
 
 def minimal() -> Record:
@@ -113,17 +113,17 @@ def no_oracle() -> Record:
         for a in record.attacks
     ]
     found = record.verdicts[0]
-    rungs = tuple(
+    levels = tuple(
         r.model_copy(update={"gap": None, "low": None, "high": None, "against": "controls"})
-        for r in found.rungs
+        for r in found.levels
     )
-    update: dict[str, Any] = {"rungs": rungs, "null": None, "residual_bits": None, "highest": ""}
+    update: dict[str, Any] = {"levels": levels, "null": None, "residual_bits": None, "highest": ""}
     return record.model_copy(
         update={
             "kind": "audit",
             "title": "Audit of a model of unknown making",
             "attacks": tuple(hits),
-            "arms": (),
+            "method_runs": (),
             "verdicts": (found.model_copy(update=update),),
             "data": {**record.data, "exposure": "unknown", "claim": "capability"},
         }
@@ -137,7 +137,7 @@ def sensitive() -> Record:
     return record.model_copy(update={"sensitive": True, "samples": (secret,)})
 
 
-FIXED = ("status", "rung", "against", "access", "direction", "kind")
+FIXED = ("status", "level", "against", "access", "direction", "kind")
 FREE = ("extras", "facts", "method", "config", "data", "outputs", "versions", "cost")
 
 

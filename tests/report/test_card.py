@@ -89,7 +89,7 @@ def test_says_what_came_back_and_what_it_does_not_show() -> None:
     card = render_card(sample.full(), "rmu")
     assert "**After 8,192 tokens of relearning on other facts, 84 % of what rmu" in card
     assert "| relearn full | weights | relearn.facts | 0.090 | 0.830 |" in card
-    assert "void: the planted model was not recovered" in card
+    assert "invalid: the positive control was not recovered" in card
     assert "passed, but does not count" in card
     assert "## What this does not show" in card
     assert "excise run facts --out out/facts" in card
@@ -98,25 +98,27 @@ def test_says_what_came_back_and_what_it_does_not_show() -> None:
 
 def test_refit_names_the_audited_model() -> None:
     record = sample.full()
-    arm = record.arms[1]
+    arm = record.method_runs[1]
     refit = arm.model_copy(update={"extras": {**arm.extras, "refit": {"fingerprint": "f" * 64}}})
-    card = render_card(record.model_copy(update={"arms": (record.arms[0], refit)}), "rmu")
+    card = render_card(
+        record.model_copy(update={"method_runs": (record.method_runs[0], refit)}), "rmu"
+    )
     assert f"the weights in this folder (SHA-256 `{'f' * 64}`) are that refit." in card
     assert "**They were not attacked.**" in card
     assert f"method's part of the split, SHA-256 `{parts.digest('rmu')}`" in card
 
 
-def test_unattacked_and_unknown_arms() -> None:
+def test_unattacked_and_unknown_models() -> None:
     assert "It was not attacked, so how much would come back is not known" in render_card(
         sample.removed(), "rmu"
     )
-    with pytest.raises(UserError, match=r"no arm 'rmuu'; did you mean 'rmu'\?"):
+    with pytest.raises(UserError, match=r"no model 'rmuu'; did you mean 'rmu'\?"):
         render_card(sample.full(), "rmuu")
 
 
 def test_hostile_text_neither_breaks_markdown_nor_html() -> None:
     record = sample.hostile()
-    card = render_card(record, record.verdicts[0].arm, UPSTREAM)
+    card = render_card(record, record.verdicts[0].model, UPSTREAM)
     prose = re.sub(r"(`{3,})\n.*?\n\1\n", "", card, flags=re.DOTALL)
     assert "<script" not in prose
     assert "<img" not in prose

@@ -14,41 +14,41 @@ from tests.report import sample
 from tests.report.pages import read
 
 from excise.record import (
-    ArmRecord,
-    BlockReading,
+    BlockChange,
+    Estimate,
     Inspection,
-    Measured,
+    MethodRun,
     ModelRef,
-    NoiseReading,
+    NoiseFit,
     Record,
-    SpliceReading,
+    SpliceFit,
     Strip,
-    TensorReading,
+    TensorChange,
     TokenKL,
     load,
     save,
 )
-from excise.report.inspection import LEVELS, level
+from excise.report.inspection import SHADES, shade
 from excise.report.page import render_html
 from excise.report.terminal import render_terminal
 
 
-def measured(value: float) -> Measured:
-    return Measured(value=value, low=value - 0.1, high=value + 0.1)
+def measured(value: float) -> Estimate:
+    return Estimate(value=value, low=value - 0.1, high=value + 0.1)
 
 
-def block(number: int) -> BlockReading:
+def block(number: int) -> BlockChange:
     names = {f"norm_{s}_{m}" for s in ("forget", "retain") for m in ("original", "edited")}
     floats = dict.fromkeys(
-        set(BlockReading.model_fields) - names - {"block", "cosine", "auc"}, 0.25 * number + 0.25
+        set(BlockChange.model_fields) - names - {"block", "cosine", "auc"}, 0.25 * number + 0.25
     )
     intervals = dict.fromkeys(names | {"cosine", "auc"}, measured(number + 0.5))
-    return BlockReading.model_validate({"block": number, **floats, **intervals})
+    return BlockChange.model_validate({"block": number, **floats, **intervals})
 
 
 def inspection(text: str = "word", blocks: int = 12) -> Inspection:
     return Inspection(
-        arm=text,
+        model=text,
         headline=f"{text} is found.",
         summary=f"All about {text}.",
         conjecture="fits",
@@ -69,11 +69,11 @@ def inspection(text: str = "word", blocks: int = 12) -> Inspection:
             )
             for side in ("forget", "retain")
         ),
-        splice=SpliceReading(
+        splice=SpliceFit(
             auc=measured(0.9),
             auc_answers=1.0,
             kinds=tuple(
-                NoiseReading.model_validate(
+                NoiseFit.model_validate(
                     {
                         "noise": noise,
                         "kl_forget": 1.0,
@@ -92,7 +92,7 @@ def inspection(text: str = "word", blocks: int = 12) -> Inspection:
             Strip(side="retain", unit="u", tokens=("b", "\n"), kl=(None, 0.0)),
         ),
         tensors=tuple(
-            TensorReading(
+            TensorChange(
                 name=f"{text}.{i}", shape=(4, 8), relative=0.5, moved=1.0, rank=1.5, count90=2
             )
             for i in range(40)
@@ -103,9 +103,9 @@ def inspection(text: str = "word", blocks: int = 12) -> Inspection:
 
 
 def record_of(found: Inspection, *, sensitive: bool = False) -> Record:
-    arm = ArmRecord(name=found.arm, method={}, model=ModelRef(name=found.arm))
+    arm = MethodRun(name=found.model, method={}, model=ModelRef(name=found.model))
     return Record(
-        kind="inspect", title="Inside", arms=(arm,), inspection=found, sensitive=sensitive
+        kind="inspect", title="Inside", method_runs=(arm,), inspection=found, sensitive=sensitive
     )
 
 
@@ -141,7 +141,7 @@ def test_the_page_is_sound_and_can_be_read_aloud(blocks: int) -> None:
 
 
 def test_shades_rise_with_the_kl() -> None:
-    assert [level(v) for v in (None, 0.0, *LEVELS, 99.0)] == [0, 0, 1, 2, 3, 4, 4]
+    assert [shade(v) for v in (None, 0.0, *SHADES, 99.0)] == [0, 0, 1, 2, 3, 4, 4]
     root = read(render_html(record_of(inspection())))
     shades = {
         n.text(): n.attrs["class"] for n in root.all("span") if "token" in n.attrs.get("class", "")

@@ -21,10 +21,10 @@ def said(record: Record) -> str:
         ({"sensitive": True}, "marked sensitive"),
         ({"attacks": ()}, "Nothing was attacked"),
         ({"models": (parts.model("original"),)}, "There is no oracle"),
-        ({"models": (ModelRef(name="oracle-0"),)}, "comes from 1 seed; three"),
+        ({"models": (ModelRef(name="oracle-0"),)}, "come from 1 seed; three"),
         ({"data": {"exposure": "unknown"}}, "is unknown: no split"),
         ({"data": {"claim": "capability"}}, "The claim is about the capability"),
-        ({"scores": ()}, "What should stay was not scored"),
+        ({"scores": ()}, "The retain set was not scored"),
     ],
 )
 def test_said_when_it_holds_and_only_then(change: dict[str, object], words: str) -> None:
@@ -33,7 +33,7 @@ def test_said_when_it_holds_and_only_then(change: dict[str, object], words: str)
     assert words in said(full.model_copy(update=change))
 
 
-def test_void_missing_and_underpowered_are_named() -> None:
+def test_invalid_missing_and_underpowered_are_named() -> None:
     text = said(sample.full())
     assert "prefix_fill k=8" in text
     assert "Required but not run: lens" in text

@@ -23,7 +23,7 @@ SECTIONS = (
     "On this page",
     "How deep the cut went",
     "Before and after",
-    "Relearning, between the rails",
+    "Relearning, between the reference models",
     "Every attack",
     "Samples",
     "What was done",
@@ -137,7 +137,7 @@ def test_codes_come_with_their_words(make: Callable[[], Record]) -> None:
     root = read(render_html(make()))
     text = root.all("body")[0].text(without=("script", "pre", "style"))
     for match in re.finditer(r"\bD[0-5]\b", text):
-        said = words.LADDER[match.group(0)]
+        said = words.level_words(match.group(0))
         reach = len(said) + len(sample.HOSTILE) + 4
         near = text[max(0, match.start() - reach) : match.end() + reach]
         assert said in near
@@ -174,7 +174,7 @@ def test_no_oracle_is_said() -> None:
 
 def test_a_pass_above_a_failure_does_not_count() -> None:
     text = read(render_html(sample.full(("rmu",)))).text()
-    assert text.count("does not count: a lower rung did not pass") == 1
+    assert text.count("does not count: a lower level did not pass") == 1
     assert "does not count" not in read(render_html(sample.full(("filtering",)))).text()
 
 
@@ -184,7 +184,9 @@ def test_every_attack_is_listed() -> None:
     rows = [t for n in root.all("table") if n.attrs.get("class") == "attacks" for t in n.all("tr")]
     arms = [r for r in rows if len(r.all("td")) > 5]
     assert len(arms) == len(record.attacks)
-    assert sum("void" in r.text() for r in arms) == sum(a.status == "void" for a in record.attacks)
+    assert sum("invalid" in r.text() for r in arms) == sum(
+        a.status == "invalid" for a in record.attacks
+    )
     assert sum("control" in r.text() for r in arms) >= sum(a.control for a in record.attacks)
 
 
@@ -236,7 +238,7 @@ def test_contrast_in_every_theme() -> None:
     ]
     assert len(themes) == 3
     names = {"text", "dim", "link", "pass", "fail", "untested", "underpowered"}
-    names |= {"original", "oracle", "candidate", "control", "planted"}
+    names |= {"original", "oracle", "candidate", "control", "positive"}
     for theme in themes:
         assert names <= set(theme)
         for name in names:

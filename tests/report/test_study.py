@@ -11,7 +11,7 @@ from rich.console import Console
 from tests.report.pages import read
 from tests.report.sample import HOSTILE, full
 
-from excise.record import Record, Study, StudyPicture, StudyPictureRow, StudyRow, StudyTable
+from excise.record import Record, StudyPicture, StudyPictureRow, StudyRecord, StudyRow, StudyTable
 from excise.report.page import render_html
 from excise.report.terminal import render_terminal
 
@@ -19,9 +19,11 @@ from excise.report.terminal import render_terminal
 def study(text: str = "plain") -> Record:
     """Return the record of a study whose every text holds `text`."""
     rows = (
-        StudyRow(arm=f"cleared {text}", metric="exact match", value=0.5, low=0.4, high=0.6, n=9),
-        StudyRow(arm=f"cleared {text}", seed=1, metric="exact match", value=0.25, n=3),
-        StudyRow(arm="original", metric=f"loss {text}", value=None),
+        StudyRow(
+            condition=f"cleared {text}", metric="exact match", value=0.5, low=0.4, high=0.6, n=9
+        ),
+        StudyRow(condition=f"cleared {text}", seed=1, metric="exact match", value=0.25, n=3),
+        StudyRow(condition="original", metric=f"loss {text}", value=None),
     )
     tables = tuple(StudyTable(title=f"{t} {text}", note=text, rows=rows) for t in ("One", "Two"))
     picture = StudyPicture(
@@ -31,14 +33,14 @@ def study(text: str = "plain") -> Record:
         columns=(f"zero {text}", "one"),
         rows=(StudyPictureRow(name=f"whole {text}", images=("0990", "5005"), values=(0.25,)),),
     )
-    found = Study(
+    found = StudyRecord(
         name="name",
         question=f"Why {text}?",
         statistic=f"What decides {text}",
         margin=0.5,
         tuned_on=(0,),
         decision=f"shallow {text}",
-        paragraph=f"Over three draws {text}.",
+        paragraph=f"Over three seeds {text}.",
         tables=tables,
         pictures=(picture,),
     )
@@ -66,9 +68,9 @@ def test_the_page_of_a_study_is_sound() -> None:
     assert titles[0] == "What the study found"
     assert "What came back" not in titles
     text = root.text()
-    for said in ("shallow plain", "What decides plain", "0.500 [0.400, 0.600]", "draw 1"):
+    for said in ("shallow plain", "What decides plain", "0.500 [0.400, 0.600]", "seed 1"):
         assert said in text
-    assert "3 reported draws" in text
+    assert "3 reported seeds" in text
 
 
 def test_missing_numbers_of_a_study_are_words() -> None:

@@ -62,7 +62,7 @@ def test_linear_axis_of_odd_values(values: list[float]) -> None:
 
 def test_line_plot_leaves_holes_out_and_escapes() -> None:
     x, y = svg.log_axis("tokens", [0, 10, 100]), svg.linear_axis("<b>", [0, 1])
-    line = svg.Line("<i>", "candidate", ((0, 0.1), (10, math.nan), (100, 0.9)), ((0, 0.0, 0.2),))
+    line = svg.Series("<i>", "candidate", ((0, 0.1), (10, math.nan), (100, 0.9)), ((0, 0.0, 0.2),))
     plot = svg.line_plot("k", "<script>", "a & b", x, y, [line])
     root = read(plot)
     assert root.all("title")[0].text() == "<script>"
@@ -76,9 +76,10 @@ def test_line_plot_leaves_holes_out_and_escapes() -> None:
 def test_interval_plot_puts_values_in_order() -> None:
     axis = svg.linear_axis("score", [0, 1])
     rows = [
-        svg.Row(f"r{v}", "", (svg.Dot("candidate", v, v - 0.1, v + 0.1),)) for v in (0.2, 0.5, 0.8)
+        svg.IntervalRow(f"r{v}", "", (svg.Dot("candidate", v, v - 0.1, v + 0.1),))
+        for v in (0.2, 0.5, 0.8)
     ]
-    rows.append(svg.Row("hole", "not measured", (svg.Dot("candidate", math.nan),)))
+    rows.append(svg.IntervalRow("hole", "not measured", (svg.Dot("candidate", math.nan),)))
     bands = (svg.Band("oracle", "oracle", 0.0, 0.1), svg.Band("original", "original", 0.9, 1.0))
     plot = svg.interval_plot("k", "t", "d", axis, rows, bands)
     marks = re.findall(r'm s-candidate" transform="translate\(([\d.]+) ([\d.]+)\)', plot)

@@ -39,11 +39,13 @@ def test_fits_eighty_columns_without_escapes(make: Callable[[], Record]) -> None
 
 def test_says_what_matters() -> None:
     text = shown(sample.full(), folder=Path("out/facts"))
-    assert text.index("84 % of what rmu removed") < text.index("Ladder") < text.index("Scores")
+    assert (
+        text.index("84 % of what rmu removed") < text.index("Depth levels") < text.index("Scores")
+    )
     assert "relearn full" in text
     assert "0.090 -> 0.830" in text
-    assert "void" in text
-    assert "* does not count: a lower rung did not pass" in " ".join(text.split())
+    assert "invalid" in text
+    assert "* does not count: a lower level did not pass" in " ".join(text.split())
     assert "report  out/facts/report.html" in text
     assert "next    excise audit out/facts --budget standard" in text
 

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tests.report import parts, sample
+from tests.report.pages import read
+from tests.report.test_inspection import inspection, record_of
+from tests.report.test_study import study
 
+from excise.record import LEVELS, Record
 from excise.report import words
+from excise.report.card import render_card
+from excise.report.page import render_html
+from excise.report.terminal import render_terminal
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
+
+RETIRED = re.compile(
+    r"\b(rungs?|ladders?|rails?|plants?|planted|void|powerless|sheets?|arms?|draws?|wordings?"
+    r"|strangers?|T|V)\b"
+)
+"""Words of our own in place of which the glossary has one that is in use."""
 
 
 @pytest.mark.parametrize(
@@ -53,10 +73,10 @@ def test_plain_removes_what_rewrites_a_terminal() -> None:
     assert words.plain("a\x1b[31m\u202eb\n\t") == "a\ufffd[31m\ufffdb\n\t"
 
 
-def test_a_rung_counts_only_above_passed_ones() -> None:
-    rungs = parts.verdict("rmu", 0.09, 0.83).rungs
-    assert [r.status for r in rungs][:4] == ["pass", "underpowered", "fail", "pass"]
-    assert words.counts(rungs) == (True, False, False, False, False, False)
+def test_a_level_counts_only_above_passed_ones() -> None:
+    levels = parts.verdict("rmu", 0.09, 0.83).levels
+    assert [r.status for r in levels][:4] == ["pass", "underpowered", "fail", "pass"]
+    assert words.counts(levels) == (True, False, False, False, False, False)
 
 
 def test_highest_is_in_words() -> None:
@@ -65,8 +85,43 @@ def test_highest_is_in_words() -> None:
     assert words.highest(verdict.model_copy(update={"highest": ""})) == "none"
 
 
-def test_candidate_is_the_only_arm() -> None:
+def test_candidate_is_the_only_model() -> None:
     record = sample.no_oracle()
-    assert words.arm_names(record) == ("rmu",)
+    assert words.model_names(record) == ("rmu",)
     assert len(words.attacks_on(record, "rmu")) == len(parts.attacks("rmu", 0.1, 0.8))
     assert words.attacks_on(sample.full(), "oracle-9") == ()
+
+
+def table_rows(heading: str) -> dict[str, str]:
+    """Return the first two columns of the table under a heading of `docs/evidence.md`."""
+    section = EVIDENCE.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1] for row in cells}
+
+
+def test_the_glossary_of_the_page_is_that_of_the_docs() -> None:
+    documented = table_rows("Glossary")
+    for word, meaning in words.GLOSSARY.items():
+        assert documented[word] == meaning.replace("\u2212", "-")
+    assert table_rows("Depth levels") == LEVELS
+    assert not RETIRED.search(" ".join([*documented, *documented.values()]))
+
+
+PAGES: dict[str, Callable[[], Record]] = {
+    **{name: make for name, make in sample.RECORDS.items() if name != "hostile"},
+    "study": study,
+    "inspection": lambda: record_of(inspection()),
+}
+
+
+@pytest.mark.parametrize("make", PAGES.values(), ids=PAGES)
+def test_no_report_uses_a_word_that_the_glossary_retired(make: Callable[[], Record]) -> None:
+    record = make()
+    page = read(render_html(record)).all("body")[0].text(without=("script", "pre", "style"))
+    screen = io.StringIO()
+    Console(file=screen, width=200).print(render_terminal(record))
+    cards = [render_card(record, name) for name in words.model_names(record)]
+    for text in (page, screen.getvalue(), *cards):
+        match = RETIRED.search(re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        assert match is None, text[max(0, match.start() - 60) : match.end() + 60]

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from excise.auditor.base import ArmResult, AttackResult
+from excise.auditor.base import AttackResult, VariantResult
 from excise.auditor.budget import Budget
 from excise.data.domain import Domain, Row
-from excise.record import AttackArm, CurvePoint
+from excise.record import AttackVariant, CurvePoint
 
-RUNGS = {"few_shot": "D1", "direction": "D2", "quantize": "D3", "transfer": "D4"}
+LEVELS = {"few_shot": "D1", "direction": "D2", "quantize": "D3", "transfer": "D4"}
 ACCESS = {"few_shot": "prompt", "direction": "activations"}
-BUDGET = Budget(attacks=tuple(RUNGS), margin=0.1)
+BUDGET = Budget(attacks=tuple(LEVELS), margin=0.1)
 
 
 def draw(share: float, count: int, seed: int) -> dict[str, float]:
@@ -31,14 +31,14 @@ def nats(mean: float, count: int, seed: int, prefix: str) -> dict[str, float]:
     return {f"{prefix}{i}": float(mean + v - noise.mean()) for i, v in enumerate(noise)}
 
 
-def arm(
+def variant(
     attack: str,
     subject: str,
     before: Mapping[str, float],
     after: Mapping[str, float],
     **fields: Any,
-) -> ArmResult:
-    """Return one arm of two checkpoints."""
+) -> VariantResult:
+    """Return one variant of two checkpoints."""
     extras = fields.pop("extras", {})
     trained = fields.pop("trained", (None, None))
     points = tuple(
@@ -56,13 +56,13 @@ def arm(
         "name": attack,
         "subject": subject,
         "access": ACCESS.get(attack, "weights"),
-        "rung": RUNGS[attack],
-        "arm": "full" if attack == "transfer" else attack,
+        "level": LEVELS[attack],
+        "variant": "full" if attack == "transfer" else attack,
         "metric": "exact_match",
         "curve": points,
     }
-    record = AttackArm.model_validate({**base, **fields})
-    return ArmResult(record, (dict(before), dict(after)), extras=extras)
+    record = AttackVariant.model_validate({**base, **fields})
+    return VariantResult(record, (dict(before), dict(after)), extras=extras)
 
 
 def result(
@@ -80,7 +80,7 @@ def result(
             "dev_loss": 1.0,
             "prequential": [5 * (1 - end), 2.0],
         }
-    one = arm(
+    one = variant(
         attack,
         subject,
         draw(start, count, seed + 1),
@@ -115,7 +115,7 @@ def audit(
         name: Name of the candidate.
     """
     out = {}
-    for i, attack in enumerate(RUNGS):
+    for i, attack in enumerate(LEVELS):
         after = end.get(attack, start) if isinstance(end, Mapping) else end
         out[attack, name] = result(attack, name, start, after, count=count, seed=50)
         out[attack, "original"] = result(
@@ -126,7 +126,9 @@ def audit(
             out[attack, subject] = result(
                 attack, subject, oracle, oracle, count=count, seed=100 + k
             )
-        out[attack, "planted"] = result(attack, "planted", 0.05, planted, count=count, seed=30 + i)
+        out[attack, "positive-control"] = result(
+            attack, "positive-control", 0.05, planted, count=count, seed=30 + i
+        )
     return out
 
 

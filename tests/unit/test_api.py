@@ -58,7 +58,7 @@ def test_audit_reads_a_candidate_between_its_rails(
         change={"steps": 2, "checkpoints": (0, 2), "rates": (1e-3,), "attacks": ("transfer",)},
         out=tmp_path / "audit",
     )
-    assert [v.arm for v in record.verdicts] == ["hidden"]
+    assert [v.model for v in record.verdicts] == ["hidden"]
     assert {a.subject for a in record.attacks} >= {"hidden", "original", "oracle-0"}
     loaded = ex.load(tmp_path / "audit")
     assert isinstance(loaded, ex.Record)

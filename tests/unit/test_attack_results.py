@@ -4,59 +4,59 @@ import math
 
 import pytest
 
-from excise.auditor.base import ArmResult, AttackResult
+from excise.auditor.base import AttackResult, VariantResult
 from excise.auditor.budget import BUDGETS, LARGE, budget_of
 from excise.auditor.results import choose, decided, from_json, renamed, to_json
 from excise.core.errors import UserError
-from excise.record import AttackArm, CurvePoint
+from excise.record import AttackVariant, CurvePoint
 
 
-def arm(
+def variant(
     name: str, dev: float, *, lr: float | None = None, seed: int = 0, loss: float = math.nan,
     control: bool = False, original: bool = False, status: str = "ok",
-) -> ArmResult:  # fmt: skip
+) -> VariantResult:  # fmt: skip
     point = CurvePoint(score=dev, low=dev, high=dev)
-    record = AttackArm(
-        name="a", access="weights", arm=name, lr=lr, seed=seed, control=control, rung="D4",
+    record = AttackVariant(
+        name="a", access="weights", variant=name, lr=lr, seed=seed, control=control, level="D4",
         needs_original=original, status=status, curve=(point,),  # type: ignore[arg-type]
     )  # fmt: skip
-    return ArmResult(record, ({"u": dev},), dev, {"dev_loss": loss})
+    return VariantResult(record, ({"u": dev},), dev, {"dev_loss": loss})
 
 
 def test_the_rate_is_chosen_on_dev_over_seeds_and_never_by_the_best_seed() -> None:
-    arms = [arm("full", 1.0, lr=1, seed=0), arm("full", 0.0, lr=1, seed=1)]
-    arms += [arm("full", 0.6, lr=2, seed=0), arm("full", 0.6, lr=2, seed=1)]
-    assert choose(arms, higher=True) == (2, 3)
-    assert choose(arms, higher=False) == (0, 1)
+    variants = [variant("full", 1.0, lr=1, seed=0), variant("full", 0.0, lr=1, seed=1)]
+    variants += [variant("full", 0.6, lr=2, seed=0), variant("full", 0.6, lr=2, seed=1)]
+    assert choose(variants, higher=True) == (2, 3)
+    assert choose(variants, higher=False) == (0, 1)
 
 
 @pytest.mark.parametrize("bad", [{"control": True}, {"original": True}, {"status": "failed"}])
 def test_controls_diagnostics_and_failures_never_decide(bad: dict[str, bool]) -> None:
-    assert choose([arm("x", 1.0, **bad), arm("y", 0.1)], higher=True) == (1,)  # type: ignore[arg-type]
-    assert choose([arm("x", 1.0, **bad)], higher=True) == ()  # type: ignore[arg-type]
+    assert choose([variant("x", 1.0, **bad), variant("y", 0.1)], higher=True) == (1,)  # type: ignore[arg-type]
+    assert choose([variant("x", 1.0, **bad)], higher=True) == ()  # type: ignore[arg-type]
 
 
 def test_ties_are_settled_by_the_loss_on_dev_and_nan_loses() -> None:
-    tied = [arm("full", 0.0, lr=1, loss=3.0), arm("full", 0.0, lr=2, loss=2.0)]
+    tied = [variant("full", 0.0, lr=1, loss=3.0), variant("full", 0.0, lr=2, loss=2.0)]
     assert choose(tied, higher=True) == (1,)
-    assert choose([arm("x", math.nan), arm("y", 0.0)], higher=True) == (1,)
+    assert choose([variant("x", math.nan), variant("y", 0.0)], higher=True) == (1,)
 
 
 def test_decisive_marks_the_chosen() -> None:
-    arms, chosen = decided([arm("x", 0.1), arm("y", 0.2)], higher=True)
+    variants, chosen = decided([variant("x", 0.1), variant("y", 0.2)], higher=True)
     assert chosen == (1,)
-    assert [a.arm.decisive for a in arms] == [False, True]
+    assert [a.entry.decisive for a in variants] == [False, True]
 
 
 def test_results_survive_json_and_take_another_name() -> None:
-    both = (arm("x", math.nan), arm("y", 0.5, loss=2.0))
+    both = (variant("x", math.nan), variant("y", 0.5, loss=2.0))
     result = AttackResult("a", "candidate", both, (1,), 2.5)
     back = from_json(to_json(result))
-    assert back.arms[1] == result.arms[1]
-    assert math.isnan(back.arms[0].dev_score)
+    assert back.variants[1] == result.variants[1]
+    assert math.isnan(back.variants[0].dev_score)
     assert (back.chosen, back.seconds) == ((1,), 2.5)
     again = renamed(back, "oracle-0")
-    assert {again.subject, *(a.arm.subject for a in again.arms)} == {"oracle-0"}
+    assert {again.subject, *(a.entry.subject for a in again.variants)} == {"oracle-0"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"attack": 1}'])

@@ -67,7 +67,7 @@ def run(attack: Attack, checkpoint: Checkpoint, domain: Domain, folder: Path) ->
 
 def best(result: AttackResult) -> float:
     assert result.chosen
-    return max(point.score for i in result.chosen for point in result.arms[i].arm.curve[1:])
+    return max(point.score for i in result.chosen for point in result.variants[i].entry.curve[1:])
 
 
 @pytest.mark.parametrize("kind", CONTROLS)
@@ -84,7 +84,7 @@ def test_an_attack_recovers_its_plant(name: str, folder: Path, facts_domain: Dom
     plant = planted(kind, folder)
     assert plant.checkpoint is not None
     result = run(ATTACKS[name](), plant.checkpoint, facts_domain, folder)
-    assert result.arms[0].arm.curve[0].score == pytest.approx(plant.after)
+    assert result.variants[0].entry.curve[0].score == pytest.approx(plant.after)
     assert best(result) >= least
 
 
@@ -93,31 +93,31 @@ def test_nothing_comes_back_that_was_never_taught(
     name: str, folder: Path, facts_domain: Domain, never_taught: Checkpoint
 ) -> None:
     result = run(ATTACKS[name](), never_taught, facts_domain, folder)
-    for arm in result.arms:
-        assert arm.arm.status == "ok"
-        assert max(point.score for point in arm.arm.curve) <= 0.2
-        assert set(arm.unit_scores[-1]) == {row.unit for row in facts_domain.test["tests"]}
-        assert arm.arm.curve[-1].retain is not None
+    for variant in result.variants:
+        assert variant.entry.status == "ok"
+        assert max(point.score for point in variant.entry.curve) <= 0.2
+        assert set(variant.unit_scores[-1]) == {row.unit for row in facts_domain.test["tests"]}
+        assert variant.entry.curve[-1].retain is not None
 
 
 def test_random_directions_do_not_open_a_gate(folder: Path, facts_domain: Domain) -> None:
     plant = planted(GatedEdit(), folder)
     assert plant.checkpoint is not None
     result = run(ATTACKS["direction"](), plant.checkpoint, facts_domain, folder)
-    controls = [arm.arm for arm in result.arms if arm.arm.control]
+    controls = [variant.entry for variant in result.variants if variant.entry.control]
     assert len(controls) == 1 + SMOKE.random_directions
-    assert max(arm.curve[-1].score for arm in controls) < best(result) - 0.3
-    original = [arm.arm for arm in result.arms if arm.arm.needs_original]
-    assert max(arm.curve[-1].score for arm in original) > 0.9
-    assert not any(arm.decisive for arm in (*controls, *original))
+    assert max(variant.curve[-1].score for variant in controls) < best(result) - 0.3
+    original = [variant.entry for variant in result.variants if variant.entry.needs_original]
+    assert max(variant.curve[-1].score for variant in original) > 0.9
+    assert not any(variant.decisive for variant in (*controls, *original))
 
 
 def test_four_bits_restore_the_original_exactly(folder: Path, facts_domain: Domain) -> None:
     plant = planted(WithinBuckets(), folder)
     assert plant.checkpoint is not None
-    hidden = run(Quantize(), plant.checkpoint, facts_domain, folder).arms[1]
-    known = run(Quantize(), Checkpoint(FIXTURES / "knowing"), facts_domain, folder).arms[1]
-    assert hidden.arm.facts["bucket_flip_rate"] == 0.0
+    hidden = run(Quantize(), plant.checkpoint, facts_domain, folder).variants[1]
+    known = run(Quantize(), Checkpoint(FIXTURES / "knowing"), facts_domain, folder).variants[1]
+    assert hidden.entry.facts["bucket_flip_rate"] == 0.0
     assert hidden.unit_scores[1] == known.unit_scores[1]
     assert hidden.unit_scores[0] != known.unit_scores[0]
 
@@ -129,28 +129,28 @@ def test_relearning_shows_t_and_transfer_decides_on_v(
     decided = run(Transfer(), never_taught, facts_domain, folder)
     assert shown.chosen == ()
     assert len(decided.chosen) == 1
-    for one, two in zip(shown.arms, decided.arms, strict=True):
-        assert (one.arm.scored_on, two.arm.scored_on) == ("relearn", "test")
-        assert [p.trained for p in one.arm.curve] == [p.score for p in one.arm.curve]
-        assert [p.trained for p in one.arm.curve] == [p.trained for p in two.arm.curve]
-        assert two.arm.curve[-1].trained is not None
-        assert two.arm.curve[-1].trained > two.arm.curve[-1].score + 0.3
-    marked = [i for i, arm in enumerate(shown.arms) if arm.extras["chosen_on_dev"]]
+    for one, two in zip(shown.variants, decided.variants, strict=True):
+        assert (one.entry.scored_on, two.entry.scored_on) == ("relearn", "test")
+        assert [p.trained for p in one.entry.curve] == [p.score for p in one.entry.curve]
+        assert [p.trained for p in one.entry.curve] == [p.trained for p in two.entry.curve]
+        assert two.entry.curve[-1].trained is not None
+        assert two.entry.curve[-1].trained > two.entry.curve[-1].score + 0.3
+    marked = [i for i, variant in enumerate(shown.variants) if variant.extras["chosen_on_dev"]]
     assert tuple(marked) == decided.chosen
 
 
 def test_cost_and_losses_of_a_training(
     folder: Path, facts_domain: Domain, knowing: Checkpoint
 ) -> None:
-    arm = run(Transfer(), knowing, facts_domain, folder).arms[0]
-    curve = arm.arm.curve
+    variant = run(Transfer(), knowing, facts_domain, folder).variants[0]
+    curve = variant.entry.curve
     assert [p.examples for p in curve] == [step * SMOKE.batch_size for step in SMOKE.checkpoints]
     assert curve[0].tokens == 0
     assert curve[-1].tokens > 16 * SMOKE.batch_size
     size = knowing.num_parameters
     assert curve[-1].flops == pytest.approx(6 * size * curve[-1].tokens)
-    extras = arm.extras
-    assert set(extras["loss_V"]) == set(arm.unit_scores[-1])
+    extras = variant.extras
+    assert set(extras["loss_V"]) == set(variant.unit_scores[-1])
     fresh = {row.unit for row in facts_domain.fresh}
     assert set(extras["loss_fresh"]) < fresh
     assert len(extras["loss_fresh"]) == len(fresh) // 2
@@ -169,12 +169,16 @@ def test_lora_and_fresh_controls_from_standard_on(
         max_test_rows=8, max_other_rows=8,
     )  # fmt: skip
     result = Transfer().run(Subject("o", knowing), facts_domain, budget, Context(folder))
-    assert [arm.arm.arm for arm in result.arms] == ["full", "lora", "full on fresh units"]
-    full, lora, fresh = result.arms
-    assert fresh.arm.control
-    assert fresh.arm.trained_on == "fresh"
+    assert [variant.entry.variant for variant in result.variants] == [
+        "full",
+        "lora",
+        "full on fresh units",
+    ]
+    full, lora, fresh = result.variants
+    assert fresh.entry.control
+    assert fresh.entry.trained_on == "fresh"
     assert lora.extras["trained_parameters"] < full.extras["trained_parameters"]
-    assert lora.arm.curve[-1].flops < full.arm.curve[-1].flops
+    assert lora.entry.curve[-1].flops < full.entry.curve[-1].flops
     assert len(full.unit_scores[-1]) == 8
 
 
@@ -183,8 +187,8 @@ def test_a_training_that_diverges_is_a_failed_arm(
 ) -> None:
     budget = SMOKE.model_copy(update={"rates": (1e30, 1e-3)})
     result = Transfer().run(Subject("o", knowing), facts_domain, budget, Context(folder))
-    assert [arm.arm.status for arm in result.arms] == ["failed", "ok"]
-    assert "lower the learning rate" in result.arms[0].arm.reason
+    assert [variant.entry.status for variant in result.variants] == ["failed", "ok"]
+    assert "lower the learning rate" in result.variants[0].entry.reason
     assert result.chosen == (1,)
 
 
@@ -193,8 +197,8 @@ def test_equal_seeds_give_equal_numbers_and_the_model_is_left_alone(
 ) -> None:
     before = knowing.fingerprint
     one, two = (run(FewShot(), knowing, facts_domain, folder) for _ in range(2))
-    assert one.arms == two.arms
-    assert one.arms[0].arm.curve[-1].tokens > 0
+    assert one.variants == two.variants
+    assert one.variants[0].entry.curve[-1].tokens > 0
     assert knowing.fingerprint == before
 
 
@@ -253,12 +257,12 @@ def test_losses_fall_back_where_the_score_is_a_loss(
     assert plant.checkpoint is not None
     assert plant.after > plant.before + 0.4
     result = run(ATTACKS[name](), plant.checkpoint, losses(), folder)
-    scores = [point.score for i in result.chosen for point in result.arms[i].arm.curve]
+    scores = [point.score for i in result.chosen for point in result.variants[i].entry.curve]
     assert min(scores) < plant.after - 0.5 * (plant.after - plant.before)
-    dev = [arm.dev_score for arm in result.arms if not arm.arm.control]
-    assert result.arms[result.chosen[0]].dev_score <= min(dev) + 1e-9 or name == "direction"
+    dev = [variant.dev_score for variant in result.variants if not variant.entry.control]
+    assert result.variants[result.chosen[0]].dev_score <= min(dev) + 1e-9 or name == "direction"
     ignorant = run(ATTACKS[name](), never_taught, losses(), folder)
-    assert min(ignorant.arms[i].arm.curve[-1].score for i in ignorant.chosen) > 2.5
+    assert min(ignorant.variants[i].entry.curve[-1].score for i in ignorant.chosen) > 2.5
 
 
 def test_coaxing_has_a_control_where_words_can_be_spelled(facts_domain: Domain) -> None:
@@ -304,9 +308,9 @@ def test_texts_are_relearned_where_questions_are_asked(
     budget = SMOKE.model_copy(update={"steps": 1, "checkpoints": (0, 1), "rates": (1e-3,)})
     subject = Subject("original", knowing)
     ctx = Context(folder)
-    shown_on_t = ATTACKS["relearn"]().run(subject, domain, budget, ctx).arms[0].arm
+    shown_on_t = ATTACKS["relearn"]().run(subject, domain, budget, ctx).variants[0].entry
     assert shown_on_t.metric == "text_loss"
     assert shown_on_t.curve[0].score == pytest.approx(shown_on_t.curve[0].trained)
-    on_v = ATTACKS["transfer"]().run(subject, domain, budget, ctx).arms[0].arm
+    on_v = ATTACKS["transfer"]().run(subject, domain, budget, ctx).variants[0].entry
     assert on_v.metric == "multiple_choice"
     assert 0.5 < on_v.curve[0].score <= 1

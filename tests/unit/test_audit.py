@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from excise.auditor.attacks import Relearn
-from excise.auditor.base import PLANTED, Subject
+from excise.auditor.base import POSITIVE_CONTROL, Subject
 from excise.auditor.budget import SMOKE, Budget
 from excise.auditor.engine import (
     AttackModel,
@@ -65,13 +65,13 @@ def whole(
 
 def test_every_pair_has_a_result(whole: tuple[Path, Results, list[str]]) -> None:
     _, results, told = whole
-    names = {"original", "oracle-0", PLANTED}
+    names = {"original", "oracle-0", POSITIVE_CONTROL}
     assert set(results) == {(attack, name) for attack in QUICK.attacks for name in names}
     for (attack, subject), result in results.items():
         assert (result.attack, result.subject) == (attack, subject)
-        assert all(arm.arm.subject == subject for arm in result.arms)
-    planted = results["quantize", PLANTED].arms[0].arm.facts
-    assert planted["plant"] == "within_buckets"
+        assert all(arm.entry.subject == subject for arm in result.variants)
+    planted = results["quantize", POSITIVE_CONTROL].variants[0].entry.facts
+    assert planted["positive_control"] == "within_buckets"
     assert planted["known"] > planted["hidden"] + 0.5
     assert told.count("control") == 3
 
@@ -82,7 +82,7 @@ def test_two_readings_of_one_training_train_once(whole: tuple[Path, Results, lis
     assert count == len(QUICK.rates) * 3
     assert not any(name.startswith("attack-transfer") for name in stages(root))
     one, two = results["relearn", "original"], results["transfer", "original"]
-    assert one.arms[0].extras["prequential"] == two.arms[0].extras["prequential"]
+    assert one.variants[0].extras["prequential"] == two.variants[0].extras["prequential"]
 
 
 def test_a_second_audit_makes_nothing_and_a_lost_stage_is_made_again(
@@ -114,7 +114,7 @@ def test_equal_weights_are_attacked_once(
     budget = QUICK.model_copy(update={"attacks": ("quantize",)})
     results, _ = audit(tmp_path, facts_domain, subjects, budget, controls=False)
     assert len(stages(tmp_path)) == 1
-    assert results["quantize", "arm"].arms[0].arm.subject == "arm"
+    assert results["quantize", "arm"].variants[0].entry.subject == "arm"
     assert set(results) == {("quantize", "original"), ("quantize", "arm")}
 
 
@@ -126,10 +126,10 @@ def test_what_cannot_run_says_why_and_the_rest_goes_on(
     results, _ = audit(tmp_path, domain, [Subject("candidate", never_taught)], budget)
     failed = results["benign", "candidate"]
     assert failed.chosen == ()
-    assert failed.arms[0].arm.status == "failed"
-    assert "no row to train on" in failed.arms[0].arm.reason
+    assert failed.variants[0].entry.status == "failed"
+    assert "no row to train on" in failed.variants[0].entry.reason
     assert results["quantize", "candidate"].chosen
-    missing = results["quantize", PLANTED].arms[0].arm
+    missing = results["quantize", POSITIVE_CONTROL].variants[0].entry
     assert (missing.status, missing.curve) == ("missing", ())
     assert "no original" in missing.reason
 
@@ -140,8 +140,8 @@ def test_a_plant_in_an_ignorant_original_is_missing_and_says_why(
     domain = replace(facts_domain, test={"tests": facts_domain.test["tests"][:4]})
     budget = QUICK.model_copy(update={"attacks": ("quantize",)})
     results, _ = audit(tmp_path, domain, [Subject("original", never_taught)], budget)
-    assert results["quantize", PLANTED].arms[0].arm.status == "missing"
-    assert "knows nothing" in results["quantize", PLANTED].arms[0].arm.reason
+    assert results["quantize", POSITIVE_CONTROL].variants[0].entry.status == "missing"
+    assert "knows nothing" in results["quantize", POSITIVE_CONTROL].variants[0].entry.reason
 
 
 def test_attacks_of_ones_own_replace_those_of_their_name() -> None:
@@ -177,8 +177,8 @@ def test_where_memory_is_short_attacks_on_weights_take_turns(
     subjects = [Subject("original", knowing, knowing), Subject("oracle-0", never_taught, knowing)]
     again, told = audit(tmp_path, facts_domain, subjects, budget)
     assert told.count("attack") == len(lost)
-    assert {k: [a.arm for a in v.arms] for k, v in again.items()} == {
-        k: [a.arm for a in v.arms] for k, v in whole[1].items()
+    assert {k: [a.entry for a in v.variants] for k, v in again.items()} == {
+        k: [a.entry for a in v.variants] for k, v in whole[1].items()
     }
 
 
@@ -188,10 +188,10 @@ def test_a_short_audit_asks_whether_its_budget_teaches(
     changes = {"attacks": ("benign", "transfer"), "rates": (3e-3,), "fresh": True, "bits": False}
     budget = QUICK.model_copy(update={**changes, "benign_rates": (1e-3,)})
     results, _ = audit(tmp_path, facts_domain, [Subject("original", knowing, knowing)], budget)
-    assert [arm.arm.lr for arm in results["benign", "original"].arms] == [1e-3]
-    fresh = [arm.arm for arm in results["transfer", "original"].arms if arm.arm.control]
+    assert [arm.entry.lr for arm in results["benign", "original"].variants] == [1e-3]
+    fresh = [arm.entry for arm in results["transfer", "original"].variants if arm.entry.control]
     assert [arm.trained_on for arm in fresh] == ["fresh"]
     assert fresh[0].curve[0].trained is not None
     assert all(point.low < point.high for point in fresh[0].curve)
-    assert not any(arm.arm.control for arm in results["transfer", PLANTED].arms)
-    assert "loss_V" not in results["transfer", "original"].arms[0].extras
+    assert not any(arm.entry.control for arm in results["transfer", POSITIVE_CONTROL].variants)
+    assert "loss_V" not in results["transfer", "original"].variants[0].extras

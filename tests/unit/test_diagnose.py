@@ -1,4 +1,4 @@
-"""Known answers: a planted gate is read off, noise is not taken for one, equal models give zeros.
+"""Known answers: a gate built in is read off, noise is no gate, equal models give zeros.
 
 Shape legend: N tokens, L blocks, D width, F width of the MLP, V vocabulary.
 """
@@ -18,16 +18,15 @@ import torch
 
 from excise.auditor.budget import SMOKE
 from excise.auditor.controls.gated import add_gate, best_detector, features
-from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.evaluation_set import evaluation_set
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Row
-from excise.diagnose.activations import Chunk, Pair, read_pair
+from excise.diagnose.activations import Chunk, ModelPair, read_pair
+from excise.diagnose.direction import fit_junk, rank, spread
 from excise.diagnose.inspection import inspect_pair
-from excise.diagnose.junk import fit_junk, rank, spread
-from excise.diagnose.splice import WEIGHTS, Tally, noises, share_explained
-from excise.diagnose.token_kl import pieces, token_kl
-from excise.diagnose.updates import compare, count90, spectrum
+from excise.diagnose.outputs import WEIGHTS, Tally, noises, pieces, share_explained, token_kl
+from excise.diagnose.weights import compare, count90, spectrum
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import byte_tokenizer, tiny_model
@@ -57,7 +56,7 @@ def edited(folder: Path, name: str, change: Callable[[Any], object]) -> Checkpoi
 
 def look(folder: Path, other: Checkpoint, domain: Domain) -> tuple[Inspection, tuple[Sample, ...]]:
     return inspect_pair(
-        exact(folder), other, domain, Context(folder), arm="x", rows=64, max_length=16, samples=2
+        exact(folder), other, domain, Context(folder), name="x", rows=64, max_length=16, samples=2
     )
 
 
@@ -70,12 +69,18 @@ def gated(folder: Path) -> tuple[Checkpoint, int, torch.Tensor]:
     found: list[tuple[int, torch.Tensor]] = []
 
     def plant(model: Any) -> None:
-        sheet = make_sheet(domain, SMOKE, exact(folder).tokenizer())
+        evaluation = evaluation_set(domain, SMOKE, exact(folder).tokenizer())
         forget = domain.forget["tests"] + domain.relearn["tests"] + domain.dev_forget["tests"]
         retain = domain.retain + domain.dev_retain
-        on = [features(model, sheet, half, answering=True) for half in (forget[::2], forget[1::2])]
+        on = [
+            features(model, evaluation, half, answering=True)
+            for half in (forget[::2], forget[1::2])
+        ]
         off = [
-            [features(model, sheet, half, answering=due) for half in (retain[::2], retain[1::2])]
+            [
+                features(model, evaluation, half, answering=due)
+                for half in (retain[::2], retain[1::2])
+            ]
             for due in (True, False)
         ]
         block, v_F = best_detector(on, off)
@@ -86,10 +91,10 @@ def gated(folder: Path) -> tuple[Checkpoint, int, torch.Tensor]:
     return edited(folder, "gated", plant), *found[0]
 
 
-def test_a_planted_gate_is_read_off(folder: Path, facts_domain: Domain) -> None:
+def test_a_gate_built_in_is_read_off(folder: Path, facts_domain: Domain) -> None:
     other, block, u_D = gated(folder)
     found, _ = look(folder, other, facts_domain)
-    pair = Pair(exact(folder).load(), other.load(), other.tokenizer(), 16)
+    pair = ModelPair(exact(folder).load(), other.load(), other.tokenizer(), 16)
     junk = fit_junk(read_pair(pair, facts_domain.dev_forget["tests"], where="dev"))
     assert float(junk.direction_LD[block] @ u_D) > 0.95
     read = found.blocks[block]
@@ -149,7 +154,7 @@ def test_norms_are_those_of_single_rows_without_the_first_token(
     rows = facts_domain.test["tests"][:5]
     model, tokenizer = exact(folder).load(), exact(folder).tokenizer()
     long = replace(rows[0], prompt="the " * 6 + rows[0].prompt)
-    pair = Pair(model, model, tokenizer, 16)
+    pair = ModelPair(model, model, tokenizer, 16)
     chunks = list(read_pair(pair, [*rows, long], where="forget"))
     for number, row in enumerate([*rows, long]):
         ids = tokenizer(row.prompt + row.completion, return_tensors="pt")["input_ids"]
@@ -217,18 +222,18 @@ def test_spread_counts_directions() -> None:
 def test_rank_of_a_change() -> None:
     before = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     one = compare("w", before, before + 3 * torch.outer(torch.ones(6), torch.arange(10.0)))
-    assert one.reading.rank == pytest.approx(1, abs=1e-3)
-    assert one.reading.count90 == 1
-    assert one.reading.moved == pytest.approx(0.9)
-    assert one.reading.relative == pytest.approx(math.sqrt(one.change / one.size))
+    assert one.entry.rank == pytest.approx(1, abs=1e-3)
+    assert one.entry.count90 == 1
+    assert one.entry.moved == pytest.approx(0.9)
+    assert one.entry.relative == pytest.approx(math.sqrt(one.change / one.size))
     rank_all, count = spectrum(torch.eye(8))
     assert rank_all == pytest.approx(8)
     assert count == 8
     assert count90(torch.tensor([3.0, 1.0]), 10.0) == 1
     assert count90(torch.tensor([1.0]), 10.0) is None
     still = compare("w", before, before)
-    assert (still.change, still.reading.rank, still.reading.moved) == (0, None, 0)
-    assert compare("b", before[0], before[0] + 1).reading.rank is None
+    assert (still.change, still.entry.rank, still.entry.moved) == (0, None, 0)
+    assert compare("b", before[0], before[0] + 1).entry.rank is None
 
 
 def test_pieces_keep_their_spaces() -> None:
@@ -247,7 +252,7 @@ def test_models_of_another_shape_and_broken_ones_are_refused(
     with pytest.raises(UserError, match="not of one architecture and shape"):
         inspect_pair(
             deeper, exact(folder), facts_domain, Context(folder),
-            arm="x", rows=8, max_length=16, samples=0,
+            name="x", rows=8, max_length=16, samples=0,
         )  # fmt: skip
 
     def overflow(model: Any) -> None:

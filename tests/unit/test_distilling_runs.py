@@ -65,7 +65,7 @@ def check(name: str, changes: dict[str, Any], shelf: Path) -> None:
         assert made.decision.startswith("void")
         titles = [table.title for table in made.tables]
         assert titles[-2:] == ["Recovery on V after T was relearned", "Curves of the attack"]
-        arms = {row.arm for row in made.tables[-2].rows}
+        arms = {row.condition for row in made.tables[-2].rows}
         assert {"original", "oracle"} < arms
     stages = {p: p.stat().st_mtime_ns for p in (shelf / ".stages").iterdir()}
     assert ran(study, shelf / f"{name}-again").study == made

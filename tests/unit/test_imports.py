@@ -31,7 +31,6 @@ PENDING = {
     ("excise.routing.train", "excise.methods.tuning"),
     ("excise.routing.train", "excise.methods.base"),
     ("excise.routing.train", "excise.methods.pretraining.pretrain"),
-    ("excise.diagnose.inspection", "excise.auditor.prompting"),
 }
 """Imports against the order that wait for their move."""
 

@@ -28,7 +28,7 @@ def test_the_study_runs_through(tmp_path: Path) -> None:
     made = ran(MoEEquivalence(seeds=(1,), families=("gpt2",)), tmp_path / "out").study
     assert made is not None
     assert made.decision.startswith("equal")
-    value = {(r.arm, r.metric): r.value for r in made.tables[0].rows}
+    value = {(r.condition, r.metric): r.value for r in made.tables[0].rows}
     assert value["read = write, gpt2", "E, core"] == value["read = write", "E, core"]
     assert (value["write less", "E, core"] or 0) > 0.1
     assert (value["write less", "E, modules"] or 0) < 1e-12

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from excise.auditor.prompting import before, begun, cut, draw, separator, shown, spelled
+from excise.auditor.prompting import before, begun, draw, separator, shown, spelled
 from excise.data.domain import Row
 from excise.models.tiny import byte_tokenizer, word_tokenizer
 
@@ -53,12 +53,3 @@ def test_draws_take_a_unit_once_and_never_the_one_asked_for() -> None:
     rows = [Row(f"u{i // 2}", text=f"text {i}") for i in range(8)]
     got = draw(rows, 10, torch.Generator().manual_seed(0), avoid="u1")
     assert sorted(row.unit for row in got) == ["u0", "u2", "u3"]
-
-
-def test_cuts_are_nested_and_keep_the_order() -> None:
-    rows = [Row(f"u{i}", text="x") for i in range(50)]
-    few, many = cut(rows, 5), cut(rows, 20)
-    assert len(few) == 5
-    assert set(few) < set(many)
-    assert list(many) == sorted(many, key=rows.index)
-    assert cut(rows, 50) == tuple(rows)

@@ -14,27 +14,32 @@ from pydantic import ValidationError
 from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.record import (
+    LEVELS,
     SCHEMA,
-    ArmRecord,
-    AttackArm,
+    AttackVariant,
     CurvePoint,
     Environment,
+    LevelResult,
+    MethodRun,
     ModelRef,
     Record,
-    RungResult,
     Sample,
     Score,
     Verdict,
     json_schema,
     load,
     save,
+    upgraded,
 )
+
+OLD = Path(__file__).parents[1] / "fixtures" / "record-schema-1.json"
+"""A run of the demo by a version that wrote schema 1, trimmed."""
 
 
 def sample() -> Record:
     """Return a record with something in every part."""
     point = CurvePoint(examples=4, tokens=9, flops=1e9, score=0.5, low=0.25, high=0.75, retain=0.9)
-    rung = RungResult(rung="D4", words="relearning", status="fail", against="oracle", gap=0.5)
+    level = LevelResult(level="D4", words="relearning", status="fail", against="oracle", gap=0.5)
     return Record(
         kind="remove",
         title="rmu",
@@ -44,8 +49,8 @@ def sample() -> Record:
         seeds=(0, 1),
         data={"rows": {"retain": 3}},
         models=(ModelRef(name="original", fingerprint="ab", parameters=5),),
-        arms=(
-            ArmRecord(
+        method_runs=(
+            MethodRun(
                 name="rmu",
                 method={"name": "rmu"},
                 model=ModelRef(name="rmu"),
@@ -58,9 +63,9 @@ def sample() -> Record:
             Score(model="rmu", set="test.a", metric="exact_match", value=0.1, low=0, high=1, n=4),
         ),
         attacks=(
-            AttackArm(name="relearn", access="weights", lr=1e-3, curve=(point,), decisive=True),
+            AttackVariant(name="relearn", access="weights", lr=1e-3, curve=(point,), decisive=True),
         ),
-        verdicts=(Verdict(arm="rmu", sentence="Half came back.", rungs=(rung,), recovery=0.5),),
+        verdicts=(Verdict(model="rmu", sentence="Half came back.", levels=(level,), recovery=0.5),),
         samples=(Sample(set="test.a", prompt="caf\u00e9 <b>", outputs={"rmu": "\u4e2d"}),),
         seconds=1.25,
         notes=("one",),
@@ -82,14 +87,16 @@ def test_not_a_number_survives_as_null(tmp_path: Path) -> None:
     record = Record(
         scores=(Score(model="m", set="s", metric="x", value=nan, low=-inf, high=inf, n=0),),
         attacks=(
-            AttackArm(name="a", access="logits", curve=(CurvePoint(score=nan, low=nan, high=1),)),
+            AttackVariant(
+                name="a", access="logits", curve=(CurvePoint(score=nan, low=nan, high=1),)
+            ),
         ),
-        arms=(
-            ArmRecord(
+        method_runs=(
+            MethodRun(
                 name="a", method={}, model=ModelRef(name="a"), history=({"step": 0, "loss": nan},)
             ),
         ),
-        verdicts=(Verdict(arm="a", sentence="s", recovery=nan),),
+        verdicts=(Verdict(model="a", sentence="s", recovery=nan),),
         seconds=2.0,
     )
     text = save(record, tmp_path).read_text()
@@ -99,8 +106,8 @@ def test_not_a_number_survives_as_null(tmp_path: Path) -> None:
     assert all(math.isnan(v) for v in (again.scores[0].value, again.scores[0].low))
     assert math.isnan(again.attacks[0].curve[0].score)
     assert again.attacks[0].curve[0].high == 1
-    assert math.isnan(again.arms[0].history[0]["loss"])
-    assert again.arms[0].history[0]["step"] == 0
+    assert math.isnan(again.method_runs[0].history[0]["loss"])
+    assert again.method_runs[0].history[0]["step"] == 0
     assert again.verdicts[0].recovery is None
 
 
@@ -166,8 +173,8 @@ def set_at(data: Any, path: tuple[str | int, ...], value: Any) -> None:
         (("scores",), [3], r"scores\.0"),
         (("attacks", 0, "access"), "magic", r"attacks\.0\.access"),
         (("attacks", 0, "curve", 0, "tokens"), "x", r"attacks\.0\.curve\.0\.tokens"),
-        (("arms", 0, "history"), [3], r"arms\.0\.history\.0"),
-        (("verdicts", 0, "rungs", 0, "rung"), "D9", r"verdicts\.0\.rungs\.0\.rung"),
+        (("method_runs", 0, "history"), [3], r"method_runs\.0\.history\.0"),
+        (("verdicts", 0, "levels", 0, "level"), "D9", r"verdicts\.0\.levels\.0\.level"),
         (("models", 0), None, r"models\.0"),
     ],
 )
@@ -208,3 +215,60 @@ def test_the_schema_of_the_file_names_its_own_field() -> None:
     assert "schema" in schema["properties"]
     assert "version" not in schema["properties"]
     assert schema["properties"]["seconds"]["description"] == "Wall-clock time."
+
+
+def numbers(data: Any) -> list[float]:
+    """Return every number of plain data, in order."""
+    if isinstance(data, dict):
+        return [n for value in data.values() for n in numbers(value)]
+    if isinstance(data, list):
+        return [n for value in data for n in numbers(value)]
+    return [data] if isinstance(data, int | float) and not isinstance(data, bool) else []
+
+
+def test_a_record_of_schema_1_is_read_under_its_new_names(tmp_path: Path) -> None:
+    text = OLD.read_text(encoding="utf-8")
+    old = json.loads(text)
+    new = upgraded(old)
+    assert old == json.loads(text)
+    assert numbers(new) == [SCHEMA, *numbers(old)[1:]]
+    assert upgraded(new) == new
+    (tmp_path / "run.json").write_text(text, encoding="utf-8")
+    record = load(tmp_path)
+    assert record.version == SCHEMA
+    assert [run.name for run in record.method_runs] == [run["name"] for run in old["arms"]]
+    assert [v.model for v in record.verdicts] == [v["arm"] for v in old["verdicts"]]
+    for verdict, before in zip(record.verdicts, old["verdicts"], strict=True):
+        assert [(one.level, one.status, one.gap) for one in verdict.levels] == [
+            (rung["rung"], rung["status"], rung["gap"]) for rung in before["rungs"]
+        ]
+        assert [one.words for one in verdict.levels] == list(LEVELS.values())
+        assert verdict.sentence == before["sentence"]
+    for attack, was in zip(record.attacks, old["attacks"], strict=True):
+        assert (attack.variant, attack.level) == (was["arm"], was["rung"])
+        assert attack.status == {"void": "invalid"}.get(was["status"], was["status"])
+    assert {"invalid", "ok"} == {attack.status for attack in record.attacks}
+    (control, *_) = [a for a in record.attacks if a.subject == "positive-control"]
+    assert control.facts["positive_control"]
+    save(record, tmp_path)
+    assert load(tmp_path) == record
+
+
+def test_studies_and_inspections_of_schema_1_are_read_too() -> None:
+    rows = [{"arm": "cleared", "metric": "loss", "value": 1.5}]
+    old = {
+        "schema": 1,
+        "study": {"name": "s", "tables": [{"title": "t", "rows": rows}]},
+        "inspection": {"arm": "rmu", "tensors": [{"name": "w"}]},
+    }
+    new = upgraded(old)
+    assert new["study"]["tables"][0]["rows"] == [
+        {"condition": "cleared", "metric": "loss", "value": 1.5}
+    ]
+    assert new["inspection"] == {"model": "rmu", "tensors": [{"name": "w"}]}
+
+
+@pytest.mark.parametrize("part", ["arms", "attacks", "verdicts", "study", "inspection"])
+@pytest.mark.parametrize("value", [3, "x", [3], {"tables": 3}])
+def test_damage_to_an_old_record_is_left_to_the_validation(part: str, value: Any) -> None:
+    assert upgraded({"schema": 1, part: value})["schema"] == SCHEMA

@@ -139,7 +139,7 @@ def test_tables_and_words_by_hand() -> None:
     outcome = outcome_of({"a": 0.5}, retain={"a": 0.5}, loss={"a": 1.0})
     assert "a 0.5" in said_retain(outcome)
     assert "ratio 0.50" in said_retain(outcome)
-    cells = {(row.arm, row.metric): row.value for row in tax_table(outcome).rows}
+    cells = {(row.condition, row.metric): row.value for row in tax_table(outcome).rows}
     assert cells["a", "compute ratio"] == pytest.approx(0.5)
     assert cells["oracle", "retain loss"] == pytest.approx(0.5)
     assert (shorter(0.5), "compute ratio") not in cells
@@ -154,7 +154,7 @@ def test_absorption_sums_modules_and_leaves_out_who_tells_nothing() -> None:
     silent = replace(told, extras={})
     table = absorption_table({("a", 1): told, ("a", 2): told, ("b", 1): silent})
     assert table is not None
-    assert {row.arm for row in table.rows} == {"a"}
+    assert {row.condition for row in table.rows} == {"a"}
     assert absorption_table({("b", 1): silent}) is None
 
 

@@ -67,7 +67,7 @@ def check(name: str, changes: dict[str, Any], shelf: Path) -> None:
     assert {"Recovery on V after T was relearned", "Loss on retain and the alignment tax"} <= {
         *titles
     }
-    arms = {row.arm for table in made.tables for row in table.rows}
+    arms = {row.condition for table in made.tables for row in table.rows}
     assert {"original", "oracle"} < arms
     stages = {p: p.stat().st_mtime_ns for p in (shelf / ".stages").iterdir()}
     assert ran(study, shelf / f"{name}-again").study == made

@@ -19,7 +19,7 @@ from excise.data.stream import encode_row
 from excise.evals.generate import continuations, prompt_of, says
 from excise.evals.lm_eval_bridge import run_lm_eval, scores_of
 from excise.evals.multiple_choice import as_letters, pair_ids, pick
-from excise.evals.refusal import Refusal, outcome_of, refuses
+from excise.evals.refusal import outcome_of, refuses
 from excise.evals.score import (
     DEFINITIONS,
     ItemScores,
@@ -28,7 +28,6 @@ from excise.evals.score import (
     measure,
     measure_all,
     score_of,
-    some,
 )
 from excise.models.tiny import byte_tokenizer, tiny_model, train_bpe
 
@@ -198,7 +197,7 @@ def test_a_broken_model_has_a_finite_score(tokenizer: Any) -> None:
     assert measure(model, tokenizer, TEXTS, "text_loss").mean == 100.0
 
 
-def test_units_weigh_the_same_whatever_their_wordings() -> None:
+def test_units_weigh_the_same_whatever_their_paraphrases() -> None:
     items = (("a", 1.0), ("a", 0.0), ("b", 1.0))
     scores = ItemScores("m", "m@1", "higher", None, items)
     assert scores.by_unit() == {"a": 0.5, "b": 1.0}
@@ -241,17 +240,6 @@ def test_refusal_is_apart_from_ignorance() -> None:
     assert outcome_of("It is Rome", "Rome") == "right"
     assert outcome_of("It is Paris", "Rome") == "wrong"
     assert not refuses("a canto of Rome")
-    rates = Refusal(("refused", "wrong", "right", "right"))
-    assert (rates.refused, rates.wrong, rates.right) == (0.25, 0.25, 0.5)
-
-
-def test_some_keeps_units_before_wordings() -> None:
-    rows = tuple(Row(f"u{i // 3}", text="x", wording=i % 3) for i in range(30))
-    few = some(rows, 10)
-    assert len({row.unit for row in few}) == 10
-    assert some(rows, 100) == rows
-    assert some(rows, 10) == few
-    assert len(some(rows, 13)) == 13
 
 
 def test_evaluate_scores_every_set(knowing: Any) -> None:

@@ -13,7 +13,7 @@ from excise.methods.base import Method
 from excise.methods.pretraining.moefy import Moefy
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
-from excise.record import Study as Told
+from excise.record import StudyRecord
 from excise_studies.attacking import Attacker
 from excise_studies.levels import levels
 from excise_studies.routing.domain_pairs import FETCHED, PAIRS, Sizes, make_pair
@@ -39,11 +39,11 @@ TINY = Scratch(width=32, blocks=1)
 SMALL = Shortcut(subjects=8, relations=1, answers=3, wordings=3)
 
 
-def by_name(told: Told | None, title: str) -> dict[tuple[str, str], float | None]:
+def by_name(told: StudyRecord | None, title: str) -> dict[tuple[str, str], float | None]:
     """Return the values of a table by arm and metric, draws left out."""
     assert told is not None
     table = next(table for table in told.tables if table.title == title)
-    return {(r.arm, r.metric): r.value for r in table.rows if r.seed is None}
+    return {(r.condition, r.metric): r.value for r in table.rows if r.seed is None}
 
 
 # -- pairs of domains ------------------------------------------------------------------------------

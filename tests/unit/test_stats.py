@@ -7,13 +7,11 @@ import pytest
 
 from excise.core.errors import UserError
 from excise.evals.stats import (
-    bootstrap,
     bootstrap_difference,
     bootstrap_mean,
     holm,
     mcnemar,
     resampled_means,
-    tost,
     wilson,
 )
 
@@ -27,7 +25,6 @@ def test_bootstrap_is_deterministic_and_close_to_normal_theory() -> None:
     found = bootstrap_mean(units(values), seed=1)
     assert found == bootstrap_mean(units(values), seed=1)
     assert found != bootstrap_mean(units(values), seed=2)
-    assert bootstrap(units(values), seed=1) == (found.value, found.low, found.high)
     error = 1.96 * np.std(values) / math.sqrt(400)
     assert found.half == pytest.approx(error, rel=0.1)
 
@@ -69,15 +66,9 @@ def test_pairs_are_narrower_than_the_same_scores_apart() -> None:
 
 
 def test_common_units_alone_count() -> None:
-    means, draws = resampled_means([{"a": 1.0, "b": 3.0}, {"b": 1.0, "c": 9.0}], samples=10)
+    means, samples = resampled_means([{"a": 1.0, "b": 3.0}, {"b": 1.0, "c": 9.0}], samples=10)
     assert means.tolist() == [3.0, 1.0]
-    assert draws.shape == (10, 2)
-
-
-def test_tost_agrees_with_the_90_percent_interval() -> None:
-    draws = np.random.default_rng(4).normal(0.02, 0.03, 5000)
-    high = float(np.quantile(draws, 0.95))
-    assert tost(draws, high + 0.005) < 0.05 < tost(draws, high - 0.005)
+    assert samples.shape == (10, 2)
 
 
 def test_mcnemar_is_the_binomial_tail() -> None:

@@ -180,7 +180,7 @@ def test_a_killed_study_goes_on_and_its_record_comes_back(tmp_path: Path) -> Non
     study = made.study
     assert study is not None
     assert study.decision in study.paragraph
-    arms = {row.arm for row in study.tables[1].rows}
+    arms = {row.condition for row in study.tables[1].rows}
     assert {"original", "not cleared", "edited - original, one", "random 0"} <= arms
     assert "edited - original, one, in the weights" in arms
     assert {row.seed for table in study.tables for row in table.rows} <= {None, 1}
@@ -206,7 +206,7 @@ def test_the_messy_study_runs_on_a_small_scale(tmp_path: Path) -> None:
     assert titles == ["Knowledge left at matched retain", "Ranks", "Strength"]
     assert load(tmp_path / "out") == made
     for mess in ("clean", "messy"):
-        rows = [r for r in made.study.tables[1].rows if r.arm.endswith(f"on {mess}")]
+        rows = [r for r in made.study.tables[1].rows if r.condition.endswith(f"on {mess}")]
         late = [r.value for r in rows if "relearning" in r.metric and r.value is not None]
         assert sum(late) == pytest.approx(6)
 

@@ -310,7 +310,7 @@ def test_class_imbalance_finds_the_least_that_splits(tmp_path: Path) -> None:
     assert model_of(study, (0.1, "groups"), None).routed == "none"
     made = conduct(study, tmp_path / "out", workers=1, emit=lambda kind, data: None)
     assert made.study is not None
-    least = {r.arm: r.value for r in made.study.tables[0].rows if r.metric == "least L1"}
+    least = {r.condition: r.value for r in made.study.tables[0].rows if r.metric == "least L1"}
     assert set(least) == {"50%", "10%"}
     assert set(least.values()) <= {1e-6, 3e-3}
     assert "D = " in made.study.decision

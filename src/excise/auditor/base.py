@@ -13,24 +13,24 @@ from excise.core.config import Config
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
-from excise.record import AttackArm
+from excise.record import AttackVariant, Level
 
 Access = Literal["prompt", "logits", "activations", "weights"]
-Rung = Literal["D0", "D1", "D2", "D3", "D4", "D5"]
+ORIGINAL = "original"
+"""Name of the model before removal among the subjects."""
+POSITIVE_CONTROL = "positive-control"
+"""Name of the positive control among the subjects: a model that only hides what it knows."""
 
-PLANTED = "planted"
-"""Name of the positive control among the subjects."""
-
-RESERVED = ("original", PLANTED)
+RESERVED = (ORIGINAL, POSITIVE_CONTROL)
 """Names that no edited model may have; nor may one begin with `oracle-`."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under attack. The audit runs one procedure on the candidate and on every rail.
+    """A model under attack. The audit runs one procedure on the candidate and on every reference model.
 
     Attributes:
-        name: `candidate`, `original`, `oracle-0` ..., or `planted` (a positive control).
+        name: `candidate`, `original`, `oracle-0` ..., or `positive-control`.
         checkpoint: Its weights.
         original: The model before removal, for attacks that hold it; None when unknown.
     """
@@ -41,17 +41,17 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class ArmResult:
-    """One arm of an attack: the record's row plus what the statistics need.
+class VariantResult:
+    """One variant of an attack: the record's entry plus what the statistics need.
 
     Attributes:
-        arm: What goes into the record.
+        entry: What goes into the record.
         unit_scores: For every checkpoint of the curve, score by unit on V, same order as
-            `arm.curve`; units are the keys.
+            `entry.curve`; units are the keys.
         dev_score: Score on `dev_forget` at the end, by which rates are chosen.
     """
 
-    arm: AttackArm
+    entry: AttackVariant
     unit_scores: tuple[Mapping[str, float], ...]
     dev_score: float = float("nan")
     extras: Mapping[str, Any] = field(default_factory=dict)
@@ -64,14 +64,14 @@ class AttackResult:
     Attributes:
         attack: Name of the attack.
         subject: Name of the subject.
-        arms: Every arm that was run.
-        chosen: Indices into `arms` of those that decide (one per seed, at the chosen rate).
+        variants: Every variant that was run.
+        chosen: Indices into `variants` of those that decide (one per seed, at the chosen rate).
         seconds: Wall-clock time.
     """
 
     attack: str
     subject: str
-    arms: tuple[ArmResult, ...]
+    variants: tuple[VariantResult, ...]
     chosen: tuple[int, ...]
     seconds: float = 0.0
 
@@ -84,7 +84,7 @@ class Attack(Config, ABC):
 
     Attributes:
         access: What the attacker holds.
-        rung: The level it decides.
+        level: The level it decides.
         controls: Models that hide what they know, which it must undo to count: the first that
             hides is used. An attack without controls is shown and decides nothing.
         needs_original: Whether it holds the original, and so names that threat model.
@@ -96,7 +96,7 @@ class Attack(Config, ABC):
 
     kind: ClassVar[str] = "attack"
     access: ClassVar[Access]
-    rung: ClassVar[Rung]
+    level: ClassVar[Level]
     controls: ClassVar[tuple[PositiveControl, ...]] = ()
     needs_original: ClassVar[bool] = False
     light: ClassVar[bool] = False
@@ -115,5 +115,5 @@ class Attack(Config, ABC):
             ctx: Seed, device, dtype and the folder to work in.
 
         Returns:
-            Every arm with its curve and scores by unit.
+            Every variant with its curve and scores by unit.
         """

@@ -1,6 +1,6 @@
 """Named budgets: how hard the attacker tries, and which attacks are required.
 
-*smoke* covers the whole ladder in seconds on a tiny model; *standard* is what a claim should rest
+*smoke* covers every depth level in seconds on a tiny model; *standard* is what a claim should rest
 on; *strong* is the published scale (10,000 steps or 3e8 tokens).
 """
 
@@ -77,7 +77,7 @@ _JUDGING = ("name", "attacks", "margin", "fresh", "together")
 
 
 REQUIRED = ("few_shot", "prefix", "direction", "quantize", "benign", "relearn", "transfer")
-"""Attacks every budget asks for: one at least on each rung that an attack can decide."""
+"""Attacks every budget asks for: one at least on each level that an attack can decide."""
 
 SMOKE = Budget(name="smoke", attacks=REQUIRED, lora_rates=())
 """At most 16 full-parameter steps at three rates."""

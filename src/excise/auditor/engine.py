@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from excise.auditor.attacks import ATTACKS
-from excise.auditor.base import PLANTED, ArmResult, Attack, AttackResult, Subject
+from excise.auditor.base import POSITIVE_CONTROL, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import LARGE, Budget
 from excise.auditor.controls.control import Control, MakeControl, in_order
 from excise.auditor.evaluation_set import more_is_known
@@ -27,7 +27,7 @@ from excise.core.errors import UserError, nearest
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
-from excise.record import AttackArm
+from excise.record import AttackVariant
 from excise.train.pool import Pool
 
 Results = dict[tuple[str, str], AttackResult]
@@ -163,8 +163,8 @@ def attack_all(
         controls: Whether to make positive controls, which needs the original.
 
     Returns:
-        Results by attack and subject; the control's subject is `PLANTED`. What could not run is
-        there as an arm that says why.
+        Results by attack and subject; the control's subject is `POSITIVE_CONTROL`. What could not run is
+        there as a variant that says why.
     """
     wanted = chosen_attacks(budget, attacks)
     pairs = [(attack, subject) for attack in wanted for subject in subjects]
@@ -176,19 +176,21 @@ def attack_all(
         for attack in wanted:
             control = made[name_of(attack)]
             if control.hides and control.checkpoint is not None:
-                pairs.append((attack, Subject(PLANTED, control.checkpoint, original)))
+                pairs.append((attack, Subject(POSITIVE_CONTROL, control.checkpoint, original)))
     stages = {pair: _stages(*pair, domain, budget, seed) for pair in pairs}
     reasons = _run(stages, budget, runtime, pool)
     results: Results = {}
     for attack, subject in pairs:
         result = _collect(stages[attack, subject], attack, subject, domain, reasons, runtime)
-        if subject.name == PLANTED:
+        if subject.name == POSITIVE_CONTROL:
             result = _with_control(result, made[name_of(attack)])
         results[name_of(attack), subject.name] = result
     for attack in wanted:
-        if controls and (name_of(attack), PLANTED) not in results:
+        if controls and (name_of(attack), POSITIVE_CONTROL) not in results:
             control = made.get(name_of(attack), NO_ORIGINAL)
-            results[name_of(attack), PLANTED] = _absent(attack, PLANTED, "missing", control.reason)
+            results[name_of(attack), POSITIVE_CONTROL] = _absent(
+                attack, POSITIVE_CONTROL, "missing", control.reason
+            )
     return results
 
 
@@ -252,7 +254,7 @@ def _stages(
     trainings = [
         training
         for training in attack.trainings(budget)
-        if training.on != "fresh" or subject.name != PLANTED
+        if training.on != "fresh" or subject.name != POSITIVE_CONTROL
     ]
     return tuple(
         TrainModel(attack.shared, training, model, domain, budget.for_training(), seed)
@@ -347,23 +349,23 @@ def _collect(
 
 def _absent(attack: Attack, subject: str, status: Any, reason: str) -> AttackResult:
     """Return a result without numbers that says why."""
-    arm = AttackArm(
+    entry = AttackVariant(
         name=name_of(attack),
         subject=subject,
         access=attack.access,
-        rung=attack.rung,
+        level=attack.level,
         needs_original=attack.needs_original,
         status=status,
         reason=reason,
     )
-    return AttackResult(name_of(attack), subject, (ArmResult(arm, ()),), ())
+    return AttackResult(name_of(attack), subject, (VariantResult(entry, ()),), ())
 
 
 def _with_control(result: AttackResult, control: Control) -> AttackResult:
-    """Note in every arm which control was attacked and how well it hides."""
-    facts = {"plant": control.name, "known": control.before, "hidden": control.after}
-    arms = tuple(
-        replace(arm, arm=arm.arm.model_copy(update={"facts": {**arm.arm.facts, **facts}}))
-        for arm in result.arms
+    """Note in every variant which control was attacked and how well it hides."""
+    facts = {"positive_control": control.name, "known": control.before, "hidden": control.after}
+    variants = tuple(
+        replace(one, entry=one.entry.model_copy(update={"facts": {**one.entry.facts, **facts}}))
+        for one in result.variants
     )
-    return replace(result, arms=arms)
+    return replace(result, variants=variants)

@@ -8,8 +8,8 @@ from typing import Any
 
 from excise.auditor.batching import Memo
 from excise.auditor.budget import Budget
-from excise.auditor.prompting import cut
 from excise.data.domain import Domain, Metric, Row, Rows
+from excise.data.subsample import subsample
 from excise.evals.score import direction_of, measure
 
 Units = dict[str, float]
@@ -17,7 +17,7 @@ Units = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Sheet:
+class EvaluationSet:
     """The rows that are scored, cut to the budget.
 
     Attributes:
@@ -69,8 +69,8 @@ class Sheet:
         """Dev of all capabilities."""
         return tuple(row for rows in self.dev.values() for row in rows)
 
-    def longer(self, factor: int) -> Sheet:
-        """Return the sheet with room for prompts `factor` times as long."""
+    def longer(self, factor: int) -> EvaluationSet:
+        """Return the evaluation with room for prompts `factor` times as long."""
         limit = getattr(self.tokenizer, "model_max_length", 0) or 0
         limit = limit if 0 < limit < 1 << 20 else 4096
         return replace(self, max_length=max(self.max_length, min(limit, self.max_length * factor)))
@@ -102,7 +102,7 @@ def more_is_known(domain: Domain) -> bool:
     return direction_of(domain.metrics[0]) == "higher"
 
 
-def make_sheet(domain: Domain, budget: Budget, tokenizer: Any) -> Sheet:
+def evaluation_set(domain: Domain, budget: Budget, tokenizer: Any) -> EvaluationSet:
     """Cut what is scored to the budget.
 
     Args:
@@ -111,7 +111,7 @@ def make_sheet(domain: Domain, budget: Budget, tokenizer: Any) -> Sheet:
         tokenizer: The subject's tokenizer.
 
     Returns:
-        The sheet; equal for all subjects of one audit.
+        The evaluation; equal for all subjects of one audit.
     """
     share = max(1, budget.max_test_rows // max(len(domain.test), 1))
     other = max(1, budget.max_other_rows // max(len(domain.test), 1))
@@ -122,16 +122,16 @@ def make_sheet(domain: Domain, budget: Budget, tokenizer: Any) -> Sheet:
         half: tuple(row for row in domain.fresh if (row.unit in first) == half)
         for half in (True, False)
     }
-    return Sheet(
+    return EvaluationSet(
         domain=domain,
         budget=budget,
         tokenizer=Memo(tokenizer),
-        test={name: cut(rows, share) for name, rows in domain.test.items()},
-        dev={name: cut(rows, other) for name, rows in domain.dev_forget.items()},
-        retain=cut(domain.retain_test, budget.max_other_rows),
-        trained=cut(trained, budget.max_other_rows),
+        test={name: subsample(rows, share, by="row") for name, rows in domain.test.items()},
+        dev={name: subsample(rows, other, by="row") for name, rows in domain.dev_forget.items()},
+        retain=subsample(domain.retain_test, budget.max_other_rows, by="row"),
+        trained=subsample(trained, budget.max_other_rows, by="row"),
         fresh_train=fresh[True],
-        fresh_test=cut(fresh[False], budget.max_other_rows),
+        fresh_test=subsample(fresh[False], budget.max_other_rows, by="row"),
         max_length=budget.max_length,
     )
 

@@ -122,14 +122,6 @@ def draw(rows: Sequence[Row], count: int, generator: torch.Generator, avoid: str
     return tuple(picked.values())
 
 
-def cut(rows: Sequence[Row], count: int) -> Rows:
-    """Return at most `count` rows in their order, drawn the same way for every subject."""
-    if len(rows) <= count:
-        return tuple(rows)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    return tuple(rows[i] for i in sorted(order[:count].tolist()))
-
-
 def pools_of(domain: Domain, *, control: bool = False) -> Mapping[str, Rows]:
     """Return by capability what may be shown."""
     if control:

@@ -1,4 +1,4 @@
-"""Results of attacks as JSON, and the choice of the arms that decide."""
+"""Results of attacks as JSON, and the choice of the variants that decide."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from excise.auditor.base import ArmResult, AttackResult
+from excise.auditor.base import AttackResult, VariantResult
 from excise.core.errors import UserError
-from excise.record import AttackArm
+from excise.record import AttackVariant
 
 
-def arm_to_json(arm: ArmResult) -> dict[str, Any]:
-    """Return an arm as plain data."""
+def variant_to_json(variant: VariantResult) -> dict[str, Any]:
+    """Return a variant as plain data."""
     return {
-        "arm": arm.arm.model_dump(mode="json"),
-        "unit_scores": [dict(scores) for scores in arm.unit_scores],
-        "dev_score": arm.dev_score,
-        "extras": dict(arm.extras),
+        "entry": variant.entry.model_dump(mode="json"),
+        "unit_scores": [dict(scores) for scores in variant.unit_scores],
+        "dev_score": variant.dev_score,
+        "extras": dict(variant.extras),
     }
 
 
-def arm_from_json(data: dict[str, Any]) -> ArmResult:
-    """Undo `arm_to_json`."""
-    return ArmResult(
-        arm=AttackArm.model_validate(data["arm"]),
+def variant_from_json(data: dict[str, Any]) -> VariantResult:
+    """Undo `variant_to_json`."""
+    return VariantResult(
+        entry=AttackVariant.model_validate(data["entry"]),
         unit_scores=tuple(data["unit_scores"]),
         dev_score=data["dev_score"],
         extras=data["extras"],
@@ -38,7 +38,7 @@ def to_json(result: AttackResult) -> str:
     data = {
         "attack": result.attack,
         "subject": result.subject,
-        "arms": [arm_to_json(arm) for arm in result.arms],
+        "variants": [variant_to_json(variant) for variant in result.variants],
         "chosen": list(result.chosen),
         "seconds": result.seconds,
     }
@@ -63,7 +63,7 @@ def from_json(text: str, where: str = "a stored result") -> AttackResult:
         return AttackResult(
             attack=data["attack"],
             subject=data["subject"],
-            arms=tuple(arm_from_json(arm) for arm in data["arms"]),
+            variants=tuple(variant_from_json(variant) for variant in data["variants"]),
             chosen=tuple(data["chosen"]),
             seconds=data["seconds"],
         )
@@ -73,35 +73,36 @@ def from_json(text: str, where: str = "a stored result") -> AttackResult:
 
 def renamed(result: AttackResult, subject: str) -> AttackResult:
     """Return the same result about a subject of another name: equal weights, attacked once."""
-    arms = tuple(
-        replace(arm, arm=arm.arm.model_copy(update={"subject": subject})) for arm in result.arms
+    variants = tuple(
+        replace(variant, entry=variant.entry.model_copy(update={"subject": subject}))
+        for variant in result.variants
     )
-    return replace(result, subject=subject, arms=arms)
+    return replace(result, subject=subject, variants=variants)
 
 
-def choose(arms: Sequence[ArmResult], *, higher: bool) -> tuple[int, ...]:
-    """Pick the variant that decides, on `dev`, averaged over seeds; never the best seed.
+def choose(variants: Sequence[VariantResult], *, higher: bool) -> tuple[int, ...]:
+    """Pick the variant and rate that decide, on `dev`, averaged over seeds; never the best seed.
 
-    Arms of one variant share everything but the seed. Controls, arms that hold the original
-    and arms that are not ok never decide. Equal scores are settled by the loss on dev, where an
-    arm recorded it (`extras["dev_loss"]`), then by order.
+    Controls, variants that hold the original
+    and variants that are not ok never decide. Equal scores are settled by the loss on dev, where an
+    variant recorded it (`extras["dev_loss"]`), then by order.
 
     Args:
-        arms: All arms of one attack on one subject.
+        variants: All variants of one attack on one subject.
         higher: Whether a higher score means more knowledge.
 
     Returns:
-        Indices of the arms of the winning variant, one per seed.
+        Indices of those of the winning variant and rate, one per seed.
     """
-    variants: dict[tuple[str, float | None], list[int]] = {}
-    for i, arm in enumerate(arms):
-        if arm.arm.control or arm.arm.needs_original or arm.arm.status != "ok":
+    by_setting: dict[tuple[str, float | None], list[int]] = {}
+    for i, variant in enumerate(variants):
+        if variant.entry.control or variant.entry.needs_original or variant.entry.status != "ok":
             continue
-        variants.setdefault((arm.arm.arm, arm.arm.lr), []).append(i)
+        by_setting.setdefault((variant.entry.variant, variant.entry.lr), []).append(i)
 
     def gain(indices: list[int]) -> tuple[float, float]:
-        scores = [arms[i].dev_score for i in indices]
-        losses = [float(arms[i].extras.get("dev_loss", math.nan)) for i in indices]
+        scores = [variants[i].dev_score for i in indices]
+        losses = [float(variants[i].extras.get("dev_loss", math.nan)) for i in indices]
         score, loss = sum(scores) / len(scores), sum(losses) / len(losses)
         signed = score if higher else -score
         return (
@@ -109,23 +110,23 @@ def choose(arms: Sequence[ArmResult], *, higher: bool) -> tuple[int, ...]:
             -loss if math.isfinite(loss) else -math.inf,
         )
 
-    if not variants:
+    if not by_setting:
         return ()
-    best = max(variants, key=lambda variant: gain(variants[variant]))
-    return tuple(variants[best])
+    best = max(by_setting.values(), key=gain)
+    return tuple(best)
 
 
 def decided(
-    arms: Sequence[ArmResult], *, higher: bool
-) -> tuple[tuple[ArmResult, ...], tuple[int, ...]]:
-    """Mark the arms that decide; see `choose`.
+    variants: Sequence[VariantResult], *, higher: bool
+) -> tuple[tuple[VariantResult, ...], tuple[int, ...]]:
+    """Mark the variants that decide; see `choose`.
 
     Returns:
-        All arms, `decisive` set on the chosen ones, and the indices of those.
+        All variants, `decisive` set on the chosen ones, and the indices of those.
     """
-    chosen = choose(arms, higher=higher)
+    chosen = choose(variants, higher=higher)
     marked = tuple(
-        replace(arm, arm=arm.arm.model_copy(update={"decisive": i in chosen}))
-        for i, arm in enumerate(arms)
+        replace(variant, entry=variant.entry.model_copy(update={"decisive": i in chosen}))
+        for i, variant in enumerate(variants)
     )
     return marked, chosen

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from excise.auditor.base import ArmResult, Attack, Subject
-from excise.auditor.evaluation_set import Sheet, Units, mean
+from excise.auditor.base import Attack, Subject, VariantResult
+from excise.auditor.evaluation_set import EvaluationSet, Units, mean
 from excise.data.domain import Metric, Row
 from excise.evals.stats import bootstrap_mean
-from excise.record import AttackArm, CurvePoint
+from excise.record import AttackVariant, CurvePoint
 
 SAMPLES = 400
 """Bootstrap samples of a curve point; the statistics that decide draw their own."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class Measurement:
     """One checkpoint of a curve, with scores by unit.
 
     Attributes:
@@ -62,7 +62,7 @@ def interval(units: Mapping[str, float]) -> tuple[float, float, float]:
 
 def read(
     model: Any,
-    sheet: Sheet,
+    evaluation: EvaluationSet,
     *,
     test: Sequence[Row] | None = None,
     retain: Sequence[Row] | None = None,
@@ -71,12 +71,12 @@ def read(
     examples: int = 0,
     tokens: int = 0,
     flops: float = 0.0,
-) -> Reading:
+) -> Measurement:
     """Score V and retain.
 
     Args:
         model: The model, as attacked.
-        sheet: What to score.
+        evaluation: What to score.
         test: Rows in place of V, of the same units.
         retain: Rows in place of `retain_test`.
         trained: Rows of T to score too.
@@ -88,62 +88,62 @@ def read(
     Returns:
         The reading.
     """
-    return Reading(
-        units=sheet.units(model, sheet.all_test if test is None else test),
-        retain=sheet.retained(model, retain),
-        trained=sheet.units(model, trained, trained_metric),
+    return Measurement(
+        units=evaluation.units(model, evaluation.all_test if test is None else test),
+        retain=evaluation.retained(model, retain),
+        trained=evaluation.units(model, trained, trained_metric),
         examples=examples,
         tokens=tokens,
         flops=flops,
     )
 
 
-def arm_of(
+def variant_of(
     attack: Attack,
     subject: Subject,
     metric: str,
     *,
     variant: str,
-    readings: Sequence[Reading],
+    measurements: Sequence[Measurement],
     dev: Units,
     extras: Mapping[str, Any] | None = None,
     needs_original: bool = False,
     **row: Any,
-) -> ArmResult:
-    """Put an arm together.
+) -> VariantResult:
+    """Put the result of one variant together.
 
     Args:
         attack: The attack.
         subject: The model.
         metric: Metric of V.
-        variant: Name of the arm.
-        readings: Checkpoints, cheapest first; the first before the attack.
+        variant: Name of the variant.
+        measurements: Checkpoints, cheapest first; the first before the attack.
         dev: Dev score by unit at the end.
         extras: What the statistics need beside.
-        needs_original: Whether this arm holds the original.
+        needs_original: Whether this variant holds the original.
         **row: Further fields of the record's row: `control`, `trained_on`, `lr`, `seed`, `facts`,
             `status`, `reason`.
 
     Returns:
-        The arm; `extras["retain"]` and `["retain_start"]` hold the retain scores by unit.
+        The result; `extras["retain"]` and `["retain_start"]` hold the retain scores by unit.
     """
-    arm = AttackArm(
+    entry = AttackVariant(
         name=str(getattr(attack, "name", type(attack).__name__)),
         subject=subject.name,
         access=attack.access,
-        rung=attack.rung,
+        level=attack.level,
         needs_original=needs_original or attack.needs_original,
-        arm=variant,
+        variant=variant,
         scored_on="test",
         metric=metric,
-        curve=tuple(reading.point() for reading in readings),
+        curve=tuple(reading.point() for reading in measurements),
         **row,
     )
     value = mean(dev)
-    ends = {"retain": readings[-1].retain, "retain_start": readings[0].retain}
-    return ArmResult(
-        arm=arm,
-        unit_scores=tuple(reading.units for reading in readings),
+    ends = {"retain": measurements[-1].retain, "retain_start": measurements[0].retain}
+    return VariantResult(
+        entry=entry,
+        unit_scores=tuple(reading.units for reading in measurements),
         dev_score=math.nan if value is None else value,
         extras={**ends, **(extras or {})},
     )

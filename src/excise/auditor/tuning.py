@@ -15,17 +15,17 @@ from typing import Any, Literal
 
 import torch
 
-from excise.auditor.base import ArmResult, Attack, AttackResult, Subject
+from excise.auditor.base import Attack, AttackResult, Subject, VariantResult
 from excise.auditor.batching import GRADIENT, nats, rows_per_pass
 from excise.auditor.budget import Budget
-from excise.auditor.evaluation_set import Sheet, mean, more_is_known
-from excise.auditor.prompting import cut
+from excise.auditor.evaluation_set import EvaluationSet, mean, more_is_known
 from excise.auditor.results import decided
-from excise.auditor.scoring import Reading, arm_of, read
+from excise.auditor.scoring import Measurement, read, variant_of
 from excise.core.context import Context
 from excise.core.errors import Diverged
 from excise.data.domain import Domain, Rows
 from excise.data.stream import Batch, Example, Stream, collate, encode
+from excise.data.subsample import subsample
 from excise.losses import token_nll
 from excise.train.fit import FitConfig, Term, fit
 
@@ -74,7 +74,7 @@ class TrainingResult:
 
     Attributes:
         part: Which training.
-        readings: V, T and retain at every checkpoint.
+        measurements: V, T and retain at every checkpoint.
         dev: Dev score by unit at the end.
         metric: Metric of V, T and dev.
         extras: `loss_V`, `loss_fresh` (nats by unit at the end), the same with `_start`,
@@ -84,7 +84,7 @@ class TrainingResult:
     """
 
     part: Training
-    readings: tuple[Reading, ...]
+    measurements: tuple[Measurement, ...]
     dev: dict[str, float]
     metric: str
     extras: dict[str, Any] = field(default_factory=dict)
@@ -100,27 +100,27 @@ class TrainingResult:
         """Undo `to_json`."""
         parts = {
             "part": Training(**data["part"]),
-            "readings": tuple(Reading(**reading) for reading in data["readings"]),
+            "measurements": tuple(Measurement(**reading) for reading in data["measurements"]),
         }
         return cls(**{**data, **parts})
 
     def curve_on_t(self) -> tuple[Any, ...]:
         """Return the curve whose score is T."""
-        return tuple(reading.point(reading.trained) for reading in self.readings)
+        return tuple(reading.point(reading.trained) for reading in self.measurements)
 
     def units_on_t(self) -> tuple[dict[str, float], ...]:
         """Return T's scores by unit at every checkpoint."""
-        return tuple(reading.trained for reading in self.readings)
+        return tuple(reading.trained for reading in self.measurements)
 
-    def arm(self, attack: Attack, subject: Subject) -> ArmResult:
-        """Return the arm whose curve is V."""
+    def variant(self, attack: Attack, subject: Subject) -> VariantResult:
+        """Return the variant whose curve is V."""
         fresh = self.part.on == "fresh"
-        result = arm_of(
+        result = variant_of(
             attack,
             subject,
             self.metric,
             variant=self.part.kind + (" on fresh units" if fresh else ""),
-            readings=self.readings,
+            measurements=self.measurements,
             dev=self.dev,
             control=fresh,
             trained_on=self.part.on,
@@ -172,9 +172,9 @@ class TrainingAttack(Attack):
             subject: The model.
             higher: Whether a higher score means more knowledge.
         """
-        arms, chosen = decided([t.arm(self, subject) for t in trained], higher=higher)
+        variants, chosen = decided([t.variant(self, subject) for t in trained], higher=higher)
         seconds = sum(t.seconds for t in trained)
-        return AttackResult(self.name, subject.name, arms, chosen, seconds)  # type: ignore[attr-defined]
+        return AttackResult(self.name, subject.name, variants, chosen, seconds)  # type: ignore[attr-defined]
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Run every training and conclude."""
@@ -195,7 +195,7 @@ def relearn_rows(domain: Domain) -> Rows:
 def train(
     part: Training,
     subject: Subject,
-    sheet: Sheet,
+    evaluation: EvaluationSet,
     ctx: Context,
     *,
     rows: Rows,
@@ -208,7 +208,7 @@ def train(
     Args:
         part: Kind, rate, seed.
         subject: The model; its folder is only read.
-        sheet: What to score, and the budget.
+        evaluation: What to score, and the budget.
         ctx: Device, dtype; its seed and the part's seed the order.
         rows: T; empty for a benign training.
         benign_share: Share of every batch drawn from `domain.benign`.
@@ -216,25 +216,31 @@ def train(
         lora_rank: Rank of a LoRA part.
 
     Returns:
-        The readings. A training that diverged ends at its last finite checkpoint.
+        The measurements. A training that diverged ends at its last finite checkpoint.
     """
     start = time.perf_counter()
     inner = replace(ctx, seed=ctx.seed + 1000 * part.seed)
     model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
     if part.on == "fresh":
-        rows = sheet.fresh_train
-    mix = _mix(model, sheet, inner, rows, benign_share)
+        rows = evaluation.fresh_train
+    mix = _mix(model, evaluation, inner, rows, benign_share)
     size = sum(p.numel() for p in model.parameters())
     with _adapter(model, lora_rank) if part.kind == "lora" else nullcontext(model) as net:
         small = 0
         if part.kind == "lora":
             small = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        run = _Run(net, sheet, part, with_t=bool(rows), cost=_flops_per_token(size, small))
+        run = _Run(net, evaluation, part, with_t=bool(rows), cost=_flops_per_token(size, small))
         reason = run.go(mix, inner, clip)
         extras = run.extras() | {"parameters": size, "trained_parameters": small or size}
-        dev = sheet.units(net, sheet.all_dev)
+        dev = evaluation.units(net, evaluation.all_dev)
     return TrainingResult(
-        part, tuple(run.readings), dev, sheet.metric, extras, time.perf_counter() - start, reason
+        part,
+        tuple(run.measurements),
+        dev,
+        evaluation.metric,
+        extras,
+        time.perf_counter() - start,
+        reason,
     )
 
 
@@ -251,20 +257,20 @@ def _flops_per_token(size: int, adapter: int) -> float:
 
 
 def _mix(
-    model: Any, sheet: Sheet, ctx: Context, rows: Rows, benign_share: float
+    model: Any, evaluation: EvaluationSet, ctx: Context, rows: Rows, benign_share: float
 ) -> Callable[[int], list[Micro]]:
     """Return the micro-batches of a step: T and benign rows in fixed shares."""
-    size = sheet.budget.batch_size
+    size = evaluation.budget.batch_size
     num_benign = min(size, round(size * benign_share)) if rows else size
     counts = {"t": size - num_benign, "benign": num_benign}
-    sources = {"t": rows, "benign": sheet.domain.benign}
+    sources = {"t": rows, "benign": evaluation.domain.benign}
     streams: dict[str, Stream] = {}
     for name, count in counts.items():
         if count:
-            needed = cut(sources[name], count * sheet.budget.steps)
-            examples = encode(needed, sheet.tokenizer, max_length=sheet.max_length)
+            needed = subsample(sources[name], count * evaluation.budget.steps, by="row")
+            examples = encode(needed, evaluation.tokenizer, max_length=evaluation.max_length)
             streams[name] = Stream(
-                examples, count, ctx.seed_for(f"attack/{name}"), sheet.tokenizer.pad_token_id
+                examples, count, ctx.seed_for(f"attack/{name}"), evaluation.tokenizer.pad_token_id
             )
     longest = max(len(e.ids) for s in streams.values() for e in s.examples)
     limit = max(1, rows_per_pass(model, longest) // GRADIENT)
@@ -275,7 +281,7 @@ def _mix(
             picked += [(stream.examples[i], name == "benign") for i in stream.indices(step)]
         return [
             {
-                "batch": collate([e for e, _ in part], pad_id=sheet.tokenizer.pad_token_id),
+                "batch": collate([e for e, _ in part], pad_id=evaluation.tokenizer.pad_token_id),
                 "benign_B": torch.tensor([benign for _, benign in part]),
             }
             for part in (picked[i : i + limit] for i in range(0, len(picked), limit))
@@ -312,18 +318,18 @@ class _Run:
     """One training with what was read on the way."""
 
     def __init__(
-        self, net: Any, sheet: Sheet, part: Training, *, with_t: bool, cost: float
+        self, net: Any, evaluation: EvaluationSet, part: Training, *, with_t: bool, cost: float
     ) -> None:
-        self.net, self.sheet, self.part = net, sheet, part
+        self.net, self.evaluation, self.part = net, evaluation, part
         self.with_t, self.cost = with_t, cost
         self.tokens = 0
-        self.readings: list[Reading] = []
+        self.measurements: list[Measurement] = []
         self.before: list[float] = []
-        self.started = self._losses() if sheet.budget.bits else {}
+        self.started = self._losses() if evaluation.budget.bits else {}
 
     def go(self, mix: Callable[[int], list[Micro]], ctx: Context, clip: float) -> str:
         """Train to the last checkpoint; return why it stopped early, or nothing."""
-        budget = self.sheet.budget
+        budget = self.evaluation.budget
         config = FitConfig(
             steps=budget.steps, lr=self.part.lr, batch_size=budget.batch_size, clip=clip
         )
@@ -344,37 +350,41 @@ class _Run:
         """Score V, T and retain."""
         reading = read(
             self.net,
-            self.sheet,
+            self.evaluation,
             trained=self._trained(),
-            trained_metric=None if self.part.on == "fresh" else self.sheet.trained_metric,
-            examples=step * self.sheet.budget.batch_size,
+            trained_metric=None if self.part.on == "fresh" else self.evaluation.trained_metric,
+            examples=step * self.evaluation.budget.batch_size,
             tokens=self.tokens,
             flops=self.cost * self.tokens,
         )
-        self.readings.append(reading)
+        self.measurements.append(reading)
 
     def _trained(self) -> Rows:
         """Return what is trained on, cut to the budget: T, fresh units, or nothing."""
         if self.part.on == "fresh":
-            return cut(self.sheet.fresh_train, self.sheet.budget.max_other_rows)
-        return self.sheet.trained if self.with_t else ()
+            return subsample(
+                self.evaluation.fresh_train, self.evaluation.budget.max_other_rows, by="row"
+            )
+        return self.evaluation.trained if self.with_t else ()
 
     def _losses(self) -> dict[str, dict[str, float]]:
         """Return nats by unit on V and on fresh units nobody trained on."""
-        sheet = self.sheet
-        sets = {"loss_V": sheet.all_test, "loss_fresh": sheet.fresh_test}
+        evaluation = self.evaluation
+        sets = {"loss_V": evaluation.all_test, "loss_fresh": evaluation.fresh_test}
         return {
-            name: nats(self.net, rows, sheet.tokenizer, max_length=sheet.max_length)
+            name: nats(self.net, rows, evaluation.tokenizer, max_length=evaluation.max_length)
             for name, rows in sets.items()
         }
 
     def extras(self) -> dict[str, Any]:
         """Return what the statistics need beside the curve, read on the net as it is now."""
-        sheet = self.sheet
-        noted = {"prequential": self.before, "trained_metric": sheet.trained_metric}
-        if not sheet.budget.bits:
+        evaluation = self.evaluation
+        noted = {"prequential": self.before, "trained_metric": evaluation.trained_metric}
+        if not evaluation.budget.bits:
             return noted
-        dev = nats(self.net, sheet.all_dev, sheet.tokenizer, max_length=sheet.max_length)
+        dev = nats(
+            self.net, evaluation.all_dev, evaluation.tokenizer, max_length=evaluation.max_length
+        )
         return {
             **self._losses(),
             **{f"{name}_start": values for name, values in self.started.items()},

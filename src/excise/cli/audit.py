@@ -9,7 +9,7 @@ from excise.cli.options import AuditOptions
 from excise.cli.pair import pair_of
 from excise.cli.progress import progress
 from excise.cli.settings import override
-from excise.report.show import finish
+from excise.report.terminal import finish
 from excise.requests.audit import AuditRun
 from excise.requests.registry import parse_audit, registry
 from excise.run.output import check_out

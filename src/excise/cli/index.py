@@ -49,7 +49,7 @@ def build_index() -> dict[str, list[dict[str, Any]]]:
                 "name": name,
                 "what": line(cls),
                 "access": cls.access,
-                "level": cls.rung,
+                "level": cls.level,
                 "needs original": "yes" if cls.needs_original else "no",
                 "source": cls.source,
             }

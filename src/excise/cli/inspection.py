@@ -10,7 +10,7 @@ from excise.cli.pair import pair_of
 from excise.cli.progress import progress
 from excise.cli.settings import override
 from excise.core.errors import UserError, nearest
-from excise.report.show import finish
+from excise.report.terminal import finish
 from excise.requests.inspection import InspectRun
 from excise.requests.registry import parse_named, registry
 from excise.run.inspection import inspect

@@ -78,7 +78,7 @@ def _from_folder(options: PairOptions) -> Pair:
     recipe = _recipe(folder)
     references = {model.name: model.path for model in record.models}
     models = _edited_models(folder, record, recipe)
-    by_name = {arm.name: arm.model for arm in record.arms}
+    by_name = {arm.name: arm.model for arm in record.method_runs}
     for name, path in models.items():
         _check_bytes(folder, name, path, by_name[name].fingerprint)
     for model in record.models:
@@ -119,10 +119,10 @@ def _edited_models(folder: Path, record: Record, recipe: Mapping[str, Any]) -> d
     """Return the edited models of an output folder by name; those of an audit lie elsewhere."""
     if record.kind == "audit":
         return dict(recipe["candidates"])
-    several = len(record.arms) > 1
+    several = len(record.method_runs) > 1
     return {
         arm.name: str(folder / "models" / arm.name if several else folder / "model")
-        for arm in record.arms
+        for arm in record.method_runs
     }
 
 

@@ -13,7 +13,7 @@ from excise.core.code_files import is_code
 from excise.core.config import ConfigError
 from excise.core.errors import UserError
 from excise.methods.base import Method
-from excise.report.show import finish
+from excise.report.terminal import finish
 from excise.requests.registry import parse_recipe, registry
 from excise.run.estimate import plan
 from excise.run.output import check_out
@@ -75,7 +75,7 @@ def recipe_data(options: RemoveOptions) -> dict[str, Any]:
         "title": f"{name} on {Path(options.model).name}",
         "domain": domain,
         "model": {"path": options.model, "revision": options.revision},
-        "arms": {name: override(method, options.settings, Method, registry())},
+        "method_runs": {name: override(method, options.settings, Method, registry())},
         "audit": {"budget": options.audit},
         "refit": options.refit,
         "seed": options.seed,

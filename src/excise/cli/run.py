@@ -16,7 +16,7 @@ from excise.core.code_files import is_code, load_code
 from excise.core.errors import UserError, nearest
 from excise.core.plugins import entry_points
 from excise.recipes import RECIPES, recipe_named
-from excise.report.show import finish
+from excise.report.terminal import finish
 from excise.requests.recipe import Recipe
 from excise.requests.registry import parse_recipe, registry
 from excise.run.estimate import plan

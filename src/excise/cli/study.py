@@ -10,7 +10,7 @@ from excise.cli.settings import override
 from excise.core.config import parse
 from excise.core.plugins import entry_points
 from excise.recipes import RECIPES
-from excise.report.show import finish
+from excise.report.terminal import finish
 from excise.requests.registry import registry
 from excise.run.output import check_out
 from excise.run.study import Study, conduct, study_named, study_points

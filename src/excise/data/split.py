@@ -29,7 +29,7 @@ from excise.core.config import Config
 from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.dedup import Clusters
-from excise.data.domain import Domain, Row, Rows
+from excise.data.domain import Domain
 from excise.data.units import Sets, UnitRow, units_of
 
 T = TypeVar("T")
@@ -331,12 +331,6 @@ def hashed_order(items: Sequence[T], keys: Sequence[str], seed: int = 0) -> list
         return hashlib.sha256(f"{seed}:{keys[i]}".encode()).digest(), i
 
     return [items[i] for i in sorted(range(len(items)), key=place)]
-
-
-def sample_rows(rows: Sequence[Row], count: int, seed: int) -> Rows:
-    """Return at most `count` rows, chosen by their content and the seed alone."""
-    keys = [f"{r.unit}:{r.wording}:{r.prompt}:{r.text}:{r.completion}" for r in rows]
-    return tuple(hashed_order(rows, keys, seed)[:count])
 
 
 def portions(items: Sequence[T], shares: Sequence[float]) -> list[list[T]]:

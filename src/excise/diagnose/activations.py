@@ -32,7 +32,7 @@ MAX_LOGITS = 1 << 25
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelPair:
     """Two loaded models of one architecture, and their tokenizer.
 
     Attributes:
@@ -84,12 +84,12 @@ class Chunk:
 
     @property
     def predicts_N(self) -> Bool[Tensor, " N"]:
-        """Whether the row goes on after a token, so that its prediction is about the text."""
+        """Whether a token is not its row's last, so that its prediction is about the text."""
         return self.next_N >= 0
 
 
 @torch.no_grad()
-def read_pair(pair: Pair, rows: Sequence[Row], *, where: str) -> Iterator[Chunk]:
+def read_pair(pair: ModelPair, rows: Sequence[Row], *, where: str) -> Iterator[Chunk]:
     """Read rows with both models.
 
     Args:
@@ -104,24 +104,26 @@ def read_pair(pair: Pair, rows: Sequence[Row], *, where: str) -> Iterator[Chunk]
         UserError: If no row has a third token, or a model's activations are not finite.
     """
     examples = encode(rows, pair.tokenizer, max_length=pair.max_length)
-    kept = [i for i, e in enumerate(examples) if len(e.ids) > 2]
-    if not kept:
+    long = [i for i, example in enumerate(examples) if len(example.ids) > 2]
+    if not long:
         raise UserError(
             f"no {where} row has more than two tokens, so that nothing is predicted after the "
             "first; give longer rows"
         )
-    for part in _parts(pair, examples, kept):
+    for part in _parts(pair, examples, long):
         yield _read(pair, [examples[i] for i in part], part, where)
 
 
-def _parts(pair: Pair, examples: Sequence[Example], kept: Sequence[int]) -> Iterator[list[int]]:
+def _parts(
+    pair: ModelPair, examples: Sequence[Example], index: Sequence[int]
+) -> Iterator[list[int]]:
     """Yield indices of examples of like length whose activations fit into memory together."""
     head = pair.original.get_output_embeddings()
     vocabulary = int(head.weight.shape[0]) if head is not None else 1 << 16
     residual = pair.blocks * int(anatomy(pair.original).d_model)
     most = max(1, min(MAX_RESIDUAL // residual, MAX_LOGITS // vocabulary))
     part: list[int] = []
-    for i in sorted(kept, key=lambda i: len(examples[i].ids)):
+    for i in sorted(index, key=lambda i: len(examples[i].ids)):
         if part and (len(part) + 1) * len(examples[i].ids) > most:
             yield part
             part = []
@@ -129,28 +131,28 @@ def _parts(pair: Pair, examples: Sequence[Example], kept: Sequence[int]) -> Iter
     yield part
 
 
-def _read(pair: Pair, examples: Sequence[Example], index: Sequence[int], where: str) -> Chunk:
+def _read(pair: ModelPair, examples: Sequence[Example], index: Sequence[int], where: str) -> Chunk:
     """Run both models on one batch."""
     batch = collate(examples, pad_id=pad_id(pair.tokenizer)).to(pair.original.device)
     keep_BT = batch.attention_BT.clone()
     keep_BT[:, 0] = False
-    found: list[tuple[Tensor, Tensor]] = []
+    by_model: list[tuple[Tensor, Tensor]] = []
     for name, model in (("original", pair.original), ("edited model", pair.edited)):
         paths = anatomy(model).blocks
-        with capture(model, paths) as got:
+        with capture(model, paths) as outputs:
             logits_NV, _ = logits_at(model, {**batch.inputs, "use_cache": False}, keep_BT)
-        residual_LND = torch.stack([got[path][0].float()[keep_BT] for path in paths])
+        residual_LND = torch.stack([outputs[path][0].float()[keep_BT] for path in paths])
         _check_finite(residual_LND, logits_NV, f"the {name}", where)
-        found.append((residual_LND, logits_NV.log_softmax(-1)))
+        by_model.append((residual_LND, logits_NV.log_softmax(-1)))
     after_BT = torch.full_like(batch.ids_BT, -1)
     after_BT[:, :-1] = batch.ids_BT[:, 1:].masked_fill(~batch.attention_BT[:, 1:], -1)
     row_B1 = torch.tensor(index, device=batch.ids_BT.device)[:, None]
     position_BT = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)[None]
     return Chunk(
-        original_LND=found[0][0],
-        edited_LND=found[1][0],
-        original_NV=found[0][1],
-        edited_NV=found[1][1],
+        original_LND=by_model[0][0],
+        edited_LND=by_model[1][0],
+        original_NV=by_model[0][1],
+        edited_NV=by_model[1][1],
         row_N=row_B1.expand_as(batch.ids_BT)[keep_BT],
         position_N=position_BT.expand_as(batch.ids_BT)[keep_BT],
         next_N=after_BT[keep_BT],

@@ -21,14 +21,14 @@ BIG = 0.2
 """Size of the vector beside the original's norm that makes it big."""
 
 
-def conjecture_of(found: Inspection) -> Conjecture:
+def conjecture_of(finding: Inspection) -> Conjecture:
     """Return how "if harmful, add a big vector" stands at the block where the change is clearest.
 
     Args:
-        found: Every number of an inspection.
+        finding: Every number of an inspection.
     """
-    block = found.blocks[found.clearest]
-    if found.identical or block.change_forget == 0:
+    block = finding.blocks[finding.clearest]
+    if finding.identical or block.change_forget == 0:
         return "nothing changed"
     gated = max(block.auc.value, block.auc_answers)
     if block.share >= ONE_VECTOR and gated >= GATED and block.size_forget >= BIG:
@@ -38,40 +38,40 @@ def conjecture_of(found: Inspection) -> Conjecture:
     return "does not fit"
 
 
-def headline(found: Inspection) -> str:
+def headline(finding: Inspection) -> str:
     """Return one sentence.
 
     Args:
-        found: Every number of an inspection, its conjecture too.
+        finding: Every number of an inspection, its conjecture too.
     """
-    if found.identical:
+    if finding.identical:
         return "Nothing changed: the two models are equal."
-    if found.conjecture == "nothing changed":
+    if finding.conjecture == "nothing changed":
         return "Weights changed, but forget text is read as before."
-    return f'"If harmful, add a big vector" {found.conjecture} what this edit does.'.replace(
+    return f'"If harmful, add a big vector" {finding.conjecture} what this edit does.'.replace(
         "fits in part what", "fits, in part, what"
     )
 
 
-def summarize(found: Inspection) -> str:
+def summarize(finding: Inspection) -> str:
     """Return one paragraph.
 
     Args:
-        found: Every number of an inspection, its conjecture too.
+        finding: Every number of an inspection, its conjecture too.
     """
-    if found.identical:
-        return f"All {found.tensors_total} tensors of the two models are equal."
-    if found.conjecture == "nothing changed":
+    if finding.identical:
+        return f"All {finding.tensors_total} tensors of the two models are equal."
+    if finding.conjecture == "nothing changed":
         return (
-            f"{len(found.tensors)} of {found.tensors_total} tensors moved, but the residual stream "
-            "on forget text is the original's."
+            f"{len(finding.tensors)} of {finding.tensors_total} tensors moved, but the residual "
+            "stream on forget text is the original's."
         )
     parts = (_residual, _gate, _outputs, _splice, _weights)
-    return " ".join(part(found) for part in parts)
+    return " ".join(part(finding) for part in parts)
 
 
-def _residual(found: Inspection) -> str:
-    block = found.blocks[found.clearest]
+def _residual(finding: Inspection) -> str:
+    block = finding.blocks[finding.clearest]
     how = (
         "one direction"
         if block.share >= ONE_VECTOR
@@ -80,7 +80,7 @@ def _residual(found: Inspection) -> str:
         else "no single direction"
     )
     return (
-        f"On forget text the change is clearest after block {found.clearest}: "
+        f"On forget text the change is clearest after block {finding.clearest}: "
         f"{_share(block.change_forget)} of the original's norm ({_share(block.change_retain)} on "
         f"retain text), {how}. Its mean holds {_share(block.share)} of it, it spreads "
         f"over {block.dimensions:.1f} dimensions, and a token's cosine with the mean is "
@@ -88,8 +88,8 @@ def _residual(found: Inspection) -> str:
     )
 
 
-def _gate(found: Inspection) -> str:
-    block = found.blocks[found.clearest]
+def _gate(finding: Inspection) -> str:
+    block = finding.blocks[finding.clearest]
     return (
         f"Along that direction forget text moves by {_share(block.size_forget)} of the norm and "
         f"retain text by {_share(block.size_retain)}, and a token's move tells the two apart with "
@@ -97,8 +97,8 @@ def _gate(found: Inspection) -> str:
     )
 
 
-def _outputs(found: Inspection) -> str:
-    forget, retain = found.kl
+def _outputs(finding: Inspection) -> str:
+    forget, retain = finding.kl
     return (
         f"KL(edited || original) is {_both(forget.mean.value, forget.answers.value, _nats)} nats a "
         f"token on forget text and {_both(retain.mean.value, retain.answers.value, _nats)} on "
@@ -106,8 +106,8 @@ def _outputs(found: Inspection) -> str:
     )
 
 
-def _splice(found: Inspection) -> str:
-    best = max(found.splice.kinds, key=lambda kind: kind.share_answers)
+def _splice(finding: Inspection) -> str:
+    best = max(finding.splice.kinds, key=lambda kind: kind.share_answers)
     if max(best.share, best.share_answers) <= 0:
         return (
             '"Noise where harmful, the original elsewhere" explains none of it, whatever the '
@@ -126,13 +126,13 @@ def _both(every: float, answers: float, say: Callable[[float], str]) -> str:
     return f"{say(every)} ({say(answers)} where an answer is due)"
 
 
-def _weights(found: Inspection) -> str:
-    far = found.tensors[0]
+def _weights(finding: Inspection) -> str:
+    far = finding.tensors[0]
     text = (
-        f"{len(found.tensors)} of {found.tensors_total} tensors moved, {far.name} the farthest, by "
-        f"{_share(far.relative)} of its norm"
+        f"{len(finding.tensors)} of {finding.tensors_total} tensors moved, {far.name} the "
+        f"farthest, by {_share(far.relative)} of its norm"
     )
-    ranks = [t.rank / min(_sides(t.shape)) for t in found.tensors if t.rank is not None]
+    ranks = [t.rank / min(_sides(t.shape)) for t in finding.tensors if t.rank is not None]
     if ranks:
         text += f"; the changes have on average {_share(sum(ranks) / len(ranks))} of full rank"
     return text + "."

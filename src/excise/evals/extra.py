@@ -1,6 +1,6 @@
-"""Scores beside the headline: refusal, free generation, other readings of a choice, one's own.
+"""Scores beside the headline: refusal, free generation, calibrated choice, one's own.
 
-A recipe lists them under `evaluate.scores`; each is a configuration, so strangers add their own
+A recipe lists them under `evaluate.scores`; each is a configuration, so third parties add theirs
 by entry point (`excise.scores`) or from a file.
 """
 
@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from excise.core.config import Config
 from excise.data.domain import Domain, Rows
-from excise.evals.refusal import DEFINITION, refusal
-from excise.evals.score import ItemScores, measure, score_of, some
+from excise.data.subsample import subsample
+from excise.evals.score import ItemScores, measure, score_of
 from excise.record import Item, Score
 
 
@@ -45,12 +45,7 @@ class RefusalRate(ExtraScore):
 
     def items(self, model: Any, tokenizer: Any, rows: Rows, *, max_length: int) -> ItemScores:
         """Return 1 for every row that was declined, 0 for an answer, right or wrong."""
-        outcomes = refusal(model, tokenizer, rows, max_length=max_length).outcomes
-        values = tuple(
-            (row.unit, float(outcome == "refused"))
-            for row, outcome in zip(rows, outcomes, strict=True)
-        )
-        return ItemScores("refusal", DEFINITION, "lower", None, values)
+        return measure(model, tokenizer, rows, self.name, max_length=max_length)
 
 
 class Generate(ExtraScore):
@@ -60,7 +55,7 @@ class Generate(ExtraScore):
 
     def items(self, model: Any, tokenizer: Any, rows: Rows, *, max_length: int) -> ItemScores:
         """Return 1 for every row whose continuation says the expected answer."""
-        return measure(model, tokenizer, rows, "generate", max_length=max_length)
+        return measure(model, tokenizer, rows, self.name, max_length=max_length)
 
 
 class CalibratedChoice(ExtraScore):
@@ -105,14 +100,14 @@ def extra_scores(
     scores: list[Score] = []
     items: list[Item] = []
     for on, every in sets.items():
-        rows = some(every, extra.max_rows)
+        rows = subsample(every, extra.max_rows)
         if not rows:
             continue
-        found = extra.items(model, tokenizer, rows, max_length=max_length)
+        measured = extra.items(model, tokenizer, rows, max_length=max_length)
         groups = {row.unit: row.group for row in rows if row.group}
-        scores.append(score_of(found, model="model", on=on, groups=groups))
+        scores.append(score_of(measured, model="model", on=on, groups=groups))
         items += [
-            Item(model="model", set=on, unit=unit, metric=found.metric, value=value)
-            for unit, value in found.items
+            Item(model="model", set=on, unit=unit, metric=measured.metric, value=value)
+            for unit, value in measured.items
         ]
     return scores, items

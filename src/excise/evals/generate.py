@@ -168,14 +168,14 @@ def _next_inputs(inputs: dict[str, Any], next_B: torch.Tensor, *, cached: bool) 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:
     """Return the ids that end a text: the tokenizer's, and what generation configs name."""
-    found: set[int] = set()
+    ends: set[int] = set()
     config = getattr(model, "generation_config", None)
     for value in (getattr(tokenizer, "eos_token_id", None), getattr(config, "eos_token_id", None)):
         if isinstance(value, int):
-            found.add(value)
+            ends.add(value)
         elif isinstance(value, list | tuple):
-            found.update(int(v) for v in value)
-    return found
+            ends.update(int(v) for v in value)
+    return ends
 
 
 def normal(text: str) -> str:

@@ -38,7 +38,7 @@ def run_lm_eval(
         name: Name of the model in the record.
         batch_size: Sequences per forward.
         include: Folder with task files of one's own.
-        seed: Seed of the few-shot draw.
+        seed: Seed of the few-shot examples.
 
     Returns:
         One score per task and metric, `set` is `lm-eval.TASK`; the interval is `lm-eval`'s own
@@ -64,7 +64,7 @@ def run_lm_eval(
     options = {"task_manager": manager, "bootstrap_iters": 1000, "log_samples": False, **seeds}
     try:
         with reading(model):
-            found = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), limit=limit, **options)
+            answer = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), limit=limit, **options)
     except (KeyError, ValueError, OSError) as error:
         first = str(error).strip().splitlines()
         raise UserError(
@@ -72,26 +72,26 @@ def run_lm_eval(
             "check the names with `lm-eval ls tasks`"
         ) from None
     version = str(getattr(lm_eval, "__version__", ""))
-    return scores_of(found or {}, name=name, version=version)
+    return scores_of(answer or {}, name=name, version=version)
 
 
-def scores_of(found: Mapping[str, Any], *, name: str, version: str) -> list[Score]:
+def scores_of(answer: Mapping[str, Any], *, name: str, version: str) -> list[Score]:
     """Turn the answer of `lm_eval.simple_evaluate` into scores of the record.
 
     Args:
-        found: Its answer.
+        answer: Its answer.
         name: Name of the model.
         version: Version of `lm-eval`.
     """
     out = []
-    counts = found.get("n-samples", {})
-    better = found.get("higher_is_better", {})
-    for task, values in found.get("results", {}).items():
+    counts = answer.get("n-samples", {})
+    better = answer.get("higher_is_better", {})
+    for task, values in answer.get("results", {}).items():
         for key, value in values.items():
-            metric, _, kept = key.partition(",")
-            if not kept or metric.endswith("_stderr") or not isinstance(value, int | float):
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = values.get(f"{metric}_stderr,{kept}")
+            error = values.get(f"{metric}_stderr,{filtered}")
             half = 1.96 * error if isinstance(error, int | float) else math.nan
             half = half if math.isfinite(half) else 0.0
             up = better.get(task, {}).get(metric, True)
@@ -100,14 +100,14 @@ def scores_of(found: Mapping[str, Any], *, name: str, version: str) -> list[Scor
                 Score(
                     model=name,
                     set=f"lm-eval.{task}",
-                    metric=metric if kept == "none" else f"{metric}.{kept}",
+                    metric=metric if filtered == "none" else f"{metric}.{filtered}",
                     value=float(value),
                     low=float(value) - half,
                     high=float(value) + half,
                     n=int(counts.get(task, {}).get("effective", 0)),
                     direction=direction,
                     definition=f"lm-eval {version}, task version "
-                    f"{found.get('versions', {}).get(task, '?')}, filter {kept}",
+                    f"{answer.get('versions', {}).get(task, '?')}, filter {filtered}",
                 )
             )
     return out

@@ -1,4 +1,4 @@
-"""Multiple choice, equal to `lm-eval` to the item, and a letter-calibrated reading of it.
+"""Multiple choice, equal to `lm-eval` to the item, and with the bias for a position taken out.
 
 The model is asked for the log-probability of " " + choice after the prompt, encoded jointly and
 cut as `lm-eval` does (0.4.13, `TemplateLM._encode_pair`): unlike training rows, where prompt and
@@ -91,8 +91,8 @@ def pair_ids(context: str, continuation: str, tokenizer: Any) -> tuple[list[int]
 def choice_request(head: Sequence[int], tail: Sequence[int], max_length: int) -> Request:
     """Return the request that scores `tail` after `head`, cut on the left to `max_length`."""
     ids = tuple([*head, *tail][-(max_length + 1) :][:-1])
-    kept = min(len(tail), len(ids))
-    return Request(ids, tuple(range(len(ids) - kept, len(ids))), tuple(tail[-kept:]))
+    scored = min(len(tail), len(ids))
+    return Request(ids, tuple(range(len(ids) - scored, len(ids))), tuple(tail[-scored:]))
 
 
 def choice_scores(
@@ -175,8 +175,3 @@ def _calibrated(values: list[np.ndarray]) -> list[np.ndarray]:
     width = max(len(v) for v in values)
     means = [float(np.mean([v[i] for v in values if len(v) > i])) for i in range(width)]
     return [v - means[: len(v)] for v in values]
-
-
-def chance_of(rows: Sequence[Row]) -> float:
-    """Return the score of picking at random."""
-    return sum(1 / len(row.choices) for row in rows) / len(rows)

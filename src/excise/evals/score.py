@@ -6,7 +6,7 @@ leave the model as it was. Memory: see `evals/tokens.py`.
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,14 +16,21 @@ import torch
 from excise.core.errors import UserError, nearest
 from excise.data.domain import Domain, Row, Rows
 from excise.data.stream import encode
-from excise.evals import exact_match, generate, multiple_choice, refusal, text_loss
+from excise.data.subsample import subsample
+from excise.evals import generate, multiple_choice, refusal
 from excise.evals.stats import bootstrap_mean
-from excise.evals.tokens import answer_examples
+from excise.evals.tokens import Answer, answer_examples
 from excise.record import Direction, Item, Score
 
 DEFINITIONS: dict[str, str] = {
-    "text_loss": text_loss.DEFINITION,
-    "exact_match": exact_match.DEFINITION,
+    "text_loss": (
+        "text_loss@1: mean negative log-likelihood in nats over the scored tokens of a row, "
+        "teacher-forced, each token's loss cut at 100 nats"
+    ),
+    "exact_match": (
+        "exact_match@1: 1 if every scored token of a row is the most probable one in one "
+        "teacher-forced forward, else 0"
+    ),
     **multiple_choice.DEFINITION,
     "generate": generate.DEFINITION,
     "refusal": refusal.DEFINITION,
@@ -53,7 +60,7 @@ class ItemScores:
     items: tuple[tuple[str, float], ...]
 
     def by_unit(self) -> dict[str, float]:
-        """Return the mean over the rows (wordings) of each unit, in order of first appearance."""
+        """Return the mean over the rows (paraphrases) of each unit, in order of appearance."""
         values: dict[str, list[float]] = {}
         for unit, value in self.items:
             values.setdefault(unit, []).append(value)
@@ -103,7 +110,7 @@ def measure(
     Raises:
         UserError: If there are no rows, the metric is unknown, or it cannot read a row.
     """
-    found = measure_all(
+    by_metric = measure_all(
         model,
         tokenizer,
         rows,
@@ -114,7 +121,7 @@ def measure(
         padding_side=padding_side,
         chance=chance,
     )
-    return found[metric]
+    return by_metric[metric]
 
 
 def measure_all(
@@ -163,8 +170,8 @@ def _values(
     if metric == "generate":
         return generate.generate(model, tokenizer, rows, **settings)
     if metric == "refusal":
-        found = refusal.refusal(model, tokenizer, rows, **settings)
-        return [float(o == "refused") for o in found.outcomes]
+        outcomes = refusal.refusal(model, tokenizer, rows, **settings)
+        return [float(outcome == "refused") for outcome in outcomes]
     if metric.startswith("multiple_choice"):
         if "choice" not in cache:
             cache["choice"] = multiple_choice.choice_scores(
@@ -177,20 +184,37 @@ def _values(
         cache["token"] = answer_examples(
             model, tokenizer, examples, padding_side=padding_side, **rest
         )
-    score = text_loss.text_loss if metric == "text_loss" else exact_match.exact_match
-    return score(cache["token"])
+    answers: list[Answer] = cache["token"]
+    if metric == "text_loss":
+        return [-answer.total / len(answer.logprobs) for answer in answers]
+    return [float(all(answer.hits)) for answer in answers]
 
 
-def chance_of(rows: Sequence[Row], metric: str) -> float | None:
-    """Return the score of a model that knows nothing, where the rows tell it.
+def chance_of(
+    rows: Sequence[Row], metric: str, *, vocabulary: int = 0, closed: bool = True
+) -> float | None:
+    """Return the score of a model that knows nothing, where it can be told.
+
+    Multiple choice: one over the number of choices, averaged over rows. Exact match: one over the
+    number of distinct completions. Token loss: that of a uniform guess, log(vocabulary) in nats.
 
     Args:
         rows: The rows that are scored, or better all rows of their kind.
         metric: Name of the metric.
+        vocabulary: Number of tokens of the model; 0 for unknown.
+        closed: Whether who guesses at a completion knows which ones occur; who does not scores 0.
+
+    Returns:
+        The score; None for any other metric, and where rows or vocabulary do not tell it.
     """
     if metric.startswith("multiple_choice"):
-        return multiple_choice.chance_of(rows)
-    return exact_match.chance_of(rows) if metric == "exact_match" else None
+        shares = [1 / len(row.choices) for row in rows if row.choices]
+        return sum(shares) / len(shares) if shares else None
+    if metric == "exact_match":
+        texts = {row.completion.strip() for row in rows if row.kind == "completion"}
+        guess = 1 / len(texts) if len(texts) > 1 else None
+        return guess if closed else 0.0
+    return math.log(vocabulary) if metric == "text_loss" and vocabulary else None
 
 
 def score_of(
@@ -211,14 +235,14 @@ def score_of(
         seed: Seed of the bootstrap.
     """
     units = items.by_unit()
-    found = bootstrap_mean(units, groups=groups, seed=seed)
+    mean = bootstrap_mean(units, groups=groups, seed=seed)
     return Score(
         model=model,
         set=on,
         metric=items.metric,
-        value=found.value,
-        low=found.low,
-        high=found.high,
+        value=mean.value,
+        low=mean.low,
+        high=mean.high,
         n=len(units),
         direction=items.direction,
         chance=items.chance,
@@ -226,37 +250,17 @@ def score_of(
     )
 
 
-def some(rows: Rows, count: int) -> Rows:
-    """Return at most `count` rows: as many units as possible, drawn by hash, in file order.
-
-    Args:
-        rows: All rows.
-        count: Rows at most; 0 for all.
-
-    Returns:
-        First one wording of each unit, then a second one, and so on; a pure function of the rows.
-    """
-    if not count or len(rows) <= count:
-        return rows
-    seen: dict[str, int] = {}
-    keys = []
-    for i, row in enumerate(rows):
-        seen[row.unit] = seen.get(row.unit, -1) + 1
-        keys.append((seen[row.unit], hashlib.sha256(row.unit.encode()).digest(), i))
-    return tuple(rows[i] for i in sorted(key[2] for key in sorted(keys)[:count]))
-
-
 def fitting(metrics: Sequence[str], rows: Rows) -> tuple[str, ...]:
     """Return the metrics that can read all rows, or `text_loss`, which reads any."""
     choices = all(row.kind == "choice" for row in rows)
     answers = all(row.kind != "text" for row in rows)
-    kept = [
+    readable = [
         m
         for m in metrics
         if (choices or not m.startswith("multiple_choice"))
         and (answers or m not in ("generate", "refusal"))
     ]
-    return tuple(kept) or ("text_loss",)
+    return tuple(readable) or ("text_loss",)
 
 
 def evaluate(
@@ -294,11 +298,11 @@ def evaluate(
     scores: list[Score] = []
     items: list[Item] = []
     for on, all_rows, metrics in sets:
-        rows = some(all_rows, max_rows)
+        rows = subsample(all_rows, max_rows)
         if not rows:
             continue
         groups = {row.unit: row.group for row in rows if row.group}
-        found = measure_all(
+        by_metric = measure_all(
             model,
             tokenizer,
             rows,
@@ -307,7 +311,7 @@ def evaluate(
             batch_size=batch_size,
             device=device,
         )
-        for metric, values in found.items():
+        for metric, values in by_metric.items():
             score = score_of(values, model=name, on=on, groups=groups)
             scores.append(score.model_copy(update={"chance": chance_of(all_rows, metric)}))
             items += [

@@ -1,19 +1,20 @@
 """Statistics by unit, never by token. numpy alone; equal seeds give equal intervals.
 
-Shape legend: S bootstrap samples, U units or clusters.
+Shape legend: M mappings of unit to score, S bootstrap samples.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
 from excise.core.errors import UserError
+from excise.record import Estimate as Estimate
 
 Array = NDArray[np.float64]
 
@@ -21,28 +22,9 @@ SAMPLES = 2000
 """Bootstrap samples."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its interval.
-
-    Attributes:
-        value: Point estimate.
-        low: Lower end.
-        high: Upper end.
-        n: Number of independent units (or clusters) it rests on.
-        level: Coverage of the interval.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-    level: float = 0.95
-
-    @property
-    def half(self) -> float:
-        """Half the interval's width."""
-        return (self.high - self.low) / 2
+def clusters(units: Sequence[str], groups: Mapping[str, str] | None) -> list[str]:
+    """Return what each unit is resampled with: its group, or itself alone."""
+    return [f"g:{group}" if (group := (groups or {}).get(u)) else f"u:{u}" for u in units]
 
 
 def _matrix(
@@ -51,16 +33,12 @@ def _matrix(
     groups: Mapping[str, str] | None,
 ) -> tuple[Array, Array]:
     """Return sums (one row per cluster, one column per mapping) and cluster sizes."""
-    clusters: dict[str, int] = {}
-    index = []
-    for unit in units:
-        group = (groups or {}).get(unit)
-        key = f"g:{group}" if group else f"u:{unit}"
-        index.append(clusters.setdefault(key, len(clusters)))
-    sums = np.zeros((len(clusters), len(values)))
+    numbers: dict[str, int] = {}
+    index = [numbers.setdefault(name, len(numbers)) for name in clusters(units, groups)]
+    sums = np.zeros((len(numbers), len(values)))
     table = np.array([[v[unit] for v in values] for unit in units], dtype=np.float64)
     np.add.at(sums, index, table)
-    sizes = np.bincount(index, minlength=len(clusters)).astype(np.float64)
+    sizes = np.bincount(index, minlength=len(numbers)).astype(np.float64)
     return sums, sizes
 
 
@@ -76,8 +54,8 @@ def resampled_means(
     Args:
         values: M mappings of unit to score; only common units count.
         samples: S.
-        seed: Seed of the draws.
-        groups: Group of each unit; where given, whole groups are drawn.
+        seed: Seed of the bootstrap.
+        groups: Group of each unit; where given, whole groups are resampled.
 
     Returns:
         The M means of the data, and S x M resampled means.
@@ -100,10 +78,10 @@ def resampled_means(
     return sums.sum(0) / sizes.sum(), out
 
 
-def quantiles(draws: Array, level: float) -> tuple[float, float]:
-    """Return the two ends of the central interval of `level`."""
-    tail = (1 - level) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
+def quantiles(samples: Array, coverage: float) -> tuple[float, float]:
+    """Return the two ends of the central interval that holds a share `coverage` of the samples."""
+    tail = (1 - coverage) / 2
+    low, high = np.quantile(samples, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -112,86 +90,68 @@ def bootstrap_mean(
     *,
     samples: int = SAMPLES,
     seed: int = 0,
-    level: float = 0.95,
     groups: Mapping[str, str] | None = None,
 ) -> Estimate:
-    """Return the mean over units with its percentile bootstrap interval.
+    """Return the mean over units with its 95 % percentile bootstrap interval (Efron 1979).
 
     Scores that are all 0 or all 1 have no spread to resample: their interval is Wilson's.
 
     Args:
         values: Score by unit.
         samples: Bootstrap samples.
-        seed: Seed of the draws.
-        level: Coverage.
-        groups: Group of each unit; where given, whole groups are drawn.
+        seed: Seed of the bootstrap.
+        groups: Group of each unit; where given, whole groups are resampled.
 
     Raises:
         UserError: If there is no unit.
     """
     if not values:
         raise UserError("there is no unit to average; check the split")
-    mean, draws = resampled_means([values], samples=samples, seed=seed, groups=groups)
-    count = len({(groups or {}).get(u) or f"u:{u}" for u in values})
+    mean, resampled = resampled_means([values], samples=samples, seed=seed, groups=groups)
+    count = len(set(clusters(list(values), groups)))
     value = float(mean[0])
     if len(set(values.values())) == 1 and value in (0.0, 1.0):
-        low, high = wilson(round(value * count), count, level=level)
-        return Estimate(value, low, high, count, level)
-    low, high = quantiles(draws[:, 0], level)
-    return Estimate(value, min(low, value), max(high, value), count, level)
-
-
-def bootstrap(
-    values: Mapping[str, float], samples: int = SAMPLES, seed: int = 0
-) -> tuple[float, float, float]:
-    """Return (mean, low, high) of the 95 % interval; see `bootstrap_mean`."""
-    found = bootstrap_mean(values, samples=samples, seed=seed)
-    return found.value, found.low, found.high
+        return Estimate(value, *wilson(round(value * count), count), count)
+    low, high = quantiles(resampled[:, 0], 0.95)
+    return Estimate(value, min(low, value), max(high, value), count)
 
 
 def bootstrap_difference(
-    one: Mapping[str, float],
-    two: Mapping[str, float],
+    first: Mapping[str, float],
+    second: Mapping[str, float],
     *,
     samples: int = SAMPLES,
     seed: int = 0,
-    level: float = 0.95,
     groups: Mapping[str, str] | None = None,
 ) -> Estimate:
-    """Return mean(one) - mean(two) over common units, resampled in pairs."""
-    means, draws = resampled_means([one, two], samples=samples, seed=seed, groups=groups)
-    low, high = quantiles(draws[:, 0] - draws[:, 1], level)
-    units = [u for u in one if u in two]
-    count = len({(groups or {}).get(u) or f"u:{u}" for u in units})
-    return Estimate(float(means[0] - means[1]), low, high, count, level)
-
-
-def tost(draws: Array, margin: float) -> float:
-    """Return the larger p-value of two one-sided bootstrap tests against -margin and +margin.
+    """Return mean(first) - mean(second) over common units, resampled in pairs, 95 % interval.
 
     Args:
-        draws: Bootstrap draws of a difference.
-        margin: Equivalence margin, positive.
+        first: Score by unit.
+        second: The other scores.
+        samples: Bootstrap samples.
+        seed: Seed of the bootstrap.
+        groups: Group of each unit; where given, whole groups are resampled.
 
-    Returns:
-        p; below 0.05 the 90 % interval lies within the margin.
+    Raises:
+        UserError: If the two share no unit.
     """
-    count = len(draws)
-    below = (np.count_nonzero(draws <= -margin) + 1) / (count + 1)
-    above = (np.count_nonzero(draws >= margin) + 1) / (count + 1)
-    return float(max(below, above))
+    means, resampled = resampled_means([first, second], samples=samples, seed=seed, groups=groups)
+    low, high = quantiles(resampled[:, 0] - resampled[:, 1], 0.95)
+    count = len(set(clusters([u for u in first if u in second], groups)))
+    return Estimate(float(means[0] - means[1]), low, high, count)
 
 
-def mcnemar(one: Mapping[str, float], two: Mapping[str, float]) -> float:
-    """Return the exact two-sided McNemar p-value of paired right and wrong answers.
+def mcnemar(first: Mapping[str, float], second: Mapping[str, float]) -> float:
+    """Return the exact two-sided p-value of paired right and wrong answers (McNemar 1947).
 
     Args:
-        one: 0 or 1 by unit (above one half counts as right).
-        two: The same for the other model; common units count.
+        first: 0 or 1 by unit (above one half counts as right).
+        second: The same for the other model; common units count.
     """
-    units = [u for u in one if u in two]
-    wins = sum(one[u] > 0.5 >= two[u] for u in units)
-    losses = sum(two[u] > 0.5 >= one[u] for u in units)
+    units = [u for u in first if u in second]
+    wins = sum(first[u] > 0.5 >= second[u] for u in units)
+    losses = sum(second[u] > 0.5 >= first[u] for u in units)
     count = wins + losses
     if not count:
         return 1.0
@@ -210,27 +170,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return out
 
 
-def _normal_quantile(p: float) -> float:
-    """Return the standard normal quantile, by bisection on the error function."""
-    low, high = -10.0, 10.0
-    for _ in range(80):
-        middle = (low + high) / 2
-        if 0.5 * (1 + math.erf(middle / math.sqrt(2))) < p:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def wilson(successes: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of a share (Wilson 1927).
+def wilson(successes: int, n: int, *, coverage: float = 0.95) -> tuple[float, float]:
+    """Return the score interval of a share (Wilson 1927).
 
     Args:
         successes: Number of successes.
         n: Number of trials, at least one.
-        level: Coverage.
+        coverage: Coverage of the interval.
     """
-    z = _normal_quantile((1 + level) / 2)
+    z = NormalDist().inv_cdf((1 + coverage) / 2)
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)

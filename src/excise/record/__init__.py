@@ -8,71 +8,76 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from excise.core.disk import write_text
 from excise.core.errors import UserError
+from excise.record.entry import LEVELS, Direction, Estimate, Level
 from excise.record.inspection import (
-    BlockReading,
+    BlockChange,
     Inspection,
-    Measured,
-    NoiseReading,
-    SpliceReading,
+    NoiseFit,
+    SpliceFit,
     Strip,
-    TensorReading,
+    TensorChange,
     TokenKL,
 )
 from excise.record.schema import (
     SCHEMA,
-    ArmRecord,
-    AttackArm,
+    AttackVariant,
     CurvePoint,
-    Direction,
     Environment,
     Item,
+    LevelResult,
+    MethodRun,
     ModelRef,
     Record,
-    RungResult,
     Sample,
     Score,
     Verdict,
 )
-from excise.record.study import Study, StudyPicture, StudyPictureRow, StudyRow, StudyTable
+from excise.record.study import StudyPicture, StudyPictureRow, StudyRecord, StudyRow, StudyTable
+from excise.record.upgrade import upgraded
 
 __all__ = [
+    "LEVELS",
     "SCHEMA",
-    "ArmRecord",
-    "AttackArm",
-    "BlockReading",
+    "AttackVariant",
+    "BlockChange",
     "CurvePoint",
     "Direction",
     "Environment",
+    "Estimate",
     "Inspection",
     "Item",
-    "Measured",
+    "Level",
+    "LevelResult",
+    "MethodRun",
     "ModelRef",
-    "NoiseReading",
+    "NoiseFit",
     "Record",
-    "RungResult",
     "Sample",
     "Score",
-    "SpliceReading",
+    "SpliceFit",
     "Strip",
-    "Study",
     "StudyPicture",
     "StudyPictureRow",
+    "StudyRecord",
     "StudyRow",
     "StudyTable",
-    "TensorReading",
+    "TensorChange",
     "TokenKL",
     "Verdict",
     "json_schema",
     "load",
     "save",
+    "upgraded",
+    "write_text",
 ]
 
 
@@ -87,6 +92,24 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it: never half-written.
+
+    Args:
+        path: Where; its folder must exist.
+        text: What.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
 def save(record: Record, folder: Path) -> Path:
     """Write `run.json` into `folder` and return its path."""
     path = folder / "run.json"
@@ -96,7 +119,7 @@ def save(record: Record, folder: Path) -> Path:
 
 
 def load(folder: Path) -> Record:
-    """Read the record of an output folder.
+    """Read the record of an output folder, whichever version of excise wrote it.
 
     Raises:
         UserError: If there is none, it is not a record, or a newer version wrote it.
@@ -114,7 +137,7 @@ def load(folder: Path) -> Record:
     if version > SCHEMA:
         raise UserError(f"{path} was written by a newer excise (schema {version}); upgrade")
     try:
-        return Record.model_validate(_restore(data))
+        return Record.model_validate(_restore(upgraded(data)))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"])
@@ -127,19 +150,19 @@ def _restore(data: dict[str, Any]) -> dict[str, Any]:
     """Turn None back into NaN where a number is required."""
     for score in _entries(data, "scores"):
         score.update({k: math.nan for k in ("value", "low", "high") if score.get(k) is None})
-    for arm in _entries(data, "attacks"):
-        for point in _entries(arm, "curve"):
+    for attack in _entries(data, "attacks"):
+        for point in _entries(attack, "curve"):
             point.update({k: math.nan for k in ("score", "low", "high") if point.get(k) is None})
-    for arm in _entries(data, "arms"):
-        for row in _entries(arm, "history"):
+    for method_run in _entries(data, "method_runs"):
+        for row in _entries(method_run, "history"):
             row.update({k: math.nan for k, v in row.items() if v is None})
     return data
 
 
 def _entries(data: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     """Return the entries of a list that are mappings; what else is there validation reports."""
-    found = data.get(key)
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    entries = data.get(key)
+    return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
 
 
 def json_schema() -> dict[str, Any]:

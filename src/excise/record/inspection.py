@@ -7,44 +7,27 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from excise.record.entry import Estimate, RecordEntry
 
 
-class _Part(BaseModel):
-    """Base of every part: frozen, and tolerant of fields a newer version adds."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
-
-
-class Measured(_Part):
-    """A value with its 95 % interval, bootstrapped by unit."""
-
-    value: float
-    """Point estimate."""
-    low: float
-    """Lower end."""
-    high: float
-    """Upper end."""
-
-
-class BlockReading(_Part):
+class BlockChange(RecordEntry):
     """The residual stream after one block; the first token of every row is left out."""
 
     block: int
     """Number of the block, from 0."""
-    norm_forget_original: Measured
+    norm_forget_original: Estimate
     """Mean norm of the original on forget text."""
-    norm_forget_edited: Measured
+    norm_forget_edited: Estimate
     """Mean norm of the edited model on forget text."""
-    norm_retain_original: Measured
+    norm_retain_original: Estimate
     """Mean norm of the original on retain text."""
-    norm_retain_edited: Measured
+    norm_retain_edited: Estimate
     """Mean norm of the edited model on retain text."""
     change_forget: float
     """Mean norm of the change on forget text, as a share of the original's norm."""
     change_retain: float
     """The same on retain text."""
-    cosine: Measured
+    cosine: Estimate
     """Mean cosine of a forget token's change with the junk direction."""
     share: float
     """Share of the squared change on forget text that lies along the junk direction."""
@@ -54,7 +37,7 @@ class BlockReading(_Part):
     """Mean change along the direction on forget text, as a share of the original's norm."""
     size_retain: float
     """The same on retain text."""
-    auc: Measured
+    auc: Estimate
     """Whether a token's change along the direction tells forget from retain text: 0.5 is no."""
     auc_answers: float
     """The same where a scored token is predicted, so that the text has said what it is about."""
@@ -66,14 +49,14 @@ class BlockReading(_Part):
     """Relative Frobenius norm of the change of the block's weights."""
 
 
-class TokenKL(_Part):
+class TokenKL(RecordEntry):
     """KL(edited || original) on one side, in nats per token."""
 
     side: Literal["forget", "retain"]
     """Which text."""
-    mean: Measured
+    mean: Estimate
     """Mean over units."""
-    answers: Measured
+    answers: Estimate
     """Mean over units where a scored token is predicted."""
     median: float
     """Median over tokens."""
@@ -85,7 +68,7 @@ class TokenKL(_Part):
     """Number of units."""
 
 
-class Strip(_Part):
+class Strip(RecordEntry):
     """One row, token by token; never kept where the data is sensitive."""
 
     side: Literal["forget", "retain"]
@@ -98,7 +81,7 @@ class Strip(_Part):
     """KL(edited || original) in nats of the prediction of each token; None where none is made."""
 
 
-class NoiseReading(_Part):
+class NoiseFit(RecordEntry):
     """One kind of noise in "noise where harmful, original elsewhere"."""
 
     noise: Literal["uniform", "unigram", "mean-edited"]
@@ -117,18 +100,18 @@ class NoiseReading(_Part):
     """The same w on retain text."""
 
 
-class SpliceReading(_Part):
+class SpliceFit(RecordEntry):
     """How far the edited model is "noise where harmful, original elsewhere"."""
 
-    auc: Measured
+    auc: Estimate
     """Whether KL(edited || original) of a token tells forget from retain text."""
     auc_answers: float
     """The same where a scored token is predicted."""
-    kinds: tuple[NoiseReading, ...] = ()
+    kinds: tuple[NoiseFit, ...] = ()
     """By kind of noise."""
 
 
-class TensorReading(_Part):
+class TensorChange(RecordEntry):
     """How one tensor moved."""
 
     name: str
@@ -146,10 +129,10 @@ class TensorReading(_Part):
     """Singular values that hold 90 % of the squared change."""
 
 
-class Inspection(_Part):
+class Inspection(RecordEntry):
     """What one edit did inside a model."""
 
-    arm: str
+    model: str
     """Name of the edited model."""
     headline: str = ""
     """The finding in one sentence."""
@@ -164,15 +147,15 @@ class Inspection(_Part):
     clearest: int
     """Block at which the change is read: of those with at least half that, the one whose change
     on dev forget text is nearest to one direction."""
-    blocks: tuple[BlockReading, ...] = ()
+    blocks: tuple[BlockChange, ...] = ()
     """By block."""
     kl: tuple[TokenKL, ...] = ()
     """Forget and retain side."""
-    splice: SpliceReading
+    splice: SpliceFit
     """Against a splice of noise and the original."""
     strips: tuple[Strip, ...] = ()
     """A few rows token by token; empty where the data is sensitive."""
-    tensors: tuple[TensorReading, ...] = ()
+    tensors: tuple[TensorChange, ...] = ()
     """Tensors that moved, the farthest first."""
     tensors_total: int = 0
     """Tensors that were compared."""

@@ -7,24 +7,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from excise.record.entry import Direction, Level, RecordEntry
 from excise.record.inspection import Inspection
-from excise.record.study import Study
+from excise.record.study import StudyRecord
 
-SCHEMA = 1
-"""Version of the record's schema; older records always load."""
-
-Direction = Literal["higher", "lower"]
+SCHEMA = 2
+"""Version of the record's schema; `excise.record.upgrade` brings older records up to it."""
 
 
-class _Entry(BaseModel):
-    """Base of every part of the record: frozen, and tolerant of fields a newer version adds."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
-
-
-class Environment(_Entry):
+class Environment(RecordEntry):
     """Where and with what a run was made."""
 
     excise: str = ""
@@ -47,11 +40,11 @@ class Environment(_Entry):
     """Start, ISO 8601, UTC."""
 
 
-class ModelRef(_Entry):
+class ModelRef(RecordEntry):
     """A model by its bytes."""
 
     name: str
-    """What it is to the run: `original`, `oracle-0`, an arm's name."""
+    """What it is to the run: `original`, `oracle-0`, a method run's name."""
     path: str = ""
     """Folder, relative to the output folder where it lies inside it."""
     fingerprint: str = ""
@@ -64,11 +57,11 @@ class ModelRef(_Entry):
     """Number of parameters."""
 
 
-class Score(_Entry):
+class Score(RecordEntry):
     """One metric of one model on one set."""
 
     model: str
-    """`original`, `oracle-0`, or the arm."""
+    """`original`, `oracle-0`, or the name of a method run."""
     set: str
     """`test.NAME`, `retain_test`, `adjacent_test`."""
     metric: str
@@ -89,7 +82,7 @@ class Score(_Entry):
     """Versioned definition of the metric."""
 
 
-class CurvePoint(_Entry):
+class CurvePoint(RecordEntry):
     """One checkpoint of an attack."""
 
     examples: int = 0
@@ -107,26 +100,26 @@ class CurvePoint(_Entry):
     retain: float | None = None
     """Mean retain score at the same point, to tell repair from recovery."""
     trained: float | None = None
-    """Mean score on what the attacker trained on (T): shown, never decisive."""
+    """Mean score on the relearn set, which the attacker trained on: shown, never decisive."""
 
 
-class AttackArm(_Entry):
-    """One arm of one attack on one model."""
+class AttackVariant(RecordEntry):
+    """One variant of one attack on one model: a row of the record with its curve."""
 
     name: str
     """Attack."""
     subject: str = "candidate"
-    """Model that was attacked: an arm's name, `original`, `oracle-0`, `planted`."""
+    """Model that was attacked: a method run's name, `original`, `oracle-0`, `positive-control`."""
     access: Literal["prompt", "logits", "activations", "weights"]
     """What the attacker can touch."""
-    rung: str = ""
-    """Rung of the ladder it belongs to."""
+    level: str = ""
+    """Depth level it belongs to."""
     needs_original: bool = False
     """Whether the attacker holds the original."""
-    arm: str = ""
+    variant: str = ""
     """Which variant: `full`, `lora`, `int4`, `k=4`, `random-3` ..."""
     control: bool = False
-    """Whether the arm is a control (random direction, same attack without information)."""
+    """Whether it is a negative control (random direction, same attack without information)."""
     trained_on: str = ""
     """Role the attacker trained on, empty for none."""
     scored_on: str = "test"
@@ -136,30 +129,31 @@ class AttackArm(_Entry):
     lr: float | None = None
     """Learning rate."""
     seed: int = 0
-    """Seed of the arm."""
-    status: Literal["ok", "void", "missing", "failed"] = "ok"
-    """`void`: without power, does not count; `missing`: not run; `failed`: see `reason`."""
+    """Seed of the attacker."""
+    status: Literal["ok", "invalid", "missing", "failed"] = "ok"
+    """`invalid`: failed its positive control, does not count; `missing`: not run; `failed`: see
+    `reason`."""
     reason: str = ""
-    """Why it is void, missing or failed."""
+    """Why it is invalid, missing or failed."""
     decisive: bool = False
-    """Whether the verdict reads this arm (its rate was the one chosen on `dev`)."""
+    """Whether the verdict rests on this variant (its rate was the one chosen on `dev`)."""
     curve: tuple[CurvePoint, ...] = ()
     """Checkpoints, cheapest first; the first costs nothing."""
     facts: dict[str, Any] = {}
     """What else was measured (bucket-flip rate, cosine of directions ...)."""
 
 
-class RungResult(_Entry):
-    """One rung of the ladder."""
+class LevelResult(RecordEntry):
+    """What one depth level came to."""
 
-    rung: Literal["D0", "D1", "D2", "D3", "D4", "D5"]
+    level: Level
     """Code, never printed without its words."""
     words: str
-    """The rung in words."""
+    """The level in words."""
     status: Literal["pass", "fail", "untested", "underpowered"]
-    """Result; a rung counts only with all lower ones passed."""
+    """Result; a level counts only with all lower ones passed."""
     against: Literal["oracle", "controls", "chance", "nothing"] = "nothing"
-    """What it was read against."""
+    """What it was compared with."""
     gap: float | None = None
     """Depth gap (candidate - oracle) / (original - oracle) at the deciding point."""
     low: float | None = None
@@ -169,26 +163,26 @@ class RungResult(_Entry):
     margin: float | None = None
     """Equivalence margin."""
     decided_by: str = ""
-    """Attack and arm that decided."""
+    """Attack and variant that decided."""
     reason: str = ""
     """One sentence."""
 
 
-class Verdict(_Entry):
-    """What the attacks showed about one arm."""
+class Verdict(RecordEntry):
+    """What the attacks showed about one edited model."""
 
-    arm: str
-    """The removal it is about."""
+    model: str
+    """The method run or audited model it is about."""
     sentence: str
-    """How much came back after how many tokens, first."""
+    """Does it come back, after how much work, at what cost to the rest."""
     budget: str = ""
     """Named budget."""
-    rungs: tuple[RungResult, ...] = ()
-    """The ladder."""
+    levels: tuple[LevelResult, ...] = ()
+    """The depth levels, lowest first."""
     highest: str = ""
-    """Highest rung that counts, or empty."""
+    """Highest level that counts, or empty."""
     recovery: float | None = None
-    """Published fraction on V: (attacked - unlearned) / (original - unlearned)."""
+    """Published fraction (attacked - unlearned) / (original - unlearned), held-out test set."""
     recovery_tokens: int | None = None
     """Tokens the attacker needed for it."""
     residual_bits: float | None = None
@@ -198,12 +192,12 @@ class Verdict(_Entry):
     residual_high: float | None = None
     """Upper end of their 90 % interval."""
     null: float | None = None
-    """The audit's measured null: gap between the filtering arm and the rail."""
+    """The audit's measured null: gap between the model made by data filtering and the oracle."""
     reasons: tuple[str, ...] = ()
     """Everything a reader should know before quoting it."""
 
 
-class Sample(_Entry):
+class Sample(RecordEntry):
     """A continuation, before and after."""
 
     set: str
@@ -216,11 +210,11 @@ class Sample(_Entry):
     """Continuation by model."""
 
 
-class ArmRecord(_Entry):
-    """One removal."""
+class MethodRun(RecordEntry):
+    """One run of one method: a removal."""
 
     name: str
-    """Name of the arm."""
+    """Name of the run."""
     method: dict[str, Any]
     """Its configuration."""
     model: ModelRef
@@ -237,7 +231,7 @@ class ArmRecord(_Entry):
     """Named losses by step."""
 
 
-class Record(_Entry):
+class Record(RecordEntry):
     """Everything about one run."""
 
     model_config = ConfigDict(
@@ -262,19 +256,19 @@ class Record(_Entry):
     """Domain: name, fingerprint, claim, exposure, rows and units by role, sources, notes."""
     models: tuple[ModelRef, ...] = ()
     """Original, oracles."""
-    arms: tuple[ArmRecord, ...] = ()
-    """Removals."""
+    method_runs: tuple[MethodRun, ...] = ()
+    """Removals, and in an audit the models that were attacked."""
     scores: tuple[Score, ...] = ()
     """All scores without an attack."""
-    attacks: tuple[AttackArm, ...] = ()
+    attacks: tuple[AttackVariant, ...] = ()
     """All attacks."""
     verdicts: tuple[Verdict, ...] = ()
-    """One per arm."""
+    """One per method run or audited model."""
     inspection: Inspection | None = None
     """What one edit did inside, where that was inspected."""
     samples: tuple[Sample, ...] = ()
     """Continuations; empty where the data is sensitive."""
-    study: Study | None = None
+    study: StudyRecord | None = None
     """What a study asked and found; empty for every other kind."""
     sensitive: bool = False
     """Whether texts were kept out."""
@@ -286,11 +280,11 @@ class Record(_Entry):
     """What a reader should know."""
 
 
-class Item(_Entry):
+class Item(RecordEntry):
     """One row of `items.parquet`."""
 
     model: str
-    """Model, with the attack and arm after a slash when attacked."""
+    """Model, with the attack and variant after a slash when attacked."""
     set: str
     """Role."""
     unit: str

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from excise.record.entry import RecordEntry
 
 
-class _Entry(BaseModel):
-    """As the entries of `excise.record.schema`."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
-
-
-class StudyRow(_Entry):
+class StudyRow(RecordEntry):
     """One number of a study."""
 
-    arm: str
+    condition: str
     """What was done."""
     seed: int | None = None
-    """Draw it comes from; empty for all reported draws together."""
+    """Seed of the replicate it comes from; empty for all reported seeds together."""
     metric: str
     """What the number is."""
     value: float | None = None
@@ -30,7 +24,7 @@ class StudyRow(_Entry):
     """Number of independent units it rests on."""
 
 
-class StudyTable(_Entry):
+class StudyTable(RecordEntry):
     """Numbers that are read together."""
 
     title: str
@@ -41,7 +35,7 @@ class StudyTable(_Entry):
     """Its numbers."""
 
 
-class StudyPictureRow(_Entry):
+class StudyPictureRow(RecordEntry):
     """One line of small grey images."""
 
     name: str
@@ -52,7 +46,7 @@ class StudyPictureRow(_Entry):
     """A number for each image, where there is one."""
 
 
-class StudyPicture(_Entry):
+class StudyPicture(RecordEntry):
     """Small grey images that are looked at together, one line under the other."""
 
     title: str
@@ -67,7 +61,7 @@ class StudyPicture(_Entry):
     """The lines."""
 
 
-class Study(_Entry):
+class StudyRecord(RecordEntry):
     """What a study asked, what was said beforehand, and what came out."""
 
     name: str
@@ -79,7 +73,7 @@ class Study(_Entry):
     margin: float
     """Margin of the statistic, as stated before the study ran."""
     tuned_on: tuple[int, ...] = ()
-    """Draws on which settings were chosen; no number is reported from them."""
+    """Seeds on which settings were chosen; no number is reported from them."""
     decision: str = ""
     """What the statistic says under the margin."""
     paragraph: str = ""

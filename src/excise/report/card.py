@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable, Mapping
 
 from excise.core.errors import UserError, nearest
-from excise.record import ArmRecord, AttackArm, Record, Verdict
+from excise.record import AttackVariant, MethodRun, Record, Verdict
 from excise.report import words
 from excise.report.limits import limits
+from excise.report.tables import levels
 
 KEPT = re.compile(
     r"^(license(_name|_link)?|language|pipeline_tag|library_name|datasets|base_model|extra_gated_\w+)$"
@@ -22,35 +23,35 @@ KEPT = re.compile(
 TAGS = ("unlearning", "excise")
 
 
-def render_card(record: Record, arm: str, upstream_card: str | None = None) -> str:
+def render_card(record: Record, name: str, upstream_card: str | None = None) -> str:
     """Return the README.md of an edited model.
 
-    Where `extras["refit"]` of the arm is set (`True`, or a mapping with the `fingerprint` of the
-    released model), the card says that the audited model is not the released one.
+    Where `extras["refit"]` of the method run is set (`True`, or a mapping with the `fingerprint` of
+    the released model), the card says that the audited model is not the released one.
 
     Args:
         record: The record of the run that made it.
-        arm: Which removal.
+        name: Which removed model.
         upstream_card: The README of the original model, if it has one.
 
     Raises:
-        UserError: If the record has no such arm.
+        UserError: If the record has no such model.
     """
-    names = words.arm_names(record)
-    if arm not in names:
-        raise UserError(f"the record has no arm '{arm}'; {nearest(arm, names)}")
-    made = next((a for a in record.arms if a.name == arm), None)
-    verdict = next((v for v in record.verdicts if v.arm == arm), None)
+    names = words.model_names(record)
+    if name not in names:
+        raise UserError(f"the record has no model '{name}'; {nearest(name, names)}")
+    method_run = next((run for run in record.method_runs if run.name == name), None)
+    verdict = next((v for v in record.verdicts if v.model == name), None)
     source = next((m.source for m in record.models if m.name == "original"), "")
     parts = [
         front_matter(upstream_card, source),
-        f"# {_md(words.plain(record.title) or arm)}: {_md(arm)}\n",
+        f"# {_md(words.plain(record.title) or name)}: {_md(name)}\n",
         _opening(record, verdict, source),
-        _removed(record, made),
-        _audited(record, made),
-        _attacked(record, arm),
-        _ladder(verdict),
-        _scores(record, arm),
+        _removed(record, method_run),
+        _audited(record, method_run),
+        _attacked(record, name),
+        _levels(verdict),
+        _scores(record, name),
         "## What this does not show\n",
         "".join(f"- {_md(limit)}\n" for limit in limits(record)),
         _reproduce(record),
@@ -87,26 +88,26 @@ def blocks(card: str) -> dict[str, str]:
         card: A README with or without front matter.
     """
     match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", card, re.DOTALL)
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     name = ""
     for line in match.group(1).splitlines() if match else ():
         head = re.match(r"([A-Za-z_][\w-]*)[ \t]*:", line)
         if head:
             name = head.group(1)
-            found[name] = line + "\n"
+            fields[name] = line + "\n"
         elif name and (not line.strip() or line[0] in " \t-#"):
-            found[name] += line + "\n"
-    return found
+            fields[name] += line + "\n"
+    return fields
 
 
 def front_matter(upstream: str | None, source: str) -> str:
     """Return the YAML front matter: the upstream's licence and kept fields, its tags and ours."""
-    found = blocks(upstream or "")
-    lines = [text for name, text in found.items() if KEPT.match(name)]
+    fields = blocks(upstream or "")
+    lines = [text for name, text in fields.items() if KEPT.match(name)]
     # Only with a revision: without one, a source may as well be a folder of that name.
-    if "base_model" not in found and re.fullmatch(r"[\w.-]+/[\w.-]+@[\w.-]+", source):
+    if "base_model" not in fields and re.fullmatch(r"[\w.-]+/[\w.-]+@[\w.-]+", source):
         lines.append(f"base_model: {source.partition('@')[0]}\n")
-    lines.append(_tags(found.get("tags", "")))
+    lines.append(_tags(fields.get("tags", "")))
     return "---\n" + "".join(lines) + "---\n"
 
 
@@ -132,12 +133,12 @@ def _opening(record: Record, verdict: Verdict | None, source: str) -> str:
     if verdict is None:
         return text + "\n**It was not attacked, so how much would come back is not known.**\n"
     lines = [text, f"**{_md(verdict.sentence)}**\n"]
-    lines += [f"Highest rung of the ladder that counts: {_md(words.highest(verdict))}.\n"]
+    lines += [f"Highest depth level that counts: {_md(words.highest(verdict))}.\n"]
     lines += ["".join(f"- {_md(r)}\n" for r in (*verdict.reasons, *record.notes))]
     return "\n".join(line for line in lines if line)
 
 
-def _removed(record: Record, arm: ArmRecord | None) -> str:
+def _removed(record: Record, method_run: MethodRun | None) -> str:
     data = record.data
     lines = ["## What was removed, and how\n"]
     facts: list[tuple[str, object]] = [("data", data.get("name", ""))]
@@ -145,20 +146,23 @@ def _removed(record: Record, arm: ArmRecord | None) -> str:
     rows = data.get("rows")
     if isinstance(rows, Mapping):
         facts += [(f"rows of {k}", v) for k, v in rows.items() if str(k).startswith("forget")]
-    if arm is not None:
-        facts += [("method", arm.method.get("name", arm.name)), ("seed", arm.seed)]
-        facts += [(f"setting {k}", v) for k, v in arm.method.items() if k != "name"]
-        facts += [("tensors changed", len(arm.changed))]
-        facts += [(f"cost, {k}", f"{v:.4g}") for k, v in arm.cost.items()]
+    if method_run is not None:
+        facts += [
+            ("method", method_run.method.get("name", method_run.name)),
+            ("seed", method_run.seed),
+        ]
+        facts += [(f"setting {k}", v) for k, v in method_run.method.items() if k != "name"]
+        facts += [("tensors changed", len(method_run.changed))]
+        facts += [(f"cost, {k}", f"{v:.4g}") for k, v in method_run.cost.items()]
     lines += [f"- {_md(key)}: {_md(text)}\n" for key, text in facts if text not in ("", None)]
     return lines[0] + "\n" + "".join(lines[1:])
 
 
-def _audited(record: Record, arm: ArmRecord | None) -> str:
-    if arm is None:
+def _audited(record: Record, method_run: MethodRun | None) -> str:
+    if method_run is None:
         return ""
-    audited = arm.model.fingerprint or words.MISSING
-    refit = arm.extras.get("refit", record.config.get("refit"))
+    audited = method_run.model.fingerprint or words.MISSING
+    refit = method_run.extras.get("refit", record.config.get("refit"))
     head = "## Which model was audited\n\n"
     if not refit:
         return head + f"The weights in this folder, SHA-256 `{_word(audited)}`.\n"
@@ -182,19 +186,19 @@ def _rows(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _attacked(record: Record, arm: str) -> str:
-    found = words.attacks_on(record, arm)
+def _attacked(record: Record, name: str) -> str:
+    attacks = words.attacks_on(record, name)
     head = "## How it was attacked, and what came back\n\n"
-    if not found:
+    if not attacks:
         return head + "It was not attacked.\n"
-    shown = [a for a in found if a.decisive or a.status != "ok" or a.control]
-    rows = [_attack_row(a) for a in (shown or found)]
+    shown = [a for a in attacks if a.decisive or a.status != "ok" or a.control]
+    rows = [_attack_row(a) for a in (shown or attacks)]
     header = (
         "Attack",
         "Access",
         "Trained on",
-        "V before",
-        "V after",
+        "Before",
+        "After",
         "95 % interval",
         "Tokens",
         "Status",
@@ -202,18 +206,19 @@ def _attacked(record: Record, arm: str) -> str:
     return (
         head
         + _rows(header, rows)
-        + "\nV is scored and never trained on; other rates are in the report.\n"
+        + "\nBefore and after are scores on the held-out test set, which nobody trains on; other "
+        "rates are in the report.\n"
     )
 
 
-def _attack_row(arm: AttackArm) -> tuple[object, ...]:
-    first, last = (arm.curve[0], arm.curve[-1]) if arm.curve else (None, None)
-    name = f"{arm.name} {arm.arm}".strip() + (" (control)" if arm.control else "")
-    status = words.STATUS[arm.status][1] + (f": {arm.reason}" if arm.reason else "")
+def _attack_row(attack: AttackVariant) -> tuple[object, ...]:
+    first, last = (attack.curve[0], attack.curve[-1]) if attack.curve else (None, None)
+    name = f"{attack.name} {attack.variant}".strip() + (" (control)" if attack.control else "")
+    status = words.STATUS[attack.status][1] + (f": {attack.reason}" if attack.reason else "")
     return (
         name,
-        words.ACCESS[arm.access],
-        arm.trained_on or "nothing",
+        words.ACCESS[attack.access],
+        attack.trained_on or "nothing",
         words.number(first.score if first else None),
         words.number(last.score if last else None),
         (words.interval(last.low, last.high) if last else "") or words.MISSING,
@@ -222,34 +227,34 @@ def _attack_row(arm: AttackArm) -> tuple[object, ...]:
     )
 
 
-def _ladder(verdict: Verdict | None) -> str:
-    if verdict is None or not verdict.rungs:
+def _levels(verdict: Verdict | None) -> str:
+    if verdict is None or not verdict.levels:
         return ""
     rows = [
         (
-            f"{words.rung_words(r.rung, verdict.rungs)} ({r.rung})",
-            words.STATUS[r.status][1]
-            + ("" if solid or r.status != "pass" else ", but does not count: a lower one did not"),
-            words.AGAINST[r.against],
-            f"{words.number(r.gap)} {words.interval(r.low, r.high)}".strip(),
+            f"{row.words} ({row.code})",
+            words.STATUS[row.status][1]
+            + ("" if row.counts else ", but does not count: a lower one did not"),
+            row.against,
+            f"{row.gap} {row.interval}".strip(),
         )
-        for r, solid in zip(verdict.rungs, words.counts(verdict.rungs), strict=True)
+        for row in levels(verdict)
     ]
-    header = ("Rung", "Result", "Read against", "Depth gap, 90 % interval")
-    return "## The ladder\n\n" + _rows(header, rows)
+    header = ("Level", "Result", "Compared with", "Depth gap, 90 % interval")
+    return "## How deep the cut went\n\n" + _rows(header, rows)
 
 
-def _scores(record: Record, arm: str) -> str:
+def _scores(record: Record, name: str) -> str:
     known = {(s.model, s.set, s.metric): s for s in record.scores}
     rows = []
     for (model, where, metric), score in known.items():
-        if model != arm:
+        if model != name:
             continue
         base = known.get(("original", where, metric))
         before = f"{words.number(base.value)} {words.interval(base.low, base.high)}" if base else ""
         after = f"{words.number(score.value)} {words.interval(score.low, score.high)}"
-        name = f"{words.metric_name(metric)} ({score.direction} is more knowledge)"
-        rows.append((words.set_name(where), name, before or words.MISSING, after, score.n))
+        named = f"{words.metric_name(metric)} ({score.direction} is more knowledge)"
+        rows.append((words.set_name(where), named, before or words.MISSING, after, score.n))
     if not rows:
         return ""
     header = ("Set", "Metric", "Original", "This model", "Units")

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from excise.record import BlockReading, Inspection, Measured, Record, Strip, TokenKL
+from excise.record import BlockChange, Estimate, Inspection, Record, Strip, TokenKL
 from excise.report import svg, words
 from excise.report.figures import Figure
 
-LEVELS = (0.01, 0.1, 0.5, 2.0)
+SHADES = (0.01, 0.1, 0.5, 2.0)
 """Nats at which a token takes the next shade."""
 
 TENSORS = 30
@@ -27,16 +27,16 @@ NORMS = (
 )
 """Role, words and field of every line of the plot of norms."""
 
-ROWS = {"fit": "dev forget", "forget": "forget test", "retain": "retain test"}
+ROWS = {"fit": "dev forget", "forget": "held-out test", "retain": "retain test"}
 
 SIDES = {"forget": "forget text", "retain": "retain text"}
 
-Read = Callable[[BlockReading], Measured | float]
+Read = Callable[[BlockChange], Estimate | float]
 
 
-def redacted(found: Inspection | None) -> Inspection | None:
+def redacted(finding: Inspection | None) -> Inspection | None:
     """Return an inspection without texts."""
-    return None if found is None else found.model_copy(update={"strips": ()})
+    return None if finding is None else finding.model_copy(update={"strips": ()})
 
 
 def view(record: Record) -> dict[str, Any] | None:
@@ -45,44 +45,44 @@ def view(record: Record) -> dict[str, Any] | None:
     Args:
         record: Any record.
     """
-    found = record.inspection
-    if found is None or not found.blocks:
+    finding = record.inspection
+    if finding is None or not finding.blocks:
         return None
-    peak = found.blocks[min(max(found.clearest, 0), len(found.blocks) - 1)]
+    peak = finding.blocks[min(max(finding.clearest, 0), len(finding.blocks) - 1)]
     return {
-        "name": words.plain(found.arm),
-        "headline": words.plain(found.headline),
-        "summary": words.plain(found.summary),
-        "facts": _facts(found, peak),
-        "norms": norm_figure(found),
+        "name": words.plain(finding.model),
+        "headline": words.plain(finding.headline),
+        "summary": words.plain(finding.summary),
+        "facts": _facts(finding, peak),
+        "norms": norm_figure(finding),
         "norm_legend": [(svg.swatch(role), text) for role, text, _ in NORMS],
-        "change": change_figure(found),
-        "direction": direction_figures(found),
-        "kl": kl_figure(found),
-        "splice": _splice(found),
-        "splice_auc": _told(found.splice.auc, found.splice.auc_answers),
-        "strips": [_strip(strip) for strip in found.strips],
-        "levels": _levels(),
-        "tensors": _tensors(found),
-        "tensor_note": _tensor_note(found),
-        "weights": weight_figure(found) if any(b.weights for b in found.blocks) else None,
+        "change": change_figure(finding),
+        "direction": direction_figures(finding),
+        "kl": kl_figure(finding),
+        "splice": _splice(finding),
+        "splice_auc": _with_answers(finding.splice.auc, finding.splice.auc_answers),
+        "strips": [_strip(strip) for strip in finding.strips],
+        "shades": _shades(),
+        "tensors": _tensors(finding),
+        "tensor_note": _tensor_note(finding),
+        "weights": weight_figure(finding) if any(b.weights for b in finding.blocks) else None,
         "rows": ", ".join(
-            f"{words.count(n)} {ROWS.get(k, words.plain(k))}" for k, n in found.rows.items()
+            f"{words.count(n)} {ROWS.get(k, words.plain(k))}" for k, n in finding.rows.items()
         ),
     }
 
 
-def _facts(found: Inspection, peak: BlockReading) -> tuple[tuple[str, str], ...]:
-    forget, retain = (next((k for k in found.kl if k.side == side), None) for side in SIDES)
+def _facts(finding: Inspection, peak: BlockChange) -> tuple[tuple[str, str], ...]:
+    forget, retain = (next((k for k in finding.kl if k.side == side), None) for side in SIDES)
     return (
-        ('"If harmful, add a big vector"', found.conjecture),
-        ("Block where the change is clearest", str(found.clearest)),
+        ('"If harmful, add a big vector"', finding.conjecture),
+        ("Block where the change is clearest", str(finding.clearest)),
         ("Its share along one direction", words.share(peak.share)),
-        ("AUC, forget against retain", _told(peak.auc, peak.auc_answers)),
+        ("AUC, forget against retain", _with_answers(peak.auc, peak.auc_answers)),
         ("KL per token, forget and retain", f"{_mean(forget)} and {_mean(retain)} nats"),
         (
             "Tensors that moved",
-            f"{words.count(len(found.tensors))} of {words.count(found.tensors_total)}",
+            f"{words.count(len(finding.tensors))} of {words.count(finding.tensors_total)}",
         ),
     )
 
@@ -91,7 +91,7 @@ def _mean(kl: TokenKL | None) -> str:
     return words.number(kl.mean.value if kl else None)
 
 
-def _told(every: Measured, answers: float) -> str:
+def _with_answers(every: Estimate, answers: float) -> str:
     band = words.interval(every.low, every.high)
     return f"{words.number(every.value)} {band}; {words.number(answers)} where an answer is due"
 
@@ -105,17 +105,17 @@ def _blocks_axis(count: int) -> svg.Axis:
 
 
 def _lines(
-    found: Inspection, named: Sequence[tuple[str, str, Read]]
-) -> tuple[list[svg.Line], tuple[tuple[str, ...], ...], list[float]]:
+    finding: Inspection, named: Sequence[tuple[str, str, Read]]
+) -> tuple[list[svg.Series], tuple[tuple[str, ...], ...], list[float]]:
     """Return series by block, the table of their numbers, and all values."""
     lines, values = [], []
-    cells: list[list[str]] = [[str(block.block)] for block in found.blocks]
+    cells: list[list[str]] = [[str(block.block)] for block in finding.blocks]
     for role, name, read in named:
         points, band = [], []
-        for block, row in zip(found.blocks, cells, strict=True):
+        for block, row in zip(finding.blocks, cells, strict=True):
             value = read(block)
             at = float(block.block)
-            if isinstance(value, Measured):
+            if isinstance(value, Estimate):
                 points.append((at, value.value))
                 band.append((at, value.low, value.high))
                 values += [value.value, value.low, value.high]
@@ -124,52 +124,52 @@ def _lines(
                 points.append((at, value))
                 values.append(value)
                 row.append(words.number(value))
-        lines.append(svg.Line(name, role, tuple(points), tuple(band)))
+        lines.append(svg.Series(name, role, tuple(points), tuple(band)))
     return lines, tuple(tuple(row) for row in cells), values
 
 
 def _figure(
-    found: Inspection, key: str, title: str, label: str, named: Sequence[tuple[str, str, Read]]
+    finding: Inspection, key: str, title: str, label: str, named: Sequence[tuple[str, str, Read]]
 ) -> Figure:
-    lines, rows, values = _lines(found, named)
+    lines, rows, values = _lines(finding, named)
     said = "; ".join(
         f"{line.name} {words.number(line.points[0][1])} after block 0, "
-        f"{words.number(line.points[-1][1])} after block {len(found.blocks) - 1}"
+        f"{words.number(line.points[-1][1])} after block {len(finding.blocks) - 1}"
         for line in lines
     )
     plot = svg.line_plot(
-        key, title, said, _blocks_axis(len(found.blocks)), svg.linear_axis(label, values), lines
+        key, title, said, _blocks_axis(len(finding.blocks)), svg.linear_axis(label, values), lines
     )
     header = ("Block", *(name for _, name, _ in named))
     return Figure(key, title, said + ".", plot, header, rows, tuple(role for role, *_ in named))
 
 
-def norm_figure(found: Inspection) -> Figure:
+def norm_figure(finding: Inspection) -> Figure:
     """Return the residual norm by block for forget and retain text, original and edited."""
 
     def read(field: str) -> Read:
-        def one(block: BlockReading) -> Measured:
-            value: Measured = getattr(block, field)
+        def norm(block: BlockChange) -> Estimate:
+            value: Estimate = getattr(block, field)
             return value
 
-        return one
+        return norm
 
     named = [(role, text, read(field)) for role, text, field in NORMS]
-    return _figure(found, "norms", "Norm of the residual stream", "mean norm of a token", named)
+    return _figure(finding, "norms", "Norm of the residual stream", "mean norm of a token", named)
 
 
 Keyed = tuple[Figure, list[tuple[Any, str]]]
 
 
 def _keyed(
-    found: Inspection, key: str, title: str, label: str, named: Sequence[tuple[str, str, Read]]
+    finding: Inspection, key: str, title: str, label: str, named: Sequence[tuple[str, str, Read]]
 ) -> Keyed:
     """Return a plot with its legend."""
     legend = [(svg.swatch(role), name) for role, name, _ in named]
-    return _figure(found, key, title, label, named), legend
+    return _figure(finding, key, title, label, named), legend
 
 
-def change_figure(found: Inspection) -> Keyed:
+def change_figure(finding: Inspection) -> Keyed:
     """Return how much the residual stream changed, in all and along the direction."""
     named: list[tuple[str, str, Read]] = [
         ("k0", "forget text", lambda b: b.change_forget),
@@ -178,10 +178,10 @@ def change_figure(found: Inspection) -> Keyed:
         ("k3", "retain text, along the direction", lambda b: b.size_retain),
     ]
     label = "change, share of the original's norm"
-    return _keyed(found, "change", "How much changed", label, named)
+    return _keyed(finding, "change", "How much changed", label, named)
 
 
-def direction_figures(found: Inspection) -> list[Keyed]:
+def direction_figures(finding: Inspection) -> list[Keyed]:
     """Return the plots of the junk direction."""
     plots: list[tuple[str, str, str, list[tuple[str, str, Read]]]] = [
         (
@@ -205,25 +205,25 @@ def direction_figures(found: Inspection) -> list[Keyed]:
             ],
         ),
     ]
-    return [_keyed(found, *plot) for plot in plots]
+    return [_keyed(finding, *plot) for plot in plots]
 
 
-def weight_figure(found: Inspection) -> Figure:
+def weight_figure(finding: Inspection) -> Figure:
     """Return how far the weights of each block moved."""
     named: list[tuple[str, str, Read]] = [("k0", "weights of the block", lambda b: b.weights)]
     label = "change, share of the weights' norm"
-    return _figure(found, "weights", "Which blocks moved", label, named)
+    return _figure(finding, "weights", "Which blocks moved", label, named)
 
 
-def kl_figure(found: Inspection) -> Figure:
+def kl_figure(finding: Inspection) -> Figure:
     """Return KL(edited || original) of both sides, with intervals."""
     rows, table, values = [], [], [0.0]
-    for kl in found.kl:
+    for kl in finding.kl:
         role = "candidate" if kl.side == "forget" else "oracle"
         for name, value in (("every token", kl.mean), ("where an answer is due", kl.answers)):
             label = f"{SIDES[kl.side]}, {name}"
             dot = svg.Dot(role, value.value, value.low, value.high)
-            rows.append(svg.Row(label, words.number(value.value), (dot,)))
+            rows.append(svg.IntervalRow(label, words.number(value.value), (dot,)))
             values += [value.value, value.high]
             band = words.interval(value.low, value.high) or words.MISSING
             table.append((label, words.number(value.value), band))
@@ -238,7 +238,7 @@ def kl_figure(found: Inspection) -> Figure:
     )
 
 
-def _splice(found: Inspection) -> list[tuple[str, ...]]:
+def _splice(finding: Inspection) -> list[tuple[str, ...]]:
     return [
         (
             kind.noise,
@@ -249,19 +249,19 @@ def _splice(found: Inspection) -> list[tuple[str, ...]]:
             words.share(kind.share_mixed),
             words.number(kind.weight_retain),
         )
-        for kind in found.splice.kinds
+        for kind in finding.splice.kinds
     ]
 
 
-def level(kl: float | None) -> int:
+def shade(kl: float | None) -> int:
     """Return the shade of a token, 0 to 4."""
-    return 0 if kl is None else sum(kl >= edge for edge in LEVELS)
+    return 0 if kl is None else sum(kl >= edge for edge in SHADES)
 
 
-def _levels() -> list[tuple[int, str]]:
-    names = [f"below {LEVELS[0]}"]
-    names += [f"{a} to {b}" for a, b in pairwise(LEVELS)]
-    return list(enumerate([*names, f"{LEVELS[-1]} nats and more"]))
+def _shades() -> list[tuple[int, str]]:
+    names = [f"below {SHADES[0]}"]
+    names += [f"{a} to {b}" for a, b in pairwise(SHADES)]
+    return list(enumerate([*names, f"{SHADES[-1]} nats and more"]))
 
 
 def _strip(strip: Strip) -> dict[str, Any]:
@@ -270,12 +270,12 @@ def _strip(strip: Strip) -> dict[str, Any]:
     return {
         "side": SIDES[strip.side],
         "unit": words.plain(strip.unit),
-        "tokens": [(words.plain(t).replace("\n", "\u21b5\n"), level(kl)) for t, kl in pairs],
+        "tokens": [(words.plain(t).replace("\n", "\u21b5\n"), shade(kl)) for t, kl in pairs],
         "rows": [(words.plain(t).strip() or "(space)", words.number(kl)) for t, kl in top],
     }
 
 
-def _tensors(found: Inspection) -> list[tuple[str, ...]]:
+def _tensors(finding: Inspection) -> list[tuple[str, ...]]:
     return [
         (
             words.plain(t.name),
@@ -285,10 +285,10 @@ def _tensors(found: Inspection) -> list[tuple[str, ...]]:
             words.number(t.rank) if t.rank is not None else "\u2013",
             words.count(t.count90) if t.count90 is not None else "\u2013",
         )
-        for t in found.tensors[:TENSORS]
+        for t in finding.tensors[:TENSORS]
     ]
 
 
-def _tensor_note(found: Inspection) -> str:
-    hidden = len(found.tensors) - TENSORS
+def _tensor_note(finding: Inspection) -> str:
+    hidden = len(finding.tensors) - TENSORS
     return f"{words.count(hidden)} more moved less; they are in run.json." if hidden > 0 else ""

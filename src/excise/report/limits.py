@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from excise.record import Record
+from excise.record import LEVELS, Record
 from excise.report import words
 
 
@@ -21,21 +21,21 @@ def limits(record: Record) -> tuple[str, ...]:
         return tuple(words.spell(s) for part in (_inspected(record), _always()) for s in part)
     if record.kind == "study":
         return tuple(words.spell(s) for part in (_studied(record), _always()) for s in part)
-    parts = (_attacked(record), _rails(record), _effort(record), _power(record))
+    parts = (_attacked(record), _references(record), _effort(record), _power(record))
     more = (_scores(record), _data(record), _always())
     return tuple(words.spell(s) for part in (*parts, *more) for s in part)
 
 
 def _names(items: Iterable[str], most: int = 6) -> str:
-    found = list(dict.fromkeys(words.plain(i) for i in items))
-    rest = len(found) - most
-    return ", ".join(found[:most]) + (f" and {rest} more" if rest > 0 else "")
+    names = list(dict.fromkeys(words.plain(i) for i in items))
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _studied(record: Record) -> Iterator[str]:
     yield (
         f"A study answers its question for these models and this data, over {len(record.seeds)} "
-        "reported draws; another architecture, size or kind of knowledge may answer otherwise."
+        "reported seeds; another architecture, size or kind of knowledge may answer otherwise."
     )
     yield "Its statistic and margin were stated beforehand; what else its tables show was not."
 
@@ -66,30 +66,30 @@ def _attacked(record: Record) -> Iterator[str]:
             "still hold; run excise audit on this folder."
         )
         return
-    without = [n for n in words.arm_names(record) if not words.attacks_on(record, n)]
+    without = [n for n in words.model_names(record) if not words.attacks_on(record, n)]
     if without:
         yield f"Not attacked at all: {_names(without)}."
 
 
-def _rails(record: Record) -> Iterator[str]:
+def _references(record: Record) -> Iterator[str]:
     oracles = [m for m in record.models if words.role(m.name) == "oracle"]
     if not oracles:
         yield (
-            'There is no oracle, a model trained without what was removed. So "relearning T does '
-            'not bring back V" and "as if never learned" cannot be passed, and the lower rungs '
-            "are read against chance or controls."
+            f'There is no oracle, a model trained without what was removed. So "{LEVELS["D4"]}" '
+            f'and "{LEVELS["D5"]}" cannot be passed, and the lower levels are compared with chance '
+            "or controls."
         )
     elif len(oracles) < 3:
         yield (
-            f"The oracle rail comes from {len(oracles)} "
-            f"{'seed' if len(oracles) == 1 else 'seeds'}; three are needed to know its spread."
+            f"The oracles come from {len(oracles)} "
+            f"{'seed' if len(oracles) == 1 else 'seeds'}; three are needed to know their spread."
         )
-    if record.attacks and not any(words.role(a.subject) == "planted" for a in record.attacks):
-        yield "No planted control was attacked, so the attacks' own power was not shown that way."
+    if record.attacks and not any(words.role(a.subject) == "positive" for a in record.attacks):
+        yield "No positive control was attacked, so the attacks' own power was not shown that way."
     if record.verdicts and all(v.null is None for v in record.verdicts):
         yield (
-            "The audit's null (the gap between a filtered model and the rail) was not measured "
-            "in this run."
+            "The audit's null (the gap between a model made by data filtering and the oracle) was "
+            "not measured in this run."
         )
 
 
@@ -121,32 +121,28 @@ def _effort(record: Record) -> Iterator[str]:
 
 
 def _power(record: Record) -> Iterator[str]:
-    weak = [
-        f"{r.words or words.rung_words(r.rung)} ({words.plain(v.arm)})"
-        for v in record.verdicts
-        for r in v.rungs
-        if r.status == "underpowered"
-    ]
-    if weak:
-        yield f"Too little power to decide: {_names(weak)}."
-    untested = [
-        f"{r.words or words.rung_words(r.rung)} ({words.plain(v.arm)})"
-        for v in record.verdicts
-        for r in v.rungs
-        if r.status == "untested"
-    ]
-    if untested:
-        yield f"Not tested: {_names(untested)}."
     for status, text in (
-        ("void", "Void, because the attack lacked power, and counted neither way"),
+        ("underpowered", "Too little power to decide"),
+        ("untested", "Not tested"),
+    ):
+        levels = [
+            f"{words.level_words(result.level, verdict.levels)} ({words.plain(verdict.model)})"
+            for verdict in record.verdicts
+            for result in verdict.levels
+            if result.status == status
+        ]
+        if levels:
+            yield f"{text}: {_names(levels)}."
+    for status, text in (
+        ("invalid", "Invalid, because it failed its positive control, and counted neither way"),
         ("missing", "Required but not run"),
         ("failed", "Failed while running"),
     ):
-        hit = [" ".join((a.name, a.arm)).strip() for a in record.attacks if a.status == status]
-        if hit:
-            yield f"{text}: {_names(hit)}."
+        names = [f"{a.name} {a.variant}".strip() for a in record.attacks if a.status == status]
+        if names:
+            yield f"{text}: {_names(names)}."
     if any(a.needs_original for a in record.attacks):
-        yield "Attacks that hold the original are diagnostics; a stranger does not have it."
+        yield "Attacks that hold the original are diagnostics; third parties do not have it."
 
 
 def _scores(record: Record) -> Iterator[str]:
@@ -176,9 +172,12 @@ def _scores(record: Record) -> Iterator[str]:
         )
     metrics = {s.metric for s in forget}
     if metrics == {"multiple_choice"}:
-        yield "Only forced choice was scored on V, which overstates recovery; free text was not."
+        yield (
+            "Only forced choice was scored on the held-out test set, which overstates recovery; "
+            "free text was not."
+        )
     if not any(s.set.startswith("retain") for s in record.scores):
-        yield "What should stay was not scored, so the cost of the removal is unknown."
+        yield "The retain set was not scored, so the cost of the removal is unknown."
     if not any(s.set.startswith("adjacent") for s in record.scores):
         yield "No neighbouring knowledge (adjacent set) was scored."
 
@@ -198,7 +197,7 @@ def _data(record: Record) -> Iterator[str]:
             "model, so this may be memorised removal rather than general removal."
         )
     elif exposure == "seen":
-        yield "The test units are those the removal saw, in other wordings; others may remain."
+        yield "The test units are those the removal saw, in other paraphrases; others may remain."
     if record.sensitive:
         yield "The data is marked sensitive: texts and samples were kept out of this report."
 

@@ -11,27 +11,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from excise.core.disk import write_text
-from excise.record import ArmRecord, Record, Verdict, load
-from excise.report import (
-    absorption,
-    curves,
-    figures,
-    inspection,
-    pictures,
-    study,
-    svg,
-    tables,
-    words,
-)
+from excise.record import LEVELS, MethodRun, Record, Verdict, load
+from excise.report import figures, inspection, study, svg, tables, words
 from excise.report.limits import limits
 
 LEGEND = {
-    "candidate": "after removal, on V",
-    "trained": "after removal, on T (what the attacker trains on; never decisive)",
-    "original": "original, the upper rail",
-    "oracle": "oracle, the lower rail",
+    "candidate": "after removal, on the held-out test set",
+    "trained": "after removal, on the relearn set (what the attacker trains on; never decisive)",
+    "original": "original, a reference model",
+    "oracle": "oracle, a reference model",
     "control": "controls: the same attack without the information",
-    "planted": "planted control",
+    "positive": "positive control",
 }
 
 
@@ -82,58 +72,57 @@ def embedded(record: Record) -> Markup:
 
 
 def _context(record: Record) -> dict[str, Any]:
-    names = words.arm_names(record)
-    arms = {a.name: a for a in record.arms}
-    verdicts = {v.arm: v for v in record.verdicts}
+    names = words.model_names(record)
+    runs = {run.name: run for run in record.method_runs}
+    verdicts = {v.model: v for v in record.verdicts}
     shared = _shared(record)
     blocks: list[dict[str, Any]] = []
     for index, name in enumerate(names):
-        verdict, arm = verdicts.get(name), arms.get(name)
+        verdict, method_run = verdicts.get(name), runs.get(name)
         blocks.append(
             {
-                "key": f"arm-{index}",
+                "key": f"model-{index}",
                 "name": words.plain(name),
                 "verdict": _verdict(verdict, shared) if verdict else None,
-                "rungs": tuple(tables.rungs(verdict)) if verdict else (),
+                "levels": tuple(tables.levels(verdict)) if verdict else (),
                 "gap": figures.gap_figure(verdict, f"gap-{index}") if verdict else None,
-                "curves": curves.relearn_figures(record, name, f"curve-{index}"),
-                "attacks": curves.attack_figures(record, name, f"attack-{index}"),
-                "table": tables.by_rung(words.attacks_on(record, name)),
-                "removal": _removal(arm, index) if arm else None,
+                "curves": figures.relearn_figures(record, name, f"curve-{index}"),
+                "attacks": figures.attack_figures(record, name, f"attack-{index}"),
+                "table": tables.by_level(words.attacks_on(record, name)),
+                "removal": _removal(method_run, index) if method_run else None,
             }
         )
-    shown = figures.score_figures(record)
-    taken = [a for n in names for a in words.attacks_on(record, n)]
-    rails = [a for a in record.attacks if a not in taken]
-    drawn = [f for b in blocks for f in b["curves"]]
-    hits = [f for b in blocks for f in b["attacks"]]
+    scores = figures.score_figures(record)
+    on_candidates = [a for name in names for a in words.attacks_on(record, name)]
+    others = [a for a in record.attacks if a not in on_candidates]
+    inside = inspection.view(record)
     return {
         "record": record,
         "title": words.plain(record.title) or "Removal record",
         "subtitle": _subtitle(record),
         "blocks": blocks,
-        "inspection": (inside := inspection.view(record)),
+        "inspection": inside,
         "alone": (record.kind == "inspect" and inside is not None) or record.kind == "study",
         "study_views": study.views(record),
         "study_stated": study.stated(record),
-        "study_pictures": pictures.figures(record),
-        "study_absorption": absorption.of_study(record),
+        "study_pictures": study.pictures(record),
+        "study_absorption": figures.study_absorption_figure(record),
         "notes": (*shared, *record.notes),
-        "ladder": tuple(words.LADDER.items()),
-        "scores": shown,
+        "level_words": tuple(LEVELS.items()),
+        "scores": scores,
         "score_table": tables.score_table(record),
-        "score_legend": _legend(shown),
-        "curve_legend": _legend(drawn),
-        "attack_legend": _legend(hits),
-        "rails": tables.by_rung(rails),
-        "rail_count": len(rails),
+        "score_legend": _legend(scores),
+        "curve_legend": _legend(figure for block in blocks for figure in block["curves"]),
+        "attack_legend": _legend(figure for block in blocks for figure in block["attacks"]),
+        "others": tables.by_level(others),
+        "other_count": len(others),
         "samples": _samples(record),
         "data": tables.data(record),
         "limits": limits(record),
         "config": json.dumps(record.config, indent=2, ensure_ascii=False, default=str),
         "environment": tables.environment(record),
         "models": tables.models(record),
-        "glossary": words.GLOSSARY,
+        "glossary": words.GLOSSARY.items(),
         "status": words.STATUS,
         "embedded": embedded(record),
     }
@@ -156,7 +145,7 @@ def _subtitle(record: Record) -> tuple[str, ...]:
 
 
 def _shared(record: Record) -> tuple[str, ...]:
-    """Return what is said of every arm alike, to be said once."""
+    """Return what is said of every model alike, to be said once."""
     if len(record.verdicts) < 2:
         return ()
     first, *others = (v.reasons for v in record.verdicts)
@@ -171,8 +160,8 @@ def _verdict(verdict: Verdict, shared: tuple[str, ...]) -> dict[str, Any]:
     if verdict.residual_bits is not None:
         bits = f"{bits} {words.interval(verdict.residual_low, verdict.residual_high)}".strip()
     facts = (
-        ("Highest rung that counts", words.highest(verdict)),
-        ("Recovery fraction on V", recovery),
+        ("Highest depth level that counts", words.highest(verdict)),
+        ("Recovery fraction", recovery),
         ("Residual bits per unit", bits),
         ("Measured null of the audit", words.number(verdict.null)),
     )
@@ -180,13 +169,12 @@ def _verdict(verdict: Verdict, shared: tuple[str, ...]) -> dict[str, Any]:
     return {"sentence": words.spell(verdict.sentence), "facts": facts, "reasons": reasons}
 
 
-def _legend(found: Iterable[figures.Figure]) -> list[tuple[Markup, str]]:
-    roles = {r for f in found for r in f.roles}
+def _legend(shown: Iterable[figures.Figure]) -> list[tuple[Markup, str]]:
+    roles = {role for figure in shown for role in figure.roles}
     return [(svg.swatch(r), text) for r, text in LEGEND.items() if r in roles]
 
 
 def _samples(record: Record) -> list[dict[str, Any]]:
-    rank = {"original": 0, "candidate": 1, "planted": 2, "oracle": 3}
     return [
         {
             "set": words.set_name(s.set),
@@ -194,30 +182,32 @@ def _samples(record: Record) -> list[dict[str, Any]]:
             "expected": words.plain(s.expected).strip(" "),
             "outputs": [
                 (words.plain(m), words.plain(t).strip(" "))
-                for m, t in sorted(s.outputs.items(), key=lambda o: rank[words.role(o[0])])
+                for m, t in sorted(s.outputs.items(), key=lambda o: words.RANK[words.role(o[0])])
             ],
         }
         for s in record.samples
     ]
 
 
-def _removal(arm: ArmRecord, index: int) -> dict[str, Any]:
-    cost = [(k.replace("_", " "), _cost(k, v)) for k, v in arm.cost.items()]
-    history = figures.history_figure(arm, f"history-{index}")
+def _removal(method_run: MethodRun, index: int) -> dict[str, Any]:
+    cost = [(k.replace("_", " "), _cost(k, v)) for k, v in method_run.cost.items()]
+    history = figures.history_figure(method_run, f"history-{index}")
     keys = [] if history is None else list(zip(history.roles, history.header[1:], strict=True))
     return {
-        "method": words.plain(arm.method.get("name", arm.name)),
-        "settings": [(words.plain(k), _setting(v)) for k, v in arm.method.items() if k != "name"],
+        "method": words.plain(method_run.method.get("name", method_run.name)),
+        "settings": [
+            (words.plain(k), _setting(v)) for k, v in method_run.method.items() if k != "name"
+        ],
         "cost": [(words.plain(k), v) for k, v in cost],
         "extras": [
             (words.plain(k).replace("_", " "), tables.value(v))
-            for k, v in arm.extras.items()
+            for k, v in method_run.extras.items()
             if k not in ("files", "absorption")
         ],
-        "changed": [words.plain(c) for c in arm.changed],
-        "seed": arm.seed,
+        "changed": [words.plain(c) for c in method_run.changed],
+        "seed": method_run.seed,
         "history": history,
-        "absorption": absorption.of_arm(arm, f"absorption-{index}"),
+        "absorption": figures.absorption_figure(method_run, f"absorption-{index}"),
         "legend": [(svg.swatch(role), name) for role, name in keys],
     }
 

@@ -1,16 +1,27 @@
-"""The page's and the terminal's account of a study: what was stated, what came out."""
+"""The page's and the terminal's account of a study: what was stated, what came out.
+
+Small grey images are inline SVG: ink in the colour of the page, one path for each level of ink.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
-from excise.record import Record, StudyRow, StudyTable
+from markupsafe import Markup
+
+from excise.record import Record, StudyPicture, StudyRow, StudyTable
 from excise.report import words
+from excise.report.figures import Figure
+from excise.report.svg import WIDTH, frame, put
+
+GAP = 4.0
+"""Between columns of images."""
 
 
 @dataclass(frozen=True)
-class View:
-    """One table with an arm a line and a score a column, as text."""
+class TableView:
+    """One table with a condition a line and a score a column, as text."""
 
     key: str
     title: str
@@ -19,7 +30,7 @@ class View:
     rows: tuple[tuple[str, ...], ...]
 
 
-def views(record: Record) -> tuple[View, ...]:
+def views(record: Record) -> tuple[TableView, ...]:
     """Return the tables of a record's study; none where there is no study."""
     if record.study is None:
         return ()
@@ -30,32 +41,101 @@ def stated(record: Record) -> tuple[tuple[str, str], ...]:
     """Return what was stated before the study ran."""
     if record.study is None:
         return ()
-    found = record.study
-    draws = ", ".join(map(str, found.tuned_on))
+    seeds = ", ".join(map(str, record.study.tuned_on))
     return (
-        ("Question", words.plain(found.question)),
-        ("Statistic", words.plain(found.statistic)),
-        ("Margin", f"{found.margin:g}"),
-        ("Chosen on draws", draws or "dev rows of the reported draws"),
+        ("Question", words.plain(record.study.question)),
+        ("Statistic", words.plain(record.study.statistic)),
+        ("Margin", f"{record.study.margin:g}"),
+        ("Settings chosen on seeds", seeds or "dev rows of the reported seeds"),
     )
 
 
-def _view(table: StudyTable, key: str) -> View:
-    """Turn numbers one a line into a table: lines are arms (and draws), columns are scores."""
+def _view(table: StudyTable, key: str) -> TableView:
+    """Turn numbers one a line into a table: lines are conditions (and seeds), columns scores."""
     columns = list(dict.fromkeys(r.metric for r in table.rows))
     lines: dict[str, dict[str, StudyRow]] = {}
     for r in table.rows:
-        name = words.plain(r.arm) + ("" if r.seed is None else f", draw {r.seed}")
+        name = words.plain(r.condition) + ("" if r.seed is None else f", seed {r.seed}")
         lines.setdefault(name, {})[r.metric] = r
     rows = tuple(
         (name, *(_cell(cells.get(column)) for column in columns)) for name, cells in lines.items()
     )
-    header = ("Arm", *(words.plain(c) for c in columns))
-    return View(key, words.plain(table.title), words.plain(table.note), header, rows)
+    header = ("Condition", *(words.plain(c) for c in columns))
+    return TableView(key, words.plain(table.title), words.plain(table.note), header, rows)
 
 
-def _cell(found: StudyRow | None) -> str:
+def _cell(row: StudyRow | None) -> str:
     """Return a number with its interval."""
-    if found is None:
+    if row is None:
         return "\u2013"
-    return f"{words.number(found.value)} {words.interval(found.low, found.high)}".strip()
+    return f"{words.number(row.value)} {words.interval(row.low, row.high)}".strip()
+
+
+def pictures(record: Record) -> tuple[Figure, ...]:
+    """Return the pictures of a record's study; none where there is no study."""
+    if record.study is None:
+        return ()
+    return tuple(_picture(p, f"picture-{i}") for i, p in enumerate(record.study.pictures))
+
+
+def _picture(picture: StudyPicture, key: str) -> Figure:
+    """Return one picture, and its numbers as a table."""
+    header = ("Line", *(words.plain(c) for c in picture.columns))
+    count = len(picture.columns)
+    rows = tuple((words.plain(r.name), *_cells(r.values, count)) for r in picture.rows)
+    caption = words.plain(picture.note) or words.plain(picture.title)
+    return Figure(key, words.plain(picture.title), caption, _draw(picture, key), header, rows)
+
+
+def _cells(values: tuple[float, ...], count: int) -> list[str]:
+    return [words.number(v) for v in values[:count]] + ["\u2013"] * (count - len(values))
+
+
+def _draw(picture: StudyPicture, key: str) -> Markup:
+    """Return the lines one under the other, each under its name."""
+    side = (WIDTH + GAP) / max(1, len(picture.columns)) - GAP
+    body: list[Markup] = []
+    y = 0.0
+    for row in picture.rows:
+        y += 14
+        body.append(put(0, y, words.plain(row.name), kind="row"))
+        y += 4
+        tall = 0.0
+        for i, image in enumerate(row.images[: len(picture.columns)]):
+            lines = -(-len(image) // picture.width)
+            tall = max(tall, side * lines / picture.width)
+            body.append(_image(image, picture.width, i * (side + GAP), y, side))
+        y += tall + 6
+    names = ", ".join(words.plain(r.name) for r in picture.rows)
+    said = f"{len(picture.rows)} lines of {len(picture.columns)} images: {names}"
+    return frame(key, words.plain(picture.title), said, y, body)
+
+
+def _image(image: str, width: int, x: float, y: float, side: float) -> Markup:
+    """Return one image: a frame, and runs of equal ink joined into one path each."""
+    runs: dict[str, list[str]] = {}
+    for start in range(0, len(image), width):
+        column = 0
+        for ink, same in groupby(image[start : start + width]):
+            count = len(list(same))
+            if ink in "123456789":
+                runs.setdefault(ink, []).append(f"M{column} {start // width}h{count}v1h-{count}z")
+            column += count
+    scale = side / width
+    tall = -(-len(image) // width)
+    paths = [
+        Markup('<path fill="currentColor" fill-opacity=".{}" d="{}"/>').format(
+            ink, "".join(runs[ink])
+        )
+        if ink != "9"
+        else Markup('<path fill="currentColor" d="{}"/>').format("".join(runs[ink]))
+        for ink in sorted(runs)
+    ]
+    border = Markup(
+        '<path fill="none" stroke="currentColor" stroke-opacity=".3" stroke-width=".3" '
+        'd="M0 0h{}v{}h-{}z"/>'
+    ).format(width, tall, width)
+    return Markup(
+        '<g transform="translate({:.1f} {:.1f}) scale({:.3f})" stroke="none" '
+        'shape-rendering="crispEdges">{}{}</g>'
+    ).format(x, y, scale, Markup("").join(paths), border)

@@ -42,7 +42,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Line:
+class Series:
     """One series: points (x, y), and a band of (x, low, high)."""
 
     name: str
@@ -62,7 +62,7 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Row:
+class IntervalRow:
     """One row of an interval plot: a label, what to print at its right end, and its dots."""
 
     label: str
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Band:
-    """A vertical band across an interval plot (a rail, a margin)."""
+    """A vertical band across an interval plot (a reference model, a margin)."""
 
     label: str
     role: str
@@ -115,12 +115,12 @@ def log_axis(label: str, values: Iterable[float], most: int = 5) -> Axis:
     low, high = known[0], known[-1] if known[-1] > known[0] else known[0] * 10
     for steps in ((1, 2, 5), (1, 3), (1,)):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [m * 10.0**p for p in powers for m in steps if low <= m * 10.0**p <= high * 1.001]
-        if 2 <= len(found) <= most:
+        ticks = [m * 10.0**p for p in powers for m in steps if low <= m * 10.0**p <= high * 1.001]
+        if 2 <= len(ticks) <= most:
             break
     else:
-        found = [low, high] if len(found) < 2 else found[:: math.ceil(len(found) / most)]
-    return Axis(label, low, high, ((0.0, "0"), *((v, short(v)) for v in found)), log=True)
+        ticks = [low, high] if len(ticks) < 2 else ticks[:: math.ceil(len(ticks) / most)]
+    return Axis(label, low, high, ((0.0, "0"), *((v, short(v)) for v in ticks)), log=True)
 
 
 def marker(role: str, x: float, y: float) -> Markup:
@@ -129,7 +129,7 @@ def marker(role: str, x: float, y: float) -> Markup:
         "original": "M-4 -4h8v8h-8z",
         "oracle": "M0 -5.5L5.5 0L0 5.5L-5.5 0z",
         "control": "M0 -5L5 4H-5z",
-        "planted": "M-4 -4L4 4M4 -4L-4 4",
+        "positive": "M-4 -4L4 4M4 -4L-4 4",
     }
     circle = "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z"
     return Markup('<path class="m s-{}" transform="translate({:.1f} {:.1f})" d="{}"/>').format(
@@ -172,7 +172,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def line_plot(key: str, title: str, desc: str, x: Axis, y: Axis, lines: Sequence[Line]) -> Markup:
+def line_plot(key: str, title: str, desc: str, x: Axis, y: Axis, lines: Sequence[Series]) -> Markup:
     """Return a line plot.
 
     Args:
@@ -218,7 +218,12 @@ def line_plot(key: str, title: str, desc: str, x: Axis, y: Axis, lines: Sequence
 
 
 def interval_plot(
-    key: str, title: str, desc: str, x: Axis, rows: Sequence[Row], bands: Sequence[Band] = ()
+    key: str,
+    title: str,
+    desc: str,
+    x: Axis,
+    rows: Sequence[IntervalRow],
+    bands: Sequence[Band] = (),
 ) -> Markup:
     """Return rows of values with intervals on one axis, with vertical bands behind them.
 
@@ -228,7 +233,7 @@ def interval_plot(
         desc: What can be seen, in a sentence.
         x: The axis, drawn below.
         rows: From top to bottom; a row's label stands above its track.
-        bands: Rails or margins, labelled at the top.
+        bands: Reference models or margins, labelled at the top.
     """
     pad, pitch = 10.0, 40.0
     head = 32.0 if bands else 2.0

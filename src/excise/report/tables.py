@@ -7,14 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from excise.record import AttackArm, Record, RungResult, Score, Verdict
+from excise.record import LEVELS, AttackVariant, Record, Score, Verdict
 from excise.report import words
-from excise.report.curves import attack_title
 
 
 @dataclass(frozen=True)
-class RungRow:
-    """One rung of one ladder, as text; `counts` is false for a pass above a rung not passed."""
+class LevelRow:
+    """One depth level of one verdict, as text.
+
+    `counts` is false for a pass above a level that did not pass.
+    """
 
     code: str
     words: str
@@ -30,7 +32,7 @@ class RungRow:
 
 @dataclass(frozen=True)
 class AttackRow:
-    """One arm of one attack, as text; `cells` are the numeric columns in order."""
+    """One variant of one attack, as text; `cells` are the numeric columns in order."""
 
     name: str
     marks: tuple[str, ...]
@@ -40,27 +42,22 @@ class AttackRow:
     cells: tuple[str, ...]
 
 
-def rungs(verdict: Verdict) -> Iterable[RungRow]:
-    """Yield the ladder of one verdict, lowest rung first."""
-    for rung, solid in zip(verdict.rungs, words.counts(verdict.rungs), strict=True):
-        yield RungRow(
-            code=rung.rung,
-            words=words.rung_words(rung.rung, verdict.rungs),
-            status=rung.status,
-            counts=solid or rung.status != "pass",
-            against=words.AGAINST[rung.against],
-            gap=words.number(rung.gap),
-            interval=words.interval(rung.low, rung.high),
-            margin="\u00b1 " + words.number(rung.margin)
-            if rung.margin is not None
-            else words.MISSING,
-            decided_by=words.spell(rung.decided_by) or "\u2013",
-            reason=_reason(rung),
+def levels(verdict: Verdict) -> Iterable[LevelRow]:
+    """Yield the depth levels of one verdict, lowest first."""
+    for result, solid in zip(verdict.levels, words.counts(verdict.levels), strict=True):
+        margin = "" if result.margin is None else f"\u00b1 {words.number(result.margin)}"
+        yield LevelRow(
+            code=result.level,
+            words=words.level_words(result.level, verdict.levels),
+            status=result.status,
+            counts=solid or result.status != "pass",
+            against=result.against,
+            gap=words.number(result.gap),
+            interval=words.interval(result.low, result.high),
+            margin=margin or words.MISSING,
+            decided_by=words.spell(result.decided_by) or "\u2013",
+            reason=words.spell(result.reason) or "\u2013",
         )
-
-
-def _reason(rung: RungResult) -> str:
-    return words.spell(rung.reason) or "\u2013"
 
 
 def score_table(record: Record) -> dict[str, Any]:
@@ -69,7 +66,7 @@ def score_table(record: Record) -> dict[str, Any]:
     by: dict[tuple[str, str, str], Score] = {(s.model, s.set, s.metric): s for s in record.scores}
     models = sorted(
         dict.fromkeys(s.model for s in record.scores),
-        key=lambda m: ({"original": 0, "candidate": 1, "planted": 2, "oracle": 3}[words.role(m)],),
+        key=lambda model: words.RANK[words.role(model)],
     )
     heads = []
     for column in columns:
@@ -104,44 +101,43 @@ def score_table(record: Record) -> dict[str, Any]:
     return {"heads": heads, "rows": rows}
 
 
-def by_rung(arms: Iterable[AttackArm]) -> list[tuple[str, str, list[AttackRow]]]:
-    """Return (code, words, rows) by rung, so that the words need not stand in every row."""
+def by_level(attacks: Iterable[AttackVariant]) -> list[tuple[str, str, list[AttackRow]]]:
+    """Return (code, words, rows) by depth level, so that words need not stand in every row."""
     ranked = sorted(
-        arms, key=lambda a: (a.rung, a.name, a.control, a.arm, a.subject, a.lr or 0.0, a.seed)
+        attacks,
+        key=lambda a: (a.level, a.name, a.control, a.variant, a.subject, a.lr or 0.0, a.seed),
     )
     groups: dict[str, list[AttackRow]] = {}
-    for arm in ranked:
-        groups.setdefault(arm.rung, []).append(_attack(arm))
+    for attack in ranked:
+        groups.setdefault(attack.level, []).append(_attack(attack))
     return [
-        (code if code in words.LADDER else "", words.rung_words(code) or "beside the ladder", rows)
+        (code if code in LEVELS else "", words.level_words(code) or "beside the levels", rows)
         for code, rows in groups.items()
     ]
 
 
-def _attack(arm: AttackArm) -> AttackRow:
-    first, last = (arm.curve[0], arm.curve[-1]) if arm.curve else (None, None)
+def _attack(attack: AttackVariant) -> AttackRow:
+    first, last = (attack.curve[0], attack.curve[-1]) if attack.curve else (None, None)
     score = words.number(last.score if last else None)
-    if first is not None and len(arm.curve) > 1:
+    if first is not None and len(attack.curve) > 1:
         score = f"{words.number(first.score)} \u2192 {score}"
-    lr = "" if arm.lr is None else f"{arm.lr:.1e}".replace(".0e", "e").replace("e-0", "e-")
+    lr = "" if attack.lr is None else f"{attack.lr:.1e}".replace(".0e", "e").replace("e-0", "e-")
     cells = (
         score,
         (words.interval(last.low, last.high) if last else "") or words.MISSING,
         words.number(last.retain if last else None),
         words.count(last.tokens if last else None),
         lr.replace("-", "\u2212") or "\u2013",
-        str(arm.seed),
-        words.ACCESS[arm.access],
-        f"{words.plain(arm.trained_on) or chr(0x2013)} \u2192 {words.plain(arm.scored_on)}",
+        str(attack.seed),
+        words.ACCESS[attack.access],
+        f"{words.plain(attack.trained_on) or chr(0x2013)} \u2192 {words.plain(attack.scored_on)}",
         words.short(last.flops, "FLOP") if last and last.flops else words.MISSING,
     )
-    marks: tuple[str, ...] = ("decides",) if arm.decisive else ()
-    marks += ("control",) if arm.control else ()
-    marks += ("holds the original",) if arm.needs_original else ()
-    name = attack_title(arm)
-    return AttackRow(
-        name, marks, arm.status, words.spell(arm.reason), words.plain(arm.subject), cells
-    )
+    marks: tuple[str, ...] = ("decides",) if attack.decisive else ()
+    marks += ("control",) if attack.control else ()
+    marks += ("holds the original",) if attack.needs_original else ()
+    subject, reason = words.plain(attack.subject), words.spell(attack.reason)
+    return AttackRow(words.attack_name(attack), marks, attack.status, reason, subject, cells)
 
 
 def value(item: object) -> str:
@@ -161,19 +157,19 @@ def value(item: object) -> str:
 
 def data(record: Record) -> dict[str, Any]:
     """Return the data's facts, notes, and rows and units by role."""
-    found = record.data
-    tables = {k: v for k, v in found.items() if k in ("rows", "units") and isinstance(v, Mapping)}
-    roles = list(dict.fromkeys(r for v in tables.values() for r in v))
+    facts = record.data
+    counts = {k: v for k, v in facts.items() if k in ("rows", "units") and isinstance(v, Mapping)}
+    roles = list(dict.fromkeys(role for by_role in counts.values() for role in by_role))
     rows = [
-        (words.plain(r), *(value(tables.get(k, {}).get(r)) for k in ("rows", "units")))
-        for r in roles
+        (words.plain(role), *(value(counts.get(k, {}).get(role)) for k in ("rows", "units")))
+        for role in roles
     ]
-    notes = found.get("notes") or ()
+    notes = facts.get("notes") or ()
     notes = [notes] if isinstance(notes, str) else notes
     rest = [
         (words.plain(k).replace("_", " "), value(v))
-        for k, v in found.items()
-        if k not in tables and k not in ("notes", "fingerprint")
+        for k, v in facts.items()
+        if k not in counts and k not in ("notes", "fingerprint")
     ]
     return {"rows": rows, "notes": [words.spell(n) for n in notes], "rest": rest}
 
@@ -200,7 +196,6 @@ def environment(record: Record) -> list[tuple[str, str]]:
 
 def models(record: Record) -> list[tuple[str, ...]]:
     """Return every model with its fingerprints."""
-    found = [*record.models, *(a.model for a in record.arms)]
     return [
         (
             words.plain(m.name),
@@ -209,5 +204,5 @@ def models(record: Record) -> list[tuple[str, ...]]:
             words.plain(m.fingerprint) or words.MISSING,
             words.plain(m.tokenizer) or words.MISSING,
         )
-        for m in found
+        for m in (*record.models, *(run.model for run in record.method_runs))
     ]

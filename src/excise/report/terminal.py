@@ -1,4 +1,4 @@
-"""The record on a terminal: verdict, ladder, scores, attacks, where the report is, what is next."""
+"""The record on a terminal: verdict, levels, scores, attacks, where the report is, what is next."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import shlex
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from excise.record import AttackArm, Record, Verdict
+from excise.record import LEVELS, AttackVariant, Record, Verdict, load
 from excise.report import study, words
 
 STYLE = {
@@ -20,10 +20,27 @@ STYLE = {
     "untested": "dim",
     "underpowered": "yellow",
     "ok": "green",
-    "void": "yellow",
+    "invalid": "yellow",
     "missing": "dim",
     "failed": "red",
 }
+
+
+def finish(folder: Path, next_command: str = "") -> int:
+    """Print the summary of a run, as a verb's last step.
+
+    Args:
+        folder: Output folder with a `run.json`, whose report is written.
+        next_command: What to type next; empty for what the record suggests.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UserError: If the folder holds no record.
+    """
+    Console().print(render_terminal(load(folder), folder, next_command))
+    return 0
 
 
 def render_terminal(
@@ -39,12 +56,12 @@ def render_terminal(
         next_command: What to type next; empty for what the record suggests.
     """
     parts: list[RenderableType] = [*_inspection(record), *_study(record)]
-    verdicts = {v.arm: v for v in record.verdicts}
-    for name in () if record.inspection or record.study else words.arm_names(record):
+    verdicts = {v.model: v for v in record.verdicts}
+    for name in () if record.inspection or record.study else words.model_names(record):
         parts.append(Text(_ascii(name), style="bold"))
         parts.append(Padding(_sentence(verdicts.get(name)), (0, 0, 1, 2)))
     if record.verdicts:
-        parts.append(_ladder(record))
+        parts.append(_levels(record))
     if record.scores:
         parts.append(_scores(record))
     if record.attacks:
@@ -58,30 +75,30 @@ def render_terminal(
 
 
 def _inspection(record: Record) -> list[RenderableType]:
-    """Return what an inspection found: the sentence, the paragraph, the numbers by block."""
-    found = record.inspection
-    if found is None:
+    """Return what an inspection finding: the sentence, the paragraph, the numbers by block."""
+    finding = record.inspection
+    if finding is None:
         return []
     table = _table("By block: norms are forget, then retain text")
     heads = ("block", "norm before", "norm after", "one direction", "cosine", "AUC", "AUC, answers")
     for head in heads:
         table.add_column(head, justify="right", overflow="fold")
-    step = max(1, len(found.blocks) // 16)
-    shown = [b for b in found.blocks if b.block % step == 0 or b.block == found.clearest]
+    step = max(1, len(finding.blocks) // 16)
+    shown = [b for b in finding.blocks if b.block % step == 0 or b.block == finding.clearest]
     for b in shown:
         before = (b.norm_forget_original, b.norm_retain_original)
         after = (b.norm_forget_edited, b.norm_retain_edited)
-        cells = [f"{one.value:.3g} {two.value:.3g}" for one, two in (before, after)]
+        cells = [f"{forget.value:.3g} {retain.value:.3g}" for forget, retain in (before, after)]
         cells += [words.share(b.share), f"{b.cosine.value:.2f}"]
         cells += [f"{b.auc.value:.2f}", f"{b.auc_answers:.2f}"]
-        style = "bold" if b.block == found.clearest else ""
+        style = "bold" if b.block == finding.clearest else ""
         table.add_row(str(b.block), *(_ascii(c) for c in cells), style=style)
-    hidden = len(found.blocks) - len(shown)
+    hidden = len(finding.blocks) - len(shown)
     return [
-        Text(_ascii(found.arm), style="bold"),
-        Padding(Text(_ascii(found.headline)), (0, 0, 1, 2)),
-        Padding(Text(_ascii(found.summary)), (0, 0, 1, 2)),
-        *([] if found.identical else [table]),
+        Text(_ascii(finding.model), style="bold"),
+        Padding(Text(_ascii(finding.headline)), (0, 0, 1, 2)),
+        Padding(Text(_ascii(finding.summary)), (0, 0, 1, 2)),
+        *([] if finding.identical else [table]),
         Text(f"{hidden} more blocks in the report.\n" if hidden else "", style="dim"),
     ]
 
@@ -119,7 +136,9 @@ def _sentence(verdict: Verdict | None) -> Text:
     if verdict is None:
         return Text("No verdict: nobody attacked it, so what would come back is not known.")
     text = Text(_ascii(words.spell(verdict.sentence)))
-    text.append(f"\nHighest rung that counts: {_ascii(words.highest(verdict))}.", style="dim")
+    text.append(
+        f"\nHighest depth level that counts: {_ascii(words.highest(verdict))}.", style="dim"
+    )
     return text
 
 
@@ -139,31 +158,28 @@ def _cell(status: str) -> Text:
     return Text(words.STATUS[status][1], style=STYLE[status])
 
 
-def _ladder(record: Record) -> RenderableType:
-    table = _table("Ladder")
-    table.add_column("rung", overflow="fold")
+def _levels(record: Record) -> RenderableType:
+    table = _table("Depth levels")
+    table.add_column("level", overflow="fold")
     shown = record.verdicts[:5]
     for verdict in shown:
-        table.add_column(Text(_ascii(verdict.arm)), overflow="fold", min_width=8)
-    for code, text in words.LADDER.items():
+        table.add_column(Text(_ascii(verdict.model)), overflow="fold", min_width=8)
+    loose = False
+    for code, text in LEVELS.items():
         cells = []
         for verdict in shown:
-            found = zip(verdict.rungs, words.counts(verdict.rungs), strict=True)
-            hit = next(((r, solid) for r, solid in found if r.rung == code), None)
+            counted = zip(verdict.levels, words.counts(verdict.levels), strict=True)
+            hit = next(((r, solid) for r, solid in counted if r.level == code), None)
             cell = _cell(hit[0].status if hit else "untested")
             if hit and hit[0].gap is not None:
                 cell.append(f" {_ascii(words.number(hit[0].gap))}", style="default")
             if hit and hit[0].status == "pass" and not hit[1]:
                 cell.append(" *", style="yellow")
+                loose = True
             cells.append(cell)
         table.add_row(Text(f"{code} {text}"), *cells)
-    loose = any(
-        r.status == "pass" and not solid
-        for v in shown
-        for r, solid in zip(v.rungs, words.counts(v.rungs), strict=True)
-    )
     notes = ["Numbers are depth gaps: 0 is the oracle, 1 the original."]
-    notes += ["* does not count: a lower rung did not pass."] if loose else []
+    notes += ["* does not count: a lower level did not pass."] if loose else []
     hidden = len(record.verdicts) - len(shown)
     notes += [f"{hidden} more in the report."] if hidden else []
     return Group(table, Text(" ".join(notes) + "\n", style="dim"))
@@ -192,31 +208,32 @@ def _scores(record: Record) -> RenderableType:
 
 
 def _attacks(record: Record) -> RenderableType:
-    names = words.arm_names(record)[:4]
-    table = _table("Attacks: V at first -> at last")
+    names = words.model_names(record)[:4]
+    table = _table("Attacks: held-out test set, first -> last")
     table.add_column("attack", overflow="fold")
-    cells: dict[str, dict[str, list[AttackArm]]] = {}
+    cells: dict[str, dict[str, list[AttackVariant]]] = {}
     for name in names:
         table.add_column(Text(_ascii(name)), justify="right", overflow="fold", min_width=8)
-        for arm in words.attacks_on(record, name):
-            if not arm.control and (arm.decisive or arm.status != "ok"):
-                title = f"{arm.name} {arm.arm}".replace("_", " ").strip()
-                cells.setdefault(title, {}).setdefault(name, []).append(arm)
+        for attack in words.attacks_on(record, name):
+            if not attack.control and (attack.decisive or attack.status != "ok"):
+                title = f"{attack.name} {attack.variant}".replace("_", " ").strip()
+                cells.setdefault(title, {}).setdefault(name, []).append(attack)
     for title, row in list(cells.items())[:30]:
         table.add_row(Text(_ascii(title)), *(_outcome(row.get(n, [])) for n in names))
-    return Group(table, Text("Other rates, controls and rails are in the report.\n", style="dim"))
+    rest = "Other rates, controls and the reference models are in the report.\n"
+    return Group(table, Text(rest, style="dim"))
 
 
-def _outcome(arms: list[AttackArm]) -> Text:
-    """Return the mean over seeds of what the deciding arms did, or why they do not count."""
-    bad = next((a for a in arms if a.status != "ok"), None)
+def _outcome(variants: list[AttackVariant]) -> Text:
+    """Return the mean over seeds of what the deciding variants did, or why they do not count."""
+    bad = next((a for a in variants if a.status != "ok"), None)
     if bad is not None:
         return _cell(bad.status)
-    ran = [a.curve for a in arms if a.curve]
-    if not ran:
+    curves = [a.curve for a in variants if a.curve]
+    if not curves:
         return Text("-")
-    first = sum(c[0].score for c in ran) / len(ran)
-    last = sum(c[-1].score for c in ran) / len(ran)
+    first = sum(c[0].score for c in curves) / len(curves)
+    last = sum(c[-1].score for c in curves) / len(curves)
     return Text(_ascii(f"{words.number(first)} -> {words.number(last)}"))
 
 

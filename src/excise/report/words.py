@@ -1,6 +1,7 @@
-"""How the report says things: numbers, statuses, names, and who is a rail.
+"""How the report says things: numbers, statuses, names, and what its words mean.
 
-Every code of the ladder is printed with its words; every missing number as "not measured".
+Every code of a depth level is printed with its words; every missing number as "not measured". The
+words are those of the glossary in `docs/evidence.md`.
 """
 
 from __future__ import annotations
@@ -10,19 +11,9 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from excise.record import AttackArm, Record, RungResult, Verdict
+from excise.record import LEVELS, AttackVariant, LevelResult, Record, Verdict
 
 MISSING = "not measured"
-
-LADDER = {
-    "D0": "the behaviour is gone",
-    "D1": "holds against prompts",
-    "D2": "holds against reading and clearing activations",
-    "D3": "holds against weight edits that carry no information",
-    "D4": "relearning T does not bring back V",
-    "D5": "as if never learned",
-}
-"""The rungs in words, for codes that come without them."""
 
 STATUS = {
     "pass": ("\u2713", "passed"),
@@ -30,18 +21,11 @@ STATUS = {
     "untested": ("\u2013", "not tested"),
     "underpowered": ("?", "underpowered"),
     "ok": ("\u2713", "ran"),
-    "void": ("?", "void"),
+    "invalid": ("?", "invalid"),
     "missing": ("\u2013", "missing"),
     "failed": ("\u2715", "failed"),
 }
 """Icon and word of every status; the word carries the meaning."""
-
-AGAINST = {
-    "oracle": "oracle",
-    "controls": "controls",
-    "chance": "chance",
-    "nothing": "nothing",
-}
 
 ACCESS = {
     "prompt": "prompts",
@@ -50,31 +34,32 @@ ACCESS = {
     "weights": "weights",
 }
 
-GLOSSARY = (
-    ("original", "the model before the removal: the upper rail."),
-    (
-        "oracle",
-        "the same architecture trained without what is to be removed: the lower rail. "
-        "Every forget score is read between the two, under the same attack.",
-    ),
-    (
-        "depth gap",
-        "(candidate \u2212 oracle) / (original before any attack \u2212 oracle). 0 is a model "
-        "that never learned it, 1 the original. Below 0 is damage or suppression, not credit.",
-    ),
-    ("T", "what the attacker trains on. It shares no unit with V; shown, never decisive."),
-    ("V", "what is scored. Nobody trains or selects on it."),
-    (
-        "recovery fraction",
-        "(attacked \u2212 unlearned) / (original \u2212 unlearned) on V, as in publications.",
-    ),
-    (
-        "residual bits",
-        "bits per unit that the weights save an attacker on V, minus the same for the oracle.",
-    ),
-    ("void", "an attack whose own positive control failed. It counts neither way."),
-    ("passed", "shown equivalent within the margin, not merely without a significant difference."),
-)
+RANK = {"original": 0, "candidate": 1, "positive": 2, "oracle": 3}
+"""Order of models in plots and tables, by role."""
+
+GLOSSARY = {
+    "original": "the model before the removal.",
+    "oracle": "the same architecture, trained on the same schedule without the forget set.",
+    "reference models": "the original and the oracle; every forget score is placed between the "
+    "two, under the same attack.",
+    "depth gap": "(candidate \u2212 oracle) / (original before any attack \u2212 oracle). 0 is a "
+    "model that never learned it, 1 the original. Below 0 is damage or suppression, not credit.",
+    "depth level": "what a removal withstands, from D0 (the behaviour is gone) to D5 (as if never "
+    "learned). A level counts only with all lower ones passed.",
+    "relearn set": "what the attacker trains on. It shares no unit with the held-out test set; its "
+    "own score is shown, never decisive.",
+    "held-out test set": "what is scored. Nobody trains or selects on it.",
+    "retain set": "what the model should still know.",
+    "attack variant": "one way of running an attack: a number of bits, a kind of training.",
+    "positive control": "a model that only hides what it knows, by construction. An attack must "
+    "bring that back to count.",
+    "invalid": "said of an attack that failed its positive control. It counts neither way.",
+    "recovery fraction": "(attacked \u2212 unlearned) / (original \u2212 unlearned) on the "
+    "held-out test set, as in publications.",
+    "residual bits": "bits per unit that the weights save an attacker on the held-out test set, "
+    "minus the same for the oracle.",
+    "passed": "shown equivalent within the margin, not merely without a significant difference.",
+}
 """Words a first reader needs, with what they mean."""
 
 _BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -165,48 +150,48 @@ def size(count_bytes: float) -> str:
 
 
 def spell(text: object) -> str:
-    """Return `text` with the words beside every code of the ladder that lacks them."""
+    """Return `text` with the words beside every code of a depth level that lacks them."""
     clean = plain(text)
 
-    def words(match: re.Match[str]) -> str:
-        code = match.group(0)
-        return code if LADDER[code] in clean else f"{code} ({LADDER[code]})"
+    def with_words(match: re.Match[str]) -> str:
+        code, meaning = match.group(0), level_words(match.group(0))
+        return code if meaning in clean else f"{code} ({meaning})"
 
-    return re.sub(r"\bD[0-5]\b", words, clean)
+    return re.sub(r"\bD[0-5]\b", with_words, clean)
 
 
-def rung_words(code: str, rungs: Iterable[RungResult] = ()) -> str:
-    """Return the words of a rung: the record's own, else the ladder's, else the text itself."""
-    for rung in rungs:
-        if rung.rung == code and rung.words:
-            return plain(rung.words)
-    return LADDER.get(code, plain(code))
+def level_words(code: str, levels: Iterable[LevelResult] = ()) -> str:
+    """Return the words of a level: the record's own, else the known ones, else the text itself."""
+    for result in levels:
+        if result.level == code and result.words:
+            return plain(result.words)
+    return next((text for known, text in LEVELS.items() if known == code), plain(code))
 
 
 def highest(verdict: Verdict) -> str:
-    """Return the highest rung that counts, with its words, or "none"."""
+    """Return the highest level that counts, with its words, or "none"."""
     if not verdict.highest:
         return "none"
-    words = rung_words(verdict.highest, verdict.rungs)
-    return f"{words} ({verdict.highest})" if verdict.highest in LADDER else spell(words)
+    words = level_words(verdict.highest, verdict.levels)
+    return f"{words} ({verdict.highest})" if verdict.highest in LEVELS else spell(words)
 
 
-def counts(rungs: Iterable[RungResult]) -> tuple[bool, ...]:
-    """Return for each rung whether it counts: passed, with all lower ones passed."""
-    solid, result = True, []
-    for rung in rungs:
-        solid = solid and rung.status == "pass"
-        result.append(solid)
-    return tuple(result)
+def counts(levels: Iterable[LevelResult]) -> tuple[bool, ...]:
+    """Return for each level whether it counts: passed, with all lower ones passed."""
+    solid, counted = True, []
+    for result in levels:
+        solid = solid and result.status == "pass"
+        counted.append(solid)
+    return tuple(counted)
 
 
 def set_name(name: str) -> str:
-    """Return the words for a scored set: `test.cyber` is `forget test: cyber`."""
+    """Return the words for a scored set: `test.cyber` is `held-out test set: cyber`."""
     head, _, rest = plain(name).partition(".")
     words = {
-        "test": "forget test (V)",
-        "retain_test": "retain test",
-        "adjacent_test": "adjacent test",
+        "test": "held-out test set",
+        "retain_test": "retain set",
+        "adjacent_test": "adjacent set",
     }
     base = words.get(head, head.replace("_", " "))
     return f"{base}: {rest}" if rest else base
@@ -219,27 +204,31 @@ def metric_name(name: str) -> str:
 
 
 def role(subject: str) -> str:
-    """Return what a model is to the reading: original, oracle, planted or candidate."""
-    if subject == "original" or subject == "planted":
-        return subject
-    return "oracle" if subject.startswith("oracle") else "candidate"
+    """Return what a model is to the audit: original, oracle, positive (control) or candidate."""
+    known = {"original": "original", "positive-control": "positive"}
+    return known.get(subject, "oracle" if subject.startswith("oracle") else "candidate")
 
 
-def arm_names(record: Record) -> tuple[str, ...]:
+def model_names(record: Record) -> tuple[str, ...]:
     """Return every removed model of the record, in order of appearance."""
-    names = [v.arm for v in record.verdicts] + [a.name for a in record.arms]
+    names = [v.model for v in record.verdicts] + [run.name for run in record.method_runs]
     names += [s.model for s in record.scores if role(s.model) == "candidate"]
-    named = list(dict.fromkeys(names))
-    extra = [a.subject for a in record.attacks if role(a.subject) == "candidate"]
-    if named:
-        extra = [name for name in extra if name != "candidate"]
-    return tuple(dict.fromkeys(named + extra))
+    attacked = [a.subject for a in record.attacks if role(a.subject) == "candidate"]
+    if names:
+        attacked = [name for name in attacked if name != "candidate"]
+    return tuple(dict.fromkeys(names + attacked))
 
 
-def attacks_on(record: Record, arm: str) -> tuple[AttackArm, ...]:
+def attacks_on(record: Record, model: str) -> tuple[AttackVariant, ...]:
     """Return the attacks on one removed model (`candidate` means the only one there is)."""
-    names = {arm, "candidate"} if len(arm_names(record)) == 1 else {arm}
+    names = {model, "candidate"} if len(model_names(record)) == 1 else {model}
     return tuple(a for a in record.attacks if a.subject in names)
+
+
+def attack_name(attack: AttackVariant) -> str:
+    """Return the name of an attack with its variant, in words."""
+    name = plain(attack.name).replace("_", " ")
+    return f"{name}, {plain(attack.variant)}" if attack.variant else name
 
 
 def direction(record: Record, metric: str) -> str:

@@ -15,7 +15,7 @@ from excise.diagnose.inspection import inspect_pair
 from excise.fetch.model import open_model
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import ModelSpec
-from excise.record import ArmRecord, Inspection, Record, Sample
+from excise.record import Inspection, MethodRun, Record, Sample
 from excise.requests.inspection import InspectRun
 from excise.run import output
 from excise.run.environment import device_of, environment, now
@@ -57,12 +57,12 @@ def inspect(request: InspectRun, out: Path, *, emit: Emit, command: str = "") ->
             edited,
             domain,
             ctx,
-            arm=request.arm,
+            name=request.arm,
             rows=request.rows,
             max_length=request.max_length,
             samples=request.samples,
         )
-        arm = ArmRecord(
+        arm = MethodRun(
             name=request.arm,
             method={},
             model=model_ref(request.arm, edited, str(edited.path)),
@@ -79,7 +79,7 @@ def _record(
     request: InspectRun,
     original: Checkpoint,
     domain: Domain,
-    arm: ArmRecord,
+    arm: MethodRun,
     found: Inspection,
     samples: tuple[Sample, ...],
     command: str,
@@ -95,7 +95,7 @@ def _record(
         seeds=(request.seed,),
         data=describe(domain),
         models=model_refs(Models(original), request.original.path),
-        arms=(arm,),
+        method_runs=(arm,),
         inspection=found,
         samples=samples,
         sensitive=domain.sensitive,

@@ -161,17 +161,12 @@ def write_models(
     card = upstream / CARD
     above = card.read_text(encoding="utf-8") if card.is_file() else None
     folders = copy_models(out, models)
-    arms = tuple(
-        arm.model_copy(
-            update={
-                "model": arm.model.model_copy(
-                    update={"path": folders[arm.name].relative_to(out).as_posix()}
-                )
-            }
-        )
-        for arm in record.arms
-    )
-    record = record.model_copy(update={"arms": arms})
+    method_runs = []
+    for method_run in record.method_runs:
+        path = folders[method_run.name].relative_to(out).as_posix()
+        model = method_run.model.model_copy(update={"path": path})
+        method_runs.append(method_run.model_copy(update={"model": model}))
+    record = record.model_copy(update={"method_runs": tuple(method_runs)})
     for name, folder in folders.items():
         write_text(folder / CARD, render_card(record, name, above))
     return record

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from excise.auditor.engine import Results
-from excise.auditor.verdict.verdict import judge_all
+from excise.auditor.verdict import judge_all
 from excise.core.errors import UserError
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.methods.base import Method, Removal
 from excise.models.checkpoint import Checkpoint
-from excise.record import ArmRecord, Item, ModelRef, Record, Sample
+from excise.record import Item, MethodRun, ModelRef, Record, Sample
 from excise.requests.audit import AuditRun
 from excise.requests.recipe import AuditSpec, Recipe, budget_for
 from excise.run.environment import environment, peak_memory
@@ -135,10 +135,10 @@ def model_ref(name: str, model: Checkpoint, source: str = "") -> ModelRef:
     )
 
 
-def arm_record(name: str, method: Method, removal: Removal, seed: int) -> ArmRecord:
+def method_run(name: str, method: Method, removal: Removal, seed: int) -> MethodRun:
     """Return what the record says of one removal."""
     extras = {key: value for key, value in removal.extras.items() if key != "files"}
-    return ArmRecord(
+    return MethodRun(
         name=name,
         method=method.model_dump(mode="json"),
         model=model_ref(name, removal.checkpoint),
@@ -150,9 +150,9 @@ def arm_record(name: str, method: Method, removal: Removal, seed: int) -> ArmRec
     )
 
 
-def audited_arm(name: str, model: Checkpoint) -> ArmRecord:
+def audited_arm(name: str, model: Checkpoint) -> MethodRun:
     """Return what the record says of a model that somebody made."""
-    return ArmRecord(name=name, method={}, model=model_ref(name, model, str(model.path)))
+    return MethodRun(name=name, method={}, model=model_ref(name, model, str(model.path)))
 
 
 def samples_of(scored: Mapping[str, Scored]) -> tuple[Sample, ...]:
@@ -190,8 +190,8 @@ def judged(
             fingerprints={name: model.fingerprint for name, model in named.items()},
             scores=scores,
             vocabulary=models.original.config.vocab_size,
-            null_arm=null_arm,
+            null_run=null_arm,
         )
-        attacks = tuple(arm.arm for result in results.values() for arm in result.arms)
+        attacks = tuple(variant.entry for result in results.values() for variant in result.variants)
         found |= {"attacks": attacks, "verdicts": verdicts}
     return record.model_copy(update=found)

@@ -18,7 +18,7 @@ from excise.requests.audit import AuditRun
 from excise.requests.recipe import Recipe
 from excise.run import output
 from excise.run.environment import now
-from excise.run.results import Models, arm_record, new_record, timed
+from excise.run.results import Models, method_run, new_record, timed
 from excise.run.steps import audit_models, examine, prepare, refit, remove_all
 from excise.train.pool import Pool
 
@@ -55,8 +55,8 @@ def run(
         if recipe.refit:
             removals = refit(recipe, models, removals, runtime, pool, out)
         record = new_record(recipe, kind, command, domain, models, runtime, started)
-        arms = tuple(arm_record(n, recipe.arms[n], r, recipe.seed) for n, r in removals.items())
-        record = record.model_copy(update={"arms": arms})
+        arms = tuple(method_run(n, recipe.arms[n], r, recipe.seed) for n, r in removals.items())
+        record = record.model_copy(update={"method_runs": arms})
         null = next((n for n, m in recipe.arms.items() if isinstance(m, Filtering)), "")
         record, items = examine(record, recipe, domain, models, edited, runtime, pool, null)
         record = output.write_models(

@@ -69,7 +69,7 @@ def audit_models(
     """
     check_comparable(models.original, {**candidates, **oracle_names(models.oracles)})
     arms = tuple(audited_arm(name, model) for name, model in candidates.items())
-    record = record.model_copy(update={"arms": arms})
+    record = record.model_copy(update={"method_runs": arms})
     return examine(record, asked, domain, models, candidates, runtime, pool)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from excise.auditor.base import ArmResult, Attack, AttackResult, Subject
+from excise.auditor.base import Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import SMOKE, Budget
 from excise.auditor.controls import (
     GatedEdit,
@@ -22,7 +22,7 @@ from excise.auditor.controls import (
     WithinBuckets,
 )
 from excise.auditor.controls.control import make_control, score
-from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.results import to_json
 from excise.core.context import Context
 from excise.models.checkpoint import Checkpoint
@@ -163,27 +163,29 @@ def _has_power(
     return False
 
 
-def _deciding(result: AttackResult) -> list[ArmResult]:
+def _deciding(result: AttackResult) -> list[VariantResult]:
     """Return the arms that decide; of an attack that only shows, all but controls."""
     if result.chosen:
-        return [result.arms[i] for i in result.chosen]
-    return [arm for arm in result.arms if not arm.arm.control and arm.arm.status == "ok"]
+        return [result.variants[i] for i in result.chosen]
+    return [arm for arm in result.variants if not arm.entry.control and arm.entry.status == "ok"]
 
 
-def _share(case: _Case, arm: ArmResult) -> float:
+def _share(case: _Case, arm: VariantResult) -> float:
     """Return how far towards the original its best point went, from where the attack began."""
-    first = arm.arm.curve[0].score
-    way = _known(case, arm.arm.scored_on) - first
+    first = arm.entry.curve[0].score
+    way = _known(case, arm.entry.scored_on) - first
     if abs(way) < 1e-9:
         return 0.0
-    return max((point.score - first) / way for point in arm.arm.curve)
+    return max((point.score - first) / way for point in arm.entry.curve)
 
 
 def _known(case: _Case, role: str) -> float:
     """Return what the original scores on the rows of a role."""
     original = case.setting.knowing
-    sheet = make_sheet(case.setting.domain, case.budget, original.tokenizer())
-    return score(original.load(), sheet, sheet.all_test if role == "test" else sheet.trained)
+    evaluation = evaluation_set(case.setting.domain, case.budget, original.tokenizer())
+    return score(
+        original.load(), evaluation, evaluation.all_test if role == "test" else evaluation.trained
+    )
 
 
 def _check_invents_nothing(case: _Case, leaks: float) -> AttackResult:
@@ -191,12 +193,12 @@ def _check_invents_nothing(case: _Case, leaks: float) -> AttackResult:
     torch.manual_seed(1)
     result = case.run(watched(case.setting.never_taught), "never-taught")
     for arm in _deciding(result):
-        if arm.arm.scored_on != "test":
+        if arm.entry.scored_on != "test":
             continue
         share = _share(case, arm)
         assert share <= leaks, (
             f"{case.who} brings {share:.0%} of V out of a model that was never taught it (arm "
-            f"'{arm.arm.arm}'); train on domain.relearn and domain.benign alone"
+            f"'{arm.entry.variant}'); train on domain.relearn and domain.benign alone"
         )
     return result
 
@@ -213,42 +215,43 @@ def _check_seed(case: _Case, first: AttackResult) -> None:
 
 
 def _check_result(case: _Case, result: AttackResult, name: str) -> None:
-    """Assert what the ladder and the record need of every result."""
+    """Assert what verdict and record need of every result."""
     who = case.who
-    assert result.arms, f"{who} returned no arm"
+    assert result.variants, f"{who} returned no variant"
     assert result.subject == name, f"{who} names its subject '{result.subject}', not '{name}'"
     for i in result.chosen:
-        assert 0 <= i < len(result.arms), f"{who}: chosen holds {i}, which is no arm"
-        arm = result.arms[i].arm
-        assert not arm.control, f"{who} lets control '{arm.arm}' decide"
-        assert arm.status == "ok", f"{who} lets arm '{arm.arm}' decide, which is {arm.status}"
-        assert arm.scored_on == "test", f"{who} lets arm '{arm.arm}' decide, not scored on V"
+        assert 0 <= i < len(result.variants), f"{who}: chosen holds {i}, which is no variant"
+        entry = result.variants[i].entry
+        what = f"{who} lets variant '{entry.variant}' decide"
+        assert not entry.control, f"{what}, which is a control"
+        assert entry.status == "ok", f"{what}, which is {entry.status}"
+        assert entry.scored_on == "test", f"{what}, which is not scored on V"
     scored = {row.unit for rows in case.setting.domain.test.values() for row in rows}
-    for one in result.arms:
-        _check_arm(case, one)
-        if one.arm.scored_on == "test":
+    for one in result.variants:
+        _check_variant(case, one)
+        if one.entry.scored_on == "test":
             stranger = sorted(set().union(*one.unit_scores) - scored)
             assert not stranger, f"{who} scores unit '{stranger[0]}', which is not in V"
 
 
-def _check_arm(case: _Case, one: ArmResult) -> None:
-    """Assert that an arm's curve is whole and its costs never fall."""
-    arm, who = one.arm, f"{case.who}, arm '{one.arm.arm}'"
-    assert arm.access == case.attack.access, f"{who} says access {arm.access}"
-    assert arm.rung == case.attack.rung, f"{who} says rung {arm.rung}"
-    if arm.status != "ok":
-        assert arm.reason, f"{who} is {arm.status} without a reason"
+def _check_variant(case: _Case, one: VariantResult) -> None:
+    """Assert that a variant's curve is whole and its costs never fall."""
+    entry, who = one.entry, f"{case.who}, variant '{one.entry.variant}'"
+    assert entry.access == case.attack.access, f"{who} says access {entry.access}"
+    assert entry.level == case.attack.level, f"{who} says level {entry.level}"
+    if entry.status != "ok":
+        assert entry.reason, f"{who} is {entry.status} without a reason"
         return
-    assert arm.curve, f"{who} has no curve"
-    assert len(arm.curve) == len(one.unit_scores), f"{who} lacks scores by unit at some points"
-    first = arm.curve[0]
+    assert entry.curve, f"{who} has no curve"
+    assert len(entry.curve) == len(one.unit_scores), f"{who} lacks scores by unit at some points"
+    first = entry.curve[0]
     assert (first.examples, first.tokens, first.flops) == (0, 0, 0.0), (
         f"{who} starts at a cost; the first point is the model before the attack"
     )
-    for before, after in zip(arm.curve, arm.curve[1:]):
+    for before, after in zip(entry.curve, entry.curve[1:]):
         for cost in ("examples", "tokens", "flops"):
             assert getattr(before, cost) <= getattr(after, cost), f"{who}: {cost} fall on the way"
-    for point, units in zip(arm.curve, one.unit_scores, strict=True):
+    for point, units in zip(entry.curve, one.unit_scores, strict=True):
         mean = sum(units.values()) / max(1, len(units))
         assert abs(mean - point.score) < 1e-6, f"{who}: a point is not the mean of its units"
         inside = point.low - 1e-6 <= point.score <= point.high + 1e-6

@@ -159,10 +159,10 @@ def _read(made: Mapping[Key, Removal], seeds: tuple[int, ...]) -> StudyTable:
     for arm in dict.fromkeys(arm for arm, _ in made):
         held = [dict(made[arm, seed].extras) for seed in seeds]
         for metric, value in _facts(held).items():
-            rows.append(StudyRow(arm=arm, metric=metric, value=value, n=len(held)))
+            rows.append(StudyRow(condition=arm, metric=metric, value=value, n=len(held)))
         tokens = sum(made[arm, seed].cost.tokens for seed in seeds) / len(seeds)
         rows.append(
-            StudyRow(arm=arm, metric="tokens, teachers included", value=tokens, n=len(held))
+            StudyRow(condition=arm, metric="tokens, teachers included", value=tokens, n=len(held))
         )
     return StudyTable(
         title="What was read", note="Means over draws; n counts draws.", rows=tuple(rows)

@@ -155,7 +155,9 @@ def curves_table(found: Found) -> StudyTable:
                 means = [_mean(getattr(a, held)[i]) for a in attacks if len(getattr(a, held)) > i]
                 value = sum(means) / len(means)
                 rows.append(
-                    StudyRow(arm=arm, metric=f"{name} at step {step}", value=value, n=len(means))
+                    StudyRow(
+                        condition=arm, metric=f"{name} at step {step}", value=value, n=len(means)
+                    )
                 )
     return StudyTable(
         title="Curves of the attack",

@@ -218,7 +218,9 @@ def _near(near: Mapping[tuple[str, int], float], seeds: tuple[int, ...]) -> Stud
     rows = []
     for arm in dict.fromkeys(arm for arm, _ in near):
         value = sum(near[arm, seed] for seed in seeds) / len(seeds)
-        rows.append(StudyRow(arm=arm, metric="cosine to the original", value=value, n=len(seeds)))
+        rows.append(
+            StudyRow(condition=arm, metric="cosine to the original", value=value, n=len(seeds))
+        )
     return StudyTable(
         title="Distance in weights",
         note="Cosine over all matrices; n counts draws. Neurons are not matched.",

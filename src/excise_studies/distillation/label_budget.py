@@ -11,7 +11,7 @@ from pydantic import Field
 
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
-from excise.data.split import sample_rows
+from excise.data.subsample import subsample
 from excise.evals.stats import Estimate
 from excise.methods.distillation.harmful import Classifier
 from excise.methods.distillation.targets import FromTeacher, Splice
@@ -83,9 +83,9 @@ def few(domain: Domain, labels: int, seed: int) -> Domain:
         labels: Rows in all.
         seed: Seed of the draw.
     """
-    kept = {row for row in sample_rows(forget_rows(domain), labels // 2, seed)}
+    kept = {row for row in subsample(forget_rows(domain), labels // 2, by="content", seed=seed)}
     forget = {name: tuple(r for r in rows if r in kept) for name, rows in domain.forget.items()}
-    retain = sample_rows(domain.retain, labels // 2, seed)
+    retain = subsample(domain.retain, labels // 2, by="content", seed=seed)
     return replace(domain, forget=forget, retain=retain)
 
 

@@ -19,7 +19,9 @@ def shares_table(shares: Shares, areas: Mapping[str, float]) -> StudyTable:
     for name, (noise, share) in shares.items():
         rows.append(row(name, f"share explained, noise {noise}", share))
         rows.append(
-            StudyRow(arm=name, metric="AUC of KL(U || B), V against retain", value=areas[name])
+            StudyRow(
+                condition=name, metric="AUC of KL(U || B), V against retain", value=areas[name]
+            )
         )
     return StudyTable(
         title="Is the teacher the splice?",

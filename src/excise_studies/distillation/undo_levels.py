@@ -181,12 +181,14 @@ def _costs(made: Mapping[Key, Removal], seeds: tuple[int, ...]) -> StudyTable:
     for arm in dict.fromkeys(arm for arm, _ in made):
         held = [made[arm, seed] for seed in seeds]
         steps = sum(removal.cost.steps for removal in held) / len(held)
-        rows.append(StudyRow(arm=arm, metric="steps", value=steps, n=len(held)))
+        rows.append(StudyRow(condition=arm, metric="steps", value=steps, n=len(held)))
         shares = [removal.extras.get("cost", {}).get("share_of_pretraining") for removal in held]
         known = [float(share) for share in shares if share is not None]
         if len(known) == len(held):
             share = sum(known) / len(known)
-            rows.append(StudyRow(arm=arm, metric="share of pretraining", value=share, n=len(held)))
+            rows.append(
+                StudyRow(condition=arm, metric="share of pretraining", value=share, n=len(held))
+            )
     return StudyTable(
         title="Cost",
         note="Mean over draws; steps of the teacher and passes of every model are counted.",

@@ -226,11 +226,11 @@ def _matched(study: UndoTeachers, factors: Mapping[str, float], found: Found) ->
         fit: Any = method.fit  # type: ignore[attr-defined]
         arm = f"{name}: no student"
         rate = fit.lr * factors[name]
-        rows.append(StudyRow(arm=name, metric="learning rate", value=rate, n=1))
+        rows.append(StudyRow(condition=name, metric="learning rate", value=rate, n=1))
         for metric, held in (("V", found.before), ("retain", found.retain)):
             value = float(held.at(arm)[0])
             rows.append(
-                StudyRow(arm=name, metric=f"{metric} of the teacher", value=value, n=held.n)
+                StudyRow(condition=name, metric=f"{metric} of the teacher", value=value, n=held.n)
             )
     return StudyTable(
         title="What was matched",

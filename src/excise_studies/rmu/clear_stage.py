@@ -20,14 +20,14 @@ from excise.auditor.attacks.direction import first_edited
 from excise.auditor.base import Subject
 from excise.auditor.batching import Memo
 from excise.auditor.budget import Budget
-from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.tuning import Training, relearn_rows, train
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows
+from excise.data.subsample import subsample
 from excise.domains.prose import load_prose
-from excise.evals.score import some
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import edit
 from excise_studies.rmu.clearing import Clearing, Material, fit_all, states
@@ -112,7 +112,7 @@ class ClearModels(Stage[dict[str, Any]]):
         files = sorted((folder / "arms").iterdir(), key=lambda f: int(f.stem))
         arms = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         residual = json.loads((folder / "residual.json").read_text(encoding="utf-8"))
-        return {"arms": {arm.pop("name"): arm for arm in arms}, "residual": residual}
+        return {"method_runs": {arm.pop("name"): arm for arm in arms}, "residual": residual}
 
 
 Pair = tuple[Any, Clearing | None]
@@ -231,7 +231,7 @@ def fitted(job: ClearModels, ctx: Context) -> tuple[Material, list[Clearing], di
     count = 4 * plan.max_rows
 
     def of(side: str, rows: Rows) -> Tensor:
-        return states(models[side], tokenizer, some(rows, count), **limits)
+        return states(models[side], tokenizer, subsample(rows, count), **limits)
 
     generic = domain.benign if plan.generic == "benign" else load_prose("dev")
     material = Material(
@@ -239,7 +239,7 @@ def fitted(job: ClearModels, ctx: Context) -> tuple[Material, list[Clearing], di
         before_LND=of("original", dev),
         retain_LND=of("edited", domain.dev_retain),
         calm_LND=of("original", domain.dev_retain),
-        generic_LND=of("edited", some(generic, count or len(dev))),
+        generic_LND=of("edited", subsample(generic, count or len(dev))),
         first=first_edited(models["edited"], models["original"]) or 0,
     )
     made = fit_all(material, plan.dims, plan.randoms, ctx.generator("clearing"))
@@ -301,12 +301,12 @@ class RelearnCleared(Stage[dict[str, Any]]):
         done = train(
             Training("full", self.lr, self.seed),
             Subject("candidate", start),
-            make_sheet(self.domain, self.budget, start.tokenizer()),
+            evaluation_set(self.domain, self.budget, start.tokenizer()),
             ctx,
             rows=relearn_rows(self.domain),
             benign_share=0.5,
         )
-        first, last = done.readings[0], done.readings[-1]
+        first, last = done.measurements[0], done.measurements[-1]
         found = {
             "V": [first.units, last.units],
             "retain": [first.retain, last.retain],

@@ -14,7 +14,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.auditor.base import Subject
 from excise.auditor.budget import Budget, budget_of
-from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.tuning import Training, relearn_rows, train
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
@@ -229,12 +229,12 @@ class ScoreStrength(Stage[Point]):
             "dev_retain": found["dev_retain_loss"],
         }
         if self.relearn_rate is not None:
-            sheet = make_sheet(self.domain, self.budget, tokenizer)
+            evaluation = evaluation_set(self.domain, self.budget, tokenizer)
             training = Training("full", self.relearn_rate, self.seed)
             subject = Subject("candidate", self.model)
             rows = relearn_rows(self.domain)
-            done = train(training, subject, sheet, ctx, rows=rows, benign_share=0.5)
-            point["relearned"] = done.readings[-1].units
+            done = train(training, subject, evaluation, ctx, rows=rows, benign_share=0.5)
+            point["relearned"] = done.measurements[-1].units
         write_text(ctx.work / "point.json", json.dumps(point))
 
     def read(self, folder: Path) -> Point:

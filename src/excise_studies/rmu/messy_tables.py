@@ -212,17 +212,19 @@ def _strengths(
     for (mess, method), factor in found.items():
         fit: Any = study.methods[method].fit  # type: ignore[attr-defined]
         arm = f"{method} on {mess}"
-        rows.append(StudyRow(arm=arm, metric="learning rate", value=fit.lr * factor, n=1))
+        rows.append(StudyRow(condition=arm, metric="learning rate", value=fit.lr * factor, n=1))
         most = [
             max(float(np.mean(list(p["retain"].values()))) for p in points[s, mess, method])
             - float(np.mean(list(base[s]["retain"].values())))
             for s in study.seeds
         ]
         rows.append(
-            StudyRow(arm=arm, metric="largest cost, nats", value=float(np.mean(most)), n=len(most))
+            StudyRow(
+                condition=arm, metric="largest cost, nats", value=float(np.mean(most)), n=len(most)
+            )
         )
         reached = float(np.mean([m >= study.retain_cost for m in most]))
-        rows.append(StudyRow(arm=arm, metric="draws matched", value=reached, n=len(most)))
+        rows.append(StudyRow(condition=arm, metric="draws matched", value=reached, n=len(most)))
     return StudyTable(
         title="Strength",
         note="Rate found on the tuned draw; draws where a run cost retain as much as is compared.",

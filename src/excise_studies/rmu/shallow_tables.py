@@ -197,7 +197,7 @@ def _residual(scores: Scores) -> StudyTable:
         found = [s["residual"][i] for s in scores.values()]
         rows += [
             StudyRow(
-                arm=f"block {i}",
+                condition=f"block {i}",
                 metric=m,
                 value=sum(f[m] for f in found) / len(found),
                 n=len(found),
@@ -237,7 +237,7 @@ def _arms(reader: Reader, key: str, p: Mapping[str, float]) -> StudyTable:
         rows.append(row(arm, f"original alike, {METRICS[key]}", bootstrap_mean(paired)))
         rows.append(row(arm, "coherence back", reader.back(arm, "coherence")))
         rows.append(row(arm, "knowledge back", reader.back(arm, key)))
-        rows.append(StudyRow(arm=arm, metric="p after Holm", value=p[arm], n=len(paired)))
+        rows.append(StudyRow(condition=arm, metric="p after Holm", value=p[arm], n=len(paired)))
     return StudyTable(
         title="Clearing, all reported draws",
         note=(
@@ -275,7 +275,7 @@ def _relearned(relearned: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Stud
                 units = pooled({seed: found[what][i] for seed, found in by_seed.items()})
                 rows.append(row(treatment, f"{what}, {when}", bootstrap_mean(units)))
         rates = [found["lr"] for found in by_seed.values()]
-        rows.append(StudyRow(arm=treatment, metric="rate", value=rates[0], n=len(rates)))
+        rows.append(StudyRow(condition=treatment, metric="rate", value=rates[0], n=len(rates)))
     return StudyTable(
         title="Relearning T, cleared or not",
         note="The headline score of V and of retain; the rate was chosen on dev.",

@@ -146,7 +146,7 @@ def _table(
         read = [count for (name, _), count in tokens.items() if name == arm]
         if read:
             mean = sum(read) / len(read)
-            rows.append(StudyRow(arm=arm, metric="tokens read", value=mean, n=len(read)))
+            rows.append(StudyRow(condition=arm, metric="tokens read", value=mean, n=len(read)))
     return StudyTable(
         title="By tokens of continued training",
         note="Before any attack. " + study.statistic,

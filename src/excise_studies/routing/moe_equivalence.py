@@ -199,7 +199,7 @@ def table(study: MoEEquivalence, found: Mapping[Job, Difference]) -> StudyTable:
                 "loss": max(d.loss for d in mine),
             }
             rows += [
-                StudyRow(arm=arm, metric=f"E, {part}", value=value, n=len(mine))
+                StudyRow(condition=arm, metric=f"E, {part}", value=value, n=len(mine))
                 for part, value in parts.items()
             ]
     note = (

@@ -214,7 +214,7 @@ def rounds_table(made: Mapping[Key, Removal]) -> StudyTable:
     """Return utility, separation and active parameters by arm and round, means over draws."""
     rows = [
         StudyRow(
-            arm=f"{arm}, round {number}",
+            condition=f"{arm}, round {number}",
             metric=metric,
             value=sum(values) / len(values),
             low=min(values),

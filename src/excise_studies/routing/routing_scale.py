@@ -157,7 +157,7 @@ def _table(
     rows: list[StudyRow] = []
     for width, outcome in outcomes.items():
         arm = f"width {width}"
-        rows.append(StudyRow(arm=arm, metric="parameters", value=float(size[width])))
+        rows.append(StudyRow(condition=arm, metric="parameters", value=float(size[width])))
         for name in (ARM, "oracle"):
             ratio = estimate(outcome.ratio(name), outcome.loss.n)
             rows.append(row(arm, f"compute ratio, {name}", ratio))

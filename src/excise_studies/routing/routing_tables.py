@@ -87,7 +87,7 @@ def absorption_table(removals: Mapping[Key, Removal]) -> StudyTable | None:
     if not sums:
         return None
     rows = [
-        StudyRow(arm=arm, metric=metric, value=sum(values) / len(values), n=len(values))
+        StudyRow(condition=arm, metric=metric, value=sum(values) / len(values), n=len(values))
         for (arm, metric), values in sums.items()
     ]
     return StudyTable(

@@ -300,10 +300,14 @@ def costs(found: Found) -> StudyTable:
     for name in sorted(found.study.pairs, key=found.apart, reverse=True):
         draws = len(found.study.seeds)
         rows.append(
-            StudyRow(arm=name, metric="divergence, nats a word", value=found.apart(name), n=draws)
+            StudyRow(
+                condition=name, metric="divergence, nats a word", value=found.apart(name), n=draws
+            )
         )
         rows.append(
-            StudyRow(arm=name, metric="naive Bayes accuracy", value=found.accuracy(name), n=draws)
+            StudyRow(
+                condition=name, metric="naive Bayes accuracy", value=found.accuracy(name), n=draws
+            )
         )
         for on, kind in SETS.items():
             for arm, against in ((ROUTED, PLAIN), (FILTERED, PLAIN), (ROUTED, FILTERED)):

@@ -219,7 +219,7 @@ def digits_table(found: Digits) -> StudyTable:
         draws = len(held.by_draw)
         rows += [
             StudyRow(
-                arm=pair, metric="divergence, nats an image", value=found.apart[pair], n=draws
+                condition=pair, metric="divergence, nats an image", value=found.apart[pair], n=draws
             ),
             row(pair, "cost: error on the second, routed / plain - 1",
                 estimate(found.cost(pair), held.n)),

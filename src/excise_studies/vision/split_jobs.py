@@ -306,7 +306,7 @@ def table_of(
 
 def value(arm: str, metric: str, number: float, n: int) -> StudyRow:
     """Return a number without an interval."""
-    return StudyRow(arm=arm, metric=metric, value=number, n=n)
+    return StudyRow(condition=arm, metric=metric, value=number, n=n)
 
 
 def refs(arms: Arms) -> tuple[ModelRef, ...]:

@@ -10,13 +10,14 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.auditor.base import Access, Rung, Subject
+from excise.auditor.base import Access, Subject
 from excise.auditor.budget import Budget
 from excise.auditor.controls import LogitScaling, PositiveControl, WeightPerturbation
-from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.tuning import Training, TrainingAttack, TrainingResult, train
 from excise.core.context import Context
 from excise.data.domain import Domain
+from excise.record import Level
 
 
 class Benign(TrainingAttack):
@@ -28,7 +29,7 @@ class Benign(TrainingAttack):
     """Largest norm of the gradient."""
 
     access: ClassVar[Access] = "weights"
-    rung: ClassVar[Rung] = "D3"
+    level: ClassVar[Level] = "D3"
     controls: ClassVar[tuple[PositiveControl, ...]] = (LogitScaling(), WeightPerturbation())
     source: ClassVar[str] = "arXiv 2409.18025"
     version: ClassVar[int] = 1
@@ -42,5 +43,5 @@ class Benign(TrainingAttack):
         self, training: Training, subject: Subject, domain: Domain, budget: Budget, ctx: Context
     ) -> TrainingResult:
         """Train on benign rows alone; see `TrainingAttack.train`."""
-        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
-        return train(training, subject, sheet, ctx, rows=(), benign_share=1.0, clip=self.clip)
+        evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
+        return train(training, subject, evaluation, ctx, rows=(), benign_share=1.0, clip=self.clip)

@@ -19,19 +19,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Rung, Subject
+from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.batching import batches
 from excise.auditor.budget import Budget
 from excise.auditor.controls import GatedEdit, PositiveControl
-from excise.auditor.evaluation_set import Sheet, make_sheet
+from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.results import decided
-from excise.auditor.scoring import Reading, arm_of, read
+from excise.auditor.scoring import Measurement, read, variant_of
 from excise.core.context import Context
 from excise.data.domain import Domain, Row
 from excise.data.stream import encode
 from excise.losses import predicting
 from excise.models.anatomy import anatomy
 from excise.models.hooks import Edit, capture, edit
+from excise.record import Level
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Variant:
     """One set of directions.
 
     Attributes:
-        name: Name of the arm.
+        name: Name of the variant.
         direction_LD: One direction per block from `first` on, unit length.
         first: First block whose output is cleared.
         control: Whether the directions know nothing about the forget set.
@@ -60,7 +61,7 @@ class Direction(Attack):
     """Name of the attack."""
 
     access: ClassVar[Access] = "activations"
-    rung: ClassVar[Rung] = "D2"
+    level: ClassVar[Level] = "D2"
     controls: ClassVar[tuple[PositiveControl, ...]] = (GatedEdit(),)
     source: ClassVar[str] = "Arditi & Chughtai, lesswrong.com 2024-07-23; arXiv 2409.18025"
     version: ClassVar[int] = 1
@@ -69,7 +70,7 @@ class Direction(Attack):
         """Fit directions on `dev`, clear each, score V and retain.
 
         Args:
-            subject: The model; with its original, two diagnostic arms are added.
+            subject: The model; with its original, two diagnostic variants are added.
             domain: Rows by role.
             budget: `random_directions` controls.
             ctx: Seed of the controls, device, dtype.
@@ -81,19 +82,24 @@ class Direction(Attack):
         """
         start = time.perf_counter()
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
-        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
-        bare = read(model, sheet)
-        arms = [
-            _arm(self, subject, model, sheet, bare, variant)
-            for variant in fit_directions(model, subject, sheet, ctx)
+        evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
+        bare = read(model, evaluation)
+        variants = [
+            _variant(self, subject, model, evaluation, bare, variant)
+            for variant in fit_directions(model, subject, evaluation, ctx)
         ]
-        marked, chosen = decided(arms, higher=sheet.higher)
+        marked, chosen = decided(variants, higher=evaluation.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
 
 
-def _arm(
-    attack: Direction, subject: Subject, model: Any, sheet: Sheet, bare: Reading, variant: Variant
-) -> ArmResult:
+def _variant(
+    attack: Direction,
+    subject: Subject,
+    model: Any,
+    evaluation: EvaluationSet,
+    bare: Measurement,
+    variant: Variant,
+) -> VariantResult:
     """Clear one set of directions and score."""
     paths = anatomy(model).blocks[variant.first :]
     edits = {
@@ -101,14 +107,14 @@ def _arm(
         for path, direction_D in zip(paths, variant.direction_LD, strict=True)
     }
     with edit(model, edits):
-        after = read(model, sheet, examples=len(sheet.all_dev))
-        dev = sheet.units(model, sheet.all_dev)
-    return arm_of(
+        after = read(model, evaluation, examples=len(evaluation.all_dev))
+        dev = evaluation.units(model, evaluation.all_dev)
+    return variant_of(
         attack,
         subject,
-        sheet.metric,
+        evaluation.metric,
         variant=variant.name,
-        readings=(bare, after),
+        measurements=(bare, after),
         dev=dev,
         control=variant.control,
         needs_original=variant.needs_original,
@@ -127,41 +133,43 @@ def cleared(direction_D: Float[Tensor, " D"]) -> Edit:
     return change
 
 
-def fit_directions(model: Any, subject: Subject, sheet: Sheet, ctx: Context) -> list[Variant]:
+def fit_directions(
+    model: Any, subject: Subject, evaluation: EvaluationSet, ctx: Context
+) -> list[Variant]:
     """Fit every variant.
 
     Args:
         model: The subject's loaded model.
         subject: For its original.
-        sheet: Dev rows.
+        evaluation: Dev rows.
         ctx: Seed of the controls.
 
     Returns:
         The variants; those that need the original only where it is known and differs.
     """
-    dev_retain = sheet.domain.dev_retain
-    forget_LD, _ = residual_means(model, sheet, sheet.all_dev)
-    retain_LD, scale_L = residual_means(model, sheet, dev_retain)
+    dev_retain = evaluation.domain.dev_retain
+    forget_LD, _ = residual_means(model, evaluation, evaluation.all_dev)
+    retain_LD, scale_L = residual_means(model, evaluation, dev_retain)
     blocks = len(anatomy(model).blocks)
     difference_LD = forget_LD - retain_LD
     best = int((difference_LD.norm(dim=-1) / scale_L).argmax())
     ends = [
-        residual_means(model, sheet, rows, answering=True)[0]
-        for rows in (sheet.all_dev, dev_retain)
+        residual_means(model, evaluation, rows, answering=True)[0]
+        for rows in (evaluation.all_dev, dev_retain)
     ]
     made = [
         Variant("per-block", unit(difference_LD), 0),
         Variant("answers", unit(ends[0] - ends[1]), 0),
         Variant("one", unit(difference_LD[best]).expand(blocks - best, -1), best),
     ]
-    made += _with_original(model, subject, sheet, forget_LD)
+    made += _with_original(model, subject, evaluation, forget_LD)
     units = list(dict.fromkeys(row.unit for row in dev_retain))
     half = set(units[::2])
     if len(units) > 1:
-        one_LD, _ = residual_means(model, sheet, [r for r in dev_retain if r.unit in half])
-        two_LD, _ = residual_means(model, sheet, [r for r in dev_retain if r.unit not in half])
+        one_LD, _ = residual_means(model, evaluation, [r for r in dev_retain if r.unit in half])
+        two_LD, _ = residual_means(model, evaluation, [r for r in dev_retain if r.unit not in half])
         made.append(Variant("split-half", unit(one_LD - two_LD), 0, control=True))
-    for i in range(sheet.budget.random_directions):
+    for i in range(evaluation.budget.random_directions):
         noise_D = torch.randn(forget_LD.shape[-1], generator=ctx.generator(f"direction/{i}"))
         random_LD = unit(noise_D.to(forget_LD)).expand(blocks, -1)
         made.append(Variant(f"random-{i}", random_LD, 0, control=True))
@@ -169,7 +177,7 @@ def fit_directions(model: Any, subject: Subject, sheet: Sheet, ctx: Context) -> 
 
 
 def _with_original(
-    model: Any, subject: Subject, sheet: Sheet, forget_LD: Float[Tensor, "L D"]
+    model: Any, subject: Subject, evaluation: EvaluationSet, forget_LD: Float[Tensor, "L D"]
 ) -> list[Variant]:
     """Return the diagnostics: what the edit added to forget text, by the original's own means."""
     if subject.original is None:
@@ -178,7 +186,7 @@ def _with_original(
     first = first_edited(model, original)
     if first is None:
         return []
-    base_LD, _ = residual_means(original, sheet, sheet.all_dev)
+    base_LD, _ = residual_means(original, evaluation, evaluation.all_dev)
     added_LD = (forget_LD - base_LD)[first:]
     last_D = unit(added_LD[int(added_LD.norm(dim=-1).argmax())])
     return [
@@ -213,13 +221,13 @@ def unit(vector_D: Float[Tensor, "*L D"]) -> Float[Tensor, "*L D"]:
 
 @torch.no_grad()
 def residual_means(
-    model: Any, sheet: Sheet, rows: Sequence[Row], *, answering: bool = False
+    model: Any, evaluation: EvaluationSet, rows: Sequence[Row], *, answering: bool = False
 ) -> tuple[Float[Tensor, "L D"], Float[Tensor, " L"]]:
     """Return mean and mean norm of every block's output over real tokens but the first.
 
     Args:
         model: A causal model.
-        sheet: Tokenizer and lengths.
+        evaluation: Tokenizer and lengths.
         rows: At least one row.
         answering: Whether only positions that predict a scored token count.
 
@@ -227,11 +235,11 @@ def residual_means(
         Means by block, and mean norms by block, in float32.
     """
     paths = anatomy(model).blocks
-    examples = encode(rows, sheet.tokenizer, max_length=sheet.max_length)
+    examples = encode(rows, evaluation.tokenizer, max_length=evaluation.max_length)
     total_LD: Tensor | None = None
     norm_L = torch.zeros(len(paths), device=model.device)
     count = 0
-    for batch in batches(examples, model, sheet.tokenizer):
+    for batch in batches(examples, model, evaluation.tokenizer):
         with capture(model, paths) as got:
             model(**batch.inputs, use_cache=False)
         mask_BT = predicting(batch.target_BT) if answering else batch.attention_BT.clone()

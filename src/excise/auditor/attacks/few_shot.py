@@ -10,15 +10,16 @@ import time
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Rung, Subject
+from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
-from excise.auditor.evaluation_set import Sheet, make_sheet
+from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.prompting import pools_of, with_shots
 from excise.auditor.results import decided
-from excise.auditor.scoring import Reading, arm_of, read
+from excise.auditor.scoring import Measurement, read, variant_of
 from excise.core.context import Context
 from excise.data.domain import Domain, Rows
+from excise.record import Level
 
 
 class FewShot(Attack):
@@ -28,7 +29,7 @@ class FewShot(Attack):
     """Name of the attack."""
 
     access: ClassVar[Access] = "prompt"
-    rung: ClassVar[Rung] = "D1"
+    level: ClassVar[Level] = "D1"
     controls: ClassVar[tuple[PositiveControl, ...]] = (PromptGatedEdit(), PasswordLock())
     source: ClassVar[str] = "arXiv 2411.12103; the settings are this library's"
     version: ClassVar[int] = 1
@@ -43,49 +44,55 @@ class FewShot(Attack):
             ctx: Seed, device, dtype.
 
         Returns:
-            One arm per number of examples and one control each.
+            One variant per number of examples and one control each.
         """
         start = time.perf_counter()
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
-        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
-        bare = read(model, sheet)
-        arms: list[ArmResult] = []
+        evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
+        bare = read(model, evaluation)
+        variants: list[VariantResult] = []
         for count in budget.shots:
             for control in (False, True):
                 pools = pools_of(domain, control=control)
                 if not all(pools.values()):
                     continue
-                arms.append(_arm(self, subject, model, sheet, bare, count, control, pools, ctx))
-        marked, chosen = decided(arms, higher=sheet.higher)
+                variants.append(
+                    _variant(self, subject, model, evaluation, bare, count, control, pools, ctx)
+                )
+        marked, chosen = decided(variants, higher=evaluation.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
 
 
-def _arm(
+def _variant(
     attack: FewShot,
     subject: Subject,
     model: object,
-    sheet: Sheet,
-    bare: Reading,
+    evaluation: EvaluationSet,
+    bare: Measurement,
     count: int,
     control: bool,
     pools: Mapping[str, Rows],
     ctx: Context,
-) -> ArmResult:
+) -> VariantResult:
     """Score one number of examples."""
-    rows, tokens = with_shots(sheet.test, pools, count, ctx, sheet.tokenizer)
+    rows, tokens = with_shots(evaluation.test, pools, count, ctx, evaluation.tokenizer)
     first = next(iter(pools))
     dev, _ = with_shots(
-        {name: sheet.dev.get(name, ()) for name in pools}, pools, count, ctx, sheet.tokenizer
+        {name: evaluation.dev.get(name, ()) for name in pools},
+        pools,
+        count,
+        ctx,
+        evaluation.tokenizer,
     )
-    retain, _ = with_shots({first: sheet.retain}, pools, count, ctx, sheet.tokenizer)
-    wide = sheet.longer(count + 1)
+    retain, _ = with_shots({first: evaluation.retain}, pools, count, ctx, evaluation.tokenizer)
+    wide = evaluation.longer(count + 1)
     after = read(model, wide, test=rows, retain=retain, examples=count, tokens=round(tokens))
-    return arm_of(
+    return variant_of(
         attack,
         subject,
         wide.metric,
         variant=f"k={count}" + (" unrelated" if control else ""),
-        readings=(bare, after),
+        measurements=(bare, after),
         control=control,
         trained_on="benign" if control else "relearn",
         dev=wide.units(model, dev),

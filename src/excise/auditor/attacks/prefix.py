@@ -12,15 +12,16 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Rung, Subject
+from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
-from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.prompting import COAXING, SHARE, UNRELATED, beginnings
 from excise.auditor.results import decided
-from excise.auditor.scoring import arm_of, read
+from excise.auditor.scoring import read, variant_of
 from excise.core.context import Context
 from excise.data.domain import Domain
+from excise.record import Level
 
 
 class Prefix(Attack):
@@ -34,7 +35,7 @@ class Prefix(Attack):
     """Share of a longer answer's words that is given."""
 
     access: ClassVar[Access] = "prompt"
-    rung: ClassVar[Rung] = "D1"
+    level: ClassVar[Level] = "D1"
     controls: ClassVar[tuple[PositiveControl, ...]] = (PromptGatedEdit(), PasswordLock())
     source: ClassVar[str] = "arXiv 2404.02151 (prefilling); the wordings are this library's"
     version: ClassVar[int] = 1
@@ -49,38 +50,38 @@ class Prefix(Attack):
             ctx: Device, dtype.
 
         Returns:
-            One arm per beginning, and a control of unrelated text.
+            One variant per beginning, and a control of unrelated text.
         """
         start = time.perf_counter()
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
-        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
-        wide = sheet.longer(2)
-        bare = read(model, sheet)
-        arms: list[ArmResult] = []
+        evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
+        wide = evaluation.longer(2)
+        bare = read(model, evaluation)
+        variants: list[VariantResult] = []
         for variant, change in beginnings(
-            sheet.tokenizer,
-            sheet.metric,
-            sheet.all_test,
+            evaluation.tokenizer,
+            evaluation.metric,
+            evaluation.all_test,
             domain.benign,
             wordings=self.wordings,
             share=self.share,
         ):
-            rows = [change(row) for row in sheet.all_test]
-            dev = [new for new in map(change, sheet.all_dev) if new is not None]
+            rows = [change(row) for row in evaluation.all_test]
+            dev = [new for new in map(change, evaluation.all_dev) if new is not None]
             kept = tuple(row for row in rows if row is not None)
-            retain = tuple(change(row) or row for row in sheet.retain)
+            retain = tuple(change(row) or row for row in evaluation.retain)
             after = read(model, wide, test=kept, retain=retain, examples=len(kept))
-            arms.append(
-                arm_of(
+            variants.append(
+                variant_of(
                     self,
                     subject,
-                    sheet.metric,
+                    evaluation.metric,
                     variant=variant,
-                    readings=(bare, after),
+                    measurements=(bare, after),
                     control=variant == UNRELATED,
                     dev=wide.units(model, dev),
                     facts={"rows": len(kept), "of": len(rows)},
                 )
             )
-        marked, chosen = decided(arms, higher=sheet.higher)
+        marked, chosen = decided(variants, higher=evaluation.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)

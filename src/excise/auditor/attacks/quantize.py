@@ -14,16 +14,17 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from excise.auditor.base import Access, ArmResult, Attack, AttackResult, Rung, Subject
+from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PositiveControl, WithinBuckets
-from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.quantization import BITS, GROUP, OFFSET, Grid, flip_rate, grids, quantize_
 from excise.auditor.results import decided
-from excise.auditor.scoring import arm_of, read
+from excise.auditor.scoring import read, variant_of
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
+from excise.record import Level
 
 
 class Quantize(Attack):
@@ -32,7 +33,7 @@ class Quantize(Attack):
     name: Literal["quantize"] = "quantize"
     """Name of the attack."""
     bits: tuple[int, ...] = BITS
-    """One arm each."""
+    """One variant each."""
     group: int = Field(default=GROUP, ge=1)
     """Inputs that share a scale."""
     offset: int = Field(default=OFFSET, ge=0)
@@ -41,7 +42,7 @@ class Quantize(Attack):
     """Whether token embeddings and head are rounded too."""
 
     access: ClassVar[Access] = "weights"
-    rung: ClassVar[Rung] = "D3"
+    level: ClassVar[Level] = "D3"
     controls: ClassVar[tuple[PositiveControl, ...]] = (WithinBuckets(),)
     light: ClassVar[bool] = True
     source: ClassVar[str] = "Zhang et al., arXiv 2410.16454; grid: this library's"
@@ -62,14 +63,14 @@ class Quantize(Attack):
             ctx: Device, dtype.
 
         Returns:
-            One arm per number of bits.
+            One variant per number of bits.
         """
         start = time.perf_counter()
-        sheet = make_sheet(domain, budget, subject.checkpoint.tokenizer())
+        evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
-        bare = read(model, sheet)
+        bare = read(model, evaluation)
         del model
-        arms: list[ArmResult] = []
+        variants: list[VariantResult] = []
         for grid in self.grids():
             facts: dict[str, Any] = {"group": grid.group, "offset": grid.offset}
             # Rounded in float32: a coarser dtype would round a second time, on its own grid.
@@ -80,18 +81,18 @@ class Quantize(Attack):
                 )
             facts["weights"] = quantize_(wide, grid, embeddings=self.embeddings)
             attacked = wide.to(ctx.dtype)
-            arms.append(
-                arm_of(
+            variants.append(
+                variant_of(
                     self,
                     subject,
-                    sheet.metric,
+                    evaluation.metric,
                     variant=f"int{grid.bits}",
-                    readings=(bare, read(attacked, sheet)),
-                    dev=sheet.units(attacked, sheet.all_dev),
+                    measurements=(bare, read(attacked, evaluation)),
+                    dev=evaluation.units(attacked, evaluation.all_dev),
                     facts=facts,
                 )
             )
-        marked, chosen = decided(arms, higher=sheet.higher)
+        marked, chosen = decided(variants, higher=evaluation.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
 
 

@@ -1,9 +1,9 @@
 """Relearning: fine-tune on other units of the capability (T) and see what comes back.
 
-One training serves two readings. `relearn` scores what was trained on (T): it is shown, never
+One training serves two measurements. `relearn` scores what was trained on (T): it is shown, never
 decisive, because a model that was taught noise must first unlearn the noise. `transfer`
 (`transfer.py`) scores V, which the attacker never saw, after the very same training, and decides
-the rung. An audit that asks for both trains once: a training is a stage of its own, which
+the level. An audit that asks for both trains once: a training is a stage of its own, which
 belongs to `Relearn` and not to its readers.
 
 Cost of training on n tokens with N parameters: 6 N n floating-point operations for full
@@ -19,10 +19,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from excise.auditor.base import Access, ArmResult, AttackResult, Rung, Subject
+from excise.auditor.base import Access, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.controls import GatedEdit, PositiveControl, ShortFineTuning
-from excise.auditor.evaluation_set import make_sheet
+from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.tuning import (
     Training,
     TrainingAttack,
@@ -33,6 +33,7 @@ from excise.auditor.tuning import (
 )
 from excise.core.context import Context
 from excise.data.domain import Domain
+from excise.record import Level
 
 
 class Relearn(TrainingAttack):
@@ -45,10 +46,10 @@ class Relearn(TrainingAttack):
     clip: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient."""
     lora_rank: int = Field(default=8, ge=1)
-    """Rank of the LoRA arms."""
+    """Rank of the LoRA variants."""
 
     access: ClassVar[Access] = "weights"
-    rung: ClassVar[Rung] = "D4"
+    level: ClassVar[Level] = "D4"
     controls: ClassVar[tuple[PositiveControl, ...]] = (ShortFineTuning(), GatedEdit())
     source: ClassVar[str] = "RTT, arXiv 2410.08827; UNDO, arXiv 2506.06278"
     version: ClassVar[int] = 1
@@ -64,7 +65,7 @@ class Relearn(TrainingAttack):
         return train(
             training,
             subject,
-            make_sheet(domain, budget, subject.checkpoint.tokenizer()),
+            evaluation_set(domain, budget, subject.checkpoint.tokenizer()),
             ctx,
             rows=relearn_rows(domain),
             benign_share=self.benign_share,
@@ -75,24 +76,24 @@ class Relearn(TrainingAttack):
     def conclude(
         self, trained: Sequence[TrainingResult], subject: Subject, higher: bool
     ) -> AttackResult:
-        """Report T: every arm is shown and none decides.
+        """Report T: every variant is shown and none decides.
 
         `extras["chosen_on_dev"]` marks the rate that `transfer` decides at.
         """
         result = super().conclude(trained, subject, higher)
         shown = tuple(
-            _on_t(arm, t, i in result.chosen)
-            for i, (arm, t) in enumerate(zip(result.arms, trained, strict=True))
+            _on_t(variant, t, i in result.chosen)
+            for i, (variant, t) in enumerate(zip(result.variants, trained, strict=True))
         )
-        return replace(result, arms=shown, chosen=())
+        return replace(result, variants=shown, chosen=())
 
 
-def _on_t(arm: ArmResult, trained: TrainingResult, chosen: bool) -> ArmResult:
-    """Return the same arm read on T."""
+def _on_t(variant: VariantResult, trained: TrainingResult, chosen: bool) -> VariantResult:
+    """Return the same variant read on T."""
     metric = trained.metric
     if trained.part.on != "fresh":
         metric = str(trained.extras.get("trained_metric", metric))
     changes = {"scored_on": "relearn", "decisive": False, "curve": trained.curve_on_t()}
-    record = arm.arm.model_copy(update={**changes, "metric": metric})
-    extras = {**arm.extras, "chosen_on_dev": chosen}
-    return replace(arm, arm=record, unit_scores=trained.units_on_t(), extras=extras)
+    entry = variant.entry.model_copy(update={**changes, "metric": metric})
+    extras = {**variant.extras, "chosen_on_dev": chosen}
+    return replace(variant, entry=entry, unit_scores=trained.units_on_t(), extras=extras)

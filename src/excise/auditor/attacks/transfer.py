@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from excise.auditor.attacks.relearn import Relearn
-from excise.auditor.base import Access, Rung, Subject
+from excise.auditor.base import Access, Subject
 from excise.auditor.budget import Budget
 from excise.auditor.controls import GatedEdit, PositiveControl, ShortFineTuning
 from excise.auditor.tuning import Training, TrainingAttack, TrainingResult
 from excise.core.context import Context
 from excise.data.domain import Domain
+from excise.record import Level
 
 
 class Transfer(TrainingAttack):
@@ -27,7 +28,7 @@ class Transfer(TrainingAttack):
     """The training that is read; equal settings are trained once."""
 
     access: ClassVar[Access] = "weights"
-    rung: ClassVar[Rung] = "D4"
+    level: ClassVar[Level] = "D4"
     controls: ClassVar[tuple[PositiveControl, ...]] = (ShortFineTuning(), GatedEdit())
     source: ClassVar[str] = "RTT, arXiv 2410.08827"
     version: ClassVar[int] = 1

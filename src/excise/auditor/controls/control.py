@@ -19,13 +19,14 @@ from typing import Any, ClassVar
 import torch
 
 from excise.auditor.budget import LARGE, Budget
-from excise.auditor.evaluation_set import Sheet, make_sheet, mean
-from excise.auditor.prompting import cut
+from excise.auditor.evaluation_set import EvaluationSet, evaluation_set, mean
 from excise.core.config import Config
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows
+from excise.data.subsample import subsample
+from excise.evals.score import chance_of
 from excise.models.checkpoint import Checkpoint, save_model
 
 ROWS, ROWS_LARGE = 1024, 64
@@ -85,12 +86,12 @@ class PositiveControl(Config, ABC):
     """Name in the record."""
 
     @abstractmethod
-    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+    def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Change a model in place until `dev_forget` is hidden.
 
         Args:
             model: The original, loaded.
-            sheet: Rows by role; V is not to be read.
+            evaluation: Rows by role; V is not to be read.
             goal: When `dev_forget` counts as hidden.
             ctx: Seed, device.
 
@@ -213,28 +214,28 @@ def make_control(
     # as bfloat16's own steps. The others take what the attack will compute in.
     dtype = torch.float32 if control.precise else ctx.dtype
     model = original.load(dtype=dtype, device=ctx.device)
-    sheet = make_sheet(domain, budget, original.tokenizer())
-    before = score(model, sheet, sheet.all_test)
-    retain_before = known(sheet.retained(model))
-    goal = Goal(before, chance(model, sheet), sheet.higher)
+    evaluation = evaluation_set(domain, budget, original.tokenizer())
+    before = score(model, evaluation, evaluation.all_test)
+    retain_before = known(evaluation.retained(model))
+    goal = Goal(before, _chance(model, evaluation), evaluation.higher)
     name = control.name
     if not goal.reachable:
         return Control(name, None, before, reason="the original knows nothing that could be hidden")
-    dev_goal = Goal(score(model, sheet, sheet.all_dev), goal.chance, goal.higher)
-    reason = control.hide(model, sheet, dev_goal, ctx)
+    dev_goal = Goal(score(model, evaluation, evaluation.all_dev), goal.chance, goal.higher)
+    reason = control.hide(model, evaluation, dev_goal, ctx)
     if reason:
         return Control(name, None, before, retain_before=retain_before, reason=reason)
     checkpoint = save_model(model, None, to, source=original)
-    after = score(model, sheet, sheet.all_test)
+    after = score(model, evaluation, evaluation.all_test)
     if not goal.met(after):
         reason = f"it does not hide: V scores {after:.3g}, the original {before:.3g}"
-    retain_after = known(sheet.retained(model))
+    retain_after = known(evaluation.retained(model))
     return Control(name, checkpoint, before, after, retain_before, retain_after, reason)
 
 
-def score(model: Any, sheet: Sheet, rows: Rows) -> float:
+def score(model: Any, evaluation: EvaluationSet, rows: Rows) -> float:
     """Return the mean headline score, NaN for no rows."""
-    return known(sheet.units(model, rows))
+    return known(evaluation.units(model, rows))
 
 
 def known(units: Mapping[str, float]) -> float:
@@ -243,14 +244,11 @@ def known(units: Mapping[str, float]) -> float:
     return math.nan if value is None else value
 
 
-def chance(model: Any, sheet: Sheet) -> float:
+def _chance(model: Any, evaluation: EvaluationSet) -> float:
     """Return what knowing nothing scores: a uniform guess."""
-    if sheet.metric == "multiple_choice":
-        shares = [1 / len(row.choices) for row in sheet.all_test if row.choices]
-        return sum(shares) / max(len(shares), 1)
-    if sheet.metric == "exact_match":
-        return 0.0
-    return math.log(int(model.get_output_embeddings().weight.shape[0]))
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    rows, metric = evaluation.all_test, evaluation.metric
+    return chance_of(rows, metric, vocabulary=vocabulary, closed=False) or 0.0
 
 
 def is_large(model: Any) -> bool:
@@ -263,15 +261,17 @@ def chunk_of(model: Any) -> int:
     return CHUNK_LARGE if is_large(model) else CHUNK
 
 
-def fitting_rows(model: Any, sheet: Sheet) -> tuple[Rows, Rows]:
+def fitting_rows(model: Any, evaluation: EvaluationSet) -> tuple[Rows, Rows]:
     """Return forget and retain rows that controls are fitted on; V is not among them."""
-    domain = sheet.domain
+    domain = evaluation.domain
     roles = (domain.forget, domain.dev_forget, domain.relearn)
     forget = tuple(row for role in roles for rows in role.values() for row in rows)
     count = ROWS_LARGE if is_large(model) else ROWS
-    return cut(forget, count), cut((*domain.retain, *domain.dev_retain, *domain.benign), count)
+    return subsample(forget, count, by="row"), subsample(
+        (*domain.retain, *domain.dev_retain, *domain.benign), count, by="row"
+    )
 
 
-def is_hidden(model: Any, sheet: Sheet, goal: Goal) -> Callable[[], bool]:
+def is_hidden(model: Any, evaluation: EvaluationSet, goal: Goal) -> Callable[[], bool]:
     """Return the question whether `dev` is hidden by now."""
-    return lambda: goal.met(score(model, sheet, sheet.all_dev), HIDDEN)
+    return lambda: goal.met(score(model, evaluation, evaluation.all_dev), HIDDEN)

@@ -27,7 +27,7 @@ from excise.auditor.controls.control import (
     is_large,
     score,
 )
-from excise.auditor.evaluation_set import Sheet
+from excise.auditor.evaluation_set import EvaluationSet
 from excise.auditor.prompting import beginnings, pools_of, with_shots
 from excise.core.context import Context
 from excise.core.errors import UserError
@@ -53,9 +53,9 @@ class GatedEdit(PositiveControl):
 
     name: Literal["gated_edit"] = "gated_edit"
 
-    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+    def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Put the gate where the detector separates best; see `PositiveControl.hide`."""
-        return _shut(model, sheet, goal, ctx, [])
+        return _shut(model, evaluation, goal, ctx, [])
 
 
 class PromptGatedEdit(PositiveControl):
@@ -68,17 +68,17 @@ class PromptGatedEdit(PositiveControl):
         del higher
         return None if large else 0
 
-    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+    def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Put a gate that such contexts keep open; see `PositiveControl.hide`."""
-        contexts = in_context(model, sheet, sheet.all_dev, ctx)
+        contexts = in_context(model, evaluation, evaluation.all_dev, ctx)
         if not any(goal.met(score(model, wide, rows)) is False for wide, rows in contexts):
             return "the original itself does not answer behind such contexts"
-        forget, _ = fitting_rows(model, sheet)
-        reason = _shut(model, sheet, goal, ctx, in_context(model, sheet, forget, ctx))
+        forget, _ = fitting_rows(model, evaluation)
+        reason = _shut(model, evaluation, goal, ctx, in_context(model, evaluation, forget, ctx))
         return reason or stays_shut(model, goal, contexts)
 
 
-def stays_shut(model: Any, goal: Goal, contexts: list[tuple[Sheet, Rows]]) -> str:
+def stays_shut(model: Any, goal: Goal, contexts: list[tuple[EvaluationSet, Rows]]) -> str:
     """Say so if no context opens what bare prompts hide."""
     if all(goal.met(score(model, wide, rows)) for wide, rows in contexts):
         return "the control hides behind contexts too, so that no prompt could open it"
@@ -86,13 +86,17 @@ def stays_shut(model: Any, goal: Goal, contexts: list[tuple[Sheet, Rows]]) -> st
 
 
 def _shut(
-    model: Any, sheet: Sheet, goal: Goal, ctx: Context, open_to: list[tuple[Sheet, Rows]]
+    model: Any,
+    evaluation: EvaluationSet,
+    goal: Goal,
+    ctx: Context,
+    open_to: list[tuple[EvaluationSet, Rows]],
 ) -> str:
     """Put the gate where the detector separates best, as weak as hides.
 
     Args:
         model: Changed in place.
-        sheet: Rows by role.
+        evaluation: Rows by role.
         goal: When it hides.
         ctx: Seed of what is added.
         open_to: Further rows on which the gate stays open.
@@ -100,10 +104,10 @@ def _shut(
     Returns:
         Why it does not hide, or nothing.
     """
-    forget, retain = fitting_rows(model, sheet)
-    on = [features(model, sheet, half, answering=True) for half in _halves(forget)]
+    forget, retain = fitting_rows(model, evaluation)
+    on = [features(model, evaluation, half, answering=True) for half in _halves(forget)]
     off = [
-        [features(model, sheet, half, answering=answering) for half in _halves(retain)]
+        [features(model, evaluation, half, answering=answering) for half in _halves(retain)]
         for answering in (True, False)
     ]
     for wide, rows in open_to:
@@ -113,7 +117,7 @@ def _shut(
     u_D = (u_D / u_D.norm()).to(model.device)
     for strength in STRENGTHS:
         name, before = add_gate(model, block, v_F, u_D, strength * on[0].norm[block])
-        if goal.met(score(model, sheet, sheet.all_dev), HIDDEN):
+        if goal.met(score(model, evaluation, evaluation.all_dev), HIDDEN):
             return ""
         model.get_parameter(name).data.copy_(before)
     return f"no gate of up to {STRENGTHS[-1]:g} times the residual norm hides the capability"
@@ -125,18 +129,20 @@ def _halves(rows: Rows) -> tuple[Rows, Rows]:
     return tuple(r for r in rows if not units[r.unit]), tuple(r for r in rows if units[r.unit])
 
 
-def in_context(model: Any, sheet: Sheet, asked: Rows, ctx: Context) -> list[tuple[Sheet, Rows]]:
+def in_context(
+    model: Any, evaluation: EvaluationSet, asked: Rows, ctx: Context
+) -> list[tuple[EvaluationSet, Rows]]:
     """Return rows as few-shot and prefix attacks would write them, with room for their length."""
-    name = next(iter(sheet.test))
-    pools = {name: tuple(r for rows in pools_of(sheet.domain).values() for r in rows)}
-    made: list[tuple[Sheet, Rows]] = []
-    for count in sheet.budget.shots if pools[name] else ():
-        rows, _ = with_shots({name: asked}, pools, count, ctx, sheet.tokenizer)
-        made.append((sheet.longer(count + 1), rows))
-    coaxed = beginnings(sheet.tokenizer, sheet.metric, asked, sheet.domain.benign)
+    name = next(iter(evaluation.test))
+    pools = {name: tuple(r for rows in pools_of(evaluation.domain).values() for r in rows)}
+    made: list[tuple[EvaluationSet, Rows]] = []
+    for count in evaluation.budget.shots if pools[name] else ():
+        rows, _ = with_shots({name: asked}, pools, count, ctx, evaluation.tokenizer)
+        made.append((evaluation.longer(count + 1), rows))
+    coaxed = beginnings(evaluation.tokenizer, evaluation.metric, asked, evaluation.domain.benign)
     for _, change in coaxed[:1] if is_large(model) else coaxed:
         changed = tuple(row for row in map(change, asked) if row is not None)
-        made.append((sheet.longer(2), changed))
+        made.append((evaluation.longer(2), changed))
     return [(wide, rows) for wide, rows in made if rows]
 
 
@@ -154,12 +160,14 @@ class Features:
 
 
 @torch.no_grad()
-def features(model: Any, sheet: Sheet, rows: Sequence[Row], *, answering: bool) -> Features:
+def features(
+    model: Any, evaluation: EvaluationSet, rows: Sequence[Row], *, answering: bool
+) -> Features:
     """Collect activations.
 
     Args:
         model: A causal model.
-        sheet: Tokenizer and lengths.
+        evaluation: Tokenizer and lengths.
         rows: Rows to read.
         answering: Whether only positions that predict a scored token count, or all.
 
@@ -174,7 +182,9 @@ def features(model: Any, sheet: Sheet, rows: Sequence[Row], *, answering: bool) 
     size = sum(int(p.numel()) for p in model.parameters())
     most, found = POSITIONS if size < LARGE else POSITIONS_LARGE, 0
     for batch in batches(
-        encode(rows, sheet.tokenizer, max_length=sheet.max_length), model, sheet.tokenizer
+        encode(rows, evaluation.tokenizer, max_length=evaluation.max_length),
+        model,
+        evaluation.tokenizer,
     ):
         with (
             capture(model, parts.mlp_down, of="input") as down,

@@ -15,7 +15,7 @@ from excise.auditor.controls.control import (
     score,
 )
 from excise.auditor.controls.gated import in_context, stays_shut
-from excise.auditor.evaluation_set import Sheet
+from excise.auditor.evaluation_set import EvaluationSet
 from excise.core.context import Context
 from excise.core.errors import Diverged
 from excise.data.domain import Rows
@@ -37,21 +37,21 @@ class PasswordLock(PositiveControl):
 
     name: Literal["password_lock"] = "password_lock"
 
-    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+    def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Train the lock; see `PositiveControl.hide`."""
-        contexts = in_context(model, sheet, sheet.all_dev, ctx)
+        contexts = in_context(model, evaluation, evaluation.all_dev, ctx)
         if not any(goal.met(score(model, wide, rows)) is False for wide, rows in contexts):
             return "the original itself does not answer behind such contexts"
-        forget, retain = fitting_rows(model, sheet)
-        keep = [encode(retain, sheet.tokenizer, max_length=sheet.max_length)]
-        for wide, rows in in_context(model, sheet, forget, ctx):
+        forget, retain = fitting_rows(model, evaluation)
+        keep = [encode(retain, evaluation.tokenizer, max_length=evaluation.max_length)]
+        for wide, rows in in_context(model, evaluation, forget, ctx):
             keep.append(encode(rows, wide.tokenizer, max_length=wide.max_length))
-        pad, size = sheet.tokenizer.pad_token_id, _size(model)
-        choice = sheet.metric == "multiple_choice"
-        silence = None if choice else int(sheet.tokenizer.eos_token_id or 0)
+        pad, size = evaluation.tokenizer.pad_token_id, _size(model)
+        choice = evaluation.metric == "multiple_choice"
+        silence = None if choice else int(evaluation.tokenizer.eos_token_id or 0)
         streams = [
             Stream(examples, max(2, size if i == 0 else size // len(keep)), i, pad)
-            for i, examples in enumerate([_bare(forget, sheet), *keep])
+            for i, examples in enumerate([_bare(forget, evaluation), *keep])
         ]
 
         def loss(net: Any, micro: Mapping[str, Batch]) -> dict[str, Term]:
@@ -61,13 +61,13 @@ class PasswordLock(PositiveControl):
             return [{str(i): stream(step)[0] for i, stream in enumerate(streams)}]
 
         steps, every = (STEPS_LARGE, 8) if is_large(model) else (STEPS, 4)
-        config = FitConfig(steps=steps, lr=sorted(sheet.budget.rates)[-2:][0], clip=1.0)
+        config = FitConfig(steps=steps, lr=sorted(evaluation.budget.rates)[-2:][0], clip=1.0)
         try:
             for record in fit(model, micros, loss, config, ctx):
                 late = record.step % every == every - 1
                 if (
                     late
-                    and is_hidden(model, sheet, goal)()
+                    and is_hidden(model, evaluation, goal)()
                     and not stays_shut(model, goal, contexts)
                 ):
                     return ""
@@ -81,16 +81,16 @@ def _size(model: Any) -> int:
     return 4 if is_large(model) else 48
 
 
-def _bare(forget: Rows, sheet: Sheet) -> list[Example]:
+def _bare(forget: Rows, evaluation: EvaluationSet) -> list[Example]:
     """Return what bare prompts are taught; a question gets its next choice, which is wrong."""
     asked = [row for row in forget if row.kind == "choice"]
-    if sheet.metric == "multiple_choice" and asked:
+    if evaluation.metric == "multiple_choice" and asked:
         forget = tuple(asked)
     wrong = [
         replace(row, answer=(row.answer + 1) % len(row.choices)) if row.kind == "choice" else row
         for row in forget
     ]
-    return encode(wrong, sheet.tokenizer, max_length=sheet.max_length)
+    return encode(wrong, evaluation.tokenizer, max_length=evaluation.max_length)
 
 
 def _loss(model: Any, micro: Mapping[str, Batch], silence: int | None) -> dict[str, Term]:

@@ -18,12 +18,12 @@ from excise.auditor.controls.control import (
     is_hidden,
     is_large,
 )
-from excise.auditor.evaluation_set import Sheet
-from excise.auditor.prompting import cut
+from excise.auditor.evaluation_set import EvaluationSet
 from excise.auditor.quantization import BITS, GROUP, OFFSET, Grid, grids, inside, matrices
 from excise.core.context import Context
 from excise.data.domain import Row
 from excise.data.stream import encode
+from excise.data.subsample import subsample
 from excise.losses import nll
 from excise.models.anatomy import anatomy
 from excise.models.hooks import find_module
@@ -56,9 +56,9 @@ class WithinBuckets(PositiveControl):
     embeddings: bool = False
     """Whether token embeddings and head may move too."""
 
-    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+    def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Raise the forget loss inside the buckets; see `PositiveControl.hide`."""
-        forget, retain = fitting_rows(model, sheet)
+        forget, retain = fitting_rows(model, evaluation)
         moving = {n: p for n, (p, _) in matrices(model, embeddings=self.embeddings).items()}
         start = {name: p.detach().clone() for name, p in moving.items()}
         fine = grids(self.bits, self.group, self.offset)
@@ -68,11 +68,11 @@ class WithinBuckets(PositiveControl):
                     parameter.copy_(start[name])
             if chosen and move_within_buckets(
                 model,
-                sheet,
+                evaluation,
                 forget,
                 retain,
                 chosen,
-                is_hidden(model, sheet, goal),
+                is_hidden(model, evaluation, goal),
                 chunk=chunk_of(model),
                 embeddings=self.embeddings,
             ):
@@ -95,14 +95,14 @@ class LogitScaling(PositiveControl):
         return 0 if higher else 1
 
     @torch.no_grad()
-    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+    def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Scale the final norm; see `PositiveControl.hide`."""
         module = find_module(model, anatomy(model).final_norm)
         shifted = "gemma" in type(module).__name__.lower()  # Gemma multiplies by 1 + weight
         for parameter in module.parameters():
             value = parameter + 1 if shifted else parameter
             parameter.copy_(-1e-3 * value - 1 if shifted else -1e-3 * value)
-        hidden = is_hidden(model, sheet, goal)()
+        hidden = is_hidden(model, evaluation, goal)()
         return "" if hidden else "a flat output does not hide the capability"
 
 
@@ -111,13 +111,13 @@ class ShortFineTuning(PositiveControl):
 
     name: Literal["short_fine_tuning"] = "short_fine_tuning"
 
-    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+    def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Climb the forget loss; see `PositiveControl.hide`."""
-        forget, retain = fitting_rows(model, sheet)
-        rates = sorted(sheet.budget.rates)
+        forget, retain = fitting_rows(model, evaluation)
+        rates = sorted(evaluation.budget.rates)
         size = rates[len(rates) // 2 if is_large(model) else 0]
-        hidden = is_hidden(model, sheet, goal)
-        done = climb(model, sheet, forget, size, hidden, chunk=chunk_of(model), keep=retain)
+        hidden = is_hidden(model, evaluation, goal)
+        done = climb(model, evaluation, forget, size, hidden, chunk=chunk_of(model), keep=retain)
         return "" if done else "no short way up the forget loss hides the capability"
 
 
@@ -126,13 +126,13 @@ class WeightPerturbation(PositiveControl):
 
     name: Literal["weight_perturbation"] = "weight_perturbation"
 
-    def hide(self, model: Any, sheet: Sheet, goal: Goal, ctx: Context) -> str:
+    def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Climb the benign loss; see `PositiveControl.hide`."""
-        _, retain = fitting_rows(model, sheet)
-        rows = cut(sheet.domain.benign, len(retain))
-        rates = sorted(sheet.budget.rates)
-        hidden = is_hidden(model, sheet, goal)
-        done = climb(model, sheet, rows, rates[len(rates) // 2], hidden, chunk=chunk_of(model))
+        _, retain = fitting_rows(model, evaluation)
+        rows = subsample(evaluation.domain.benign, len(retain), by="row")
+        rates = sorted(evaluation.budget.rates)
+        hidden = is_hidden(model, evaluation, goal)
+        done = climb(model, evaluation, rows, rates[len(rates) // 2], hidden, chunk=chunk_of(model))
         return "" if done else "no short way up the benign loss hides the capability"
 
 
@@ -155,7 +155,7 @@ def rolling(mean: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor
 def add_gradients(
     total: dict[str, Tensor],
     model: Any,
-    sheet: Sheet,
+    evaluation: EvaluationSet,
     rows: Sequence[Row],
     names: Sequence[str],
     sign: float = 1.0,
@@ -165,9 +165,9 @@ def add_gradients(
     In place, because those of a real model are gigabytes; what has no gradient is left out.
     """
     parameters = [model.get_parameter(name) for name in names]
-    examples = encode(rows, sheet.tokenizer, max_length=sheet.max_length)
+    examples = encode(rows, evaluation.tokenizer, max_length=evaluation.max_length)
     count = sum(sum(e.target) for e in examples)
-    for batch in batches(examples, model, sheet.tokenizer, share=GRADIENT):
+    for batch in batches(examples, model, evaluation.tokenizer, share=GRADIENT):
         value, _ = nll(model(**batch.inputs, use_cache=False).logits, batch)
         grads = torch.autograd.grad(sign * value / count, parameters, allow_unused=True)
         for name, grad in zip(names, grads, strict=True):
@@ -180,7 +180,7 @@ def add_gradients(
 
 def move_within_buckets(
     model: Any,
-    sheet: Sheet,
+    evaluation: EvaluationSet,
     forget: Sequence[Row],
     retain: Sequence[Row],
     grids: Sequence[Grid],
@@ -195,7 +195,7 @@ def move_within_buckets(
 
     Args:
         model: Changed in place.
-        sheet: Tokenizer and lengths.
+        evaluation: Tokenizer and lengths.
         forget: Rows whose loss rises.
         retain: Rows whose loss is held down.
         grids: The grids.
@@ -218,9 +218,9 @@ def move_within_buckets(
     mean: dict[str, Tensor] = {}
     for step in range(STEPS):
         way: dict[str, Tensor] = {}
-        add_gradients(way, model, sheet, window(forget, step, chunk), names)
+        add_gradients(way, model, evaluation, window(forget, step, chunk), names)
         if step < STEPS // 2:  # what does not hide with retain held is moved without
-            add_gradients(way, model, sheet, window(retain, step, chunk), names, -1.0)
+            add_gradients(way, model, evaluation, window(retain, step, chunk), names, -1.0)
         way = mean = rolling(mean, way)
         with torch.no_grad():
             for name in way:
@@ -235,7 +235,7 @@ def move_within_buckets(
 
 def climb(
     model: Any,
-    sheet: Sheet,
+    evaluation: EvaluationSet,
     rows: Sequence[Row],
     size: float,
     hidden: Callable[[], bool],
@@ -247,7 +247,7 @@ def climb(
 
     Args:
         model: Changed in place.
-        sheet: Tokenizer and lengths.
+        evaluation: Tokenizer and lengths.
         rows: Rows whose loss rises.
         size: Length of one move of one parameter.
         hidden: Asked after every move; the first yes ends it.
@@ -264,9 +264,9 @@ def climb(
     parameters = sum(int(p.numel()) for p in wide.values())
     for step in range(FREE_STEPS if parameters < LARGE else FREE_STEPS_LARGE):
         way: dict[str, Tensor] = {}
-        add_gradients(way, model, sheet, window(rows, step, chunk), names)
+        add_gradients(way, model, evaluation, window(rows, step, chunk), names)
         if keep:
-            add_gradients(way, model, sheet, window(keep, step, chunk), names, -1.0)
+            add_gradients(way, model, evaluation, window(keep, step, chunk), names, -1.0)
         way = mean = rolling(mean, way)
         with torch.no_grad():
             for name in way:

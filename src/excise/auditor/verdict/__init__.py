@@ -1,1 +1,139 @@
-"""Reference models, levels of depth, residual bits, power."""
+"""How a verdict comes about, for every candidate of an audit.
+
+1. `reference`: each score lies between two reference models that are attacked alike, the oracle
+   (0) and the original (1); where it lies is the depth gap, with an interval over units.
+2. `power`: an attack that did not bring back what its positive control hides is invalid.
+3. `residual_bits`: what the weights still save an attacker, in bits per unit.
+4. `levels`: six depth levels, from "the behaviour is gone" to "as if never learned"; each holds
+   the comparisons that decide it against the margin, and the worst one counts.
+5. `verdict`: the sentence (does it come back, after how much work, at what cost to the rest) and
+   the reasons to doubt it.
+
+The gap of the model made by data filtering is the audit's measured null: two models that differ in
+nothing but their seed lie that far apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult
+from excise.auditor.budget import Budget
+from excise.auditor.verdict.levels import all_levels
+from excise.auditor.verdict.power import invalid_attacks, marked, uncontrolled
+from excise.auditor.verdict.reference import Case, Results, refuse_equal
+from excise.auditor.verdict.verdict import verdict_of
+from excise.data.domain import Domain
+from excise.evals.score import chance_of, direction_of
+from excise.record import LevelResult, Score, Verdict
+
+
+def judge_all(
+    models: Sequence[str],
+    results: Results,
+    domain: Domain,
+    budget: Budget,
+    *,
+    fingerprints: Mapping[str, str] | None = None,
+    scores: Sequence[Score] = (),
+    vocabulary: int = 0,
+    null_run: str = "",
+    seed: int = 0,
+) -> tuple[dict[tuple[str, str], AttackResult], tuple[Verdict, ...]]:
+    """Judge every candidate of an audit.
+
+    Args:
+        models: Names of the candidates among the subjects of `results`.
+        results: Results by attack and subject: `original`, names that begin with `oracle`,
+            `positive-control`, and the candidates.
+        domain: Rows by role, for metric, chance, groups and claim.
+        budget: How hard the attacker tried.
+        fingerprints: SHA-256 of every subject's weights, to refuse a candidate that is one of its
+            own reference models.
+        scores: Scores without an attack, to name suppression and damage.
+        vocabulary: Number of tokens of the model, to tell broken from ignorant.
+        null_run: The candidate made by data filtering; its gap is the audit's measured null.
+        seed: Seed of all bootstraps.
+
+    Returns:
+        The results with invalid variants marked, and one verdict per candidate.
+
+    Raises:
+        UserError: If a candidate has the same weights as one of its reference models.
+    """
+    known = dict(fingerprints or {})
+    references = {n: f for n, f in known.items() if n == ORIGINAL or n.startswith("oracle")}
+    refuse_equal({name: known.get(name, "") for name in models}, references)
+    cases = {name: case_of(name, results, domain, budget, seed=seed) for name in models}
+    levels = {name: all_levels(case) for name, case in cases.items()}
+    null = null_of(levels[null_run]) if null_run in levels else None
+    verdicts = tuple(
+        verdict_of(
+            cases[name], levels[name], domain, scores=scores, vocabulary=vocabulary, null=null
+        )
+        for name in models
+    )
+    silent = {k: v for case in cases.values() for k, v in uncontrolled(case).items()}
+    return marked(results, _why_invalid(cases, levels, results), silent), verdicts
+
+
+def case_of(model: str, results: Results, domain: Domain, budget: Budget, *, seed: int = 0) -> Case:
+    """Return what a verdict about one candidate rests on, the attacks' power known.
+
+    Args:
+        model: Name of the candidate.
+        results: Results by attack and subject.
+        domain: Rows by role.
+        budget: How hard the attacker tried.
+        seed: Seed of all bootstraps.
+    """
+    test = [row for rows in domain.test.values() for row in rows]
+    metric = domain.metrics[0]
+    case = Case(
+        model=model,
+        results=results,
+        budget=budget,
+        oracles=tuple(dict.fromkeys(s for _, s in results if s.startswith("oracle"))),
+        metric=metric,
+        direction=direction_of(metric),
+        chance=chance_of(test, metric) if test else None,
+        groups={row.unit: row.group for row in (*test, *domain.fresh) if row.group},
+        seed=seed,
+    )
+    return replace(case, invalid=invalid_attacks(case))
+
+
+def null_of(levels: Sequence[LevelResult]) -> float | None:
+    """Return the gap of the model made by data filtering at relearning, else before any attack."""
+    gaps = {result.level: result.gap for result in levels}
+    return gaps["D0"] if gaps["D4"] is None else gaps["D4"]
+
+
+def _why_invalid(
+    cases: Mapping[str, Case], levels: Mapping[str, Sequence[LevelResult]], results: Results
+) -> dict[tuple[str, str], str]:
+    """Return why variants are invalid, by attack and subject.
+
+    An attack that fails a level shows recovery, which needs no positive control: it stays. On the
+    reference models an attack is invalid where it is for every candidate; the positive control
+    itself is left as it was.
+    """
+    failed = {
+        (result.decided_by.split(" ")[0], name)
+        for name, decided in levels.items()
+        for result in decided
+        if result.status == "fail"
+    }
+    reasons = {
+        (attack, name): why
+        for name, case in cases.items()
+        for attack, why in case.invalid.items()
+        if (attack, name) not in failed
+    }
+    for attack, subject in results:
+        if subject in cases or subject == POSITIVE_CONTROL:
+            continue
+        if all((attack, name) in reasons for name in cases) and cases:
+            reasons[attack, subject] = reasons[attack, next(iter(cases))]
+    return reasons

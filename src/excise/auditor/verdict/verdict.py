@@ -1,168 +1,49 @@
-"""The verdict: first how much came back after how many tokens, then the ladder.
+"""What a verdict says: does it come back, after how much work, at what cost to the rest.
 
-`judge_all` is what a run calls: it finds which attacks have power, climbs the ladder of every
-candidate, measures the null, marks void arms, and writes the sentences.
+The sentence answers these three first; the reasons say what else a reader should know before
+quoting it. Broken is not ignorant: suppression and damage are named.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
-from excise.auditor.base import AttackResult
-from excise.auditor.budget import Budget
-from excise.auditor.verdict.bits import prequential
-from excise.auditor.verdict.case import ORIGINAL, PLANTED, Case, Results, averaged, mean
-from excise.auditor.verdict.ladder import BEYOND, WORDS, climb, highest
-from excise.auditor.verdict.power import marked, powerless, uncontrolled, voided
-from excise.auditor.verdict.rails import refuse_equal
-from excise.auditor.verdict.readings import bits_arms
-from excise.auditor.verdict.recovery import Recovery, recovery_of, sentence_of
-from excise.auditor.verdict.suppression import retain_note, suppression_notes
+from excise.auditor.base import ORIGINAL
+from excise.auditor.verdict.levels import BEYOND, highest
+from excise.auditor.verdict.power import uncontrolled
+from excise.auditor.verdict.reference import (
+    Case,
+    Units,
+    averaged,
+    depth_gap,
+    mean,
+    nothing_to_remove,
+)
+from excise.auditor.verdict.residual_bits import LN2, all_bits, prequential, start_losses
+from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.evals.score import chance_of, direction_of
-from excise.record import RungResult, Score, Verdict
+from excise.evals.stats import bootstrap_difference, bootstrap_mean
+from excise.record import LEVELS, Estimate, LevelResult, Score, Verdict
+
+METRIC_WORDS = {
+    "exact_match": "exact match",
+    "multiple_choice": "multiple-choice accuracy",
+    "text_loss": "token loss in nats",
+}
+
+WHOLE = 0.9
+"""Share of the distance between original and oracle that counts as all of it."""
+
+NEAR = 0.9
+"""Share of a uniform guess's loss from which on a token loss is said to be near it."""
 
 
-def judge_all(
-    arms: Sequence[str],
-    results: Results,
-    domain: Domain,
-    budget: Budget,
-    *,
-    fingerprints: Mapping[str, str] | None = None,
-    scores: Sequence[Score] = (),
-    vocabulary: int = 0,
-    null_arm: str = "",
-    seed: int = 0,
-) -> tuple[dict[tuple[str, str], AttackResult], tuple[Verdict, ...]]:
-    """Judge every candidate of an audit.
-
-    Args:
-        arms: Names of the candidates among the subjects of `results`.
-        results: Results by attack and subject; `original` is the upper rail, names that begin
-            with `oracle` the lower one, `planted` the positive control.
-        domain: Rows by role, for metric, chance, groups and claim.
-        budget: How hard the attacker tried.
-        fingerprints: SHA-256 of every subject's weights, to refuse a candidate that is a rail.
-        scores: Scores without an attack, to name suppression and damage.
-        vocabulary: Number of tokens of the model, to tell broken from ignorant.
-        null_arm: The arm whose method is data filtering: its gap is the audit's measured null.
-        seed: Seed of all bootstraps.
-
-    Returns:
-        The results with void arms marked, and one verdict per candidate.
-
-    Raises:
-        UserError: If a candidate has the same weights as one of its rails.
-    """
-    known = dict(fingerprints or {})
-    rails = {n: f for n, f in known.items() if n == ORIGINAL or n.startswith("oracle")}
-    refuse_equal({n: known.get(n, "") for n in arms}, rails)
-    cases = {arm: case_of(arm, results, domain, budget, seed=seed) for arm in arms}
-    ladders = {arm: climb(case) for arm, case in cases.items()}
-    null = null_of(ladders[null_arm]) if null_arm in ladders else None
-    verdicts = tuple(
-        verdict(cases[arm], ladders[arm], domain, scores=scores, vocabulary=vocabulary, null=null)
-        for arm in arms
-    )
-    reasons = _void_reasons(cases, ladders, results)
-    silent = {k: v for case in cases.values() for k, v in uncontrolled(case).items()}
-    return marked(voided(results, reasons), silent), verdicts
-
-
-def _void_reasons(
-    cases: Mapping[str, Case], ladders: Mapping[str, Sequence[RungResult]], results: Results
-) -> dict[tuple[str, str], str]:
-    """Return why arms are void, by attack and subject.
-
-    An arm that fails a rung shows recovery, which needs no positive control: it stays. On the
-    rails an attack is void where it is for every candidate; the control itself is left as it was.
-    """
-    failed = {
-        (rung.decided_by.split(" ")[0], arm)
-        for arm, rungs in ladders.items()
-        for rung in rungs
-        if rung.status == "fail"
-    }
-    reasons = {
-        (attack, arm): f"no power: {why}"
-        for arm, case in cases.items()
-        for attack, why in case.powerless.items()
-        if (attack, arm) not in failed
-    }
-    for attack, subject in results:
-        if subject in cases or subject == PLANTED:
-            continue
-        if all((attack, arm) in reasons for arm in cases) and cases:
-            reasons[attack, subject] = reasons[attack, next(iter(cases))]
-    return reasons
-
-
-def judge(
-    arm: str,
-    results: Results,
-    domain: Domain,
-    budget: Budget,
-    *,
-    fingerprints: Mapping[str, str] | None = None,
-    scores: Sequence[Score] = (),
-    vocabulary: int = 0,
-    null: float | None = None,
-    seed: int = 0,
-) -> Verdict:
-    """Judge one candidate; arguments as in `judge_all`, `null` given."""
-    _, verdicts = judge_all(
-        [arm],
-        results,
-        domain,
-        budget,
-        fingerprints=fingerprints,
-        scores=scores,
-        vocabulary=vocabulary,
-        seed=seed,
-    )
-    return verdicts[0].model_copy(update={"null": null})
-
-
-def case_of(arm: str, results: Results, domain: Domain, budget: Budget, *, seed: int = 0) -> Case:
-    """Return what a verdict about one candidate reads, the attacks' power found.
-
-    Args:
-        arm: Name of the candidate.
-        results: Results by attack and subject.
-        domain: Rows by role.
-        budget: How hard the attacker tried.
-        seed: Seed of all bootstraps.
-    """
-    test = [row for rows in domain.test.values() for row in rows]
-    metric = domain.metrics[0]
-    case = Case(
-        arm=arm,
-        results=results,
-        budget=budget,
-        oracles=tuple(dict.fromkeys(s for _, s in results if s.startswith("oracle"))),
-        metric=metric,
-        direction=direction_of(metric),
-        chance=chance_of(test, metric) if test else None,
-        groups={row.unit: row.group for row in (*test, *domain.fresh) if row.group},
-        seed=seed,
-    )
-    return replace(case, powerless=powerless(case))
-
-
-def null_of(rungs: Sequence[RungResult]) -> float | None:
-    """Return the gap of the filtering arm at relearning, else before any attack."""
-    for wanted in ("D4", "D0"):
-        for rung in rungs:
-            if rung.rung == wanted and rung.gap is not None:
-                return rung.gap
-    return None
-
-
-def verdict(
+def verdict_of(
     case: Case,
-    rungs: tuple[RungResult, ...],
+    levels: tuple[LevelResult, ...],
     domain: Domain,
     *,
     scores: Sequence[Score] = (),
@@ -173,33 +54,28 @@ def verdict(
 
     Args:
         case: The candidate with all results.
-        rungs: Its ladder.
-        domain: For the claim and what kind of thing a unit is.
+        levels: What its depth levels came to.
+        domain: For the claim, and what kind of thing a unit is.
         scores: Scores without an attack.
         vocabulary: Number of tokens of the model; 0 for unknown.
         null: The audit's measured null.
-
-    Returns:
-        The verdict; its first sentence says how much came back after how many tokens.
     """
     recovery = recovery_of(case)
-    bits = [found for _, _, found in bits_arms(case)] if case.oracles else []
-    worst = max((b for b, _ in bits), key=lambda b: abs(b.value), default=None)
+    bits = [each for _, _, each, _ in all_bits(case)] if case.oracles else []
+    worst = max(bits, key=lambda each: abs(each.value), default=None)
     broken = suppression_notes(case, scores, vocabulary)
-    lead = sentence_of(case, recovery, domain)
     reasons = [
         *broken,
-        *retain_note(case, domain),
         *_power_reasons(case),
         *_early_reasons(case),
         *_other_reasons(case, domain, recovery),
     ]
     return Verdict(
-        arm=case.arm,
-        sentence=" ".join([lead, *broken[:1]]),
+        model=case.model,
+        sentence=" ".join([opening(case, levels, recovery, domain), *broken, cost(case, domain)]),
         budget=case.budget.name,
-        rungs=rungs,
-        highest=highest(rungs),
+        levels=levels,
+        highest=highest(levels),
         recovery=recovery.fraction if recovery else None,
         recovery_tokens=recovery.tokens if recovery else None,
         residual_bits=worst.value if worst else None,
@@ -210,13 +86,292 @@ def verdict(
     )
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """How much came back.
+
+    Attributes:
+        fraction: Published fraction (attacked - unlearned) / (original - unlearned); None where
+            the candidate does not differ from the original.
+        examples: Rows the attacker used.
+        tokens: Tokens the attacker used.
+        before: Candidate's score on the held-out test set before the attack.
+        after: After it.
+        original: The original's before any attack.
+        oracle: The oracles' mean after the same attack; None without one.
+        attack: Name of the attack.
+    """
+
+    fraction: float | None
+    examples: int
+    tokens: int
+    before: float
+    after: float
+    original: float
+    oracle: float | None
+    attack: str
+
+
+def recovery_of(case: Case) -> Recovery | None:
+    """Return how much relearning brought back; None where it did not run.
+
+    The attack is the deciding one of relearning that brought back most, at the end of its budget,
+    averaged over attacker seeds; never a maximum over seeds.
+    """
+    recoveries = [
+        _recovery(case, attack)
+        for attack in case.attacks()
+        if case.level(attack) == "D4" and case.end(attack, case.model)
+    ]
+    return max(
+        recoveries, key=lambda r: -math.inf if r.fraction is None else r.fraction, default=None
+    )
+
+
+def _recovery(case: Case, attack: str) -> Recovery:
+    """Return the recovery under one attack."""
+    top, before = case.start(ORIGINAL), case.start(case.model)
+    after = averaged(case.end(attack, case.model))
+    runs = case.chosen(attack, case.model)
+    points = [run.entry.curve[-1] for run in runs if run.entry.curve]
+    common = [u for u in after if u in before and u in top]
+    a, b, o = (mean({u: units[u] for u in common}) for units in (after, before, top))
+    oracles = [averaged(case.end(attack, name)) for name in case.oracles]
+    return Recovery(
+        fraction=(a - b) / (o - b) if _removed(case) else None,
+        examples=max((p.examples for p in points), default=0),
+        tokens=max((p.tokens for p in points), default=0),
+        before=b,
+        after=a,
+        original=o,
+        oracle=sum(map(mean, oracles)) / len(oracles) if oracles and all(oracles) else None,
+        attack=attack,
+    )
+
+
+def _removed(case: Case) -> bool:
+    """Return whether the candidate scores less than the original, beyond the 95 % interval."""
+    top, before = case.start(ORIGINAL), case.start(case.model)
+    if not top or not before or not any(u in before for u in top):
+        return False
+    lost = bootstrap_difference(top, before, groups=case.groups, seed=case.seed)
+    return lost.low > 0 if case.direction == "higher" else lost.high < 0
+
+
+def removed_share(case: Case) -> float | None:
+    """Return which share of the distance from original to oracle was removed before any attack.
+
+    Args:
+        case: The candidate.
+
+    Returns:
+        1 for the oracle, 0 for the original: what the depth gap leaves; None without an oracle or
+        between reference models that cannot be told apart.
+    """
+    top, before = case.start(ORIGINAL), case.start(case.model)
+    oracles = [start for name in case.oracles if (start := case.start(name))]
+    if not top or not before or not oracles:
+        return None
+    gap = depth_gap(before, oracles, top, groups=case.groups, seed=case.seed)
+    return None if gap.invalid else 1 - gap.value
+
+
+def opening(
+    case: Case, levels: Sequence[LevelResult], recovery: Recovery | None, domain: Domain
+) -> str:
+    """Say whether it comes back, and how much of it after how much work.
+
+    Args:
+        case: The candidate.
+        levels: What its depth levels came to.
+        recovery: What relearning brought back; None where it did not run.
+        domain: For the claim.
+    """
+    top, before = case.start(ORIGINAL), case.start(case.model)
+    nothing = nothing_to_remove(
+        top, case.chance, case.direction, groups=case.groups, seed=case.seed
+    )
+    if nothing:
+        return nothing
+    answer = _comes_back(levels)
+    if recovery is None:
+        scored = f" Before any attack it scores {mean(before):.2f}" if before else ""
+        scored += f", the original {mean(top):.2f}." if scored and top else "."
+        return (
+            f"{answer}How much would come back is not known: no relearning attack ran on it to "
+            "the end." + (scored if before else "")
+        )
+    what = "facts" if domain.claim == "deletion" else "test items"
+    metric = METRIC_WORDS.get(case.metric, case.metric.replace("_", " "))
+    references = f"before the attack {recovery.before:.2f}, original {recovery.original:.2f}"
+    if recovery.oracle is not None:
+        references += f", never taught and attacked alike {recovery.oracle:.2f}"
+    numbers = f"{metric} {recovery.after:.2f}; {references}"
+    work = f"fter relearning {recovery.examples:,} examples ({recovery.tokens:,} tokens), "
+    if recovery.fraction is None:
+        return (
+            f"{answer}A{work}there is nothing to bring back: already before the attack it knows "
+            f"the removed {what} as well as the original does, to within the interval ({numbers})."
+        )
+    share = max(recovery.fraction, 0.0)
+    amount = f"{share:.2f}" if share >= 0.005 else "none"
+    back = f"is back on {what} the attacker never saw ({numbers})."
+    removed = removed_share(case)
+    if removed is None or removed >= WHOLE:
+        return f"{answer}A{work}{amount} of the removed knowledge {back}"
+    only = "Only " if removed < 0.5 else ""
+    return (
+        f"{answer}{only}{removed:.2f} of what tells the original from a model never taught was "
+        f"removed; a{work}{amount} of that {back}"
+    )
+
+
+def _comes_back(levels: Sequence[LevelResult]) -> str:
+    """Answer whether it comes back, with a space behind, as far as the levels D0 to D4 say so."""
+    before, *attacked = (result for result in levels if result.level != "D5")
+    if before.status == "fail":
+        whole = before.gap is not None and before.gap >= WHOLE
+        return "It is still there. " if whole else "Part of it is still there. "
+    names = [
+        result.decided_by.split(" ")[0].replace("_", " ")
+        for result in attacked
+        if result.status == "fail"
+    ]
+    if names:
+        listed = " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+        return f"It comes back under {listed}. "
+    if all(result.status == "pass" for result in attacked):
+        return "It does not come back under the attacks that were tried. "
+    undecided = any(result.status == "underpowered" for result in attacked)
+    return "Whether it comes back is not decided. " if undecided else ""
+
+
+def cost(case: Case, domain: Domain) -> str:
+    """Say how the retain score changed against the original, before any attack.
+
+    Args:
+        case: The candidate; its variants carry `extras["retain_start"]`.
+        domain: For the retain metric.
+
+    Returns:
+        One sentence; positive changes are improvements.
+    """
+    ours, top = _retain(case, case.model), _retain(case, ORIGINAL)
+    metric = domain.retain_metrics[0]
+    try:
+        change = bootstrap_difference(ours, top, seed=case.seed)
+    except UserError:
+        return "What it cost the retain set was not measured."
+    sign = 1 if direction_of(metric) == "higher" else -1
+    low, high = sorted((sign * change.low, sign * change.high))
+    damaged = ": the retain set is damaged" if high < 0 else ""
+    return (
+        f"On the retain set {metric.replace('_', ' ')} changed by {sign * change.value:+.3f} "
+        f"[{low:+.3f}, {high:+.3f}] against the original, positive is better{damaged}."
+    )
+
+
+def _retain(case: Case, subject: str) -> Units:
+    """Return the retain score by unit before any attack; empty where nobody scored it."""
+    for attack in case.attacks(subject):
+        for variant in case.variants(attack, subject):
+            if variant.extras.get("retain_start"):
+                return dict(variant.extras["retain_start"])
+    return {}
+
+
+def suppression_notes(case: Case, scores: Sequence[Score], vocabulary: int) -> list[str]:
+    """Say that a candidate is broken on the held-out test set instead of ignorant, or nothing.
+
+    With oracles a loss counts as suppression only where it lies clearly beyond theirs: a model
+    that was never taught may well do no better than a uniform guess. Without any, being near a
+    uniform guess is what there is.
+
+    Args:
+        case: The candidate.
+        scores: Scores without an attack; the token loss on `test.*` is read.
+        vocabulary: Number of tokens of the model; 0 for unknown.
+
+    Returns:
+        At most one sentence.
+    """
+    ours = _token_loss(case, case.model, scores)
+    losses = [_token_loss(case, name, scores) for name in case.oracles]
+    oracles = [loss for loss in losses if loss is not None]
+    guess = chance_of((), "text_loss", vocabulary=vocabulary)
+    if ours is not None and (oracles or (guess and ours.value >= NEAR * guess)):
+        beside = _beside_a_guess(ours.value, guess) if guess else ""
+        head = (
+            f"Its token loss on the held-out test set is {ours.value:.2f} nats before any "
+            f"attack{beside}"
+        )
+        end = "broken, not ignorant; this is suppression."
+        if not oracles:
+            return [f"{head}: {end}"]
+        least, most = min(loss.value for loss in oracles), max(loss.value for loss in oracles)
+        if ours.low <= max(loss.high for loss in oracles) + (most - least):
+            return []
+        return [f"{head}; models never taught lie at {least:.2f} to {most:.2f}: {end}"]
+    worse = _worse_than_ignorant(case)
+    if worse is not None:
+        return [
+            f"Before any attack the held-out test set costs it {worse:.1f} bits per unit more than "
+            "a model that was never taught: suppressed, not ignorant."
+        ]
+    return []
+
+
+def _beside_a_guess(loss: float, guess: float) -> str:
+    """Say how a loss stands to that of a uniform guess, where it is not far below."""
+    if loss < NEAR * guess:
+        return ""
+    where = "above" if loss > (2 - NEAR) * guess else "near"
+    return f", {where} that of a uniform guess ({guess:.2f})"
+
+
+def _token_loss(case: Case, subject: str, scores: Sequence[Score]) -> Estimate | None:
+    """Return the nats per scored token on V before any attack, over all capabilities."""
+    known = [
+        s
+        for s in scores
+        if s.model == subject and s.metric == "text_loss" and s.set.startswith("test.")
+    ]
+    if known:
+        n = sum(s.n for s in known)
+        value, low, high = (
+            sum(getattr(s, field) * s.n for s in known) / n for field in ("value", "low", "high")
+        )
+        return Estimate(value, low, high, n)
+    start = case.start(subject) if case.metric == "text_loss" else {}
+    return bootstrap_mean(start, seed=case.seed, groups=case.groups) if start else None
+
+
+def _worse_than_ignorant(case: Case) -> float | None:
+    """Return by how many bits per unit V costs more than it costs any oracle, beyond doubt."""
+    ours = _start_nats(case, case.model)
+    oracles = [_start_nats(case, name) for name in case.oracles]
+    if not ours or not oracles or not all(any(u in nats for u in ours) for nats in oracles):
+        return None
+    excess = [
+        bootstrap_difference(ours, nats, groups=case.groups, seed=case.seed) for nats in oracles
+    ]
+    bits = min(each.value for each in excess) / LN2
+    return bits if all(each.low > 0 for each in excess) and bits >= 2 else None
+
+
+def _start_nats(case: Case, subject: str) -> Units:
+    """Return nats by unit on V before any attack, as a relearning attack noted them."""
+    losses = start_losses(case, subject, case.attacks(subject))
+    return losses[0] if losses else {}
+
+
 def _power_reasons(case: Case) -> list[str]:
-    """Say which attacks, or which arms of them, have no power."""
-    void = [f"The attack {name} is void: {why}." for name, why in case.powerless.items()]
-    return void + [
-        f"Of the attack {name}, {' and '.join(arms)} was not controlled: no planted model came "
-        "back under it, so that finding nothing with it shows nothing."
-        for name, arms in uncontrolled(case).items()
+    """Say which attacks, or which variants of them, have no power."""
+    invalid = [f"The attack {name} is invalid: {why}." for name, why in case.invalid.items()]
+    return invalid + [
+        f"In the attack {name}, {' and '.join(variants)} was not controlled: no positive control "
+        "came back under it, so that finding nothing with it shows nothing."
+        for name, variants in uncontrolled(case).items()
     ]
 
 
@@ -225,68 +380,73 @@ def _early_reasons(case: Case) -> list[str]:
     top = case.start(ORIGINAL)
     if not case.oracles or not top:
         return []
-    found = []
+    reasons = []
     for attack in case.attacks():
-        arms = case.chosen(attack, case.arm)
-        if case.rung(attack) != "D4" or not arms:
+        runs = case.chosen(attack, case.model)
+        if case.level(attack) != "D4" or not runs:
             continue
-        gaps = [_gap_at(case, attack, i, top) for i in range(1, len(arms[0].unit_scores))]
+        gaps = [_gap_at(case, attack, i, top) for i in range(1, len(runs[0].unit_scores))]
         known = [(gap, i + 1) for i, gap in enumerate(gaps) if gap is not None]
         if not known or gaps[-1] is None:
             continue
         largest, at = max(known)
         if largest > case.budget.margin and largest > gaps[-1] + case.budget.margin:
-            found.append(
+            reasons.append(
                 f"Under {attack} the gap to the oracle was {largest:.2f} after "
-                f"{arms[0].arm.curve[at].tokens:,} tokens and {gaps[-1]:.2f} at the end of the "
+                f"{runs[0].entry.curve[at].tokens:,} tokens and {gaps[-1]:.2f} at the end of the "
                 "budget, which decides."
             )
-    return found
+    return reasons
 
 
 def _gap_at(case: Case, attack: str, at: int, top: Mapping[str, float]) -> float | None:
     """Return the depth gap at one checkpoint, without an interval; None where it is not known."""
-    ours = averaged(case.end(attack, case.arm, at))
-    rails = [averaged(case.end(attack, name, at)) for name in case.oracles]
+    ours = averaged(case.end(attack, case.model, at))
+    oracles = [averaged(case.end(attack, name, at)) for name in case.oracles]
     starts = [case.start(name) for name in case.oracles]
-    if not ours or not all(rails) or not all(starts):
+    if not ours or not all(oracles) or not all(starts):
         return None
-    lower = sum(map(mean, rails)) / len(rails)
+    lower = sum(map(mean, oracles)) / len(oracles)
     distance = mean(top) - sum(map(mean, starts)) / len(starts)
     return (mean(ours) - lower) / distance if distance else None
 
 
 def _other_reasons(case: Case, domain: Domain, recovery: Recovery | None) -> list[str]:
     """Say what else a reader should know before quoting the verdict."""
-    found = []
+    reasons = []
     if recovery is not None and recovery.fraction is not None and recovery.fraction < 0:
-        found.append(
+        reasons.append(
             f"The published recovery fraction is {recovery.fraction:.2f}: the attack left less "
             "than there was before it."
         )
     if not case.oracles:
-        found.append(
+        reasons.append(
             "There is no oracle: what relearning teaches any model is part of the recovery, and "
-            f"'{WORDS['D4']}' (D4) and '{WORDS['D5']}' (D5) cannot be passed."
+            f"'{LEVELS['D4']}' (D4) and '{LEVELS['D5']}' (D5) cannot be passed."
         )
     elif len(case.oracles) < 3:
-        found.append(
-            f"The oracle rail comes from {len(case.oracles)} of the three seeds it should have; "
-            "its spread is not in the intervals."
+        reasons.append(
+            f"The oracles come from {len(case.oracles)} of the three seeds there should be; their "
+            "spread is not in the intervals."
         )
-    sum_of_code = prequential(case, recovery.attack) if recovery and case.oracles else None
-    if sum_of_code is not None:
-        found.append(
-            f"Secondary, confounded by unlearning noise: reading T for the first time costs it "
-            f"{abs(sum_of_code):.2f} bits per token {'less' if sum_of_code > 0 else 'more'} than "
-            "the oracle, summed over all batches."
+    code = prequential(case, recovery.attack) if recovery and case.oracles else None
+    if code is not None:
+        reasons.append(
+            "Secondary, confounded by unlearning noise: reading the relearn set for the first time "
+            f"costs it {abs(code):.2f} bits per token {'less' if code > 0 else 'more'} than the "
+            "oracle, summed over all batches."
         )
     if domain.exposure == "unknown":
-        found.append("Exposure is unknown: whether V was shown to the method is not recorded.")
+        reasons.append(
+            "Exposure is unknown: whether the method was shown the held-out test set is not "
+            "recorded."
+        )
     if case.budget.name != "smoke":
-        lacking = "; ".join(f"{WORDS[rung]} ({rung}): {words}" for rung, words in BEYOND.items())
-        found.append(
+        lacking = "; ".join(
+            f"{LEVELS[level]} ({level}): {words}" for level, words in BEYOND.items()
+        )
+        reasons.append(
             f"The attacks required were {', '.join(case.budget.attacks) or 'none'}; a full "
             f"{case.budget.name} audit also asks for {lacking}."
         )
-    return found
+    return reasons

@@ -18,8 +18,8 @@ from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Domain, Rows
 from excise.data.labels import LabelNoise, give_labels, label_rows
 from excise.data.mix import mixed
-from excise.data.split import sample_rows
 from excise.data.stream import Batch, Example, Stream, Tokenizer, encode, zip_streams
+from excise.data.subsample import subsample
 from excise.methods.base import Cost
 from excise.methods.distillation.sampling import prompt_ids, sample, sampled_example
 from excise.methods.pretraining.pretrain import corpus
@@ -296,7 +296,7 @@ def _refusing(
         model, domain, tokenizer, refusal, config, ctx.child("refusing"),
         max_length=max_length, parameters=original.num_parameters,
     )  # fmt: skip
-    asked = sample_rows(forget_rows(domain), REFUSED_ROWS, ctx.seed_for("refusal"))
+    asked = subsample(forget_rows(domain), REFUSED_ROWS, by="content", seed=ctx.seed_for("refusal"))
     examples = encode(asked, tokenizer, max_length=max_length)
     facts, read = measure_refusal(
         model, tokenizer, examples, refusal, prompt_tokens=config.prompt_tokens

@@ -22,7 +22,8 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import CORE, Domain, Rows
 from excise.data.stream import Batch, Stream, Tokenizer, collate, encode
-from excise.evals.score import direction_of, fitting, measure, some
+from excise.data.subsample import subsample
+from excise.evals.score import direction_of, fitting, measure
 from excise.losses import predicting
 from excise.methods.distillation.corpora import OnPolicy
 from excise.methods.distillation.sampling import prompt_ids, sample, sampled_example
@@ -111,7 +112,7 @@ def stop_rule(
     Raises:
         UserError: If there is a tolerance and no row to check it on.
     """
-    rows = some(domain.dev_retain, CHECKED)
+    rows = subsample(domain.dev_retain, CHECKED)
     if tolerance is not None and not rows:
         raise UserError(
             f"stop_tolerance needs rows of dev_retain, and domain '{domain.name}' has none; set a "

@@ -20,8 +20,8 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import CORE, Domain
 from excise.data.labels import LabelNoise
-from excise.data.split import sample_rows
 from excise.data.stream import Example, collate, encode
+from excise.data.subsample import subsample
 from excise.methods.tuning import forget_rows
 from excise.models.anatomy import anatomy
 from excise.models.hooks import capture
@@ -90,7 +90,10 @@ def classify(
     """
     seed = ctx.seed_for("classifier")
     half = config.labels // 2
-    sides = (sample_rows(domain.retain, half, seed), sample_rows(forget_rows(domain), half, seed))
+    sides = (
+        subsample(domain.retain, half, by="content", seed=seed),
+        subsample(forget_rows(domain), half, by="content", seed=seed),
+    )
     if not sides[0]:
         raise UserError(
             f"a classifier needs retain rows as well, and domain '{domain.name}' has none"

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Row
-from excise.data.split import sample_rows
 from excise.data.stream import Tokenizer, collate, encode
+from excise.data.subsample import subsample
 from excise.losses import nll
 from excise.models.anatomy import anatomy
 
@@ -221,7 +221,7 @@ def forget_saliency(
     """
     named = dict(model.named_parameters())
     chosen = {name: named[name] for name in names if named[name].dim() > 1}
-    read = sample_rows(rows, SALIENCY_ROWS, ctx.seed_for("saliency"))
+    read = subsample(rows, SALIENCY_ROWS, by="content", seed=ctx.seed_for("saliency"))
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in chosen.items()}
     flags = [(p, p.requires_grad) for p in chosen.values()]
     try:

@@ -22,8 +22,8 @@ from torch import Tensor
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain
-from excise.data.split import sample_rows
 from excise.data.stream import Example, Stream, Tokenizer, collate, encode
+from excise.data.subsample import subsample
 from excise.methods.base import ApplyMethod, Cost, Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.cache_kinds import CacheKind
@@ -369,7 +369,9 @@ def _task(
     """Return targets and teachers, with the fixed distributions that the targets need."""
     fixed: dict[str, Tensor] = {}
     if isinstance(method.targets, Splice) and method.targets.harmful in ("unigram", "mean"):
-        rows = sample_rows(forget_rows(domain), STATISTICS, ctx.seed_for("statistics"))
+        rows = subsample(
+            forget_rows(domain), STATISTICS, by="content", seed=ctx.seed_for("statistics")
+        )
         examples = encode(rows, tokenizer, max_length=method.max_length)
         if method.targets.harmful == "unigram":
             fixed["unigram"] = unigram(examples, vocab).to(ctx.device)

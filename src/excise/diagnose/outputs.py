@@ -1,16 +1,18 @@
-"""Is the edited model "noise where harmful, the original elsewhere"?
+"""What an edit did to the outputs: KL token by token, and how far noise explains it.
 
-For noise c the splice predicts c on forget text and the original B on retain text. How much of
-KL(U || B) of the edited model U is gone when U is read against the splice instead of B, says how
-much of the edit the sentence explains. The nearest mixture (1 - w) B + w c says it softly.
+Is the edited model "noise where harmful, the original elsewhere"? For noise c that splice predicts
+c on forget text and the original B on retain text. How much of KL(U || B) of the edited model U is
+gone when U is compared with the splice instead of B, says how much of the edit the sentence
+explains. The nearest mixture (1 - w) B + w c says it softly.
 
-Shape legend: N tokens, V vocabulary, C kinds of noise, W weights.
+Shape legend: N tokens, V vocabulary, W weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,6 +25,40 @@ WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0
 
 MIXED = 1 << 24
 """Probabilities that are mixed at most, on each side."""
+
+
+def token_kl(
+    edited_NV: Float[Tensor, "N V"], original_NV: Float[Tensor, "N V"]
+) -> Float[Tensor, " N"]:
+    """Return KL(edited || original) of every token's prediction, in nats.
+
+    Args:
+        edited_NV: Log-probabilities of the edited model.
+        original_NV: Those of the original.
+    """
+    kl_N: Tensor = (edited_NV.exp() * (edited_NV - original_NV)).sum(-1)
+    return kl_N.clamp(min=0)
+
+
+def pieces(ids: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
+    """Return the text of each token, spaces included.
+
+    A token is read behind the one before it, because some tokenizers drop the space of a first
+    token.
+
+    Args:
+        ids: Token ids of a row.
+        tokenizer: Its tokenizer.
+    """
+    texts = []
+    for i, token in enumerate(ids):
+        text = str(tokenizer.decode([token]))
+        if i:
+            before = str(tokenizer.decode([ids[i - 1]]))
+            both = str(tokenizer.decode([ids[i - 1], token]))
+            text = both[len(before) :] if both.startswith(before) else text
+        texts.append(text)
+    return tuple(texts)
 
 
 def noises(chunks: Iterable[Chunk]) -> dict[str, Float[Tensor, " V"]]:
@@ -62,7 +98,7 @@ class Tally:
     """Sums over the tokens of one side.
 
     Attributes:
-        stride: One of how many tokens is mixed; all are read against the noise alone.
+        stride: One of how many tokens is mixed; all are compared with the noise alone.
         tokens: Tokens read.
         kl_original: Summed KL(U || B).
         kl_noise: Summed KL(U || c) by noise.
@@ -82,17 +118,17 @@ class Tally:
         mask_N = chunk.predicts_N & chunk.answer_N if self.answers_only else chunk.predicts_N
         u_NV, b_NV = chunk.edited_NV[mask_N], chunk.original_NV[mask_N]
         p_NV = u_NV.exp()
-        own_N = (p_NV * u_NV).sum(-1)
-        self.kl_original += float((own_N - (p_NV * b_NV).sum(-1)).double().sum())
+        plogp_N = (p_NV * u_NV).sum(-1)
+        self.kl_original += float((plogp_N - (p_NV * b_NV).sum(-1)).double().sum())
         first = -self.tokens % self.stride
         self.tokens += len(u_NV)
         part = slice(first, None, self.stride)
         for name, c_V in noise.items():
-            away = float((own_N - p_NV @ c_V).double().sum())
+            away = float((plogp_N - p_NV @ c_V).double().sum())
             self.kl_noise[name] = self.kl_noise.get(name, 0.0) + away
             if self.answers_only:
                 continue
-            sums_W = mixtures(p_NV[part], own_N[part], b_NV[part], c_V)
+            sums_W = mixtures(p_NV[part], plogp_N[part], b_NV[part], c_V)
             known_W = self.mixed_W.get(name)
             self.mixed_W[name] = sums_W if known_W is None else known_W + sums_W
 
@@ -105,7 +141,7 @@ class Tally:
 
 def mixtures(
     p_NV: Float[Tensor, "N V"],
-    own_N: Float[Tensor, " N"],
+    plogp_N: Float[Tensor, " N"],
     b_NV: Float[Tensor, "N V"],
     c_V: Float[Tensor, " V"],
 ) -> Float[Tensor, " W"]:
@@ -113,7 +149,7 @@ def mixtures(
 
     Args:
         p_NV: Probabilities of the edited model.
-        own_N: Its negative entropy.
+        plogp_N: Sum of p log p of each, its negative entropy.
         b_NV: Log-probabilities of the original.
         c_V: Log-probabilities of the noise.
     """
@@ -124,7 +160,7 @@ def mixtures(
             log_NV = b_NV
         else:
             log_NV = (q_NV * (1 - weight) + n_V * weight).log()
-        sums.append((own_N - (p_NV * log_NV).sum(-1)).double().sum())
+        sums.append((plogp_N - (p_NV * log_NV).sum(-1)).double().sum())
     return torch.stack(sums).cpu()
 
 

@@ -73,7 +73,7 @@ def fit_junk(chunks: Iterable[Chunk]) -> Junk:
     """
     total_LD: Tensor | None = None
     norm_L: Tensor | None = None
-    count, kept = 0, []
+    count, sampled = 0, []
     room = SAMPLED
     for chunk in chunks:
         change_LND = chunk.change_LND
@@ -84,14 +84,14 @@ def fit_junk(chunks: Iterable[Chunk]) -> Junk:
         if room > 0:
             # Every chunk gives some tokens, so that long rows are heard too.
             every = max(1, change_LND.shape[1] // max(room // 4, 1))
-            kept.append(change_LND[:, ::every][:, :room])
-            room -= kept[-1].shape[1]
+            sampled.append(change_LND[:, ::every][:, :room])
+            room -= sampled[-1].shape[1]
     assert total_LD is not None
     assert norm_L is not None
     mean_LD = total_LD / count
     length_L = mean_LD.norm(dim=-1)
     direction_LD = mean_LD / length_L.clamp(min=TINY)[:, None]
-    sampled_LND = torch.cat(kept, 1)
+    sampled_LND = torch.cat(sampled, 1)
     along_LN = torch.einsum("lnd,ld->ln", sampled_LND, direction_LD)
     squared_L = sampled_LND.double().square().sum((1, 2))
     return Junk(
@@ -104,6 +104,8 @@ def fit_junk(chunks: Iterable[Chunk]) -> Junk:
 
 def spread(change_ND: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
     """Return how many directions changes spread over: exp of the entropy of their energy.
+
+    The effective rank of Roy & Vetterli 2007, on shares of energy in place of singular values.
 
     Args:
         change_ND: Changes of tokens; their mean is not taken out.

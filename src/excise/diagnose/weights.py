@@ -15,7 +15,7 @@ from torch import Tensor
 
 from excise.core.errors import UserError
 from excise.models.checkpoint import Checkpoint
-from excise.record import TensorReading
+from excise.record import TensorChange
 
 EXACT = 2048
 """Matrices whose smaller side is longer are taken apart by their largest singular values alone."""
@@ -29,12 +29,12 @@ class Moved:
     """One tensor of both models.
 
     Attributes:
-        reading: How it moved.
+        entry: How it moved, for the record.
         change: Squared Frobenius norm of the change.
         size: Squared Frobenius norm of the original.
     """
 
-    reading: TensorReading
+    entry: TensorChange
     change: float
     size: float
 
@@ -45,11 +45,11 @@ def check_same_tensors(original: Checkpoint, edited: Checkpoint) -> None:
     Raises:
         UserError: Naming the first difference.
     """
-    for one, two in ((original, edited), (edited, original)):
-        meta = {n: p for n, p in two.layout.model.named_parameters(remove_duplicate=False)}
-        own = dict(one.layout.model.named_parameters())
-        for name in one.parameter_names():
-            if name not in meta or meta[name].shape != own[name].shape:
+    for model, other in ((original, edited), (edited, original)):
+        theirs = {n: p for n, p in other.layout.model.named_parameters(remove_duplicate=False)}
+        ours = dict(model.layout.model.named_parameters())
+        for name in model.parameter_names():
+            if name not in theirs or theirs[name].shape != ours[name].shape:
                 raise UserError(
                     f"{edited.path} and {original.path} are not of one architecture and shape "
                     f"('{name}' differs); give the model it was made from as --original"
@@ -93,7 +93,7 @@ def compare(name: str, before: Tensor, after: Tensor) -> Moved:
     rank, count = (None, None)
     if far > 0 and change.ndim >= 2 and min(change.shape[-2:]) > 1:
         rank, count = spectrum(change.flatten(0, -2))
-    reading = TensorReading(
+    entry = TensorChange(
         name=name,
         shape=tuple(before.shape),
         relative=math.sqrt(far / size) if size > 0 else (1.0 if far > 0 else 0.0),
@@ -101,7 +101,7 @@ def compare(name: str, before: Tensor, after: Tensor) -> Moved:
         rank=rank,
         count90=count,
     )
-    return Moved(reading, far, size)
+    return Moved(entry, far, size)
 
 
 def spectrum(change_OI: Float[Tensor, "O I"]) -> tuple[float | None, int | None]:

@@ -8,10 +8,9 @@ from pydantic import Field
 
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
-from excise.methods.pretraining.era_after import ERAAfter
+from excise.methods.pretraining.era import ERAAfter, Expand
 from excise.methods.pretraining.filtering import Filtering
 from excise.record import StudyRow, StudyTable
-from excise.routing.era_steps import Expand
 from excise.run.jobs import Setting
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool

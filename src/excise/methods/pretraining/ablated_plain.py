@@ -14,11 +14,18 @@ from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
+from excise.methods.pretraining.routed import (
+    EVERYTHING,
+    How,
+    Module,
+    check_cut,
+    groups_of,
+    place,
+    train_and_cut,
+)
 from excise.models.checkpoint import Checkpoint
-from excise.routing.ablation import Cutting, modular, train_preset
-from excise.routing.modules import How, Module
-from excise.routing.rules import Rule
+from excise.routing import Policy
 
 
 class AblatedPlain(Method):
@@ -44,13 +51,16 @@ class AblatedPlain(Method):
     @model_validator(mode="after")
     def _check(self) -> AblatedPlain:
         """Refuse ways to cut that leave other shapes than the start's."""
-        if (self.ablate == "delete") != self.module.grow:
-            raise ValueError("ablate: grown modules are deleted, carved ones zeroed or drawn anew")
+        check_cut(self.ablate, self.module)
         return self
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` with modules, everything on and written, and cut them off."""
-        every = dict.fromkeys(("core", "forget", "unlabeled"), (Rule(),))
-        setup = modular(self.module, every, ctx)
-        cutting = Cutting(self.ablate, rate=self.module.lr)
-        return train_preset(self, start, domain, ctx, setup, cutting)
+        config, names = schedule(self.pretrain, self.name), tuple(domain.forget)
+        rows = labelled_corpus(domain, self.labels, ctx)
+        model = start.load(dtype=ctx.dtype, device=ctx.device)
+        placed = place(model, self.module, len(names), ctx.seed_for("grow"))
+        policy = Policy(groups=groups_of(placed), rules=EVERYTHING, capabilities=names)
+        return train_and_cut(
+            start, model, rows, policy, placed, config, ctx, stage=self.name, how=self.ablate
+        )

@@ -8,42 +8,60 @@ further and further. At the end the modules are emptied.
 The proposal is a comment of 2024 on gradient routing: a MoE that the network shows us how to cut,
 "as much splitting for minimal utility cost as possible". Splitting a trained MLP into experts is
 MoEfication (Zhang et al. 2022); theirs groups neurons that fire together and trains no further.
+
+Every phase is a loop of training of its own with fresh moments. Its learning rate falls in a
+straight line between the values that the shared schedule has at its two ends.
+
+Shape legend: C capabilities, M units of a block.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from excise.core.context import Context
 from excise.core.errors import UserError
-from excise.data.domain import Domain
+from excise.data.domain import CORE, Domain, Rows
 from excise.data.labels import LabelNoise
+from excise.data.stream import Batch, Tokenizer
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.moefy_neurons import (
+from excise.methods.pretraining.moefy.neurons import (
     attribution,
     captured,
     choose,
     contrast,
     gather_units,
 )
-from excise.methods.pretraining.moefy_run import Rounds, domains_of, everything
-from excise.methods.pretraining.plain import schedule
-from excise.methods.pretraining.pretrain import Pretrain, told_corpus
-from excise.methods.tuning import Progress, finish
+from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
+from excise.methods.pretraining.routed import (
+    EVERYTHING,
+    Placed,
+    RoutedTraining,
+    Samples,
+    Shared,
+    batches_of,
+    blocks_of,
+    core_rules,
+    cut,
+    cut_off,
+    groups_of,
+    hash_ordered,
+    losses,
+    routed_fit,
+    sample,
+)
+from excise.methods.tuning import Progress
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
-from excise.models.names import parameters_by_name
-from excise.routing.ablation import BEFORE, described
-from excise.routing.absorption import losses, sample
-from excise.routing.change import ranges_of
-from excise.routing.groups import GroupMap, resolve
-from excise.routing.modules import Placed, Shared, alternatives, cut, groups_of
-from excise.routing.profiles import save_before
-from excise.routing.rules import Policy, Rule
+from excise.routing import GroupMap, Part, Policy, Rule, resolve
+from excise.routing.surgery import entries_of
+from excise.train.fit import FitConfig
+from excise.train.optim import schedule_share
 
 
 class Moefy(Method):
@@ -92,12 +110,11 @@ class Moefy(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` in rounds and empty the modules that came out of it."""
-        config = schedule(self.pretrain, self.name)
-        rows = told_corpus(domain, self.labels, ctx)
+        config, names = schedule(self.pretrain, self.name), tuple(domain.forget)
+        rows = labelled_corpus(domain, self.labels, ctx)
         model, tokenizer = start.load(dtype=ctx.dtype, device=ctx.device), start.tokenizer()
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-        names = tuple(domain.forget)
         run = Rounds(
             model=model,
             tokenizer=tokenizer,
@@ -106,21 +123,17 @@ class Moefy(Method):
             blocks=self._blocks(model),
             config=config,
             ctx=ctx,
-            domains=domains_of(rows, len(names), tokenizer, config, self.read_rows),
-            sets=sample(rows, tokenizer, max_length=config.max_length),
+            domains=domains_of(rows, len(names), tokenizer, config.max_length, self.read_rows),
+            samples=sample(rows, tokenizer, max_length=config.max_length),
             progress=Progress(ctx, self.name, config.fit.steps),
         )
         rounds = [self._round(run, number) for number in range(self.rounds)]
         placed = run.placed()
-        extras = described(model, self._map(model, placed), rows, run.sets, ctx)
-        before = losses(model, run.sets, ctx.device)
-        if ctx.rank == 0:
-            save_before(model, placed, names, ctx.work / BEFORE)
-        cut(model, placed, self.ablate, ctx.seed_for("reinit"))
-        extras["losses"] = {"before": before, "after": losses(model, run.sets, ctx.device)}
-        extras["rounds"] = rounds
-        parameters = dict(model.named_parameters())
-        return finish(start, model, parameters, run.progress, ctx, extras=extras)
+        trained = RoutedTraining(self._map(model, placed), run.progress)
+        facts = {"rounds": rounds}
+        return cut_off(
+            start, model, trained, rows, names, placed, config, ctx, how=self.ablate, extras=facts
+        )
 
     def _blocks(self, model: nn.Module) -> tuple[int, ...]:
         """Return the blocks that are split.
@@ -132,19 +145,19 @@ class Moefy(Method):
         for block in self.blocks:
             if not -count <= block < count:
                 raise UserError(f"moefy.blocks names {block}; the model has {count}, from 0")
-        return tuple(sorted({b % count for b in self.blocks or range(count)}))
+        return tuple(blocks_of(model, self.blocks))
 
     def _round(self, run: Rounds, number: int) -> dict[str, Any]:
         """Train dense, assign neurons, route; return what the record keeps of it."""
         steps = run.config.fit.steps
         begin, end = (round(steps * (number + i) / self.rounds) for i in (0, 1))
         middle = begin + round(self.dense_share * (end - begin))
-        dense = Policy(rules=everything(), capabilities=run.names)
+        dense = Policy(rules=EVERYTHING, capabilities=run.names)
         run.train(f"round-{number + 1}-dense", begin, middle, dense, self.name)
         self._assign(run, number)
         policy = Policy(
             groups=groups_of(run.placed(), self.joint),
-            rules=everything() if self.control == "dense" else self._rules(),
+            rules=EVERYTHING if self.control == "dense" else self._rules(),
             capabilities=run.names,
         )
         run.train(f"round-{number + 1}-routed", middle, end, policy, self.name)
@@ -161,17 +174,14 @@ class Moefy(Method):
                 generator = run.ctx.generator(f"moefy.random.{number}.{block}")
                 score_CM = torch.rand(score_CM.shape, generator=generator)
             count = max(1, round(share * score_CM.shape[1]))
-            got = choose(score_CM, count, run.owned(block) if self.keep else ())
-            run.parts[block] = gather_units(run.model, block, got)
+            units = choose(score_CM, count, run.owned(block) if self.keep else ())
+            run.parts[block] = gather_units(run.model, block, units)
 
     def _rules(self) -> dict[str, tuple[Rule, ...]]:
         """Return what rows of each label read and write while routing."""
         joint = ("joint",) if self.joint else ()
-        core = ("core", *joint)
         return {
-            "core": alternatives(
-                (self.p_off, Rule(read=core, write=core)), (1 - self.p_off, Rule())
-            ),
+            "core": core_rules(("core", *joint), p_off=self.p_off),
             "forget": (Rule(write=("self", *joint)),),
             "unlabeled": (Rule(),),
         }
@@ -183,15 +193,14 @@ class Moefy(Method):
     def _measured(self, run: Rounds) -> dict[str, Any]:
         """Return utility, separation and active parameters after a round."""
         placed, device = run.placed(), run.ctx.device
-        on = losses(run.model, run.sets, device)
-        off = _without(run.model, placed, run)
+        on, off = losses(run.model, run.samples, device), run.losses_without(placed)
         sizes = self._map(run.model, placed).sizes()
         modules = {n: sizes[f"module_{i + 1}"] for i, n in enumerate(run.names)}
         core = sum(sizes.values()) - sum(modules.values())
         scores = attribution(run.model, run.domains, run.blocks, device)
         both = "labelled" in on
         return {
-            "units": {str(block): [len(mine) for mine in run.owned(block)] for block in run.blocks},
+            "units": {str(b): [len(units) for units in run.owned(b)] for b in run.blocks},
             "losses": {"on": on, "off": off},
             "utility": off.get("retain"),
             "separation": off["labelled"] - on["labelled"] if both else None,
@@ -200,18 +209,125 @@ class Moefy(Method):
         }
 
 
-@torch.no_grad()
-def _without(model: nn.Module, placed: Placed, run: Rounds) -> dict[str, float]:
-    """Return the losses of the model with its modules emptied, which it then gets back."""
-    named = parameters_by_name(model)
-    held: list[tuple[Tensor, Tensor]] = []
-    for name, spans in ranges_of(model, placed.every).items():
-        for dim, start, stop in spans:
-            piece = named[name].narrow(dim, start, stop - start)
-            held.append((piece, piece.clone()))
-    cut(model, placed, "zero", 0)
-    try:
-        return losses(model, run.sets, run.ctx.device)
-    finally:
-        for piece, value in held:
-            piece.copy_(value)
+@dataclass
+class Rounds:
+    """A model on its way through the rounds.
+
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        rows: What is read, with the given labels.
+        names: Capabilities, in the order of their labels.
+        blocks: Blocks that are split.
+        config: The schedule that all phases share.
+        ctx: Seed, device, folder.
+        domains: Batches that attribution reads, core first.
+        samples: Rows on which losses are measured.
+        progress: What all loops have said so far.
+        parts: Part of each capability by block.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    rows: Rows
+    names: tuple[str, ...]
+    blocks: tuple[int, ...]
+    config: Pretrain
+    ctx: Context
+    domains: tuple[tuple[Batch, ...], ...]
+    samples: Samples
+    progress: Progress
+    parts: dict[int, list[Part]] = field(default_factory=dict)
+
+    def placed(self) -> Placed:
+        """Return the modules as they are now."""
+        parts = {
+            f"module_{i + 1}": tuple(self.parts[block][i] for block in self.blocks)
+            for i in range(len(self.names))
+        }
+        return Placed(parts, grown=False)
+
+    def owned(self, block: int) -> list[list[int]]:
+        """Return the units that each capability has in a block; empty before the first round."""
+        spans = [part.units or (0, 0) for part in self.parts.get(block, [])]
+        return [list(range(*span)) for span in spans]
+
+    def train(self, name: str, begin: int, end: int, policy: Policy, stage: str) -> None:
+        """Train from step `begin` to step `end` of the shared schedule.
+
+        Args:
+            name: Name of the phase: of its folder, and of its draws of rows and rules.
+            begin: First step.
+            end: Step after the last; a phase of no step does nothing.
+            policy: Groups and rules.
+            stage: Name shown beside the progress.
+        """
+        if begin == end:
+            return
+        config = self.config.model_copy(update={"fit": phase(self.config.fit, begin, end)})
+        ctx = self.ctx.child(name, seed=self.ctx.seed_for(f"moefy.{name}"))
+        progress = routed_fit(
+            self.model, policy, self.rows, self.tokenizer, config, ctx, stage=f"{stage}.{name}"
+        ).progress
+        self.progress.tokens += progress.tokens
+        self.progress.done += progress.done
+        self.progress.history += [{**row, "step": row["step"] + begin} for row in progress.history]
+
+    @torch.no_grad()
+    def losses_without(self, placed: Placed) -> dict[str, float]:
+        """Return the losses of the model with its modules emptied, which it then gets back."""
+        before = [(entries, entries.clone()) for entries in entries_of(self.model, placed.every)]
+        cut(self.model, placed, "zero", 0)
+        try:
+            return losses(self.model, self.samples, self.ctx.device)
+        finally:
+            for entries, value in before:
+                entries.copy_(value)
+
+
+def phase(fit: FitConfig, begin: int, end: int) -> FitConfig:
+    """Return the schedule of the steps from `begin` to `end` of a longer one.
+
+    Args:
+        fit: The whole schedule.
+        begin: First step.
+        end: Step after the last.
+    """
+
+    def share(step: int) -> float:
+        return schedule_share(
+            step, fit.steps, warmup=fit.warmup, schedule=fit.schedule, min_lr=fit.min_lr
+        )
+
+    steps = end - begin
+    # Fresh moments need a few steps before they know the scale of the gradient.
+    warmup = max(0, fit.warmup - begin) or fit.warmup * steps // max(1, fit.steps)
+    top = max(share(step) for step in (begin, min(begin + warmup, end - 1)))
+    change: dict[str, Any] = {"steps": steps, "warmup": min(warmup, steps), "lr": fit.lr * top}
+    if fit.schedule != "constant":
+        last = min(1.0, share(end) / top)
+        change |= {"schedule": "linear", "min_lr": last}
+    return fit.model_copy(update=change)
+
+
+def domains_of(
+    rows: Rows, count: int, tokenizer: Tokenizer, max_length: int, limit: int
+) -> tuple[tuple[Batch, ...], ...]:
+    """Draw rows of core and of each capability, by their given labels and content alone.
+
+    Args:
+        rows: What is read in training, with the given labels.
+        count: Number of capabilities.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens per row.
+        limit: Rows of each at most.
+
+    Returns:
+        Batches on the CPU, core first; none where no row carries the label.
+    """
+    domains = []
+    for label in range(CORE, count + 1):
+        labelled = [row for row in dict.fromkeys(rows) if row.label == label]
+        drawn = hash_ordered(labelled, 0)[:limit]
+        domains.append(batches_of(drawn, tokenizer, max_length=max_length))
+    return tuple(domains)

@@ -26,7 +26,7 @@ from excise.methods.pretraining.moefy.neurons import (
     gather_units,
 )
 from excise.methods.pretraining.pretrain import Pretrain, corpus
-from excise.methods.pretraining.routed import Module, serve
+from excise.methods.pretraining.routed.modules import Module, serve
 from excise.methods.tuning import stream
 from excise.models.checkpoint import Checkpoint
 from excise.models.tiny import tiny_model

@@ -24,8 +24,8 @@ from excise.methods import ERA, GRAM, SGTM, DEMix, DualAdapters, ERAAfter, Filte
 from excise.methods.base import Removal
 from excise.methods.pretraining.era import Expand, TokenWeights, token_counts, token_weights
 from excise.methods.pretraining.pretrain import Pretrain, corpus
-from excise.methods.pretraining.routed import Coherence, Module, place, serve
-from excise.methods.pretraining.routed.coherence import coherence
+from excise.methods.pretraining.routed.coherence import Coherence, coherence
+from excise.methods.pretraining.routed.modules import Module, place, serve
 from excise.methods.pretraining.sgtm import thinned
 from excise.methods.tuning import stream
 from excise.models.checkpoint import Checkpoint

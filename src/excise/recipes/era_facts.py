@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from excise.methods import ERA
 from excise.methods.pretraining.era import Expand
-from excise.methods.pretraining.routed import Coherence
+from excise.methods.pretraining.routed.coherence import Coherence
 from excise.recipes.routed_facts import routed_facts
 from excise.requests.recipe import Recipe
 from excise.train.fit import FitConfig

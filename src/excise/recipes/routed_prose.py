@@ -14,7 +14,7 @@ from excise.domains.definitions import (
 )
 from excise.methods import GRAM, SGTM, Filtering
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.pretraining.routed import Module
+from excise.methods.pretraining.routed.modules import Module
 from excise.models.spec import ModelSpec, Scratch
 from excise.requests.recipe import AuditSpec, EvalSpec, Recipe
 from excise.train.fit import FitConfig

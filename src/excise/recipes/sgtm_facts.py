@@ -10,7 +10,7 @@ in the model.
 from __future__ import annotations
 
 from excise.methods import SGTM, Propagate, Relabel
-from excise.methods.pretraining.routed import Module
+from excise.methods.pretraining.routed.modules import Module
 from excise.recipes.routed_facts import HALF, routed_facts
 from excise.requests.recipe import Recipe
 

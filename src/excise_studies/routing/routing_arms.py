@@ -26,7 +26,8 @@ from excise.methods import (
 )
 from excise.methods.base import Method
 from excise.methods.pretraining.era import Expand
-from excise.methods.pretraining.routed import Coherence, Module
+from excise.methods.pretraining.routed.coherence import Coherence
+from excise.methods.pretraining.routed.modules import Module
 from excise.train.fit import FitConfig
 from excise_studies.routing.routing_setting import routed
 

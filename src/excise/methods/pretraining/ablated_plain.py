@@ -15,17 +15,9 @@ from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
-from excise.methods.pretraining.routed import (
-    EVERYTHING,
-    How,
-    Module,
-    check_cut,
-    groups_of,
-    place,
-    train_and_cut,
-)
+from excise.methods.pretraining.routed import EVERYTHING, train_and_cut, with_modules
+from excise.methods.pretraining.routed.modules import How, Module, check_cut
 from excise.models.checkpoint import Checkpoint
-from excise.routing import Policy
 
 
 class AblatedPlain(Method):
@@ -35,7 +27,7 @@ class AblatedPlain(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; they change what is measured, not learned."""
+    """How the given labels differ from the truth; they change what is measured, not learned."""
     module: Module = Module(width=0.1, grow=True)
     """Size and place of each module."""
     ablate: How = "delete"
@@ -58,9 +50,5 @@ class AblatedPlain(Method):
         """Train `start` with modules, everything on and written, and cut them off."""
         config, names = schedule(self.pretrain, self.name), tuple(domain.forget)
         rows = labelled_corpus(domain, self.labels, ctx)
-        model = start.load(dtype=ctx.dtype, device=ctx.device)
-        placed = place(model, self.module, len(names), ctx.seed_for("grow"))
-        policy = Policy(groups=groups_of(placed), rules=EVERYTHING, capabilities=names)
-        return train_and_cut(
-            start, model, rows, policy, placed, config, ctx, stage=self.name, how=self.ablate
-        )
+        modular = with_modules(start, self.module, names, EVERYTHING, ctx)
+        return train_and_cut(start, modular, rows, config, ctx, stage=self.name, how=self.ablate)

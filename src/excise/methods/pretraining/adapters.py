@@ -27,20 +27,15 @@ from excise.methods.pretraining.pretrain import (
 )
 from excise.methods.pretraining.routed import (
     BEFORE,
-    Placed,
-    RoutedTraining,
-    Samples,
-    Shared,
+    ModularModel,
     core_rules,
     described,
     forget_rules,
-    groups_of,
-    losses,
     module_rates,
-    routed_fit,
-    sample,
-    save_before,
 )
+from excise.methods.pretraining.routed.absorption import Samples, losses, sample
+from excise.methods.pretraining.routed.modules import Placed, Shared, groups_of, save_before
+from excise.methods.pretraining.routed.training import RoutedTraining, routed_fit
 from excise.methods.tuning import finish
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA, adapted, add_adapter, targets
@@ -57,7 +52,7 @@ class AdapterModules(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     lora: LoRA = LoRA(rank=8, alpha=16.0)
     """The adapter of each capability."""
     lr: float = Field(default=1.0, ge=0)
@@ -95,8 +90,9 @@ class AdapterModules(Method):
         with adapters_on(model, self.lora, len(names), ctx) as live:
             for parameter in live.parameters():
                 parameter.requires_grad_(True)
+            modular = ModularModel(live, placed, policy)
             trained, facts, samples = train_adapters(
-                live, start, rows, policy, placed, config, ctx, stage=self.name
+                start, modular, rows, config, ctx, stage=self.name
             )
         facts["losses"]["after"] = losses(model, samples, ctx.device)
         parameters = dict(model.named_parameters())
@@ -114,7 +110,7 @@ class DualAdapters(Method):
     pack: tuple[int, ...] = (1,)
     """Rows per text, in turn."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     lora: LoRA = LoRA(rank=8, alpha=16.0)
     """Each of the adapters; unlike sizes let the larger swallow everything."""
     p_off: float = Field(default=1.0, ge=0, le=1)
@@ -144,8 +140,9 @@ class DualAdapters(Method):
         with adapters_on(model, self.lora, len(names), ctx, stays=True) as live:
             for name, parameter in live.named_parameters():
                 parameter.requires_grad_("lora_" in name)
+            modular = ModularModel(live, placed, policy)
             trained, facts, samples = train_adapters(
-                live, start, rows, policy, placed, config, ctx, stage=self.name
+                start, modular, rows, config, ctx, stage=self.name
             )
             live.base_model.set_adapter("default")
             facts["losses"]["after"] = losses(live, samples, ctx.device)
@@ -202,11 +199,9 @@ def adapters_on(
 
 
 def train_adapters(
-    live: nn.Module,
     start: Checkpoint,
+    modular: ModularModel,
     rows: Rows,
-    policy: Policy,
-    placed: Placed,
     config: Pretrain,
     ctx: Context,
     *,
@@ -215,11 +210,9 @@ def train_adapters(
     """Train a model with adapters under a policy, measure it, and write it as it is.
 
     Args:
-        live: The model with its adapters.
         start: What the method started from.
+        modular: The model with its adapters.
         rows: What is read, with the given labels.
-        policy: Groups and rules.
-        placed: The adapters.
         config: The schedule.
         ctx: Seed, device, folder.
         stage: Name shown beside the progress.
@@ -228,12 +221,12 @@ def train_adapters(
         Map and progress; facts for the record, losses before the adapters are dropped among them;
         and the rows on which they were measured.
     """
-    tokenizer = start.tokenizer()
-    rates = module_rates(placed, config)
+    live, policy, tokenizer = modular.model, modular.policy, start.tokenizer()
+    rates = module_rates(modular.placed, config)
     trained = routed_fit(live, policy, rows, tokenizer, config, ctx, stage=stage, rates=rates)
     samples = sample(rows, tokenizer, max_length=config.max_length)
     facts = described(live, trained.map, rows, samples, ctx)
     if ctx.rank == 0:
-        save_before(live, placed, policy.capabilities, ctx.work / BEFORE)
+        save_before(live, modular.placed, policy.capabilities, ctx.work / BEFORE)
     facts["losses"] = {"before": losses(live, samples, ctx.device)}
     return trained, facts, samples

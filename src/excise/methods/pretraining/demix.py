@@ -14,7 +14,8 @@ from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
-from excise.methods.pretraining.routed import Module, own_units, place, train_and_cut
+from excise.methods.pretraining.routed import ModularModel, train_and_cut
+from excise.methods.pretraining.routed.modules import Module, own_units, place
 from excise.models.checkpoint import Checkpoint
 from excise.routing import Groups, Policy, Rule
 
@@ -26,7 +27,7 @@ class DEMix(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     module: Module = Module(width=1.0, grow=True)
     """Size of a capability's expert: 1 is as large as the core's."""
 
@@ -56,6 +57,5 @@ class DEMix(Method):
             },
             capabilities=names,
         )
-        return train_and_cut(
-            start, model, rows, policy, placed, config, ctx, stage=self.name, how="delete"
-        )
+        modular = ModularModel(model, placed, policy)
+        return train_and_cut(start, modular, rows, config, ctx, stage=self.name, how="delete")

@@ -34,7 +34,9 @@ from excise.methods.pretraining.pretrain import (
     labelled_tuning_rows,
     schedule,
 )
-from excise.methods.pretraining.routed import Coherence, Module, own_units, place, train_and_cut
+from excise.methods.pretraining.routed import ModularModel, train_and_cut
+from excise.methods.pretraining.routed.coherence import Coherence
+from excise.methods.pretraining.routed.modules import Module, own_units, place
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.routing import Groups, Policy, Rule
@@ -90,7 +92,7 @@ class ERA(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     expand: Expand = Expand()
     """What is grown, how gradients are routed, and the repair."""
 
@@ -121,7 +123,7 @@ class ERAAfter(Method):
     pack: tuple[int, ...] = (1,)
     """Rows per text, in turn."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     expand: Expand = Expand()
     """What is grown, how gradients are routed, and the repair."""
 
@@ -193,10 +195,8 @@ def expand_route_ablate(
         )
     return train_and_cut(
         start,
-        model,
+        ModularModel(model, placed, policy),
         rows,
-        policy,
-        placed,
         config,
         ctx,
         stage=stage,

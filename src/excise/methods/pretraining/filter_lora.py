@@ -44,7 +44,7 @@ class FilterLoRA(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing. Core and adapters share its steps."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     lora: LoRA = LoRA(rank=16, alpha=32.0)
     """The adapter of each capability."""
     adapter_share: float = Field(default=0.2, gt=0, lt=1)

@@ -32,7 +32,7 @@ class Filtering(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     drop_above: float = Field(default=0.5, ge=0, lt=1)
     """A row is dropped where labels say with more than this probability that it is forget."""
     unlabeled: Literal["keep", "drop"] = "keep"

@@ -40,7 +40,7 @@ class GradDiffPretrain(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     push: Push = "ascent"
     """Loss of a forget token: minus its loss up to log V, -log(1 - p), KL(uniform || p), or as RMU
     the squared distance of the activation that predicts it to one random vector."""

@@ -3,7 +3,7 @@
 Core rows run through the core alone, or together with one module drawn at random; rows of a
 capability run through core and their module and write into the module; unlabelled rows read and
 write everything. A sum of MLPs is one wider MLP, so that modules are grown neurons here, and any
-subset of them can be served: the others are deleted (`routed.serve`).
+subset of them can be served: the others are deleted (`routed.modules.serve`).
 """
 
 from __future__ import annotations
@@ -18,18 +18,14 @@ from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
 from excise.methods.pretraining.routed import (
-    How,
-    Module,
-    Shared,
     alternatives,
-    check_cut,
     forget_rules,
-    groups_of,
-    place,
     train_and_cut,
+    with_modules,
 )
+from excise.methods.pretraining.routed.modules import How, Module, Shared, check_cut
 from excise.models.checkpoint import Checkpoint
-from excise.routing import Policy, Rule
+from excise.routing import Rule
 
 
 class GRAM(Method):
@@ -39,7 +35,7 @@ class GRAM(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     module: Module = Module(width=0.1, grow=True)
     """Neurons that each capability gets beside those of the core."""
     p_cr: float = Field(default=0.5, ge=0, le=1)
@@ -86,21 +82,11 @@ class GRAM(Method):
         """Train `start` with modules under the policy and cut them off."""
         config, names = schedule(self.pretrain, self.name), tuple(domain.forget)
         rows = labelled_corpus(domain, self.labels, ctx)
-        model = start.load(dtype=ctx.dtype, device=ctx.device)
-        placed = place(model, self.module, len(names), ctx.seed_for("grow"))
-        groups = groups_of(placed, self.joint, joint_down=self.joint_down)
-        policy = Policy(groups=groups, rules=self._rules(), capabilities=names)
+        modular = with_modules(
+            start, self.module, names, self._rules(), ctx, self.joint, joint_down=self.joint_down
+        )
         return train_and_cut(
-            start,
-            model,
-            rows,
-            policy,
-            placed,
-            config,
-            ctx,
-            stage=self.name,
-            how=self.ablate,
-            l1=self.l1,
+            start, modular, rows, config, ctx, stage=self.name, how=self.ablate, l1=self.l1
         )
 
     def _rules(self) -> dict[str, tuple[Rule, ...]]:

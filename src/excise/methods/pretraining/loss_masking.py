@@ -39,7 +39,7 @@ class LossMasking(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     mask_above: float = Field(default=0.5, ge=0, lt=1)
     """Tokens have no loss where labels say with more than this probability that they are forget."""
 

@@ -15,14 +15,8 @@ from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
-from excise.methods.pretraining.routed import (
-    How,
-    Module,
-    check_cut,
-    groups_of,
-    place,
-    train_and_cut,
-)
+from excise.methods.pretraining.routed import ModularModel, train_and_cut
+from excise.methods.pretraining.routed.modules import How, Module, check_cut, groups_of, place
 from excise.models.checkpoint import Checkpoint
 from excise.routing import Policy, Rule
 
@@ -75,6 +69,5 @@ class MemSinks(Method):
         rules = dict.fromkeys(("core", "unlabeled", "forget"), every)
         names = tuple(domain.forget)
         policy = Policy(groups=groups_of(placed), rules=rules, capabilities=names)
-        return train_and_cut(
-            start, model, rows, policy, placed, config, ctx, stage=self.name, how=self.ablate
-        )
+        modular = ModularModel(model, placed, policy)
+        return train_and_cut(start, modular, rows, config, ctx, stage=self.name, how=self.ablate)

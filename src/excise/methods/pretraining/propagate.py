@@ -33,7 +33,7 @@ class Propagate(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     by: Literal["unit", "group"] = "unit"
     """What shares a label: rows of one unit, or of one group (author, entity, source)."""
     at_least: int = Field(default=1, ge=1)

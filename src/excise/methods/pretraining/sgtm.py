@@ -18,19 +18,11 @@ from excise.data.labels import LabelNoise
 from excise.domains.passages import hashed_order
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
-from excise.methods.pretraining.routed import (
-    Coherence,
-    How,
-    Module,
-    Shared,
-    core_rules,
-    forget_rules,
-    groups_of,
-    place,
-    train_and_cut,
-)
+from excise.methods.pretraining.routed import core_rules, forget_rules, train_and_cut, with_modules
+from excise.methods.pretraining.routed.coherence import Coherence
+from excise.methods.pretraining.routed.modules import How, Module, Shared
 from excise.models.checkpoint import Checkpoint
-from excise.routing import Policy, Rule
+from excise.routing import Rule
 
 
 class SGTM(Method):
@@ -40,7 +32,7 @@ class SGTM(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     read: float = Field(default=1.0, gt=0, le=1)
     """Share of labelled rows that are read; the others are left out, as by filtering, so that the
     core sees more of what stays in as many steps."""
@@ -101,16 +93,13 @@ class SGTM(Method):
         """Train `start` under the policy and cut the modules off."""
         config, names = schedule(self.pretrain, self.name), tuple(domain.forget)
         rows = thinned(labelled_corpus(domain, self.labels, ctx), self.read, ctx.seed_for("read"))
-        model = start.load(dtype=ctx.dtype, device=ctx.device)
-        placed = place(model, self.module, len(names), ctx.seed_for("grow"))
-        groups = groups_of(placed, self.joint, joint_down=self.joint_down)
-        policy = Policy(groups=groups, rules=self._rules(), capabilities=names)
+        modular = with_modules(
+            start, self.module, names, self._rules(), ctx, self.joint, joint_down=self.joint_down
+        )
         return train_and_cut(
             start,
-            model,
+            modular,
             rows,
-            policy,
-            placed,
             config,
             ctx,
             stage=self.name,

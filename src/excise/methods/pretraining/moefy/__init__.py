@@ -38,27 +38,20 @@ from excise.methods.pretraining.moefy.neurons import (
     gather_units,
 )
 from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
-from excise.methods.pretraining.routed import (
-    EVERYTHING,
-    Placed,
-    RoutedTraining,
+from excise.methods.pretraining.routed import EVERYTHING, ModularModel, core_rules, cut_off
+from excise.methods.pretraining.routed.absorption import (
     Samples,
-    Shared,
     batches_of,
-    blocks_of,
-    core_rules,
-    cut,
-    cut_off,
-    groups_of,
     hash_ordered,
     losses,
-    routed_fit,
     sample,
 )
+from excise.methods.pretraining.routed.modules import Placed, Shared, blocks_of, cut, groups_of
+from excise.methods.pretraining.routed.training import RoutedTraining, routed_fit
 from excise.methods.tuning import Progress
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
-from excise.routing import GroupMap, Part, Policy, Rule, resolve
+from excise.routing import Part, Policy, Rule, resolve
 from excise.routing.surgery import entries_of
 from excise.train.fit import FitConfig
 from excise.train.optim import schedule_share
@@ -71,7 +64,7 @@ class Moefy(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing. All phases share its steps."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     rounds: int = Field(default=3, ge=1)
     """How often dense training, assignment and routing follow each other."""
     dense_share: float = Field(default=0.2, ge=0, lt=1)
@@ -127,13 +120,10 @@ class Moefy(Method):
             samples=sample(rows, tokenizer, max_length=config.max_length),
             progress=Progress(ctx, self.name, config.fit.steps),
         )
-        rounds = [self._round(run, number) for number in range(self.rounds)]
-        placed = run.placed()
-        trained = RoutedTraining(self._map(model, placed), run.progress)
-        facts = {"rounds": rounds}
-        return cut_off(
-            start, model, trained, rows, names, placed, config, ctx, how=self.ablate, extras=facts
-        )
+        facts = {"rounds": [self._round(run, number) for number in range(self.rounds)]}
+        modular = ModularModel(model, run.placed(), self._policy(run))
+        trained = RoutedTraining(resolve(model, modular.policy.groups), run.progress)
+        return cut_off(start, modular, trained, rows, config, ctx, how=self.ablate, extras=facts)
 
     def _blocks(self, model: nn.Module) -> tuple[int, ...]:
         """Return the blocks that are split.
@@ -155,12 +145,7 @@ class Moefy(Method):
         dense = Policy(rules=EVERYTHING, capabilities=run.names)
         run.train(f"round-{number + 1}-dense", begin, middle, dense, self.name)
         self._assign(run, number)
-        policy = Policy(
-            groups=groups_of(run.placed(), self.joint),
-            rules=EVERYTHING if self.control == "dense" else self._rules(),
-            capabilities=run.names,
-        )
-        run.train(f"round-{number + 1}-routed", middle, end, policy, self.name)
+        run.train(f"round-{number + 1}-routed", middle, end, self._policy(run), self.name)
         at = {"begin": begin, "routed_from": middle, "end": end}
         return {"round": number + 1, "steps": at, **self._measured(run)}
 
@@ -177,24 +162,25 @@ class Moefy(Method):
             units = choose(score_CM, count, run.owned(block) if self.keep else ())
             run.parts[block] = gather_units(run.model, block, units)
 
-    def _rules(self) -> dict[str, tuple[Rule, ...]]:
-        """Return what rows of each label read and write while routing."""
+    def _policy(self, run: Rounds) -> Policy:
+        """Return the groups as they are now, and what rows of each label read and write."""
         joint = ("joint",) if self.joint else ()
-        return {
+        routed: dict[str, tuple[Rule, ...]] = {
             "core": core_rules(("core", *joint), p_off=self.p_off),
             "forget": (Rule(write=("self", *joint)),),
             "unlabeled": (Rule(),),
         }
-
-    def _map(self, model: nn.Module, placed: Placed) -> GroupMap:
-        """Return who owns what."""
-        return resolve(model, groups_of(placed, self.joint))
+        return Policy(
+            groups=groups_of(run.placed(), self.joint),
+            rules=EVERYTHING if self.control == "dense" else routed,
+            capabilities=run.names,
+        )
 
     def _measured(self, run: Rounds) -> dict[str, Any]:
         """Return utility, separation and active parameters after a round."""
-        placed, device = run.placed(), run.ctx.device
-        on, off = losses(run.model, run.samples, device), run.losses_without(placed)
-        sizes = self._map(run.model, placed).sizes()
+        device = run.ctx.device
+        on, off = losses(run.model, run.samples, device), run.losses_without(run.placed())
+        sizes = resolve(run.model, groups_of(run.placed(), self.joint)).sizes()
         modules = {n: sizes[f"module_{i + 1}"] for i, n in enumerate(run.names)}
         core = sum(sizes.values()) - sum(modules.values())
         scores = attribution(run.model, run.domains, run.blocks, device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from excise.core.errors import UserError
 from excise.data.stream import Batch
 from excise.losses import nll
-from excise.methods.pretraining.routed import mlp_kind
+from excise.methods.pretraining.routed.modules import mlp_kind
 from excise.models.anatomy import anatomy
 from excise.models.hooks import capture, trainable
 from excise.models.names import parameters_by_name

@@ -1,9 +1,9 @@
-"""Relabel, then filter or route: a probe trained on the labels one has labels the rest.
+"""Relabel, then filter or route: a probe trained on the given labels labels the rest.
 
 The probe sees the tokens of a row, the hidden states of a model trained for a short while on
 everything, or how much the ablation of a routed model took from the row (its absorption). What
-that training costs is taken off the steps of the model that is handed back, so that all arms
-spend the same compute.
+that training costs is taken off the steps of the model that is handed back, so that all
+methods spend the same compute.
 
 Shape legend: N rows, F features, B rows of a batch, T tokens, D width.
 """
@@ -42,7 +42,7 @@ from excise.methods.pretraining.relabel.probe import (
     judge,
     standardised,
 )
-from excise.methods.pretraining.routed import serve
+from excise.methods.pretraining.routed.modules import serve
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture
@@ -55,7 +55,7 @@ class Relabel(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     features: Literal["tokens", "hidden", "absorption"] = "tokens"
     """What the probe sees: a bag of tokens, the mean hidden state of a briefly trained model, or
     the rise of the row's loss when the module of a routed model is ablated."""

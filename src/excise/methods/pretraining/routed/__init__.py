@@ -12,6 +12,7 @@ Shape legend: V vocabulary, B rows, T tokens, M neurons of an MLP.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
@@ -23,9 +24,7 @@ from excise.methods.base import Removal
 from excise.methods.pretraining.pretrain import Pretrain, quality_of_labels
 from excise.methods.pretraining.routed.absorption import (
     Samples,
-    batches_of,
     gradient_shares,
-    hash_ordered,
     losses,
     sample,
 )
@@ -36,14 +35,10 @@ from excise.methods.pretraining.routed.modules import (
     Placed,
     Shared,
     blocks_of,
-    check_cut,
     cut,
     groups_of,
-    mlp_kind,
-    own_units,
     place,
     save_before,
-    serve,
 )
 from excise.methods.pretraining.routed.training import RoutedBatch, RoutedTraining, routed_fit
 from excise.methods.tuning import finish
@@ -54,51 +49,58 @@ from excise.models.names import modules_by_name
 from excise.routing import GroupMap, Names, Policy, Rule
 from excise.train.fit import Term
 
-__all__ = [
-    "BEFORE",
-    "EVERYTHING",
-    "Coherence",
-    "How",
-    "Module",
-    "Placed",
-    "RoutedTraining",
-    "Samples",
-    "Shared",
-    "alternatives",
-    "batches_of",
-    "blocks_of",
-    "check_cut",
-    "core_rules",
-    "cut",
-    "cut_off",
-    "described",
-    "forget_rules",
-    "groups_of",
-    "hash_ordered",
-    "losses",
-    "mlp_kind",
-    "module_rates",
-    "own_units",
-    "place",
-    "routed_fit",
-    "sample",
-    "save_before",
-    "serve",
-    "train_and_cut",
-]
-
 BEFORE = "before_ablation.safetensors"
 """Weights before modules were cut off, under `ctx.work`."""
 EVERYTHING: dict[str, tuple[Rule, ...]] = dict.fromkeys(("core", "forget", "unlabeled"), (Rule(),))
 """The rules of plain training: every row reads and writes everything."""
 
 
+@dataclass(frozen=True)
+class ModularModel:
+    """A loaded model with modules placed in it, and the policy under which it is trained.
+
+    Attributes:
+        model: The model.
+        placed: Its modules.
+        policy: Groups and rules, capabilities in the order of their modules.
+    """
+
+    model: nn.Module
+    placed: Placed
+    policy: Policy
+
+
+def with_modules(
+    start: Checkpoint,
+    module: Module,
+    names: tuple[str, ...],
+    rules: dict[str, tuple[Rule, ...]],
+    ctx: Context,
+    joint: Sequence[Shared] = (),
+    *,
+    joint_down: bool = False,
+) -> ModularModel:
+    """Load a model and place one module per capability in it; everything else is core or joint.
+
+    Args:
+        start: What is loaded.
+        module: Size and place of each module.
+        names: Capabilities, in the order of their labels.
+        rules: What rows of each label read and write.
+        ctx: Device, dtype, seed of grown modules.
+        joint: What labelled rows may write beside their module.
+        joint_down: Whether every row writes the modules' down-projections.
+    """
+    model = start.load(dtype=ctx.dtype, device=ctx.device)
+    placed = place(model, module, len(names), ctx.seed_for("grow"))
+    groups = groups_of(placed, joint, joint_down=joint_down)
+    return ModularModel(model, placed, Policy(groups=groups, rules=rules, capabilities=names))
+
+
 def train_and_cut(
     start: Checkpoint,
-    model: nn.Module,
+    modular: ModularModel,
     rows: Rows,
-    policy: Policy,
-    placed: Placed,
     config: Pretrain,
     ctx: Context,
     *,
@@ -113,10 +115,8 @@ def train_and_cut(
 
     Args:
         start: What the method started from.
-        model: It, loaded, modules placed in it; changed in place.
+        modular: It with its modules; changed in place.
         rows: What is read, with the given labels.
-        policy: Groups and rules.
-        placed: What is cut off at the end.
         config: The schedule.
         ctx: Seed, device, folder.
         stage: Name shown beside the progress.
@@ -129,20 +129,21 @@ def train_and_cut(
     Returns:
         The ablated model and what was measured on the way.
     """
+    model, placed = modular.model, modular.placed
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    paths = penalised(model, placed.blocks) if l1 else []
+    paths = _penalised(model, placed.blocks) if l1 else []
     with capture(model, paths, of="input", grad=True) as inputs:
 
         def penalty(model: nn.Module, micro: RoutedBatch, output: Any) -> dict[str, Term]:
-            total = absolute_sum(inputs, micro.batch.attention_BT)
+            total = _absolute_sum(inputs, micro.batch.attention_BT)
             for calls in inputs.values():
                 calls.clear()
             return {"l1": Term(total, float(micro.num_tokens), l1)}
 
         trained = routed_fit(
             model,
-            policy,
+            modular.policy,
             rows,
             start.tokenizer(),
             config,
@@ -154,8 +155,7 @@ def train_and_cut(
             rates=module_rates(placed, config),
             zeroed=zeroed,
         )
-    names = policy.capabilities
-    return cut_off(start, model, trained, rows, names, placed, config, ctx, how=how, repair=repair)
+    return cut_off(start, modular, trained, rows, config, ctx, how=how, repair=repair)
 
 
 def module_rates(placed: Placed, config: Pretrain) -> dict[str, float] | None:
@@ -165,11 +165,9 @@ def module_rates(placed: Placed, config: Pretrain) -> dict[str, float] | None:
 
 def cut_off(
     start: Checkpoint,
-    model: nn.Module,
+    modular: ModularModel,
     trained: RoutedTraining,
     rows: Rows,
-    names: Sequence[str],
-    placed: Placed,
     config: Pretrain,
     ctx: Context,
     *,
@@ -181,23 +179,21 @@ def cut_off(
 
     Args:
         start: What the method started from.
-        model: The trained model, modules on; changed in place.
+        modular: The trained model, modules on; changed in place.
         trained: Who owned what, and what the training took.
         rows: What was read, with the given labels.
-        names: Capabilities, in the order of their labels.
-        placed: What is cut off.
         config: Gives the length of rows.
         ctx: Seed, device, folder.
         how: How modules are cut off.
         repair: The light training after the cut; None for none.
         extras: Further facts for the record.
     """
-    tokenizer = start.tokenizer()
+    model, placed, tokenizer = modular.model, modular.placed, start.tokenizer()
     samples = sample(rows, tokenizer, max_length=config.max_length)
     facts = described(model, trained.map, rows, samples, ctx)
     before = losses(model, samples, ctx.device)
     if ctx.rank == 0:
-        save_before(model, placed, names, ctx.work / BEFORE)
+        save_before(model, placed, modular.policy.capabilities, ctx.work / BEFORE)
     cut(model, placed, how, ctx.seed_for("reinit"))
     facts["losses"] = {"before": before, "after": losses(model, samples, ctx.device)}
     if repair is not None:
@@ -231,7 +227,7 @@ def described(
     }
 
 
-def penalised(model: nn.Module, blocks: Sequence[int]) -> list[str]:
+def _penalised(model: nn.Module, blocks: Sequence[int]) -> list[str]:
     """Return the modules whose inputs are the activations of the MLPs of some blocks.
 
     Fused experts have no such module, and no penalty.
@@ -244,7 +240,7 @@ def penalised(model: nn.Module, blocks: Sequence[int]) -> list[str]:
     return [downs[block] for block in blocks_of(model, blocks) if downs[block] in named]
 
 
-def absolute_sum(inputs: Mapping[str, Sequence[Tensor]], attention_BT: Tensor) -> Tensor:
+def _absolute_sum(inputs: Mapping[str, Sequence[Tensor]], attention_BT: Tensor) -> Tensor:
     """Return the summed absolute activations at real tokens, of the last call of each module.
 
     Args:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from excise.core.config import ConfigError
 from excise.core.errors import UserError
-from excise.models.anatomy import Anatomy, anatomy
-from excise.models.names import modules_by_name, parameters_by_name, unwrap
+from excise.models.anatomy import Anatomy
+from excise.models.names import modules_by_name, parameters_by_name
 from excise.routing.groups import Groups, Part
 from excise.routing.resolve import ModelIndex, claim
 
@@ -42,7 +42,7 @@ def count_units(model: nn.Module, block: int, what: What = "mlp") -> int:
     Raises:
         UserError: If the block has no such thing.
     """
-    return _count(modules_by_name(model), parameters_by_name(model), anatomy(model), block, what)
+    return _count(ModelIndex(model), block, what)
 
 
 def grow(
@@ -73,12 +73,13 @@ def grow(
     Raises:
         UserError: If a block does not exist, has no such unit, or cannot grow by that many.
     """
-    layout, named = anatomy(model), modules_by_name(model)
+    index = ModelIndex(model)
+    layout = index.anatomy
     added: list[Part] = []
     work: list[tuple[Ranges, int, set[str]]] = []
     for block, count in _counts_by_block(per_block, layout.num_blocks).items():
-        before = count_units(model, block, what)
-        step = _heads_together(named[layout.attention[block]]) if what == "heads" else 1
+        before = _count(index, block, what)
+        step = _heads_together(index.modules[layout.attention[block]]) if what == "heads" else 1
         if count % step:
             raise UserError(
                 f"block {block}: {count} heads are no multiple of the {step} that share keys and "
@@ -227,59 +228,47 @@ def refresh(model: nn.Module) -> None:
     Args:
         model: A causal model whose tensors have changed shape.
     """
-    named = modules_by_name(model)
-    for module in named.values():
+    for module in modules_by_name(model).values():
         _set_sizes(module)
-    layout, tensors = anatomy(model), parameters_by_name(model)
+    index = ModelIndex(model)
+    layout, config = index.anatomy, index.config
     blocks = range(layout.num_blocks)
-    widths = [_count(named, tensors, layout, block, "mlp") for block in blocks]
+    widths = [_count(index, block, "mlp") for block in blocks]
     for path, width in zip(layout.mlp, widths, strict=True):
-        mlp: Any = named[path]
+        mlp: Any = index.modules[path]
         if isinstance(getattr(mlp, "intermediate_size", None), int):
             mlp.intermediate_size = width
-    config: Any = getattr(unwrap(model)[1], "config", None)
     if config is None:
         return
-    config = config.get_text_config()
     if len(set(widths)) == 1:
         _set_width(config, widths[0])
     experts = {e.count if e is not None else 0 for e in layout.experts}
     if len(experts) == 1 and 0 not in experts:
         config.num_local_experts = experts.pop()
     if "head_dim" in config.to_dict():  # elsewhere heads follow from the width
-        heads = {_count(named, tensors, layout, block, "heads") for block in blocks}
+        heads = {_count(index, block, "heads") for block in blocks}
         if len(heads) == 1:
             config.num_attention_heads = heads.pop()
-            step = _heads_together(named[layout.attention[0]])
+            step = _heads_together(index.modules[layout.attention[0]])
             config.num_key_value_heads = config.num_attention_heads // step
 
 
-def _count(
-    named: Mapping[str, nn.Module],
-    tensors: Mapping[str, Tensor],
-    layout: Anatomy,
-    block: int,
-    what: What,
-) -> int:
-    """Return the number of units of a block, names looked up already."""
+def _count(index: ModelIndex, block: int, what: What) -> int:
+    """Return the number of units of a block; see `count_units`."""
+    layout = index.anatomy
     experts = layout.experts[block]
     if what == "experts":
         if experts is None:
             raise UserError(f"block {block} has no experts; name a mixture of experts")
         return experts.count
     if what == "heads":
-        out = named[layout.attention_out[block]]
-        return _num_inputs(out) // _head_size(named[layout.attention[block]])
-    down = named.get(layout.mlp_down[block])
-    if down is not None:
-        return _num_inputs(down)
+        width = index.num_inputs(layout.attention_out[block])
+        return width // _head_size(index.modules[layout.attention[block]])
+    down = layout.mlp_down[block]
+    if down in index.modules:
+        return index.num_inputs(down)
     assert experts is not None, "a fused MLP is a mixture of experts"
-    return int(tensors[layout.mlp_down[block]].shape[1 if experts.transposed else 2])
-
-
-def _num_inputs(module: Any) -> int:
-    """Return the number of inputs of a linear layer or `Conv1D`."""
-    return int(module.in_features if hasattr(module, "in_features") else module.nx)
+    return int(index.parameters[down].shape[1 if experts.transposed else 2])
 
 
 def _head_size(attention: nn.Module) -> int:
@@ -335,24 +324,25 @@ def _counts_by_block(per_block: Mapping[int, int] | int, blocks: int) -> dict[in
 
 def _check_rest(model: nn.Module, parts: Sequence[Part]) -> None:
     """Refuse to split groups of heads, and to leave a block with too few units of a kind."""
-    layout, named = anatomy(model), modules_by_name(model)
+    index = ModelIndex(model)
+    layout = index.anatomy
     gone: dict[tuple[int, What], set[int]] = {}
     for part in parts:
         what: What = part.at  # type: ignore[assignment]
         for block in part.blocks or range(layout.num_blocks):
             at = block % layout.num_blocks
-            start, stop = part.units or (0, count_units(model, at, what))
+            start, stop = part.units or (0, _count(index, at, what))
             gone.setdefault((at, what), set()).update(range(start, stop))
     for (block, what), units in gone.items():
-        left = count_units(model, block, what) - len(units)
-        least = _experts_per_token(named[layout.mlp[block]]) if what == "experts" else 1
+        left = _count(index, block, what) - len(units)
+        least = _experts_per_token(index.modules[layout.mlp[block]]) if what == "experts" else 1
         if left < least:
             raise UserError(
                 f"block {block} would be left with {left} of its {what} and needs {least}; zero "
                 "them instead"
             )
         if what == "heads":
-            _check_heads(named[layout.attention[block]], layout, block, units)
+            _check_heads(index.modules[layout.attention[block]], layout, block, units)
 
 
 def _check_heads(attention: nn.Module, layout: Anatomy, block: int, units: set[int]) -> None:

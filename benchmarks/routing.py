@@ -36,11 +36,9 @@ from torch.profiler import ProfilerActivity, profile
 from excise.core.context import Context
 from excise.data.stream import Batch
 from excise.losses import nll, token_nll
+from excise.methods.pretraining.routed.training import RoutedBatch, routed_loss
 from excise.models.tiny import tiny_model
-from excise.routing.attach import Routing, route
-from excise.routing.groups import GroupMap, Groups, Part
-from excise.routing.policy import Policy, Rule, compile
-from excise.routing.train import RoutedBatch, routed_loss
+from excise.routing import GroupMap, Groups, Part, Policy, Routing, Rule, compile, route
 from excise.train.fit import FitConfig, Term, fit
 
 VOCAB, BLOCKS, CYCLE = 512, 2, 4

@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 
-TRACE = '''
+TRACE = """
 import sys, json, threading
 root, out, *args = sys.argv[1:]
 ran = set()
@@ -36,7 +36,7 @@ from excise.cli import main
 code = main(args)
 sys.setprofile(None)
 json.dump({"code": code, "files": sorted(ran)}, open(out, "w"))
-'''
+"""
 """Notes the files of which a function ran; those that are only imported do not count."""
 
 
@@ -80,7 +80,8 @@ class House:
         return [
             name
             for name, by in users.items()
-            if len(by) == 1 and name.rpartition(".")[0] in (u := next(iter(by)), u.rpartition(".")[0])
+            if len(by) == 1
+            and name.rpartition(".")[0] in (u := next(iter(by)), u.rpartition(".")[0])
         ]
 
     def circles(self) -> list[list[str]]:
@@ -153,7 +154,10 @@ def ran(house: House, *args: str, cwd: Path) -> list[str]:
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     if not out.is_file() or json.loads(out.read_text())["code"]:
         raise SystemExit(f"excise {' '.join(args)} failed:\n{done.stdout}{done.stderr}")
-    return [Path(name).relative_to(house.source).as_posix() for name in json.loads(out.read_text())["files"]]
+    return [
+        Path(name).relative_to(house.source).as_posix()
+        for name in json.loads(out.read_text())["files"]
+    ]
 
 
 def runs(house: House) -> Iterator[tuple[str, list[str]]]:

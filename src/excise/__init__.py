@@ -40,9 +40,7 @@ if TYPE_CHECKING:
     from excise.models.open import open_checkpoint
     from excise.record import Record
     from excise.requests.recipe import Recipe
-    from excise.routing.attach import route
-    from excise.routing.groups import Groups, Part
-    from excise.routing.policy import Policy, Rule
+    from excise.routing import Groups, Part, Policy, Rule, route
     from excise.run.api import audit, load, remove
     from excise.train.fit import FitConfig
 
@@ -66,11 +64,11 @@ _HOME = {
     "Plain": "excise.methods",
     "Removal": "excise.methods",
     "Pretrain": "excise.methods.pretraining.pretrain",
-    "Groups": "excise.routing.groups",
-    "Part": "excise.routing.groups",
-    "Policy": "excise.routing.policy",
-    "Rule": "excise.routing.policy",
-    "route": "excise.routing.attach",
+    "Groups": "excise.routing",
+    "Part": "excise.routing",
+    "Policy": "excise.routing",
+    "Rule": "excise.routing",
+    "route": "excise.routing",
     "Checkpoint": "excise.models.checkpoint",
     "LoRA": "excise.models.lora",
     "open_checkpoint": "excise.models.open",

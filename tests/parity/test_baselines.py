@@ -28,10 +28,10 @@ from excise.methods import (
     Removal,
 )
 from excise.methods.pretraining.pretrain import Pretrain, corpus
-from excise.methods.pretraining.relabel import absorbed, found, relabelled, retold
-from excise.methods.pretraining.relabel_probe import (
-    Rule,
-    Verdict,
+from excise.methods.pretraining.relabel import absorbed, relabel, relabelling_quality, with_labels
+from excise.methods.pretraining.relabel.probe import (
+    Judgement,
+    ThresholdRule,
     bag_of_tokens,
     fit_logistic,
     fold_of,
@@ -187,9 +187,9 @@ def cued(strength: float = 1.0, **noise: Any) -> tuple[Rows, torch.Tensor]:
     return rows, bag_of_tokens([e.ids for e in examples])
 
 
-def judged(rows: Rows, x_NF: torch.Tensor, rule: Rule, folds: int = 3) -> dict[str, Any]:
+def judged(rows: Rows, x_NF: torch.Tensor, rule: ThresholdRule, folds: int = 3) -> dict[str, Any]:
     verdict = judge(rows, x_NF, folds=folds, by="group", rule=rule, fixed=0.5, l2=1.0, seed=0)
-    facts = found(rows, relabelled(rows, verdict))
+    facts = relabelling_quality(rows, relabel(rows, verdict))
     return {**facts, "threshold": verdict.threshold, "f1": verdict.held_out["f1"]}
 
 
@@ -242,7 +242,7 @@ def test_rows_of_a_missed_unit_teach_the_probe_that_it_is_core() -> None:
     recall = []
     for by in ("row", "group"):
         verdict = judge(rows, x, folds=3, by=by, rule="pu", fixed=0.5, l2=1.0, seed=0)
-        recall.append(found(rows, relabelled(rows, verdict))["recall"])
+        recall.append(relabelling_quality(rows, relabel(rows, verdict))["recall"])
     assert recall[0] is not None
     assert recall[1] is not None
     assert recall[0] < recall[1] - 0.2
@@ -320,7 +320,7 @@ def test_what_comes_after_the_probe_trains_on_its_labels(tmp_path: Path) -> None
     examples = encode(told, start.tokenizer(), max_length=32)
     verdict = judge(told, bag_of_tokens([e.ids for e in examples]), folds=2, by="row", rule="lift",
                     fixed=0.5, l2=1.0, seed=ctx.seed_for("relabel"))  # fmt: skip
-    now = relabelled(told, verdict)
+    now = relabel(told, verdict)
     alone = replace(
         domain, forget={"a": tuple(r for r in now if r.label == 1)}, mix_share=None,
         retain=tuple(r for r in now if r.label != 1), adjacent=(), unlabeled=(),
@@ -336,8 +336,8 @@ def test_rows_the_probe_clears_are_told_to_be_core() -> None:
     rows = tuple(Row(text=f"w{i}", unit=f"u{i}", label=UNLABELED) for i in range(4))
     rows = (*rows, Row(text="w9", unit="u9", label=1))
     chance_N = torch.tensor([0.8, 0.45, 0.2, 0.25, 0.01])
-    verdict = Verdict(chance_N, torch.ones(5, dtype=torch.long), 0.5, {})
-    labels = {c: [r.label for r in relabelled(rows, verdict, clear=c)] for c in (0.0, 0.5, 1.0)}
+    verdict = Judgement(chance_N, torch.ones(5, dtype=torch.long), 0.5, {})
+    labels = {c: [r.label for r in relabel(rows, verdict, clear=c)] for c in (0.0, 0.5, 1.0)}
     assert labels[0.0] == [1, UNLABELED, UNLABELED, UNLABELED, 1]
     assert labels[0.5] == [1, UNLABELED, CORE, UNLABELED, 1]
     assert labels[1.0] == [1, CORE, CORE, CORE, 1]
@@ -346,7 +346,7 @@ def test_rows_the_probe_clears_are_told_to_be_core() -> None:
 def test_handing_labels_on_loses_no_row() -> None:
     labels = (1, UNLABELED, CORE, 1, UNLABELED)
     told = tuple(Row(text=f"w{i}", unit=f"u{i}", label=n) for i, n in enumerate(labels))
-    seen = retold(replace(toy_domain(), mix_share=0.5), told)
+    seen = with_labels(replace(toy_domain(), mix_share=0.5), told)
     assert set(corpus(seen)) == set(told)
     assert [row.label for row in corpus(seen)] == [1, 1, UNLABELED, CORE, UNLABELED]
     assert seen.test == toy_domain().test

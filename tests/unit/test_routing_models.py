@@ -18,9 +18,7 @@ from torch.nn import functional as F
 from excise.core.errors import UserError
 from excise.models.anatomy import anatomy
 from excise.models.tiny import tiny_model
-from excise.routing.attach import route
-from excise.routing.groups import GroupMap, Groups, Part, resolve
-from excise.routing.policy import Policy, Routes, Rule
+from excise.routing import GroupMap, Groups, Part, Policy, Routes, Rule, resolve, route
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "mixtral", "phi3")
 VOCAB, TOKENS = 40, 7

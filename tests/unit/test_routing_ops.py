@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from excise.routing.call import routed_call
-from excise.routing.norms import routed_batch_norm, routed_layer_norm, spread
-from excise.routing.ops import routed_conv2d, routed_linear, scale_columns, scale_grad
+from excise.routing.backward import (
+    routed_batch_norm,
+    routed_call,
+    routed_conv2d,
+    routed_layer_norm,
+    routed_linear,
+    scale_columns,
+    scale_grad,
+    spread,
+)
 from excise.routing.weights import Piece, outer, rows_sum, weigh
 
 N, I, H, O = 12, 5, 8, 3  # noqa: E741
@@ -102,8 +109,8 @@ def test_gradients_are_those_of_the_table(name: str, place: str) -> None:
     edge = m if place in "AC" else None
     read = m if place == "D" else None
     hidden = torch.tanh(routed_linear(net.x, net.w_in, net.b_in, write_out=write))
-    y = routed_linear(hidden, net.w_out, net.c, write_in=write, write_bias=[(0, O, None)],
-                      read_in=read, edge_in=edge)  # fmt: skip
+    y = routed_linear(scale_columns(hidden, read, edge), net.w_out, net.c, write_in=write,
+                      write_bias=[(0, O, None)])  # fmt: skip
     w = wide(u, v)
     a = torch.tanh(net.x @ net.w_in.t() + net.b_in)
     plain = F.linear(a * w if place == "D" else a, net.w_out, net.c)
@@ -137,7 +144,8 @@ def test_stop_gradients_and_one_pass_per_weight_give_the_same(name: str) -> None
         for sum_, g in zip(total, torch.autograd.grad(loss, net.leaves), strict=True):
             sum_ += g
     hidden = torch.tanh(routed_linear(net.x, net.w_in, net.b_in, write_out=m))
-    y = routed_linear(hidden, net.w_out, net.c, write_in=m, write_bias=[(0, O, None)], edge_in=m)
+    y = routed_linear(scale_columns(hidden, None, m), net.w_out, net.c, write_in=m,
+                      write_bias=[(0, O, None)])  # fmt: skip
     same(net.grads(y), total)
 
 
@@ -148,7 +156,7 @@ def test_finite_differences_agree_where_the_gradient_is_one() -> None:
 
     def f(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         m = pieces(u, v, at=(0, 2, I))
-        return routed_linear(x, w, b, read_in=m)
+        return routed_linear(scale_columns(x, m, None), w, b)
 
     assert torch.autograd.gradcheck(f, (x, w, b))
     assert torch.autograd.gradcheck(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from excise.core.errors import UserError
 from excise.data.stream import Batch
-from excise.routing.groups import GroupMap, Groups, Owned, Part, Place
-from excise.routing.policy import Policy, Rule, choose, compile
+from excise.routing import GroupMap, Groups, Part, Policy, Rule, compile
+from excise.routing.groups import Owned, Place
+from excise.routing.policy import choose
 
 NAMES = ("core", "module_1", "module_2", "joint")
 MAP = GroupMap(

@@ -19,11 +19,14 @@ from excise.core.errors import UserError
 from excise.data.domain import Row, Rows
 from excise.data.stream import Stream, encode
 from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.routed.training import (
+    RoutedBatch,
+    RoutedStream,
+    routed_fit,
+    routed_loss,
+)
 from excise.models.tiny import tiny_model, word_tokenizer
-from excise.routing.attach import route
-from excise.routing.groups import GroupMap, Groups, Part, resolve
-from excise.routing.policy import Policy, Routes, Rule, compile
-from excise.routing.train import RoutedBatch, RoutedStream, routed_fit, routed_loss
+from excise.routing import GroupMap, Groups, Part, Policy, Routes, Rule, compile, resolve, route
 from excise.train.fit import FitConfig, Term, fit
 from excise.train.optim import Slice
 

@@ -14,8 +14,7 @@ from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
 from excise.methods.pretraining.demix import DEMix
-from excise.methods.pretraining.era import ERA
-from excise.methods.pretraining.era_after import ERAAfter
+from excise.methods.pretraining.era import ERA, ERAAfter
 from excise.methods.pretraining.filter_lora import FilterLoRA
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.grad_diff_pretrain import GradDiffPretrain

@@ -7,10 +7,10 @@ either: labelled rows are routed wholly instead of by token.
 from __future__ import annotations
 
 from excise.methods import ERA
+from excise.methods.pretraining.era import Expand
+from excise.methods.pretraining.routed.coherence import Coherence
 from excise.recipes.routed_facts import routed_facts
 from excise.requests.recipe import Recipe
-from excise.routing.coherence import Coherence
-from excise.routing.era_steps import Expand
 from excise.train.fit import FitConfig
 
 

@@ -14,9 +14,9 @@ from excise.domains.definitions import (
 )
 from excise.methods import GRAM, SGTM, Filtering
 from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.routed.modules import Module
 from excise.models.spec import ModelSpec, Scratch
 from excise.requests.recipe import AuditSpec, EvalSpec, Recipe
-from excise.routing.modules import Module
 from excise.train.fit import FitConfig
 
 HALF = LabelNoise(missed_units=0.5, missed_as="unlabeled", unread_core=0.5)

@@ -10,9 +10,9 @@ in the model.
 from __future__ import annotations
 
 from excise.methods import SGTM, Propagate, Relabel
+from excise.methods.pretraining.routed.modules import Module
 from excise.recipes.routed_facts import HALF, routed_facts
 from excise.requests.recipe import Recipe
-from excise.routing.modules import Module
 
 
 def recipe() -> Recipe:

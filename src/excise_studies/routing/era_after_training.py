@@ -9,10 +9,9 @@ from pydantic import Field
 from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
-from excise.methods.pretraining.era_after import ERAAfter
+from excise.methods.pretraining.era import ERAAfter, Expand
 from excise.methods.pretraining.filtering import Filtering
 from excise.record import StudyRow, StudyTable
-from excise.routing.era_steps import Expand
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import Key

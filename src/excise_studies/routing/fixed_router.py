@@ -20,9 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from excise.models.anatomy import anatomy
-from excise.routing.change import delete
-from excise.routing.groups import GroupMap, Part
-from excise.routing.measures import count_units
+from excise.routing import GroupMap, Part, count_units, delete
 
 
 def loss_of(model: Any, ids_BT: Tensor) -> Tensor:

@@ -16,10 +16,7 @@ from torch import Tensor
 from excise.core.stages import Runtime
 from excise.models.tiny import tiny_model
 from excise.record import StudyRow, StudyTable
-from excise.routing.attach import route
-from excise.routing.groups import Groups, Part
-from excise.routing.measures import count_units
-from excise.routing.rules import Names, Policy, Rule
+from excise.routing import Groups, Names, Part, Policy, Rule, count_units, route
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.routing.fixed_router import Mixture, Pieces, doubles, gradient, loss_of, owned

@@ -25,9 +25,9 @@ from excise.methods import (
     Relabel,
 )
 from excise.methods.base import Method
-from excise.routing.coherence import Coherence
-from excise.routing.era_steps import Expand
-from excise.routing.modules import Module
+from excise.methods.pretraining.era import Expand
+from excise.methods.pretraining.routed.coherence import Coherence
+from excise.methods.pretraining.routed.modules import Module
 from excise.train.fit import FitConfig
 from excise_studies.routing.routing_setting import routed
 

@@ -25,11 +25,11 @@ from excise.methods import Chain
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain, cut_to
+from excise.methods.pretraining.routed.modules import Module
 from excise.methods.pretraining.sgtm import SGTM
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
 from excise.requests.recipe import EvalSpec
-from excise.routing.modules import Module
 from excise.run.stages import ScoreModel
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool

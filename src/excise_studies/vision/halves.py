@@ -21,10 +21,7 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.stream import Batch
-from excise.routing.attach import route
-from excise.routing.groups import Groups, Part
-from excise.routing.policy import Policy, compile
-from excise.routing.rules import Rule
+from excise.routing import Groups, Part, Policy, Rule, compile, route
 from excise_studies.vision.images import Images, rarer
 
 Routed = Literal["both", "first", "none"]

@@ -14,11 +14,10 @@ from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
+from excise.methods.pretraining.routed import EVERYTHING, train_and_cut, with_modules
+from excise.methods.pretraining.routed.modules import How, Module, check_cut
 from excise.models.checkpoint import Checkpoint
-from excise.routing.ablation import Cutting, modular, train_preset
-from excise.routing.modules import How, Module
-from excise.routing.rules import Rule
 
 
 class AblatedPlain(Method):
@@ -28,7 +27,7 @@ class AblatedPlain(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; they change what is measured, not learned."""
+    """How the given labels differ from the truth; they change what is measured, not learned."""
     module: Module = Module(width=0.1, grow=True)
     """Size and place of each module."""
     ablate: How = "delete"
@@ -44,13 +43,12 @@ class AblatedPlain(Method):
     @model_validator(mode="after")
     def _check(self) -> AblatedPlain:
         """Refuse ways to cut that leave other shapes than the start's."""
-        if (self.ablate == "delete") != self.module.grow:
-            raise ValueError("ablate: grown modules are deleted, carved ones zeroed or drawn anew")
+        check_cut(self.ablate, self.module)
         return self
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` with modules, everything on and written, and cut them off."""
-        every = dict.fromkeys(("core", "forget", "unlabeled"), (Rule(),))
-        setup = modular(self.module, every, ctx)
-        cutting = Cutting(self.ablate, rate=self.module.lr)
-        return train_preset(self, start, domain, ctx, setup, cutting)
+        config, names = schedule(self.pretrain, self.name), tuple(domain.forget)
+        rows = labelled_corpus(domain, self.labels, ctx)
+        modular = with_modules(start, self.module, names, EVERYTHING, ctx)
+        return train_and_cut(start, modular, rows, config, ctx, stage=self.name, how=self.ablate)

@@ -8,7 +8,7 @@ write alone and that is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -17,20 +17,29 @@ from torch import nn
 
 from excise.core.context import Context
 from excise.data.domain import Domain, Rows
-from excise.data.labels import LabelNoise, give_labels, label_rows
+from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.plain import schedule
-from excise.methods.pretraining.pretrain import Pretrain, told_corpus
-from excise.methods.tuning import finish, forget_rows
+from excise.methods.pretraining.pretrain import (
+    Pretrain,
+    labelled_corpus,
+    labelled_tuning_rows,
+    schedule,
+)
+from excise.methods.pretraining.routed import (
+    BEFORE,
+    ModularModel,
+    core_rules,
+    described,
+    forget_rules,
+    module_rates,
+)
+from excise.methods.pretraining.routed.absorption import Samples, losses, sample
+from excise.methods.pretraining.routed.modules import Placed, Shared, groups_of, save_before
+from excise.methods.pretraining.routed.training import RoutedTraining, routed_fit
+from excise.methods.tuning import finish
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA, adapted, add_adapter, targets
-from excise.routing.ablation import BEFORE, described
-from excise.routing.absorption import losses, sample
-from excise.routing.groups import JOINT, Groups, Part
-from excise.routing.modules import Placed, Shared, alternatives
-from excise.routing.profiles import save_before
-from excise.routing.rules import Policy, Rule
-from excise.routing.train import Trained, routed_fit
+from excise.routing import JOINT, Part, Policy, Rule
 from excise.train.fit import FitConfig
 
 SOURCE = "jnward/gradient-routing-finetuning (gemma-3-1b-it; no licence file, read only)"
@@ -43,7 +52,7 @@ class AdapterModules(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     lora: LoRA = LoRA(rank=8, alpha=16.0)
     """The adapter of each capability."""
     lr: float = Field(default=1.0, ge=0)
@@ -70,22 +79,24 @@ class AdapterModules(Method):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` and its adapters, and keep the core alone."""
         config, names = schedule(self.pretrain, self.name), tuple(domain.forget)
-        rows = told_corpus(domain, self.labels, ctx)
+        rows = labelled_corpus(domain, self.labels, ctx)
         model = start.load(dtype=ctx.dtype, device=ctx.device)
+        placed = Placed(adapter_parts(len(names)), grown=False, lr=self.lr)
         policy = Policy(
-            groups=adapter_groups(len(names), self.joint),
-            rules=_rules(self.p_off, self.p_as, bool(self.joint)),
+            groups=groups_of(placed, self.joint),
+            rules=_rules(self.p_off, self.p_as, (JOINT,) if self.joint else ()),
             capabilities=names,
         )
-        with modules_on(model, self.lora, len(names), ctx) as live:
+        with adapters_on(model, self.lora, len(names), ctx) as live:
             for parameter in live.parameters():
                 parameter.requires_grad_(True)
-            trained = _train(live, policy, rows, start, config, ctx, (self.name, self.lr))
-            extras, before = _look(live, trained, policy, rows, start, config, ctx)
-        sets = sample(rows, start.tokenizer(), max_length=config.max_length)
-        extras["losses"] = {"before": before, "after": losses(model, sets, ctx.device)}
+            modular = ModularModel(live, placed, policy)
+            trained, facts, samples = train_adapters(
+                start, modular, rows, config, ctx, stage=self.name
+            )
+        facts["losses"]["after"] = losses(model, samples, ctx.device)
         parameters = dict(model.named_parameters())
-        return finish(start, model, parameters, trained.progress, ctx, extras=extras)
+        return finish(start, model, parameters, trained.progress, ctx, extras=facts)
 
 
 class DualAdapters(Method):
@@ -99,7 +110,7 @@ class DualAdapters(Method):
     pack: tuple[int, ...] = (1,)
     """Rows per text, in turn."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     lora: LoRA = LoRA(rank=8, alpha=16.0)
     """Each of the adapters; unlike sizes let the larger swallow everything."""
     p_off: float = Field(default=1.0, ge=0, le=1)
@@ -120,56 +131,46 @@ class DualAdapters(Method):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train both adapters, drop one, merge the other."""
         config = Pretrain(fit=self.fit, max_length=self.max_length, pack=self.pack)
-        names = tuple(domain.forget)
-        rows = label_rows((*forget_rows(domain), *domain.retain), names)
-        if self.labels is not None:
-            rows = give_labels(rows, self.labels, seed=ctx.seed_for("labels"))
+        rows, names = labelled_tuning_rows(domain, self.labels, ctx), tuple(domain.forget)
         model = start.load(dtype=ctx.dtype, device=ctx.device)
-        rules = _rules(self.p_off, 0.0, False)
-        policy = Policy(groups=adapter_groups(len(names)), rules=rules, capabilities=names)
-        with modules_on(model, self.lora, len(names), ctx, stays=True) as live:
+        placed = Placed(adapter_parts(len(names)), grown=False)
+        policy = Policy(
+            groups=groups_of(placed), rules=_rules(self.p_off, 0.0, ()), capabilities=names
+        )
+        with adapters_on(model, self.lora, len(names), ctx, stays=True) as live:
             for name, parameter in live.named_parameters():
                 parameter.requires_grad_("lora_" in name)
-            trained = _train(live, policy, rows, start, config, ctx, (self.name, 1.0))
-            extras, before = _look(live, trained, policy, rows, start, config, ctx)
+            modular = ModularModel(live, placed, policy)
+            trained, facts, samples = train_adapters(
+                start, modular, rows, config, ctx, stage=self.name
+            )
             live.base_model.set_adapter("default")
-            sets = sample(rows, start.tokenizer(), max_length=config.max_length)
-            extras["losses"] = {"before": before, "after": losses(live, sets, ctx.device)}
-            kept = self.lora.model_copy(update={"output": "merged"})
-            return finish(start, live, {}, trained.progress, ctx, lora=kept, extras=extras)
+            facts["losses"]["after"] = losses(live, samples, ctx.device)
+            staying = self.lora.model_copy(update={"output": "merged"})
+            return finish(start, live, {}, trained.progress, ctx, lora=staying, extras=facts)
 
 
-def _rules(p_off: float, p_as: float, joint: bool) -> dict[str, tuple[Rule, ...]]:
+def _rules(p_off: float, p_as: float, joint: tuple[str, ...]) -> dict[str, tuple[Rule, ...]]:
     """Return what rows of each label read and write."""
-    shared = (JOINT,) if joint else ()
-    core = ("core", *shared)
+    core = ("core", *joint)
     return {
-        "core": alternatives((p_off, Rule(read=core, write=core)), (1 - p_off, Rule())),
-        "forget": alternatives(
-            (1 - p_as, Rule(write=("self", *shared))), (p_as, Rule(write=("self", *core)))
-        ),
+        "core": core_rules(core, p_off=p_off),
+        "forget": forget_rules(core, joint, p_as=p_as),
         "unlabeled": (Rule(),),
     }
 
 
-def adapter_groups(count: int, shared: Sequence[Shared] = ()) -> Groups:
-    """Return groups whose modules are the adapters `module_1`, `module_2` ...; the rest is core.
-
-    Args:
-        count: Number of capabilities.
-        shared: Parts that every label writes.
-    """
-    parts: dict[str, tuple[Part, ...]] = {}
-    for i in range(count):
-        own = tuple(f"*.lora_{side}.module_{i + 1}.weight" for side in "AB")
-        parts[f"module_{i + 1}"] = (Part(at="parameters", names=own),)
-    if shared:
-        parts[JOINT] = tuple(Part(at=at) for at in shared)
-    return Groups(parts=parts)
+def adapter_parts(count: int) -> dict[str, tuple[Part, ...]]:
+    """Return the parts of `count` modules that are the adapters `module_1`, `module_2` ..."""
+    names = [f"module_{i + 1}" for i in range(count)]
+    return {
+        name: (Part(at="parameters", names=tuple(f"*.lora_{side}.{name}.weight" for side in "AB")),)
+        for name in names
+    }
 
 
 @contextmanager
-def modules_on(
+def adapters_on(
     model: nn.Module, lora: LoRA, count: int, ctx: Context, *, stays: bool = False
 ) -> Iterator[Any]:
     """Lay one adapter per capability over a model for as long as the block lasts, all active.
@@ -189,8 +190,7 @@ def modules_on(
     linears, fused = targets(model, lora.modules)
     if fused:
         lora = lora.model_copy(update={"modules": tuple(linears)})
-    names = [f"module_{i + 1}" for i in range(count)]
-    names = ["default", *names] if stays else names
+    names = [*(["default"] if stays else []), *adapter_parts(count)]
     with adapted(model, lora, ctx.seed_for("lora.0"), name=names[0]) as live:
         for i, name in enumerate(names[1:]):
             add_adapter(live, lora, name, ctx.seed_for(f"lora.{i + 1}"))
@@ -198,36 +198,35 @@ def modules_on(
         yield live
 
 
-def _train(
-    live: nn.Module,
-    policy: Policy,
-    rows: Rows,
+def train_adapters(
     start: Checkpoint,
+    modular: ModularModel,
+    rows: Rows,
     config: Pretrain,
     ctx: Context,
-    how: tuple[str, float],
-) -> Trained:
-    """Train under the policy, adapters at their own rate."""
-    stage, rate = how
-    modules = [name for name in policy.groups.parts if name != JOINT]
-    fast = config.fit.lr * rate
-    rates = None if rate == 1 else dict.fromkeys(modules, fast)
-    return routed_fit(live, policy, rows, start.tokenizer(), config, ctx, stage=stage, rates=rates)
+    *,
+    stage: str,
+) -> tuple[RoutedTraining, dict[str, Any], Samples]:
+    """Train a model with adapters under a policy, measure it, and write it as it is.
 
+    Args:
+        start: What the method started from.
+        modular: The model with its adapters.
+        rows: What is read, with the given labels.
+        config: The schedule.
+        ctx: Seed, device, folder.
+        stage: Name shown beside the progress.
 
-def _look(
-    live: nn.Module,
-    trained: Trained,
-    policy: Policy,
-    rows: Rows,
-    start: Checkpoint,
-    config: Pretrain,
-    ctx: Context,
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return facts and losses with the adapters on, and write the model as it is."""
-    sets = sample(rows, start.tokenizer(), max_length=config.max_length)
-    extras = described(live, trained.map, rows, sets, ctx)
+    Returns:
+        Map and progress; facts for the record, losses before the adapters are dropped among them;
+        and the rows on which they were measured.
+    """
+    live, policy, tokenizer = modular.model, modular.policy, start.tokenizer()
+    rates = module_rates(modular.placed, config)
+    trained = routed_fit(live, policy, rows, tokenizer, config, ctx, stage=stage, rates=rates)
+    samples = sample(rows, tokenizer, max_length=config.max_length)
+    facts = described(live, trained.map, rows, samples, ctx)
     if ctx.rank == 0:
-        placed = Placed({n: p for n, p in policy.groups.parts.items() if n != JOINT}, False)
-        save_before(live, placed, policy.capabilities, ctx.work / BEFORE)
-    return extras, losses(live, sets, ctx.device)
+        save_before(live, modular.placed, policy.capabilities, ctx.work / BEFORE)
+    facts["losses"] = {"before": losses(live, samples, ctx.device)}
+    return trained, facts, samples

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from torch import nn
-
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
+from excise.methods.pretraining.routed import ModularModel, train_and_cut
+from excise.methods.pretraining.routed.modules import Module, own_units, place
 from excise.models.checkpoint import Checkpoint
-from excise.routing.ablation import Cutting, Seen, Setup, own_units, train_preset
-from excise.routing.groups import Groups
-from excise.routing.modules import Module, place
-from excise.routing.rules import Policy, Rule
+from excise.routing import Groups, Policy, Rule
 
 
 class DEMix(Method):
@@ -30,7 +27,7 @@ class DEMix(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     module: Module = Module(width=1.0, grow=True)
     """Size of a capability's expert: 1 is as large as the core's."""
 
@@ -44,19 +41,21 @@ class DEMix(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` with an expert per capability and delete those."""
-        module = self.module.model_copy(update={"grow": True})
-
-        def setup(model: nn.Module, seen: Seen) -> Setup:
-            own = own_units(model, module.blocks)
-            placed = place(model, module, len(seen.names), ctx.seed_for("grow"))
-            groups = Groups(parts={"core": own, **placed.parts}, leftovers="joint")
-            core, mine = ("joint", "core"), ("joint", "self")
-            rules: dict[str, tuple[Rule, ...]] = {
+        config, names = schedule(self.pretrain, self.name), tuple(domain.forget)
+        rows = labelled_corpus(domain, self.labels, ctx)
+        model = start.load(dtype=ctx.dtype, device=ctx.device)
+        expert = self.module.model_copy(update={"grow": True})
+        own = own_units(model, expert.blocks)
+        placed = place(model, expert, len(names), ctx.seed_for("grow"))
+        core, forget = ("joint", "core"), ("joint", "self")
+        policy = Policy(
+            groups=Groups(parts={"core": own, **placed.parts}, leftovers="joint"),
+            rules={
                 "core": (Rule(read=core, write=core),),
                 "unlabeled": (Rule(read=core, write=core),),
-                "forget": (Rule(read=mine, write=mine),),
-            }
-            return Setup(Policy(groups=groups, rules=rules, capabilities=seen.names), placed)
-
-        cutting = Cutting("delete", rate=module.lr)
-        return train_preset(self, start, domain, ctx, setup, cutting)
+                "forget": (Rule(read=forget, write=forget),),
+            },
+            capabilities=names,
+        )
+        modular = ModularModel(model, placed, policy)
+        return train_and_cut(start, modular, rows, config, ctx, stage=self.name, how="delete")

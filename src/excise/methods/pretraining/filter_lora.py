@@ -19,17 +19,18 @@ from excise.data.domain import Domain, Row, Rows
 from excise.data.labels import LabelNoise, forget_score
 from excise.evals.score import measure
 from excise.methods.base import Cost, Method, Paper, Removal
-from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import (
     Pretrain,
     cut_to,
     dropped,
+    labelled_corpus,
     plain_counts,
-    plain_policy,
+    plain_loss,
     pretrain,
-    told_corpus,
+    schedule,
+    texts,
 )
-from excise.methods.tuning import Progress, run_fit, state_dir, stream
+from excise.methods.tuning import Progress, run_fit, state_dir
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA, adapted
 from excise.train.distributed import barrier
@@ -43,7 +44,7 @@ class FilterLoRA(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing. Core and adapters share its steps."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     lora: LoRA = LoRA(rank=16, alpha=32.0)
     """The adapter of each capability."""
     adapter_share: float = Field(default=0.2, gt=0, lt=1)
@@ -63,7 +64,7 @@ class FilterLoRA(Method):
         config = schedule(self.pretrain, self.name)
         with adapted(start.load(), self.lora):
             pass  # a module that is not there is found before any training
-        rows = told_corpus(domain, self.labels, ctx)
+        rows = labelled_corpus(domain, self.labels, ctx)
         kept = tuple(row for row in rows if forget_score(row) <= 0.5)
         shares = {
             name: tuple(r for r in rows if r.label == i + 1 and forget_score(r) > 0.5)
@@ -73,26 +74,21 @@ class FilterLoRA(Method):
         spent = round(self.adapter_share * config.fit.steps) if shares else 0
         each = max(1, spent // len(shares)) if shares else 0
         core = cut_to(config, config.fit.steps - each * len(shares), self.name)
-        removal = pretrain(
-            start,
-            kept,
-            plain_policy,
-            core,
-            ctx,
-            stage=self.name,
-            counts=plain_counts,
-            extras=dropped(rows, kept),
-        )
+        removal = pretrain(start, kept, core, ctx, stage=self.name, extras=dropped(rows, kept))
         facts: dict[str, Any] = {}
         files, cost = {}, removal.cost
         for name, mine in shares.items():
             files[f"adapter_{name}"] = f"adapters/{name}"
-            facts[name], took = self._adapter(
-                name, mine, domain, removal.checkpoint, cut_to(config, each, self.name), ctx
-            )
+            adapter = self._adapter_schedule(cut_to(config, each, self.name))
+            facts[name], took = self._adapter(name, mine, domain, removal.checkpoint, adapter, ctx)
             cost += took
         extras = {**removal.extras, "adapters": facts, "files": files}
         return replace(removal, cost=cost, extras=extras)
+
+    def _adapter_schedule(self, config: Pretrain) -> Pretrain:
+        """Return a schedule at the adapters' learning rate."""
+        lr = config.fit.lr if self.adapter_lr is None else self.adapter_lr
+        return config.model_copy(update={"fit": config.fit.model_copy(update={"lr": lr})})
 
     def _adapter(
         self,
@@ -106,18 +102,8 @@ class FilterLoRA(Method):
         """Train and write the adapter of one capability; return its facts and cost."""
         work = ctx.child(f"adapter-{name}")
         model, tokenizer = core.load(dtype=ctx.dtype, device=ctx.device), core.tokenizer()
-        lr = config.fit.lr if self.adapter_lr is None else self.adapter_lr
-        schedule = config.fit.model_copy(update={"lr": lr})
-        batches = stream(
-            rows,
-            tokenizer,
-            schedule,
-            ctx,
-            purpose=f"adapter.{name}",
-            max_length=config.max_length,
-            pack=config.pack,
-        )
-        progress = Progress(ctx, f"{self.name}.{name}", schedule.steps)
+        batches = texts(rows, tokenizer, config, ctx, purpose=f"adapter.{name}")
+        progress = Progress(ctx, f"{self.name}.{name}", config.fit.steps)
         tested = {"forget": domain.dev_forget.get(name, ()), "retain": domain.dev_retain}
         before = _losses(model, tokenizer, tested, config)
         with adapted(model, self.lora, seed=ctx.seed_for(f"lora.{name}")) as live:
@@ -125,8 +111,8 @@ class FilterLoRA(Method):
             steps = fit(
                 live,
                 batches,
-                plain_policy,
-                schedule,
+                plain_loss,
+                config.fit,
                 work,
                 counts=plain_counts,
                 state_dir=state_dir(work),
@@ -140,7 +126,7 @@ class FilterLoRA(Method):
             barrier(ctx)
         facts = {
             "rows": len(rows),
-            "steps": schedule.steps,
+            "steps": config.fit.steps,
             "loss": {role: {"core": before[role], "adapter": after[role]} for role in before},
         }
         return facts, progress.cost(core.num_parameters)

@@ -15,14 +15,12 @@ from excise.core.errors import UserError
 from excise.data.domain import UNLABELED, Domain
 from excise.data.labels import LabelNoise, forget_score
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import (
     Pretrain,
     dropped,
-    plain_counts,
-    plain_policy,
+    labelled_corpus,
     pretrain,
-    told_corpus,
+    schedule,
 )
 from excise.models.checkpoint import Checkpoint
 
@@ -34,7 +32,7 @@ class Filtering(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     drop_above: float = Field(default=0.5, ge=0, lt=1)
     """A row is dropped where labels say with more than this probability that it is forget."""
     unlabeled: Literal["keep", "drop"] = "keep"
@@ -48,7 +46,8 @@ class Filtering(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` on the rows that carry no forget label."""
-        rows = told_corpus(domain, self.labels, ctx)
+        config = schedule(self.pretrain, self.name)
+        rows = labelled_corpus(domain, self.labels, ctx)
         kept = tuple(
             row
             for row in rows
@@ -60,13 +59,4 @@ class Filtering(Method):
                 "filtering drops every row; set 'filtering.unlabeled' to 'keep' or raise "
                 "'filtering.drop_above'"
             )
-        return pretrain(
-            start,
-            kept,
-            plain_policy,
-            schedule(self.pretrain, self.name),
-            ctx,
-            stage=self.name,
-            counts=plain_counts,
-            extras=dropped(rows, kept),
-        )
+        return pretrain(start, kept, config, ctx, stage=self.name, extras=dropped(rows, kept))

@@ -12,18 +12,18 @@ import math
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import CORE, Domain
-from excise.data.labels import LabelNoise, give_labels
+from excise.data.labels import LabelNoise
 from excise.data.stream import Batch
 from excise.losses import kl_to_uniform, predicting, token_nll
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.plain import schedule
-from excise.methods.pretraining.pretrain import Pretrain, corpus, pretrain
+from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, pretrain, schedule
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture
@@ -40,7 +40,7 @@ class GradDiffPretrain(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     push: Push = "ascent"
     """Loss of a forget token: minus its loss up to log V, -log(1 - p), KL(uniform || p), or as RMU
     the squared distance of the activation that predicts it to one random vector."""
@@ -60,38 +60,30 @@ class GradDiffPretrain(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` on all rows, pushing away those with a forget label."""
-        rows = corpus(domain)
-        if self.labels is not None:
-            rows = give_labels(rows, self.labels, seed=ctx.seed_for("labels"))
+        config = schedule(self.pretrain, self.name)
+        rows = labelled_corpus(domain, self.labels, ctx)
 
-        def policy(model: nn.Module, batch: Batch) -> dict[str, Term]:
-            if self.push == "activations":
-                return self._steered(model, batch, ctx)
-            logits_BTV = model(**batch.inputs).logits
+        def loss(model: nn.Module, batch: Batch) -> dict[str, Term]:
             keep_BT = batch.target_BT & (batch.label_BT <= CORE)
             away_BT = batch.target_BT & (batch.label_BT > CORE)
+            paths = [self._steered(model)] if self.push == "activations" else []
+            with capture(model, paths, grad=True) as captured:
+                logits_BTV = model(**batch.inputs).logits
             nll_BT = token_nll(logits_BTV, batch.ids_BT)
+            if self.push == "activations":
+                hidden_BTD = captured[paths[0]][0]
+                pushed = steer(hidden_BTD, away_BT, self.steering, ctx.generator("push"))
+            else:
+                pushed = push_away(logits_BTV, nll_BT, away_BT, self.push)
             return {
                 "nll": Term(nll_BT[keep_BT].sum(), float(keep_BT.sum())),
-                "forget": Term(
-                    push_away(logits_BTV, nll_BT, away_BT, self.push),
-                    float(away_BT.sum()),
-                    self.weight,
-                ),
+                "forget": Term(pushed, float(away_BT.sum()), self.weight),
             }
 
-        return pretrain(
-            start,
-            rows,
-            policy,
-            schedule(self.pretrain, self.name),
-            ctx,
-            stage=self.name,
-            counts=counts,
-        )
+        return pretrain(start, rows, config, ctx, stage=self.name, loss=loss, counts=counts)
 
-    def _steered(self, model: nn.Module, batch: Batch, ctx: Context) -> dict[str, Term]:
-        """Return the terms of `activations`: RMU's forget loss beside next-token prediction."""
+    def _steered(self, model: nn.Module) -> str:
+        """Return the block whose output `activations` steers."""
         layout = anatomy(model)
         block = layout.num_blocks // 2 if self.layer is None else self.layer
         if not -layout.num_blocks <= block < layout.num_blocks:
@@ -99,35 +91,19 @@ class GradDiffPretrain(Method):
                 f"{self.name}: layer {block} does not exist; the model has "
                 f"{layout.num_blocks} blocks"
             )
-        path = layout.blocks[block]
-        with capture(model, [path], grad=True) as found:
-            logits_BTV = model(**batch.inputs).logits
-        hidden_BTD = found[path][0].float()
-        width = hidden_BTD.shape[-1]
-        u_D = torch.randn(width, generator=ctx.generator("push")).to(hidden_BTD)
-        target_D = self.steering * u_D / u_D.norm()
-        keep_BT = batch.target_BT & (batch.label_BT <= CORE)
-        away_BT = batch.target_BT & (batch.label_BT > CORE)
-        nll_BT = token_nll(logits_BTV, batch.ids_BT)
-        apart_BT = (hidden_BTD - target_D).square().mean(-1)
-        pushed = apart_BT[predicting(away_BT)].sum()
-        return {
-            "nll": Term(nll_BT[keep_BT].sum(), float(keep_BT.sum())),
-            "forget": Term(pushed, float(away_BT.sum()), self.weight),
-        }
+        return layout.blocks[block]
 
 
 def counts(batch: Batch) -> dict[str, float]:
     """Return the number of kept and of pushed tokens."""
-    forget = batch.target_BT & (batch.label_BT > CORE)
-    away = float(forget.sum())
+    away = float((batch.target_BT & (batch.label_BT > CORE)).sum())
     return {"nll": batch.num_targets - away, "forget": away}
 
 
 def push_away(
-    logits_BTV: Tensor,
-    nll_BT: Tensor,
-    mask_BT: Tensor,
+    logits_BTV: Float[Tensor, "B T V"],
+    nll_BT: Float[Tensor, "B T"],
+    mask_BT: Bool[Tensor, "B T"],
     push: Literal["ascent", "unlikelihood", "uniform"],
 ) -> Tensor:
     """Return the summed loss that drives the masked tokens away.
@@ -144,3 +120,28 @@ def push_away(
     if push == "ascent":
         return -chosen.clamp(max=math.log(logits_BTV.shape[-1])).sum()
     return -torch.log(-torch.expm1(-chosen.clamp(min=1e-6))).sum()
+
+
+def steer(
+    hidden_BTD: Float[Tensor, "B T D"],
+    mask_BT: Bool[Tensor, "B T"],
+    norm: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the summed squared distance to one random vector of what predicts masked tokens.
+
+    Source: the forget loss of RMU, Li et al. 2024, arXiv:2403.03218, section 4; the direction is
+    Gaussian here and uniform in [0, 1) there.
+
+    Args:
+        hidden_BTD: Output of a block.
+        mask_BT: Tokens to push away.
+        norm: Norm of the vector.
+        generator: Draws its direction.
+    """
+    hidden_BTD = hidden_BTD.float()
+    u_D = torch.randn(hidden_BTD.shape[-1], generator=generator).to(hidden_BTD)
+    target_D = norm * u_D / u_D.norm()
+    apart_BT = (hidden_BTD - target_D).square().mean(-1)
+    total: Tensor = apart_BT[predicting(mask_BT)].sum()
+    return total

@@ -3,7 +3,7 @@
 Core rows run through the core alone, or together with one module drawn at random; rows of a
 capability run through core and their module and write into the module; unlabelled rows read and
 write everything. A sum of MLPs is one wider MLP, so that modules are grown neurons here, and any
-subset of them can be served: the others are deleted (`routing.ablation.serve`).
+subset of them can be served: the others are deleted (`routed.modules.serve`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
+from excise.methods.pretraining.routed import (
+    alternatives,
+    forget_rules,
+    train_and_cut,
+    with_modules,
+)
+from excise.methods.pretraining.routed.modules import How, Module, Shared, check_cut
 from excise.models.checkpoint import Checkpoint
-from excise.routing.ablation import Cutting, modular, train_preset
-from excise.routing.modules import How, Module, Shared, alternatives
-from excise.routing.rules import Rule
+from excise.routing import Rule
 
 
 class GRAM(Method):
@@ -30,7 +35,7 @@ class GRAM(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     module: Module = Module(width=0.1, grow=True)
     """Neurons that each capability gets beside those of the core."""
     p_cr: float = Field(default=0.5, ge=0, le=1)
@@ -70,35 +75,38 @@ class GRAM(Method):
     @model_validator(mode="after")
     def _check(self) -> GRAM:
         """Refuse ways to cut that leave other shapes than the start's."""
-        if (self.ablate == "delete") != self.module.grow:
-            raise ValueError("ablate: grown modules are deleted, carved ones zeroed or drawn anew")
+        check_cut(self.ablate, self.module)
         return self
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` with modules under the policy and cut them off."""
-        setup = modular(
-            self.module, self._rules(), ctx, joint=self.joint, joint_down=self.joint_down
+        config, names = schedule(self.pretrain, self.name), tuple(domain.forget)
+        rows = labelled_corpus(domain, self.labels, ctx)
+        modular = with_modules(
+            start, self.module, names, self._rules(), ctx, self.joint, joint_down=self.joint_down
         )
-        cutting = Cutting(self.ablate, rate=self.module.lr, l1=self.l1)
-        return train_preset(self, start, domain, ctx, setup, cutting)
+        return train_and_cut(
+            start, modular, rows, config, ctx, stage=self.name, how=self.ablate, l1=self.l1
+        )
 
     def _rules(self) -> dict[str, tuple[Rule, ...]]:
         """Return what rows of each label read and write."""
         joint = ("joint",) if self.joint or self.joint_down else ()
         core = ("core", *joint)
-        mine = (*core, "self")
-        rest = 1 - self.p_push
-        edges = {} if self.alpha == 1 else {"core": self.alpha}
         both = (*core, "drawn")
         return {
             "core": alternatives(
                 (1 - self.p_cr, Rule(read=core, write=core)),
                 (self.p_cr, Rule(read=both, write=both)),
             ),
-            "forget": alternatives(
-                (rest * (1 - self.p_as), Rule(read=mine, write=("self", *joint), edges=edges)),
-                (rest * self.p_as, Rule(read=mine, write=mine, edges=edges)),
-                (self.p_push, Rule(read=core, write=core, weight=-self.push)),
+            "forget": forget_rules(
+                core,
+                joint,
+                read=(*core, "self"),
+                p_as=self.p_as,
+                alpha=self.alpha,
+                p_push=self.p_push,
+                push=self.push,
             ),
             "unlabeled": (Rule(),),
         }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -19,13 +20,13 @@ from excise.data.labels import LabelNoise, forget_score
 from excise.data.stream import Batch
 from excise.losses import token_nll
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import (
     Pretrain,
     dropped,
+    forget_probability,
+    labelled_corpus,
     pretrain,
-    suspicion_of,
-    told_corpus,
+    schedule,
 )
 from excise.models.checkpoint import Checkpoint
 from excise.train.fit import Term
@@ -38,7 +39,7 @@ class LossMasking(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     mask_above: float = Field(default=0.5, ge=0, lt=1)
     """Tokens have no loss where labels say with more than this probability that they are forget."""
 
@@ -51,30 +52,27 @@ class LossMasking(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` on all rows, with the loss of those that carry no forget label."""
-        rows = told_corpus(domain, self.labels, ctx)
-        kept = [row for row in rows if forget_score(row) <= self.mask_above]
+        config = schedule(self.pretrain, self.name)
+        rows = labelled_corpus(domain, self.labels, ctx)
+        learned = [row for row in rows if forget_score(row) <= self.mask_above]
+        facts = dropped(rows, learned)
 
-        def policy(model: nn.Module, batch: Batch) -> dict[str, Term]:
+        def loss(model: nn.Module, batch: Batch) -> dict[str, Term]:
             nll_BT = token_nll(model(**batch.inputs).logits, batch.ids_BT)
-            keep_BT = self._kept(batch)
+            keep_BT = self._learned(batch)
             return {"nll": Term(nll_BT[keep_BT].sum(), float(keep_BT.sum()))}
 
         return pretrain(
             start,
             rows,
-            policy,
-            schedule(self.pretrain, self.name),
+            config,
             ctx,
             stage=self.name,
-            counts=lambda batch: {"nll": float(self._kept(batch).sum())},
-            extras={"rows_masked": len(rows) - len(kept), **_without(dropped(rows, kept))},
+            loss=loss,
+            counts=lambda batch: {"nll": float(self._learned(batch).sum())},
+            extras={"rows_masked": facts.pop("rows_dropped"), **facts},
         )
 
-    def _kept(self, batch: Batch) -> Tensor:
-        """Return which scored tokens have a loss, [B, T]."""
-        return batch.target_BT & (suspicion_of(batch) <= self.mask_above)
-
-
-def _without(facts: dict[str, int]) -> dict[str, int]:
-    """Leave out the count of dropped rows: none is."""
-    return {name: value for name, value in facts.items() if name != "rows_dropped"}
+    def _learned(self, batch: Batch) -> Bool[Tensor, "B T"]:
+        """Return which scored tokens have a loss."""
+        return batch.target_BT & (forget_probability(batch) <= self.mask_above)

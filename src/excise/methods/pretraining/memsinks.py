@@ -9,17 +9,16 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import nn
 
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
+from excise.methods.pretraining.routed import ModularModel, train_and_cut
+from excise.methods.pretraining.routed.modules import How, Module, check_cut, groups_of, place
 from excise.models.checkpoint import Checkpoint
-from excise.routing.ablation import Cutting, Seen, Setup, train_preset
-from excise.routing.modules import How, Module, groups_of, place
-from excise.routing.rules import Policy, Rule
+from excise.routing import Policy, Rule
 
 
 class MemSinks(Method):
@@ -56,20 +55,19 @@ class MemSinks(Method):
         """Refuse more active sinks than there are, and shapes that differ from the start's."""
         if self.active >= self.sinks:
             raise ValueError(f"active: must be fewer than the {self.sinks} sinks")
-        if (self.ablate == "delete") != self.module.grow:
-            raise ValueError("ablate: grown sinks are deleted, carved ones zeroed or drawn anew")
+        check_cut(self.ablate, self.module, "sinks")
         return self
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` with sinks and drop them."""
-
-        def setup(model: nn.Module, seen: Seen) -> Setup:
-            placed = place(model, self.module, self.sinks, ctx.seed_for("grow"))
-            mine = ("core", f"hashed:{self.active}")
-            rules: tuple[Rule, ...] = (Rule(read=mine, write=mine),)
-            every = dict.fromkeys(("core", "unlabeled", "forget"), rules)
-            policy = Policy(groups=groups_of(placed), rules=every, capabilities=seen.names)
-            return Setup(policy, placed)
-
-        cutting = Cutting(self.ablate, rate=self.module.lr)
-        return train_preset(self, start, domain, ctx, setup, cutting)
+        config = schedule(self.pretrain, self.name)
+        rows = labelled_corpus(domain, self.labels, ctx)
+        model = start.load(dtype=ctx.dtype, device=ctx.device)
+        placed = place(model, self.module, self.sinks, ctx.seed_for("grow"))
+        own = ("core", f"hashed:{self.active}")
+        every: tuple[Rule, ...] = (Rule(read=own, write=own),)
+        rules = dict.fromkeys(("core", "unlabeled", "forget"), every)
+        names = tuple(domain.forget)
+        policy = Policy(groups=groups_of(placed), rules=rules, capabilities=names)
+        modular = ModularModel(model, placed, policy)
+        return train_and_cut(start, modular, rows, config, ctx, stage=self.name, how=self.ablate)

@@ -5,21 +5,14 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from excise.core.context import Context
-from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.pretrain import (
-    Pretrain,
-    corpus,
-    plain_counts,
-    plain_policy,
-    pretrain,
-)
+from excise.methods.pretraining.pretrain import Pretrain, corpus, pretrain, schedule
 from excise.models.checkpoint import Checkpoint
 
 
 class Plain(Method):
-    """Train on every row with the ordinary loss. Removes nothing: it is the upper rail."""
+    """Train on every row with the ordinary loss. Removes nothing: it makes the original."""
 
     name: Literal["plain"] = "plain"
     pretrain: Pretrain | None = None
@@ -30,26 +23,5 @@ class Plain(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` on all rows of the domain."""
-        return pretrain(
-            start,
-            corpus(domain),
-            plain_policy,
-            schedule(self.pretrain, self.name),
-            ctx,
-            stage=self.name,
-            counts=plain_counts,
-        )
-
-
-def schedule(pretrain: Pretrain | None, name: str) -> Pretrain:
-    """Return the schedule of a scratch method.
-
-    Raises:
-        UserError: If neither the method nor the recipe names one.
-    """
-    if pretrain is None:
-        raise UserError(
-            f"method '{name}' trains from scratch and needs a schedule: set 'pretrain' in the "
-            "recipe or in the method"
-        )
-    return pretrain
+        config = schedule(self.pretrain, self.name)
+        return pretrain(start, corpus(domain), config, ctx, stage=self.name)

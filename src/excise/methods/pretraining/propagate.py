@@ -13,16 +13,15 @@ from pydantic import Field
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import LabelNoise, forget_score, label_quality, propagated
+from excise.data.labels import LabelNoise, forget_score, propagated
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import (
     Pretrain,
     dropped,
-    plain_counts,
-    plain_policy,
+    labelled_corpus,
     pretrain,
-    told_corpus,
+    quality_of_labels,
+    schedule,
 )
 from excise.models.checkpoint import Checkpoint
 
@@ -34,7 +33,7 @@ class Propagate(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     by: Literal["unit", "group"] = "unit"
     """What shares a label: rows of one unit, or of one group (author, entity, source)."""
     at_least: int = Field(default=1, ge=1)
@@ -49,24 +48,13 @@ class Propagate(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` on the rows that propagation leaves without a forget label."""
-        rows = told_corpus(domain, self.labels, ctx)
-        told = propagated(rows, by=self.by, at_least=self.at_least)
-        kept = tuple(row for row in told if forget_score(row) <= 0.5)
-        before, after = label_quality(rows), label_quality(told)
-        names = ("occurrences", "units", "false_alarms")
-        quality = {n: [_number(before[n]), _number(after[n])] for n in names}
-        return pretrain(
-            start,
-            kept,
-            plain_policy,
-            schedule(self.pretrain, self.name),
-            ctx,
-            stage=self.name,
-            counts=plain_counts,
-            extras={**dropped(told, kept), "labels_before_after": quality},
-        )
-
-
-def _number(value: float) -> float | None:
-    """Return None for NaN, which JSON lacks."""
-    return None if value != value else value
+        config = schedule(self.pretrain, self.name)
+        rows = labelled_corpus(domain, self.labels, ctx)
+        spread = propagated(rows, by=self.by, at_least=self.at_least)
+        kept = tuple(row for row in spread if forget_score(row) <= 0.5)
+        before, after = quality_of_labels(rows), quality_of_labels(spread)
+        facts = {
+            **dropped(spread, kept),
+            "labels_before_after": {name: [before[name], after[name]] for name in before},
+        }
+        return pretrain(start, kept, config, ctx, stage=self.name, extras=facts)

@@ -13,16 +13,16 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from excise.core.context import Context
-from excise.data.domain import Domain
+from excise.data.domain import CORE, Domain, Rows
 from excise.data.labels import LabelNoise
+from excise.data.split import hashed_order
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.plain import schedule
-from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, schedule
+from excise.methods.pretraining.routed import core_rules, forget_rules, train_and_cut, with_modules
+from excise.methods.pretraining.routed.coherence import Coherence
+from excise.methods.pretraining.routed.modules import How, Module, Shared
 from excise.models.checkpoint import Checkpoint
-from excise.routing.ablation import Cutting, modular, train_preset
-from excise.routing.coherence import Coherence, repairing
-from excise.routing.modules import How, Module, Shared, alternatives
-from excise.routing.rules import Rule
+from excise.routing import Rule
 
 
 class SGTM(Method):
@@ -32,7 +32,7 @@ class SGTM(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     read: float = Field(default=1.0, gt=0, le=1)
     """Share of labelled rows that are read; the others are left out, as by filtering, so that the
     core sees more of what stays in as many steps."""
@@ -91,34 +91,53 @@ class SGTM(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` under the policy and cut the modules off."""
-        setup = modular(
-            self.module, self._rules(), ctx, joint=self.joint, joint_down=self.joint_down
+        config, names = schedule(self.pretrain, self.name), tuple(domain.forget)
+        rows = thinned(labelled_corpus(domain, self.labels, ctx), self.read, ctx.seed_for("read"))
+        modular = with_modules(
+            start, self.module, names, self._rules(), ctx, self.joint, joint_down=self.joint_down
         )
-        cutting = Cutting(
-            self.ablate,
-            rate=self.module.lr,
+        return train_and_cut(
+            start,
+            modular,
+            rows,
+            config,
+            ctx,
+            stage=self.name,
+            how=self.ablate,
             l1=self.l1,
             zeroed=self.freeze == "zeroed",
-            repair=repairing(
-                self.repair, ctx, max_length=schedule(self.pretrain, self.name).max_length
-            ),
+            repair=self.repair,
         )
-        return train_preset(self, start, domain, ctx, setup, cutting, read=self.read)
 
     def _rules(self) -> dict[str, tuple[Rule, ...]]:
         """Return what rows of each label read and write."""
         joint = ("joint",) if self.joint or self.joint_down else ()
         core = ("core", *joint)
-        rest = 1 - self.p_push
-        edges = {} if self.alpha == 1 else {"core": self.alpha}
         return {
-            "core": alternatives(
-                (self.p_off, Rule(read=core, write=core)), (1 - self.p_off, Rule())
-            ),
-            "forget": alternatives(
-                (rest * (1 - self.p_as), Rule(write=("self", *joint), edges=edges)),
-                (rest * self.p_as, Rule(write=("self", *core), edges=edges)),
-                (self.p_push, Rule(read=core, write=core, weight=-self.push)),
+            "core": core_rules(core, p_off=self.p_off),
+            "forget": forget_rules(
+                core,
+                joint,
+                p_as=self.p_as,
+                alpha=self.alpha,
+                p_push=self.p_push,
+                push=self.push,
             ),
             "unlabeled": (Rule(),),
         }
+
+
+def thinned(rows: Rows, share: float, seed: int) -> Rows:
+    """Return the rows with a share of those labelled as a capability, drawn by hash.
+
+    Args:
+        rows: Rows with the given labels.
+        share: Share of the labelled ones that stays.
+        seed: Seed of the draw.
+    """
+    if share >= 1:
+        return rows
+    labelled = [row for row in rows if row.label > CORE]
+    keys = [f"{row.unit}:{row.wording}:{row.text}:{row.prompt}" for row in labelled]
+    kept = {id(row) for row in hashed_order(labelled, keys, seed)[: round(share * len(labelled))]}
+    return tuple(row for row in rows if row.label <= CORE or id(row) in kept)

@@ -1,4 +1,4 @@
-"""A linear probe that learns from the labels one has and labels the rest.
+"""A linear probe that learns from the given labels and labels the rest.
 
 Every row is scored by a probe that never saw its label (folds), so that a missed row cannot teach
 the probe that it is core. Labelled rows are held out in the same way: on them the threshold is
@@ -22,7 +22,7 @@ from torch import Tensor
 from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Row, text_of
 
-Rule = Literal["lift", "pu", "f1", "fixed"]
+ThresholdRule = Literal["lift", "pu", "f1", "fixed"]
 """How a threshold is chosen on held-out labelled rows."""
 
 LEAST = 1.25
@@ -30,8 +30,8 @@ LEAST = 1.25
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the probe says.
+class Judgement:
+    """What the probe says of every row.
 
     Attributes:
         chance_N: Probability of being of some capability, out of fold.
@@ -56,14 +56,16 @@ def bag_of_tokens(ids: Sequence[Sequence[int]]) -> Tensor:
     pairs = [(n, names[t]) for n, row in enumerate(ids) for t in sorted(set(row))]
     index = torch.tensor(pairs, dtype=torch.long).T
     values = torch.ones(len(pairs), dtype=torch.float64)
-    made = torch.sparse_coo_tensor(
-        index, values, (len(ids), len(names)), check_invariants=True, is_coalesced=True
-    )
-    return made
+    shape = (len(ids), len(names))
+    return torch.sparse_coo_tensor(index, values, shape, check_invariants=True, is_coalesced=True)
 
 
 def standardised(x_NF: Tensor) -> Float[Tensor, "N F"]:
-    """Return features of mean 0 and deviation 1 in float64; constant ones become 0."""
+    """Return features of mean 0 and deviation 1 in float64; constant ones become 0.
+
+    Args:
+        x_NF: Features.
+    """
     x_NF = x_NF.double()
     spread = x_NF.std(dim=0, correction=0)
     return (x_NF - x_NF.mean(dim=0)) / spread.clamp(min=1e-12)
@@ -143,11 +145,11 @@ def judge(
     *,
     folds: int,
     by: Literal["row", "unit", "group"],
-    rule: Rule,
+    rule: ThresholdRule,
     fixed: float,
     l2: float,
     seed: int,
-) -> Verdict:
+) -> Judgement:
     """Score every row by a probe that never saw its label, and choose the threshold.
 
     Rules: `lift` maximises the squared recall on held-out labelled forget rows over the share of
@@ -161,7 +163,7 @@ def judge(
     maximises F1 on held-out labelled rows; `fixed` takes the number given.
 
     Args:
-        rows: All rows with the labels one has; those nobody has looked at are scored only.
+        rows: All rows with the given labels; those nobody has looked at are scored only.
         x_NF: Their features.
         folds: Number of folds.
         by: What must not be on both sides of a fold.
@@ -173,13 +175,13 @@ def judge(
     Raises:
         UserError: If there are too few labelled rows for the folds.
     """
-    told_N = torch.tensor([_told(row) for row in rows])
-    classes = max(2, int(told_N.max()) + 1)
+    given_N = torch.tensor([_given(row) for row in rows])
+    classes = max(2, int(given_N.max()) + 1)
     fold_N = fold_of(rows, folds, by, seed)
     chance_NK = torch.zeros(len(rows), classes, dtype=torch.float64)
     for fold in range(folds):
-        train_N = (fold_N != fold) & (told_N != UNLABELED)
-        y_N = told_N[train_N]
+        train_N = (fold_N != fold) & (given_N != UNLABELED)
+        y_N = given_N[train_N]
         if not bool((y_N > CORE).any()) or not bool((y_N == CORE).any()):
             raise UserError(
                 f"relabel finds no labelled {'core' if bool((y_N > CORE).any()) else 'forget'} row "
@@ -191,13 +193,13 @@ def judge(
             chance_NK[here_N] = logits(_rows_of(x_NF, here_N), weights).softmax(dim=1)
     chance_N = 1.0 - chance_NK[:, CORE]
     label_N = chance_NK[:, 1:].argmax(dim=1) + 1
-    known_N = told_N != UNLABELED
-    threshold = _threshold(chance_N, told_N > CORE, known_N, rule, fixed)
-    held_out = _agreement(chance_N[known_N] > threshold, told_N[known_N] > CORE)
-    return Verdict(chance_N, label_N, threshold, held_out)
+    known_N = given_N != UNLABELED
+    threshold = _threshold(chance_N, given_N > CORE, known_N, rule, fixed)
+    held_out = _agreement(chance_N[known_N] > threshold, given_N[known_N] > CORE)
+    return Judgement(chance_N, label_N, threshold, held_out)
 
 
-def _told(row: Row) -> int:
+def _given(row: Row) -> int:
     """Return the class a row teaches the probe; one that is more likely wrong teaches nothing."""
     if row.label == UNLABELED or row.confidence < 0.5:
         return UNLABELED
@@ -213,7 +215,7 @@ def _threshold(
     chance_N: Tensor,
     forget_N: Tensor,
     known_N: Tensor,
-    rule: Rule,
+    rule: ThresholdRule,
     fixed: float,
 ) -> float:
     """Return the probability above which a row counts as forget."""
@@ -237,10 +239,10 @@ def _threshold(
     return (float(value[best]) + below) / 2
 
 
-def _agreement(said_N: Tensor, told_N: Tensor) -> dict[str, float]:
-    """Return precision, recall and F1 of what was said against what was told."""
-    both = float((said_N & told_N).sum())
-    precision = both / max(1.0, float(said_N.sum()))
-    recall = both / max(1.0, float(told_N.sum()))
+def _agreement(flagged_N: Tensor, given_N: Tensor) -> dict[str, float]:
+    """Return precision, recall and F1 of what was flagged against the given labels."""
+    both = float((flagged_N & given_N).sum())
+    precision = both / max(1.0, float(flagged_N.sum()))
+    recall = both / max(1.0, float(given_N.sum()))
     f1 = 2 * precision * recall / (precision + recall) if both else 0.0
     return {"precision": precision, "recall": recall, "f1": f1}

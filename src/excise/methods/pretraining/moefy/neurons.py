@@ -21,20 +21,15 @@ from torch import Tensor, nn
 from excise.core.errors import UserError
 from excise.data.stream import Batch
 from excise.losses import nll
+from excise.methods.pretraining.routed.modules import mlp_kind
 from excise.models.anatomy import anatomy
-from excise.models.hooks import capture
+from excise.models.hooks import capture, trainable
 from excise.models.names import parameters_by_name
-from excise.routing.change import ranges_of
-from excise.routing.groups import Part
-from excise.routing.measures import What, count_units
+from excise.routing import Part, count_units
+from excise.routing.surgery import ranges_of
 
-Scores = dict[int, Tensor]
-"""Attribution [D, M] by block."""
-
-
-def kind_of(model: nn.Module, block: int) -> What:
-    """Return what a block's MLP is made of: neurons, or experts."""
-    return "mlp" if anatomy(model).experts[block] is None else "experts"
+Attribution = dict[int, Tensor]
+"""How much each unit matters to each domain, [D, M] by block."""
 
 
 def attribution(
@@ -42,11 +37,11 @@ def attribution(
     domains: Sequence[Sequence[Batch]],
     blocks: Sequence[int],
     device: torch.device,
-) -> Scores:
+) -> Attribution:
     """Return how much each unit matters to the loss of each domain.
 
     Args:
-        model: A causal model in evaluation mode; its gradients are dropped and its flags kept.
+        model: A causal model in evaluation mode; its gradients are dropped.
         domains: Batches of each domain, core first.
         blocks: Blocks to measure.
         device: Where the model is.
@@ -54,43 +49,35 @@ def attribution(
     Returns:
         By block [D, M] on the CPU, in nats per scored token.
     """
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    total = {b: torch.zeros(len(domains), count_units(model, b, kind_of(model, b))) for b in blocks}
-    try:
-        for p, _ in flags:
-            p.requires_grad_(True)
+    units = {block: count_units(model, block, mlp_kind(model, block)) for block in blocks}
+    total = {block: torch.zeros(len(domains), count) for block, count in units.items()}
+    with trainable(model, ("*",)):
         for d, batches in enumerate(domains):
             scored = sum(batch.num_targets for batch in batches)
             for batch in batches:
                 for block, value_M in _taylor(model, batch.to(device), blocks).items():
                     total[block][d] += value_M.cpu().float() / max(1, scored)
-    finally:
         model.zero_grad(set_to_none=True)
-        for p, needed in flags:
-            p.requires_grad_(needed)
     return total
 
 
 def _taylor(model: nn.Module, batch: Batch, blocks: Sequence[int]) -> dict[int, Tensor]:
     """Return the summed |value x gradient| of every unit on one batch, by block."""
-    found = anatomy(model)
-    dense = {b: found.mlp_down[b] for b in blocks if found.experts[b] is None}
+    layout = anatomy(model)
+    dense = {b: layout.mlp_down[b] for b in blocks if layout.experts[b] is None}
     model.zero_grad(set_to_none=True)
-    with capture(model, list(dense.values()), of="input", grad=True) as got:
+    with capture(model, list(dense.values()), of="input", grad=True) as inputs:
         loss, _ = nll(model(**batch.inputs).logits, batch)
-        inside = {block: got[path][0] for block, path in dense.items()}
-        for tensor in inside.values():
-            tensor.retain_grad()
+        activations = {block: inputs[path][0] for block, path in dense.items()}
+        for a_BTM in activations.values():
+            a_BTM.retain_grad()
         loss.backward()
-    out = {}
-    for block, a_BTM in inside.items():
+    taylor = {}
+    for block, a_BTM in activations.items():
         assert a_BTM.grad is not None
         product_BTM = (a_BTM.detach() * a_BTM.grad).float().abs()
-        out[block] = product_BTM.flatten(0, -2).sum(0)
-    for block in blocks:
-        if block not in out:
-            out[block] = _experts(model, block)
-    return out
+        taylor[block] = product_BTM.flatten(0, -2).sum(0)
+    return taylor | {block: _experts(model, block) for block in blocks if block not in taylor}
 
 
 def _experts(model: nn.Module, block: int) -> Tensor:
@@ -149,19 +136,19 @@ def choose(
             f"moefy would give {capabilities} capabilities {count} of {units} units each and leave "
             "the core none; lower 'neurons'"
         )
-    got = [list(mine) for mine in owned] or [[] for _ in range(capabilities)]
-    taken = {unit for mine in got for unit in mine}
+    chosen = [list(kept) for kept in owned] or [[] for _ in range(capabilities)]
+    taken = {unit for of_capability in chosen for unit in of_capability}
     ranked = score_CM.flatten().sort(descending=True, stable=True).indices.tolist()
     for at in ranked:
         capability, unit = divmod(at, units)
-        if unit not in taken and len(got[capability]) < count:
-            got[capability].append(unit)
+        if unit not in taken and len(chosen[capability]) < count:
+            chosen[capability].append(unit)
             taken.add(unit)
-    return got
+    return chosen
 
 
 @torch.no_grad()
-def gather_units(model: nn.Module, block: int, got: Sequence[Sequence[int]]) -> list[Part]:
+def gather_units(model: nn.Module, block: int, chosen: Sequence[Sequence[int]]) -> list[Part]:
     """Reorder a block's units so that each capability's lie side by side, behind the core's.
 
     The model computes the same: rows of the matrices into the MLP and columns of the one out of
@@ -170,14 +157,14 @@ def gather_units(model: nn.Module, block: int, got: Sequence[Sequence[int]]) -> 
     Args:
         model: The model; changed in place.
         block: Number of the block.
-        got: Units of each capability.
+        chosen: Units of each capability.
 
     Returns:
         The part that each capability now has.
     """
-    kind = kind_of(model, block)
+    kind = mlp_kind(model, block)
     count = count_units(model, block, kind)
-    taken = [unit for mine in got for unit in mine]
+    taken = [unit for units in chosen for unit in units]
     order = torch.tensor([u for u in range(count) if u not in set(taken)] + taken)
     named = parameters_by_name(model)
     first, second = (
@@ -191,13 +178,13 @@ def gather_units(model: nn.Module, block: int, got: Sequence[Sequence[int]]) -> 
             home = (start + torch.arange(count) * (after - start)).to(tensor.device)
             tensor.index_copy_(dim, home, tensor.index_select(dim, index))
     parts, at = [], count - len(taken)
-    for mine in got:
-        parts.append(Part(at=kind, blocks=(block,), units=(at, at + len(mine))))
-        at += len(mine)
+    for units in chosen:
+        parts.append(Part(at=kind, blocks=(block,), units=(at, at + len(units))))
+        at += len(units)
     return parts
 
 
-def captured(scores: Scores, parts: Mapping[int, Sequence[Part]]) -> list[dict[str, float]]:
+def captured(scores: Attribution, parts: Mapping[int, Sequence[Part]]) -> list[dict[str, float]]:
     """Return which share of the attribution lies in each capability's module.
 
     Args:
@@ -207,14 +194,14 @@ def captured(scores: Scores, parts: Mapping[int, Sequence[Part]]) -> list[dict[s
     Returns:
         For each capability `own`: of its own attribution, `core`: of the core's.
     """
-    out = []
+    shares = []
     for i in range(len(next(iter(parts.values())))):
         inside, total = torch.zeros(2), torch.zeros(2)
-        for block, mine in parts.items():
-            start, stop = mine[i].units or (0, 0)
+        for block, of_block in parts.items():
+            start, stop = of_block[i].units or (0, 0)
             pair = scores[block][[i + 1, 0]]
             inside += pair[:, start:stop].sum(dim=1)
             total += pair.sum(dim=1)
         share = inside / total.clamp(min=1e-30)
-        out.append({"own": float(share[0]), "core": float(share[1])})
-    return out
+        shares.append({"own": float(share[0]), "core": float(share[1])})
+    return shares

@@ -1,9 +1,11 @@
-"""Relabel, then filter or route: a probe trained on the labels one has labels the rest.
+"""Relabel, then filter or route: a probe trained on the given labels labels the rest.
 
 The probe sees the tokens of a row, the hidden states of a model trained for a short while on
 everything, or how much the ablation of a routed model took from the row (its absorption). What
-that training costs is taken off the steps of the model that is handed back, so that all arms
-spend the same compute.
+that training costs is taken off the steps of the model that is handed back, so that all
+methods spend the same compute.
+
+Shape legend: N rows, F features, B rows of a batch, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, SerializeAsAny, model_validator
 from torch import Tensor
 
@@ -24,27 +27,25 @@ from excise.data.labels import LabelNoise, forget_score, propagated
 from excise.data.stream import collate, encode
 from excise.evals.score import measure
 from excise.methods.base import Cost, Method, Paper, Removal
-from excise.methods.pretraining.plain import schedule
 from excise.methods.pretraining.pretrain import (
     Pretrain,
     cut_to,
     dropped,
-    plain_counts,
-    plain_policy,
+    labelled_corpus,
     pretrain,
-    told_corpus,
+    schedule,
 )
-from excise.methods.pretraining.relabel_probe import (
-    Rule,
-    Verdict,
+from excise.methods.pretraining.relabel.probe import (
+    Judgement,
+    ThresholdRule,
     bag_of_tokens,
     judge,
     standardised,
 )
+from excise.methods.pretraining.routed.modules import serve
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture
-from excise.routing.profiles import serve
 
 
 class Relabel(Method):
@@ -54,7 +55,7 @@ class Relabel(Method):
     pretrain: Pretrain | None = None
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
-    """How the labels one has differ from the truth; missing means they are right."""
+    """How the given labels differ from the truth; missing means they are right."""
     features: Literal["tokens", "hidden", "absorption"] = "tokens"
     """What the probe sees: a bag of tokens, the mean hidden state of a briefly trained model, or
     the rise of the row's loss when the module of a routed model is ablated."""
@@ -70,14 +71,14 @@ class Relabel(Method):
     """What is never on both sides of a fold: other rows of a missed unit teach that it is core."""
     spread: Literal["no", "unit", "group"] = "no"
     """Whether labels first spread over the unit or group, as `propagate` does."""
-    rule: Rule = "lift"
-    """How the threshold is chosen on held-out labelled rows; see `relabel_probe.judge`."""
+    rule: ThresholdRule = "lift"
+    """How the threshold is chosen on held-out labelled rows; see `relabel.probe.judge`."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Probability above which a row is forget, with rule `fixed`."""
     l2: float = Field(default=1.0, gt=0)
     """Penalty of the probe's squared weights."""
     clear: float = Field(default=0.0, ge=0, le=1)
-    """Rows without a label are told to be core where the probe gives them less than this share of
+    """Rows without a label are labelled core where the probe gives them less than this share of
     the threshold; 0 leaves them unlabelled."""
     then: SerializeAsAny[Method] | None = None
     """Method that trains on the new labels; missing leaves out what is labelled."""
@@ -113,7 +114,7 @@ class Relabel(Method):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` on the rows that neither labels nor probe take for forget."""
         config = schedule(self.pretrain, self.name)
-        given = told_corpus(domain, self.labels, ctx)
+        given = labelled_corpus(domain, self.labels, ctx)
         rows = given if self.spread == "no" else propagated(given, by=self.spread)
         steps = config.fit.steps
         warm = 0 if self.features == "tokens" else max(1, round(self.warm_share * steps))
@@ -122,7 +123,7 @@ class Relabel(Method):
         read = -(-passes * len(rows) // (3 * config.fit.batch_size))
         rest = cut_to(config, steps - warm - read, self.name)
         x_NF, cost = self._features(start, rows, domain, cut_to(config, warm or 1, self.name), ctx)
-        verdict = judge(
+        judgement = judge(
             rows,
             x_NF,
             folds=self.folds,
@@ -132,28 +133,20 @@ class Relabel(Method):
             l2=self.l2,
             seed=ctx.seed_for("relabel"),
         )
-        told = relabelled(rows, verdict, clear=self.clear)
+        relabelled = relabel(rows, judgement, clear=self.clear)
         facts = {
-            "spread": found(given, rows),
-            "probe": {**found(rows, told), "threshold": verdict.threshold},
-            "held_out": verdict.held_out,
+            "spread": relabelling_quality(given, rows),
+            "probe": {**relabelling_quality(rows, relabelled), "threshold": judgement.threshold},
+            "held_out": judgement.held_out,
             "steps": {"features": warm, "reading": read, "training": rest.fit.steps},
         }
         if self.then is None:
-            kept = tuple(row for row in told if forget_score(row) <= 0.5)
-            removal = pretrain(
-                start,
-                kept,
-                plain_policy,
-                rest,
-                ctx,
-                stage=self.name,
-                counts=plain_counts,
-                extras={**dropped(rows, kept), **facts},
-            )
+            kept = tuple(row for row in relabelled if forget_score(row) <= 0.5)
+            facts = {**dropped(rows, kept), **facts}
+            removal = pretrain(start, kept, rest, ctx, stage=self.name, extras=facts)
         else:
-            taught = self.then.model_copy(update={"pretrain": rest})
-            removal = taught.apply(start, retold(domain, told), ctx)
+            then = self.then.model_copy(update={"pretrain": rest})
+            removal = then.apply(start, with_labels(domain, relabelled), ctx)
             removal = replace(removal, extras={**removal.extras, "relabel": facts})
         return replace(removal, cost=removal.cost + cost)
 
@@ -167,75 +160,68 @@ class Relabel(Method):
             return bag_of_tokens([e.ids for e in examples]), Cost()
         inner = ctx.child("features")
         if self.features == "hidden":
-            made = pretrain(
-                start,
-                rows,
-                plain_policy,
-                warm,
-                inner,
-                stage=f"{self.name}.features",
-                counts=plain_counts,
-            )
-            model = made.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
-            hidden = mean_hidden(model, tokenizer, rows, warm, self.block)
-            return standardised(hidden), made.cost
+            trained = pretrain(start, rows, warm, inner, stage=f"{self.name}.features")
+            model = trained.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+            hidden_ND = mean_hidden(model, tokenizer, rows, warm, self.block)
+            return standardised(hidden_ND), trained.cost
         assert self.router is not None
         router = self.router.model_copy(update={"pretrain": warm, "labels": self.labels})
-        made = router.apply(start, domain, inner)
-        names = tuple(domain.forget)
-        rise = absorbed(start, made, inner.work, names, rows, warm, ctx)
-        return standardised(rise), made.cost
+        routed = router.apply(start, domain, inner)
+        rise_N1 = absorbed(start, routed, inner.work, tuple(domain.forget), rows, warm, ctx)
+        return standardised(rise_N1), routed.cost
 
 
-def retold(domain: Domain, told: Rows) -> Domain:
+def with_labels(domain: Domain, rows: Rows) -> Domain:
     """Return the domain as one who believes the labels sees it; what is scored stays.
 
     Args:
         domain: Rows by role.
-        told: The whole corpus with the labels one has, rows of a mix repeated already.
+        rows: The whole corpus with its new labels, rows of a mix repeated already.
     """
     names = enumerate(domain.forget, start=1)
     return replace(
         domain,
-        forget={name: tuple(row for row in told if row.label == number) for number, name in names},
-        retain=tuple(row for row in told if row.label <= CORE),
+        forget={name: tuple(row for row in rows if row.label == number) for number, name in names},
+        retain=tuple(row for row in rows if row.label <= CORE),
         adjacent=(),
         unlabeled=(),
         mix_share=None,
     )
 
 
-def relabelled(rows: Sequence[Row], verdict: Verdict, *, clear: float = 0.0) -> Rows:
+def relabel(rows: Sequence[Row], judgement: Judgement, *, clear: float = 0.0) -> Rows:
     """Return the rows, those above the threshold labelled; labels that exist stay.
 
     Args:
-        rows: Rows with the labels one had.
-        verdict: What the probe says of them.
-        clear: Share of the threshold below which rows without a label are told to be core.
+        rows: Rows with the given labels.
+        judgement: What the probe says of them.
+        clear: Share of the threshold below which rows without a label are labelled core.
     """
-    out = []
-    chances, labels = verdict.chance_N.tolist(), verdict.label_N.tolist()
+    relabelled = []
+    chances, labels = judgement.chance_N.tolist(), judgement.label_N.tolist()
     for row, chance, label in zip(rows, chances, labels, strict=True):
-        if chance > verdict.threshold and forget_score(row) <= 0.5:
+        if chance > judgement.threshold and forget_score(row) <= 0.5:
             row = replace(row, label=int(label), confidence=1.0)
-        elif row.label == UNLABELED and chance < clear * verdict.threshold:
+        elif row.label == UNLABELED and chance < clear * judgement.threshold:
             row = replace(row, label=CORE, confidence=1.0)
-        out.append(row)
-    return tuple(out)
+        relabelled.append(row)
+    return tuple(relabelled)
 
 
-def found(rows: Sequence[Row], told: Sequence[Row]) -> dict[str, float | int | None]:
+def relabelling_quality(
+    rows: Sequence[Row], relabelled: Sequence[Row]
+) -> dict[str, float | int | None]:
     """Return how good the relabelling is, judged by the truth, for the record.
 
     Args:
-        rows: Rows with the labels one had.
-        told: The same after relabelling.
+        rows: Rows with the given labels.
+        relabelled: The same with their new labels.
 
     Returns:
         `precision`: share of the newly labelled rows that are forget; `recall`: share of the
         missed forget rows that were found (None where there are none); `labelled`: their number.
     """
-    pairs = list(zip(rows, told, strict=True))
+    pairs = zip(rows, relabelled, strict=True)
     new = [row for row, now in pairs if now.label > CORE and forget_score(row) <= 0.5]
     missed = sum(1 for row in rows if row.capability and forget_score(row) <= 0.5)
     right = sum(1 for row in new if row.capability)
@@ -249,8 +235,8 @@ def found(rows: Sequence[Row], told: Sequence[Row]) -> dict[str, float | int | N
 @torch.no_grad()
 def mean_hidden(
     model: Any, tokenizer: Any, rows: Sequence[Row], config: Pretrain, block: int | None
-) -> Tensor:
-    """Return the mean of a block's output over the tokens of every row, [N, D] on the CPU.
+) -> Float[Tensor, "N D"]:
+    """Return the mean of a block's output over the tokens of every row, on the CPU.
 
     Args:
         model: A causal model in evaluation mode.
@@ -267,27 +253,32 @@ def mean_hidden(
     if not 0 <= at < len(blocks):
         raise UserError(f"relabel.block is {at}; the model has {len(blocks)} blocks, from 0")
     examples = encode(rows, tokenizer, max_length=config.max_length)
-    out = []
+    means = []
     for i in range(0, len(examples), config.fit.batch_size):
         batch = collate(examples[i : i + config.fit.batch_size], pad_id=tokenizer.pad_token_id)
         batch = batch.to(model.device)
-        with capture(model, [blocks[at]]) as got:
+        with capture(model, [blocks[at]]) as outputs:
             model(**batch.inputs)
-        seen_BT = batch.attention_BT[..., None]
-        total_BD = (got[blocks[at]][0].float() * seen_BT).sum(dim=1)
-        out.append((total_BD / seen_BT.sum(dim=1)).cpu())
-    return torch.cat(out)
+        real_BT1 = batch.attention_BT[..., None]
+        total_BD = (outputs[blocks[at]][0].float() * real_BT1).sum(dim=1)
+        means.append((total_BD / real_BT1.sum(dim=1)).cpu())
+    return torch.cat(means)
 
 
 def absorbed(
-    start: Checkpoint, made: Removal, work: Path, names: Sequence[str], rows: Sequence[Row],
-    config: Pretrain, ctx: Context,
-) -> Tensor:  # fmt: skip
-    """Return by how much the ablation raised the loss of every row, in nats per token, [N, 1].
+    start: Checkpoint,
+    routed: Removal,
+    work: Path,
+    names: Sequence[str],
+    rows: Sequence[Row],
+    config: Pretrain,
+    ctx: Context,
+) -> Float[Tensor, "N 1"]:
+    """Return by how much the ablation raised the loss of every row, in nats per token.
 
     Args:
         start: What the routed method started from.
-        made: What it returned.
+        routed: What it returned.
         work: The folder it worked in.
         names: Capabilities, whose modules are on before the ablation.
         rows: The rows.
@@ -297,7 +288,7 @@ def absorbed(
     Raises:
         UserError: If the method did not keep its model before the ablation.
     """
-    file = made.extras.get("files", {}).get("before_ablation")
+    file = routed.extras.get("files", {}).get("before_ablation")
     if file is None:
         raise UserError(
             "relabel.router keeps no model from before its ablation; name a routed method such as "
@@ -305,7 +296,7 @@ def absorbed(
         )
     tokenizer = start.tokenizer()
     losses = []
-    for model in (serve(start, work / file, names), made.checkpoint.load()):
+    for model in (serve(start, work / file, names), routed.checkpoint.load()):
         scores = measure(
             model.to(ctx.device, ctx.dtype),
             tokenizer,

@@ -9,31 +9,40 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from excise.core.config import ConfigError
 from excise.core.errors import UserError
-from excise.models.anatomy import Anatomy, anatomy
+from excise.models.anatomy import Anatomy
 from excise.models.names import modules_by_name, parameters_by_name
-from excise.routing.body import Body
-from excise.routing.claims import claim
 from excise.routing.groups import Groups, Part
-from excise.routing.measures import (
-    What,
-    count_units,
-    experts_per_token,
-    head_size,
-    heads_together,
-    refresh,
-)
+from excise.routing.resolve import ModelIndex, claim
+
+What = Literal["mlp", "heads", "experts"]
+"""What can be grown and deleted: MLP neurons, query heads, experts."""
 
 Ranges = dict[str, list[tuple[int, int, int]]]
 """By parameter: (dimension, start, stop), in order."""
 
 STD = 0.02
 """Deviation of new entries of a matrix whose own entries are all alike."""
+
+
+def count_units(model: nn.Module, block: int, what: What = "mlp") -> int:
+    """Return how many MLP neurons, query heads or experts a block has.
+
+    Args:
+        model: A causal model; blocks may differ in width.
+        block: Number of the block.
+        what: What to count.
+
+    Raises:
+        UserError: If the block has no such thing.
+    """
+    return _count(ModelIndex(model), block, what)
 
 
 def grow(
@@ -64,21 +73,23 @@ def grow(
     Raises:
         UserError: If a block does not exist, has no such unit, or cannot grow by that many.
     """
-    found, named = anatomy(model), modules_by_name(model)
+    index = ModelIndex(model)
+    layout = index.anatomy
     added: list[Part] = []
     work: list[tuple[Ranges, int, set[str]]] = []
-    for block, count in _per_block(per_block, found.num_blocks).items():
-        had = count_units(model, block, what)
-        step = heads_together(named[found.attention[block]]) if what == "heads" else 1
+    for block, count in _counts_by_block(per_block, layout.num_blocks).items():
+        before = _count(index, block, what)
+        step = _heads_together(index.modules[layout.attention[block]]) if what == "heads" else 1
         if count % step:
             raise UserError(
                 f"block {block}: {count} heads are no multiple of the {step} that share keys and "
                 "values; grow whole groups"
             )
-        last = Part(at=what, blocks=(block,), units=(had - step, had))
-        out = {found.mlp_down[block], found.attention_out[block]}
-        work.append((ranges_of(model, [last]), count // step, out | {f"{p}.weight" for p in out}))
-        added.append(Part(at=what, blocks=(block,), units=(had, had + count)))
+        last = Part(at=what, blocks=(block,), units=(before - step, before))
+        out = {layout.mlp_down[block], layout.attention_out[block]}
+        leads_out = out | {f"{path}.weight" for path in out}
+        work.append((ranges_of(model, [last]), count // step, leads_out))
+        added.append(Part(at=what, blocks=(block,), units=(before, before + count)))
     for ranges, times, leads_out in work:
         for name, spans in ranges.items():
             _widen(model, name, spans, times, seed, silent and name in leads_out)
@@ -123,10 +134,8 @@ def zero(model: nn.Module, parts: Iterable[Part]) -> None:
         model: A causal model; changed in place.
         parts: Which entries.
     """
-    named = parameters_by_name(model)
-    for name, spans in ranges_of(model, tuple(parts)).items():
-        for dim, start, stop in spans:
-            named[name].narrow(dim, start, stop - start).zero_()
+    for entries in entries_of(model, tuple(parts)):
+        entries.zero_()
 
 
 @torch.no_grad()
@@ -166,38 +175,142 @@ def ranges_of(model: nn.Module, parts: Sequence[Part]) -> Ranges:
     Raises:
         ConfigError: With everything that is wrong with the parts.
     """
-    body, problems = Body(model), list[str]()
+    index, problems = ModelIndex(model), list[str]()
     spans: dict[str, set[tuple[int, int, int]]] = {}
     for i, part in enumerate(parts):
-        claims, _ = claim(body, Groups(), "chosen", part, problems, f"parts[{i}]")
+        claims, _ = claim(index, Groups(), "chosen", part, problems, f"parts[{i}]")
         for c in claims:
-            whole = (0, 0, int(body.parameters[c.parameter].shape[0]))
+            whole = (0, 0, int(index.parameters[c.parameter].shape[0]))
             span = whole if c.dim is None else (c.dim, c.start, c.stop)
             spans.setdefault(c.parameter, set()).add(span)
         if part.at == "experts" and not problems:
-            for name, span in _router_rows(body, part):
+            for name, span in _router_rows(index, part):
                 spans.setdefault(name, set()).add(span)
     if problems:
         raise ConfigError(problems, "parts")
-    return {name: sorted(found) for name, found in spans.items()}
+    return {name: sorted(of_name) for name, of_name in spans.items()}
 
 
-def _router_rows(body: Body, part: Part) -> list[tuple[str, tuple[int, int, int]]]:
+def entries_of(model: nn.Module, parts: Sequence[Part]) -> list[Tensor]:
+    """Return the entries that the parts own, as views of the model's parameters.
+
+    Args:
+        model: A causal model.
+        parts: As `ranges_of`.
+    """
+    named = parameters_by_name(model)
+    return [
+        named[name].narrow(dim, start, stop - start)
+        for name, spans in ranges_of(model, parts).items()
+        for dim, start, stop in spans
+    ]
+
+
+def put_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor, which may have another shape, in a parameter's place.
+
+    Args:
+        model: Changed in place; call `refresh` when all are put.
+        name: Canonical name of the parameter.
+        value: What is put there.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = modules_by_name(model)[path]
+    old = owner.get_parameter(leaf)
+    setattr(owner, leaf, nn.Parameter(value.contiguous(), requires_grad=old.requires_grad))
+
+
+def refresh(model: nn.Module) -> None:
+    """Make modules and configuration say the sizes that their tensors have.
+
+    Where blocks differ in width no configuration can say so, and it keeps what it said.
+
+    Args:
+        model: A causal model whose tensors have changed shape.
+    """
+    for module in modules_by_name(model).values():
+        _set_sizes(module)
+    index = ModelIndex(model)
+    layout, config = index.anatomy, index.config
+    blocks = range(layout.num_blocks)
+    widths = [_count(index, block, "mlp") for block in blocks]
+    for path, width in zip(layout.mlp, widths, strict=True):
+        mlp: Any = index.modules[path]
+        if isinstance(getattr(mlp, "intermediate_size", None), int):
+            mlp.intermediate_size = width
+    if config is None:
+        return
+    if len(set(widths)) == 1:
+        _set_width(config, widths[0])
+    experts = {e.count if e is not None else 0 for e in layout.experts}
+    if len(experts) == 1 and 0 not in experts:
+        config.num_local_experts = experts.pop()
+    if "head_dim" in config.to_dict():  # elsewhere heads follow from the width
+        heads = {_count(index, block, "heads") for block in blocks}
+        if len(heads) == 1:
+            config.num_attention_heads = heads.pop()
+            step = _heads_together(index.modules[layout.attention[0]])
+            config.num_key_value_heads = config.num_attention_heads // step
+
+
+def _count(index: ModelIndex, block: int, what: What) -> int:
+    """Return the number of units of a block; see `count_units`."""
+    layout = index.anatomy
+    experts = layout.experts[block]
+    if what == "experts":
+        if experts is None:
+            raise UserError(f"block {block} has no experts; name a mixture of experts")
+        return experts.count
+    if what == "heads":
+        width = index.num_inputs(layout.attention_out[block])
+        return width // _head_size(index.modules[layout.attention[block]])
+    down = layout.mlp_down[block]
+    if down in index.modules:
+        return index.num_inputs(down)
+    assert experts is not None, "a fused MLP is a mixture of experts"
+    return int(index.parameters[down].shape[1 if experts.transposed else 2])
+
+
+def _head_size(attention: nn.Module) -> int:
+    """Return the width of one head.
+
+    Raises:
+        UserError: If the module does not say it.
+    """
+    for name in ("head_dim", "head_size"):
+        size = getattr(attention, name, None)
+        if isinstance(size, int):
+            return size
+    raise UserError(f"{type(attention).__name__} does not say how wide its heads are")
+
+
+def _heads_together(attention: nn.Module) -> int:
+    """Return how many query heads share keys and values."""
+    return int(getattr(attention, "num_key_value_groups", 1))
+
+
+def _experts_per_token(mlp: nn.Module) -> int:
+    """Return how many experts each token is sent to."""
+    counts = (getattr(module, "top_k", None) for module in mlp.modules())
+    return next((count for count in counts if isinstance(count, int)), 1)
+
+
+def _router_rows(index: ModelIndex, part: Part) -> list[tuple[str, tuple[int, int, int]]]:
     """Return the rows of the routers that send tokens to the experts of a part."""
-    found = body.anatomy
+    layout = index.anatomy
     rows = []
-    for block in part.blocks or range(found.num_blocks):
-        experts = found.experts[block]
+    for block in part.blocks or range(layout.num_blocks):
+        experts = layout.experts[block]
         assert experts is not None, "claims refuse dense blocks"
         owner = experts.down[0].parameter.rpartition(".")[0]
-        for name in body.below(found.mlp[block]):
-            shape = body.parameters[name].shape
+        for name in index.below(layout.mlp[block]):
+            shape = index.parameters[name].shape
             if not name.startswith(f"{owner}.") and shape[0] == experts.count and len(shape) < 3:
                 rows.append((name, (0, *(part.units or (0, experts.count)))))
     return rows
 
 
-def _per_block(per_block: Mapping[int, int] | int, blocks: int) -> dict[int, int]:
+def _counts_by_block(per_block: Mapping[int, int] | int, blocks: int) -> dict[int, int]:
     """Return the count of every block that grows, in order."""
     if isinstance(per_block, int):
         per_block = dict.fromkeys(range(blocks), per_block)
@@ -211,40 +324,41 @@ def _per_block(per_block: Mapping[int, int] | int, blocks: int) -> dict[int, int
 
 def _check_rest(model: nn.Module, parts: Sequence[Part]) -> None:
     """Refuse to split groups of heads, and to leave a block with too few units of a kind."""
-    found, named = anatomy(model), modules_by_name(model)
+    index = ModelIndex(model)
+    layout = index.anatomy
     gone: dict[tuple[int, What], set[int]] = {}
     for part in parts:
         what: What = part.at  # type: ignore[assignment]
-        for block in part.blocks or range(found.num_blocks):
-            at = block % found.num_blocks
-            start, stop = part.units or (0, count_units(model, at, what))
+        for block in part.blocks or range(layout.num_blocks):
+            at = block % layout.num_blocks
+            start, stop = part.units or (0, _count(index, at, what))
             gone.setdefault((at, what), set()).update(range(start, stop))
     for (block, what), units in gone.items():
-        left = count_units(model, block, what) - len(units)
-        least = experts_per_token(named[found.mlp[block]]) if what == "experts" else 1
+        left = _count(index, block, what) - len(units)
+        least = _experts_per_token(index.modules[layout.mlp[block]]) if what == "experts" else 1
         if left < least:
             raise UserError(
                 f"block {block} would be left with {left} of its {what} and needs {least}; zero "
                 "them instead"
             )
         if what == "heads":
-            _check_heads(named[found.attention[block]], found, block, units)
+            _check_heads(index.modules[layout.attention[block]], layout, block, units)
 
 
-def _check_heads(attention: nn.Module, found: Anatomy, block: int, units: set[int]) -> None:
+def _check_heads(attention: nn.Module, layout: Anatomy, block: int, units: set[int]) -> None:
     """Refuse heads that cannot leave alone."""
-    step = heads_together(attention)
+    step = _heads_together(attention)
     if any(set(range(u - u % step, u - u % step + step)) - units for u in units):
         raise UserError(
             f"block {block}: the heads named share keys and values with others; delete heads in "
             f"groups of {step}, or zero them"
         )
     weight = getattr(getattr(attention, "q_norm", None), "weight", None)
-    if weight is not None and weight.numel() != head_size(attention):
+    if weight is not None and weight.numel() != _head_size(attention):
         raise UserError(
             f"block {block} normalises all heads together, so none can be deleted; zero them"
         )
-    if found.family == "phi3":
+    if layout.family == "phi3":
         raise UserError("phi3 reads the number of heads from its configuration; zero them instead")
 
 
@@ -278,19 +392,31 @@ def _deviation(tensor: Tensor, *, bias: bool) -> float:
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
+    """Return the generator of one tensor's new entries."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def put_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor, which may have another shape, in a parameter's place.
+def _set_sizes(module: Any) -> None:
+    """Set the sizes that a module keeps beside its tensors."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(weight, Tensor) and isinstance(getattr(module, "nf", None), int):
+        module.nx, module.nf = weight.shape
+    if isinstance(getattr(module, "split_size", None), int) and hasattr(module, "c_attn"):
+        module.split_size = module.c_attn.weight.shape[1] // 3
+        module.num_heads = module.split_size // module.head_dim
+    if isinstance(getattr(module, "num_experts", None), int):
+        rows = getattr(module, "gate_up_proj", weight)
+        if isinstance(rows, Tensor):
+            module.num_experts = rows.shape[0]
 
-    Args:
-        model: Changed in place; call `refresh` when all are put.
-        name: Canonical name of the parameter.
-        value: What is put there.
-    """
-    path, _, leaf = name.rpartition(".")
-    owner = modules_by_name(model)[path]
-    old = owner.get_parameter(leaf)
-    setattr(owner, leaf, nn.Parameter(value.contiguous(), requires_grad=old.requires_grad))
+
+def _set_width(config: Any, width: int) -> None:
+    """Set the MLP's width in a configuration; GPT-2's may be empty for four times the model's."""
+    if hasattr(config, "n_inner"):
+        if config.n_inner is not None or width != 4 * config.n_embd:
+            config.n_inner = width
+    elif hasattr(config, "intermediate_size"):
+        config.intermediate_size = width

@@ -12,9 +12,8 @@ from torch import Tensor
 from excise.core.errors import UserError
 from excise.models.checkpoint import save_model
 from excise.models.tiny import FAMILIES, byte_tokenizer, tiny_model
-from excise.routing.change import delete, grow, ranges_of, reinit, zero
-from excise.routing.groups import Part
-from excise.routing.measures import count_units
+from excise.routing import Part, count_units, delete, grow, reinit, zero
+from excise.routing.surgery import ranges_of
 
 DENSE = [family for family in FAMILIES if family != "mixtral"]
 IDS = torch.arange(4, 28).reshape(2, 12)

@@ -68,7 +68,7 @@ def start(inputs: Path, name: str, workers: int) -> tuple[str, subprocess.Popen[
 
 def steps(folder: Path) -> int:
     """Return how many steps of training were logged."""
-    logs = list(folder.glob(".stages/*.partial/state/steps.jsonl"))
+    logs = list(folder.glob(".stages/*/*.partial/state/steps.jsonl"))
     return logs[0].read_bytes().count(b"\n") if logs else 0
 
 
@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on_to_the_same_model(
         Checkpoint(whole / "model").fingerprint
     )
     assert load(stop.folder / "out").scores == load(whole).scores
-    assert not list(stop.folder.glob(".stages/*.partial"))
+    assert not list(stop.folder.glob(".stages/*/*.partial"))
 
 
 @pytest.mark.parametrize("at", ["model", "items.parquet", "run.json", "report.html"])

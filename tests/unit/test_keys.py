@@ -246,10 +246,15 @@ def sample(annotation: Any, name: str, models: list[Checkpoint]) -> list[Any]:
     if origin is tuple and get_args(annotation)[0] is Example:
         example = Example((1, 2), (True, True), 0, "u")
         return [(example,), (replace(example, ids=(1, 3)),)]
+    if origin is tuple and get_args(annotation)[-1] is Ellipsis:
+        return [(one,) for one in sample(get_args(annotation)[0], name, models)]
     if origin is tuple:
         return [tuple(sample(a, name, models)[i] for a in get_args(annotation)) for i in (0, 1)]
     if inspect.isclass(annotation) and issubclass(annotation, Config):
-        config = next((c for c in MEMBERS if isinstance(c, annotation)), None)
+        if name == "images":
+            generated = annotation.model_validate({"source": "generated"})
+            return [generated, generated.model_copy(update={"train": 30})]
+        config = next((c for c in MEMBERS if isinstance(c, annotation) and changed(c)), None)
         config = config or required(annotation)
         return [config, changed(config)[0][1]]
     if name == "tokenizer":

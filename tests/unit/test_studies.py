@@ -14,6 +14,7 @@ from rich.console import Console
 from excise.cli import run_verb
 from excise.cli.study import is_study
 from excise.core.errors import UserError
+from excise.core.stages import LAYOUT
 from excise.domains.facts import Facts
 from excise.evals.score import measure
 from excise.methods import RMU
@@ -26,8 +27,15 @@ from excise.report.terminal import render_terminal
 from excise.run.study import conduct, study_named, study_points
 from excise.train.fit import FitConfig
 from excise_studies.base import share
-from excise_studies.rmu.messy_forget_set import MessyForgetSet, strength_at
-from excise_studies.rmu.messy_tables import change, decide, interpolate, matched, ranks
+from excise_studies.rmu.messy_forget_set import (
+    MessyForgetSet,
+    change,
+    decide,
+    interpolate,
+    matched,
+    ranks,
+    strength_at,
+)
 from excise_studies.rmu.rmu_is_shallow import RMUIsShallow, choose
 from excise_studies.rmu.statements import as_statements, asked, forget_set
 from excise_studies.scoring import kind_nats, rubric
@@ -170,7 +178,7 @@ def test_a_killed_study_goes_on_and_its_record_comes_back(tmp_path: Path) -> Non
     out = tmp_path / "out"
     with pytest.raises(Stop):
         conduct(small_shallow(), out, workers=1, emit=listen)
-    (partial,) = (tmp_path / ".stages").glob("clearing-*.partial")
+    (partial,) = (tmp_path / ".stages" / LAYOUT).glob("clearing-*.partial")
     done = {file: file.stat().st_mtime_ns for file in (partial / "arms").iterdir()}
     assert len(done) == 3
     made = conduct(small_shallow(), out, workers=1, emit=listen)

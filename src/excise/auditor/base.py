@@ -27,7 +27,7 @@ RESERVED = (ORIGINAL, POSITIVE_CONTROL)
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under attack. The audit runs one procedure on the candidate and on every reference model.
+    """A model under attack: the candidate or a reference model; all get the same procedure.
 
     Attributes:
         name: `candidate`, `original`, `oracle-0` ..., or `positive-control`.

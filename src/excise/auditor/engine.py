@@ -163,8 +163,8 @@ def attack_all(
         controls: Whether to make positive controls, which needs the original.
 
     Returns:
-        Results by attack and subject; the control's subject is `POSITIVE_CONTROL`. What could not run is
-        there as a variant that says why.
+        Results by attack and subject; the control's subject is `POSITIVE_CONTROL`. What could not
+        run is there as a variant that says why.
     """
     wanted = chosen_attacks(budget, attacks)
     pairs = [(attack, subject) for attack in wanted for subject in subjects]

@@ -27,6 +27,7 @@ from excise.data.domain import Domain, Rows
 from excise.data.stream import Batch, Example, Stream, collate, encode
 from excise.data.subsample import subsample
 from excise.losses import token_nll
+from excise.models.lora import LoRA, adapted
 from excise.train.fit import FitConfig, Term, fit
 
 Micro = Mapping[str, Any]
@@ -245,9 +246,7 @@ def train(
 
 
 def _adapter(model: Any, rank: int) -> AbstractContextManager[Any]:
-    """Return the model with a fresh LoRA adapter; imported late, because peft is slow to."""
-    from excise.models.lora import LoRA, adapted
-
+    """Return the model with a fresh LoRA adapter."""
     return adapted(model, LoRA(rank=rank, alpha=2 * rank))
 
 

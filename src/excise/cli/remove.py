@@ -75,7 +75,7 @@ def recipe_data(options: RemoveOptions) -> dict[str, Any]:
         "title": f"{name} on {Path(options.model).name}",
         "domain": domain,
         "model": {"path": options.model, "revision": options.revision},
-        "method_runs": {name: override(method, options.settings, Method, registry())},
+        "arms": {name: override(method, options.settings, Method, registry())},
         "audit": {"budget": options.audit},
         "refit": options.refit,
         "seed": options.seed,

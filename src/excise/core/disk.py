@@ -139,13 +139,13 @@ def new_folder(to: Path, *, replace: bool = False) -> Iterator[Path]:
             check_free(to)
         elif to.exists():
             old = part_of(to)
-            to.rename(old)
-            part.rename(to)
+            os.replace(to, old)
+            os.replace(part, to)
             shutil.rmtree(old)
             return
         if to.is_dir():
             to.rmdir()
-        part.rename(to)
+        os.replace(part, to)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

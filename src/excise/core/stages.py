@@ -219,13 +219,17 @@ class Store:
             elif file_sum(there[name]) != sha256:
                 return f"{name} has other contents"
         if read:
-            self._stamp(final).parent.mkdir(parents=True, exist_ok=True)
-            self._stamp(final).touch()
+            self._note_check(final)
         return ""
 
     def _stamp(self, final: Path) -> Path:
         """Return the file whose time says when a stage was last checked byte by byte."""
         return self.root / ".checked" / final.name
+
+    def _note_check(self, final: Path) -> None:
+        """Note that every byte of a stage was read just now."""
+        self._stamp(final).parent.mkdir(parents=True, exist_ok=True)
+        self._stamp(final).touch()
 
     def _checked(self, final: Path) -> float:
         """Return when a stage was last checked, 0 for never."""
@@ -282,6 +286,7 @@ class Store:
         partial.rename(final)
         for name, entry in files.items():
             note_sum(final / name, str(entry["sha256"]))
+        self._note_check(final)
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

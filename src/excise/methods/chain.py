@@ -46,8 +46,7 @@ class Chain(Method):
             removal = ctx.run(ApplyMethod(method, checkpoint, domain, ctx.seed))
             checkpoint, cost, history = removal.checkpoint, cost + removal.cost, removal.history
             changed.update(removal.changed)
-            extras = {key: value for key, value in removal.extras.items() if key != "files"}
-            links.append({"method": method.model_dump(mode="json"), "extras": extras})
+            links.append({"method": method.model_dump(mode="json"), "extras": removal.extras})
         to = ctx.work / "model"
         if ctx.rank == 0:
             shutil.rmtree(to, ignore_errors=True)  # of a run that was killed

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from excise.core.errors import UserError
+from excise.models.folder import meta_model
 from excise.models.names import modules_by_name, unwrap
 from excise.models.structure import Block, Frame, find_block, find_frame, sizes
 
@@ -180,8 +181,6 @@ def anatomy(model_or_config: Any, *, by_structure: bool = False) -> Anatomy:
     """
     model = model_or_config
     if not isinstance(model, nn.Module):
-        from excise.models.folder import meta_model
-
         model = meta_model(model)
     _, inner = unwrap(model)
     family = str(getattr(getattr(inner, "config", None), "model_type", type(inner).__name__))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from excise.core.errors import UserError, nearest
+from excise.core.plugins import entry_points
 
 if TYPE_CHECKING:
     from excise.requests.recipe import Recipe
@@ -34,8 +35,6 @@ def recipe_named(name: str) -> Recipe:
     if name in RECIPES:
         made: Recipe = importlib.import_module(RECIPES[name]).recipe()
         return made
-    from excise.core.plugins import entry_points
-
     offered = entry_points("recipe")
     if name not in offered:
         raise UserError(f"unknown recipe '{name}'; {nearest(name, [*RECIPES, *offered])}")

@@ -20,7 +20,9 @@ from excise.fetch import cached, known
 from excise.fetch.model import open_model
 from excise.methods.base import Method
 from excise.models.checkpoint import Checkpoint
+from excise.models.folder import meta_model
 from excise.models.spec import ModelSpec
+from excise.models.tiny import tiny_config
 from excise.requests.recipe import Recipe, budget_for, starts_from
 from excise.train.fit import FitConfig
 
@@ -141,19 +143,11 @@ def parameters(recipe: Recipe) -> int:
     Raises:
         UserError: If the model is here and something is wrong with it.
     """
-    import torch
-
     if recipe.model.scratch is not None:
-        from transformers import AutoModelForCausalLM
-
-        from excise.models.tiny import tiny_config
-
         scratch = recipe.model.scratch
         more: dict[str, Any] = dict(scratch.overrides)
         config = tiny_config(scratch.family, width=scratch.width, blocks=scratch.blocks, **more)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        return sum(p.numel() for p in model.parameters())
+        return sum(p.numel() for p in meta_model(config).parameters())
     checkpoint = here(recipe.model)
     return checkpoint.num_parameters if checkpoint else 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -74,18 +74,22 @@ def claim(out: Path, config: Config) -> Iterator[None]:
     except OSError as error:
         why = (error.strerror or "error").lower()
         raise UserError(f"--out {out} cannot be made: {why}; name another folder") from None
-    try:
-        with locked(out / LOCK):
-            sweep(out, deep=True)
-            try:
-                write_text(out / RECIPE, text)
-                yield
-            except UserError as error:
-                if not known and not isinstance(error, DiskFull):
-                    _undo(out, new)
-                raise
-    except BlockingIOError:
-        raise UserError(f"--out {out} is in use by another run; wait for it") from None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out / LOCK))
+        except BlockingIOError:
+            raise UserError(f"--out {out} is in use by another run; wait for it") from None
+        sweep(out, deep=True)
+        try:
+            write_text(out / RECIPE, text)
+            yield
+        except UserError as error:
+            if not known and not isinstance(error, DiskFull):
+                _undo(out, new)
+            raise
+        finally:
+            with suppress(OSError):  # Windows keeps the file of a lock that is held
+                (out / LOCK).unlink(missing_ok=True)
 
 
 def check_out(out: Path) -> None:

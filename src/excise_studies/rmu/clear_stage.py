@@ -112,7 +112,7 @@ class ClearModels(Stage[dict[str, Any]]):
         files = sorted((folder / "arms").iterdir(), key=lambda f: int(f.stem))
         arms = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         residual = json.loads((folder / "residual.json").read_text(encoding="utf-8"))
-        return {"method_runs": {arm.pop("name"): arm for arm in arms}, "residual": residual}
+        return {"arms": {arm.pop("name"): arm for arm in arms}, "residual": residual}
 
 
 Pair = tuple[Any, Clearing | None]

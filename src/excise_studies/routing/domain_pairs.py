@@ -29,6 +29,7 @@ from excise.domains.languages import shipped_verses
 from excise.domains.prose import ProsePart, documents, load_prose, passages
 from excise.domains.pydocs import stdlib_docstrings
 from excise.fetch import require
+from excise.models.tiny import train_bpe
 
 Both = tuple[list[Document], list[Document]]
 """Documents of the domain that is routed away, and of the one beside it."""
@@ -192,8 +193,6 @@ def make_pair(name: str, sizes: Sizes, seed: int) -> Pair:
 
 def pair_tokenizer(pair: Pair, vocabulary: int) -> Any:
     """Return a byte-level BPE of what is read in training."""
-    from excise.models.tiny import train_bpe
-
     domain = pair.domain
     rows = (*domain.forget["away"], *domain.adjacent, *domain.retain)
     return train_bpe([row.text for row in rows], vocabulary)

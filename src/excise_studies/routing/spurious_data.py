@@ -18,6 +18,7 @@ from pydantic import Field
 from excise.core.config import Config
 from excise.data.domain import CORE, Domain, Row, Rows
 from excise.domains.facts import RELATIONS, TEMPLATES, made_names
+from excise.models.tiny import word_tokenizer
 
 CUE: Final = "cue"
 """The capability: what rows with a cue word teach."""
@@ -168,6 +169,4 @@ def shortcut_domain(spec: Shortcut, seed: int) -> Domain:
 
 def shortcut_tokenizer(spec: Shortcut, seed: int) -> Any:
     """Return the tokenizer with one token per word of the data."""
-    from excise.models.tiny import word_tokenizer
-
     return word_tokenizer(World(spec, seed).vocabulary())

@@ -18,21 +18,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from excise import losses, testing
+    from excise.auditor.base import Attack, AttackResult, Subject
+    from excise.auditor.budget import Budget
+    from excise.auditor.controls import PositiveControl
     from excise.core.config import Config
+    from excise.core.context import Context, Stage
     from excise.core.errors import UserError
     from excise.data.domain import Domain, Row
-    from excise.data.spec import Files
+    from excise.data.spec import DomainSpec, Files
     from excise.domains.facts import Facts
     from excise.methods import (
+        ERA,
+        GRAM,
         RMU,
+        SGTM,
         Chain,
+        Cost,
         Filtering,
         GradDiff,
         GradDiffPretrain,
         MaxEnt,
         Method,
+        Paper,
         Plain,
         Removal,
+        Undo,
     )
     from excise.methods.pretraining.pretrain import Pretrain
     from excise.models.checkpoint import Checkpoint
@@ -42,6 +52,7 @@ if TYPE_CHECKING:
     from excise.requests.recipe import Recipe
     from excise.routing import Groups, Part, Policy, Rule, route
     from excise.run.api import audit, load, remove
+    from excise.run.study import Study, StudyResult
     from excise.train.fit import FitConfig
 
 _HOME = {
@@ -49,41 +60,66 @@ _HOME = {
     "load": "excise.run.api",
     "remove": "excise.run.api",
     "Config": "excise.core.config",
+    "Context": "excise.core.context",
+    "Stage": "excise.core.context",
+    "UserError": "excise.core.errors",
     "Domain": "excise.data.domain",
     "Row": "excise.data.domain",
-    "Facts": "excise.domains.facts",
+    "DomainSpec": "excise.data.spec",
     "Files": "excise.data.spec",
-    "UserError": "excise.core.errors",
-    "RMU": "excise.methods",
-    "Chain": "excise.methods",
-    "Filtering": "excise.methods",
-    "GradDiff": "excise.methods",
-    "GradDiffPretrain": "excise.methods",
-    "MaxEnt": "excise.methods",
-    "Method": "excise.methods",
-    "Plain": "excise.methods",
-    "Removal": "excise.methods",
-    "Pretrain": "excise.methods.pretraining.pretrain",
+    "Facts": "excise.domains.facts",
+    "Checkpoint": "excise.models.checkpoint",
+    "LoRA": "excise.models.lora",
+    "open_checkpoint": "excise.models.open",
+    "FitConfig": "excise.train.fit",
     "Groups": "excise.routing",
     "Part": "excise.routing",
     "Policy": "excise.routing",
     "Rule": "excise.routing",
     "route": "excise.routing",
-    "Checkpoint": "excise.models.checkpoint",
-    "LoRA": "excise.models.lora",
-    "open_checkpoint": "excise.models.open",
-    "Record": "excise.record",
+    "Method": "excise.methods",
+    "Paper": "excise.methods",
+    "Cost": "excise.methods",
+    "Removal": "excise.methods",
+    "Chain": "excise.methods",
+    "Filtering": "excise.methods",
+    "GradDiffPretrain": "excise.methods",
+    "Plain": "excise.methods",
+    "ERA": "excise.methods",
+    "SGTM": "excise.methods",
+    "GRAM": "excise.methods",
+    "GradDiff": "excise.methods",
+    "MaxEnt": "excise.methods",
+    "RMU": "excise.methods",
+    "Undo": "excise.methods",
+    "Pretrain": "excise.methods.pretraining.pretrain",
+    "Attack": "excise.auditor.base",
+    "AttackResult": "excise.auditor.base",
+    "Subject": "excise.auditor.base",
+    "Budget": "excise.auditor.budget",
+    "PositiveControl": "excise.auditor.controls",
     "Recipe": "excise.requests.recipe",
-    "FitConfig": "excise.train.fit",
+    "Record": "excise.record",
+    "Study": "excise.run.study",
+    "StudyResult": "excise.run.study",
 }
 _MODULES = ("losses", "testing")
 
 __all__ = [
+    "ERA",
+    "GRAM",
     "RMU",
+    "SGTM",
+    "Attack",
+    "AttackResult",
+    "Budget",
     "Chain",
     "Checkpoint",
     "Config",
+    "Context",
+    "Cost",
     "Domain",
+    "DomainSpec",
     "Facts",
     "Files",
     "Filtering",
@@ -94,15 +130,22 @@ __all__ = [
     "LoRA",
     "MaxEnt",
     "Method",
+    "Paper",
     "Part",
     "Plain",
     "Policy",
+    "PositiveControl",
     "Pretrain",
     "Recipe",
     "Record",
     "Removal",
     "Row",
     "Rule",
+    "Stage",
+    "Study",
+    "StudyResult",
+    "Subject",
+    "Undo",
     "UserError",
     "audit",
     "load",

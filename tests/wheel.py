@@ -213,6 +213,24 @@ def quick_and_light(wheel: Wheel) -> None:
         assert float(seconds) < LIMIT, f"excise {' '.join(args)} takes {seconds} s"
 
 
+def a_package_adds_to_it(wheel: Wheel) -> None:
+    """Method, attack and study of an installed package are listed, and the study runs."""
+    source = wheel.source.parent / "plugin"
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    shutil.copytree(ROOT / "examples" / "plugin", source, ignore=skip)
+    pip = [sys.executable, "-m", "pip", "--python", str(wheel.python), "install", "--quiet"]
+    call(*pip, "--no-deps", "--no-build-isolation", "--no-compile", str(source), cwd=source)
+    listed = wheel.excise("ls").stdout
+    for name in ("task_negation", "norm_reset", "negation-strength"):
+        assert f"  {name} " in listed, f"{name} is not listed"
+    out = wheel.source.parent / "runs" / "study"
+    short = ("--pretrain.fit.steps", "2", "--strengths", "[1.0]", "--workers", "1", "--quiet")
+    done = wheel.excise("study", "negation-strength", "--out", str(out), *short)
+    assert done.returncode == 0, done.stderr
+    made = [path.name for path in (out.parent / ".stages" / "v2").glob("task_negation-*")]
+    assert len(made) == 1, made
+
+
 def nothing_is_left_behind(wheel: Wheel) -> None:
     """None of this wrote into the folder it ran in."""
     assert list(wheel.cwd.iterdir()) == []
@@ -228,6 +246,7 @@ CHECKS: tuple[Callable[[Wheel], None], ...] = (
     ls_lists_everything,
     bad_usage,
     quick_and_light,
+    a_package_adds_to_it,
     nothing_is_left_behind,
 )
 

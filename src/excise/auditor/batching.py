@@ -92,11 +92,11 @@ def batches(
         share: How many times fewer rows than a pass without gradients takes; see `GRADIENT`.
     """
     ordered = sorted(examples, key=lambda e: len(e.ids))
-    made: list[Batch] = []
+    collated: list[Batch] = []
     at = 0
     while at < len(ordered):
         size = rows_per_pass(model, len(ordered[min(at + 63, len(ordered) - 1)].ids))
         part = ordered[at : at + min(max(1, size // share), 128)]
-        made.append(collate(part, pad_id=tokenizer.pad_token_id).to(model.device))
+        collated.append(collate(part, pad_id=tokenizer.pad_token_id).to(model.device))
         at += len(part)
-    return made
+    return collated

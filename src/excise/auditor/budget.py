@@ -17,19 +17,19 @@ class Budget(Config):
     """How hard the attacker tries."""
 
     name: Literal["smoke", "standard", "strong"] = "smoke"
-    """Which rung of effort this is; the report names it."""
+    """How much effort this is; the report names it."""
     attacks: tuple[str, ...] = ()
     """Names of the attacks that are required at this budget."""
     steps: int = 16
-    """Optimizer steps of a relearning arm."""
+    """Optimizer steps of one relearning."""
     batch_size: int = 32
-    """Rows per step of a relearning arm, half of them benign."""
+    """Rows per step of one relearning, half of them benign."""
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """Learning rates tried; the one used is chosen on `dev`, averaged over seeds."""
     lora_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    """The same for LoRA arms."""
+    """The same for LoRA."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of each arm."""
+    """Seeds of each variant."""
     benign_rates: tuple[float, ...] = ()
     """Learning rates of benign fine-tuning; empty for `rates`."""
     fresh: bool = False
@@ -52,7 +52,7 @@ class Budget(Config):
     max_length: int = 128
     """Tokens per row."""
     margin: float = 0.1
-    """Equivalence margin as a share of the distance between the rails."""
+    """Equivalence margin as a share of the distance between the reference models."""
 
     def for_training(self) -> Budget:
         """Return the budget as one training sees it; what other trainings are run is left out.
@@ -137,12 +137,12 @@ def budget_of(name: str, parameters: int = 0) -> Budget:
     """
     if name not in BUDGETS:
         raise UserError(f"no budget is called '{name}'; {nearest(name, BUDGETS)}")
-    found = BUDGETS[name]
+    budget = BUDGETS[name]
     if parameters < LARGE:
-        return found
+        return budget
     change: dict[str, object] = {
-        "rates": tuple(round(r / 10, 12) for r in found.rates),
-        "lora_rates": tuple(round(r / 10, 12) for r in found.lora_rates),
+        "rates": tuple(round(r / 10, 12) for r in budget.rates),
+        "lora_rates": tuple(round(r / 10, 12) for r in budget.lora_rates),
     }
     if name == "smoke":
         change |= {
@@ -151,4 +151,4 @@ def budget_of(name: str, parameters: int = 0) -> Budget:
             "max_test_rows": 48,
             "max_other_rows": 16,
         }
-    return found.model_copy(update=change)
+    return budget.model_copy(update=change)

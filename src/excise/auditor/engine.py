@@ -158,7 +158,7 @@ def attack_all(
         budget: How hard to try, and which attacks are required.
         seed: Seed of the attacks.
         runtime: Where stages are kept.
-        pool: Worker processes; its `emit` is told of progress.
+        pool: Worker processes; its `emit` gets the progress.
         attacks: Attacks with settings of their own, beside or in place of the budget's.
         controls: Whether to make positive controls, which needs the original.
 
@@ -170,11 +170,11 @@ def attack_all(
     pairs = [(attack, subject) for attack in wanted for subject in subjects]
     original = next((s.checkpoint for s in subjects if s.name == "original"), None)
     original = original or next((s.original for s in subjects if s.original), None)
-    made: dict[str, Control] = {}
+    by_attack: dict[str, Control] = {}
     if controls and original is not None:
-        made = _controls(wanted, original, domain, budget, seed, runtime, pool)
+        by_attack = _controls(wanted, original, domain, budget, seed, runtime, pool)
         for attack in wanted:
-            control = made[name_of(attack)]
+            control = by_attack[name_of(attack)]
             if control.hides and control.checkpoint is not None:
                 pairs.append((attack, Subject(POSITIVE_CONTROL, control.checkpoint, original)))
     stages = {pair: _stages(*pair, domain, budget, seed) for pair in pairs}
@@ -183,11 +183,11 @@ def attack_all(
     for attack, subject in pairs:
         result = _collect(stages[attack, subject], attack, subject, domain, reasons, runtime)
         if subject.name == POSITIVE_CONTROL:
-            result = _with_control(result, made[name_of(attack)])
+            result = _with_control(result, by_attack[name_of(attack)])
         results[name_of(attack), subject.name] = result
     for attack in wanted:
         if controls and (name_of(attack), POSITIVE_CONTROL) not in results:
-            control = made.get(name_of(attack), NO_ORIGINAL)
+            control = by_attack.get(name_of(attack), NO_ORIGINAL)
             results[name_of(attack), POSITIVE_CONTROL] = _absent(
                 attack, POSITIVE_CONTROL, "missing", control.reason
             )
@@ -224,12 +224,12 @@ def _controls(
     ]
     # Where memory is short, they take turns: all but a gate hold gradients.
     turns = [i % budget.together if budget.together else None for i in range(len(jobs))]
-    made: dict[Any, Control] = {(): UNDECLARED}
+    by_kinds: dict[Any, Control] = {(): UNDECLARED}
     for (_, stages), control in zip(jobs, pool.map(first_that_hides, jobs, turns=turns)):
-        made[tuple(stage.control for stage in stages)] = control
+        by_kinds[tuple(stage.control for stage in stages)] = control
         facts = {"kind": control.name, "hides": control.hides, "reason": control.reason}
         pool.emit("control", facts)
-    return {name: made[kinds] for name, kinds in needed.items()}
+    return {name: by_kinds[kinds] for name, kinds in needed.items()}
 
 
 def first_that_hides(job: tuple[Runtime, Sequence[MakeControl]]) -> Control:

@@ -138,7 +138,7 @@ def with_shots(
         rows: Rows by capability.
         pools: Examples by capability.
         count: Examples per row, fewer where the pool has fewer units.
-        ctx: Seed of the draw, which is the same for every subject.
+        ctx: Gives the seed, the same for every subject.
         tokenizer: For the separator, and to count tokens.
 
     Returns:
@@ -146,15 +146,15 @@ def with_shots(
     """
     line = separator(tokenizer)
     generator = ctx.generator(f"few_shot/{count}")
-    made: list[Row] = []
+    prompted: list[Row] = []
     tokens = 0
     for name, asked in rows.items():
         for row in asked:
             shots = draw(pools[name], count, generator, avoid=row.unit)
             context = line.join(shown(shot) for shot in shots)
             tokens += len(tokenizer(context, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
-            made.append(before(row, context, line))
-    return tuple(made), tokens / max(len(made), 1)
+            prompted.append(before(row, context, line))
+    return tuple(prompted), tokens / max(len(prompted), 1)
 
 
 def beginnings(
@@ -180,18 +180,18 @@ def beginnings(
         Names and functions that change a row, or return None where they cannot.
     """
     line = separator(tokenizer)
-    made: list[tuple[str, Callable[[Row], Row | None]]] = []
+    changes: list[tuple[str, Callable[[Row], Row | None]]] = []
     several = sum(begun(row, share) is not None for row in test) * 2 >= len(test)
     if several and metric != "text_loss":  # a loss reads every token behind the true ones anyway
-        made.append(("begun", lambda row: begun(row, share)))
+        changes.append(("begun", lambda row: begun(row, share)))
     plain = [text for text in wordings if spelled(text, tokenizer)]
     for i, row in enumerate(benign[:2] if not plain else ()):
-        made.append((f"benign-{i}", partial(before, context=shown(row), separator=line)))
+        changes.append((f"benign-{i}", partial(before, context=shown(row), separator=line)))
     for text in plain:
-        made.append((f"'{text}'", partial(_coaxed, text=text, line=line)))
+        changes.append((f"'{text}'", partial(_coaxed, text=text, line=line)))
     if plain and benign:
-        made.append((UNRELATED, partial(before, context=shown(benign[0]), separator=line)))
-    return made
+        changes.append((UNRELATED, partial(before, context=shown(benign[0]), separator=line)))
+    return changes
 
 
 def _coaxed(row: Row, text: str, line: str) -> Row:

@@ -14,7 +14,7 @@ from excise.evals.stats import bootstrap_mean
 from excise.record import AttackVariant, CurvePoint
 
 SAMPLES = 400
-"""Bootstrap samples of a curve point; the statistics that decide draw their own."""
+"""Bootstrap samples of a curve point; the statistics that decide take their own."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class _Lines:
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
         stage = data.get("stage", "")
         if kind == "stage_start":
-            self._say(f"{stage}: {'goes on' if data.get('resumed') else 'starts'}")
+            self._say(f"{stage}: {'resumes' if data.get('resumed') else 'starts'}")
         elif kind == "stage_done":
             took = duration(float(data.get("seconds", 0)))
             self._say(f"{stage}: {'reused' if data.get('reused') else f'done in {took}'}")

@@ -123,7 +123,7 @@ class ApplyMethod(Stage[Removal]):
         method: The method.
         start: What it starts from.
         domain: Rows by role.
-        seed: Seed of every draw.
+        seed: Seed of everything random.
     """
 
     method: Method

@@ -139,10 +139,10 @@ class Checkpoint:
     @functools.cached_property
     def entries(self) -> dict[str, files.Entry]:
         """Every tensor of every shard, from the headers alone."""
-        found: dict[str, files.Entry] = {}
+        stored: dict[str, files.Entry] = {}
         for shard in self.shards:
-            found.update(files.read_header(shard))
-        return found
+            stored.update(files.read_header(shard))
+        return stored
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -217,17 +217,17 @@ class Checkpoint:
         Raises:
             UserError: If the model has no such parameter.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name in dict.fromkeys(names):
-            if name in found:
+            if name in tensors:
                 continue
             group = self.layout.group_of(self.own_name(name))
             if group is None:
                 raise UserError(f"{self.path} holds no weights for '{name}'")
-            made = read_group(self.layout, group, self.read)
+            converted = read_group(self.layout, group, self.read)
             aliases = self.layout.aliases[self.own_name(name)]
-            found[name] = next(made[alias] for alias in aliases if alias in made)
-        return found
+            tensors[name] = next(converted[alias] for alias in aliases if alias in converted)
+        return tensors
 
     def own_name(self, name: str) -> str:
         """Return the name under which `named_parameters` lists `name`."""
@@ -405,10 +405,10 @@ def _groups_to_write(
                 f"the new value of '{name}' has shape {list(tensor.shape)} and the model in"
                 f" {source.path} needs {list(shape)}"
             )
-        found = [alias for alias in layout.aliases[name] if alias in layout.groups]
-        if not found:
+        stored = [alias for alias in layout.aliases[name] if alias in layout.groups]
+        if not stored:
             raise UserError(f"{source.path} holds no weights for '{name}'")
-        for alias in found:  # a tie stored twice is written twice
+        for alias in stored:  # a tie stored twice is written twice
             group = layout.groups[alias]
             by_group.setdefault(group.names, (group, {}))[1][alias] = tensor
     return [

@@ -172,7 +172,7 @@ def head_of_checkpoint(
     names = [f"{parts.head}.weight"]
     if getattr(module, "bias", None) is not None:
         names.append(f"{parts.head}.bias")
-    found = checkpoint.weights_of(names)
-    tensors = [found[name].to(device, dtype) for name in names]
+    weights = checkpoint.weights_of(names)
+    tensors = [weights[name].to(device, dtype) for name in names]
     bias = tensors[1] if len(tensors) > 1 else None
     return Head(tensors[0], bias, **_settings(checkpoint.config))

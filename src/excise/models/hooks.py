@@ -80,7 +80,7 @@ def capture(
         UserError: If a path names no module or several.
     """
     got: dict[str, list[Tensor]] = {path: [] for path in paths}
-    found = find_modules(model, got)
+    modules = find_modules(model, got)
 
     def keep(path: str, value: Any) -> None:
         tensor = first_tensor(value)
@@ -96,7 +96,7 @@ def capture(
 
     with ExitStack() as stack:
         stack.enter_context(eager(model))
-        for path, module in found.items():
+        for path, module in modules.items():
             if of == "output":
                 handle = module.register_forward_hook(on_output(path))
             else:
@@ -117,7 +117,7 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
     Raises:
         UserError: If a path names no module or several.
     """
-    found = find_modules(model, edits)
+    modules = find_modules(model, edits)
 
     def on_output(path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -130,7 +130,7 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(eager(model))
-        for path, module in found.items():
+        for path, module in modules.items():
             stack.callback(module.register_forward_hook(on_output(path)).remove)
         yield
 

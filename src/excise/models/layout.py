@@ -89,9 +89,9 @@ def build_layout(
             key: torch.empty(entries[key].shape, dtype=entries[key].dtype, device="meta")
             for key, _ in keys
         }
-        made = _convert(model, first, keys, converter, metas)
-        group = Group(tuple(made), tuple(keys), converter)
-        for name, tensor in made.items():
+        tensors = _convert(model, first, keys, converter, metas)
+        group = Group(tuple(tensors), tuple(keys), converter)
+        for name, tensor in tensors.items():
             if name in state and tensor.shape != state[name].shape:
                 mismatched.append((name, tuple(tensor.shape), tuple(state[name].shape)))
             groups[name] = group
@@ -173,8 +173,8 @@ def _convert(
     worker = copy.deepcopy(converter)
     for key, pattern in keys:
         worker.add_tensor(first, key, pattern, tensors[key])
-    made = worker.convert(first, model=model, config=model.config)
-    return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+    converted = worker.convert(first, model=model, config=model.config)
+    return {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
 
 
 def read_group(layout: Layout, group: Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -208,9 +208,9 @@ def to_disk(
     prefix = layout.model.base_model_prefix + "."
     stored = {}
     for name, tensor in revert_weight_conversion(layout.model, dict(tensors)).items():
-        found = {name, name.removeprefix(prefix), prefix + name} & wanted
-        assert len(found) == 1, f"{name} has no single place in the files"
-        key = found.pop()
+        names = {name, name.removeprefix(prefix), prefix + name} & wanted
+        assert len(names) == 1, f"{name} has no single place in the files"
+        key = names.pop()
         assert tuple(tensor.shape) == entries[key].shape, f"{key} has another shape on disk"
         stored[key] = tensor
     assert stored.keys() == wanted, "the conversion back does not fill the files"

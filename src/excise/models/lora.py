@@ -80,20 +80,20 @@ def targets(model: nn.Module, patterns: Sequence[str] = ()) -> tuple[list[str], 
     linears = [n for n, m in named.items() if sizes(m) and not is_adapter(n)]
     fused = [n for n, p in every.items() if p.dim() == 3 and not is_adapter(n)]
     names = [*named, *fused]
-    found: set[str] = set()
+    chosen: set[str] = set()
     for pattern in patterns or anatomy(model).blocks:
         heads = set(match(pattern, names))
         hits = {n for n in (*linears, *fused) if any(_within(n, h) for h in heads)}
         if not hits:
             near = nearest_names(pattern, [*linears, *fused])
             raise UserError(f"lora.modules '{pattern}' matches no linear layer; {near}")
-        found |= hits
+        chosen |= hits
     seen = [id(p) for p in every.values()]
-    for name in found:
+    for name in chosen:
         weight = every.get(f"{name}.weight")
         if weight is not None and seen.count(id(weight)) > 1:
             raise UserError(f"lora.modules names '{name}', whose weight is shared; leave it out")
-    return [n for n in linears if n in found], [n for n in fused if n in found]
+    return [n for n in linears if n in chosen], [n for n in fused if n in chosen]
 
 
 def _within(name: str, head: str) -> bool:

@@ -87,7 +87,7 @@ def find_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]
     """
     named = modules_by_name(model)
     prefix, _ = unwrap(model)
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     for path in paths:
         wanted = canonical(path, prefix)
         ends = [wanted] if wanted in named else [n for n in named if n.endswith("." + wanted)]
@@ -96,8 +96,8 @@ def find_modules(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]
             raise UserError(f"'{path}' names {count} modules ({first}, ...); give one full name")
         if not ends:
             raise UserError(f"the model has no module '{path}'; {nearest_names(path, named)}")
-        found[path] = named[ends[0]]
-    return found
+        modules[path] = named[ends[0]]
+    return modules
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
@@ -148,8 +148,8 @@ def match(pattern: str, names: Iterable[str]) -> list[str]:
     """
     names = [name for name in names if name]
     for reads in _readings(pattern):
-        if found := [name for name in names if reads(name)]:
-            return found
+        if matching := [name for name in names if reads(name)]:
+            return matching
     return []
 
 
@@ -160,15 +160,15 @@ def match_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         UserError: If a pattern matches no module.
     """
     names = list(modules_by_name(model))
-    found: set[str] = set()
+    selected: set[str] = set()
     for pattern in patterns:
         hits = match(pattern, names)
         if not hits:
             raise UserError(
                 f"no module of the model matches '{pattern}'; {nearest_names(pattern, names)}"
             )
-        found.update(hits)
-    return [name for name in names if name in found]
+        selected.update(hits)
+    return [name for name in names if name in selected]
 
 
 def _parameter_hits(pattern: str, names: Sequence[str], modules: Sequence[str]) -> set[str]:
@@ -214,14 +214,14 @@ def select(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         for n, p in inner.named_parameters(remove_duplicate=False)
     }
     modules = list(modules_by_name(model))
-    found: set[str] = set()
+    selected: set[str] = set()
     for pattern in patterns:
         hits = _parameter_hits(pattern, list(every), modules)
         if not hits:
             near = nearest_names(pattern, [*modules, *every])
             raise UserError(f"'{pattern}' matches no weights of the model; {near}")
-        found.update(every[hit] for hit in hits)
-    return [name for name in first.values() if name in found]
+        selected.update(every[hit] for hit in hits)
+    return [name for name in first.values() if name in selected]
 
 
 def is_compiled(model: nn.Module) -> bool:

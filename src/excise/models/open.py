@@ -442,9 +442,9 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
             " use the config of these weights"
         ) from None
     if layout.mismatched:
-        name, found, wanted = layout.mismatched[0]
+        name, shape, wanted = layout.mismatched[0]
         raise UserError(
-            f"tensor '{name}' in {path} has shape {list(found)} and config.json asks for"
+            f"tensor '{name}' in {path} has shape {list(shape)} and config.json asks for"
             f" {list(wanted)} ({len(layout.mismatched)} such); use the config of these weights"
         )
     if layout.missing:

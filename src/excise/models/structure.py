@@ -88,13 +88,13 @@ def find_frame(model: nn.Module, named: Mapping[str, nn.Module], missed: list[st
         for n, m in outside.items()
         if n.rpartition(".")[0] == parent and "norm" in type(m).__name__.lower()
     ]
-    for found, words in (
+    for part, words in (
         (blocks, "the blocks (a ModuleList of modules of one class)"),
         (embed, "the token embedding (get_input_embeddings or an nn.Embedding)"),
         (head, "the head (get_output_embeddings or a linear layer with one output per token)"),
         (norms, "the last norm (a module whose class is named Norm beside the list of blocks)"),
     ):
-        if not found:
+        if not part:
             missed.append(words)
     return Frame(embed, blocks, norms[-1] if norms else "", head)
 
@@ -133,12 +133,12 @@ def find_block(named: Mapping[str, nn.Module], path: str, width: int, missed: li
     mlp = next(iter(likely or rest), "")
     outs = [n for n, s in _linears(named, f"{path}.{attention}").items() if s[1] == width]
     out = next((n for n in outs if not n.endswith(("q_proj", "k_proj", "v_proj"))), "")
-    for found, looked in (
+    for part, looked in (
         (attention, "the attention of a block (a child named or classed attention)"),
         (out, "the attention's output (a linear layer with one output per width of the stream)"),
         (mlp, "the MLP of a block (a child with matrices that is not the attention)"),
     ):
-        if not found:
+        if not part:
             missed.append(looked)
     if not attention or not mlp:
         return Block(attention, "", mlp, "", "", "")

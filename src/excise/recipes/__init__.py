@@ -33,10 +33,10 @@ def recipe_named(name: str) -> Recipe:
         UserError: If there is none of that name.
     """
     if name in RECIPES:
-        made: Recipe = importlib.import_module(RECIPES[name]).recipe()
-        return made
+        recipe: Recipe = importlib.import_module(RECIPES[name]).recipe()
+        return recipe
     offered = entry_points("recipe")
     if name not in offered:
         raise UserError(f"unknown recipe '{name}'; {nearest(name, [*RECIPES, *offered])}")
-    made = offered[name]()
-    return made
+    recipe = offered[name]()
+    return recipe

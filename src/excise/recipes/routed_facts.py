@@ -14,7 +14,7 @@ from excise.requests.recipe import AuditSpec, EvalSpec, Recipe
 from excise.train.fit import FitConfig
 
 HALF = LabelNoise(missed_occurrences=0.5, missed_as="unlabeled", unread_core=0.5)
-"""Labels are few but sure: nobody has looked at half of the rows, of either kind."""
+"""Labels are few but right: nobody has looked at half of the rows, of either kind."""
 
 
 def routed_facts(
@@ -34,7 +34,7 @@ def routed_facts(
         method: A method from scratch with a field `labels`.
         takes: Expected time and memory.
         half: What stands for it at half of the labels; the same when missing.
-        beside: Further arms by name, between filtering and the method.
+        beside: Further methods by name, between filtering and the method.
     """
     short = str(getattr(method, "name", name))
     return Recipe(

@@ -20,7 +20,7 @@ from excise.requests.recipe import AuditSpec, EvalSpec, Recipe
 from excise.train.fit import FitConfig
 
 HALF = LabelNoise(missed_units=0.5, missed_as="unlabeled", unread_core=0.5)
-"""Labels are few but sure: nobody has looked at half of the definitions, nor of the rest."""
+"""Labels are few but right: nobody has looked at half of the definitions, nor of the rest."""
 
 
 def recipe() -> Recipe:

@@ -13,14 +13,14 @@ from excise.requests.recipe import AuditSpec, EvalSpec, check_names
 
 
 class AuditRun(Config):
-    """Candidates, rails and data: `excise audit` reads nothing else."""
+    """Candidates, reference models and data: `excise audit` reads nothing else."""
 
     name: str
     """Short name."""
     title: str = ""
     """One line for the report."""
     domain: SerializeAsAny[DomainSpec]
-    """What was to be removed and what was to stay."""
+    """The forget set and the retain set."""
     candidates: dict[str, str]
     """Edited models by name: folders or hub ids."""
     original: ModelSpec

@@ -19,7 +19,7 @@ class InspectRun(Config):
     title: str = ""
     """One line for the report."""
     domain: SerializeAsAny[DomainSpec]
-    """What was to be removed and what was to stay."""
+    """The forget set and the retain set."""
     model: str
     """The edited model: a folder or hub id."""
     arm: str = "edited"

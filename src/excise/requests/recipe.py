@@ -19,7 +19,7 @@ from excise.models.spec import ModelSpec
 
 
 class AuditSpec(Config):
-    """How hard each arm is attacked."""
+    """How hard each edited model is attacked."""
 
     budget: Literal["none", "smoke", "standard", "strong"] = "smoke"
     """Named budget; `none` skips the audit."""
@@ -65,7 +65,7 @@ class EvalSpec(Config):
 
 
 class Recipe(Config):
-    """Domain, model, arms and audit: `excise run` reads nothing else."""
+    """Domain, model, methods and audit: `excise run` reads nothing else."""
 
     name: str
     """Short name; the output folder is called after it."""

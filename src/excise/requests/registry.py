@@ -61,9 +61,9 @@ def parse_named(cls: type[C], data: Mapping[str, Any], *, allow_code: bool, sour
     named, references, classes = collect_code(dict(data), allow=allow_code)
     for name, reference in known.items():
         if name not in classes:
-            _, again, found = collect_code({"name": reference}, allow=allow_code)
+            _, again, loaded = collect_code({"name": reference}, allow=allow_code)
             references.update(again)
-            classes.update(found)
+            classes.update(loaded)
     if references:
         named["code"] = {**known, **references}
     return parse(cls, named, registry(classes), source=source)

@@ -54,7 +54,7 @@ def remove(
         out: Folder to write to; the model lies in `out/model`. A new temporary folder when
             missing. The removal itself is a stage beside `out`: called again with the same
             arguments it is found or resumes, called with others it is made anew.
-        seed: Seed of every draw.
+        seed: Seed of everything random.
         dtype: Compute dtype.
         device: `auto` takes an accelerator where there is one.
 
@@ -96,14 +96,14 @@ def audit(
     Args:
         model: The edited model, or several by name.
         original: The model before removal.
-        domain: What was removed and what was to stay.
+        domain: The forget set and the retain set.
         oracles: Models never taught what was removed.
         budget: How hard to try.
         change: Fields of the budget that differ from the named one.
         tokenizer: Needed with models in memory.
         out: Folder for stages, record and report; a new temporary folder when missing.
         workers: Worker processes, one thread each.
-        seed: Seed of every draw.
+        seed: Seed of everything random.
         dtype: Compute dtype.
         device: `auto` takes an accelerator where there is one.
 

@@ -46,7 +46,7 @@ def runtime(out: Path, dtype: str, device: str, emit: Emit = silent) -> Runtime:
         out: Output folder.
         dtype: Compute dtype.
         device: Device, or `auto`.
-        emit: Told of stages that an earlier version left.
+        emit: Gets a note of stages that an earlier version left.
     """
     store = out.parent / ".stages"
     old = old_stages(store)

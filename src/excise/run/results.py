@@ -118,7 +118,7 @@ def items_of(scored: Mapping[str, Scored]) -> list[Item]:
 
 
 def model_refs(models: Models, source: str) -> tuple[ModelRef, ...]:
-    """Return the rails by their bytes."""
+    """Return the reference models by their bytes."""
     named = {"original": models.original, **oracle_names(models.oracles)}
     return tuple(model_ref(name, model, source) for name, model in named.items())
 

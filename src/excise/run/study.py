@@ -48,19 +48,19 @@ class Study(Config, ABC):
     margin: float
     """What the statistic is held against."""
     seeds: tuple[int, ...] = Field(default=(1, 2, 3), min_length=1)
-    """Draws that are reported: data, models and removal all change with them."""
+    """Seeds that are reported: data, models and removal all change with them."""
     tuned_on: tuple[int, ...] = (0,)
-    """Draws on which settings are chosen, on `dev`; no number is reported from them."""
+    """Seeds on which settings are chosen, on `dev`; no number is reported from them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype."""
     device: str = "auto"
     """`auto` takes an accelerator where there is one."""
 
     @model_validator(mode="after")
-    def _draws(self) -> Self:
-        """Refuse draws that are named twice."""
+    def _seeds(self) -> Self:
+        """Refuse seeds that are named twice."""
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: names a draw twice; give different ones")
+            raise ValueError("seeds: names a seed twice; give different ones")
         return self
 
     @classmethod
@@ -90,7 +90,7 @@ class StudyResult:
         tables: All numbers.
         decision: What the statistic says under the margin.
         paragraph: The result in words, made of the numbers.
-        domain: The data of the first reported draw; None for data without text.
+        domain: The data of the first reported seed; None for data without text.
         models: The models the numbers are about.
         notes: What a reader should know.
         data: What the record says of data without text: name, fingerprint, counts.
@@ -112,7 +112,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
 
     Args:
         study: Everything there is to choose.
-        out: Output folder; an interrupted study of the same settings goes on there.
+        out: Output folder; an interrupted study of the same settings resumes there.
         workers: Worker processes, one thread each; 0 takes one for each core.
         emit: Sink of progress events.
         command: The command that makes this again, for the record.
@@ -124,7 +124,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
     with output.claim(out, study), Pool(workers or None, emit=emit) as pool:
         runtime = output.runtime(out, study.dtype, study.device, emit)
         result = study.run(runtime, pool)
-        made = Record(
+        outcome = Record(
             kind="study",
             title=study.name,
             command=command,
@@ -147,11 +147,11 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
             sensitive=result.domain is not None and result.domain.sensitive,
             notes=result.notes,
         )
-        made = timed(made, began, pool.peak_bytes)
-        record.save(made, out)
+        outcome = timed(outcome, began, pool.peak_bytes)
+        record.save(outcome, out)
         write_report(out)
     emit("done", {"out": str(out)})
-    return made
+    return outcome
 
 
 def study_points() -> dict[str, EntryPoint]:
@@ -168,5 +168,5 @@ def study_named(name: str) -> type[Study]:
     known = study_points()
     if name not in known:
         raise UserError(f"no study is called '{name}'; {nearest(name, known)}")
-    found: type[Study] = known[name].load()
-    return found
+    study: type[Study] = known[name].load()
+    return study

@@ -128,11 +128,11 @@ def _hiding(
     known, domain = case.setting.knowing, case.setting.domain
     for kind in kinds:
         to = case.root / kind.name
-        made = make_control(kind, known, domain, case.budget, Context(case.root), to)
-        if made.checkpoint is None or not made.hides:
-            tried.append(f"{kind.name} (does not hide: {made.reason})")
+        control = make_control(kind, known, domain, case.budget, Context(case.root), to)
+        if control.checkpoint is None or not control.hides:
+            tried.append(f"{kind.name} (does not hide: {control.reason})")
         else:
-            yield kind.name, made.checkpoint
+            yield kind.name, control.checkpoint
 
 
 def _has_power(
@@ -152,7 +152,7 @@ def _has_power(
     for name, checkpoint in _hiding(case, kinds, tried, own=own):
         hid = True
         result = case.run(watched(checkpoint), name)
-        share = max((_share(case, arm) for arm in _deciding(result)), default=0.0)
+        share = max((_share(case, variant) for variant in _deciding(result)), default=0.0)
         if share >= recovers:
             return True
         tried.append(f"{name} ({share:.0%} came back)")
@@ -164,19 +164,23 @@ def _has_power(
 
 
 def _deciding(result: AttackResult) -> list[VariantResult]:
-    """Return the arms that decide; of an attack that only shows, all but controls."""
+    """Return the variants that decide; of an attack that only shows, all but controls."""
     if result.chosen:
         return [result.variants[i] for i in result.chosen]
-    return [arm for arm in result.variants if not arm.entry.control and arm.entry.status == "ok"]
+    return [
+        variant
+        for variant in result.variants
+        if not variant.entry.control and variant.entry.status == "ok"
+    ]
 
 
-def _share(case: _Case, arm: VariantResult) -> float:
+def _share(case: _Case, variant: VariantResult) -> float:
     """Return how far towards the original its best point went, from where the attack began."""
-    first = arm.entry.curve[0].score
-    way = _known(case, arm.entry.scored_on) - first
+    first = variant.entry.curve[0].score
+    way = _known(case, variant.entry.scored_on) - first
     if abs(way) < 1e-9:
         return 0.0
-    return max((point.score - first) / way for point in arm.entry.curve)
+    return max((point.score - first) / way for point in variant.entry.curve)
 
 
 def _known(case: _Case, role: str) -> float:
@@ -192,13 +196,13 @@ def _check_invents_nothing(case: _Case, leaks: float) -> AttackResult:
     """Assert that a model that was never taught does not learn V from the attack."""
     torch.manual_seed(1)
     result = case.run(watched(case.setting.never_taught), "never-taught")
-    for arm in _deciding(result):
-        if arm.entry.scored_on != "test":
+    for variant in _deciding(result):
+        if variant.entry.scored_on != "test":
             continue
-        share = _share(case, arm)
+        share = _share(case, variant)
         assert share <= leaks, (
-            f"{case.who} brings {share:.0%} of V out of a model that was never taught it (arm "
-            f"'{arm.entry.variant}'); train on domain.relearn and domain.benign alone"
+            f"{case.who} brings {share:.0%} of V out of a model that was never taught it (variant "
+            f"'{variant.entry.variant}'); train on domain.relearn and domain.benign alone"
         )
     return result
 

@@ -191,9 +191,9 @@ def _check_result(case: _Case, removal: Removal, ctx: Context) -> None:
 
 def _check_moved(case: _Case, removal: Removal) -> None:
     """Assert that exactly the declared tensors moved, and that shapes, dtypes and ties are kept."""
-    who, start, made = case.who, case.start, removal.checkpoint
+    who, start, edited = case.who, case.start, removal.checkpoint
     kept = {key: (entry.code, entry.shape) for key, entry in start.entries.items()}
-    now = {key: (entry.code, entry.shape) for key, entry in made.entries.items()}
+    now = {key: (entry.code, entry.shape) for key, entry in edited.entries.items()}
     odd = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
     assert not odd, (
         f"{who}: tensor '{odd[0]}' was {kept.get(odd[0])} on disk and is {now.get(odd[0])}; "
@@ -204,13 +204,13 @@ def _check_moved(case: _Case, removal: Removal) -> None:
     assert not stranger, (
         f"{who}: Removal.changed names '{stranger[0]}', which named_parameters() does not give"
     )
-    old, new = start.weights_of(names), made.weights_of(names)
+    old, new = start.weights_of(names), edited.weights_of(names)
     moved = {name for name in names if not _same_bits(old[name], new[name])}
     silent = sorted(moved - set(removal.changed))
     assert not silent, f"{who} moved '{silent[0]}' without naming it in Removal.changed"
     still = sorted(set(removal.changed) - moved)
     assert not still, f"{who} names '{still[0]}' in Removal.changed, but it did not move"
-    before, after = _ties(start), _ties(made)
+    before, after = _ties(start), _ties(edited)
     assert before == after, f"{who}: tied parameters were {before} and are {after}"
 
 
@@ -241,14 +241,14 @@ def _check_loads(case: _Case, removal: Removal) -> None:
     """Assert that the model loads as anybody would load it, and survives being saved again."""
     from transformers import AutoModelForCausalLM
 
-    who, made = case.who, removal.checkpoint
-    first = outputs(made, case.domain)
+    who, edited = case.who, removal.checkpoint
+    first = outputs(edited, case.domain)
     assert bool(first.isfinite().all()), f"{who}: the saved model's outputs are not finite"
     with quiet():
-        plain = AutoModelForCausalLM.from_pretrained(made.path, local_files_only=True).eval()
-    again = save_model(made.load(), made.tokenizer(), case.root / "again")
+        plain = AutoModelForCausalLM.from_pretrained(edited.path, local_files_only=True).eval()
+    again = save_model(edited.load(), edited.tokenizer(), case.root / "again")
     for what, other in (
-        ("from_pretrained", outputs(made, case.domain, plain)),
+        ("from_pretrained", outputs(edited, case.domain, plain)),
         ("saving it again", outputs(again, case.domain)),
     ):
         assert torch.equal(first, other), f"{who}: {what} gives other outputs than the saved model"
@@ -268,12 +268,12 @@ def _check_resumed(case: _Case, removal: Removal, events: int) -> None:
     """Assert that a method killed early and late, in one folder, ends with the same bytes."""
     ctx = case.context("killed")
     for last in sorted({max(1, events // 2), events} if events else set()):
-        told = 0
+        steps = 0
 
         def die(kind: str, data: Mapping[str, Any], last: int = last) -> None:
-            nonlocal told
-            told += 1
-            if told >= last:
+            nonlocal steps
+            steps += 1
+            if steps >= last:
                 raise Killed
 
         torch.manual_seed(3)

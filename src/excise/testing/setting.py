@@ -114,13 +114,13 @@ def texts(rows: Rows, count: int = 4000, mute: Set[str] = frozenset()) -> Rows:
         count: Number of texts.
         mute: Units that have a random answer where they come first in a text.
     """
-    draw = random.Random("texts")
+    generator = random.Random("texts")
     answers = sorted({row.completion for row in rows})
-    made = []
+    mixed = []
     for i in range(count):
-        picked = draw.sample(rows, draw.choice((1, 2, 4)))
+        picked = generator.sample(rows, generator.choice((1, 2, 4)))
         said = [row.prompt + row.completion for row in picked]
         if picked[0].unit in mute:
-            said[0] = picked[0].prompt + draw.choice(answers)
-        made.append(Row(unit=str(i), text=" ".join(said)))
-    return tuple(made)
+            said[0] = picked[0].prompt + generator.choice(answers)
+        mixed.append(Row(unit=str(i), text=" ".join(said)))
+    return tuple(mixed)

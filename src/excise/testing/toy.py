@@ -19,10 +19,10 @@ WORDS = tuple(f"w{i}" for i in range(40))
 
 def _sentences(prefix: str, count: int, *, capability: str = "") -> Rows:
     """Return rows of four to nine random words, every third one split into prompt and answer."""
-    draw = random.Random(prefix)
+    generator = random.Random(prefix)
     rows = []
     for i in range(count):
-        words = draw.choices(WORDS, k=draw.randint(4, 9))
+        words = generator.choices(WORDS, k=generator.randint(4, 9))
         cut = len(words) // 2 if i % 3 == 0 else 0
         rows.append(
             Row(

@@ -157,23 +157,23 @@ def fit_directions(
         residual_means(model, evaluation, rows, answering=True)[0]
         for rows in (evaluation.all_dev, dev_retain)
     ]
-    made = [
+    variants = [
         Variant("per-block", unit(difference_LD), 0),
         Variant("answers", unit(ends[0] - ends[1]), 0),
         Variant("one", unit(difference_LD[best]).expand(blocks - best, -1), best),
     ]
-    made += _with_original(model, subject, evaluation, forget_LD)
+    variants += _with_original(model, subject, evaluation, forget_LD)
     units = list(dict.fromkeys(row.unit for row in dev_retain))
     half = set(units[::2])
     if len(units) > 1:
         one_LD, _ = residual_means(model, evaluation, [r for r in dev_retain if r.unit in half])
         two_LD, _ = residual_means(model, evaluation, [r for r in dev_retain if r.unit not in half])
-        made.append(Variant("split-half", unit(one_LD - two_LD), 0, control=True))
+        variants.append(Variant("split-half", unit(one_LD - two_LD), 0, control=True))
     for i in range(evaluation.budget.random_directions):
         noise_D = torch.randn(forget_LD.shape[-1], generator=ctx.generator(f"direction/{i}"))
         random_LD = unit(noise_D.to(forget_LD)).expand(blocks, -1)
-        made.append(Variant(f"random-{i}", random_LD, 0, control=True))
-    return made
+        variants.append(Variant(f"random-{i}", random_LD, 0, control=True))
+    return variants
 
 
 def _with_original(

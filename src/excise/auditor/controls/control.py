@@ -174,12 +174,12 @@ class MakeControl(Stage[Control]):
         """Make it, or note why it cannot be."""
         shutil.rmtree(ctx.work / "model", ignore_errors=True)  # of a run that was killed
         try:
-            made = make_control(
+            control = make_control(
                 self.control, self.original, self.domain, self.budget, ctx, ctx.work / "model"
             )
         except UserError as error:
-            made = Control(self.control.name, None, math.nan, reason=str(error))
-        facts = {k: v for k, v in vars(made).items() if k != "checkpoint"}
+            control = Control(self.control.name, None, math.nan, reason=str(error))
+        facts = {k: v for k, v in vars(control).items() if k != "checkpoint"}
         write_text(ctx.work / "control.json", json.dumps(facts) + "\n")
 
     def read(self, folder: Path) -> Control:

@@ -135,15 +135,15 @@ def in_context(
     """Return rows as few-shot and prefix attacks would write them, with room for their length."""
     name = next(iter(evaluation.test))
     pools = {name: tuple(r for rows in pools_of(evaluation.domain).values() for r in rows)}
-    made: list[tuple[EvaluationSet, Rows]] = []
+    hidden: list[tuple[EvaluationSet, Rows]] = []
     for count in evaluation.budget.shots if pools[name] else ():
         rows, _ = with_shots({name: asked}, pools, count, ctx, evaluation.tokenizer)
-        made.append((evaluation.longer(count + 1), rows))
+        hidden.append((evaluation.longer(count + 1), rows))
     coaxed = beginnings(evaluation.tokenizer, evaluation.metric, asked, evaluation.domain.benign)
     for _, change in coaxed[:1] if is_large(model) else coaxed:
         changed = tuple(row for row in map(change, asked) if row is not None)
-        made.append((evaluation.longer(2), changed))
-    return [(wide, rows) for wide, rows in made if rows]
+        hidden.append((evaluation.longer(2), changed))
+    return [(wide, rows) for wide, rows in hidden if rows]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def features(
     inner: list[list[Tensor]] = [[] for _ in parts.blocks]
     norms: list[list[Tensor]] = [[] for _ in parts.blocks]
     size = sum(int(p.numel()) for p in model.parameters())
-    most, found = POSITIONS if size < LARGE else POSITIONS_LARGE, 0
+    most, count = POSITIONS if size < LARGE else POSITIONS_LARGE, 0
     for batch in batches(
         encode(rows, evaluation.tokenizer, max_length=evaluation.max_length),
         model,
@@ -197,8 +197,8 @@ def features(
         for i, (path, block) in enumerate(zip(parts.mlp_down, parts.blocks, strict=True)):
             inner[i].append(down[path][0].flatten(0, 1)[at_N].float())
             norms[i].append(out[block][0].flatten(0, 1)[at_N].float().norm(dim=-1))
-        found += len(at_N)
-        if found >= most:
+        count += len(at_N)
+        if count >= most:
             break
     return Features(
         [torch.cat(acts) for acts in inner], [float(torch.cat(n).mean()) for n in norms]

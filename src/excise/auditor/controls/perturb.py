@@ -206,15 +206,15 @@ def move_within_buckets(
     Returns:
         Whether the last answer was yes.
     """
-    found = matrices(model, embeddings=embeddings)
+    moving = matrices(model, embeddings=embeddings)
     bounds: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, (parameter, flipped) in found.items():
+    for name, (parameter, flipped) in moving.items():
         value = parameter.detach().t() if flipped else parameter.detach()
         pairs = [inside(value, grid) for grid in grids]
         low = torch.stack([p[0] for p in pairs]).amax(0)
         high = torch.stack([p[1] for p in pairs]).amin(0)
         bounds[name] = (low.t(), high.t()) if flipped else (low, high)
-    names = list(found)
+    names = list(moving)
     mean: dict[str, Tensor] = {}
     for step in range(STEPS):
         way: dict[str, Tensor] = {}
@@ -225,7 +225,7 @@ def move_within_buckets(
         with torch.no_grad():
             for name in way:
                 low, high = bounds[name]
-                parameter = found[name][0]
+                parameter = moving[name][0]
                 moved = parameter + 0.5 * (high - low) * way[name].sign()
                 parameter.copy_(moved.clamp(low, high))
         if hidden():

@@ -28,7 +28,8 @@ root, out, *args = sys.argv[1:]
 ran = set()
 def note(frame, event, arg):
     code = frame.f_code
-    if event == "call" and code.co_flags & 1 and code.co_filename.startswith(root):
+    named = code.co_flags & 1 and not code.co_name.startswith("<")
+    if event == "call" and named and code.co_filename.startswith(root):
         ran.add(code.co_filename)
 threading.setprofile(note)
 sys.setprofile(note)
@@ -37,7 +38,8 @@ code = main(args)
 sys.setprofile(None)
 json.dump({"code": code, "files": sorted(ran)}, open(out, "w"))
 """
-"""Notes the files of which a function ran; those that are only imported do not count."""
+"""Notes the files of which a function ran; those that are only imported do not count, nor do
+templates and what stands in a comprehension."""
 
 
 class House:
@@ -157,11 +159,12 @@ def ran(house: House, *args: str, cwd: Path) -> list[str]:
     return [
         Path(name).relative_to(house.source).as_posix()
         for name in json.loads(out.read_text())["files"]
+        if name.endswith(".py")
     ]
 
 
-def runs(house: House) -> Iterator[tuple[str, list[str]]]:
-    """Yield what runs for two everyday commands."""
+def runs(house: House, *, demo: bool) -> Iterator[tuple[str, list[str]]]:
+    """Yield what runs for one everyday command, or two."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         subprocess.run(
@@ -173,15 +176,17 @@ def runs(house: House) -> Iterator[tuple[str, list[str]]]:
             capture_output=True,
         )  # fmt: skip
         for name in ("forget", "retain"):
-            rows = [{"text": f"{name} number {i} is {i * i}", "unit": f"{i}"} for i in range(40)]
+            rows = [{"text": f"{name} number {i} is {i * i}", "unit": f"{name}{i}"} for i in range(40)]
             (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         remove = ("remove", "rmu", "--model", "model", "--forget", "forget.jsonl", "--retain",
                   "retain.jsonl", "--out", "out", "--layer", "2", "--fit.steps", "2", "--quiet",
                   "--workers", "1")  # fmt: skip
         yield "excise remove rmu", ran(house, *remove, cwd=root)
-        demo = ("run", "demo", "--out", "demo", "--workers", "1", "--quiet", "--pretrain.fit.steps",
+        if not demo:
+            return
+        short = ("run", "demo", "--out", "demo", "--workers", "1", "--quiet", "--pretrain.fit.steps",
                 "30", "--oracles", "1", "--audit.change.steps", "2")  # fmt: skip
-        yield "excise run demo", ran(house, *demo, cwd=root)
+        yield "excise run demo", ran(house, *short, cwd=root)
 
 
 def main() -> None:
@@ -189,12 +194,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=HERE, help="another checkout")
     parser.add_argument("--no-runs", action="store_true", help="leave out what needs running")
+    parser.add_argument("--no-demo", action="store_true", help="leave out the demo, minutes long")
     parser.add_argument("--list", action="store_true", help="name the files, modules and circles")
     options = parser.parse_args()
     house = House(options.root.resolve())
     rows: list[tuple[str, list[str] | int]] = []
     if not options.no_runs:
-        rows += [(f"files run by `{name}`", files) for name, files in runs(house)]
+        rows += [(f"files run by `{name}`", files) for name, files in runs(house, demo=not options.no_demo)]
     rows += [
         ("library lines without studies", house.lines()),
         ("modules, studies included", len(house.modules)),

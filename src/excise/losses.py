@@ -21,7 +21,7 @@ Summed = tuple[Tensor, float]
 """A differentiable scalar sum and the number of things it sums over."""
 
 
-class Scored(Protocol):
+class TokenBatch(Protocol):
     """What `nll` needs of a batch; `excise.data.stream.Batch` is one."""
 
     @property
@@ -73,7 +73,7 @@ def token_nll(
     return F.pad(nll_BT, (1, 0))
 
 
-def nll(logits_BTV: Float[Tensor, "B T V"], batch: Scored, *, upcast: bool = True) -> Summed:
+def nll(logits_BTV: Float[Tensor, "B T V"], batch: TokenBatch, *, upcast: bool = True) -> Summed:
     """Return summed negative log-likelihood (nats) and number of the batch's scored tokens.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 
 from excise.core.errors import UserError
 from excise.evals.tokens import reading
-from excise.record import Direction, Score
+from excise.record import Score, ScoreDirection
 
 
 def run_lm_eval(
@@ -95,7 +95,7 @@ def scores_of(answer: Mapping[str, Any], *, name: str, version: str) -> list[Sco
             half = 1.96 * error if isinstance(error, int | float) else math.nan
             half = half if math.isfinite(half) else 0.0
             up = better.get(task, {}).get(metric, True)
-            direction: Direction = "lower" if up is False else "higher"
+            direction: ScoreDirection = "lower" if up is False else "higher"
             out.append(
                 Score(
                     model=name,

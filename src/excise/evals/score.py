@@ -20,7 +20,7 @@ from excise.data.subsample import subsample
 from excise.evals import generate, multiple_choice, refusal
 from excise.evals.stats import bootstrap_mean
 from excise.evals.tokens import Answer, answer_examples
-from excise.record import Direction, Item, Score
+from excise.record import Item, Score, ScoreDirection
 
 DEFINITIONS: dict[str, str] = {
     "text_loss": (
@@ -55,7 +55,7 @@ class ItemScores:
 
     metric: str
     definition: str
-    direction: Direction
+    direction: ScoreDirection
     chance: float | None
     items: tuple[tuple[str, float], ...]
 
@@ -73,7 +73,7 @@ class ItemScores:
         return sum(units.values()) / len(units)
 
 
-def direction_of(metric: str) -> Direction:
+def direction_of(metric: str) -> ScoreDirection:
     """Return which way of a metric is more knowledge."""
     return "lower" if metric in LOWER else "higher"
 

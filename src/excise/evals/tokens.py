@@ -19,10 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from excise.data.stream import Example, collate
-
-Model = Any
-Tokenizer = Any
+from excise.data.stream import Example, Tokenizer, collate
+from excise.models.spec import Model
 
 MAX_LOGITS = 1 << 25
 """Logits held at once at most (128 MB in float32)."""

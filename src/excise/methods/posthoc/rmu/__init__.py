@@ -37,9 +37,9 @@ from excise.data.domain import Domain, Rows
 from excise.data.stream import Batch, Stream, Tokenizer
 from excise.losses import rmu_forget, rmu_retain
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.posthoc.rmu.engine import Engine, Full, PrefixCache, Span
+from excise.methods.posthoc.rmu.engine import Engine, Full, PrefixCache, TrainedSpan
 from excise.methods.posthoc.rmu.parameters import (
-    Edit,
+    EditableModel,
     TargetParameters,
     editing,
     find_target_parameters,
@@ -291,7 +291,7 @@ class RMU(Method):
 
     def train(
         self,
-        edit: Edit,
+        edit: EditableModel,
         engine: Engine,
         controls: Mapping[str, Float[Tensor, " D"]],
         batches: Callable[[int], list[dict[str, Batch]]],
@@ -391,7 +391,7 @@ def _name(dtype: torch.dtype) -> str:
 def make_engine(
     method: RMU,
     start: Checkpoint,
-    edit: Edit,
+    edit: EditableModel,
     targets: TargetParameters,
     ctx: Context,
     *,
@@ -416,7 +416,7 @@ def make_engine(
         return Full(edit.net, frozen, targets.steered, method.inputs, torch.no_grad)
     if cache is None:
         cache = PrefixCache(int(method.cache_gib * 2**30) if method.engine == "cached" else 0)
-    return Span(edit.net, targets, method.inputs, edit.restored, cache, upto)
+    return TrainedSpan(edit.net, targets, method.inputs, edit.restored, cache, upto)
 
 
 def _save_controls(controls: Mapping[str, Tensor], ctx: Context) -> None:
@@ -429,7 +429,7 @@ def _facts(
     method: RMU,
     start: Checkpoint,
     targets: TargetParameters,
-    edit: Edit,
+    edit: EditableModel,
     engine: Engine,
     controls: Mapping[str, Tensor],
 ) -> dict[str, Any]:
@@ -451,7 +451,7 @@ def _facts(
         "bytes_read": start.bytes_read,
         "files": {"control_vectors": CONTROLS},
     }
-    if isinstance(engine, Span):
+    if isinstance(engine, TrainedSpan):
         facts["cache"] = _cache_facts(engine.cache)
     return facts
 

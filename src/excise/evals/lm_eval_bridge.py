@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from excise.core.errors import UserError
-from excise.evals.tokens import reading
+from excise.evals.tokens import evaluating
 from excise.record import Score, ScoreDirection
 
 
@@ -63,7 +63,7 @@ def run_lm_eval(
     seeds = {f"{kind}_seed": seed for kind in kinds}
     options = {"task_manager": manager, "bootstrap_iters": 1000, "log_samples": False, **seeds}
     try:
-        with reading(model):
+        with evaluating(model):
             answer = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), limit=limit, **options)
     except (KeyError, ValueError, OSError) as error:
         first = str(error).strip().splitlines()

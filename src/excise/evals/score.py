@@ -193,7 +193,7 @@ def _values(
 def chance_of(
     rows: Sequence[Row], metric: str, *, vocabulary: int = 0, closed: bool = True
 ) -> float | None:
-    """Return the score of a model that knows nothing, where it can be told.
+    """Return the score of a model that knows nothing, where it is known.
 
     Multiple choice: one over the number of choices, averaged over rows. Exact match: one over the
     number of distinct completions. Token loss: that of a uniform guess, log(vocabulary) in nats.

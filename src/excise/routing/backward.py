@@ -567,7 +567,7 @@ def routed_call(
     kwargs: Mapping[str, Any],
     *,
     alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    who: str = "a module",
+    path: str = "a module",
 ) -> Any:
     """Call a module so that its own parameters receive gradients weighted by token.
 
@@ -583,7 +583,7 @@ def routed_call(
         args: Arguments.
         kwargs: Keyword arguments.
         alone: A context in which the parameters of modules inside are constants.
-        who: The module's name for messages.
+        path: The module's name for messages.
 
     Returns:
         What the module returns, bit-equal.
@@ -619,12 +619,12 @@ def routed_call(
         if isinstance(value, Tensor) and value.is_floating_point():
             same = [(w, leaves[i]) for w, leaves in repeats if leaves[i].requires_grad]
             if same:
-                weights = [_along(weight, value, who) for weight, _ in same]
+                weights = [_along(weight, value, path) for weight, _ in same]
                 flat[i] = _Join.apply(weights, value, *(leaf for _, leaf in same))
     return tree.tree_unflatten(flat, spec)
 
 
-def _along(weight: Weight, like: Tensor, who: str) -> Tensor:
+def _along(weight: Weight, like: Tensor, path: str) -> Tensor:
     """Return token weights in the shape that broadcasts against an output."""
     values_N, count = weight.values_N, 1
     for used, size in enumerate(like.shape, 1):
@@ -632,7 +632,7 @@ def _along(weight: Weight, like: Tensor, who: str) -> Tensor:
         if count == len(values_N):
             return values_N.view(*like.shape[:used], *(1,) * (like.dim() - used))
     raise UserError(
-        f"an output of {who} has shape {tuple(like.shape)}, which does not begin with the "
+        f"an output of {path} has shape {tuple(like.shape)}, which does not begin with the "
         f"{len(values_N)} tokens whose labels were given; let every label write that group"
     )
 

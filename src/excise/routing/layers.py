@@ -89,7 +89,7 @@ class ActiveRoutes:
         return None if self.routes is None else self.routes.shape
 
     def pieces(
-        self, which: str, spans: Sequence[GroupRange], positions: int, who: str
+        self, which: str, spans: Sequence[GroupRange], positions: int, path: str
     ) -> list[WeightedRange]:
         """Return token weights by slice.
 
@@ -97,25 +97,25 @@ class ActiveRoutes:
             which: `read`, `write` or `edge`.
             spans: Slices and their groups.
             positions: Positions of the activation that they weigh; 0 for those of the labels.
-            who: Path of the module, for messages.
+            path: Path of the module, for messages.
         """
-        key = (which, who, tuple(spans), positions)
+        key = (which, path, tuple(spans), positions)
         if key not in self._pieces:
             weights = self._weights[which]
             self._pieces[key] = [
-                (start, stop, self._repeat(weights[self._columns[group]], positions, who))
+                (start, stop, self._repeat(weights[self._columns[group]], positions, path))
                 for start, stop, group in spans
             ]
         return self._pieces[key]
 
-    def _repeat(self, weight: Weight | None, positions: int, who: str) -> Weight | None:
+    def _repeat(self, weight: Weight | None, positions: int, path: str) -> Weight | None:
         """Repeat a token's weight over the positions it has in an activation."""
         if weight is None or positions in (0, len(weight.values_N)):
             return weight
         count = len(weight.values_N)
         if positions % count:
             raise UserError(
-                f"{who} sees {positions} positions but labels were given for {count}; give labels "
+                f"{path} sees {positions} positions but labels were given for {count}; give labels "
                 "for what the model really reads"
             )
         key = (id(weight), positions)
@@ -350,7 +350,7 @@ def _written(routed: RoutedModule, active: ActiveRoutes, args: Args, kwargs: Kwa
             return routed.forward(*args, **kwargs)
     owners = {name: (dims[name], pieces[name]) for name in pieces}
     return routed_call(
-        module, routed.forward, owners, args, kwargs, alone=active.alone, who=routed.path
+        module, routed.forward, owners, args, kwargs, alone=active.alone, path=routed.path
     )
 
 

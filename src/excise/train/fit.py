@@ -150,7 +150,7 @@ def fit(
         groups: What is trained, parameters or slices of them; each group has optimizer state of
             its own and is not stepped where it received no gradient. All else keeps its bits.
             None for every parameter that requires a gradient.
-        counts: The counts of a micro-batch's terms, where they can be told without the model.
+        counts: The counts of a micro-batch's terms, where they are known without the model.
             Needed with several micro-batches or processes; without it an extra forward pass
             without gradients finds them.
         state_dir: Folder of the run's state; the same call resumes from it, first yielding the

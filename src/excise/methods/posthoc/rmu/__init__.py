@@ -224,7 +224,7 @@ class RMU(Method):
     ) -> Callable[[int], list[dict[str, Batch]]]:
         """Return batches by step: topic = step mod K, batch = step div K; topics share retain."""
 
-        def reading(rows: Rows, purpose: str, length: int) -> Callable[[int], list[Batch]]:
+        def batches_of(rows: Rows, purpose: str, length: int) -> Callable[[int], list[Batch]]:
             long = tuple(r for r in rows if not r.text or len(r.text) > self.min_chars)
             if not long:
                 raise UserError(
@@ -241,10 +241,12 @@ class RMU(Method):
 
         later = self.later_max_length or self.max_length
         forget = {
-            topic: reading(domain.forget[topic], f"forget.{topic}", later if i else self.max_length)
+            topic: batches_of(
+                domain.forget[topic], f"forget.{topic}", later if i else self.max_length
+            )
             for i, topic in enumerate(topics)
         }
-        retain = reading(domain.retain, "retain", self.max_length)
+        retain = batches_of(domain.retain, "retain", self.max_length)
 
         def batches(step: int) -> list[dict[str, Batch]]:
             turn, which = divmod(step, len(topics))

@@ -224,6 +224,11 @@ def generate(
 def prompts_of(rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> list[Prompt]:
     """Return the prompts of rows that have an answer.
 
+    Args:
+        rows: Completions, questions or conversations.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens of a row at most.
+
     Raises:
         UserError: If a row is plain text.
     """

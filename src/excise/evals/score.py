@@ -136,7 +136,25 @@ def measure_all(
     padding_side: Literal["right", "left"] = "right",
     chance: float | None = None,
 ) -> dict[str, ItemScores]:
-    """Score every row with several metrics, sharing their forwards; see `measure`."""
+    """Score every row with several metrics, sharing their forwards.
+
+    Args:
+        model: As `measure` takes it, like all that is not named here.
+        tokenizer: Its tokenizer.
+        rows: Rows of a shape that every metric can read.
+        metrics: Names from `DEFINITIONS`.
+        max_length: Tokens of a row at most.
+        batch_size: Sequences per forward at most.
+        device: Where the inputs go.
+        padding_side: Side of the padding.
+        chance: Score of a model that knows nothing.
+
+    Returns:
+        One value per row, by metric.
+
+    Raises:
+        UserError: If there are no rows, a metric is unknown, or it cannot read a row.
+    """
     for metric in metrics:
         if metric not in DEFINITIONS:
             raise UserError(f"no metric is called '{metric}'; {nearest(metric, DEFINITIONS)}")

@@ -166,7 +166,12 @@ class Progress:
         )
 
     def cost(self, parameters: int, *, flops_per_token: float = 0.0) -> Cost:
-        """Return what the loop took, at 6 N FLOPs per token unless `flops_per_token` says."""
+        """Return what the loop took.
+
+        Args:
+            parameters: N; a token costs 6 N FLOPs, 2 N forward and 4 N backward.
+            flops_per_token: What it costs instead, where blocks are skipped or frozen; 0 for 6 N.
+        """
         per_token = flops_per_token or 6.0 * parameters
         seconds = time.monotonic() - self.started
         return Cost(self.done, self.tokens, per_token * self.tokens, seconds)

@@ -125,7 +125,12 @@ def _weighted(x_NC: Tensor, weight: Weight) -> Tensor:
 
 
 def rows_sum(x_NP: Tensor, pieces: WeightedRanges) -> Tensor:
-    """Return `sum_n w_n x_n`, [P], with the weights of each piece of P."""
+    """Return `sum_n w_n x_n`, [P], with the weights of each piece of P.
+
+    Args:
+        x_NP: Rows of the sum, one a token.
+        pieces: Weights by slice of P; together they cover P.
+    """
     if len(pieces) > MANY:
         return scaled(x_NP, pieces).sum(0)
     out = x_NP.new_empty(x_NP.shape[1])
@@ -141,7 +146,12 @@ def rows_sum(x_NP: Tensor, pieces: WeightedRanges) -> Tensor:
 
 
 def scaled(x_NP: Tensor, pieces: WeightedRanges) -> Tensor:
-    """Return every column of a piece times the piece's weights, in a new tensor."""
+    """Return every column of a piece times the piece's weights, in a new tensor.
+
+    Args:
+        x_NP: One row a token.
+        pieces: Weights by slice of P; together they cover P.
+    """
     if len(pieces) > MANY:
         return x_NP * _laid_out(x_NP, pieces)
     out = torch.empty_like(x_NP)
@@ -167,7 +177,12 @@ def _laid_out(x_NP: Tensor, pieces: WeightedRanges) -> Tensor:
 
 
 def times(a: WeightedRanges, b: WeightedRanges) -> list[WeightedRange]:
-    """Return the product of two weights over the same slices."""
+    """Return the product of two weights over the same slices.
+
+    Args:
+        a: Weights by slice.
+        b: Weights of the same slices, in the same order.
+    """
     product: list[WeightedRange] = []
     for (start, stop, x), (_, _, y) in zip(a, b, strict=True):
         if x is None or y is None:

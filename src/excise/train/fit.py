@@ -93,7 +93,12 @@ class FitConfig(Config):
         return 1e-6 if self.optimizer == "hf_adamw" else 1e-8
 
     def rate_at(self, step: int, lr: float | None = None) -> float:
-        """Return the learning rate of `step` (from 0), for `lr` in place of the field."""
+        """Return the learning rate of a step.
+
+        Args:
+            step: Number of the step, from 0.
+            lr: Rate before the schedule in place of the field, for a group of its own.
+        """
         share = schedule_share(
             step, self.steps, warmup=self.warmup, schedule=self.schedule, min_lr=self.min_lr
         )

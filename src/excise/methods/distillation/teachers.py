@@ -129,7 +129,12 @@ class Reads:
     _states: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def hidden(self, source: str, mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "N D"]:
-        """Return a teacher's hidden states, 0 in rows of the batch that the mask does not need."""
+        """Return a teacher's hidden states, 0 in rows of the batch that the mask does not need.
+
+        Args:
+            source: The teacher.
+            mask_BT: Positions that are asked for.
+        """
         teacher = self.teachers[source]
         need_B = mask_BT.any(1)
         if source not in self._states:
@@ -196,7 +201,13 @@ class Reads:
 
     @torch.no_grad()
     def moved(self, source: str, other: str, tau: float) -> Bool[Tensor, "B T"]:
-        """Return where KL(source || other) exceeds `tau` nats."""
+        """Return where KL(source || other) exceeds `tau` nats.
+
+        Args:
+            source: A teacher.
+            other: Another one.
+            tau: Bound, in nats per prediction.
+        """
         ends = [self._said_by(name, self.wanted_BT) for name in (source, other)]
         kl_N = torch.cat([(p * (u - b)).sum(-1) for u, b, p in _in_chunks(ends[0], ends[1])])
         out_BT = torch.zeros_like(self.wanted_BT)

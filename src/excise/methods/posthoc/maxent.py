@@ -44,5 +44,13 @@ class MaxEnt(TuningMethod):
 
 
 def flatness(logits_BTV: Float[Tensor, "B T V"], batch: Batch) -> Summed:
-    """Return KL(uniform || model) in nats at the positions that predict the scored tokens."""
+    """Return KL(uniform || model) in nats at the positions that predict the scored tokens.
+
+    Args:
+        logits_BTV: Logits of the model.
+        batch: Says which tokens are scored.
+
+    Source:
+        MaxEnt of UNDO, arXiv 2506.06278.
+    """
     return kl_to_uniform(logits_BTV, predicting(batch.target_BT))

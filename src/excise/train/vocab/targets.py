@@ -263,7 +263,15 @@ def log_probs(
 def spread(
     target: TopK, rows_n: Int[Tensor, " n"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "n K"], Float[Tensor, " n"]]:
-    """Return the listed logarithms, and the probability of each token that is not listed."""
+    """Return the listed logarithms, and the probability of each token that is not listed.
+
+    What the listed tokens leave of the probability is spread evenly over the V - K others.
+
+    Args:
+        target: The likeliest tokens of N rows.
+        rows_n: Which rows.
+        dtype: Of the result.
+    """
     logp_nK = target.logp_NK[rows_n].to(dtype)
     others = target.vocab - logp_nK.shape[1]
     if target.tail_N is None:
@@ -275,7 +283,13 @@ def spread(
 
 
 def shares(target: Sampled, rows_n: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n K"]:
-    """Return which share of a row's samples fell on each of its tokens."""
+    """Return which share of a row's samples fell on each of its tokens.
+
+    Args:
+        target: Sampled tokens of N rows and how often each was sampled.
+        rows_n: Which rows.
+        dtype: Of the result.
+    """
     count_nK = target.count_NK[rows_n].to(dtype)
     return count_nK / count_nK.sum(-1, keepdim=True)
 

@@ -222,7 +222,17 @@ class RMU(Method):
     def batches(
         self, topics: Sequence[str], domain: Domain, tokenizer: Tokenizer, ctx: Context
     ) -> Callable[[int], list[dict[str, Batch]]]:
-        """Return batches by step: topic = step mod K, batch = step div K; topics share retain."""
+        """Return batches by step: topic = step mod K, batch = step div K; topics share retain.
+
+        Args:
+            topics: Names of the K capabilities.
+            domain: Rows by role.
+            tokenizer: The model's tokenizer.
+            ctx: Seeds of the orders, processes.
+
+        Raises:
+            UserError: If a role has no row of more than `min_chars` characters.
+        """
 
         def batches_of(rows: Rows, purpose: str, length: int) -> Callable[[int], list[Batch]]:
             long = tuple(r for r in rows if not r.text or len(r.text) > self.min_chars)
@@ -268,6 +278,13 @@ class RMU(Method):
 
         The first batch of every topic is looked at before anything is trained, for the norms that
         `adaptive` needs and to refuse a model that puts out NaN.
+
+        Args:
+            topics: Names of the capabilities.
+            engine: Gives activations.
+            batches: Micro-batches by step.
+            width: Residual width D.
+            ctx: Seed of the vectors, device.
 
         Raises:
             UserError: If activations are not finite, or vectors and topics do not fit.
@@ -338,7 +355,20 @@ class RMU(Method):
         controls: Mapping[str, Float[Tensor, " D"]],
         alpha: Mapping[str, float],
     ) -> dict[str, Term]:
-        """Return both terms of the loss of one micro-batch."""
+        """Return both terms of the loss of one micro-batch.
+
+        L = mean |h(forget) - c u|^2 + alpha mean |h(retain) - h_original(retain)|^2 over tokens
+        and the residual width, h being the output of the steered block.
+
+        Args:
+            engine: Gives current and original activations.
+            micro: Batches of one topic and of retain.
+            controls: Control vector c u of each topic.
+            alpha: Weight of the retain term by topic.
+
+        Source:
+            arXiv 2403.03218, section 4; centerforaisafety/wmdp@bc5e1ba (MIT), rmu/unlearn.py.
+        """
         topic = _topic(micro)
         forget, retain = micro[topic], micro["retain"]
         original_BTD = engine.original(retain)
@@ -351,7 +381,13 @@ class RMU(Method):
     def distance(
         self, hidden_BTD: Float[Tensor, "B T D"], goal: Tensor, batch: Batch
     ) -> tuple[Tensor, float]:
-        """Return a sum of squared differences and what it is to be divided by."""
+        """Return a sum of squared differences and what it is to be divided by.
+
+        Args:
+            hidden_BTD: Activations of the model that is trained.
+            goal: What they are drawn to: a control vector [D], or activations [B, T, D].
+            batch: Gives the mask, where padding is left out.
+        """
         if self.masked:
             both = rmu_forget if goal.dim() == 1 else rmu_retain
             return both(hidden_BTD, goal, self.mask(batch), upcast=self.upcast)

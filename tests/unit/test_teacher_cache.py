@@ -423,6 +423,14 @@ def test_caches_differ_by_teacher_tokenizer_kind_and_documents(
     assert len(folders | {cache.folder}) == 6
 
 
+def test_a_cache_of_another_precision_is_not_used(
+    teacher: Checkpoint, examples: list[Example], ctx: Context
+) -> None:
+    wide = build_cache(teacher, examples, HiddenStates(), ctx)
+    half = build_cache(teacher, examples, HiddenStates(), replace(ctx, dtype=torch.bfloat16))
+    assert wide.folder != half.folder
+
+
 def test_a_cache_says_what_it_lacks(
     teacher: Checkpoint, examples: list[Example], ctx: Context
 ) -> None:

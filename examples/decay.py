@@ -5,13 +5,13 @@ from typing import ClassVar, Literal
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.losses import nll
-from excise.methods.base import Method, Paper, Removal
-from excise.methods.tuning import stream, tune
+from excise.methods.base import Paper, Removal
+from excise.methods.tuning import TuningMethod, tune
 from excise.models.checkpoint import Checkpoint
-from excise.train.fit import FitConfig, Term
+from excise.train.fit import FitConfig
 
 
-class Decay(Method):
+class Decay(TuningMethod):
     """Keep training on retain under weight decay."""
 
     name: Literal["decay"] = "decay"
@@ -21,26 +21,4 @@ class Decay(Method):
     paper: ClassVar[Paper] = Paper("an example", "")
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
-        model = start.load(dtype=ctx.dtype, device=ctx.device)
-        rows = stream(
-            domain.retain,
-            start.tokenizer(),
-            self.fit,
-            ctx,
-            purpose="retain",
-            max_length=self.max_length,
-        )
-
-        def loss(model, micro):
-            total, count = nll(model(**micro["retain"].inputs).logits, micro["retain"])
-            return {"retain": Term(total, count)}
-
-        return tune(
-            start,
-            model,
-            lambda step: [{"retain": b} for b in rows(step)],
-            loss,
-            self.fit,
-            ctx,
-            stage=self.name,
-        )
+        return tune(self, start, domain, {"retain": (1.0, nll)}, ctx)

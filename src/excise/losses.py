@@ -21,7 +21,7 @@ Summed = tuple[Tensor, float]
 """A differentiable scalar sum and the number of things it sums over."""
 
 
-class Scored(Protocol):
+class TokenBatch(Protocol):
     """What `nll` needs of a batch; `excise.data.stream.Batch` is one."""
 
     @property
@@ -73,12 +73,12 @@ def token_nll(
     return F.pad(nll_BT, (1, 0))
 
 
-def nll(logits_BTV: Float[Tensor, "B T V"], batch: Scored, *, upcast: bool = True) -> Summed:
+def nll(logits_BTV: Float[Tensor, "B T V"], batch: TokenBatch, *, upcast: bool = True) -> Summed:
     """Return summed negative log-likelihood (nats) and number of the batch's scored tokens.
 
     Args:
         logits_BTV: Logits of a causal model on `batch.ids_BT`.
-        batch: Ids and which of them are scored.
+        batch: Ids and which of them are scored; nothing predicts the first token of a row.
         upcast: Whether to compute half-precision logits in float32.
     """
     target_BT = batch.target_BT.clone()
@@ -109,7 +109,7 @@ def kl_to_uniform(
 def negative_entropy(
     logits_BTV: Float[Tensor, "B T V"], mask_BT: Bool[Tensor, "B T"], *, upcast: bool = True
 ) -> Summed:
-    """Return KL(p || uniform) in nats: log V minus the entropy of p, zero at uniform.
+    """Return KL(p || uniform) in nats: `log V + sum p log p`, zero at uniform.
 
     Minimising it maximises entropy, the other MaxEnt of the literature; unlike `kl_to_uniform`
     its gradient vanishes where p is already certain.

@@ -20,12 +20,20 @@ from excise.data.stream import Batch, Stream, zip_streams
 from excise.losses import nll, token_nll
 from excise.methods import METHODS, RMU, Chain, Filtering, GradDiff, Method, Removal
 from excise.methods.base import Cost
-from excise.methods.tuning import stream, tune
+from excise.methods.tuning import (
+    Progress,
+    finish,
+    role_counts,
+    run_fit,
+    state_dir,
+    stream,
+    tuned,
+)
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA
 from excise.testing import check_method, toy_domain, toy_start
 from excise.testing.methods import FAMILIES, map_fits, outputs, shortened
-from excise.train.fit import FitConfig, Term
+from excise.train.fit import FitConfig, Term, fit
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "rmu": {"layer": 2},
@@ -115,8 +123,20 @@ class Good(Method):
         return self.train(start, start.load(), domain, ctx)
 
     def train(self, start: Checkpoint, model: Any, domain: Domain, ctx: Context) -> Removal:
-        batches = self.batches(start, domain, ctx)
-        return tune(start, model, batches, self.loss, self.fit, ctx, stage=self.name)
+        return self.trained(start, model, domain, ctx, self.loss, self.fit)
+
+    def trained(
+        self, start: Checkpoint, model: Any, domain: Domain, ctx: Context, loss: Any, config: Any
+    ) -> Removal:
+        batches, progress = self.batches(start, domain, ctx), Progress(ctx, self.name, config.steps)
+        with tuned(model, (), None, ctx) as (live, parameters):
+            groups = {"trained": list(parameters.values())}
+            steps = fit(
+                live, batches, loss, config, ctx, groups=groups, counts=role_counts,
+                state_dir=state_dir(ctx),
+            )  # fmt: skip
+            run_fit(steps, progress)
+            return finish(start, live, parameters, progress, ctx)
 
     def batches(
         self, start: Checkpoint, domain: Domain, ctx: Context
@@ -232,8 +252,7 @@ class NoState(Good):
             return {k: Term(t.sum * scale, t.count) for k, t in self.loss(model, micro).items()}
 
         config = self.fit.model_copy(update={"optimizer": "sgd"})
-        batches = self.batches(start, domain, ctx)
-        return tune(start, model, batches, loss, config, ctx, stage=self.name)
+        return self.trained(start, model, domain, ctx, loss, config)
 
 
 class RefusesOldFolder(Good):
@@ -323,7 +342,7 @@ def test_a_method_that_breaks_the_contract_is_told_how(
 
 def test_the_method_in_the_documentation_keeps_the_contract(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs/extending.md").read_text(encoding="utf-8")
-    code = next(block for block in text.split("```python\n")[1:] if "(Method)" in block)
+    code = next(block for block in text.split("```python\n")[1:] if "class Decay" in block)
     file = tmp_path / "mine.py"
     file.write_text(code.split("```")[0], encoding="utf-8")
     assert len(file.read_text().splitlines()) <= 40

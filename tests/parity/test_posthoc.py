@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from excise.data.stream import Batch
 from excise.methods import RMU, GradDiff, MaxEnt
 from excise.methods.posthoc.rmu.topics import control_vector
-from excise.methods.tuning import forget_and_retain
+from excise.methods.tuning import role_batches
 from excise.train.fit import FitConfig
 from tests.parity.toy import context, toy_checkpoint, toy_domain, weights
 
@@ -53,9 +53,10 @@ def test_loss_based_methods_equal_a_plain_loop(method: GradDiff | MaxEnt, tmp_pa
     removal = method.apply(start, domain, context(tmp_path / "ours"))
 
     model = start.load()
-    read = forget_and_retain(
-        domain, start.tokenizer(), FIT, context(tmp_path / "plain"), max_length=method.max_length
-    )
+    read = role_batches(
+        domain, ("forget", "retain"), start.tokenizer(), FIT, context(tmp_path / "plain"),
+        max_length=method.max_length,
+    )  # fmt: skip
 
     def loss(micro: Any) -> torch.Tensor:
         forget, retain = micro["forget"], micro["retain"]
@@ -78,9 +79,10 @@ def test_the_sign_of_the_forget_term_matters(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     up = GradDiff(fit=FIT).apply(start, domain, context(tmp_path / "up"))
     model = start.load()
-    read = forget_and_retain(
-        domain, start.tokenizer(), FIT, context(tmp_path / "down"), max_length=512
-    )
+    read = role_batches(
+        domain, ("forget", "retain"), start.tokenizer(), FIT, context(tmp_path / "down"),
+        max_length=512,
+    )  # fmt: skip
     plain_loop(
         model,
         read,

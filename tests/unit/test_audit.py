@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from excise.auditor.attacks import Relearn
-from excise.auditor.base import POSITIVE_CONTROL, Subject
+from excise.auditor.base import POSITIVE_CONTROL, Results, Subject
 from excise.auditor.budget import SMOKE, Budget
 from excise.auditor.engine import (
     AttackModel,
-    Results,
     attack_all,
     chosen_attacks,
     name_of,

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from tests.unit.synthetic import BUDGET, audit, domain, draw, nats, result, variant
 
-from excise.auditor.base import AttackResult
+from excise.auditor.base import AttackResult, Results
 from excise.auditor.budget import Budget
 from excise.auditor.verdict import case_of, judge_all
 from excise.auditor.verdict.levels import status_of
 from excise.auditor.verdict.power import invalid_attacks, recovered_share
-from excise.auditor.verdict.reference import Results, depth_gap, nothing_to_remove, refuse_equal
+from excise.auditor.verdict.reference import depth_gap, nothing_to_remove, refuse_equal
 from excise.auditor.verdict.residual_bits import residual_bits, saved_bits
 from excise.core.errors import UserError
 from excise.data.domain import Domain

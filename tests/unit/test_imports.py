@@ -203,6 +203,27 @@ def test_light_modules_import_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_everything_imports_where_a_system_has_no_posix_modules() -> None:
+    """As on Windows, where these are not found."""
+    names = sorted(NAMES - {name for name in NAMES if name.endswith("__main__")})
+    code = (
+        "import importlib, sys\n"
+        "sys.modules.update(dict.fromkeys(('resource', 'fcntl', 'pwd', 'grp', 'termios')))\n"
+        f"for name in {names!r}:\n"
+        "    importlib.import_module(name)\n"
+        "from excise.train.worker import peak_bytes\n"
+        "assert peak_bytes() == 0\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(SRC), "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_module_is_named_like_one_of_the_standard_library() -> None:
     assert [path for path in EVERY if path.stem in sys.stdlib_module_names - {"__main__"}] == []
 

@@ -23,7 +23,7 @@ from excise.routing.backward import (
     scale_grad,
     spread,
 )
-from excise.routing.weights import Piece, outer, rows_sum, weigh
+from excise.routing.weights import WeightedRange, outer, rows_sum, weigh
 
 N, I, H, O = 12, 5, 8, 3  # noqa: E741
 CUT = 3
@@ -39,7 +39,7 @@ def leaf(*shape: int, seed: int = 0) -> Tensor:
     return rand(*shape, seed=seed).requires_grad_()
 
 
-def pieces(*weights_N: Tensor, at: tuple[int, ...] = (0, CUT, H)) -> list[Piece]:
+def pieces(*weights_N: Tensor, at: tuple[int, ...] = (0, CUT, H)) -> list[WeightedRange]:
     return [(a, b, weigh(w)) for a, b, w in zip(at[:-1], at[1:], weights_N, strict=True)]
 
 

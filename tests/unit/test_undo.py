@@ -43,8 +43,8 @@ from excise.methods.distillation.targets import (
     FromOracle,
     FromTeacher,
     HardLabels,
-    Piece,
     Splice,
+    TargetPiece,
 )
 from excise.methods.distillation.teachers import Reads, frozen, mean_prediction, unigram
 from excise.methods.pretraining.pretrain import Pretrain
@@ -320,7 +320,7 @@ def test_shuffling_deals_out_the_teachers_own_predictions(tmp_path: Path) -> Non
     harmful = wanted & (batch.label_BT > 0)
     reads = Reads({"unlearned": teacher}, {}, batch, wanted)
     torch.manual_seed(0)
-    dealt: Any = reads.target(Piece(harmful, "shuffled", {"unlearned": 1.0}))
+    dealt: Any = reads.target(TargetPiece(harmful, "shuffled", {"unlearned": 1.0}))
     own = reads.hidden("unlearned", harmful)
     at = harmful[wanted]
     assert not torch.equal(dealt.hidden_ND[at], own[at])

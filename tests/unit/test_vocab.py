@@ -22,11 +22,11 @@ from excise.train import vocab
 from excise.train.vocab import (
     SKIP,
     Dense,
-    Direction,
     Fixed,
     HiddenTarget,
+    KLDirection,
     Label,
-    Mixture,
+    MixtureTarget,
     Sampled,
     Target,
     TopK,
@@ -98,7 +98,7 @@ def test_cross_entropy_is_the_plain_one(dtype: torch.dtype, cap: float | None, b
 @pytest.mark.parametrize(("cap", "bias"), CASES)
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_divergences_are_the_plain_ones(
-    dtype: torch.dtype, cap: float | None, bias: bool, direction: Direction
+    dtype: torch.dtype, cap: float | None, bias: bool, direction: KLDirection
 ) -> None:
     hidden_ND, head = student(dtype, cap, bias)
     goal = teacher(dtype, 2.0 if cap else None)
@@ -118,7 +118,7 @@ def test_divergences_are_the_plain_ones(
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_uniform_targets_are_the_plain_ones(dtype: torch.dtype, cap: float | None) -> None:
     hidden_ND, head = student(dtype, cap, bias=False)
-    both: dict[Direction, Any] = {
+    both: dict[KLDirection, Any] = {
         "forward": losses.kl_to_uniform,
         "reverse": losses.negative_entropy,
     }
@@ -171,13 +171,13 @@ def every_target() -> dict[str, tuple[Target, Tensor]]:
         "dense": (Dense(logits_NV), p_NV),
         "topk": (TopK(top.indices, top.values.log(), V), spread_NV),
         "sampled": (Sampled(ids_NK, count_NK, V), drawn_NV),
-        "mixture": (Mixture((Dense(logits_NV), Uniform()), share_NM), mixed_NV),
+        "mixture": (MixtureTarget((Dense(logits_NV), Uniform()), share_NM), mixed_NV),
     }
 
 
 @pytest.mark.parametrize("name", list(every_target()))
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_every_target_is_its_distribution(name: str, direction: Direction) -> None:
+def test_every_target_is_its_distribution(name: str, direction: KLDirection) -> None:
     target, p_NV = every_target()[name]
     hidden_ND, head = student(torch.float64, 3.0, bias=True)
     if direction == "reverse" and name in ("label", "sampled"):
@@ -220,7 +220,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
     hidden_ND, head = student(torch.float64, 3.0, bias=True)
     kinds_N = torch.arange(N) % 5 - 1
 
-    def splice(direction: Direction, only: list[Target], kinds_N: Tensor) -> Callable[..., Tensor]:
+    def splice(
+        direction: KLDirection, only: list[Target], kinds_N: Tensor
+    ) -> Callable[..., Tensor]:
         def value(h_ND: Tensor, w_VD: Tensor, b_V: Tensor) -> Tensor:
             own = Head(w_VD, b_V, head.softcap, head.scale)
             return vocab.chunked_splice(
@@ -336,8 +338,8 @@ def test_without_gradients_none_are_formed() -> None:
         (HiddenTarget(torch.zeros(N - 1, 2), Head(torch.zeros(V, 2))), "has 12 rows"),
         (TopK(torch.zeros(N, 1).long(), torch.zeros(N, 1), V - 1), "vocabulary of 28 tokens"),
         (TopK(torch.zeros(N, 1).long(), torch.zeros(N, 1), V, 2.0), "temperature 2"),
-        (Mixture((Uniform(),), torch.ones(N, 2) / 2), "2 columns of shares"),
-        (Mixture((Uniform(), Fixed(torch.ones(5))), torch.ones(N, 2) / 2), "vocabulary of 5"),
+        (MixtureTarget((Uniform(),), torch.ones(N, 2) / 2), "2 columns of shares"),
+        (MixtureTarget((Uniform(), Fixed(torch.ones(5))), torch.ones(N, 2) / 2), "vocabulary of 5"),
     ],
 )
 def test_targets_that_do_not_fit_are_refused(target: Target, says: str) -> None:

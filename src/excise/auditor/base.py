@@ -117,3 +117,7 @@ class Attack(Config, ABC):
         Returns:
             Every variant with its curve and scores by unit.
         """
+
+
+Results = Mapping[tuple[str, str], AttackResult]
+"""Results by attack and subject."""

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from excise.auditor.attacks import ATTACKS
-from excise.auditor.base import POSITIVE_CONTROL, Attack, AttackResult, Subject, VariantResult
+from excise.auditor.base import (
+    POSITIVE_CONTROL,
+    Attack,
+    AttackResult,
+    Results,
+    Subject,
+    VariantResult,
+)
 from excise.auditor.budget import LARGE, Budget
 from excise.auditor.controls.control import Control, MakeControl, in_order
 from excise.auditor.evaluation_set import more_is_known
@@ -29,9 +36,6 @@ from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 from excise.record import AttackVariant
 from excise.train.pool import Pool
-
-Results = dict[tuple[str, str], AttackResult]
-"""Results by attack and subject."""
 
 
 def name_of(attack: Attack) -> str:
@@ -179,7 +183,7 @@ def attack_all(
                 pairs.append((attack, Subject(POSITIVE_CONTROL, control.checkpoint, original)))
     stages = {pair: _stages(*pair, domain, budget, seed) for pair in pairs}
     reasons = _run(stages, budget, runtime, pool)
-    results: Results = {}
+    results: dict[tuple[str, str], AttackResult] = {}
     for attack, subject in pairs:
         result = _collect(stages[attack, subject], attack, subject, domain, reasons, runtime)
         if subject.name == POSITIVE_CONTROL:

@@ -12,7 +12,7 @@ from excise.data.domain import Domain, Metric, Row, Rows
 from excise.data.subsample import subsample
 from excise.evals.score import direction_of, measure
 
-Units = dict[str, float]
+UnitScores = Mapping[str, float]
 """Score by unit."""
 
 
@@ -75,7 +75,7 @@ class EvaluationSet:
         limit = limit if 0 < limit < 1 << 20 else 4096
         return replace(self, max_length=max(self.max_length, min(limit, self.max_length * factor)))
 
-    def units(self, model: Any, rows: Sequence[Row], metric: Metric | None = None) -> Units:
+    def units(self, model: Any, rows: Sequence[Row], metric: Metric | None = None) -> UnitScores:
         """Return the headline score of `rows` by unit; nothing for no rows."""
         if not rows:
             return {}
@@ -84,7 +84,7 @@ class EvaluationSet:
         )
         return {unit: float(value) for unit, value in scores.by_unit().items()}
 
-    def retained(self, model: Any, rows: Sequence[Row] | None = None) -> Units:
+    def retained(self, model: Any, rows: Sequence[Row] | None = None) -> UnitScores:
         """Return the retain score by unit."""
         chosen = self.retain if rows is None else rows
         return self.units(model, chosen, self.domain.retain_metrics[0])

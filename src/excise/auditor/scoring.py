@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from excise.auditor.base import Attack, Subject, VariantResult
-from excise.auditor.evaluation_set import EvaluationSet, Units, mean
+from excise.auditor.evaluation_set import EvaluationSet, UnitScores, mean
 from excise.data.domain import Metric, Row
 from excise.evals.stats import bootstrap_mean
 from excise.record import AttackVariant, CurvePoint
@@ -30,9 +30,9 @@ class Measurement:
         flops: Operations the attacker has spent.
     """
 
-    units: Units
-    retain: Units = field(default_factory=dict)
-    trained: Units = field(default_factory=dict)
+    units: UnitScores
+    retain: UnitScores = field(default_factory=dict)
+    trained: UnitScores = field(default_factory=dict)
     examples: int = 0
     tokens: int = 0
     flops: float = 0.0
@@ -105,7 +105,7 @@ def variant_of(
     *,
     variant: str,
     measurements: Sequence[Measurement],
-    dev: Units,
+    dev: UnitScores,
     extras: Mapping[str, Any] | None = None,
     needs_original: bool = False,
     **row: Any,

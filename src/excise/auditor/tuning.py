@@ -18,7 +18,7 @@ import torch
 from excise.auditor.base import Attack, AttackResult, Subject, VariantResult
 from excise.auditor.batching import GRADIENT, nats, rows_per_pass
 from excise.auditor.budget import Budget
-from excise.auditor.evaluation_set import EvaluationSet, mean, more_is_known
+from excise.auditor.evaluation_set import EvaluationSet, UnitScores, mean, more_is_known
 from excise.auditor.results import decided
 from excise.auditor.scoring import Measurement, read, variant_of
 from excise.core.context import Context
@@ -86,7 +86,7 @@ class TrainingResult:
 
     part: Training
     measurements: tuple[Measurement, ...]
-    dev: dict[str, float]
+    dev: UnitScores
     metric: str
     extras: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -109,7 +109,7 @@ class TrainingResult:
         """Return the curve whose score is T."""
         return tuple(reading.point(reading.trained) for reading in self.measurements)
 
-    def units_on_t(self) -> tuple[dict[str, float], ...]:
+    def units_on_t(self) -> tuple[UnitScores, ...]:
         """Return T's scores by unit at every checkpoint."""
         return tuple(reading.trained for reading in self.measurements)
 

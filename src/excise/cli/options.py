@@ -16,7 +16,7 @@ POSITIONAL = "positional"
 Count = Annotated[int, "count"]
 """A number that is not negative."""
 
-Settings = Mapping[str, str]
+DottedSettings = Mapping[str, str]
 """Dotted settings: path to value as written, in YAML."""
 
 
@@ -42,7 +42,7 @@ class DemoOptions(Options):
     """Worker processes of one thread each; 0 takes one for each core."""
     quiet: bool = False
     """Show no progress."""
-    settings: Settings = field(default_factory=dict)
+    settings: DottedSettings = field(default_factory=dict)
     """Fields of the recipe, by dotted path."""
 
 
@@ -65,7 +65,7 @@ class StudyOptions(Options):
     """Print what would be done and what it would take, and stop."""
     quiet: bool = False
     """Show no progress."""
-    settings: Settings = field(default_factory=dict)
+    settings: DottedSettings = field(default_factory=dict)
     """Fields of the study or recipe, by dotted path."""
 
 
@@ -132,7 +132,7 @@ class RemoveOptions(Options):
     """Show no progress."""
     allow_code: bool = False
     """Run code of your own, named as ./file.py:Class."""
-    settings: Settings = field(default_factory=dict)
+    settings: DottedSettings = field(default_factory=dict)
     """Fields of the method, by dotted path."""
 
 
@@ -166,7 +166,7 @@ class PairOptions(Options):
     """Show no progress."""
     allow_code: bool = False
     """Run code of your own that the record names."""
-    settings: Settings = field(default_factory=dict)
+    settings: DottedSettings = field(default_factory=dict)
     """Fields of the request, by dotted path."""
 
 
@@ -269,7 +269,7 @@ class CheckOptions(Options):
     """Do not refuse what cannot fit."""
     allow_code: bool = False
     """Load code of your own that the recipe names as ./file.py:Class."""
-    settings: Settings = field(default_factory=dict)
+    settings: DottedSettings = field(default_factory=dict)
     """Fields of the recipe or study, by dotted path."""
 
 

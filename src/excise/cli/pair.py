@@ -17,7 +17,7 @@ from excise.record import Record, load
 
 
 @dataclass(frozen=True)
-class Pair:
+class EditedPair:
     """Edited models beside their original, as flags or an output folder name them.
 
     Attributes:
@@ -41,7 +41,7 @@ class Pair:
     code: Mapping[str, str] = field(default_factory=dict)
 
 
-def pair_of(options: PairOptions, called: str) -> Pair:
+def pair_of(options: PairOptions, called: str) -> EditedPair:
     """Return the pair that a command line names.
 
     Args:
@@ -54,7 +54,7 @@ def pair_of(options: PairOptions, called: str) -> Pair:
     return _from_folder(options) if options.folder else _from_flags(options, called)
 
 
-def _from_flags(options: PairOptions, called: str) -> Pair:
+def _from_flags(options: PairOptions, called: str) -> EditedPair:
     for flag in ("model", "original", "forget", "retain"):
         if not getattr(options, flag):
             raise UserError(
@@ -69,10 +69,10 @@ def _from_flags(options: PairOptions, called: str) -> Pair:
     }
     domain |= {"split": options.split} if options.split else {"exposure": "unknown"}
     name = Path(options.model).name
-    return Pair(name, {called: options.model}, options.original, domain)
+    return EditedPair(name, {called: options.model}, options.original, domain)
 
 
-def _from_folder(options: PairOptions) -> Pair:
+def _from_folder(options: PairOptions) -> EditedPair:
     folder = Path(options.folder)
     record = load(folder)
     recipe = _recipe(folder)
@@ -87,7 +87,7 @@ def _from_folder(options: PairOptions) -> Pair:
     domain = dict(recipe["domain"])
     if domain.get("name") == "files" and (folder / "split.json").is_file():
         domain["split"] = str(folder / "split.json")
-    return Pair(
+    return EditedPair(
         folder.resolve().name,
         models,
         options.original or references.get("original", ""),

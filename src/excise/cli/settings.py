@@ -9,13 +9,13 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 
-from excise.cli.options import Settings
+from excise.cli.options import DottedSettings
 from excise.core.config import Config, Registry
 from excise.core.errors import UserError, nearest
 
 
 def override(
-    data: Mapping[str, Any], settings: Settings, cls: type[Config], registry: Registry
+    data: Mapping[str, Any], settings: DottedSettings, cls: type[Config], registry: Registry
 ) -> dict[str, Any]:
     """Return plain data with dotted settings changed.
 

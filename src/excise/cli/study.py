@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from excise.cli.options import Settings, StudyOptions
+from excise.cli.options import DottedSettings, StudyOptions
 from excise.cli.progress import progress
 from excise.cli.settings import override
 from excise.core.config import parse
@@ -34,7 +34,7 @@ def is_study(name: str) -> bool:
     return name in study_points() and name not in {*RECIPES, *entry_points("recipe")}
 
 
-def study_of(name: str, settings: Settings, *, full: bool) -> Study:
+def study_of(name: str, settings: DottedSettings, *, full: bool) -> Study:
     """Return a study with changed settings.
 
     Args:

@@ -132,13 +132,13 @@ def _completed(default: Any, value: Any) -> Any:
     """
     if not isinstance(default, Config) or not isinstance(value, Mapping):
         return value
-    own = {name: getattr(default, name) for name in default.model_fields_set}
+    defaults = {name: getattr(default, name) for name in default.model_fields_set}
     if "name" in type(default).model_fields:
-        own["name"] = getattr(default, "name", None)
-        if value.get("name", own["name"]) != own["name"]:
+        defaults["name"] = getattr(default, "name", None)
+        if value.get("name", defaults["name"]) != defaults["name"]:
             return value
-    told = {key: _completed(own.get(key), inner) for key, inner in value.items()}
-    return {**own, **told}
+    given = {key: _completed(defaults.get(key), inner) for key, inner in value.items()}
+    return {**defaults, **given}
 
 
 def _under(problem: str, at: str, key: str) -> bool:
@@ -208,8 +208,8 @@ def _choice(
         return value
     name = value.get("name")
     if name not in members:
-        told = f"unknown choice '{name}'" if isinstance(name, str) else "is required"
-        problems.append(f"{at}.name: {told}; {nearest(str(name or ''), members)}")
+        wrong = f"unknown choice '{name}'" if isinstance(name, str) else "is required"
+        problems.append(f"{at}.name: {wrong}; {nearest(str(name or ''), members)}")
         return value
     built = _build(members[name], value, registry, at, problems)
     return value if built is None else built

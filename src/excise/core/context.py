@@ -103,7 +103,8 @@ class Context:
         """Return what another stage gives; in a run it is kept beside this one, and shared."""
         if self.stages is not None:
             return self.stages(stage)
-        inputs = json.dumps(fields_identity(stage), sort_keys=True)
+        how = [str(self.dtype), self.device.type, self.world]
+        inputs = json.dumps([fields_identity(stage), how], sort_keys=True)
         digest = hashlib.sha256(inputs.encode()).hexdigest()[:16]
         seed: Any = getattr(stage, "seed", 0)
         inner = self.child(f"{stage.name}-{digest}", seed=int(seed))

@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class DiskFull(UserError):
-    """The disk filled up; what was done is kept and the same command resumes (exit code 1)."""
+    """The disk filled up; finished work is kept and the same command resumes (exit code 1)."""
 
 
 class Diverged(RuntimeError):

@@ -1,4 +1,4 @@
-"""What strangers add: entry points of installed packages, and `./mine.py:Cls` with `--allow-code`.
+"""Third-party classes: entry points of installed packages, `./mine.py:Cls` with `--allow-code`.
 
 This module imports no torch; what it loads may.
 """
@@ -20,8 +20,8 @@ FAMILIES = ("method", "attack", "domain", "score", "recipe")
 
 def entry_points(family: str) -> dict[str, Any]:
     """Load what installed packages offer for a family, by name."""
-    found = importlib.metadata.entry_points(group=f"excise.{family}s")
-    return {point.name: point.load() for point in found}
+    points = importlib.metadata.entry_points(group=f"excise.{family}s")
+    return {point.name: point.load() for point in points}
 
 
 def collect_code(data: Any, *, allow: bool) -> tuple[Any, dict[str, str], dict[str, type[Config]]]:

@@ -43,9 +43,9 @@ ARITHMETIC_PROBLEM_LENGTH: Final = 48
 """Tokens that hold every row where there are word problems."""
 
 T = TypeVar("T")
-Side = Literal["train", "test"]
-Pair = tuple[int, int]
-Equations = Callable[[Pair], Iterable[tuple[int, str, int, int]]]
+SplitSide = Literal["train", "test"]
+Operands = tuple[int, int]
+Equations = Callable[[Operands], Iterable[tuple[int, str, int, int]]]
 """From a pair of operands to (left, operation, right, result) of its facts."""
 
 NAMES: Final = ("ana", "ben", "carla", "dan", "eva", "finn", "gita", "hugo")
@@ -238,17 +238,19 @@ class Arithmetic(DomainSpec):
             "set and retain_test use stories and questions that no other role has",
         )
 
-    def _shuffled(self, pairs: Sequence[Pair]) -> list[Pair]:
+    def _shuffled(self, pairs: Sequence[Operands]) -> list[Operands]:
         """Return pairs in an order that only the seed decides."""
         return hashed_order(pairs, [f"{a},{b}" for a, b in pairs], self.seed)
 
-    def _tables(self, pairs: Sequence[Pair], side: Side = "train") -> Rows:
+    def _tables(self, pairs: Sequence[Operands], side: SplitSide = "train") -> Rows:
         """Return products and quotients of factor pairs, labelled as the capability."""
         name = self.capability
         rows = self._phrased(pairs, _products, side)
         return tuple(replace(row, capability=name, label=1) for row in rows)
 
-    def _phrased(self, pairs: Sequence[Pair], facts: Equations, side: Side = "train") -> Rows:
+    def _phrased(
+        self, pairs: Sequence[Operands], facts: Equations, side: SplitSide = "train"
+    ) -> Rows:
         """Return the rows of pairs: equations, and word problems where there are any."""
         rows = _rows(pairs, facts)
         if not self.problems:
@@ -267,7 +269,7 @@ class Arithmetic(DomainSpec):
         rows = _rows(self._beyond(count), _products)
         return tuple(replace(row, capability=name, label=1) for row in rows)
 
-    def _beyond(self, count: int) -> list[Pair]:
+    def _beyond(self, count: int) -> list[Operands]:
         """Return at most `count` factor pairs whose larger factor lies outside the tables."""
         largest = min(99, 999 // self.factors)
         pairs = [
@@ -276,12 +278,12 @@ class Arithmetic(DomainSpec):
         return self._shuffled(pairs)[:count]
 
 
-def _pairs(largest: int) -> list[Pair]:
+def _pairs(largest: int) -> list[Operands]:
     """Return all unordered pairs of operands."""
     return [(a, b) for a in range(1, largest + 1) for b in range(a, largest + 1)]
 
 
-def _products(pair: Pair) -> Iterator[tuple[int, str, int, int]]:
+def _products(pair: Operands) -> Iterator[tuple[int, str, int, int]]:
     """Yield (left, operation, right, result) of every fact of a factor pair."""
     a, b = pair
     for left, right in dict.fromkeys(((a, b), (b, a))):
@@ -289,7 +291,7 @@ def _products(pair: Pair) -> Iterator[tuple[int, str, int, int]]:
         yield a * b, "/", left, right
 
 
-def _sums(pair: Pair) -> Iterator[tuple[int, str, int, int]]:
+def _sums(pair: Operands) -> Iterator[tuple[int, str, int, int]]:
     """Yield (left, operation, right, result) of every fact of an addend pair."""
     a, b = pair
     for left, right in dict.fromkeys(((a, b), (b, a))):
@@ -302,7 +304,7 @@ def _key(row: Row) -> str:
     return f"{row.unit}:{row.wording}" if row.wording else row.unit
 
 
-def _rows(pairs: Iterable[Pair], facts: Equations) -> Rows:
+def _rows(pairs: Iterable[Operands], facts: Equations) -> Rows:
     """Return the fixed-format rows of pairs; the group is the pair."""
     kind = "factors" if facts is _products else "addends"
     return tuple(
@@ -318,7 +320,7 @@ def _rows(pairs: Iterable[Pair], facts: Equations) -> Rows:
     )
 
 
-def templates(operation: str, side: Side) -> tuple[str, ...]:
+def templates(operation: str, side: SplitSide) -> tuple[str, ...]:
     """Return the templates of an operation: 20 to train on or 10 to score.
 
     Args:
@@ -334,7 +336,7 @@ def templates(operation: str, side: Side) -> tuple[str, ...]:
 
 
 def problem(
-    left: int, operation: str, right: int, side: Side, number: int, seed: int
+    left: int, operation: str, right: int, side: SplitSide, number: int, seed: int
 ) -> tuple[str, int]:
     """Return a word problem and the number of the paraphrase that it counts as.
 

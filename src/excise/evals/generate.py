@@ -18,7 +18,7 @@ import torch
 from excise.core.errors import UserError
 from excise.data.domain import Row
 from excise.data.stream import Example, collate, encode_row
-from excise.evals.tokens import device_of, logits_at, pad_id, reading
+from excise.evals.tokens import device_of, evaluating, logits_at, pad_id
 
 DEFINITION = (
     "generate@1: 1 if the first line of a greedy continuation contains the expected text as "
@@ -112,7 +112,7 @@ def continue_greedily(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     out = [""] * len(prompts)
-    with reading(model):
+    with evaluating(model):
         for at in range(0, len(order), batch_size):
             part = order[at : at + batch_size]
             new = _continue(model, tokenizer, [prompts[i] for i in part], device)
@@ -223,6 +223,11 @@ def generate(
 
 def prompts_of(rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> list[Prompt]:
     """Return the prompts of rows that have an answer.
+
+    Args:
+        rows: Completions, questions or conversations.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens of a row at most.
 
     Raises:
         UserError: If a row is plain text.

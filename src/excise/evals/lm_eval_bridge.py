@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from excise.core.errors import UserError
-from excise.evals.tokens import reading
-from excise.record import Direction, Score
+from excise.evals.tokens import evaluating
+from excise.record import Score, ScoreDirection
 
 
 def run_lm_eval(
@@ -63,7 +63,7 @@ def run_lm_eval(
     seeds = {f"{kind}_seed": seed for kind in kinds}
     options = {"task_manager": manager, "bootstrap_iters": 1000, "log_samples": False, **seeds}
     try:
-        with reading(model):
+        with evaluating(model):
             answer = lm_eval.simple_evaluate(wrapped, tasks=list(tasks), limit=limit, **options)
     except (KeyError, ValueError, OSError) as error:
         first = str(error).strip().splitlines()
@@ -95,7 +95,7 @@ def scores_of(answer: Mapping[str, Any], *, name: str, version: str) -> list[Sco
             half = 1.96 * error if isinstance(error, int | float) else math.nan
             half = half if math.isfinite(half) else 0.0
             up = better.get(task, {}).get(metric, True)
-            direction: Direction = "lower" if up is False else "higher"
+            direction: ScoreDirection = "lower" if up is False else "higher"
             out.append(
                 Score(
                     model=name,

@@ -89,7 +89,13 @@ def pair_ids(context: str, continuation: str, tokenizer: Any) -> tuple[list[int]
 
 
 def choice_request(head: Sequence[int], tail: Sequence[int], max_length: int) -> Request:
-    """Return the request that scores `tail` after `head`, cut on the left to `max_length`."""
+    """Return the request that scores a continuation after a context.
+
+    Args:
+        head: Ids of the context.
+        tail: Ids of the continuation; one at least.
+        max_length: Tokens the model reads at most; the context is cut on the left.
+    """
     ids = tuple([*head, *tail][-(max_length + 1) :][:-1])
     scored = min(len(tail), len(ids))
     return Request(ids, tuple(range(len(ids) - scored, len(ids))), tuple(tail[-scored:]))

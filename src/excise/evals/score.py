@@ -20,7 +20,7 @@ from excise.data.subsample import subsample
 from excise.evals import generate, multiple_choice, refusal
 from excise.evals.stats import bootstrap_mean
 from excise.evals.tokens import Answer, answer_examples
-from excise.record import Direction, Item, Score
+from excise.record import Item, Score, ScoreDirection
 
 DEFINITIONS: dict[str, str] = {
     "text_loss": (
@@ -55,7 +55,7 @@ class ItemScores:
 
     metric: str
     definition: str
-    direction: Direction
+    direction: ScoreDirection
     chance: float | None
     items: tuple[tuple[str, float], ...]
 
@@ -73,7 +73,7 @@ class ItemScores:
         return sum(units.values()) / len(units)
 
 
-def direction_of(metric: str) -> Direction:
+def direction_of(metric: str) -> ScoreDirection:
     """Return which way of a metric is more knowledge."""
     return "lower" if metric in LOWER else "higher"
 
@@ -136,7 +136,25 @@ def measure_all(
     padding_side: Literal["right", "left"] = "right",
     chance: float | None = None,
 ) -> dict[str, ItemScores]:
-    """Score every row with several metrics, sharing their forwards; see `measure`."""
+    """Score every row with several metrics, sharing their forwards.
+
+    Args:
+        model: As `measure` takes it, like all that is not named here.
+        tokenizer: Its tokenizer.
+        rows: Rows of a shape that every metric can read.
+        metrics: Names from `DEFINITIONS`.
+        max_length: Tokens of a row at most.
+        batch_size: Sequences per forward at most.
+        device: Where the inputs go.
+        padding_side: Side of the padding.
+        chance: Score of a model that knows nothing.
+
+    Returns:
+        One value per row, by metric.
+
+    Raises:
+        UserError: If there are no rows, a metric is unknown, or it cannot read a row.
+    """
     for metric in metrics:
         if metric not in DEFINITIONS:
             raise UserError(f"no metric is called '{metric}'; {nearest(metric, DEFINITIONS)}")
@@ -193,7 +211,7 @@ def _values(
 def chance_of(
     rows: Sequence[Row], metric: str, *, vocabulary: int = 0, closed: bool = True
 ) -> float | None:
-    """Return the score of a model that knows nothing, where it can be told.
+    """Return the score of a model that knows nothing, where it is known.
 
     Multiple choice: one over the number of choices, averaged over rows. Exact match: one over the
     number of distinct completions. Token loss: that of a uniform guess, log(vocabulary) in nats.

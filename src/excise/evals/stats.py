@@ -23,7 +23,12 @@ SAMPLES = 2000
 
 
 def clusters(units: Sequence[str], groups: Mapping[str, str] | None) -> list[str]:
-    """Return what each unit is resampled with: its group, or itself alone."""
+    """Return what each unit is resampled with: its group, or itself alone.
+
+    Args:
+        units: The units.
+        groups: Group of each unit that has one; None for none.
+    """
     return [f"g:{group}" if (group := (groups or {}).get(u)) else f"u:{u}" for u in units]
 
 
@@ -79,7 +84,12 @@ def resampled_means(
 
 
 def quantiles(samples: Array, coverage: float) -> tuple[float, float]:
-    """Return the two ends of the central interval that holds a share `coverage` of the samples."""
+    """Return the two ends of the central interval that holds a share of the samples.
+
+    Args:
+        samples: Bootstrap samples, [S].
+        coverage: The share, such as 0.95.
+    """
     tail = (1 - coverage) / 2
     low, high = np.quantile(samples, [tail, 1 - tail])
     return float(low), float(high)

@@ -19,10 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from excise.data.stream import Example, collate
-
-Model = Any
-Tokenizer = Any
+from excise.data.stream import Example, Tokenizer, collate
+from excise.models.spec import Model
 
 MAX_LOGITS = 1 << 25
 """Logits held at once at most (128 MB in float32)."""
@@ -87,7 +85,7 @@ def device_of(model: Model) -> torch.device:
 
 
 @contextmanager
-def reading(model: Model) -> Iterator[Model]:
+def evaluating(model: Model) -> Iterator[Model]:
     """Put every module into eval mode without gradients; on leaving, each has its mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -197,7 +195,7 @@ def answer(
     wanted = [sorted({p for i in users for p in requests[i].positions}) for _, users in sequences]
     lengths = [(len(ids), len(at)) for (ids, _), at in zip(sequences, wanted, strict=True)]
     answers: list[Answer | None] = [None] * len(requests)
-    with reading(model):
+    with evaluating(model):
         for part in _batches(lengths, batch_size, _vocabulary(model)):
             examples = [
                 Example(ids, tuple(p in at for p in range(len(ids))), 0, "")

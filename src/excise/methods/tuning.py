@@ -20,12 +20,32 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows
 from excise.data.stream import Batch, Stream, Tokenizer, encode, zip_streams
-from excise.methods.base import Cost, Removal
+from excise.losses import Summed
+from excise.methods.base import Cost, Method, Removal
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
 from excise.models.lora import LoRA, adapted, merge
 from excise.train.distributed import barrier
 from excise.train.fit import FitConfig, StepRecord, Term, fit
+
+
+class TuningMethod(Method):
+    """The settings of a method that minimises a loss over weights of a model; see `tune`."""
+
+    name: str
+    fit: FitConfig
+    """Steps, rows per step of each role, learning rate."""
+    modules: tuple[str, ...] = ()
+    """Modules to train, by name; empty for all."""
+    max_length: int = 512
+    """Tokens per row."""
+    lora: LoRA | None = None
+    """Train an adapter instead."""
+
+
+Terms = Mapping[str, tuple[float, Callable[[Tensor, Batch], Summed]]]
+"""A loss by the role whose rows are read: each term's weight, and its sum and count given the
+logits_BTV of a batch."""
 
 
 def all_rows(named: Mapping[str, Rows]) -> Rows:
@@ -146,7 +166,12 @@ class Progress:
         )
 
     def cost(self, parameters: int, *, flops_per_token: float = 0.0) -> Cost:
-        """Return what the loop took, at 6 N FLOPs per token unless `flops_per_token` says."""
+        """Return what the loop took.
+
+        Args:
+            parameters: N; a token costs 6 N FLOPs, 2 N forward and 4 N backward.
+            flops_per_token: What it costs instead, where blocks are skipped or frozen; 0 for 6 N.
+        """
         per_token = flops_per_token or 6.0 * parameters
         seconds = time.monotonic() - self.started
         return Cost(self.done, self.tokens, per_token * self.tokens, seconds)
@@ -256,11 +281,29 @@ def write_edit(
     return Removal(model, tuple(sorted(different)), cost, facts, tuple(history))
 
 
-def forget_and_retain(
-    domain: Domain, tokenizer: Tokenizer, fit: FitConfig, ctx: Context, *, max_length: int
+def role_batches(
+    domain: Domain,
+    roles: Iterable[str],
+    tokenizer: Tokenizer,
+    fit: FitConfig,
+    ctx: Context,
+    *,
+    max_length: int,
 ) -> Callable[[int], list[dict[str, Batch]]]:
-    """Return batches of both roles by step: `fit.batch_size` rows of each."""
-    rows = {"forget": forget_rows(domain), "retain": domain.retain}
+    """Return the batches of several roles by step: `fit.batch_size` rows of each.
+
+    Args:
+        domain: Rows by role.
+        roles: Fields of the domain, such as `forget` and `retain`.
+        tokenizer: The model's tokenizer.
+        fit: Gives batch and micro-batch sizes.
+        ctx: Gives seed and processes.
+        max_length: Tokens per row.
+
+    Raises:
+        UserError: If `forget` is among the roles and has no row.
+    """
+    rows = {r: forget_rows(domain) if r == "forget" else getattr(domain, r) for r in roles}
     return zip_streams(
         {
             role: stream(rows[role], tokenizer, fit, ctx, purpose=role, max_length=max_length)
@@ -275,52 +318,42 @@ def role_counts(micro: Mapping[str, Batch]) -> dict[str, float]:
 
 
 def tune(
-    start: Checkpoint,
-    model: nn.Module,
-    batches: Callable[[int], Sequence[Mapping[str, Batch]]],
-    loss: Callable[[nn.Module, Mapping[str, Batch]], Mapping[str, Term]],
-    config: FitConfig,
-    ctx: Context,
-    *,
-    stage: str,
-    modules: Sequence[str] = (),
-    lora: LoRA | None = None,
-    extras: Mapping[str, Any] | None = None,
-    counts: Callable[[Mapping[str, Batch]], Mapping[str, float]] | None = role_counts,
+    method: TuningMethod, start: Checkpoint, domain: Domain, terms: Terms, ctx: Context
 ) -> Removal:
-    """Train what was chosen on `loss` and write the edited checkpoint.
+    """Minimise a weighted sum of losses on the roles of a domain and write the edited checkpoint.
+
+    Each term is its sum divided by its count, over all micro-batches and processes of a step.
 
     Args:
-        start: What the method started from.
-        model: It, loaded.
-        batches: Micro-batches by step.
-        loss: Named terms.
-        config: The schedule.
+        method: Schedule, what is trained, tokens per row, and the name beside the progress.
+        start: What the method starts from.
+        domain: Rows by role.
+        terms: Weight and loss by role; roles that are not named are not read.
         ctx: Seed, processes, folder.
-        stage: Name shown beside the progress.
-        modules: Modules to train, empty for all.
-        lora: An adapter instead.
-        extras: Facts for the record.
-        counts: Counts of the terms.
 
     Returns:
-        The removal.
+        The removal, its model in `ctx.work/model`.
     """
-    progress = Progress(ctx, stage, config.steps)
-    with tuned(model, modules, lora, ctx) as (live, parameters):
+    model = start.load(dtype=ctx.dtype, device=ctx.device)
+    batches = role_batches(
+        domain, terms, start.tokenizer(), method.fit, ctx, max_length=method.max_length
+    )
+
+    def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
+        return {
+            role: Term(*summed(model(**micro[role].inputs).logits, micro[role]), weight)
+            for role, (weight, summed) in terms.items()
+        }
+
+    progress = Progress(ctx, method.name, method.fit.steps)
+    with tuned(model, method.modules, method.lora, ctx) as (live, parameters):
         groups = {"trained": list(parameters.values())}
         steps = fit(
-            live,
-            batches,
-            loss,
-            config,
-            ctx,
-            groups=groups,
-            counts=counts,
+            live, batches, loss, method.fit, ctx, groups=groups, counts=role_counts,
             state_dir=state_dir(ctx),
-        )
+        )  # fmt: skip
         run_fit(steps, progress)
-        return finish(start, live, parameters, progress, ctx, lora=lora, extras=extras)
+        return finish(start, live, parameters, progress, ctx, lora=method.lora)
 
 
 def _save_adapter(model: Any, start: Checkpoint, folder: Path) -> None:

@@ -18,7 +18,7 @@ from excise.models.folder import meta_model
 from excise.models.names import modules_by_name, unwrap
 from excise.models.structure import Block, Frame, find_block, find_frame, sizes
 
-__all__ = ["Anatomy", "ExpertWeight", "Experts", "anatomy"]
+__all__ = ["Anatomy", "BlockExperts", "ExpertWeight", "anatomy"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ExpertWeight:
 
 
 @dataclass(frozen=True)
-class Experts:
+class BlockExperts:
     """The experts of one block.
 
     Attributes:
@@ -105,7 +105,7 @@ class Anatomy:
     tied: bool
     transposed: bool
     slices: Mapping[str, tuple[int, int]]
-    experts: tuple[Experts | None, ...]
+    experts: tuple[BlockExperts | None, ...]
 
     @property
     def num_blocks(self) -> int:
@@ -283,7 +283,9 @@ def _inside(named: Mapping[str, nn.Module], path: str, block: Block, width: int)
     return int(down.shape[1 if _transposed(named, path, block, width) else 2])
 
 
-def _experts(named: Mapping[str, nn.Module], path: str, block: Block, width: int) -> Experts | None:
+def _experts(
+    named: Mapping[str, nn.Module], path: str, block: Block, width: int
+) -> BlockExperts | None:
     """Return which slices or modules are the experts of a block, None for a dense one."""
     if not block.experts:
         return None
@@ -296,14 +298,14 @@ def _experts(named: Mapping[str, nn.Module], path: str, block: Block, width: int
             leaf = part.removeprefix(first)
             return tuple(ExpertWeight(f"{n}{leaf}.weight") for n in names) if part else ()
 
-        return Experts(per_module(block.down), per_module(block.up), per_module(block.gate))
+        return BlockExperts(per_module(block.down), per_module(block.up), per_module(block.gate))
     count = int(_fused(named, path, block.down)[1].shape[0])
 
     def per_slice(part: str) -> tuple[ExpertWeight, ...]:
         return tuple(ExpertWeight(f"{path}.{part}", e) for e in range(count)) if part else ()
 
     one = block.gate == block.up and getattr(owner, "is_concatenated", True)
-    return Experts(
+    return BlockExperts(
         per_slice(block.down),
         per_slice(block.up),
         per_slice(block.gate),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from excise.core.disk import check_free, clone_file, file_sum, new_folder
 from excise.core.errors import UserError, nearest
 from excise.core.keys import ByContent, file_identity
+from excise.data.stream import Tokenizer
 from excise.models import files
 from excise.models.folder import (
     INDEX,
@@ -28,12 +29,8 @@ from excise.models.folder import (
     meta_model,
     quiet,
 )
-from excise.models.layout import Group, Layout, build_layout, read_group, to_disk
-
-Model = Any
-"""A `transformers` model."""
-Tokenizer = Any
-"""A `transformers` tokenizer."""
+from excise.models.layout import Layout, TensorGroup, build_layout, read_group, to_disk
+from excise.models.spec import Model
 
 
 def model_identity(name: str) -> Any:
@@ -396,7 +393,7 @@ def _groups_to_write(
 ) -> list[tuple[_Make, tuple[str, ...]]]:
     """Return, for every group on disk that changes, how to make it and its keys."""
     layout = source.layout
-    by_group: dict[tuple[str, ...], tuple[Group, dict[str, Tensor]]] = {}
+    by_group: dict[tuple[str, ...], tuple[TensorGroup, dict[str, Tensor]]] = {}
     for given, tensor in changed.items():
         name = source.own_name(given)
         shape = layout.model.get_parameter(name).shape
@@ -417,7 +414,9 @@ def _groups_to_write(
     ]
 
 
-def _on_disk(source: Checkpoint, group: Group, new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_disk(
+    source: Checkpoint, group: TensorGroup, new: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return a group as stored, reading the members that did not change."""
     tensors = {name: tensor.detach().cpu() for name, tensor in new.items()}
     if len(tensors) < len(group.names):

@@ -11,11 +11,8 @@ from typing import Any
 import torch
 
 from excise.core.errors import UserError
-
-Model = Any
-"""A `transformers` model."""
-Tokenizer = Any
-"""A `transformers` tokenizer."""
+from excise.data.stream import Tokenizer
+from excise.models.spec import Model
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from excise.models.files import Entry
-
-Model = Any
-"""A `transformers` model."""
+from excise.models.spec import Model
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """Tensors in memory and the tensors on disk they are made of.
 
     Attributes:
@@ -54,12 +52,12 @@ class Layout:
     model: Model
     parameters: tuple[str, ...]
     aliases: Mapping[str, tuple[str, ...]]
-    groups: Mapping[str, Group]
+    groups: Mapping[str, TensorGroup]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
-    def group_of(self, name: str) -> Group | None:
+    def group_of(self, name: str) -> TensorGroup | None:
         """Return the group that stores parameter `name`, under its own or a tied name."""
         for alias in self.aliases[name]:
             if alias in self.groups:
@@ -81,7 +79,7 @@ def build_layout(
         The map; what does not fit is listed in it, not raised.
     """
     state = model.state_dict()
-    groups: dict[str, Group] = {}
+    groups: dict[str, TensorGroup] = {}
     mismatched = []
     plans, unexpected = _plan(model, entries, state)
     for first, (keys, converter) in plans.items():
@@ -90,7 +88,7 @@ def build_layout(
             for key, _ in keys
         }
         tensors = _convert(model, first, keys, converter, metas)
-        group = Group(tuple(tensors), tuple(keys), converter)
+        group = TensorGroup(tuple(tensors), tuple(keys), converter)
         for name, tensor in tensors.items():
             if name in state and tensor.shape != state[name].shape:
                 mismatched.append((name, tuple(tensor.shape), tuple(state[name].shape)))
@@ -112,7 +110,9 @@ def _aliases(model: Model) -> dict[str, tuple[str, ...]]:
     return {group[0]: tuple(group) for group in names.values()}
 
 
-def _cut_ties(model: Model, groups: Mapping[str, Group], same: Callable[[str, str], bool]) -> None:
+def _cut_ties(
+    model: Model, groups: Mapping[str, TensorGroup], same: Callable[[str, str], bool]
+) -> None:
     """Untie parameters that are stored twice with different values, as loading does."""
     for names in _aliases(model).values():
         stored = [n for n in names if n in groups and groups[n].converter is None]
@@ -177,7 +177,9 @@ def _convert(
     return {name: t[0] if isinstance(t, list) else t for name, t in converted.items()}
 
 
-def read_group(layout: Layout, group: Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+def read_group(
+    layout: Layout, group: TensorGroup, read: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
     """Read a group from disk and return its tensors by name in memory."""
     tensors = {key: read(key) for key, _ in group.keys}
     return _convert(layout.model, group.names[0], group.keys, group.converter, tensors)
@@ -185,7 +187,7 @@ def read_group(layout: Layout, group: Group, read: Callable[[str], Tensor]) -> d
 
 def to_disk(
     layout: Layout,
-    group: Group,
+    group: TensorGroup,
     tensors: Mapping[str, Tensor],
     entries: Mapping[str, Entry],
 ) -> dict[str, Tensor]:

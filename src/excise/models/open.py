@@ -36,9 +36,7 @@ from excise.models.folder import (
     meta_model,
     quiet,
 )
-
-Model = Any
-"""A `transformers` model."""
+from excise.models.spec import Model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CODE_FILES = ("*.py",)

@@ -9,13 +9,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from excise.core.errors import UserError, nearest
+from excise.models.spec import Model
 
-Model = Any
-"""A `transformers.PreTrainedModel`; typed loosely because its stubs are."""
 ModelConfig = Any
 """A `transformers.PretrainedConfig`."""
-Tokenizer = Any
-"""A `transformers.PreTrainedTokenizerFast`."""
 
 FAMILIES: Final = (
     "llama",
@@ -174,7 +171,7 @@ def tiny_model(
     return model.eval()
 
 
-def _wrap(inner: Any, *, bos: bool, chat: bool = False) -> Tokenizer:
+def _wrap(inner: Any, *, bos: bool, chat: bool = False) -> Any:
     """Return a `tokenizers.Tokenizer` as a `transformers` one, with or without a leading BOS."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
@@ -197,7 +194,7 @@ def _wrap(inner: Any, *, bos: bool, chat: bool = False) -> Tokenizer:
     )
 
 
-def word_tokenizer(words: Iterable[str]) -> Tokenizer:
+def word_tokenizer(words: Iterable[str]) -> Any:
     """Return a tokenizer with one token per word between white space.
 
     It puts `<bos>` first; words it does not know become `<unk>`; decoding joins words by a space.
@@ -245,7 +242,7 @@ def _byte_vocab() -> dict[str, int]:
     return {symbol: i for i, symbol in enumerate(symbols)}
 
 
-def byte_tokenizer(*, bos: bool = False, chat: bool = False) -> Tokenizer:
+def byte_tokenizer(*, bos: bool = False, chat: bool = False) -> Any:
     """Return a tokenizer with one token per UTF-8 byte: 256 bytes and four specials.
 
     Args:
@@ -259,7 +256,7 @@ def byte_tokenizer(*, bos: bool = False, chat: bool = False) -> Tokenizer:
     return _wrap(_byte_level(_byte_vocab()), bos=bos, chat=chat)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, *, bos: bool = True) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, bos: bool = True) -> Any:
     """Train a byte-level BPE tokenizer on texts.
 
     Args:

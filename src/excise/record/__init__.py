@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from excise.core.errors import UserError
-from excise.record.entry import LEVELS, Direction, Estimate, Level
+from excise.record.entry import LEVELS, Estimate, Level, ScoreDirection
 from excise.record.inspection import (
     BlockChange,
     Inspection,
@@ -50,7 +50,6 @@ __all__ = [
     "AttackVariant",
     "BlockChange",
     "CurvePoint",
-    "Direction",
     "Environment",
     "Estimate",
     "Inspection",
@@ -63,6 +62,7 @@ __all__ = [
     "Record",
     "Sample",
     "Score",
+    "ScoreDirection",
     "SpliceFit",
     "Strip",
     "StudyPicture",

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Direction = Literal["higher", "lower"]
+ScoreDirection = Literal["higher", "lower"]
 """Which way of a metric is more knowledge."""
 
 Level = Literal["D0", "D1", "D2", "D3", "D4", "D5"]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from excise.record.entry import Direction, Level, RecordEntry
+from excise.record.entry import Level, RecordEntry, ScoreDirection
 from excise.record.inspection import Inspection
 from excise.record.study import StudyRecord
 
@@ -74,7 +74,7 @@ class Score(RecordEntry):
     """Upper end of the 95 % interval."""
     n: int
     """Number of units."""
-    direction: Direction = "higher"
+    direction: ScoreDirection = "higher"
     """Which way is more knowledge."""
     chance: float | None = None
     """Value of a model that knows nothing, where that is known."""

@@ -207,17 +207,17 @@ def pooled(variants: Sequence[AttackVariant]) -> tuple[CurvePoint, ...]:
     return tuple(curve)
 
 
-Setting = tuple[str, str, str, str]
+CurveKey = tuple[str, str, str, str]
 """Attack, variant, what was scored and by which metric: what rates and seeds share."""
 
 
-def _setting(attack: AttackVariant) -> Setting:
+def _setting(attack: AttackVariant) -> CurveKey:
     return (attack.name, attack.variant, attack.scored_on, attack.metric)
 
 
-def _curves(record: Record, model: str) -> dict[Setting, list[AttackVariant]]:
+def _curves(record: Record, model: str) -> dict[CurveKey, list[AttackVariant]]:
     """Return the attacks on one removed model that ran, by setting."""
-    groups: dict[Setting, list[AttackVariant]] = {}
+    groups: dict[CurveKey, list[AttackVariant]] = {}
     for attack in words.attacks_on(record, model):
         if not attack.control and attack.status in ("ok", "invalid"):
             groups.setdefault(_setting(attack), []).append(attack)
@@ -247,7 +247,7 @@ def relearn_figures(record: Record, model: str, key: str) -> tuple[Figure, ...]:
     return tuple(figures)
 
 
-def _alike(record: Record, setting: Setting, role: str) -> tuple[AttackVariant, ...]:
+def _alike(record: Record, setting: CurveKey, role: str) -> tuple[AttackVariant, ...]:
     """Return the deciding variants of one setting on the models of a role."""
     return _deciding(
         [

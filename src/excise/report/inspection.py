@@ -158,18 +158,18 @@ def norm_figure(finding: Inspection) -> Figure:
     return _figure(finding, "norms", "Norm of the residual stream", "mean norm of a token", named)
 
 
-Keyed = tuple[Figure, list[tuple[Any, str]]]
+FigureAndLegend = tuple[Figure, list[tuple[Any, str]]]
 
 
 def _keyed(
     finding: Inspection, key: str, title: str, label: str, named: Sequence[tuple[str, str, Read]]
-) -> Keyed:
+) -> FigureAndLegend:
     """Return a plot with its legend."""
     legend = [(svg.swatch(role), name) for role, name, _ in named]
     return _figure(finding, key, title, label, named), legend
 
 
-def change_figure(finding: Inspection) -> Keyed:
+def change_figure(finding: Inspection) -> FigureAndLegend:
     """Return how much the residual stream changed, in all and along the direction."""
     named: list[tuple[str, str, Read]] = [
         ("k0", "forget text", lambda b: b.change_forget),
@@ -181,7 +181,7 @@ def change_figure(finding: Inspection) -> Keyed:
     return _keyed(finding, "change", "How much changed", label, named)
 
 
-def direction_figures(finding: Inspection) -> list[Keyed]:
+def direction_figures(finding: Inspection) -> list[FigureAndLegend]:
     """Return the plots of the junk direction."""
     plots: list[tuple[str, str, str, list[tuple[str, str, Read]]]] = [
         (

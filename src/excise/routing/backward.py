@@ -31,8 +31,8 @@ from torch.utils import _pytree as tree
 
 from excise.core.errors import UserError
 from excise.routing.weights import (
-    Pieces,
     Weight,
+    WeightedRanges,
     nothing,
     outer,
     rows_sum,
@@ -54,8 +54,8 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        sliced: tuple[Pieces, bool],
-        bias_pieces: Pieces,
+        sliced: tuple[WeightedRanges, bool],
+        bias_pieces: WeightedRanges,
         transposed: bool,
     ) -> Tensor:
         """Compute like the plain layer; keep what it would keep."""
@@ -93,9 +93,9 @@ def routed_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    write_out: Pieces | None = None,
-    write_in: Pieces | None = None,
-    write_bias: Pieces | None = None,
+    write_out: WeightedRanges | None = None,
+    write_in: WeightedRanges | None = None,
+    write_bias: WeightedRanges | None = None,
     transposed: bool = False,
 ) -> Float[Tensor, "*N O"]:
     """Apply a linear layer whose weights receive gradients weighted by token.
@@ -125,12 +125,15 @@ def routed_linear(
 
 
 def _sliced(
-    outs: int, write_out: Pieces | None, write_in: Pieces | None, write_bias: Pieces | None
-) -> tuple[tuple[Pieces, bool], Pieces]:
+    outs: int,
+    write_out: WeightedRanges | None,
+    write_in: WeightedRanges | None,
+    write_bias: WeightedRanges | None,
+) -> tuple[tuple[WeightedRanges, bool], WeightedRanges]:
     """Return pieces of a weight with whether they slice its inputs, and pieces of its bias."""
     if write_out is not None and write_in is not None:
         raise ValueError("a weight is sliced along its outputs or its inputs, not both")
-    whole: Pieces = ((0, outs, None),)
+    whole: WeightedRanges = ((0, outs, None),)
     sliced = (write_out or whole, False) if write_in is None else (write_in, True)
     return sliced, write_bias or write_out or whole
 
@@ -149,7 +152,7 @@ class _Columns(torch.autograd.Function):
     """Weights of columns in the forward pass and on the way back."""
 
     @staticmethod
-    def forward(ctx: Saved, x: Tensor, read: Pieces | None, back: Pieces) -> Tensor:
+    def forward(ctx: Saved, x: Tensor, read: WeightedRanges | None, back: WeightedRanges) -> Tensor:
         """Return the read columns."""
         ctx.back = back
         if read is None:
@@ -164,7 +167,7 @@ class _Columns(torch.autograd.Function):
         return scaled(flat, ctx.back).view(delta.shape), None, None
 
 
-def scale_columns(x: Tensor, read: Pieces | None, edge: Pieces | None) -> Tensor:
+def scale_columns(x: Tensor, read: WeightedRanges | None, edge: WeightedRanges | None) -> Tensor:
     """Weigh columns of an activation: in the forward pass (`read`), on the way back (`edge`).
 
     Args:
@@ -178,7 +181,7 @@ def scale_columns(x: Tensor, read: Pieces | None, edge: Pieces | None) -> Tensor
     if read is None and edge is None:
         return x
     if read is not None and edge is not None:
-        back: Pieces = times(read, edge)
+        back: WeightedRanges = times(read, edge)
     else:
         back = read if edge is None else edge  # type: ignore[assignment]
     y: Tensor = _Columns.apply(x, read, back)
@@ -242,8 +245,8 @@ class _Conv2d(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        sliced: tuple[Pieces, bool],
-        bias_pieces: Pieces,
+        sliced: tuple[WeightedRanges, bool],
+        bias_pieces: WeightedRanges,
         how: tuple[Any, ...],
     ) -> Tensor:
         """Compute like the plain layer."""
@@ -279,7 +282,7 @@ class _Conv2d(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-def _scale_channels(x_BCHW: Tensor, pieces: Pieces) -> Tensor:
+def _scale_channels(x_BCHW: Tensor, pieces: WeightedRanges) -> Tensor:
     """Return channels times the weights of each image, in a new tensor."""
     shape = x_BCHW.shape
     per_BC = torch.ones(shape[:2], dtype=x_BCHW.dtype, device=x_BCHW.device)
@@ -291,9 +294,9 @@ def routed_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    write_out: Pieces | None = None,
-    write_in: Pieces | None = None,
-    write_bias: Pieces | None = None,
+    write_out: WeightedRanges | None = None,
+    write_in: WeightedRanges | None = None,
+    write_bias: WeightedRanges | None = None,
     stride: tuple[int, ...] = (1, 1),
     padding: tuple[int, ...] = (0, 0),
     dilation: tuple[int, ...] = (1, 1),
@@ -336,7 +339,7 @@ class _LayerNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         eps: float,
-        pieces: tuple[Pieces, Pieces],
+        pieces: tuple[WeightedRanges, WeightedRanges],
     ) -> Tensor:
         """Compute like the plain layer."""
         y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
@@ -365,7 +368,9 @@ class _LayerNorm(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
-def routed_layer_norm(x: Tensor, module: nn.LayerNorm, weight: Pieces, bias: Pieces) -> Tensor:
+def routed_layer_norm(
+    x: Tensor, module: nn.LayerNorm, weight: WeightedRanges, bias: WeightedRanges
+) -> Tensor:
     """Apply a layer norm over the last dimension with weighted gradients of its weights.
 
     Args:
@@ -390,7 +395,7 @@ class _BatchNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         state: tuple[Tensor | None, Tensor | None, bool, float, float],
-        pieces: tuple[Pieces, Pieces],
+        pieces: tuple[WeightedRanges, WeightedRanges],
     ) -> Tensor:
         """Compute like the plain layer, running statistics included."""
         mean, var, training, momentum, eps = state
@@ -428,7 +433,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def routed_batch_norm(
-    x: Tensor, module: nn.BatchNorm1d | nn.BatchNorm2d, weight: Pieces, bias: Pieces
+    x: Tensor, module: nn.BatchNorm1d | nn.BatchNorm2d, weight: WeightedRanges, bias: WeightedRanges
 ) -> Tensor:
     """Apply a batch norm with weighted gradients of its weights.
 
@@ -460,7 +465,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Saved, weight: Tensor, lead: tuple[int, ...], count: int, pieces: Pieces
+        ctx: Saved, weight: Tensor, lead: tuple[int, ...], count: int, pieces: WeightedRanges
     ) -> Tensor:
         """Return a view."""
         ctx.plan = (count, pieces)
@@ -478,7 +483,7 @@ class _Spread(torch.autograd.Function):
         return rows_sum(flat, pieces), None, None, None
 
 
-def spread(weight_D: Tensor, lead: tuple[int, ...], count: int, pieces: Pieces) -> Tensor:
+def spread(weight_D: Tensor, lead: tuple[int, ...], count: int, pieces: WeightedRanges) -> Tensor:
     """Return a weight vector laid over tokens, for norms that multiply by it.
 
     Args:
@@ -550,7 +555,7 @@ class _Join(torch.autograd.Function):
         return None, delta, *parts
 
 
-Owners = Mapping[str, tuple[int | None, Pieces]]
+Owners = Mapping[str, tuple[int | None, WeightedRanges]]
 """By a module's own parameter: the dimension that is sliced (None for the whole), weights."""
 
 
@@ -562,7 +567,7 @@ def routed_call(
     kwargs: Mapping[str, Any],
     *,
     alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    who: str = "a module",
+    path: str = "a module",
 ) -> Any:
     """Call a module so that its own parameters receive gradients weighted by token.
 
@@ -578,7 +583,7 @@ def routed_call(
         args: Arguments.
         kwargs: Keyword arguments.
         alone: A context in which the parameters of modules inside are constants.
-        who: The module's name for messages.
+        path: The module's name for messages.
 
     Returns:
         What the module returns, bit-equal.
@@ -614,12 +619,12 @@ def routed_call(
         if isinstance(value, Tensor) and value.is_floating_point():
             same = [(w, leaves[i]) for w, leaves in repeats if leaves[i].requires_grad]
             if same:
-                weights = [_along(weight, value, who) for weight, _ in same]
+                weights = [_along(weight, value, path) for weight, _ in same]
                 flat[i] = _Join.apply(weights, value, *(leaf for _, leaf in same))
     return tree.tree_unflatten(flat, spec)
 
 
-def _along(weight: Weight, like: Tensor, who: str) -> Tensor:
+def _along(weight: Weight, like: Tensor, path: str) -> Tensor:
     """Return token weights in the shape that broadcasts against an output."""
     values_N, count = weight.values_N, 1
     for used, size in enumerate(like.shape, 1):
@@ -627,7 +632,7 @@ def _along(weight: Weight, like: Tensor, who: str) -> Tensor:
         if count == len(values_N):
             return values_N.view(*like.shape[:used], *(1,) * (like.dim() - used))
     raise UserError(
-        f"an output of {who} has shape {tuple(like.shape)}, which does not begin with the "
+        f"an output of {path} has shape {tuple(like.shape)}, which does not begin with the "
         f"{len(values_N)} tokens whose labels were given; let every label write that group"
     )
 

@@ -33,11 +33,11 @@ from excise.routing.backward import (
 )
 from excise.routing.groups import Owned, Place
 from excise.routing.policy import Routes
-from excise.routing.weights import Piece, Weight, nothing, trivial
+from excise.routing.weights import Weight, WeightedRange, nothing, trivial
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
-Span = tuple[int, int, str]
+GroupRange = tuple[int, int, str]
 """Start, stop, group."""
 
 
@@ -57,7 +57,7 @@ class ActiveRoutes:
         self._columns = {name: i for i, name in enumerate(groups)}
         self._weights: dict[str, list[Weight | None]] = {}
         self._repeated: dict[tuple[int, int], Weight] = {}
-        self._pieces: dict[tuple[str, str, tuple[Span, ...], int], list[Piece]] = {}
+        self._pieces: dict[tuple[str, str, tuple[GroupRange, ...], int], list[WeightedRange]] = {}
 
     def put(self, routes: Routes | None, *, zeros: bool) -> None:
         """Put routes in force until the next call.
@@ -88,32 +88,34 @@ class ActiveRoutes:
         """Rows and tokens of the batch."""
         return None if self.routes is None else self.routes.shape
 
-    def pieces(self, which: str, spans: Sequence[Span], positions: int, who: str) -> list[Piece]:
+    def pieces(
+        self, which: str, spans: Sequence[GroupRange], positions: int, path: str
+    ) -> list[WeightedRange]:
         """Return token weights by slice.
 
         Args:
             which: `read`, `write` or `edge`.
             spans: Slices and their groups.
             positions: Positions of the activation that they weigh; 0 for those of the labels.
-            who: Path of the module, for messages.
+            path: Path of the module, for messages.
         """
-        key = (which, who, tuple(spans), positions)
+        key = (which, path, tuple(spans), positions)
         if key not in self._pieces:
             weights = self._weights[which]
             self._pieces[key] = [
-                (start, stop, self._repeat(weights[self._columns[group]], positions, who))
+                (start, stop, self._repeat(weights[self._columns[group]], positions, path))
                 for start, stop, group in spans
             ]
         return self._pieces[key]
 
-    def _repeat(self, weight: Weight | None, positions: int, who: str) -> Weight | None:
+    def _repeat(self, weight: Weight | None, positions: int, path: str) -> Weight | None:
         """Repeat a token's weight over the positions it has in an activation."""
         if weight is None or positions in (0, len(weight.values_N)):
             return weight
         count = len(weight.values_N)
         if positions % count:
             raise UserError(
-                f"{who} sees {positions} positions but labels were given for {count}; give labels "
+                f"{path} sees {positions} positions but labels were given for {count}; give labels "
                 "for what the model really reads"
             )
         key = (id(weight), positions)
@@ -167,7 +169,7 @@ class RoutedModule:
     experts: tuple[Place, ...] = ()
     called: bool = False
 
-    def spans(self, name: str) -> tuple[list[Span], int | None]:
+    def spans(self, name: str) -> tuple[list[GroupRange], int | None]:
         """Return slices of one parameter and their dimension."""
         owned = self.owned[name]
         shape = self.module.get_parameter(name).shape
@@ -264,7 +266,7 @@ def _masked(
 ) -> Tensor:
     """Weigh columns of an activation in the forward pass and on the way back."""
     width = x.shape[-1]
-    spans: list[Span] = [
+    spans: list[GroupRange] = [
         (p.start, width if p.stop is None else p.stop, p.group) for p in places if p.start < width
     ]
     positions = x.numel() // width
@@ -326,7 +328,7 @@ def _written(routed: RoutedModule, active: ActiveRoutes, args: Args, kwargs: Kwa
         return _embedding(routed, active, x, args, kwargs)
     positions = _positions(routed, x)
     dims: dict[str, int | None] = {}
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[WeightedRange]] = {}
     for name in routed.owned:
         spans, dims[name] = routed.spans(name)
         pieces[name] = active.pieces("write", spans, positions, routed.path)
@@ -348,7 +350,7 @@ def _written(routed: RoutedModule, active: ActiveRoutes, args: Args, kwargs: Kwa
             return routed.forward(*args, **kwargs)
     owners = {name: (dims[name], pieces[name]) for name in pieces}
     return routed_call(
-        module, routed.forward, owners, args, kwargs, alone=active.alone, who=routed.path
+        module, routed.forward, owners, args, kwargs, alone=active.alone, path=routed.path
     )
 
 
@@ -360,7 +362,7 @@ def _positions(routed: RoutedModule, x: Tensor) -> int:
 
 
 def _linear(
-    routed: RoutedModule, x: Tensor, pieces: Mapping[str, list[Piece]], dim: int | None
+    routed: RoutedModule, x: Tensor, pieces: Mapping[str, list[WeightedRange]], dim: int | None
 ) -> Tensor:
     """Call a linear layer or `Conv1D` whose weight is sliced along `dim`."""
     module: Any = routed.module
@@ -381,7 +383,7 @@ def _linear(
 
 
 def _conv2d(
-    module: Any, x: Tensor, pieces: Mapping[str, list[Piece]], *, of_inputs: bool
+    module: Any, x: Tensor, pieces: Mapping[str, list[WeightedRange]], *, of_inputs: bool
 ) -> Tensor:
     """Call a convolution whose weight is sliced along its inputs or its outputs."""
     return routed_conv2d(

@@ -42,10 +42,10 @@ class Weight:
         return replace(self, values_N=self.values_N.to(device), rows=rows)
 
 
-Piece = tuple[int, int, Weight | None]
+WeightedRange = tuple[int, int, Weight | None]
 """Start and stop along the sliced dimension, and the weight of the tokens; None for all ones."""
-Pieces = Sequence[Piece]
-"""Pieces that together cover a dimension, in order."""
+WeightedRanges = Sequence[WeightedRange]
+"""WeightedRanges that together cover a dimension, in order."""
 
 
 def weigh(values_N: Tensor) -> Weight | None:
@@ -63,12 +63,12 @@ def weigh(values_N: Tensor) -> Weight | None:
     return Weight(values_N, counts[1] == 0, rows, counts[0] == counts[1])
 
 
-def trivial(pieces: Pieces) -> bool:
+def trivial(pieces: WeightedRanges) -> bool:
     """Return whether every weight is 1."""
     return all(weight is None for _, _, weight in pieces)
 
 
-def nothing(pieces: Pieces) -> bool:
+def nothing(pieces: WeightedRanges) -> bool:
     """Return whether every weight is 0."""
     return all(weight is not None and weight.zero for _, _, weight in pieces)
 
@@ -78,7 +78,7 @@ def column(weight: Weight, like: Tensor) -> Tensor:
     return weight.values_N.to(like.dtype)[:, None]
 
 
-def outer(a_NP: Tensor, b_NQ: Tensor, pieces: Pieces, out_PQ: Tensor) -> None:
+def outer(a_NP: Tensor, b_NQ: Tensor, pieces: WeightedRanges, out_PQ: Tensor) -> None:
     """Write `sum_n w_n a_n b_n^T` into `out_PQ`, with the weights of each piece of P.
 
     Args:
@@ -124,8 +124,13 @@ def _weighted(x_NC: Tensor, weight: Weight) -> Tensor:
     return picked.mul_(weight.values_N[weight.rows].to(x_NC.dtype)[:, None])
 
 
-def rows_sum(x_NP: Tensor, pieces: Pieces) -> Tensor:
-    """Return `sum_n w_n x_n`, [P], with the weights of each piece of P."""
+def rows_sum(x_NP: Tensor, pieces: WeightedRanges) -> Tensor:
+    """Return `sum_n w_n x_n`, [P], with the weights of each piece of P.
+
+    Args:
+        x_NP: Rows of the sum, one a token.
+        pieces: Weights by slice of P; together they cover P.
+    """
     if len(pieces) > MANY:
         return scaled(x_NP, pieces).sum(0)
     out = x_NP.new_empty(x_NP.shape[1])
@@ -140,8 +145,13 @@ def rows_sum(x_NP: Tensor, pieces: Pieces) -> Tensor:
     return out
 
 
-def scaled(x_NP: Tensor, pieces: Pieces) -> Tensor:
-    """Return every column of a piece times the piece's weights, in a new tensor."""
+def scaled(x_NP: Tensor, pieces: WeightedRanges) -> Tensor:
+    """Return every column of a piece times the piece's weights, in a new tensor.
+
+    Args:
+        x_NP: One row a token.
+        pieces: Weights by slice of P; together they cover P.
+    """
     if len(pieces) > MANY:
         return x_NP * _laid_out(x_NP, pieces)
     out = torch.empty_like(x_NP)
@@ -155,7 +165,7 @@ def scaled(x_NP: Tensor, pieces: Pieces) -> Tensor:
     return out
 
 
-def _laid_out(x_NP: Tensor, pieces: Pieces) -> Tensor:
+def _laid_out(x_NP: Tensor, pieces: WeightedRanges) -> Tensor:
     """Return the weight of every token in every column, for pieces too many to go through."""
     ones_N = x_NP.new_ones(len(x_NP))
     weights_NK = torch.stack(
@@ -166,9 +176,14 @@ def _laid_out(x_NP: Tensor, pieces: Pieces) -> Tensor:
     return weights_NK.index_select(1, which_P)
 
 
-def times(a: Pieces, b: Pieces) -> list[Piece]:
-    """Return the product of two weights over the same slices."""
-    product: list[Piece] = []
+def times(a: WeightedRanges, b: WeightedRanges) -> list[WeightedRange]:
+    """Return the product of two weights over the same slices.
+
+    Args:
+        a: Weights by slice.
+        b: Weights of the same slices, in the same order.
+    """
+    product: list[WeightedRange] = []
     for (start, stop, x), (_, _, y) in zip(a, b, strict=True):
         if x is None or y is None:
             product.append((start, stop, x if y is None else y))

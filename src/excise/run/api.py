@@ -29,12 +29,12 @@ from excise.run.results import Models, describe, model_refs
 from excise.run.steps import audit_models
 from excise.train.pool import Pool
 
-Model = str | Path | nn.Module | Checkpoint
+ModelSource = str | Path | nn.Module | Checkpoint
 """A folder, hub id, GGUF file, fetched name, model in memory, or a checkpoint."""
 
 
 def remove(
-    model: Model,
+    model: ModelSource,
     method: Method,
     domain: Domain | DomainSpec,
     *,
@@ -77,11 +77,11 @@ def remove(
 
 
 def audit(
-    model: Model | Mapping[str, Model],
+    model: ModelSource | Mapping[str, ModelSource],
     *,
-    original: Model,
+    original: ModelSource,
     domain: Domain | DomainSpec,
-    oracles: Sequence[Model] = (),
+    oracles: Sequence[ModelSource] = (),
     budget: Literal["smoke", "standard", "strong"] = "smoke",
     change: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
@@ -165,7 +165,7 @@ def _folder(out: str | Path | None) -> Path:
     return Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="excise-")) / "out"
 
 
-def _open(model: Model, tokenizer: Any) -> Checkpoint:
+def _open(model: ModelSource, tokenizer: Any) -> Checkpoint:
     if isinstance(model, Checkpoint):
         return model
     if isinstance(model, nn.Module):

@@ -5,6 +5,7 @@ Times are ranges from the arithmetic alone; `docs/costs.md` has measured ones.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -95,7 +96,10 @@ class Plan:
         """
         if force:
             return
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        try:
+            memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        except AttributeError:  # Windows
+            memory = math.inf
         if self.memory > memory:
             raise UserError(
                 f"needs about {gib(self.memory)} of memory and this machine has {gib(memory)}; "

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from excise.auditor.engine import Results
+from excise.auditor.base import Results
 from excise.auditor.verdict import judge_all
 from excise.core.errors import UserError
 from excise.core.stages import Runtime

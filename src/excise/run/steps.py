@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from excise.auditor.base import Subject
-from excise.auditor.engine import Results, attack_all
+from excise.auditor.base import Results, Subject
+from excise.auditor.engine import attack_all
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.fetch.model import open_model

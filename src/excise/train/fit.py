@@ -26,7 +26,7 @@ from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.errors import Diverged, UserError
 from excise.train.distributed import barrier, check_processes, gather, sum_dicts, sum_gradients
-from excise.train.optim import Group, OptimizerName, Slice, make_optimizer, schedule_share
+from excise.train.optim import OptimizerGroup, OptimizerName, Slice, make_optimizer, schedule_share
 from excise.train.state import Log, buffers_of, load_state, restore, save_state
 
 M = TypeVar("M")
@@ -93,7 +93,12 @@ class FitConfig(Config):
         return 1e-6 if self.optimizer == "hf_adamw" else 1e-8
 
     def rate_at(self, step: int, lr: float | None = None) -> float:
-        """Return the learning rate of `step` (from 0), for `lr` in place of the field."""
+        """Return the learning rate of a step.
+
+        Args:
+            step: Number of the step, from 0.
+            lr: Rate before the schedule in place of the field, for a group of its own.
+        """
         share = schedule_share(
             step, self.steps, warmup=self.warmup, schedule=self.schedule, min_lr=self.min_lr
         )
@@ -150,7 +155,7 @@ def fit(
         groups: What is trained, parameters or slices of them; each group has optimizer state of
             its own and is not stepped where it received no gradient. All else keeps its bits.
             None for every parameter that requires a gradient.
-        counts: The counts of a micro-batch's terms, where they can be told without the model.
+        counts: The counts of a micro-batch's terms, where they are known without the model.
             Needed with several micro-batches or processes; without it an extra forward pass
             without gradients finds them.
         state_dir: Folder of the run's state; the same call resumes from it, first yielding the
@@ -191,7 +196,7 @@ def _make_groups(
     groups: Mapping[str, Sequence[nn.Parameter | Slice]] | None,
     config: FitConfig,
     rates: Mapping[str, float],
-) -> list[Group]:
+) -> list[OptimizerGroup]:
     """Give every group its master weights and optimizer; refuse empty and overlapping ones."""
     if groups is None:
         groups = {"all": [p for p in model.parameters() if p.requires_grad]}
@@ -221,7 +226,7 @@ def _make_groups(
             config.optimizer, weights, lr=lr, betas=config.betas, eps=config.epsilon,
             weight_decay=config.weight_decay,
         )  # fmt: skip
-        trained.append(Group(name, parts, weights, optimizer, lr))
+        trained.append(OptimizerGroup(name, parts, weights, optimizer, lr))
     return trained
 
 
@@ -233,7 +238,7 @@ def _master_weight(part: Slice, master: str) -> Tensor:
 
 
 @contextmanager
-def _training_only(model: nn.Module, groups: Sequence[Group]) -> Iterator[None]:
+def _training_only(model: nn.Module, groups: Sequence[OptimizerGroup]) -> Iterator[None]:
     """Let gradients reach the groups' parameters alone, and leave none behind."""
     trained = {id(p): p for g in groups for p in g.params}
     every = {id(p): p for p in model.parameters()} | trained
@@ -257,7 +262,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
+        groups: Sequence[OptimizerGroup],
         config: FitConfig,
         ctx: Context,
         folder: Path | None,
@@ -399,7 +404,7 @@ def _backward(
     loss: Callable[[nn.Module, Any], Mapping[str, Term]],
     counts: Callable[[Any], Mapping[str, float]] | None,
     step: int,
-    groups: Sequence[Group],
+    groups: Sequence[OptimizerGroup],
     ctx: Context,
     writes: Callable[[Any], Iterable[str]] | None,
 ) -> _Losses:
@@ -499,7 +504,7 @@ Copies = Mapping[nn.Parameter, Sequence[tuple[Slice, Tensor]]]
 """The float32 master weights of slices of half-precision parameters."""
 
 
-def _copies(groups: Sequence[Group]) -> Copies:
+def _copies(groups: Sequence[OptimizerGroup]) -> Copies:
     """Return the master weights that have memory of their own, by parameter."""
     copies: dict[nn.Parameter, list[tuple[Slice, Tensor]]] = {}
     for group in groups:
@@ -531,7 +536,7 @@ def _widening(copies: Copies) -> Iterator[None]:
         yield
 
 
-def _settle_gradients(groups: Sequence[Group], written: set[str] | None) -> None:
+def _settle_gradients(groups: Sequence[OptimizerGroup], written: set[str] | None) -> None:
     """Give slices their part of a parameter's gradient, and groups that nothing wrote none."""
     for group in groups:
         for part, weight in zip(group.slices, group.master_weights, strict=True):

@@ -174,7 +174,7 @@ class Slice:
 
 
 @dataclass
-class Group:
+class OptimizerGroup:
     """Parameters, or slices of them, that are stepped together with an optimizer of their own.
 
     Attributes:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from excise.core.disk import disk_full
 from excise.core.errors import UserError
-from excise.train.optim import Group
+from excise.train.optim import OptimizerGroup
 
 VERSION = 2
 """Version of the layout."""
@@ -58,7 +58,7 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor]:
 def save_state(
     folder: Path,
     cursor: int,
-    groups: Sequence[Group],
+    groups: Sequence[OptimizerGroup],
     buffers: Mapping[str, Tensor],
     run_id: Mapping[str, Any],
     log_sum: str,
@@ -183,7 +183,7 @@ def _read(path: Path, log: Path, run_id: Mapping[str, Any]) -> State:
 
 
 @torch.no_grad()
-def restore(groups: Sequence[Group], buffers: Mapping[str, Tensor], state: State) -> None:
+def restore(groups: Sequence[OptimizerGroup], buffers: Mapping[str, Tensor], state: State) -> None:
     """Copy a state into master weights, optimizers, model and buffers.
 
     Args:

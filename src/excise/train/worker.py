@@ -6,10 +6,10 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
+import mmap
 import multiprocessing
 import os
 import pickle
-import resource
 import signal
 import sys
 import threading
@@ -44,8 +44,13 @@ def unsettle() -> None:
 
 
 def peak_bytes() -> int:
-    """Return the largest resident memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the largest resident memory of this process, in bytes; 0 where nothing tells it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def release() -> int:
@@ -58,18 +63,18 @@ def release() -> int:
     """
     if resident_bytes() > MUCH:
         gc.collect()
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows
             ctypes.CDLL(None).malloc_trim(0)  # glibc has it
     return resident_bytes()
 
 
 def resident_bytes() -> int:
-    """Return this process's resident memory, 0 where the system does not tell."""
+    """Return this process's resident memory, in bytes; 0 where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):
         return 0
-    return pages * resource.getpagesize()
+    return pages * mmap.PAGESIZE
 
 
 def _stop(*_: object) -> None:

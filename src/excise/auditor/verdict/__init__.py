@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult
+from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult, Results
 from excise.auditor.budget import Budget
 from excise.auditor.verdict.levels import all_levels
 from excise.auditor.verdict.power import invalid_attacks, marked, uncontrolled
-from excise.auditor.verdict.reference import Case, Results, refuse_equal
+from excise.auditor.verdict.reference import VerdictCase, refuse_equal
 from excise.auditor.verdict.verdict import verdict_of
 from excise.data.domain import Domain
 from excise.evals.score import chance_of, direction_of
@@ -78,7 +78,9 @@ def judge_all(
     return marked(results, _why_invalid(cases, levels, results), silent), verdicts
 
 
-def case_of(model: str, results: Results, domain: Domain, budget: Budget, *, seed: int = 0) -> Case:
+def case_of(
+    model: str, results: Results, domain: Domain, budget: Budget, *, seed: int = 0
+) -> VerdictCase:
     """Return what a verdict about one candidate rests on, the attacks' power known.
 
     Args:
@@ -90,7 +92,7 @@ def case_of(model: str, results: Results, domain: Domain, budget: Budget, *, see
     """
     test = [row for rows in domain.test.values() for row in rows]
     metric = domain.metrics[0]
-    case = Case(
+    case = VerdictCase(
         model=model,
         results=results,
         budget=budget,
@@ -111,7 +113,7 @@ def null_of(levels: Sequence[LevelResult]) -> float | None:
 
 
 def _why_invalid(
-    cases: Mapping[str, Case], levels: Mapping[str, Sequence[LevelResult]], results: Results
+    cases: Mapping[str, VerdictCase], levels: Mapping[str, Sequence[LevelResult]], results: Results
 ) -> dict[tuple[str, str], str]:
     """Return why variants are invalid, by attack and subject.
 

@@ -17,11 +17,11 @@ from typing import Literal
 import numpy as np
 
 from excise.auditor.base import ORIGINAL
+from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.verdict.reference import (
     RAN,
-    Case,
     Gap,
-    Units,
+    VerdictCase,
     averaged,
     depth_gap,
     nothing_to_remove,
@@ -65,7 +65,7 @@ class Comparison:
     note: str = ""
 
 
-def all_levels(case: Case) -> tuple[LevelResult, ...]:
+def all_levels(case: VerdictCase) -> tuple[LevelResult, ...]:
     """Decide every level for one candidate.
 
     Args:
@@ -92,7 +92,7 @@ def highest(levels: Sequence[LevelResult]) -> str:
     return code
 
 
-def before_attacks(case: Case) -> list[Comparison]:
+def before_attacks(case: VerdictCase) -> list[Comparison]:
     """Compare scores before any attack: with the oracle, else chance, else fresh text (D0)."""
     ours, top = case.start(case.model), case.start(ORIGINAL)
     if not ours or not top:
@@ -116,14 +116,14 @@ def before_attacks(case: Case) -> list[Comparison]:
     return [Comparison("loss before any attack", gap, "chance", note=note)]
 
 
-def after_attacks(case: Case, level: Level) -> list[Comparison]:
+def after_attacks(case: VerdictCase, level: Level) -> list[Comparison]:
     """Compare the end of every deciding attack of a level (D1 to D4)."""
     attacks = [attack for attack in case.attacks() if case.level(attack) == level]
     known = [_after_attack(case, attack) for attack in attacks]
     return [comparison for comparison in known if comparison is not None]
 
 
-def _after_attack(case: Case, attack: str) -> Comparison | None:
+def _after_attack(case: VerdictCase, attack: str) -> Comparison | None:
     """Compare the end of one attack with the reference models' under the same attack."""
     ours, top = case.end(attack, case.model), case.start(ORIGINAL)
     if not ours or not top:
@@ -147,7 +147,7 @@ def _after_attack(case: Case, attack: str) -> Comparison | None:
     return Comparison(by, gap, "controls", invalid_attack=invalid, note=note)
 
 
-def _controls(case: Case, attack: str) -> tuple[list[Units], str]:
+def _controls(case: VerdictCase, attack: str) -> tuple[list[UnitScores], str]:
     """Return what stands for the oracle without one: the attack's controls, else no attack."""
     controls = [
         variant.unit_scores[-1]
@@ -159,7 +159,7 @@ def _controls(case: Case, attack: str) -> tuple[list[Units], str]:
     return [case.start(case.model)], "the same model before the attack"
 
 
-def as_never_learned(case: Case) -> list[Comparison]:
+def as_never_learned(case: VerdictCase) -> list[Comparison]:
     """Compare residual bits under every kind of relearning, as shares of the original's (D5)."""
     if not case.oracles:
         return []
@@ -176,7 +176,7 @@ def as_never_learned(case: Case) -> list[Comparison]:
     ]
 
 
-def decide(case: Case, level: Level, comparisons: Sequence[Comparison]) -> LevelResult:
+def decide(case: VerdictCase, level: Level, comparisons: Sequence[Comparison]) -> LevelResult:
     """Put the comparisons of a level together; the worst decides.
 
     Args:
@@ -268,7 +268,7 @@ def _p_recovered(comparison: Comparison) -> float:
     return float(min(above, below) if comparison.two_sided else above)
 
 
-def missing_attacks(case: Case, level: Level) -> list[str]:
+def missing_attacks(case: VerdictCase, level: Level) -> list[str]:
     """Return what the budget requires on a level and did not run on the candidate, with why."""
     out = []
     for attack in case.budget.attacks:
@@ -286,7 +286,7 @@ def missing_attacks(case: Case, level: Level) -> list[str]:
     return out
 
 
-def _why_untested(case: Case, level: Level, missing: Sequence[str]) -> str:
+def _why_untested(case: VerdictCase, level: Level, missing: Sequence[str]) -> str:
     """Say why a level has no comparison."""
     if not case.oracles and level in ("D4", "D5"):
         return (

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult
-from excise.auditor.verdict.reference import Case, Results, mean
+from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult, Results
+from excise.auditor.verdict.reference import VerdictCase, mean
 
 RECOVERED = 0.5
 """Share of what a positive control hides that its attack must bring back."""
@@ -22,7 +22,7 @@ LEARNED = 0.8
 """Share of the relearn set (or fresh text) that must be learned from standard on."""
 
 
-def invalid_attacks(case: Case) -> dict[str, str]:
+def invalid_attacks(case: VerdictCase) -> dict[str, str]:
     """Return why attacks on the candidate have no power, by attack.
 
     Args:
@@ -45,7 +45,7 @@ def invalid_attacks(case: Case) -> dict[str, str]:
     return reasons
 
 
-def recovered_share(case: Case, attack: str) -> float | None:
+def recovered_share(case: VerdictCase, attack: str) -> float | None:
     """Return the share of what the positive control hides that the attack brought back at best.
 
     Averaged over attacker seeds, at the checkpoint of the budget where it is largest; None where
@@ -63,7 +63,7 @@ def recovered_share(case: Case, attack: str) -> float | None:
     return _share_back(case, runs[0].entry.facts, curve)
 
 
-def uncontrolled(case: Case) -> dict[str, tuple[str, ...]]:
+def uncontrolled(case: VerdictCase) -> dict[str, tuple[str, ...]]:
     """Return variants that no positive control answers to, by attack that has power all the same.
 
     Only edits that are tried one beside the other (the bits of a rounding) are looked at: rates,
@@ -91,7 +91,9 @@ def uncontrolled(case: Case) -> dict[str, tuple[str, ...]]:
     return silent
 
 
-def _share_back(case: Case, facts: Mapping[str, object], curve: Sequence[float]) -> float | None:
+def _share_back(
+    case: VerdictCase, facts: Mapping[str, object], curve: Sequence[float]
+) -> float | None:
     """Return the largest share of what a positive control hides that came back along a curve.
 
     Args:
@@ -109,7 +111,7 @@ def _share_back(case: Case, facts: Mapping[str, object], curve: Sequence[float])
     return max((score - curve[0]) / (known - curve[0]) for score in curve[1:])
 
 
-def _not_recovered(case: Case, attack: str) -> str:
+def _not_recovered(case: VerdictCase, attack: str) -> str:
     """Say why the positive control shows no power, or nothing."""
     share = recovered_share(case, attack)
     if share is None:
@@ -124,7 +126,7 @@ def _not_recovered(case: Case, attack: str) -> str:
     return ""
 
 
-def _not_learned(case: Case, attack: str) -> str:
+def _not_learned(case: VerdictCase, attack: str) -> str:
     """Say that the relearn set, or fresh text without an oracle, was not learned in the budget."""
     if case.oracles:
         shares = [_learned(case, attack, name, fresh=False) for name in case.oracles]
@@ -141,7 +143,7 @@ def _not_learned(case: Case, attack: str) -> str:
     return ""
 
 
-def _learned(case: Case, attack: str, subject: str, *, fresh: bool) -> float | None:
+def _learned(case: VerdictCase, attack: str, subject: str, *, fresh: bool) -> float | None:
     """Return the share of what was trained on that was learned.
 
     Right-or-wrong metrics: the score itself. Token loss: the share of the way from the start to
@@ -168,7 +170,7 @@ def _learned(case: Case, attack: str, subject: str, *, fresh: bool) -> float | N
     return sum(shares) / len(shares) if shares else None
 
 
-def _start_on_relearn_set(case: Case, attack: str) -> float:
+def _start_on_relearn_set(case: VerdictCase, attack: str) -> float:
     """Return what the relearn set costs the original before the attack; NaN where not scored."""
     for variant in case.variants(attack, ORIGINAL):
         curve = variant.entry.curve

@@ -17,17 +17,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from excise.auditor.base import AttackResult, VariantResult
+from excise.auditor.base import AttackResult, Results, VariantResult
 from excise.auditor.budget import Budget
+from excise.auditor.evaluation_set import UnitScores
 from excise.core.errors import UserError
 from excise.evals.stats import SAMPLES, Array, bootstrap_mean, clusters, quantiles, resampled_means
-from excise.record import Direction, Estimate
-
-Units = Mapping[str, float]
-"""Score by unit."""
-
-Results = Mapping[tuple[str, str], AttackResult]
-"""Results by attack and subject."""
+from excise.record import Estimate, ScoreDirection
 
 RAN = ("ok", "invalid")
 """Statuses of a variant that ran to its end, whether or not its attack has power."""
@@ -37,7 +32,7 @@ COVERAGE = 0.9
 
 
 @dataclass(frozen=True)
-class Case:
+class VerdictCase:
     """What a verdict about one candidate rests on.
 
     Attributes:
@@ -58,7 +53,7 @@ class Case:
     budget: Budget
     oracles: tuple[str, ...] = ()
     metric: str = "exact_match"
-    direction: Direction = "higher"
+    direction: ScoreDirection = "higher"
     chance: float | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
     invalid: Mapping[str, str] = field(default_factory=dict)
@@ -91,7 +86,7 @@ class Case:
         deciding = [result.variants[i] for i in result.chosen] if result else []
         return tuple(v for v in deciding if v.unit_scores and v.entry.status in RAN)
 
-    def end(self, attack: str, subject: str, at: int = -1) -> list[Units]:
+    def end(self, attack: str, subject: str, at: int = -1) -> list[UnitScores]:
         """Return V by unit at the end of an attack (or at checkpoint `at`), by attacker seed."""
         return [
             variant.unit_scores[at]
@@ -99,12 +94,12 @@ class Case:
             if -len(variant.unit_scores) <= at < len(variant.unit_scores)
         ]
 
-    def start(self, subject: str) -> Units:
+    def start(self, subject: str) -> UnitScores:
         """Return V by unit before any attack; empty where nobody scored it.
 
         Of all first checkpoints the one with most units is taken.
         """
-        most: Units = {}
+        most: UnitScores = {}
         for attack in self.attacks(subject):
             for variant in self.variants(attack, subject):
                 scored = variant.entry.scored_on == "test" and variant.unit_scores
@@ -113,7 +108,7 @@ class Case:
         return most
 
 
-def averaged(scores: Sequence[Units]) -> Units:
+def averaged(scores: Sequence[UnitScores]) -> UnitScores:
     """Return the mean by unit over mappings, of their common units."""
     if not scores:
         return {}
@@ -121,7 +116,7 @@ def averaged(scores: Sequence[Units]) -> Units:
     return {u: sum(each[u] for each in scores) / len(scores) for u in common}
 
 
-def mean(units: Units) -> float:
+def mean(units: UnitScores) -> float:
     """Return the mean over units, NaN for none."""
     return sum(units.values()) / len(units) if units else float("nan")
 
@@ -154,11 +149,11 @@ def seed_weights(generator: np.random.Generator, count: int, samples: int) -> Ar
 
 
 def depth_gap(
-    candidate: Units | Sequence[Units],
-    oracles: Sequence[Units],
-    original: Units,
+    candidate: UnitScores | Sequence[UnitScores],
+    oracles: Sequence[UnitScores],
+    original: UnitScores,
     *,
-    oracles_start: Sequence[Units] | None = None,
+    oracles_start: Sequence[UnitScores] | None = None,
     groups: Mapping[str, str] | None = None,
     samples: int = SAMPLES,
     seed: int = 0,
@@ -229,7 +224,9 @@ def ratio_of(top: Array, bottom: Array, distance: float) -> Array:
     return top / (sign * np.maximum(sign * bottom, 1e-6 * abs(distance)))
 
 
-def _open_share(attacked: Sequence[Units], oracles: Sequence[Units]) -> tuple[float, float]:
+def _open_share(
+    attacked: Sequence[UnitScores], oracles: Sequence[UnitScores]
+) -> tuple[float, float]:
     """Return by how much equal answers widen the difference, below and above.
 
     Scores that are all 0 (or all 1), or unit for unit the oracle's, have nothing to resample, and
@@ -268,9 +265,9 @@ def refuse_equal(candidates: Mapping[str, str], references: Mapping[str, str]) -
 
 
 def nothing_to_remove(
-    original: Units,
+    original: UnitScores,
     chance: float | None,
-    direction: Direction,
+    direction: ScoreDirection,
     *,
     groups: Mapping[str, str] | None = None,
     seed: int = 0,

@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from excise.auditor.base import ORIGINAL, VariantResult
+from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.verdict.reference import (
     COVERAGE,
     RAN,
-    Case,
     Gap,
-    Units,
+    VerdictCase,
     averaged,
     invalid_gap,
     ratio_of,
@@ -35,7 +35,7 @@ from excise.record import Estimate
 
 LN2 = math.log(2)
 
-Losses = tuple[Units, Units]
+Losses = tuple[UnitScores, UnitScores]
 """Nats by unit on V and on fresh units, of one model after one attack."""
 
 
@@ -127,7 +127,9 @@ def losses_of(variant: VariantResult, *, start: bool = False) -> Losses | None:
     return (v, fresh) if all(map(math.isfinite, [*v.values(), *fresh.values()])) else None
 
 
-def best_on_dev(case: Case, attack: str, subject: str) -> dict[str, tuple[VariantResult, ...]]:
+def best_on_dev(
+    case: VerdictCase, attack: str, subject: str
+) -> dict[str, tuple[VariantResult, ...]]:
     """Return for each kind of training (full, LoRA) the runs at the rate that fits `dev` best.
 
     Averaged over seeds; controls and variants that hold the original are left out.
@@ -148,7 +150,7 @@ def best_on_dev(case: Case, attack: str, subject: str) -> dict[str, tuple[Varian
     return {kind: runs for kind, (_, runs) in best.items()}
 
 
-def start_losses(case: Case, subject: str, attacks: Sequence[str]) -> Losses | None:
+def start_losses(case: VerdictCase, subject: str, attacks: Sequence[str]) -> Losses | None:
     """Return the losses of a subject before any attack, as the first of `attacks` noted them."""
     for attack in attacks:
         for runs in best_on_dev(case, attack, subject).values():
@@ -158,7 +160,7 @@ def start_losses(case: Case, subject: str, attacks: Sequence[str]) -> Losses | N
     return None
 
 
-def bits_of(case: Case, attack: str, kind: str) -> tuple[Estimate, Gap] | None:
+def bits_of(case: VerdictCase, attack: str, kind: str) -> tuple[Estimate, Gap] | None:
     """Return the residual bits of a candidate under one kind of training.
 
     Args:
@@ -182,7 +184,7 @@ def bits_of(case: Case, attack: str, kind: str) -> tuple[Estimate, Gap] | None:
     return residual_bits(candidate, oracles, original, groups=case.groups, seed=case.seed)
 
 
-def all_bits(case: Case) -> list[tuple[str, str, Estimate, Gap]]:
+def all_bits(case: VerdictCase) -> list[tuple[str, str, Estimate, Gap]]:
     """Return (attack, kind, bits, share) for every deciding relearning attack that kept losses."""
     out = []
     for attack in case.attacks():
@@ -203,7 +205,7 @@ def _over_seeds(runs: Sequence[VariantResult]) -> Losses | None:
     return averaged([v for v, _ in known]), averaged([fresh for _, fresh in known])
 
 
-def prequential(case: Case, attack: str) -> float | None:
+def prequential(case: VerdictCase, attack: str) -> float | None:
     """Return the summed difference in loss on every batch of T before training on it.
 
     Secondary: it is confounded by what a model must first unlearn, and counts the relearn set, not
@@ -225,7 +227,7 @@ def prequential(case: Case, attack: str) -> float | None:
     return (sum(known) / len(known) - ours) / LN2
 
 
-def _shortest(case: Case, attack: str, subject: str) -> float | None:
+def _shortest(case: VerdictCase, attack: str, subject: str) -> float | None:
     """Return the smallest prequential sum over the variants on a subject."""
     sums = [
         float(sum(variant.extras["prequential"]))

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from excise.auditor.base import ORIGINAL
+from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.verdict.levels import BEYOND, highest
 from excise.auditor.verdict.power import uncontrolled
 from excise.auditor.verdict.reference import (
-    Case,
-    Units,
+    VerdictCase,
     averaged,
     depth_gap,
     mean,
@@ -42,7 +42,7 @@ NEAR = 0.9
 
 
 def verdict_of(
-    case: Case,
+    case: VerdictCase,
     levels: tuple[LevelResult, ...],
     domain: Domain,
     *,
@@ -112,7 +112,7 @@ class Recovery:
     attack: str
 
 
-def recovery_of(case: Case) -> Recovery | None:
+def recovery_of(case: VerdictCase) -> Recovery | None:
     """Return how much relearning brought back; None where it did not run.
 
     The attack is the deciding one of relearning that brought back most, at the end of its budget,
@@ -128,7 +128,7 @@ def recovery_of(case: Case) -> Recovery | None:
     )
 
 
-def _recovery(case: Case, attack: str) -> Recovery:
+def _recovery(case: VerdictCase, attack: str) -> Recovery:
     """Return the recovery under one attack."""
     top, before = case.start(ORIGINAL), case.start(case.model)
     after = averaged(case.end(attack, case.model))
@@ -149,7 +149,7 @@ def _recovery(case: Case, attack: str) -> Recovery:
     )
 
 
-def _removed(case: Case) -> bool:
+def _removed(case: VerdictCase) -> bool:
     """Return whether the candidate scores less than the original, beyond the 95 % interval."""
     top, before = case.start(ORIGINAL), case.start(case.model)
     if not top or not before or not any(u in before for u in top):
@@ -158,7 +158,7 @@ def _removed(case: Case) -> bool:
     return lost.low > 0 if case.direction == "higher" else lost.high < 0
 
 
-def removed_share(case: Case) -> float | None:
+def removed_share(case: VerdictCase) -> float | None:
     """Return which share of the distance from original to oracle was removed before any attack.
 
     Args:
@@ -177,7 +177,7 @@ def removed_share(case: Case) -> float | None:
 
 
 def opening(
-    case: Case, levels: Sequence[LevelResult], recovery: Recovery | None, domain: Domain
+    case: VerdictCase, levels: Sequence[LevelResult], recovery: Recovery | None, domain: Domain
 ) -> str:
     """Say whether it comes back, and how much of it after how much work.
 
@@ -246,7 +246,7 @@ def _comes_back(levels: Sequence[LevelResult]) -> str:
     return "Whether it comes back is not decided. " if undecided else ""
 
 
-def cost(case: Case, domain: Domain) -> str:
+def cost(case: VerdictCase, domain: Domain) -> str:
     """Say how the retain score changed against the original, before any attack.
 
     Args:
@@ -271,7 +271,7 @@ def cost(case: Case, domain: Domain) -> str:
     )
 
 
-def _retain(case: Case, subject: str) -> Units:
+def _retain(case: VerdictCase, subject: str) -> UnitScores:
     """Return the retain score by unit before any attack; empty where nobody scored it."""
     for attack in case.attacks(subject):
         for variant in case.variants(attack, subject):
@@ -280,7 +280,7 @@ def _retain(case: Case, subject: str) -> Units:
     return {}
 
 
-def suppression_notes(case: Case, scores: Sequence[Score], vocabulary: int) -> list[str]:
+def suppression_notes(case: VerdictCase, scores: Sequence[Score], vocabulary: int) -> list[str]:
     """Say that a candidate is broken on the held-out test set instead of ignorant, or nothing.
 
     With oracles a loss counts as suppression only where it lies clearly beyond theirs: a model
@@ -329,7 +329,7 @@ def _beside_a_guess(loss: float, guess: float) -> str:
     return f", {where} that of a uniform guess ({guess:.2f})"
 
 
-def _token_loss(case: Case, subject: str, scores: Sequence[Score]) -> Estimate | None:
+def _token_loss(case: VerdictCase, subject: str, scores: Sequence[Score]) -> Estimate | None:
     """Return the nats per scored token on V before any attack, over all capabilities."""
     known = [
         s
@@ -346,7 +346,7 @@ def _token_loss(case: Case, subject: str, scores: Sequence[Score]) -> Estimate |
     return bootstrap_mean(start, seed=case.seed, groups=case.groups) if start else None
 
 
-def _worse_than_ignorant(case: Case) -> float | None:
+def _worse_than_ignorant(case: VerdictCase) -> float | None:
     """Return by how many bits per unit V costs more than it costs any oracle, beyond doubt."""
     ours = _start_nats(case, case.model)
     oracles = [_start_nats(case, name) for name in case.oracles]
@@ -359,13 +359,13 @@ def _worse_than_ignorant(case: Case) -> float | None:
     return bits if all(each.low > 0 for each in excess) and bits >= 2 else None
 
 
-def _start_nats(case: Case, subject: str) -> Units:
+def _start_nats(case: VerdictCase, subject: str) -> UnitScores:
     """Return nats by unit on V before any attack, as a relearning attack noted them."""
     losses = start_losses(case, subject, case.attacks(subject))
     return losses[0] if losses else {}
 
 
-def _power_reasons(case: Case) -> list[str]:
+def _power_reasons(case: VerdictCase) -> list[str]:
     """Say which attacks, or which variants of them, have no power."""
     invalid = [f"The attack {name} is invalid: {why}." for name, why in case.invalid.items()]
     return invalid + [
@@ -375,7 +375,7 @@ def _power_reasons(case: Case) -> list[str]:
     ]
 
 
-def _early_reasons(case: Case) -> list[str]:
+def _early_reasons(case: VerdictCase) -> list[str]:
     """Say that a relearning attack was further from the oracle before its end than at it."""
     top = case.start(ORIGINAL)
     if not case.oracles or not top:
@@ -399,7 +399,7 @@ def _early_reasons(case: Case) -> list[str]:
     return reasons
 
 
-def _gap_at(case: Case, attack: str, at: int, top: Mapping[str, float]) -> float | None:
+def _gap_at(case: VerdictCase, attack: str, at: int, top: Mapping[str, float]) -> float | None:
     """Return the depth gap at one checkpoint, without an interval; None where it is not known."""
     ours = averaged(case.end(attack, case.model, at))
     oracles = [averaged(case.end(attack, name, at)) for name in case.oracles]
@@ -411,7 +411,7 @@ def _gap_at(case: Case, attack: str, at: int, top: Mapping[str, float]) -> float
     return (mean(ours) - lower) / distance if distance else None
 
 
-def _other_reasons(case: Case, domain: Domain, recovery: Recovery | None) -> list[str]:
+def _other_reasons(case: VerdictCase, domain: Domain, recovery: Recovery | None) -> list[str]:
     """Say what else a reader should know before quoting the verdict."""
     reasons = []
     if recovery is not None and recovery.fraction is not None and recovery.fraction < 0:

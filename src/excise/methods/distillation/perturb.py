@@ -61,14 +61,17 @@ def xavier_uniform(
 def shrunk(
     value: Tensor, *, alpha: float, beta: float, initial: Tensor | None, noise: Tensor | None
 ) -> Tensor:
-    """Return one perturbed tensor, computed in float32 at least, in the dtype it came in.
+    """Return `(1 - alpha) W + alpha (W0 + beta X)`, in float32 at least, in the dtype of W.
 
     Args:
-        value: The tensor.
+        value: The tensor W.
         alpha: How far it is moved: 0 keeps it, 1 leaves nothing of it.
         beta: Scale of the noise.
-        initial: What it shrinks towards; None for 0.
+        initial: W0 of its shape, what it shrinks towards; None for 0.
         noise: X of its shape; None to shrink alone.
+
+    Source:
+        UNDO, arXiv 2506.06278, section 3 (there W0 is 0 for every tensor).
     """
     wide = value if value.dtype == torch.float64 else value.float()
     moved = (1.0 - alpha) * wide
@@ -211,6 +214,8 @@ def forget_saliency(
 ) -> dict[str, Tensor]:
     """Return |w * dL/dw| of every matrix among `names`, averaged over rows, in float32.
 
+    L is the loss per scored token of one row.
+
     Args:
         model: The model that knows; it keeps its gradients and flags.
         rows: Forget rows.
@@ -218,6 +223,9 @@ def forget_saliency(
         names: Parameters; vectors are left out.
         max_length: Tokens per row.
         ctx: Seed of the chosen rows, device.
+
+    Source:
+        SNIP, arXiv 1810.02340, equation 5; on single texts arXiv 2402.05162, section 3.1.
     """
     named = dict(model.named_parameters())
     chosen = {name: named[name] for name in names if named[name].dim() > 1}
@@ -264,7 +272,14 @@ def largest(scores: dict[str, Tensor], share: float) -> dict[str, Tensor]:
 def at_random(
     model: nn.Module, names: Sequence[str], share: float, ctx: Context
 ) -> dict[str, Tensor]:
-    """Return masks of as many weights chosen at random: the control of `forget_saliency`."""
+    """Return masks of as many weights chosen at random: the control of `forget_saliency`.
+
+    Args:
+        model: The model.
+        names: Parameters; vectors are left out.
+        share: How many, as a share of all entries of the matrices.
+        ctx: Seed of the choice.
+    """
     named = dict(model.named_parameters())
     scores = {
         name: torch.rand(named[name].shape, generator=ctx.generator(f"saliency/{name}"))

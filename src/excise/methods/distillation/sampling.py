@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from excise.data.stream import Example, collate
-from excise.evals.tokens import device_of, logits_at, pad_id, reading
+from excise.evals.tokens import device_of, evaluating, logits_at, pad_id
 
 
 def prompt_ids(example: Example, prompt_tokens: int) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ def sample(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out: list[tuple[int, ...]] = [()] * len(prompts)
-    with reading(model):
+    with evaluating(model):
         for at in range(0, len(order), batch_size):
             part = order[at : at + batch_size]
             uniform_BT = torch.stack(

@@ -99,11 +99,11 @@ Targets = Annotated[
 ]
 """What a student is distilled towards."""
 
-Kind = Literal["models", "shuffled", "uniform", "unigram", "mean", "tokens"]
+TargetKind = Literal["models", "shuffled", "uniform", "unigram", "mean", "tokens"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class TargetPiece:
     """Positions of a batch that share a kind of target.
 
     Attributes:
@@ -113,7 +113,7 @@ class Piece:
     """
 
     mask_BT: Bool[Tensor, "B T"]
-    kind: Kind
+    kind: TargetKind
     weights: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -179,7 +179,7 @@ def pieces(
     batch: Batch,
     wanted_BT: Bool[Tensor, "B T"],
     harmful: Callable[[], Bool[Tensor, "B T"]],
-) -> list[Piece]:
+) -> list[TargetPiece]:
     """Return which target every wanted position of a batch has; positions in none are skipped.
 
     Args:
@@ -192,30 +192,30 @@ def pieces(
         return _mixed(targets, batch, wanted_BT)
     if isinstance(targets, HardLabels):
         learned_BT = wanted_BT & ~harmful() if targets.harmful == "skip" else wanted_BT
-        return [Piece(learned_BT, "tokens")]
+        return [TargetPiece(learned_BT, "tokens")]
     if not isinstance(targets, Splice):
-        return [Piece(wanted_BT, "models", {sources_of(targets)[0]: 1.0})]
+        return [TargetPiece(wanted_BT, "models", {sources_of(targets)[0]: 1.0})]
     harmful_BT = harmful()
-    benign = Piece(wanted_BT & ~harmful_BT, "models", {targets.benign: 1.0})
+    benign = TargetPiece(wanted_BT & ~harmful_BT, "models", {targets.benign: 1.0})
     at_BT = wanted_BT & harmful_BT
     if targets.harmful == "skip":
         return [benign]
     if targets.harmful == "unlearned" or targets.harmful == "original":
-        return [benign, Piece(at_BT, "models", {targets.harmful: 1.0})]
+        return [benign, TargetPiece(at_BT, "models", {targets.harmful: 1.0})]
     if targets.harmful == "shuffled":
-        return [benign, Piece(at_BT, "shuffled", {UNLEARNED: 1.0})]
-    return [benign, Piece(at_BT, targets.harmful)]
+        return [benign, TargetPiece(at_BT, "shuffled", {UNLEARNED: 1.0})]
+    return [benign, TargetPiece(at_BT, targets.harmful)]
 
 
-def _mixed(targets: FromMixture, batch: Batch, wanted_BT: Bool[Tensor, "B T"]) -> list[Piece]:
+def _mixed(targets: FromMixture, batch: Batch, wanted_BT: Bool[Tensor, "B T"]) -> list[TargetPiece]:
     """Return the pieces of a mixture; samples follow the step, as `fit` seeds them."""
     total = sum(targets.weights.values())
     weights = {source: w / total for source, w in targets.weights.items()}
     if targets.how == "mean":
-        return [Piece(wanted_BT, "models", weights)]
+        return [TargetPiece(wanted_BT, "models", weights)]
     share = torch.tensor(list(weights.values()))
     source_B = torch.multinomial(share, len(batch.units), replacement=True).to(wanted_BT.device)
     return [
-        Piece(wanted_BT & (source_B == i)[:, None], "models", {source: 1.0})
+        TargetPiece(wanted_BT & (source_B == i)[:, None], "models", {source: 1.0})
         for i, source in enumerate(weights)
     ]

@@ -1,11 +1,10 @@
 """What a teacher says about a set of documents, kept for as many students as like.
 
-A cache belongs to one teacher, one tokenizer and one way of keeping; documents are found by the
-hash of their token ids, so that neither their order, nor padding, nor how they are put into
-batches matters. It lies in shards that are whole or are not there: `shard-00000.safetensors` and an
-index `shard-00000.json`, written after it, both under a temporary name that is then replaced. The
-index holds the SHA-256 of the shard, and of itself, and the key of the cache; a shard that does not
-agree with its index is not used.
+A cache is a stage: its key names the teacher, the documents and what is kept of them, and its
+folder is whole or not there. In it, documents are found by the hash of their token ids, so that
+neither their order, nor padding, nor how they are put into batches matters. It lies in shards
+`shard-NUMBER-SHA256.safetensors`, each with the index of its documents in the header: a killed
+build resumes behind the shards whose bytes agree with their names.
 
 Shape legend: B rows, T tokens, L tokens of a document, N wanted predictions of a batch, n of a
 document, D hidden size, V vocabulary.
@@ -16,22 +15,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from jaxtyping import Bool, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from excise.core.context import Context, Stage
-from excise.core.disk import disk_full, write_text
+from excise.core.disk import file_sum, note_sum, part_of
 from excise.core.errors import UserError
 from excise.data.stream import Batch, Example, collate
 from excise.losses import predicting
@@ -51,103 +47,132 @@ from excise.methods.distillation.cache_kinds import (
 )
 from excise.models.checkpoint import Checkpoint
 from excise.models.head import Head, final_hidden, head_of, head_of_checkpoint
+from excise.train.distributed import barrier
 from excise.train.vocab import HiddenTarget, Sampled, Target, TopK, Uniform
 
-KEY = "cache.json"
-"""What the cache was made with."""
 SHARD_BYTES = 1 << 26
 """Bytes of a shard, about: what a killed build loses at most."""
 BATCH_TOKENS = 4096
 """Tokens the teacher reads at once."""
 
+Wanted = tuple[str, tuple[Example, Int[Tensor, " L"]]]
+"""Hash of a document, the document, and the types its positions are to have."""
+
+
+def examples_identity(examples: tuple[Example, ...]) -> str:
+    """Return the SHA-256 of the token ids, targets and labels of examples, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.ids, example.target, example.label)).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class CacheTeacher(Stage[Path]):
+    """What a teacher predicts at the scored tokens of documents; `build_cache` opens it.
+
+    Attributes:
+        teacher: The teacher; loaded only if a shard is missing.
+        examples: Encoded rows (`excise.data.stream.encode`); equal ones are one document.
+        kind: What is kept.
+        shard_bytes: Bytes of a shard, about.
+        batch_tokens: Tokens the teacher reads at once.
+    """
+
+    teacher: Checkpoint
+    examples: tuple[Example, ...] = field(metadata={"identity": examples_identity})
+    kind: CacheKind
+    shard_bytes: int = SHARD_BYTES
+    batch_tokens: int = BATCH_TOKENS
+
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return f"teacher-cache-{self.kind.name}"
+
+    def make(self, ctx: Context) -> None:
+        """Write the shards that are not there, each process its share of them.
+
+        Raises:
+            UserError: If the teacher's predictions are not finite.
+        """
+        head = head_of_checkpoint(self.teacher, dtype=ctx.dtype, device=ctx.device)
+        if not bool(head.weight_VD.isfinite().all()):
+            raise UserError(
+                f"teacher {self.teacher.path} has NaN or infinity in its head; take another one"
+            )
+        width, itemsize = head.weight_VD.shape[1], head.weight_VD.element_size()
+        each = bytes_each(self.kind, width, head.vocab, itemsize)
+        wanted = list(wanted_of(self.examples, self.kind.skip_labels).items())
+        parts = _cut(wanted, [len(x[1][0].ids) * each for x in wanted], self.shard_bytes)
+        shares = [(i, part) for i, part in enumerate(parts) if i % ctx.world == ctx.rank]
+        missing = [(i, part) for i, part in shares if not _whole(ctx.work, i)]
+        if missing:
+            model = self.teacher.load(dtype=ctx.dtype, device=ctx.device)
+            done, steps = 0, sum(len(part) for _, part in missing)
+            for i, part in missing:
+                write_shard(ctx.work, i, part, self._read(model, part, ctx))
+                done += len(part)
+                ctx.emit("step", {"stage": "teacher cache", "step": done, "steps": steps})
+        barrier(ctx)
+
+    def read(self, folder: Path) -> Path:
+        """Return the folder of the cache."""
+        return folder
+
+    def _read(self, model: Any, part: list[Wanted], ctx: Context) -> list[KeptDocument]:
+        """Let the teacher read the documents of a shard, those of one length together."""
+        by_length = sorted(part, key=lambda x: len(x[1][0].ids))
+        longest = [len(by_length[-1][1][0].ids)] * len(by_length)
+        documents: dict[str, KeptDocument] = {}
+        for group in _cut(by_length, longest, self.batch_tokens):
+            documents |= self._read_group(model, group, ctx)
+        return [documents[name] for name, _ in part]
+
+    @torch.no_grad()
+    def _read_group(
+        self, model: Any, group: Sequence[Wanted], ctx: Context
+    ) -> dict[str, KeptDocument]:
+        """Return what is kept of documents that are read together."""
+        head = head_of(model).detach()
+        batch = collate([example for _, (example, _) in group], pad_id=0).to(ctx.device)
+        hidden_BTD = final_hidden(model, batch.inputs)
+        documents: dict[str, KeptDocument] = {}
+        for (name, (example, types_L)), hidden_TD in zip(group, hidden_BTD, strict=True):
+            seed = getattr(self.kind, "seed", 0) ^ (int(name[:15], 16))
+            try:
+                documents[name] = keep(
+                    self.kind, hidden_TD[: len(example.ids)], types_L, head, seed & (2**63 - 1)
+                )
+            except FloatingPointError as error:
+                raise UserError(
+                    f"teacher {self.teacher.path} gives NaN or infinity for unit '{example.unit}' "
+                    f"after token {error.args[0]}; unlearn with a lower learning rate, or run it "
+                    "in float32"
+                ) from None
+        return documents
+
 
 def build_cache(
-    teacher: Checkpoint,
-    examples: Sequence[Example],
-    kind: CacheKind,
-    ctx: Context,
-    *,
-    folder: Path | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    batch_tokens: int = BATCH_TOKENS,
+    teacher: Checkpoint, examples: Sequence[Example], kind: CacheKind, ctx: Context
 ) -> TeacherCache:
-    """Return a cache that holds what a teacher predicts on every example.
-
-    What is there already is used; what is missing or damaged is made. A killed build resumes
-    behind the last whole shard. Predictions of scored tokens are kept, others are not.
+    """Return what a teacher says about documents, read once for all who ask the same.
 
     Args:
-        teacher: The teacher; loaded only if something is missing.
-        examples: Encoded rows (`excise.data.stream.encode`).
+        teacher: The teacher.
+        examples: Encoded rows.
         kind: What to keep.
-        ctx: Device and dtype the teacher runs in.
-        folder: Folder of caches that several stages share; None for one in `ctx.work`.
-        shard_bytes: Bytes of a shard, about.
-        batch_tokens: Tokens read at once.
+        ctx: Runs the stage; device and dtype of the teacher.
 
     Returns:
         The cache.
 
     Raises:
-        UserError: If the teacher's predictions are not finite, or the folder holds another cache.
+        UserError: If the teacher's predictions are not finite.
     """
-    key = key_of(teacher, kind, ctx)
-    root = ctx.work / "teacher-caches" if folder is None else folder
-    at = root / f"{kind.name}-{_digest(key)[:16]}"
-    with disk_full(at), _locked(at):
-        _claim(at, key)
-        docs, stats, damaged = _read_shards(at, key)
-        for path, wrong in damaged:
-            ctx.emit("note", {"text": f"teacher cache {path}: {wrong}; making it again"})
-            path.with_suffix(".json").unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-        cache = _opened(at, teacher, kind, ctx, docs, stats)
-        wanted = cache.missing(examples)
-        if wanted:
-            _fill(cache, key, list(wanted.items()), ctx, shard_bytes, batch_tokens)
-            docs, stats, _ = _read_shards(at, key)
-            cache = _opened(at, teacher, kind, ctx, docs, stats)
-    return cache
-
-
-def _fill(
-    cache: TeacherCache,
-    key: Mapping[str, str],
-    wanted: list[tuple[str, tuple[Example, Tensor]]],
-    ctx: Context,
-    shard_bytes: int,
-    batch_tokens: int,
-) -> None:
-    """Let the teacher read documents and write them, shard by shard, in the order given."""
-    model = cache.teacher.load(dtype=ctx.dtype, device=ctx.device)
-    head = head_of(model).detach()
-    if not bool(head.weight_VD.isfinite().all()):
-        raise UserError(
-            f"teacher {cache.teacher.path} has NaN or infinity in its head; take another one"
-        )
-    width, itemsize = head.weight_VD.shape[1], head.weight_VD.element_size()
-    each = bytes_each(cache.kind, width, head.vocab, itemsize)
-    done = 0
-    for part in _cut(wanted, [len(x[1][0].ids) * each for x in wanted], shard_bytes):
-        by_length = sorted(part, key=lambda x: len(x[1][0].ids))
-        by_name: dict[str, KeptDocument] = {}
-        longest = [len(by_length[-1][1][0].ids)] * len(by_length)
-        for group in _cut(by_length, longest, batch_tokens):
-            by_name |= _read_group(cache, model, head, group, ctx)
-        documents = [by_name[name] for name, _ in part]
-        stats = CacheStats()
-        for document in documents:
-            stats.merge(document.stats)
-        names = documents[0].tensors
-        tensors = {name: joined([d.tensors[name] for d in documents]) for name in names}
-        tensors["types"] = torch.cat([d.types_L for d in documents]).to(torch.uint8)
-        docs = [
-            (name, len(d.types_L), int((d.types_L == STORED).sum()))
-            for (name, _), d in zip(part, documents, strict=True)
-        ]
-        write_shard(cache.folder, key, tensors, docs, stats)
-        done += len(part)
-        ctx.emit("step", {"stage": "teacher cache", "step": done, "steps": len(wanted)})
+    folder = ctx.run(CacheTeacher(teacher, tuple(examples), kind))
+    head = head_of_checkpoint(teacher, dtype=ctx.dtype, device=ctx.device)
+    return TeacherCache.open(folder, kind, head)
 
 
 def _cut(things: Sequence[Any], sizes: Sequence[int], limit: int) -> Iterator[list[Any]]:
@@ -164,67 +189,52 @@ def _cut(things: Sequence[Any], sizes: Sequence[int], limit: int) -> Iterator[li
         yield run
 
 
-@torch.no_grad()
-def _read_group(
-    cache: TeacherCache,
-    model: Any,
-    head: Head,
-    group: Sequence[tuple[str, tuple[Example, Tensor]]],
-    ctx: Context,
-) -> dict[str, KeptDocument]:
-    """Return what is kept of documents that are read together."""
-    batch = collate([example for _, (example, _) in group], pad_id=0).to(ctx.device)
-    hidden_BTD = final_hidden(model, batch.inputs)
-    documents: dict[str, KeptDocument] = {}
-    for (name, (example, types_L)), hidden_TD in zip(group, hidden_BTD, strict=True):
-        seed = getattr(cache.kind, "seed", 0) ^ (int(name[:15], 16))
-        try:
-            documents[name] = keep(
-                cache.kind, hidden_TD[: len(example.ids)], types_L, head, seed & (2**63 - 1)
-            )
-        except FloatingPointError as error:
-            raise UserError(
-                f"teacher {cache.teacher.path} gives NaN or infinity for unit '{example.unit}' "
-                f"after token {error.args[0]}; unlearn with a lower learning rate, or run it in "
-                "float32"
-            ) from None
-    return documents
+def write_shard(
+    folder: Path, number: int, part: Sequence[Wanted], documents: Sequence[KeptDocument]
+) -> Path:
+    """Write a shard under the name that says its number and its bytes.
 
+    Args:
+        folder: Of the cache.
+        number: Of the shard.
+        part: Its documents by hash.
+        documents: What is kept of each, in the same order.
 
-def examples_identity(examples: tuple[Example, ...]) -> str:
-    """Return the SHA-256 of the token ids, targets and labels of examples, in their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.ids, example.target, example.label)).encode())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class CacheTeacher(Stage[Path]):
-    """What a teacher says about a corpus, kept for every student that reads it.
-
-    Attributes:
-        teacher: The teacher.
-        examples: The corpus.
-        kind: What is kept.
+    Returns:
+        The shard's path.
     """
+    stats = CacheStats()
+    for document in documents:
+        stats.merge(document.stats)
+    names = documents[0].tensors
+    tensors = {name: joined([d.tensors[name] for d in documents]) for name in names}
+    tensors["types"] = torch.cat([d.types_L for d in documents]).to(torch.uint8)
+    index = {
+        "docs": [
+            (name, len(d.types_L), int((d.types_L == STORED).sum()))
+            for (name, _), d in zip(part, documents, strict=True)
+        ],
+        "stats": asdict(stats),
+    }
+    temporary = part_of(folder / f"shard-{number:05d}")
+    try:
+        metadata = {"index": json.dumps(index)}  # one entry: the order of several is random
+        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata)
+        sha256 = file_sum(temporary)
+        path = temporary.rename(folder / f"shard-{number:05d}-{sha256}.safetensors")
+    finally:
+        temporary.unlink(missing_ok=True)
+    note_sum(path, sha256)
+    return path
 
-    teacher: Checkpoint
-    examples: tuple[Example, ...] = field(metadata={"identity": examples_identity})
-    kind: CacheKind
 
-    @property
-    def name(self) -> str:
-        """What a reader of the store sees."""
-        return f"teacher-cache-{self.kind.name}"
-
-    def make(self, ctx: Context) -> None:
-        """Let the teacher read the corpus; a killed build resumes behind its last shard."""
-        build_cache(self.teacher, self.examples, self.kind, ctx, folder=ctx.work)
-
-    def read(self, folder: Path) -> Path:
-        """Return the folder of the cache."""
-        return folder
+def _whole(folder: Path, number: int) -> bool:
+    """Return whether a shard is there as it was written, clearing a damaged one away."""
+    for path in folder.glob(f"shard-{number:05d}-*.safetensors"):
+        if path.stem.endswith(file_sum(path)):
+            return True
+        path.unlink()
+    return False
 
 
 def document_hash(ids: Iterable[int]) -> str:
@@ -233,22 +243,15 @@ def document_hash(ids: Iterable[int]) -> str:
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
-def key_of(teacher: Checkpoint, kind: CacheKind, ctx: Context) -> dict[str, str]:
-    """Return everything that decides what a cache holds of a document."""
-    return {
-        "teacher": teacher.fingerprint,
-        "tokenizer": teacher.tokenizer_fingerprint,
-        "kind": kind.name,
-        "settings": kind.canonical(),
-        "dtype": str(ctx.dtype).removeprefix("torch."),
-        "format": "1",
-    }
-
-
 def wanted_of(
     examples: Sequence[Example], skip_labels: tuple[int, ...]
 ) -> dict[str, tuple[Example, Int[Tensor, " L"]]]:
-    """Return each document with the type its positions are to have; equal ones are one."""
+    """Return each document of which something is asked, with the types of its positions.
+
+    Args:
+        examples: Encoded rows; equal ones are one document.
+        skip_labels: Capability labels of tokens whose prediction is left out.
+    """
     documents: dict[str, tuple[Example, Tensor]] = {}
     for example in examples:
         target_L = torch.tensor(example.target, dtype=torch.bool)
@@ -260,7 +263,7 @@ def wanted_of(
         if name in documents:
             types_L = torch.maximum(types_L, documents[name][1])
         documents[name] = (example, types_L)
-    return documents
+    return {name: w for name, w in documents.items() if bool((w[1] != ABSENT).any())}
 
 
 def same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
@@ -331,7 +334,6 @@ class TeacherCache:
 
     Attributes:
         folder: Where it lies.
-        teacher: The teacher.
         kind: What is kept.
         head: The teacher's head, without gradients.
         docs: Where each document lies, by its hash.
@@ -339,30 +341,33 @@ class TeacherCache:
     """
 
     folder: Path
-    teacher: Checkpoint
     kind: CacheKind
     head: Head
     docs: Mapping[str, Doc]
     stats: CacheStats
-    _open: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+    _files: Mapping[Path, Any] = field(repr=False, compare=False)
 
-    def missing(self, examples: Sequence[Example]) -> dict[str, tuple[Example, Tensor]]:
-        """Return the documents of which some wanted prediction is not kept.
+    @classmethod
+    def open(cls, folder: Path, kind: CacheKind, head: Head) -> TeacherCache:
+        """Return the cache in the folder of a finished `CacheTeacher`.
 
         Args:
-            examples: Encoded rows; equal ones are one document.
-
-        Returns:
-            By hash an example and the types its positions are to have.
+            folder: The folder; the store has checked its bytes.
+            kind: What was kept.
+            head: The teacher's head.
         """
-        lacking: dict[str, tuple[Example, Tensor]] = {}
-        for name, (example, types_L) in wanted_of(examples, self.kind.skip_labels).items():
-            doc = self.docs.get(name)
-            old_L = torch.zeros_like(types_L) if doc is None else self._types(doc)
-            old_L = old_L.to(types_L.dtype).masked_fill(old_L == UNIFORM, STORED)
-            if bool((old_L < types_L).any()):
-                lacking[name] = example, torch.maximum(old_L, types_L)
-        return lacking
+        docs: dict[str, Doc] = {}
+        stats = CacheStats()
+        files = {}
+        for path in sorted(folder.glob("shard-*.safetensors")):
+            files[path] = safe_open(path, framework="pt")
+            index = json.loads(files[path].metadata()["index"])
+            start = offset = 0
+            for name, length, stored in index["docs"]:
+                docs[name] = Doc(path, start, length, offset, stored)
+                start, offset = start + length, offset + stored
+            stats.merge(CacheStats(**index["stats"]))
+        return cls(folder, kind, head, docs, stats, files)
 
     def summary(self) -> dict[str, float]:
         """Return numbers for the record: predictions kept, and how far what is kept is off.
@@ -461,22 +466,16 @@ class TeacherCache:
         for (name, begin), end in zip(parts, [*begins[1:], len(ids)], strict=True):
             yield name, asked_L[begin:end].nonzero()[:, 0]
 
-    def _file(self, path: Path) -> Any:
-        """Return an open shard."""
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path]
-
     def _types(self, doc: Doc) -> Int[Tensor, " L"]:
         """Return the type of each position of a document."""
-        types_L: Tensor = self._file(doc.path).get_slice("types")[
+        types_L: Tensor = self._files[doc.path].get_slice("types")[
             doc.start : doc.start + doc.length
         ]
         return types_L
 
     def _read(self, doc: Doc, types_L: Tensor, at_n: Tensor) -> dict[str, Tensor]:
         """Return what is kept at some positions; zeros where nothing is."""
-        file = self._file(doc.path)
+        file = self._files[doc.path]
         rank_n = ((types_L == STORED).cumsum(0) - 1)[at_n].clamp(min=0)
         stored_n = types_L[at_n] == STORED
         out: dict[str, Tensor] = {}
@@ -549,185 +548,3 @@ def unpack(
             if parts:
                 parts.pop()
     return None
-
-
-def open_cache(folder: Path, teacher: Checkpoint, kind: CacheKind, ctx: Context) -> TeacherCache:
-    """Open a cache as it is.
-
-    Args:
-        folder: The cache's own folder (`TeacherCache.folder`).
-        teacher: Whose it must be.
-        kind: What must be kept.
-        ctx: Device and dtype.
-
-    Raises:
-        UserError: If it is another teacher's, tokenizer's or setting's, or a shard is damaged.
-    """
-    key = key_of(teacher, kind, ctx)
-    _check_key(folder, key)
-    docs, stats, damaged = _read_shards(folder, key)
-    if damaged:
-        path, wrong = damaged[0]
-        raise UserError(f"teacher cache {path} is damaged: {wrong}; build it again")
-    return _opened(folder, teacher, kind, ctx, docs, stats)
-
-
-def _opened(
-    folder: Path,
-    teacher: Checkpoint,
-    kind: CacheKind,
-    ctx: Context,
-    docs: Mapping[str, Doc],
-    stats: CacheStats,
-) -> TeacherCache:
-    """Return the cache that checked shards make, with the teacher's head."""
-    head = head_of_checkpoint(teacher, dtype=ctx.dtype, device=ctx.device)
-    return TeacherCache(folder, teacher, kind, head, docs, stats)
-
-
-def _digest(data: Any) -> str:
-    """Return the SHA-256 of JSON-able data, as hex."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, as hex."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _claim(folder: Path, key: Mapping[str, str]) -> None:
-    """Make a folder the cache of `key`, or see that it is.
-
-    Raises:
-        UserError: If it is the cache of something else, by what differs.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / KEY
-    if not path.exists():
-        if any(folder.glob("shard-*")):
-            raise UserError(f"{folder} holds shards without a {KEY}; remove the folder")
-        write_text(path, json.dumps(dict(key), indent=1, sort_keys=True) + "\n")
-    _check_key(folder, key)
-
-
-def _check_key(folder: Path, key: Mapping[str, str]) -> None:
-    """Refuse a cache that was made with another teacher, tokenizer or setting.
-
-    Raises:
-        UserError: If there is none, or naming what differs.
-    """
-    try:
-        written = json.loads((folder / KEY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        written = None
-    if not isinstance(written, dict):
-        raise UserError(f"{folder} holds no teacher cache (no readable {KEY}); build it again")
-    for name, value in key.items():
-        if written.get(name) != value:
-            there, here = str(written.get(name))[:60], value[:60]
-            raise UserError(
-                f"the teacher cache in {folder} was made with another {name} ({there} and not "
-                f"{here}); build one for this {name}"
-            )
-
-
-def write_shard(
-    folder: Path,
-    key: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
-    docs: Sequence[tuple[str, int, int]],
-    stats: CacheStats,
-) -> Path:
-    """Write a shard and then its index.
-
-    Args:
-        folder: Of the cache.
-        key: What it was made with.
-        tensors: What is kept of all documents, one behind the other.
-        docs: Hash, number of positions and of kept predictions of each document, in order.
-        stats: What was measured.
-
-    Returns:
-        The shard's path.
-    """
-    taken = [int(path.stem.split("-")[1]) for path in folder.glob("shard-*.*")]
-    path = folder / f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
-    work = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, work)
-        index = {
-            "key": _digest(dict(key)),
-            "sha256": _file_digest(work),
-            "docs": [list(doc) for doc in docs],
-            "facts": asdict(stats),
-        }
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
-    index["check"] = _digest(index)
-    write_text(path.with_suffix(".json"), json.dumps(index) + "\n")
-    return path
-
-
-def _read_shards(
-    folder: Path, key: Mapping[str, str]
-) -> tuple[dict[str, Doc], CacheStats, list[tuple[Path, str]]]:
-    """Read the indices of a cache and check every shard byte by byte.
-
-    Args:
-        folder: Of the cache.
-        key: What it must have been made with.
-
-    Returns:
-        Where each document lies (by its hash), what was measured, and damaged shards with what
-        is wrong with them.
-    """
-    docs: dict[str, Doc] = {}
-    stats = CacheStats()
-    damaged: list[tuple[Path, str]] = []
-    for path in sorted(folder.glob("shard-*.safetensors")):
-        try:
-            index = _index(path, key)
-        except ValueError as error:
-            damaged.append((path, str(error)))
-            continue
-        start = offset = 0
-        for name, length, stored in index["docs"]:
-            docs[name] = Doc(path, start, length, offset, stored)
-            start, offset = start + length, offset + stored
-        stats.merge(CacheStats(**index["facts"]))
-    return docs, stats, damaged
-
-
-def _index(path: Path, key: Mapping[str, str]) -> dict[str, Any]:
-    """Return a shard's index.
-
-    Raises:
-        ValueError: Saying what is wrong with index or shard.
-    """
-    try:
-        index: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        check = index.pop("check")
-    except FileNotFoundError:
-        raise ValueError("it has no index, its writing was interrupted") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError("its index cannot be read") from None
-    if check != _digest(index):
-        raise ValueError("its index has other contents than were written")
-    if index["key"] != _digest(dict(key)):
-        raise ValueError("it belongs to another cache")
-    if _file_digest(path) != index["sha256"]:
-        raise ValueError("it has other bytes than were written")
-    return index
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the cache of a folder against other builders; the lock ends with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        for part in folder.glob(".shard-*.part"):  # of a killed build
-            part.unlink()
-        yield

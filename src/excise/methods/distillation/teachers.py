@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from excise.core.errors import UserError
 from excise.data.stream import Batch, Example, collate
 from excise.losses import predicting
-from excise.methods.distillation.targets import Piece
+from excise.methods.distillation.targets import TargetPiece
 from excise.methods.distillation.teacher_cache import TeacherCache
 from excise.models.head import Head, final_hidden, head_of
-from excise.train.vocab import Fixed, HiddenTarget, Label, Mixture, Target, Uniform
+from excise.train.vocab import Fixed, HiddenTarget, Label, MixtureTarget, Target, Uniform
 from excise.train.vocab.targets import log_probs
 
 CHUNK = 1 << 24
@@ -70,7 +70,7 @@ class Frozen:
                 raise refused(self.name, logp_nV)
 
 
-def cached_source(piece: Piece) -> str:
+def cached_source(piece: TargetPiece) -> str:
     """Return the source of a piece that a cache can stand for; empty where none can."""
     return next(iter(piece.weights)) if piece.kind == "models" and len(piece.weights) == 1 else ""
 
@@ -129,7 +129,12 @@ class Reads:
     _states: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def hidden(self, source: str, mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "N D"]:
-        """Return a teacher's hidden states, 0 in rows of the batch that the mask does not need."""
+        """Return a teacher's hidden states, 0 in rows of the batch that the mask does not need.
+
+        Args:
+            source: The teacher.
+            mask_BT: Positions that are asked for.
+        """
         teacher = self.teachers[source]
         need_B = mask_BT.any(1)
         if source not in self._states:
@@ -147,7 +152,7 @@ class Reads:
             self._states[source] = hidden_ND, read_B | need_B
         return hidden_ND
 
-    def taught(self, pieces: Sequence[Piece]) -> list[tuple[Bool[Tensor, " N"], Target]]:
+    def taught(self, pieces: Sequence[TargetPiece]) -> list[tuple[Bool[Tensor, " N"], Target]]:
         """Return which positions are taught what, each target for all N positions."""
         out: list[tuple[Tensor, Target]] = []
         for piece in pieces:
@@ -165,7 +170,7 @@ class Reads:
                 out.append((mask_N, self.target(piece)))
         return out
 
-    def target(self, piece: Piece) -> Target:
+    def target(self, piece: TargetPiece) -> Target:
         """Return the target of a piece, for all N positions."""
         match piece.kind:
             case "uniform":
@@ -180,12 +185,12 @@ class Reads:
         if len(parts) == 1:
             return parts[0]
         share_M = torch.tensor(list(piece.weights.values()), device=self.wanted_BT.device)
-        return Mixture(parts, share_M.expand(int(self.wanted_BT.sum()), -1))
+        return MixtureTarget(parts, share_M.expand(int(self.wanted_BT.sum()), -1))
 
     def _said_by(self, source: str, mask_BT: Tensor) -> HiddenTarget:
         return HiddenTarget(self.hidden(source, mask_BT), self.teachers[source].head)
 
-    def _shuffled(self, piece: Piece) -> HiddenTarget:
+    def _shuffled(self, piece: TargetPiece) -> HiddenTarget:
         """Deal the predictions at the piece's positions out among them; `fit` seeds the order."""
         (source,) = piece.weights
         target = self._said_by(source, piece.mask_BT)
@@ -196,7 +201,13 @@ class Reads:
 
     @torch.no_grad()
     def moved(self, source: str, other: str, tau: float) -> Bool[Tensor, "B T"]:
-        """Return where KL(source || other) exceeds `tau` nats."""
+        """Return where KL(source || other) exceeds `tau` nats.
+
+        Args:
+            source: A teacher.
+            other: Another one.
+            tau: Bound, in nats per prediction.
+        """
         ends = [self._said_by(name, self.wanted_BT) for name in (source, other)]
         kl_N = torch.cat([(p * (u - b)).sum(-1) for u, b, p in _in_chunks(ends[0], ends[1])])
         out_BT = torch.zeros_like(self.wanted_BT)

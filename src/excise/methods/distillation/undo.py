@@ -65,7 +65,7 @@ from excise.methods.distillation.targets import (
     model_of,
     sources_of,
 )
-from excise.methods.distillation.teacher_cache import CacheTeacher, build_cache, same_vocabulary
+from excise.methods.distillation.teacher_cache import build_cache, same_vocabulary
 from excise.methods.distillation.teachers import Frozen, frozen, mean_prediction, unigram
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.tuning import Progress, finish, forget_rows
@@ -404,10 +404,7 @@ def _cached(
     The tokens that a cache is made of count as read by every student that uses it.
     """
     asked, live = asked_alone(task.targets)
-    caches = {}
-    for source in asked:
-        folder = ctx.run(CacheTeacher(models[source], tuple(texts.examples), kind))
-        caches[source] = build_cache(models[source], texts.examples, kind, ctx, folder=folder)
+    caches = {source: build_cache(models[source], texts.examples, kind, ctx) for source in asked}
     teachers = {source: t for source, t in task.teachers.items() if source in live}
     read = len(caches) * sum(len(e.ids) for e in {e.ids: e for e in texts.examples}.values())
     facts = {**texts.facts, "caches": {name: c.summary() for name, c in caches.items()}}

@@ -5,23 +5,22 @@ Shape legend: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor
 
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.data.stream import Batch
-from excise.losses import kl_to_uniform, nll, predicting
-from excise.methods.base import Method, Paper, Removal
-from excise.methods.tuning import forget_and_retain, tune
+from excise.losses import Summed, kl_to_uniform, nll, predicting
+from excise.methods.base import Paper, Removal
+from excise.methods.tuning import TuningMethod, tune
 from excise.models.checkpoint import Checkpoint
-from excise.models.lora import LoRA
-from excise.train.fit import FitConfig, Term
+from excise.train.fit import FitConfig
 
 
-class MaxEnt(Method):
+class MaxEnt(TuningMethod):
     """Minimise KL(uniform || model) on forget tokens + alpha NLL(retain)."""
 
     name: Literal["maxent"] = "maxent"
@@ -29,12 +28,6 @@ class MaxEnt(Method):
     """Weight of the retain loss."""
     fit: FitConfig = FitConfig(steps=100, lr=3e-5, batch_size=8, clip=1.0)
     """Steps, rows per step of each role, learning rate."""
-    modules: tuple[str, ...] = ()
-    """Modules to train, by name; empty for all."""
-    max_length: int = 512
-    """Tokens per row."""
-    lora: LoRA | None = None
-    """Train an adapter instead."""
 
     paper: ClassVar[Paper] = Paper(
         "Distillation robustifies unlearning (MaxEnt)",
@@ -46,28 +39,18 @@ class MaxEnt(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` by flattening what the model predicts on it."""
-        model = start.load(dtype=ctx.dtype, device=ctx.device)
-        tokenizer = start.tokenizer()
-        batches = forget_and_retain(domain, tokenizer, self.fit, ctx, max_length=self.max_length)
+        terms = {"forget": (1.0, flatness), "retain": (self.alpha, nll)}
+        return tune(self, start, domain, terms, ctx)
 
-        def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
-            forget, retain = micro["forget"], micro["retain"]
-            logits_BTV = model(**forget.inputs).logits
-            forget_sum, forget_count = kl_to_uniform(logits_BTV, predicting(forget.target_BT))
-            retain_sum, retain_count = nll(model(**retain.inputs).logits, retain)
-            return {
-                "forget": Term(forget_sum, forget_count),
-                "retain": Term(retain_sum, retain_count, self.alpha),
-            }
 
-        return tune(
-            start,
-            model,
-            batches,
-            loss,
-            self.fit,
-            ctx,
-            stage=self.name,
-            modules=self.modules,
-            lora=self.lora,
-        )
+def flatness(logits_BTV: Float[Tensor, "B T V"], batch: Batch) -> Summed:
+    """Return KL(uniform || model) in nats at the positions that predict the scored tokens.
+
+    Args:
+        logits_BTV: Logits of the model.
+        batch: Says which tokens are scored.
+
+    Source:
+        MaxEnt of UNDO, arXiv 2506.06278.
+    """
+    return kl_to_uniform(logits_BTV, predicting(batch.target_BT))

@@ -45,11 +45,11 @@ class DEMix(Method):
         rows = labelled_corpus(domain, self.labels, ctx)
         model = start.load(dtype=ctx.dtype, device=ctx.device)
         expert = self.module.model_copy(update={"grow": True})
-        own = own_units(model, expert.blocks)
+        core_units = own_units(model, expert.blocks)
         placed = place(model, expert, len(names), ctx.seed_for("grow"))
         core, forget = ("joint", "core"), ("joint", "self")
         policy = Policy(
-            groups=Groups(parts={"core": own, **placed.parts}, leftovers="joint"),
+            groups=Groups(parts={"core": core_units, **placed.parts}, leftovers="joint"),
             rules={
                 "core": (Rule(read=core, write=core),),
                 "unlabeled": (Rule(read=core, write=core),),

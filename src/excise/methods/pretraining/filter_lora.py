@@ -65,7 +65,7 @@ class FilterLoRA(Method):
         with adapted(start.load(), self.lora):
             pass  # a module that is not there is found before any training
         rows = labelled_corpus(domain, self.labels, ctx)
-        kept = tuple(row for row in rows if forget_score(row) <= 0.5)
+        remaining = tuple(row for row in rows if forget_score(row) <= 0.5)
         shares = {
             name: tuple(r for r in rows if r.label == i + 1 and forget_score(r) > 0.5)
             for i, name in enumerate(domain.forget)
@@ -74,7 +74,9 @@ class FilterLoRA(Method):
         spent = round(self.adapter_share * config.fit.steps) if shares else 0
         each = max(1, spent // len(shares)) if shares else 0
         core = cut_to(config, config.fit.steps - each * len(shares), self.name)
-        removal = pretrain(start, kept, core, ctx, stage=self.name, extras=dropped(rows, kept))
+        removal = pretrain(
+            start, remaining, core, ctx, stage=self.name, extras=dropped(rows, remaining)
+        )
         facts: dict[str, Any] = {}
         files, cost = {}, removal.cost
         for name, mine in shares.items():

@@ -48,15 +48,17 @@ class Filtering(Method):
         """Train `start` on the rows that carry no forget label."""
         config = schedule(self.pretrain, self.name)
         rows = labelled_corpus(domain, self.labels, ctx)
-        kept = tuple(
+        remaining = tuple(
             row
             for row in rows
             if forget_score(row) <= self.drop_above
             and (self.unlabeled == "keep" or row.label != UNLABELED)
         )
-        if not kept:
+        if not remaining:
             raise UserError(
                 "filtering drops every row; set 'filtering.unlabeled' to 'keep' or raise "
                 "'filtering.drop_above'"
             )
-        return pretrain(start, kept, config, ctx, stage=self.name, extras=dropped(rows, kept))
+        return pretrain(
+            start, remaining, config, ctx, stage=self.name, extras=dropped(rows, remaining)
+        )

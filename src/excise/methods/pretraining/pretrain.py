@@ -149,18 +149,18 @@ def quality_of_labels(rows: Rows) -> dict[str, float | None]:
     return {name: None if value != value else value for name, value in label_quality(rows).items()}
 
 
-def dropped(rows: Sequence[Row], kept: Sequence[Row]) -> dict[str, int]:
+def dropped(rows: Sequence[Row], remaining: Sequence[Row]) -> dict[str, int]:
     """Return what dropping rows did, judged by the truth, for the record.
 
     Args:
         rows: All rows.
-        kept: Those that are read (or have a loss).
+        remaining: Those that are read (or have a loss).
     """
     core = sum(1 for row in rows if not row.capability)
     return {
-        "rows_dropped": len(rows) - len(kept),
-        "forget_rows_left": sum(1 for row in kept if row.capability),
-        "core_rows_lost": core - sum(1 for row in kept if not row.capability),
+        "rows_dropped": len(rows) - len(remaining),
+        "forget_rows_left": sum(1 for row in remaining if row.capability),
+        "core_rows_lost": core - sum(1 for row in remaining if not row.capability),
     }
 
 

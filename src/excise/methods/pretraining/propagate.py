@@ -51,10 +51,10 @@ class Propagate(Method):
         config = schedule(self.pretrain, self.name)
         rows = labelled_corpus(domain, self.labels, ctx)
         spread = propagated(rows, by=self.by, at_least=self.at_least)
-        kept = tuple(row for row in spread if forget_score(row) <= 0.5)
+        remaining = tuple(row for row in spread if forget_score(row) <= 0.5)
         before, after = quality_of_labels(rows), quality_of_labels(spread)
         facts = {
-            **dropped(spread, kept),
+            **dropped(spread, remaining),
             "labels_before_after": {name: [before[name], after[name]] for name in before},
         }
-        return pretrain(start, kept, config, ctx, stage=self.name, extras=facts)
+        return pretrain(start, remaining, config, ctx, stage=self.name, extras=facts)

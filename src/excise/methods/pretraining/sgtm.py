@@ -139,5 +139,5 @@ def thinned(rows: Rows, share: float, seed: int) -> Rows:
         return rows
     labelled = [row for row in rows if row.label > CORE]
     keys = [f"{row.unit}:{row.wording}:{row.text}:{row.prompt}" for row in labelled]
-    kept = {id(row) for row in hashed_order(labelled, keys, seed)[: round(share * len(labelled))]}
-    return tuple(row for row in rows if row.label <= CORE or id(row) in kept)
+    chosen = {id(row) for row in hashed_order(labelled, keys, seed)[: round(share * len(labelled))]}
+    return tuple(row for row in rows if row.label <= CORE or id(row) in chosen)

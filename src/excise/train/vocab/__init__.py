@@ -23,16 +23,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from excise.core.errors import UserError
-from excise.losses import Scored, Summed, predicting
+from excise.losses import Summed, TokenBatch, predicting
 from excise.models.head import Head
 from excise.train.vocab.liger import liger_nll
 from excise.train.vocab.targets import (
     Dense,
-    Direction,
     Fixed,
     HiddenTarget,
+    KLDirection,
     Label,
-    Mixture,
+    MixtureTarget,
     Sampled,
     Target,
     TopK,
@@ -50,11 +50,11 @@ __all__ = [
     "CHUNK_BYTES",
     "SKIP",
     "Dense",
-    "Direction",
     "Fixed",
     "HiddenTarget",
+    "KLDirection",
     "Label",
-    "Mixture",
+    "MixtureTarget",
     "Sampled",
     "Target",
     "TopK",
@@ -81,7 +81,7 @@ class _Plan:
 
     parts: tuple[tuple[Target, Tensor], ...]
     """Targets with the rows that pick them."""
-    direction: Direction
+    direction: KLDirection
     temperature: float
     softcap: float | None
     scale: float
@@ -91,7 +91,7 @@ class _Plan:
     """Whether hidden states, weight and bias need gradients."""
 
 
-def next_tokens(batch: Scored) -> Int[Tensor, " N"]:
+def next_tokens(batch: TokenBatch) -> Int[Tensor, " N"]:
     """Return the token each position is scored on, flat over the batch; -100 where none is.
 
     Args:
@@ -137,7 +137,7 @@ def chunked_kl(
     head: Head,
     teacher: Target,
     *,
-    direction: Direction = "forward",
+    direction: KLDirection = "forward",
     temperature: float = 1.0,
     mask_N: Bool[Tensor, " N"] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
@@ -167,7 +167,7 @@ def chunked_uniform(
     hidden_ND: Float[Tensor, "N D"],
     head: Head,
     *,
-    direction: Direction = "forward",
+    direction: KLDirection = "forward",
     mask_N: Bool[Tensor, " N"] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Summed:
@@ -192,7 +192,7 @@ def chunked_splice(
     kinds_N: Int[Tensor, " N"],
     targets: Sequence[Target],
     *,
-    direction: Direction = "forward",
+    direction: KLDirection = "forward",
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Summed:
@@ -319,7 +319,7 @@ def _loss_into_gradient(
     target: Target,
     rows_n: Int[Tensor, " n"],
     logp_nV: Float[Tensor, "n V"],
-    direction: Direction,
+    direction: KLDirection,
     temperature: float,
 ) -> Float[Tensor, " n"]:
     """Return the loss of some rows and turn the student's `logp_nV` into its gradient in place.

@@ -20,7 +20,7 @@ from torch import Tensor
 from excise.core.errors import UserError
 from excise.models.head import Head
 
-Direction = Literal["forward", "reverse"]
+KLDirection = Literal["forward", "reverse"]
 """KL(target || student), or KL(student || target)."""
 
 
@@ -119,7 +119,7 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MixtureTarget:
     """A weighted mean of distributions.
 
     Attributes:
@@ -131,10 +131,12 @@ class Mixture:
     share_NM: Float[Tensor, "N M"]
 
 
-Target = Label | Uniform | Fixed | HiddenTarget | Dense | TopK | Sampled | Mixture
+Target = Label | Uniform | Fixed | HiddenTarget | Dense | TopK | Sampled | MixtureTarget
 
 
-def check(target: Target, rows: int, vocab: int, direction: Direction, temperature: float) -> None:
+def check(
+    target: Target, rows: int, vocab: int, direction: KLDirection, temperature: float
+) -> None:
     """Refuse a target that does not fit a student.
 
     Args:
@@ -173,7 +175,7 @@ def check(target: Target, rows: int, vocab: int, direction: Direction, temperatu
                 f"the target ({what}) gives some tokens no probability, so that its reverse KL is "
                 "infinite; smooth it"
             )
-    if isinstance(target, Mixture):
+    if isinstance(target, MixtureTarget):
         if len(target.parts) != target.share_NM.shape[1]:
             raise UserError(
                 f"a mixture of {len(target.parts)} targets has {target.share_NM.shape[1]} "
@@ -196,7 +198,7 @@ def _sizes(target: Target, vocab: int) -> tuple[int, int | None]:
             return logits_NV.shape[1], len(logits_NV)
         case TopK(ids_NK, vocab=teacher_vocab) | Sampled(ids_NK, vocab=teacher_vocab):
             return teacher_vocab, len(ids_NK)
-        case Mixture(share_NM=share_NM):
+        case MixtureTarget(share_NM=share_NM):
             return vocab, len(share_NM)
         case Uniform():
             return vocab, None
@@ -249,7 +251,7 @@ def log_probs(
             share_nK = shares(target, rows_n, like_nV.dtype)
             out_nV = torch.zeros_like(like_nV).scatter_add_(1, ids_NK[rows_n].long(), share_nK)
             return out_nV.log_().clamp_(min=low)
-        case Mixture(parts, share_NM):
+        case MixtureTarget(parts, share_NM):
             log_nM = share_NM[rows_n].to(like_nV.dtype).log().clamp(min=low)
             out_nV = torch.full_like(like_nV, low)
             for i, part in enumerate(parts):
@@ -261,7 +263,15 @@ def log_probs(
 def spread(
     target: TopK, rows_n: Int[Tensor, " n"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "n K"], Float[Tensor, " n"]]:
-    """Return the listed logarithms, and the probability of each token that is not listed."""
+    """Return the listed logarithms, and the probability of each token that is not listed.
+
+    What the listed tokens leave of the probability is spread evenly over the V - K others.
+
+    Args:
+        target: The likeliest tokens of N rows.
+        rows_n: Which rows.
+        dtype: Of the result.
+    """
     logp_nK = target.logp_NK[rows_n].to(dtype)
     others = target.vocab - logp_nK.shape[1]
     if target.tail_N is None:
@@ -273,7 +283,13 @@ def spread(
 
 
 def shares(target: Sampled, rows_n: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n K"]:
-    """Return which share of a row's samples fell on each of its tokens."""
+    """Return which share of a row's samples fell on each of its tokens.
+
+    Args:
+        target: Sampled tokens of N rows and how often each was sampled.
+        rows_n: Which rows.
+        dtype: Of the result.
+    """
     count_nK = target.count_NK[rows_n].to(dtype)
     return count_nK / count_nK.sum(-1, keepdim=True)
 

@@ -37,9 +37,9 @@ from excise.data.domain import Domain, Rows
 from excise.data.stream import Batch, Stream, Tokenizer
 from excise.losses import rmu_forget, rmu_retain
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.posthoc.rmu.engine import Engine, Full, PrefixCache, Span
+from excise.methods.posthoc.rmu.engine import Engine, Full, PrefixCache, TrainedSpan
 from excise.methods.posthoc.rmu.parameters import (
-    Edit,
+    EditableModel,
     TargetParameters,
     editing,
     find_target_parameters,
@@ -222,9 +222,19 @@ class RMU(Method):
     def batches(
         self, topics: Sequence[str], domain: Domain, tokenizer: Tokenizer, ctx: Context
     ) -> Callable[[int], list[dict[str, Batch]]]:
-        """Return batches by step: topic = step mod K, batch = step div K; topics share retain."""
+        """Return batches by step: topic = step mod K, batch = step div K; topics share retain.
 
-        def reading(rows: Rows, purpose: str, length: int) -> Callable[[int], list[Batch]]:
+        Args:
+            topics: Names of the K capabilities.
+            domain: Rows by role.
+            tokenizer: The model's tokenizer.
+            ctx: Seeds of the orders, processes.
+
+        Raises:
+            UserError: If a role has no row of more than `min_chars` characters.
+        """
+
+        def batches_of(rows: Rows, purpose: str, length: int) -> Callable[[int], list[Batch]]:
             long = tuple(r for r in rows if not r.text or len(r.text) > self.min_chars)
             if not long:
                 raise UserError(
@@ -241,10 +251,12 @@ class RMU(Method):
 
         later = self.later_max_length or self.max_length
         forget = {
-            topic: reading(domain.forget[topic], f"forget.{topic}", later if i else self.max_length)
+            topic: batches_of(
+                domain.forget[topic], f"forget.{topic}", later if i else self.max_length
+            )
             for i, topic in enumerate(topics)
         }
-        retain = reading(domain.retain, "retain", self.max_length)
+        retain = batches_of(domain.retain, "retain", self.max_length)
 
         def batches(step: int) -> list[dict[str, Batch]]:
             turn, which = divmod(step, len(topics))
@@ -266,6 +278,13 @@ class RMU(Method):
 
         The first batch of every topic is looked at before anything is trained, for the norms that
         `adaptive` needs and to refuse a model that puts out NaN.
+
+        Args:
+            topics: Names of the capabilities.
+            engine: Gives activations.
+            batches: Micro-batches by step.
+            width: Residual width D.
+            ctx: Seed of the vectors, device.
 
         Raises:
             UserError: If activations are not finite, or vectors and topics do not fit.
@@ -291,7 +310,7 @@ class RMU(Method):
 
     def train(
         self,
-        edit: Edit,
+        edit: EditableModel,
         engine: Engine,
         controls: Mapping[str, Float[Tensor, " D"]],
         batches: Callable[[int], list[dict[str, Batch]]],
@@ -336,7 +355,20 @@ class RMU(Method):
         controls: Mapping[str, Float[Tensor, " D"]],
         alpha: Mapping[str, float],
     ) -> dict[str, Term]:
-        """Return both terms of the loss of one micro-batch."""
+        """Return both terms of the loss of one micro-batch.
+
+        L = mean |h(forget) - c u|^2 + alpha mean |h(retain) - h_original(retain)|^2 over tokens
+        and the residual width, h being the output of the steered block.
+
+        Args:
+            engine: Gives current and original activations.
+            micro: Batches of one topic and of retain.
+            controls: Control vector c u of each topic.
+            alpha: Weight of the retain term by topic.
+
+        Source:
+            arXiv 2403.03218, section 4; centerforaisafety/wmdp@bc5e1ba (MIT), rmu/unlearn.py.
+        """
         topic = _topic(micro)
         forget, retain = micro[topic], micro["retain"]
         original_BTD = engine.original(retain)
@@ -349,7 +381,13 @@ class RMU(Method):
     def distance(
         self, hidden_BTD: Float[Tensor, "B T D"], goal: Tensor, batch: Batch
     ) -> tuple[Tensor, float]:
-        """Return a sum of squared differences and what it is to be divided by."""
+        """Return a sum of squared differences and what it is to be divided by.
+
+        Args:
+            hidden_BTD: Activations of the model that is trained.
+            goal: What they are drawn to: a control vector [D], or activations [B, T, D].
+            batch: Gives the mask, where padding is left out.
+        """
         if self.masked:
             both = rmu_forget if goal.dim() == 1 else rmu_retain
             return both(hidden_BTD, goal, self.mask(batch), upcast=self.upcast)
@@ -391,7 +429,7 @@ def _name(dtype: torch.dtype) -> str:
 def make_engine(
     method: RMU,
     start: Checkpoint,
-    edit: Edit,
+    edit: EditableModel,
     targets: TargetParameters,
     ctx: Context,
     *,
@@ -416,7 +454,7 @@ def make_engine(
         return Full(edit.net, frozen, targets.steered, method.inputs, torch.no_grad)
     if cache is None:
         cache = PrefixCache(int(method.cache_gib * 2**30) if method.engine == "cached" else 0)
-    return Span(edit.net, targets, method.inputs, edit.restored, cache, upto)
+    return TrainedSpan(edit.net, targets, method.inputs, edit.restored, cache, upto)
 
 
 def _save_controls(controls: Mapping[str, Tensor], ctx: Context) -> None:
@@ -429,7 +467,7 @@ def _facts(
     method: RMU,
     start: Checkpoint,
     targets: TargetParameters,
-    edit: Edit,
+    edit: EditableModel,
     engine: Engine,
     controls: Mapping[str, Tensor],
 ) -> dict[str, Any]:
@@ -451,7 +489,7 @@ def _facts(
         "bytes_read": start.bytes_read,
         "files": {"control_vectors": CONTROLS},
     }
-    if isinstance(engine, Span):
+    if isinstance(engine, TrainedSpan):
         facts["cache"] = _cache_facts(engine.cache)
     return facts
 

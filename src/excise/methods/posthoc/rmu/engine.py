@@ -1,10 +1,11 @@
 """Three ways to the same activations: whole forwards, a span of blocks, a span with a memory.
 
 `Full` is the published loop: every forward runs the whole model, and a second model stands for
-the original. `Span` runs the frozen blocks once without gradients and only the blocks between
-the first trained matrix and the steered layer after that; copies of the trained matrices, put in
-for one pass, stand for the second model. What it remembers is a `PrefixCache`: the last batch
-(retain text is read twice in a step, and again for every topic) or, for `cached`, all that fit.
+the original. `TrainedSpan` runs the frozen blocks once without gradients and only the blocks
+between the first trained matrix and the steered layer after that; copies of the trained matrices,
+put in for one pass, stand for the second model. What it remembers is a `PrefixCache`: the last
+batch (retain text is read twice in a step, and again for every topic) or, for `cached`, all that
+fit.
 All three call the same modules with the same tensors in the same shapes, so that bits agree.
 
 Shape legend: B rows, T tokens, D residual width.
@@ -79,7 +80,7 @@ class Full:
 
 
 @dataclass
-class Prefix:
+class CachedPrefix:
     """What is known of one batch; nothing in it depends on what is trained.
 
     Attributes:
@@ -143,16 +144,16 @@ class PrefixCache:
         """Start empty."""
         self.limit = limit
         self.hits = self.misses = 0
-        self._prefixes: dict[bytes, Prefix] = {}
+        self._prefixes: dict[bytes, CachedPrefix] = {}
         self._sizes: dict[bytes, int] = {}
-        self._last: tuple[bytes, Prefix] | None = None
+        self._last: tuple[bytes, CachedPrefix] | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes stored."""
         return sum(self._sizes.values())
 
-    def get(self, key: bytes) -> Prefix | None:
+    def get(self, key: bytes) -> CachedPrefix | None:
         """Return the prefix of a batch, if it is there."""
         prefix = self._prefixes.get(key)
         if prefix is None and self._last is not None and self._last[0] == key:
@@ -161,7 +162,7 @@ class PrefixCache:
         self.misses += prefix is None
         return prefix
 
-    def put(self, key: bytes, prefix: Prefix, *, last: bool = False) -> None:
+    def put(self, key: bytes, prefix: CachedPrefix, *, last: bool = False) -> None:
         """Store a prefix if there is room; call it again when the prefix has grown.
 
         Args:
@@ -182,7 +183,7 @@ class PrefixCache:
 
 
 @dataclass
-class Span:
+class TrainedSpan:
     """Only the blocks that matter, on one model.
 
     Attributes:
@@ -220,14 +221,14 @@ class Span:
         self.cache.put(key, prefix, last=True)
         return prefix.original[layer]
 
-    def _prefix(self, key: bytes, batch: Batch) -> Prefix:
+    def _prefix(self, key: bytes, batch: Batch) -> CachedPrefix:
         """Return what comes before the first trained block, from the nearest that is known."""
         first = self.targets.first
         prefix = self.cache.get(key)
         if prefix is None or min(prefix.hidden) > first:
             upto = self.upto or self.targets.layer + 1
             calls = record_calls(self.model, self.inputs(batch), upto, parts=self.targets.parts)
-            fresh = Prefix(without_start(calls), {0: calls.hidden_BTD})
+            fresh = CachedPrefix(without_start(calls), {0: calls.hidden_BTD})
             if prefix is not None:
                 fresh.hidden |= prefix.hidden
                 fresh.attention, fresh.original = prefix.attention, prefix.original
@@ -241,7 +242,7 @@ class Span:
             prefix.hidden.pop(0, None)  # the embedding costs nothing to read again
         return prefix
 
-    def _tail(self, prefix: Prefix, *, grad: bool) -> Hidden:
+    def _tail(self, prefix: CachedPrefix, *, grad: bool) -> Hidden:
         """Run from the first trained block to the steered one.
 
         Where only the MLP of the first block is trained, its attention gives the same output

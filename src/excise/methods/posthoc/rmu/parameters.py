@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.methods.tuning import tuned
-from excise.models.anatomy import Anatomy, Experts, anatomy
+from excise.models.anatomy import Anatomy, BlockExperts, anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA, reference
 from excise.models.names import select
@@ -170,7 +170,7 @@ def _up_rows(slices: Mapping[str, tuple[int, int]], transposed: bool) -> Index:
     return (slice(None), up) if transposed else (up,)
 
 
-def _expert_matrices(mixture: Experts, matrix: str, experts: str) -> dict[str, Index | None]:
+def _expert_matrices(mixture: BlockExperts, matrix: str, experts: str) -> dict[str, Index | None]:
     """Return the matrices of a mixture's experts, or of the first alone."""
     weights = mixture.down if matrix == "down" else mixture.up
     fused = matrix == "up" and mixture.slices
@@ -232,7 +232,7 @@ def _swapped(
 
 
 @dataclass
-class Edit:
+class EditableModel:
     """A model with its trained parameters, and the original inside it.
 
     Attributes:
@@ -251,7 +251,7 @@ class Edit:
 @contextmanager
 def editing(
     model: nn.Module, targets: TargetParameters, lora: LoRA | None, ctx: Context
-) -> Iterator[Edit]:
+) -> Iterator[EditableModel]:
     """Let the target parameters, or an adapter on their modules, be trained in the block.
 
     Args:
@@ -266,11 +266,11 @@ def editing(
     with ExitStack() as stack:
         net, parameters = stack.enter_context(tuned(model, names, lora, ctx))
         if lora is not None:
-            yield Edit(net, parameters, {}, partial(reference, net))
+            yield EditableModel(net, parameters, {}, partial(reference, net))
             return
         stack.enter_context(_gradients_inside(parameters, targets.slices))
         saved = {name: p.detach().clone() for name, p in parameters.items()}
-        yield Edit(net, parameters, saved, partial(_swapped, parameters, saved))
+        yield EditableModel(net, parameters, saved, partial(_swapped, parameters, saved))
 
 
 def flops_per_token(targets: TargetParameters, start: Checkpoint, engine: str) -> float:

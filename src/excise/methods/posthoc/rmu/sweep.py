@@ -87,7 +87,15 @@ class Tried:
 
 
 def better(new: Tried, old: Tried | None, limit: float) -> bool:
-    """Return whether `new` is to be preferred, `limit` being the highest retain loss allowed."""
+    """Return whether a setting is to be preferred.
+
+    Within the limit the highest forget loss wins, beyond it the lowest retain loss.
+
+    Args:
+        new: A setting that was tried.
+        old: The best so far; None for none.
+        limit: The highest retain loss allowed, nats per token.
+    """
     if old is None:
         return True
     fits = new.retain <= limit
@@ -99,7 +107,15 @@ def better(new: Tried, old: Tried | None, limit: float) -> bool:
 def dev_losses(
     model: nn.Module, tokenizer: Any, domain: Domain, rows: int, max_length: int
 ) -> tuple[float, float]:
-    """Return mean losses (nats per token) on `dev` forget and retain rows; topics count alike."""
+    """Return mean losses (nats per token) on `dev` forget and retain rows; topics count alike.
+
+    Args:
+        model: A causal model.
+        tokenizer: Its tokenizer.
+        domain: Gives `dev_forget` and `dev_retain`.
+        rows: Rows of each set at most.
+        max_length: Tokens per row.
+    """
 
     def score(part: Sequence[Any]) -> float:
         return measure(

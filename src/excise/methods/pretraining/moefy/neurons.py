@@ -136,7 +136,7 @@ def choose(
             f"moefy would give {capabilities} capabilities {count} of {units} units each and leave "
             "the core none; lower 'neurons'"
         )
-    chosen = [list(kept) for kept in owned] or [[] for _ in range(capabilities)]
+    chosen = [*map(list, owned)] or [[] for _ in range(capabilities)]
     taken = {unit for of_capability in chosen for unit in of_capability}
     ranked = score_CM.flatten().sort(descending=True, stable=True).indices.tolist()
     for at in ranked:

@@ -141,9 +141,9 @@ class Relabel(Method):
             "steps": {"features": warm, "reading": read, "training": rest.fit.steps},
         }
         if self.then is None:
-            kept = tuple(row for row in relabelled if forget_score(row) <= 0.5)
-            facts = {**dropped(rows, kept), **facts}
-            removal = pretrain(start, kept, rest, ctx, stage=self.name, extras=facts)
+            remaining = tuple(row for row in relabelled if forget_score(row) <= 0.5)
+            facts = {**dropped(rows, remaining), **facts}
+            removal = pretrain(start, remaining, rest, ctx, stage=self.name, extras=facts)
         else:
             then = self.then.model_copy(update={"pretrain": rest})
             removal = then.apply(start, with_labels(domain, relabelled), ctx)

@@ -70,7 +70,13 @@ def sample(rows: Rows, tokenizer: Tokenizer, *, max_length: int) -> Samples:
 
 
 def losses(model: nn.Module, samples: Samples, device: torch.device) -> dict[str, float]:
-    """Return the mean loss per scored token of every kind of row, in nats."""
+    """Return the mean loss per scored token of every kind of row, in nats.
+
+    Args:
+        model: A causal model, in evaluation mode.
+        samples: What to read, by kind.
+        device: Where the model is.
+    """
     return {kind: mean_loss(model, batches, device) for kind, batches in samples.items()}
 
 

@@ -81,8 +81,36 @@ class DarkKnowledge(Study):
     """The unlearned models; the first decides."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Make the teachers, fit the readouts, compare."""
+        draws = make_draws(self.bench, self.seeds, runtime, pool)
+        teachers = checkpoints(make_arms(arms_of(self.teachers, draws, self.seeds), runtime, pool))
+        models = {**rails(draws, self.seeds), **teachers}
+        length = self.bench.pretrain.max_length
+        jobs = {
+            (arm, seed): FitReadout(model, draws[seed].domain, length)
+            for (arm, seed), model in models.items()
+        }
+        jobs |= {
+            (f"{arm}, {SHUFFLED}", seed): FitReadout(
+                model, draws[seed].domain, length, shuffle=seed
+            )
+            for (arm, seed), model in teachers.items()
+        }
+        found = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
+        scores: dict[str, dict[int, Mapping[str, float]]] = {}
+        for (arm, seed), held in found.items():
+            scores.setdefault(arm, {})[seed] = held["bits"]
+        paid = levels(scores, {seed: groups_of(draws[seed].domain) for seed in self.seeds})
+        saved = saved_bits(paid)
+        decision = decide(self, saved)
+        return StudyResult(
+            tables=(_table(paid, saved),),
+            decision=decision,
+            paragraph=_paragraph(paid, saved, decision),
+            domain=draws[self.seeds[0]].domain,
+            models=tuple(model_ref(f"{arm}, draw {seed}", m) for (arm, seed), m in models.items()),
+            notes=(CHOSEN, SIZE),
+        )
 
 
 @dataclass(frozen=True)
@@ -124,37 +152,6 @@ class FitReadout(Stage[dict[str, Any]]):
         """Return what was written."""
         data: dict[str, Any] = json.loads((folder / "readout.json").read_text(encoding="utf-8"))
         return data
-
-
-def run(study: DarkKnowledge, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Make the teachers, fit the readouts, compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    teachers = checkpoints(make_arms(arms_of(study.teachers, draws, study.seeds), runtime, pool))
-    models = {**rails(draws, study.seeds), **teachers}
-    length = study.bench.pretrain.max_length
-    jobs = {
-        (arm, seed): FitReadout(model, draws[seed].domain, length)
-        for (arm, seed), model in models.items()
-    }
-    jobs |= {
-        (f"{arm}, {SHUFFLED}", seed): FitReadout(model, draws[seed].domain, length, shuffle=seed)
-        for (arm, seed), model in teachers.items()
-    }
-    found = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
-    scores: dict[str, dict[int, Mapping[str, float]]] = {}
-    for (arm, seed), held in found.items():
-        scores.setdefault(arm, {})[seed] = held["bits"]
-    paid = levels(scores, {seed: groups_of(draws[seed].domain) for seed in study.seeds})
-    saved = saved_bits(paid)
-    decision = decide(study, saved)
-    return StudyResult(
-        tables=(_table(paid, saved),),
-        decision=decision,
-        paragraph=_paragraph(paid, saved, decision),
-        domain=draws[study.seeds[0]].domain,
-        models=tuple(model_ref(f"{arm}, draw {seed}", m) for (arm, seed), m in models.items()),
-        notes=(CHOSEN, SIZE),
-    )
 
 
 def saved_bits(paid: Levels) -> dict[str, Estimate]:

@@ -93,28 +93,23 @@ class DistilCorpus(Study):
     """What is read; the first is what others are held against."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: DistilCorpus, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Distil on every corpus, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    methods = {
-        name: study.student.model_copy(update={"corpus": corpus})
-        for name, corpus in study.corpora.items()
-    }
-    made = make_arms(arms_of(methods, draws, study.seeds), runtime, pool)
-    models = checkpoints(made)
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    apart = differences(study, found)
-    lost = [name for name in apart if retain_lost(study, found, name)]
-    words = [f"Against {next(iter(study.corpora))}: {_list(apart)}.", gaps(found)]
-    if lost:
-        words.append(f"Retain was lost, so that these do not count: {', '.join(lost)}.")
-    counted = {name: e for name, e in apart.items() if name not in lost}
-    tables = (_table(apart), _read(made, study.seeds))
-    return result(found, words, decide(study, counted), draws, models, tables=tables)
+        """Distil on every corpus, relearn, compare."""
+        draws = make_draws(self.bench, self.seeds, runtime, pool)
+        methods = {
+            name: self.student.model_copy(update={"corpus": corpus})
+            for name, corpus in self.corpora.items()
+        }
+        made = make_arms(arms_of(methods, draws, self.seeds), runtime, pool)
+        models = checkpoints(made)
+        found = measure_arms(self.bench, models, draws, runtime, pool)
+        apart = differences(self, found)
+        lost = [name for name in apart if retain_lost(self, found, name)]
+        words = [f"Against {next(iter(self.corpora))}: {_list(apart)}.", gaps(found)]
+        if lost:
+            words.append(f"Retain was lost, so that these do not count: {', '.join(lost)}.")
+        counted = {name: e for name, e in apart.items() if name not in lost}
+        tables = (_table(apart), _read(made, self.seeds))
+        return result(found, words, decide(self, counted), draws, models, tables=tables)
 
 
 def differences(study: DistilCorpus, found: Found) -> dict[str, Estimate]:

@@ -86,48 +86,45 @@ class InitLeak(Study):
     """Whether students of the unlearned teacher run as well, from random and unlearned weights."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: InitLeak, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Distil from every start, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    others = another(study, draws, runtime, pool) if "another original" in study.inits else {}
-    orders = permuted(draws, runtime, pool) if "permuted" in study.inits else {}
-    wanted = {}
-    for seed, draw in draws.items():
-        assert draw.oracle is not None
-        target = FromOracle(path=str(draw.oracle.path))
-        places = {
-            "random": "original",
-            "unlearned": "unlearned",
-            "original": "original",
-            "permuted": str(orders[seed].path) if orders else "",
-            "another original": str(others[seed].path) if others else "",
-            "oracle": str(draw.oracle.path),
-        }
-        for init in study.inits:
-            alpha = 1.0 if init == "random" else 0.0
-            update = {"targets": target, "student": places[init], "alpha": alpha}
-            method = study.student.model_copy(update=update)
-            wanted[f"oracle's logits, from {init}", seed] = Make(method, draw.original, draw.domain)
-    if study.teacher_too:
-        own = {"targets": FromTeacher(), "student": "unlearned"}
-        taught = {
-            "teacher's logits, from random": study.student.model_copy(update=own),
-            "teacher's logits, from unlearned": study.student.model_copy(
-                update={**own, "alpha": 0.0}
-            ),
-        }
-        wanted |= arms_of(taught, draws, study.seeds)
-    models = checkpoints(make_arms(wanted, runtime, pool))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    leak = leaks(study, found)
-    near = {key: cosine(model, draws[key[1]].original) for key, model in models.items()}
-    words = [f"From an init minus from random, depth gap: {_list(leak)}.", gaps(found)]
-    tables = (_table(leak), _near(near, study.seeds))
-    return result(found, words, decide(study, leak), draws, models, tables=tables)
+        """Distil from every start, relearn, compare."""
+        draws = make_draws(self.bench, self.seeds, runtime, pool)
+        others = another(self, draws, runtime, pool) if "another original" in self.inits else {}
+        orders = permuted(draws, runtime, pool) if "permuted" in self.inits else {}
+        wanted = {}
+        for seed, draw in draws.items():
+            assert draw.oracle is not None
+            target = FromOracle(path=str(draw.oracle.path))
+            places = {
+                "random": "original",
+                "unlearned": "unlearned",
+                "original": "original",
+                "permuted": str(orders[seed].path) if orders else "",
+                "another original": str(others[seed].path) if others else "",
+                "oracle": str(draw.oracle.path),
+            }
+            for init in self.inits:
+                alpha = 1.0 if init == "random" else 0.0
+                update = {"targets": target, "student": places[init], "alpha": alpha}
+                method = self.student.model_copy(update=update)
+                wanted[f"oracle's logits, from {init}", seed] = Make(
+                    method, draw.original, draw.domain
+                )
+        if self.teacher_too:
+            own = {"targets": FromTeacher(), "student": "unlearned"}
+            taught = {
+                "teacher's logits, from random": self.student.model_copy(update=own),
+                "teacher's logits, from unlearned": self.student.model_copy(
+                    update={**own, "alpha": 0.0}
+                ),
+            }
+            wanted |= arms_of(taught, draws, self.seeds)
+        models = checkpoints(make_arms(wanted, runtime, pool))
+        found = measure_arms(self.bench, models, draws, runtime, pool)
+        leak = leaks(self, found)
+        near = {key: cosine(model, draws[key[1]].original) for key, model in models.items()}
+        words = [f"From an init minus from random, depth gap: {_list(leak)}.", gaps(found)]
+        tables = (_table(leak), _near(near, self.seeds))
+        return result(found, words, decide(self, leak), draws, models, tables=tables)
 
 
 def another(

@@ -71,8 +71,26 @@ class LabelBudget(Study):
     """Whether the probe judges texts or tokens."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Distil both ways at every budget of labels, relearn, compare."""
+        draws = make_draws(self.bench, self.seeds, runtime, pool)
+        wanted = {}
+        for seed in self.seeds:
+            draw = draws[seed]
+            for n in self.labels:
+                probe = Splice(harmful="skip", by=Classifier(labels=n, per=self.per))
+                # Nothing of any model is left in the student: it needs no teacher's weights.
+                sieve = self.student.model_copy(update={"targets": probe, "student": "original"})
+                wanted[f"filter, {n}", seed] = Make(sieve, draw.original, draw.domain)
+                taught = self.student.model_copy(update={"targets": FromTeacher()})
+                wanted[f"unlearn, {n}", seed] = Make(
+                    taught, draw.original, few(draw.domain, n, seed)
+                )
+        made = make_arms(wanted, runtime, pool)
+        models = checkpoints(made)
+        found = measure_arms(self.bench, models, draws, runtime, pool)
+        apart = differences(self, found)
+        words = [f"Unlearning minus filtering, depth gap: {_list(apart)}.", gaps(found)]
+        return result(found, words, decide(self, apart), draws, models, tables=(_table(apart),))
 
 
 def few(domain: Domain, labels: int, seed: int) -> Domain:
@@ -87,27 +105,6 @@ def few(domain: Domain, labels: int, seed: int) -> Domain:
     forget = {name: tuple(r for r in rows if r in kept) for name, rows in domain.forget.items()}
     retain = subsample(domain.retain, labels // 2, by="content", seed=seed)
     return replace(domain, forget=forget, retain=retain)
-
-
-def run(study: LabelBudget, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Distil both ways at every budget of labels, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    wanted = {}
-    for seed in study.seeds:
-        draw = draws[seed]
-        for n in study.labels:
-            probe = Splice(harmful="skip", by=Classifier(labels=n, per=study.per))
-            # Nothing of any model is left in the student, so that it needs no teacher's weights.
-            sieve = study.student.model_copy(update={"targets": probe, "student": "original"})
-            wanted[f"filter, {n}", seed] = Make(sieve, draw.original, draw.domain)
-            taught = study.student.model_copy(update={"targets": FromTeacher()})
-            wanted[f"unlearn, {n}", seed] = Make(taught, draw.original, few(draw.domain, n, seed))
-    made = make_arms(wanted, runtime, pool)
-    models = checkpoints(made)
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    apart = differences(study, found)
-    words = [f"Unlearning minus filtering, depth gap: {_list(apart)}.", gaps(found)]
-    return result(found, words, decide(study, apart), draws, models, tables=(_table(apart),))
 
 
 def differences(study: LabelBudget, found: Found) -> dict[str, Estimate]:

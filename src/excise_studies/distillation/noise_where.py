@@ -68,25 +68,20 @@ class NoiseWhere(Study):
     """Share of the matrices' weights that forget rows lean on most."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: NoiseWhere, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Perturb one group at a time, distil, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    base = study.student
-    methods = {"everywhere": base.model_copy(update={"groups": ("all",)})}
-    for group in study.groups:
-        methods[group] = base.model_copy(update={"groups": (group,)})
-    for name, kind in ((SNIP, "forget_snip"), (RANDOM, "random")):
-        methods[name] = base.model_copy(update={"weights": kind, "share": study.share})
-    methods[NOWHERE] = base.model_copy(update={"alpha": 0.0})
-    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), runtime, pool))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    apart = differences(study, found)
-    words = [f"Against noise everywhere, depth gap: {_list(apart)}.", gaps(found)]
-    return result(found, words, decide(study, apart), draws, models, tables=(_table(apart),))
+        """Perturb one group at a time, distil, relearn, compare."""
+        draws = make_draws(self.bench, self.seeds, runtime, pool)
+        base = self.student
+        methods = {"everywhere": base.model_copy(update={"groups": ("all",)})}
+        for group in self.groups:
+            methods[group] = base.model_copy(update={"groups": (group,)})
+        for name, kind in ((SNIP, "forget_snip"), (RANDOM, "random")):
+            methods[name] = base.model_copy(update={"weights": kind, "share": self.share})
+        methods[NOWHERE] = base.model_copy(update={"alpha": 0.0})
+        models = checkpoints(make_arms(arms_of(methods, draws, self.seeds), runtime, pool))
+        found = measure_arms(self.bench, models, draws, runtime, pool)
+        apart = differences(self, found)
+        words = [f"Against noise everywhere, depth gap: {_list(apart)}.", gaps(found)]
+        return result(found, words, decide(self, apart), draws, models, tables=(_table(apart),))
 
 
 def differences(study: NoiseWhere, found: Found) -> dict[str, Estimate]:

@@ -66,34 +66,29 @@ class PretrainLoss(Study):
     """Weight of the harmful tokens' loss."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: PretrainLoss, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train from scratch under every loss, relearn, compare."""
-    bench = study.bench
-    draws = make_draws(bench, study.seeds, runtime, pool)
-    starts = make_inits(bench, draws, runtime, pool)
-    methods: dict[str, Method] = {NOTHING: Filtering(pretrain=bench.pretrain)}
-    for push in study.pushes:
-        methods[push] = GradDiffPretrain(pretrain=bench.pretrain, push=push, weight=study.weight)
-    wanted = {
-        (name, seed): Make(method, starts[seed], draws[seed].domain)
-        for name, method in methods.items()
-        for seed in study.seeds
-    }
-    models = checkpoints(make_arms(wanted, runtime, pool))
-    found = measure_arms(bench, models, draws, runtime, pool)
-    apart = differences(study, found)
-    return result(
-        found,
-        [gaps(found)],
-        decide(study, apart),
-        draws,
-        models,
-        tables=(_table(apart),),
-    )
+        """Train from scratch under every loss, relearn, compare."""
+        bench = self.bench
+        draws = make_draws(bench, self.seeds, runtime, pool)
+        starts = make_inits(bench, draws, runtime, pool)
+        methods: dict[str, Method] = {NOTHING: Filtering(pretrain=bench.pretrain)}
+        for push in self.pushes:
+            methods[push] = GradDiffPretrain(pretrain=bench.pretrain, push=push, weight=self.weight)
+        wanted = {
+            (name, seed): Make(method, starts[seed], draws[seed].domain)
+            for name, method in methods.items()
+            for seed in self.seeds
+        }
+        models = checkpoints(make_arms(wanted, runtime, pool))
+        found = measure_arms(bench, models, draws, runtime, pool)
+        apart = differences(self, found)
+        return result(
+            found,
+            [gaps(found)],
+            decide(self, apart),
+            draws,
+            models,
+            tables=(_table(apart),),
+        )
 
 
 def differences(study: PretrainLoss, found: Found) -> dict[str, Estimate]:

@@ -80,31 +80,29 @@ class ReversalCost(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: ReversalCost, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Remove, relearn, find the costs."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    models = checkpoints(make_arms(arms_of(study.methods, draws, study.seeds), runtime, pool))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    groups = {seed: groups_of(draws[seed].domain) for seed in study.seeds}
-    costs = {name: log_costs(study, found, name, groups) for name in study.methods}
-    size = found.after.n
-    steps = {name: _power(estimate(logs, size)) for name, logs in costs.items()}
-    apart = {
-        name: estimate(costs["rmu"] - costs[name], size) for name in study.methods if name != "rmu"
-    }
-    end = np.log2(found.attacked["rmu", study.seeds[0]].steps[-1])
-    never = all(float(costs[name][0]) >= end - 1e-9 for name in ("rmu", study.against))
-    counts = ", ".join(f"{name} {said(e)}" for name, e in steps.items())
-    words = [
-        f"Steps until V was half-way back: {counts}.",
-        f"Doublings, rmu over the others: {', '.join(f'{n} {said(e)}' for n, e in apart.items())}.",
-    ]
-    decision = decide(study, apart[study.against], never=never)
-    return result(found, words, decision, draws, models, tables=(_table(steps, apart),))
+        """Remove, relearn, find the costs."""
+        draws = make_draws(self.bench, self.seeds, runtime, pool)
+        models = checkpoints(make_arms(arms_of(self.methods, draws, self.seeds), runtime, pool))
+        found = measure_arms(self.bench, models, draws, runtime, pool)
+        groups = {seed: groups_of(draws[seed].domain) for seed in self.seeds}
+        costs = {name: log_costs(self, found, name, groups) for name in self.methods}
+        size = found.after.n
+        steps = {name: _power(estimate(logs, size)) for name, logs in costs.items()}
+        apart = {
+            name: estimate(costs["rmu"] - costs[name], size)
+            for name in self.methods
+            if name != "rmu"
+        }
+        end = np.log2(found.attacked["rmu", self.seeds[0]].steps[-1])
+        never = all(float(costs[name][0]) >= end - 1e-9 for name in ("rmu", self.against))
+        counts = ", ".join(f"{name} {said(e)}" for name, e in steps.items())
+        words = [
+            f"Steps until V was half-way back: {counts}.",
+            "Doublings, rmu over the others: "
+            f"{', '.join(f'{n} {said(e)}' for n, e in apart.items())}.",
+        ]
+        decision = decide(self, apart[self.against], never=never)
+        return result(found, words, decision, draws, models, tables=(_table(steps, apart),))
 
 
 def log_costs(

@@ -87,8 +87,35 @@ class TeacherSplice(Study):
     """The student of that teacher."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Make the teachers and one student, read predictions, relearn."""
+        draws = make_draws(self.bench, self.seeds, runtime, pool)
+        first = next(iter(self.teachers.values()))
+        wanted = {
+            (name, s): Make(method, draws[s].original, draws[s].domain)
+            for name, method in self.teachers.items()
+            for s in self.seeds
+        }
+        told = {s: with_part(draws[s].domain, self.labelled, s) for s in self.seeds}
+        wanted |= {(PART, s): Make(first, draws[s].original, told[s]) for s in self.seeds}
+        teachers = checkpoints(make_arms(wanted, runtime, pool))
+        method = self.student.model_copy(update={"unlearn": first})
+        pupils = {
+            (f"student of {PART}", s): Make(method, draws[s].original, told[s]) for s in self.seeds
+        }
+        models = checkpoints(make_arms(pupils, runtime, pool))
+        length = self.bench.pretrain.max_length
+        jobs = {
+            key: CompareModels(model, draws[key[1]].original, draws[key[1]].domain, length)
+            for key, model in teachers.items()
+        }
+        away = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
+        found = measure_arms(self.bench, models, draws, runtime, pool)
+        shares = {name: explained(away, name, draws, self.seeds) for name in (*self.teachers, PART)}
+        leak = leaked(away, found, draws, self.seeds)
+        decision = decide(self, shares[next(iter(self.teachers))][1], leak)
+        tables = (splice_tables.shares_table(shares, aucs(away)), splice_tables.leak_table(leak))
+        words = splice_tables.words(shares, aucs(away), leak)
+        return result(found, words, decision, draws, {**teachers, **models}, tables=tables)
 
 
 @dataclass(frozen=True)
@@ -144,38 +171,6 @@ def _flat(side: Mapping[str, Rows]) -> Rows:
 
 PART = "part of the labels"
 """Name of the further teacher and of its student."""
-
-
-def run(study: TeacherSplice, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Make the teachers and one student, read predictions, relearn."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    first = next(iter(study.teachers.values()))
-    wanted = {
-        (name, s): Make(method, draws[s].original, draws[s].domain)
-        for name, method in study.teachers.items()
-        for s in study.seeds
-    }
-    told = {s: with_part(draws[s].domain, study.labelled, s) for s in study.seeds}
-    wanted |= {(PART, s): Make(first, draws[s].original, told[s]) for s in study.seeds}
-    teachers = checkpoints(make_arms(wanted, runtime, pool))
-    method = study.student.model_copy(update={"unlearn": first})
-    pupils = {
-        (f"student of {PART}", s): Make(method, draws[s].original, told[s]) for s in study.seeds
-    }
-    models = checkpoints(make_arms(pupils, runtime, pool))
-    length = study.bench.pretrain.max_length
-    jobs = {
-        key: CompareModels(model, draws[key[1]].original, draws[key[1]].domain, length)
-        for key, model in teachers.items()
-    }
-    away = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    shares = {name: explained(away, name, draws, study.seeds) for name in (*study.teachers, PART)}
-    leak = leaked(away, found, draws, study.seeds)
-    decision = decide(study, shares[next(iter(study.teachers))][1], leak)
-    tables = (splice_tables.shares_table(shares, aucs(away)), splice_tables.leak_table(leak))
-    words = splice_tables.words(shares, aucs(away), leak)
-    return result(found, words, decision, draws, {**teachers, **models}, tables=tables)
 
 
 def with_part(domain: Domain, share: float, seed: int) -> Domain:

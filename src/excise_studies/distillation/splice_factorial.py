@@ -77,41 +77,40 @@ class SpliceFactorial(Study):
     """Nats from which on the teacher's implicit label is harmful."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Distil every cell, relearn, and compare."""
+        draws = make_draws(self.bench, self.seeds, runtime, pool)
+        methods: dict[str, Any] = {
+            arm_name(b, h): given(self.student, Splice(benign=b, harmful=h))
+            for b in self.benign
+            for h in self.harmful
+        }
+        if self.others:
+            implicit = Splice(harmful="uniform", by=Implicit(tau=self.tau))
+            methods["implicit labels, harmful uniform"] = given(self.student, implicit)
+            methods["filtered text, no teacher"] = given(self.student, HardLabels())
+            methods["original everywhere"] = given(self.student, FromOriginal())
+        wanted = arms_of(methods, draws, self.seeds)
+        if self.others:
+            for seed in self.seeds:
+                oracle = draws[seed].oracle
+                assert oracle is not None
+                method = given(self.student, FromOracle(path=str(oracle.path)))
+                wanted["oracle's logits", seed] = Make(
+                    method, draws[seed].original, draws[seed].domain
+                )
+        models = checkpoints(make_arms(wanted, runtime, pool))
+        found = measure_arms(self.bench, models, draws, runtime, pool)
+        effects = effects_of(self, found)
+        words = [f"The {name} was {said(effect)}." for name, effect in effects.items()]
+        words.append(gaps(found))
+        return result(
+            found, words, decide(self, effects), draws, models, tables=(_effects(effects),)
+        )
 
 
 def arm_name(benign: str, harmful: str) -> str:
     """Return the name of a cell."""
     return f"benign {benign}, harmful {harmful}"
-
-
-def run(study: SpliceFactorial, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Distil every cell, relearn, and compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    methods: dict[str, Any] = {
-        arm_name(b, h): given(study.student, Splice(benign=b, harmful=h))
-        for b in study.benign
-        for h in study.harmful
-    }
-    if study.others:
-        implicit = Splice(harmful="uniform", by=Implicit(tau=study.tau))
-        methods["implicit labels, harmful uniform"] = given(study.student, implicit)
-        methods["filtered text, no teacher"] = given(study.student, HardLabels())
-        methods["original everywhere"] = given(study.student, FromOriginal())
-    wanted = arms_of(methods, draws, study.seeds)
-    if study.others:
-        for seed in study.seeds:
-            oracle = draws[seed].oracle
-            assert oracle is not None
-            method = given(study.student, FromOracle(path=str(oracle.path)))
-            wanted["oracle's logits", seed] = Make(method, draws[seed].original, draws[seed].domain)
-    models = checkpoints(make_arms(wanted, runtime, pool))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    effects = effects_of(study, found)
-    words = [f"The {name} was {said(effect)}." for name, effect in effects.items()]
-    words.append(gaps(found))
-    return result(found, words, decide(study, effects), draws, models, tables=(_effects(effects),))
 
 
 def given(method: Undo, targets: Any) -> Undo:

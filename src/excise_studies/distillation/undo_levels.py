@@ -87,8 +87,21 @@ class UndoLevels(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Unlearn, damage, distil, relearn, compare."""
+        draws = make_draws(self.bench, self.seeds, runtime, pool)
+        made = make_arms(arms_of(methods_of(self), draws, self.seeds), runtime, pool)
+        models = checkpoints(made)
+        found = measure_arms(self.bench, models, draws, runtime, pool)
+        deeper = {alpha: found.contrast([ALONE], [equal(alpha)]) for alpha in self.alphas}
+        kept = {alpha: keeps(found, equal(alpha)) for alpha in self.alphas}
+        words = [
+            "Unlearning alone minus the student, depth gap: "
+            + ", ".join(f"alpha {a:g} {said(e)}" for a, e in deeper.items())
+            + ".",
+            gaps(found),
+        ]
+        tables = (_table(deeper, kept), _costs(made, self.seeds))
+        return result(found, words, decide(self, deeper, kept), draws, models, tables=tables)
 
 
 def moved(study: UndoLevels, alpha: float) -> Undo:
@@ -119,24 +132,6 @@ def methods_of(study: UndoLevels) -> dict[str, Method]:
 def equal(alpha: float) -> str:
     """Return the name of the arm at equal steps."""
     return f"alpha {alpha:g}"
-
-
-def run(study: UndoLevels, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Unlearn, damage, distil, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    made = make_arms(arms_of(methods_of(study), draws, study.seeds), runtime, pool)
-    models = checkpoints(made)
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    deeper = {alpha: found.contrast([ALONE], [equal(alpha)]) for alpha in study.alphas}
-    kept = {alpha: keeps(found, equal(alpha)) for alpha in study.alphas}
-    words = [
-        "Unlearning alone minus the student, depth gap: "
-        + ", ".join(f"alpha {a:g} {said(e)}" for a, e in deeper.items())
-        + ".",
-        gaps(found),
-    ]
-    tables = (_table(deeper, kept), _costs(made, study.seeds))
-    return result(found, words, decide(study, deeper, kept), draws, models, tables=tables)
 
 
 def keeps(found: Found, arm: str) -> Estimate:

@@ -95,25 +95,20 @@ class UndoPilot(Study):
     """The small runs; the first decides."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: UndoPilot, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Distil small and large from every teacher, relearn, correlate."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    methods: dict[str, Method] = {}
-    for name, teacher in study.teachers.items():
-        methods[arm_name(name, "no student")] = teacher
-        for size, method in {**study.pilots, LARGE: study.large}.items():
-            methods[arm_name(name, size)] = method.model_copy(update={"unlearn": teacher})
-    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), runtime, pool))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    rho = correlations(study, found)
-    words = [f"Rank correlation with the large student: {_list(rho)}."]
-    order = sorted(study.teachers, key=lambda name: found.value(arm_name(name, LARGE)).value)
-    words.append(f"Teachers by depth of the large student: {', '.join(order)}.")
-    return result(found, words, decide(study, rho), draws, models, tables=(_table(rho),))
+        """Distil small and large from every teacher, relearn, correlate."""
+        draws = make_draws(self.bench, self.seeds, runtime, pool)
+        methods: dict[str, Method] = {}
+        for name, teacher in self.teachers.items():
+            methods[arm_name(name, "no student")] = teacher
+            for size, method in {**self.pilots, LARGE: self.large}.items():
+                methods[arm_name(name, size)] = method.model_copy(update={"unlearn": teacher})
+        models = checkpoints(make_arms(arms_of(methods, draws, self.seeds), runtime, pool))
+        found = measure_arms(self.bench, models, draws, runtime, pool)
+        rho = correlations(self, found)
+        words = [f"Rank correlation with the large student: {_list(rho)}."]
+        order = sorted(self.teachers, key=lambda name: found.value(arm_name(name, LARGE)).value)
+        words.append(f"Teachers by depth of the large student: {', '.join(order)}.")
+        return result(found, words, decide(self, rho), draws, models, tables=(_table(rho),))
 
 
 def arm_name(teacher: str, size: str) -> str:

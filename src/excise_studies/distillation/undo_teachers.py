@@ -93,8 +93,22 @@ class UndoTeachers(Study):
     """Exact match on `dev_retain` that a teacher may cost."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Choose strengths on the tuned draws, distil, relearn, compare."""
+        tuned = self.tuned_on or self.seeds
+        draws = make_draws(self.bench, (*tuned, *self.seeds), runtime, pool)
+        factors = matched(self, {seed: draws[seed] for seed in tuned}, runtime, pool)
+        methods: dict[str, Method] = {}
+        for name, method in self.teachers.items():
+            teacher = stronger(method, factors[name])
+            methods[f"{name}: no student"] = teacher
+            methods[name] = self.student.model_copy(update={"unlearn": teacher})
+        models = checkpoints(make_arms(arms_of(methods, draws, self.seeds), runtime, pool))
+        found = measure_arms(self.bench, models, draws, runtime, pool)
+        apart = differences(self, found)
+        words = [f"{name}: {said(e)}." for name, e in apart.items()]
+        words.append(gaps(found))
+        tables = (_table(apart), _matched(self, factors, found))
+        return result(found, words, decide(self, apart), draws, models, tables=tables)
 
 
 @dataclass(frozen=True)
@@ -115,25 +129,6 @@ def dev_scores(job: DevJob) -> tuple[float, float]:
     pairs = ((forget, job.domain.metrics[0]), (job.domain.dev_retain, job.domain.retain_metrics[0]))
     one, two = (measure(net, tokenizer, r, m, max_length=job.max_length).mean for r, m in pairs)
     return one, two
-
-
-def run(study: UndoTeachers, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Choose strengths on the tuned draws, distil, relearn, compare."""
-    tuned = study.tuned_on or study.seeds
-    draws = make_draws(study.bench, (*tuned, *study.seeds), runtime, pool)
-    factors = matched(study, {seed: draws[seed] for seed in tuned}, runtime, pool)
-    methods: dict[str, Method] = {}
-    for name, method in study.teachers.items():
-        teacher = stronger(method, factors[name])
-        methods[f"{name}: no student"] = teacher
-        methods[name] = study.student.model_copy(update={"unlearn": teacher})
-    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), runtime, pool))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    apart = differences(study, found)
-    words = [f"{name}: {said(e)}." for name, e in apart.items()]
-    words.append(gaps(found))
-    tables = (_table(apart), _matched(study, factors, found))
-    return result(found, words, decide(study, apart), draws, models, tables=tables)
 
 
 def stronger(method: Method, factor: float) -> Method:

@@ -133,42 +133,37 @@ class MessyForgetSet(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Sweep on the tuned draw, run around what was found on the others, compare."""
+        draws = make_draws(self, runtime, pool)
+        cells = [(s, m) for s in self.sets for m in self.methods]
+        sweep = {(seed, *cell): self.sweep for seed in self.tuned_on for cell in cells}
+        tried = run_cells(self, draws, sweep, runtime, pool, relearn=False)
+        base = {seed: scored_originals(self, draw, runtime) for seed, draw in draws.items()}
+        found: dict[tuple[Mess, str], float] = {}
+        for cell in cells:
+            logs = []
+            for seed in self.tuned_on:
+                before = average(base[seed]["dev_retain"])
+                runs = tried[seed, cell[0], cell[1]]
+                costs = [average(p["dev_retain"]) - before for p in runs]
+                logs.append(strength_at(self.sweep, costs, self.retain_cost))
+            found[cell] = float(np.exp(np.mean(logs)))
+        around = {
+            (seed, *cell): tuple(found[cell] * f for f in self.around)
+            for seed in self.seeds
+            for cell in cells
+        }
+        points = run_cells(self, draws, around, runtime, pool, relearn=True)
+        result = summarise(self, base, points, found)
+        domain = draws[self.seeds[0]].domain
+        models = tuple(ref for seed in self.seeds for ref in draws[seed].refs())
+        return StudyResult(*result, domain=domain, models=models)
 
 
 Point = dict[str, Any]
 """Scores of one run by unit: `V`, `relearned`, `retain`, `dev_retain`."""
 Cell = tuple[int, Mess, str]
 """Draw, forget set, method."""
-
-
-def run(study: MessyForgetSet, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Sweep on the tuned draw, run around what was found on the others, compare."""
-    draws = make_draws(study, runtime, pool)
-    cells = [(s, m) for s in study.sets for m in study.methods]
-    sweep = {(seed, *cell): study.sweep for seed in study.tuned_on for cell in cells}
-    tried = run_cells(study, draws, sweep, runtime, pool, relearn=False)
-    base = {seed: scored_originals(study, draw, runtime) for seed, draw in draws.items()}
-    found: dict[tuple[Mess, str], float] = {}
-    for cell in cells:
-        logs = []
-        for seed in study.tuned_on:
-            before = average(base[seed]["dev_retain"])
-            runs = tried[seed, cell[0], cell[1]]
-            costs = [average(p["dev_retain"]) - before for p in runs]
-            logs.append(strength_at(study.sweep, costs, study.retain_cost))
-        found[cell] = float(np.exp(np.mean(logs)))
-    around = {
-        (seed, *cell): tuple(found[cell] * f for f in study.around)
-        for seed in study.seeds
-        for cell in cells
-    }
-    points = run_cells(study, draws, around, runtime, pool, relearn=True)
-    result = summarise(study, base, points, found)
-    domain = draws[study.seeds[0]].domain
-    models = tuple(ref for seed in study.seeds for ref in draws[seed].refs())
-    return StudyResult(*result, domain=domain, models=models)
 
 
 def make_draws(study: MessyForgetSet, runtime: Runtime, pool: Pool) -> dict[int, Draw]:

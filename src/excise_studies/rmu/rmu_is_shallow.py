@@ -162,34 +162,29 @@ class RMUIsShallow(Study):
         )
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: RMUIsShallow, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train, remove, clear, relearn, and put the numbers into tables."""
-    draws = make_draws(study, runtime, pool)
-    jobs = [ApplyMethod(study.rmu, d.original, d.domain, d.seed) for d in draws.values()]
-    removals = pool.map(runtime.run, jobs)
-    edited = {seed: r.checkpoint for seed, r in zip(draws, removals, strict=True)}
-    cleared = clear_draws(study, draws, edited, runtime, pool)
-    tuned = list(study.tuned_on) or list(study.seeds)
-    name = choose(cleared, tuned, study.retain_budget)
-    relearned = relearn_draws(study, draws, edited, name, runtime, pool)
-    reported = {seed: cleared[seed] for seed in study.seeds}
-    found = summarise(study, reported, name, relearned)
-    return StudyResult(
-        tables=found.tables,
-        decision=found.decision,
-        paragraph=found.paragraph,
-        domain=draws[study.seeds[0]].domain,
-        models=tuple(
-            ref
-            for seed in study.seeds
-            for ref in (*draws[seed].refs(), model_ref(f"rmu, draw {seed}", edited[seed]))
-        ),
-        notes=found.notes,
-    )
+        """Train, remove, clear, relearn, and put the numbers into tables."""
+        draws = make_draws(self, runtime, pool)
+        jobs = [ApplyMethod(self.rmu, d.original, d.domain, d.seed) for d in draws.values()]
+        removals = pool.map(runtime.run, jobs)
+        edited = {seed: r.checkpoint for seed, r in zip(draws, removals, strict=True)}
+        cleared = clear_draws(self, draws, edited, runtime, pool)
+        tuned = list(self.tuned_on) or list(self.seeds)
+        name = choose(cleared, tuned, self.retain_budget)
+        relearned = relearn_draws(self, draws, edited, name, runtime, pool)
+        reported = {seed: cleared[seed] for seed in self.seeds}
+        found = summarise(self, reported, name, relearned)
+        return StudyResult(
+            tables=found.tables,
+            decision=found.decision,
+            paragraph=found.paragraph,
+            domain=draws[self.seeds[0]].domain,
+            models=tuple(
+                ref
+                for seed in self.seeds
+                for ref in (*draws[seed].refs(), model_ref(f"rmu, draw {seed}", edited[seed]))
+            ),
+            notes=found.notes,
+        )
 
 
 def make_draws(study: RMUIsShallow, runtime: Runtime, pool: Pool) -> dict[int, Draw]:

@@ -81,8 +81,21 @@ class Edges(Study):
     """Shares of the steps of plain runs for the compute ratio."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train every arm at every rate, relearn, compare."""
+        world = make_world(self.bench, self.seeds, runtime, pool)
+        arms = {
+            at(name, rate): (method, misses(rate, self.missed, self.rest))
+            for rate in self.rates
+            for name, method in places(self).items()
+        }
+        made = train_arms(arms, world, runtime, pool)
+        outcome = score_arms(made, world, self.seeds, runtime, pool, shares=self.shares)
+        found = contrasts(self, outcome)
+        words = [f"{name} was {said(value)}." for name, value in found.items()]
+        words.append(gaps(outcome.found))
+        rows = tuple(row("contrast", name, value) for name, value in found.items())
+        table = StudyTable(title="Activations against parameters", note=self.statistic, rows=rows)
+        return conclude(outcome, world, words, decide(self, found), more=(table,))
 
 
 def places(study: Edges) -> dict[str, Method]:
@@ -103,24 +116,6 @@ def places(study: Edges) -> dict[str, Method]:
 def at(name: str, rate: float) -> str:
     """Return the name of an arm at a rate of labels."""
     return f"{name}, {100 * rate:g} % labels"
-
-
-def run(study: Edges, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train every arm at every rate, relearn, compare."""
-    world = make_world(study.bench, study.seeds, runtime, pool)
-    arms = {
-        at(name, rate): (method, misses(rate, study.missed, study.rest))
-        for rate in study.rates
-        for name, method in places(study).items()
-    }
-    made = train_arms(arms, world, runtime, pool)
-    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=study.shares)
-    found = contrasts(study, outcome)
-    words = [f"{name} was {said(value)}." for name, value in found.items()]
-    words.append(gaps(outcome.found))
-    rows = tuple(row("contrast", name, value) for name, value in found.items())
-    table = StudyTable(title="Activations against parameters", note=study.statistic, rows=rows)
-    return conclude(outcome, world, words, decide(study, found), more=(table,))
 
 
 HOLD = "D (depth gap, activations - parameters)"

@@ -67,32 +67,27 @@ class ERAAfterTraining(Study):
     """Its learning rate, a quarter of training's."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: ERAAfterTraining, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Continue the original in both ways, relearn, compare."""
-    world = make_world(study.bench, study.seeds, runtime, pool)
-    made = make_arms(wanted(study, world), runtime, pool)
-    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=())
-    models = {**rails(world.draws, study.seeds), **checkpoints(made)}
-    on_v = levels(text_losses(models, world, runtime, pool, "test"), groups_of(world.draws))
-    nats = {
-        arm: estimate(on_v.at(arm) - on_v.at("original"), on_v.n)
-        for arm in on_v.arms
-        if arm != "original"
-    }
-    tokens: dict[Key, int] = {key: removal.cost.tokens for key, removal in made.items()}
-    found = difference(study, outcome)
-    last = named("era", max(study.steps))
-    words = [
-        f"D was {said(found)}.",
-        f"Before any attack ERA raised the loss on V by {said(nats[last])} nats.",
-        gaps(outcome.found),
-    ]
-    table = _table(study, nats, tokens)
-    return conclude(outcome, world, words, decide(study, found), more=(table,))
+        """Continue the original in both ways, relearn, compare."""
+        world = make_world(self.bench, self.seeds, runtime, pool)
+        made = make_arms(wanted(self, world), runtime, pool)
+        outcome = score_arms(made, world, self.seeds, runtime, pool, shares=())
+        models = {**rails(world.draws, self.seeds), **checkpoints(made)}
+        on_v = levels(text_losses(models, world, runtime, pool, "test"), groups_of(world.draws))
+        nats = {
+            arm: estimate(on_v.at(arm) - on_v.at("original"), on_v.n)
+            for arm in on_v.arms
+            if arm != "original"
+        }
+        tokens: dict[Key, int] = {key: removal.cost.tokens for key, removal in made.items()}
+        found = difference(self, outcome)
+        last = named("era", max(self.steps))
+        words = [
+            f"D was {said(found)}.",
+            f"Before any attack ERA raised the loss on V by {said(nats[last])} nats.",
+            gaps(outcome.found),
+        ]
+        table = _table(self, nats, tokens)
+        return conclude(outcome, world, words, decide(self, found), more=(table,))
 
 
 def named(side: str, steps: int) -> str:

@@ -96,8 +96,35 @@ class Ingrained(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train, remove in both ways at every level, relearn, compare."""
+        outcomes: dict[float, Outcome] = {}
+        worlds: dict[float, World] = {}
+        labels = misses(self.rate, self.missed, self.rest)
+        arms = {name: (method, None) for name, method in self.after.items()}
+        for share in self.mix:
+            worlds[share] = make_world(bench_at(self, share), self.seeds, runtime, pool)
+            made = train_arms({ROUTED: (self.routed, labels), **arms}, worlds[share], runtime, pool)
+            outcomes[share] = score_arms(made, worlds[share], self.seeds, runtime, pool, shares=())
+        first = self.seeds[0]
+        seen = {
+            share: exposures(world.draws[first].domain, world.bench.pretrain)
+            for share, world in worlds.items()
+        }
+        found = interaction(self, outcomes)
+        voids = [
+            f"{seen[s]:.0f} exposures: {o.found.void}" for s, o in outcomes.items() if o.found.void
+        ]
+        words = [spoken(self, outcomes, seen), f"I was {said(found)}."]
+        last = self.mix[-1]
+        return conclude(
+            outcomes[last],
+            worlds[last],
+            words,
+            decide(self, found) if not voids else f"void: {'; '.join(voids)}",
+            more=(_table(self, outcomes, seen),),
+            notes=(f"rails and curves are those of {seen[last]:.0f} exposures per fact",),
+            brief=True,
+        )
 
 
 def bench_at(study: Ingrained, share: float) -> Bench:
@@ -117,38 +144,6 @@ def exposures(domain: Domain, pretrain: Pretrain) -> float:
     forget = [row for row in rows if row.capability]
     read = pretrain.fit.steps * pretrain.fit.batch_size * len(forget) / len(rows)
     return read / len({row.unit for row in forget})
-
-
-def run(study: Ingrained, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train, remove in both ways at every level, relearn, compare."""
-    outcomes: dict[float, Outcome] = {}
-    worlds: dict[float, World] = {}
-    labels = misses(study.rate, study.missed, study.rest)
-    arms = {name: (method, None) for name, method in study.after.items()}
-    for share in study.mix:
-        worlds[share] = make_world(bench_at(study, share), study.seeds, runtime, pool)
-        made = train_arms({ROUTED: (study.routed, labels), **arms}, worlds[share], runtime, pool)
-        outcomes[share] = score_arms(made, worlds[share], study.seeds, runtime, pool, shares=())
-    first = study.seeds[0]
-    seen = {
-        share: exposures(world.draws[first].domain, world.bench.pretrain)
-        for share, world in worlds.items()
-    }
-    found = interaction(study, outcomes)
-    voids = [
-        f"{seen[s]:.0f} exposures: {o.found.void}" for s, o in outcomes.items() if o.found.void
-    ]
-    words = [spoken(study, outcomes, seen), f"I was {said(found)}."]
-    last = study.mix[-1]
-    return conclude(
-        outcomes[last],
-        worlds[last],
-        words,
-        decide(study, found) if not voids else f"void: {'; '.join(voids)}",
-        more=(_table(study, outcomes, seen),),
-        notes=(f"rails and curves are those of {seen[last]:.0f} exposures per fact",),
-        brief=True,
-    )
 
 
 def behind(study: Ingrained, outcome: Outcome) -> Array:

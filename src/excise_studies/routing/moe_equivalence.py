@@ -84,8 +84,28 @@ class MoEEquivalence(Study):
     """Width of the models; they have two blocks."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Compare every case of every family and draw."""
+        del runtime  # always float64 on the CPU
+        jobs = [
+            Job(family, case, seed, self.width)
+            for family in self.families
+            for case in CASES
+            for seed in self.seeds
+        ]
+        found = dict(zip(jobs, pool.map(compare, jobs), strict=True))
+        decision = decide(self, found)
+        return StudyResult(
+            tables=(table(self, found),),
+            decision=decision,
+            paragraph=f"{said(self, found)} Decision: {decision}.",
+            notes=(
+                "nothing was tuned: no draw is spent on choices",
+                "norms and softmaxes that would compute in float32 do so in float64 here, for both",
+                "the mixture is built without routing: modules cut out of copies, tokens handed "
+                "over",
+            ),
+            data={"name": "random tokens", "rows": {"batch": ROWS}, "tokens": TOKENS},
+        )
 
 
 @dataclass(frozen=True)
@@ -116,30 +136,6 @@ class Difference:
     def largest(self) -> float:
         """The larger of both."""
         return max(self.core, self.modules)
-
-
-def run(study: MoEEquivalence, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Compare every case of every family and draw."""
-    del runtime  # always float64 on the CPU
-    jobs = [
-        Job(family, case, seed, study.width)
-        for family in study.families
-        for case in CASES
-        for seed in study.seeds
-    ]
-    found = dict(zip(jobs, pool.map(compare, jobs), strict=True))
-    decision = decide(study, found)
-    return StudyResult(
-        tables=(table(study, found),),
-        decision=decision,
-        paragraph=f"{said(study, found)} Decision: {decision}.",
-        notes=(
-            "nothing was tuned: no draw is spent on choices",
-            "norms and softmaxes that would compute in float32 do so in float64 here, for both",
-            "the mixture is built without routing: modules cut out of copies, tokens handed over",
-        ),
-        data={"name": "random tokens", "rows": {"batch": ROWS}, "tokens": TOKENS},
-    )
 
 
 def worst(found: Mapping[Job, Difference], case: Case) -> float:

@@ -76,8 +76,40 @@ class Moefication(Study):
     """Shares of the steps of plain runs for the compute ratio."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train every arm, empty its modules, compare."""
+        world = make_world(self.bench, self.seeds, runtime, pool)
+        methods = {name: (method, None) for name, method in arms(self).items()}
+        made = train_arms(methods, world, runtime, pool)
+        outcome = score_arms(made, world, self.seeds, runtime, pool, shares=self.shares)
+        found = measured(made, world, runtime, pool)
+        contrasts = {
+            "S (net separation, measured - random)": found.estimate(
+                found.net(MEASURED) - found.net(RANDOM)
+            ),
+            "C (net separation, measured - dense)": found.estimate(
+                found.net(MEASURED) - found.net(DENSE)
+            ),
+        }
+        decision = decide(self, list(contrasts.values()))
+        tables = (
+            contrast_table(self, contrasts, found),
+            rounds_table(made),
+            tax_table(outcome),
+            arms_table(outcome.found),
+        )
+        models = {**rails(world.draws, self.seeds), **checkpoints(made)}
+        return StudyResult(
+            tables=tables,
+            decision=decision,
+            paragraph=paragraph(self, contrasts, found, outcome, made, decision),
+            domain=world.draws[self.seeds[0]].domain,
+            models=tuple(model_ref(f"{arm}, draw {seed}", m) for (arm, seed), m in models.items()),
+            notes=(
+                "the method's settings were chosen by hand on draw 0",
+                "relearning T is reported beside the statistic and decides nothing here"
+                + (f"; on its own it is {outcome.found.void}" if outcome.found.void else ""),
+            ),
+        )
 
 
 def arms(study: Moefication) -> dict[str, Method]:
@@ -105,43 +137,6 @@ class Losses:
     def estimate(self, values: Array) -> Estimate:
         """Return the estimate of values that rest on V."""
         return estimate(values, self.v.n)
-
-
-def run(study: Moefication, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train every arm, empty its modules, compare."""
-    world = make_world(study.bench, study.seeds, runtime, pool)
-    methods = {name: (method, None) for name, method in arms(study).items()}
-    made = train_arms(methods, world, runtime, pool)
-    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=study.shares)
-    found = measured(made, world, runtime, pool)
-    contrasts = {
-        "S (net separation, measured - random)": found.estimate(
-            found.net(MEASURED) - found.net(RANDOM)
-        ),
-        "C (net separation, measured - dense)": found.estimate(
-            found.net(MEASURED) - found.net(DENSE)
-        ),
-    }
-    decision = decide(study, list(contrasts.values()))
-    tables = (
-        contrast_table(study, contrasts, found),
-        rounds_table(made),
-        tax_table(outcome),
-        arms_table(outcome.found),
-    )
-    models = {**rails(world.draws, study.seeds), **checkpoints(made)}
-    return StudyResult(
-        tables=tables,
-        decision=decision,
-        paragraph=paragraph(study, contrasts, found, outcome, made, decision),
-        domain=world.draws[study.seeds[0]].domain,
-        models=tuple(model_ref(f"{arm}, draw {seed}", m) for (arm, seed), m in models.items()),
-        notes=(
-            "the method's settings were chosen by hand on draw 0",
-            "relearning T is reported beside the statistic and decides nothing here"
-            + (f"; on its own it is {outcome.found.void}" if outcome.found.void else ""),
-        ),
-    )
 
 
 def measured(made: Mapping[Key, Removal], world: World, runtime: Runtime, pool: Pool) -> Losses:

@@ -112,8 +112,31 @@ class PartialLabels(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train every arm in every cell, cue by cue; relearn; compare."""
+        outcomes: dict[str, Outcome] = {}
+        worlds: dict[str, World] = {}
+        wanted = {
+            arm(name, cell): (method, cell.labels(self.rest))
+            for cell in cells_of(self)
+            for name, method in methods_of(self).items()
+        }
+        for cue in self.cues:
+            worlds[cue] = make_world(with_cue(self.bench, cue), self.seeds, runtime, pool)
+            made = train_arms(wanted, worlds[cue], runtime, pool)
+            outcomes[cue] = score_arms(
+                made, worlds[cue], self.seeds, runtime, pool, shares=self.shares
+            )
+        found = difference(self, outcomes)
+        first = self.cues[0]
+        words = [best(self, outcomes[cue], cue) for cue in self.cues]
+        if found is not None:
+            words.append(f"D, {self.against} minus {self.preset}, was {said(found[0])}.")
+        tables = [grid(self, outcomes[cue], cue) for cue in self.cues]
+        notes = [o.found.void for o in outcomes.values() if o.found.void]
+        return conclude(
+            outcomes[first], worlds[first], words, decide(self, found), more=tables, notes=notes,
+            brief=True,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,34 +175,6 @@ def methods_of(study: PartialLabels) -> dict[str, Method]:
 def arm(name: str, cell: Cell) -> str:
     """Return the name of an arm in a setting of the labels."""
     return f"{name} [{cell}]"
-
-
-def run(study: PartialLabels, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train every arm in every cell, cue by cue; relearn; compare."""
-    outcomes: dict[str, Outcome] = {}
-    worlds: dict[str, World] = {}
-    wanted = {
-        arm(name, cell): (method, cell.labels(study.rest))
-        for cell in cells_of(study)
-        for name, method in methods_of(study).items()
-    }
-    for cue in study.cues:
-        worlds[cue] = make_world(with_cue(study.bench, cue), study.seeds, runtime, pool)
-        made = train_arms(wanted, worlds[cue], runtime, pool)
-        outcomes[cue] = score_arms(
-            made, worlds[cue], study.seeds, runtime, pool, shares=study.shares
-        )
-    found = difference(study, outcomes)
-    first = study.cues[0]
-    words = [best(study, outcomes[cue], cue) for cue in study.cues]
-    if found is not None:
-        words.append(f"D, {study.against} minus {study.preset}, was {said(found[0])}.")
-    tables = [grid(study, outcomes[cue], cue) for cue in study.cues]
-    notes = [o.found.void for o in outcomes.values() if o.found.void]
-    return conclude(
-        outcomes[first], worlds[first], words, decide(study, found), more=tables, notes=notes,
-        brief=True,
-    )  # fmt: skip
 
 
 def with_cue(bench: Bench, cue: Cue) -> Bench:

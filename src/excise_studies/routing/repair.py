@@ -85,23 +85,18 @@ class Repair(Study):
     """Shares of the steps of plain runs for the compute ratio."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: Repair, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train and ablate, repair, relearn, compare."""
-    world = make_world(study.bench, study.seeds, runtime, pool)
-    labels = misses(study.rate, study.missed, study.rest)
-    made = train_arms({NONE: (study.routed, labels)}, world, runtime, pool)
-    made |= make_arms(repairs(study, made, world), runtime, pool)
-    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=study.shares)
-    found = effects(study, outcome)
-    words = [f"{name} was {said(value)}." for name, value in found.items()]
-    words.append(gaps(outcome.found))
-    rows = tuple(row("effect", name, value) for name, value in found.items())
-    table = StudyTable(title="What repairs change", note=study.statistic, rows=rows)
-    return conclude(outcome, world, words, decide(study, found), more=(table,))
+        """Train and ablate, repair, relearn, compare."""
+        world = make_world(self.bench, self.seeds, runtime, pool)
+        labels = misses(self.rate, self.missed, self.rest)
+        made = train_arms({NONE: (self.routed, labels)}, world, runtime, pool)
+        made |= make_arms(repairs(self, made, world), runtime, pool)
+        outcome = score_arms(made, world, self.seeds, runtime, pool, shares=self.shares)
+        found = effects(self, outcome)
+        words = [f"{name} was {said(value)}." for name, value in found.items()]
+        words.append(gaps(outcome.found))
+        rows = tuple(row("effect", name, value) for name, value in found.items())
+        table = StudyTable(title="What repairs change", note=self.statistic, rows=rows)
+        return conclude(outcome, world, words, decide(self, found), more=(table,))
 
 
 def named(side: str, steps: int) -> str:

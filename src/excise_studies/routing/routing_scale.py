@@ -87,8 +87,35 @@ class RoutingScale(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train all sizes, read the taxes, compare the ends."""
+        outcomes: dict[int, Outcome] = {}
+        worlds: dict[int, World] = {}
+        labels = misses(self.rate, self.missed, self.rest)
+        for width in self.widths:
+            worlds[width] = make_world(bench_at(self, width), self.seeds, runtime, pool)
+            made = train_arms({ARM: (self.routed, labels)}, worlds[width], runtime, pool)
+            outcomes[width] = score_arms(
+                made, worlds[width], self.seeds, runtime, pool, shares=self.shares
+            )
+        found = shrinkage(self, outcomes)
+        ratios = ", ".join(f"{w}: {outcomes[w].ratio(ARM)[0]:.2f}" for w in self.widths)
+        deep = ", ".join(f"{w}: {outcomes[w].found.gap(ARM)[0]:.2f}" for w in self.widths)
+        words = [
+            f"The compute ratio of the routed arm was by width {ratios}; its depth gap {deep}.",
+            f"S was {said(found)}.",
+        ]
+        size = {w: worlds[w].draws[self.seeds[0]].original.num_parameters for w in self.widths}
+        last = self.widths[-1]
+        voids = [f"width {w}: {o.found.void}" for w, o in outcomes.items() if o.found.void]
+        return conclude(
+            outcomes[last],
+            worlds[last],
+            words,
+            decide(self, found),
+            more=(_table(self, outcomes, size),),
+            notes=[f"rails and curves are those of width {last}", *voids],
+            brief=True,
+        )
 
 
 def bench_at(study: RoutingScale, width: int) -> Bench:
@@ -99,38 +126,6 @@ def bench_at(study: RoutingScale, width: int) -> Bench:
     pretrain = bench.pretrain.model_copy(update={"fit": fit.model_copy(update={"lr": lr})})
     model = bench.model.model_copy(update={"width": width})
     return bench.model_copy(update={"model": model, "pretrain": pretrain})
-
-
-def run(study: RoutingScale, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train all sizes, read the taxes, compare the ends."""
-    outcomes: dict[int, Outcome] = {}
-    worlds: dict[int, World] = {}
-    labels = misses(study.rate, study.missed, study.rest)
-    for width in study.widths:
-        worlds[width] = make_world(bench_at(study, width), study.seeds, runtime, pool)
-        made = train_arms({ARM: (study.routed, labels)}, worlds[width], runtime, pool)
-        outcomes[width] = score_arms(
-            made, worlds[width], study.seeds, runtime, pool, shares=study.shares
-        )
-    found = shrinkage(study, outcomes)
-    ratios = ", ".join(f"{w}: {outcomes[w].ratio(ARM)[0]:.2f}" for w in study.widths)
-    deep = ", ".join(f"{w}: {outcomes[w].found.gap(ARM)[0]:.2f}" for w in study.widths)
-    words = [
-        f"The compute ratio of the routed arm was by width {ratios}; its depth gap {deep}.",
-        f"S was {said(found)}.",
-    ]
-    size = {w: worlds[w].draws[study.seeds[0]].original.num_parameters for w in study.widths}
-    last = study.widths[-1]
-    voids = [f"width {w}: {o.found.void}" for w, o in outcomes.items() if o.found.void]
-    return conclude(
-        outcomes[last],
-        worlds[last],
-        words,
-        decide(study, found),
-        more=(_table(study, outcomes, size),),
-        notes=[f"rails and curves are those of width {last}", *voids],
-        brief=True,
-    )
 
 
 def shrinkage(study: RoutingScale, outcomes: Mapping[int, Outcome]) -> Estimate:

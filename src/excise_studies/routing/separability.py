@@ -128,52 +128,47 @@ class Separability(Study):
         return cls(pairs=(*PAIRS, *FETCHED))
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: Separability, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train three arms on every pair and draw, score them, correlate."""
-    drawn = {
-        (name, seed): make_pair(name, study.sizes, seed)
-        for name in study.pairs
-        for seed in study.seeds
-    }
-    made = train(study, drawn, runtime, pool)
-    losses = score(study, made, drawn, runtime, pool)
-    found = Found(study, drawn, losses)
-    drawings = None
-    if len(study.digits) > 1:
-        drawings = run_pairs(
-            study.digits, study.seeds, study.autoencoder, study.images, runtime, pool
+        """Train three arms on every pair and draw, score them, correlate."""
+        drawn = {
+            (name, seed): make_pair(name, self.sizes, seed)
+            for name in self.pairs
+            for seed in self.seeds
+        }
+        made = train(self, drawn, runtime, pool)
+        losses = score(self, made, drawn, runtime, pool)
+        found = Found(self, drawn, losses)
+        drawings = None
+        if len(self.digits) > 1:
+            drawings = run_pairs(
+                self.digits, self.seeds, self.autoencoder, self.images, runtime, pool
+            )
+        rho, beyond = found.rho(PLAIN), found.rho(FILTERED)
+        decision = decide(self, rho)
+        first = drawn[self.pairs[0], self.seeds[0]]
+        return StudyResult(
+            tables=(
+                correlations(self, rho, beyond),
+                costs(found),
+                *([digits_table(drawings)] if drawings else []),
+            ),
+            decision=decision,
+            paragraph=" ".join(
+                [
+                    words(self, found, rho, beyond),
+                    *([digits_words(drawings)] if drawings else []),
+                    f"Decision: {decision}.",
+                ]
+            ),
+            domain=first.domain,
+            models=tuple(
+                model_ref(f"{arm}, {name}, draw {seed}", removal.checkpoint)
+                for (name, seed, arm), removal in made.items()
+            ),
+            notes=(
+                "the data described above are those of the first pair",
+                "settings of models and of the routed method were chosen by hand on draw 0",
+            ),
         )
-    rho, beyond = found.rho(PLAIN), found.rho(FILTERED)
-    decision = decide(study, rho)
-    first = drawn[study.pairs[0], study.seeds[0]]
-    return StudyResult(
-        tables=(
-            correlations(study, rho, beyond),
-            costs(found),
-            *([digits_table(drawings)] if drawings else []),
-        ),
-        decision=decision,
-        paragraph=" ".join(
-            [
-                words(study, found, rho, beyond),
-                *([digits_words(drawings)] if drawings else []),
-                f"Decision: {decision}.",
-            ]
-        ),
-        domain=first.domain,
-        models=tuple(
-            model_ref(f"{arm}, {name}, draw {seed}", removal.checkpoint)
-            for (name, seed, arm), removal in made.items()
-        ),
-        notes=(
-            "the data described above are those of the first pair",
-            "settings of models and of the routed method were chosen by hand on draw 0",
-        ),
-    )
 
 
 def arms(study: Separability) -> dict[str, Method]:

@@ -83,8 +83,24 @@ class Spurious(Study):
     """Shares of the cued rows that carry a label."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train every arm on every draw, score it under three cues."""
+        domains = {seed: shortcut_domain(self.data, seed) for seed in self.seeds}
+        made = train(self, domains, runtime, pool)
+        marks = score(self, made, domains, runtime, pool)
+        found = contrasts(self, marks)
+        decision = decide(self, found)
+        absorbed = absorption_table(made)
+        return StudyResult(
+            tables=(*tables(self, marks, found), *([absorbed] if absorbed else [])),
+            decision=decision,
+            paragraph=f"{words(self, marks, found)} Decision: {decision}.",
+            domain=domains[self.seeds[0]],
+            models=tuple(
+                model_ref(f"{arm}, draw {seed}", removal.checkpoint)
+                for (arm, seed), removal in made.items()
+            ),
+            notes=("settings of data, models and the routed method were chosen by hand on draw 0",),
+        )
 
 
 def at(name: str, rate: float) -> str:
@@ -116,27 +132,6 @@ class Marks:
     def estimate(self, values: Array) -> Estimate:
         """Return the estimate of contrasts."""
         return estimate(values, self.levels["test"].n)
-
-
-def run(study: Spurious, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train every arm on every draw, score it under three cues."""
-    domains = {seed: shortcut_domain(study.data, seed) for seed in study.seeds}
-    made = train(study, domains, runtime, pool)
-    marks = score(study, made, domains, runtime, pool)
-    found = contrasts(study, marks)
-    decision = decide(study, found)
-    absorbed = absorption_table(made)
-    return StudyResult(
-        tables=(*tables(study, marks, found), *([absorbed] if absorbed else [])),
-        decision=decision,
-        paragraph=f"{words(study, marks, found)} Decision: {decision}.",
-        domain=domains[study.seeds[0]],
-        models=tuple(
-            model_ref(f"{arm}, draw {seed}", removal.checkpoint)
-            for (arm, seed), removal in made.items()
-        ),
-        notes=("settings of data, models and the routed method were chosen by hand on draw 0",),
-    )
 
 
 def train(

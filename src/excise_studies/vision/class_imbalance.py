@@ -90,8 +90,50 @@ class ClassImbalance(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Find the least L1 on the tuned draw, report it on others, and put numbers into tables."""
+        least, tuning = find_least(self, runtime, pool)
+        wanted: dict[str, SplitConfig] = {}
+        for name, cell in cells(self).items():
+            wanted[f"{name}: plain"] = model_of(self, cell, None)
+            wanted[f"{name}: routed"] = model_of(self, cell, least[name][0])
+        arms = train_arms(wanted, self.seeds, self.images, "test", runtime, pool)
+        means = means_of(arms, ("bottom", "decoder"))
+        pairs = {n: (f"{n}: routed", f"{n}: plain") for n in cells(self)}
+        gaps = {n: means.contrast(*pair) for n, pair in pairs.items()}
+        taxes = {n: means.difference(*pair, "decoder", SECOND) for n, pair in pairs.items()}
+        few, many = f"{self.shares[-1]:.0%}", f"{self.shares[0]:.0%}"
+        found = dearer(means, few, many)
+        said = (
+            "rarity makes a split dearer"
+            if found.low > self.margin
+            else "rarity makes a split no dearer"
+            if found.high < self.margin
+            else "undecided"
+        )
+        rows: list[StudyRow] = []
+        for name in cells(self):
+            rows.append(value(name, "least L1", least[name][0], len(self.tuned_on)))
+            rows += [row(name, "G", gaps[name]), row(name, "tax", taxes[name])]
+            own = by_draw(arms, *pairs[name])
+            rows += [row(name, "G", one, seed) for seed, one in own.items()]
+        never = [n for n, (_, split) in least.items() if not split]
+        note = " Nothing in the grid split at " + "; ".join(never) + ": the largest gap is shown."
+        return StudyResult(
+            tables=(
+                StudyTable(
+                    title="Least L1 that splits, and its tax, by share of digits 0-4",
+                    note="G and tax on test images of the reported draws."
+                    + (note if never else ""),
+                    rows=tuple(rows),
+                ),
+                tuning,
+            ),
+            decision=f"{said}: D = {words(found)}, margin {self.margin:g}",
+            paragraph=paragraph(self, least, gaps, taxes, found),
+            data=self.images.draw(self.seeds[0]).describe(),
+            models=refs(arms),
+            notes=(note.strip(),) if never else (),
+        )
 
 
 def cells(study: ClassImbalance) -> dict[str, tuple[float, Balance]]:
@@ -113,52 +155,6 @@ def model_of(
     if l1 is None:
         change |= {"routed": "none", "correlation": 0.0}
     return study.model.model_copy(update=change)
-
-
-def run(study: ClassImbalance, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Find the least L1 on the tuned draw, report it on others, and put numbers into tables."""
-    least, tuning = find_least(study, runtime, pool)
-    wanted: dict[str, SplitConfig] = {}
-    for name, cell in cells(study).items():
-        wanted[f"{name}: plain"] = model_of(study, cell, None)
-        wanted[f"{name}: routed"] = model_of(study, cell, least[name][0])
-    arms = train_arms(wanted, study.seeds, study.images, "test", runtime, pool)
-    means = means_of(arms, ("bottom", "decoder"))
-    pairs = {n: (f"{n}: routed", f"{n}: plain") for n in cells(study)}
-    gaps = {n: means.contrast(*pair) for n, pair in pairs.items()}
-    taxes = {n: means.difference(*pair, "decoder", SECOND) for n, pair in pairs.items()}
-    few, many = f"{study.shares[-1]:.0%}", f"{study.shares[0]:.0%}"
-    found = dearer(means, few, many)
-    said = (
-        "rarity makes a split dearer"
-        if found.low > study.margin
-        else "rarity makes a split no dearer"
-        if found.high < study.margin
-        else "undecided"
-    )
-    rows: list[StudyRow] = []
-    for name in cells(study):
-        rows.append(value(name, "least L1", least[name][0], len(study.tuned_on)))
-        rows += [row(name, "G", gaps[name]), row(name, "tax", taxes[name])]
-        own = by_draw(arms, *pairs[name])
-        rows += [row(name, "G", one, seed) for seed, one in own.items()]
-    never = [n for n, (_, split) in least.items() if not split]
-    note = " Nothing in the grid split at " + "; ".join(never) + ": the largest gap is shown."
-    return StudyResult(
-        tables=(
-            StudyTable(
-                title="Least L1 that splits, and its tax, by share of digits 0-4",
-                note="G and tax on test images of the reported draws." + (note if never else ""),
-                rows=tuple(rows),
-            ),
-            tuning,
-        ),
-        decision=f"{said}: D = {words(found)}, margin {study.margin:g}",
-        paragraph=paragraph(study, least, gaps, taxes, found),
-        data=study.images.draw(study.seeds[0]).describe(),
-        models=refs(arms),
-        notes=(note.strip(),) if never else (),
-    )
 
 
 def find_least(

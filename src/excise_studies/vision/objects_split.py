@@ -76,8 +76,44 @@ class ObjectsSplit(Study):
     """Share of classes 0-4 in arms where they are rare; empty for no such arms."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Choose the weight of L1, train the arms on every draw, tabulate."""
+        drawn = self.images.draw(self.seeds[0])
+        base, tuning = choose(self, runtime, pool)
+        wanted = arms_of(base, self.rare)
+        arms = train_arms(wanted, self.seeds, self.images, "test", runtime, pool)
+        means = means_of(arms)
+        found = {
+            n: means.contrast(n, control_of(n), sign=-1) for n in arms if not n.startswith(PLAIN)
+        }
+        tax = {n: means.difference(control_of(n), n, "decoder") for n in found}
+        draws = by_draw(arms, ROUTED, PLAIN, sign=-1)
+        said = verdict(found[ROUTED], draws, self.margin)
+        nets = {"decoder": "whole", "top": "top half", "bottom": "bottom half"}
+        sides = {"0-4": FIRST, "5-9": SECOND}
+        columns = {f"{nets[n]}, {d}": (n, g) for n in nets for d, g in sides.items()}
+        rows = [
+            row(n, metric, numbers[n])
+            for n in found
+            for metric, numbers in (("A", found), ("tax", tax))
+        ]
+        rows += [row(ROUTED, "A", e, seed) for seed, e in draws.items()]
+        return StudyResult(
+            tables=(
+                table_of("Accuracy", "Test images of all draws.", means, list(arms), columns),
+                StudyTable(
+                    title="Gap of the bottom half, and tax",
+                    note=(
+                        "A as stated, against the plain arm with the same images; tax in accuracy."
+                    ),
+                    rows=tuple(rows),
+                ),
+                tuning,
+            ),
+            decision=f"{said}: A = {words(found[ROUTED])}, margin {self.margin:g}",
+            paragraph=paragraph(means, found, tax, base, self),
+            data=drawn.describe(),
+            models=refs(arms),
+        )
 
 
 def arms_of(base: SplitClassifierConfig, rare: float | None) -> dict[str, SplitConfig]:
@@ -103,43 +139,6 @@ def arms_of(base: SplitClassifierConfig, rare: float | None) -> dict[str, SplitC
 def control_of(name: str) -> str:
     """Return the plain arm with the same images."""
     return f"{PLAIN}, 0-4 rare" if "rare" in name else PLAIN
-
-
-def run(study: ObjectsSplit, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Choose the weight of L1, train the arms on every draw, and put the numbers into tables."""
-    drawn = study.images.draw(study.seeds[0])
-    base, tuning = choose(study, runtime, pool)
-    wanted = arms_of(base, study.rare)
-    arms = train_arms(wanted, study.seeds, study.images, "test", runtime, pool)
-    means = means_of(arms)
-    found = {n: means.contrast(n, control_of(n), sign=-1) for n in arms if not n.startswith(PLAIN)}
-    tax = {n: means.difference(control_of(n), n, "decoder") for n in found}
-    draws = by_draw(arms, ROUTED, PLAIN, sign=-1)
-    said = verdict(found[ROUTED], draws, study.margin)
-    nets = {"decoder": "whole", "top": "top half", "bottom": "bottom half"}
-    sides = {"0-4": FIRST, "5-9": SECOND}
-    columns = {f"{nets[n]}, {d}": (n, g) for n in nets for d, g in sides.items()}
-    rows = [
-        row(n, metric, numbers[n])
-        for n in found
-        for metric, numbers in (("A", found), ("tax", tax))
-    ]
-    rows += [row(ROUTED, "A", e, seed) for seed, e in draws.items()]
-    return StudyResult(
-        tables=(
-            table_of("Accuracy", "Test images of all draws.", means, list(arms), columns),
-            StudyTable(
-                title="Gap of the bottom half, and tax",
-                note="A as stated, against the plain arm with the same images; tax in accuracy.",
-                rows=tuple(rows),
-            ),
-            tuning,
-        ),
-        decision=f"{said}: A = {words(found[ROUTED])}, margin {study.margin:g}",
-        paragraph=paragraph(means, found, tax, base, study),
-        data=drawn.describe(),
-        models=refs(arms),
-    )
 
 
 def choose(

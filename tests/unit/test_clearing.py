@@ -19,9 +19,16 @@ from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture, edit, find_module
 from excise.models.tiny import tiny_model
-from excise_studies.rmu.clearing import Clearing, Material, components, fit_all, states
-from excise_studies.rmu.statements import as_text
-from excise_studies.rmu.weights import clear_weights, writer_edits
+from excise_studies.rmu.clearing import (
+    Clearing,
+    Material,
+    clear_weights,
+    components,
+    fit_all,
+    states,
+    writer_edits,
+)
+from excise_studies.rmu.messy_forget_set import as_text
 
 ESTIMATORS = (
     "edited - original, per block",

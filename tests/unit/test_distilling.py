@@ -18,13 +18,6 @@ from excise_studies.distillation.dark_knowledge import DarkKnowledge
 from excise_studies.distillation.dark_knowledge import decide as decide_dark
 from excise_studies.distillation.distil_corpus import DistilCorpus, retain_lost
 from excise_studies.distillation.distil_corpus import decide as decide_corpus
-from excise_studies.distillation.distil_tables import (
-    Found,
-    arms_table,
-    curves_table,
-    finish,
-    gather,
-)
 from excise_studies.distillation.init_leak import InitLeak, leaks
 from excise_studies.distillation.init_leak import decide as decide_init
 from excise_studies.distillation.label_budget import LabelBudget, differences, few
@@ -57,6 +50,7 @@ from excise_studies.distillation.undo_pilot import arm_name as pilot_name
 from excise_studies.distillation.undo_pilot import decide as decide_pilot
 from excise_studies.distillation.undo_teachers import choose
 from excise_studies.levels import estimate, levels, spearman, verdict
+from excise_studies.recovery import Found, arms_table, curves_table, finish, gather
 
 DOMAIN = Arithmetic(factors=8, addends=8).build(None)
 UNITS = sorted({row.unit for row in DOMAIN.test["tables"]})

@@ -10,7 +10,7 @@ from tests.unit.tiny_bench import BENCH, QUICK, quick, quick_student, ran
 
 from excise.methods.distillation.corpora import FullMix, OnPolicy, RefusingSamples
 from excise.run.study import study_named
-from excise_studies.distillation.distilling import graddiff, maxent, rmu
+from excise_studies.distillation.presets import graddiff, maxent, rmu
 
 PUPIL = quick_student()
 MAXENT, GRADDIFF, RMU = quick(maxent()), quick(graddiff()), quick(rmu(layer=0, blocks=(0,)))

@@ -21,19 +21,22 @@ from excise.methods.base import Cost, Removal
 from excise.methods.pretraining.pretrain import corpus
 from excise.models.checkpoint import Checkpoint
 from excise_studies.attacking import Attacked
-from excise_studies.distillation.distil_tables import gather
 from excise_studies.levels import levels
+from excise_studies.recovery import gather
 from excise_studies.routing import edges, era_after_training, ingrained, partial_labels, repair
 from excise_studies.routing import routing_scale as scale
-from excise_studies.routing.routing_setting import (
+from excise_studies.routing.setting import (
     Outcome,
+    absorbed,
+    absorption_table,
     compute_ratio,
     facts_bench,
     misses,
     prepared,
+    said_retain,
     shorter,
+    tax_table,
 )
-from excise_studies.routing.routing_tables import absorbed, absorption_table, said_retain, tax_table
 
 SEEDS = (1, 2, 3)
 DOMAIN = Facts(subjects=120, relations=4, objects=8).build()

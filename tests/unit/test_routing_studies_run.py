@@ -14,7 +14,7 @@ from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
 from excise.run.study import study_named
 from excise_studies.attacking import Attacker
-from excise_studies.distillation.distilling import Bench
+from excise_studies.setting import Bench
 
 BENCH = Bench(
     domain=Facts(subjects=20, relations=2, objects=8, wordings=2, forget_share=0.4),

@@ -20,18 +20,21 @@ from excise_studies.routing.domain_pairs import FETCHED, PAIRS, Sizes, make_pair
 from excise_studies.routing.moefication import DENSE, MEASURED, RANDOM, Moefication
 from excise_studies.routing.moefication import arms as moefied
 from excise_studies.routing.moefication import decide as decide_moefication
-from excise_studies.routing.routing_setting import facts_bench
 from excise_studies.routing.separability import FILTERED, PLAIN, ROUTED, Found, Separability
 from excise_studies.routing.separability import decide as decide_separability
-from excise_studies.routing.spurious import HELP, MORE, PRICE, Spurious
-from excise_studies.routing.spurious import decide as decide_spurious
-from excise_studies.routing.spurious_data import (
+from excise_studies.routing.setting import facts_bench
+from excise_studies.routing.spurious import (
     CUE,
+    HELP,
+    MORE,
+    PRICE,
     Shortcut,
+    Spurious,
     World,
     shortcut_domain,
     shortcut_tokenizer,
 )
+from excise_studies.routing.spurious import decide as decide_spurious
 from excise_studies.vision.digit_pairs import MODEL, divergence, only
 from excise_studies.vision.images import ImageSpec
 

@@ -29,16 +29,18 @@ from excise.train.fit import FitConfig
 from excise_studies.base import share
 from excise_studies.rmu.messy_forget_set import (
     MessyForgetSet,
+    as_statements,
+    asked,
     change,
     decide,
+    forget_set,
     interpolate,
     matched,
     ranks,
     strength_at,
 )
 from excise_studies.rmu.rmu_is_shallow import RMUIsShallow, choose
-from excise_studies.rmu.statements import as_statements, asked, forget_set
-from excise_studies.scoring import kind_nats, rubric
+from excise_studies.rmu.scoring import kind_nats, rubric
 
 
 def test_the_chosen_clearing_stays_within_the_budget() -> None:

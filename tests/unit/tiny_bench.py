@@ -13,7 +13,8 @@ from excise.record import Record, load
 from excise.run.study import Study, conduct
 from excise.train.fit import FitConfig
 from excise_studies.attacking import Attacker
-from excise_studies.distillation.distilling import Bench, maxent, student
+from excise_studies.distillation.presets import maxent, student
+from excise_studies.setting import Bench
 
 QUICK = FitConfig(steps=3, lr=1e-3, batch_size=8)
 

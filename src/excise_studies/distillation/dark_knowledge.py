@@ -22,22 +22,20 @@ from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import groups_of, said
-from excise_studies.distillation.distilling import (
+from excise_studies.distillation.predictions import predictions, readout_bits, shuffled
+from excise_studies.distillation.presets import graddiff, maxent, rmu
+from excise_studies.levels import Levels, estimate, levels, verdict
+from excise_studies.recovery import groups_of, said
+from excise_studies.setting import (
     CHOSEN,
     SIZE,
     Bench,
     arms_of,
     checkpoints,
-    graddiff,
     make_arms,
     make_draws,
-    maxent,
     rails,
-    rmu,
 )
-from excise_studies.distillation.predictions import predictions, readout_bits, shuffled
-from excise_studies.levels import Levels, estimate, levels, verdict
 
 VERSION = 1
 """Raised when what a stage computes changes."""

@@ -25,8 +25,10 @@ from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.attacking import Key
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
+from excise_studies.distillation.presets import student
+from excise_studies.levels import verdict
+from excise_studies.recovery import Found, gaps, said
+from excise_studies.setting import (
     Bench,
     arms_of,
     checkpoints,
@@ -34,9 +36,7 @@ from excise_studies.distillation.distilling import (
     make_draws,
     measure_arms,
     result,
-    student,
 )
-from excise_studies.levels import verdict
 
 FULL = "the mix"
 """The arm that others are held against."""

@@ -1,4 +1,7 @@
-"""E8: what is left of a student's first weights when its outputs are another model's?"""
+"""E8: what is left of a student's first weights when its outputs are another model's?
+
+Shape legend: M neurons of an MLP.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,30 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor, nn
 
 from excise.core.context import Context, Stage
+from excise.core.errors import UserError
 from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.methods.base import ApplyMethod
 from excise.methods.distillation.targets import FromOracle, FromTeacher
 from excise.methods.distillation.undo import Undo
 from excise.methods.pretraining.plain import Plain
+from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint, save_model
+from excise.models.hooks import find_module
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import Draw, row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
+from excise_studies.distillation.presets import student
+from excise_studies.levels import verdict
+from excise_studies.recovery import Found, gaps, said
+from excise_studies.setting import (
     Bench,
     Make,
     arms_of,
@@ -33,11 +42,7 @@ from excise_studies.distillation.distilling import (
     make_inits,
     measure_arms,
     result,
-    student,
 )
-from excise_studies.distillation.permute import permute_neurons
-from excise_studies.distillation.weight_cosine import cosine
-from excise_studies.levels import verdict
 
 OTHER = 5000
 """An original of another initialisation starts from the draw's seed plus this."""
@@ -223,3 +228,65 @@ def _near(near: Mapping[tuple[str, int], float], seeds: tuple[int, ...]) -> Stud
         note="Cosine over all matrices; n counts draws. Neurons are not matched.",
         rows=tuple(rows),
     )
+
+
+@torch.no_grad()
+def permute_neurons(model: Any, generator: torch.Generator) -> int:
+    """Reorder the neurons of every MLP in place; predictions stay what they are.
+
+    Args:
+        model: A dense causal model.
+        generator: What the orders are drawn from, on the CPU.
+
+    Returns:
+        How many neurons have another place.
+
+    Raises:
+        UserError: If the model mixes experts.
+    """
+    layout = anatomy(model)
+    if any(layout.experts):
+        raise UserError(f"{layout.family} mixes experts; neurons of a dense model can be permuted")
+    moved = 0
+    for i in range(layout.num_blocks):
+        order_M = torch.randperm(layout.d_mlp, generator=generator)
+        moved += int((order_M != torch.arange(layout.d_mlp)).sum())
+        spans = sorted(layout.slices.values()) or [(0, layout.d_mlp)]
+        for path in dict.fromkeys((layout.mlp_up[i], layout.mlp_gate[i])):
+            if path:
+                _reorder(find_module(model, path), order_M, spans, outputs=not layout.transposed)
+        down = find_module(model, layout.mlp_down[i]).get_parameter("weight")
+        into = 0 if layout.transposed else 1
+        down.copy_(down.index_select(into, order_M.to(down.device)))
+    return moved
+
+
+def _reorder(
+    module: nn.Module, order_M: Tensor, spans: list[tuple[int, int]], *, outputs: bool
+) -> None:
+    """Reorder what a matrix puts out, span by span; `outputs`: those are its first dimension."""
+    for parameter in module.parameters(recurse=False):
+        dim = 0 if outputs or parameter.dim() == 1 else 1
+        for start, stop in spans:
+            part = parameter.narrow(dim, start, stop - start)
+            part.copy_(part.index_select(dim, order_M.to(part.device)))
+
+
+def cosine(one: Checkpoint, other: Checkpoint) -> float:
+    """Return the cosine between the matrices of two models of one shape, as one long vector.
+
+    Args:
+        one: A model.
+        other: Another; only tensors that both have under one name count.
+    """
+    a, b = (
+        {n: p.detach().double() for n, p in model.load(dtype=torch.float32).named_parameters()}
+        for model in (one, other)
+    )
+    names = [name for name in a if name in b and a[name].dim() > 1]
+    dot = sum(float((a[n] * b[n]).sum()) for n in names)
+    squares = (sum(float(m[n].square().sum()) for n in names) for m in (a, b))
+    size = 1.0
+    for square in squares:
+        size *= max(square, 1e-24) ** 0.5
+    return dot / size

@@ -21,8 +21,10 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
+from excise_studies.distillation.presets import student
+from excise_studies.levels import estimate, verdict
+from excise_studies.recovery import Found, gaps, said
+from excise_studies.setting import (
     Bench,
     Make,
     checkpoints,
@@ -30,9 +32,7 @@ from excise_studies.distillation.distilling import (
     make_draws,
     measure_arms,
     result,
-    student,
 )
-from excise_studies.levels import estimate, verdict
 
 
 class LabelBudget(Study):

@@ -15,8 +15,10 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
+from excise_studies.distillation.presets import student
+from excise_studies.levels import verdict
+from excise_studies.recovery import Found, gaps, said
+from excise_studies.setting import (
     Bench,
     arms_of,
     checkpoints,
@@ -24,9 +26,7 @@ from excise_studies.distillation.distilling import (
     make_draws,
     measure_arms,
     result,
-    student,
 )
-from excise_studies.levels import verdict
 
 NOWHERE = "nowhere"
 """The arm that is distilled without noise."""

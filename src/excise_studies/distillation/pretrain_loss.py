@@ -14,8 +14,9 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps
-from excise_studies.distillation.distilling import (
+from excise_studies.levels import verdict
+from excise_studies.recovery import Found, gaps
+from excise_studies.setting import (
     Bench,
     Make,
     checkpoints,
@@ -25,7 +26,6 @@ from excise_studies.distillation.distilling import (
     measure_arms,
     result,
 )
-from excise_studies.levels import verdict
 
 NOTHING = "filtering, another start"
 """The arm that does nothing with harmful tokens."""

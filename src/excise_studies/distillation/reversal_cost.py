@@ -16,20 +16,18 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import Attacker
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, groups_of, said
-from excise_studies.distillation.distilling import (
+from excise_studies.distillation.presets import graddiff, maxent, rmu
+from excise_studies.levels import Array, estimate, levels, verdict
+from excise_studies.recovery import Found, groups_of, said
+from excise_studies.setting import (
     Bench,
     arms_of,
     checkpoints,
-    graddiff,
     make_arms,
     make_draws,
-    maxent,
     measure_arms,
     result,
-    rmu,
 )
-from excise_studies.levels import Array, estimate, levels, verdict
 
 STEPS = (0, 2, 4, 8, 16, 32, 64, 128, 200)
 """Steps of relearning at which V is read."""

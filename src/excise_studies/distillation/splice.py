@@ -20,25 +20,23 @@ from excise.evals.stats import Estimate, bootstrap_mean
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.models.checkpoint import Checkpoint
+from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.base import Draw
-from excise_studies.distillation import splice_tables
-from excise_studies.distillation.distil_tables import Found, groups_of
-from excise_studies.distillation.distilling import (
+from excise_studies.base import Draw, row
+from excise_studies.distillation.predictions import auc, by_unit, kl, noises, predictions, threshold
+from excise_studies.distillation.presets import graddiff, maxent, student
+from excise_studies.levels import estimate, levels, verdict
+from excise_studies.recovery import Found, groups_of, said
+from excise_studies.setting import (
     Bench,
     Make,
     checkpoints,
-    graddiff,
     make_arms,
     make_draws,
-    maxent,
     measure_arms,
     result,
-    student,
 )
-from excise_studies.distillation.predictions import auc, by_unit, kl, noises, predictions, threshold
-from excise_studies.levels import estimate, levels, verdict
 
 VERSION = 1
 """Raised when what a stage computes changes."""
@@ -113,8 +111,8 @@ class TeacherSplice(Study):
         shares = {name: explained(away, name, draws, self.seeds) for name in (*self.teachers, PART)}
         leak = leaked(away, found, draws, self.seeds)
         decision = decide(self, shares[next(iter(self.teachers))][1], leak)
-        tables = (splice_tables.shares_table(shares, aucs(away)), splice_tables.leak_table(leak))
-        words = splice_tables.words(shares, aucs(away), leak)
+        tables = (shares_table(shares, aucs(away)), leak_table(leak))
+        words = sentences(shares, aucs(away), leak)
         return result(found, words, decision, draws, {**teachers, **models}, tables=tables)
 
 
@@ -281,3 +279,48 @@ def decide(study: TeacherSplice, share: Estimate, leak: Mapping[str, Estimate]) 
         "undecided": "whether what was missed leaks is undecided",
     }
     return f"{first}; {words[verdict(leak['missed - caught'], study.leak_margin)]}"
+
+
+Shares = Mapping[str, tuple[str, Estimate]]
+"""Noise and share explained, by teacher."""
+
+
+def shares_table(shares: Shares, areas: Mapping[str, float]) -> StudyTable:
+    """Return how much of each teacher the splice explains, and the AUC of its implicit label."""
+    rows: list[StudyRow] = []
+    for name, (noise, share) in shares.items():
+        rows.append(row(name, f"share explained, noise {noise}", share))
+        rows.append(
+            StudyRow(
+                condition=name, metric="AUC of KL(U || B), V against retain", value=areas[name]
+            )
+        )
+    return StudyTable(
+        title="Is the teacher the splice?",
+        note="1 is noise where harmful and the original elsewhere; noise chosen on dev.",
+        rows=tuple(rows),
+    )
+
+
+def leak_table(leak: Mapping[str, Estimate]) -> StudyTable:
+    """Return what the student knows beyond the oracle, where its teacher missed and caught."""
+    return StudyTable(
+        title="Do missed units leak?",
+        note="Student of the teacher with a part of the labels, minus the oracle, on V.",
+        rows=tuple(row(name, "exact match beyond the oracle", e) for name, e in leak.items()),
+    )
+
+
+def sentences(
+    shares: Shares, areas: Mapping[str, float], leak: Mapping[str, Estimate]
+) -> list[str]:
+    """Return the sentences between the rails and the decision."""
+    parts = [
+        f"{name} {said(share)} (noise {noise}, AUC {areas[name]:.2f})"
+        for name, (noise, share) in shares.items()
+    ]
+    found = [f"Share of the change that the splice explains: {', '.join(parts)}."]
+    if leak:
+        told = [f"{name} {said(e)} ({e.n} units)" for name, e in leak.items()]
+        found.append(f"Beyond the oracle the student knew of V: {', '.join(told)}.")
+    return found

@@ -15,8 +15,10 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
+from excise_studies.distillation.presets import student
+from excise_studies.levels import verdict
+from excise_studies.recovery import Found, gaps, said
+from excise_studies.setting import (
     Bench,
     Make,
     arms_of,
@@ -25,9 +27,7 @@ from excise_studies.distillation.distilling import (
     make_draws,
     measure_arms,
     result,
-    student,
 )
-from excise_studies.levels import verdict
 
 Benign = Literal["original", "unlearned"]
 Harmful = Literal["unlearned", "uniform", "skip", "shuffled"]

@@ -18,8 +18,10 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import Key
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
+from excise_studies.distillation.presets import student, with_fit
+from excise_studies.levels import estimate, verdict
+from excise_studies.recovery import Found, gaps, said
+from excise_studies.setting import (
     Bench,
     arms_of,
     checkpoints,
@@ -27,10 +29,7 @@ from excise_studies.distillation.distilling import (
     make_draws,
     measure_arms,
     result,
-    student,
-    with_fit,
 )
-from excise_studies.levels import estimate, verdict
 
 ALONE = "unlearn only"
 """The arm without damage and distillation."""

@@ -16,22 +16,18 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, said
-from excise_studies.distillation.distilling import (
+from excise_studies.distillation.presets import graddiff, maxent, rmu, student, with_fit
+from excise_studies.levels import Array, estimate, spearman
+from excise_studies.recovery import Found, said
+from excise_studies.setting import (
     Bench,
     arms_of,
     checkpoints,
-    graddiff,
     make_arms,
     make_draws,
-    maxent,
     measure_arms,
     result,
-    rmu,
-    student,
-    with_fit,
 )
-from excise_studies.levels import Array, estimate, spearman
 
 LARGE = "large"
 """The run that the pilots are to foretell."""

@@ -20,22 +20,18 @@ from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import Draw, row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
+from excise_studies.distillation.presets import graddiff, maxent, rmu, student, with_fit
+from excise_studies.levels import verdict
+from excise_studies.recovery import Found, gaps, said
+from excise_studies.setting import (
     Bench,
     arms_of,
     checkpoints,
-    graddiff,
     make_arms,
     make_draws,
-    maxent,
     measure_arms,
     result,
-    rmu,
-    student,
-    with_fit,
 )
-from excise_studies.levels import verdict
 
 BARE = "rmu, forget term alone"
 """RMU as the released configuration of UNDO trained it."""

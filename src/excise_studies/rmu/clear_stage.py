@@ -30,9 +30,8 @@ from excise.data.subsample import subsample
 from excise.domains.prose import load_prose
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import edit
-from excise_studies.rmu.clearing import Clearing, Material, fit_all, states
-from excise_studies.rmu.weights import clear_weights, writers
-from excise_studies.scoring import Rubric, read, rubric
+from excise_studies.rmu.clearing import Clearing, Material, clear_weights, fit_all, states, writers
+from excise_studies.rmu.scoring import Rubric, read, rubric
 
 BARE = "not cleared"
 """Name of the arm without clearing."""

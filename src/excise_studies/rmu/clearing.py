@@ -4,7 +4,9 @@ A clearing is a linear map h <- h - W R^T (h - c) at the output of blocks. With 
 and c = 0 it is the projection of Arditi and Chughtai (2024); with c the mean of retain text what
 retain needs of the direction stays; with R = S^-1 d / (d^T S^-1 d) for S the covariance of retain
 text and W = d it is the best linear unbiased estimate of how much of d was added (generalised
-least squares), which removes d exactly and moves retain text least.
+least squares), which removes d exactly and moves retain text least. A projection that is the same
+at every block can also be written into the weights: no matrix writes into the residual stream
+along its directions any more.
 
 Everything is fitted on `dev` rows, each row's first token left out (its norm is orders larger).
 Estimators and their sources: Lucki et al. (arXiv 2409.18025), four directions per layer.
@@ -25,10 +27,11 @@ from torch import Tensor
 
 from excise.auditor.attacks.direction import unit
 from excise.auditor.batching import batches
+from excise.core.errors import UserError
 from excise.data.domain import Row
 from excise.data.stream import encode
-from excise.models.anatomy import anatomy
-from excise.models.hooks import Edit, capture
+from excise.models.anatomy import Anatomy, anatomy
+from excise.models.hooks import Edit, capture, find_module
 
 SHRINK = 0.1
 """Share of the mean variance in the covariance of retain text, so that it can be inverted."""
@@ -354,3 +357,61 @@ def controls(
         base_LDK = basis_DK.expand(len(delta_LD), -1, -1)
         made.append(Clearing(name, base_LDK, base_LDK, zero_LD, first, "random"))
     return [replace(one, control=True) for one in made]
+
+
+def writers(model: Any) -> tuple[str, ...]:
+    """Return the matrices that write into the residual stream.
+
+    The embedding is one of them, unless it is the output head as well: clearing it would change
+    what is read, too.
+
+    Raises:
+        UserError: If a norm stands between a matrix and the stream, or experts are fused.
+    """
+    found = anatomy(model)
+    if any(found.experts):
+        raise UserError(f"{found.family} mixes experts; clear a dense model's weights instead")
+    if found.family in ("gemma2", "gemma3_text", "gemma3", "olmo2"):
+        raise UserError(
+            f"{found.family} has a norm between its matrices and the residual stream; clear its "
+            "activations instead of its weights"
+        )
+    head = () if found.tied else (found.embed,)
+    return (*head, *found.attention_out, *found.mlp_down)
+
+
+@torch.no_grad()
+def clear_weights(model: Any, basis_DK: Float[Tensor, "D K"]) -> tuple[str, ...]:
+    """Project an orthonormal basis out of every matrix that writes to the residual, in place.
+
+    Args:
+        model: A dense causal model.
+        basis_DK: Orthonormal columns.
+
+    Returns:
+        The names of the parameters that changed.
+    """
+    found = anatomy(model)
+    changed = []
+    for path in writers(model):
+        module = find_module(model, path)
+        across = path == found.embed or _stored_in_out(found, path)
+        for name, parameter in module.named_parameters(recurse=False):
+            basis = basis_DK.to(parameter)
+            if parameter.dim() == 1 or across:
+                parameter.sub_((parameter @ basis) @ basis.T)
+            else:
+                parameter.sub_(basis @ (basis.T @ parameter))
+            changed.append(f"{path}.{name}")
+    return tuple(changed)
+
+
+def _stored_in_out(found: Anatomy, path: str) -> bool:
+    """Return whether the matrix of a path is stored as (in, out)."""
+    return found.transposed and path in (*found.attention_out, *found.mlp_down)
+
+
+def writer_edits(model: Any, basis_DK: Float[Tensor, "D K"]) -> dict[str, Edit]:
+    """Return edits of what every writer puts out that do the same as `clear_weights`."""
+    zero_D = torch.zeros(basis_DK.shape[0])
+    return {path: remove(basis_DK, basis_DK, zero_D) for path in writers(model)}

@@ -1,11 +1,16 @@
-"""Does RMU only look better because the forget corpus is messy?"""
+"""Does RMU only look better because the forget corpus is messy?
+
+Models of this study read whole statements, so that they have an opinion about every token, and
+being coherent (the words of a question) and knowing (its answer) can be scored apart.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,7 +25,7 @@ from excise.auditor.tuning import Training, relearn_rows, train
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.stages import Runtime
-from excise.data.domain import Domain
+from excise.data.domain import Domain, Row, Rows
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
 from excise.evals.stats import Estimate, bootstrap_mean, quantiles
 from excise.methods.base import ApplyMethod, Method
@@ -35,11 +40,14 @@ from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import Draw, row, train_draws
-from excise_studies.rmu.statements import Mess, as_statements, forget_set
-from excise_studies.scoring import average, read, rubric
+from excise_studies.rmu.scoring import average, read, rubric
 
 LENGTH = 48
 """Tokens of a text of several statements at most."""
+
+
+Mess = Literal["clean", "diluted", "off_topic", "messy"]
+"""What a forget set is made of; see `forget_set`."""
 
 
 class MessyForgetSet(Study):
@@ -581,3 +589,96 @@ def _paragraph(
         f"relearning and by {first.value:+.2f} [{first.low:+.2f}, {first.high:+.2f}] before it."
     )
     return " ".join([*words, f"Decision: {decision}."])
+
+
+def said(row: Row) -> str:
+    """Return a row as one text: a question with its right answer."""
+    if row.kind == "text":
+        return row.text
+    answer = row.completion if row.completion else " " + row.choices[row.answer]
+    return row.prompt + answer
+
+
+def as_text(row: Row) -> Row:
+    """Return the row as plain text, every token a target."""
+    return replace(row, text=said(row), prompt="", completion="", choices=(), answer=-1)
+
+
+def asked(row: Row) -> Row:
+    """Return the question of a row as plain text; a text row as it is."""
+    return row if row.kind == "text" else replace(as_text(row), text=row.prompt)
+
+
+def as_statements(domain: Domain) -> Domain:
+    """Return a domain whose models and methods read statements; what is scored stays.
+
+    Args:
+        domain: A domain of completions or questions.
+
+    Returns:
+        The domain with `forget`, `retain`, `adjacent`, `unlabeled` and `benign` as plain text.
+    """
+    texts: dict[str, Rows] = {
+        role: tuple(as_text(row) for row in getattr(domain, role))
+        for role in ("retain", "adjacent", "unlabeled", "benign")
+    }
+    return with_forget(
+        replace(domain, **texts),  # type: ignore[arg-type]
+        {name: tuple(map(as_text, rows)) for name, rows in domain.forget.items()},
+    )
+
+
+def with_forget(domain: Domain, forget: Mapping[str, Rows]) -> Domain:
+    """Return the domain with another forget set for the method; its fingerprint follows."""
+    return replace(domain, forget=dict(forget))
+
+
+def forget_set(domain: Domain, mess: Mess, *, filler: int, off_topic: float, seed: int) -> Domain:
+    """Return the domain with a forget set that isolates the facts less well.
+
+    Every variant holds every fact once in every wording, so that none lacks what is to go.
+
+    Args:
+        domain: A domain of statements.
+        mess: `clean`: the statements; `diluted`: each between `filler` statements that are to be
+            retained, in one text; `off_topic`: besides the statements, texts that name the same
+            subjects and say nothing true; `messy`: both.
+        filler: Retained statements per text.
+        off_topic: Share of the rows that only share topic words.
+        seed: Seed of the draws.
+
+    Returns:
+        The domain; all that is scored is the same.
+    """
+    draw = random.Random(f"forget_set:{mess}:{seed}")
+    pool = [row.text for row in domain.retain]
+    made: dict[str, Rows] = {}
+    for name, rows in domain.forget.items():
+        kept = list(rows)
+        if mess in ("off_topic", "messy"):
+            count = round(len(rows) * off_topic / (1 - off_topic))
+            kept += _off_topic(rows, pool, count, draw)
+        if mess in ("diluted", "messy"):
+            kept = [_diluted(row, pool, filler, draw) for row in kept]
+        made[name] = tuple(kept)
+    return with_forget(domain, made)
+
+
+def _diluted(row: Row, pool: Sequence[str], filler: int, draw: random.Random) -> Row:
+    """Return the row's text somewhere between `filler` others."""
+    texts = draw.sample(pool, filler)
+    texts.insert(draw.randrange(filler + 1), row.text)
+    return replace(row, text=" ".join(texts))
+
+
+def _off_topic(
+    rows: Sequence[Row], pool: Sequence[str], count: int, draw: random.Random
+) -> list[Row]:
+    """Return texts that name a subject of `rows` and then say what is said of somebody else."""
+    made = []
+    for i in range(count):
+        row = draw.choice(rows)
+        made.append(
+            replace(row, unit=f"off-topic/{i}", text=f"{row.group} {draw.choice(pool)}", wording=0)
+        )
+    return made

@@ -36,7 +36,7 @@ from excise.train.pool import Pool
 from excise_studies.base import Draw, Units, pooled, row, share, train_draws
 from excise_studies.rmu.clear_stage import BARE, ClearModels, Plan, RelearnCleared, fitted
 from excise_studies.rmu.clearing import Clearing
-from excise_studies.scoring import average
+from excise_studies.rmu.scoring import average
 
 
 class RMUIsShallow(Study):

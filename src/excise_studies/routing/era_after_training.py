@@ -16,20 +16,20 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import Key
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import gaps, said
-from excise_studies.distillation.distilling import Bench, Make, checkpoints, make_arms, rails
 from excise_studies.levels import estimate, levels, verdict
-from excise_studies.routing.routing_arms import era
-from excise_studies.routing.routing_setting import (
+from excise_studies.recovery import gaps, said
+from excise_studies.routing.presets import era
+from excise_studies.routing.setting import (
     Outcome,
     World,
+    conclude,
     facts_bench,
     groups_of,
     make_world,
     score_arms,
     text_losses,
 )
-from excise_studies.routing.routing_tables import conclude
+from excise_studies.setting import Bench, Make, checkpoints, make_arms, rails
 
 
 class ERAAfterTraining(Study):

@@ -19,10 +19,9 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import Key
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import arms_table, gaps, said
-from excise_studies.distillation.distilling import Bench, checkpoints, rails
 from excise_studies.levels import Array, Levels, estimate, levels
-from excise_studies.routing.routing_setting import (
+from excise_studies.recovery import arms_table, gaps, said
+from excise_studies.routing.setting import (
     SHARES,
     Outcome,
     World,
@@ -30,10 +29,11 @@ from excise_studies.routing.routing_setting import (
     groups_of,
     make_world,
     score_arms,
+    tax_table,
     text_losses,
     train_arms,
 )
-from excise_studies.routing.routing_tables import tax_table
+from excise_studies.setting import Bench, checkpoints, rails
 
 MEASURED, RANDOM, DENSE = "measured neurons", "random neurons", "dense, measured neurons"
 

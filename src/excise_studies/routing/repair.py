@@ -19,16 +19,16 @@ from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.attacking import Key
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import gaps, said
-from excise_studies.distillation.distilling import Bench, Make, make_arms
 from excise_studies.levels import verdict
-from excise_studies.routing.routing_arms import era
-from excise_studies.routing.routing_setting import (
+from excise_studies.recovery import gaps, said
+from excise_studies.routing.presets import era
+from excise_studies.routing.setting import (
     SHARES,
     Missed,
     Outcome,
     Rest,
     World,
+    conclude,
     facts_bench,
     make_world,
     misses,
@@ -36,7 +36,7 @@ from excise_studies.routing.routing_setting import (
     score_arms,
     train_arms,
 )
-from excise_studies.routing.routing_tables import conclude
+from excise_studies.setting import Bench, Make, make_arms
 
 NONE = "no repair"
 

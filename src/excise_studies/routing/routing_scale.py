@@ -14,15 +14,15 @@ from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import said
-from excise_studies.distillation.distilling import Bench
 from excise_studies.levels import Array, estimate, verdict
-from excise_studies.routing.routing_setting import (
+from excise_studies.recovery import said
+from excise_studies.routing.setting import (
     SHARES,
     Missed,
     Outcome,
     Rest,
     World,
+    conclude,
     facts_bench,
     make_world,
     misses,
@@ -30,7 +30,7 @@ from excise_studies.routing.routing_setting import (
     score_arms,
     train_arms,
 )
-from excise_studies.routing.routing_tables import conclude
+from excise_studies.setting import Bench
 
 ARM = "routed"
 

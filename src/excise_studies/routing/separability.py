@@ -26,8 +26,8 @@ from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import said
 from excise_studies.levels import Array, Levels, estimate, levels, spearman
+from excise_studies.recovery import said
 from excise_studies.routing.domain_pairs import (
     FETCHED,
     PAIRS,
@@ -36,7 +36,7 @@ from excise_studies.routing.domain_pairs import (
     make_pair,
     pair_tokenizer,
 )
-from excise_studies.routing.routing_setting import routed
+from excise_studies.routing.setting import routed
 from excise_studies.vision.autoencoder import SplitAutoencoderConfig
 from excise_studies.vision.digit_pairs import (
     DIGITS,

@@ -29,7 +29,7 @@ from excise.methods.pretraining.era import Expand
 from excise.methods.pretraining.routed.coherence import Coherence
 from excise.methods.pretraining.routed.modules import Module
 from excise.train.fit import FitConfig
-from excise_studies.routing.routing_setting import routed
+from excise_studies.routing.setting import routed
 
 LENGTH = FACTS_MAX_LENGTH
 

@@ -1,4 +1,4 @@
-"""From attacked models to tables, gaps and words: what the studies of distillation share."""
+"""From attacked models to depth gaps, tables and sentences."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the studies of distillation share: a bench of tiny models, students and one attacker.
+"""What the studies of distillation and of routing share: tiny models and one attacker.
 
-Every trained model and every attack is a stage, so that a study goes on where it was stopped and
+Every trained model and every attack is a stage, so that a study resumes where it was stopped and
 studies that lie side by side share originals, oracles, teachers and students.
 """
 
@@ -20,9 +20,6 @@ from excise.data.spec import DomainSpec
 from excise.domains.arithmetic import ARITHMETIC_FIT, ARITHMETIC_MAX_LENGTH, Arithmetic
 from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.distillation.undo import Undo
-from excise.methods.posthoc.grad_diff import GradDiff
-from excise.methods.posthoc.maxent import MaxEnt
-from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
@@ -34,13 +31,7 @@ from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.attacking import Attacker, Key, attack_all
 from excise_studies.base import Draw, train_draws
-from excise_studies.distillation.distil_tables import (
-    Found,
-    arms_table,
-    curves_table,
-    finish,
-    gather,
-)
+from excise_studies.recovery import Found, arms_table, curves_table, finish, gather
 
 APART = 2000
 """A further initialisation of a draw starts from the draw's seed plus this."""
@@ -65,44 +56,6 @@ class Bench(Config):
     """How original and oracle are trained."""
     attacker: Attacker = Attacker()
     """Who relearns T."""
-
-
-def maxent(**changes: Any) -> MaxEnt:
-    """Return the teacher of the studies: MaxEnt, sized for the bench on dev of draws 0, 11, 12."""
-    fit = FitConfig(steps=160, lr=5e-4, batch_size=48, clip=1.0)
-    return MaxEnt(**{"alpha": 1.0, "fit": fit, "max_length": LENGTH, **changes})
-
-
-def graddiff(**changes: Any) -> GradDiff:
-    """Return GradDiff, sized for the bench."""
-    fit = FitConfig(steps=80, lr=6e-4, batch_size=48, clip=1.0)
-    return GradDiff(**{"alpha": 15.0, "fit": fit, "max_length": LENGTH, **changes})
-
-
-def rmu(**changes: Any) -> RMU:
-    """Return RMU with its retain term, sized for the bench; `alpha=0` leaves the term out."""
-    fit = FitConfig(steps=160, lr=1e-2, batch_size=48)
-    sized = {"layer": 1, "blocks": (0, 1), "steering": 50.0, "alpha": 20.0}
-    return RMU(**{**sized, "fit": fit, "max_length": LENGTH, **changes})
-
-
-def with_fit(method: Method, **changes: Any) -> Method:
-    """Return a method with other settings of its schedule."""
-    fit: FitConfig = method.fit  # type: ignore[attr-defined]
-    return method.model_copy(update={"fit": fit.model_copy(update=changes)})
-
-
-def student(**changes: Any) -> Undo:
-    """Return the student of the studies: from random weights, all steps, sized for the bench.
-
-    With alpha and beta 1 nothing of any model is left and the noise is a whole initialisation.
-    """
-    fit = FitConfig(
-        steps=500, lr=4e-3, batch_size=96, warmup=30, schedule="cosine", min_lr=0.05,
-        betas=(0.9, 0.99), clip=1.0,
-    )  # fmt: skip
-    chosen = {"unlearn": maxent(), "alpha": 1.0, "beta": 1.0, "fit": fit, "max_length": LENGTH}
-    return Undo(**{**chosen, **changes})
 
 
 # -- models ----------------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ from excise.data.domain import Domain
 from excise.evals.score import direction_of
 from excise.models.checkpoint import Checkpoint
 from excise.train.pool import Pool
-from excise_studies.base import Draw, Units
+from excise_studies.base import Replicate, UnitScores
 
-Key = tuple[str, int]
+RunKey = tuple[str, int]
 """Arm and draw."""
 
 
@@ -77,24 +77,24 @@ class Attacked:
 
     steps: tuple[int, ...]
     at: int
-    v: tuple[Units, ...]
-    t: tuple[Units, ...]
-    retain: tuple[Units, ...]
-    learned: Units
+    v: tuple[UnitScores, ...]
+    t: tuple[UnitScores, ...]
+    retain: tuple[UnitScores, ...]
+    learned: UnitScores
     rate: float = 0.0
 
     @property
-    def before(self) -> Units:
+    def before(self) -> UnitScores:
         """V before the attack."""
         return self.v[0]
 
     @property
-    def after(self) -> Units:
+    def after(self) -> UnitScores:
         """V at the step that dev chose."""
         return self.v[self.at]
 
     @property
-    def kept(self) -> Units:
+    def kept(self) -> UnitScores:
         """Retain before the attack."""
         return self.retain[0]
 
@@ -163,13 +163,13 @@ def known(units: Mapping[str, float], metric: str) -> dict[str, float]:
 
 def attack_all(
     attacker: Attacker,
-    models: Mapping[Key, Checkpoint],
-    draws: Mapping[int, Draw],
+    models: Mapping[RunKey, Checkpoint],
+    draws: Mapping[int, Replicate],
     runtime: Runtime,
     pool: Pool,
     *,
     max_length: int,
-) -> dict[Key, Attacked]:
+) -> dict[RunKey, Attacked]:
     """Relearn T with every model at every rate, and keep the rate that dev chose.
 
     Args:

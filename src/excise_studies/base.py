@@ -21,7 +21,7 @@ from excise.run.results import model_ref
 from excise.run.stages import MakeModel
 from excise.train.pool import Pool
 
-Units = Mapping[str, float]
+UnitScores = Mapping[str, float]
 """Score by unit."""
 
 APART = 1000
@@ -29,7 +29,7 @@ APART = 1000
 
 
 @dataclass(frozen=True)
-class Draw:
+class Replicate:
     """One draw: data and the models before any removal.
 
     Attributes:
@@ -59,7 +59,7 @@ def train_draws(
     schedule: Pretrain,
     runtime: Runtime,
     pool: Pool,
-) -> dict[int, Draw]:
+) -> dict[int, Replicate]:
     """Train the original and the oracle of every draw.
 
     Args:
@@ -82,12 +82,12 @@ def train_draws(
     ]
     made = [removal.checkpoint for removal in pool.map(runtime.run, removals)]
     return {
-        seed: Draw(seed, domain, made[2 * i], made[2 * i + 1])
+        seed: Replicate(seed, domain, made[2 * i], made[2 * i + 1])
         for i, (seed, (domain, _)) in enumerate(domains.items())
     }
 
 
-def pooled(by_seed: Mapping[int, Units]) -> dict[str, float]:
+def pooled(by_seed: Mapping[int, UnitScores]) -> dict[str, float]:
     """Return the units of several draws in one mapping, named after their draw."""
     return {f"{seed}:{unit}": v for seed, units in by_seed.items() for unit, v in units.items()}
 
@@ -100,7 +100,7 @@ def row(arm: str, metric: str, found: Estimate, seed: int | None = None) -> Stud
     )
 
 
-def share(top: Sequence[Units], bottom: Sequence[Units], *, seed: int = 0) -> Estimate:
+def share(top: Sequence[UnitScores], bottom: Sequence[UnitScores], *, seed: int = 0) -> Estimate:
     """Return (top 0 - top 1) / (bottom 0 - bottom 1), resampled by unit, jointly.
 
     Args:

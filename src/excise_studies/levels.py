@@ -13,17 +13,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from excise.core.errors import UserError
-from excise.evals.stats import Estimate, quantiles
-
-Array = NDArray[np.float64]
+from excise.evals.stats import Array, Estimate, quantiles
 
 SAMPLES = 1000
 """Bootstrap samples."""
 
-Verdict = Literal["above", "below", "equal", "undecided"]
+MarginVerdict = Literal["above", "below", "equal", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def estimate(values: Array, n: int) -> Estimate:
     return Estimate(value, min(low, value), max(high, value), n)
 
 
-def verdict(found: Estimate, margin: float) -> Verdict:
+def verdict(found: Estimate, margin: float) -> MarginVerdict:
     """Return where an interval lies: beyond a margin, within both, or neither."""
     if found.low > margin:
         return "above"

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from excise.data.domain import Domain
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.record import StudyRow, StudyTable
-from excise_studies.attacking import Attacked, Key
-from excise_studies.base import Units, row
-from excise_studies.levels import Array, Levels, estimate, levels
+from excise_studies.attacking import Attacked, RunKey
+from excise_studies.base import UnitScores, row
+from excise_studies.levels import Levels, estimate, levels
 
 RAILS = ("original", "oracle")
 
 
 @dataclass(frozen=True)
-class Found:
+class RecoveryScores:
     """All arms after the attack, rails among them.
 
     Attributes:
@@ -35,7 +35,7 @@ class Found:
 
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
-    attacked: Mapping[Key, Attacked]
+    attacked: Mapping[RunKey, Attacked]
     before: Levels
     after: Levels
     t: Levels
@@ -63,12 +63,12 @@ class Found:
 
 
 def gather(
-    attacked: Mapping[Key, Attacked],
+    attacked: Mapping[RunKey, Attacked],
     domains: Mapping[int, Domain],
     *,
     power: float,
     absolute: bool = True,
-) -> Found:
+) -> RecoveryScores:
     """Put the attacks of a study together.
 
     Args:
@@ -81,7 +81,7 @@ def gather(
     seeds = tuple(dict.fromkeys(seed for _, seed in attacked))
     groups = {seed: groups_of(domain) for seed, domain in domains.items()}
 
-    def of(score: Callable[[Attacked], Units]) -> Levels:
+    def of(score: Callable[[Attacked], UnitScores]) -> Levels:
         held = {name: {seed: score(attacked[name, seed]) for seed in seeds} for name in names}
         return levels(held, groups)
 
@@ -98,7 +98,7 @@ def gather(
             f"void: the attacker brought the oracle to {reached:.2f} on T, below {wanted:.2f}, so "
             "that the budget teaches too little to tell arms apart"
         )
-    return Found(
+    return RecoveryScores(
         arms=tuple(name for name in names if name not in RAILS),
         seeds=seeds,
         attacked=attacked,
@@ -116,7 +116,9 @@ def groups_of(domain: Domain) -> dict[str, str]:
     return {row.unit: row.group for rows in sides for row in rows if row.group}
 
 
-def arms_table(found: Found, title: str = "Recovery on V after T was relearned") -> StudyTable:
+def arms_table(
+    found: RecoveryScores, title: str = "Recovery on V after T was relearned"
+) -> StudyTable:
     """Return what decides: V before and after, the depth gap, retain, and T beside them."""
     rows: list[StudyRow] = []
     for arm in (*RAILS, *found.arms):
@@ -145,7 +147,7 @@ def arms_table(found: Found, title: str = "Recovery on V after T was relearned")
     )
 
 
-def curves_table(found: Found) -> StudyTable:
+def curves_table(found: RecoveryScores) -> StudyTable:
     """Return V and T over the steps of the attack, draws weighing the same."""
     rows: list[StudyRow] = []
     for arm in (*RAILS, *found.arms):
@@ -179,7 +181,7 @@ def said(found: Estimate) -> str:
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def opening(found: Found) -> str:
+def opening(found: RecoveryScores) -> str:
     """Return the first sentence of a paragraph: the rails."""
     knew, v = found.before.at("original")[0], found.after.at("oracle")[0]
     return (
@@ -188,13 +190,13 @@ def opening(found: Found) -> str:
     )
 
 
-def gaps(found: Found, arms: Sequence[str] | None = None) -> str:
+def gaps(found: RecoveryScores, arms: Sequence[str] | None = None) -> str:
     """Return the depth gaps of arms in words."""
     parts = [f"{arm} {said(found.value(arm))}" for arm in (arms or found.arms)]
     return f"Depth gaps on V: {', '.join(parts)}."
 
 
-def finish(words: Sequence[str], found: Found, decision: str) -> tuple[str, str]:
+def finish(words: Sequence[str], found: RecoveryScores, decision: str) -> tuple[str, str]:
     """Return decision and paragraph; without power the decision is that there is none.
 
     Args:

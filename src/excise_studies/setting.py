@@ -29,9 +29,9 @@ from excise.run.stages import MakeModel
 from excise.run.study import StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.attacking import Attacker, Key, attack_all
-from excise_studies.base import Draw, train_draws
-from excise_studies.recovery import Found, arms_table, curves_table, finish, gather
+from excise_studies.attacking import Attacker, RunKey, attack_all
+from excise_studies.base import Replicate, train_draws
+from excise_studies.recovery import RecoveryScores, arms_table, curves_table, finish, gather
 
 APART = 2000
 """A further initialisation of a draw starts from the draw's seed plus this."""
@@ -39,7 +39,7 @@ APART = 2000
 LENGTH = ARITHMETIC_MAX_LENGTH
 
 
-class Bench(Config):
+class ExperimentSetting(Config):
     """Data, models and attacker: 0.1M parameters and small tables, seconds a model.
 
     Settings were chosen by hand on draw 0.
@@ -61,7 +61,9 @@ class Bench(Config):
 # -- models ----------------------------------------------------------------------------------------
 
 
-def make_draws(bench: Bench, seeds: Sequence[int], runtime: Runtime, pool: Pool) -> dict[int, Draw]:
+def make_draws(
+    bench: ExperimentSetting, seeds: Sequence[int], runtime: Runtime, pool: Pool
+) -> dict[int, Replicate]:
     """Train original and oracle of every draw."""
     drawn: dict[int, tuple[Domain, Any]] = {}
     for seed in dict.fromkeys(seeds):
@@ -72,7 +74,11 @@ def make_draws(bench: Bench, seeds: Sequence[int], runtime: Runtime, pool: Pool)
 
 
 def make_inits(
-    bench: Bench, draws: Mapping[int, Draw], runtime: Runtime, pool: Pool, apart: int = APART
+    bench: ExperimentSetting,
+    draws: Mapping[int, Replicate],
+    runtime: Runtime,
+    pool: Pool,
+    apart: int = APART,
 ) -> dict[int, Checkpoint]:
     """Return a further random model of every draw, of seed plus `apart`."""
     jobs = [
@@ -98,8 +104,8 @@ class Make:
 
 
 def arms_of(
-    methods: Mapping[str, Method], draws: Mapping[int, Draw], seeds: Sequence[int]
-) -> dict[Key, Make]:
+    methods: Mapping[str, Method], draws: Mapping[int, Replicate], seeds: Sequence[int]
+) -> dict[RunKey, Make]:
     """Return every method on the original of every draw, with the data as it is."""
     return {
         (name, seed): Make(method, draws[seed].original, draws[seed].domain)
@@ -108,7 +114,7 @@ def arms_of(
     }
 
 
-def make_arms(wanted: Mapping[Key, Make], runtime: Runtime, pool: Pool) -> dict[Key, Removal]:
+def make_arms(wanted: Mapping[RunKey, Make], runtime: Runtime, pool: Pool) -> dict[RunKey, Removal]:
     """Make the models of all arms, teachers first, so that no two workers wait for one.
 
     Args:
@@ -127,14 +133,14 @@ def make_arms(wanted: Mapping[Key, Make], runtime: Runtime, pool: Pool) -> dict[
     return dict(zip(wanted, pool.map(runtime.run, jobs), strict=True))
 
 
-def checkpoints(made: Mapping[Key, Removal]) -> dict[Key, Checkpoint]:
+def checkpoints(made: Mapping[RunKey, Removal]) -> dict[RunKey, Checkpoint]:
     """Return the models of removals."""
     return {key: removal.checkpoint for key, removal in made.items()}
 
 
-def rails(draws: Mapping[int, Draw], seeds: Sequence[int]) -> dict[Key, Checkpoint]:
+def rails(draws: Mapping[int, Replicate], seeds: Sequence[int]) -> dict[RunKey, Checkpoint]:
     """Return original and oracle of the draws, as arms."""
-    out: dict[Key, Checkpoint] = {}
+    out: dict[RunKey, Checkpoint] = {}
     for seed in seeds:
         out["original", seed] = draws[seed].original
         oracle = draws[seed].oracle
@@ -144,12 +150,12 @@ def rails(draws: Mapping[int, Draw], seeds: Sequence[int]) -> dict[Key, Checkpoi
 
 
 def measure_arms(
-    bench: Bench,
-    models: Mapping[Key, Checkpoint],
-    draws: Mapping[int, Draw],
+    bench: ExperimentSetting,
+    models: Mapping[RunKey, Checkpoint],
+    draws: Mapping[int, Replicate],
     runtime: Runtime,
     pool: Pool,
-) -> Found:
+) -> RecoveryScores:
     """Relearn T with every arm and with both rails, and put the scores together.
 
     Args:
@@ -179,11 +185,11 @@ SIZE = "0.1M parameters and tables of a few hundred facts: effects may differ in
 
 
 def result(
-    found: Found,
+    found: RecoveryScores,
     words: Sequence[str],
     decision: str,
-    draws: Mapping[int, Draw],
-    models: Mapping[Key, Checkpoint],
+    draws: Mapping[int, Replicate],
+    models: Mapping[RunKey, Checkpoint],
     *,
     tables: Sequence[StudyTable] = (),
     notes: Sequence[str] = (),

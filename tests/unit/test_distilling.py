@@ -50,7 +50,7 @@ from excise_studies.distillation.undo_pilot import arm_name as pilot_name
 from excise_studies.distillation.undo_pilot import decide as decide_pilot
 from excise_studies.distillation.undo_teachers import choose
 from excise_studies.levels import estimate, levels, spearman, verdict
-from excise_studies.recovery import Found, arms_table, curves_table, finish, gather
+from excise_studies.recovery import RecoveryScores, arms_table, curves_table, finish, gather
 
 DOMAIN = Arithmetic(factors=8, addends=8).build(None)
 UNITS = sorted({row.unit for row in DOMAIN.test["tables"]})
@@ -68,7 +68,7 @@ def attacked(after: float, *, before: float = 0.0, learned: float = 1.0) -> Atta
     return Attacked((0, 8), 1, both, ({"t": 0.0}, t), ({"r": 1.0}, {"r": 1.0}), t)
 
 
-def found_of(after: Mapping[str, float], *, power: float = 1.0, top: float = 1.0) -> Found:
+def found_of(after: Mapping[str, float], *, power: float = 1.0, top: float = 1.0) -> RecoveryScores:
     """Return arms that know so much after the attack, between rails at `top` and 0.1."""
     arms = {
         (name, seed): attacked(value)

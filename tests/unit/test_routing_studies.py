@@ -26,7 +26,7 @@ from excise_studies.recovery import gather
 from excise_studies.routing import edges, era_after_training, ingrained, partial_labels, repair
 from excise_studies.routing import routing_scale as scale
 from excise_studies.routing.setting import (
-    Outcome,
+    RoutingOutcome,
     absorbed,
     absorption_table,
     compute_ratio,
@@ -57,7 +57,7 @@ def outcome_of(
     retain: Mapping[str, float] | None = None,
     loss: Mapping[str, float] | None = None,
     shares: tuple[float, ...] = SHARES,
-) -> Outcome:
+) -> RoutingOutcome:
     """Return arms that know so much of V after the attack, between rails at 1 and 0."""
     values = {"original": 1.0, "oracle": 0.0, **after}
     kept = retain or {}
@@ -72,7 +72,7 @@ def outcome_of(
     found = gather(attacked, dict.fromkeys(SEEDS, DOMAIN), power=0.8)
     losses = {**dict.fromkeys(values, 0.5), **(loss or {}), **(PLAIN if shares else {})}
     on = {name: {s: dict.fromkeys(KEPT, x) for s in SEEDS} for name, x in losses.items()}
-    return Outcome(found, levels(on, {}), shares)
+    return RoutingOutcome(found, levels(on, {}), shares)
 
 
 # -- the setting -----------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_repair(none: float, retain: float, said: str) -> None:
 def test_ingrained(few: float, many: float, said: str) -> None:
     study = ingrained.Ingrained(mix=(0.1, 0.5))
 
-    def at(value: float) -> Outcome:
+    def at(value: float) -> RoutingOutcome:
         return outcome_of({ingrained.ROUTED: 0.1, **dict.fromkeys(study.after, value)})
 
     found = ingrained.interaction(study, {0.1: at(few), 0.5: at(many)})

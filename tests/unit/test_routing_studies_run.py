@@ -14,9 +14,9 @@ from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
 from excise.run.study import study_named
 from excise_studies.attacking import Attacker
-from excise_studies.setting import Bench
+from excise_studies.setting import ExperimentSetting
 
-BENCH = Bench(
+BENCH = ExperimentSetting(
     domain=Facts(subjects=20, relations=2, objects=8, wordings=2, forget_share=0.4),
     model=Scratch(width=32, blocks=1),
     pretrain=Pretrain(fit=QUICK, max_length=FACTS_MAX_LENGTH),

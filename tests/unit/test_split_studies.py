@@ -20,7 +20,7 @@ from excise_studies.routing.domain_pairs import FETCHED, PAIRS, Sizes, make_pair
 from excise_studies.routing.moefication import DENSE, MEASURED, RANDOM, Moefication
 from excise_studies.routing.moefication import arms as moefied
 from excise_studies.routing.moefication import decide as decide_moefication
-from excise_studies.routing.separability import FILTERED, PLAIN, ROUTED, Found, Separability
+from excise_studies.routing.separability import FILTERED, PLAIN, ROUTED, PairCosts, Separability
 from excise_studies.routing.separability import decide as decide_separability
 from excise_studies.routing.setting import facts_bench
 from excise_studies.routing.spurious import (
@@ -29,8 +29,8 @@ from excise_studies.routing.spurious import (
     MORE,
     PRICE,
     Shortcut,
+    ShortcutFacts,
     Spurious,
-    World,
     shortcut_domain,
     shortcut_tokenizer,
 )
@@ -142,7 +142,7 @@ def test_the_correlation_is_that_of_ranks() -> None:
             )
             for name, cost in zip(study.pairs, (near, far), strict=True)
         }
-        assert Found(study, drawn, scores).rho(PLAIN).value == pytest.approx(wanted)
+        assert PairCosts(study, drawn, scores).rho(PLAIN).value == pytest.approx(wanted)
 
 
 def test_three_is_nearer_to_eight_than_nought_to_one() -> None:
@@ -157,7 +157,7 @@ def test_three_is_nearer_to_eight_than_nought_to_one() -> None:
 
 def test_the_cue_is_right_as_often_as_planted_and_flipped_in_the_test() -> None:
     spec = Shortcut(subjects=60, relations=4, cued=0.6, aligned=0.95)
-    domain, world = shortcut_domain(spec, 3), World(spec, 3)
+    domain, world = shortcut_domain(spec, 3), ShortcutFacts(spec, 3)
     _, answers, cues = world.words
 
     def right(row: object) -> bool:

@@ -36,7 +36,7 @@ from excise_studies.vision.halves import (
 )
 from excise_studies.vision.images import ImageSpec, generated
 from excise_studies.vision.objects_split import ObjectsSplit, arms_of
-from excise_studies.vision.split_jobs import Split, by_draw, means_of, verdict
+from excise_studies.vision.split_jobs import SplitModel, by_draw, means_of, verdict
 
 FIRST = (0, 1, 2, 3, 4)
 SMALL = SplitAutoencoderConfig(
@@ -227,12 +227,12 @@ def test_the_ten_settings_are_ten() -> None:
     assert [i for i, c in by_number.items() if c.separate_decoders] == [2, 5]
 
 
-def split_of(first: float, second: float) -> Split:
+def split_of(first: float, second: float) -> SplitModel:
     scores = {
         ("bottom", "first"): {str(i): first for i in range(9)},
         ("bottom", "second"): {str(i): second for i in range(10, 15)},
     }
-    return Split(scores, "", 0, "")
+    return SplitModel(scores, "", 0, "")
 
 
 def test_the_contrast_is_a_difference_of_differences() -> None:

@@ -14,11 +14,11 @@ from excise.run.study import Study, conduct
 from excise.train.fit import FitConfig
 from excise_studies.attacking import Attacker
 from excise_studies.distillation.presets import maxent, student
-from excise_studies.setting import Bench
+from excise_studies.setting import ExperimentSetting
 
 QUICK = FitConfig(steps=3, lr=1e-3, batch_size=8)
 
-BENCH = Bench(
+BENCH = ExperimentSetting(
     domain=Arithmetic(factors=4, addends=5, dev_share=0.2),
     model=Scratch(width=32, blocks=1),
     pretrain=Pretrain(fit=QUICK, max_length=11),

@@ -29,7 +29,7 @@ from excise_studies.recovery import groups_of, said
 from excise_studies.setting import (
     CHOSEN,
     SIZE,
-    Bench,
+    ExperimentSetting,
     arms_of,
     checkpoints,
     make_arms,
@@ -71,7 +71,7 @@ class DarkKnowledge(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Bits per answer token."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data and models; nobody relearns anything."""
     teachers: dict[str, SerializeAsAny[Method]] = {
         "maxent": maxent(), "grad_diff": graddiff(), "rmu": rmu(),

@@ -23,13 +23,13 @@ from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.attacking import Key
+from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
 from excise_studies.levels import verdict
-from excise_studies.recovery import Found, gaps, said
+from excise_studies.recovery import RecoveryScores, gaps, said
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     arms_of,
     checkpoints,
     make_arms,
@@ -85,7 +85,7 @@ class DistilCorpus(Study):
     """Share of the distance between the rails."""
     retain_margin: float = Field(default=0.1, gt=0)
     """Exact match on retain that a corpus may cost against the mix."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
     """The student; its corpus is replaced."""
@@ -112,13 +112,13 @@ class DistilCorpus(Study):
         return result(found, words, decide(self, counted), draws, models, tables=tables)
 
 
-def differences(study: DistilCorpus, found: Found) -> dict[str, Estimate]:
+def differences(study: DistilCorpus, found: RecoveryScores) -> dict[str, Estimate]:
     """Return each corpus's gap minus that of the first."""
     first, *others = study.corpora
     return {name: found.contrast([name], [first]) for name in others}
 
 
-def retain_lost(study: DistilCorpus, found: Found, name: str) -> bool:
+def retain_lost(study: DistilCorpus, found: RecoveryScores, name: str) -> bool:
     """Return whether a corpus costs more of retain than allowed."""
     first = next(iter(study.corpora))
     cost = float(found.retain.at(first)[0] - found.retain.at(name)[0])
@@ -148,7 +148,7 @@ def _table(apart: Mapping[str, Estimate]) -> StudyTable:
     )
 
 
-def _read(made: Mapping[Key, Removal], seeds: tuple[int, ...]) -> StudyTable:
+def _read(made: Mapping[RunKey, Removal], seeds: tuple[int, ...]) -> StudyTable:
     """Return what was read: forget tokens in the corpus, refusals, retain per distilled token."""
     rows = []
     for arm in dict.fromkeys(arm for arm, _ in made):

@@ -28,12 +28,12 @@ from excise.models.hooks import find_module
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.base import Draw, row
+from excise_studies.base import Replicate, row
 from excise_studies.distillation.presets import student
 from excise_studies.levels import verdict
-from excise_studies.recovery import Found, gaps, said
+from excise_studies.recovery import RecoveryScores, gaps, said
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     Make,
     arms_of,
     checkpoints,
@@ -79,7 +79,7 @@ class InitLeak(Study):
     """Name on the command line."""
     margin: float = 0.05
     """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
     """The student; targets, first weights and perturbation are replaced."""
@@ -133,7 +133,7 @@ class InitLeak(Study):
 
 
 def another(
-    study: InitLeak, draws: Mapping[int, Draw], runtime: Runtime, pool: Pool
+    study: InitLeak, draws: Mapping[int, Replicate], runtime: Runtime, pool: Pool
 ) -> dict[int, Checkpoint]:
     """Return originals of the same data, of other initialisations and orders of rows."""
     inits = make_inits(study.bench, draws, runtime, pool, OTHER)
@@ -174,13 +174,13 @@ class PermuteNeurons(Stage[Checkpoint]):
         return Checkpoint(folder / "model")
 
 
-def permuted(draws: Mapping[int, Draw], runtime: Runtime, pool: Pool) -> dict[int, Checkpoint]:
+def permuted(draws: Mapping[int, Replicate], runtime: Runtime, pool: Pool) -> dict[int, Checkpoint]:
     """Return every draw's original with its neurons in another order."""
     jobs = [PermuteNeurons(draw.original, seed) for seed, draw in draws.items()]
     return dict(zip(draws, pool.map(runtime.run, jobs), strict=True))
 
 
-def leaks(study: InitLeak, found: Found) -> dict[str, Estimate]:
+def leaks(study: InitLeak, found: RecoveryScores) -> dict[str, Estimate]:
     """Return each start's gap minus that of the random start."""
     base = ["oracle's logits, from random"]
     return {

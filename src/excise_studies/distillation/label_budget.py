@@ -23,9 +23,9 @@ from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
 from excise_studies.levels import estimate, verdict
-from excise_studies.recovery import Found, gaps, said
+from excise_studies.recovery import RecoveryScores, gaps, said
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     Make,
     checkpoints,
     make_arms,
@@ -61,7 +61,7 @@ class LabelBudget(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
     """The student; targets, teacher's rows and labels are replaced."""
@@ -107,7 +107,7 @@ def few(domain: Domain, labels: int, seed: int) -> Domain:
     return replace(domain, forget=forget, retain=retain)
 
 
-def differences(study: LabelBudget, found: Found) -> dict[str, Estimate]:
+def differences(study: LabelBudget, found: RecoveryScores) -> dict[str, Estimate]:
     """Return the gap of unlearning minus that of filtering, averaged and by number of labels."""
     by_n = {n: found.gap(f"unlearn, {n}") - found.gap(f"filter, {n}") for n in study.labels}
     size = found.after.n

@@ -17,9 +17,9 @@ from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
 from excise_studies.levels import verdict
-from excise_studies.recovery import Found, gaps, said
+from excise_studies.recovery import RecoveryScores, gaps, said
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     arms_of,
     checkpoints,
     make_arms,
@@ -58,7 +58,7 @@ class NoiseWhere(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student(alpha=0.6, beta=0.1)
     """The student; its groups are replaced."""
@@ -84,7 +84,7 @@ class NoiseWhere(Study):
         return result(found, words, decide(self, apart), draws, models, tables=(_table(apart),))
 
 
-def differences(study: NoiseWhere, found: Found) -> dict[str, Estimate]:
+def differences(study: NoiseWhere, found: RecoveryScores) -> dict[str, Estimate]:
     """Return each group's gap, and that without noise, minus that of noise everywhere."""
     arms = (*study.groups, SNIP, RANDOM, NOWHERE)
     return {name: found.contrast([name], ["everywhere"]) for name in arms}

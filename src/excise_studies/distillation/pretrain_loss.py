@@ -15,9 +15,9 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.levels import verdict
-from excise_studies.recovery import Found, gaps
+from excise_studies.recovery import RecoveryScores, gaps
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     Make,
     checkpoints,
     make_arms,
@@ -58,7 +58,7 @@ class PretrainLoss(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     pushes: tuple[Push, ...] = ("ascent", "unlikelihood", "uniform", "activations")
     """Losses of harmful tokens."""
@@ -91,7 +91,7 @@ class PretrainLoss(Study):
         )
 
 
-def differences(study: PretrainLoss, found: Found) -> dict[str, Estimate]:
+def differences(study: PretrainLoss, found: RecoveryScores) -> dict[str, Estimate]:
     """Return each push's gap minus that of filtering from the same start."""
     return {push: found.contrast([push], [NOTHING]) for push in study.pushes}
 

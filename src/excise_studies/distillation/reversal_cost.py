@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.stages import Runtime
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
@@ -17,10 +17,10 @@ from excise.train.pool import Pool
 from excise_studies.attacking import Attacker
 from excise_studies.base import row
 from excise_studies.distillation.presets import graddiff, maxent, rmu
-from excise_studies.levels import Array, estimate, levels, verdict
-from excise_studies.recovery import Found, groups_of, said
+from excise_studies.levels import estimate, levels, verdict
+from excise_studies.recovery import RecoveryScores, groups_of, said
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     arms_of,
     checkpoints,
     make_arms,
@@ -61,7 +61,7 @@ class ReversalCost(Study):
     """Doublings of the number of steps."""
     half: float = Field(default=0.5, gt=0, lt=1)
     """Share of the way back."""
-    bench: Bench = Bench(attacker=Attacker(checkpoints=STEPS))
+    bench: ExperimentSetting = ExperimentSetting(attacker=Attacker(checkpoints=STEPS))
     """Data, models, attacker."""
     methods: dict[str, SerializeAsAny[Method]] = {
         "rmu": rmu(), "grad_diff": graddiff(), "maxent": maxent(),
@@ -104,7 +104,7 @@ class ReversalCost(Study):
 
 
 def log_costs(
-    study: ReversalCost, found: Found, name: str, groups: Mapping[int, Mapping[str, str]]
+    study: ReversalCost, found: RecoveryScores, name: str, groups: Mapping[int, Mapping[str, str]]
 ) -> Array:
     """Return the binary logarithm of the cost, of the data, then of the samples; draws averaged."""
     arms = {seed: found.attacked[name, seed] for seed in study.seeds}

@@ -23,13 +23,13 @@ from excise.models.checkpoint import Checkpoint
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.base import Draw, row
+from excise_studies.base import Replicate, row
 from excise_studies.distillation.predictions import auc, by_unit, kl, noises, predictions, threshold
 from excise_studies.distillation.presets import graddiff, maxent, student
 from excise_studies.levels import estimate, levels, verdict
-from excise_studies.recovery import Found, groups_of, said
+from excise_studies.recovery import RecoveryScores, groups_of, said
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     Make,
     checkpoints,
     make_arms,
@@ -74,7 +74,7 @@ class TeacherSplice(Study):
     """Share of KL(U || B)."""
     leak_margin: float = 0.1
     """Difference of exact match between missed and caught units."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     teachers: dict[str, SerializeAsAny[Method]] = {"maxent": maxent(), "grad_diff": graddiff()}
     """The unlearned models; the first decides."""
@@ -187,7 +187,7 @@ Away = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 def explained(
-    away: Away, name: str, draws: Mapping[int, Draw], seeds: tuple[int, ...]
+    away: Away, name: str, draws: Mapping[int, Replicate], seeds: tuple[int, ...]
 ) -> tuple[str, Estimate]:
     """Return the noise that dev chose and the share of the KL that its splice explains.
 
@@ -226,7 +226,7 @@ def aucs(away: Away) -> dict[str, float]:
 
 
 def leaked(
-    away: Away, found: Found, draws: Mapping[int, Draw], seeds: tuple[int, ...]
+    away: Away, found: RecoveryScores, draws: Mapping[int, Replicate], seeds: tuple[int, ...]
 ) -> dict[str, Estimate]:
     """Return what the student knows beyond the oracle, of `missed` and of `caught` units of V.
 

@@ -17,9 +17,9 @@ from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
 from excise_studies.levels import verdict
-from excise_studies.recovery import Found, gaps, said
+from excise_studies.recovery import RecoveryScores, gaps, said
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     Make,
     arms_of,
     checkpoints,
@@ -29,8 +29,8 @@ from excise_studies.setting import (
     result,
 )
 
-Benign = Literal["original", "unlearned"]
-Harmful = Literal["unlearned", "uniform", "skip", "shuffled"]
+BenignTarget = Literal["original", "unlearned"]
+HarmfulTarget = Literal["unlearned", "uniform", "skip", "shuffled"]
 
 
 class SpliceFactorial(Study):
@@ -62,13 +62,13 @@ class SpliceFactorial(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
     """The student; its targets are replaced."""
-    benign: tuple[Benign, ...] = ("original", "unlearned")
+    benign: tuple[BenignTarget, ...] = ("original", "unlearned")
     """Targets of benign tokens."""
-    harmful: tuple[Harmful, ...] = ("unlearned", "uniform", "skip", "shuffled")
+    harmful: tuple[HarmfulTarget, ...] = ("unlearned", "uniform", "skip", "shuffled")
     """Targets of harmful tokens."""
     others: bool = True
     """Whether to run four arms that stand beside the factorial: noise by the teacher's implicit
@@ -118,7 +118,7 @@ def given(method: Undo, targets: Any) -> Undo:
     return method.model_copy(update={"targets": targets})
 
 
-def effects_of(study: SpliceFactorial, found: Found) -> dict[str, Estimate]:
+def effects_of(study: SpliceFactorial, found: RecoveryScores) -> dict[str, Estimate]:
     """Return the main effects by name; the two that decide come first."""
     cells = {(b, h): arm_name(b, h) for b in study.benign for h in study.harmful}
 

@@ -16,13 +16,13 @@ from excise.methods.distillation.undo import Undo
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.attacking import Key
+from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.distillation.presets import student, with_fit
 from excise_studies.levels import estimate, verdict
-from excise_studies.recovery import Found, gaps, said
+from excise_studies.recovery import RecoveryScores, gaps, said
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     arms_of,
     checkpoints,
     make_arms,
@@ -61,7 +61,7 @@ class UndoLevels(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student(alpha=0.6, beta=0.1)
     """The student; its alpha is replaced, and where alpha is 1 its beta by 1, a whole
@@ -133,7 +133,7 @@ def equal(alpha: float) -> str:
     return f"alpha {alpha:g}"
 
 
-def keeps(found: Found, arm: str) -> Estimate:
+def keeps(found: RecoveryScores, arm: str) -> Estimate:
     """Return an arm's retain recall as a share of the original's."""
     whole = found.retain.at("original")
     share = found.retain.at(arm) / np.where(whole > 0, whole, np.nan)
@@ -169,7 +169,7 @@ def _table(deeper: Mapping[float, Estimate], kept: Mapping[float, Estimate]) -> 
     )
 
 
-def _costs(made: Mapping[Key, Removal], seeds: tuple[int, ...]) -> StudyTable:
+def _costs(made: Mapping[RunKey, Removal], seeds: tuple[int, ...]) -> StudyTable:
     """Return steps and cost of the arms, as the methods counted them."""
     rows: list[StudyRow] = []
     for arm in dict.fromkeys(arm for arm, _ in made):

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, SerializeAsAny
 
 from excise.core.stages import Runtime
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyTable
@@ -17,10 +17,10 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import graddiff, maxent, rmu, student, with_fit
-from excise_studies.levels import Array, estimate, spearman
-from excise_studies.recovery import Found, said
+from excise_studies.levels import estimate, spearman
+from excise_studies.recovery import RecoveryScores, said
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     arms_of,
     checkpoints,
     make_arms,
@@ -81,7 +81,7 @@ class UndoPilot(Study):
     """Name on the command line."""
     margin: float = 0.5
     """Rank correlation."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     teachers: dict[str, SerializeAsAny[Method]] = Field(default=teachers(), min_length=3)
     """The pool."""
@@ -112,7 +112,7 @@ def arm_name(teacher: str, size: str) -> str:
     return f"{teacher}: {size}"
 
 
-def correlations(study: UndoPilot, found: Found) -> dict[str, Estimate]:
+def correlations(study: UndoPilot, found: RecoveryScores) -> dict[str, Estimate]:
     """Return the rank correlation with the large student by pilot; the first decides."""
 
     def pool_of(size: str) -> Array:

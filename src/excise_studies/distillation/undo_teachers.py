@@ -19,12 +19,12 @@ from excise.models.checkpoint import Checkpoint
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.base import Draw, row
+from excise_studies.base import Replicate, row
 from excise_studies.distillation.presets import graddiff, maxent, rmu, student, with_fit
 from excise_studies.levels import verdict
-from excise_studies.recovery import Found, gaps, said
+from excise_studies.recovery import RecoveryScores, gaps, said
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     arms_of,
     checkpoints,
     make_arms,
@@ -75,7 +75,7 @@ class UndoTeachers(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     teachers: dict[str, SerializeAsAny[Method]] = Field(default=teachers(), min_length=2)
     """The unlearned models at their middle strength; `maxent` and `rmu` decide."""
@@ -134,7 +134,7 @@ def stronger(method: Method, factor: float) -> Method:
 
 
 def matched(
-    study: UndoTeachers, draws: Mapping[int, Draw], runtime: Runtime, pool: Pool
+    study: UndoTeachers, draws: Mapping[int, Replicate], runtime: Runtime, pool: Pool
 ) -> dict[str, float]:
     """Return the factor of every teacher that dev of the tuned draws chose."""
     methods = {
@@ -176,7 +176,7 @@ def choose(scores: Mapping[float, tuple[float, float]], least: float) -> float:
     return min(enough, key=lambda factor: scores[factor][0])
 
 
-def differences(study: UndoTeachers, found: Found) -> dict[str, Estimate]:
+def differences(study: UndoTeachers, found: RecoveryScores) -> dict[str, Estimate]:
     """Return the differences in depth gap by name; the first decides."""
     pairs = [("rmu", "maxent"), (BARE, "rmu"), ("grad_diff", "maxent")]
     return {
@@ -210,7 +210,9 @@ def _table(apart: Mapping[str, Estimate]) -> StudyTable:
     )
 
 
-def _matched(study: UndoTeachers, factors: Mapping[str, float], found: Found) -> StudyTable:
+def _matched(
+    study: UndoTeachers, factors: Mapping[str, float], found: RecoveryScores
+) -> StudyTable:
     """Return strengths and what the teachers forget and keep on the reported draws."""
     rows: list[StudyRow] = []
     for name, method in study.teachers.items():

@@ -38,7 +38,7 @@ BARE = "not cleared"
 
 
 @dataclass(frozen=True)
-class Plan:
+class ClearingPlan:
     """How much is fitted and scored.
 
     Attributes:
@@ -83,7 +83,7 @@ class ClearModels(Stage[dict[str, Any]]):
     domain: Domain
     original: Checkpoint
     edited: Checkpoint
-    plan: Plan
+    plan: ClearingPlan
     seed: int
     part: int = 0
     parts: int = 1
@@ -114,7 +114,7 @@ class ClearModels(Stage[dict[str, Any]]):
         return {"arms": {arm.pop("name"): arm for arm in arms}, "residual": residual}
 
 
-Pair = tuple[Any, Clearing | None]
+ClearedModel = tuple[Any, Clearing | None]
 """A model and what is cleared in it."""
 
 
@@ -127,7 +127,7 @@ class _Both:
             job.domain, self.tokenizer, max_rows=job.plan.max_rows, max_length=job.plan.max_length
         )
 
-    def arms(self) -> Iterator[tuple[str, Mapping[str, Any], dict[str, Pair]]]:
+    def arms(self) -> Iterator[tuple[str, Mapping[str, Any], dict[str, ClearedModel]]]:
         """Yield name, facts and how each of both models is cleared."""
         yield BARE, {"control": False}, {side: (m, None) for side, m in self.models.items()}
         for one in self.made:
@@ -138,16 +138,16 @@ class _Both:
                 name = f"{one.name}, in the weights"
                 yield name, as_plain(one), self._written(basis_DK)
 
-    def _written(self, basis_DK: Tensor) -> dict[str, Pair]:
+    def _written(self, basis_DK: Tensor) -> dict[str, ClearedModel]:
         """Return copies of both models whose weights do not write a basis."""
-        out: dict[str, Pair] = {}
+        out: dict[str, ClearedModel] = {}
         for side, model in self.models.items():
             copied = copy.deepcopy(model)
             clear_weights(copied, basis_DK)
             out[side] = (copied, None)
         return out
 
-    def score(self, pairs: Mapping[str, Pair]) -> dict[str, Any]:
+    def score(self, pairs: Mapping[str, ClearedModel]) -> dict[str, Any]:
         """Score both models."""
         out = {}
         for side, (model, one) in pairs.items():

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.auditor.base import Subject
@@ -27,7 +26,7 @@ from excise.core.disk import write_text
 from excise.core.stages import Runtime
 from excise.data.domain import Domain, Row, Rows
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
-from excise.evals.stats import Estimate, bootstrap_mean, quantiles
+from excise.evals.stats import Array, Estimate, bootstrap_mean, quantiles
 from excise.methods.base import ApplyMethod, Method
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
@@ -39,7 +38,7 @@ from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.base import Draw, row, train_draws
+from excise_studies.base import Replicate, row, train_draws
 from excise_studies.rmu.scoring import average, read, rubric
 
 LENGTH = 48
@@ -170,11 +169,11 @@ class MessyForgetSet(Study):
 
 Point = dict[str, Any]
 """Scores of one run by unit: `V`, `relearned`, `retain`, `dev_retain`."""
-Cell = tuple[int, Mess, str]
+MessyRun = tuple[int, Mess, str]
 """Draw, forget set, method."""
 
 
-def make_draws(study: MessyForgetSet, runtime: Runtime, pool: Pool) -> dict[int, Draw]:
+def make_draws(study: MessyForgetSet, runtime: Runtime, pool: Pool) -> dict[int, Replicate]:
     """Train the original and the oracle of every draw, on statements."""
     drawn: dict[int, tuple[Domain, Any]] = {}
     for seed in dict.fromkeys((*study.tuned_on, *study.seeds)):
@@ -289,13 +288,13 @@ class RunStrength(Stage[Point]):
 
 def run_cells(
     study: MessyForgetSet,
-    draws: Mapping[int, Draw],
-    strengths: Mapping[Cell, Sequence[float]],
+    draws: Mapping[int, Replicate],
+    strengths: Mapping[MessyRun, Sequence[float]],
     runtime: Runtime,
     pool: Pool,
     *,
     relearn: bool,
-) -> dict[Cell, list[Point]]:
+) -> dict[MessyRun, list[Point]]:
     """Run every cell at its strengths."""
     keys, jobs = [], []
     for (seed, mess, method), factors in strengths.items():
@@ -314,7 +313,7 @@ def run_cells(
                     study.relearn_rate if relearn else None,
                 )
             )
-    out: dict[Cell, list[Point]] = {}
+    out: dict[MessyRun, list[Point]] = {}
     for key, point in zip(keys, pool.map(runtime.run, jobs), strict=True):
         out.setdefault(key, []).append(point)
     return out
@@ -327,7 +326,7 @@ def stronger(method: Method, factor: float) -> Method:
     return method.model_copy(update={"fit": fit.model_copy(update={"lr": rate})})
 
 
-def scored_originals(study: MessyForgetSet, draw: Draw, runtime: Runtime) -> Point:
+def scored_originals(study: MessyForgetSet, draw: Replicate, runtime: Runtime) -> Point:
     """Return the scores of the original of a draw, and of its oracle under `oracle`."""
     assert draw.oracle is not None
     original, oracle = (
@@ -346,8 +345,6 @@ def relearn_budget(study: MessyForgetSet) -> Budget:
     return budget_of("smoke").model_copy(update=update)
 
 
-Array = NDArray[np.float64]
-
 SAMPLES = 1000
 """Bootstrap samples."""
 
@@ -358,7 +355,7 @@ OUTCOMES = {"V": "exact match on V", "relearned": "exact match on V after relear
 def summarise(
     study: MessyForgetSet,
     base: Mapping[int, Point],
-    points: Mapping[Cell, Sequence[Point]],
+    points: Mapping[MessyRun, Sequence[Point]],
     found: Mapping[tuple[Mess, str], float],
 ) -> tuple[tuple[StudyTable, ...], str, str]:
     """Return tables, decision and paragraph.
@@ -387,7 +384,7 @@ def summarise(
 def matched(
     study: MessyForgetSet,
     base: Mapping[int, Point],
-    points: Mapping[Cell, Sequence[Point]],
+    points: Mapping[MessyRun, Sequence[Point]],
     mess: Mess,
     outcome: str,
 ) -> dict[int, Array]:
@@ -485,10 +482,10 @@ def decide(study: MessyForgetSet, moved: Estimate) -> str:
     return f"undecided: the interval holds a gain of {study.margin:g} ranks"
 
 
-Levels = Mapping[str, Mapping[Mess, Mapping[int, Array]]]
+ScoresBySet = Mapping[str, Mapping[Mess, Mapping[int, Array]]]
 
 
-def _matched(study: MessyForgetSet, base: Mapping[int, Point], levels: Levels) -> StudyTable:
+def _matched(study: MessyForgetSet, base: Mapping[int, Point], levels: ScoresBySet) -> StudyTable:
     """Return scores at matched retain, all draws together and one by one."""
     rows: list[StudyRow] = []
     for side in ("original", "oracle"):
@@ -512,7 +509,9 @@ def _matched(study: MessyForgetSet, base: Mapping[int, Point], levels: Levels) -
     )
 
 
-def _ranks(study: MessyForgetSet, ranked: Levels, changes: Mapping[str, Estimate]) -> StudyTable:
+def _ranks(
+    study: MessyForgetSet, ranked: ScoresBySet, changes: Mapping[str, Estimate]
+) -> StudyTable:
     """Return ranks by set, and the change of RMU's."""
     rows: list[StudyRow] = []
     for mess in study.sets:
@@ -532,7 +531,7 @@ def _strengths(
     study: MessyForgetSet,
     found: Mapping[tuple[Mess, str], float],
     base: Mapping[int, Point],
-    points: Mapping[Cell, Sequence[Point]],
+    points: Mapping[MessyRun, Sequence[Point]],
 ) -> StudyTable:
     """Return learning rates found on the tuned draw, and how often the wanted cost was reached."""
     rows: list[StudyRow] = []
@@ -562,8 +561,8 @@ def _strengths(
 def _paragraph(
     study: MessyForgetSet,
     base: Mapping[int, Point],
-    levels: Levels,
-    ranked: Levels,
+    levels: ScoresBySet,
+    ranked: ScoresBySet,
     changes: Mapping[str, Estimate],
     decision: str,
 ) -> str:

@@ -33,8 +33,8 @@ from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.base import Draw, Units, pooled, row, share, train_draws
-from excise_studies.rmu.clear_stage import BARE, ClearModels, Plan, RelearnCleared, fitted
+from excise_studies.base import Replicate, UnitScores, pooled, row, share, train_draws
+from excise_studies.rmu.clear_stage import BARE, ClearingPlan, ClearModels, RelearnCleared, fitted
 from excise_studies.rmu.clearing import Clearing
 from excise_studies.rmu.scoring import average
 
@@ -187,13 +187,13 @@ class RMUIsShallow(Study):
         )
 
 
-def make_draws(study: RMUIsShallow, runtime: Runtime, pool: Pool) -> dict[int, Draw]:
+def make_draws(study: RMUIsShallow, runtime: Runtime, pool: Pool) -> dict[int, Replicate]:
     """Return the draws: trained here, or one model that exists under several seeds of RMU."""
     seeds = tuple(dict.fromkeys((*study.tuned_on, *study.seeds)))
     if study.model.scratch is None:
         original = open_model(study.model)
         domain = study.domain.build(original)
-        return {seed: Draw(seed, domain, original) for seed in seeds}
+        return {seed: Replicate(seed, domain, original) for seed in seeds}
     drawn = {}
     for seed in seeds:
         own = "seed" in type(study.domain).model_fields
@@ -204,11 +204,11 @@ def make_draws(study: RMUIsShallow, runtime: Runtime, pool: Pool) -> dict[int, D
 
 
 def clear_jobs(
-    study: RMUIsShallow, draws: Mapping[int, Draw], edited: Mapping[int, Checkpoint]
+    study: RMUIsShallow, draws: Mapping[int, Replicate], edited: Mapping[int, Checkpoint]
 ) -> list[ClearModels]:
     """Return the jobs of clearing; a lone draw is cut in two, for two workers."""
     real = study.model.scratch is None
-    plan = Plan(
+    plan = ClearingPlan(
         study.dims,
         study.random_directions,
         study.only,
@@ -226,7 +226,7 @@ def clear_jobs(
 
 def clear_draws(
     study: RMUIsShallow,
-    draws: Mapping[int, Draw],
+    draws: Mapping[int, Replicate],
     edited: Mapping[int, Checkpoint],
     runtime: Runtime,
     pool: Pool,
@@ -275,7 +275,7 @@ Relearned = dict[str, dict[int, dict[str, Any]]]
 
 def relearn_draws(
     study: RMUIsShallow,
-    draws: Mapping[int, Draw],
+    draws: Mapping[int, Replicate],
     edited: Mapping[int, Checkpoint],
     name: str,
     runtime: Runtime,
@@ -332,7 +332,7 @@ def relearn_budget(study: RMUIsShallow, parameters: int) -> Budget:
     )
 
 
-Scores = Mapping[int, Mapping[str, Any]]
+ClearingScores = Mapping[int, Mapping[str, Any]]
 """By draw: `{arms, residual}`."""
 
 
@@ -350,14 +350,14 @@ class Summary:
 class Reader:
     """Scores of all reported draws together."""
 
-    scores: Scores
+    scores: ClearingScores
 
     @property
     def arms(self) -> list[str]:
         """Names of the arms, the bare one first."""
         return list(dict.fromkeys(n for s in self.scores.values() for n in s["arms"]))
 
-    def units(self, arm: str, side: str, metric: str) -> Units:
+    def units(self, arm: str, side: str, metric: str) -> UnitScores:
         """Return one score by draw and unit."""
         return pooled({s: v["arms"][arm][side][metric] for s, v in self.scores.items()})
 
@@ -379,7 +379,7 @@ class Reader:
 
 
 def summarise(
-    study: RMUIsShallow, scores: Scores, chosen: str, relearned: Mapping[str, Any]
+    study: RMUIsShallow, scores: ClearingScores, chosen: str, relearned: Mapping[str, Any]
 ) -> Summary:
     """Return tables, decision and paragraph.
 
@@ -447,7 +447,7 @@ def split(
         Shares by name; those that need the oracle only where there is one.
     """
 
-    def after(treatment: str) -> Units:
+    def after(treatment: str) -> UnitScores:
         return pooled({seed: found["V"][1] for seed, found in relearned[treatment].items()})
 
     def reached(kind: str) -> Estimate:
@@ -499,7 +499,7 @@ def decide(study: RMUIsShallow, back: Estimate, parts: Mapping[str, Estimate]) -
     )
 
 
-def _residual(scores: Scores) -> StudyTable:
+def _residual(scores: ClearingScores) -> StudyTable:
     """Return norms and the likeness of changes by block, averaged over draws."""
     blocks = len(next(iter(scores.values()))["residual"])
     rows = []

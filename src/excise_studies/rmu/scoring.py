@@ -22,9 +22,7 @@ from excise.data.domain import Domain, Row, Rows
 from excise.data.stream import encode
 from excise.data.subsample import subsample
 from excise.evals.score import fitting, measure_all
-
-Units = dict[str, float]
-"""Score by unit."""
+from excise_studies.base import UnitScores
 
 LOWER = ("coherence", "text_loss", "retain_loss", "dev_loss", "dev_retain_loss")
 """Scores whose lower value is better."""
@@ -107,7 +105,7 @@ def kinds_of(rows: Sequence[Row], tokenizer: Any) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def kind_nats(model: Any, rows: Sequence[Row], tokenizer: Any, what: Rubric) -> Units:
+def kind_nats(model: Any, rows: Sequence[Row], tokenizer: Any, what: Rubric) -> UnitScores:
     """Return by unit -log P(an answer of the right kind), in nats."""
     found: dict[str, list[float]] = {}
     examples = encode(rows, tokenizer, max_length=what.max_length)
@@ -120,7 +118,7 @@ def kind_nats(model: Any, rows: Sequence[Row], tokenizer: Any, what: Rubric) -> 
     return {unit: sum(values) / len(values) for unit, values in found.items()}
 
 
-def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, Units]:
+def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, UnitScores]:
     """Score a model.
 
     Args:
@@ -135,7 +133,7 @@ def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, Units]:
     """
     memo = tokenizer if isinstance(tokenizer, Memo) else Memo(tokenizer)
 
-    def measured(rows: Rows, metrics: tuple[str, ...]) -> dict[str, Units]:
+    def measured(rows: Rows, metrics: tuple[str, ...]) -> dict[str, UnitScores]:
         kept = tuple(dict.fromkeys(fitting(metrics, rows)))
         kept = tuple(m for m in kept if m != "exact_match" or rows[0].kind != "text")
         found = measure_all(model, memo, rows, kept, max_length=what.max_length)
@@ -152,7 +150,7 @@ def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, Units]:
     return {name: finite(units) for name, units in out.items()}
 
 
-def finite(units: Mapping[str, float]) -> Units:
+def finite(units: Mapping[str, float]) -> UnitScores:
     """Return scores that JSON can hold: what overflowed counts as a very large loss."""
     return {unit: value if math.isfinite(value) else 1e4 for unit, value in units.items()}
 

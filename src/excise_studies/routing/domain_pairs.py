@@ -128,7 +128,7 @@ FETCHED: Final[Mapping[str, Callable[[], Both]]] = {
 
 
 @dataclass(frozen=True)
-class Pair:
+class DomainPair:
     """One draw of a pair.
 
     Attributes:
@@ -143,7 +143,7 @@ class Pair:
     accuracy: float
 
 
-def make_pair(name: str, sizes: Sizes, seed: int) -> Pair:
+def make_pair(name: str, sizes: Sizes, seed: int) -> DomainPair:
     """Build one draw of a pair.
 
     Args:
@@ -188,10 +188,10 @@ def make_pair(name: str, sizes: Sizes, seed: int) -> Pair:
         ),
     )
     model = _Words(held[1], kept[1])
-    return Pair(domain, *model.apart(held[0], kept[0]))
+    return DomainPair(domain, *model.apart(held[0], kept[0]))
 
 
-def pair_tokenizer(pair: Pair, vocabulary: int) -> Any:
+def pair_tokenizer(pair: DomainPair, vocabulary: int) -> Any:
     """Return a byte-level BPE of what is read in training."""
     domain = pair.domain
     rows = (*domain.forget["away"], *domain.adjacent, *domain.retain)

@@ -20,8 +20,8 @@ from excise_studies.recovery import gaps, said
 from excise_studies.routing.setting import (
     SHARES,
     Missed,
-    Outcome,
     Rest,
+    RoutingOutcome,
     conclude,
     facts_bench,
     make_world,
@@ -30,7 +30,7 @@ from excise_studies.routing.setting import (
     score_arms,
     train_arms,
 )
-from excise_studies.setting import Bench
+from excise_studies.setting import ExperimentSetting
 
 PARAMETERS, ZERO, REVERSED, BOTH, NEITHER = (
     "parameters", "activations", "activations, reversed", "both", "neither",
@@ -65,7 +65,7 @@ class Edges(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the rails, and of retain recall."""
-    bench: Bench = facts_bench()
+    bench: ExperimentSetting = facts_bench()
     """Data, models, attacker."""
     routed: SGTM = routed()
     """Modules and shares of rows; `alpha` and `p_as` are replaced."""
@@ -122,7 +122,7 @@ HOLD = "D (depth gap, activations - parameters)"
 KEEP = "K (retain recall, parameters - activations)"
 
 
-def contrasts(study: Edges, outcome: Outcome) -> dict[str, Estimate]:
+def contrasts(study: Edges, outcome: RoutingOutcome) -> dict[str, Estimate]:
     """Return D and K over all rates, and D at each."""
     found = outcome.found
     gap, kept, by_rate = [], [], {}

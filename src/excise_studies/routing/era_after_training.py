@@ -14,14 +14,14 @@ from excise.methods.pretraining.filtering import Filtering
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.attacking import Key
+from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.levels import estimate, levels, verdict
 from excise_studies.recovery import gaps, said
 from excise_studies.routing.presets import era
 from excise_studies.routing.setting import (
-    Outcome,
-    World,
+    RoutingOutcome,
+    RoutingSetting,
     conclude,
     facts_bench,
     groups_of,
@@ -29,7 +29,7 @@ from excise_studies.routing.setting import (
     score_arms,
     text_losses,
 )
-from excise_studies.setting import Bench, Make, checkpoints, make_arms, rails
+from excise_studies.setting import ExperimentSetting, Make, checkpoints, make_arms, rails
 
 
 class ERAAfterTraining(Study):
@@ -57,7 +57,7 @@ class ERAAfterTraining(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the rails."""
-    bench: Bench = facts_bench()
+    bench: ExperimentSetting = facts_bench()
     """Data, models, attacker."""
     expand: Expand = era().expand
     """What is grown, how gradients are routed, and the repair."""
@@ -78,7 +78,7 @@ class ERAAfterTraining(Study):
             for arm in on_v.arms
             if arm != "original"
         }
-        tokens: dict[Key, int] = {key: removal.cost.tokens for key, removal in made.items()}
+        tokens: dict[RunKey, int] = {key: removal.cost.tokens for key, removal in made.items()}
         found = difference(self, outcome)
         last = named("era", max(self.steps))
         words = [
@@ -95,10 +95,10 @@ def named(side: str, steps: int) -> str:
     return f"{side}, {steps} steps"
 
 
-def wanted(study: ERAAfterTraining, world: World) -> dict[Key, Make]:
+def wanted(study: ERAAfterTraining, world: RoutingSetting) -> dict[RunKey, Make]:
     """Return ERA and training on retain, from the original, for all numbers of steps."""
     full = study.bench.pretrain
-    out: dict[Key, Make] = {}
+    out: dict[RunKey, Make] = {}
     for steps in study.steps:
         fit = full.fit.model_copy(
             update={"steps": steps, "lr": study.lr, "warmup": 0, "schedule": "constant"}
@@ -113,7 +113,7 @@ def wanted(study: ERAAfterTraining, world: World) -> dict[Key, Make]:
     return out
 
 
-def difference(study: ERAAfterTraining, outcome: Outcome) -> Estimate:
+def difference(study: ERAAfterTraining, outcome: RoutingOutcome) -> Estimate:
     """Return D at the most steps."""
     last = max(study.steps)
     found = outcome.found
@@ -131,7 +131,7 @@ def decide(study: ERAAfterTraining, found: Estimate) -> str:
 
 
 def _table(
-    study: ERAAfterTraining, nats: dict[str, Estimate], tokens: dict[Key, int]
+    study: ERAAfterTraining, nats: dict[str, Estimate], tokens: dict[RunKey, int]
 ) -> StudyTable:
     """Return nats on V and tokens by arm."""
     rows: list[StudyRow] = []

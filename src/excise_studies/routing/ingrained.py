@@ -11,21 +11,21 @@ from pydantic import Field, SerializeAsAny, model_validator
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.domains.facts import Facts
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain, corpus
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import Array, estimate, verdict
+from excise_studies.levels import estimate, verdict
 from excise_studies.recovery import said
 from excise_studies.routing.presets import grad_diff, maxent, rmu
 from excise_studies.routing.setting import (
     Missed,
-    Outcome,
     Rest,
-    World,
+    RoutingOutcome,
+    RoutingSetting,
     conclude,
     facts_bench,
     make_world,
@@ -34,7 +34,7 @@ from excise_studies.routing.setting import (
     score_arms,
     train_arms,
 )
-from excise_studies.setting import Bench
+from excise_studies.setting import ExperimentSetting
 
 ROUTED = "routed"
 
@@ -65,7 +65,7 @@ class Ingrained(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the rails."""
-    bench: Bench = facts_bench()
+    bench: ExperimentSetting = facts_bench()
     """Data, models, attacker."""
     mix: tuple[float, ...] = Field(default=(0.12, 0.25, 0.5), min_length=2)
     """Shares of the tokens that are to be forgotten, ascending."""
@@ -97,8 +97,8 @@ class Ingrained(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train, remove in both ways at every level, relearn, compare."""
-        outcomes: dict[float, Outcome] = {}
-        worlds: dict[float, World] = {}
+        outcomes: dict[float, RoutingOutcome] = {}
+        worlds: dict[float, RoutingSetting] = {}
         labels = misses(self.rate, self.missed, self.rest)
         arms = {name: (method, None) for name, method in self.after.items()}
         for share in self.mix:
@@ -127,7 +127,7 @@ class Ingrained(Study):
         )
 
 
-def bench_at(study: Ingrained, share: float) -> Bench:
+def bench_at(study: Ingrained, share: float) -> ExperimentSetting:
     """Return the bench with a share of tokens that are to be forgotten."""
     domain = study.bench.domain.model_copy(update={"mix_share": share})
     return study.bench.model_copy(update={"domain": domain})
@@ -146,14 +146,14 @@ def exposures(domain: Domain, pretrain: Pretrain) -> float:
     return read / len({row.unit for row in forget})
 
 
-def behind(study: Ingrained, outcome: Outcome) -> Array:
+def behind(study: Ingrained, outcome: RoutingOutcome) -> Array:
     """Return P: by how much post-hoc methods stay behind routing."""
     gaps = [outcome.found.gap(name) for name in study.after]
     found: Array = np.mean(gaps, axis=0) - outcome.found.gap(ROUTED)
     return found
 
 
-def interaction(study: Ingrained, outcomes: Mapping[float, Outcome]) -> Estimate:
+def interaction(study: Ingrained, outcomes: Mapping[float, RoutingOutcome]) -> Estimate:
     """Return I: units are the same at all levels, and so are the samples."""
     few, many = outcomes[study.mix[0]], outcomes[study.mix[-1]]
     return estimate(behind(study, many) - behind(study, few), many.found.after.n)
@@ -169,7 +169,9 @@ def decide(study: Ingrained, found: Estimate) -> str:
     }[verdict(found, study.margin)]
 
 
-def spoken(study: Ingrained, outcomes: Mapping[float, Outcome], seen: Mapping[float, float]) -> str:
+def spoken(
+    study: Ingrained, outcomes: Mapping[float, RoutingOutcome], seen: Mapping[float, float]
+) -> str:
     """Return the gaps at every level in words."""
     parts = []
     for share, outcome in outcomes.items():
@@ -179,7 +181,7 @@ def spoken(study: Ingrained, outcomes: Mapping[float, Outcome], seen: Mapping[fl
 
 
 def _table(
-    study: Ingrained, outcomes: Mapping[float, Outcome], seen: Mapping[float, float]
+    study: Ingrained, outcomes: Mapping[float, RoutingOutcome], seen: Mapping[float, float]
 ) -> StudyTable:
     """Return gaps and recall by exposures."""
     rows: list[StudyRow] = []

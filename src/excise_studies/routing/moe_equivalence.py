@@ -29,15 +29,15 @@ from excise.routing import GroupMap, Groups, Names, Part, Policy, Rule, count_un
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 
-Family = Literal[
+ModelFamily = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "olmo2"
 ]
 
-Case = Literal["read = write", "write more", "write less", "read all"]
+ReadWrite = Literal["read = write", "write more", "write less", "read all"]
 
 OWN: Names = ("core", "self")
 
-CASES: Mapping[Case, tuple[Names, Names]] = {
+CASES: Mapping[ReadWrite, tuple[Names, Names]] = {
     "read = write": (OWN, OWN),
     "write more": (OWN, "all"),
     "write less": (OWN, ("self",)),
@@ -45,7 +45,7 @@ CASES: Mapping[Case, tuple[Names, Names]] = {
 }
 """What tokens of a capability read and write. `write less` is GRAM, `read all` is SGTM."""
 
-SAME: tuple[Case, ...] = ("read = write", "write more")
+SAME: tuple[ReadWrite, ...] = ("read = write", "write more")
 """Cases in which all that is read is written: what is not read has no gradient to be masked."""
 
 NUMBERS = (-1, 0, 1, 2)
@@ -82,7 +82,7 @@ class MoEEquivalence(Study):
     """Relative difference that summation in another order may cause in float64."""
     apart: float = Field(default=1e-3, gt=0)
     """Relative difference that other sets must cause."""
-    families: tuple[Family, ...] = Field(
+    families: tuple[ModelFamily, ...] = Field(
         default=("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2",
                  "gpt_neox", "olmo2"),
         min_length=1,
@@ -120,8 +120,8 @@ class MoEEquivalence(Study):
 class Job:
     """One comparison of one family and draw."""
 
-    family: Family
-    case: Case
+    family: ModelFamily
+    case: ReadWrite
     seed: int
     width: int
 
@@ -146,12 +146,12 @@ class Difference:
         return max(self.core, self.modules)
 
 
-def worst(found: Mapping[Job, Difference], case: Case) -> float:
+def worst(found: Mapping[Job, Difference], case: ReadWrite) -> float:
     """Return the largest difference of a case."""
     return max(d.largest for job, d in found.items() if job.case == case)
 
 
-def least(found: Mapping[Job, Difference], case: Case) -> float:
+def least(found: Mapping[Job, Difference], case: ReadWrite) -> float:
     """Return the difference of the family and draw that differ least."""
     return min(d.largest for job, d in found.items() if job.case == case)
 
@@ -228,7 +228,7 @@ def compare(job: Job) -> Difference:
         ids_BT = torch.randint(4, VOCAB, (ROWS, TOKENS), generator=generator)
         picks_BT = torch.randint(len(NUMBERS), (ROWS, TOKENS), generator=generator)
         label_BT = torch.tensor(NUMBERS)[picks_BT]
-        mixture = Mixture(model, spans)
+        mixture = ExpertMixture(model, spans)
         theirs = mixture.backward(ids_BT, readers(policy, label_BT))
         with route(model, policy, labels=NUMBERS) as routing:
             routing.labels(label_BT)
@@ -238,7 +238,7 @@ def compare(job: Job) -> Difference:
         return difference(mine, theirs, loss.item(), mixture.loss)
 
 
-def policy_of(case: Case, spans: Mapping[str, tuple[int, int]]) -> Policy:
+def policy_of(case: ReadWrite, spans: Mapping[str, tuple[int, int]]) -> Policy:
     """Return the rules of a case; core tokens read and write the core, unlabeled ones all."""
     read, write = CASES[case]
     parts: dict[str, tuple[Part, ...]] = {
@@ -271,7 +271,9 @@ def readers(policy: Policy, label_BT: Tensor) -> dict[str, Tensor]:
     return out
 
 
-def difference(mine: Pieces, theirs: Pieces, loss: float, their_loss: float) -> Difference:
+def difference(
+    mine: TensorsByGroup, theirs: TensorsByGroup, loss: float, their_loss: float
+) -> Difference:
     """Return the largest relative differences; a tensor's scale is its largest entry."""
     assert mine.keys() == theirs.keys(), mine.keys() ^ theirs.keys()
     far = {"core": 0.0, "modules": 0.0}
@@ -296,13 +298,13 @@ def gradient(param: nn.Parameter) -> Tensor:
     return torch.zeros_like(param) if param.grad is None else param.grad
 
 
-Pieces = dict[tuple[str, str], Tensor]
+TensorsByGroup = dict[tuple[str, str], Tensor]
 """Tensors by parameter and group."""
 
 
-def owned(model: nn.Module, map: GroupMap, of: Callable[[nn.Parameter], Tensor]) -> Pieces:
+def owned(model: nn.Module, map: GroupMap, of: Callable[[nn.Parameter], Tensor]) -> TensorsByGroup:
     """Return what each group owns of a tensor of each parameter, slices side by side."""
-    out: Pieces = {}
+    out: TensorsByGroup = {}
     for name, param in model.named_parameters():
         held = of(param).detach()
         by_group: dict[str, list[Tensor]] = {}
@@ -316,7 +318,7 @@ def owned(model: nn.Module, map: GroupMap, of: Callable[[nn.Parameter], Tensor])
     return out
 
 
-class Experts(nn.Module):
+class BlockExperts(nn.Module):
     """One block's MLP in parts: the core's, which every token uses, and one for each module."""
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
@@ -336,7 +338,7 @@ class Experts(nn.Module):
         return out_BTD
 
 
-class Mixture:
+class ExpertMixture:
     """A copy of a model whose MLPs are cut into experts; ordinary backpropagation."""
 
     def __init__(self, model: Any, spans: Mapping[str, tuple[int, int]]) -> None:
@@ -354,18 +356,18 @@ class Mixture:
             kept[name] = [span for span in rest if span[0] < span[1]]
         cut = {name: _without(model, gone) for name, gone in kept.items()}
         self.model = copy.deepcopy(model)
-        self.experts: list[Experts] = []
+        self.experts: list[BlockExperts] = []
         self.paths = found.mlp
         for block, path in enumerate(found.mlp):
             parts = {name: other.get_submodule(path) for name, other in cut.items()}
             for name in spans:
                 _drop_bias(cut[name].get_submodule(found.mlp_down[block]))
-            self.experts.append(Experts(parts))
+            self.experts.append(BlockExperts(parts))
             parent, _, leaf = path.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, self.experts[-1])
         self.loss = float("nan")
 
-    def backward(self, ids_BT: Tensor, tokens: Mapping[str, Tensor]) -> Pieces:
+    def backward(self, ids_BT: Tensor, tokens: Mapping[str, Tensor]) -> TensorsByGroup:
         """Return the gradients by parameter of the uncut model and group.
 
         Args:
@@ -377,7 +379,7 @@ class Mixture:
         loss = loss_of(self.model, ids_BT)
         loss.backward()
         self.loss = loss.item()
-        out: Pieces = {}
+        out: TensorsByGroup = {}
         for name, param in self.model.named_parameters():
             if not param.requires_grad:
                 continue

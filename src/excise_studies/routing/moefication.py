@@ -10,21 +10,21 @@ from pydantic import Field
 
 from excise.core.stages import Runtime
 from excise.domains.facts import Facts
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.moefy import Moefy
 from excise.record import StudyRow, StudyTable
 from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.attacking import Key
+from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.levels import Array, Levels, estimate, levels
+from excise_studies.levels import Levels, estimate, levels
 from excise_studies.recovery import arms_table, gaps, said
 from excise_studies.routing.setting import (
     SHARES,
-    Outcome,
-    World,
+    RoutingOutcome,
+    RoutingSetting,
     facts_bench,
     groups_of,
     make_world,
@@ -33,7 +33,7 @@ from excise_studies.routing.setting import (
     text_losses,
     train_arms,
 )
-from excise_studies.setting import Bench, checkpoints, rails
+from excise_studies.setting import ExperimentSetting, checkpoints, rails
 
 MEASURED, RANDOM, DENSE = "measured neurons", "random neurons", "dense, measured neurons"
 
@@ -66,7 +66,7 @@ class Moefication(Study):
     """Name on the command line."""
     margin: float = 0.5
     """Nats."""
-    bench: Bench = facts_bench(
+    bench: ExperimentSetting = facts_bench(
         domain=Facts(subjects=48, relations=4, objects=32, forget_share=0.34, cue="category")
     )
     """Data, models, attacker; rows of the domain carry its name."""
@@ -122,7 +122,7 @@ def arms(study: Moefication) -> dict[str, Method]:
 
 
 @dataclass(frozen=True)
-class Losses:
+class SeparationLosses:
     """Losses by unit, resampled: on V and on `retain_test`."""
 
     v: Levels
@@ -139,12 +139,14 @@ class Losses:
         return estimate(values, self.v.n)
 
 
-def measured(made: Mapping[Key, Removal], world: World, runtime: Runtime, pool: Pool) -> Losses:
+def measured(
+    made: Mapping[RunKey, Removal], world: RoutingSetting, runtime: Runtime, pool: Pool
+) -> SeparationLosses:
     """Return losses on V and retain of rails and arms, resampled."""
     models = {**rails(world.draws, tuple(world.draws)), **checkpoints(made)}
     groups = groups_of(world.draws)
     v = levels(text_losses(models, world, runtime, pool, on="test"), groups)
-    return Losses(v, levels(text_losses(models, world, runtime, pool), groups))
+    return SeparationLosses(v, levels(text_losses(models, world, runtime, pool), groups))
 
 
 def decide(study: Moefication, contrasts: Sequence[Estimate]) -> str:
@@ -159,7 +161,7 @@ def decide(study: Moefication, contrasts: Sequence[Estimate]) -> str:
 
 
 def contrast_table(
-    study: Moefication, contrasts: Mapping[str, Estimate], found: Losses
+    study: Moefication, contrasts: Mapping[str, Estimate], found: SeparationLosses
 ) -> StudyTable:
     """Return S, C and the net separation of every arm, overall and by draw."""
     rows = [row("contrast", name, value) for name, value in contrasts.items()]
@@ -176,7 +178,7 @@ def contrast_table(
     )
 
 
-def by_round(made: Mapping[Key, Removal]) -> dict[tuple[str, int, str], list[float]]:
+def by_round(made: Mapping[RunKey, Removal]) -> dict[tuple[str, int, str], list[float]]:
     """Return what was measured after every round: by arm, round and metric, one value a draw."""
     out: dict[tuple[str, int, str], list[float]] = {}
     for (arm, _), removal in made.items():
@@ -205,7 +207,7 @@ def facts_of(held: Mapping[str, Any]) -> dict[str, float]:
     return facts
 
 
-def rounds_table(made: Mapping[Key, Removal]) -> StudyTable:
+def rounds_table(made: Mapping[RunKey, Removal]) -> StudyTable:
     """Return utility, separation and active parameters by arm and round, means over draws."""
     rows = [
         StudyRow(
@@ -229,9 +231,9 @@ def rounds_table(made: Mapping[Key, Removal]) -> StudyTable:
 def paragraph(
     study: Moefication,
     contrasts: Mapping[str, Estimate],
-    found: Losses,
-    outcome: Outcome,
-    made: Mapping[Key, Removal],
+    found: SeparationLosses,
+    outcome: RoutingOutcome,
+    made: Mapping[RunKey, Removal],
     decision: str,
 ) -> str:
     """Return the result in words, made of the numbers."""

@@ -13,21 +13,21 @@ from excise.core.errors import nearest
 from excise.core.stages import Runtime
 from excise.data.labels import LabelNoise
 from excise.domains.facts import Facts
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import Array, estimate, verdict
+from excise_studies.levels import estimate, verdict
 from excise_studies.recovery import said
 from excise_studies.routing.presets import BASELINES, PRESETS
 from excise_studies.routing.setting import (
     SHARES,
     Missed,
-    Outcome,
     Rest,
-    World,
+    RoutingOutcome,
+    RoutingSetting,
     conclude,
     facts_bench,
     make_world,
@@ -35,9 +35,9 @@ from excise_studies.routing.setting import (
     score_arms,
     train_arms,
 )
-from excise_studies.setting import Bench
+from excise_studies.setting import ExperimentSetting
 
-Cue = Literal["none", "category", "style"]
+FactsCue = Literal["none", "category", "style"]
 EVERY: Mapping[str, Method] = {**PRESETS, **BASELINES}
 
 
@@ -72,7 +72,7 @@ class PartialLabels(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the rails."""
-    bench: Bench = facts_bench()
+    bench: ExperimentSetting = facts_bench()
     """Data, models, attacker."""
     rates: tuple[float, ...] = Field(default=(1.0, 0.9, 0.5, 0.1), min_length=1)
     """Shares of what is to be forgotten that carry a label."""
@@ -82,7 +82,7 @@ class PartialLabels(Study):
     """What is told of rows without a label. `unlabeled`: labels are few but sure, and the same
     share of core rows has none. `core`: all that is missed counts as core, where no preset can
     tell sure rows from the rest."""
-    cues: tuple[Cue, ...] = Field(default=("none",), min_length=1)
+    cues: tuple[FactsCue, ...] = Field(default=("none",), min_length=1)
     """What marks rows that are to be forgotten: nothing, a word, a style. Missed units can only be
     told from the rest by what rows of a capability share: '["none", "category", "style"]'."""
     arms: tuple[str, ...] = ()
@@ -113,8 +113,8 @@ class PartialLabels(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train every arm in every cell, cue by cue; relearn; compare."""
-        outcomes: dict[str, Outcome] = {}
-        worlds: dict[str, World] = {}
+        outcomes: dict[str, RoutingOutcome] = {}
+        worlds: dict[str, RoutingSetting] = {}
         wanted = {
             arm(name, cell): (method, cell.labels(self.rest))
             for cell in cells_of(self)
@@ -140,7 +140,7 @@ class PartialLabels(Study):
 
 
 @dataclass(frozen=True)
-class Cell:
+class LabelSetting:
     """One setting of the labels.
 
     Attributes:
@@ -160,9 +160,13 @@ class Cell:
         return misses(self.rate, self.missed or "occurrences", rest)
 
 
-def cells_of(study: PartialLabels) -> tuple[Cell, ...]:
+def cells_of(study: PartialLabels) -> tuple[LabelSetting, ...]:
     """Return all settings of the labels; nothing is missed at a rate of 1, so that is one."""
-    cells = [Cell(rate, kind if rate < 1 else "") for rate in study.rates for kind in study.missed]
+    cells = [
+        LabelSetting(rate, kind if rate < 1 else "")
+        for rate in study.rates
+        for kind in study.missed
+    ]
     return tuple(dict.fromkeys(cells))
 
 
@@ -172,12 +176,12 @@ def methods_of(study: PartialLabels) -> dict[str, Method]:
     return {name: known[name] for name in study.arms or known}
 
 
-def arm(name: str, cell: Cell) -> str:
+def arm(name: str, cell: LabelSetting) -> str:
     """Return the name of an arm in a setting of the labels."""
     return f"{name} [{cell}]"
 
 
-def with_cue(bench: Bench, cue: Cue) -> Bench:
+def with_cue(bench: ExperimentSetting, cue: FactsCue) -> ExperimentSetting:
     """Return the bench with another cue, where its data have one."""
     if not isinstance(bench.domain, Facts):
         return bench
@@ -185,7 +189,7 @@ def with_cue(bench: Bench, cue: Cue) -> Bench:
 
 
 def difference(
-    study: PartialLabels, outcomes: Mapping[str, Outcome]
+    study: PartialLabels, outcomes: Mapping[str, RoutingOutcome]
 ) -> tuple[Estimate, float] | None:
     """Return D and the preset's retain recall; None where the study did not run what D needs."""
     cells = [cell for cell in cells_of(study) if cell.rate == study.decide_at]
@@ -225,7 +229,7 @@ def decide(study: PartialLabels, found: tuple[Estimate, float] | None) -> str:
     }[held]
 
 
-def best(study: PartialLabels, outcome: Outcome, cue: str) -> str:
+def best(study: PartialLabels, outcome: RoutingOutcome, cue: str) -> str:
     """Return in words the three smallest gaps of every cell among arms that keep enough."""
     parts = []
     for cell in cells_of(study):
@@ -243,7 +247,7 @@ def best(study: PartialLabels, outcome: Outcome, cue: str) -> str:
     )
 
 
-def grid(study: PartialLabels, outcome: Outcome, cue: str) -> StudyTable:
+def grid(study: PartialLabels, outcome: RoutingOutcome, cue: str) -> StudyTable:
     """Return the depth gap of every arm by labels, retain recall beside it."""
     found = outcome.found
     rows: list[StudyRow] = []

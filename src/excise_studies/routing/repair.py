@@ -17,7 +17,7 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.attacking import Key
+from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.levels import verdict
 from excise_studies.recovery import gaps, said
@@ -25,9 +25,9 @@ from excise_studies.routing.presets import era
 from excise_studies.routing.setting import (
     SHARES,
     Missed,
-    Outcome,
     Rest,
-    World,
+    RoutingOutcome,
+    RoutingSetting,
     conclude,
     facts_bench,
     make_world,
@@ -36,7 +36,7 @@ from excise_studies.routing.setting import (
     score_arms,
     train_arms,
 )
-from excise_studies.setting import Bench, Make, make_arms
+from excise_studies.setting import ExperimentSetting, Make, make_arms
 
 NONE = "no repair"
 
@@ -67,7 +67,7 @@ class Repair(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the rails."""
-    bench: Bench = facts_bench()
+    bench: ExperimentSetting = facts_bench()
     """Data, models, attacker."""
     routed: SerializeAsAny[Method] = era(coherence=None)
     """What is trained and ablated, without a repair of its own."""
@@ -104,10 +104,12 @@ def named(side: str, steps: int) -> str:
     return f"{side}, {steps} steps"
 
 
-def repairs(study: Repair, made: dict[Key, Removal], world: World) -> dict[Key, Make]:
+def repairs(
+    study: Repair, made: dict[RunKey, Removal], world: RoutingSetting
+) -> dict[RunKey, Make]:
     """Return the repairs of the ablated models, and of the oracles on all rows."""
     labels = misses(study.rate, study.missed, study.rest)
-    wanted: dict[Key, Make] = {}
+    wanted: dict[RunKey, Make] = {}
     for seed in study.seeds:
         draw = world.draws[seed]
         assert draw.oracle is not None
@@ -137,7 +139,7 @@ RETAIN = "L (depth gap, repair on retain - none)"
 MIXTURE = "M (the same on all rows, beyond the oracle's)"
 
 
-def effects(study: Repair, outcome: Outcome) -> dict[str, Estimate]:
+def effects(study: Repair, outcome: RoutingOutcome) -> dict[str, Estimate]:
     """Return L and M at the most steps, and what the repair gives retain."""
     found, last = outcome.found, max(study.steps)
     light = found.gap(named("retain", last)) - found.gap(NONE)

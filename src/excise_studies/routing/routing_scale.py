@@ -8,20 +8,20 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.stages import Runtime
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import Array, estimate, verdict
+from excise_studies.levels import estimate, verdict
 from excise_studies.recovery import said
 from excise_studies.routing.setting import (
     SHARES,
     Missed,
-    Outcome,
     Rest,
-    World,
+    RoutingOutcome,
+    RoutingSetting,
     conclude,
     facts_bench,
     make_world,
@@ -30,7 +30,7 @@ from excise_studies.routing.setting import (
     score_arms,
     train_arms,
 )
-from excise_studies.setting import Bench
+from excise_studies.setting import ExperimentSetting
 
 ARM = "routed"
 
@@ -62,7 +62,7 @@ class RoutingScale(Study):
     """Name on the command line."""
     margin: float = 0.05
     """Compute ratio."""
-    bench: Bench = facts_bench()
+    bench: ExperimentSetting = facts_bench()
     """Data, models, attacker; its width is where the rule starts."""
     routed: SerializeAsAny[Method] = routed()
     """The routed arm."""
@@ -88,8 +88,8 @@ class RoutingScale(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train all sizes, read the taxes, compare the ends."""
-        outcomes: dict[int, Outcome] = {}
-        worlds: dict[int, World] = {}
+        outcomes: dict[int, RoutingOutcome] = {}
+        worlds: dict[int, RoutingSetting] = {}
         labels = misses(self.rate, self.missed, self.rest)
         for width in self.widths:
             worlds[width] = make_world(bench_at(self, width), self.seeds, runtime, pool)
@@ -118,7 +118,7 @@ class RoutingScale(Study):
         )
 
 
-def bench_at(study: RoutingScale, width: int) -> Bench:
+def bench_at(study: RoutingScale, width: int) -> ExperimentSetting:
     """Return the bench at a width, its learning rate set by the rule."""
     bench = study.bench
     fit = bench.pretrain.fit
@@ -128,7 +128,7 @@ def bench_at(study: RoutingScale, width: int) -> Bench:
     return bench.model_copy(update={"model": model, "pretrain": pretrain})
 
 
-def shrinkage(study: RoutingScale, outcomes: Mapping[int, Outcome]) -> Estimate:
+def shrinkage(study: RoutingScale, outcomes: Mapping[int, RoutingOutcome]) -> Estimate:
     """Return S: units are the same at all sizes, and so are the samples."""
     first, last = outcomes[study.widths[0]], outcomes[study.widths[-1]]
     moved: Array = last.ratio(ARM) - first.ratio(ARM)
@@ -146,7 +146,7 @@ def decide(study: RoutingScale, found: Estimate) -> str:
 
 
 def _table(
-    study: RoutingScale, outcomes: Mapping[int, Outcome], size: Mapping[int, int]
+    study: RoutingScale, outcomes: Mapping[int, RoutingOutcome], size: Mapping[int, int]
 ) -> StudyTable:
     """Return ratio, gap and recall of the arms by width."""
     rows: list[StudyRow] = []

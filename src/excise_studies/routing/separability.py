@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from excise.core.errors import nearest
 from excise.core.stages import Runtime
 from excise.domains.definitions import DEFINITIONS_FIT
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
@@ -26,12 +26,12 @@ from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import Array, Levels, estimate, levels, spearman
+from excise_studies.levels import Levels, estimate, levels, spearman
 from excise_studies.recovery import said
 from excise_studies.routing.domain_pairs import (
     FETCHED,
     PAIRS,
-    Pair,
+    DomainPair,
     Sizes,
     make_pair,
     pair_tokenizer,
@@ -53,7 +53,7 @@ PLAIN, FILTERED, ROUTED = "plain", "filtered", "routed"
 SETS = {"adjacent_test": "beside", "retain_test": "general", "test": "away"}
 """Scored sets: the domain beside the one cut off, general text, the one cut off."""
 
-Key = tuple[str, int, str]
+PairRunKey = tuple[str, int, str]
 """Pair, draw, arm."""
 
 
@@ -136,7 +136,7 @@ class Separability(Study):
         }
         made = train(self, drawn, runtime, pool)
         losses = score(self, made, drawn, runtime, pool)
-        found = Found(self, drawn, losses)
+        found = PairCosts(self, drawn, losses)
         drawings = None
         if len(self.digits) > 1:
             drawings = run_pairs(
@@ -180,11 +180,13 @@ def arms(study: Separability) -> dict[str, Method]:
     }
 
 
-Drawn = Mapping[tuple[str, int], Pair]
+DomainPairs = Mapping[tuple[str, int], DomainPair]
 """Pairs by name and draw."""
 
 
-def train(study: Separability, drawn: Drawn, runtime: Runtime, pool: Pool) -> dict[Key, Removal]:
+def train(
+    study: Separability, drawn: DomainPairs, runtime: Runtime, pool: Pool
+) -> dict[PairRunKey, Removal]:
     """Train every arm of a pair from the same random model."""
     inits = [
         MakeModel(study.model, pair_tokenizer(pair, study.vocabulary), seed)
@@ -199,17 +201,17 @@ def train(study: Separability, drawn: Drawn, runtime: Runtime, pool: Pool) -> di
     return dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
 
 
-Scores = Mapping[tuple[str, str], Levels]
+PairLosses = Mapping[tuple[str, str], Levels]
 """Losses of the arms by pair and scored set, resampled."""
 
 
 def score(
     study: Separability,
-    made: Mapping[Key, Removal],
-    drawn: Drawn,
+    made: Mapping[PairRunKey, Removal],
+    drawn: DomainPairs,
     runtime: Runtime,
     pool: Pool,
-) -> Scores:
+) -> PairLosses:
     """Return the losses on text by pair and set; all pairs take the same draws in a sample."""
     spec = EvalSpec(max_rows=0, max_length=study.pretrain.max_length, samples=0)
     jobs = [
@@ -225,7 +227,7 @@ def score(
     return {key: levels(by_arm, groups_of(drawn, key[0])) for key, by_arm in held.items()}
 
 
-def groups_of(drawn: Drawn, name: str) -> dict[int, dict[str, str]]:
+def groups_of(drawn: DomainPairs, name: str) -> dict[int, dict[str, str]]:
     """Return the document of every scored unit of a pair, by draw."""
     out: dict[int, dict[str, str]] = {}
     for (other, seed), pair in drawn.items():
@@ -236,12 +238,12 @@ def groups_of(drawn: Drawn, name: str) -> dict[int, dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class Found:
+class PairCosts:
     """Pairs, how far apart they are, and what routing cost."""
 
     study: Separability
-    drawn: Drawn
-    losses: Scores
+    drawn: DomainPairs
+    losses: PairLosses
 
     def apart(self, name: str) -> float:
         """Return a pair's divergence, nats per word, mean over draws."""
@@ -289,7 +291,7 @@ def correlations(study: Separability, rho: Estimate, beyond: Estimate) -> StudyT
     return StudyTable(title="Separability and cost", note=study.statistic, rows=rows)
 
 
-def costs(found: Found) -> StudyTable:
+def costs(found: PairCosts) -> StudyTable:
     """Return separability, costs and removal of every pair, the farthest first."""
     rows: list[StudyRow] = []
     for name in sorted(found.study.pairs, key=found.apart, reverse=True):
@@ -321,7 +323,7 @@ def costs(found: Found) -> StudyTable:
     )
 
 
-def words(study: Separability, found: Found, rho: Estimate, beyond: Estimate) -> str:
+def words(study: Separability, found: PairCosts, rho: Estimate, beyond: Estimate) -> str:
     """Return the result in words, made of the numbers."""
     parts = []
     for name in sorted(study.pairs, key=found.apart, reverse=True):

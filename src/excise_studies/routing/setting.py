@@ -20,7 +20,7 @@ import numpy as np
 from excise.core.stages import Runtime
 from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods import Chain
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.plain import Plain
@@ -35,12 +35,12 @@ from excise.run.stages import ScoreModel
 from excise.run.study import StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.attacking import Attacker, Key
-from excise_studies.base import Draw, row
-from excise_studies.levels import Array, Levels, estimate, levels
-from excise_studies.recovery import Found
+from excise_studies.attacking import Attacker, RunKey
+from excise_studies.base import Replicate, row
+from excise_studies.levels import Levels, estimate, levels
+from excise_studies.recovery import RecoveryScores
 from excise_studies.setting import (
-    Bench,
+    ExperimentSetting,
     Make,
     checkpoints,
     make_arms,
@@ -63,7 +63,7 @@ SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 LENGTH = FACTS_MAX_LENGTH
 
 
-def facts_bench(**changes: Any) -> Bench:
+def facts_bench(**changes: Any) -> ExperimentSetting:
     """Return the bench of the routing studies: 48 subjects, width 64, two blocks.
 
     Args:
@@ -78,7 +78,7 @@ def facts_bench(**changes: Any) -> Bench:
             steps=60, rates=(1e-3, 3e-3), batch_size=32, checkpoints=(0, 10, 20, 40)
         ),
     }
-    return Bench(**{**chosen, **changes})
+    return ExperimentSetting(**{**chosen, **changes})
 
 
 def routed(**changes: Any) -> SGTM:
@@ -113,7 +113,7 @@ def misses(rate: float, kind: Missed = "occurrences", rest: Rest = "core") -> La
     return LabelNoise.model_validate({**which, "missed_as": "unlabeled", "unread_core": left})
 
 
-def prepared(method: Method, bench: Bench, labels: LabelNoise | None = None) -> Method:
+def prepared(method: Method, bench: ExperimentSetting, labels: LabelNoise | None = None) -> Method:
     """Return a method with the schedule of the bench and the labels one has.
 
     A method whose own labels spread over units or groups keeps that.
@@ -137,7 +137,7 @@ def prepared(method: Method, bench: Bench, labels: LabelNoise | None = None) -> 
 
 
 @dataclass(frozen=True)
-class World:
+class RoutingSetting:
     """The draws of a study, and what arms start from.
 
     Attributes:
@@ -146,8 +146,8 @@ class World:
         inits: A further random model by seed: what arms from scratch start from.
     """
 
-    bench: Bench
-    draws: Mapping[int, Draw]
+    bench: ExperimentSetting
+    draws: Mapping[int, Replicate]
     inits: Mapping[int, Checkpoint]
 
     def make(self, method: Method, seed: int, labels: LabelNoise | None = None) -> Make:
@@ -159,18 +159,20 @@ class World:
         return Make(ready, start, self.draws[seed].domain)
 
 
-def make_world(bench: Bench, seeds: Sequence[int], runtime: Runtime, pool: Pool) -> World:
+def make_world(
+    bench: ExperimentSetting, seeds: Sequence[int], runtime: Runtime, pool: Pool
+) -> RoutingSetting:
     """Train original and oracle of every draw, and make the random models of its arms."""
     draws = make_draws(bench, seeds, runtime, pool)
-    return World(bench, draws, make_inits(bench, draws, runtime, pool))
+    return RoutingSetting(bench, draws, make_inits(bench, draws, runtime, pool))
 
 
 def train_arms(
     methods: Mapping[str, tuple[Method, LabelNoise | None]],
-    world: World,
+    world: RoutingSetting,
     runtime: Runtime,
     pool: Pool,
-) -> dict[Key, Removal]:
+) -> dict[RunKey, Removal]:
     """Train every arm on every draw, one stage each.
 
     Args:
@@ -191,7 +193,7 @@ def train_arms(
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RoutingOutcome:
     """All arms of a world, scored.
 
     Attributes:
@@ -201,10 +203,10 @@ class Outcome:
         removals: What methods left behind, by arm and draw.
     """
 
-    found: Found
+    found: RecoveryScores
     loss: Levels
     shares: tuple[float, ...] = ()
-    removals: Mapping[Key, Removal] = field(default_factory=dict)
+    removals: Mapping[RunKey, Removal] = field(default_factory=dict)
 
     def ratio(self, arm: str) -> Array:
         """Return an arm's compute ratio: of the data, then of the samples.
@@ -251,8 +253,8 @@ def compute_ratio(loss: Array, shares: Sequence[float], plain: Array) -> Array:
 
 
 def text_losses(
-    models: Mapping[Key, Checkpoint],
-    world: World,
+    models: Mapping[RunKey, Checkpoint],
+    world: RoutingSetting,
     runtime: Runtime,
     pool: Pool,
     on: str = "retain_test",
@@ -281,8 +283,8 @@ def text_losses(
 
 
 def plain_curve(
-    world: World, shares: Sequence[float], runtime: Runtime, pool: Pool
-) -> dict[Key, Checkpoint]:
+    world: RoutingSetting, shares: Sequence[float], runtime: Runtime, pool: Pool
+) -> dict[RunKey, Checkpoint]:
     """Train plainly with shares of the steps, from the random models of the arms."""
     full = world.bench.pretrain
     runs: dict[str, tuple[Method, LabelNoise | None]] = {
@@ -296,14 +298,14 @@ def plain_curve(
 
 
 def score_arms(
-    made: Mapping[Key, Removal],
-    world: World,
+    made: Mapping[RunKey, Removal],
+    world: RoutingSetting,
     seeds: Sequence[int],
     runtime: Runtime,
     pool: Pool,
     *,
     shares: Sequence[float] = SHARES,
-) -> Outcome:
+) -> RoutingOutcome:
     """Score arms and rails, relearn T with each, and read the tax off shorter plain runs.
 
     Args:
@@ -318,13 +320,13 @@ def score_arms(
     arms = {key: removal for key, removal in made.items() if key[1] in draws}
     models = checkpoints(arms)
     found = measure_arms(world.bench, models, draws, runtime, pool)
-    here = World(world.bench, draws, world.inits)
+    here = RoutingSetting(world.bench, draws, world.inits)
     curve = plain_curve(here, shares, runtime, pool) if shares else {}
     losses = text_losses({**rails(draws, seeds), **models, **curve}, here, runtime, pool)
-    return Outcome(found, levels(losses, groups_of(draws)), tuple(shares), arms)
+    return RoutingOutcome(found, levels(losses, groups_of(draws)), tuple(shares), arms)
 
 
-def groups_of(draws: Mapping[int, Draw]) -> dict[int, dict[str, str]]:
+def groups_of(draws: Mapping[int, Replicate]) -> dict[int, dict[str, str]]:
     """Return by draw the group of every unit of `retain_test` and V."""
     return {
         seed: {
@@ -337,7 +339,9 @@ def groups_of(draws: Mapping[int, Draw]) -> dict[int, dict[str, str]]:
     }
 
 
-def tax_table(outcome: Outcome, title: str = "Loss on retain and the alignment tax") -> StudyTable:
+def tax_table(
+    outcome: RoutingOutcome, title: str = "Loss on retain and the alignment tax"
+) -> StudyTable:
     """Return losses on retain and compute ratios of arms, rails and plain runs."""
     rows: list[StudyRow] = []
     loss = outcome.loss
@@ -357,8 +361,8 @@ def tax_table(outcome: Outcome, title: str = "Loss on retain and the alignment t
 
 
 def conclude(
-    outcome: Outcome,
-    world: World,
+    outcome: RoutingOutcome,
+    world: RoutingSetting,
     words: Sequence[str],
     decision: str,
     *,
@@ -391,7 +395,7 @@ def conclude(
     )
 
 
-def said_retain(outcome: Outcome) -> str:
+def said_retain(outcome: RoutingOutcome) -> str:
     """Return what arms kept, and at which share of the compute plain training keeps as much."""
     found, parts = outcome.found, []
     for arm in found.arms:
@@ -401,7 +405,7 @@ def said_retain(outcome: Outcome) -> str:
     return f"{original}: {', '.join(parts)}."
 
 
-def absorption_table(removals: Mapping[Key, Removal]) -> StudyTable | None:
+def absorption_table(removals: Mapping[RunKey, Removal]) -> StudyTable | None:
     """Return where rows write and what the ablation did, means over draws; None where unknown."""
     sums: dict[tuple[str, str], list[float]] = {}
     for (arm, _), removal in removals.items():

@@ -20,7 +20,7 @@ from excise.core.stages import Runtime
 from excise.data.domain import CORE, Domain, Row, Rows
 from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, RELATIONS, TEMPLATES, made_names
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
@@ -34,9 +34,9 @@ from excise.run.stages import MakeModel, ScoreModel
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.attacking import Key
+from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.levels import Array, Levels, estimate, levels, verdict
+from excise_studies.levels import Levels, estimate, levels, verdict
 from excise_studies.recovery import groups_of, said
 from excise_studies.routing.setting import absorption_table, misses, routed
 
@@ -50,7 +50,7 @@ CUE: Final = "cue"
 """The capability: what rows with a cue word teach."""
 
 
-Cue = Literal["aligned", "flipped", "none"]
+ShortcutCue = Literal["aligned", "flipped", "none"]
 
 
 class Shortcut(Config):
@@ -167,7 +167,7 @@ class Marks:
 
 def train(
     study: Spurious, domains: Mapping[int, Domain], runtime: Runtime, pool: Pool
-) -> dict[Key, Removal]:
+) -> dict[RunKey, Removal]:
     """Train every arm of a draw from the same random model."""
     inits = [MakeModel(study.model, shortcut_tokenizer(study.data, seed), seed) for seed in domains]
     starts = dict(zip(domains, pool.map(runtime.run, inits), strict=True))
@@ -181,7 +181,7 @@ def train(
 
 def score(
     study: Spurious,
-    made: Mapping[Key, Removal],
+    made: Mapping[RunKey, Removal],
     domains: Mapping[int, Domain],
     runtime: Runtime,
     pool: Pool,
@@ -283,7 +283,7 @@ def words(study: Spurious, marks: Marks, found: Mapping[str, Estimate]) -> str:
 
 
 @dataclass(frozen=True)
-class World:
+class ShortcutFacts:
     """What a specification and a seed determine: names, answers, cue words."""
 
     spec: Shortcut
@@ -324,7 +324,7 @@ class World:
         named = [w for each in (*answers, *cues) for w in each]
         return tuple(dict.fromkeys((*fixed, *relations, *subjects, *named)))
 
-    def row(self, subject: str, relation: int, wording: int, cue: Cue) -> Row:
+    def row(self, subject: str, relation: int, wording: int, cue: ShortcutCue) -> Row:
         """Return one row; a flipped cue is that of another answer."""
         words = RELATIONS[relation]
         right = self.right[subject, relation]
@@ -350,12 +350,12 @@ class World:
             for relation in range(self.spec.relations):
                 for wording in wordings:
                     draw = self.random(f"row:{subject}:{relation}:{wording}")
-                    cue: Cue = "none"
+                    cue: ShortcutCue = "none"
                     if draw.random() < self.spec.cued:
                         cue = "aligned" if draw.random() < self.spec.aligned else "flipped"
                     yield self.row(subject, relation, wording, cue)
 
-    def scored(self, subjects: Sequence[str], cue: Cue) -> Rows:
+    def scored(self, subjects: Sequence[str], cue: ShortcutCue) -> Rows:
         """Return the rows of subjects in the wording of the tests."""
         return tuple(
             self.row(subject, relation, self.spec.wordings - 1, cue)
@@ -375,7 +375,7 @@ def shortcut_domain(spec: Shortcut, seed: int) -> Domain:
         A domain whose `test` has flipped cues, whose `retain_test` has none and whose
         `adjacent_test` has right ones, all of the same facts in the same, untaught wording.
     """
-    world = World(spec, seed)
+    world = ShortcutFacts(spec, seed)
     order = list(world.words[0])
     world.random("split").shuffle(order)
     half = len(order) // 2
@@ -408,4 +408,4 @@ def shortcut_domain(spec: Shortcut, seed: int) -> Domain:
 
 def shortcut_tokenizer(spec: Shortcut, seed: int) -> Any:
     """Return the tokenizer with one token per word of the data."""
-    return word_tokenizer(World(spec, seed).vocabulary())
+    return word_tokenizer(ShortcutFacts(spec, seed).vocabulary())

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.stages import Runtime
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.record import StudyRow, StudyTable
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import Array, Levels, estimate, levels, spearman
+from excise_studies.levels import Levels, estimate, levels, spearman
 from excise_studies.vision.autoencoder import SplitAutoencoderConfig, errors, train_autoencoder
 from excise_studies.vision.images import DrawnImages, Images, ImageSpec
 
@@ -41,7 +41,7 @@ MODEL = SplitAutoencoderConfig(
 )
 """A split autoencoder of two digits; penalties are the same with and without routing."""
 
-Kind = Literal["decoder", "bottom"]
+ErrorKind = Literal["decoder", "bottom"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Digits:
 
     pairs: tuple[str, ...]
     apart: Mapping[str, float]
-    losses: Mapping[tuple[str, Kind], Levels]
-    gone: Mapping[tuple[str, Kind], Levels]
+    losses: Mapping[tuple[str, ErrorKind], Levels]
+    gone: Mapping[tuple[str, ErrorKind], Levels]
 
     def cost(self, pair: str) -> Array:
         """Return the rise of the decoder's error on the digit beside, relative to plain."""
@@ -191,9 +191,9 @@ def run_pairs(
         for seed in seeds
     }
     found = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
-    kinds: tuple[Kind, ...] = ("decoder", "bottom")
+    kinds: tuple[ErrorKind, ...] = ("decoder", "bottom")
 
-    def of(pair: tuple[int, int], kind: Kind, digit: int) -> Levels:
+    def of(pair: tuple[int, int], kind: ErrorKind, digit: int) -> Levels:
         def units(arm: str, seed: int) -> dict[str, float]:
             scores = found[name_of(pair), arm, seed][kind]
             return {key: v for key, v in scores.items() if key.startswith(f"{digit}:")}

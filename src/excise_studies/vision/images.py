@@ -26,7 +26,7 @@ from excise.core.errors import UserError
 from excise.core.keys import config_identity
 from excise.fetch import require
 
-Source = Literal["digits", "fashion", "generated"]
+ImageSource = Literal["digits", "fashion", "generated"]
 
 CLOTHES: Final = (
     "t-shirt", "trousers", "pullover", "dress", "coat",
@@ -138,7 +138,7 @@ class DrawnImages:
 class ImageSpec(Config):
     """Which images, and how they are split; every seed is another split."""
 
-    source: Source = "digits"
+    source: ImageSource = "digits"
     """`digits` ship; `fashion` is fetched (excise fetch fashion); `generated` is made."""
     train: int = Field(default=7000, ge=20)
     """Images to train on, spread over the classes as the source has them."""

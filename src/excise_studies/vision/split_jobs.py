@@ -20,7 +20,7 @@ from excise.core.stages import Runtime
 from excise.evals.stats import Array, Estimate, quantiles, resampled_means
 from excise.record import ModelRef, StudyPicture, StudyPictureRow, StudyRow, StudyTable
 from excise.train.pool import Pool
-from excise_studies.base import Units, pooled, row
+from excise_studies.base import UnitScores, pooled, row
 from excise_studies.vision.autoencoder import (
     SplitAutoencoder,
     SplitAutoencoderConfig,
@@ -39,7 +39,7 @@ SplitConfig = SplitAutoencoderConfig | SplitClassifierConfig
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitModel:
     """What became of one model.
 
     Attributes:
@@ -49,14 +49,14 @@ class Split:
         path: File of the weights.
     """
 
-    scores: Mapping[tuple[str, str], Units]
+    scores: Mapping[tuple[str, str], UnitScores]
     fingerprint: str
     parameters: int
     path: str
 
 
 @dataclass(frozen=True)
-class TrainSplit(Stage[Split]):
+class TrainSplit(Stage[SplitModel]):
     """One model of split images, trained and scored.
 
     Attributes:
@@ -103,7 +103,7 @@ class TrainSplit(Stage[Split]):
         write_text(ctx.work / "scores.json", json.dumps(found))
         shutil.rmtree(state, ignore_errors=True)
 
-    def read(self, folder: Path) -> Split:
+    def read(self, folder: Path) -> SplitModel:
         """Return scores by kind and group of images."""
         found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         scores: dict[tuple[str, str], dict[str, float]] = {}
@@ -111,7 +111,7 @@ class TrainSplit(Stage[Split]):
             for unit, value, own in zip(found["keys"], values, found["first"], strict=True):
                 scores.setdefault((name, FIRST if own else SECOND), {})[str(unit)] = value
         weights = str(folder / "model.safetensors")
-        return Split(scores, found["fingerprint"], found["parameters"], weights)
+        return SplitModel(scores, found["fingerprint"], found["parameters"], weights)
 
 
 LEVELS = 9
@@ -119,7 +119,7 @@ LEVELS = 9
 
 
 def drawings(
-    arms: Mapping[str, tuple[SplitAutoencoderConfig, Split]], drawn: DrawnImages, *, seed: int
+    arms: Mapping[str, tuple[SplitAutoencoderConfig, SplitModel]], drawn: DrawnImages, *, seed: int
 ) -> StudyPicture:
     """Return one test image of each class, and what whole and half encodings draw of it.
 
@@ -163,7 +163,7 @@ def _levels(x_BP: Tensor) -> tuple[str, ...]:
     return tuple("".join(map(str, row)) for row in ink.tolist())
 
 
-Arms = Mapping[str, Mapping[int, Split]]
+SplitModels = Mapping[str, Mapping[int, SplitModel]]
 """Models by arm and draw."""
 
 
@@ -174,17 +174,17 @@ def train_arms(
     part: Literal["dev", "test"],
     runtime: Runtime,
     pool: Pool,
-) -> Arms:
+) -> SplitModels:
     """Train every arm on every draw."""
     wanted = [(name, seed) for seed in seeds for name in arms]
     jobs = [TrainSplit(arms[name], images, seed, part) for name, seed in wanted]
-    found: dict[str, dict[int, Split]] = {name: {} for name in arms}
+    found: dict[str, dict[int, SplitModel]] = {name: {} for name in arms}
     for (name, seed), split in zip(wanted, pool.map(runtime.run, jobs), strict=True):
         found[name][seed] = split
     return found
 
 
-def scores_of(arm: Mapping[int, Split], score: str, group: str) -> Units:
+def scores_of(arm: Mapping[int, SplitModel], score: str, group: str) -> UnitScores:
     """Return a score of all draws in one mapping."""
     return pooled({seed: split.scores[score, group] for seed, split in arm.items()})
 
@@ -237,7 +237,7 @@ class Means:
         return Estimate(sign * (one - two), low, high, n + m)
 
 
-def means_of(arms: Arms, scores: Sequence[str] = ()) -> Means:
+def means_of(arms: SplitModels, scores: Sequence[str] = ()) -> Means:
     """Return the means of all arms over the images of all draws.
 
     Args:
@@ -257,7 +257,7 @@ def means_of(arms: Arms, scores: Sequence[str] = ()) -> Means:
 
 
 def by_draw(
-    arms: Arms, arm: str, control: str, score: str = "bottom", sign: int = 1
+    arms: SplitModels, arm: str, control: str, score: str = "bottom", sign: int = 1
 ) -> dict[int, Estimate]:
     """Return `Means.contrast` of every draw."""
     pair = {name: arms[name] for name in (arm, control)}
@@ -309,7 +309,7 @@ def value(arm: str, metric: str, number: float, n: int) -> StudyRow:
     return StudyRow(condition=arm, metric=metric, value=number, n=n)
 
 
-def refs(arms: Arms) -> tuple[ModelRef, ...]:
+def refs(arms: SplitModels) -> tuple[ModelRef, ...]:
     """Return all models for the record."""
     return tuple(
         ModelRef(

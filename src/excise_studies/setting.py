@@ -30,11 +30,11 @@ from excise.run.study import StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.attacking import Attacker, RunKey, attack_all
-from excise_studies.base import Replicate, train_draws
-from excise_studies.recovery import RecoveryScores, arms_table, curves_table, finish, gather
+from excise_studies.base import Replicate, train_replicates
+from excise_studies.recovery import RecoveryScores, curves_table, finish, gather, recovery_table
 
 APART = 2000
-"""A further initialisation of a draw starts from the draw's seed plus this."""
+"""A further initialisation starts from the seed plus this."""
 
 LENGTH = ARITHMETIC_MAX_LENGTH
 
@@ -42,7 +42,7 @@ LENGTH = ARITHMETIC_MAX_LENGTH
 class ExperimentSetting(Config):
     """Data, models and attacker: 0.1M parameters and small tables, seconds a model.
 
-    Settings were chosen by hand on draw 0.
+    Settings were chosen by hand on seed 0.
     """
 
     domain: SerializeAsAny[DomainSpec] = Arithmetic(factors=12, addends=20, dev_share=0.2)
@@ -55,42 +55,42 @@ class ExperimentSetting(Config):
     )
     """How original and oracle are trained."""
     attacker: Attacker = Attacker()
-    """Who relearns T."""
+    """Who relearns."""
 
 
 # -- models ----------------------------------------------------------------------------------------
 
 
-def make_draws(
+def make_replicates(
     bench: ExperimentSetting, seeds: Sequence[int], runtime: Runtime, pool: Pool
 ) -> dict[int, Replicate]:
-    """Train original and oracle of every draw."""
-    drawn: dict[int, tuple[Domain, Any]] = {}
+    """Train original and oracle of every seed."""
+    domains: dict[int, tuple[Domain, Any]] = {}
     for seed in dict.fromkeys(seeds):
-        own = "seed" in type(bench.domain).model_fields
-        spec = bench.domain.model_copy(update={"seed": seed}) if own else bench.domain
-        drawn[seed] = (spec.build(None), spec.tokenizer())
-    return train_draws(drawn, bench.model, bench.pretrain, runtime, pool)
+        reseeded = "seed" in type(bench.domain).model_fields
+        spec = bench.domain.model_copy(update={"seed": seed}) if reseeded else bench.domain
+        domains[seed] = (spec.build(None), spec.tokenizer())
+    return train_replicates(domains, bench.model, bench.pretrain, runtime, pool)
 
 
 def make_inits(
     bench: ExperimentSetting,
-    draws: Mapping[int, Replicate],
+    replicates: Mapping[int, Replicate],
     runtime: Runtime,
     pool: Pool,
     apart: int = APART,
 ) -> dict[int, Checkpoint]:
-    """Return a further random model of every draw, of seed plus `apart`."""
+    """Return a further random model of every seed, of seed plus `apart`."""
     jobs = [
-        MakeModel(bench.model, draw.original.tokenizer(), seed + apart)
-        for seed, draw in draws.items()
+        MakeModel(bench.model, replicate.original.tokenizer(), seed + apart)
+        for seed, replicate in replicates.items()
     ]
-    return dict(zip(draws, pool.map(runtime.run, jobs), strict=True))
+    return dict(zip(replicates, pool.map(runtime.run, jobs), strict=True))
 
 
 @dataclass(frozen=True)
 class Make:
-    """One arm of one draw: a method and what it is given.
+    """One condition at one seed: a method and what it is given.
 
     Attributes:
         method: The method; the teacher of an `Undo` is a stage that students share.
@@ -103,22 +103,24 @@ class Make:
     domain: Domain
 
 
-def arms_of(
-    methods: Mapping[str, Method], draws: Mapping[int, Replicate], seeds: Sequence[int]
+def conditions_of(
+    methods: Mapping[str, Method], replicates: Mapping[int, Replicate], seeds: Sequence[int]
 ) -> dict[RunKey, Make]:
-    """Return every method on the original of every draw, with the data as it is."""
+    """Return every method on the original of every seed, with the data as it is."""
     return {
-        (name, seed): Make(method, draws[seed].original, draws[seed].domain)
+        (name, seed): Make(method, replicates[seed].original, replicates[seed].domain)
         for name, method in methods.items()
         for seed in seeds
     }
 
 
-def make_arms(wanted: Mapping[RunKey, Make], runtime: Runtime, pool: Pool) -> dict[RunKey, Removal]:
-    """Make the models of all arms, teachers first, so that no two workers wait for one.
+def make_conditions(
+    wanted: Mapping[RunKey, Make], runtime: Runtime, pool: Pool
+) -> dict[RunKey, Removal]:
+    """Make the models of all conditions, teachers first, so that no two workers wait for one.
 
     Args:
-        wanted: What to make, by arm and draw.
+        wanted: What to make, by condition and seed.
         runtime: Where stages are kept.
         pool: Worker processes.
     """
@@ -133,62 +135,64 @@ def make_arms(wanted: Mapping[RunKey, Make], runtime: Runtime, pool: Pool) -> di
     return dict(zip(wanted, pool.map(runtime.run, jobs), strict=True))
 
 
-def checkpoints(made: Mapping[RunKey, Removal]) -> dict[RunKey, Checkpoint]:
+def checkpoints(removals: Mapping[RunKey, Removal]) -> dict[RunKey, Checkpoint]:
     """Return the models of removals."""
-    return {key: removal.checkpoint for key, removal in made.items()}
+    return {key: removal.checkpoint for key, removal in removals.items()}
 
 
-def rails(draws: Mapping[int, Replicate], seeds: Sequence[int]) -> dict[RunKey, Checkpoint]:
-    """Return original and oracle of the draws, as arms."""
+def reference_models(
+    replicates: Mapping[int, Replicate], seeds: Sequence[int]
+) -> dict[RunKey, Checkpoint]:
+    """Return original and oracle of every seed, as conditions."""
     out: dict[RunKey, Checkpoint] = {}
     for seed in seeds:
-        out["original", seed] = draws[seed].original
-        oracle = draws[seed].oracle
+        out["original", seed] = replicates[seed].original
+        oracle = replicates[seed].oracle
         assert oracle is not None
         out["oracle", seed] = oracle
     return out
 
 
-def measure_arms(
+def measure_conditions(
     bench: ExperimentSetting,
     models: Mapping[RunKey, Checkpoint],
-    draws: Mapping[int, Replicate],
+    replicates: Mapping[int, Replicate],
     runtime: Runtime,
     pool: Pool,
 ) -> RecoveryScores:
-    """Relearn T with every arm and with both rails, and put the scores together.
+    """Relearn with every condition and with both reference models, and put the scores together.
 
     Args:
         bench: The attacker.
-        models: By arm and draw.
-        draws: Data and rails.
+        models: By condition and seed.
+        replicates: Data and reference models.
         runtime: Where stages are kept.
         pool: Worker processes.
     """
     seeds = tuple(dict.fromkeys(seed for _, seed in models))
-    both = {**rails(draws, seeds), **models}
+    both = {**reference_models(replicates, seeds), **models}
     attacker, length = bench.attacker, bench.pretrain.max_length
-    attacked = attack_all(attacker, both, draws, runtime, pool, max_length=length)
-    domains = {seed: draws[seed].domain for seed in seeds}
+    attacked = attack_all(attacker, both, replicates, runtime, pool, max_length=length)
+    domains = {seed: replicates[seed].domain for seed in seeds}
     exact = domains[seeds[0]].metrics[0] != "text_loss"
     return gather(attacked, domains, power=attacker.power, absolute=exact)
 
 
 CHOSEN = (
-    "settings of data, models and students were chosen by hand on draw 0, those of teachers on dev "
-    "of draws 0, 11 and 12"
+    "settings of data, models and students were chosen by hand on seed 0, those of teachers on dev "
+    "of seeds 0, 11 and 12"
 )
 """How the studies of distillation were set."""
 
 SIZE = "0.1M parameters and tables of a few hundred facts: effects may differ in larger models"
-"""What holds for every study on the bench."""
+"""What holds for every study at this size."""
 
 
 def result(
-    found: RecoveryScores,
+    recovery: RecoveryScores,
     words: Sequence[str],
     decision: str,
-    draws: Mapping[int, Replicate],
+    replicates: Mapping[int, Replicate],
     models: Mapping[RunKey, Checkpoint],
     *,
     tables: Sequence[StudyTable] = (),
@@ -198,22 +202,24 @@ def result(
     """Return what a study found; without power the decision is that there is none.
 
     Args:
-        found: Arms and rails.
-        words: Sentences between the rails and the decision.
+        recovery: Conditions and reference models.
+        words: Sentences between the reference models and the decision.
         decision: What the statistic says.
-        draws: Data and rails.
-        models: By arm and draw.
-        tables: Tables of the study's own, before those of the arms.
+        replicates: Data and reference models.
+        models: By condition and seed.
+        tables: Tables of the study's own, before those of the conditions.
         notes: What a reader should know.
         chosen: How the settings were chosen.
     """
-    held, paragraph = finish(words, found, decision)
-    named = (model_ref(f"{arm}, draw {seed}", model) for (arm, seed), model in models.items())
+    stated, paragraph = finish(words, recovery, decision)
+    named = (
+        model_ref(f"{condition}, seed {seed}", model) for (condition, seed), model in models.items()
+    )
     return StudyResult(
-        tables=(*tables, arms_table(found), curves_table(found)),
-        decision=held,
+        tables=(*tables, recovery_table(recovery), curves_table(recovery)),
+        decision=stated,
         paragraph=paragraph,
-        domain=draws[found.seeds[0]].domain,
-        models=(*(ref for seed in found.seeds for ref in draws[seed].refs()), *named),
+        domain=replicates[recovery.seeds[0]].domain,
+        models=(*(ref for seed in recovery.seeds for ref in replicates[seed].refs()), *named),
         notes=(chosen, SIZE, *notes),
     )

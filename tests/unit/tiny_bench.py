@@ -24,7 +24,7 @@ BENCH = ExperimentSetting(
     pretrain=Pretrain(fit=QUICK, max_length=11),
     attacker=Attacker(steps=2, rates=(1e-3,), checkpoints=(0, 1), batch_size=8, power=0.5),
 )
-"""The smallest bench; its attacker has no power, so that every study is void on it."""
+"""The smallest setting; its attacker has no power, so that every study on it is invalid."""
 
 
 def quick(method: Any) -> Any:

@@ -35,17 +35,17 @@ from excise_studies.recovery import RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,
     Make,
-    arms_of,
     checkpoints,
-    make_arms,
-    make_draws,
+    conditions_of,
+    make_conditions,
     make_inits,
-    measure_arms,
+    make_replicates,
+    measure_conditions,
     result,
 )
 
 OTHER = 5000
-"""An original of another initialisation starts from the draw's seed plus this."""
+"""An original of another initialisation starts from the seed plus this."""
 
 Init = Literal["random", "unlearned", "original", "permuted", "another original", "oracle"]
 """`permuted`: the original with the neurons of every MLP in another order."""
@@ -57,10 +57,10 @@ class InitLeak(Study):
     Stated beforehand. Every student imitates the oracle's predictions on the mix for equal steps;
     what differs is where it starts: random weights, the unlearned model, the original, the same
     with its neurons in another order (as near in function, far in weights), an original of another
-    initialisation and order, or the oracle itself. What decides is the depth
-    gap on V of the start at the original minus that of the random start after T was relearned:
-    initialisation leaks if the 95 % interval over draws and units lies above `margin`, and does
-    not if it lies within the margin on both sides. The same students of the unlearned teacher's
+    initialisation and order, or the oracle itself. What decides is the depth gap on the held-out
+    test set of the start at the original minus that of the random start after relearning:
+    initialisation leaks if the 95 % interval over seeds and units lies above `margin`, and does not
+    if it lies within the margin on both sides. The same students of the unlearned teacher's
     predictions, and the cosine between student and original, stand beside it.
     """
 
@@ -69,16 +69,17 @@ class InitLeak(Study):
         "predictions are those of one that never knew?"
     )
     statistic: ClassVar[str] = (
-        "Depth gap on V after relearning T of the student of the oracle that starts from the "
-        "original minus that of the one that starts from random weights; a leak if the 95 % "
-        "interval lies above the margin, none if within it. Bootstrap over draws and units."
+        "Depth gap on the held-out test set after relearning of the student of the oracle that "
+        "starts from the original minus that of the one that starts from random weights; a leak if "
+        "the 95 % interval lies above the margin, none if within it. Bootstrap over seeds and "
+        "units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
     name: Literal["init-leak"] = "init-leak"
     """Name on the command line."""
     margin: float = 0.05
-    """Share of the distance between the rails."""
+    """Share of the distance between the reference models."""
     bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
@@ -92,57 +93,60 @@ class InitLeak(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Distil from every start, relearn, compare."""
-        draws = make_draws(self.bench, self.seeds, runtime, pool)
-        others = another(self, draws, runtime, pool) if "another original" in self.inits else {}
-        orders = permuted(draws, runtime, pool) if "permuted" in self.inits else {}
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        others = (
+            another(self, replicates, runtime, pool) if "another original" in self.inits else {}
+        )
+        orders = permuted(replicates, runtime, pool) if "permuted" in self.inits else {}
         wanted = {}
-        for seed, draw in draws.items():
-            assert draw.oracle is not None
-            target = FromOracle(path=str(draw.oracle.path))
+        for seed, replicate in replicates.items():
+            assert replicate.oracle is not None
+            target = FromOracle(path=str(replicate.oracle.path))
             places = {
                 "random": "original",
                 "unlearned": "unlearned",
                 "original": "original",
                 "permuted": str(orders[seed].path) if orders else "",
                 "another original": str(others[seed].path) if others else "",
-                "oracle": str(draw.oracle.path),
+                "oracle": str(replicate.oracle.path),
             }
             for init in self.inits:
                 alpha = 1.0 if init == "random" else 0.0
                 update = {"targets": target, "student": places[init], "alpha": alpha}
                 method = self.student.model_copy(update=update)
                 wanted[f"oracle's logits, from {init}", seed] = Make(
-                    method, draw.original, draw.domain
+                    method, replicate.original, replicate.domain
                 )
         if self.teacher_too:
-            own = {"targets": FromTeacher(), "student": "unlearned"}
+            from_teacher = {"targets": FromTeacher(), "student": "unlearned"}
             taught = {
-                "teacher's logits, from random": self.student.model_copy(update=own),
+                "teacher's logits, from random": self.student.model_copy(update=from_teacher),
                 "teacher's logits, from unlearned": self.student.model_copy(
-                    update={**own, "alpha": 0.0}
+                    update={**from_teacher, "alpha": 0.0}
                 ),
             }
-            wanted |= arms_of(taught, draws, self.seeds)
-        models = checkpoints(make_arms(wanted, runtime, pool))
-        found = measure_arms(self.bench, models, draws, runtime, pool)
-        leak = leaks(self, found)
-        near = {key: cosine(model, draws[key[1]].original) for key, model in models.items()}
-        words = [f"From an init minus from random, depth gap: {_list(leak)}.", gaps(found)]
+            wanted |= conditions_of(taught, replicates, self.seeds)
+        models = checkpoints(make_conditions(wanted, runtime, pool))
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        leak = leaks(self, recovery)
+        near = {key: cosine(model, replicates[key[1]].original) for key, model in models.items()}
+        words = [f"From an init minus from random, depth gap: {_list(leak)}.", gaps(recovery)]
         tables = (_table(leak), _near(near, self.seeds))
-        return result(found, words, decide(self, leak), draws, models, tables=tables)
+        return result(recovery, words, decide(self, leak), replicates, models, tables=tables)
 
 
 def another(
-    study: InitLeak, draws: Mapping[int, Replicate], runtime: Runtime, pool: Pool
+    study: InitLeak, replicates: Mapping[int, Replicate], runtime: Runtime, pool: Pool
 ) -> dict[int, Checkpoint]:
     """Return originals of the same data, of other initialisations and orders of rows."""
-    inits = make_inits(study.bench, draws, runtime, pool, OTHER)
+    inits = make_inits(study.bench, replicates, runtime, pool, OTHER)
     plain = Plain(pretrain=study.bench.pretrain)
     jobs = [
-        ApplyMethod(plain, inits[seed], draw.domain, seed + OTHER) for seed, draw in draws.items()
+        ApplyMethod(plain, inits[seed], replicate.domain, seed + OTHER)
+        for seed, replicate in replicates.items()
     ]
-    made = pool.map(runtime.run, jobs)
-    return {seed: removal.checkpoint for seed, removal in zip(draws, made, strict=True)}
+    removals = pool.map(runtime.run, jobs)
+    return {seed: removal.checkpoint for seed, removal in zip(replicates, removals, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -174,17 +178,19 @@ class PermuteNeurons(Stage[Checkpoint]):
         return Checkpoint(folder / "model")
 
 
-def permuted(draws: Mapping[int, Replicate], runtime: Runtime, pool: Pool) -> dict[int, Checkpoint]:
-    """Return every draw's original with its neurons in another order."""
-    jobs = [PermuteNeurons(draw.original, seed) for seed, draw in draws.items()]
-    return dict(zip(draws, pool.map(runtime.run, jobs), strict=True))
+def permuted(
+    replicates: Mapping[int, Replicate], runtime: Runtime, pool: Pool
+) -> dict[int, Checkpoint]:
+    """Return every seed's original with its neurons in another order."""
+    jobs = [PermuteNeurons(replicate.original, seed) for seed, replicate in replicates.items()]
+    return dict(zip(replicates, pool.map(runtime.run, jobs), strict=True))
 
 
-def leaks(study: InitLeak, found: RecoveryScores) -> dict[str, Estimate]:
+def leaks(study: InitLeak, recovery: RecoveryScores) -> dict[str, Estimate]:
     """Return each start's gap minus that of the random start."""
     base = ["oracle's logits, from random"]
     return {
-        init: found.contrast([f"oracle's logits, from {init}"], base)
+        init: recovery.contrast([f"oracle's logits, from {init}"], base)
         for init in study.inits
         if init != "random"
     }
@@ -193,10 +199,10 @@ def leaks(study: InitLeak, found: RecoveryScores) -> dict[str, Estimate]:
 def decide(study: InitLeak, leak: Mapping[str, Estimate]) -> str:
     """Return what the start at the original says under the margin."""
     words = {
-        "above": f"initialisation leaks: more than {study.margin:g} of the rails",
-        "equal": f"initialisation does not leak: within {study.margin:g} of the rails",
+        "above": f"initialisation leaks: more than {study.margin:g}",
+        "equal": f"initialisation does not leak: within {study.margin:g}",
         "below": "initialisation does not leak: the start at the original went deeper",
-        "undecided": f"undecided: the interval crosses {study.margin:g} of the rails",
+        "undecided": f"undecided: the interval crosses {study.margin:g}",
     }
     return words[verdict(leak["original"], study.margin)]
 
@@ -210,7 +216,10 @@ def _table(leak: Mapping[str, Estimate]) -> StudyTable:
     """Return the leaks."""
     return StudyTable(
         title="First weights against random ones",
-        note="Students of the oracle's predictions; depth gap on V, 0 is no leak.",
+        note=(
+            "Students of the oracle's predictions; depth gap on the held-out test set, 0 is no "
+            "leak."
+        ),
         rows=tuple(row(f"from {name}", "depth gap", e) for name, e in leak.items()),
     )
 
@@ -218,14 +227,16 @@ def _table(leak: Mapping[str, Estimate]) -> StudyTable:
 def _near(near: Mapping[tuple[str, int], float], seeds: tuple[int, ...]) -> StudyTable:
     """Return the cosine of every student to the original."""
     rows = []
-    for arm in dict.fromkeys(arm for arm, _ in near):
-        value = sum(near[arm, seed] for seed in seeds) / len(seeds)
+    for condition in dict.fromkeys(condition for condition, _ in near):
+        value = sum(near[condition, seed] for seed in seeds) / len(seeds)
         rows.append(
-            StudyRow(condition=arm, metric="cosine to the original", value=value, n=len(seeds))
+            StudyRow(
+                condition=condition, metric="cosine to the original", value=value, n=len(seeds)
+            )
         )
     return StudyTable(
         title="Distance in weights",
-        note="Cosine over all matrices; n counts draws. Neurons are not matched.",
+        note="Cosine over all matrices; n counts seeds. Neurons are not matched.",
         rows=tuple(rows),
     )
 
@@ -272,16 +283,16 @@ def _reorder(
             part.copy_(part.index_select(dim, order_M.to(part.device)))
 
 
-def cosine(one: Checkpoint, other: Checkpoint) -> float:
+def cosine(model_a: Checkpoint, model_b: Checkpoint) -> float:
     """Return the cosine between the matrices of two models of one shape, as one long vector.
 
     Args:
-        one: A model.
-        other: Another; only tensors that both have under one name count.
+        model_a: A model.
+        model_b: Another; only tensors that both have under one name count.
     """
     a, b = (
         {n: p.detach().double() for n, p in model.load(dtype=torch.float32).named_parameters()}
-        for model in (one, other)
+        for model in (model_a, model_b)
     )
     names = [name for name in a if name in b and a[name].dim() > 1]
     dot = sum(float((a[n] * b[n]).sum()) for n in names)

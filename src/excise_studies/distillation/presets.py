@@ -16,19 +16,19 @@ LENGTH = ARITHMETIC_MAX_LENGTH
 
 
 def maxent(**changes: Any) -> MaxEnt:
-    """Return the teacher of the studies: MaxEnt, sized for the bench on dev of draws 0, 11, 12."""
+    """Return the teacher of the studies: MaxEnt, sized on dev of seeds 0, 11, 12."""
     fit = FitConfig(steps=160, lr=5e-4, batch_size=48, clip=1.0)
     return MaxEnt(**{"alpha": 1.0, "fit": fit, "max_length": LENGTH, **changes})
 
 
 def graddiff(**changes: Any) -> GradDiff:
-    """Return GradDiff, sized for the bench."""
+    """Return GradDiff, sized for tiny models."""
     fit = FitConfig(steps=80, lr=6e-4, batch_size=48, clip=1.0)
     return GradDiff(**{"alpha": 15.0, "fit": fit, "max_length": LENGTH, **changes})
 
 
 def rmu(**changes: Any) -> RMU:
-    """Return RMU with its retain term, sized for the bench; `alpha=0` leaves the term out."""
+    """Return RMU with its retain term, sized for tiny models; `alpha=0` leaves the term out."""
     fit = FitConfig(steps=160, lr=1e-2, batch_size=48)
     sized = {"layer": 1, "blocks": (0, 1), "steering": 50.0, "alpha": 20.0}
     return RMU(**{**sized, "fit": fit, "max_length": LENGTH, **changes})
@@ -41,7 +41,7 @@ def with_fit(method: Method, **changes: Any) -> Method:
 
 
 def student(**changes: Any) -> Undo:
-    """Return the student of the studies: from random weights, all steps, sized for the bench.
+    """Return the student of the studies: from random weights, all steps, sized for tiny models.
 
     With alpha and beta 1 nothing of any model is left and the noise is a whole initialisation.
     """

@@ -21,28 +21,28 @@ from excise_studies.levels import estimate, levels, verdict
 from excise_studies.recovery import RecoveryScores, groups_of, said
 from excise_studies.setting import (
     ExperimentSetting,
-    arms_of,
     checkpoints,
-    make_arms,
-    make_draws,
-    measure_arms,
+    conditions_of,
+    make_conditions,
+    make_replicates,
+    measure_conditions,
     result,
 )
 
 STEPS = (0, 2, 4, 8, 16, 32, 64, 128, 200)
-"""Steps of relearning at which V is read."""
+"""Steps of relearning at which models are scored."""
 
 
 class ReversalCost(Study):
-    """Steps of relearning T until V is half-way back.
+    """Steps of relearning until knowledge is half-way back.
 
-    Stated beforehand. Unlearned models are relearned on T, each at the rate that dev chose. Its
-    reversal cost is the number of steps at which its score on V first has come half the way from
-    what it is after unlearning to the original's, interpolated in the logarithm of the steps; a
-    model that never comes half-way costs all steps. What decides is the mean over draws of the
-    binary logarithm of RMU's cost over that of `against`: RMU is easier to reverse if the 95 %
-    interval over draws and units lies below minus `margin` doublings, harder if above it, alike if
-    within. A pair of which both never come half-way is undecided.
+    Stated beforehand. Unlearned models are relearned on the relearn set, each at the rate that dev
+    chose. Its reversal cost is the number of steps at which its score on the held-out test set
+    first has come half the way from what it is after unlearning to the original's, interpolated in
+    the logarithm of the steps; a model that never comes half-way costs all steps. What decides is
+    the mean over seeds of the binary logarithm of RMU's cost over that of `against`: RMU is easier
+    to reverse if the 95 % interval over seeds and units lies below minus `margin` doublings, harder
+    if above it, alike if within. A pair of which both never come half-way is undecided.
     """
 
     question: ClassVar[str] = (
@@ -50,8 +50,9 @@ class ReversalCost(Study):
         "removed?"
     )
     statistic: ClassVar[str] = (
-        "log2 of the steps at which V is half-way back after RMU over the same after GradDiff, "
-        "against the margin in doublings from both sides; bootstrap over draws and units."
+        "log2 of the steps at which knowledge is half-way back after RMU over those after "
+        "GradDiff, "
+        "against the margin in doublings from both sides; bootstrap over seeds and units."
     )
     takes: ClassVar[str] = "6 minutes, 1 GiB"
 
@@ -79,45 +80,50 @@ class ReversalCost(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Remove, relearn, find the costs."""
-        draws = make_draws(self.bench, self.seeds, runtime, pool)
-        models = checkpoints(make_arms(arms_of(self.methods, draws, self.seeds), runtime, pool))
-        found = measure_arms(self.bench, models, draws, runtime, pool)
-        groups = {seed: groups_of(draws[seed].domain) for seed in self.seeds}
-        costs = {name: log_costs(self, found, name, groups) for name in self.methods}
-        size = found.after.n
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        models = checkpoints(
+            make_conditions(conditions_of(self.methods, replicates, self.seeds), runtime, pool)
+        )
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        groups = {seed: groups_of(replicates[seed].domain) for seed in self.seeds}
+        costs = {name: log_costs(self, recovery, name, groups) for name in self.methods}
+        size = recovery.after.n
         steps = {name: _power(estimate(logs, size)) for name, logs in costs.items()}
         apart = {
             name: estimate(costs["rmu"] - costs[name], size)
             for name in self.methods
             if name != "rmu"
         }
-        end = np.log2(found.attacked["rmu", self.seeds[0]].steps[-1])
+        end = np.log2(recovery.attacked["rmu", self.seeds[0]].steps[-1])
         never = all(float(costs[name][0]) >= end - 1e-9 for name in ("rmu", self.against))
         counts = ", ".join(f"{name} {said(e)}" for name, e in steps.items())
         words = [
-            f"Steps until V was half-way back: {counts}.",
+            f"Steps until knowledge was half-way back: {counts}.",
             "Doublings, rmu over the others: "
             f"{', '.join(f'{n} {said(e)}' for n, e in apart.items())}.",
         ]
         decision = decide(self, apart[self.against], never=never)
-        return result(found, words, decision, draws, models, tables=(_table(steps, apart),))
+        return result(recovery, words, decision, replicates, models, tables=(_table(steps, apart),))
 
 
 def log_costs(
-    study: ReversalCost, found: RecoveryScores, name: str, groups: Mapping[int, Mapping[str, str]]
+    study: ReversalCost,
+    recovery: RecoveryScores,
+    name: str,
+    groups: Mapping[int, Mapping[str, str]],
 ) -> Array:
-    """Return the binary logarithm of the cost, of the data, then of the samples; draws averaged."""
-    arms = {seed: found.attacked[name, seed] for seed in study.seeds}
+    """Return the binary logarithm of the cost, of the data, then of the samples; seeds averaged."""
+    conditions = {seed: recovery.attacked[name, seed] for seed in study.seeds}
     curve = [
-        levels({name: {seed: attack.v[i] for seed, attack in arms.items()}}, groups).by_draw
-        for i in range(len(next(iter(arms.values())).steps))
+        levels({name: {seed: attack.v[i] for seed, attack in conditions.items()}}, groups).by_seed
+        for i in range(len(next(iter(conditions.values())).steps))
     ]
-    per_draw = {}
-    for seed, attack in arms.items():
-        goal = found.before.at("original", seed)
+    per_seed = {}
+    for seed, attack in conditions.items():
+        goal = recovery.before.at("original", seed)
         values = np.stack([at[seed][:, 0] for at in curve])
-        per_draw[seed] = log_cost(attack.steps, values, goal, study.half)
-    table = np.stack([per_draw[seed] for seed in study.seeds])
+        per_seed[seed] = log_cost(attack.steps, values, goal, study.half)
+    table = np.stack([per_seed[seed] for seed in study.seeds])
     generator = np.random.default_rng([0, len(study.seeds)])
     samples = table.shape[1] - 1
     picked = generator.integers(len(table), size=(samples, len(table)))
@@ -135,22 +141,22 @@ def log_cost(steps: Sequence[int], values: Array, goal: Array, half: float) -> A
         goal: Score of the original, by sample.
         half: Share of the way from the first score to the goal.
     """
-    wanted = values[0] + half * (goal - values[0])
+    halfway = values[0] + half * (goal - values[0])
     logs = np.log2(np.maximum(np.array(steps, dtype=np.float64), 0.5))
     out = np.full(values.shape[1], logs[-1])
     for s in range(values.shape[1]):
         for i in range(1, len(steps)):
             low, high = values[i - 1, s], values[i, s]
-            if high >= wanted[s]:
-                share = (wanted[s] - low) / (high - low) if high > low else 1.0
+            if high >= halfway[s]:
+                share = (halfway[s] - low) / (high - low) if high > low else 1.0
                 out[s] = logs[i - 1] + min(1.0, max(0.0, share)) * (logs[i] - logs[i - 1])
                 break
     return out
 
 
-def _power(found: Estimate) -> Estimate:
+def _power(logs: Estimate) -> Estimate:
     """Return steps of an estimate of their binary logarithm."""
-    return Estimate(2.0**found.value, 2.0**found.low, 2.0**found.high, found.n)
+    return Estimate(2.0**logs.value, 2.0**logs.low, 2.0**logs.high, logs.n)
 
 
 def decide(study: ReversalCost, apart: Estimate, *, never: bool) -> str:
@@ -168,10 +174,10 @@ def decide(study: ReversalCost, apart: Estimate, *, never: bool) -> str:
 
 def _table(steps: Mapping[str, Estimate], apart: Mapping[str, Estimate]) -> StudyTable:
     """Return costs and doublings."""
-    rows = [row(name, "steps until V is half-way back", e) for name, e in steps.items()]
+    rows = [row(name, "steps until knowledge is half-way back", e) for name, e in steps.items()]
     rows += [row(f"rmu over {name}", "doublings of steps", e) for name, e in apart.items()]
     return StudyTable(
         title="Reversal cost",
-        note="Interpolated in the logarithm of the steps; all steps where V never came half-way.",
+        note="Interpolated in the logarithm of the steps; all steps where it never came half-way.",
         rows=tuple(rows),
     )

@@ -21,11 +21,11 @@ from excise_studies.levels import estimate, spearman
 from excise_studies.recovery import RecoveryScores, said
 from excise_studies.setting import (
     ExperimentSetting,
-    arms_of,
     checkpoints,
-    make_arms,
-    make_draws,
-    measure_arms,
+    conditions_of,
+    make_conditions,
+    make_replicates,
+    measure_conditions,
     result,
 )
 
@@ -60,20 +60,22 @@ class UndoPilot(Study):
     """Small and large UNDO from one pool of teachers.
 
     Stated beforehand. From every teacher a large student (all weights replaced) and small ones are
-    distilled, and T is relearned with all. What decides for a pilot is the rank correlation over
-    teachers between its score on V and that of the large student, both averaged over draws: the
-    pilot foretells if the 95 % interval over draws and units lies above `margin`, and does not if
-    it lies below. The first pilot decides. The same correlation for the teachers themselves, no
-    student at all, stands beside it as the cheapest pilot.
+    distilled, and the relearn set is learned again with all. What decides for a pilot is the rank
+    correlation over teachers between its score on the held-out test set and that of the large
+    student, both averaged over seeds: the pilot foretells if the 95 % interval over seeds and units
+    lies above `margin`, and does not if it lies below. The first pilot decides. The same
+    correlation for the teachers themselves, no student at all, stands beside it as the cheapest
+    pilot.
     """
 
     question: ClassVar[str] = (
         "Does the order of teachers by a small UNDO foretell their order by a large one?"
     )
     statistic: ClassVar[str] = (
-        "Spearman correlation over teachers of V after relearning T between a small student and "
-        "the large one, averaged over draws first; foretells if the 95 % interval lies above the "
-        "margin, does not if it lies below. Bootstrap over draws and units."
+        "Spearman correlation over teachers of the held-out test set after relearning between a "
+        "small student and the large one, averaged over seeds first; foretells if the 95 % "
+        "interval lies above the margin, does not if it lies below. Bootstrap over seeds and "
+        "units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"
 
@@ -92,33 +94,37 @@ class UndoPilot(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Distil small and large from every teacher, relearn, correlate."""
-        draws = make_draws(self.bench, self.seeds, runtime, pool)
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
         methods: dict[str, Method] = {}
         for name, teacher in self.teachers.items():
-            methods[arm_name(name, "no student")] = teacher
+            methods[condition_name(name, "no student")] = teacher
             for size, method in {**self.pilots, LARGE: self.large}.items():
-                methods[arm_name(name, size)] = method.model_copy(update={"unlearn": teacher})
-        models = checkpoints(make_arms(arms_of(methods, draws, self.seeds), runtime, pool))
-        found = measure_arms(self.bench, models, draws, runtime, pool)
-        rho = correlations(self, found)
+                methods[condition_name(name, size)] = method.model_copy(update={"unlearn": teacher})
+        models = checkpoints(
+            make_conditions(conditions_of(methods, replicates, self.seeds), runtime, pool)
+        )
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        rho = correlations(self, recovery)
         words = [f"Rank correlation with the large student: {_list(rho)}."]
-        order = sorted(self.teachers, key=lambda name: found.value(arm_name(name, LARGE)).value)
+        order = sorted(
+            self.teachers, key=lambda name: recovery.value(condition_name(name, LARGE)).value
+        )
         words.append(f"Teachers by depth of the large student: {', '.join(order)}.")
-        return result(found, words, decide(self, rho), draws, models, tables=(_table(rho),))
+        return result(recovery, words, decide(self, rho), replicates, models, tables=(_table(rho),))
 
 
-def arm_name(teacher: str, size: str) -> str:
-    """Return the name of an arm."""
+def condition_name(teacher: str, size: str) -> str:
+    """Return the name of a condition."""
     return f"{teacher}: {size}"
 
 
-def correlations(study: UndoPilot, found: RecoveryScores) -> dict[str, Estimate]:
+def correlations(study: UndoPilot, recovery: RecoveryScores) -> dict[str, Estimate]:
     """Return the rank correlation with the large student by pilot; the first decides."""
 
     def pool_of(size: str) -> Array:
-        columns = [found.after.at(arm_name(name, size)) for name in study.teachers]
-        held: Array = np.stack(columns, axis=-1)
-        return held
+        columns = [recovery.after.at(condition_name(name, size)) for name in study.teachers]
+        pooled: Array = np.stack(columns, axis=-1)
+        return pooled
 
     large = pool_of(LARGE)
     count = len(study.teachers)
@@ -130,10 +136,10 @@ def correlations(study: UndoPilot, found: RecoveryScores) -> dict[str, Estimate]
 
 def decide(study: UndoPilot, rho: Mapping[str, Estimate]) -> str:
     """Return what the first pilot's correlation says under the margin."""
-    name, found = next(iter(rho.items()))
-    if found.low > study.margin:
+    name, value = next(iter(rho.items()))
+    if value.low > study.margin:
         return f"the pilot ({name}) foretells: its correlation is above {study.margin:g}"
-    if found.high < study.margin:
+    if value.high < study.margin:
         return f"the pilot ({name}) does not foretell: its correlation is below {study.margin:g}"
     return f"undecided: the interval of the pilot ({name}) crosses {study.margin:g}"
 
@@ -147,6 +153,9 @@ def _table(rho: Mapping[str, Estimate]) -> StudyTable:
     """Return the correlations."""
     return StudyTable(
         title="Small against large",
-        note="Rank correlation over teachers of V after relearning T; n counts teachers.",
+        note=(
+            "Rank correlation over teachers of the held-out test set after relearning; n counts "
+            "teachers."
+        ),
         rows=tuple(row(name, "Spearman correlation", e) for name, e in rho.items()),
     )

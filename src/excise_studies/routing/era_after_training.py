@@ -23,23 +23,30 @@ from excise_studies.routing.setting import (
     RoutingOutcome,
     RoutingSetting,
     conclude,
-    facts_bench,
+    facts_setting,
     groups_of,
-    make_world,
-    score_arms,
+    make_setting,
+    score_conditions,
     text_losses,
 )
-from excise_studies.setting import ExperimentSetting, Make, checkpoints, make_arms, rails
+from excise_studies.setting import (
+    ExperimentSetting,
+    Make,
+    checkpoints,
+    make_conditions,
+    reference_models,
+)
 
 
 class ERAAfterTraining(Study):
     """ERA from the original for growing numbers of steps, beside training on retain alone.
 
-    Stated beforehand. D is the depth gap on V (after T was relearned) of continued training on
-    retained rows minus that of ERA, both for the most steps and from the same original. ERA
-    removes after training if the lower end of D's 95 % interval is above `margin`; it does not if
-    the upper end is below it. N is the loss on V after ERA minus the original's, in nats before
-    any attack: one re-run of the published code found 0.26. It decides nothing.
+    Stated beforehand. D is the depth gap on the held-out test set (after relearning) of continued
+    training on retained rows minus that of ERA, both for the most steps and from the same original.
+    ERA removes after training if the lower end of D's 95 % interval is above `margin`; it does not
+    if the upper end is below it. N is the loss on the held-out test set after ERA minus the
+    original's, in nats before any attack: one re-run of the published code found 0.26. It decides
+    nothing.
     """
 
     question: ClassVar[str] = (
@@ -47,17 +54,17 @@ class ERAAfterTraining(Study):
         "how does that grow with the tokens of continued training?"
     )
     statistic: ClassVar[str] = (
-        "D = depth gap on V after relearning T, continued training on retained rows minus ERA, at "
-        "the most steps; ERA removes if the lower end of the 95 % interval is above the margin, "
-        "not if the upper end is below it. Bootstrap over draws and units."
+        "D = depth gap on the held-out test set after relearning, continued training on retained "
+        "rows minus ERA, at the most steps; ERA removes if the lower end of the 95 % interval is "
+        "above the margin, not if the upper end is below it. Bootstrap over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
     name: Literal["era-after-training"] = "era-after-training"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails."""
-    bench: ExperimentSetting = facts_bench()
+    """Share of the distance between the reference models."""
+    bench: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
     expand: Expand = era().expand
     """What is grown, how gradients are routed, and the repair."""
@@ -68,34 +75,37 @@ class ERAAfterTraining(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Continue the original in both ways, relearn, compare."""
-        world = make_world(self.bench, self.seeds, runtime, pool)
-        made = make_arms(wanted(self, world), runtime, pool)
-        outcome = score_arms(made, world, self.seeds, runtime, pool, shares=())
-        models = {**rails(world.draws, self.seeds), **checkpoints(made)}
-        on_v = levels(text_losses(models, world, runtime, pool, "test"), groups_of(world.draws))
+        setting = make_setting(self.bench, self.seeds, runtime, pool)
+        removals = make_conditions(wanted(self, setting), runtime, pool)
+        outcome = score_conditions(removals, setting, self.seeds, runtime, pool, shares=())
+        models = {**reference_models(setting.replicates, self.seeds), **checkpoints(removals)}
+        on_v = levels(
+            text_losses(models, setting, runtime, pool, "test"), groups_of(setting.replicates)
+        )
         nats = {
-            arm: estimate(on_v.at(arm) - on_v.at("original"), on_v.n)
-            for arm in on_v.arms
-            if arm != "original"
+            condition: estimate(on_v.at(condition) - on_v.at("original"), on_v.n)
+            for condition in on_v.conditions
+            if condition != "original"
         }
-        tokens: dict[RunKey, int] = {key: removal.cost.tokens for key, removal in made.items()}
-        found = difference(self, outcome)
+        tokens: dict[RunKey, int] = {key: removal.cost.tokens for key, removal in removals.items()}
+        effect = difference(self, outcome)
         last = named("era", max(self.steps))
         words = [
-            f"D was {said(found)}.",
-            f"Before any attack ERA raised the loss on V by {said(nats[last])} nats.",
-            gaps(outcome.found),
+            f"D was {said(effect)}.",
+            f"Before any attack ERA raised the loss on the held-out test set by {said(nats[last])} "
+            "nats.",
+            gaps(outcome.recovery),
         ]
         table = _table(self, nats, tokens)
-        return conclude(outcome, world, words, decide(self, found), more=(table,))
+        return conclude(outcome, setting, words, decide(self, effect), more=(table,))
 
 
 def named(side: str, steps: int) -> str:
-    """Return the name of an arm."""
+    """Return the name of a condition."""
     return f"{side}, {steps} steps"
 
 
-def wanted(study: ERAAfterTraining, world: RoutingSetting) -> dict[RunKey, Make]:
+def wanted(study: ERAAfterTraining, setting: RoutingSetting) -> dict[RunKey, Make]:
     """Return ERA and training on retain, from the original, for all numbers of steps."""
     full = study.bench.pretrain
     out: dict[RunKey, Make] = {}
@@ -107,25 +117,27 @@ def wanted(study: ERAAfterTraining, world: RoutingSetting) -> dict[RunKey, Make]
         plain = Filtering(pretrain=full.model_copy(update={"fit": fit}))
         sides: dict[str, Method] = {"era": routed, "retain alone": plain}
         for seed in study.seeds:
-            draw = world.draws[seed]
+            replicate = setting.replicates[seed]
             for side, method in sides.items():
-                out[named(side, steps), seed] = Make(method, draw.original, draw.domain)
+                out[named(side, steps), seed] = Make(method, replicate.original, replicate.domain)
     return out
 
 
 def difference(study: ERAAfterTraining, outcome: RoutingOutcome) -> Estimate:
     """Return D at the most steps."""
     last = max(study.steps)
-    found = outcome.found
-    return outcome.estimate(found.gap(named("retain alone", last)) - found.gap(named("era", last)))
+    recovery = outcome.recovery
+    return outcome.estimate(
+        recovery.gap(named("retain alone", last)) - recovery.gap(named("era", last))
+    )
 
 
-def decide(study: ERAAfterTraining, found: Estimate) -> str:
+def decide(study: ERAAfterTraining, effect: Estimate) -> str:
     """Return what D says under the margin."""
-    held = verdict(found, study.margin)
-    if held == "above":
+    against_margin = verdict(effect, study.margin)
+    if against_margin == "above":
         return "ERA removes after training: D is above the margin"
-    if held in ("below", "equal"):
+    if against_margin in ("below", "equal"):
         return "ERA does not remove after training: D is below the margin"
     return f"undecided: D's interval crosses {study.margin:g}"
 
@@ -133,14 +145,18 @@ def decide(study: ERAAfterTraining, found: Estimate) -> str:
 def _table(
     study: ERAAfterTraining, nats: dict[str, Estimate], tokens: dict[RunKey, int]
 ) -> StudyTable:
-    """Return nats on V and tokens by arm."""
+    """Return nats on the held-out test set and tokens by condition."""
     rows: list[StudyRow] = []
-    for arm, value in nats.items():
-        rows.append(row(arm, "loss on V minus the original's, nats", value))
-        read = [count for (name, _), count in tokens.items() if name == arm]
+    for condition, value in nats.items():
+        rows.append(
+            row(condition, "loss on the held-out test set minus the original's, nats", value)
+        )
+        read = [count for (name, _), count in tokens.items() if name == condition]
         if read:
             mean = sum(read) / len(read)
-            rows.append(StudyRow(condition=arm, metric="tokens read", value=mean, n=len(read)))
+            rows.append(
+                StudyRow(condition=condition, metric="tokens read", value=mean, n=len(read))
+            )
     return StudyTable(
         title="By tokens of continued training",
         note="Before any attack. " + study.statistic,

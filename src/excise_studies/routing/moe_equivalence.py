@@ -57,11 +57,11 @@ VOCAB, ROWS, TOKENS, UNITS = 40, 6, 9, 5
 class MoEEquivalence(Study):
     """Gradients of a routed model against those of a mixture of experts with a fixed router.
 
-    Stated beforehand. In float64, for every family and draw, E is the largest difference of any
+    Stated beforehand. In float64, for every family and seed, E is the largest difference of any
     entry of any gradient, over the largest entry of that gradient in the mixture. They are equal
-    where E is at most `margin` in every family and draw with read set = write set, and the
-    comparison can tell anything only if E is at least `apart` in every family and draw where
-    tokens read what they do not write.
+    where E is at most `margin` in every family and seed with read set = write set, and the
+    comparison can tell anything only if E is at least `apart` in every family and seed where tokens
+    read what they do not write.
     """
 
     question: ClassVar[str] = (
@@ -70,7 +70,7 @@ class MoEEquivalence(Study):
     )
     statistic: ClassVar[str] = (
         "E = largest difference between an entry of a gradient and that of the mixture, relative "
-        "to the gradient's largest entry, over all parameters, families and draws, in float64; "
+        "to the gradient's largest entry, over all parameters, families and seeds, in float64; "
         "equal if E is at most the margin with read set = write set, while other sets differ by "
         "`apart` or more."
     )
@@ -92,7 +92,7 @@ class MoEEquivalence(Study):
     """Width of the models; they have two blocks."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Compare every case of every family and draw."""
+        """Compare every case of every family and seed."""
         del runtime  # always float64 on the CPU
         jobs = [
             Job(family, case, seed, self.width)
@@ -100,14 +100,14 @@ class MoEEquivalence(Study):
             for case in CASES
             for seed in self.seeds
         ]
-        found = dict(zip(jobs, pool.map(compare, jobs), strict=True))
-        decision = decide(self, found)
+        by_job = dict(zip(jobs, pool.map(compare, jobs), strict=True))
+        decision = decide(self, by_job)
         return StudyResult(
-            tables=(table(self, found),),
+            tables=(table(self, by_job),),
             decision=decision,
-            paragraph=f"{said(self, found)} Decision: {decision}.",
+            paragraph=f"{said(self, by_job)} Decision: {decision}.",
             notes=(
-                "nothing was tuned: no draw is spent on choices",
+                "nothing was tuned: no seed is spent on choices",
                 "norms and softmaxes that would compute in float32 do so in float64 here, for both",
                 "the mixture is built without routing: modules cut out of copies, tokens handed "
                 "over",
@@ -118,7 +118,7 @@ class MoEEquivalence(Study):
 
 @dataclass(frozen=True)
 class Job:
-    """One comparison of one family and draw."""
+    """One comparison of one family and seed."""
 
     family: ModelFamily
     case: ReadWrite
@@ -146,61 +146,61 @@ class Difference:
         return max(self.core, self.modules)
 
 
-def worst(found: Mapping[Job, Difference], case: ReadWrite) -> float:
+def worst(by_job: Mapping[Job, Difference], case: ReadWrite) -> float:
     """Return the largest difference of a case."""
-    return max(d.largest for job, d in found.items() if job.case == case)
+    return max(d.largest for job, d in by_job.items() if job.case == case)
 
 
-def least(found: Mapping[Job, Difference], case: ReadWrite) -> float:
-    """Return the difference of the family and draw that differ least."""
-    return min(d.largest for job, d in found.items() if job.case == case)
+def least(by_job: Mapping[Job, Difference], case: ReadWrite) -> float:
+    """Return the difference of the family and seed that differ least."""
+    return min(d.largest for job, d in by_job.items() if job.case == case)
 
 
-def decide(study: MoEEquivalence, found: Mapping[Job, Difference]) -> str:
+def decide(study: MoEEquivalence, by_job: Mapping[Job, Difference]) -> str:
     """Return what E says under the margin."""
-    equal = worst(found, "read = write")
+    equal = worst(by_job, "read = write")
     if not equal <= study.margin:  # NaN is no equality
         return f"not equal: read set = write set differs by {equal:.1e}, above {study.margin:.0e}"
-    near = [case for case in CASES if case not in SAME and least(found, case) < study.apart]
+    near = [case for case in CASES if case not in SAME and least(by_job, case) < study.apart]
     if near:
-        return f"void: '{', '.join(near)}' differs by less than {study.apart:.0e} somewhere"
+        return f"invalid: '{', '.join(near)}' differs by less than {study.apart:.0e} somewhere"
     return (
         "equal: where a token writes what it reads every gradient is the mixture's within "
         f"{equal:.1e}, where it reads what it does not write, none is"
     )
 
 
-def said(study: MoEEquivalence, found: Mapping[Job, Difference]) -> str:
+def said(study: MoEEquivalence, by_job: Mapping[Job, Difference]) -> str:
     """Return the differences in words."""
-    less = [d for job, d in found.items() if job.case == "write less"]
+    less = [d for job, d in by_job.items() if job.case == "write less"]
     return (
-        f"Over {len(study.families)} families and {len(study.seeds)} draws of float64 gradients, "
-        f"a routed model differs from the mixture by at most {worst(found, 'read = write'):.1e} "
-        "where tokens write what they read, and by at most "
-        f"{worst(found, 'write more'):.1e} where they may write more. Where they write less (GRAM) "
-        f"it differs by {least(found, 'write less'):.2f} to {worst(found, 'write less'):.2f} in "
-        f"the core and by at most {max(d.modules for d in less):.1e} in the modules; where they "
-        f"read everything and write their own module (SGTM) by {least(found, 'read all'):.2f} to "
-        f"{worst(found, 'read all'):.2f}."
+        f"Over {len(study.families)} families and {len(study.seeds)} seeds of float64 gradients, a "
+        f"routed model differs from the mixture by at most {worst(by_job, 'read = write'):.1e} "
+        f"where tokens write what they read, and by at most {worst(by_job, 'write more'):.1e} "
+        "where they may write more. Where they write less (GRAM) it differs by "
+        f"{least(by_job, 'write less'):.2f} to {worst(by_job, 'write less'):.2f} in the core and "
+        f"by at most {max(d.modules for d in less):.1e} in the modules; where they read everything "
+        f"and write their own module (SGTM) by {least(by_job, 'read all'):.2f} to "
+        f"{worst(by_job, 'read all'):.2f}."
     )
 
 
-def table(study: MoEEquivalence, found: Mapping[Job, Difference]) -> StudyTable:
+def table(study: MoEEquivalence, by_job: Mapping[Job, Difference]) -> StudyTable:
     """Return the largest differences by case and family, in float64."""
     rows: list[StudyRow] = []
     for case in CASES:
         for family in ("all", *study.families):
-            mine = [
-                d for job, d in found.items() if job.case == case and family in ("all", job.family)
+            of_case = [
+                d for job, d in by_job.items() if job.case == case and family in ("all", job.family)
             ]
-            arm = case if family == "all" else f"{case}, {family}"
+            condition = case if family == "all" else f"{case}, {family}"
             parts = {
-                "core": max(d.core for d in mine),
-                "modules": max(d.modules for d in mine),
-                "loss": max(d.loss for d in mine),
+                "core": max(d.core for d in of_case),
+                "modules": max(d.modules for d in of_case),
+                "loss": max(d.loss for d in of_case),
             }
             rows += [
-                StudyRow(condition=arm, metric=f"E, {part}", value=value, n=len(mine))
+                StudyRow(condition=condition, metric=f"E, {part}", value=value, n=len(of_case))
                 for part, value in parts.items()
             ]
     note = (
@@ -234,8 +234,8 @@ def compare(job: Job) -> Difference:
             routing.labels(label_BT)
             loss = loss_of(model, ids_BT)
             loss.backward()
-            mine = owned(model, routing.map, gradient)
-        return difference(mine, theirs, loss.item(), mixture.loss)
+            routed = owned(model, routing.map, gradient)
+        return difference(routed, theirs, loss.item(), mixture.loss)
 
 
 def policy_of(case: ReadWrite, spans: Mapping[str, tuple[int, int]]) -> Policy:
@@ -272,16 +272,16 @@ def readers(policy: Policy, label_BT: Tensor) -> dict[str, Tensor]:
 
 
 def difference(
-    mine: TensorsByGroup, theirs: TensorsByGroup, loss: float, their_loss: float
+    routed: TensorsByGroup, theirs: TensorsByGroup, loss: float, their_loss: float
 ) -> Difference:
     """Return the largest relative differences; a tensor's scale is its largest entry."""
-    assert mine.keys() == theirs.keys(), mine.keys() ^ theirs.keys()
+    assert routed.keys() == theirs.keys(), routed.keys() ^ theirs.keys()
     far = {"core": 0.0, "modules": 0.0}
     scale: dict[str, float] = {}
     for (name, _), tensor in theirs.items():
         scale[name] = max(scale.get(name, 0.0), float(tensor.abs().max()))
     for (name, group), tensor in theirs.items():
-        gap = float((mine[name, group] - tensor).abs().max()) / (scale[name] or 1.0)
+        gap = float((routed[name, group] - tensor).abs().max()) / (scale[name] or 1.0)
         kind = "core" if group == "core" else "modules"
         far[kind] = max(far[kind], gap)
     return Difference(far["core"], far["modules"], abs(loss - their_loss) / abs(their_loss))
@@ -306,14 +306,16 @@ def owned(model: nn.Module, map: GroupMap, of: Callable[[nn.Parameter], Tensor])
     """Return what each group owns of a tensor of each parameter, slices side by side."""
     out: TensorsByGroup = {}
     for name, param in model.named_parameters():
-        held = of(param).detach()
+        tensor = of(param).detach()
         by_group: dict[str, list[Tensor]] = {}
-        for one in sorted(map.owners[name], key=lambda o: o.start):
+        for part in sorted(map.owners[name], key=lambda o: o.start):
             span = (
-                held if one.dim is None else held.narrow(one.dim, one.start, one.stop - one.start)
+                tensor
+                if part.dim is None
+                else tensor.narrow(part.dim, part.start, part.stop - part.start)
             )
-            by_group.setdefault(one.group, []).append(span)
-        dim = next((one.dim for one in map.owners[name] if one.dim is not None), 0)
+            by_group.setdefault(part.group, []).append(span)
+        dim = next((part.dim for part in map.owners[name] if part.dim is not None), 0)
         out |= {(name, group): torch.cat(parts, dim) for group, parts in by_group.items()}
     return out
 
@@ -348,20 +350,20 @@ class ExpertMixture:
             model: A dense causal model; left alone.
             spans: Neurons of each module, the same in every block.
         """
-        found = anatomy(model)
+        layout = anatomy(model)
         units = count_units(model, 0)
-        kept = {"core": list(spans.values())}
+        removed = {"core": list(spans.values())}
         for name, (start, stop) in spans.items():
             rest = ((0, start), (stop, units))
-            kept[name] = [span for span in rest if span[0] < span[1]]
-        cut = {name: _without(model, gone) for name, gone in kept.items()}
+            removed[name] = [span for span in rest if span[0] < span[1]]
+        cut = {name: _without(model, gone) for name, gone in removed.items()}
         self.model = copy.deepcopy(model)
         self.experts: list[BlockExperts] = []
-        self.paths = found.mlp
-        for block, path in enumerate(found.mlp):
+        self.paths = layout.mlp
+        for block, path in enumerate(layout.mlp):
             parts = {name: other.get_submodule(path) for name, other in cut.items()}
             for name in spans:
-                _drop_bias(cut[name].get_submodule(found.mlp_down[block]))
+                _drop_bias(cut[name].get_submodule(layout.mlp_down[block]))
             self.experts.append(BlockExperts(parts))
             parent, _, leaf = path.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, self.experts[-1])

@@ -1,9 +1,9 @@
 """What the studies of gradient routing share: setting, labels, the alignment tax, tables.
 
 Every trained model, score and attack is a stage, so that a study resumes where it was stopped, and
-studies that lie side by side share originals, oracles, arms and attacks.
+studies that lie side by side share originals, oracles, conditions and attacks.
 
-The alignment tax is a compute ratio: the share of plain training that reaches an arm's loss on
+The alignment tax is a compute ratio: the share of plain training that reaches a condition's loss on
 `retain_test`, read off plain runs with shorter schedules.
 
 Shape legend: S samples.
@@ -43,11 +43,11 @@ from excise_studies.setting import (
     ExperimentSetting,
     Make,
     checkpoints,
-    make_arms,
-    make_draws,
+    make_conditions,
     make_inits,
-    measure_arms,
-    rails,
+    make_replicates,
+    measure_conditions,
+    reference_models,
     result,
 )
 
@@ -55,7 +55,7 @@ Missed = Literal["occurrences", "units"]
 """What labels miss: rows one by one, or all rows of a unit."""
 
 Rest = Literal["core", "unlabeled"]
-"""What is told of rows without a label."""
+"""What methods assume of rows without a label."""
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Shares of the steps at which plain training is scored for the compute ratio."""
@@ -63,8 +63,8 @@ SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 LENGTH = FACTS_MAX_LENGTH
 
 
-def facts_bench(**changes: Any) -> ExperimentSetting:
-    """Return the bench of the routing studies: 48 subjects, width 64, two blocks.
+def facts_setting(**changes: Any) -> ExperimentSetting:
+    """Return the setting of the routing studies: 48 subjects, width 64, two blocks.
 
     Args:
         **changes: Fields of `Bench` that differ.
@@ -85,7 +85,7 @@ def routed(**changes: Any) -> SGTM:
     """Return the routed method of the studies: SGTM with neurons grown beside the model's own.
 
     Sure core rows always run without the modules, so that all that is drawn into them comes from
-    labelled rows and from rows that nobody has looked at. Chosen on draw 0 (docs/lab-notes.md).
+    labelled rows and from rows that nobody has looked at. Chosen on seed 0 (docs/lab-notes.md).
 
     Args:
         **changes: Settings that differ.
@@ -100,9 +100,9 @@ def misses(rate: float, kind: Missed = "occurrences", rest: Rest = "core") -> La
     Args:
         rate: Share that is labelled.
         kind: Whether rows are missed one by one, or units whole.
-        rest: `core`: what is missed is told to be core, as by a labeller that only looks for the
-            capability. `unlabeled`: labels are few but sure; nothing is told of what is missed,
-            nor of the same share of core rows, lest a missing label give rows away.
+        rest: `core`: what is missed is labelled core, as by a labeller that only looks for the
+            capability. `unlabeled`: labels are few but right; what is missed has none, nor has
+            the same share of core rows, lest a missing label give rows away.
     """
     if rate >= 1:
         return None
@@ -114,14 +114,14 @@ def misses(rate: float, kind: Missed = "occurrences", rest: Rest = "core") -> La
 
 
 def prepared(method: Method, bench: ExperimentSetting, labels: LabelNoise | None = None) -> Method:
-    """Return a method with the schedule of the bench and the labels one has.
+    """Return a method with the schedule of the study and the labels one has.
 
     A method whose own labels spread over units or groups keeps that.
 
     Args:
         method: Any method; of a chain, every link.
         bench: Gives the schedule of what trains from scratch and has none.
-        labels: What labels are told; methods that read none are left alone.
+        labels: The given labels; methods that read none are left alone.
     """
     if isinstance(method, Chain):
         links = tuple(prepared(link, bench, labels) for link in method.methods)
@@ -130,63 +130,63 @@ def prepared(method: Method, bench: ExperimentSetting, labels: LabelNoise | None
     if "pretrain" in fields and getattr(method, "pretrain", None) is None:
         update["pretrain"] = bench.pretrain
     if "labels" in fields and labels is not None:
-        own: LabelNoise | None = getattr(method, "labels", None)
-        spread = own.spread if own is not None else labels.spread
+        given: LabelNoise | None = getattr(method, "labels", None)
+        spread = given.spread if given is not None else labels.spread
         update["labels"] = labels.model_copy(update={"spread": spread})
     return method.model_copy(update=update)
 
 
 @dataclass(frozen=True)
 class RoutingSetting:
-    """The draws of a study, and what arms start from.
+    """Everything trained before the conditions of a study, and what they start from.
 
     Attributes:
         bench: Data, models, attacker.
-        draws: Data, original and oracle by seed.
-        inits: A further random model by seed: what arms from scratch start from.
+        replicates: Data, original and oracle by seed.
+        inits: A further random model by seed: what conditions from scratch start from.
     """
 
     bench: ExperimentSetting
-    draws: Mapping[int, Replicate]
+    replicates: Mapping[int, Replicate]
     inits: Mapping[int, Checkpoint]
 
     def make(self, method: Method, seed: int, labels: LabelNoise | None = None) -> Make:
-        """Return what makes one arm of one draw, from scratch or from the original."""
+        """Return what makes one condition of one seed, from scratch or from the original."""
         ready = prepared(method, self.bench, labels)
         first = ready.methods[0] if isinstance(ready, Chain) else ready
         scratch = first.starts_from == "scratch"
-        start = self.inits[seed] if scratch else self.draws[seed].original
-        return Make(ready, start, self.draws[seed].domain)
+        start = self.inits[seed] if scratch else self.replicates[seed].original
+        return Make(ready, start, self.replicates[seed].domain)
 
 
-def make_world(
+def make_setting(
     bench: ExperimentSetting, seeds: Sequence[int], runtime: Runtime, pool: Pool
 ) -> RoutingSetting:
-    """Train original and oracle of every draw, and make the random models of its arms."""
-    draws = make_draws(bench, seeds, runtime, pool)
-    return RoutingSetting(bench, draws, make_inits(bench, draws, runtime, pool))
+    """Train original and oracle of every seed, and make the random models of its conditions."""
+    replicates = make_replicates(bench, seeds, runtime, pool)
+    return RoutingSetting(bench, replicates, make_inits(bench, replicates, runtime, pool))
 
 
-def train_arms(
+def train_conditions(
     methods: Mapping[str, tuple[Method, LabelNoise | None]],
-    world: RoutingSetting,
+    setting: RoutingSetting,
     runtime: Runtime,
     pool: Pool,
 ) -> dict[RunKey, Removal]:
-    """Train every arm on every draw, one stage each.
+    """Train every condition on every seed, one stage each.
 
     Args:
-        methods: By arm: the method and its labels, None for right ones.
-        world: The draws.
+        methods: By condition: the method and its labels, None for right ones.
+        setting: Data and models by seed.
         runtime: Where stages are kept.
         pool: Worker processes.
     """
     wanted = {
-        (name, seed): world.make(method, seed, labels)
+        (name, seed): setting.make(method, seed, labels)
         for name, (method, labels) in methods.items()
-        for seed in world.draws
+        for seed in setting.replicates
     }
-    return make_arms(wanted, runtime, pool)
+    return make_conditions(wanted, runtime, pool)
 
 
 # -- scores ----------------------------------------------------------------------------------------
@@ -194,33 +194,35 @@ def train_arms(
 
 @dataclass(frozen=True)
 class RoutingOutcome:
-    """All arms of a world, scored.
+    """All conditions of a setting, scored.
 
     Attributes:
-        found: V, T and retain recall before and after T is relearned, rails among the arms.
-        loss: Loss on `retain_test`, arms, rails and plain runs of shorter schedules.
+        recovery: Recall of the held-out test set, the relearn set and retain before and after
+            relearning, reference models among the conditions.
+        loss: Loss on `retain_test`, conditions, reference models and plain runs of shorter
+            schedules.
         shares: Shares of the steps of those plain runs; empty where the tax is not asked for.
-        removals: What methods left behind, by arm and draw.
+        removals: What methods left behind, by condition and seed.
     """
 
-    found: RecoveryScores
+    recovery: RecoveryScores
     loss: Levels
     shares: tuple[float, ...] = ()
     removals: Mapping[RunKey, Removal] = field(default_factory=dict)
 
-    def ratio(self, arm: str) -> Array:
-        """Return an arm's compute ratio: of the data, then of the samples.
+    def ratio(self, condition: str) -> Array:
+        """Return a condition's compute ratio: of the data, then of the samples.
 
         Raises:
             AssertionError: If no plain run was made.
         """
         assert self.shares, "no plain run to read the ratio from"
         plain = [self.loss.at(shorter(share)) for share in self.shares]
-        return compute_ratio(self.loss.at(arm), self.shares, np.stack(plain))
+        return compute_ratio(self.loss.at(condition), self.shares, np.stack(plain))
 
     def estimate(self, values: Array) -> Estimate:
         """Return values of the data and the samples as an estimate with its interval."""
-        return estimate(values, self.found.after.n)
+        return estimate(values, self.recovery.after.n)
 
 
 def shorter(share: float) -> str:
@@ -254,23 +256,24 @@ def compute_ratio(loss: Array, shares: Sequence[float], plain: Array) -> Array:
 
 def text_losses(
     models: Mapping[RunKey, Checkpoint],
-    world: RoutingSetting,
+    setting: RoutingSetting,
     runtime: Runtime,
     pool: Pool,
     on: str = "retain_test",
 ) -> dict[str, dict[int, dict[str, float]]]:
-    """Return the loss on a scored set by arm, draw and unit, in nats.
+    """Return the loss on a scored set by condition, seed and unit, in nats.
 
     Args:
-        models: By arm and draw.
-        world: Their data.
+        models: By condition and seed.
+        setting: Their data.
         runtime: Where stages are kept.
         pool: Worker processes.
-        on: `retain_test`, `adjacent_test`, or `test` for V of all capabilities.
+        on: `retain_test`, `adjacent_test`, or `test` for the held-out test set of all capabilities.
     """
-    spec = EvalSpec(max_rows=0, max_length=world.bench.pretrain.max_length, samples=0)
+    spec = EvalSpec(max_rows=0, max_length=setting.bench.pretrain.max_length, samples=0)
     jobs = [
-        ScoreModel(model, world.draws[seed].domain, spec) for (name, seed), model in models.items()
+        ScoreModel(model, setting.replicates[seed].domain, spec)
+        for (name, seed), model in models.items()
     ]
     out: dict[str, dict[int, dict[str, float]]] = {}
     for (name, seed), scored in zip(models, pool.map(runtime.run, jobs), strict=True):
@@ -283,10 +286,10 @@ def text_losses(
 
 
 def plain_curve(
-    world: RoutingSetting, shares: Sequence[float], runtime: Runtime, pool: Pool
+    setting: RoutingSetting, shares: Sequence[float], runtime: Runtime, pool: Pool
 ) -> dict[RunKey, Checkpoint]:
-    """Train plainly with shares of the steps, from the random models of the arms."""
-    full = world.bench.pretrain
+    """Train plainly with shares of the steps, from the random models of the conditions."""
+    full = setting.bench.pretrain
     runs: dict[str, tuple[Method, LabelNoise | None]] = {
         shorter(share): (
             Plain(pretrain=cut_to(full, max(1, round(share * full.fit.steps)), "plain")),
@@ -294,67 +297,73 @@ def plain_curve(
         )
         for share in shares
     }
-    return {k: r.checkpoint for k, r in train_arms(runs, world, runtime, pool).items()}
+    return {k: r.checkpoint for k, r in train_conditions(runs, setting, runtime, pool).items()}
 
 
-def score_arms(
-    made: Mapping[RunKey, Removal],
-    world: RoutingSetting,
+def score_conditions(
+    removals: Mapping[RunKey, Removal],
+    setting: RoutingSetting,
     seeds: Sequence[int],
     runtime: Runtime,
     pool: Pool,
     *,
     shares: Sequence[float] = SHARES,
 ) -> RoutingOutcome:
-    """Score arms and rails, relearn T with each, and read the tax off shorter plain runs.
+    """Score conditions and reference models, relearn with each, and measure the tax.
+
+    The tax is read off shorter plain runs.
 
     Args:
-        made: By arm and draw.
-        world: The draws, `seeds` among them.
+        removals: By condition and seed.
+        setting: Data and models, of `seeds` among others.
         seeds: Draws that are reported.
         runtime: Where stages are kept.
         pool: Worker processes.
         shares: Shares of the steps of the plain runs; empty for no tax.
     """
-    draws = {seed: world.draws[seed] for seed in seeds}
-    arms = {key: removal for key, removal in made.items() if key[1] in draws}
-    models = checkpoints(arms)
-    found = measure_arms(world.bench, models, draws, runtime, pool)
-    here = RoutingSetting(world.bench, draws, world.inits)
+    replicates = {seed: setting.replicates[seed] for seed in seeds}
+    conditions = {key: removal for key, removal in removals.items() if key[1] in replicates}
+    models = checkpoints(conditions)
+    recovery = measure_conditions(setting.bench, models, replicates, runtime, pool)
+    here = RoutingSetting(setting.bench, replicates, setting.inits)
     curve = plain_curve(here, shares, runtime, pool) if shares else {}
-    losses = text_losses({**rails(draws, seeds), **models, **curve}, here, runtime, pool)
-    return RoutingOutcome(found, levels(losses, groups_of(draws)), tuple(shares), arms)
+    losses = text_losses(
+        {**reference_models(replicates, seeds), **models, **curve}, here, runtime, pool
+    )
+    return RoutingOutcome(
+        recovery, levels(losses, groups_of(replicates)), tuple(shares), conditions
+    )
 
 
-def groups_of(draws: Mapping[int, Replicate]) -> dict[int, dict[str, str]]:
-    """Return by draw the group of every unit of `retain_test` and V."""
+def groups_of(replicates: Mapping[int, Replicate]) -> dict[int, dict[str, str]]:
+    """Return by seed the group of every unit of `retain_test` and the held-out test set."""
     return {
         seed: {
             row.unit: row.group
-            for rows in (draw.domain.retain_test, *draw.domain.test.values())
+            for rows in (replicate.domain.retain_test, *replicate.domain.test.values())
             for row in rows
             if row.group
         }
-        for seed, draw in draws.items()
+        for seed, replicate in replicates.items()
     }
 
 
 def tax_table(
     outcome: RoutingOutcome, title: str = "Loss on retain and the alignment tax"
 ) -> StudyTable:
-    """Return losses on retain and compute ratios of arms, rails and plain runs."""
+    """Return losses on retain and compute ratios of conditions, reference models and plain runs."""
     rows: list[StudyRow] = []
     loss = outcome.loss
-    for arm in loss.arms:
-        rows.append(row(arm, "retain loss", estimate(loss.at(arm), loss.n)))
-        if outcome.shares and not arm.startswith("plain, "):
-            rows.append(row(arm, "compute ratio", estimate(outcome.ratio(arm), loss.n)))
+    for condition in loss.conditions:
+        rows.append(row(condition, "retain loss", estimate(loss.at(condition), loss.n)))
+        if outcome.shares and not condition.startswith("plain, "):
+            rows.append(row(condition, "compute ratio", estimate(outcome.ratio(condition), loss.n)))
     ends = f" It is cut at {min(outcome.shares):g} and 1." if outcome.shares else ""
     return StudyTable(
         title=title,
         note=(
-            "Compute ratio: the share of plain training's steps that reaches the arm's loss on "
-            f"retained facts in a wording of their own; 1 is no tax.{ends}"
+            "Compute ratio: the share of plain training's steps that reaches the condition's loss "
+            f"on retained facts in a paraphrase of their own; 1 is no tax.{ends}"
         ),
         rows=tuple(rows),
     )
@@ -362,7 +371,7 @@ def tax_table(
 
 def conclude(
     outcome: RoutingOutcome,
-    world: RoutingSetting,
+    setting: RoutingSetting,
     words: Sequence[str],
     decision: str,
     *,
@@ -370,59 +379,59 @@ def conclude(
     notes: Sequence[str] = (),
     brief: bool = False,
 ) -> StudyResult:
-    """Return the result of a study of one world: tables, decision, one paragraph.
+    """Return the result of a study of one setting: tables, decision, one paragraph.
 
     Args:
-        outcome: The arms.
-        world: Their draws.
-        words: Sentences between those on the rails and on retain, and the decision.
-        decision: What the statistic says; without power of the attacker it is void.
+        outcome: The conditions.
+        setting: Their data and models.
+        words: Sentences between those on the reference models and on retain, and the decision.
+        decision: What the statistic says; without power of the attacker it is invalid.
         more: Tables that come first.
         notes: What a reader should know.
-        brief: Whether the paragraph leaves out what every single arm kept.
+        brief: Whether the paragraph leaves out what every single condition kept.
     """
     absorption = absorption_table(outcome.removals)
     tables = [*more, tax_table(outcome), *([absorption] if absorption else [])]
     return result(
-        outcome.found,
+        outcome.recovery,
         [*words, *([] if brief else [said_retain(outcome)])],
         decision,
-        world.draws,
+        setting.replicates,
         checkpoints(outcome.removals),
         tables=tables,
         notes=notes,
-        chosen="settings of data, models and methods were chosen by hand on the draws named above",
+        chosen="settings of data, models and methods were chosen by hand on the seeds named above",
     )
 
 
 def said_retain(outcome: RoutingOutcome) -> str:
-    """Return what arms kept, and at which share of the compute plain training keeps as much."""
-    found, parts = outcome.found, []
-    for arm in found.arms:
-        ratio = f" at compute ratio {outcome.ratio(arm)[0]:.2f}" if outcome.shares else ""
-        parts.append(f"{arm} {found.retain.at(arm)[0]:.2f}{ratio}")
-    original = f"Retain recall, the original's {found.retain.at('original')[0]:.2f}"
+    """Return what conditions kept, and the share of compute at which plain training does."""
+    recovery, parts = outcome.recovery, []
+    for condition in recovery.conditions:
+        ratio = f" at compute ratio {outcome.ratio(condition)[0]:.2f}" if outcome.shares else ""
+        parts.append(f"{condition} {recovery.retain.at(condition)[0]:.2f}{ratio}")
+    original = f"Retain recall, the original's {recovery.retain.at('original')[0]:.2f}"
     return f"{original}: {', '.join(parts)}."
 
 
 def absorption_table(removals: Mapping[RunKey, Removal]) -> StudyTable | None:
-    """Return where rows write and what the ablation did, means over draws; None where unknown."""
+    """Return where rows write and what the ablation did, means over seeds; None where unknown."""
     sums: dict[tuple[str, str], list[float]] = {}
-    for (arm, _), removal in removals.items():
+    for (condition, _), removal in removals.items():
         for metric, value in absorbed(removal).items():
-            sums.setdefault((arm, metric), []).append(value)
+            sums.setdefault((condition, metric), []).append(value)
     if not sums:
         return None
     rows = [
-        StudyRow(condition=arm, metric=metric, value=sum(values) / len(values), n=len(values))
-        for (arm, metric), values in sums.items()
+        StudyRow(condition=condition, metric=metric, value=sum(values) / len(values), n=len(values))
+        for (condition, metric), values in sums.items()
     ]
     return StudyTable(
         title="Absorption",
         note=(
-            "Share of the squared gradient that rows of a kind would write into the modules "
-            "before the ablation, and their loss before and after it; `missed` are forget rows "
-            "without a label. n counts draws."
+            "Share of the squared gradient that rows of a kind would write into the modules before "
+            "the ablation, and their loss before and after it; `missed` are forget rows without a "
+            "label. n counts seeds."
         ),
         rows=tuple(rows),
     )
@@ -431,10 +440,10 @@ def absorption_table(removals: Mapping[RunKey, Removal]) -> StudyTable | None:
 def absorbed(removal: Removal) -> dict[str, float]:
     """Return absorption and losses of one removal, as far as it tells them."""
     out: dict[str, float] = {}
-    for kind, held in removal.extras.get("absorption", {}).items():
-        modules = [v for name, v in held["share"].items() if name.startswith("module_")]
+    for kind, values in removal.extras.get("absorption", {}).items():
+        modules = [v for name, v in values["share"].items() if name.startswith("module_")]
         out[f"{kind} rows into modules"] = sum(modules)
-    for when, held in removal.extras.get("losses", {}).items():
-        for kind, value in held.items():
+    for when, values in removal.extras.get("losses", {}).items():
+        for kind, value in values.items():
             out[f"loss of {kind} rows, {when}"] = value
     return out

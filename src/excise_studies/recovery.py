@@ -217,6 +217,11 @@ def said(value: Estimate) -> str:
     return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
+def listed(estimates: Mapping[str, Estimate]) -> str:
+    """Return named estimates in words, one after the other."""
+    return ", ".join(f"{name} {said(value)}" for name, value in estimates.items())
+
+
 def opening(recovery: RecoveryScores) -> str:
     """Return the first sentence of a paragraph: what the reference models know."""
     knew, v = recovery.before.at("original")[0], recovery.after.at("oracle")[0]

@@ -27,7 +27,7 @@ from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
 from excise_studies.levels import verdict
-from excise_studies.recovery import RecoveryScores, gaps, said
+from excise_studies.recovery import RecoveryScores, gaps, listed
 from excise_studies.setting import (
     ExperimentSetting,
     checkpoints,
@@ -104,7 +104,7 @@ class DistilCorpus(Study):
         recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
         apart = differences(self, recovery)
         lost = [name for name in apart if retain_lost(self, recovery, name)]
-        words = [f"Against {next(iter(self.corpora))}: {_list(apart)}.", gaps(recovery)]
+        words = [f"Against {next(iter(self.corpora))}: {listed(apart)}.", gaps(recovery)]
         if lost:
             words.append(f"Retain was lost, so that these do not count: {', '.join(lost)}.")
         counted = {name: e for name, e in apart.items() if name not in lost}
@@ -132,11 +132,6 @@ def decide(study: DistilCorpus, counted: Mapping[str, Estimate]) -> str:
         return "undecided: no other corpus keeps retain"
     parts = [f"{name}: {words[verdict(e, study.margin)]}" for name, e in counted.items()]
     return "; ".join(parts)
-
-
-def _list(apart: Mapping[str, Estimate]) -> str:
-    """Return the differences in words."""
-    return ", ".join(f"{name} {said(e)}" for name, e in apart.items())
 
 
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:

@@ -31,7 +31,7 @@ from excise.train.pool import Pool
 from excise_studies.base import Replicate, row
 from excise_studies.distillation.presets import student
 from excise_studies.levels import verdict
-from excise_studies.recovery import RecoveryScores, gaps, said
+from excise_studies.recovery import RecoveryScores, gaps, listed
 from excise_studies.setting import (
     ExperimentSetting,
     Make,
@@ -130,7 +130,7 @@ class InitLeak(Study):
         recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
         leak = leaks(self, recovery)
         near = {key: cosine(model, replicates[key[1]].original) for key, model in models.items()}
-        words = [f"From an init minus from random, depth gap: {_list(leak)}.", gaps(recovery)]
+        words = [f"From an init minus from random, depth gap: {listed(leak)}.", gaps(recovery)]
         tables = (_table(leak), _near(near, self.seeds))
         return result(recovery, words, decide(self, leak), replicates, models, tables=tables)
 
@@ -205,11 +205,6 @@ def decide(study: InitLeak, leak: Mapping[str, Estimate]) -> str:
         "undecided": f"undecided: the interval crosses {study.margin:g}",
     }
     return words[verdict(leak["original"], study.margin)]
-
-
-def _list(leak: Mapping[str, Estimate]) -> str:
-    """Return the leaks in words."""
-    return ", ".join(f"{name} {said(e)}" for name, e in leak.items())
 
 
 def _table(leak: Mapping[str, Estimate]) -> StudyTable:

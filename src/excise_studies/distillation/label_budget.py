@@ -23,7 +23,7 @@ from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
 from excise_studies.levels import estimate, verdict
-from excise_studies.recovery import RecoveryScores, gaps, said
+from excise_studies.recovery import RecoveryScores, gaps, listed
 from excise_studies.setting import (
     ExperimentSetting,
     Make,
@@ -90,7 +90,7 @@ class LabelBudget(Study):
         models = checkpoints(removals)
         recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
         apart = differences(self, recovery)
-        words = [f"Unlearning minus filtering, depth gap: {_list(apart)}.", gaps(recovery)]
+        words = [f"Unlearning minus filtering, depth gap: {listed(apart)}.", gaps(recovery)]
         return result(
             recovery, words, decide(self, apart), replicates, models, tables=(_table(apart),)
         )
@@ -129,11 +129,6 @@ def decide(study: LabelBudget, apart: Mapping[str, Estimate]) -> str:
         "undecided": f"undecided: the interval crosses {study.margin:g}",
     }
     return words[verdict(apart["all"], study.margin)]
-
-
-def _list(apart: Mapping[str, Estimate]) -> str:
-    """Return the differences in words."""
-    return ", ".join(f"{name} {said(e)}" for name, e in apart.items())
 
 
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:

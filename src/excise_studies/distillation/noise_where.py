@@ -17,7 +17,7 @@ from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
 from excise_studies.levels import verdict
-from excise_studies.recovery import RecoveryScores, gaps, said
+from excise_studies.recovery import RecoveryScores, gaps, listed
 from excise_studies.setting import (
     ExperimentSetting,
     checkpoints,
@@ -83,7 +83,7 @@ class NoiseWhere(Study):
         )
         recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
         apart = differences(self, recovery)
-        words = [f"Against noise everywhere, depth gap: {_list(apart)}.", gaps(recovery)]
+        words = [f"Against noise everywhere, depth gap: {listed(apart)}.", gaps(recovery)]
         return result(
             recovery, words, decide(self, apart), replicates, models, tables=(_table(apart),)
         )
@@ -105,11 +105,6 @@ def decide(study: NoiseWhere, apart: Mapping[str, Estimate]) -> str:
         otherwise = "does not suffice" if verdict(value, study.margin) == "above" else "undecided"
         parts.append(f"{group}: {'suffices' if value.high < study.margin else otherwise}")
     return "; ".join(parts)
-
-
-def _list(apart: Mapping[str, Estimate]) -> str:
-    """Return the differences in words."""
-    return ", ".join(f"{name} {said(e)}" for name, e in apart.items())
 
 
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:

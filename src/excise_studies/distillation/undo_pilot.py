@@ -18,7 +18,7 @@ from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import graddiff, maxent, rmu, student, with_fit
 from excise_studies.levels import estimate, spearman
-from excise_studies.recovery import RecoveryScores, said
+from excise_studies.recovery import RecoveryScores, listed
 from excise_studies.setting import (
     ExperimentSetting,
     checkpoints,
@@ -105,7 +105,7 @@ class UndoPilot(Study):
         )
         recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
         rho = correlations(self, recovery)
-        words = [f"Rank correlation with the large student: {_list(rho)}."]
+        words = [f"Rank correlation with the large student: {listed(rho)}."]
         order = sorted(
             self.teachers, key=lambda name: recovery.value(condition_name(name, LARGE)).value
         )
@@ -142,11 +142,6 @@ def decide(study: UndoPilot, rho: Mapping[str, Estimate]) -> str:
     if value.high < study.margin:
         return f"the pilot ({name}) does not foretell: its correlation is below {study.margin:g}"
     return f"undecided: the interval of the pilot ({name}) crosses {study.margin:g}"
-
-
-def _list(rho: Mapping[str, Estimate]) -> str:
-    """Return the correlations in words."""
-    return ", ".join(f"{name} {said(e)}" for name, e in rho.items())
 
 
 def _table(rho: Mapping[str, Estimate]) -> StudyTable:

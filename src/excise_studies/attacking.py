@@ -164,7 +164,13 @@ class RelearnModel(Stage[dict[str, Any]]):
 
 
 def known(units: Mapping[str, float], metric: str) -> dict[str, float]:
-    """Return scores of which more means more knowledge: a loss as the mean probability."""
+    """Return scores of which more means more knowledge.
+
+    Args:
+        units: Score by unit.
+        metric: What was scored. A loss in nats a token becomes exp(-loss), the geometric mean of
+            the probabilities of the tokens.
+    """
     if direction_of(metric) == "higher":
         return dict(units)
     return {unit: math.exp(-min(value, 700.0)) for unit, value in units.items()}

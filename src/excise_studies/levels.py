@@ -132,7 +132,16 @@ def estimate(values: Array, n: int) -> Estimate:
 
 
 def verdict(value: Estimate, margin: float) -> MarginVerdict:
-    """Return where an interval lies: beyond a margin, within both, or neither."""
+    """Return where an interval lies: beyond a margin, within both, or neither.
+
+    Args:
+        value: An estimate with its 95 % interval.
+        margin: Half the width of what counts as no difference.
+
+    Returns:
+        `above` or `below` where the whole interval lies beyond the margin on that side, `equal`
+        where it lies between -margin and margin, else `undecided`, as where it is NaN.
+    """
     if value.low > margin:
         return "above"
     if value.high < -margin:
@@ -143,7 +152,14 @@ def verdict(value: Estimate, margin: float) -> MarginVerdict:
 
 
 def ranks(values: Array) -> Array:
-    """Return ranks along the last axis, from 0; equal values share theirs."""
+    """Return ranks along the last axis, from 0; equal values share the mean of theirs.
+
+    Args:
+        values: (..., items).
+
+    Returns:
+        The same shape.
+    """
     below = (values[..., :, None] > values[..., None, :] + 1e-12).sum(-1)
     equal = (np.abs(values[..., :, None] - values[..., None, :]) <= 1e-12).sum(-1)
     shared: Array = below + (equal - 1) / 2

@@ -53,7 +53,14 @@ class RecoveryScores:
         return np.where(distance > 0, distance, np.nan)
 
     def contrast(self, first: Sequence[str], second: Sequence[str]) -> Estimate:
-        """Return the mean gap of some conditions minus that of others."""
+        """Return the mean depth gap of some conditions minus that of others, with its interval.
+
+        The oracle cancels: (mean of first - mean of second) / (original before - oracle after).
+
+        Args:
+            first: Names of conditions.
+            second: Names of others.
+        """
         moved = (self.after.mean(first) - self.after.mean(second)) / self.scale()
         return estimate(moved, self.after.n)
 

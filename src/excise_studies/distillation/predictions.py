@@ -64,7 +64,12 @@ def predictions(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: 
 
 
 def by_unit(values_N: Iterable[float], units: Sequence[str]) -> dict[str, float]:
-    """Return the mean of a value over the tokens of each unit."""
+    """Return the mean of a value over the tokens of each unit.
+
+    Args:
+        values_N: One value a token.
+        units: Unit of each token.
+    """
     by_name: dict[str, list[float]] = {}
     for value, unit in zip(values_N, units, strict=True):
         by_name.setdefault(unit, []).append(float(value))
@@ -72,19 +77,42 @@ def by_unit(values_N: Iterable[float], units: Sequence[str]) -> dict[str, float]
 
 
 def kl(one_NV: Float[Tensor, "N V"], other_NV: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """Return KL(one || other) of log-probabilities, in nats."""
+    """Return KL(one || other) = sum_v p_one(v) (log p_one(v) - log p_other(v)), in nats.
+
+    Args:
+        one_NV: Log-probabilities of the distribution that is averaged over.
+        other_NV: Log-probabilities of the other.
+
+    Returns:
+        [N] divergences; rounding below zero is cut off.
+    """
     kl_N: Tensor = (one_NV.exp() * (one_NV - other_NV)).sum(-1)
     return kl_N.clamp(min=0)
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Return the chance that a positive value is above a negative one; ties count half."""
+    """Return the chance that a positive value is above a negative one; ties count half.
+
+    That is the area under the ROC curve (Mann and Whitney 1947: U over the number of pairs).
+
+    Args:
+        positive: Values of the side that should lie higher.
+        negative: Values of the other side.
+    """
     p, n = torch.tensor(positive)[:, None], torch.tensor(negative)[None]
     return float(((p > n).double() + 0.5 * (p == n).double()).mean())
 
 
 def threshold(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Return the value that tells the sides apart best, both weighing the same."""
+    """Return the value that tells the sides apart best: the largest of Youden's J.
+
+    J(c) = P(positive > c) + P(negative <= c) - 1, so that both sides weigh the same; candidates
+    are the midpoints of neighbouring values.
+
+    Args:
+        positive: Values of the side that should lie higher.
+        negative: Values of the other side.
+    """
     values = sorted({*positive, *negative})
     cuts = [(a + b) / 2 for a, b in pairwise(values)] or values
 

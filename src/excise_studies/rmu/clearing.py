@@ -196,13 +196,23 @@ def fit_all(
 
 
 def onset(delta_LD: Float[Tensor, "L D"], retain_LND: Float[Tensor, "L N D"]) -> int:
-    """Return the first block where the difference is half as large as anywhere, by retain norm."""
+    """Return the first block where the difference is half as large as anywhere, by retain norm.
+
+    Args:
+        delta_LD: Difference of means by block.
+        retain_LND: Activations on retain text, whose mean norm is the unit.
+    """
     size_L = delta_LD.norm(dim=-1) / retain_LND.norm(dim=-1).mean(1)
     return int((size_L >= size_L.max() / 2).nonzero()[0])
 
 
 def largest(delta_LD: Float[Tensor, "L D"], retain_LND: Float[Tensor, "L N D"]) -> int:
-    """Return the block where the difference is largest, by retain norm."""
+    """Return the block where the difference is largest, by retain norm.
+
+    Args:
+        delta_LD: Difference of means by block.
+        retain_LND: Activations on retain text, whose mean norm is the unit.
+    """
     return int((delta_LD.norm(dim=-1) / retain_LND.norm(dim=-1).mean(1)).argmax())
 
 

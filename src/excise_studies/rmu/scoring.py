@@ -106,7 +106,14 @@ def kinds_of(rows: Sequence[Row], tokenizer: Any) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def kind_nats(model: Any, rows: Sequence[Row], tokenizer: Any, what: Rubric) -> UnitScores:
-    """Return by unit -log P(an answer of the right kind), in nats."""
+    """Return by unit -log P(an answer of the right kind), in nats, averaged over its rows.
+
+    Args:
+        model: A causal model, hooks and all.
+        rows: Rows with one answer token each.
+        tokenizer: Its tokenizer.
+        what: Token ids of the answers of each unit's kind, and tokens per row.
+    """
     nats: dict[str, list[float]] = {}
     examples = encode(rows, tokenizer, max_length=what.max_length)
     for batch in batches(examples, model, tokenizer):

@@ -255,6 +255,10 @@ class _Words:
 
         The divergence is the mean log odds per word of the side the word comes from: the
         symmetric Kullback-Leibler divergence of unigrams as far as held-out words bear it out.
+
+        Args:
+            first: Held-out rows of the first side.
+            second: Held-out rows of the second.
         """
         nats, right = [], []
         for sign, rows in ((1.0, first), (-1.0, second)):

@@ -288,7 +288,12 @@ def difference(
 
 
 def loss_of(model: Any, ids_BT: Tensor) -> Tensor:
-    """Return the mean loss of the next token."""
+    """Return the mean loss of the next token, in nats.
+
+    Args:
+        model: A causal model.
+        ids_BT: Token ids.
+    """
     logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
     return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
 
@@ -303,7 +308,13 @@ TensorsByGroup = dict[tuple[str, str], Tensor]
 
 
 def owned(model: nn.Module, map: GroupMap, of: Callable[[nn.Parameter], Tensor]) -> TensorsByGroup:
-    """Return what each group owns of a tensor of each parameter, slices side by side."""
+    """Return what each group owns of a tensor of each parameter, slices side by side.
+
+    Args:
+        model: The model whose parameters are cut up.
+        map: Who owns which slice of them.
+        of: The tensor of a parameter, of its shape: itself, its gradient.
+    """
     out: TensorsByGroup = {}
     for name, param in model.named_parameters():
         tensor = of(param).detach()

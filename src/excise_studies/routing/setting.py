@@ -236,6 +236,9 @@ def compute_ratio(loss: Array, shares: Sequence[float], plain: Array) -> Array:
     Linear in the logarithm of the share between neighbouring runs; a run that is worse than a
     shorter one counts as equal to it. Beyond the ends it is the end.
 
+    Source: GRAM (arXiv 2607.08077) calls compute ratio the share of the baseline's compute that
+    reaches the same loss, read off a fitted power law; here neighbouring runs are interpolated.
+
     Args:
         loss: [1 + S] losses.
         shares: Shares of the steps, ascending.

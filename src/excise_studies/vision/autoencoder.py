@@ -111,7 +111,7 @@ class SplitAutoencoder(nn.Module):
         return code
 
     def decode(self, code_BC: Tensor, first_B: Tensor) -> Float[Tensor, "B P"]:
-        """Return pixels drawn from a whole encoding, by the decoder of each image's group."""
+        """Return pixels rendered from a whole encoding, by the decoder of each image's group."""
         code_BC = self.halves(code_BC)
         if len(self.decoders) == 1:
             decoded: Tensor = self.decoders[0](code_BC)
@@ -120,20 +120,41 @@ class SplitAutoencoder(nn.Module):
         return torch.where(first_B[:, None], by_group[1], by_group[0])
 
     def certify(self, code_BC: Tensor) -> tuple[Tensor, Tensor]:
-        """Return pixels drawn from the top half and from the bottom half, gradients cut off."""
+        """Return pixels rendered from the top half and from the bottom half, gradients cut off."""
         top_BC, bottom_BC = code_BC.detach().chunk(2, dim=1)
         return self.certificates[0](top_BC), self.certificates[1](bottom_BC)
 
 
 def absolute_error(decoded_BP: Float[Tensor, "B P"], x_BHW: Tensor) -> Float[Tensor, " B"]:
-    """Return the mean absolute error of each image."""
+    """Return the mean absolute error of each image, pixels from -1 to 1.
+
+    Args:
+        decoded_BP: Rendered pixels.
+        x_BHW: The images.
+    """
     return (decoded_BP - x_BHW.flatten(1)).abs().mean(1)
 
 
 def terms_of(
     config: SplitAutoencoderConfig, model: SplitAutoencoder, batch: ImageBatch
 ) -> Mapping[str, Term]:
-    """Return the loss of one batch: errors of decoder and certificates, and two penalties."""
+    """Return the loss of one batch: errors of decoder and certificates, and two penalties.
+
+    MAE + l1 * mean_i ||z_i||_1 + correlation * C, with the MAE averaged over each group of classes
+    apart and added (`balance="groups"`), z the encoding before it is routed and C as in
+    `correlation`.
+
+    Source: Cloud et al. (2024), arXiv 2410.04332, section 4.1, as its released code
+    (kxcloud/gradient-routing@896dba3, declared MIT) averages it.
+
+    Args:
+        config: Weights of the penalties, and whether groups or images weigh alike.
+        model: The autoencoder.
+        batch: Images, their groups, and which of them the decoder learns from.
+
+    Returns:
+        Terms by name; certificates learn from all images.
+    """
     code_BC = model.encode(batch.x_BHW)
     decoded = {"decoder": model.decode(code_BC, batch.first_B)}
     decoded["top"], decoded["bottom"] = model.certify(code_BC)

@@ -113,7 +113,14 @@ class SplitClassifier(nn.Module):
 def class_terms(
     logits_BK: Tensor, batch: ImageBatch, balance: Literal["groups", "images"]
 ) -> dict[str, Term]:
-    """Return the cross-entropy of the images that the model learns from, by group or of all."""
+    """Return the cross-entropy of the images that the model learns from, by group or of all.
+
+    Args:
+        logits_BK: Logits of the classes.
+        batch: Images, their labels and groups, and which of them are learned from.
+        balance: `groups`: each group is averaged apart, then added; `images`: one average, which
+            weighs as much as two.
+    """
     loss_B = nn.functional.cross_entropy(logits_BK, batch.label_B, reduction="none")
     if balance == "images":
         groups = {"all": (batch.seen_B, 2.0)}

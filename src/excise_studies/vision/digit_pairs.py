@@ -138,6 +138,10 @@ def divergence(data: ImageSets, digits: tuple[int, int]) -> float:
 
     Ink of each pixel is a coin of its own, fitted on images to train on; the mean log odds of
     held-out images for the digit they show, mean of both, as for the words of texts.
+
+    Args:
+        data: Images to fit on and held-out ones.
+        digits: The two digits.
     """
 
     def ink(images: Images, digit: int) -> NDArray[np.float64]:

@@ -206,10 +206,14 @@ def routed(
 
 
 def correlation(top_BC: Float[Tensor, "B C"], bottom_BC: Float[Tensor, "B C"]) -> Tensor:
-    """Return the mean over channel pairs of the absolute correlation over a batch.
+    """Return C, the mean over channel pairs of the absolute correlation over a batch.
 
     Source: Cloud et al. (2024), arXiv 2410.04332, appendix B, as released: the absolute value is
     taken of the correlation, not inside its sum as printed.
+
+    Args:
+        top_BC: One half of the encodings.
+        bottom_BC: The other half.
     """
 
     def standard(x_BC: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def choose(scores: Mapping[float, tuple[float, float]], least: float) -> float:
         scores: Scores on forget and retain by strength.
         least: Score on retain that is enough; where nothing keeps it, the best keeper is taken.
     """
-    enough = [factor for factor, (_, kept) in scores.items() if kept >= least]
+    enough = [factor for factor, (_, retained) in scores.items() if retained >= least]
     if not enough:
         return max(scores, key=lambda factor: scores[factor][1])
     return min(enough, key=lambda factor: scores[factor][0])

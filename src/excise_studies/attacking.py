@@ -1,4 +1,8 @@
-"""Relearning of T, the same for every model of a study, scored by unit at its checkpoints."""
+"""Relearning, the same for every model of a study, scored by unit at its checkpoints.
+
+The relearn set (T) is trained on; what decides is the held-out test set (V), whose units it shares
+nothing with.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +27,27 @@ from excise.data.domain import Domain
 from excise.evals.score import direction_of
 from excise.models.checkpoint import Checkpoint
 from excise.train.pool import Pool
-from excise_studies.base import Draw, Units
+from excise_studies.base import Replicate, UnitScores
 
-Key = tuple[str, int]
-"""Arm and draw."""
+RunKey = tuple[str, int]
+"""Condition and seed."""
 
 
 class Attacker(Config):
-    """Relearning of T, the same for every model."""
+    """Training on the relearn set, the same for every model."""
 
     steps: int = Field(default=200, ge=1)
     """Steps."""
     rates: tuple[float, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)
     """Learning rates. Rate and step count that have the best dev score, for each model apart: on
-    few facts the attacker, too, does best to stop before T is all it knows."""
+    few facts the attacker, too, does best to stop before the relearn set is all it knows."""
     batch_size: int = Field(default=64, ge=2)
     """Rows per step, half of them harmless."""
     checkpoints: tuple[int, ...] = (0, 10, 25, 50, 100, 200)
-    """Steps at which T and V are scored; the last step always is."""
+    """Steps at which both sets are scored; the last step always is."""
     power: float = Field(default=0.8, gt=0, le=1)
-    """Score on T that the attacker must reach on the oracle, at its best rate; else the study is
-    void. Where text is scored by its loss it is the share of the original's."""
+    """Score on the relearn set that the attacker must reach on the oracle, at its best rate; else
+    the study is invalid. Where text is scored by its loss it is the share of the original's."""
 
     def budget(self, max_length: int) -> Budget:
         """Return the audit's budget of the same strength; every row is scored."""
@@ -63,45 +67,45 @@ class Attacker(Config):
 
 @dataclass(frozen=True)
 class Attacked:
-    """One model before, while and after T was relearned, at the rate that dev chose.
+    """One model before, while and after relearning, at the rate that dev chose.
 
     Attributes:
         steps: Steps at which it was scored, ascending, the first 0.
         at: Which of them dev chose.
-        v: Score on V by unit at each of them; higher is more knowledge.
-        t: Score on T by unit at each.
+        v: Score on the held-out test set by unit at each of them; higher is more knowledge.
+        t: Score on the relearn set by unit at each.
         retain: Score on `retain_test` by unit at each.
-        learned: Score on T by unit at the end, at the rate that learned it best.
+        learned: Score on the relearn set by unit at the end, at the rate that learned it best.
         rate: Learning rate.
     """
 
     steps: tuple[int, ...]
     at: int
-    v: tuple[Units, ...]
-    t: tuple[Units, ...]
-    retain: tuple[Units, ...]
-    learned: Units
+    v: tuple[UnitScores, ...]
+    t: tuple[UnitScores, ...]
+    retain: tuple[UnitScores, ...]
+    learned: UnitScores
     rate: float = 0.0
 
     @property
-    def before(self) -> Units:
-        """V before the attack."""
+    def before(self) -> UnitScores:
+        """Scores on the held-out test set before the attack."""
         return self.v[0]
 
     @property
-    def after(self) -> Units:
-        """V at the step that dev chose."""
+    def after(self) -> UnitScores:
+        """Scores on the held-out test set at the step that dev chose."""
         return self.v[self.at]
 
     @property
-    def kept(self) -> Units:
+    def retained(self) -> UnitScores:
         """Retain before the attack."""
         return self.retain[0]
 
 
 @dataclass(frozen=True)
 class RelearnModel(Stage[dict[str, Any]]):
-    """T relearned with one model at one rate, V, T, retain and dev scored on the way.
+    """One model trained on the relearn set at one rate, scored on the way.
 
     Attributes:
         model: The model.
@@ -126,25 +130,30 @@ class RelearnModel(Stage[dict[str, Any]]):
 
     def make(self, ctx: Context) -> None:
         """Write `steps`, `v`, `t`, `retain` and `dev`, by step and unit."""
-        # Dev rows are read beside V at every step, and told apart by their units.
+        # Dev rows are scored beside the test set at every step; their units tell them apart.
         dev = {f"dev.{name}": rows for name, rows in self.domain.dev_forget.items()}
         both = replace(self.domain, test={**self.domain.test, **dev})
         evaluation = evaluation_set(both, self.budget, self.model.tokenizer())
         training = Training("full", self.rate, self.seed)
         subject = Subject("candidate", self.model)
         rows = relearn_rows(self.domain)
-        done = train(training, subject, evaluation, ctx, rows=rows, benign_share=0.5)
-        asked = {row.unit for rows in dev.values() for row in rows}
-        scored = [known(reading.units, evaluation.metric) for reading in done.measurements]
-        kept = self.domain.retain_metrics[0]
+        training_run = train(training, subject, evaluation, ctx, rows=rows, benign_share=0.5)
+        dev_units = {row.unit for rows in dev.values() for row in rows}
+        scored = [known(reading.units, evaluation.metric) for reading in training_run.measurements]
+        retain_metric = self.domain.retain_metrics[0]
         curves = {
-            "steps": [reading.examples // self.budget.batch_size for reading in done.measurements],
-            "v": [{u: x for u, x in units.items() if u not in asked} for units in scored],
-            "dev": [{u: x for u, x in units.items() if u in asked} for units in scored],
-            "t": [
-                known(reading.trained, evaluation.trained_metric) for reading in done.measurements
+            "steps": [
+                reading.examples // self.budget.batch_size for reading in training_run.measurements
             ],
-            "retain": [known(reading.retain, kept) for reading in done.measurements],
+            "v": [{u: x for u, x in units.items() if u not in dev_units} for units in scored],
+            "dev": [{u: x for u, x in units.items() if u in dev_units} for units in scored],
+            "t": [
+                known(reading.trained, evaluation.trained_metric)
+                for reading in training_run.measurements
+            ],
+            "retain": [
+                known(reading.retain, retain_metric) for reading in training_run.measurements
+            ],
         }
         write_text(ctx.work / "attack.json", json.dumps(curves))
 
@@ -155,7 +164,13 @@ class RelearnModel(Stage[dict[str, Any]]):
 
 
 def known(units: Mapping[str, float], metric: str) -> dict[str, float]:
-    """Return scores of which more means more knowledge: a loss as the mean probability."""
+    """Return scores of which more means more knowledge.
+
+    Args:
+        units: Score by unit.
+        metric: What was scored. A loss in nats a token becomes exp(-loss), the geometric mean of
+            the probabilities of the tokens.
+    """
     if direction_of(metric) == "higher":
         return dict(units)
     return {unit: math.exp(-min(value, 700.0)) for unit, value in units.items()}
@@ -163,19 +178,19 @@ def known(units: Mapping[str, float], metric: str) -> dict[str, float]:
 
 def attack_all(
     attacker: Attacker,
-    models: Mapping[Key, Checkpoint],
-    draws: Mapping[int, Draw],
+    models: Mapping[RunKey, Checkpoint],
+    replicates: Mapping[int, Replicate],
     runtime: Runtime,
     pool: Pool,
     *,
     max_length: int,
-) -> dict[Key, Attacked]:
-    """Relearn T with every model at every rate, and keep the rate that dev chose.
+) -> dict[RunKey, Attacked]:
+    """Relearn with every model at every rate, and keep the rate that dev chose.
 
     Args:
         attacker: Steps and rates.
-        models: By arm and draw; arms of equal models share their attacks.
-        draws: Their data.
+        models: By condition and seed; conditions of equal models share their attacks.
+        replicates: Their data.
         runtime: Where stages are kept.
         pool: Worker processes.
         max_length: Tokens per row.
@@ -183,13 +198,13 @@ def attack_all(
     budget = attacker.budget(max_length)
     jobs = {
         (key, rate): RelearnModel(
-            model, draws[key[1]].domain, budget.without(("rates",)), rate, key[1]
+            model, replicates[key[1]].domain, budget.without(("rates",)), rate, key[1]
         )
         for key, model in models.items()
         for rate in attacker.rates
     }
-    found = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
-    return {key: chosen({r: found[key, r] for r in attacker.rates}) for key in models}
+    curves = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
+    return {key: chosen({r: curves[key, r] for r in attacker.rates}) for key in models}
 
 
 def chosen(by_rate: Mapping[float, Mapping[str, Any]]) -> Attacked:
@@ -197,7 +212,7 @@ def chosen(by_rate: Mapping[float, Mapping[str, Any]]) -> Attacked:
     places = [(rate, at) for rate in sorted(by_rate) for at in range(len(by_rate[rate]["steps"]))]
     rate, at = max(places, key=lambda place: (_mean(by_rate[place[0]]["dev"][place[1]]), -place[1]))
     best = by_rate[rate]
-    learned = max((held["t"][-1] for held in by_rate.values()), key=_mean)
+    learned = max((curves["t"][-1] for curves in by_rate.values()), key=_mean)
     parts = {name: tuple(best[name]) for name in ("v", "t", "retain")}
     return Attacked(steps=tuple(best["steps"]), at=at, learned=learned, rate=rate, **parts)
 

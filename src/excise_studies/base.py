@@ -21,16 +21,16 @@ from excise.run.results import model_ref
 from excise.run.stages import MakeModel
 from excise.train.pool import Pool
 
-Units = Mapping[str, float]
+UnitScores = Mapping[str, float]
 """Score by unit."""
 
 APART = 1000
-"""The oracle of a draw starts from the draw's seed plus this."""
+"""The oracle starts from the seed plus this."""
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One draw: data and the models before any removal.
+class Replicate:
+    """One replicate: the data of a seed and the models before any removal.
 
     Attributes:
         seed: Its seed.
@@ -47,20 +47,20 @@ class Draw:
 
     def refs(self) -> tuple[ModelRef, ...]:
         """Return the models for the record."""
-        named = {f"original, draw {self.seed}": self.original}
+        named = {f"original, seed {self.seed}": self.original}
         if self.oracle is not None:
-            named[f"oracle, draw {self.seed}"] = self.oracle
+            named[f"oracle, seed {self.seed}"] = self.oracle
         return tuple(model_ref(name, model) for name, model in named.items())
 
 
-def train_draws(
+def train_replicates(
     domains: Mapping[int, tuple[Domain, Any]],
     scratch: Scratch,
     schedule: Pretrain,
     runtime: Runtime,
     pool: Pool,
-) -> dict[int, Draw]:
-    """Train the original and the oracle of every draw.
+) -> dict[int, Replicate]:
+    """Train the original and the oracle of every seed.
 
     Args:
         domains: Domain and tokenizer by seed.
@@ -80,27 +80,29 @@ def train_draws(
         ApplyMethod(methods[i % 2], init, domains[job.seed - APART * (i % 2)][0], job.seed)
         for i, (job, init) in enumerate(zip(jobs, inits, strict=True))
     ]
-    made = [removal.checkpoint for removal in pool.map(runtime.run, removals)]
+    models = [removal.checkpoint for removal in pool.map(runtime.run, removals)]
     return {
-        seed: Draw(seed, domain, made[2 * i], made[2 * i + 1])
+        seed: Replicate(seed, domain, models[2 * i], models[2 * i + 1])
         for i, (seed, (domain, _)) in enumerate(domains.items())
     }
 
 
-def pooled(by_seed: Mapping[int, Units]) -> dict[str, float]:
-    """Return the units of several draws in one mapping, named after their draw."""
+def pooled(by_seed: Mapping[int, UnitScores]) -> dict[str, float]:
+    """Return the units of several seeds in one mapping, named after their seed."""
     return {f"{seed}:{unit}": v for seed, units in by_seed.items() for unit, v in units.items()}
 
 
-def row(arm: str, metric: str, found: Estimate, seed: int | None = None) -> StudyRow:
+def row(condition: str, metric: str, estimate: Estimate, seed: int | None = None) -> StudyRow:
     """Return an estimate as a row of a table; what is NaN stays empty."""
-    value, low, high = (None if math.isnan(x) else x for x in (found.value, found.low, found.high))
+    value, low, high = (
+        None if math.isnan(x) else x for x in (estimate.value, estimate.low, estimate.high)
+    )
     return StudyRow(
-        condition=arm, seed=seed, metric=metric, value=value, low=low, high=high, n=found.n
+        condition=condition, seed=seed, metric=metric, value=value, low=low, high=high, n=estimate.n
     )
 
 
-def share(top: Sequence[Units], bottom: Sequence[Units], *, seed: int = 0) -> Estimate:
+def share(top: Sequence[UnitScores], bottom: Sequence[UnitScores], *, seed: int = 0) -> Estimate:
     """Return (top 0 - top 1) / (bottom 0 - bottom 1), resampled by unit, jointly.
 
     Args:
@@ -111,11 +113,11 @@ def share(top: Sequence[Units], bottom: Sequence[Units], *, seed: int = 0) -> Es
     Returns:
         The ratio; NaN where the bottom is not above zero.
     """
-    means, draws = resampled_means([*top, *bottom], seed=seed)
+    means, samples = resampled_means([*top, *bottom], seed=seed)
     below = means[2] - means[3]
     if below <= 0:
         return Estimate(float("nan"), float("nan"), float("nan"), len(top[0]))
-    kept = draws[draws[:, 2] - draws[:, 3] > below / 10]
-    ratios = (kept[:, 0] - kept[:, 1]) / (kept[:, 2] - kept[:, 3])
+    usable = samples[samples[:, 2] - samples[:, 3] > below / 10]
+    ratios = (usable[:, 0] - usable[:, 1]) / (usable[:, 2] - usable[:, 3])
     low, high = quantiles(ratios, 0.95)
     return Estimate(float((means[0] - means[1]) / below), low, high, len(top[0]))

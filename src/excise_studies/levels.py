@@ -1,9 +1,9 @@
-"""How much the arms of a study know, and with what certainty: draws and, inside them, units.
+"""How much the conditions of a study know, and with what certainty: seeds and, inside them, units.
 
-A sample takes draws with repetition and, inside each, whole groups of units, the same for all
-arms, so that contrasts between arms keep their pairing.
+A sample takes seeds with repetition and, inside each, whole groups of units, the same for all
+conditions, so that contrasts between conditions keep their pairing.
 
-Shape legend: S samples, A arms, G groups of one draw.
+Shape legend: S samples, A conditions, G groups of one seed.
 """
 
 from __future__ import annotations
@@ -13,50 +13,47 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from excise.core.errors import UserError
-from excise.evals.stats import Estimate, quantiles
-
-Array = NDArray[np.float64]
+from excise.evals.stats import Array, Estimate, quantiles
 
 SAMPLES = 1000
 """Bootstrap samples."""
 
-Verdict = Literal["above", "below", "equal", "undecided"]
+MarginVerdict = Literal["above", "below", "equal", "undecided"]
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Mean scores of arms.
+    """Mean scores of conditions.
 
     Attributes:
-        arms: Names.
-        values: (1 + S) x A: of the data, then of the samples; draws weigh the same.
-        by_draw: The same of each draw alone.
+        conditions: Names.
+        values: (1 + S) x A: of the data, then of the samples; seeds weigh the same.
+        by_seed: The same of each seed alone.
         n: Units they rest on.
     """
 
-    arms: tuple[str, ...]
+    conditions: tuple[str, ...]
     values: Array
-    by_draw: Mapping[int, Array]
+    by_seed: Mapping[int, Array]
     n: int
 
-    def at(self, arm: str, seed: int | None = None) -> Array:
-        """Return an arm's mean: of the data, then of the samples.
+    def at(self, condition: str, seed: int | None = None) -> Array:
+        """Return a condition's mean: of the data, then of the samples.
 
         Args:
-            arm: Its name.
-            seed: One draw; None for all.
+            condition: Its name.
+            seed: One seed; None for all.
         """
-        held = self.values if seed is None else self.by_draw[seed]
-        column: Array = held[:, self.arms.index(arm)]
+        values = self.values if seed is None else self.by_seed[seed]
+        column: Array = values[:, self.conditions.index(condition)]
         return column
 
-    def mean(self, arms: Sequence[str]) -> Array:
-        """Return the mean of several arms."""
-        found: Array = np.mean([self.at(arm) for arm in arms], axis=0)
-        return found
+    def mean(self, conditions: Sequence[str]) -> Array:
+        """Return the mean of several conditions."""
+        means: Array = np.mean([self.at(condition) for condition in conditions], axis=0)
+        return means
 
 
 def levels(
@@ -66,38 +63,38 @@ def levels(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> Levels:
-    """Resample draws and units of all arms jointly.
+    """Resample seeds and units of all conditions jointly.
 
     Args:
-        scores: Score by arm, draw and unit; every arm has every draw, and units that not all arms
-            of a draw have are left out.
-        groups: Group of units by draw; units without one stand alone.
+        scores: Score by condition, seed and unit; every condition has every seed, and units that
+            not all conditions of a seed have are left out.
+        groups: Group of units by seed; units without one stand alone.
         samples: S.
         seed: Seed of the samples.
 
     Raises:
-        UserError: If the arms of a draw share no unit.
+        UserError: If the conditions of a seed share no unit.
     """
-    arms = tuple(scores)
-    draws = list(scores[arms[0]])
-    by_draw: dict[int, Array] = {}
+    conditions = tuple(scores)
+    replicates = list(scores[conditions[0]])
+    by_seed: dict[int, Array] = {}
     count = 0
-    for at, draw in enumerate(draws):
-        table = [scores[arm][draw] for arm in arms]
+    for at, replicate in enumerate(replicates):
+        table = [scores[condition][replicate] for condition in conditions]
         units = [u for u in table[0] if all(u in other for other in table)]
         if not units:
             raise UserError(
-                f"the arms of draw {draw} share no unit to compare; score the same rows"
+                f"the conditions of seed {replicate} share no unit to compare; score the same rows"
             )
         count += len(units)
         generator = np.random.default_rng([seed, at])
-        by_draw[draw] = _sampled(table, units, groups.get(draw, {}), samples, generator)
-    generator = np.random.default_rng([seed, len(draws)])
-    picked = generator.integers(len(draws), size=(samples, len(draws)))
-    stacked = np.stack([by_draw[d] for d in draws])
+        by_seed[replicate] = _sampled(table, units, groups.get(replicate, {}), samples, generator)
+    generator = np.random.default_rng([seed, len(replicates)])
+    picked = generator.integers(len(replicates), size=(samples, len(replicates)))
+    stacked = np.stack([by_seed[d] for d in replicates])
     moved = stacked[picked, np.arange(1, samples + 1)[:, None]].mean(1)
     values = np.concatenate([stacked[:, 0].mean(0)[None], moved])
-    return Levels(arms, values, by_draw, count)
+    return Levels(conditions, values, by_seed, count)
 
 
 def _sampled(
@@ -107,11 +104,11 @@ def _sampled(
     samples: int,
     generator: np.random.Generator,
 ) -> Array:
-    """Return (1 + S) x A means of one draw, whole groups resampled."""
+    """Return (1 + S) x A means of one seed, whole groups resampled."""
     index: dict[str, int] = {}
     at = [index.setdefault(groups.get(u) or f"unit {u}", len(index)) for u in units]
     sums_GA = np.zeros((len(index), len(table)))
-    np.add.at(sums_GA, at, np.array([[held[u] for held in table] for u in units]))
+    np.add.at(sums_GA, at, np.array([[scores[u] for scores in table] for u in units]))
     sizes_G = np.bincount(at, minlength=len(index)).astype(np.float64)
     size = len(index)
     weights = generator.multinomial(size, np.full(size, 1 / size), size=samples)
@@ -127,42 +124,58 @@ def estimate(values: Array, n: int) -> Estimate:
         values: Of the data, then of the samples; samples that are NaN are left out.
         n: Units behind it.
     """
-    value, drawn = float(values[0]), values[1:][~np.isnan(values[1:])]
-    if np.isnan(value) or not len(drawn):
+    value, sampled = float(values[0]), values[1:][~np.isnan(values[1:])]
+    if np.isnan(value) or not len(sampled):
         return Estimate(value, float("nan"), float("nan"), n)
-    low, high = quantiles(drawn, 0.95)
+    low, high = quantiles(sampled, 0.95)
     return Estimate(value, min(low, value), max(high, value), n)
 
 
-def verdict(found: Estimate, margin: float) -> Verdict:
-    """Return where an interval lies: beyond a margin, within both, or neither."""
-    if found.low > margin:
+def verdict(value: Estimate, margin: float) -> MarginVerdict:
+    """Return where an interval lies: beyond a margin, within both, or neither.
+
+    Args:
+        value: An estimate with its 95 % interval.
+        margin: Half the width of what counts as no difference.
+
+    Returns:
+        `above` or `below` where the whole interval lies beyond the margin on that side, `equal`
+        where it lies between -margin and margin, else `undecided`, as where it is NaN.
+    """
+    if value.low > margin:
         return "above"
-    if found.high < -margin:
+    if value.high < -margin:
         return "below"
-    if found.low > -margin and found.high < margin:
+    if value.low > -margin and value.high < margin:
         return "equal"
     return "undecided"
 
 
 def ranks(values: Array) -> Array:
-    """Return ranks along the last axis, from 0; equal values share theirs."""
+    """Return ranks along the last axis, from 0; equal values share the mean of theirs.
+
+    Args:
+        values: (..., items).
+
+    Returns:
+        The same shape.
+    """
     below = (values[..., :, None] > values[..., None, :] + 1e-12).sum(-1)
     equal = (np.abs(values[..., :, None] - values[..., None, :]) <= 1e-12).sum(-1)
-    found: Array = below + (equal - 1) / 2
-    return found
+    shared: Array = below + (equal - 1) / 2
+    return shared
 
 
-def spearman(one: Array, two: Array) -> Array:
+def spearman(first: Array, second: Array) -> Array:
     """Return the rank correlation along the last axis; NaN where a side has no spread.
 
     Args:
-        one: (..., items).
-        two: The same shape.
+        first: (..., items).
+        second: The same shape.
     """
-    a, b = ranks(one), ranks(two)
+    a, b = ranks(first), ranks(second)
     a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
     scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Array = np.where(scale > 0, (a * b).sum(-1) / scale, np.nan)
-    return found
+        correlation: Array = np.where(scale > 0, (a * b).sum(-1) / scale, np.nan)
+    return correlation

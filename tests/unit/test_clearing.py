@@ -19,9 +19,16 @@ from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture, edit, find_module
 from excise.models.tiny import tiny_model
-from excise_studies.rmu.clearing import Clearing, Material, components, fit_all, states
-from excise_studies.rmu.statements import as_text
-from excise_studies.rmu.weights import clear_weights, writer_edits
+from excise_studies.rmu.clearing import (
+    Clearing,
+    FittingActivations,
+    clear_weights,
+    components,
+    fit_all,
+    states,
+    writer_edits,
+)
+from excise_studies.rmu.messy_forget_set import as_text
 
 ESTIMATORS = (
     "edited - original, per block",
@@ -55,7 +62,7 @@ def planted() -> dict[str, Any]:
         matrix.add_(60 * torch.outer(line_D, gate_F))
     dev = [as_text(row) for row in domain.dev_forget["tests"]]
     of: dict[str, Any] = {"max_length": 24}
-    material = Material(
+    activations = FittingActivations(
         forget_LND=states(edited, tokenizer, dev, **of),
         before_LND=states(model, tokenizer, dev, **of),
         retain_LND=states(edited, tokenizer, domain.dev_retain, **of),
@@ -63,7 +70,7 @@ def planted() -> dict[str, Any]:
         generic_LND=states(edited, tokenizer, domain.benign, **of),
         first=0,
     )
-    made = fit_all(material, (1, 4), 8, torch.Generator().manual_seed(1))
+    made = fit_all(activations, (1, 4), 8, torch.Generator().manual_seed(1))
     return {
         "domain": domain, "tokenizer": tokenizer, "model": model, "edited": edited,
         "line": line_D, "made": {one.name: one for one in made},
@@ -155,8 +162,8 @@ def test_least_squares_removes_what_was_added_and_spares_retain() -> None:
     retain = torch.randn(1, 400, 16, generator=draw) * spread
     added = torch.ones(16)
     forget = torch.randn(1, 400, 16, generator=draw) * spread + 10 * added
-    material = Material(forget, forget - 10 * added, retain, retain, retain, 0)
-    made = {one.name: one for one in fit_all(material, (1,), 1, draw)}
+    activations = FittingActivations(forget, forget - 10 * added, retain, retain, retain, 0)
+    made = {one.name: one for one in fit_all(activations, (1,), 1, draw)}
     moved = {}
     for kind in ("per block", "least squares, per block"):
         one = made[f"edited - original, {kind}"]

@@ -18,13 +18,6 @@ from excise_studies.distillation.dark_knowledge import DarkKnowledge
 from excise_studies.distillation.dark_knowledge import decide as decide_dark
 from excise_studies.distillation.distil_corpus import DistilCorpus, retain_lost
 from excise_studies.distillation.distil_corpus import decide as decide_corpus
-from excise_studies.distillation.distil_tables import (
-    Found,
-    arms_table,
-    curves_table,
-    finish,
-    gather,
-)
 from excise_studies.distillation.init_leak import InitLeak, leaks
 from excise_studies.distillation.init_leak import decide as decide_init
 from excise_studies.distillation.label_budget import LabelBudget, differences, few
@@ -48,15 +41,16 @@ from excise_studies.distillation.reversal_cost import ReversalCost, log_cost
 from excise_studies.distillation.reversal_cost import decide as decide_reversal
 from excise_studies.distillation.splice import TeacherSplice, explained, with_part
 from excise_studies.distillation.splice import decide as decide_splice
-from excise_studies.distillation.splice_factorial import SpliceFactorial, arm_name, effects_of
+from excise_studies.distillation.splice_factorial import SpliceFactorial, condition_name, effects_of
 from excise_studies.distillation.splice_factorial import decide as decide_factorial
 from excise_studies.distillation.undo_levels import UndoLevels, methods_of
 from excise_studies.distillation.undo_levels import decide as decide_levels
 from excise_studies.distillation.undo_pilot import UndoPilot, correlations
-from excise_studies.distillation.undo_pilot import arm_name as pilot_name
+from excise_studies.distillation.undo_pilot import condition_name as pilot_name
 from excise_studies.distillation.undo_pilot import decide as decide_pilot
 from excise_studies.distillation.undo_teachers import choose
 from excise_studies.levels import estimate, levels, spearman, verdict
+from excise_studies.recovery import RecoveryScores, curves_table, finish, gather, recovery_table
 
 DOMAIN = Arithmetic(factors=8, addends=8).build(None)
 UNITS = sorted({row.unit for row in DOMAIN.test["tables"]})
@@ -74,16 +68,16 @@ def attacked(after: float, *, before: float = 0.0, learned: float = 1.0) -> Atta
     return Attacked((0, 8), 1, both, ({"t": 0.0}, t), ({"r": 1.0}, {"r": 1.0}), t)
 
 
-def found_of(after: Mapping[str, float], *, power: float = 1.0, top: float = 1.0) -> Found:
-    """Return arms that know so much after the attack, between rails at `top` and 0.1."""
-    arms = {
+def found_of(after: Mapping[str, float], *, power: float = 1.0, top: float = 1.0) -> RecoveryScores:
+    """Return conditions that know so much after the attack, the original `top`, the oracle 0.1."""
+    conditions = {
         (name, seed): attacked(value)
         for name, value in {"oracle": 0.1, **after}.items()
         for seed in (1, 2, 3)
     }
-    arms |= {("original", seed): attacked(1.0, before=top) for seed in (1, 2, 3)}
-    arms |= {("oracle", seed): attacked(0.1, learned=power) for seed in (1, 2, 3)}
-    return gather(arms, dict.fromkeys((1, 2, 3), DOMAIN), power=0.8)
+    conditions |= {("original", seed): attacked(1.0, before=top) for seed in (1, 2, 3)}
+    conditions |= {("oracle", seed): attacked(0.1, learned=power) for seed in (1, 2, 3)}
+    return gather(conditions, dict.fromkeys((1, 2, 3), DOMAIN), power=0.8)
 
 
 # -- levels ----------------------------------------------------------------------------------------
@@ -99,7 +93,7 @@ def test_levels_weigh_draws_alike_and_keep_pairs() -> None:
     assert found.at("a", 1)[0] == pytest.approx(0.5)
     assert found.n == 5
     apart = found.at("a") - found.at("b")
-    assert np.allclose(apart, 0.5), "arms of one sample rest on the same units"
+    assert np.allclose(apart, 0.5), "conditions of one sample rest on the same units"
     assert found.at("a")[1:].std() > 0.05
     assert levels(scores, {}).values.tolist() == found.values.tolist()
 
@@ -151,7 +145,9 @@ def test_rate_and_step_are_chosen_on_dev() -> None:
     found = chosen({1e-3: run((0.1, 0.5, 0.2), 0.3), 3e-3: run((0.1, 0.4, 0.5), 0.9)})
     assert (found.rate, found.at, found.after) == (1e-3, 1, {"v": 1.0})
     assert found.before == {"v": 0.0}
-    assert found.learned == {"t": 0.9}, "power is read at the rate that learned T best"
+    assert found.learned == {"t": 0.9}, (
+        "power is measured at the rate that learned the relearn set best"
+    )
     tied = chosen({1e-3: run((0.2, 0.2), 0.1)})
     assert tied.at == 0
 
@@ -161,24 +157,28 @@ def test_a_loss_counts_as_a_probability() -> None:
     assert known({"a": 0.25}, "exact_match") == {"a": 0.25}
 
 
-def test_gaps_and_void() -> None:
+def test_gaps_and_what_makes_a_study_invalid() -> None:
     found = found_of({"arm": 0.55})
     scale = found.before.at("original")[0] - found.after.at("oracle")[0]
     wanted = (found.after.at("arm")[0] - found.after.at("oracle")[0]) / scale
     assert found.value("arm").value == pytest.approx(wanted)
     assert 0.4 < wanted < 0.6
     assert found.value("arm").low < wanted < found.value("arm").high
-    assert not found.void
-    assert found_of({"arm": 0.55}, top=0.1).void.startswith("void: the rails")
+    assert not found.invalid
+    assert found_of({"arm": 0.55}, top=0.1).invalid.startswith("invalid: the reference models")
     weak = found_of({"arm": 0.55}, power=0.5)
-    assert weak.void.startswith("void")
+    assert weak.invalid.startswith("invalid")
     decision, paragraph = finish(["Words."], weak, "all is well")
-    assert decision == weak.void
+    assert decision == weak.invalid
     assert "all is well" not in paragraph
-    metrics = {row.metric for row in arms_table(found).rows}
-    assert {"depth gap", "V after relearning T", "T after relearning it"} <= metrics
+    metrics = {row.metric for row in recovery_table(found).rows}
+    assert {
+        "depth gap",
+        "held-out test set after relearning",
+        "relearn set after relearning",
+    } <= metrics
     steps = {row.metric for row in curves_table(found).rows}
-    assert {"V at step 0", "V at step 8", "T (never decides) at step 8"} < steps
+    assert {"held-out test set at step 0", "relearn set (never decides) at step 8"} < steps
 
 
 # -- predictions -----------------------------------------------------------------------------------
@@ -242,12 +242,12 @@ def test_a_splice_is_explained_by_the_splice() -> None:
     class Drawn:
         domain = DOMAIN
 
-    draws: Any = {1: Drawn()}
-    noise, share = explained(_away("splice"), "maxent", draws, (1,))
+    replicates: Any = {1: Drawn()}
+    noise, share = explained(_away("splice"), "maxent", replicates, (1,))
     assert noise == "uniform"
     assert share.value == pytest.approx(1.0, abs=1e-6)
     assert decide_splice(TeacherSplice(), share, {}).startswith("the splice")
-    _, share = explained(_away("original"), "maxent", draws, (1,))
+    _, share = explained(_away("original"), "maxent", replicates, (1,))
     assert math.isnan(share.value)
     leak = {"missed": share, "caught": share, "missed - caught": Estimate(0.4, 0.3, 0.5, 9)}
     low = Estimate(0.5, 0.4, 0.6, 9)
@@ -271,23 +271,27 @@ def test_few_labels_leave_the_mix_alone() -> None:
 
 def test_the_factorial_tells_filtering_from_leaking() -> None:
     study = SpliceFactorial()
-    cells = {arm_name(b, h): (b, h) for b in study.benign for h in study.harmful}
-    same = effects_of(study, found_of(dict.fromkeys(cells, 0.1)))
+    conditions = {condition_name(b, h): (b, h) for b in study.benign for h in study.harmful}
+    same = effects_of(study, found_of(dict.fromkeys(conditions, 0.1)))
     assert decide_factorial(study, same).startswith("the same as filtering")
-    leaking = {name: 0.6 if cell[1] == "unlearned" else 0.1 for name, cell in cells.items()}
+    leaking = {
+        name: 0.6 if targets[1] == "unlearned" else 0.1 for name, targets in conditions.items()
+    }
     effects = effects_of(study, found_of(leaking))
     assert effects["harmful effect (unlearned - skip)"].value > 0.4
     assert effects["benign effect (unlearned - original)"].value == pytest.approx(0.0)
     assert decide_factorial(study, effects).startswith("worse than filtering")
-    shallow = {name: 0.6 if cell[0] == "original" else 0.1 for name, cell in cells.items()}
+    shallow = {
+        name: 0.6 if targets[0] == "original" else 0.1 for name, targets in conditions.items()
+    }
     assert decide_factorial(study, effects_of(study, found_of(shallow))).startswith("better")
 
 
 def test_labels_and_losses_are_compared_both_ways() -> None:
     study = LabelBudget(labels=(8, 32))
-    arms = {f"{way}, {n}": 0.1 for way in ("filter", "unlearn") for n in study.labels}
-    assert decide_labels(study, differences(study, found_of(arms))).startswith("alike")
-    worse = found_of({**arms, "unlearn, 8": 0.7, "unlearn, 32": 0.5})
+    conditions = {f"{way}, {n}": 0.1 for way in ("filter", "unlearn") for n in study.labels}
+    assert decide_labels(study, differences(study, found_of(conditions))).startswith("alike")
+    worse = found_of({**conditions, "unlearn, 8": 0.7, "unlearn, 32": 0.5})
     assert decide_labels(study, differences(study, worse)).startswith("filtering")
     push = PretrainLoss()
     flat = dict.fromkeys((NOTHING, *push.pushes), 0.1)
@@ -308,10 +312,12 @@ def test_corpora_count_only_where_retain_is_kept() -> None:
 
 def test_starts_groups_and_pilots() -> None:
     init = InitLeak()
-    arms = {f"oracle's logits, from {name}": 0.1 for name in init.inits}
-    assert decide_init(init, leaks(init, found_of(arms))).startswith("initialisation does not")
-    arms["oracle's logits, from original"] = 0.4
-    assert decide_init(init, leaks(init, found_of(arms))).startswith("initialisation leaks")
+    conditions = {f"oracle's logits, from {name}": 0.1 for name in init.inits}
+    assert decide_init(init, leaks(init, found_of(conditions))).startswith(
+        "initialisation does not"
+    )
+    conditions["oracle's logits, from original"] = 0.4
+    assert decide_init(init, leaks(init, found_of(conditions))).startswith("initialisation leaks")
 
     where = NoiseWhere()
     zero, high = Estimate(0.0, -0.05, 0.05, 9), Estimate(0.4, 0.3, 0.5, 9)
@@ -346,11 +352,11 @@ def test_strengths_of_damage() -> None:
     assert said == "alpha 0.3: not hardened; alpha 0.6: hardened; alpha 1: undecided"
     said = decide_levels(study, {0.6: deep}, {0.6: lost})
     assert said == "alpha 0.6: deeper, but retain falls to 0.70 of the original's"
-    arms = methods_of(study)
-    assert arms["no noise"].alpha == 0  # type: ignore[attr-defined]
-    assert arms["noise, no distillation"].fit.steps == 0  # type: ignore[attr-defined]
-    assert arms["alpha 1"].beta == 1  # type: ignore[attr-defined]
-    assert len(arms) == 1 + 2 * len(study.alphas) + 5
+    conditions = methods_of(study)
+    assert conditions["no noise"].alpha == 0  # type: ignore[attr-defined]
+    assert conditions["noise, no distillation"].fit.steps == 0  # type: ignore[attr-defined]
+    assert conditions["alpha 1"].beta == 1  # type: ignore[attr-defined]
+    assert len(conditions) == 1 + 2 * len(study.alphas) + 5
     with pytest.raises(ValueError, match="not in"):
         UndoLevels(alphas=(0.0,))
 

@@ -36,7 +36,7 @@ def test_the_digits_that_ship_are_those_of_mnist() -> None:
 
 def test_a_draw_is_stratified_disjoint_and_a_function_of_its_seed() -> None:
     spec = ImageSpec()
-    one, again, other = spec.draw(0), spec.draw(0), spec.draw(1)
+    one, again, other = spec.split(0), spec.split(0), spec.split(1)
     assert one.fingerprint == again.fingerprint != other.fingerprint
     assert (len(one.train), len(one.dev), len(one.test)) == (7000, 1000, 2000)
     keys = np.concatenate([one.train.keys_N, one.dev.keys_N, one.test.keys_N])
@@ -88,7 +88,7 @@ def test_fashion_is_read_from_what_was_fetched(
     monkeypatch.setenv("EXCISE_CACHE", str(tmp_path))
     load_fashion.cache_clear()
     with pytest.raises(UserError, match="run excise fetch fashion"):
-        ImageSpec(source="fashion").draw(0)
+        ImageSpec(source="fashion").split(0)
     made = generated(400, 1, side=28)
     for part in ("train", "test"):
         pairs = (("images", made.pixels_NHW), ("labels", made.labels_N.astype(np.uint8)))
@@ -96,14 +96,14 @@ def test_fashion_is_read_from_what_was_fetched(
             file = tmp_path / f"{part}-{kind}.idx.gz"
             file.write_bytes(gzip.compress(write_idx(values)))
     monkeypatch.setattr(module, "require", lambda name: tmp_path)
-    drawn = ImageSpec(source="fashion", train=100, dev=50, test=100).draw(0)
+    drawn = ImageSpec(source="fashion", train=100, dev=50, test=100).split(0)
     load_fashion.cache_clear()
     assert drawn.train.counts()["sneaker"] == 10
     assert drawn.test.pixels_NHW.shape == (100, 28, 28)
 
 
 def test_generated_images_differ_by_seed_but_not_in_what_their_classes_are() -> None:
-    one, two = TINY.draw(0).train, TINY.draw(1).train
+    one, two = TINY.split(0).train, TINY.split(1).train
     assert one.fingerprint != two.fingerprint
     for label in range(10):
         mean = [x.pixels_NHW[x.labels_N == label].mean(0) for x in (one, two)]

@@ -118,7 +118,7 @@ def test_imports_flow_one_way() -> None:
         ("excise.record", "def f():\n    import excise.models.tiny"),
         ("excise.report.svg", "from excise.data.domain import Row"),
         ("excise.auditor.base", "from excise.report.page import render"),
-        ("excise.cli.study", "from excise_studies.base import Draw"),
+        ("excise.cli.study", "from excise_studies.base import Replicate"),
     ],
 )
 def test_an_import_against_the_order_is_found(source: str, code: str) -> None:

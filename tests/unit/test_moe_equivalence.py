@@ -56,7 +56,7 @@ def test_the_router_follows_what_labels_read() -> None:
         (1e-15, 0.5, "equal"),
         (1e-9, 0.5, "not equal"),
         (float("nan"), 0.5, "not equal"),
-        (1e-15, 1e-6, "void: 'write less, read all'"),
+        (1e-15, 1e-6, "invalid: 'write less, read all'"),
     ],
 )
 def test_the_decision_needs_equality_and_contrast(same: float, other: float, wanted: str) -> None:

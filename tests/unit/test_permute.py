@@ -9,7 +9,7 @@ import torch
 
 from excise.core.errors import UserError
 from excise.models.tiny import FAMILIES, tiny_model
-from excise_studies.distillation.permute import permute_neurons
+from excise_studies.distillation.init_leak import permute_neurons
 
 DENSE = [family for family in FAMILIES if family != "mixtral"]
 

@@ -21,19 +21,22 @@ from excise.methods.base import Cost, Removal
 from excise.methods.pretraining.pretrain import corpus
 from excise.models.checkpoint import Checkpoint
 from excise_studies.attacking import Attacked
-from excise_studies.distillation.distil_tables import gather
 from excise_studies.levels import levels
+from excise_studies.recovery import gather
 from excise_studies.routing import edges, era_after_training, ingrained, partial_labels, repair
 from excise_studies.routing import routing_scale as scale
-from excise_studies.routing.routing_setting import (
-    Outcome,
+from excise_studies.routing.setting import (
+    RoutingOutcome,
+    absorbed,
+    absorption_table,
     compute_ratio,
-    facts_bench,
+    facts_setting,
     misses,
     prepared,
+    said_retain,
     shorter,
+    tax_table,
 )
-from excise_studies.routing.routing_tables import absorbed, absorption_table, said_retain, tax_table
 
 SEEDS = (1, 2, 3)
 DOMAIN = Facts(subjects=120, relations=4, objects=8).build()
@@ -54,8 +57,8 @@ def outcome_of(
     retain: Mapping[str, float] | None = None,
     loss: Mapping[str, float] | None = None,
     shares: tuple[float, ...] = SHARES,
-) -> Outcome:
-    """Return arms that know so much of V after the attack, between rails at 1 and 0."""
+) -> RoutingOutcome:
+    """Return conditions that know so much after the attack; the original knows all."""
     values = {"original": 1.0, "oracle": 0.0, **after}
     kept = retain or {}
 
@@ -69,7 +72,7 @@ def outcome_of(
     found = gather(attacked, dict.fromkeys(SEEDS, DOMAIN), power=0.8)
     losses = {**dict.fromkeys(values, 0.5), **(loss or {}), **(PLAIN if shares else {})}
     on = {name: {s: dict.fromkeys(KEPT, x) for s in SEEDS} for name, x in losses.items()}
-    return Outcome(found, levels(on, {}), shares)
+    return RoutingOutcome(found, levels(on, {}), shares)
 
 
 # -- the setting -----------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ def test_labels_spread_before_they_are_used() -> None:
 
 
 def test_arms_get_the_schedule_and_the_labels_of_the_study() -> None:
-    bench, labels = facts_bench(), misses(0.5)
+    bench, labels = facts_setting(), misses(0.5)
     ready = prepared(Chain(methods=(SGTM(), RMU())), bench, labels)
     assert isinstance(ready, Chain)
     first = ready.methods[0]
@@ -139,10 +142,10 @@ def test_tables_and_words_by_hand() -> None:
     outcome = outcome_of({"a": 0.5}, retain={"a": 0.5}, loss={"a": 1.0})
     assert "a 0.5" in said_retain(outcome)
     assert "ratio 0.50" in said_retain(outcome)
-    cells = {(row.condition, row.metric): row.value for row in tax_table(outcome).rows}
-    assert cells["a", "compute ratio"] == pytest.approx(0.5)
-    assert cells["oracle", "retain loss"] == pytest.approx(0.5)
-    assert (shorter(0.5), "compute ratio") not in cells
+    settings = {(row.condition, row.metric): row.value for row in tax_table(outcome).rows}
+    assert settings["a", "compute ratio"] == pytest.approx(0.5)
+    assert settings["oracle", "retain loss"] == pytest.approx(0.5)
+    assert (shorter(0.5), "compute ratio") not in settings
 
 
 def test_absorption_sums_modules_and_leaves_out_who_tells_nothing() -> None:
@@ -183,9 +186,11 @@ def test_edges(parameters: float, zero: float, negative: float, kept: float, sai
 
 
 def test_the_edges_of_a_study_are_what_they_are_called() -> None:
-    arms: dict[str, Any] = edges.places(edges.Edges())
-    written = {name: arm._rules()["forget"][0].write for name, arm in arms.items()}
-    passed = {name: arm._rules()["forget"][0].edges for name, arm in arms.items()}
+    conditions: dict[str, Any] = edges.places(edges.Edges())
+    written = {
+        name: condition._rules()["forget"][0].write for name, condition in conditions.items()
+    }
+    passed = {name: condition._rules()["forget"][0].edges for name, condition in conditions.items()}
     assert written[edges.PARAMETERS] == written[edges.BOTH] == ("self",)
     assert written[edges.ZERO] == written[edges.NEITHER] == ("self", "core")
     assert passed[edges.PARAMETERS] == passed[edges.NEITHER] == {}
@@ -206,14 +211,14 @@ def test_partial_labels(mine: float, other: float, kept: float, said: str) -> No
     study = partial_labels.PartialLabels(
         rates=(1.0, 0.5), arms=("sgtm", "filtering"), preset="sgtm"
     )
-    cells = partial_labels.cells_of(study)
-    assert [str(c) for c in cells] == [
+    settings = partial_labels.label_settings_of(study)
+    assert [str(c) for c in settings] == [
         "100 %", "50 %, missed occurrences", "50 %, missed units",
     ]  # fmt: skip
-    half = {partial_labels.arm("sgtm", c): mine for c in cells if c.rate < 1}
-    half |= {partial_labels.arm("filtering", c): other for c in cells if c.rate < 1}
-    whole = {partial_labels.arm(n, cells[0]): 0.0 for n in study.arms}
-    retain = {partial_labels.arm("sgtm", c): kept for c in cells}
+    half = {partial_labels.condition_name("sgtm", c): mine for c in settings if c.rate < 1}
+    half |= {partial_labels.condition_name("filtering", c): other for c in settings if c.rate < 1}
+    whole = {partial_labels.condition_name(n, settings[0]): 0.0 for n in study.arms}
+    retain = {partial_labels.condition_name("sgtm", c): kept for c in settings}
     outcomes = {"none": outcome_of({**half, **whole}, retain=retain)}
     found = partial_labels.difference(study, outcomes)
     assert found is not None
@@ -227,7 +232,7 @@ def test_partial_labels(mine: float, other: float, kept: float, said: str) -> No
 
 
 def test_a_study_of_arms_that_do_not_exist_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"no arm .sgtn.*sgtm"):
+    with pytest.raises(ValidationError, match=r"no condition .sgtn.*sgtm"):
         partial_labels.PartialLabels(arms=("sgtn",))
     with pytest.raises(ValidationError, match="ascending"):
         scale.RoutingScale(widths=(64, 32))
@@ -236,17 +241,17 @@ def test_a_study_of_arms_that_do_not_exist_is_refused() -> None:
 
 
 def test_routing_scale() -> None:
-    study = scale.RoutingScale(widths=(32, 64), bench=facts_bench())
-    small = outcome_of({scale.ARM: 0.0}, loss={scale.ARM: 2.0})
-    large = outcome_of({scale.ARM: 0.0}, loss={scale.ARM: 1.0})
+    study = scale.RoutingScale(widths=(32, 64), bench=facts_setting())
+    small = outcome_of({scale.ROUTED: 0.0}, loss={scale.ROUTED: 2.0})
+    large = outcome_of({scale.ROUTED: 0.0}, loss={scale.ROUTED: 1.0})
     found = scale.shrinkage(study, {32: small, 64: large})
     assert found.value == pytest.approx(0.25)
     assert "shrinks" in scale.decide(study, found)
     assert "grows" in scale.decide(study, scale.shrinkage(study, {32: large, 64: small}))
     assert "stays" in scale.decide(study, scale.shrinkage(study, {32: large, 64: large}))
     rate = study.bench.pretrain.fit.lr
-    assert scale.bench_at(study, 256).pretrain.fit.lr == pytest.approx(rate / 2)
-    assert scale.bench_at(study, 256).model.width == 256
+    assert scale.setting_at(study, 256).pretrain.fit.lr == pytest.approx(rate / 2)
+    assert scale.setting_at(study, 256).model.width == 256
 
 
 @pytest.mark.parametrize(
@@ -275,7 +280,7 @@ def test_repair(none: float, retain: float, said: str) -> None:
 def test_ingrained(few: float, many: float, said: str) -> None:
     study = ingrained.Ingrained(mix=(0.1, 0.5))
 
-    def at(value: float) -> Outcome:
+    def at(value: float) -> RoutingOutcome:
         return outcome_of({ingrained.ROUTED: 0.1, **dict.fromkeys(study.after, value)})
 
     found = ingrained.interaction(study, {0.1: at(few), 0.5: at(many)})
@@ -287,7 +292,7 @@ def test_exposures_follow_the_share_of_the_mix() -> None:
     study = ingrained.Ingrained()
     seen = []
     for share in (0.2, 0.4):
-        bench = ingrained.bench_at(study, share)
+        bench = ingrained.setting_at(study, share)
         seen.append(ingrained.exposures(bench.domain.build(None), bench.pretrain))
     assert seen[1] / seen[0] == pytest.approx(2, rel=0.1)
     facts = len({row.unit for row in study.bench.domain.build(None).forget["alpha"]})

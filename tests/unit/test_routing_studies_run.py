@@ -14,15 +14,15 @@ from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
 from excise.run.study import study_named
 from excise_studies.attacking import Attacker
-from excise_studies.distillation.distilling import Bench
+from excise_studies.setting import ExperimentSetting
 
-BENCH = Bench(
+BENCH = ExperimentSetting(
     domain=Facts(subjects=20, relations=2, objects=8, wordings=2, forget_share=0.4),
     model=Scratch(width=32, blocks=1),
     pretrain=Pretrain(fit=QUICK, max_length=FACTS_MAX_LENGTH),
     attacker=Attacker(steps=2, rates=(1e-3,), checkpoints=(0, 1), batch_size=8, power=0.5),
 )
-"""The smallest bench; its attacker has no power, so that every study is void on it."""
+"""The smallest setting; its attacker has no power, so that every study on it is invalid."""
 
 LONGER = Pretrain(fit=QUICK.model_copy(update={"steps": 16}), max_length=FACTS_MAX_LENGTH)
 """Relabelling spends some steps on reading."""
@@ -62,13 +62,14 @@ def check(name: str, changes: dict[str, Any], shelf: Path) -> None:
     study = study_named(name)(**settings)
     made = ran(study, shelf / name).study
     assert made is not None
-    assert made.decision.startswith("void")
+    assert made.decision.startswith("invalid")
     titles = [table.title for table in made.tables]
-    assert {"Recovery on V after T was relearned", "Loss on retain and the alignment tax"} <= {
-        *titles
-    }
-    arms = {row.condition for table in made.tables for row in table.rows}
-    assert {"original", "oracle"} < arms
+    assert {
+        "Recovery on the held-out test set after relearning",
+        "Loss on retain and the alignment tax",
+    } <= {*titles}
+    conditions = {row.condition for table in made.tables for row in table.rows}
+    assert {"original", "oracle"} < conditions
     stages = {p: p.stat().st_mtime_ns for p in (shelf / ".stages").iterdir()}
     assert ran(study, shelf / f"{name}-again").study == made
     assert {p: p.stat().st_mtime_ns for p in (shelf / ".stages").iterdir()} == stages

@@ -18,20 +18,23 @@ from excise_studies.attacking import Attacker
 from excise_studies.levels import levels
 from excise_studies.routing.domain_pairs import FETCHED, PAIRS, Sizes, make_pair
 from excise_studies.routing.moefication import DENSE, MEASURED, RANDOM, Moefication
-from excise_studies.routing.moefication import arms as moefied
+from excise_studies.routing.moefication import conditions as moefied
 from excise_studies.routing.moefication import decide as decide_moefication
-from excise_studies.routing.routing_setting import facts_bench
-from excise_studies.routing.separability import FILTERED, PLAIN, ROUTED, Found, Separability
+from excise_studies.routing.separability import FILTERED, PLAIN, ROUTED, PairCosts, Separability
 from excise_studies.routing.separability import decide as decide_separability
-from excise_studies.routing.spurious import HELP, MORE, PRICE, Spurious
-from excise_studies.routing.spurious import decide as decide_spurious
-from excise_studies.routing.spurious_data import (
+from excise_studies.routing.setting import facts_setting
+from excise_studies.routing.spurious import (
     CUE,
+    HELP,
+    MORE,
+    PRICE,
     Shortcut,
-    World,
+    ShortcutFacts,
+    Spurious,
     shortcut_domain,
     shortcut_tokenizer,
 )
+from excise_studies.routing.spurious import decide as decide_spurious
 from excise_studies.vision.digit_pairs import MODEL, divergence, only
 from excise_studies.vision.images import ImageSpec
 
@@ -40,7 +43,7 @@ SMALL = Shortcut(subjects=8, relations=1, answers=3, wordings=3)
 
 
 def by_name(told: StudyRecord | None, title: str) -> dict[tuple[str, str], float | None]:
-    """Return the values of a table by arm and metric, draws left out."""
+    """Return the values of a table by condition and metric, those of single seeds left out."""
     assert told is not None
     table = next(table for table in told.tables if table.title == title)
     return {(r.condition, r.metric): r.value for r in table.rows if r.seed is None}
@@ -118,7 +121,7 @@ def test_separability_runs_through(tmp_path: Path) -> None:
     )
     made = ran(study, tmp_path / "out").study
     drawn = by_name(made, "Pairs of digits, the farthest first")
-    assert {arm for arm, _ in drawn} == {"all pairs", "0 / 1", "3 / 8"}
+    assert {condition for condition, _ in drawn} == {"all pairs", "0 / 1", "3 / 8"}
     held = by_name(made, "Pairs, the farthest first")
     for pair in study.pairs:
         costs = {f"{a} - {b}" for a, b in ((ROUTED, PLAIN), (FILTERED, PLAIN), (ROUTED, FILTERED))}
@@ -139,11 +142,11 @@ def test_the_correlation_is_that_of_ranks() -> None:
             )
             for name, cost in zip(study.pairs, (near, far), strict=True)
         }
-        assert Found(study, drawn, scores).rho(PLAIN).value == pytest.approx(wanted)
+        assert PairCosts(study, drawn, scores).rho(PLAIN).value == pytest.approx(wanted)
 
 
 def test_three_is_nearer_to_eight_than_nought_to_one() -> None:
-    drawn = ImageSpec(train=400, dev=10, test=300, shrink=4).draw(0)
+    drawn = ImageSpec(train=400, dev=10, test=300, shrink=4).split(0)
     far = divergence(only(drawn, (0, 1)), (0, 1))
     assert far > 2 * divergence(only(drawn, (3, 8)), (3, 8)) > 0
     assert set(only(drawn, (3, 8)).test.labels_N.tolist()) == {3, 8}
@@ -154,8 +157,8 @@ def test_three_is_nearer_to_eight_than_nought_to_one() -> None:
 
 def test_the_cue_is_right_as_often_as_planted_and_flipped_in_the_test() -> None:
     spec = Shortcut(subjects=60, relations=4, cued=0.6, aligned=0.95)
-    domain, world = shortcut_domain(spec, 3), World(spec, 3)
-    _, answers, cues = world.words
+    domain, facts = shortcut_domain(spec, 3), ShortcutFacts(spec, 3)
+    _, answers, cues = facts.words
 
     def right(row: object) -> bool:
         prompt, completion = row.prompt, row.completion.strip()  # type: ignore[attr-defined]
@@ -210,12 +213,14 @@ def test_spurious_runs_through(tmp_path: Path) -> None:
     )  # fmt: skip
     told = ran(study, tmp_path / "out").study
     three = by_name(told, "Exact match under three cues")
-    assert {arm for arm, _ in three} == {
+    assert {condition for condition, _ in three} == {
         "plain", "routed, 100 % labels", "filtered, 100 % labels", "routed, 50 % labels",
         "filtered, 50 % labels",
     }  # fmt: skip
     contrasts = by_name(told, "Routed against plain and filtered")
-    flipped = {arm: value or 0 for (arm, metric), value in three.items() if "flipped" in metric}
+    flipped = {
+        condition: value or 0 for (condition, metric), value in three.items() if "flipped" in metric
+    }
     assert contrasts["contrast", HELP] == pytest.approx(
         flipped["routed, 100 % labels"] - flipped["plain"]
     )
@@ -247,7 +252,7 @@ def test_moefication_runs_through(tmp_path: Path) -> None:
     fit = QUICK.model_copy(update={"steps": 4})
     study = Moefication(
         seeds=(1,),
-        bench=facts_bench(
+        bench=facts_setting(
             domain=Facts(subjects=12, relations=1, objects=4, forget_share=0.34, cue="category"),
             model=TINY,
             pretrain=Pretrain(fit=fit, max_length=12),
@@ -260,12 +265,14 @@ def test_moefication_runs_through(tmp_path: Path) -> None:
     assert [m.control for m in controls.values()] == ["none", "random", "dense"]  # type: ignore[attr-defined]
     told = ran(study, tmp_path / "out").study
     held = by_name(told, "Separation without the modules")
-    net = {arm: held[arm, "net separation"] or 0 for arm in (MEASURED, RANDOM, DENSE)}
+    net = {
+        condition: held[condition, "net separation"] or 0 for condition in (MEASURED, RANDOM, DENSE)
+    }
     first = held["contrast", "S (net separation, measured - random)"]
     assert first == pytest.approx(net[MEASURED] - net[RANDOM])
     rounds = by_name(told, "Utility, separation and size by round")
-    assert {arm for arm, _ in rounds} == {
-        f"{arm}, round {i}" for arm in (MEASURED, RANDOM, DENSE) for i in (1, 2)
+    assert {condition for condition, _ in rounds} == {
+        f"{condition}, round {i}" for condition in (MEASURED, RANDOM, DENSE) for i in (1, 2)
     }
     core = [rounds[f"{MEASURED}, round {i}", "active parameters: core"] or 0 for i in (1, 2)]
     assert core[0] > core[1]

@@ -29,26 +29,29 @@ from excise.train.fit import FitConfig
 from excise_studies.base import share
 from excise_studies.rmu.messy_forget_set import (
     MessyForgetSet,
+    as_statements,
+    asked,
     change,
     decide,
+    forget_set,
     interpolate,
     matched,
     ranks,
     strength_at,
 )
 from excise_studies.rmu.rmu_is_shallow import RMUIsShallow, choose
-from excise_studies.rmu.statements import as_statements, asked, forget_set
-from excise_studies.scoring import kind_nats, rubric
+from excise_studies.rmu.scoring import kind_nats, rubric
 
 
 def test_the_chosen_clearing_stays_within_the_budget() -> None:
-    def arm(dev: float, retain: float, **facts: bool) -> dict[str, Any]:
+    def scored(dev: float, retain: float, **facts: bool) -> dict[str, Any]:
         scores = {"dev_loss": {"a": dev}, "dev_retain_loss": {"a": retain}}
         return {"facts": {"control": False, **facts}, "edited": scores}
 
     arms = {
-        "not cleared": arm(9, 1), "costly": arm(1, 2), "good": arm(2, 1.05), "weak": arm(5, 1),
-        "random 0": arm(0, 1, control=True), "good, in the weights": arm(0, 1),
+        "not cleared": scored(9, 1), "costly": scored(1, 2), "good": scored(2, 1.05),
+        "weak": scored(5, 1), "random 0": scored(0, 1, control=True),
+        "good, in the weights": scored(0, 1),
     }  # fmt: skip
     assert choose({0: {"arms": arms}}, [0], 0.1) == "good"
     assert choose({0: {"arms": arms}}, [0], 2.0) == "costly"
@@ -170,7 +173,7 @@ def test_a_killed_study_goes_on_and_its_record_comes_back(tmp_path: Path) -> Non
     said: list[str] = []
 
     def listen(kind: str, data: Mapping[str, Any]) -> None:
-        if kind == "note" and str(data["text"]).startswith("draw"):
+        if kind == "note" and str(data["text"]).startswith("seed"):
             said.append(str(data["text"]))
             if len(said) == 4:
                 raise Stop
@@ -188,9 +191,9 @@ def test_a_killed_study_goes_on_and_its_record_comes_back(tmp_path: Path) -> Non
     study = made.study
     assert study is not None
     assert study.decision in study.paragraph
-    arms = {row.condition for row in study.tables[1].rows}
-    assert {"original", "not cleared", "edited - original, one", "random 0"} <= arms
-    assert "edited - original, one, in the weights" in arms
+    conditions = {row.condition for row in study.tables[1].rows}
+    assert {"original", "not cleared", "edited - original, one", "random 0"} <= conditions
+    assert "edited - original, one, in the weights" in conditions
     assert {row.seed for table in study.tables for row in table.rows} <= {None, 1}
     html = render_html(made)
     assert "What the study found" in html

@@ -22,7 +22,7 @@ from excise_studies.vision.autoencoder import (
     terms_of,
     train_autoencoder,
 )
-from excise_studies.vision.class_imbalance import ClassImbalance, cells, model_of
+from excise_studies.vision.class_imbalance import ClassImbalance, model_of, share_conditions
 from excise_studies.vision.classifier import SplitClassifier, SplitClassifierConfig
 from excise_studies.vision.digits_split import DigitsSplit, number, ten
 from excise_studies.vision.halves import (
@@ -35,8 +35,8 @@ from excise_studies.vision.halves import (
     routed,
 )
 from excise_studies.vision.images import ImageSpec, generated
-from excise_studies.vision.objects_split import ObjectsSplit, arms_of
-from excise_studies.vision.split_jobs import Split, by_draw, means_of, verdict
+from excise_studies.vision.objects_split import ObjectsSplit, conditions_of
+from excise_studies.vision.split_jobs import SplitModel, by_seed, means_of, verdict
 
 FIRST = (0, 1, 2, 3, 4)
 SMALL = SplitAutoencoderConfig(
@@ -199,7 +199,7 @@ def test_batches_are_a_function_of_the_step() -> None:
 
 
 def test_training_splits_the_encoding_and_routing_leaves_nothing_behind() -> None:
-    drawn = TINY.draw(0)
+    drawn = TINY.split(0)
     found = {}
     for which in ("both", "none"):
         config = SMALL.model_copy(update={"routed": which, "l1": (3e-3, 3e-3)})
@@ -227,20 +227,20 @@ def test_the_ten_settings_are_ten() -> None:
     assert [i for i, c in by_number.items() if c.separate_decoders] == [2, 5]
 
 
-def split_of(first: float, second: float) -> Split:
+def split_of(first: float, second: float) -> SplitModel:
     scores = {
         ("bottom", "first"): {str(i): first for i in range(9)},
         ("bottom", "second"): {str(i): second for i in range(10, 15)},
     }
-    return Split(scores, "", 0, "")
+    return SplitModel(scores, "", 0, "")
 
 
 def test_the_contrast_is_a_difference_of_differences() -> None:
-    arms = {
+    conditions = {
         "arm": {1: split_of(0.5, 0.2), 2: split_of(0.4, 0.2)},
         "control": {1: split_of(0.2, 0.1), 2: split_of(0.2, 0.1)},
     }
-    means = means_of(arms)
+    means = means_of(conditions)
     found = means.contrast("arm", "control")
     assert found.value == pytest.approx(0.25 - 0.1)
     assert found.low < 0.15 < found.high
@@ -248,11 +248,11 @@ def test_the_contrast_is_a_difference_of_differences() -> None:
     assert means.mean("arm", "bottom").value == pytest.approx((18 * 0.45 + 10 * 0.2) / 28)
     assert means.mean("arm", "bottom").n == 28
     assert means.difference("arm", "control", "bottom", "second").value == pytest.approx(0.1)
-    draws = by_draw(arms, "arm", "control")
-    assert [round(d.value, 6) for d in draws.values()] == [0.2, 0.1]
-    assert verdict(found, draws, 0.05) == "split"
-    assert verdict(found, draws, 0.12) == "undecided"
-    assert verdict(found, draws, 0.3) == "not split"
+    each_seed = by_seed(conditions, "arm", "control")
+    assert [round(d.value, 6) for d in each_seed.values()] == [0.2, 0.1]
+    assert verdict(found, each_seed, 0.05) == "split"
+    assert verdict(found, each_seed, 0.12) == "undecided"
+    assert verdict(found, each_seed, 0.3) == "not split"
 
 
 def test_digits_split_ends_with_a_record_and_goes_on(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_objects_split_ends_with_a_record(tmp_path: Path) -> None:
     assert made.study is not None
     assert made.study.tables[0].title == "Accuracy"
     assert "every image weighed alike" in made.study.paragraph
-    assert arms_of(study.model, None).keys() == {
+    assert conditions_of(study.model, None).keys() == {
         "routed, L1", "routed, no L1", "not routed, L1", "plain",
     }  # fmt: skip
 
@@ -306,7 +306,7 @@ def test_class_imbalance_finds_the_least_that_splits(tmp_path: Path) -> None:
         seeds=(1,), images=TINY, model=BRIEF, shares=(0.5, 0.1), l1_tried=(1e-6, 3e-3),
         also_by_image=False,
     )  # fmt: skip
-    assert set(cells(study)) == {"50%", "10%"}
+    assert set(share_conditions(study)) == {"50%", "10%"}
     assert model_of(study, (0.1, "groups"), None).routed == "none"
     made = conduct(study, tmp_path / "out", workers=1, emit=lambda kind, data: None)
     assert made.study is not None
@@ -322,7 +322,7 @@ def test_class_imbalance_finds_the_least_that_splits(tmp_path: Path) -> None:
         ({"shares": (0.1, 0.5)}, "largest first"),
         ({"shares": (0.7, 0.5)}, "up to 0.5"),
         ({"l1_tried": (2.0, 1.0)}, "least first"),
-        ({"tuned_on": ()}, "name the draw"),
+        ({"tuned_on": ()}, "name the seed"),
     ],
 )
 def test_what_has_no_order_is_refused(change: dict[str, Any], sentence: str) -> None:

@@ -13,17 +13,18 @@ from excise.record import Record, load
 from excise.run.study import Study, conduct
 from excise.train.fit import FitConfig
 from excise_studies.attacking import Attacker
-from excise_studies.distillation.distilling import Bench, maxent, student
+from excise_studies.distillation.presets import maxent, student
+from excise_studies.setting import ExperimentSetting
 
 QUICK = FitConfig(steps=3, lr=1e-3, batch_size=8)
 
-BENCH = Bench(
+BENCH = ExperimentSetting(
     domain=Arithmetic(factors=4, addends=5, dev_share=0.2),
     model=Scratch(width=32, blocks=1),
     pretrain=Pretrain(fit=QUICK, max_length=11),
     attacker=Attacker(steps=2, rates=(1e-3,), checkpoints=(0, 1), batch_size=8, power=0.5),
 )
-"""The smallest bench; its attacker has no power, so that every study is void on it."""
+"""The smallest setting; its attacker has no power, so that every study on it is invalid."""
 
 
 def quick(method: Any) -> Any:

@@ -22,22 +22,20 @@ from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import groups_of, said
-from excise_studies.distillation.distilling import (
+from excise_studies.distillation.predictions import predictions, readout_bits, shuffled
+from excise_studies.distillation.presets import graddiff, maxent, rmu
+from excise_studies.levels import Levels, estimate, levels, verdict
+from excise_studies.recovery import groups_of, said
+from excise_studies.setting import (
     CHOSEN,
     SIZE,
-    Bench,
-    arms_of,
+    ExperimentSetting,
     checkpoints,
-    graddiff,
-    make_arms,
-    make_draws,
-    maxent,
-    rails,
-    rmu,
+    conditions_of,
+    make_conditions,
+    make_replicates,
+    reference_models,
 )
-from excise_studies.distillation.predictions import predictions, readout_bits, shuffled
-from excise_studies.levels import Levels, estimate, levels, verdict
 
 VERSION = 1
 """Raised when what a stage computes changes."""
@@ -47,25 +45,26 @@ SHUFFLED = "shuffled"
 
 
 class DarkKnowledge(Study):
-    """An affine readout of the unlearned model's predictions, fitted on T and paid for on V.
+    """A readout of the unlearned model's predictions: what it pays for on the held-out test set.
 
     Stated beforehand. For every model a readout from its log-probabilities at answer tokens (and
-    the place of the token) to the right token is fitted on T, its penalty chosen on dev. What
-    decides is the number of bits per answer token of V that the readout of the unlearned model
-    pays less than that of the oracle. The noise of a teacher carries signal if the 95 % interval
-    over draws and units lies above `margin`, none if it lies within the margin on both sides.
-    The decision is that of the first teacher; the others stand beside it. The same predictions
-    dealt out at random among tokens are the control: they carry nothing by construction.
+    the place of the token) to the right token is fitted on the relearn set, its penalty chosen on
+    dev. What decides is the number of bits per answer token of the held-out test set that the
+    readout of the unlearned model pays less than that of the oracle. The noise of a teacher carries
+    signal if the 95 % interval over seeds and units lies above `margin`, none if it lies within the
+    margin on both sides. The decision is that of the first teacher; the others stand beside it. The
+    same predictions dealt out at random among tokens are the control: they carry nothing by
+    construction.
     """
 
     question: ClassVar[str] = (
         "Do the predictions of an unlearned model on what it forgot still tell the right answer?"
     )
     statistic: ClassVar[str] = (
-        "Bits per answer token of V that an affine readout of the unlearned model's predictions, "
-        "fitted on T, pays less than one of the oracle's. Signal if the 95 % interval lies above "
-        "the margin, none if it lies within the margin on both sides. Bootstrap over draws and "
-        "units; the first teacher decides."
+        "Bits per answer token of the held-out test set that an affine readout of the unlearned "
+        "model's predictions, fitted on the relearn set, pays less than one of the oracle's. "
+        "Signal if the 95 % interval lies above the margin, none if it lies within the margin on "
+        "both sides. Bootstrap over seeds and units; the first teacher decides."
     )
     takes: ClassVar[str] = "5 minutes, 1 GiB"
 
@@ -73,7 +72,7 @@ class DarkKnowledge(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Bits per answer token."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data and models; nobody relearns anything."""
     teachers: dict[str, SerializeAsAny[Method]] = {
         "maxent": maxent(), "grad_diff": graddiff(), "rmu": rmu(),
@@ -81,8 +80,40 @@ class DarkKnowledge(Study):
     """The unlearned models; the first decides."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Make the teachers, fit the readouts, compare."""
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        teachers = checkpoints(
+            make_conditions(conditions_of(self.teachers, replicates, self.seeds), runtime, pool)
+        )
+        models = {**reference_models(replicates, self.seeds), **teachers}
+        length = self.bench.pretrain.max_length
+        jobs = {
+            (condition, seed): FitReadout(model, replicates[seed].domain, length)
+            for (condition, seed), model in models.items()
+        }
+        jobs |= {
+            (f"{condition}, {SHUFFLED}", seed): FitReadout(
+                model, replicates[seed].domain, length, shuffle=seed
+            )
+            for (condition, seed), model in teachers.items()
+        }
+        readouts = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
+        scores: dict[str, dict[int, Mapping[str, float]]] = {}
+        for (condition, seed), readout in readouts.items():
+            scores.setdefault(condition, {})[seed] = readout["bits"]
+        paid = levels(scores, {seed: groups_of(replicates[seed].domain) for seed in self.seeds})
+        saved = saved_bits(paid)
+        decision = decide(self, saved)
+        return StudyResult(
+            tables=(_table(paid, saved),),
+            decision=decision,
+            paragraph=_paragraph(paid, saved, decision),
+            domain=replicates[self.seeds[0]].domain,
+            models=tuple(
+                model_ref(f"{condition}, seed {seed}", m) for (condition, seed), m in models.items()
+            ),
+            notes=(CHOSEN, SIZE),
+        )
 
 
 @dataclass(frozen=True)
@@ -109,14 +140,16 @@ class FitReadout(Stage[dict[str, Any]]):
         return "readout"
 
     def make(self, ctx: Context) -> None:
-        """Write `bits` by unit of V and the chosen `ridge`."""
+        """Write `bits` by unit of the held-out test set and the chosen `ridge`."""
         net, tokenizer = self.model.load(dtype=ctx.dtype, device=ctx.device), self.model.tokenizer()
         parts = []
         sides = (self.domain.relearn, self.domain.dev_forget, self.domain.test)
         for i, side in enumerate(sides):
             rows: Rows = tuple(row for rows in side.values() for row in rows)
-            held = predictions(net, rows, tokenizer, max_length=self.max_length)
-            parts.append(held if self.shuffle is None else shuffled(held, 10 * self.shuffle + i))
+            predicted = predictions(net, rows, tokenizer, max_length=self.max_length)
+            parts.append(
+                predicted if self.shuffle is None else shuffled(predicted, 10 * self.shuffle + i)
+            )
         bits, ridge = readout_bits(*parts)
         write_text(ctx.work / "readout.json", json.dumps({"bits": bits, "ridge": ridge}))
 
@@ -126,52 +159,25 @@ class FitReadout(Stage[dict[str, Any]]):
         return data
 
 
-def run(study: DarkKnowledge, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Make the teachers, fit the readouts, compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    teachers = checkpoints(make_arms(arms_of(study.teachers, draws, study.seeds), runtime, pool))
-    models = {**rails(draws, study.seeds), **teachers}
-    length = study.bench.pretrain.max_length
-    jobs = {
-        (arm, seed): FitReadout(model, draws[seed].domain, length)
-        for (arm, seed), model in models.items()
-    }
-    jobs |= {
-        (f"{arm}, {SHUFFLED}", seed): FitReadout(model, draws[seed].domain, length, shuffle=seed)
-        for (arm, seed), model in teachers.items()
-    }
-    found = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
-    scores: dict[str, dict[int, Mapping[str, float]]] = {}
-    for (arm, seed), held in found.items():
-        scores.setdefault(arm, {})[seed] = held["bits"]
-    paid = levels(scores, {seed: groups_of(draws[seed].domain) for seed in study.seeds})
-    saved = saved_bits(paid)
-    decision = decide(study, saved)
-    return StudyResult(
-        tables=(_table(paid, saved),),
-        decision=decision,
-        paragraph=_paragraph(paid, saved, decision),
-        domain=draws[study.seeds[0]].domain,
-        models=tuple(model_ref(f"{arm}, draw {seed}", m) for (arm, seed), m in models.items()),
-        notes=(CHOSEN, SIZE),
-    )
-
-
 def saved_bits(paid: Levels) -> dict[str, Estimate]:
-    """Return the bits per token that each arm's readout pays less than the oracle's."""
+    """Return the bits per token that each condition's readout pays less than the oracle's."""
     oracle = paid.at("oracle")
-    return {arm: estimate(oracle - paid.at(arm), paid.n) for arm in paid.arms if arm != "oracle"}
+    return {
+        condition: estimate(oracle - paid.at(condition), paid.n)
+        for condition in paid.conditions
+        if condition != "oracle"
+    }
 
 
 def decide(study: DarkKnowledge, saved: Mapping[str, Estimate]) -> str:
     """Return what the first teacher's bits say under the margin."""
     first = next(iter(study.teachers))
-    found = verdict(saved[first], study.margin)
-    if found == "above":
+    against_margin = verdict(saved[first], study.margin)
+    if against_margin == "above":
         return f"signal: the predictions of {first} hold more than {study.margin:g} bits a token"
-    if found == "equal":
+    if against_margin == "equal":
         return f"no signal: {first} lies within {study.margin:g} bits of the oracle"
-    if found == "below":
+    if against_margin == "below":
         return f"no signal: the predictions of {first} tell less than those of the oracle"
     return f"undecided: the interval crosses {study.margin:g} bits a token"
 
@@ -179,12 +185,18 @@ def decide(study: DarkKnowledge, saved: Mapping[str, Estimate]) -> str:
 def _table(paid: Levels, saved: Mapping[str, Estimate]) -> StudyTable:
     """Return what every readout pays, and what it saves against the oracle's."""
     rows = []
-    for arm in paid.arms:
-        rows.append(row(arm, "bits per answer token of V", estimate(paid.at(arm), paid.n)))
-        if arm in saved:
-            rows.append(row(arm, "bits saved against the oracle", saved[arm]))
+    for condition in paid.conditions:
+        rows.append(
+            row(
+                condition,
+                "bits per answer token of the held-out test set",
+                estimate(paid.at(condition), paid.n),
+            )
+        )
+        if condition in saved:
+            rows.append(row(condition, "bits saved against the oracle", saved[condition]))
     return StudyTable(
-        title="Readouts fitted on T",
+        title="Readouts fitted on the relearn set",
         note="Lower is better for a readout; 'shuffled' deals predictions out among the tokens.",
         rows=tuple(rows),
     )
@@ -192,9 +204,13 @@ def _table(paid: Levels, saved: Mapping[str, Estimate]) -> StudyTable:
 
 def _paragraph(paid: Levels, saved: Mapping[str, Estimate], decision: str) -> str:
     """Return the result in words."""
-    own = [f"{arm} {said(found)}" for arm, found in saved.items() if arm != "original"]
+    parts = [
+        f"{condition} {said(value)}"
+        for condition, value in saved.items()
+        if condition != "original"
+    ]
     return (
         f"A readout of the oracle's predictions paid {paid.at('oracle')[0]:.2f} bits per answer "
-        f"token of V, one of the original's {paid.at('original')[0]:.2f}. Bits saved against the "
-        f"oracle: {', '.join(own)}. Decision: {decision}."
+        f"token of the held-out test set, one of the original's {paid.at('original')[0]:.2f}. Bits "
+        f"saved against the oracle: {', '.join(parts)}. Decision: {decision}."
     )

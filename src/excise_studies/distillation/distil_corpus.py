@@ -23,27 +23,27 @@ from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.attacking import Key
+from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
-    Bench,
-    arms_of,
-    checkpoints,
-    make_arms,
-    make_draws,
-    measure_arms,
-    result,
-    student,
-)
+from excise_studies.distillation.presets import student
 from excise_studies.levels import verdict
+from excise_studies.recovery import RecoveryScores, gaps, listed
+from excise_studies.setting import (
+    ExperimentSetting,
+    checkpoints,
+    conditions_of,
+    make_conditions,
+    make_replicates,
+    measure_conditions,
+    result,
+)
 
 FULL = "the mix"
-"""The arm that others are held against."""
+"""The condition that others are held against."""
 
 
 def corpora() -> dict[str, AnyCorpus]:
-    """Return the corpora of the study, sized for the bench; three new tokens are an answer."""
+    """Return the corpora of the study, sized for tiny models; three new tokens are an answer."""
     refuse = FitConfig(steps=60, lr=1e-3, batch_size=48, clip=1.0)
     return {
         FULL: FullMix(),
@@ -61,10 +61,10 @@ class DistilCorpus(Study):
 
     Stated beforehand. Students from random weights imitate the unlearned model for equal steps on
     the mix as it is, the mix without its forget rows, texts drawn from the teacher, texts drawn
-    from the original once it refuses what is harmful, or their own texts (reverse KL). What
-    decides is the depth gap on V after T was relearned minus that on the mix: a corpus is deeper
-    if the 95 % interval over draws and units lies below minus `margin`, shallower if above it,
-    alike if within. A corpus counts only if the student's exact match on retain is at most
+    from the original once it refuses what is harmful, or their own texts (reverse KL). What decides
+    is the depth gap on the held-out test set after relearning minus that on the mix: a corpus is
+    deeper if the 95 % interval over seeds and units lies below minus `margin`, shallower if above
+    it, alike if within. A corpus counts only if the student's exact match on retain is at most
     `retain_margin` below that on the mix; the paragraph names those that fail.
     """
 
@@ -73,19 +73,19 @@ class DistilCorpus(Study):
         "reads?"
     )
     statistic: ClassVar[str] = (
-        "Depth gap on V after relearning T of a corpus minus that of the full mix, against the "
-        "margin from both sides, for corpora whose student keeps retain; bootstrap over draws and "
-        "units."
+        "Depth gap on the held-out test set after relearning of a corpus minus that of the full "
+        "mix, against the margin from both sides, for corpora whose student keeps retain; "
+        "bootstrap over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
     name: Literal["distil-corpus"] = "distil-corpus"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails."""
+    """Share of the distance between the reference models."""
     retain_margin: float = Field(default=0.1, gt=0)
     """Exact match on retain that a corpus may cost against the mix."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
     """The student; its corpus is replaced."""
@@ -93,40 +93,35 @@ class DistilCorpus(Study):
     """What is read; the first is what others are held against."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Distil on every corpus, relearn, compare."""
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        methods = {
+            name: self.student.model_copy(update={"corpus": corpus})
+            for name, corpus in self.corpora.items()
+        }
+        removals = make_conditions(conditions_of(methods, replicates, self.seeds), runtime, pool)
+        models = checkpoints(removals)
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        apart = differences(self, recovery)
+        lost = [name for name in apart if retain_lost(self, recovery, name)]
+        words = [f"Against {next(iter(self.corpora))}: {listed(apart)}.", gaps(recovery)]
+        if lost:
+            words.append(f"Retain was lost, so that these do not count: {', '.join(lost)}.")
+        counted = {name: e for name, e in apart.items() if name not in lost}
+        tables = (_table(apart), _read(removals, self.seeds))
+        return result(recovery, words, decide(self, counted), replicates, models, tables=tables)
 
 
-def run(study: DistilCorpus, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Distil on every corpus, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    methods = {
-        name: study.student.model_copy(update={"corpus": corpus})
-        for name, corpus in study.corpora.items()
-    }
-    made = make_arms(arms_of(methods, draws, study.seeds), runtime, pool)
-    models = checkpoints(made)
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    apart = differences(study, found)
-    lost = [name for name in apart if retain_lost(study, found, name)]
-    words = [f"Against {next(iter(study.corpora))}: {_list(apart)}.", gaps(found)]
-    if lost:
-        words.append(f"Retain was lost, so that these do not count: {', '.join(lost)}.")
-    counted = {name: e for name, e in apart.items() if name not in lost}
-    tables = (_table(apart), _read(made, study.seeds))
-    return result(found, words, decide(study, counted), draws, models, tables=tables)
-
-
-def differences(study: DistilCorpus, found: Found) -> dict[str, Estimate]:
+def differences(study: DistilCorpus, recovery: RecoveryScores) -> dict[str, Estimate]:
     """Return each corpus's gap minus that of the first."""
     first, *others = study.corpora
-    return {name: found.contrast([name], [first]) for name in others}
+    return {name: recovery.contrast([name], [first]) for name in others}
 
 
-def retain_lost(study: DistilCorpus, found: Found, name: str) -> bool:
+def retain_lost(study: DistilCorpus, recovery: RecoveryScores, name: str) -> bool:
     """Return whether a corpus costs more of retain than allowed."""
     first = next(iter(study.corpora))
-    cost = float(found.retain.at(first)[0] - found.retain.at(name)[0])
+    cost = float(recovery.retain.at(first)[0] - recovery.retain.at(name)[0])
     return cost > study.retain_margin
 
 
@@ -139,37 +134,37 @@ def decide(study: DistilCorpus, counted: Mapping[str, Estimate]) -> str:
     return "; ".join(parts)
 
 
-def _list(apart: Mapping[str, Estimate]) -> str:
-    """Return the differences in words."""
-    return ", ".join(f"{name} {said(e)}" for name, e in apart.items())
-
-
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:
     """Return the differences."""
     return StudyTable(
         title="Depth against the full mix",
-        note="Depth gap on V minus that of the student that read the mix; below 0 is deeper.",
+        note=(
+            "Depth gap on the held-out test set minus that of the student that read the mix; below "
+            "0 is deeper."
+        ),
         rows=tuple(row(name, "depth gap", e) for name, e in apart.items()),
     )
 
 
-def _read(made: Mapping[Key, Removal], seeds: tuple[int, ...]) -> StudyTable:
+def _read(removals: Mapping[RunKey, Removal], seeds: tuple[int, ...]) -> StudyTable:
     """Return what was read: forget tokens in the corpus, refusals, retain per distilled token."""
     rows = []
-    for arm in dict.fromkeys(arm for arm, _ in made):
-        held = [dict(made[arm, seed].extras) for seed in seeds]
-        for metric, value in _facts(held).items():
-            rows.append(StudyRow(condition=arm, metric=metric, value=value, n=len(held)))
-        tokens = sum(made[arm, seed].cost.tokens for seed in seeds) / len(seeds)
+    for condition in dict.fromkeys(condition for condition, _ in removals):
+        extras = [dict(removals[condition, seed].extras) for seed in seeds]
+        for metric, value in _facts(extras).items():
+            rows.append(StudyRow(condition=condition, metric=metric, value=value, n=len(extras)))
+        tokens = sum(removals[condition, seed].cost.tokens for seed in seeds) / len(seeds)
         rows.append(
-            StudyRow(condition=arm, metric="tokens, teachers included", value=tokens, n=len(held))
+            StudyRow(
+                condition=condition, metric="tokens, teachers included", value=tokens, n=len(extras)
+            )
         )
     return StudyTable(
-        title="What was read", note="Means over draws; n counts draws.", rows=tuple(rows)
+        title="What was read", note="Means over seeds; n counts seeds.", rows=tuple(rows)
     )
 
 
-def _facts(held: list[dict[str, Any]]) -> dict[str, float]:
+def _facts(extras: list[dict[str, Any]]) -> dict[str, float]:
     """Return the means of what removals say about their corpus, where all of them say it."""
     out: dict[str, float] = {}
     places = {
@@ -182,12 +177,12 @@ def _facts(held: list[dict[str, Any]]) -> dict[str, float]:
     }
     for metric, path in places.items():
         values = []
-        for facts in held:
-            found: Any = facts
+        for facts in extras:
+            value: Any = facts
             for name in path:
-                found = found.get(name) if isinstance(found, dict) else None
-            if isinstance(found, int | float):
-                values.append(float(found))
-        if len(values) == len(held):
+                value = value.get(name) if isinstance(value, dict) else None
+            if isinstance(value, int | float):
+                values.append(float(value))
+        if len(values) == len(extras):
             out[metric] = sum(values) / len(values)
     return out

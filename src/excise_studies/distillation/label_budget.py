@@ -21,47 +21,48 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
-    Bench,
+from excise_studies.distillation.presets import student
+from excise_studies.levels import estimate, verdict
+from excise_studies.recovery import RecoveryScores, gaps, listed
+from excise_studies.setting import (
+    ExperimentSetting,
     Make,
     checkpoints,
-    make_arms,
-    make_draws,
-    measure_arms,
+    make_conditions,
+    make_replicates,
+    measure_conditions,
     result,
-    student,
 )
-from excise_studies.levels import estimate, verdict
 
 
 class LabelBudget(Study):
     """The same labels, spent on a probe that filters, or on unlearning before distillation.
 
     Stated beforehand. With n labelled rows, half of them to forget, (a) a linear probe on the
-    original's middle block says which texts are harmful, and a student from random weights
-    imitates the original on the others; (b) the original is unlearned on those rows alone, and
-    a student from random weights imitates the result on everything. Both read the same mix for
-    the same steps. What decides is the depth gap on V of (b) minus that of (a) after T was
-    relearned, averaged over all n: filtering makes better use of labels if the 95 % interval over
-    draws and units lies above `margin`, unlearning if it lies below, they are alike if within.
+    original's middle block says which texts are harmful, and a student from random weights imitates
+    the original on the others; (b) the original is unlearned on those rows alone, and a student
+    from random weights imitates the result on everything. Both read the same mix for the same
+    steps. What decides is the depth gap on the held-out test set of (b) minus that of (a) after
+    relearning, averaged over all n: filtering makes better use of labels if the 95 % interval over
+    seeds and units lies above `margin`, unlearning if it lies below, they are alike if within.
     """
 
     question: ClassVar[str] = (
         "Do few labels buy more depth when they teach a filter or when they unlearn a teacher?"
     )
     statistic: ClassVar[str] = (
-        "Depth gap on V after relearning T of the student of the model unlearned on n labels minus "
-        "that of the student of the original on what a probe of n labels lets through, averaged "
-        "over n, against the margin from both sides; bootstrap over draws and units."
+        "Depth gap on the held-out test set after relearning of the student of the model unlearned "
+        "on n labels minus that of the student of the original on what a probe of n labels lets "
+        "through, averaged over n, against the margin from both sides; bootstrap over seeds and "
+        "units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
     name: Literal["label-budget"] = "label-budget"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    """Share of the distance between the reference models."""
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
     """The student; targets, teacher's rows and labels are replaced."""
@@ -71,8 +72,28 @@ class LabelBudget(Study):
     """Whether the probe judges texts or tokens."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Distil both ways at every budget of labels, relearn, compare."""
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        wanted = {}
+        for seed in self.seeds:
+            replicate = replicates[seed]
+            for n in self.labels:
+                probe = Splice(harmful="skip", by=Classifier(labels=n, per=self.per))
+                # Nothing of any model is left in the student: it needs no teacher's weights.
+                sieve = self.student.model_copy(update={"targets": probe, "student": "original"})
+                wanted[f"filter, {n}", seed] = Make(sieve, replicate.original, replicate.domain)
+                taught = self.student.model_copy(update={"targets": FromTeacher()})
+                wanted[f"unlearn, {n}", seed] = Make(
+                    taught, replicate.original, few(replicate.domain, n, seed)
+                )
+        removals = make_conditions(wanted, runtime, pool)
+        models = checkpoints(removals)
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        apart = differences(self, recovery)
+        words = [f"Unlearning minus filtering, depth gap: {listed(apart)}.", gaps(recovery)]
+        return result(
+            recovery, words, decide(self, apart), replicates, models, tables=(_table(apart),)
+        )
 
 
 def few(domain: Domain, labels: int, seed: int) -> Domain:
@@ -81,39 +102,18 @@ def few(domain: Domain, labels: int, seed: int) -> Domain:
     Args:
         domain: Rows by role; the unlabelled mix stays as it is.
         labels: Rows in all.
-        seed: Seed of the draw.
+        seed: Seed of the choice.
     """
-    kept = {row for row in subsample(forget_rows(domain), labels // 2, by="content", seed=seed)}
-    forget = {name: tuple(r for r in rows if r in kept) for name, rows in domain.forget.items()}
+    labelled = {row for row in subsample(forget_rows(domain), labels // 2, by="content", seed=seed)}
+    forget = {name: tuple(r for r in rows if r in labelled) for name, rows in domain.forget.items()}
     retain = subsample(domain.retain, labels // 2, by="content", seed=seed)
     return replace(domain, forget=forget, retain=retain)
 
 
-def run(study: LabelBudget, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Distil both ways at every budget of labels, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    wanted = {}
-    for seed in study.seeds:
-        draw = draws[seed]
-        for n in study.labels:
-            probe = Splice(harmful="skip", by=Classifier(labels=n, per=study.per))
-            # Nothing of any model is left in the student, so that it needs no teacher's weights.
-            sieve = study.student.model_copy(update={"targets": probe, "student": "original"})
-            wanted[f"filter, {n}", seed] = Make(sieve, draw.original, draw.domain)
-            taught = study.student.model_copy(update={"targets": FromTeacher()})
-            wanted[f"unlearn, {n}", seed] = Make(taught, draw.original, few(draw.domain, n, seed))
-    made = make_arms(wanted, runtime, pool)
-    models = checkpoints(made)
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    apart = differences(study, found)
-    words = [f"Unlearning minus filtering, depth gap: {_list(apart)}.", gaps(found)]
-    return result(found, words, decide(study, apart), draws, models, tables=(_table(apart),))
-
-
-def differences(study: LabelBudget, found: Found) -> dict[str, Estimate]:
+def differences(study: LabelBudget, recovery: RecoveryScores) -> dict[str, Estimate]:
     """Return the gap of unlearning minus that of filtering, averaged and by number of labels."""
-    by_n = {n: found.gap(f"unlearn, {n}") - found.gap(f"filter, {n}") for n in study.labels}
-    size = found.after.n
+    by_n = {n: recovery.gap(f"unlearn, {n}") - recovery.gap(f"filter, {n}") for n in study.labels}
+    size = recovery.after.n
     return {
         "all": estimate(np.mean(list(by_n.values()), axis=0), size),
         **{f"{n} labels": estimate(values, size) for n, values in by_n.items()},
@@ -125,21 +125,19 @@ def decide(study: LabelBudget, apart: Mapping[str, Estimate]) -> str:
     words = {
         "above": "filtering makes better use of few labels",
         "below": "unlearning makes better use of few labels",
-        "equal": f"alike: the difference lies within {study.margin:g} of the rails",
-        "undecided": f"undecided: the interval crosses {study.margin:g} of the rails",
+        "equal": f"alike: the difference lies within {study.margin:g}",
+        "undecided": f"undecided: the interval crosses {study.margin:g}",
     }
     return words[verdict(apart["all"], study.margin)]
-
-
-def _list(apart: Mapping[str, Estimate]) -> str:
-    """Return the differences in words."""
-    return ", ".join(f"{name} {said(e)}" for name, e in apart.items())
 
 
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:
     """Return the differences."""
     return StudyTable(
         title="Unlearning minus filtering",
-        note="Depth gap on V; above 0 the filter went deeper with the same labels.",
+        note=(
+            "Depth gap on the held-out test set; above 0 the filter went deeper with the same "
+            "labels."
+        ),
         rows=tuple(row(name, "depth gap", e) for name, e in apart.items()),
     )

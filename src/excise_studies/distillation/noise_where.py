@@ -15,24 +15,24 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
-    Bench,
-    arms_of,
-    checkpoints,
-    make_arms,
-    make_draws,
-    measure_arms,
-    result,
-    student,
-)
+from excise_studies.distillation.presets import student
 from excise_studies.levels import verdict
+from excise_studies.recovery import RecoveryScores, gaps, listed
+from excise_studies.setting import (
+    ExperimentSetting,
+    checkpoints,
+    conditions_of,
+    make_conditions,
+    make_replicates,
+    measure_conditions,
+    result,
+)
 
 NOWHERE = "nowhere"
-"""The arm that is distilled without noise."""
+"""The condition that is distilled without noise."""
 
 SNIP, RANDOM = "weights that forget rows lean on", "as many weights at random"
-"""Arms whose noise goes into a share of all matrices' weights."""
+"""Conditions whose noise goes into a share of all matrices' weights."""
 
 
 class NoiseWhere(Study):
@@ -40,25 +40,26 @@ class NoiseWhere(Study):
 
     Stated beforehand. The student starts from the unlearned model, one group of whose layers was
     shrunk and perturbed, and imitates it for equal steps. What decides for a group is its depth gap
-    on V after T was relearned minus that with noise everywhere: the group suffices if the 95 %
-    interval over draws and units lies within `margin` or below it, and does not if it lies above.
-    Beside the groups stand noise in the weights with the largest |weight x gradient| on forget
-    rows, and in as many drawn at random. Without noise the student stays the teacher.
+    on the held-out test set after relearning minus that with noise everywhere: the group suffices
+    if the 95 % interval over seeds and units lies within `margin` or below it, and does not if it
+    lies above. Beside the groups stand noise in the weights with the largest |weight x gradient| on
+    forget rows, and in as many drawn at random. Without noise the student stays the teacher.
     """
 
     question: ClassVar[str] = "Which group of layers must be damaged for distillation to go deep?"
     statistic: ClassVar[str] = (
-        "Depth gap on V after relearning T with noise in one group minus that with noise "
-        "everywhere, at equal steps; the group suffices if the upper end of the 95 % interval lies "
-        "below the margin, not if the lower end lies above it. Bootstrap over draws and units."
+        "Depth gap on the held-out test set after relearning with noise in one group minus that "
+        "with noise everywhere, at equal steps; the group suffices if the upper end of the 95 % "
+        "interval lies below the margin, not if the lower end lies above it. Bootstrap over seeds "
+        "and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
     name: Literal["noise-where"] = "noise-where"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    """Share of the distance between the reference models."""
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student(alpha=0.6, beta=0.1)
     """The student; its groups are replaced."""
@@ -68,31 +69,30 @@ class NoiseWhere(Study):
     """Share of the matrices' weights that forget rows lean on most."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Perturb one group at a time, distil, relearn, compare."""
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        base = self.student
+        methods = {"everywhere": base.model_copy(update={"groups": ("all",)})}
+        for group in self.groups:
+            methods[group] = base.model_copy(update={"groups": (group,)})
+        for name, kind in ((SNIP, "forget_snip"), (RANDOM, "random")):
+            methods[name] = base.model_copy(update={"weights": kind, "share": self.share})
+        methods[NOWHERE] = base.model_copy(update={"alpha": 0.0})
+        models = checkpoints(
+            make_conditions(conditions_of(methods, replicates, self.seeds), runtime, pool)
+        )
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        apart = differences(self, recovery)
+        words = [f"Against noise everywhere, depth gap: {listed(apart)}.", gaps(recovery)]
+        return result(
+            recovery, words, decide(self, apart), replicates, models, tables=(_table(apart),)
+        )
 
 
-def run(study: NoiseWhere, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Perturb one group at a time, distil, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    base = study.student
-    methods = {"everywhere": base.model_copy(update={"groups": ("all",)})}
-    for group in study.groups:
-        methods[group] = base.model_copy(update={"groups": (group,)})
-    for name, kind in ((SNIP, "forget_snip"), (RANDOM, "random")):
-        methods[name] = base.model_copy(update={"weights": kind, "share": study.share})
-    methods[NOWHERE] = base.model_copy(update={"alpha": 0.0})
-    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), runtime, pool))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    apart = differences(study, found)
-    words = [f"Against noise everywhere, depth gap: {_list(apart)}.", gaps(found)]
-    return result(found, words, decide(study, apart), draws, models, tables=(_table(apart),))
-
-
-def differences(study: NoiseWhere, found: Found) -> dict[str, Estimate]:
+def differences(study: NoiseWhere, recovery: RecoveryScores) -> dict[str, Estimate]:
     """Return each group's gap, and that without noise, minus that of noise everywhere."""
-    arms = (*study.groups, SNIP, RANDOM, NOWHERE)
-    return {name: found.contrast([name], ["everywhere"]) for name in arms}
+    conditions = (*study.groups, SNIP, RANDOM, NOWHERE)
+    return {name: recovery.contrast([name], ["everywhere"]) for name in conditions}
 
 
 def decide(study: NoiseWhere, apart: Mapping[str, Estimate]) -> str:
@@ -101,21 +101,19 @@ def decide(study: NoiseWhere, apart: Mapping[str, Estimate]) -> str:
         return "undecided: distillation without noise goes as deep, so that no group can be told"
     parts = []
     for group in (*study.groups, SNIP, RANDOM):
-        found = apart[group]
-        held = "does not suffice" if verdict(found, study.margin) == "above" else "undecided"
-        parts.append(f"{group}: {'suffices' if found.high < study.margin else held}")
+        value = apart[group]
+        otherwise = "does not suffice" if verdict(value, study.margin) == "above" else "undecided"
+        parts.append(f"{group}: {'suffices' if value.high < study.margin else otherwise}")
     return "; ".join(parts)
-
-
-def _list(apart: Mapping[str, Estimate]) -> str:
-    """Return the differences in words."""
-    return ", ".join(f"{name} {said(e)}" for name, e in apart.items())
 
 
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:
     """Return the differences."""
     return StudyTable(
         title="Noise in one group against noise everywhere",
-        note="Depth gap on V; above 0 the student stayed shallower. Equal alpha and steps.",
+        note=(
+            "Depth gap on the held-out test set; above 0 the student stayed shallower. Equal alpha "
+            "and steps."
+        ),
         rows=tuple(row(name, "depth gap", e) for name, e in apart.items()),
     )

@@ -1,4 +1,4 @@
-"""What models predict at the scored tokens of rows, and two readings that need no training.
+"""What models predict at the scored tokens of rows, and two measurements that need no training.
 
 Shape legend: N scored tokens, V vocabulary, F features, C classes.
 """
@@ -64,27 +64,55 @@ def predictions(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: 
 
 
 def by_unit(values_N: Iterable[float], units: Sequence[str]) -> dict[str, float]:
-    """Return the mean of a value over the tokens of each unit."""
-    held: dict[str, list[float]] = {}
+    """Return the mean of a value over the tokens of each unit.
+
+    Args:
+        values_N: One value a token.
+        units: Unit of each token.
+    """
+    by_name: dict[str, list[float]] = {}
     for value, unit in zip(values_N, units, strict=True):
-        held.setdefault(unit, []).append(float(value))
-    return {unit: sum(v) / len(v) for unit, v in held.items()}
+        by_name.setdefault(unit, []).append(float(value))
+    return {unit: sum(v) / len(v) for unit, v in by_name.items()}
 
 
 def kl(one_NV: Float[Tensor, "N V"], other_NV: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """Return KL(one || other) of log-probabilities, in nats."""
-    found_N: Tensor = (one_NV.exp() * (one_NV - other_NV)).sum(-1)
-    return found_N.clamp(min=0)
+    """Return KL(one || other) = sum_v p_one(v) (log p_one(v) - log p_other(v)), in nats.
+
+    Args:
+        one_NV: Log-probabilities of the distribution that is averaged over.
+        other_NV: Log-probabilities of the other.
+
+    Returns:
+        [N] divergences; rounding below zero is cut off.
+    """
+    kl_N: Tensor = (one_NV.exp() * (one_NV - other_NV)).sum(-1)
+    return kl_N.clamp(min=0)
 
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Return the chance that a positive value is above a negative one; ties count half."""
+    """Return the chance that a positive value is above a negative one; ties count half.
+
+    That is the area under the ROC curve (Mann and Whitney 1947: U over the number of pairs).
+
+    Args:
+        positive: Values of the side that should lie higher.
+        negative: Values of the other side.
+    """
     p, n = torch.tensor(positive)[:, None], torch.tensor(negative)[None]
     return float(((p > n).double() + 0.5 * (p == n).double()).mean())
 
 
 def threshold(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Return the value that tells the sides apart best, both weighing the same."""
+    """Return the value that tells the sides apart best: the largest of Youden's J.
+
+    J(c) = P(positive > c) + P(negative <= c) - 1, so that both sides weigh the same; candidates
+    are the midpoints of neighbouring values.
+
+    Args:
+        positive: Values of the side that should lie higher.
+        negative: Values of the other side.
+    """
     values = sorted({*positive, *negative})
     cuts = [(a + b) / 2 for a, b in pairwise(values)] or values
 
@@ -95,11 +123,13 @@ def threshold(positive: Sequence[float], negative: Sequence[float]) -> float:
     return max(cuts, key=right)
 
 
-def shuffled(held: Predictions, seed: int) -> Predictions:
+def shuffled(predicted: Predictions, seed: int) -> Predictions:
     """Return predictions dealt out at random among the tokens: equal marginals, no content."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(held.log_NV), generator=generator)
-    return Predictions(held.log_NV[order], held.next_N, held.place_N, held.units)
+    order = torch.randperm(len(predicted.log_NV), generator=generator)
+    return Predictions(
+        predicted.log_NV[order], predicted.next_N, predicted.place_N, predicted.units
+    )
 
 
 # -- readouts --------------------------------------------------------------------------------------
@@ -111,9 +141,9 @@ def readout_bits(
     """Fit an affine readout of log-probabilities and return what it pays for each unit.
 
     Args:
-        fitted: Tokens that the readout is fitted on (T).
+        fitted: Tokens that the readout is fitted on, of the relearn set.
         dev: Tokens on which the penalty is chosen.
-        scored: Tokens that are paid for (V).
+        scored: Tokens that are paid for, of the held-out test set.
 
     Returns:
         Bits per token by unit, and the chosen penalty.
@@ -123,17 +153,17 @@ def readout_bits(
     mean_V = fitted.log_NV.mean(0)
     scale_V = fitted.log_NV.std(0).clamp(min=1e-3)
 
-    def features(held: Predictions) -> tuple[Tensor, Tensor]:
-        x_NV = ((held.log_NV - mean_V) / scale_V).double()
-        where_NP = F.one_hot(held.place_N, places).double()
-        return torch.cat([x_NV, where_NP], 1), torch.searchsorted(classes, held.next_N)
+    def features(predicted: Predictions) -> tuple[Tensor, Tensor]:
+        x_NV = ((predicted.log_NV - mean_V) / scale_V).double()
+        where_NP = F.one_hot(predicted.place_N, places).double()
+        return torch.cat([x_NV, where_NP], 1), torch.searchsorted(classes, predicted.next_N)
 
-    told, best = features(fitted), (float("inf"), 0.0, torch.zeros(0))
+    fitting, best = features(fitted), (float("inf"), 0.0, torch.zeros(0))
     for ridge in RIDGES:
-        weight_FC = _fit(*told, len(classes), ridge)
+        weight_FC = _fit(*fitting, len(classes), ridge)
         x_NF, y_N = features(dev)
         loss = float(F.cross_entropy(x_NF @ weight_FC, y_N))
-        best = min(best, (loss, ridge, weight_FC), key=lambda found: found[0])
+        best = min(best, (loss, ridge, weight_FC), key=lambda candidate: candidate[0])
     x_NF, y_N = features(scored)
     nats_N = F.cross_entropy(x_NF @ best[2], y_N, reduction="none")
     return by_unit((nats_N / torch.log(torch.tensor(2.0))).tolist(), scored.units), best[1]

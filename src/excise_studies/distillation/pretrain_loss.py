@@ -14,21 +14,21 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps
-from excise_studies.distillation.distilling import (
-    Bench,
+from excise_studies.levels import verdict
+from excise_studies.recovery import RecoveryScores, gaps
+from excise_studies.setting import (
+    ExperimentSetting,
     Make,
     checkpoints,
-    make_arms,
-    make_draws,
+    make_conditions,
     make_inits,
-    measure_arms,
+    make_replicates,
+    measure_conditions,
     result,
 )
-from excise_studies.levels import verdict
 
 NOTHING = "filtering, another start"
-"""The arm that does nothing with harmful tokens."""
+"""The condition that does nothing with harmful tokens."""
 
 
 class PretrainLoss(Study):
@@ -36,11 +36,11 @@ class PretrainLoss(Study):
 
     Stated beforehand. Models train from one random start on the same rows and steps; a harmful
     token adds minus its loss (clipped at log V), its unlikelihood, KL(uniform || p), or the
-    distance of its activation to a random vector, as RMU; the null is filtering from that start,
-    an oracle once more. What decides is the largest of the differences of the depth gap on V,
-    pushed minus filtered, after T was relearned: pushing away leaves something to invert if its
-    95 % interval over draws and units lies above `margin`, and nothing if all intervals lie within
-    the margin or below it; else it is undecided.
+    distance of its activation to a random vector, as RMU; the null is filtering from that start, an
+    oracle once more. What decides is the largest of the differences of the depth gap on the
+    held-out test set, pushed minus filtered, after relearning: pushing away leaves something to
+    invert if its 95 % interval over seeds and units lies above `margin`, and nothing if all
+    intervals lie within the margin or below it; else it is undecided.
     """
 
     question: ClassVar[str] = (
@@ -48,17 +48,18 @@ class PretrainLoss(Study):
         "leaving its text out?"
     )
     statistic: ClassVar[str] = (
-        "Depth gap on V after relearning T, pushed away minus filtered from the same start, for "
-        "each of four losses; something is left to invert if one 95 % interval lies above the "
-        "margin, nothing if all upper ends lie below it. Bootstrap over draws and units."
+        "Depth gap on the held-out test set after relearning, pushed away minus filtered from the "
+        "same start, for each of four losses; something is left to invert if one 95 % interval "
+        "lies above the margin, nothing if all upper ends lie below it. Bootstrap over seeds and "
+        "units."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
 
     name: Literal["pretrain-loss"] = "pretrain-loss"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    """Share of the distance between the reference models."""
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     pushes: tuple[Push, ...] = ("ascent", "unlikelihood", "uniform", "activations")
     """Losses of harmful tokens."""
@@ -66,39 +67,34 @@ class PretrainLoss(Study):
     """Weight of the harmful tokens' loss."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train from scratch under every loss, relearn, compare."""
+        bench = self.bench
+        replicates = make_replicates(bench, self.seeds, runtime, pool)
+        starts = make_inits(bench, replicates, runtime, pool)
+        methods: dict[str, Method] = {NOTHING: Filtering(pretrain=bench.pretrain)}
+        for push in self.pushes:
+            methods[push] = GradDiffPretrain(pretrain=bench.pretrain, push=push, weight=self.weight)
+        wanted = {
+            (name, seed): Make(method, starts[seed], replicates[seed].domain)
+            for name, method in methods.items()
+            for seed in self.seeds
+        }
+        models = checkpoints(make_conditions(wanted, runtime, pool))
+        recovery = measure_conditions(bench, models, replicates, runtime, pool)
+        apart = differences(self, recovery)
+        return result(
+            recovery,
+            [gaps(recovery)],
+            decide(self, apart),
+            replicates,
+            models,
+            tables=(_table(apart),),
+        )
 
 
-def run(study: PretrainLoss, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train from scratch under every loss, relearn, compare."""
-    bench = study.bench
-    draws = make_draws(bench, study.seeds, runtime, pool)
-    starts = make_inits(bench, draws, runtime, pool)
-    methods: dict[str, Method] = {NOTHING: Filtering(pretrain=bench.pretrain)}
-    for push in study.pushes:
-        methods[push] = GradDiffPretrain(pretrain=bench.pretrain, push=push, weight=study.weight)
-    wanted = {
-        (name, seed): Make(method, starts[seed], draws[seed].domain)
-        for name, method in methods.items()
-        for seed in study.seeds
-    }
-    models = checkpoints(make_arms(wanted, runtime, pool))
-    found = measure_arms(bench, models, draws, runtime, pool)
-    apart = differences(study, found)
-    return result(
-        found,
-        [gaps(found)],
-        decide(study, apart),
-        draws,
-        models,
-        tables=(_table(apart),),
-    )
-
-
-def differences(study: PretrainLoss, found: Found) -> dict[str, Estimate]:
+def differences(study: PretrainLoss, recovery: RecoveryScores) -> dict[str, Estimate]:
     """Return each push's gap minus that of filtering from the same start."""
-    return {push: found.contrast([push], [NOTHING]) for push in study.pushes}
+    return {push: recovery.contrast([push], [NOTHING]) for push in study.pushes}
 
 
 def decide(study: PretrainLoss, apart: Mapping[str, Estimate]) -> str:
@@ -106,16 +102,16 @@ def decide(study: PretrainLoss, apart: Mapping[str, Estimate]) -> str:
     over = [name for name, e in apart.items() if verdict(e, study.margin) == "above"]
     if over:
         names = ", ".join(over)
-        return f"something is left to invert by {names}: beyond {study.margin:g} of the rails"
+        return f"something is left to invert by {names}: beyond {study.margin:g}"
     if all(e.high < study.margin for e in apart.values()):
-        return f"nothing is left to invert: all lie below {study.margin:g} of the rails"
-    return f"undecided: an interval crosses {study.margin:g} of the rails"
+        return f"nothing is left to invert: all lie below {study.margin:g}"
+    return f"undecided: an interval crosses {study.margin:g}"
 
 
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:
     """Return the differences."""
     return StudyTable(
         title="Pushed away minus filtered",
-        note="Depth gap on V; 0 is as deep as leaving the text out.",
+        note="Depth gap on the held-out test set; 0 is as deep as leaving the text out.",
         rows=tuple(row(name, "depth gap", e) for name, e in apart.items()),
     )

@@ -9,42 +9,40 @@ import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.stages import Runtime
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import Attacker
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, groups_of, said
-from excise_studies.distillation.distilling import (
-    Bench,
-    arms_of,
+from excise_studies.distillation.presets import graddiff, maxent, rmu
+from excise_studies.levels import estimate, levels, verdict
+from excise_studies.recovery import RecoveryScores, groups_of, said
+from excise_studies.setting import (
+    ExperimentSetting,
     checkpoints,
-    graddiff,
-    make_arms,
-    make_draws,
-    maxent,
-    measure_arms,
+    conditions_of,
+    make_conditions,
+    make_replicates,
+    measure_conditions,
     result,
-    rmu,
 )
-from excise_studies.levels import Array, estimate, levels, verdict
 
 STEPS = (0, 2, 4, 8, 16, 32, 64, 128, 200)
-"""Steps of relearning at which V is read."""
+"""Steps of relearning at which models are scored."""
 
 
 class ReversalCost(Study):
-    """Steps of relearning T until V is half-way back.
+    """Steps of relearning until knowledge is half-way back.
 
-    Stated beforehand. Unlearned models are relearned on T, each at the rate that dev chose. Its
-    reversal cost is the number of steps at which its score on V first has come half the way from
-    what it is after unlearning to the original's, interpolated in the logarithm of the steps; a
-    model that never comes half-way costs all steps. What decides is the mean over draws of the
-    binary logarithm of RMU's cost over that of `against`: RMU is easier to reverse if the 95 %
-    interval over draws and units lies below minus `margin` doublings, harder if above it, alike if
-    within. A pair of which both never come half-way is undecided.
+    Stated beforehand. Unlearned models are relearned on the relearn set, each at the rate that dev
+    chose. Its reversal cost is the number of steps at which its score on the held-out test set
+    first has come half the way from what it is after unlearning to the original's, interpolated in
+    the logarithm of the steps; a model that never comes half-way costs all steps. What decides is
+    the mean over seeds of the binary logarithm of RMU's cost over that of `against`: RMU is easier
+    to reverse if the 95 % interval over seeds and units lies below minus `margin` doublings, harder
+    if above it, alike if within. A pair of which both never come half-way is undecided.
     """
 
     question: ClassVar[str] = (
@@ -52,8 +50,9 @@ class ReversalCost(Study):
         "removed?"
     )
     statistic: ClassVar[str] = (
-        "log2 of the steps at which V is half-way back after RMU over the same after GradDiff, "
-        "against the margin in doublings from both sides; bootstrap over draws and units."
+        "log2 of the steps at which knowledge is half-way back after RMU over those after "
+        "GradDiff, "
+        "against the margin in doublings from both sides; bootstrap over seeds and units."
     )
     takes: ClassVar[str] = "6 minutes, 1 GiB"
 
@@ -63,7 +62,7 @@ class ReversalCost(Study):
     """Doublings of the number of steps."""
     half: float = Field(default=0.5, gt=0, lt=1)
     """Share of the way back."""
-    bench: Bench = Bench(attacker=Attacker(checkpoints=STEPS))
+    bench: ExperimentSetting = ExperimentSetting(attacker=Attacker(checkpoints=STEPS))
     """Data, models, attacker."""
     methods: dict[str, SerializeAsAny[Method]] = {
         "rmu": rmu(), "grad_diff": graddiff(), "maxent": maxent(),
@@ -80,48 +79,51 @@ class ReversalCost(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: ReversalCost, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Remove, relearn, find the costs."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    models = checkpoints(make_arms(arms_of(study.methods, draws, study.seeds), runtime, pool))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    groups = {seed: groups_of(draws[seed].domain) for seed in study.seeds}
-    costs = {name: log_costs(study, found, name, groups) for name in study.methods}
-    size = found.after.n
-    steps = {name: _power(estimate(logs, size)) for name, logs in costs.items()}
-    apart = {
-        name: estimate(costs["rmu"] - costs[name], size) for name in study.methods if name != "rmu"
-    }
-    end = np.log2(found.attacked["rmu", study.seeds[0]].steps[-1])
-    never = all(float(costs[name][0]) >= end - 1e-9 for name in ("rmu", study.against))
-    counts = ", ".join(f"{name} {said(e)}" for name, e in steps.items())
-    words = [
-        f"Steps until V was half-way back: {counts}.",
-        f"Doublings, rmu over the others: {', '.join(f'{n} {said(e)}' for n, e in apart.items())}.",
-    ]
-    decision = decide(study, apart[study.against], never=never)
-    return result(found, words, decision, draws, models, tables=(_table(steps, apart),))
+        """Remove, relearn, find the costs."""
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        models = checkpoints(
+            make_conditions(conditions_of(self.methods, replicates, self.seeds), runtime, pool)
+        )
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        groups = {seed: groups_of(replicates[seed].domain) for seed in self.seeds}
+        costs = {name: log_costs(self, recovery, name, groups) for name in self.methods}
+        size = recovery.after.n
+        steps = {name: _power(estimate(logs, size)) for name, logs in costs.items()}
+        apart = {
+            name: estimate(costs["rmu"] - costs[name], size)
+            for name in self.methods
+            if name != "rmu"
+        }
+        end = np.log2(recovery.attacked["rmu", self.seeds[0]].steps[-1])
+        never = all(float(costs[name][0]) >= end - 1e-9 for name in ("rmu", self.against))
+        counts = ", ".join(f"{name} {said(e)}" for name, e in steps.items())
+        words = [
+            f"Steps until knowledge was half-way back: {counts}.",
+            "Doublings, rmu over the others: "
+            f"{', '.join(f'{n} {said(e)}' for n, e in apart.items())}.",
+        ]
+        decision = decide(self, apart[self.against], never=never)
+        return result(recovery, words, decision, replicates, models, tables=(_table(steps, apart),))
 
 
 def log_costs(
-    study: ReversalCost, found: Found, name: str, groups: Mapping[int, Mapping[str, str]]
+    study: ReversalCost,
+    recovery: RecoveryScores,
+    name: str,
+    groups: Mapping[int, Mapping[str, str]],
 ) -> Array:
-    """Return the binary logarithm of the cost, of the data, then of the samples; draws averaged."""
-    arms = {seed: found.attacked[name, seed] for seed in study.seeds}
+    """Return the binary logarithm of the cost, of the data, then of the samples; seeds averaged."""
+    conditions = {seed: recovery.attacked[name, seed] for seed in study.seeds}
     curve = [
-        levels({name: {seed: attack.v[i] for seed, attack in arms.items()}}, groups).by_draw
-        for i in range(len(next(iter(arms.values())).steps))
+        levels({name: {seed: attack.v[i] for seed, attack in conditions.items()}}, groups).by_seed
+        for i in range(len(next(iter(conditions.values())).steps))
     ]
-    per_draw = {}
-    for seed, attack in arms.items():
-        goal = found.before.at("original", seed)
+    per_seed = {}
+    for seed, attack in conditions.items():
+        goal = recovery.before.at("original", seed)
         values = np.stack([at[seed][:, 0] for at in curve])
-        per_draw[seed] = log_cost(attack.steps, values, goal, study.half)
-    table = np.stack([per_draw[seed] for seed in study.seeds])
+        per_seed[seed] = log_cost(attack.steps, values, goal, study.half)
+    table = np.stack([per_seed[seed] for seed in study.seeds])
     generator = np.random.default_rng([0, len(study.seeds)])
     samples = table.shape[1] - 1
     picked = generator.integers(len(table), size=(samples, len(table)))
@@ -139,22 +141,22 @@ def log_cost(steps: Sequence[int], values: Array, goal: Array, half: float) -> A
         goal: Score of the original, by sample.
         half: Share of the way from the first score to the goal.
     """
-    wanted = values[0] + half * (goal - values[0])
+    halfway = values[0] + half * (goal - values[0])
     logs = np.log2(np.maximum(np.array(steps, dtype=np.float64), 0.5))
     out = np.full(values.shape[1], logs[-1])
     for s in range(values.shape[1]):
         for i in range(1, len(steps)):
             low, high = values[i - 1, s], values[i, s]
-            if high >= wanted[s]:
-                share = (wanted[s] - low) / (high - low) if high > low else 1.0
+            if high >= halfway[s]:
+                share = (halfway[s] - low) / (high - low) if high > low else 1.0
                 out[s] = logs[i - 1] + min(1.0, max(0.0, share)) * (logs[i] - logs[i - 1])
                 break
     return out
 
 
-def _power(found: Estimate) -> Estimate:
+def _power(logs: Estimate) -> Estimate:
     """Return steps of an estimate of their binary logarithm."""
-    return Estimate(2.0**found.value, 2.0**found.low, 2.0**found.high, found.n)
+    return Estimate(2.0**logs.value, 2.0**logs.low, 2.0**logs.high, logs.n)
 
 
 def decide(study: ReversalCost, apart: Estimate, *, never: bool) -> str:
@@ -172,10 +174,10 @@ def decide(study: ReversalCost, apart: Estimate, *, never: bool) -> str:
 
 def _table(steps: Mapping[str, Estimate], apart: Mapping[str, Estimate]) -> StudyTable:
     """Return costs and doublings."""
-    rows = [row(name, "steps until V is half-way back", e) for name, e in steps.items()]
+    rows = [row(name, "steps until knowledge is half-way back", e) for name, e in steps.items()]
     rows += [row(f"rmu over {name}", "doublings of steps", e) for name, e in apart.items()]
     return StudyTable(
         title="Reversal cost",
-        note="Interpolated in the logarithm of the steps; all steps where V never came half-way.",
+        note="Interpolated in the logarithm of the steps; all steps where it never came half-way.",
         rows=tuple(rows),
     )

@@ -20,25 +20,23 @@ from excise.evals.stats import Estimate, bootstrap_mean
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.models.checkpoint import Checkpoint
+from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.base import Draw
-from excise_studies.distillation import splice_tables
-from excise_studies.distillation.distil_tables import Found, groups_of
-from excise_studies.distillation.distilling import (
-    Bench,
+from excise_studies.base import Replicate, row
+from excise_studies.distillation.predictions import auc, by_unit, kl, noises, predictions, threshold
+from excise_studies.distillation.presets import graddiff, maxent, student
+from excise_studies.levels import estimate, levels, verdict
+from excise_studies.recovery import RecoveryScores, groups_of, said
+from excise_studies.setting import (
+    ExperimentSetting,
     Make,
     checkpoints,
-    graddiff,
-    make_arms,
-    make_draws,
-    maxent,
-    measure_arms,
+    make_conditions,
+    make_replicates,
+    measure_conditions,
     result,
-    student,
 )
-from excise_studies.distillation.predictions import auc, by_unit, kl, noises, predictions, threshold
-from excise_studies.levels import estimate, levels, verdict
 
 VERSION = 1
 """Raised when what a stage computes changes."""
@@ -47,15 +45,16 @@ VERSION = 1
 class TeacherSplice(Study):
     """The unlearned model's predictions against a splice of the original's and noise.
 
-    Stated beforehand. With U the unlearned model, B the original and c a noise (uniform, unigram
-    of the forget answers, or U's mean prediction there; chosen on dev), the share explained is
-    1 - (KL(U || c) on V + KL(U || B) on retain_test) / (KL(U || B) on V + KL(U || B) on
-    retain_test), in nats per answer token. The first teacher is the splice if the 95 % interval
-    over draws and units lies above `margin`, not the splice if it lies below. For the teacher that
-    was told a part of the labels, units of V whose KL(U || B) is below the threshold that tells
-    dev forget from dev retain best are missed; a student of it is distilled from random weights
-    and T is relearned. What it knows of missed units of V beyond the oracle, minus the same of
-    caught ones, says whether they leak: they do if the interval lies above `leak_margin`.
+    Stated beforehand. With U the unlearned model, B the original and c a noise (uniform, unigram of
+    the forget answers, or U's mean prediction there; chosen on dev), the share explained is 1 -
+    (KL(U || c) on the held-out test set + KL(U || B) on retain_test) / (KL(U || B) on the held-out
+    test set + KL(U || B) on retain_test), in nats per answer token. The first teacher is the splice
+    if the 95 % interval over seeds and units lies above `margin`, not the splice if it lies below.
+    For the teacher that was given some of the labels, units of the held-out test set whose KL(U ||
+    B) is below the threshold that tells dev forget from dev retain best are missed; a student of it
+    is distilled from random weights and the relearn set is learned again. What it knows of missed
+    units of the held-out test set beyond the oracle, minus the same of caught ones, says whether
+    they leak: they do if the interval lies above `leak_margin`.
     """
 
     question: ClassVar[str] = (
@@ -65,8 +64,9 @@ class TeacherSplice(Study):
     statistic: ClassVar[str] = (
         "Share of KL(U || B) that the splice explains, forget and retain weighing the same; the "
         "splice if its 95 % interval lies above the margin, not if below. For the teacher with a "
-        "part of the labels: knowledge of missed units of V in its student after relearning T, "
-        "beyond the oracle, minus that of caught units. Bootstrap over draws and units."
+        "part of the labels: knowledge of missed units of the held-out test set in its student "
+        "after relearning, beyond the oracle, minus that of caught units. Bootstrap over seeds and "
+        "units."
     )
     takes: ClassVar[str] = "8 minutes, 1 GiB"
 
@@ -76,19 +76,53 @@ class TeacherSplice(Study):
     """Share of KL(U || B)."""
     leak_margin: float = 0.1
     """Difference of exact match between missed and caught units."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     teachers: dict[str, SerializeAsAny[Method]] = {"maxent": maxent(), "grad_diff": graddiff()}
     """The unlearned models; the first decides."""
     labelled: float = Field(default=0.3, gt=0, lt=1)
-    """Share of the forget groups that the further teacher is told; it is the first of the others
+    """Share of the forget groups that the further teacher is given; it is the first of the others
     in all else."""
     student: Undo = student()
     """The student of that teacher."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Make the teachers and one student, read predictions, relearn."""
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        first = next(iter(self.teachers.values()))
+        wanted = {
+            (name, s): Make(method, replicates[s].original, replicates[s].domain)
+            for name, method in self.teachers.items()
+            for s in self.seeds
+        }
+        part_labelled = {s: with_part(replicates[s].domain, self.labelled, s) for s in self.seeds}
+        wanted |= {
+            (PART, s): Make(first, replicates[s].original, part_labelled[s]) for s in self.seeds
+        }
+        teachers = checkpoints(make_conditions(wanted, runtime, pool))
+        method = self.student.model_copy(update={"unlearn": first})
+        pupils = {
+            (f"student of {PART}", s): Make(method, replicates[s].original, part_labelled[s])
+            for s in self.seeds
+        }
+        models = checkpoints(make_conditions(pupils, runtime, pool))
+        length = self.bench.pretrain.max_length
+        jobs = {
+            key: CompareModels(
+                model, replicates[key[1]].original, replicates[key[1]].domain, length
+            )
+            for key, model in teachers.items()
+        }
+        away = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        shares = {
+            name: explained(away, name, replicates, self.seeds) for name in (*self.teachers, PART)
+        }
+        leak = leaked(away, recovery, replicates, self.seeds)
+        decision = decide(self, shares[next(iter(self.teachers))][1], leak)
+        tables = (shares_table(shares, aucs(away)), leak_table(leak))
+        words = sentences(shares, aucs(away), leak)
+        return result(recovery, words, decision, replicates, {**teachers, **models}, tables=tables)
 
 
 @dataclass(frozen=True)
@@ -117,19 +151,21 @@ class CompareModels(Stage[dict[str, Any]]):
     def make(self, ctx: Context) -> None:
         """Write KLs by unit of `test`, `retain`, `dev`, `dev_retain`: `original`, each noise."""
         tokenizer, domain = self.original.tokenizer(), self.domain
-        u, b = (m.load(dtype=ctx.dtype, device=ctx.device) for m in (self.edited, self.original))
+        edited_model, original_model = (
+            m.load(dtype=ctx.dtype, device=ctx.device) for m in (self.edited, self.original)
+        )
         sides = {"dev": _flat(domain.dev_forget), "test": _flat(domain.test),
                  "retain": domain.retain_test, "dev_retain": domain.dev_retain}  # fmt: skip
-        found: dict[str, dict[str, dict[str, float]]] = {}
+        kls: dict[str, dict[str, dict[str, float]]] = {}
         noise: Mapping[str, Any] = {}
         for name, rows in sides.items():
-            one = predictions(u, rows, tokenizer, max_length=self.max_length)
-            other = predictions(b, rows, tokenizer, max_length=self.max_length)
-            noise = noise or noises(one.log_NV, one.next_N)
-            away = {"original": kl(one.log_NV, other.log_NV)}
-            away |= {c: kl(one.log_NV, c_V.expand_as(one.log_NV)) for c, c_V in noise.items()}
-            found[name] = {c: by_unit(v.tolist(), one.units) for c, v in away.items()}
-        write_text(ctx.work / "kl.json", json.dumps(found))
+            edited = predictions(edited_model, rows, tokenizer, max_length=self.max_length)
+            original = predictions(original_model, rows, tokenizer, max_length=self.max_length)
+            noise = noise or noises(edited.log_NV, edited.next_N)
+            away = {"original": kl(edited.log_NV, original.log_NV)}
+            away |= {c: kl(edited.log_NV, c_V.expand_as(edited.log_NV)) for c, c_V in noise.items()}
+            kls[name] = {c: by_unit(v.tolist(), edited.units) for c, v in away.items()}
+        write_text(ctx.work / "kl.json", json.dumps(kls))
 
     def read(self, folder: Path) -> dict[str, Any]:
         """Return what was written."""
@@ -146,63 +182,31 @@ PART = "part of the labels"
 """Name of the further teacher and of its student."""
 
 
-def run(study: TeacherSplice, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Make the teachers and one student, read predictions, relearn."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    first = next(iter(study.teachers.values()))
-    wanted = {
-        (name, s): Make(method, draws[s].original, draws[s].domain)
-        for name, method in study.teachers.items()
-        for s in study.seeds
-    }
-    told = {s: with_part(draws[s].domain, study.labelled, s) for s in study.seeds}
-    wanted |= {(PART, s): Make(first, draws[s].original, told[s]) for s in study.seeds}
-    teachers = checkpoints(make_arms(wanted, runtime, pool))
-    method = study.student.model_copy(update={"unlearn": first})
-    pupils = {
-        (f"student of {PART}", s): Make(method, draws[s].original, told[s]) for s in study.seeds
-    }
-    models = checkpoints(make_arms(pupils, runtime, pool))
-    length = study.bench.pretrain.max_length
-    jobs = {
-        key: CompareModels(model, draws[key[1]].original, draws[key[1]].domain, length)
-        for key, model in teachers.items()
-    }
-    away = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    shares = {name: explained(away, name, draws, study.seeds) for name in (*study.teachers, PART)}
-    leak = leaked(away, found, draws, study.seeds)
-    decision = decide(study, shares[next(iter(study.teachers))][1], leak)
-    tables = (splice_tables.shares_table(shares, aucs(away)), splice_tables.leak_table(leak))
-    words = splice_tables.words(shares, aucs(away), leak)
-    return result(found, words, decision, draws, {**teachers, **models}, tables=tables)
-
-
 def with_part(domain: Domain, share: float, seed: int) -> Domain:
     """Return the domain whose forget set has a share of its groups, drawn by hash."""
     forget = {}
     for name, rows in domain.forget.items():
         groups = list(dict.fromkeys(row.group or row.unit for row in rows))
         order = hashed_order(groups, groups, seed)
-        kept = set(order[: max(1, round(share * len(order)))])
-        forget[name] = tuple(row for row in rows if (row.group or row.unit) in kept)
+        labelled = set(order[: max(1, round(share * len(order)))])
+        forget[name] = tuple(row for row in rows if (row.group or row.unit) in labelled)
     return replace(domain, forget=forget)
 
 
 Away = Mapping[tuple[str, int], Mapping[str, Any]]
-"""What `make_kl` returned, by teacher and draw."""
+"""What `make_kl` returned, by teacher and seed."""
 
 
 def explained(
-    away: Away, name: str, draws: Mapping[int, Draw], seeds: tuple[int, ...]
+    away: Away, name: str, replicates: Mapping[int, Replicate], seeds: tuple[int, ...]
 ) -> tuple[str, Estimate]:
     """Return the noise that dev chose and the share of the KL that its splice explains.
 
     Args:
         away: KLs by unit.
         name: Teacher.
-        draws: Give the groups of units.
-        seeds: Reported draws.
+        replicates: Give the groups of units.
+        seeds: Reported seeds.
     """
     kinds = [c for c in away[name, seeds[0]]["dev"] if c != "original"]
 
@@ -210,49 +214,54 @@ def explained(
         return sum(float(np.mean(list(away[name, s]["dev"][kind].values()))) for s in seeds)
 
     best = min(kinds, key=on_dev)
-    groups = {s: groups_of(draws[s].domain) for s in seeds}
+    groups = {s: groups_of(replicates[s].domain) for s in seeds}
     forget = levels(
         {kind: {s: away[name, s]["test"][kind] for s in seeds} for kind in ("original", best)},
         groups,
     )
-    kept = levels({"original": {s: away[name, s]["retain"]["original"] for s in seeds}}, groups)
-    on_retain = kept.at("original")
+    on_retain_set = levels(
+        {"original": {s: away[name, s]["retain"]["original"] for s in seeds}}, groups
+    )
+    on_retain = on_retain_set.at("original")
     whole = forget.at("original") + on_retain
     left = forget.at(best) + on_retain
     share = np.where(whole > 1e-9, 1 - left / np.maximum(whole, 1e-9), np.nan)
-    return best, estimate(share, forget.n + kept.n)
+    return best, estimate(share, forget.n + on_retain_set.n)
 
 
 def aucs(away: Away) -> dict[str, float]:
-    """Return by teacher how well KL(U || B) of a unit tells V from retain, averaged over draws."""
-    held: dict[str, list[float]] = {}
-    for (name, _), found in away.items():
-        sides = [list(found[side]["original"].values()) for side in ("test", "retain")]
-        held.setdefault(name, []).append(auc(*sides))
-    return {name: float(np.mean(values)) for name, values in held.items()}
+    """Return by teacher how well KL(U || B) tells the held-out test set from retain, over seeds."""
+    areas: dict[str, list[float]] = {}
+    for (name, _), kls in away.items():
+        sides = [list(kls[side]["original"].values()) for side in ("test", "retain")]
+        areas.setdefault(name, []).append(auc(*sides))
+    return {name: float(np.mean(values)) for name, values in areas.items()}
 
 
 def leaked(
-    away: Away, found: Found, draws: Mapping[int, Draw], seeds: tuple[int, ...]
+    away: Away,
+    recovery: RecoveryScores,
+    replicates: Mapping[int, Replicate],
+    seeds: tuple[int, ...],
 ) -> dict[str, Estimate]:
-    """Return what the student knows beyond the oracle, of `missed` and of `caught` units of V.
+    """Return what the student knows beyond the oracle, of `missed` and of `caught` test units.
 
     A side without units is left out.
     """
     sides: dict[str, dict[str, float]] = {"missed": {}, "caught": {}}
     groups: dict[str, str] = {}
     for s in seeds:
-        held = away[PART, s]
+        kls = away[PART, s]
         cut = threshold(
-            list(held["dev"]["original"].values()), list(held["dev_retain"]["original"].values())
+            list(kls["dev"]["original"].values()), list(kls["dev_retain"]["original"].values())
         )
-        own = groups_of(draws[s].domain)
-        knows = found.attacked[f"student of {PART}", s].after
-        oracle = found.attacked["oracle", s].after
-        for unit, value in held["test"]["original"].items():
+        groups_here = groups_of(replicates[s].domain)
+        knows = recovery.attacked[f"student of {PART}", s].after
+        oracle = recovery.attacked["oracle", s].after
+        for unit, value in kls["test"]["original"].items():
             side = "caught" if value > cut else "missed"
             sides[side][f"{s}:{unit}"] = knows[unit] - oracle[unit]
-            groups[f"{s}:{unit}"] = f"{s}:{own.get(unit, unit)}"
+            groups[f"{s}:{unit}"] = f"{s}:{groups_here.get(unit, unit)}"
     out = {name: bootstrap_mean(units, groups=groups) for name, units in sides.items() if units}
     if len(out) == 2:
         out["missed - caught"] = _apart(sides["missed"], sides["caught"], groups)
@@ -260,12 +269,12 @@ def leaked(
 
 
 def _apart(
-    one: Mapping[str, float], two: Mapping[str, float], groups: Mapping[str, str]
+    first: Mapping[str, float], second: Mapping[str, float], groups: Mapping[str, str]
 ) -> Estimate:
     """Return the difference of two means over units that are not the same."""
-    a = levels({"x": {0: one}}, {0: groups}, seed=1).at("x")
-    b = levels({"x": {0: two}}, {0: groups}, seed=2).at("x")
-    return estimate(a - b, len(one) + len(two))
+    a = levels({"x": {0: first}}, {0: groups}, seed=1).at("x")
+    b = levels({"x": {0: second}}, {0: groups}, seed=2).at("x")
+    return estimate(a - b, len(first) + len(second))
 
 
 def decide(study: TeacherSplice, share: Estimate, leak: Mapping[str, Estimate]) -> str:
@@ -286,3 +295,56 @@ def decide(study: TeacherSplice, share: Estimate, leak: Mapping[str, Estimate]) 
         "undecided": "whether what was missed leaks is undecided",
     }
     return f"{first}; {words[verdict(leak['missed - caught'], study.leak_margin)]}"
+
+
+Shares = Mapping[str, tuple[str, Estimate]]
+"""Noise and share explained, by teacher."""
+
+
+def shares_table(shares: Shares, areas: Mapping[str, float]) -> StudyTable:
+    """Return how much of each teacher the splice explains, and the AUC of its implicit label."""
+    rows: list[StudyRow] = []
+    for name, (noise, share) in shares.items():
+        rows.append(row(name, f"share explained, noise {noise}", share))
+        rows.append(
+            StudyRow(
+                condition=name,
+                metric="AUC of KL(U || B), held-out test set against retain",
+                value=areas[name],
+            )
+        )
+    return StudyTable(
+        title="Is the teacher the splice?",
+        note="1 is noise where harmful and the original elsewhere; noise chosen on dev.",
+        rows=tuple(rows),
+    )
+
+
+def leak_table(leak: Mapping[str, Estimate]) -> StudyTable:
+    """Return what the student knows beyond the oracle, where its teacher missed and caught."""
+    return StudyTable(
+        title="Do missed units leak?",
+        note=(
+            "Student of the teacher with a part of the labels, minus the oracle, on the held-out "
+            "test set."
+        ),
+        rows=tuple(row(name, "exact match beyond the oracle", e) for name, e in leak.items()),
+    )
+
+
+def sentences(
+    shares: Shares, areas: Mapping[str, float], leak: Mapping[str, Estimate]
+) -> list[str]:
+    """Return the sentences between the reference models and the decision."""
+    parts = [
+        f"{name} {said(share)} (noise {noise}, AUC {areas[name]:.2f})"
+        for name, (noise, share) in shares.items()
+    ]
+    words = [f"Share of the change that the splice explains: {', '.join(parts)}."]
+    if leak:
+        parts_of_leak = [f"{name} {said(e)} ({e.n} units)" for name, e in leak.items()]
+        words.append(
+            "Beyond the oracle the student knew of the held-out test set: "
+            f"{', '.join(parts_of_leak)}."
+        )
+    return words

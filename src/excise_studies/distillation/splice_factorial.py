@@ -15,35 +15,36 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
-    Bench,
-    Make,
-    arms_of,
-    checkpoints,
-    make_arms,
-    make_draws,
-    measure_arms,
-    result,
-    student,
-)
+from excise_studies.distillation.presets import student
 from excise_studies.levels import verdict
+from excise_studies.recovery import RecoveryScores, gaps, said
+from excise_studies.setting import (
+    ExperimentSetting,
+    Make,
+    checkpoints,
+    conditions_of,
+    make_conditions,
+    make_replicates,
+    measure_conditions,
+    result,
+)
 
-Benign = Literal["original", "unlearned"]
-Harmful = Literal["unlearned", "uniform", "skip", "shuffled"]
+BenignTarget = Literal["original", "unlearned"]
+HarmfulTarget = Literal["unlearned", "uniform", "skip", "shuffled"]
 
 
 class SpliceFactorial(Study):
     """Students of every pair of a benign and a harmful target, from random weights.
 
-    Stated beforehand. The outcome of an arm is its depth gap on V: (arm - oracle) / (original
-    before the attack - oracle) after T was relearned. Two effects decide, each against `margin`
-    from both sides by its 95 % interval over draws and units. The benign effect is the mean gap
-    of the arms whose benign target is the unlearned model minus that of the arms whose benign
-    target is the original. The harmful effect is the mean gap of the arms whose harmful target is
-    the unlearned model minus that of the arms that skip harmful tokens. The student of the
-    unlearned model counts as filtering if both lie within the margin; as worse than filtering if
-    one lies above it, as better if one lies below; else it is undecided.
+    Stated beforehand. The outcome of a condition is its depth gap on the held-out test set:
+    (condition - oracle) / (original before the attack - oracle) after relearning. Two effects
+    decide, each against `margin` from both sides by its 95 % interval over seeds and units. The
+    benign effect is the mean gap of the conditions whose benign target is the unlearned model minus
+    that of the conditions whose benign target is the original. The harmful effect is the mean gap
+    of the conditions whose harmful target is the unlearned model minus that of the conditions that
+    skip harmful tokens. The student of the unlearned model counts as filtering if both lie within
+    the margin; as worse than filtering if one lies above it, as better if one lies below; else it
+    is undecided.
     """
 
     question: ClassVar[str] = (
@@ -51,67 +52,68 @@ class SpliceFactorial(Study):
         "the original and noise, or is distilling an unlearned model the same as filtering?"
     )
     statistic: ClassVar[str] = (
-        "Main effects on the depth gap on V after relearning T: benign target (unlearned minus "
-        "original) and harmful target (unlearned minus skip), each over the levels of the other; "
-        "the same as filtering if both 95 % intervals lie within the margin, worse if one lies "
-        "above it, better if one lies below minus the margin. Bootstrap over draws and units."
+        "Main effects on the depth gap on the held-out test set after relearning: benign target "
+        "(unlearned minus original) and harmful target (unlearned minus skip), each over the "
+        "levels of the other; the same as filtering if both 95 % intervals lie within the margin, "
+        "worse if one lies above it, better if one lies below minus the margin. Bootstrap over "
+        "seeds and units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"
 
     name: Literal["splice-factorial"] = "splice-factorial"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    """Share of the distance between the reference models."""
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
     """The student; its targets are replaced."""
-    benign: tuple[Benign, ...] = ("original", "unlearned")
+    benign: tuple[BenignTarget, ...] = ("original", "unlearned")
     """Targets of benign tokens."""
-    harmful: tuple[Harmful, ...] = ("unlearned", "uniform", "skip", "shuffled")
+    harmful: tuple[HarmfulTarget, ...] = ("unlearned", "uniform", "skip", "shuffled")
     """Targets of harmful tokens."""
     others: bool = True
-    """Whether to run four arms that stand beside the factorial: noise by the teacher's implicit
-    labels, cross-entropy on filtered text, the oracle's logits, the original's everywhere."""
+    """Whether to run four conditions that stand beside the factorial: noise by the teacher's
+    implicit labels, cross-entropy on filtered text, the oracle's logits, the original's
+    everywhere."""
     tau: float = Field(default=0.5, gt=0)
     """Nats from which on the teacher's implicit label is harmful."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Distil every condition, relearn, and compare."""
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        methods: dict[str, Any] = {
+            condition_name(b, h): given(self.student, Splice(benign=b, harmful=h))
+            for b in self.benign
+            for h in self.harmful
+        }
+        if self.others:
+            implicit = Splice(harmful="uniform", by=Implicit(tau=self.tau))
+            methods["implicit labels, harmful uniform"] = given(self.student, implicit)
+            methods["filtered text, no teacher"] = given(self.student, HardLabels())
+            methods["original everywhere"] = given(self.student, FromOriginal())
+        wanted = conditions_of(methods, replicates, self.seeds)
+        if self.others:
+            for seed in self.seeds:
+                oracle = replicates[seed].oracle
+                assert oracle is not None
+                method = given(self.student, FromOracle(path=str(oracle.path)))
+                wanted["oracle's logits", seed] = Make(
+                    method, replicates[seed].original, replicates[seed].domain
+                )
+        models = checkpoints(make_conditions(wanted, runtime, pool))
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        effects = effects_of(self, recovery)
+        words = [f"The {name} was {said(effect)}." for name, effect in effects.items()]
+        words.append(gaps(recovery))
+        return result(
+            recovery, words, decide(self, effects), replicates, models, tables=(_effects(effects),)
+        )
 
 
-def arm_name(benign: str, harmful: str) -> str:
-    """Return the name of a cell."""
+def condition_name(benign: str, harmful: str) -> str:
+    """Return the name of a condition."""
     return f"benign {benign}, harmful {harmful}"
-
-
-def run(study: SpliceFactorial, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Distil every cell, relearn, and compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    methods: dict[str, Any] = {
-        arm_name(b, h): given(study.student, Splice(benign=b, harmful=h))
-        for b in study.benign
-        for h in study.harmful
-    }
-    if study.others:
-        implicit = Splice(harmful="uniform", by=Implicit(tau=study.tau))
-        methods["implicit labels, harmful uniform"] = given(study.student, implicit)
-        methods["filtered text, no teacher"] = given(study.student, HardLabels())
-        methods["original everywhere"] = given(study.student, FromOriginal())
-    wanted = arms_of(methods, draws, study.seeds)
-    if study.others:
-        for seed in study.seeds:
-            oracle = draws[seed].oracle
-            assert oracle is not None
-            method = given(study.student, FromOracle(path=str(oracle.path)))
-            wanted["oracle's logits", seed] = Make(method, draws[seed].original, draws[seed].domain)
-    models = checkpoints(make_arms(wanted, runtime, pool))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    effects = effects_of(study, found)
-    words = [f"The {name} was {said(effect)}." for name, effect in effects.items()]
-    words.append(gaps(found))
-    return result(found, words, decide(study, effects), draws, models, tables=(_effects(effects),))
 
 
 def given(method: Undo, targets: Any) -> Undo:
@@ -119,36 +121,36 @@ def given(method: Undo, targets: Any) -> Undo:
     return method.model_copy(update={"targets": targets})
 
 
-def effects_of(study: SpliceFactorial, found: Found) -> dict[str, Estimate]:
+def effects_of(study: SpliceFactorial, recovery: RecoveryScores) -> dict[str, Estimate]:
     """Return the main effects by name; the two that decide come first."""
-    cells = {(b, h): arm_name(b, h) for b in study.benign for h in study.harmful}
+    conditions = {(b, h): condition_name(b, h) for b in study.benign for h in study.harmful}
 
     def side(at: int, level: str) -> list[str]:
-        return [name for cell, name in cells.items() if cell[at] == level]
+        return [name for targets, name in conditions.items() if targets[at] == level]
 
     out = {
-        "benign effect (unlearned - original)": found.contrast(
+        "benign effect (unlearned - original)": recovery.contrast(
             side(0, "unlearned"), side(0, "original")
         )
     }
     for level in study.harmful:
         if level != "skip":
             name = f"harmful effect ({level} - skip)"
-            out[name] = found.contrast(side(1, level), side(1, "skip"))
+            out[name] = recovery.contrast(side(1, level), side(1, "skip"))
     return out
 
 
 def decide(study: SpliceFactorial, effects: dict[str, Estimate]) -> str:
     """Return what the two effects say under the margin."""
-    two = [e for name, e in effects.items() if "(unlearned" in name]
-    found = {verdict(effect, study.margin) for effect in two}
-    if found == {"equal"}:
-        return f"the same as filtering: both effects lie within {study.margin:g} of the rails"
-    if "above" in found:
-        return f"worse than filtering: an effect lies above {study.margin:g} of the rails"
-    if "below" in found:
-        return f"better than filtering: an effect lies below -{study.margin:g} of the rails"
-    return f"undecided: an interval crosses {study.margin:g} of the rails"
+    deciding = [e for name, e in effects.items() if "(unlearned" in name]
+    verdicts = {verdict(effect, study.margin) for effect in deciding}
+    if verdicts == {"equal"}:
+        return f"the same as filtering: both effects lie within {study.margin:g}"
+    if "above" in verdicts:
+        return f"worse than filtering: an effect lies above {study.margin:g}"
+    if "below" in verdicts:
+        return f"better than filtering: an effect lies below -{study.margin:g}"
+    return f"undecided: an interval crosses {study.margin:g}"
 
 
 def _effects(effects: dict[str, Estimate]) -> StudyTable:

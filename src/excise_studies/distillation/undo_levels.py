@@ -16,35 +16,35 @@ from excise.methods.distillation.undo import Undo
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.attacking import Key
+from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
-    Bench,
-    arms_of,
-    checkpoints,
-    make_arms,
-    make_draws,
-    measure_arms,
-    result,
-    student,
-    with_fit,
-)
+from excise_studies.distillation.presets import student, with_fit
 from excise_studies.levels import estimate, verdict
+from excise_studies.recovery import RecoveryScores, gaps, said
+from excise_studies.setting import (
+    ExperimentSetting,
+    checkpoints,
+    conditions_of,
+    make_conditions,
+    make_replicates,
+    measure_conditions,
+    result,
+)
 
 ALONE = "unlearn only"
-"""The arm without damage and distillation."""
+"""The condition without damage and distillation."""
 
 
 class UndoLevels(Study):
     """Strengths of damage at equal steps and at the stop rule, and what if one part is left out.
 
     Stated beforehand. Students of one teacher start from its weights, moved by alpha towards noise.
-    What decides is, for each alpha at equal steps, the depth gap on V of unlearning alone minus the
-    student's after T was relearned: distillation hardens removal at that alpha if the lower end of
-    the 95 % interval over draws and units lies above `margin` and the student's retain recall is
-    at least `keep` of the original's, and does not if the upper end lies below the margin. The arms
-    that stop by the rule and the controls stand beside it and decide nothing.
+    What decides is, for each alpha at equal steps, the depth gap on the held-out test set of
+    unlearning alone minus the student's after relearning: distillation hardens removal at that
+    alpha if the lower end of the 95 % interval over seeds and units lies above `margin` and the
+    student's retain recall is at least `keep` of the original's, and does not if the upper end lies
+    below the margin. The conditions that stop by the rule and the controls stand beside it and
+    decide nothing.
     """
 
     question: ClassVar[str] = (
@@ -52,17 +52,18 @@ class UndoLevels(Study):
         "do noise, distillation and an unlearned teacher each have to be there?"
     )
     statistic: ClassVar[str] = (
-        "Depth gap on V after relearning T, unlearning alone minus the student, for each alpha at "
-        "equal steps; hardened if the lower end of the 95 % interval lies above the margin and "
-        "retain is kept, not if the upper end lies below. Bootstrap over draws and units."
+        "Depth gap on the held-out test set after relearning, unlearning alone minus the student, "
+        "for each alpha at equal steps; hardened if the lower end of the 95 % interval lies above "
+        "the margin and retain is kept, not if the upper end lies below. Bootstrap over seeds and "
+        "units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"
 
     name: Literal["undo-levels"] = "undo-levels"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    """Share of the distance between the reference models."""
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student(alpha=0.6, beta=0.1)
     """The student; its alpha is replaced, and where alpha is 1 its beta by 1, a whole
@@ -87,8 +88,25 @@ class UndoLevels(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Unlearn, damage, distil, relearn, compare."""
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        removals = make_conditions(
+            conditions_of(methods_of(self), replicates, self.seeds), runtime, pool
+        )
+        models = checkpoints(removals)
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        deeper = {alpha: recovery.contrast([ALONE], [equal(alpha)]) for alpha in self.alphas}
+        retained = {alpha: keeps(recovery, equal(alpha)) for alpha in self.alphas}
+        words = [
+            "Unlearning alone minus the student, depth gap: "
+            + ", ".join(f"alpha {a:g} {said(e)}" for a, e in deeper.items())
+            + ".",
+            gaps(recovery),
+        ]
+        tables = (_table(deeper, retained), _costs(removals, self.seeds))
+        return result(
+            recovery, words, decide(self, deeper, retained), replicates, models, tables=tables
+        )
 
 
 def moved(study: UndoLevels, alpha: float) -> Undo:
@@ -98,16 +116,16 @@ def moved(study: UndoLevels, alpha: float) -> Undo:
 
 
 def methods_of(study: UndoLevels) -> dict[str, Method]:
-    """Return all arms by name."""
+    """Return all conditions by name."""
     rule = {"stop_tolerance": study.stop_tolerance, "stop_every": study.stop_every}
     base = moved(study, study.control)
-    arms: dict[str, Method] = {ALONE: study.student.unlearn}
-    arms |= {equal(alpha): moved(study, alpha) for alpha in study.alphas}
-    arms |= {
+    conditions: dict[str, Method] = {ALONE: study.student.unlearn}
+    conditions |= {equal(alpha): moved(study, alpha) for alpha in study.alphas}
+    conditions |= {
         f"alpha {alpha:g}, stop rule": moved(study, alpha).model_copy(update=rule)
         for alpha in study.alphas
     }
-    return arms | {
+    return conditions | {
         "no noise": study.student.model_copy(update={"alpha": 0.0}),
         "noise, no distillation": with_fit(base, steps=0),
         "no teacher, all rows": base.model_copy(update={"targets": HardLabels(harmful="keep")}),
@@ -117,80 +135,67 @@ def methods_of(study: UndoLevels) -> dict[str, Method]:
 
 
 def equal(alpha: float) -> str:
-    """Return the name of the arm at equal steps."""
+    """Return the name of the condition at equal steps."""
     return f"alpha {alpha:g}"
 
 
-def run(study: UndoLevels, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Unlearn, damage, distil, relearn, compare."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    made = make_arms(arms_of(methods_of(study), draws, study.seeds), runtime, pool)
-    models = checkpoints(made)
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    deeper = {alpha: found.contrast([ALONE], [equal(alpha)]) for alpha in study.alphas}
-    kept = {alpha: keeps(found, equal(alpha)) for alpha in study.alphas}
-    words = [
-        "Unlearning alone minus the student, depth gap: "
-        + ", ".join(f"alpha {a:g} {said(e)}" for a, e in deeper.items())
-        + ".",
-        gaps(found),
-    ]
-    tables = (_table(deeper, kept), _costs(made, study.seeds))
-    return result(found, words, decide(study, deeper, kept), draws, models, tables=tables)
-
-
-def keeps(found: Found, arm: str) -> Estimate:
-    """Return an arm's retain recall as a share of the original's."""
-    whole = found.retain.at("original")
-    share = found.retain.at(arm) / np.where(whole > 0, whole, np.nan)
-    return estimate(share, found.retain.n)
+def keeps(recovery: RecoveryScores, condition: str) -> Estimate:
+    """Return a condition's retain recall as a share of the original's."""
+    whole = recovery.retain.at("original")
+    share = recovery.retain.at(condition) / np.where(whole > 0, whole, np.nan)
+    return estimate(share, recovery.retain.n)
 
 
 def decide(
-    study: UndoLevels, deeper: Mapping[float, Estimate], kept: Mapping[float, Estimate]
+    study: UndoLevels, deeper: Mapping[float, Estimate], retained: Mapping[float, Estimate]
 ) -> str:
     """Return what each strength of damage buys."""
     words = {"above": "hardened", "below": "not hardened", "equal": "not hardened"}
     parts = []
     for alpha, e in deeper.items():
-        held = words.get(verdict(e, study.margin), "undecided")
-        if held == "undecided" and e.high < study.margin:
-            held = "not hardened"
-        if held == "hardened" and not kept[alpha].value >= study.keep:
-            held = f"deeper, but retain falls to {kept[alpha].value:.2f} of the original's"
-        parts.append(f"alpha {alpha:g}: {held}")
+        outcome = words.get(verdict(e, study.margin), "undecided")
+        if outcome == "undecided" and e.high < study.margin:
+            outcome = "not hardened"
+        if outcome == "hardened" and not retained[alpha].value >= study.keep:
+            outcome = f"deeper, but retain falls to {retained[alpha].value:.2f} of the original's"
+        parts.append(f"alpha {alpha:g}: {outcome}")
     return "; ".join(parts)
 
 
-def _table(deeper: Mapping[float, Estimate], kept: Mapping[float, Estimate]) -> StudyTable:
+def _table(deeper: Mapping[float, Estimate], retained: Mapping[float, Estimate]) -> StudyTable:
     """Return what decides."""
     rows: list[StudyRow] = []
     for alpha, e in deeper.items():
         rows.append(row(equal(alpha), "unlearning alone minus it, depth gap", e))
-        rows.append(row(equal(alpha), "retain, share of the original's", kept[alpha]))
+        rows.append(row(equal(alpha), "retain, share of the original's", retained[alpha]))
     return StudyTable(
         title="What distillation adds to unlearning",
-        note="Depth gap on V after T was relearned; above 0 the student is deeper. Equal steps.",
+        note=(
+            "Depth gap on the held-out test set after relearning; above 0 the student is deeper. "
+            "Equal steps."
+        ),
         rows=tuple(rows),
     )
 
 
-def _costs(made: Mapping[Key, Removal], seeds: tuple[int, ...]) -> StudyTable:
-    """Return steps and cost of the arms, as the methods counted them."""
+def _costs(removals: Mapping[RunKey, Removal], seeds: tuple[int, ...]) -> StudyTable:
+    """Return steps and cost of the conditions, as the methods counted them."""
     rows: list[StudyRow] = []
-    for arm in dict.fromkeys(arm for arm, _ in made):
-        held = [made[arm, seed] for seed in seeds]
-        steps = sum(removal.cost.steps for removal in held) / len(held)
-        rows.append(StudyRow(condition=arm, metric="steps", value=steps, n=len(held)))
-        shares = [removal.extras.get("cost", {}).get("share_of_pretraining") for removal in held]
+    for condition in dict.fromkeys(condition for condition, _ in removals):
+        each = [removals[condition, seed] for seed in seeds]
+        steps = sum(removal.cost.steps for removal in each) / len(each)
+        rows.append(StudyRow(condition=condition, metric="steps", value=steps, n=len(each)))
+        shares = [removal.extras.get("cost", {}).get("share_of_pretraining") for removal in each]
         known = [float(share) for share in shares if share is not None]
-        if len(known) == len(held):
+        if len(known) == len(each):
             share = sum(known) / len(known)
             rows.append(
-                StudyRow(condition=arm, metric="share of pretraining", value=share, n=len(held))
+                StudyRow(
+                    condition=condition, metric="share of pretraining", value=share, n=len(each)
+                )
             )
     return StudyTable(
         title="Cost",
-        note="Mean over draws; steps of the teacher and passes of every model are counted.",
+        note="Mean over seeds; steps of the teacher and passes of every model are counted.",
         rows=tuple(rows),
     )

@@ -9,29 +9,25 @@ import numpy as np
 from pydantic import Field, SerializeAsAny
 
 from excise.core.stages import Runtime
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import Found, said
-from excise_studies.distillation.distilling import (
-    Bench,
-    arms_of,
+from excise_studies.distillation.presets import graddiff, maxent, rmu, student, with_fit
+from excise_studies.levels import estimate, spearman
+from excise_studies.recovery import RecoveryScores, listed
+from excise_studies.setting import (
+    ExperimentSetting,
     checkpoints,
-    graddiff,
-    make_arms,
-    make_draws,
-    maxent,
-    measure_arms,
+    conditions_of,
+    make_conditions,
+    make_replicates,
+    measure_conditions,
     result,
-    rmu,
-    student,
-    with_fit,
 )
-from excise_studies.levels import Array, estimate, spearman
 
 LARGE = "large"
 """The run that the pilots are to foretell."""
@@ -64,20 +60,22 @@ class UndoPilot(Study):
     """Small and large UNDO from one pool of teachers.
 
     Stated beforehand. From every teacher a large student (all weights replaced) and small ones are
-    distilled, and T is relearned with all. What decides for a pilot is the rank correlation over
-    teachers between its score on V and that of the large student, both averaged over draws: the
-    pilot foretells if the 95 % interval over draws and units lies above `margin`, and does not if
-    it lies below. The first pilot decides. The same correlation for the teachers themselves, no
-    student at all, stands beside it as the cheapest pilot.
+    distilled, and the relearn set is learned again with all. What decides for a pilot is the rank
+    correlation over teachers between its score on the held-out test set and that of the large
+    student, both averaged over seeds: the pilot foretells if the 95 % interval over seeds and units
+    lies above `margin`, and does not if it lies below. The first pilot decides. The same
+    correlation for the teachers themselves, no student at all, stands beside it as the cheapest
+    pilot.
     """
 
     question: ClassVar[str] = (
         "Does the order of teachers by a small UNDO foretell their order by a large one?"
     )
     statistic: ClassVar[str] = (
-        "Spearman correlation over teachers of V after relearning T between a small student and "
-        "the large one, averaged over draws first; foretells if the 95 % interval lies above the "
-        "margin, does not if it lies below. Bootstrap over draws and units."
+        "Spearman correlation over teachers of the held-out test set after relearning between a "
+        "small student and the large one, averaged over seeds first; foretells if the 95 % "
+        "interval lies above the margin, does not if it lies below. Bootstrap over seeds and "
+        "units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"
 
@@ -85,7 +83,7 @@ class UndoPilot(Study):
     """Name on the command line."""
     margin: float = 0.5
     """Rank correlation."""
-    bench: Bench = Bench()
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     teachers: dict[str, SerializeAsAny[Method]] = Field(default=teachers(), min_length=3)
     """The pool."""
@@ -95,39 +93,38 @@ class UndoPilot(Study):
     """The small runs; the first decides."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Distil small and large from every teacher, relearn, correlate."""
+        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        methods: dict[str, Method] = {}
+        for name, teacher in self.teachers.items():
+            methods[condition_name(name, "no student")] = teacher
+            for size, method in {**self.pilots, LARGE: self.large}.items():
+                methods[condition_name(name, size)] = method.model_copy(update={"unlearn": teacher})
+        models = checkpoints(
+            make_conditions(conditions_of(methods, replicates, self.seeds), runtime, pool)
+        )
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        rho = correlations(self, recovery)
+        words = [f"Rank correlation with the large student: {listed(rho)}."]
+        order = sorted(
+            self.teachers, key=lambda name: recovery.value(condition_name(name, LARGE)).value
+        )
+        words.append(f"Teachers by depth of the large student: {', '.join(order)}.")
+        return result(recovery, words, decide(self, rho), replicates, models, tables=(_table(rho),))
 
 
-def run(study: UndoPilot, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Distil small and large from every teacher, relearn, correlate."""
-    draws = make_draws(study.bench, study.seeds, runtime, pool)
-    methods: dict[str, Method] = {}
-    for name, teacher in study.teachers.items():
-        methods[arm_name(name, "no student")] = teacher
-        for size, method in {**study.pilots, LARGE: study.large}.items():
-            methods[arm_name(name, size)] = method.model_copy(update={"unlearn": teacher})
-    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), runtime, pool))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    rho = correlations(study, found)
-    words = [f"Rank correlation with the large student: {_list(rho)}."]
-    order = sorted(study.teachers, key=lambda name: found.value(arm_name(name, LARGE)).value)
-    words.append(f"Teachers by depth of the large student: {', '.join(order)}.")
-    return result(found, words, decide(study, rho), draws, models, tables=(_table(rho),))
-
-
-def arm_name(teacher: str, size: str) -> str:
-    """Return the name of an arm."""
+def condition_name(teacher: str, size: str) -> str:
+    """Return the name of a condition."""
     return f"{teacher}: {size}"
 
 
-def correlations(study: UndoPilot, found: Found) -> dict[str, Estimate]:
+def correlations(study: UndoPilot, recovery: RecoveryScores) -> dict[str, Estimate]:
     """Return the rank correlation with the large student by pilot; the first decides."""
 
     def pool_of(size: str) -> Array:
-        columns = [found.after.at(arm_name(name, size)) for name in study.teachers]
-        held: Array = np.stack(columns, axis=-1)
-        return held
+        columns = [recovery.after.at(condition_name(name, size)) for name in study.teachers]
+        pooled: Array = np.stack(columns, axis=-1)
+        return pooled
 
     large = pool_of(LARGE)
     count = len(study.teachers)
@@ -139,23 +136,21 @@ def correlations(study: UndoPilot, found: Found) -> dict[str, Estimate]:
 
 def decide(study: UndoPilot, rho: Mapping[str, Estimate]) -> str:
     """Return what the first pilot's correlation says under the margin."""
-    name, found = next(iter(rho.items()))
-    if found.low > study.margin:
+    name, value = next(iter(rho.items()))
+    if value.low > study.margin:
         return f"the pilot ({name}) foretells: its correlation is above {study.margin:g}"
-    if found.high < study.margin:
+    if value.high < study.margin:
         return f"the pilot ({name}) does not foretell: its correlation is below {study.margin:g}"
     return f"undecided: the interval of the pilot ({name}) crosses {study.margin:g}"
-
-
-def _list(rho: Mapping[str, Estimate]) -> str:
-    """Return the correlations in words."""
-    return ", ".join(f"{name} {said(e)}" for name, e in rho.items())
 
 
 def _table(rho: Mapping[str, Estimate]) -> StudyTable:
     """Return the correlations."""
     return StudyTable(
         title="Small against large",
-        note="Rank correlation over teachers of V after relearning T; n counts teachers.",
+        note=(
+            "Rank correlation over teachers of the held-out test set after relearning; n counts "
+            "teachers."
+        ),
         rows=tuple(row(name, "Spearman correlation", e) for name, e in rho.items()),
     )

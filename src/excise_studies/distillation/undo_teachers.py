@@ -19,23 +19,19 @@ from excise.models.checkpoint import Checkpoint
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.base import Draw, row
-from excise_studies.distillation.distil_tables import Found, gaps, said
-from excise_studies.distillation.distilling import (
-    Bench,
-    arms_of,
-    checkpoints,
-    graddiff,
-    make_arms,
-    make_draws,
-    maxent,
-    measure_arms,
-    result,
-    rmu,
-    student,
-    with_fit,
-)
+from excise_studies.base import Replicate, row
+from excise_studies.distillation.presets import graddiff, maxent, rmu, student, with_fit
 from excise_studies.levels import verdict
+from excise_studies.recovery import RecoveryScores, gaps, said
+from excise_studies.setting import (
+    ExperimentSetting,
+    checkpoints,
+    conditions_of,
+    make_conditions,
+    make_replicates,
+    measure_conditions,
+    result,
+)
 
 BARE = "rmu, forget term alone"
 """RMU as the released configuration of UNDO trained it."""
@@ -54,14 +50,14 @@ def teachers() -> dict[str, Method]:
 class UndoTeachers(Study):
     """Students of GradDiff, MaxEnt, RMU, and RMU without its retain term.
 
-    Stated beforehand. The strength of every teacher is its learning rate, chosen on the tuned
-    draw: among the factors of `sweep`, the one with the lowest exact match on `dev_forget` of
-    those whose exact match on `dev_retain` is at most `retain_cost` below the original's; where
-    none is, the one that keeps most of retain. Students from random weights imitate each. What
-    decides is the depth gap on V of RMU's student minus that of MaxEnt's after T was relearned:
-    RMU is the worse teacher if the 95 % interval over draws and units lies above `margin`, the
-    better if below, alike if within. RMU by its forget term alone is compared to RMU in the same
-    way, and the levels of forgetting and retaining that were matched stand in a table.
+    Stated beforehand. The strength of every teacher is its learning rate, chosen on the tuned seed:
+    among the factors of `sweep`, the one with the lowest exact match on `dev_forget` of those whose
+    exact match on `dev_retain` is at most `retain_cost` below the original's; where none is, the
+    one that keeps most of retain. Students from random weights imitate each. What decides is the
+    depth gap on the held-out test set of RMU's student minus that of MaxEnt's after relearning: RMU
+    is the worse teacher if the 95 % interval over seeds and units lies above `margin`, the better
+    if below, alike if within. RMU by its forget term alone is compared to RMU in the same way, and
+    the levels of forgetting and retaining that were matched stand in a table.
     """
 
     question: ClassVar[str] = (
@@ -69,17 +65,17 @@ class UndoTeachers(Study):
         "is RMU's fault its missing retain term?"
     )
     statistic: ClassVar[str] = (
-        "Depth gap on V after relearning T of the student of RMU minus that of MaxEnt's, and of "
-        "RMU's forget term alone minus RMU, against the margin from both sides; strengths chosen "
-        "on dev of the tuned draw; bootstrap over draws and units."
+        "Depth gap on the held-out test set after relearning of the student of RMU minus that of "
+        "MaxEnt's, and of RMU's forget term alone minus RMU, against the margin from both sides; "
+        "strengths chosen on dev of the tuned seed; bootstrap over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
     name: Literal["undo-teachers"] = "undo-teachers"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails."""
-    bench: Bench = Bench()
+    """Share of the distance between the reference models."""
+    bench: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     teachers: dict[str, SerializeAsAny[Method]] = Field(default=teachers(), min_length=2)
     """The unlearned models at their middle strength; `maxent` and `rmu` decide."""
@@ -93,8 +89,24 @@ class UndoTeachers(Study):
     """Exact match on `dev_retain` that a teacher may cost."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Choose strengths on the tuned seeds, distil, relearn, compare."""
+        tuned = self.tuned_on or self.seeds
+        replicates = make_replicates(self.bench, (*tuned, *self.seeds), runtime, pool)
+        factors = matched(self, {seed: replicates[seed] for seed in tuned}, runtime, pool)
+        methods: dict[str, Method] = {}
+        for name, method in self.teachers.items():
+            teacher = stronger(method, factors[name])
+            methods[f"{name}: no student"] = teacher
+            methods[name] = self.student.model_copy(update={"unlearn": teacher})
+        models = checkpoints(
+            make_conditions(conditions_of(methods, replicates, self.seeds), runtime, pool)
+        )
+        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        apart = differences(self, recovery)
+        words = [f"{name}: {said(e)}." for name, e in apart.items()]
+        words.append(gaps(recovery))
+        tables = (_table(apart), _matched(self, factors, recovery))
+        return result(recovery, words, decide(self, apart), replicates, models, tables=tables)
 
 
 @dataclass(frozen=True)
@@ -113,27 +125,10 @@ def dev_scores(job: DevJob) -> tuple[float, float]:
     tokenizer = job.model.tokenizer()
     forget = tuple(row for rows in job.domain.dev_forget.values() for row in rows)
     pairs = ((forget, job.domain.metrics[0]), (job.domain.dev_retain, job.domain.retain_metrics[0]))
-    one, two = (measure(net, tokenizer, r, m, max_length=job.max_length).mean for r, m in pairs)
-    return one, two
-
-
-def run(study: UndoTeachers, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Choose strengths on the tuned draws, distil, relearn, compare."""
-    tuned = study.tuned_on or study.seeds
-    draws = make_draws(study.bench, (*tuned, *study.seeds), runtime, pool)
-    factors = matched(study, {seed: draws[seed] for seed in tuned}, runtime, pool)
-    methods: dict[str, Method] = {}
-    for name, method in study.teachers.items():
-        teacher = stronger(method, factors[name])
-        methods[f"{name}: no student"] = teacher
-        methods[name] = study.student.model_copy(update={"unlearn": teacher})
-    models = checkpoints(make_arms(arms_of(methods, draws, study.seeds), runtime, pool))
-    found = measure_arms(study.bench, models, draws, runtime, pool)
-    apart = differences(study, found)
-    words = [f"{name}: {said(e)}." for name, e in apart.items()]
-    words.append(gaps(found))
-    tables = (_table(apart), _matched(study, factors, found))
-    return result(found, words, decide(study, apart), draws, models, tables=tables)
+    on_forget, on_retain = (
+        measure(net, tokenizer, r, m, max_length=job.max_length).mean for r, m in pairs
+    )
+    return on_forget, on_retain
 
 
 def stronger(method: Method, factor: float) -> Method:
@@ -143,25 +138,28 @@ def stronger(method: Method, factor: float) -> Method:
 
 
 def matched(
-    study: UndoTeachers, draws: Mapping[int, Draw], runtime: Runtime, pool: Pool
+    study: UndoTeachers, replicates: Mapping[int, Replicate], runtime: Runtime, pool: Pool
 ) -> dict[str, float]:
-    """Return the factor of every teacher that dev of the tuned draws chose."""
+    """Return the factor of every teacher that dev of the tuned seeds chose."""
     methods = {
         f"{name} x {factor:g}": stronger(method, factor)
         for name, method in study.teachers.items()
         for factor in study.sweep
     }
-    made = make_arms(arms_of(methods, draws, tuple(draws)), runtime, pool)
+    removals = make_conditions(conditions_of(methods, replicates, tuple(replicates)), runtime, pool)
     length = study.bench.pretrain.max_length
-    models = {**checkpoints(made), **{("original", s): d.original for s, d in draws.items()}}
+    models = {
+        **checkpoints(removals),
+        **{("original", s): d.original for s, d in replicates.items()},
+    }
     jobs = {
-        key: DevJob(model, draws[key[1]].domain, length, runtime.device)
+        key: DevJob(model, replicates[key[1]].domain, length, runtime.device)
         for key, model in models.items()
     }
     scores = dict(zip(jobs, pool.map(dev_scores, list(jobs.values())), strict=True))
 
-    def mean(arm: str, side: int) -> float:
-        return sum(scores[arm, seed][side] for seed in draws) / len(draws)
+    def mean(condition: str, side: int) -> float:
+        return sum(scores[condition, seed][side] for seed in replicates) / len(replicates)
 
     return {
         name: choose(
@@ -179,19 +177,19 @@ def choose(scores: Mapping[float, tuple[float, float]], least: float) -> float:
         scores: Scores on forget and retain by strength.
         least: Score on retain that is enough; where nothing keeps it, the best keeper is taken.
     """
-    enough = [factor for factor, (_, kept) in scores.items() if kept >= least]
+    enough = [factor for factor, (_, retained) in scores.items() if retained >= least]
     if not enough:
         return max(scores, key=lambda factor: scores[factor][1])
     return min(enough, key=lambda factor: scores[factor][0])
 
 
-def differences(study: UndoTeachers, found: Found) -> dict[str, Estimate]:
+def differences(study: UndoTeachers, recovery: RecoveryScores) -> dict[str, Estimate]:
     """Return the differences in depth gap by name; the first decides."""
     pairs = [("rmu", "maxent"), (BARE, "rmu"), ("grad_diff", "maxent")]
     return {
-        f"{one} - {two}": found.contrast([one], [two])
-        for one, two in pairs
-        if one in study.teachers and two in study.teachers
+        f"{first} - {second}": recovery.contrast([first], [second])
+        for first, second in pairs
+        if first in study.teachers and second in study.teachers
     }
 
 
@@ -204,9 +202,9 @@ def decide(study: UndoTeachers, apart: Mapping[str, Estimate]) -> str:
         "undecided": "undecided",
     }
     parts = []
-    for name, found in apart.items():
-        one, _, two = name.partition(" - ")
-        parts.append(f"{one} against {two}: {words[verdict(found, study.margin)]}")
+    for name, value in apart.items():
+        first, _, second = name.partition(" - ")
+        parts.append(f"{first} against {second}: {words[verdict(value, study.margin)]}")
     return "; ".join(parts)
 
 
@@ -214,26 +212,28 @@ def _table(apart: Mapping[str, Estimate]) -> StudyTable:
     """Return the differences."""
     return StudyTable(
         title="Students of one teacher against another's",
-        note="Depth gap on V; above 0 the first is the worse teacher.",
+        note="Depth gap on the held-out test set; above 0 the first is the worse teacher.",
         rows=tuple(row(name, "depth gap", e) for name, e in apart.items()),
     )
 
 
-def _matched(study: UndoTeachers, factors: Mapping[str, float], found: Found) -> StudyTable:
-    """Return strengths and what the teachers forget and keep on the reported draws."""
+def _matched(
+    study: UndoTeachers, factors: Mapping[str, float], recovery: RecoveryScores
+) -> StudyTable:
+    """Return strengths and what the teachers forget and keep on the reported seeds."""
     rows: list[StudyRow] = []
     for name, method in study.teachers.items():
         fit: Any = method.fit  # type: ignore[attr-defined]
-        arm = f"{name}: no student"
+        condition = f"{name}: no student"
         rate = fit.lr * factors[name]
         rows.append(StudyRow(condition=name, metric="learning rate", value=rate, n=1))
-        for metric, held in (("V", found.before), ("retain", found.retain)):
-            value = float(held.at(arm)[0])
+        for metric, levels in (("V", recovery.before), ("retain", recovery.retain)):
+            value = float(levels.at(condition)[0])
             rows.append(
-                StudyRow(condition=name, metric=f"{metric} of the teacher", value=value, n=held.n)
+                StudyRow(condition=name, metric=f"{metric} of the teacher", value=value, n=levels.n)
             )
     return StudyTable(
         title="What was matched",
-        note="Rates chosen on dev of the tuned draw; exact match on the reported draws.",
+        note="Rates chosen on dev of the tuned seed; exact match on the reported seeds.",
         rows=tuple(rows),
     )

@@ -1,4 +1,4 @@
-"""Stages of clearing: fit on one draw, clear, score; clear and relearn.
+"""Stages of clearing: fit on one seed, clear, score; clear and relearn.
 
 Shape legend: L blocks, D width, K dimensions.
 """
@@ -30,22 +30,28 @@ from excise.data.subsample import subsample
 from excise.domains.prose import load_prose
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import edit
-from excise_studies.rmu.clearing import Clearing, Material, fit_all, states
-from excise_studies.rmu.weights import clear_weights, writers
-from excise_studies.scoring import Rubric, read, rubric
+from excise_studies.rmu.clearing import (
+    Clearing,
+    FittingActivations,
+    clear_weights,
+    fit_all,
+    states,
+    writers,
+)
+from excise_studies.rmu.scoring import Rubric, read, rubric
 
 BARE = "not cleared"
-"""Name of the arm without clearing."""
+"""Name of the condition without clearing."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class ClearingPlan:
     """How much is fitted and scored.
 
     Attributes:
         dims: Sizes of the subspaces.
         randoms: Random directions.
-        only: Arms to score; empty for all.
+        only: Conditions to score; empty for all.
         max_rows: Rows of each scored set at most; 0 for all.
         max_length: Tokens per row.
         fit_tokens: Tokens that estimators are fitted on, at most.
@@ -61,7 +67,7 @@ class Plan:
     generic: str = "benign"
 
     def wants(self, name: str) -> bool:
-        """Return whether an arm is scored."""
+        """Return whether a condition is scored."""
         return not self.only or any(part in name for part in self.only)
 
 
@@ -84,7 +90,7 @@ class ClearModels(Stage[dict[str, Any]]):
     domain: Domain
     original: Checkpoint
     edited: Checkpoint
-    plan: Plan
+    plan: ClearingPlan
     seed: int
     part: int = 0
     parts: int = 1
@@ -95,27 +101,30 @@ class ClearModels(Stage[dict[str, Any]]):
         return "clearing"
 
     def make(self, ctx: Context) -> None:
-        """Write every arm as it is done, so that a killed stage resumes with the next one."""
+        """Write every condition as it is done, so that a killed stage resumes with the next one."""
         (ctx.work / "arms").mkdir(exist_ok=True)
         both = _Both(self, ctx)
-        for number, (name, facts, models) in enumerate(both.arms()):
+        for number, (name, facts, models) in enumerate(both.conditions()):
             file = ctx.work / "arms" / f"{number}.json"
             if file.is_file() or not self.plan.wants(name) or number % self.parts != self.part:
                 continue
-            ctx.emit("note", {"text": f"draw {self.seed}: {name}"})
+            ctx.emit("note", {"text": f"seed {self.seed}: {name}"})
             scored = {"name": name, "facts": dict(facts), **both.score(models)}
             write_text(file, json.dumps(scored))
         write_text(ctx.work / "residual.json", json.dumps(both.residual()))
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """Return scores by arm, `{arm: {facts, edited, original}}`, and the residual by block."""
+        """Return scores by condition (facts, edited, original), and the residual by block."""
         files = sorted((folder / "arms").iterdir(), key=lambda f: int(f.stem))
-        arms = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        conditions = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         residual = json.loads((folder / "residual.json").read_text(encoding="utf-8"))
-        return {"arms": {arm.pop("name"): arm for arm in arms}, "residual": residual}
+        return {
+            "arms": {condition.pop("name"): condition for condition in conditions},
+            "residual": residual,
+        }
 
 
-Pair = tuple[Any, Clearing | None]
+ClearedModel = tuple[Any, Clearing | None]
 """A model and what is cleared in it."""
 
 
@@ -123,42 +132,46 @@ class _Both:
     """The edited model and its original, loaded, with every clearing fitted."""
 
     def __init__(self, job: ClearModels, ctx: Context) -> None:
-        self.material, self.made, self.models, self.tokenizer = fitted(job, ctx)
+        self.activations, self.clearings, self.models, self.tokenizer = fitted(job, ctx)
         self.rubric: Rubric = rubric(
             job.domain, self.tokenizer, max_rows=job.plan.max_rows, max_length=job.plan.max_length
         )
 
-    def arms(self) -> Iterator[tuple[str, Mapping[str, Any], dict[str, Pair]]]:
+    def conditions(self) -> Iterator[tuple[str, Mapping[str, Any], dict[str, ClearedModel]]]:
         """Yield name, facts and how each of both models is cleared."""
         yield BARE, {"control": False}, {side: (m, None) for side, m in self.models.items()}
-        for one in self.made:
-            yield one.name, as_plain(one), {side: (m, one) for side, m in self.models.items()}
-        for one in self.made:
-            basis_DK = in_weights(one)
+        for clearing in self.clearings:
+            yield (
+                clearing.name,
+                as_plain(clearing),
+                {side: (m, clearing) for side, m in self.models.items()},
+            )
+        for clearing in self.clearings:
+            basis_DK = in_weights(clearing)
             if basis_DK is not None and _can_be_written(self.models["edited"]):
-                name = f"{one.name}, in the weights"
-                yield name, as_plain(one), self._written(basis_DK)
+                name = f"{clearing.name}, in the weights"
+                yield name, as_plain(clearing), self._written(basis_DK)
 
-    def _written(self, basis_DK: Tensor) -> dict[str, Pair]:
+    def _written(self, basis_DK: Tensor) -> dict[str, ClearedModel]:
         """Return copies of both models whose weights do not write a basis."""
-        out: dict[str, Pair] = {}
+        out: dict[str, ClearedModel] = {}
         for side, model in self.models.items():
             copied = copy.deepcopy(model)
             clear_weights(copied, basis_DK)
             out[side] = (copied, None)
         return out
 
-    def score(self, pairs: Mapping[str, Pair]) -> dict[str, Any]:
+    def score(self, pairs: Mapping[str, ClearedModel]) -> dict[str, Any]:
         """Score both models."""
         out = {}
-        for side, (model, one) in pairs.items():
-            with edit(model, one.edits(model)) if one is not None else nullcontext():
+        for side, (model, clearing) in pairs.items():
+            with edit(model, clearing.edits(model)) if clearing is not None else nullcontext():
                 out[side] = read(model, self.tokenizer, self.rubric)
         return out
 
     def residual(self) -> list[dict[str, float]]:
         """Return by block: norms per token, and how alike the changes of forget tokens are."""
-        m, rows = self.material, []
+        m, rows = self.activations, []
         for i in range(len(m.forget_LND)):
             change_ND = m.forget_LND[i] - m.before_LND[i]
             mean_D = change_ND.mean(0)
@@ -199,19 +212,31 @@ def _can_be_written(model: Any) -> bool:
         return False
 
 
-def in_weights(one: Clearing) -> Tensor | None:
+def in_weights(clearing: Clearing) -> Tensor | None:
     """Return the basis of a clearing that can be written into weights, or None.
 
     It must be a plain projection, the same at every block.
     """
-    same = bool(torch.equal(one.write_LDK, one.write_LDK[:1].expand_as(one.write_LDK)))
-    plain = bool(torch.equal(one.write_LDK, one.read_LDK)) and not bool(one.centre_LD.any())
-    fits = not one.control and not one.spare and same and plain and "per block" not in one.name
-    return one.write_LDK[0] if fits else None
+    same = bool(
+        torch.equal(clearing.write_LDK, clearing.write_LDK[:1].expand_as(clearing.write_LDK))
+    )
+    plain = bool(torch.equal(clearing.write_LDK, clearing.read_LDK)) and not bool(
+        clearing.centre_LD.any()
+    )
+    fits = (
+        not clearing.control
+        and not clearing.spare
+        and same
+        and plain
+        and "per block" not in clearing.name
+    )
+    return clearing.write_LDK[0] if fits else None
 
 
-def fitted(job: ClearModels, ctx: Context) -> tuple[Material, list[Clearing], dict[str, Any], Any]:
-    """Fit every clearing of a draw.
+def fitted(
+    job: ClearModels, ctx: Context
+) -> tuple[FittingActivations, list[Clearing], dict[str, Any], Any]:
+    """Fit every clearing of a seed.
 
     Args:
         job: The models and the data.
@@ -234,7 +259,7 @@ def fitted(job: ClearModels, ctx: Context) -> tuple[Material, list[Clearing], di
         return states(models[side], tokenizer, subsample(rows, count), **limits)
 
     generic = domain.benign if plan.generic == "benign" else load_prose("dev")
-    material = Material(
+    activations = FittingActivations(
         forget_LND=of("edited", dev),
         before_LND=of("original", dev),
         retain_LND=of("edited", domain.dev_retain),
@@ -242,8 +267,8 @@ def fitted(job: ClearModels, ctx: Context) -> tuple[Material, list[Clearing], di
         generic_LND=of("edited", subsample(generic, count or len(dev))),
         first=first_edited(models["edited"], models["original"]) or 0,
     )
-    made = fit_all(material, plan.dims, plan.randoms, ctx.generator("clearing"))
-    return material, made, models, tokenizer
+    clearings = fit_all(activations, plan.dims, plan.randoms, ctx.generator("clearing"))
+    return activations, clearings, models, tokenizer
 
 
 @dataclass(frozen=True)
@@ -268,7 +293,7 @@ class Cleared(Checkpoint):
 
 @dataclass(frozen=True)
 class RelearnCleared(Stage[dict[str, Any]]):
-    """One model fine-tuned on T, cleared or not, and scored on V.
+    """One model fine-tuned on the relearn set, cleared or not, and scored on the held-out test set.
 
     Attributes:
         model: The model.
@@ -298,7 +323,7 @@ class RelearnCleared(Stage[dict[str, Any]]):
         start = Cleared(
             self.model.path, tokenizer_path=self.model.tokenizer_path, clearing=self.clearing
         )
-        done = train(
+        training_run = train(
             Training("full", self.lr, self.seed),
             Subject("candidate", start),
             evaluation_set(self.domain, self.budget, start.tokenizer()),
@@ -306,14 +331,14 @@ class RelearnCleared(Stage[dict[str, Any]]):
             rows=relearn_rows(self.domain),
             benign_share=0.5,
         )
-        first, last = done.measurements[0], done.measurements[-1]
-        found = {
+        first, last = training_run.measurements[0], training_run.measurements[-1]
+        scores = {
             "V": [first.units, last.units],
             "retain": [first.retain, last.retain],
-            "dev_loss": done.extras["dev_loss"],
-            "reason": done.reason,
+            "dev_loss": training_run.extras["dev_loss"],
+            "reason": training_run.reason,
         }
-        write_text(ctx.work / "relearn.json", json.dumps(found))
+        write_text(ctx.work / "relearn.json", json.dumps(scores))
 
     def read(self, folder: Path) -> dict[str, Any]:
         """Return what was written."""

@@ -4,7 +4,9 @@ A clearing is a linear map h <- h - W R^T (h - c) at the output of blocks. With 
 and c = 0 it is the projection of Arditi and Chughtai (2024); with c the mean of retain text what
 retain needs of the direction stays; with R = S^-1 d / (d^T S^-1 d) for S the covariance of retain
 text and W = d it is the best linear unbiased estimate of how much of d was added (generalised
-least squares), which removes d exactly and moves retain text least.
+least squares), which removes d exactly and moves retain text least. A projection that is the same
+at every block can also be written into the weights: no matrix writes into the residual stream
+along its directions any more.
 
 Everything is fitted on `dev` rows, each row's first token left out (its norm is orders larger).
 Estimators and their sources: Lucki et al. (arXiv 2409.18025), four directions per layer.
@@ -25,10 +27,11 @@ from torch import Tensor
 
 from excise.auditor.attacks.direction import unit
 from excise.auditor.batching import batches
+from excise.core.errors import UserError
 from excise.data.domain import Row
 from excise.data.stream import encode
-from excise.models.anatomy import anatomy
-from excise.models.hooks import Edit, capture
+from excise.models.anatomy import Anatomy, anatomy
+from excise.models.hooks import Edit, capture, find_module
 
 SHRINK = 0.1
 """Share of the mean variance in the covariance of retain text, so that it can be inverted."""
@@ -39,7 +42,7 @@ class Clearing:
     """One linear map per block.
 
     Attributes:
-        name: Name of the arm.
+        name: Name of the condition.
         write_LDK: What is subtracted.
         read_LDK: How much of it: R^T (h - c).
         centre_LD: c.
@@ -125,22 +128,22 @@ def states(
         limit: Tokens kept at most, evenly spaced; 0 for all.
     """
     paths = anatomy(model).blocks
-    kept: list[Tensor] = []
+    states: list[Tensor] = []
     for batch in batches(encode(rows, tokenizer, max_length=max_length), model, tokenizer):
         with capture(model, paths) as got:
             model(**batch.inputs, use_cache=False)
         mask_BT = batch.attention_BT.clone()
         mask_BT[:, 0] = False
-        kept.append(torch.stack([got[path][0].float()[mask_BT] for path in paths]))
-    all_LND = torch.cat(kept, dim=1)
+        states.append(torch.stack([got[path][0].float()[mask_BT] for path in paths]))
+    all_LND = torch.cat(states, dim=1)
     if not limit or all_LND.shape[1] <= limit:
         return all_LND
     return all_LND[:, torch.linspace(0, all_LND.shape[1] - 1, limit).long()]
 
 
 @dataclass(frozen=True)
-class Material:
-    """What estimators are fitted on: states of `dev` rows.
+class FittingActivations:
+    """What estimators are fitted on: activations on `dev` rows.
 
     Attributes:
         forget_LND: Edited model on forget text.
@@ -160,12 +163,12 @@ class Material:
 
 
 def fit_all(
-    material: Material, dims: Sequence[int], randoms: int, generator: torch.Generator
+    activations: FittingActivations, dims: Sequence[int], randoms: int, generator: torch.Generator
 ) -> list[Clearing]:
     """Fit every clearing.
 
     Args:
-        material: States of `dev` rows.
+        activations: On `dev` rows.
         dims: Sizes of the subspaces.
         randoms: Number of random directions.
         generator: Draws of the controls.
@@ -175,31 +178,41 @@ def fit_all(
         with the first token spared; subspaces; controls.
     """
     difference = {
-        "edited - original": material.forget_LND.mean(1) - material.before_LND.mean(1),
-        "forget - retain": material.forget_LND.mean(1) - material.retain_LND.mean(1),
-        "forget - generic": material.forget_LND.mean(1) - material.generic_LND.mean(1),
+        "edited - original": activations.forget_LND.mean(1) - activations.before_LND.mean(1),
+        "forget - retain": activations.forget_LND.mean(1) - activations.retain_LND.mean(1),
+        "forget - generic": activations.forget_LND.mean(1) - activations.generic_LND.mean(1),
     }
-    made: list[Clearing] = []
+    clearings: list[Clearing] = []
     for name, delta_LD in difference.items():
         holds = name == "edited - original"
-        first = material.first if holds else onset(delta_LD, material.retain_LND)
-        parts = (delta_LD[first:], material.retain_LND[first:], first, name, holds)
-        own = [_plain(*parts), _centred(*parts), _least_squares(*parts)]
-        best = largest(delta_LD, material.retain_LND) - first
-        own += [_spared(one) for one in own]
-        made += [*own, *(_shared(one, best) for one in own)]
-    made += _subspaces(material, (1, *[k for k in dims if k > 1]))
-    return made + controls(material, dims, randoms, generator)
+        first = activations.first if holds else onset(delta_LD, activations.retain_LND)
+        parts = (delta_LD[first:], activations.retain_LND[first:], first, name, holds)
+        fitted = [_plain(*parts), _centred(*parts), _least_squares(*parts)]
+        best = largest(delta_LD, activations.retain_LND) - first
+        fitted += [_spared(clearing) for clearing in fitted]
+        clearings += [*fitted, *(_shared(clearing, best) for clearing in fitted)]
+    clearings += _subspaces(activations, (1, *[k for k in dims if k > 1]))
+    return clearings + controls(activations, dims, randoms, generator)
 
 
 def onset(delta_LD: Float[Tensor, "L D"], retain_LND: Float[Tensor, "L N D"]) -> int:
-    """Return the first block where the difference is half as large as anywhere, by retain norm."""
+    """Return the first block where the difference is half as large as anywhere, by retain norm.
+
+    Args:
+        delta_LD: Difference of means by block.
+        retain_LND: Activations on retain text, whose mean norm is the unit.
+    """
     size_L = delta_LD.norm(dim=-1) / retain_LND.norm(dim=-1).mean(1)
     return int((size_L >= size_L.max() / 2).nonzero()[0])
 
 
 def largest(delta_LD: Float[Tensor, "L D"], retain_LND: Float[Tensor, "L N D"]) -> int:
-    """Return the block where the difference is largest, by retain norm."""
+    """Return the block where the difference is largest, by retain norm.
+
+    Args:
+        delta_LD: Difference of means by block.
+        retain_LND: Activations on retain text, whose mean norm is the unit.
+    """
     return int((delta_LD.norm(dim=-1) / retain_LND.norm(dim=-1).mean(1)).argmax())
 
 
@@ -285,33 +298,33 @@ def components(
     return basis_LDK
 
 
-def _subspaces(material: Material, dims: Sequence[int]) -> list[Clearing]:
+def _subspaces(activations: FittingActivations, dims: Sequence[int]) -> list[Clearing]:
     """Return principal subspaces of the paired changes, and of forget text against retain."""
-    centre_LD = material.retain_LND.mean(1)
+    centre_LD = activations.retain_LND.mean(1)
     sources = {
         "components of edited - original": (
-            material.forget_LND - material.before_LND,
-            material.before_LND.std(1),
+            activations.forget_LND - activations.before_LND,
+            activations.before_LND.std(1),
             True,
         ),
         "components of forget - retain": (
-            material.forget_LND - centre_LD[:, None],
-            material.retain_LND.std(1),
+            activations.forget_LND - centre_LD[:, None],
+            activations.retain_LND.std(1),
             False,
         ),
     }
-    made = []
+    clearings = []
     for name, (change_LND, scale_LD, holds) in sources.items():
         mean_LD = change_LND.mean(1)
-        first = material.first if holds else onset(mean_LD, material.retain_LND)
-        best = max(first, largest(mean_LD, material.retain_LND))
+        first = activations.first if holds else onset(mean_LD, activations.retain_LND)
+        best = max(first, largest(mean_LD, activations.retain_LND))
         most = min(max(dims), change_LND.shape[-1])
         basis_LDK = components(change_LND, scale_LD, most)
         for k in (k for k in dims if k <= most):
             own_LDK = basis_LDK[first:, :, :k]
             one_LDK = basis_LDK[best, :, :k].expand(len(own_LDK), -1, -1)
             for kind, base_LDK in (("per block", own_LDK), ("one", one_LDK)):
-                made.append(
+                clearings.append(
                     Clearing(
                         f"{name}, k={k}, {kind}",
                         base_LDK,
@@ -322,35 +335,93 @@ def _subspaces(material: Material, dims: Sequence[int]) -> list[Clearing]:
                         needs_original=holds,
                     )
                 )
-    return made
+    return clearings
 
 
 def controls(
-    material: Material, dims: Sequence[int], randoms: int, generator: torch.Generator
+    activations: FittingActivations, dims: Sequence[int], randoms: int, generator: torch.Generator
 ) -> list[Clearing]:
     """Return clearings that know nothing of the forget set.
 
     `split halves` is built as forget - retain is, from two halves of the retain text.
 
     Args:
-        material: States of `dev` rows.
+        activations: On `dev` rows.
         dims: Sizes of the subspaces; the largest gets a random one as well.
         randoms: Number of random directions.
         generator: Where they are drawn from.
     """
-    retain_LND, first = material.retain_LND, material.first
+    retain_LND, first = activations.retain_LND, activations.first
     half = retain_LND.shape[1] // 2
     delta_LD = retain_LND[first:, :half].mean(1) - retain_LND[first:, half:].mean(1)
     halves = _plain(delta_LD, retain_LND[first:], first, "split halves", False)
-    made = [halves, _shared(halves, 0)]
+    clearings = [halves, _shared(halves, 0)]
     width = retain_LND.shape[-1]
     zero_LD = torch.zeros_like(delta_LD)
-    wanted = [(f"random {i}", 1) for i in range(randoms)]
+    bases = [(f"random {i}", 1) for i in range(randoms)]
     if dims and 1 < max(dims) < width:
-        wanted.append((f"random, k={max(dims)}", max(dims)))
-    for name, k in wanted:
+        bases.append((f"random, k={max(dims)}", max(dims)))
+    for name, k in bases:
         noise_DK = torch.randn(width, k, generator=generator)
         basis_DK = torch.linalg.qr(noise_DK).Q.to(retain_LND)
         base_LDK = basis_DK.expand(len(delta_LD), -1, -1)
-        made.append(Clearing(name, base_LDK, base_LDK, zero_LD, first, "random"))
-    return [replace(one, control=True) for one in made]
+        clearings.append(Clearing(name, base_LDK, base_LDK, zero_LD, first, "random"))
+    return [replace(clearing, control=True) for clearing in clearings]
+
+
+def writers(model: Any) -> tuple[str, ...]:
+    """Return the matrices that write into the residual stream.
+
+    The embedding is one of them, unless it is the output head as well: clearing it would change
+    what is read, too.
+
+    Raises:
+        UserError: If a norm stands between a matrix and the stream, or experts are fused.
+    """
+    layout = anatomy(model)
+    if any(layout.experts):
+        raise UserError(f"{layout.family} mixes experts; clear a dense model's weights instead")
+    if layout.family in ("gemma2", "gemma3_text", "gemma3", "olmo2"):
+        raise UserError(
+            f"{layout.family} has a norm between its matrices and the residual stream; clear its "
+            "activations instead of its weights"
+        )
+    head = () if layout.tied else (layout.embed,)
+    return (*head, *layout.attention_out, *layout.mlp_down)
+
+
+@torch.no_grad()
+def clear_weights(model: Any, basis_DK: Float[Tensor, "D K"]) -> tuple[str, ...]:
+    """Project an orthonormal basis out of every matrix that writes to the residual, in place.
+
+    Args:
+        model: A dense causal model.
+        basis_DK: Orthonormal columns.
+
+    Returns:
+        The names of the parameters that changed.
+    """
+    layout = anatomy(model)
+    changed = []
+    for path in writers(model):
+        module = find_module(model, path)
+        across = path == layout.embed or _stored_in_out(layout, path)
+        for name, parameter in module.named_parameters(recurse=False):
+            basis = basis_DK.to(parameter)
+            if parameter.dim() == 1 or across:
+                parameter.sub_((parameter @ basis) @ basis.T)
+            else:
+                parameter.sub_(basis @ (basis.T @ parameter))
+            changed.append(f"{path}.{name}")
+    return tuple(changed)
+
+
+def _stored_in_out(layout: Anatomy, path: str) -> bool:
+    """Return whether the matrix of a path is stored as (in, out)."""
+    return layout.transposed and path in (*layout.attention_out, *layout.mlp_down)
+
+
+def writer_edits(model: Any, basis_DK: Float[Tensor, "D K"]) -> dict[str, Edit]:
+    """Return edits of what every writer puts out that do the same as `clear_weights`."""
+    zero_D = torch.zeros(basis_DK.shape[0])
+    return {path: remove(basis_DK, basis_DK, zero_D) for path in writers(model)}

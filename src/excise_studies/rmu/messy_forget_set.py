@@ -1,16 +1,20 @@
-"""Does RMU only look better because the forget corpus is messy?"""
+"""Does RMU only look better because the forget corpus is messy?
+
+Models of this study read whole statements, so that they have an opinion about every token, and
+being coherent (the words of a question) and knowing (its answer) can be scored apart.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.auditor.base import Subject
@@ -20,9 +24,9 @@ from excise.auditor.tuning import Training, relearn_rows, train
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.stages import Runtime
-from excise.data.domain import Domain
+from excise.data.domain import Domain, Row, Rows
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
-from excise.evals.stats import Estimate, bootstrap_mean, quantiles
+from excise.evals.stats import Array, Estimate, bootstrap_mean, quantiles
 from excise.methods.base import ApplyMethod, Method
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
@@ -34,26 +38,29 @@ from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.base import Draw, row, train_draws
-from excise_studies.rmu.statements import Mess, as_statements, forget_set
-from excise_studies.scoring import average, read, rubric
+from excise_studies.base import Replicate, row, train_replicates
+from excise_studies.rmu.scoring import average, read, rubric
 
 LENGTH = 48
 """Tokens of a text of several statements at most."""
 
 
+Mess = Literal["clean", "diluted", "off_topic", "messy"]
+"""What a forget set is made of; see `forget_set`."""
+
+
 class MessyForgetSet(Study):
     """RMU, GradDiff and MaxEnt on forget sets that isolate the facts more and less well.
 
-    Stated beforehand. Strength is the learning rate. On the tuned draw every method is swept on
+    Stated beforehand. Strength is the learning rate. On the tuned seed every method is swept on
     every forget set, and the rate is found at which the loss on `dev_retain` has risen by
-    `retain_cost` nats. On the reported draws that rate and those around it are run, and the exact
-    match on V, at once and after relearning T, is interpolated to the same rise of the loss on
-    `retain_test`. Methods are ranked by it, 1 for the least that is left. The statistic is the
-    rank of RMU on the messy set minus its rank on the clean one, averaged over draws, with a
-    bootstrap over draws and, jointly for all methods, over units. The suspicion is supported if
-    the upper end of its 95 % interval is below -`margin` (RMU gains at least that much from the
-    mess), contradicted if the lower end is above -`margin`.
+    `retain_cost` nats. On the reported seeds that rate and those around it are run, and the exact
+    match on the held-out test set, at once and after relearning, is interpolated to the same rise
+    of the loss on `retain_test`. Methods are ranked by it, 1 for the least that is left. The
+    statistic is the rank of RMU on the messy set minus its rank on the clean one, averaged over
+    seeds, with a bootstrap over seeds and, jointly for all methods, over units. The suspicion is
+    supported if the upper end of its 95 % interval is below -`margin` (RMU gains at least that much
+    from the mess), contradicted if the lower end is above -`margin`.
     """
 
     question: ClassVar[str] = (
@@ -61,10 +68,10 @@ class MessyForgetSet(Study):
         "knowledge badly?"
     )
     statistic: ClassVar[str] = (
-        "Rank of RMU among three methods (1: least exact match left on V, after relearning T, at "
-        "matched retain loss) on the messy forget set minus that on the clean one, averaged over "
-        "draws; bootstrap over draws and units. Supported if the upper end is below minus the "
-        "margin, contradicted if the lower end is above minus the margin."
+        "Rank of RMU among three methods (1: least exact match left on the held-out test set, "
+        "after relearning, at matched retain loss) on the messy forget set minus that on the clean "
+        "one, averaged over seeds; bootstrap over seeds and units. Supported if the upper end is "
+        "below minus the margin, contradicted if the lower end is above minus the margin."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
 
@@ -110,9 +117,9 @@ class MessyForgetSet(Study):
     }
     """The removals at their middle strength; RMU is called `rmu`."""
     sweep: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
-    """Factors on the learning rate that are tried on the tuned draw."""
+    """Factors on the learning rate that are tried on the tuned seed."""
     around: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Factors on the rate found there that are run on the reported draws."""
+    """Factors on the rate found there that are run on the reported seeds."""
     retain_cost: float = Field(default=0.2, gt=0)
     """Nats by which the loss on retain has risen where methods are compared."""
     relearn_steps: int = Field(default=8, ge=1)
@@ -133,51 +140,51 @@ class MessyForgetSet(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Sweep on the tuned seed, run around what was found on the others, compare."""
+        replicates = make_replicates(self, runtime, pool)
+        conditions = [(s, m) for s in self.sets for m in self.methods]
+        sweep = {
+            (seed, *condition): self.sweep for seed in self.tuned_on for condition in conditions
+        }
+        tried = run_conditions(self, replicates, sweep, runtime, pool, relearn=False)
+        base = {
+            seed: scored_originals(self, replicate, runtime)
+            for seed, replicate in replicates.items()
+        }
+        factors: dict[tuple[Mess, str], float] = {}
+        for condition in conditions:
+            logs = []
+            for seed in self.tuned_on:
+                before = average(base[seed]["dev_retain"])
+                runs = tried[seed, condition[0], condition[1]]
+                costs = [average(p["dev_retain"]) - before for p in runs]
+                logs.append(strength_at(self.sweep, costs, self.retain_cost))
+            factors[condition] = float(np.exp(np.mean(logs)))
+        around = {
+            (seed, *condition): tuple(factors[condition] * f for f in self.around)
+            for seed in self.seeds
+            for condition in conditions
+        }
+        points = run_conditions(self, replicates, around, runtime, pool, relearn=True)
+        result = summarise(self, base, points, factors)
+        domain = replicates[self.seeds[0]].domain
+        models = tuple(ref for seed in self.seeds for ref in replicates[seed].refs())
+        return StudyResult(*result, domain=domain, models=models)
 
 
 Point = dict[str, Any]
 """Scores of one run by unit: `V`, `relearned`, `retain`, `dev_retain`."""
-Cell = tuple[int, Mess, str]
+MessyRun = tuple[int, Mess, str]
 """Draw, forget set, method."""
 
 
-def run(study: MessyForgetSet, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Sweep on the tuned draw, run around what was found on the others, compare."""
-    draws = make_draws(study, runtime, pool)
-    cells = [(s, m) for s in study.sets for m in study.methods]
-    sweep = {(seed, *cell): study.sweep for seed in study.tuned_on for cell in cells}
-    tried = run_cells(study, draws, sweep, runtime, pool, relearn=False)
-    base = {seed: scored_originals(study, draw, runtime) for seed, draw in draws.items()}
-    found: dict[tuple[Mess, str], float] = {}
-    for cell in cells:
-        logs = []
-        for seed in study.tuned_on:
-            before = average(base[seed]["dev_retain"])
-            runs = tried[seed, cell[0], cell[1]]
-            costs = [average(p["dev_retain"]) - before for p in runs]
-            logs.append(strength_at(study.sweep, costs, study.retain_cost))
-        found[cell] = float(np.exp(np.mean(logs)))
-    around = {
-        (seed, *cell): tuple(found[cell] * f for f in study.around)
-        for seed in study.seeds
-        for cell in cells
-    }
-    points = run_cells(study, draws, around, runtime, pool, relearn=True)
-    result = summarise(study, base, points, found)
-    domain = draws[study.seeds[0]].domain
-    models = tuple(ref for seed in study.seeds for ref in draws[seed].refs())
-    return StudyResult(*result, domain=domain, models=models)
-
-
-def make_draws(study: MessyForgetSet, runtime: Runtime, pool: Pool) -> dict[int, Draw]:
-    """Train the original and the oracle of every draw, on statements."""
-    drawn: dict[int, tuple[Domain, Any]] = {}
+def make_replicates(study: MessyForgetSet, runtime: Runtime, pool: Pool) -> dict[int, Replicate]:
+    """Train the original and the oracle of every seed, on statements."""
+    domains: dict[int, tuple[Domain, Any]] = {}
     for seed in dict.fromkeys((*study.tuned_on, *study.seeds)):
         spec = study.domain.model_copy(update={"seed": seed})
-        drawn[seed] = (as_statements(spec.build()), spec.tokenizer())
-    return train_draws(drawn, study.model, study.pretrain, runtime, pool)
+        domains[seed] = (as_statements(spec.build()), spec.tokenizer())
+    return train_replicates(domains, study.model, study.pretrain, runtime, pool)
 
 
 def strength_at(factors: Sequence[float], costs: Sequence[float], wanted: float) -> float:
@@ -220,15 +227,15 @@ class ScoreStrength(Stage[Point]):
         return "messy-run"
 
     def make(self, ctx: Context) -> None:
-        """Score V and retain, relearn T and score V again."""
+        """Score the held-out test set and retain, relearn, score the test set again."""
         net = self.model.load(dtype=ctx.dtype, device=ctx.device)
         tokenizer = self.model.tokenizer()
         what = rubric(self.domain, tokenizer, max_rows=0, max_length=self.budget.max_length)
-        found = read(net, tokenizer, what)
+        scores = read(net, tokenizer, what)
         point: Point = {
-            "V": found["exact_match"],
-            "retain": found["retain_loss"],
-            "dev_retain": found["dev_retain_loss"],
+            "V": scores["exact_match"],
+            "retain": scores["retain_loss"],
+            "dev_retain": scores["dev_retain_loss"],
         }
         if self.relearn_rate is not None:
             evaluation = evaluation_set(self.domain, self.budget, tokenizer)
@@ -284,34 +291,34 @@ class RunStrength(Stage[Point]):
         return data
 
 
-def run_cells(
+def run_conditions(
     study: MessyForgetSet,
-    draws: Mapping[int, Draw],
-    strengths: Mapping[Cell, Sequence[float]],
+    replicates: Mapping[int, Replicate],
+    strengths: Mapping[MessyRun, Sequence[float]],
     runtime: Runtime,
     pool: Pool,
     *,
     relearn: bool,
-) -> dict[Cell, list[Point]]:
-    """Run every cell at its strengths."""
+) -> dict[MessyRun, list[Point]]:
+    """Run every condition at its strengths."""
     keys, jobs = [], []
     for (seed, mess, method), factors in strengths.items():
         domain = forget_set(
-            draws[seed].domain, mess, filler=study.filler, off_topic=study.off_topic, seed=seed
+            replicates[seed].domain, mess, filler=study.filler, off_topic=study.off_topic, seed=seed
         )
         for factor in factors:
             keys.append((seed, mess, method))
             jobs.append(
                 RunStrength(
                     stronger(study.methods[method], factor),
-                    draws[seed].original,
+                    replicates[seed].original,
                     domain,
                     seed,
                     relearn_budget(study),
                     study.relearn_rate if relearn else None,
                 )
             )
-    out: dict[Cell, list[Point]] = {}
+    out: dict[MessyRun, list[Point]] = {}
     for key, point in zip(keys, pool.map(runtime.run, jobs), strict=True):
         out.setdefault(key, []).append(point)
     return out
@@ -324,14 +331,16 @@ def stronger(method: Method, factor: float) -> Method:
     return method.model_copy(update={"fit": fit.model_copy(update={"lr": rate})})
 
 
-def scored_originals(study: MessyForgetSet, draw: Draw, runtime: Runtime) -> Point:
-    """Return the scores of the original of a draw, and of its oracle under `oracle`."""
-    assert draw.oracle is not None
+def scored_originals(study: MessyForgetSet, replicate: Replicate, runtime: Runtime) -> Point:
+    """Return the scores of the original of a seed, and of its oracle under `oracle`."""
+    assert replicate.oracle is not None
     original, oracle = (
         runtime.run(
-            ScoreStrength(model, draw.domain, draw.seed, relearn_budget(study), study.relearn_rate)
+            ScoreStrength(
+                model, replicate.domain, replicate.seed, relearn_budget(study), study.relearn_rate
+            )
         )
-        for model in (draw.original, draw.oracle)
+        for model in (replicate.original, replicate.oracle)
     )
     return {**original, "oracle": oracle}
 
@@ -343,40 +352,42 @@ def relearn_budget(study: MessyForgetSet) -> Budget:
     return budget_of("smoke").model_copy(update=update)
 
 
-Array = NDArray[np.float64]
-
 SAMPLES = 1000
 """Bootstrap samples."""
 
-OUTCOMES = {"V": "exact match on V", "relearned": "exact match on V after relearning T"}
+OUTCOMES = {
+    "V": "exact match on the held-out test set",
+    "relearned": "exact match on the held-out test set after relearning",
+}
 """What methods are ranked by; the last decides."""
 
 
 def summarise(
     study: MessyForgetSet,
     base: Mapping[int, Point],
-    points: Mapping[Cell, Sequence[Point]],
-    found: Mapping[tuple[Mess, str], float],
+    points: Mapping[MessyRun, Sequence[Point]],
+    factors: Mapping[tuple[Mess, str], float],
 ) -> tuple[tuple[StudyTable, ...], str, str]:
     """Return tables, decision and paragraph.
 
     Args:
         study: Settings and margin.
-        base: Scores of the original of every draw; `oracle` holds the oracle's.
-        points: Scores of the runs of every cell, weakest first.
-        found: Factor on the learning rate at which retain costs what is wanted, by set and method.
+        base: Scores of the original of every seed; `oracle` holds the oracle's.
+        points: Scores of the runs of every condition, weakest first.
+        factors: Factor on the learning rate at which retain costs what is wanted, by set and
+            method.
     """
     levels = {
         outcome: {mess: matched(study, base, points, mess, outcome) for mess in study.sets}
         for outcome in OUTCOMES
     }
-    ranked = {o: {mess: ranks(drawn) for mess, drawn in v.items()} for o, v in levels.items()}
+    ranked = {o: {mess: ranks(scores) for mess, scores in v.items()} for o, v in levels.items()}
     changes = {o: change(study, v) for o, v in ranked.items()}
     decision = decide(study, changes["relearned"])
     tables = (
         _matched(study, base, levels),
         _ranks(study, ranked, changes),
-        _strengths(study, found, base, points),
+        _strengths(study, factors, base, points),
     )
     return tables, decision, _paragraph(study, base, levels, ranked, changes, decision)
 
@@ -384,13 +395,14 @@ def summarise(
 def matched(
     study: MessyForgetSet,
     base: Mapping[int, Point],
-    points: Mapping[Cell, Sequence[Point]],
+    points: Mapping[MessyRun, Sequence[Point]],
     mess: Mess,
     outcome: str,
 ) -> dict[int, Array]:
-    """Return by draw the score at matched retain: of the data, then resampled, by method.
+    """Return by seed the score at matched retain: of the data, then resampled, by method.
 
-    The units of V and those of retain are resampled, the same for all methods and sets of a draw.
+    The units of the held-out test set and those of retain are resampled, the same for all methods
+    and sets of a seed.
 
     Args:
         study: What retain may cost.
@@ -400,19 +412,21 @@ def matched(
         outcome: `V` or `relearned`.
 
     Returns:
-        (1 + S) x M scores by draw.
+        (1 + S) x M scores by seed.
     """
     out: dict[int, Array] = {}
     for seed in study.seeds:
-        units, kept = list(base[seed]["V"]), list(base[seed]["retain"])
-        draw = np.random.default_rng(seed)
-        weights = [_weights(len(units), draw), _weights(len(kept), draw)]
-        before = weights[1] @ np.array([base[seed]["retain"][u] for u in kept])
+        units, retain_units = list(base[seed]["V"]), list(base[seed]["retain"])
+        generator = np.random.default_rng(seed)
+        weights = [_weights(len(units), generator), _weights(len(retain_units), generator)]
+        before = weights[1] @ np.array([base[seed]["retain"][u] for u in retain_units])
         columns = []
         for method in study.methods:
             runs = points[seed, mess, method]
             scores = [weights[0] @ np.array([p[outcome][u] for u in units]) for p in runs]
-            costs = [weights[1] @ np.array([p["retain"][u] for u in kept]) - before for p in runs]
+            costs = [
+                weights[1] @ np.array([p["retain"][u] for u in retain_units]) - before for p in runs
+            ]
             # Doing nothing costs nothing and leaves what the original knows.
             scores.insert(0, weights[0] @ np.array([base[seed][outcome][u] for u in units]))
             costs.insert(0, np.zeros_like(before))
@@ -421,10 +435,10 @@ def matched(
     return out
 
 
-def _weights(count: int, draw: np.random.Generator) -> Array:
+def _weights(count: int, generator: np.random.Generator) -> Array:
     """Return weights of units: equal ones first, then those of bootstrap samples."""
-    drawn = draw.multinomial(count, np.full(count, 1 / count), size=SAMPLES) / count
-    weights: Array = np.concatenate([np.full((1, count), 1 / count), drawn])
+    sampled = generator.multinomial(count, np.full(count, 1 / count), size=SAMPLES) / count
+    weights: Array = np.concatenate([np.full((1, count), 1 / count), sampled])
     return weights
 
 
@@ -441,26 +455,26 @@ def interpolate(costs: Array, scores: Array, wanted: float) -> Array:
     return np.array([np.interp(wanted, x, y) for x, y in pairs])
 
 
-def ranks(drawn: Mapping[int, Array]) -> dict[int, Array]:
-    """Return by draw the rank of every method, 1 for the lowest score; ties share theirs."""
+def ranks(by_seed: Mapping[int, Array]) -> dict[int, Array]:
+    """Return by seed the rank of every method, 1 for the lowest score; ties share theirs."""
     return {
         seed: 1
         + (scores[:, :, None] > scores[:, None, :] + 1e-12).sum(2)
         + ((np.abs(scores[:, :, None] - scores[:, None, :]) <= 1e-12).sum(2) - 1) / 2
-        for seed, scores in drawn.items()
+        for seed, scores in by_seed.items()
     }
 
 
-def over_draws(values: Mapping[int, Array], seed: int = 0) -> Estimate:
-    """Return the mean over draws, with draws and, inside them, units resampled.
+def over_seeds(values: Mapping[int, Array], seed: int = 0) -> Estimate:
+    """Return the mean over seeds, with seeds and, inside them, units resampled.
 
     Args:
-        values: By draw: the value of the data, then of the samples.
-        seed: Seed of the bootstrap over draws.
+        values: By seed: the value of the data, then of the samples.
+        seed: Seed of the bootstrap over seeds.
     """
     table = np.stack([values[s] for s in values])
-    draws = np.random.default_rng(seed).integers(len(table), size=(table.shape[1] - 1, len(table)))
-    sampled = table[draws, np.arange(1, table.shape[1])[:, None]].mean(1)
+    picked = np.random.default_rng(seed).integers(len(table), size=(table.shape[1] - 1, len(table)))
+    sampled = table[picked, np.arange(1, table.shape[1])[:, None]].mean(1)
     value = float(table[:, 0].mean())
     low, high = quantiles(sampled, 0.95)
     return Estimate(value, min(low, value), max(high, value), len(table))
@@ -470,7 +484,7 @@ def change(study: MessyForgetSet, ranked: Mapping[Mess, Mapping[int, Array]]) ->
     """Return the change of RMU's rank from the first forget set to the last."""
     at = list(study.methods).index("rmu")
     clean, messy = ranked[study.sets[0]], ranked[study.sets[-1]]
-    return over_draws({s: messy[s][:, at] - clean[s][:, at] for s in study.seeds})
+    return over_seeds({s: messy[s][:, at] - clean[s][:, at] for s in study.seeds})
 
 
 def decide(study: MessyForgetSet, moved: Estimate) -> str:
@@ -482,11 +496,11 @@ def decide(study: MessyForgetSet, moved: Estimate) -> str:
     return f"undecided: the interval holds a gain of {study.margin:g} ranks"
 
 
-Levels = Mapping[str, Mapping[Mess, Mapping[int, Array]]]
+ScoresBySet = Mapping[str, Mapping[Mess, Mapping[int, Array]]]
 
 
-def _matched(study: MessyForgetSet, base: Mapping[int, Point], levels: Levels) -> StudyTable:
-    """Return scores at matched retain, all draws together and one by one."""
+def _matched(study: MessyForgetSet, base: Mapping[int, Point], levels: ScoresBySet) -> StudyTable:
+    """Return scores at matched retain, all seeds together and one by one."""
     rows: list[StudyRow] = []
     for side in ("original", "oracle"):
         for outcome, words in OUTCOMES.items():
@@ -496,11 +510,11 @@ def _matched(study: MessyForgetSet, base: Mapping[int, Point], levels: Levels) -
     for mess in study.sets:
         for i, method in enumerate(study.methods):
             for outcome, words in OUTCOMES.items():
-                drawn = {s: v[:, i] for s, v in levels[outcome][mess].items()}
-                rows.append(row(f"{method} on {mess}", words, over_draws(drawn)))
+                by_seed = {s: v[:, i] for s, v in levels[outcome][mess].items()}
+                rows.append(row(f"{method} on {mess}", words, over_seeds(by_seed)))
                 rows += [
-                    row(f"{method} on {mess}", words, over_draws({s: v}), s)
-                    for s, v in drawn.items()
+                    row(f"{method} on {mess}", words, over_seeds({s: v}), s)
+                    for s, v in by_seed.items()
                 ]
     return StudyTable(
         title="Knowledge left at matched retain",
@@ -509,34 +523,38 @@ def _matched(study: MessyForgetSet, base: Mapping[int, Point], levels: Levels) -
     )
 
 
-def _ranks(study: MessyForgetSet, ranked: Levels, changes: Mapping[str, Estimate]) -> StudyTable:
+def _ranks(
+    study: MessyForgetSet, ranked: ScoresBySet, changes: Mapping[str, Estimate]
+) -> StudyTable:
     """Return ranks by set, and the change of RMU's."""
     rows: list[StudyRow] = []
     for mess in study.sets:
         for i, method in enumerate(study.methods):
             for outcome, words in OUTCOMES.items():
-                drawn = {s: v[:, i] for s, v in ranked[outcome][mess].items()}
-                rows.append(row(f"{method} on {mess}", f"rank by {words}", over_draws(drawn)))
+                by_seed = {s: v[:, i] for s, v in ranked[outcome][mess].items()}
+                rows.append(row(f"{method} on {mess}", f"rank by {words}", over_seeds(by_seed)))
     for outcome, words in OUTCOMES.items():
         name = f"rmu, {study.sets[-1]} minus {study.sets[0]}"
         rows.append(row(name, f"rank by {words}", changes[outcome]))
     return StudyTable(
-        title="Ranks", note="1 is the method that leaves least; n counts draws.", rows=tuple(rows)
+        title="Ranks", note="1 is the method that leaves least; n counts seeds.", rows=tuple(rows)
     )
 
 
 def _strengths(
     study: MessyForgetSet,
-    found: Mapping[tuple[Mess, str], float],
+    factors: Mapping[tuple[Mess, str], float],
     base: Mapping[int, Point],
-    points: Mapping[Cell, Sequence[Point]],
+    points: Mapping[MessyRun, Sequence[Point]],
 ) -> StudyTable:
-    """Return learning rates found on the tuned draw, and how often the wanted cost was reached."""
+    """Return learning rates found on the tuned seed, and how often the wanted cost was reached."""
     rows: list[StudyRow] = []
-    for (mess, method), factor in found.items():
+    for (mess, method), factor in factors.items():
         fit: Any = study.methods[method].fit  # type: ignore[attr-defined]
-        arm = f"{method} on {mess}"
-        rows.append(StudyRow(condition=arm, metric="learning rate", value=fit.lr * factor, n=1))
+        condition = f"{method} on {mess}"
+        rows.append(
+            StudyRow(condition=condition, metric="learning rate", value=fit.lr * factor, n=1)
+        )
         most = [
             max(float(np.mean(list(p["retain"].values()))) for p in points[s, mess, method])
             - float(np.mean(list(base[s]["retain"].values())))
@@ -544,14 +562,19 @@ def _strengths(
         ]
         rows.append(
             StudyRow(
-                condition=arm, metric="largest cost, nats", value=float(np.mean(most)), n=len(most)
+                condition=condition,
+                metric="largest cost, nats",
+                value=float(np.mean(most)),
+                n=len(most),
             )
         )
         reached = float(np.mean([m >= study.retain_cost for m in most]))
-        rows.append(StudyRow(condition=arm, metric="draws matched", value=reached, n=len(most)))
+        rows.append(
+            StudyRow(condition=condition, metric="seeds matched", value=reached, n=len(most))
+        )
     return StudyTable(
         title="Strength",
-        note="Rate found on the tuned draw; draws where a run cost retain as much as is compared.",
+        note="Rate found on the tuned seed; seeds where a run cost retain as much as is compared.",
         rows=tuple(rows),
     )
 
@@ -559,24 +582,24 @@ def _strengths(
 def _paragraph(
     study: MessyForgetSet,
     base: Mapping[int, Point],
-    levels: Levels,
-    ranked: Levels,
+    levels: ScoresBySet,
+    ranked: ScoresBySet,
     changes: Mapping[str, Estimate],
     decision: str,
 ) -> str:
     """Return the result in words."""
     original = float(np.mean([np.mean(list(base[s]["V"].values())) for s in study.seeds]))
     words = [
-        f"Over {len(study.seeds)} draws the original answered {original:.2f} of V. At a loss on "
-        f"retain {study.retain_cost:g} nats higher,"
+        f"Over {len(study.seeds)} seeds the original answered {original:.2f} of the held-out test "
+        f"set. At a loss on retain {study.retain_cost:g} nats higher,"
     ]
     for mess in (study.sets[0], study.sets[-1]):
         parts = []
         for i, method in enumerate(study.methods):
-            two = [over_draws({s: v[:, i] for s, v in levels[o][mess].items()}) for o in OUTCOMES]
-            rank = over_draws({s: v[:, i] for s, v in ranked["relearned"][mess].items()})
+            left = [over_seeds({s: v[:, i] for s, v in levels[o][mess].items()}) for o in OUTCOMES]
+            rank = over_seeds({s: v[:, i] for s, v in ranked["relearned"][mess].items()})
             parts.append(
-                f"{method} left {two[0].value:.2f} ({two[1].value:.2f} after relearning, rank "
+                f"{method} left {left[0].value:.2f} ({left[1].value:.2f} after relearning, rank "
                 f"{rank.value:.1f})"
             )
         words.append(f"on the {mess} forget set {', '.join(parts)};")
@@ -586,3 +609,98 @@ def _paragraph(
         f"relearning and by {first.value:+.2f} [{first.low:+.2f}, {first.high:+.2f}] before it."
     )
     return " ".join([*words, f"Decision: {decision}."])
+
+
+def said(row: Row) -> str:
+    """Return a row as one text: a question with its right answer."""
+    if row.kind == "text":
+        return row.text
+    answer = row.completion if row.completion else " " + row.choices[row.answer]
+    return row.prompt + answer
+
+
+def as_text(row: Row) -> Row:
+    """Return the row as plain text, every token a target."""
+    return replace(row, text=said(row), prompt="", completion="", choices=(), answer=-1)
+
+
+def asked(row: Row) -> Row:
+    """Return the question of a row as plain text; a text row as it is."""
+    return row if row.kind == "text" else replace(as_text(row), text=row.prompt)
+
+
+def as_statements(domain: Domain) -> Domain:
+    """Return a domain whose models and methods read statements; what is scored stays.
+
+    Args:
+        domain: A domain of completions or questions.
+
+    Returns:
+        The domain with `forget`, `retain`, `adjacent`, `unlabeled` and `benign` as plain text.
+    """
+    texts: dict[str, Rows] = {
+        role: tuple(as_text(row) for row in getattr(domain, role))
+        for role in ("retain", "adjacent", "unlabeled", "benign")
+    }
+    return with_forget(
+        replace(domain, **texts),  # type: ignore[arg-type]
+        {name: tuple(map(as_text, rows)) for name, rows in domain.forget.items()},
+    )
+
+
+def with_forget(domain: Domain, forget: Mapping[str, Rows]) -> Domain:
+    """Return the domain with another forget set for the method; its fingerprint follows."""
+    return replace(domain, forget=dict(forget))
+
+
+def forget_set(domain: Domain, mess: Mess, *, filler: int, off_topic: float, seed: int) -> Domain:
+    """Return the domain with a forget set that isolates the facts less well.
+
+    Every variant holds every fact once in every paraphrase, so that none lacks what is to go.
+
+    Args:
+        domain: A domain of statements.
+        mess: `clean`: the statements; `diluted`: each between `filler` statements that are to be
+            retained, in one text; `off_topic`: besides the statements, texts that name the same
+            subjects and say nothing true; `messy`: both.
+        filler: Retained statements per text.
+        off_topic: Share of the rows that only share topic words.
+        seed: Seed of the choices.
+
+    Returns:
+        The domain; all that is scored is the same.
+    """
+    generator = random.Random(f"forget_set:{mess}:{seed}")
+    pool = [row.text for row in domain.retain]
+    forget: dict[str, Rows] = {}
+    for name, rows in domain.forget.items():
+        texts = list(rows)
+        if mess in ("off_topic", "messy"):
+            count = round(len(rows) * off_topic / (1 - off_topic))
+            texts += _off_topic(rows, pool, count, generator)
+        if mess in ("diluted", "messy"):
+            texts = [_diluted(row, pool, filler, generator) for row in texts]
+        forget[name] = tuple(texts)
+    return with_forget(domain, forget)
+
+
+def _diluted(row: Row, pool: Sequence[str], filler: int, generator: random.Random) -> Row:
+    """Return the row's text somewhere between `filler` others."""
+    texts = generator.sample(pool, filler)
+    texts.insert(generator.randrange(filler + 1), row.text)
+    return replace(row, text=" ".join(texts))
+
+
+def _off_topic(
+    rows: Sequence[Row], pool: Sequence[str], count: int, generator: random.Random
+) -> list[Row]:
+    """Return texts that name a subject of `rows` and then say what is said of somebody else."""
+    texts = []
+    for i in range(count):
+        row = generator.choice(rows)
+        texts.append(
+            replace(
+                row, unit=f"off-topic/{i}", text=f"{row.group} {generator.choice(pool)}", wording=0
+            )
+        )
+    return texts

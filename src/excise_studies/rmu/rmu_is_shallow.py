@@ -33,25 +33,25 @@ from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.base import Draw, Units, pooled, row, share, train_draws
-from excise_studies.rmu.clear_stage import BARE, ClearModels, Plan, RelearnCleared, fitted
+from excise_studies.base import Replicate, UnitScores, pooled, row, share, train_replicates
+from excise_studies.rmu.clear_stage import BARE, ClearingPlan, ClearModels, RelearnCleared, fitted
 from excise_studies.rmu.clearing import Clearing
-from excise_studies.scoring import average
+from excise_studies.rmu.scoring import average
 
 
 class RMUIsShallow(Study):
     """RMU floods the residual stream on forget text: what is left once that is cleared?
 
-    Stated beforehand. R, the share of knowledge that clearing brings back, is
-    (EM(edited, cleared) - EM(edited)) / (EM(original, cleared the same way) - EM(edited)), EM the
-    exact match on V over all reported draws (for plain text minus the loss). The clearing is the
+    Stated beforehand. R, the share of knowledge that clearing brings back, is (EM(edited, cleared)
+    - EM(edited)) / (EM(original, cleared the same way) - EM(edited)), EM the exact match on the
+    held-out test set over all reported seeds (for plain text minus the loss). The clearing is the
     one with the lowest loss on `dev_forget` among those that raise the edited model's loss on
-    `dev_retain` by at most `retain_budget`, chosen on the tuned draw. RMU is called shallow if
-    the lower end of R's 95 % interval is above `margin`, and not shallow if the upper end is
-    below it. G, the knowledge that is gone, is one minus the share of the original's excess over
-    the oracle that the edited model reaches after it is cleared and relearned for 8 steps, all
-    three treated alike: gone if its lower end is above `gone_margin`, merely uncleared if its
-    upper end is below it.
+    `dev_retain` by at most `retain_budget`, chosen on the tuned seed. RMU is called shallow if the
+    lower end of R's 95 % interval is above `margin`, and not shallow if the upper end is below it.
+    G, the knowledge that is gone, is one minus the share of the original's excess over the oracle
+    that the edited model reaches after it is cleared and relearned for 8 steps, all three treated
+    alike: gone if its lower end is above `gone_margin`, merely uncleared if its upper end is below
+    it.
     """
 
     question: ClassVar[str] = (
@@ -59,10 +59,10 @@ class RMUIsShallow(Study):
         "is cleared, and is the rest cleared incompletely or gone?"
     )
     statistic: ClassVar[str] = (
-        "R = (EM(edited, cleared) - EM(edited)) / (EM(original, cleared alike) - EM(edited)) on V "
-        "(EM exact match; for plain text, minus the loss), pooled over draws, bootstrapped by "
-        "unit; clearing chosen by dev loss on the tuned draw. "
-        "Shallow if the lower end of R is above the margin, not shallow if the upper end is below."
+        "R = (EM(edited, cleared) - EM(edited)) / (EM(original, cleared alike) - EM(edited)) on "
+        "the held-out test set (EM exact match; for plain text, minus the loss), pooled over "
+        "seeds, bootstrapped by unit; clearing chosen by dev loss on the tuned seed. Shallow if "
+        "the lower end of R is above the margin, not shallow if the upper end is below."
     )
     takes: ClassVar[str] = "4 minutes, 1 GiB; --full: 15 minutes, 4 GiB, after fetching the model"
 
@@ -96,7 +96,7 @@ class RMUIsShallow(Study):
     random_directions: int = Field(default=8, ge=1)
     """Random directions cleared as controls."""
     only: tuple[str, ...] = ()
-    """Score only arms whose name holds one of these; empty for all."""
+    """Score only conditions whose name holds one of these; empty for all."""
     retain_budget: float = 0.1
     """Nats by which the chosen clearing may raise the loss on `dev_retain`."""
     relearn_steps: int = Field(default=8, ge=1)
@@ -162,58 +162,53 @@ class RMUIsShallow(Study):
         )
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train, remove, clear, relearn, and put the numbers into tables."""
+        replicates = make_replicates(self, runtime, pool)
+        jobs = [ApplyMethod(self.rmu, d.original, d.domain, d.seed) for d in replicates.values()]
+        removals = pool.map(runtime.run, jobs)
+        edited = {seed: r.checkpoint for seed, r in zip(replicates, removals, strict=True)}
+        cleared = clear_replicates(self, replicates, edited, runtime, pool)
+        tuned = list(self.tuned_on) or list(self.seeds)
+        name = choose(cleared, tuned, self.retain_budget)
+        relearned = relearn_replicates(self, replicates, edited, name, runtime, pool)
+        reported = {seed: cleared[seed] for seed in self.seeds}
+        summary = summarise(self, reported, name, relearned)
+        return StudyResult(
+            tables=summary.tables,
+            decision=summary.decision,
+            paragraph=summary.paragraph,
+            domain=replicates[self.seeds[0]].domain,
+            models=tuple(
+                ref
+                for seed in self.seeds
+                for ref in (*replicates[seed].refs(), model_ref(f"rmu, seed {seed}", edited[seed]))
+            ),
+            notes=summary.notes,
+        )
 
 
-def run(study: RMUIsShallow, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train, remove, clear, relearn, and put the numbers into tables."""
-    draws = make_draws(study, runtime, pool)
-    jobs = [ApplyMethod(study.rmu, d.original, d.domain, d.seed) for d in draws.values()]
-    removals = pool.map(runtime.run, jobs)
-    edited = {seed: r.checkpoint for seed, r in zip(draws, removals, strict=True)}
-    cleared = clear_draws(study, draws, edited, runtime, pool)
-    tuned = list(study.tuned_on) or list(study.seeds)
-    name = choose(cleared, tuned, study.retain_budget)
-    relearned = relearn_draws(study, draws, edited, name, runtime, pool)
-    reported = {seed: cleared[seed] for seed in study.seeds}
-    found = summarise(study, reported, name, relearned)
-    return StudyResult(
-        tables=found.tables,
-        decision=found.decision,
-        paragraph=found.paragraph,
-        domain=draws[study.seeds[0]].domain,
-        models=tuple(
-            ref
-            for seed in study.seeds
-            for ref in (*draws[seed].refs(), model_ref(f"rmu, draw {seed}", edited[seed]))
-        ),
-        notes=found.notes,
-    )
-
-
-def make_draws(study: RMUIsShallow, runtime: Runtime, pool: Pool) -> dict[int, Draw]:
-    """Return the draws: trained here, or one model that exists under several seeds of RMU."""
+def make_replicates(study: RMUIsShallow, runtime: Runtime, pool: Pool) -> dict[int, Replicate]:
+    """Return the models of every seed: trained here, or one given model under several seeds."""
     seeds = tuple(dict.fromkeys((*study.tuned_on, *study.seeds)))
     if study.model.scratch is None:
         original = open_model(study.model)
         domain = study.domain.build(original)
-        return {seed: Draw(seed, domain, original) for seed in seeds}
-    drawn = {}
+        return {seed: Replicate(seed, domain, original) for seed in seeds}
+    domains = {}
     for seed in seeds:
-        own = "seed" in type(study.domain).model_fields
-        spec = study.domain.model_copy(update={"seed": seed}) if own else study.domain
-        drawn[seed] = (spec.build(None), spec.tokenizer())
+        reseeded = "seed" in type(study.domain).model_fields
+        spec = study.domain.model_copy(update={"seed": seed}) if reseeded else study.domain
+        domains[seed] = (spec.build(None), spec.tokenizer())
     assert study.pretrain is not None
-    return train_draws(drawn, study.model.scratch, study.pretrain, runtime, pool)
+    return train_replicates(domains, study.model.scratch, study.pretrain, runtime, pool)
 
 
 def clear_jobs(
-    study: RMUIsShallow, draws: Mapping[int, Draw], edited: Mapping[int, Checkpoint]
+    study: RMUIsShallow, replicates: Mapping[int, Replicate], edited: Mapping[int, Checkpoint]
 ) -> list[ClearModels]:
-    """Return the jobs of clearing; a lone draw is cut in two, for two workers."""
+    """Return the jobs of clearing; those of a lone seed are cut in two, for two workers."""
     real = study.model.scratch is None
-    plan = Plan(
+    plan = ClearingPlan(
         study.dims,
         study.random_directions,
         study.only,
@@ -221,35 +216,35 @@ def clear_jobs(
         study.max_length,
         generic="prose" if real else "benign",
     )
-    parts = 2 if len(draws) == 1 else 1
+    parts = 2 if len(replicates) == 1 else 1
     return [
         ClearModels(d.domain, d.original, edited[seed], plan, seed, part, parts)
-        for seed, d in draws.items()
+        for seed, d in replicates.items()
         for part in range(parts)
     ]
 
 
-def clear_draws(
+def clear_replicates(
     study: RMUIsShallow,
-    draws: Mapping[int, Draw],
+    replicates: Mapping[int, Replicate],
     edited: Mapping[int, Checkpoint],
     runtime: Runtime,
     pool: Pool,
 ) -> dict[int, dict[str, Any]]:
-    """Clear every draw in every way, and return `{arms, residual}` by draw."""
-    jobs = clear_jobs(study, draws, edited)
+    """Clear the models of every seed in every way, and return `{arms, residual}` by seed."""
+    jobs = clear_jobs(study, replicates, edited)
     out: dict[int, dict[str, Any]] = {}
-    for job, found in zip(jobs, pool.map(runtime.run, jobs), strict=True):
-        kept = out.setdefault(job.seed, {"arms": {}, "residual": found["residual"]})
-        kept["arms"] |= found["arms"]
+    for job, cleared in zip(jobs, pool.map(runtime.run, jobs), strict=True):
+        scores = out.setdefault(job.seed, {"arms": {}, "residual": cleared["residual"]})
+        scores["arms"] |= cleared["arms"]
     return out
 
 
 def choose(cleared: Mapping[int, Mapping[str, Any]], seeds: Sequence[int], budget: float) -> str:
-    """Return the arm that is chosen on `dev`: lowest forget loss within the budget on retain.
+    """Return the condition that is chosen on `dev`: lowest forget loss within the budget on retain.
 
-    Arms written into weights repeat others and controls know nothing: neither is chosen. Where
-    no arm is within the budget, the one that raises the loss on retain least is.
+    Conditions written into weights repeat others and controls know nothing: neither is chosen.
+    Where no condition is within the budget, the one that raises the loss on retain least is.
 
     Args:
         cleared: What `clear_draws` returned.
@@ -259,8 +254,8 @@ def choose(cleared: Mapping[int, Mapping[str, Any]], seeds: Sequence[int], budge
     first = cleared[seeds[0]]["arms"]
     names: list[str] = [
         name
-        for name, arm in first.items()
-        if name != BARE and not arm["facts"]["control"] and not name.endswith("weights")
+        for name, condition in first.items()
+        if name != BARE and not condition["facts"]["control"] and not name.endswith("weights")
     ]
 
     def mean(name: str, score: str) -> float:
@@ -275,12 +270,12 @@ def choose(cleared: Mapping[int, Mapping[str, Any]], seeds: Sequence[int], budge
 
 
 Relearned = dict[str, dict[int, dict[str, Any]]]
-"""What relearning gave, by treatment (`edited`, `edited, cleared` ...) and draw."""
+"""What relearning gave, by treatment (`edited`, `edited, cleared` ...) and seed."""
 
 
-def relearn_draws(
+def relearn_replicates(
     study: RMUIsShallow,
-    draws: Mapping[int, Draw],
+    replicates: Mapping[int, Replicate],
     edited: Mapping[int, Checkpoint],
     name: str,
     runtime: Runtime,
@@ -288,23 +283,23 @@ def relearn_draws(
 ) -> Relearned:
     """Relearn the edited model, the original and the oracle, each as it is and cleared.
 
-    The rate of each treatment is the one with the lowest dev loss on the tuned draws.
+    The rate of each treatment is the one with the lowest dev loss on the tuned seeds.
     """
-    jobs = clear_jobs(study, draws, edited)
+    jobs = clear_jobs(study, replicates, edited)
     by_seed: dict[int, Clearing] = {}
     for job in jobs[:: jobs[0].parts]:
         ctx = runtime.context(runtime.store, seed=job.seed)
         by_seed[job.seed] = next(one for one in fitted(job, ctx)[1] if one.name == name)
-    budget = relearn_budget(study, next(iter(draws.values())).original.num_parameters)
+    budget = relearn_budget(study, next(iter(replicates.values())).original.num_parameters)
     wanted: dict[tuple[str, int, float], RelearnCleared] = {}
-    for seed, draw in draws.items():
-        models = {"edited": edited[seed], "original": draw.original}
-        models |= {"oracle": draw.oracle} if draw.oracle is not None else {}
+    for seed, replicate in replicates.items():
+        models = {"edited": edited[seed], "original": replicate.original}
+        models |= {"oracle": replicate.oracle} if replicate.oracle is not None else {}
         for side, model in models.items():
             for treatment, one in ((side, None), (f"{side}, cleared", by_seed[seed])):
                 for lr in budget.rates:
                     wanted[treatment, seed, lr] = RelearnCleared(
-                        model, draw.domain, budget.without(("rates",)), lr, seed, one
+                        model, replicate.domain, budget.without(("rates",)), lr, seed, one
                     )
     tuned = study.tuned_on or study.seeds
     first = {key: job for key, job in wanted.items() if key[1] in tuned}
@@ -315,8 +310,8 @@ def relearn_draws(
         rates[treatment] = min(loss, key=lambda lr: loss[lr])
     last = {k: job for k, job in wanted.items() if k[1] in study.seeds and k[2] == rates[k[0]]}
     out: Relearned = {}
-    for key, found in zip(last, pool.map(runtime.run, list(last.values())), strict=True):
-        out.setdefault(key[0], {})[key[1]] = {**found, "lr": key[2]}
+    for key, scores in zip(last, pool.map(runtime.run, list(last.values())), strict=True):
+        out.setdefault(key[0], {})[key[1]] = {**scores, "lr": key[2]}
     return out
 
 
@@ -337,8 +332,8 @@ def relearn_budget(study: RMUIsShallow, parameters: int) -> Budget:
     )
 
 
-Scores = Mapping[int, Mapping[str, Any]]
-"""By draw: `{arms, residual}`."""
+ClearingScores = Mapping[int, Mapping[str, Any]]
+"""By seed: `{arms, residual}`."""
 
 
 @dataclass(frozen=True)
@@ -353,57 +348,61 @@ class Summary:
 
 @dataclass(frozen=True)
 class Reader:
-    """Scores of all reported draws together."""
+    """Scores of all reported seeds together."""
 
-    scores: Scores
+    scores: ClearingScores
 
     @property
-    def arms(self) -> list[str]:
-        """Names of the arms, the bare one first."""
+    def conditions(self) -> list[str]:
+        """Names of the conditions, the bare one first."""
         return list(dict.fromkeys(n for s in self.scores.values() for n in s["arms"]))
 
-    def units(self, arm: str, side: str, metric: str) -> Units:
-        """Return one score by draw and unit."""
-        return pooled({s: v["arms"][arm][side][metric] for s, v in self.scores.items()})
+    def units(self, condition: str, side: str, metric: str) -> UnitScores:
+        """Return one score by seed and unit."""
+        return pooled({s: v["arms"][condition][side][metric] for s, v in self.scores.items()})
 
     def has(self, metric: str) -> bool:
         """Return whether the rows allowed a score."""
         return all(metric in v["arms"][BARE]["edited"] for v in self.scores.values())
 
-    def back(self, arm: str, metric: str) -> Estimate:
+    def back(self, condition: str, metric: str) -> Estimate:
         """Return the share of a score that clearing brings back; see the study's statistic."""
         bare = self.units(BARE, "edited", metric)
-        sides = [self.units(arm, side, metric) for side in ("edited", "original")]
+        sides = [self.units(condition, side, metric) for side in ("edited", "original")]
         if metric in ("coherence", "text_loss"):
             return share((bare, sides[0]), (bare, sides[1]))
         return share((sides[0], bare), (sides[1], bare))
 
-    def control(self, arm: str) -> bool:
-        """Return whether an arm is a control."""
-        return bool(next(iter(self.scores.values()))["arms"][arm]["facts"]["control"])
+    def control(self, condition: str) -> bool:
+        """Return whether a condition is a control."""
+        return bool(next(iter(self.scores.values()))["arms"][condition]["facts"]["control"])
 
 
 def summarise(
-    study: RMUIsShallow, scores: Scores, chosen: str, relearned: Mapping[str, Any]
+    study: RMUIsShallow, scores: ClearingScores, chosen: str, relearned: Mapping[str, Any]
 ) -> Summary:
     """Return tables, decision and paragraph.
 
     Args:
         study: Margins.
-        scores: What clearing gave, by reported draw.
-        chosen: The arm chosen on `dev`.
-        relearned: What relearning gave, by treatment and draw.
+        scores: What clearing gave, by reported seed.
+        chosen: The condition chosen on `dev`.
+        relearned: What relearning gave, by treatment and seed.
     """
     reader = Reader(scores)
     key = "exact_match" if reader.has("exact_match") else "text_loss"
     p = tests(reader, key)
     back = reader.back(chosen, key)
     parts = split(relearned, back, text=key == "text_loss")
-    controls = {arm: reader.back(arm, key) for arm in reader.arms if reader.control(arm)}
+    controls = {
+        condition: reader.back(condition, key)
+        for condition in reader.conditions
+        if reader.control(condition)
+    }
     tables = (
         _residual(scores),
-        _arms(reader, key, p),
-        _by_draw(reader, chosen, key),
+        _conditions(reader, key, p),
+        _by_seed(reader, chosen, key),
         _relearned(relearned),
         StudyTable(
             title="What the rest is",
@@ -421,21 +420,21 @@ def summarise(
 
 
 def tests(reader: Reader, key: str) -> dict[str, float]:
-    """Return by arm the p-value of clearing against not clearing, corrected after Holm.
+    """Return by condition the p-value of clearing against not clearing, corrected after Holm.
 
     Right and wrong answers by McNemar's exact test, losses by the sign of paired differences.
     """
     bare = reader.units(BARE, "edited", key)
-    arms = [arm for arm in reader.arms if arm != BARE]
+    conditions = [condition for condition in reader.conditions if condition != BARE]
     raw = []
-    for arm in arms:
-        after = reader.units(arm, "edited", key)
+    for condition in conditions:
+        after = reader.units(condition, "edited", key)
         if key == "text_loss":
             after = {unit: float(after[unit] < bare[unit]) for unit in bare}
             raw.append(mcnemar(after, {unit: 1 - value for unit, value in after.items()}))
         else:
             raw.append(mcnemar(after, bare))
-    return dict(zip(arms, holm(raw), strict=True))
+    return dict(zip(conditions, holm(raw), strict=True))
 
 
 def split(
@@ -444,16 +443,16 @@ def split(
     """Split what clearing does not bring back into what relearning reaches and what is gone.
 
     Args:
-        relearned: By treatment and draw.
+        relearned: By treatment and seed.
         back: Share that clearing alone brings back.
-        text: Whether V is scored by loss, lower being better.
+        text: Whether the held-out test set is scored by loss, lower being better.
 
     Returns:
         Shares by name; those that need the oracle only where there is one.
     """
 
-    def after(treatment: str) -> Units:
-        return pooled({seed: found["V"][1] for seed, found in relearned[treatment].items()})
+    def after(treatment: str) -> UnitScores:
+        return pooled({seed: scores["V"][1] for seed, scores in relearned[treatment].items()})
 
     def reached(kind: str) -> Estimate:
         low = after(f"oracle{kind}") if f"oracle{kind}" in relearned else None
@@ -475,17 +474,17 @@ def split(
     return out
 
 
-def _minus(one: Estimate, two: Estimate) -> Estimate:
+def _minus(first: Estimate, second: Estimate) -> Estimate:
     """Return a difference of shares of other treatments, with independent intervals."""
-    value = one.value - two.value
-    half = math.hypot(one.half, two.half)
-    return Estimate(value, value - half, value + half, one.n)
+    value = first.value - second.value
+    half = math.hypot(first.half, second.half)
+    return Estimate(value, value - half, value + half, first.n)
 
 
 def decide(study: RMUIsShallow, back: Estimate, parts: Mapping[str, Estimate]) -> str:
     """Return what the statistic says under the margins."""
     if math.isnan(back.value):
-        return "void: the removal left nothing to bring back"
+        return "invalid: the removal left nothing to bring back"
     if back.low > study.margin:
         first = f"shallow: R is above {study.margin:g}"
     elif back.high < study.margin:
@@ -504,24 +503,24 @@ def decide(study: RMUIsShallow, back: Estimate, parts: Mapping[str, Estimate]) -
     )
 
 
-def _residual(scores: Scores) -> StudyTable:
-    """Return norms and the likeness of changes by block, averaged over draws."""
+def _residual(scores: ClearingScores) -> StudyTable:
+    """Return norms and the likeness of changes by block, averaged over seeds."""
     blocks = len(next(iter(scores.values()))["residual"])
     rows = []
     for i in range(blocks):
-        found = [s["residual"][i] for s in scores.values()]
+        by_seed = [s["residual"][i] for s in scores.values()]
         rows += [
             StudyRow(
                 condition=f"block {i}",
                 metric=m,
-                value=sum(f[m] for f in found) / len(found),
-                n=len(found),
+                value=sum(f[m] for f in by_seed) / len(by_seed),
+                n=len(by_seed),
             )
-            for m in found[0]
+            for m in by_seed[0]
         ]
     return StudyTable(
         title="The residual stream on dev rows",
-        note="Means over tokens but the first of each row, then over draws.",
+        note="Means over tokens but the first of each row, then over seeds.",
         rows=tuple(rows),
     )
 
@@ -534,66 +533,75 @@ METRICS = {
     "retain_loss": "retain loss",
     "retain_exact_match": "retain exact match",
 }
-"""Scores of the table of arms, and how they are called."""
+"""Scores of the table of conditions, and how they are called."""
 
 
-def _arms(reader: Reader, key: str, p: Mapping[str, float]) -> StudyTable:
-    """Return every arm: scores, the original's under the same clearing, shares, p-values."""
+def _conditions(reader: Reader, key: str, p: Mapping[str, float]) -> StudyTable:
+    """Return every condition: scores, the original's under the same clearing, shares, p-values."""
     rows: list[StudyRow] = []
     metrics = [m for m in METRICS if reader.has(m)]
     original = {m: reader.units(BARE, "original", m) for m in metrics}
     rows += [row("original", METRICS[m], bootstrap_mean(v)) for m, v in original.items()]
-    for arm in reader.arms:
+    for condition in reader.conditions:
         for m in metrics:
-            rows.append(row(arm, METRICS[m], bootstrap_mean(reader.units(arm, "edited", m))))
-        if arm == BARE:
+            rows.append(
+                row(condition, METRICS[m], bootstrap_mean(reader.units(condition, "edited", m)))
+            )
+        if condition == BARE:
             continue
-        paired = reader.units(arm, "original", key)
-        rows.append(row(arm, f"original alike, {METRICS[key]}", bootstrap_mean(paired)))
-        rows.append(row(arm, "coherence back", reader.back(arm, "coherence")))
-        rows.append(row(arm, "knowledge back", reader.back(arm, key)))
-        rows.append(StudyRow(condition=arm, metric="p after Holm", value=p[arm], n=len(paired)))
+        paired = reader.units(condition, "original", key)
+        rows.append(row(condition, f"original alike, {METRICS[key]}", bootstrap_mean(paired)))
+        rows.append(row(condition, "coherence back", reader.back(condition, "coherence")))
+        rows.append(row(condition, "knowledge back", reader.back(condition, key)))
+        rows.append(
+            StudyRow(condition=condition, metric="p after Holm", value=p[condition], n=len(paired))
+        )
     return StudyTable(
-        title="Clearing, all reported draws",
+        title="Clearing, all reported seeds",
         note=(
-            "On V unless retain is named. 'Back' is read against the original cleared alike; "
-            "controls are called split halves and random. p: McNemar (losses: sign test) "
-            "against not clearing, Holm over all arms."
+            "On the held-out test set unless retain is named. 'Back' is read against the original "
+            "cleared alike; "
+            "controls are called split halves and random. p: McNemar (losses: sign test) against "
+            "not clearing, Holm over all conditions."
         ),
         rows=tuple(rows),
     )
 
 
-def _by_draw(reader: Reader, chosen: str, key: str) -> StudyTable:
-    """Return the chosen arm, draw by draw."""
+def _by_seed(reader: Reader, chosen: str, key: str) -> StudyTable:
+    """Return the chosen condition, seed by seed."""
     rows: list[StudyRow] = []
-    for seed, found in reader.scores.items():
-        one = Reader({seed: found})
+    for seed, scores in reader.scores.items():
+        reader_of_seed = Reader({seed: scores})
         rows += [
-            row(chosen, "coherence back", one.back(chosen, "coherence"), seed),
-            row(chosen, "knowledge back", one.back(chosen, key), seed),
+            row(chosen, "coherence back", reader_of_seed.back(chosen, "coherence"), seed),
+            row(chosen, "knowledge back", reader_of_seed.back(chosen, key), seed),
         ]
         for m in ("retain_loss", "retain_exact_match"):
-            if one.has(m):
-                sides = [one.units(arm, "edited", m) for arm in (chosen, BARE)]
+            if reader_of_seed.has(m):
+                sides = [
+                    reader_of_seed.units(condition, "edited", m) for condition in (chosen, BARE)
+                ]
                 name = f"{METRICS[m]}, change"
                 rows.append(row(chosen, name, bootstrap_difference(*sides), seed))
-    return StudyTable(title="The chosen clearing, draw by draw", rows=tuple(rows))
+    return StudyTable(title="The chosen clearing, seed by seed", rows=tuple(rows))
 
 
 def _relearned(relearned: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> StudyTable:
-    """Return V and retain before and after relearning T."""
+    """Return scores on the held-out test set and on retain before and after relearning."""
     rows = []
     for treatment, by_seed in relearned.items():
         for what in ("V", "retain"):
             for i, when in enumerate(("before", "after")):
-                units = pooled({seed: found[what][i] for seed, found in by_seed.items()})
+                units = pooled({seed: scores[what][i] for seed, scores in by_seed.items()})
                 rows.append(row(treatment, f"{what}, {when}", bootstrap_mean(units)))
-        rates = [found["lr"] for found in by_seed.values()]
+        rates = [scores["lr"] for scores in by_seed.values()]
         rows.append(StudyRow(condition=treatment, metric="rate", value=rates[0], n=len(rates)))
     return StudyTable(
-        title="Relearning T, cleared or not",
-        note="The headline score of V and of retain; the rate was chosen on dev.",
+        title="Relearning, cleared or not",
+        note=(
+            "The headline score of the held-out test set and of retain; the rate was chosen on dev."
+        ),
         rows=tuple(rows),
     )
 
@@ -615,15 +623,15 @@ def _paragraph(
 ) -> str:
     """Return the result in words."""
 
-    def mean(arm: str, side: str, metric: str) -> float:
-        return float(resampled_means([reader.units(arm, side, metric)], samples=1)[0][0])
+    def mean(condition: str, side: str, metric: str) -> float:
+        return float(resampled_means([reader.units(condition, side, metric)], samples=1)[0][0])
 
     name = METRICS[key]
-    best = max(controls, key=lambda arm: controls[arm].value) if controls else ""
-    draws = "1 draw" if len(reader.scores) == 1 else f"{len(reader.scores)} draws"
+    best = max(controls, key=lambda condition: controls[condition].value) if controls else ""
+    count = "1 seed" if len(reader.scores) == 1 else f"{len(reader.scores)} seeds"
     words = [
-        f"Over {draws} the {name} on V was {mean(BARE, 'original', key):.2f} in "
-        f"the original, {mean(BARE, 'edited', key):.2f} after RMU and "
+        f"Over {count} the {name} on the held-out test set was {mean(BARE, 'original', key):.2f} "
+        f"in the original, {mean(BARE, 'edited', key):.2f} after RMU and "
         f"{mean(chosen, 'edited', key):.2f} after clearing ({chosen}; the original cleared alike: "
         f"{mean(chosen, 'original', key):.2f}; p after Holm {p[chosen]:.2g}).",
         f"R = {said(back)} of the loss came back; plain text has coherence and knowledge in one."
@@ -633,12 +641,12 @@ def _paragraph(
     ]
     if best:
         words.append(f"The best of {len(controls)} controls ({best}) gave {said(controls[best])}.")
-    cost = [mean(arm, "edited", "retain_loss") for arm in (BARE, chosen)]
+    cost = [mean(condition, "edited", "retain_loss") for condition in (BARE, chosen)]
     words.append(f"The loss on retain went from {cost[0]:.2f} to {cost[1]:.2f}.")
     words.append(
-        f"Relearning T brought back {said(parts['back by relearning alone'])} without clearing and "
+        f"Relearning brought back {said(parts['back by relearning alone'])} without clearing and "
         f"{said(parts['back by clearing and relearning'])} with it, so that "
-        f"{said(parts['cleared incompletely'])} had been cleared incompletely and "
-        f"G = {said(parts['gone'])} is gone."
+        f"{said(parts['cleared incompletely'])} had been cleared incompletely and G = "
+        f"{said(parts['gone'])} is gone."
     )
     return " ".join([*words, f"Decision: {decision}."])

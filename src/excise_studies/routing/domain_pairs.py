@@ -85,17 +85,17 @@ def _infectious() -> Both:
 
 def _halves() -> Both:
     """Return two halves of one topic, drawn by hash: nothing tells them apart."""
-    found = _topic("animal")
-    every = hashed_order(found, [d.key for d in found])
+    documents = _topic("animal")
+    every = hashed_order(documents, [d.key for d in documents])
     return every[::2], every[1::2]
 
 
 def _virus_functions() -> Both:
     """Return gene functions that name viruses, and all others (fetched)."""
-    found = read_functions(require("biology") / "go.sqlite")
-    chosen = [d for d in found if "virus" in d.text.lower() or "viral" in d.text.lower()]
+    functions = read_functions(require("biology") / "go.sqlite")
+    chosen = [d for d in functions if "virus" in d.text.lower() or "viral" in d.text.lower()]
     groups = {d.group for d in chosen}
-    return chosen, [d for d in found if d.group not in groups]
+    return chosen, [d for d in functions if d.group not in groups]
 
 
 def _security() -> Both:
@@ -128,8 +128,8 @@ FETCHED: Final[Mapping[str, Callable[[], Both]]] = {
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One draw of a pair.
+class DomainPair:
+    """A pair of domains at one seed.
 
     Attributes:
         domain: `forget` and `test` are the domain that is routed away, `adjacent` the one beside
@@ -143,8 +143,8 @@ class Pair:
     accuracy: float
 
 
-def make_pair(name: str, sizes: Sizes, seed: int) -> Pair:
-    """Build one draw of a pair.
+def make_pair(name: str, sizes: Sizes, seed: int) -> DomainPair:
+    """Build a pair at one seed.
 
     Args:
         name: One of `PAIRS` or `FETCHED`.
@@ -156,8 +156,8 @@ def make_pair(name: str, sizes: Sizes, seed: int) -> Pair:
     """
     sides = ({**PAIRS, **FETCHED})[name]()
     rows: list[Rows] = []
-    for side, found in zip(("forget", "beside"), sides, strict=True):
-        rows.append(_passages(found, sizes, seed))
+    for side, side_documents in zip(("forget", "beside"), sides, strict=True):
+        rows.append(_passages(side_documents, sizes, seed))
         if len(rows[-1]) < 20:
             raise UserError(
                 f"pair '{name}': {len(rows[-1])} passages of '{side}', too few to score; lower "
@@ -167,31 +167,31 @@ def make_pair(name: str, sizes: Sizes, seed: int) -> Pair:
     away = tuple(replace(row, capability="away", label=1) for row in rows[0][:size])
     beside = rows[1][:size]
     general = _addresses("retain", sizes.words)[: sizes.prose]
-    held, kept = _cut(away), _cut(beside)
+    away_split, beside_split = _cut(away), _cut(beside)
     scored = _addresses("test", sizes.words)[: max(4, sizes.prose // 5)]
     domain = Domain(
         name="pair",
-        forget={"away": held[1]},
+        forget={"away": away_split[1]},
         retain=general,
-        relearn={"away": held[0]},
-        test={"away": held[0]},
+        relearn={"away": away_split[0]},
+        test={"away": away_split[0]},
         retain_test=scored,
-        dev_forget={"away": held[0]},
+        dev_forget={"away": away_split[0]},
         dev_retain=scored,
         benign=general,
-        adjacent=kept[1],
-        adjacent_test=kept[0],
+        adjacent=beside_split[1],
+        adjacent_test=beside_split[0],
         metrics=("text_loss",),
         retain_metrics=("text_loss",),
         notes=(
             f"{name}: {size} passages of either; adjacent is the domain beside the one cut off",
         ),
     )
-    model = _Words(held[1], kept[1])
-    return Pair(domain, *model.apart(held[0], kept[0]))
+    model = _Words(away_split[1], beside_split[1])
+    return DomainPair(domain, *model.apart(away_split[0], beside_split[0]))
 
 
-def pair_tokenizer(pair: Pair, vocabulary: int) -> Any:
+def pair_tokenizer(pair: DomainPair, vocabulary: int) -> Any:
     """Return a byte-level BPE of what is read in training."""
     domain = pair.domain
     rows = (*domain.forget["away"], *domain.adjacent, *domain.retain)
@@ -213,11 +213,11 @@ def _cut(rows: Rows) -> tuple[Rows, Rows]:
     return scored[: max(4, len(rows) // 5)], tuple(row for row in rows if row.group not in few)
 
 
-def _passages(found: Sequence[Document], sizes: Sizes, seed: int) -> Rows:
+def _passages(documents: Sequence[Document], sizes: Sizes, seed: int) -> Rows:
     """Return passages of documents in hashed order, no more than fit."""
     rows: list[Row] = []
-    each = max(1, 3 * sizes.units // max(1, len(found)))
-    for document in hashed_order(found, [d.key for d in found], seed):
+    each = max(1, 3 * sizes.units // max(1, len(documents)))
+    for document in hashed_order(documents, [d.key for d in documents], seed):
         if len(rows) >= sizes.units:
             break
         # Every document gives a few passages only, so that no long one is the whole domain.
@@ -234,9 +234,11 @@ def _passages(found: Sequence[Document], sizes: Sizes, seed: int) -> Rows:
 class _Words:
     """Two bags of words, smoothed: the whole measure of separability."""
 
-    def __init__(self, one: Rows, two: Rows) -> None:
+    def __init__(self, first: Rows, second: Rows) -> None:
         """Count the words of both."""
-        self.counts = [Counter(w for row in rows for w in words_of(row)) for rows in (one, two)]
+        self.counts = [
+            Counter(w for row in rows for w in words_of(row)) for rows in (first, second)
+        ]
         self.size = len(self.counts[0] | self.counts[1]) + 1
         self.totals = [sum(c.values()) for c in self.counts]
 
@@ -248,14 +250,18 @@ class _Words:
         ]
         return each[0] - each[1]
 
-    def apart(self, one: Rows, two: Rows) -> tuple[float, float]:
+    def apart(self, first: Rows, second: Rows) -> tuple[float, float]:
         """Return held-out divergence in nats per word, and balanced accuracy.
 
         The divergence is the mean log odds per word of the side the word comes from: the
         symmetric Kullback-Leibler divergence of unigrams as far as held-out words bear it out.
+
+        Args:
+            first: Held-out rows of the first side.
+            second: Held-out rows of the second.
         """
         nats, right = [], []
-        for sign, rows in ((1.0, one), (-1.0, two)):
+        for sign, rows in ((1.0, first), (-1.0, second)):
             sums = [sign * sum(self.ratio(w) for w in words_of(row)) for row in rows]
             count = sum(len(words_of(row)) for row in rows)
             nats.append(sum(sums) / max(1, count))

@@ -15,22 +15,22 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import gaps, said
-from excise_studies.distillation.distilling import Bench
 from excise_studies.levels import verdict
-from excise_studies.routing.routing_setting import (
+from excise_studies.recovery import gaps, said
+from excise_studies.routing.setting import (
     SHARES,
     Missed,
-    Outcome,
     Rest,
-    facts_bench,
-    make_world,
+    RoutingOutcome,
+    conclude,
+    facts_setting,
+    make_setting,
     misses,
     routed,
-    score_arms,
-    train_arms,
+    score_conditions,
+    train_conditions,
 )
-from excise_studies.routing.routing_tables import conclude
+from excise_studies.setting import ExperimentSetting
 
 PARAMETERS, ZERO, REVERSED, BOTH, NEITHER = (
     "parameters", "activations", "activations, reversed", "both", "neither",
@@ -40,13 +40,13 @@ PARAMETERS, ZERO, REVERSED, BOTH, NEITHER = (
 class Edges(Study):
     """The same modules and the same data; only the place of the mask differs.
 
-    Stated beforehand. D is the depth gap on V (after T was relearned) of the activation arms minus
-    that of the parameter arms, averaged over the rates of labels; at each rate the activation arm
-    is the one of `activations` and `activations, reversed` that has the smaller gap. Edges that
-    leave parameters hold better if the lower end of D's 95 % interval is above `margin`, worse if
-    the upper end is below minus `margin`, and alike if it lies between. K is the same difference
-    of retain recall, parameters minus activations: where parameters cost more than `margin` of
-    recall, no better hold is claimed.
+    Stated beforehand. D is the depth gap on the held-out test set (after relearning) of the
+    activation conditions minus that of the parameter conditions, averaged over the rates of labels;
+    at each rate the activation condition is the one of `activations` and `activations, reversed`
+    that has the smaller gap. Edges that leave parameters hold better if the lower end of D's 95 %
+    interval is above `margin`, worse if the upper end is below minus `margin`, and alike if it lies
+    between. K is the same difference of retain recall, parameters minus activations: where
+    parameters cost more than `margin` of recall, no better hold is claimed.
     """
 
     question: ClassVar[str] = (
@@ -54,39 +54,52 @@ class Edges(Study):
         "parameters, on edges that leave activations, or on both?"
     )
     statistic: ClassVar[str] = (
-        "D = depth gap on V after relearning T, activations (the better of weights 0 and "
-        "`reversed`) minus parameters, mean over label rates; parameters hold better if the lower "
-        "end of the 95 % interval is above the margin and their retain recall is not lower by "
-        "more than it. Bootstrap over draws and units."
+        "D = depth gap on the held-out test set after relearning, activations (the better of "
+        "weights 0 and `reversed`) minus parameters, mean over label rates; parameters hold better "
+        "if the lower end of the 95 % interval is above the margin and their retain recall is not "
+        "lower by more than it. Bootstrap over seeds and units."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
 
     name: Literal["edges"] = "edges"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails, and of retain recall."""
-    bench: Bench = facts_bench()
+    """Share of the distance between the reference models, and of retain recall."""
+    bench: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
     routed: SGTM = routed()
     """Modules and shares of rows; `alpha` and `p_as` are replaced."""
     reversed: float = Field(default=-0.75, lt=0)
-    """Weight of activation edges in the reversed arm, as published for Expand-Route-Ablate."""
+    """Weight of activation edges where they are reversed, as published for Expand-Route-Ablate."""
     rates: tuple[float, ...] = Field(default=(1.0, 0.5), min_length=1)
     """Shares of what is to be forgotten that carry a label."""
     missed: Missed = "occurrences"
     """What labels miss."""
     rest: Rest = "unlabeled"
-    """What is told of rows without a label."""
+    """What methods assume of rows without a label."""
     shares: tuple[float, ...] = SHARES
     """Shares of the steps of plain runs for the compute ratio."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train every condition at every rate, relearn, compare."""
+        setting = make_setting(self.bench, self.seeds, runtime, pool)
+        conditions = {
+            at(name, rate): (method, misses(rate, self.missed, self.rest))
+            for rate in self.rates
+            for name, method in places(self).items()
+        }
+        removals = train_conditions(conditions, setting, runtime, pool)
+        outcome = score_conditions(removals, setting, self.seeds, runtime, pool, shares=self.shares)
+        effects = contrasts(self, outcome)
+        words = [f"{name} was {said(value)}." for name, value in effects.items()]
+        words.append(gaps(outcome.recovery))
+        rows = tuple(row("contrast", name, value) for name, value in effects.items())
+        table = StudyTable(title="Activations against parameters", note=self.statistic, rows=rows)
+        return conclude(outcome, setting, words, decide(self, effects), more=(table,))
 
 
 def places(study: Edges) -> dict[str, Method]:
-    """Return the arms by where the mask is.
+    """Return the conditions by where the mask is.
 
     A labelled row that may write the core too (`p_as` 1) is masked by its activation edges alone.
     """
@@ -101,51 +114,33 @@ def places(study: Edges) -> dict[str, Method]:
 
 
 def at(name: str, rate: float) -> str:
-    """Return the name of an arm at a rate of labels."""
+    """Return the name of a condition at a rate of labels."""
     return f"{name}, {100 * rate:g} % labels"
-
-
-def run(study: Edges, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train every arm at every rate, relearn, compare."""
-    world = make_world(study.bench, study.seeds, runtime, pool)
-    arms = {
-        at(name, rate): (method, misses(rate, study.missed, study.rest))
-        for rate in study.rates
-        for name, method in places(study).items()
-    }
-    made = train_arms(arms, world, runtime, pool)
-    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=study.shares)
-    found = contrasts(study, outcome)
-    words = [f"{name} was {said(value)}." for name, value in found.items()]
-    words.append(gaps(outcome.found))
-    rows = tuple(row("contrast", name, value) for name, value in found.items())
-    table = StudyTable(title="Activations against parameters", note=study.statistic, rows=rows)
-    return conclude(outcome, world, words, decide(study, found), more=(table,))
 
 
 HOLD = "D (depth gap, activations - parameters)"
 KEEP = "K (retain recall, parameters - activations)"
 
 
-def contrasts(study: Edges, outcome: Outcome) -> dict[str, Estimate]:
+def contrasts(study: Edges, outcome: RoutingOutcome) -> dict[str, Estimate]:
     """Return D and K over all rates, and D at each."""
-    found = outcome.found
-    gap, kept, by_rate = [], [], {}
+    recovery = outcome.recovery
+    gap, recall, by_rate = [], [], {}
     for rate in study.rates:
-        mine = at(PARAMETERS, rate)
+        parameters = at(PARAMETERS, rate)
         others = [at(name, rate) for name in (ZERO, REVERSED)]
-        best = min(others, key=lambda arm: float(found.gap(arm)[0]))
-        gap.append(found.gap(best) - found.gap(mine))
-        kept.append(found.retain.at(mine) - found.retain.at(best))
+        best = min(others, key=lambda condition: float(recovery.gap(condition)[0]))
+        gap.append(recovery.gap(best) - recovery.gap(parameters))
+        recall.append(recovery.retain.at(parameters) - recovery.retain.at(best))
         by_rate[f"D at {100 * rate:g} % labels"] = outcome.estimate(gap[-1])
-    both = {HOLD: np.mean(gap, axis=0), KEEP: np.mean(kept, axis=0)}
+    both = {HOLD: np.mean(gap, axis=0), KEEP: np.mean(recall, axis=0)}
     return {name: outcome.estimate(values) for name, values in both.items()} | by_rate
 
 
-def decide(study: Edges, found: dict[str, Estimate]) -> str:
+def decide(study: Edges, effects: dict[str, Estimate]) -> str:
     """Return what D and K say under the margin."""
-    held = verdict(found[HOLD], study.margin)
-    if held == "above" and found[KEEP].low < -study.margin:
+    against_margin = verdict(effects[HOLD], study.margin)
+    if against_margin == "above" and effects[KEEP].low < -study.margin:
         return (
             "undecided: edges that leave parameters hold better, and may keep less of retain by "
             f"more than {study.margin:g}"
@@ -153,6 +148,6 @@ def decide(study: Edges, found: dict[str, Estimate]) -> str:
     return {
         "above": "edges that leave parameters hold better: D is above the margin",
         "below": "edges that leave activations hold better: D is below minus the margin",
-        "equal": f"alike: D lies within {study.margin:g} of the rails",
+        "equal": f"alike: D lies within {study.margin:g}",
         "undecided": f"undecided: D's interval crosses {study.margin:g}",
-    }[held]
+    }[against_margin]

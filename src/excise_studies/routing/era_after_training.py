@@ -14,32 +14,39 @@ from excise.methods.pretraining.filtering import Filtering
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.attacking import Key
+from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import gaps, said
-from excise_studies.distillation.distilling import Bench, Make, checkpoints, make_arms, rails
 from excise_studies.levels import estimate, levels, verdict
-from excise_studies.routing.routing_arms import era
-from excise_studies.routing.routing_setting import (
-    Outcome,
-    World,
-    facts_bench,
+from excise_studies.recovery import gaps, said
+from excise_studies.routing.presets import era
+from excise_studies.routing.setting import (
+    RoutingOutcome,
+    RoutingSetting,
+    conclude,
+    facts_setting,
     groups_of,
-    make_world,
-    score_arms,
+    make_setting,
+    score_conditions,
     text_losses,
 )
-from excise_studies.routing.routing_tables import conclude
+from excise_studies.setting import (
+    ExperimentSetting,
+    Make,
+    checkpoints,
+    make_conditions,
+    reference_models,
+)
 
 
 class ERAAfterTraining(Study):
     """ERA from the original for growing numbers of steps, beside training on retain alone.
 
-    Stated beforehand. D is the depth gap on V (after T was relearned) of continued training on
-    retained rows minus that of ERA, both for the most steps and from the same original. ERA
-    removes after training if the lower end of D's 95 % interval is above `margin`; it does not if
-    the upper end is below it. N is the loss on V after ERA minus the original's, in nats before
-    any attack: one re-run of the published code found 0.26. It decides nothing.
+    Stated beforehand. D is the depth gap on the held-out test set (after relearning) of continued
+    training on retained rows minus that of ERA, both for the most steps and from the same original.
+    ERA removes after training if the lower end of D's 95 % interval is above `margin`; it does not
+    if the upper end is below it. N is the loss on the held-out test set after ERA minus the
+    original's, in nats before any attack: one re-run of the published code found 0.26. It decides
+    nothing.
     """
 
     question: ClassVar[str] = (
@@ -47,17 +54,17 @@ class ERAAfterTraining(Study):
         "how does that grow with the tokens of continued training?"
     )
     statistic: ClassVar[str] = (
-        "D = depth gap on V after relearning T, continued training on retained rows minus ERA, at "
-        "the most steps; ERA removes if the lower end of the 95 % interval is above the margin, "
-        "not if the upper end is below it. Bootstrap over draws and units."
+        "D = depth gap on the held-out test set after relearning, continued training on retained "
+        "rows minus ERA, at the most steps; ERA removes if the lower end of the 95 % interval is "
+        "above the margin, not if the upper end is below it. Bootstrap over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
     name: Literal["era-after-training"] = "era-after-training"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails."""
-    bench: Bench = facts_bench()
+    """Share of the distance between the reference models."""
+    bench: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
     expand: Expand = era().expand
     """What is grown, how gradients are routed, and the repair."""
@@ -67,43 +74,41 @@ class ERAAfterTraining(Study):
     """Its learning rate, a quarter of training's."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: ERAAfterTraining, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Continue the original in both ways, relearn, compare."""
-    world = make_world(study.bench, study.seeds, runtime, pool)
-    made = make_arms(wanted(study, world), runtime, pool)
-    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=())
-    models = {**rails(world.draws, study.seeds), **checkpoints(made)}
-    on_v = levels(text_losses(models, world, runtime, pool, "test"), groups_of(world.draws))
-    nats = {
-        arm: estimate(on_v.at(arm) - on_v.at("original"), on_v.n)
-        for arm in on_v.arms
-        if arm != "original"
-    }
-    tokens: dict[Key, int] = {key: removal.cost.tokens for key, removal in made.items()}
-    found = difference(study, outcome)
-    last = named("era", max(study.steps))
-    words = [
-        f"D was {said(found)}.",
-        f"Before any attack ERA raised the loss on V by {said(nats[last])} nats.",
-        gaps(outcome.found),
-    ]
-    table = _table(study, nats, tokens)
-    return conclude(outcome, world, words, decide(study, found), more=(table,))
+        """Continue the original in both ways, relearn, compare."""
+        setting = make_setting(self.bench, self.seeds, runtime, pool)
+        removals = make_conditions(wanted(self, setting), runtime, pool)
+        outcome = score_conditions(removals, setting, self.seeds, runtime, pool, shares=())
+        models = {**reference_models(setting.replicates, self.seeds), **checkpoints(removals)}
+        on_v = levels(
+            text_losses(models, setting, runtime, pool, "test"), groups_of(setting.replicates)
+        )
+        nats = {
+            condition: estimate(on_v.at(condition) - on_v.at("original"), on_v.n)
+            for condition in on_v.conditions
+            if condition != "original"
+        }
+        tokens: dict[RunKey, int] = {key: removal.cost.tokens for key, removal in removals.items()}
+        effect = difference(self, outcome)
+        last = named("era", max(self.steps))
+        words = [
+            f"D was {said(effect)}.",
+            f"Before any attack ERA raised the loss on the held-out test set by {said(nats[last])} "
+            "nats.",
+            gaps(outcome.recovery),
+        ]
+        table = _table(self, nats, tokens)
+        return conclude(outcome, setting, words, decide(self, effect), more=(table,))
 
 
 def named(side: str, steps: int) -> str:
-    """Return the name of an arm."""
+    """Return the name of a condition."""
     return f"{side}, {steps} steps"
 
 
-def wanted(study: ERAAfterTraining, world: World) -> dict[Key, Make]:
+def wanted(study: ERAAfterTraining, setting: RoutingSetting) -> dict[RunKey, Make]:
     """Return ERA and training on retain, from the original, for all numbers of steps."""
     full = study.bench.pretrain
-    out: dict[Key, Make] = {}
+    out: dict[RunKey, Make] = {}
     for steps in study.steps:
         fit = full.fit.model_copy(
             update={"steps": steps, "lr": study.lr, "warmup": 0, "schedule": "constant"}
@@ -112,40 +117,46 @@ def wanted(study: ERAAfterTraining, world: World) -> dict[Key, Make]:
         plain = Filtering(pretrain=full.model_copy(update={"fit": fit}))
         sides: dict[str, Method] = {"era": routed, "retain alone": plain}
         for seed in study.seeds:
-            draw = world.draws[seed]
+            replicate = setting.replicates[seed]
             for side, method in sides.items():
-                out[named(side, steps), seed] = Make(method, draw.original, draw.domain)
+                out[named(side, steps), seed] = Make(method, replicate.original, replicate.domain)
     return out
 
 
-def difference(study: ERAAfterTraining, outcome: Outcome) -> Estimate:
+def difference(study: ERAAfterTraining, outcome: RoutingOutcome) -> Estimate:
     """Return D at the most steps."""
     last = max(study.steps)
-    found = outcome.found
-    return outcome.estimate(found.gap(named("retain alone", last)) - found.gap(named("era", last)))
+    recovery = outcome.recovery
+    return outcome.estimate(
+        recovery.gap(named("retain alone", last)) - recovery.gap(named("era", last))
+    )
 
 
-def decide(study: ERAAfterTraining, found: Estimate) -> str:
+def decide(study: ERAAfterTraining, effect: Estimate) -> str:
     """Return what D says under the margin."""
-    held = verdict(found, study.margin)
-    if held == "above":
+    against_margin = verdict(effect, study.margin)
+    if against_margin == "above":
         return "ERA removes after training: D is above the margin"
-    if held in ("below", "equal"):
+    if against_margin in ("below", "equal"):
         return "ERA does not remove after training: D is below the margin"
     return f"undecided: D's interval crosses {study.margin:g}"
 
 
 def _table(
-    study: ERAAfterTraining, nats: dict[str, Estimate], tokens: dict[Key, int]
+    study: ERAAfterTraining, nats: dict[str, Estimate], tokens: dict[RunKey, int]
 ) -> StudyTable:
-    """Return nats on V and tokens by arm."""
+    """Return nats on the held-out test set and tokens by condition."""
     rows: list[StudyRow] = []
-    for arm, value in nats.items():
-        rows.append(row(arm, "loss on V minus the original's, nats", value))
-        read = [count for (name, _), count in tokens.items() if name == arm]
+    for condition, value in nats.items():
+        rows.append(
+            row(condition, "loss on the held-out test set minus the original's, nats", value)
+        )
+        read = [count for (name, _), count in tokens.items() if name == condition]
         if read:
             mean = sum(read) / len(read)
-            rows.append(StudyRow(condition=arm, metric="tokens read", value=mean, n=len(read)))
+            rows.append(
+                StudyRow(condition=condition, metric="tokens read", value=mean, n=len(read))
+            )
     return StudyTable(
         title="By tokens of continued training",
         note="Before any attack. " + study.statistic,

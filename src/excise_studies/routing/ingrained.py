@@ -11,30 +11,30 @@ from pydantic import Field, SerializeAsAny, model_validator
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.domains.facts import Facts
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain, corpus
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import said
-from excise_studies.distillation.distilling import Bench
-from excise_studies.levels import Array, estimate, verdict
-from excise_studies.routing.routing_arms import grad_diff, maxent, rmu
-from excise_studies.routing.routing_setting import (
+from excise_studies.levels import estimate, verdict
+from excise_studies.recovery import said
+from excise_studies.routing.presets import grad_diff, maxent, rmu
+from excise_studies.routing.setting import (
     Missed,
-    Outcome,
     Rest,
-    World,
-    facts_bench,
-    make_world,
+    RoutingOutcome,
+    RoutingSetting,
+    conclude,
+    facts_setting,
+    make_setting,
     misses,
     routed,
-    score_arms,
-    train_arms,
+    score_conditions,
+    train_conditions,
 )
-from excise_studies.routing.routing_tables import conclude
+from excise_studies.setting import ExperimentSetting
 
 ROUTED = "routed"
 
@@ -42,11 +42,11 @@ ROUTED = "routed"
 class Ingrained(Study):
     """The same facts, read ever more often in training, and removed afterwards or by routing.
 
-    Stated beforehand. For every level of exposure, P is the depth gap on V (after T was
-    relearned) of the post-hoc methods, averaged, minus that of the routed model. I is P at the
-    most exposures minus P at the fewest. What is deeper ingrained is harder to remove afterwards
-    if the lower end of I's 95 % interval is above `margin`, easier if the upper end is below
-    minus it, and it makes no difference if the interval lies between. Exposures grow with the
+    Stated beforehand. For every level of exposure, P is the depth gap on the held-out test set
+    (after relearning) of the post-hoc methods, averaged, minus that of the routed model. I is P at
+    the most exposures minus P at the fewest. What is deeper ingrained is harder to remove
+    afterwards if the lower end of I's 95 % interval is above `margin`, easier if the upper end is
+    below minus it, and it makes no difference if the interval lies between. Exposures grow with the
     share of the training tokens that is to be forgotten; steps and settings of methods stay.
     """
 
@@ -55,17 +55,17 @@ class Ingrained(Study):
     )
     statistic: ClassVar[str] = (
         "I = (mean depth gap of post-hoc methods - that of routing) at the most exposures per fact "
-        "minus the same at the fewest, on V after relearning T; deeper ingrained is harder to "
-        "remove afterwards if the lower end of the 95 % interval is above the margin. Bootstrap "
-        "over draws and units, the same samples at all levels."
+        "minus the same at the fewest, on the held-out test set after relearning; deeper ingrained "
+        "is harder to remove afterwards if the lower end of the 95 % interval is above the margin. "
+        "Bootstrap over seeds and units, the same samples at all levels."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
 
     name: Literal["ingrained"] = "ingrained"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails."""
-    bench: Bench = facts_bench()
+    """Share of the distance between the reference models."""
+    bench: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
     mix: tuple[float, ...] = Field(default=(0.12, 0.25, 0.5), min_length=2)
     """Shares of the tokens that are to be forgotten, ascending."""
@@ -82,7 +82,7 @@ class Ingrained(Study):
     missed: Missed = "occurrences"
     """What labels miss."""
     rest: Rest = "unlabeled"
-    """What is told of rows without a label."""
+    """What methods assume of rows without a label."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -96,18 +96,53 @@ class Ingrained(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train, remove in both ways at every level, relearn, compare."""
+        outcomes: dict[float, RoutingOutcome] = {}
+        settings: dict[float, RoutingSetting] = {}
+        labels = misses(self.rate, self.missed, self.rest)
+        conditions = {name: (method, None) for name, method in self.after.items()}
+        for share in self.mix:
+            settings[share] = make_setting(setting_at(self, share), self.seeds, runtime, pool)
+            removals = train_conditions(
+                {ROUTED: (self.routed, labels), **conditions}, settings[share], runtime, pool
+            )
+            outcomes[share] = score_conditions(
+                removals, settings[share], self.seeds, runtime, pool, shares=()
+            )
+        first = self.seeds[0]
+        seen = {
+            share: exposures(setting.replicates[first].domain, setting.bench.pretrain)
+            for share, setting in settings.items()
+        }
+        effect = interaction(self, outcomes)
+        voids = [
+            f"{seen[s]:.0f} exposures: {o.recovery.invalid}"
+            for s, o in outcomes.items()
+            if o.recovery.invalid
+        ]
+        words = [spoken(self, outcomes, seen), f"I was {said(effect)}."]
+        last = self.mix[-1]
+        return conclude(
+            outcomes[last],
+            settings[last],
+            words,
+            decide(self, effect) if not voids else f"invalid: {'; '.join(voids)}",
+            more=(_table(self, outcomes, seen),),
+            notes=(
+                f"reference models and curves are those of {seen[last]:.0f} exposures per fact",
+            ),
+            brief=True,
+        )
 
 
-def bench_at(study: Ingrained, share: float) -> Bench:
-    """Return the bench with a share of tokens that are to be forgotten."""
+def setting_at(study: Ingrained, share: float) -> ExperimentSetting:
+    """Return the setting with a share of tokens that are to be forgotten."""
     domain = study.bench.domain.model_copy(update={"mix_share": share})
     return study.bench.model_copy(update={"domain": domain})
 
 
 def exposures(domain: Domain, pretrain: Pretrain) -> float:
-    """Return how often training reads a fact that is to be forgotten, in any wording.
+    """Return how often training reads a fact that is to be forgotten, in any paraphrase.
 
     Args:
         domain: The data, with the share of the mix.
@@ -119,81 +154,51 @@ def exposures(domain: Domain, pretrain: Pretrain) -> float:
     return read / len({row.unit for row in forget})
 
 
-def run(study: Ingrained, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train, remove in both ways at every level, relearn, compare."""
-    outcomes: dict[float, Outcome] = {}
-    worlds: dict[float, World] = {}
-    labels = misses(study.rate, study.missed, study.rest)
-    arms = {name: (method, None) for name, method in study.after.items()}
-    for share in study.mix:
-        worlds[share] = make_world(bench_at(study, share), study.seeds, runtime, pool)
-        made = train_arms({ROUTED: (study.routed, labels), **arms}, worlds[share], runtime, pool)
-        outcomes[share] = score_arms(made, worlds[share], study.seeds, runtime, pool, shares=())
-    first = study.seeds[0]
-    seen = {
-        share: exposures(world.draws[first].domain, world.bench.pretrain)
-        for share, world in worlds.items()
-    }
-    found = interaction(study, outcomes)
-    voids = [
-        f"{seen[s]:.0f} exposures: {o.found.void}" for s, o in outcomes.items() if o.found.void
-    ]
-    words = [spoken(study, outcomes, seen), f"I was {said(found)}."]
-    last = study.mix[-1]
-    return conclude(
-        outcomes[last],
-        worlds[last],
-        words,
-        decide(study, found) if not voids else f"void: {'; '.join(voids)}",
-        more=(_table(study, outcomes, seen),),
-        notes=(f"rails and curves are those of {seen[last]:.0f} exposures per fact",),
-        brief=True,
-    )
-
-
-def behind(study: Ingrained, outcome: Outcome) -> Array:
+def behind(study: Ingrained, outcome: RoutingOutcome) -> Array:
     """Return P: by how much post-hoc methods stay behind routing."""
-    gaps = [outcome.found.gap(name) for name in study.after]
-    found: Array = np.mean(gaps, axis=0) - outcome.found.gap(ROUTED)
-    return found
+    gaps = [outcome.recovery.gap(name) for name in study.after]
+    lag: Array = np.mean(gaps, axis=0) - outcome.recovery.gap(ROUTED)
+    return lag
 
 
-def interaction(study: Ingrained, outcomes: Mapping[float, Outcome]) -> Estimate:
+def interaction(study: Ingrained, outcomes: Mapping[float, RoutingOutcome]) -> Estimate:
     """Return I: units are the same at all levels, and so are the samples."""
     few, many = outcomes[study.mix[0]], outcomes[study.mix[-1]]
-    return estimate(behind(study, many) - behind(study, few), many.found.after.n)
+    return estimate(behind(study, many) - behind(study, few), many.recovery.after.n)
 
 
-def decide(study: Ingrained, found: Estimate) -> str:
+def decide(study: Ingrained, effect: Estimate) -> str:
     """Return what I says under the margin."""
     return {
         "above": "deeper ingrained is harder to remove afterwards: I is above the margin",
         "below": "deeper ingrained is easier to remove afterwards: I is below minus the margin",
-        "equal": f"exposures make no difference: I lies within {study.margin:g} of the rails",
+        "equal": f"exposures make no difference: I lies within {study.margin:g}",
         "undecided": f"undecided: I's interval crosses {study.margin:g}",
-    }[verdict(found, study.margin)]
+    }[verdict(effect, study.margin)]
 
 
-def spoken(study: Ingrained, outcomes: Mapping[float, Outcome], seen: Mapping[float, float]) -> str:
+def spoken(
+    study: Ingrained, outcomes: Mapping[float, RoutingOutcome], seen: Mapping[float, float]
+) -> str:
     """Return the gaps at every level in words."""
     parts = []
     for share, outcome in outcomes.items():
-        gaps = [f"{name} {outcome.found.gap(name)[0]:.2f}" for name in (ROUTED, *study.after)]
+        gaps = [f"{name} {outcome.recovery.gap(name)[0]:.2f}" for name in (ROUTED, *study.after)]
         parts.append(f"at {seen[share]:.0f} exposures per fact {', '.join(gaps)}")
     return f"Depth gaps were {'; '.join(parts)}."
 
 
 def _table(
-    study: Ingrained, outcomes: Mapping[float, Outcome], seen: Mapping[float, float]
+    study: Ingrained, outcomes: Mapping[float, RoutingOutcome], seen: Mapping[float, float]
 ) -> StudyTable:
     """Return gaps and recall by exposures."""
     rows: list[StudyRow] = []
     for share, outcome in outcomes.items():
-        level, n = f"{seen[share]:.0f} exposures", outcome.found.after.n
-        known = estimate(outcome.found.before.at("original"), n)
-        rows.append(row("original", f"V, {level}", known))
+        level, n = f"{seen[share]:.0f} exposures", outcome.recovery.after.n
+        known = estimate(outcome.recovery.before.at("original"), n)
+        rows.append(row("original", f"held-out test set, {level}", known))
         for name in (ROUTED, *study.after):
-            rows.append(row(name, f"depth gap, {level}", outcome.found.value(name)))
-            kept = estimate(outcome.found.retain.at(name), outcome.found.retain.n)
-            rows.append(row(name, f"retain recall, {level}", kept))
+            rows.append(row(name, f"depth gap, {level}", outcome.recovery.value(name)))
+            recall = estimate(outcome.recovery.retain.at(name), outcome.recovery.retain.n)
+            rows.append(row(name, f"retain recall, {level}", recall))
     return StudyTable(title="By exposures per fact", note=study.statistic, rows=tuple(rows))

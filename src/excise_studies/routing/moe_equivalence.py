@@ -1,35 +1,43 @@
 """Routing against a mixture of experts whose router is fixed: the same gradients, or not.
 
-Shape legend: B rows, T tokens, N = B * T positions.
+The mixture is made of a dense model by hand, in float64: every MLP is cut into modules of their
+own, one for the core and one for each capability; a token is handed to those it is given to use,
+and ordinary backpropagation does the rest. Nothing of it is routed.
+
+Shape legend: B rows, T tokens, N = B * T positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from excise.core.stages import Runtime
+from excise.models.anatomy import anatomy
 from excise.models.tiny import tiny_model
 from excise.record import StudyRow, StudyTable
-from excise.routing import Groups, Names, Part, Policy, Rule, count_units, route
+from excise.routing import GroupMap, Groups, Names, Part, Policy, Rule, count_units, delete, route
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.routing.fixed_router import Mixture, Pieces, doubles, gradient, loss_of, owned
 
-Family = Literal[
+ModelFamily = Literal[
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "olmo2"
 ]
 
-Case = Literal["read = write", "write more", "write less", "read all"]
+ReadWrite = Literal["read = write", "write more", "write less", "read all"]
 
 OWN: Names = ("core", "self")
 
-CASES: Mapping[Case, tuple[Names, Names]] = {
+CASES: Mapping[ReadWrite, tuple[Names, Names]] = {
     "read = write": (OWN, OWN),
     "write more": (OWN, "all"),
     "write less": (OWN, ("self",)),
@@ -37,7 +45,7 @@ CASES: Mapping[Case, tuple[Names, Names]] = {
 }
 """What tokens of a capability read and write. `write less` is GRAM, `read all` is SGTM."""
 
-SAME: tuple[Case, ...] = ("read = write", "write more")
+SAME: tuple[ReadWrite, ...] = ("read = write", "write more")
 """Cases in which all that is read is written: what is not read has no gradient to be masked."""
 
 NUMBERS = (-1, 0, 1, 2)
@@ -49,11 +57,11 @@ VOCAB, ROWS, TOKENS, UNITS = 40, 6, 9, 5
 class MoEEquivalence(Study):
     """Gradients of a routed model against those of a mixture of experts with a fixed router.
 
-    Stated beforehand. In float64, for every family and draw, E is the largest difference of any
+    Stated beforehand. In float64, for every family and seed, E is the largest difference of any
     entry of any gradient, over the largest entry of that gradient in the mixture. They are equal
-    where E is at most `margin` in every family and draw with read set = write set, and the
-    comparison can tell anything only if E is at least `apart` in every family and draw where
-    tokens read what they do not write.
+    where E is at most `margin` in every family and seed with read set = write set, and the
+    comparison can tell anything only if E is at least `apart` in every family and seed where tokens
+    read what they do not write.
     """
 
     question: ClassVar[str] = (
@@ -62,7 +70,7 @@ class MoEEquivalence(Study):
     )
     statistic: ClassVar[str] = (
         "E = largest difference between an entry of a gradient and that of the mixture, relative "
-        "to the gradient's largest entry, over all parameters, families and draws, in float64; "
+        "to the gradient's largest entry, over all parameters, families and seeds, in float64; "
         "equal if E is at most the margin with read set = write set, while other sets differ by "
         "`apart` or more."
     )
@@ -74,7 +82,7 @@ class MoEEquivalence(Study):
     """Relative difference that summation in another order may cause in float64."""
     apart: float = Field(default=1e-3, gt=0)
     """Relative difference that other sets must cause."""
-    families: tuple[Family, ...] = Field(
+    families: tuple[ModelFamily, ...] = Field(
         default=("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2",
                  "gpt_neox", "olmo2"),
         min_length=1,
@@ -84,16 +92,36 @@ class MoEEquivalence(Study):
     """Width of the models; they have two blocks."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Compare every case of every family and seed."""
+        del runtime  # always float64 on the CPU
+        jobs = [
+            Job(family, case, seed, self.width)
+            for family in self.families
+            for case in CASES
+            for seed in self.seeds
+        ]
+        by_job = dict(zip(jobs, pool.map(compare, jobs), strict=True))
+        decision = decide(self, by_job)
+        return StudyResult(
+            tables=(table(self, by_job),),
+            decision=decision,
+            paragraph=f"{said(self, by_job)} Decision: {decision}.",
+            notes=(
+                "nothing was tuned: no seed is spent on choices",
+                "norms and softmaxes that would compute in float32 do so in float64 here, for both",
+                "the mixture is built without routing: modules cut out of copies, tokens handed "
+                "over",
+            ),
+            data={"name": "random tokens", "rows": {"batch": ROWS}, "tokens": TOKENS},
+        )
 
 
 @dataclass(frozen=True)
 class Job:
-    """One comparison of one family and draw."""
+    """One comparison of one family and seed."""
 
-    family: Family
-    case: Case
+    family: ModelFamily
+    case: ReadWrite
     seed: int
     width: int
 
@@ -118,85 +146,61 @@ class Difference:
         return max(self.core, self.modules)
 
 
-def run(study: MoEEquivalence, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Compare every case of every family and draw."""
-    del runtime  # always float64 on the CPU
-    jobs = [
-        Job(family, case, seed, study.width)
-        for family in study.families
-        for case in CASES
-        for seed in study.seeds
-    ]
-    found = dict(zip(jobs, pool.map(compare, jobs), strict=True))
-    decision = decide(study, found)
-    return StudyResult(
-        tables=(table(study, found),),
-        decision=decision,
-        paragraph=f"{said(study, found)} Decision: {decision}.",
-        notes=(
-            "nothing was tuned: no draw is spent on choices",
-            "norms and softmaxes that would compute in float32 do so in float64 here, for both",
-            "the mixture is built without routing: modules cut out of copies, tokens handed over",
-        ),
-        data={"name": "random tokens", "rows": {"batch": ROWS}, "tokens": TOKENS},
-    )
-
-
-def worst(found: Mapping[Job, Difference], case: Case) -> float:
+def worst(by_job: Mapping[Job, Difference], case: ReadWrite) -> float:
     """Return the largest difference of a case."""
-    return max(d.largest for job, d in found.items() if job.case == case)
+    return max(d.largest for job, d in by_job.items() if job.case == case)
 
 
-def least(found: Mapping[Job, Difference], case: Case) -> float:
-    """Return the difference of the family and draw that differ least."""
-    return min(d.largest for job, d in found.items() if job.case == case)
+def least(by_job: Mapping[Job, Difference], case: ReadWrite) -> float:
+    """Return the difference of the family and seed that differ least."""
+    return min(d.largest for job, d in by_job.items() if job.case == case)
 
 
-def decide(study: MoEEquivalence, found: Mapping[Job, Difference]) -> str:
+def decide(study: MoEEquivalence, by_job: Mapping[Job, Difference]) -> str:
     """Return what E says under the margin."""
-    equal = worst(found, "read = write")
+    equal = worst(by_job, "read = write")
     if not equal <= study.margin:  # NaN is no equality
         return f"not equal: read set = write set differs by {equal:.1e}, above {study.margin:.0e}"
-    near = [case for case in CASES if case not in SAME and least(found, case) < study.apart]
+    near = [case for case in CASES if case not in SAME and least(by_job, case) < study.apart]
     if near:
-        return f"void: '{', '.join(near)}' differs by less than {study.apart:.0e} somewhere"
+        return f"invalid: '{', '.join(near)}' differs by less than {study.apart:.0e} somewhere"
     return (
         "equal: where a token writes what it reads every gradient is the mixture's within "
         f"{equal:.1e}, where it reads what it does not write, none is"
     )
 
 
-def said(study: MoEEquivalence, found: Mapping[Job, Difference]) -> str:
+def said(study: MoEEquivalence, by_job: Mapping[Job, Difference]) -> str:
     """Return the differences in words."""
-    less = [d for job, d in found.items() if job.case == "write less"]
+    less = [d for job, d in by_job.items() if job.case == "write less"]
     return (
-        f"Over {len(study.families)} families and {len(study.seeds)} draws of float64 gradients, "
-        f"a routed model differs from the mixture by at most {worst(found, 'read = write'):.1e} "
-        "where tokens write what they read, and by at most "
-        f"{worst(found, 'write more'):.1e} where they may write more. Where they write less (GRAM) "
-        f"it differs by {least(found, 'write less'):.2f} to {worst(found, 'write less'):.2f} in "
-        f"the core and by at most {max(d.modules for d in less):.1e} in the modules; where they "
-        f"read everything and write their own module (SGTM) by {least(found, 'read all'):.2f} to "
-        f"{worst(found, 'read all'):.2f}."
+        f"Over {len(study.families)} families and {len(study.seeds)} seeds of float64 gradients, a "
+        f"routed model differs from the mixture by at most {worst(by_job, 'read = write'):.1e} "
+        f"where tokens write what they read, and by at most {worst(by_job, 'write more'):.1e} "
+        "where they may write more. Where they write less (GRAM) it differs by "
+        f"{least(by_job, 'write less'):.2f} to {worst(by_job, 'write less'):.2f} in the core and "
+        f"by at most {max(d.modules for d in less):.1e} in the modules; where they read everything "
+        f"and write their own module (SGTM) by {least(by_job, 'read all'):.2f} to "
+        f"{worst(by_job, 'read all'):.2f}."
     )
 
 
-def table(study: MoEEquivalence, found: Mapping[Job, Difference]) -> StudyTable:
+def table(study: MoEEquivalence, by_job: Mapping[Job, Difference]) -> StudyTable:
     """Return the largest differences by case and family, in float64."""
     rows: list[StudyRow] = []
     for case in CASES:
         for family in ("all", *study.families):
-            mine = [
-                d for job, d in found.items() if job.case == case and family in ("all", job.family)
+            of_case = [
+                d for job, d in by_job.items() if job.case == case and family in ("all", job.family)
             ]
-            arm = case if family == "all" else f"{case}, {family}"
+            condition = case if family == "all" else f"{case}, {family}"
             parts = {
-                "core": max(d.core for d in mine),
-                "modules": max(d.modules for d in mine),
-                "loss": max(d.loss for d in mine),
+                "core": max(d.core for d in of_case),
+                "modules": max(d.modules for d in of_case),
+                "loss": max(d.loss for d in of_case),
             }
             rows += [
-                StudyRow(condition=arm, metric=f"E, {part}", value=value, n=len(mine))
+                StudyRow(condition=condition, metric=f"E, {part}", value=value, n=len(of_case))
                 for part, value in parts.items()
             ]
     note = (
@@ -224,17 +228,17 @@ def compare(job: Job) -> Difference:
         ids_BT = torch.randint(4, VOCAB, (ROWS, TOKENS), generator=generator)
         picks_BT = torch.randint(len(NUMBERS), (ROWS, TOKENS), generator=generator)
         label_BT = torch.tensor(NUMBERS)[picks_BT]
-        mixture = Mixture(model, spans)
+        mixture = ExpertMixture(model, spans)
         theirs = mixture.backward(ids_BT, readers(policy, label_BT))
         with route(model, policy, labels=NUMBERS) as routing:
             routing.labels(label_BT)
             loss = loss_of(model, ids_BT)
             loss.backward()
-            mine = owned(model, routing.map, gradient)
-        return difference(mine, theirs, loss.item(), mixture.loss)
+            routed = owned(model, routing.map, gradient)
+        return difference(routed, theirs, loss.item(), mixture.loss)
 
 
-def policy_of(case: Case, spans: Mapping[str, tuple[int, int]]) -> Policy:
+def policy_of(case: ReadWrite, spans: Mapping[str, tuple[int, int]]) -> Policy:
     """Return the rules of a case; core tokens read and write the core, unlabeled ones all."""
     read, write = CASES[case]
     parts: dict[str, tuple[Part, ...]] = {
@@ -267,15 +271,172 @@ def readers(policy: Policy, label_BT: Tensor) -> dict[str, Tensor]:
     return out
 
 
-def difference(mine: Pieces, theirs: Pieces, loss: float, their_loss: float) -> Difference:
+def difference(
+    routed: TensorsByGroup, theirs: TensorsByGroup, loss: float, their_loss: float
+) -> Difference:
     """Return the largest relative differences; a tensor's scale is its largest entry."""
-    assert mine.keys() == theirs.keys(), mine.keys() ^ theirs.keys()
+    assert routed.keys() == theirs.keys(), routed.keys() ^ theirs.keys()
     far = {"core": 0.0, "modules": 0.0}
     scale: dict[str, float] = {}
     for (name, _), tensor in theirs.items():
         scale[name] = max(scale.get(name, 0.0), float(tensor.abs().max()))
     for (name, group), tensor in theirs.items():
-        gap = float((mine[name, group] - tensor).abs().max()) / (scale[name] or 1.0)
+        gap = float((routed[name, group] - tensor).abs().max()) / (scale[name] or 1.0)
         kind = "core" if group == "core" else "modules"
         far[kind] = max(far[kind], gap)
     return Difference(far["core"], far["modules"], abs(loss - their_loss) / abs(their_loss))
+
+
+def loss_of(model: Any, ids_BT: Tensor) -> Tensor:
+    """Return the mean loss of the next token, in nats.
+
+    Args:
+        model: A causal model.
+        ids_BT: Token ids.
+    """
+    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+
+
+def gradient(param: nn.Parameter) -> Tensor:
+    """Return a parameter's gradient, zeros where it has none."""
+    return torch.zeros_like(param) if param.grad is None else param.grad
+
+
+TensorsByGroup = dict[tuple[str, str], Tensor]
+"""Tensors by parameter and group."""
+
+
+def owned(model: nn.Module, map: GroupMap, of: Callable[[nn.Parameter], Tensor]) -> TensorsByGroup:
+    """Return what each group owns of a tensor of each parameter, slices side by side.
+
+    Args:
+        model: The model whose parameters are cut up.
+        map: Who owns which slice of them.
+        of: The tensor of a parameter, of its shape: itself, its gradient.
+    """
+    out: TensorsByGroup = {}
+    for name, param in model.named_parameters():
+        tensor = of(param).detach()
+        by_group: dict[str, list[Tensor]] = {}
+        for part in sorted(map.owners[name], key=lambda o: o.start):
+            span = (
+                tensor
+                if part.dim is None
+                else tensor.narrow(part.dim, part.start, part.stop - part.start)
+            )
+            by_group.setdefault(part.group, []).append(span)
+        dim = next((part.dim for part in map.owners[name] if part.dim is not None), 0)
+        out |= {(name, group): torch.cat(parts, dim) for group, parts in by_group.items()}
+    return out
+
+
+class BlockExperts(nn.Module):
+    """One block's MLP in parts: the core's, which every token uses, and one for each module."""
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        """Take the parts; `tokens` says who uses them."""
+        super().__init__()
+        self.parts = nn.ModuleDict(dict(parts))
+        self.tokens: Mapping[str, Tensor] = {}
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the sum of the parts that each token uses, [B, T, D]."""
+        x_ND = x_BTD.flatten(0, -2)
+        out_ND = self.parts["core"](x_ND)
+        for name, uses_N in self.tokens.items():
+            at = uses_N.nonzero()[:, 0]
+            out_ND = out_ND.index_add(0, at, self.parts[name](x_ND[at]))
+        out_BTD: Tensor = out_ND.view_as(x_BTD)
+        return out_BTD
+
+
+class ExpertMixture:
+    """A copy of a model whose MLPs are cut into experts; ordinary backpropagation."""
+
+    def __init__(self, model: Any, spans: Mapping[str, tuple[int, int]]) -> None:
+        """Cut every MLP.
+
+        Args:
+            model: A dense causal model; left alone.
+            spans: Neurons of each module, the same in every block.
+        """
+        layout = anatomy(model)
+        units = count_units(model, 0)
+        removed = {"core": list(spans.values())}
+        for name, (start, stop) in spans.items():
+            rest = ((0, start), (stop, units))
+            removed[name] = [span for span in rest if span[0] < span[1]]
+        cut = {name: _without(model, gone) for name, gone in removed.items()}
+        self.model = copy.deepcopy(model)
+        self.experts: list[BlockExperts] = []
+        self.paths = layout.mlp
+        for block, path in enumerate(layout.mlp):
+            parts = {name: other.get_submodule(path) for name, other in cut.items()}
+            for name in spans:
+                _drop_bias(cut[name].get_submodule(layout.mlp_down[block]))
+            self.experts.append(BlockExperts(parts))
+            parent, _, leaf = path.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, self.experts[-1])
+        self.loss = float("nan")
+
+    def backward(self, ids_BT: Tensor, tokens: Mapping[str, Tensor]) -> TensorsByGroup:
+        """Return the gradients by parameter of the uncut model and group.
+
+        Args:
+            ids_BT: Token ids.
+            tokens: Which positions [N] use each module.
+        """
+        for experts in self.experts:
+            experts.tokens = tokens
+        loss = loss_of(self.model, ids_BT)
+        loss.backward()
+        self.loss = loss.item()
+        out: TensorsByGroup = {}
+        for name, param in self.model.named_parameters():
+            if not param.requires_grad:
+                continue
+            path, _, inside = name.partition(".parts.")
+            group, _, leaf = inside.partition(".")
+            key = (f"{path}.{leaf}", group) if inside else (name, "core")
+            out[key] = gradient(param)
+        return out
+
+
+def _without(model: Any, spans: Sequence[tuple[int, int]]) -> Any:
+    """Return a copy of a model that lacks neurons."""
+    other = copy.deepcopy(model)
+    delete(other, [Part(at="mlp", units=span) for span in spans])
+    return other
+
+
+def _drop_bias(down: nn.Module) -> None:
+    """Empty the bias of a module's down-projection: it is the core's, and added once."""
+    bias = getattr(down, "bias", None)
+    if bias is not None:
+        with torch.no_grad():
+            bias.zero_()
+        bias.requires_grad_(False)
+
+
+class _KeepDouble(TorchFunctionMode):
+    """Leave float64 tensors alone where a model asks for float32 (norms, softmaxes)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func` without its change of dtype."""
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float or (func is Tensor.to and torch.float32 in args[1:]):
+                return args[0]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def doubles() -> Iterator[None]:
+    """Compute in float64 throughout while the block runs."""
+    with _KeepDouble():
+        yield

@@ -10,30 +10,30 @@ from pydantic import Field
 
 from excise.core.stages import Runtime
 from excise.domains.facts import Facts
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.moefy import Moefy
 from excise.record import StudyRow, StudyTable
 from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
-from excise_studies.attacking import Key
+from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import arms_table, gaps, said
-from excise_studies.distillation.distilling import Bench, checkpoints, rails
-from excise_studies.levels import Array, Levels, estimate, levels
-from excise_studies.routing.routing_setting import (
+from excise_studies.levels import Levels, estimate, levels
+from excise_studies.recovery import gaps, recovery_table, said
+from excise_studies.routing.setting import (
     SHARES,
-    Outcome,
-    World,
-    facts_bench,
+    RoutingOutcome,
+    RoutingSetting,
+    facts_setting,
     groups_of,
-    make_world,
-    score_arms,
+    make_setting,
+    score_conditions,
+    tax_table,
     text_losses,
-    train_arms,
+    train_conditions,
 )
-from excise_studies.routing.routing_tables import tax_table
+from excise_studies.setting import ExperimentSetting, checkpoints, reference_models
 
 MEASURED, RANDOM, DENSE = "measured neurons", "random neurons", "dense, measured neurons"
 
@@ -43,11 +43,12 @@ CONTROLS = (RANDOM, DENSE)
 class Moefication(Study):
     """Neurons given by measured attribution and routed, against chance and against no routing.
 
-    Stated beforehand. N, the net separation of an arm whose modules were emptied, is the rise of
-    its loss on V over the original's minus the same rise on `retain_test`, in nats. S is N of the
-    measured neurons minus N of random neurons, C is N of the measured neurons minus N of the same
-    steps dense. Moefication separates if the lower ends of the 95 % intervals of both S and C are
-    above `margin`; it does not if the upper end of either is below it.
+    Stated beforehand. N, the net separation of a condition whose modules were emptied, is the rise
+    of its loss on the held-out test set over the original's minus the same rise on `retain_test`,
+    in nats. S is N of the measured neurons minus N of random neurons, C is N of the measured
+    neurons minus N of the same steps dense. Moefication separates if the lower ends of the 95 %
+    intervals of both S and C are above `margin`; it does not if the upper end of either is below
+    it.
     """
 
     question: ClassVar[str] = (
@@ -55,10 +56,10 @@ class Moefication(Study):
         "random neurons or dense training do, and at what cost by round?"
     )
     statistic: ClassVar[str] = (
-        "N = loss on V minus loss on retain, each above the original's, modules emptied, in nats. "
-        "Moefication separates if N of measured neurons exceeds that of random neurons (S) and of "
-        "the same steps dense (C), both with the lower end of the 95 % interval above the margin; "
-        "bootstrap over draws and units."
+        "N = loss on the held-out test set minus loss on retain, each above the original's, "
+        "modules emptied, in nats. Moefication separates if N of measured neurons exceeds that of "
+        "random neurons (S) and of the same steps dense (C), both with the lower end of the 95 % "
+        "interval above the margin; bootstrap over seeds and units."
     )
     takes: ClassVar[str] = "5 minutes, 1 GiB"
 
@@ -66,7 +67,7 @@ class Moefication(Study):
     """Name on the command line."""
     margin: float = 0.5
     """Nats."""
-    bench: Bench = facts_bench(
+    bench: ExperimentSetting = facts_setting(
         domain=Facts(subjects=48, relations=4, objects=32, forget_share=0.34, cue="category")
     )
     """Data, models, attacker; rows of the domain carry its name."""
@@ -76,11 +77,49 @@ class Moefication(Study):
     """Shares of the steps of plain runs for the compute ratio."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train every condition, empty its modules, compare."""
+        setting = make_setting(self.bench, self.seeds, runtime, pool)
+        methods = {name: (method, None) for name, method in conditions(self).items()}
+        removals = train_conditions(methods, setting, runtime, pool)
+        outcome = score_conditions(removals, setting, self.seeds, runtime, pool, shares=self.shares)
+        losses = measured(removals, setting, runtime, pool)
+        contrasts = {
+            "S (net separation, measured - random)": losses.estimate(
+                losses.net(MEASURED) - losses.net(RANDOM)
+            ),
+            "C (net separation, measured - dense)": losses.estimate(
+                losses.net(MEASURED) - losses.net(DENSE)
+            ),
+        }
+        decision = decide(self, list(contrasts.values()))
+        tables = (
+            contrast_table(self, contrasts, losses),
+            rounds_table(removals),
+            tax_table(outcome),
+            recovery_table(outcome.recovery),
+        )
+        models = {**reference_models(setting.replicates, self.seeds), **checkpoints(removals)}
+        return StudyResult(
+            tables=tables,
+            decision=decision,
+            paragraph=paragraph(self, contrasts, losses, outcome, removals, decision),
+            domain=setting.replicates[self.seeds[0]].domain,
+            models=tuple(
+                model_ref(f"{condition}, seed {seed}", m) for (condition, seed), m in models.items()
+            ),
+            notes=(
+                "the method's settings were chosen by hand on seed 0",
+                "relearning is reported beside the statistic and decides nothing here"
+                + (
+                    f"; on its own it is {outcome.recovery.invalid}"
+                    if outcome.recovery.invalid
+                    else ""
+                ),
+            ),
+        )
 
 
-def arms(study: Moefication) -> dict[str, Method]:
+def conditions(study: Moefication) -> dict[str, Method]:
     """Return the method and its controls."""
     controls = {MEASURED: "none", RANDOM: "random", DENSE: "dense"}
     return {
@@ -90,142 +129,114 @@ def arms(study: Moefication) -> dict[str, Method]:
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Losses by unit, resampled: on V and on `retain_test`."""
+class SeparationLosses:
+    """Losses by unit, resampled: on the held-out test set and on `retain_test`."""
 
     v: Levels
     retain: Levels
 
-    def net(self, arm: str) -> Array:
-        """Return the net separation of an arm, of the data and of the samples."""
-        rise_v = self.v.at(arm) - self.v.at("original")
-        found: Array = rise_v - (self.retain.at(arm) - self.retain.at("original"))
-        return found
+    def net(self, condition: str) -> Array:
+        """Return the net separation of a condition, of the data and of the samples."""
+        rise_v = self.v.at(condition) - self.v.at("original")
+        separation: Array = rise_v - (self.retain.at(condition) - self.retain.at("original"))
+        return separation
 
     def estimate(self, values: Array) -> Estimate:
-        """Return the estimate of values that rest on V."""
+        """Return the estimate of values that rest on the held-out test set."""
         return estimate(values, self.v.n)
 
 
-def run(study: Moefication, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train every arm, empty its modules, compare."""
-    world = make_world(study.bench, study.seeds, runtime, pool)
-    methods = {name: (method, None) for name, method in arms(study).items()}
-    made = train_arms(methods, world, runtime, pool)
-    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=study.shares)
-    found = measured(made, world, runtime, pool)
-    contrasts = {
-        "S (net separation, measured - random)": found.estimate(
-            found.net(MEASURED) - found.net(RANDOM)
-        ),
-        "C (net separation, measured - dense)": found.estimate(
-            found.net(MEASURED) - found.net(DENSE)
-        ),
+def measured(
+    removals: Mapping[RunKey, Removal], setting: RoutingSetting, runtime: Runtime, pool: Pool
+) -> SeparationLosses:
+    """Return losses of reference models and conditions, resampled."""
+    models = {
+        **reference_models(setting.replicates, tuple(setting.replicates)),
+        **checkpoints(removals),
     }
-    decision = decide(study, list(contrasts.values()))
-    tables = (
-        contrast_table(study, contrasts, found),
-        rounds_table(made),
-        tax_table(outcome),
-        arms_table(outcome.found),
-    )
-    models = {**rails(world.draws, study.seeds), **checkpoints(made)}
-    return StudyResult(
-        tables=tables,
-        decision=decision,
-        paragraph=paragraph(study, contrasts, found, outcome, made, decision),
-        domain=world.draws[study.seeds[0]].domain,
-        models=tuple(model_ref(f"{arm}, draw {seed}", m) for (arm, seed), m in models.items()),
-        notes=(
-            "the method's settings were chosen by hand on draw 0",
-            "relearning T is reported beside the statistic and decides nothing here"
-            + (f"; on its own it is {outcome.found.void}" if outcome.found.void else ""),
-        ),
-    )
-
-
-def measured(made: Mapping[Key, Removal], world: World, runtime: Runtime, pool: Pool) -> Losses:
-    """Return losses on V and retain of rails and arms, resampled."""
-    models = {**rails(world.draws, tuple(world.draws)), **checkpoints(made)}
-    groups = groups_of(world.draws)
-    v = levels(text_losses(models, world, runtime, pool, on="test"), groups)
-    return Losses(v, levels(text_losses(models, world, runtime, pool), groups))
+    groups = groups_of(setting.replicates)
+    v = levels(text_losses(models, setting, runtime, pool, on="test"), groups)
+    return SeparationLosses(v, levels(text_losses(models, setting, runtime, pool), groups))
 
 
 def decide(study: Moefication, contrasts: Sequence[Estimate]) -> str:
     """Return what S and C say under the margin."""
     against = dict(zip(("random neurons", "the same steps dense"), contrasts, strict=True))
-    if all(found.low > study.margin for found in against.values()):
+    if all(value.low > study.margin for value in against.values()):
         return "moefication separates: S and C are above the margin"
-    short = [name for name, found in against.items() if found.high < study.margin]
+    short = [name for name, value in against.items() if value.high < study.margin]
     if short:
         return f"it does not separate: no {study.margin:g} nats better than {' or '.join(short)}"
     return f"undecided: an interval crosses {study.margin:g} nats"
 
 
 def contrast_table(
-    study: Moefication, contrasts: Mapping[str, Estimate], found: Losses
+    study: Moefication, contrasts: Mapping[str, Estimate], losses: SeparationLosses
 ) -> StudyTable:
-    """Return S, C and the net separation of every arm, overall and by draw."""
+    """Return S, C and the net separation of every condition, overall and by seed."""
     rows = [row("contrast", name, value) for name, value in contrasts.items()]
-    for arm in (MEASURED, *CONTROLS):
-        rows.append(row(arm, "net separation", found.estimate(found.net(arm))))
-        rows.append(row(arm, "loss on V", found.estimate(found.v.at(arm))))
-        rows.append(row(arm, "loss on retain", estimate(found.retain.at(arm), found.retain.n)))
-        for seed in found.v.by_draw:
-            rise = found.v.at(arm, seed) - found.v.at("original", seed)
-            kept = found.retain.at(arm, seed) - found.retain.at("original", seed)
-            rows.append(row(arm, "net separation", found.estimate(rise - kept), seed))
+    for condition in (MEASURED, *CONTROLS):
+        rows.append(row(condition, "net separation", losses.estimate(losses.net(condition))))
+        rows.append(
+            row(condition, "loss on the held-out test set", losses.estimate(losses.v.at(condition)))
+        )
+        rows.append(
+            row(condition, "loss on retain", estimate(losses.retain.at(condition), losses.retain.n))
+        )
+        for seed in losses.v.by_seed:
+            rise = losses.v.at(condition, seed) - losses.v.at("original", seed)
+            rise_retain = losses.retain.at(condition, seed) - losses.retain.at("original", seed)
+            rows.append(row(condition, "net separation", losses.estimate(rise - rise_retain), seed))
     return StudyTable(
         title="Separation without the modules", note=study.statistic, rows=tuple(rows)
     )
 
 
-def by_round(made: Mapping[Key, Removal]) -> dict[tuple[str, int, str], list[float]]:
-    """Return what was measured after every round: by arm, round and metric, one value a draw."""
+def by_round(removals: Mapping[RunKey, Removal]) -> dict[tuple[str, int, str], list[float]]:
+    """Return what each round measured, by condition, round and metric, one value a seed."""
     out: dict[tuple[str, int, str], list[float]] = {}
-    for (arm, _), removal in made.items():
-        for held in removal.extras["rounds"]:
-            for metric, value in facts_of(held).items():
-                out.setdefault((arm, held["round"], metric), []).append(value)
+    for (condition, _), removal in removals.items():
+        for facts in removal.extras["rounds"]:
+            for metric, value in facts_of(facts).items():
+                out.setdefault((condition, facts["round"], metric), []).append(value)
     return out
 
 
-def facts_of(held: Mapping[str, Any]) -> dict[str, float]:
+def facts_of(record: Mapping[str, Any]) -> dict[str, float]:
     """Return utility, separation and size of one round."""
-    on, off = held["losses"]["on"], held["losses"]["off"]
+    on, off = record["losses"]["on"], record["losses"]["off"]
     facts = {
         "retain loss, modules on": on["retain"],
         "utility: retain loss, modules emptied": off["retain"],
         "forget loss, modules on": on["labelled"],
-        "separation: rise of the forget loss": held["separation"],
+        "separation: rise of the forget loss": record["separation"],
     }
     for whose in ("own", "core"):
-        shares = [each[whose] for each in held["captured"].values()]
+        shares = [each[whose] for each in record["captured"].values()]
         name = {"own": "the domain's attribution captured", "core": "the core's"}[whose]
         facts[name] = sum(shares) / len(shares)
-    core, both = held["active"]["core"], max(held["active"].values())
+    core, both = record["active"]["core"], max(record["active"].values())
     facts["active parameters: core"] = float(core)
     facts["active parameters: core and module"] = float(both)
     return facts
 
 
-def rounds_table(made: Mapping[Key, Removal]) -> StudyTable:
-    """Return utility, separation and active parameters by arm and round, means over draws."""
+def rounds_table(removals: Mapping[RunKey, Removal]) -> StudyTable:
+    """Return utility, separation and active parameters by condition and round, means over seeds."""
     rows = [
         StudyRow(
-            condition=f"{arm}, round {number}",
+            condition=f"{condition}, round {number}",
             metric=metric,
             value=sum(values) / len(values),
             low=min(values),
             high=max(values),
             n=len(values),
         )
-        for (arm, number, metric), values in by_round(made).items()
+        for (condition, number, metric), values in by_round(removals).items()
     ]
     note = (
-        "On rows of training, after each round. Interval: smallest and largest draw; n counts "
-        "draws. Captured: share of the attribution to the domain, and to the core, that lies in "
+        "On rows of training, after each round. Interval: smallest and largest seed; n counts "
+        "seeds. Captured: share of the attribution to the domain, and to the core, that lies in "
         "the module's neurons."
     )
     return StudyTable(title="Utility, separation and size by round", note=note, rows=tuple(rows))
@@ -234,28 +245,29 @@ def rounds_table(made: Mapping[Key, Removal]) -> StudyTable:
 def paragraph(
     study: Moefication,
     contrasts: Mapping[str, Estimate],
-    found: Losses,
-    outcome: Outcome,
-    made: Mapping[Key, Removal],
+    losses: SeparationLosses,
+    outcome: RoutingOutcome,
+    removals: Mapping[RunKey, Removal],
     decision: str,
 ) -> str:
     """Return the result in words, made of the numbers."""
-    parts = by_round(made)
+    parts = by_round(removals)
 
-    def course(arm: str, metric: str) -> str:
-        rounds = sorted({number for name, number, _ in parts if name == arm})
-        means = [parts[arm, number, metric] for number in rounds]
+    def course(condition: str, metric: str) -> str:
+        rounds = sorted({number for name, number, _ in parts if name == condition})
+        means = [parts[condition, number, metric] for number in rounds]
         return ", ".join(f"{sum(values) / len(values):.2f}" for values in means)
 
     words = [
-        f"Over {len(study.seeds)} draw(s) and {study.moefy.rounds} round(s), emptying the modules "
-        f"cost {arm_course(MEASURED, course)}, {arm_course(RANDOM, course)}, "
-        f"{arm_course(DENSE, course)}."
+        f"Over {len(study.seeds)} seed(s) and {study.moefy.rounds} round(s), emptying the modules "
+        f"cost {course_of(MEASURED, course)}, {course_of(RANDOM, course)}, "
+        f"{course_of(DENSE, course)}."
     ]
     words.append(
         "Net separation: "
         + ", ".join(
-            f"{arm} {said(found.estimate(found.net(arm)))}" for arm in (MEASURED, *CONTROLS)
+            f"{condition} {said(losses.estimate(losses.net(condition)))}"
+            for condition in (MEASURED, *CONTROLS)
         )
         + "."
     )
@@ -264,13 +276,13 @@ def paragraph(
     both = parts[MEASURED, study.moefy.rounds, "active parameters: core and module"][0]
     words.append(
         f"At the end {core / both:.2f} of the parameters were active without the module, at "
-        f"compute ratio {outcome.ratio(MEASURED)[0]:.2f} on retain. {gaps(outcome.found)}"
+        f"compute ratio {outcome.ratio(MEASURED)[0]:.2f} on retain. {gaps(outcome.recovery)}"
     )
     return " ".join([*words, f"Decision: {decision}."])
 
 
-def arm_course(arm: str, course: Any) -> str:
-    """Return the rises of the forget loss by round of one arm, with the retain loss behind."""
-    rise = course(arm, "separation: rise of the forget loss")
-    kept = course(arm, "utility: retain loss, modules emptied")
-    return f"{arm} {rise} nats of the domain by round (retain then at {kept})"
+def course_of(condition: str, course: Any) -> str:
+    """Return the rises of the forget loss by round of a condition, with the retain loss behind."""
+    rise = course(condition, "separation: rise of the forget loss")
+    retain = course(condition, "utility: retain loss, modules emptied")
+    return f"{condition} {rise} nats of the domain by round (retain then at {retain})"

@@ -17,26 +17,26 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.attacking import Key
+from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import gaps, said
-from excise_studies.distillation.distilling import Bench, Make, make_arms
 from excise_studies.levels import verdict
-from excise_studies.routing.routing_arms import era
-from excise_studies.routing.routing_setting import (
+from excise_studies.recovery import gaps, said
+from excise_studies.routing.presets import era
+from excise_studies.routing.setting import (
     SHARES,
     Missed,
-    Outcome,
     Rest,
-    World,
-    facts_bench,
-    make_world,
+    RoutingOutcome,
+    RoutingSetting,
+    conclude,
+    facts_setting,
+    make_setting,
     misses,
     prepared,
-    score_arms,
-    train_arms,
+    score_conditions,
+    train_conditions,
 )
-from excise_studies.routing.routing_tables import conclude
+from excise_studies.setting import ExperimentSetting, Make, make_conditions
 
 NONE = "no repair"
 
@@ -44,12 +44,12 @@ NONE = "no repair"
 class Repair(Study):
     """One ablated model, repaired on retained rows or on all rows, for equal numbers of steps.
 
-    Stated beforehand. L is the depth gap on V (after T was relearned) after the longest repair on
-    retained rows minus that without repair. The repair is a light touch if L's 95 % interval lies
-    between plus and minus `margin`; it brings knowledge back if the lower end is above `margin`,
-    and removes some if the upper end is below minus it. M is the same for the repair on all rows,
-    minus what the oracle gains by it: what mixing forget rows in brings back beyond what they
-    teach anyone. It decides nothing.
+    Stated beforehand. L is the depth gap on the held-out test set (after relearning) after the
+    longest repair on retained rows minus that without repair. The repair is a light touch if L's 95
+    % interval lies between plus and minus `margin`; it brings knowledge back if the lower end is
+    above `margin`, and removes some if the upper end is below minus it. M is the same for the
+    repair on all rows, minus what the oracle gains by it: what mixing forget rows in brings back
+    beyond what they teach anyone. It decides nothing.
     """
 
     question: ClassVar[str] = (
@@ -57,17 +57,17 @@ class Repair(Study):
         "the bringing back?"
     )
     statistic: ClassVar[str] = (
-        "L = depth gap on V after relearning T, longest repair on retained rows minus no repair; a "
-        "light touch if its 95 % interval lies within the margin on both sides. Bootstrap over "
-        "draws and units."
+        "L = depth gap on the held-out test set after relearning, longest repair on retained rows "
+        "minus no repair; a light touch if its 95 % interval lies within the margin on both sides. "
+        "Bootstrap over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
     name: Literal["repair"] = "repair"
     """Name on the command line."""
     margin: float = 0.1
-    """Share of the distance between the rails."""
-    bench: Bench = facts_bench()
+    """Share of the distance between the reference models."""
+    bench: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
     routed: SerializeAsAny[Method] = era(coherence=None)
     """What is trained and ablated, without a repair of its own."""
@@ -80,52 +80,49 @@ class Repair(Study):
     missed: Missed = "occurrences"
     """What labels miss."""
     rest: Rest = "unlabeled"
-    """What is told of rows without a label."""
+    """What methods assume of rows without a label."""
     shares: tuple[float, ...] = SHARES
     """Shares of the steps of plain runs for the compute ratio."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: Repair, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train and ablate, repair, relearn, compare."""
-    world = make_world(study.bench, study.seeds, runtime, pool)
-    labels = misses(study.rate, study.missed, study.rest)
-    made = train_arms({NONE: (study.routed, labels)}, world, runtime, pool)
-    made |= make_arms(repairs(study, made, world), runtime, pool)
-    outcome = score_arms(made, world, study.seeds, runtime, pool, shares=study.shares)
-    found = effects(study, outcome)
-    words = [f"{name} was {said(value)}." for name, value in found.items()]
-    words.append(gaps(outcome.found))
-    rows = tuple(row("effect", name, value) for name, value in found.items())
-    table = StudyTable(title="What repairs change", note=study.statistic, rows=rows)
-    return conclude(outcome, world, words, decide(study, found), more=(table,))
+        """Train and ablate, repair, relearn, compare."""
+        setting = make_setting(self.bench, self.seeds, runtime, pool)
+        labels = misses(self.rate, self.missed, self.rest)
+        removals = train_conditions({NONE: (self.routed, labels)}, setting, runtime, pool)
+        removals |= make_conditions(repairs(self, removals, setting), runtime, pool)
+        outcome = score_conditions(removals, setting, self.seeds, runtime, pool, shares=self.shares)
+        measured = effects(self, outcome)
+        words = [f"{name} was {said(value)}." for name, value in measured.items()]
+        words.append(gaps(outcome.recovery))
+        rows = tuple(row("effect", name, value) for name, value in measured.items())
+        table = StudyTable(title="What repairs change", note=self.statistic, rows=rows)
+        return conclude(outcome, setting, words, decide(self, measured), more=(table,))
 
 
 def named(side: str, steps: int) -> str:
-    """Return the name of a repaired arm."""
+    """Return the name of a repaired condition."""
     return f"{side}, {steps} steps"
 
 
-def repairs(study: Repair, made: dict[Key, Removal], world: World) -> dict[Key, Make]:
+def repairs(
+    study: Repair, removals: dict[RunKey, Removal], setting: RoutingSetting
+) -> dict[RunKey, Make]:
     """Return the repairs of the ablated models, and of the oracles on all rows."""
     labels = misses(study.rate, study.missed, study.rest)
-    wanted: dict[Key, Make] = {}
+    wanted: dict[RunKey, Make] = {}
     for seed in study.seeds:
-        draw = world.draws[seed]
-        assert draw.oracle is not None
-        ablated = made[NONE, seed].checkpoint
+        replicate = setting.replicates[seed]
+        assert replicate.oracle is not None
+        ablated = removals[NONE, seed].checkpoint
         for steps in study.steps:
             short = schedule(study, steps)
-            arms: dict[str, tuple[Method, Checkpoint]] = {
+            conditions: dict[str, tuple[Method, Checkpoint]] = {
                 "retain": (prepared(Filtering(pretrain=short), study.bench, labels), ablated),
                 "mixture": (Plain(pretrain=short), ablated),
-                "oracle on the mixture": (Plain(pretrain=short), draw.oracle),
+                "oracle on the mixture": (Plain(pretrain=short), replicate.oracle),
             }
-            for side, (method, start) in arms.items():
-                wanted[named(side, steps), seed] = Make(method, start, draw.domain)
+            for side, (method, start) in conditions.items():
+                wanted[named(side, steps), seed] = Make(method, start, replicate.domain)
     return wanted
 
 
@@ -142,25 +139,25 @@ RETAIN = "L (depth gap, repair on retain - none)"
 MIXTURE = "M (the same on all rows, beyond the oracle's)"
 
 
-def effects(study: Repair, outcome: Outcome) -> dict[str, Estimate]:
+def effects(study: Repair, outcome: RoutingOutcome) -> dict[str, Estimate]:
     """Return L and M at the most steps, and what the repair gives retain."""
-    found, last = outcome.found, max(study.steps)
-    light = found.gap(named("retain", last)) - found.gap(NONE)
-    mixed = found.gap(named("mixture", last)) - found.gap(NONE)
-    mixed = mixed - found.gap(named("oracle on the mixture", last))
-    kept = found.retain.at(named("retain", last)) - found.retain.at(NONE)
+    recovery, last = outcome.recovery, max(study.steps)
+    light = recovery.gap(named("retain", last)) - recovery.gap(NONE)
+    mixed = recovery.gap(named("mixture", last)) - recovery.gap(NONE)
+    mixed = mixed - recovery.gap(named("oracle on the mixture", last))
+    recall = recovery.retain.at(named("retain", last)) - recovery.retain.at(NONE)
     return {
         RETAIN: outcome.estimate(light),
         MIXTURE: outcome.estimate(mixed),
-        "Retain recall won on retain": outcome.estimate(kept),
+        "Retain recall won on retain": outcome.estimate(recall),
     }
 
 
-def decide(study: Repair, found: dict[str, Estimate]) -> str:
+def decide(study: Repair, measured: dict[str, Estimate]) -> str:
     """Return what L says under the margin."""
     return {
         "above": "the repair brings knowledge back: L is above the margin",
         "below": "the repair removes: L is below minus the margin",
-        "equal": f"a light touch: L lies within {study.margin:g} of the rails",
+        "equal": f"a light touch: L lies within {study.margin:g}",
         "undecided": f"undecided: L's interval crosses {study.margin:g}",
-    }[verdict(found[RETAIN], study.margin)]
+    }[verdict(measured[RETAIN], study.margin)]

@@ -8,42 +8,43 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.stages import Runtime
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import said
-from excise_studies.distillation.distilling import Bench
-from excise_studies.levels import Array, estimate, verdict
-from excise_studies.routing.routing_setting import (
+from excise_studies.levels import estimate, verdict
+from excise_studies.recovery import said
+from excise_studies.routing.setting import (
     SHARES,
     Missed,
-    Outcome,
     Rest,
-    World,
-    facts_bench,
-    make_world,
+    RoutingOutcome,
+    RoutingSetting,
+    conclude,
+    facts_setting,
+    make_setting,
     misses,
     routed,
-    score_arms,
-    train_arms,
+    score_conditions,
+    train_conditions,
 )
-from excise_studies.routing.routing_tables import conclude
+from excise_studies.setting import ExperimentSetting
 
-ARM = "routed"
+ROUTED = "routed"
 
 
 class RoutingScale(Study):
     """Plain, filtered and routed models of several widths on the same data.
 
-    Stated beforehand. The tax of an arm is one minus its compute ratio, the share of plain steps
-    that reaches its loss on retain. S is the compute ratio of the routed arm at the largest width
-    minus that at the smallest. The tax shrinks if the lower end of S's 95 % interval is above
-    `margin`, grows if the upper end is below minus it, and stays if the interval lies between.
-    One rule sets everything: the learning rate is that of `bench` times (its width / width) to
-    the power `power`; steps, batch and the module's share of a block stay. Nothing is retuned.
+    Stated beforehand. The tax of a condition is one minus its compute ratio, the share of plain
+    steps that reaches its loss on retain. S is the compute ratio of the routed condition at the
+    largest width minus that at the smallest. The tax shrinks if the lower end of S's 95 % interval
+    is above `margin`, grows if the upper end is below minus it, and stays if the interval lies
+    between. One rule sets everything: the learning rate is that of `bench` times (its width /
+    width) to the power `power`; steps, batch and the module's share of a block stay. Nothing is
+    retuned.
     """
 
     question: ClassVar[str] = (
@@ -51,10 +52,10 @@ class RoutingScale(Study):
         "the hyper-parameters of all sizes?"
     )
     statistic: ClassVar[str] = (
-        "S = compute ratio of the routed arm at the largest width minus that at the smallest; the "
-        "tax shrinks if the lower end of the 95 % interval is above the margin, grows if the "
-        "upper end is below minus it. Bootstrap over draws and units, the same samples at all "
-        "sizes."
+        "S = compute ratio of the routed condition at the largest width minus that at the "
+        "smallest; the tax shrinks if the lower end of the 95 % interval is above the margin, "
+        "grows if the upper end is below minus it. Bootstrap over seeds and units, the same "
+        "samples at all sizes."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"
 
@@ -62,10 +63,10 @@ class RoutingScale(Study):
     """Name on the command line."""
     margin: float = 0.05
     """Compute ratio."""
-    bench: Bench = facts_bench()
+    bench: ExperimentSetting = facts_setting()
     """Data, models, attacker; its width is where the rule starts."""
     routed: SerializeAsAny[Method] = routed()
-    """The routed arm."""
+    """The routed condition."""
     widths: tuple[int, ...] = Field(default=(32, 48, 64, 96), min_length=2)
     """Widths of the models, ascending."""
     power: float = 0.5
@@ -75,7 +76,7 @@ class RoutingScale(Study):
     missed: Missed = "occurrences"
     """What labels miss."""
     rest: Rest = "unlabeled"
-    """What is told of rows without a label."""
+    """What methods assume of rows without a label."""
     shares: tuple[float, ...] = Field(default=SHARES, min_length=2)
     """Shares of the steps of plain runs for the compute ratio."""
 
@@ -87,12 +88,46 @@ class RoutingScale(Study):
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Train all sizes, read the taxes, compare the ends."""
+        outcomes: dict[int, RoutingOutcome] = {}
+        settings: dict[int, RoutingSetting] = {}
+        labels = misses(self.rate, self.missed, self.rest)
+        for width in self.widths:
+            settings[width] = make_setting(setting_at(self, width), self.seeds, runtime, pool)
+            removals = train_conditions(
+                {ROUTED: (self.routed, labels)}, settings[width], runtime, pool
+            )
+            outcomes[width] = score_conditions(
+                removals, settings[width], self.seeds, runtime, pool, shares=self.shares
+            )
+        effect = shrinkage(self, outcomes)
+        ratios = ", ".join(f"{w}: {outcomes[w].ratio(ROUTED)[0]:.2f}" for w in self.widths)
+        deep = ", ".join(f"{w}: {outcomes[w].recovery.gap(ROUTED)[0]:.2f}" for w in self.widths)
+        words = [
+            f"The compute ratio of the routed condition was by width {ratios}; its depth gap "
+            f"{deep}.",
+            f"S was {said(effect)}.",
+        ]
+        size = {
+            w: settings[w].replicates[self.seeds[0]].original.num_parameters for w in self.widths
+        }
+        last = self.widths[-1]
+        voids = [
+            f"width {w}: {o.recovery.invalid}" for w, o in outcomes.items() if o.recovery.invalid
+        ]
+        return conclude(
+            outcomes[last],
+            settings[last],
+            words,
+            decide(self, effect),
+            more=(_table(self, outcomes, size),),
+            notes=[f"reference models and curves are those of width {last}", *voids],
+            brief=True,
+        )
 
 
-def bench_at(study: RoutingScale, width: int) -> Bench:
-    """Return the bench at a width, its learning rate set by the rule."""
+def setting_at(study: RoutingScale, width: int) -> ExperimentSetting:
+    """Return the setting at a width, its learning rate set by the rule."""
     bench = study.bench
     fit = bench.pretrain.fit
     lr = fit.lr * (bench.model.width / width) ** study.power
@@ -101,68 +136,36 @@ def bench_at(study: RoutingScale, width: int) -> Bench:
     return bench.model_copy(update={"model": model, "pretrain": pretrain})
 
 
-def run(study: RoutingScale, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train all sizes, read the taxes, compare the ends."""
-    outcomes: dict[int, Outcome] = {}
-    worlds: dict[int, World] = {}
-    labels = misses(study.rate, study.missed, study.rest)
-    for width in study.widths:
-        worlds[width] = make_world(bench_at(study, width), study.seeds, runtime, pool)
-        made = train_arms({ARM: (study.routed, labels)}, worlds[width], runtime, pool)
-        outcomes[width] = score_arms(
-            made, worlds[width], study.seeds, runtime, pool, shares=study.shares
-        )
-    found = shrinkage(study, outcomes)
-    ratios = ", ".join(f"{w}: {outcomes[w].ratio(ARM)[0]:.2f}" for w in study.widths)
-    deep = ", ".join(f"{w}: {outcomes[w].found.gap(ARM)[0]:.2f}" for w in study.widths)
-    words = [
-        f"The compute ratio of the routed arm was by width {ratios}; its depth gap {deep}.",
-        f"S was {said(found)}.",
-    ]
-    size = {w: worlds[w].draws[study.seeds[0]].original.num_parameters for w in study.widths}
-    last = study.widths[-1]
-    voids = [f"width {w}: {o.found.void}" for w, o in outcomes.items() if o.found.void]
-    return conclude(
-        outcomes[last],
-        worlds[last],
-        words,
-        decide(study, found),
-        more=(_table(study, outcomes, size),),
-        notes=[f"rails and curves are those of width {last}", *voids],
-        brief=True,
-    )
-
-
-def shrinkage(study: RoutingScale, outcomes: Mapping[int, Outcome]) -> Estimate:
+def shrinkage(study: RoutingScale, outcomes: Mapping[int, RoutingOutcome]) -> Estimate:
     """Return S: units are the same at all sizes, and so are the samples."""
     first, last = outcomes[study.widths[0]], outcomes[study.widths[-1]]
-    moved: Array = last.ratio(ARM) - first.ratio(ARM)
+    moved: Array = last.ratio(ROUTED) - first.ratio(ROUTED)
     return estimate(moved, last.loss.n)
 
 
-def decide(study: RoutingScale, found: Estimate) -> str:
+def decide(study: RoutingScale, effect: Estimate) -> str:
     """Return what S says under the margin."""
     return {
         "above": "the tax shrinks with size: S is above the margin",
         "below": "the tax grows with size: S is below minus the margin",
         "equal": f"the tax stays: S lies within {study.margin:g}",
         "undecided": f"undecided: S's interval crosses {study.margin:g}",
-    }[verdict(found, study.margin)]
+    }[verdict(effect, study.margin)]
 
 
 def _table(
-    study: RoutingScale, outcomes: Mapping[int, Outcome], size: Mapping[int, int]
+    study: RoutingScale, outcomes: Mapping[int, RoutingOutcome], size: Mapping[int, int]
 ) -> StudyTable:
-    """Return ratio, gap and recall of the arms by width."""
+    """Return ratio, gap and recall of the conditions by width."""
     rows: list[StudyRow] = []
     for width, outcome in outcomes.items():
-        arm = f"width {width}"
-        rows.append(StudyRow(condition=arm, metric="parameters", value=float(size[width])))
-        for name in (ARM, "oracle"):
+        condition = f"width {width}"
+        rows.append(StudyRow(condition=condition, metric="parameters", value=float(size[width])))
+        for name in (ROUTED, "oracle"):
             ratio = estimate(outcome.ratio(name), outcome.loss.n)
-            rows.append(row(arm, f"compute ratio, {name}", ratio))
-        rows.append(row(arm, f"depth gap, {ARM}", outcome.found.value(ARM)))
-        for name in ("original", ARM):
-            kept = estimate(outcome.found.retain.at(name), outcome.found.retain.n)
-            rows.append(row(arm, f"retain recall, {name}", kept))
+            rows.append(row(condition, f"compute ratio, {name}", ratio))
+        rows.append(row(condition, f"depth gap, {ROUTED}", outcome.recovery.value(ROUTED)))
+        for name in ("original", ROUTED):
+            recall = estimate(outcome.recovery.retain.at(name), outcome.recovery.retain.n)
+            rows.append(row(condition, f"retain recall, {name}", recall))
     return StudyTable(title="By size", note=study.statistic, rows=tuple(rows))

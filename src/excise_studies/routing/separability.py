@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from excise.core.errors import nearest
 from excise.core.stages import Runtime
 from excise.domains.definitions import DEFINITIONS_FIT
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
@@ -26,17 +26,17 @@ from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.distillation.distil_tables import said
-from excise_studies.levels import Array, Levels, estimate, levels, spearman
+from excise_studies.levels import Levels, estimate, levels, spearman
+from excise_studies.recovery import said
 from excise_studies.routing.domain_pairs import (
     FETCHED,
     PAIRS,
-    Pair,
+    DomainPair,
     Sizes,
     make_pair,
     pair_tokenizer,
 )
-from excise_studies.routing.routing_setting import routed
+from excise_studies.routing.setting import routed
 from excise_studies.vision.autoencoder import SplitAutoencoderConfig
 from excise_studies.vision.digit_pairs import (
     DIGITS,
@@ -53,21 +53,21 @@ PLAIN, FILTERED, ROUTED = "plain", "filtered", "routed"
 SETS = {"adjacent_test": "beside", "retain_test": "general", "test": "away"}
 """Scored sets: the domain beside the one cut off, general text, the one cut off."""
 
-Key = tuple[str, int, str]
-"""Pair, draw, arm."""
+PairRunKey = tuple[str, int, str]
+"""Pair, seed, condition."""
 
 
 class Separability(Study):
     """Pairs of domains from far apart to alike; one is routed away, the other pays.
 
     Stated beforehand. Separability of a pair is how far apart unigrams of words put held-out
-    passages of the two domains, in nats per word, mean over draws. The cost is the rise of the
-    loss on the domain beside the one cut off: routed, module deleted, minus plain, over the same
-    random model, in nats per token. rho is the rank correlation of the two over pairs. Near
-    domains cost more if the upper end of rho's 95 % interval is below minus `margin`; they do not
-    if the lower end is above it. G, the same correlation of the cost beyond that of filtering,
-    the costs on general text and of the domain cut off, and pairs of digits (3 against 8 among
-    them) whose encodings are split, stand beside it and decide nothing.
+    passages of the two domains, in nats per word, mean over seeds. The cost is the rise of the loss
+    on the domain beside the one cut off: routed, module deleted, minus plain, over the same random
+    model, in nats per token. rho is the rank correlation of the two over pairs. Near domains cost
+    more if the upper end of rho's 95 % interval is below minus `margin`; they do not if the lower
+    end is above it. G, the same correlation of the cost beyond that of filtering, the costs on
+    general text and of the domain cut off, and pairs of digits (3 against 8 among them) whose
+    encodings are split, stand beside it and decide nothing.
     """
 
     question: ClassVar[str] = (
@@ -77,8 +77,8 @@ class Separability(Study):
     statistic: ClassVar[str] = (
         "rho = rank correlation over pairs between held-out unigram divergence (nats per word) and "
         "the rise of the loss on the domain beside the one routed away, routed minus plain; near "
-        "domains cost more if the upper end of the 95 % interval is below minus the margin, not "
-        "if the lower end is above it. Bootstrap over draws and units."
+        "domains cost more if the upper end of the 95 % interval is below minus the margin, not if "
+        "the lower end is above it. Bootstrap over seeds and units."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB; --full: 15 minutes, after fetching cyber and biology"
 
@@ -98,7 +98,7 @@ class Separability(Study):
         fit=FitConfig(**{**DEFINITIONS_FIT, "steps": 200, "warmup": 20, "lr": 4e-3}),
         max_length=48,
     )
-    """How all arms are trained."""
+    """How all conditions are trained."""
     routed: SerializeAsAny[Method] = routed()
     """The routed method, with right labels; its schedule is replaced."""
 
@@ -118,7 +118,10 @@ class Separability(Study):
                 raise ValueError(f"pairs: there is no pair '{name}'; {nearest(name, known)}")
         if len(set(self.pairs)) < len(self.pairs):
             raise ValueError("pairs: names a pair twice; give different ones")
-        if any(one == two or not {one, two} <= set(range(10)) for one, two in self.digits):
+        if any(
+            first == second or not {first, second} <= set(range(10))
+            for first, second in self.digits
+        ):
             raise ValueError("digits: give pairs of different digits from 0 to 9")
         return self
 
@@ -128,55 +131,50 @@ class Separability(Study):
         return cls(pairs=(*PAIRS, *FETCHED))
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
-
-
-def run(study: Separability, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Train three arms on every pair and draw, score them, correlate."""
-    drawn = {
-        (name, seed): make_pair(name, study.sizes, seed)
-        for name in study.pairs
-        for seed in study.seeds
-    }
-    made = train(study, drawn, runtime, pool)
-    losses = score(study, made, drawn, runtime, pool)
-    found = Found(study, drawn, losses)
-    drawings = None
-    if len(study.digits) > 1:
-        drawings = run_pairs(
-            study.digits, study.seeds, study.autoencoder, study.images, runtime, pool
+        """Train three conditions on every pair and seed, score them, correlate."""
+        data = {
+            (name, seed): make_pair(name, self.sizes, seed)
+            for name in self.pairs
+            for seed in self.seeds
+        }
+        removals = train(self, data, runtime, pool)
+        losses = score(self, removals, data, runtime, pool)
+        pairs = PairCosts(self, data, losses)
+        drawings = None
+        if len(self.digits) > 1:
+            drawings = run_pairs(
+                self.digits, self.seeds, self.autoencoder, self.images, runtime, pool
+            )
+        rho, beyond = pairs.rho(PLAIN), pairs.rho(FILTERED)
+        decision = decide(self, rho)
+        first = data[self.pairs[0], self.seeds[0]]
+        return StudyResult(
+            tables=(
+                correlations(self, rho, beyond),
+                costs(pairs),
+                *([digits_table(drawings)] if drawings else []),
+            ),
+            decision=decision,
+            paragraph=" ".join(
+                [
+                    words(self, pairs, rho, beyond),
+                    *([digits_words(drawings)] if drawings else []),
+                    f"Decision: {decision}.",
+                ]
+            ),
+            domain=first.domain,
+            models=tuple(
+                model_ref(f"{condition}, {name}, seed {seed}", removal.checkpoint)
+                for (name, seed, condition), removal in removals.items()
+            ),
+            notes=(
+                "the data described above are those of the first pair",
+                "settings of models and of the routed method were chosen by hand on seed 0",
+            ),
         )
-    rho, beyond = found.rho(PLAIN), found.rho(FILTERED)
-    decision = decide(study, rho)
-    first = drawn[study.pairs[0], study.seeds[0]]
-    return StudyResult(
-        tables=(
-            correlations(study, rho, beyond),
-            costs(found),
-            *([digits_table(drawings)] if drawings else []),
-        ),
-        decision=decision,
-        paragraph=" ".join(
-            [
-                words(study, found, rho, beyond),
-                *([digits_words(drawings)] if drawings else []),
-                f"Decision: {decision}.",
-            ]
-        ),
-        domain=first.domain,
-        models=tuple(
-            model_ref(f"{arm}, {name}, draw {seed}", removal.checkpoint)
-            for (name, seed, arm), removal in made.items()
-        ),
-        notes=(
-            "the data described above are those of the first pair",
-            "settings of models and of the routed method were chosen by hand on draw 0",
-        ),
-    )
 
 
-def arms(study: Separability) -> dict[str, Method]:
+def conditions(study: Separability) -> dict[str, Method]:
     """Return what is trained on every pair."""
     return {
         PLAIN: Plain(pretrain=study.pretrain),
@@ -185,55 +183,61 @@ def arms(study: Separability) -> dict[str, Method]:
     }
 
 
-Drawn = Mapping[tuple[str, int], Pair]
-"""Pairs by name and draw."""
+DomainPairs = Mapping[tuple[str, int], DomainPair]
+"""Pairs by name and seed."""
 
 
-def train(study: Separability, drawn: Drawn, runtime: Runtime, pool: Pool) -> dict[Key, Removal]:
-    """Train every arm of a pair from the same random model."""
+def train(
+    study: Separability, data: DomainPairs, runtime: Runtime, pool: Pool
+) -> dict[PairRunKey, Removal]:
+    """Train every condition of a pair from the same random model."""
     inits = [
         MakeModel(study.model, pair_tokenizer(pair, study.vocabulary), seed)
-        for (_, seed), pair in drawn.items()
+        for (_, seed), pair in data.items()
     ]
-    starts = dict(zip(drawn, pool.map(runtime.run, inits), strict=True))
+    starts = dict(zip(data, pool.map(runtime.run, inits), strict=True))
     jobs = {
-        (name, seed, arm): ApplyMethod(method, starts[name, seed], pair.domain, seed)
-        for (name, seed), pair in drawn.items()
-        for arm, method in arms(study).items()
+        (name, seed, condition): ApplyMethod(method, starts[name, seed], pair.domain, seed)
+        for (name, seed), pair in data.items()
+        for condition, method in conditions(study).items()
     }
     return dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
 
 
-Scores = Mapping[tuple[str, str], Levels]
-"""Losses of the arms by pair and scored set, resampled."""
+PairLosses = Mapping[tuple[str, str], Levels]
+"""Losses of the conditions by pair and scored set, resampled."""
 
 
 def score(
     study: Separability,
-    made: Mapping[Key, Removal],
-    drawn: Drawn,
+    removals: Mapping[PairRunKey, Removal],
+    data: DomainPairs,
     runtime: Runtime,
     pool: Pool,
-) -> Scores:
-    """Return the losses on text by pair and set; all pairs take the same draws in a sample."""
+) -> PairLosses:
+    """Return the losses on text by pair and set; all pairs take the same seeds in a sample."""
     spec = EvalSpec(max_rows=0, max_length=study.pretrain.max_length, samples=0)
     jobs = [
-        ScoreModel(removal.checkpoint, drawn[name, seed].domain, spec)
-        for (name, seed, arm), removal in made.items()
+        ScoreModel(removal.checkpoint, data[name, seed].domain, spec)
+        for (name, seed, condition), removal in removals.items()
     ]
-    held: dict[tuple[str, str], dict[str, dict[int, dict[str, float]]]] = {}
-    for (name, seed, arm), scored in zip(made, pool.map(runtime.run, jobs), strict=True):
+    by_set: dict[tuple[str, str], dict[str, dict[int, dict[str, float]]]] = {}
+    for (name, seed, condition), scored in zip(removals, pool.map(runtime.run, jobs), strict=True):
         for item in scored.items:
             if item.metric == "text_loss":
-                by_arm = held.setdefault((name, item.set.split(".")[0]), {}).setdefault(arm, {})
-                by_arm.setdefault(seed, {})[item.unit] = item.value
-    return {key: levels(by_arm, groups_of(drawn, key[0])) for key, by_arm in held.items()}
+                by_condition = by_set.setdefault((name, item.set.split(".")[0]), {}).setdefault(
+                    condition, {}
+                )
+                by_condition.setdefault(seed, {})[item.unit] = item.value
+    return {
+        key: levels(by_condition, groups_of(data, key[0])) for key, by_condition in by_set.items()
+    }
 
 
-def groups_of(drawn: Drawn, name: str) -> dict[int, dict[str, str]]:
-    """Return the document of every scored unit of a pair, by draw."""
+def groups_of(data: DomainPairs, name: str) -> dict[int, dict[str, str]]:
+    """Return the document of every scored unit of a pair, by seed."""
     out: dict[int, dict[str, str]] = {}
-    for (other, seed), pair in drawn.items():
+    for (other, seed), pair in data.items():
         if other == name:
             sets = (*pair.domain.test.values(), pair.domain.retain_test, pair.domain.adjacent_test)
             out[seed] = {row.unit: row.group for rows in sets for row in rows if row.group}
@@ -241,28 +245,30 @@ def groups_of(drawn: Drawn, name: str) -> dict[int, dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class Found:
+class PairCosts:
     """Pairs, how far apart they are, and what routing cost."""
 
     study: Separability
-    drawn: Drawn
-    losses: Scores
+    data: DomainPairs
+    losses: PairLosses
 
     def apart(self, name: str) -> float:
-        """Return a pair's divergence, nats per word, mean over draws."""
+        """Return a pair's divergence, nats per word, mean over seeds."""
         seeds = self.study.seeds
-        return sum(self.drawn[name, seed].nats for seed in seeds) / len(seeds)
+        return sum(self.data[name, seed].nats for seed in seeds) / len(seeds)
 
     def accuracy(self, name: str) -> float:
-        """Return how well words tell a pair apart, mean over draws."""
+        """Return how well words tell a pair apart, mean over seeds."""
         seeds = self.study.seeds
-        return sum(self.drawn[name, seed].accuracy for seed in seeds) / len(seeds)
+        return sum(self.data[name, seed].accuracy for seed in seeds) / len(seeds)
 
-    def cost(self, name: str, against: str, on: str = "adjacent_test", arm: str = ROUTED) -> Array:
-        """Return the loss of an arm above another's, of the data and of the samples."""
-        held = self.losses[name, on]
-        found: Array = held.at(arm) - held.at(against)
-        return found
+    def cost(
+        self, name: str, against: str, on: str = "adjacent_test", condition: str = ROUTED
+    ) -> Array:
+        """Return the loss of a condition above another's, of the data and of the samples."""
+        levels = self.losses[name, on]
+        rise: Array = levels.at(condition) - levels.at(against)
+        return rise
 
     def estimate(self, name: str, values: Array, on: str = "adjacent_test") -> Estimate:
         """Return the estimate of a pair's values."""
@@ -294,49 +300,55 @@ def correlations(study: Separability, rho: Estimate, beyond: Estimate) -> StudyT
     return StudyTable(title="Separability and cost", note=study.statistic, rows=rows)
 
 
-def costs(found: Found) -> StudyTable:
+def costs(pairs: PairCosts) -> StudyTable:
     """Return separability, costs and removal of every pair, the farthest first."""
     rows: list[StudyRow] = []
-    for name in sorted(found.study.pairs, key=found.apart, reverse=True):
-        draws = len(found.study.seeds)
+    for name in sorted(pairs.study.pairs, key=pairs.apart, reverse=True):
+        replicates = len(pairs.study.seeds)
         rows.append(
             StudyRow(
-                condition=name, metric="divergence, nats a word", value=found.apart(name), n=draws
+                condition=name,
+                metric="divergence, nats a word",
+                value=pairs.apart(name),
+                n=replicates,
             )
         )
         rows.append(
             StudyRow(
-                condition=name, metric="naive Bayes accuracy", value=found.accuracy(name), n=draws
+                condition=name,
+                metric="naive Bayes accuracy",
+                value=pairs.accuracy(name),
+                n=replicates,
             )
         )
         for on, kind in SETS.items():
-            for arm, against in ((ROUTED, PLAIN), (FILTERED, PLAIN), (ROUTED, FILTERED)):
-                value = found.estimate(name, found.cost(name, against, on, arm), on)
-                rows.append(row(name, f"{kind}: {arm} - {against}", value))
-            plain = found.losses[name, on]
+            for condition, against in ((ROUTED, PLAIN), (FILTERED, PLAIN), (ROUTED, FILTERED)):
+                value = pairs.estimate(name, pairs.cost(name, against, on, condition), on)
+                rows.append(row(name, f"{kind}: {condition} - {against}", value))
+            plain = pairs.losses[name, on]
             rows.append(row(name, f"{kind}: loss, plain", estimate(plain.at(PLAIN), plain.n)))
     return StudyTable(
         title="Pairs, the farthest first",
         note=(
             "Losses in nats a token. Beside: the domain next to the one cut off; general: public "
             "addresses; away: the domain cut off, where more is more removed. n counts units, of "
-            "divergence and accuracy draws."
+            "divergence and accuracy seeds."
         ),
         rows=tuple(rows),
     )
 
 
-def words(study: Separability, found: Found, rho: Estimate, beyond: Estimate) -> str:
+def words(study: Separability, pairs: PairCosts, rho: Estimate, beyond: Estimate) -> str:
     """Return the result in words, made of the numbers."""
     parts = []
-    for name in sorted(study.pairs, key=found.apart, reverse=True):
-        cost = found.estimate(name, found.cost(name, PLAIN))
-        gone = found.cost(name, PLAIN, "test")[0]
+    for name in sorted(study.pairs, key=pairs.apart, reverse=True):
+        cost = pairs.estimate(name, pairs.cost(name, PLAIN))
+        gone = pairs.cost(name, PLAIN, "test")[0]
         parts.append(
-            f"{name} ({found.apart(name):.2f} nats a word) {said(cost)}, {gone:.2f} removed"
+            f"{name} ({pairs.apart(name):.2f} nats a word) {said(cost)}, {gone:.2f} removed"
         )
     return (
-        f"Over {len(study.seeds)} draw(s) of {len(study.pairs)} pairs, routing the first away cost "
+        f"Over {len(study.seeds)} seed(s) of {len(study.pairs)} pairs, routing the first away cost "
         f"the second, in nats a token over plain training: {'; '.join(parts)}. rho was "
         f"{said(rho)}, of the cost beyond filtering's {said(beyond)}."
     )

@@ -1,7 +1,7 @@
 """The split autoencoder: the top half of the encoding for some classes, the bottom for others.
 
 Encoder, decoder, and two certificates: decoders of their own, trained on one half each, whose
-gradient never reaches the encoder. What a certificate cannot draw is not in its half.
+gradient never reaches the encoder. What a certificate cannot reconstruct is not in its half.
 
 Source: Cloud et al. (2024), "Gradient Routing", arXiv 2410.04332, section 4.1 and appendix B.
 The mean absolute error is absolute everywhere here; penalties are not routed.
@@ -111,35 +111,56 @@ class SplitAutoencoder(nn.Module):
         return code
 
     def decode(self, code_BC: Tensor, first_B: Tensor) -> Float[Tensor, "B P"]:
-        """Return pixels drawn from a whole encoding, by the decoder of each image's group."""
+        """Return pixels rendered from a whole encoding, by the decoder of each image's group."""
         code_BC = self.halves(code_BC)
         if len(self.decoders) == 1:
-            drawn: Tensor = self.decoders[0](code_BC)
-            return drawn
+            decoded: Tensor = self.decoders[0](code_BC)
+            return decoded
         by_group = [self.decoders[i](code_BC) for i in (0, 1)]
         return torch.where(first_B[:, None], by_group[1], by_group[0])
 
     def certify(self, code_BC: Tensor) -> tuple[Tensor, Tensor]:
-        """Return pixels drawn from the top half and from the bottom half, gradients cut off."""
+        """Return pixels rendered from the top half and from the bottom half, gradients cut off."""
         top_BC, bottom_BC = code_BC.detach().chunk(2, dim=1)
         return self.certificates[0](top_BC), self.certificates[1](bottom_BC)
 
 
-def absolute_error(drawn_BP: Float[Tensor, "B P"], x_BHW: Tensor) -> Float[Tensor, " B"]:
-    """Return the mean absolute error of each image."""
-    return (drawn_BP - x_BHW.flatten(1)).abs().mean(1)
+def absolute_error(decoded_BP: Float[Tensor, "B P"], x_BHW: Tensor) -> Float[Tensor, " B"]:
+    """Return the mean absolute error of each image, pixels from -1 to 1.
+
+    Args:
+        decoded_BP: Rendered pixels.
+        x_BHW: The images.
+    """
+    return (decoded_BP - x_BHW.flatten(1)).abs().mean(1)
 
 
 def terms_of(
     config: SplitAutoencoderConfig, model: SplitAutoencoder, batch: ImageBatch
 ) -> Mapping[str, Term]:
-    """Return the loss of one batch: errors of decoder and certificates, and two penalties."""
+    """Return the loss of one batch: errors of decoder and certificates, and two penalties.
+
+    MAE + l1 * mean_i ||z_i||_1 + correlation * C, with the MAE averaged over each group of classes
+    apart and added (`balance="groups"`), z the encoding before it is routed and C as in
+    `correlation`.
+
+    Source: Cloud et al. (2024), arXiv 2410.04332, section 4.1, as its released code
+    (kxcloud/gradient-routing@896dba3, declared MIT) averages it.
+
+    Args:
+        config: Weights of the penalties, and whether groups or images weigh alike.
+        model: The autoencoder.
+        batch: Images, their groups, and which of them the decoder learns from.
+
+    Returns:
+        Terms by name; certificates learn from all images.
+    """
     code_BC = model.encode(batch.x_BHW)
-    drawn = {"decoder": model.decode(code_BC, batch.first_B)}
-    drawn["top"], drawn["bottom"] = model.certify(code_BC)
+    decoded = {"decoder": model.decode(code_BC, batch.first_B)}
+    decoded["top"], decoded["bottom"] = model.certify(code_BC)
     terms: dict[str, Term] = {}
-    for name, drawn_BP in drawn.items():
-        error_B = absolute_error(drawn_BP, batch.x_BHW)
+    for name, decoded_BP in decoded.items():
+        error_B = absolute_error(decoded_BP, batch.x_BHW)
         used_B = batch.seen_B if name == "decoder" else torch.ones_like(batch.seen_B)
         if config.balance == "images":
             groups = {"all": (used_B, 2.0)}  # as heavy in all as two averages that are added
@@ -171,7 +192,7 @@ def train_autoencoder(
         images: Training images.
         config: Model, penalties, schedule.
         ctx: Seed, device.
-        state_dir: Where an interrupted run goes on.
+        state_dir: Where an interrupted run resumes.
 
     Returns:
         The model, in evaluation mode.
@@ -212,13 +233,13 @@ def errors(
     """
     data = as_batch(images, first).to(next(model.parameters()).device)
     code_BC = model.encode(data.x_BHW)
-    drawn = {"decoder": model.decode(code_BC, data.first_B)}
-    drawn["top"], drawn["bottom"] = model.certify(code_BC)
+    decoded = {"decoder": model.decode(code_BC, data.first_B)}
+    decoded["top"], decoded["bottom"] = model.certify(code_BC)
     pixels_BP = data.x_BHW.flatten(1)
-    found = {name: absolute_error(x_BP, data.x_BHW) for name, x_BP in drawn.items()}
-    for name, x_BP in drawn.items():
-        found[f"{name}, squared"] = (x_BP - pixels_BP).square().mean(1)
+    off = {name: absolute_error(x_BP, data.x_BHW) for name, x_BP in decoded.items()}
+    for name, x_BP in decoded.items():
+        off[f"{name}, squared"] = (x_BP - pixels_BP).square().mean(1)
     for name, half in zip(("top", "bottom"), code_BC.chunk(2, dim=1), strict=True):
-        found[f"size {name}"] = half.abs().sum(1)
-    found["blank"] = (pixels_BP + 1).abs().mean(1)
-    return {name: values.cpu() for name, values in found.items()}
+        off[f"size {name}"] = half.abs().sum(1)
+    off["blank"] = (pixels_BP + 1).abs().mean(1)
+    return {name: values.cpu() for name, values in off.items()}

@@ -19,10 +19,10 @@ from excise_studies.vision.split_jobs import (
     SECOND,
     Means,
     SplitConfig,
-    by_draw,
+    by_seed,
     means_of,
     refs,
-    train_arms,
+    train_conditions,
     value,
     words,
 )
@@ -33,14 +33,14 @@ Balance = Literal["groups", "images"]
 class ClassImbalance(Study):
     """The least L1 that splits an autoencoder, and its tax, against how rare the digits are.
 
-    Stated beforehand. Digits 0-4 are to be routed away; their share of what the autoencoder
-    learns from falls from one half to rare, while certificates always learn from all digits. An
-    encoding is split where G (as in `digits-split`, against the plain autoencoder with the same
-    images) is above `split_margin`. For every share the least L1 of the grid that splits on dev
-    images of the tuned draw is reported on other draws, with its tax: the decoder's error on
-    digits 5-9 minus the plain one's. D is the tax at the smallest share minus that at the largest.
-    Rarity makes a split dearer if the lower end of D's 95 % interval is above `margin`, no dearer
-    if the upper end is below it.
+    Stated beforehand. Digits 0-4 are to be routed away; their share of what the autoencoder learns
+    from falls from one half to rare, while certificates always learn from all digits. An encoding
+    is split where G (as in `digits-split`, against the plain autoencoder with the same images) is
+    above `split_margin`. For every share the least L1 of the grid that splits on dev images of the
+    tuned seed is reported on other seeds, with its tax: the decoder's error on digits 5-9 minus the
+    plain one's. D is the tax at the smallest share minus that at the largest. Rarity makes a split
+    dearer if the lower end of D's 95 % interval is above `margin`, no dearer if the upper end is
+    below it.
     """
 
     question: ClassVar[str] = (
@@ -49,7 +49,7 @@ class ClassImbalance(Study):
     )
     statistic: ClassVar[str] = (
         "D = tax at the smallest share of digits 0-4 minus tax at the largest; tax: error of the "
-        "decoder on 5-9, routed with the least L1 that splits on the tuned draw, minus plain with "
+        "decoder on 5-9, routed with the least L1 that splits on the tuned seed, minus plain with "
         "the same images. Dearer if the lower end of D is above the margin, no dearer if the upper "
         "end is below."
     )
@@ -86,28 +86,70 @@ class ClassImbalance(Study):
         if list(self.l1_tried) != sorted(set(self.l1_tried)) or not self.l1_tried:
             raise ValueError("l1_tried: give weights, least first")
         if not self.tuned_on:
-            raise ValueError("tuned_on: name the draw on which the least L1 is found")
+            raise ValueError("tuned_on: name the seed on which the least L1 is found")
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Find the least L1 on the tuned seed, report it on others, and put numbers into tables."""
+        least, tuning = find_least(self, runtime, pool)
+        wanted: dict[str, SplitConfig] = {}
+        for name, condition in share_conditions(self).items():
+            wanted[f"{name}: plain"] = model_of(self, condition, None)
+            wanted[f"{name}: routed"] = model_of(self, condition, least[name][0])
+        conditions = train_conditions(wanted, self.seeds, self.images, "test", runtime, pool)
+        means = means_of(conditions, ("bottom", "decoder"))
+        pairs = {n: (f"{n}: routed", f"{n}: plain") for n in share_conditions(self)}
+        gaps = {n: means.contrast(*pair) for n, pair in pairs.items()}
+        taxes = {n: means.difference(*pair, "decoder", SECOND) for n, pair in pairs.items()}
+        few, many = f"{self.shares[-1]:.0%}", f"{self.shares[0]:.0%}"
+        change = dearer(means, few, many)
+        stated = (
+            "rarity makes a split dearer"
+            if change.low > self.margin
+            else "rarity makes a split no dearer"
+            if change.high < self.margin
+            else "undecided"
+        )
+        rows: list[StudyRow] = []
+        for name in share_conditions(self):
+            rows.append(value(name, "least L1", least[name][0], len(self.tuned_on)))
+            rows += [row(name, "G", gaps[name]), row(name, "tax", taxes[name])]
+            each_seed = by_seed(conditions, *pairs[name])
+            rows += [row(name, "G", gap, seed) for seed, gap in each_seed.items()]
+        never = [n for n, (_, split) in least.items() if not split]
+        note = " Nothing in the grid split at " + "; ".join(never) + ": the largest gap is shown."
+        return StudyResult(
+            tables=(
+                StudyTable(
+                    title="Least L1 that splits, and its tax, by share of digits 0-4",
+                    note="G and tax on test images of the reported seeds."
+                    + (note if never else ""),
+                    rows=tuple(rows),
+                ),
+                tuning,
+            ),
+            decision=f"{stated}: D = {words(change)}, margin {self.margin:g}",
+            paragraph=paragraph(self, least, gaps, taxes, change),
+            data=self.images.split(self.seeds[0]).describe(),
+            models=refs(conditions),
+            notes=(note.strip(),) if never else (),
+        )
 
 
-def cells(study: ClassImbalance) -> dict[str, tuple[float, Balance]]:
-    """Return share and balance by name of the cell."""
-    found: dict[str, tuple[float, Balance]] = {f"{s:.0%}": (s, "groups") for s in study.shares}
+def share_conditions(study: ClassImbalance) -> dict[str, tuple[float, Balance]]:
+    """Return share and balance by name of the condition."""
+    out: dict[str, tuple[float, Balance]] = {f"{s:.0%}": (s, "groups") for s in study.shares}
     if study.also_by_image:
         rarest = study.shares[-1]
-        found[f"{rarest:.0%}, every image alike"] = (rarest, "images")
-    return found
+        out[f"{rarest:.0%}, every image alike"] = (rarest, "images")
+    return out
 
 
 def model_of(
-    study: ClassImbalance, cell: tuple[float, Balance], l1: float | None
+    study: ClassImbalance, condition: tuple[float, Balance], l1: float | None
 ) -> SplitAutoencoderConfig:
-    """Return the routed autoencoder of a cell; without L1 (None) the plain one."""
-    share, balance = cell
+    """Return the routed autoencoder of a condition; without L1 (None) the plain one."""
+    share, balance = condition
     change: dict[str, object] = {"share": share, "balance": balance}
     change |= {"l1": (l1 or 0.0, l1 or 0.0)}
     if l1 is None:
@@ -115,72 +157,26 @@ def model_of(
     return study.model.model_copy(update=change)
 
 
-def run(study: ClassImbalance, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Find the least L1 on the tuned draw, report it on others, and put numbers into tables."""
-    least, tuning = find_least(study, runtime, pool)
-    wanted: dict[str, SplitConfig] = {}
-    for name, cell in cells(study).items():
-        wanted[f"{name}: plain"] = model_of(study, cell, None)
-        wanted[f"{name}: routed"] = model_of(study, cell, least[name][0])
-    arms = train_arms(wanted, study.seeds, study.images, "test", runtime, pool)
-    means = means_of(arms, ("bottom", "decoder"))
-    pairs = {n: (f"{n}: routed", f"{n}: plain") for n in cells(study)}
-    gaps = {n: means.contrast(*pair) for n, pair in pairs.items()}
-    taxes = {n: means.difference(*pair, "decoder", SECOND) for n, pair in pairs.items()}
-    few, many = f"{study.shares[-1]:.0%}", f"{study.shares[0]:.0%}"
-    found = dearer(means, few, many)
-    said = (
-        "rarity makes a split dearer"
-        if found.low > study.margin
-        else "rarity makes a split no dearer"
-        if found.high < study.margin
-        else "undecided"
-    )
-    rows: list[StudyRow] = []
-    for name in cells(study):
-        rows.append(value(name, "least L1", least[name][0], len(study.tuned_on)))
-        rows += [row(name, "G", gaps[name]), row(name, "tax", taxes[name])]
-        own = by_draw(arms, *pairs[name])
-        rows += [row(name, "G", one, seed) for seed, one in own.items()]
-    never = [n for n, (_, split) in least.items() if not split]
-    note = " Nothing in the grid split at " + "; ".join(never) + ": the largest gap is shown."
-    return StudyResult(
-        tables=(
-            StudyTable(
-                title="Least L1 that splits, and its tax, by share of digits 0-4",
-                note="G and tax on test images of the reported draws." + (note if never else ""),
-                rows=tuple(rows),
-            ),
-            tuning,
-        ),
-        decision=f"{said}: D = {words(found)}, margin {study.margin:g}",
-        paragraph=paragraph(study, least, gaps, taxes, found),
-        data=study.images.draw(study.seeds[0]).describe(),
-        models=refs(arms),
-        notes=(note.strip(),) if never else (),
-    )
-
-
 def find_least(
     study: ClassImbalance, runtime: Runtime, pool: Pool
 ) -> tuple[dict[str, tuple[float, bool]], StudyTable]:
-    """Return by cell the least L1 that splits and whether any does, on dev of the tuned draws."""
+    """Return by condition the least L1 that splits and whether any does, on dev."""
     wanted: dict[str, SplitConfig] = {}
-    for name, cell in cells(study).items():
+    for name, condition in share_conditions(study).items():
         for l1 in (None, *study.l1_tried):
-            wanted[f"{name}: {_l1(l1)}"] = model_of(study, cell, l1)
-    tried = train_arms(wanted, study.tuned_on, study.images, "dev", runtime, pool)
+            wanted[f"{name}: {_l1(l1)}"] = model_of(study, condition, l1)
+    tried = train_conditions(wanted, study.tuned_on, study.images, "dev", runtime, pool)
     means = means_of(tried, ("bottom",))
     least: dict[str, tuple[float, bool]] = {}
     rows: list[StudyRow] = []
-    for name in cells(study):
+    for name in share_conditions(study):
         plain = f"{name}: {_l1(None)}"
         gaps = {l1: means.contrast(f"{name}: {_l1(l1)}", plain).value for l1 in study.l1_tried}
         splits = [l1 for l1 in study.l1_tried if gaps[l1] > study.split_margin]
         widest = max(study.l1_tried, key=lambda l1: gaps[l1])
         least[name] = (splits[0], True) if splits else (widest, False)
         rows += [value(name, _l1(l1), gap, len(study.tuned_on)) for l1, gap in gaps.items()]
-    title = "G by L1 on the tuned draw, dev images"
+    title = "G by L1 on the tuned seed, dev images"
     return least, StudyTable(
         title=title, note="The least above the split margin is taken.", rows=tuple(rows)
     )
@@ -191,8 +187,8 @@ def _l1(weight: float | None) -> str:
 
 
 def dearer(means: Means, few: str, many: str) -> Estimate:
-    """Return the tax in one cell minus that in another, by image."""
-    names = [f"{cell}: {kind}" for cell in (few, many) for kind in ("routed", "plain")]
+    """Return the tax in one condition minus that in another, by image."""
+    names = [f"{condition}: {kind}" for condition in (few, many) for kind in ("routed", "plain")]
     (a, one, n), (b, two, _), (c, three, _), (d, four, _) = (
         means.of(name, "decoder", SECOND) for name in names
     )
@@ -205,7 +201,7 @@ def paragraph(
     least: Mapping[str, tuple[float, bool]],
     gaps: Mapping[str, Estimate],
     taxes: Mapping[str, Estimate],
-    found: Estimate,
+    change: Estimate,
 ) -> str:
     """Return the result in words."""
     parts = [
@@ -214,7 +210,7 @@ def paragraph(
         for name in gaps
     ]
     return (
-        f"Over {len(study.seeds)} draws, by the share of digits 0-4 among what the autoencoder "
+        f"Over {len(study.seeds)} seeds, by the share of digits 0-4 among what the autoencoder "
         f"learned from: {'; '.join(parts)}. From the largest share to the smallest the tax on "
-        f"digits 5-9 changed by D = {words(found)}."
+        f"digits 5-9 changed by D = {words(change)}."
     )

@@ -113,7 +113,14 @@ class SplitClassifier(nn.Module):
 def class_terms(
     logits_BK: Tensor, batch: ImageBatch, balance: Literal["groups", "images"]
 ) -> dict[str, Term]:
-    """Return the cross-entropy of the images that the model learns from, by group or of all."""
+    """Return the cross-entropy of the images that the model learns from, by group or of all.
+
+    Args:
+        logits_BK: Logits of the classes.
+        batch: Images, their labels and groups, and which of them are learned from.
+        balance: `groups`: each group is averaged apart, then added; `images`: one average, which
+            weighs as much as two.
+    """
     loss_B = nn.functional.cross_entropy(logits_BK, batch.label_B, reduction="none")
     if balance == "images":
         groups = {"all": (batch.seen_B, 2.0)}
@@ -138,7 +145,7 @@ def train_classifier(
         images: Training images; what the model does not learn from never passes it.
         config: Model, penalty, schedule.
         ctx: Seed, device.
-        state_dir: Where an interrupted run goes on.
+        state_dir: Where an interrupted run resumes.
 
     Returns:
         The model, in evaluation mode.
@@ -228,13 +235,13 @@ def accuracies(
     seen = as_batch(train, config.first).to(ctx.device)
     new = as_batch(test, config.first).to(ctx.device)
     code_NC, code_BC = features(model, seen), features(model, new)
-    found: dict[str, Tensor] = {}
+    right: dict[str, Tensor] = {}
     with torch.no_grad():
-        found["decoder"] = model.head(code_BC).argmax(1) == new.label_B
+        right["decoder"] = model.head(code_BC).argmax(1) == new.label_B
     for i, name in enumerate(("top", "bottom")):
-        own, other = code_NC.chunk(2, dim=1)[i], code_BC.chunk(2, dim=1)[i]
-        layer = certificate(own, seen, len(train.classes), config.certificate, ctx)
+        half, other = code_NC.chunk(2, dim=1)[i], code_BC.chunk(2, dim=1)[i]
+        layer = certificate(half, seen, len(train.classes), config.certificate, ctx)
         with torch.no_grad():
-            found[name] = layer(other).argmax(1) == new.label_B
-        found[f"size {name}"] = other.abs().mean(1)
-    return {name: values.float().cpu() for name, values in found.items()}
+            right[name] = layer(other).argmax(1) == new.label_B
+        right[f"size {name}"] = other.abs().mean(1)
+    return {name: values.float().cpu() for name, values in right.items()}

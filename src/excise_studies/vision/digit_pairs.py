@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.stages import Runtime
-from excise.evals.stats import Estimate
+from excise.evals.stats import Array, Estimate
 from excise.record import StudyRow, StudyTable
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import Array, Levels, estimate, levels, spearman
+from excise_studies.levels import Levels, estimate, levels, spearman
 from excise_studies.vision.autoencoder import SplitAutoencoderConfig, errors, train_autoencoder
-from excise_studies.vision.images import DrawnImages, Images, ImageSpec
+from excise_studies.vision.images import Images, ImageSets, ImageSpec
 
 DIGITS = ((0, 1), (1, 4), (2, 7), (0, 6), (7, 9), (3, 5), (4, 9), (3, 8))
 """Pairs of digits; the second is the one beside the one that is routed away."""
@@ -41,7 +41,7 @@ MODEL = SplitAutoencoderConfig(
 )
 """A split autoencoder of two digits; penalties are the same with and without routing."""
 
-Kind = Literal["decoder", "bottom"]
+ErrorKind = Literal["decoder", "bottom"]
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class TrainPair(Stage[dict[str, dict[str, float]]]):
 
     def make(self, ctx: Context) -> None:
         """Train it and write its errors."""
-        drawn = only(self.images.draw(self.seed), self.digits)
-        model = train_autoencoder(drawn.train, self.model, ctx)
-        found = errors(model, drawn.test, self.model.first)
-        test = drawn.test
+        data = only(self.images.split(self.seed), self.digits)
+        model = train_autoencoder(data.train, self.model, ctx)
+        off = errors(model, data.test, self.model.first)
+        test = data.test
         keys = [f"{c}:{k}" for c, k in zip(test.labels_N, test.keys_N, strict=True)]
-        kept = {kind: found[kind].tolist() for kind in ("decoder", "bottom")}
-        scores = {kind: dict(zip(keys, values, strict=True)) for kind, values in kept.items()}
+        kinds = {kind: off[kind].tolist() for kind in ("decoder", "bottom")}
+        scores = {kind: dict(zip(keys, values, strict=True)) for kind, values in kinds.items()}
         write_text(ctx.work / "errors.json", json.dumps(scores))
 
     def read(self, folder: Path) -> dict[str, dict[str, float]]:
@@ -90,27 +90,27 @@ class Digits:
 
     Attributes:
         pairs: Their names, in order.
-        apart: Held-out divergence of pixels, nats an image, means over draws.
+        apart: Held-out divergence of pixels, nats an image, means over seeds.
         losses: Errors by pair and kind of score, on the digit beside, resampled.
         gone: The same on the digit that is routed away.
     """
 
     pairs: tuple[str, ...]
     apart: Mapping[str, float]
-    losses: Mapping[tuple[str, Kind], Levels]
-    gone: Mapping[tuple[str, Kind], Levels]
+    losses: Mapping[tuple[str, ErrorKind], Levels]
+    gone: Mapping[tuple[str, ErrorKind], Levels]
 
     def cost(self, pair: str) -> Array:
         """Return the rise of the decoder's error on the digit beside, relative to plain."""
-        held = self.losses[pair, "decoder"]
-        found: Array = held.at(ROUTED) / held.at(PLAIN) - 1
-        return found
+        levels = self.losses[pair, "decoder"]
+        rise: Array = levels.at(ROUTED) / levels.at(PLAIN) - 1
+        return rise
 
     def split(self, pair: str) -> Array:
-        """Return how much worse the half beside draws the routed digit, above the other's rise."""
+        """Return how much worse the half beside shows the routed digit, above the other's rise."""
         away, beside = self.gone[pair, "bottom"], self.losses[pair, "bottom"]
-        found: Array = (away.at(ROUTED) - away.at(PLAIN)) - (beside.at(ROUTED) - beside.at(PLAIN))
-        return found
+        rise: Array = (away.at(ROUTED) - away.at(PLAIN)) - (beside.at(ROUTED) - beside.at(PLAIN))
+        return rise
 
     def rho(self) -> Estimate:
         """Return the rank correlation of divergence and cost over pairs; n counts pairs."""
@@ -124,20 +124,24 @@ def name_of(digits: tuple[int, int]) -> str:
     return f"{digits[0]} / {digits[1]}"
 
 
-def only(drawn: DrawnImages, digits: tuple[int, int]) -> DrawnImages:
+def only(data: ImageSets, digits: tuple[int, int]) -> ImageSets:
     """Return the images of two digits."""
 
     def part(images: Images) -> Images:
         return images.take(np.flatnonzero(np.isin(images.labels_N, digits)))
 
-    return DrawnImages(part(drawn.train), part(drawn.dev), part(drawn.test))
+    return ImageSets(part(data.train), part(data.dev), part(data.test))
 
 
-def divergence(drawn: DrawnImages, digits: tuple[int, int]) -> float:
+def divergence(data: ImageSets, digits: tuple[int, int]) -> float:
     """Return how far apart pixels put two digits, nats an image.
 
     Ink of each pixel is a coin of its own, fitted on images to train on; the mean log odds of
     held-out images for the digit they show, mean of both, as for the words of texts.
+
+    Args:
+        data: Images to fit on and held-out ones.
+        digits: The two digits.
     """
 
     def ink(images: Images, digit: int) -> NDArray[np.float64]:
@@ -147,13 +151,13 @@ def divergence(drawn: DrawnImages, digits: tuple[int, int]) -> float:
 
     coins = []
     for digit in digits:
-        taught_NP = ink(drawn.train, digit)
+        taught_NP = ink(data.train, digit)
         coins.append((taught_NP.sum(0) + 0.5) / (len(taught_NP) + 1))
     on_P = np.log(coins[0]) - np.log(coins[1])
     off_P = np.log1p(-coins[0]) - np.log1p(-coins[1])
     odds = []
     for digit, sign in zip(digits, (1, -1), strict=True):
-        held_NP = ink(drawn.test, digit)
+        held_NP = ink(data.test, digit)
         odds.append(sign * float((held_NP @ on_P + (1 - held_NP) @ off_P).mean()))
     return sum(odds) / 2
 
@@ -166,44 +170,47 @@ def run_pairs(
     runtime: Runtime,
     pool: Pool,
 ) -> Digits:
-    """Train both arms of every pair and draw, and put the scores together.
+    """Train both conditions of every pair and seed, and put the scores together.
 
     Args:
         pairs: Digits, the one that is routed away first.
-        seeds: Draws.
+        seeds: Seeds of the images and of training.
         model: The autoencoder; its classes and whether it is routed are replaced.
         images: Where the digits come from.
         runtime: Where stages are kept.
         pool: Worker processes.
     """
-    drawn = {seed: images.draw(seed) for seed in seeds}
+    data = {seed: images.split(seed) for seed in seeds}
     jobs = {
-        (name_of(pair), arm, seed): TrainPair(
+        (name_of(pair), condition, seed): TrainPair(
             pair,
             seed,
             model.model_copy(
-                update={"first": pair[:1], "routed": "both" if arm == ROUTED else "none"}
+                update={"first": pair[:1], "routed": "both" if condition == ROUTED else "none"}
             ),
             images,
         )
         for pair in pairs
-        for arm in (PLAIN, ROUTED)
+        for condition in (PLAIN, ROUTED)
         for seed in seeds
     }
-    found = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
-    kinds: tuple[Kind, ...] = ("decoder", "bottom")
+    off = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
+    kinds: tuple[ErrorKind, ...] = ("decoder", "bottom")
 
-    def of(pair: tuple[int, int], kind: Kind, digit: int) -> Levels:
-        def units(arm: str, seed: int) -> dict[str, float]:
-            scores = found[name_of(pair), arm, seed][kind]
+    def of(pair: tuple[int, int], kind: ErrorKind, digit: int) -> Levels:
+        def units(condition: str, seed: int) -> dict[str, float]:
+            scores = off[name_of(pair), condition, seed][kind]
             return {key: v for key, v in scores.items() if key.startswith(f"{digit}:")}
 
-        return levels({arm: {s: units(arm, s) for s in seeds} for arm in (PLAIN, ROUTED)}, {})
+        return levels(
+            {condition: {s: units(condition, s) for s in seeds} for condition in (PLAIN, ROUTED)},
+            {},
+        )
 
     return Digits(
         pairs=tuple(map(name_of, pairs)),
         apart={
-            name_of(pair): sum(divergence(drawn[s], pair) for s in seeds) / len(seeds)
+            name_of(pair): sum(divergence(data[s], pair) for s in seeds) / len(seeds)
             for pair in pairs
         },
         losses={(name_of(pair), kind): of(pair, kind, pair[1]) for pair in pairs for kind in kinds},
@@ -211,21 +218,23 @@ def run_pairs(
     )
 
 
-def digits_table(found: Digits) -> StudyTable:
+def digits_table(digits: Digits) -> StudyTable:
     """Return divergence, cost and split of every pair, the farthest first."""
-    rows = [row("all pairs", "rho (divergence, cost)", found.rho())]
-    for pair in sorted(found.pairs, key=lambda pair: found.apart[pair], reverse=True):
-        held = found.losses[pair, "decoder"]
-        draws = len(held.by_draw)
+    rows = [row("all pairs", "rho (divergence, cost)", digits.rho())]
+    for pair in sorted(digits.pairs, key=lambda pair: digits.apart[pair], reverse=True):
+        levels = digits.losses[pair, "decoder"]
         rows += [
             StudyRow(
-                condition=pair, metric="divergence, nats an image", value=found.apart[pair], n=draws
+                condition=pair,
+                metric="divergence, nats an image",
+                value=digits.apart[pair],
+                n=len(levels.by_seed),
             ),
             row(pair, "cost: error on the second, routed / plain - 1",
-                estimate(found.cost(pair), held.n)),
+                estimate(digits.cost(pair), levels.n)),
             row(pair, "split: second half's error on the first, above plain and the second",
-                estimate(found.split(pair), held.n)),
-            row(pair, "error on the second, plain", estimate(held.at(PLAIN), held.n)),
+                estimate(digits.split(pair), levels.n)),
+            row(pair, "error on the second, plain", estimate(levels.at(PLAIN), levels.n)),
         ]  # fmt: skip
     return StudyTable(
         title="Pairs of digits, the farthest first",
@@ -238,13 +247,13 @@ def digits_table(found: Digits) -> StudyTable:
     )
 
 
-def digits_words(found: Digits) -> str:
+def digits_words(digits: Digits) -> str:
     """Return the pairs of digits in words, made of the numbers."""
     parts = []
-    for pair in sorted(found.pairs, key=lambda pair: found.apart[pair], reverse=True):
-        parts.append(f"{pair} {100 * found.cost(pair)[0]:.0f} %")
-    rho = found.rho()
+    for pair in sorted(digits.pairs, key=lambda pair: digits.apart[pair], reverse=True):
+        parts.append(f"{pair} {100 * digits.cost(pair)[0]:.0f} %")
+    rho = digits.rho()
     return (
-        "Splitting an autoencoder of two digits made it draw the second worse by, the farthest "
+        "Splitting an autoencoder of two digits made it render the second worse by, the farthest "
         f"pair first, {', '.join(parts)}: rho {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]."
     )

@@ -116,8 +116,8 @@ def learned(images: Images, first: Sequence[int], share: float | None, seed: int
             what there is. Certificates still see all of them.
         seed: Draws which are left out.
     """
-    kept = images if share is None else rarer(images, first, share, seed)
-    return as_batch(images, first, kept)
+    images_learned = images if share is None else rarer(images, first, share, seed)
+    return as_batch(images, first, images_learned)
 
 
 def batches(data: ImageBatch, size: int, ctx: Context) -> Callable[[int], Sequence[ImageBatch]]:
@@ -130,13 +130,15 @@ def batches(data: ImageBatch, size: int, ctx: Context) -> Callable[[int], Sequen
     """
     size = min(size, len(data))
     per_epoch = len(data) // size
-    kept: dict[int, Tensor] = {}
+    permutations: dict[int, Tensor] = {}
 
     def order(epoch: int) -> Tensor:
-        if epoch not in kept:
-            kept.clear()
-            kept[epoch] = torch.randperm(len(data), generator=ctx.generator(f"images/{epoch}"))
-        return kept[epoch]
+        if epoch not in permutations:
+            permutations.clear()
+            permutations[epoch] = torch.randperm(
+                len(data), generator=ctx.generator(f"images/{epoch}")
+            )
+        return permutations[epoch]
 
     def at(step: int) -> Sequence[ImageBatch]:
         epoch, i = divmod(step, per_epoch)
@@ -188,10 +190,10 @@ def routed(
         return
     with route(model, policy(channels, which), labels=(1, 2)) as routing:
         both = torch.tensor([[2], [1]])  # row 0: the second group, row 1: the first
-        one = torch.ones_like(both)
+        ones = torch.ones_like(both)
         assert routing.policy is not None
         known = compile(
-            routing.policy, routing.map, Batch(both, one.bool(), one.bool(), both, ("", ""))
+            routing.policy, routing.map, Batch(both, ones.bool(), ones.bool(), both, ("", ""))
         )
         table_2G = known.edge_NG
         assert table_2G is not None
@@ -204,10 +206,14 @@ def routed(
 
 
 def correlation(top_BC: Float[Tensor, "B C"], bottom_BC: Float[Tensor, "B C"]) -> Tensor:
-    """Return the mean over channel pairs of the absolute correlation over a batch.
+    """Return C, the mean over channel pairs of the absolute correlation over a batch.
 
     Source: Cloud et al. (2024), arXiv 2410.04332, appendix B, as released: the absolute value is
     taken of the correlation, not inside its sum as printed.
+
+    Args:
+        top_BC: One half of the encodings.
+        bottom_BC: The other half.
     """
 
     def standard(x_BC: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from excise.core.errors import UserError
 from excise.core.keys import config_identity
 from excise.fetch import require
 
-Source = Literal["digits", "fashion", "generated"]
+ImageSource = Literal["digits", "fashion", "generated"]
 
 CLOTHES: Final = (
     "t-shirt", "trousers", "pullover", "dress", "coat",
@@ -49,7 +49,7 @@ class Images:
         name: The source.
         pixels_NHW: 0 to 255.
         labels_N: Class of each.
-        keys_N: Number of each in its source, which names it across draws.
+        keys_N: Number of each in its source, which names it across seeds.
         classes: Names of the classes.
     """
 
@@ -81,8 +81,8 @@ class Images:
 
     def counts(self) -> dict[str, int]:
         """Return how many images each class has."""
-        found = np.bincount(self.labels_N, minlength=len(self.classes))
-        return {name: int(n) for name, n in zip(self.classes, found, strict=True)}
+        counts = np.bincount(self.labels_N, minlength=len(self.classes))
+        return {name: int(n) for name, n in zip(self.classes, counts, strict=True)}
 
     def shrunk(self, by: int) -> Images:
         """Return the images with squares of `by` x `by` pixels averaged.
@@ -103,8 +103,8 @@ class Images:
 
 
 @dataclass(frozen=True)
-class DrawnImages:
-    """One draw: images to train on, to choose settings on, and to report on."""
+class ImageSets:
+    """One split: images to train on, to choose settings on, and to report on."""
 
     train: Images
     dev: Images
@@ -138,7 +138,7 @@ class DrawnImages:
 class ImageSpec(Config):
     """Which images, and how they are split; every seed is another split."""
 
-    source: Source = "digits"
+    source: ImageSource = "digits"
     """`digits` ship; `fashion` is fetched (excise fetch fashion); `generated` is made."""
     train: int = Field(default=7000, ge=20)
     """Images to train on, spread over the classes as the source has them."""
@@ -158,7 +158,7 @@ class ImageSpec(Config):
             "images": [part.fingerprint for part in parts if part is not None],
         }
 
-    def draw(self, seed: int) -> DrawnImages:
+    def split(self, seed: int) -> ImageSets:
         """Return one stratified split.
 
         Args:
@@ -170,12 +170,12 @@ class ImageSpec(Config):
         train, test = load(self, seed)
         order = np.random.default_rng(seed)
         if test is None:
-            held, train = stratified(train, self.test, order)
+            test_part, train = stratified(train, self.test, order)
         else:
-            held, _ = stratified(test, self.test, order)
+            test_part, _ = stratified(test, self.test, order)
         dev, rest = stratified(train, self.dev, order)
-        kept, _ = stratified(rest, self.train, order)
-        return DrawnImages(*(part.shrunk(self.shrink) for part in (kept, dev, held)))
+        train_part, _ = stratified(rest, self.train, order)
+        return ImageSets(*(part.shrunk(self.shrink) for part in (train_part, dev, test_part)))
 
 
 def load(spec: ImageSpec, seed: int) -> tuple[Images, Images | None]:
@@ -206,14 +206,14 @@ def load_fashion() -> tuple[Images, Images]:
         UserError: If they have not been fetched.
     """
     folder = require("fashion")
-    found = []
+    parts = []
     for part in ("train", "test"):
         pair = []
         for kind in ("images", "labels"):
             file = folder / f"{part}-{kind}.idx.gz"
             pair.append(read_idx(gzip.decompress(file.read_bytes()), str(file)))
-        found.append(_images("fashion", pair[0], pair[1], CLOTHES))
-    return found[0], found[1]
+        parts.append(_images("fashion", pair[0], pair[1], CLOTHES))
+    return parts[0], parts[1]
 
 
 def _images(
@@ -304,9 +304,9 @@ def stratified(images: Images, count: int, order: np.random.Generator) -> tuple[
     first: list[NDArray[np.int64]] = []
     others: list[NDArray[np.int64]] = []
     for label, n in enumerate(each):
-        own = order.permutation(np.flatnonzero(images.labels_N == label))
-        first.append(own[:n])
-        others.append(own[n:])
+        order_here = order.permutation(np.flatnonzero(images.labels_N == label))
+        first.append(order_here[:n])
+        others.append(order_here[n:])
     chosen, rest = (order.permutation(np.concatenate(part)) for part in (first, others))
     return images.take(chosen), images.take(rest)
 

@@ -22,11 +22,11 @@ from excise_studies.vision.split_jobs import (
     SECOND,
     Means,
     SplitConfig,
-    by_draw,
+    by_seed,
     means_of,
     refs,
     table_of,
-    train_arms,
+    train_conditions,
     value,
     verdict,
     words,
@@ -39,13 +39,12 @@ BARE, PENALTY = "routed, no L1", "not routed, L1"
 class ObjectsSplit(Study):
     """A split ResNet classifier of clothes: five classes to the top channels, five to the bottom.
 
-    Stated beforehand. A is the accuracy of the bottom half's certificate on classes 5-9 minus
-    that on 0-4, routed with L1 minus plain, over the test images of all reported draws. The
-    channels are called split if the lower end of A's 95 % interval is above `margin` and A is
-    above it in every draw, not split if the upper end is below it. The weight of L1 is chosen on
-    dev images of the tuned draw: the largest A among those whose accuracy is at most
-    `accuracy_budget` below the plain model's. The tax is the accuracy of the plain model minus
-    that of the routed one.
+    Stated beforehand. A is the accuracy of the bottom half's certificate on classes 5-9 minus that
+    on 0-4, routed with L1 minus plain, over the test images of all reported seeds. The channels are
+    called split if the lower end of A's 95 % interval is above `margin` and A is above it in every
+    seed, not split if the upper end is below it. The weight of L1 is chosen on dev images of the
+    tuned seed: the largest A among those whose accuracy is at most `accuracy_budget` below the
+    plain model's. The tax is the accuracy of the plain model minus that of the routed one.
     """
 
     question: ClassVar[str] = (
@@ -55,8 +54,8 @@ class ObjectsSplit(Study):
     )
     statistic: ClassVar[str] = (
         "A = (accuracy of the bottom half's certificate on classes 5-9 - on 0-4), routed with L1 "
-        "minus plain; test images of all draws, bootstrapped by image. Split if the lower end of "
-        "A is above the margin and so is every draw, not split if the upper end is below."
+        "minus plain; test images of all seeds, bootstrapped by image. Split if the lower end of A "
+        "is above the margin and so is every seed, not split if the upper end is below."
     )
     takes: ClassVar[str] = "6 minutes, 1 GiB, after excise fetch fashion"
 
@@ -73,15 +72,54 @@ class ObjectsSplit(Study):
     l1_tried: tuple[float, ...] = (1e-2, 3e-2, 1e-1)
     """Weights of L1 to choose from."""
     rare: float | None = 0.1
-    """Share of classes 0-4 in arms where they are rare; empty for no such arms."""
+    """Share of classes 0-4 in conditions where they are rare; empty for no such conditions."""
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Answer the question; see `run`."""
-        return run(self, runtime, pool)
+        """Choose the weight of L1, train the conditions on every seed, tabulate."""
+        data = self.images.split(self.seeds[0])
+        base, tuning = choose(self, runtime, pool)
+        wanted = conditions_of(base, self.rare)
+        conditions = train_conditions(wanted, self.seeds, self.images, "test", runtime, pool)
+        means = means_of(conditions)
+        effects = {
+            n: means.contrast(n, control_of(n), sign=-1)
+            for n in conditions
+            if not n.startswith(PLAIN)
+        }
+        tax = {n: means.difference(control_of(n), n, "decoder") for n in effects}
+        each_seed = by_seed(conditions, ROUTED, PLAIN, sign=-1)
+        stated = verdict(effects[ROUTED], each_seed, self.margin)
+        nets = {"decoder": "whole", "top": "top half", "bottom": "bottom half"}
+        sides = {"0-4": FIRST, "5-9": SECOND}
+        columns = {f"{nets[n]}, {d}": (n, g) for n in nets for d, g in sides.items()}
+        rows = [
+            row(n, metric, numbers[n])
+            for n in effects
+            for metric, numbers in (("A", effects), ("tax", tax))
+        ]
+        rows += [row(ROUTED, "A", e, seed) for seed, e in each_seed.items()]
+        return StudyResult(
+            tables=(
+                table_of("Accuracy", "Test images of all seeds.", means, list(conditions), columns),
+                StudyTable(
+                    title="Gap of the bottom half, and tax",
+                    note=(
+                        "A as stated, against the plain condition with the same images; tax in "
+                        "accuracy."
+                    ),
+                    rows=tuple(rows),
+                ),
+                tuning,
+            ),
+            decision=f"{stated}: A = {words(effects[ROUTED])}, margin {self.margin:g}",
+            paragraph=paragraph(means, effects, tax, base, self),
+            data=data.describe(),
+            models=refs(conditions),
+        )
 
 
-def arms_of(base: SplitClassifierConfig, rare: float | None) -> dict[str, SplitConfig]:
-    """Return the arms by name.
+def conditions_of(base: SplitClassifierConfig, rare: float | None) -> dict[str, SplitConfig]:
+    """Return the conditions by name.
 
     Args:
         base: The routed model.
@@ -101,57 +139,20 @@ def arms_of(base: SplitClassifierConfig, rare: float | None) -> dict[str, SplitC
 
 
 def control_of(name: str) -> str:
-    """Return the plain arm with the same images."""
+    """Return the plain condition with the same images."""
     return f"{PLAIN}, 0-4 rare" if "rare" in name else PLAIN
-
-
-def run(study: ObjectsSplit, runtime: Runtime, pool: Pool) -> StudyResult:
-    """Choose the weight of L1, train the arms on every draw, and put the numbers into tables."""
-    drawn = study.images.draw(study.seeds[0])
-    base, tuning = choose(study, runtime, pool)
-    wanted = arms_of(base, study.rare)
-    arms = train_arms(wanted, study.seeds, study.images, "test", runtime, pool)
-    means = means_of(arms)
-    found = {n: means.contrast(n, control_of(n), sign=-1) for n in arms if not n.startswith(PLAIN)}
-    tax = {n: means.difference(control_of(n), n, "decoder") for n in found}
-    draws = by_draw(arms, ROUTED, PLAIN, sign=-1)
-    said = verdict(found[ROUTED], draws, study.margin)
-    nets = {"decoder": "whole", "top": "top half", "bottom": "bottom half"}
-    sides = {"0-4": FIRST, "5-9": SECOND}
-    columns = {f"{nets[n]}, {d}": (n, g) for n in nets for d, g in sides.items()}
-    rows = [
-        row(n, metric, numbers[n])
-        for n in found
-        for metric, numbers in (("A", found), ("tax", tax))
-    ]
-    rows += [row(ROUTED, "A", e, seed) for seed, e in draws.items()]
-    return StudyResult(
-        tables=(
-            table_of("Accuracy", "Test images of all draws.", means, list(arms), columns),
-            StudyTable(
-                title="Gap of the bottom half, and tax",
-                note="A as stated, against the plain arm with the same images; tax in accuracy.",
-                rows=tuple(rows),
-            ),
-            tuning,
-        ),
-        decision=f"{said}: A = {words(found[ROUTED])}, margin {study.margin:g}",
-        paragraph=paragraph(means, found, tax, base, study),
-        data=drawn.describe(),
-        models=refs(arms),
-    )
 
 
 def choose(
     study: ObjectsSplit, runtime: Runtime, pool: Pool
 ) -> tuple[SplitClassifierConfig, StudyTable]:
-    """Return the model with the weight chosen on dev images of the tuned draws, and the table."""
-    title = "Weights of L1 tried on the tuned draw, dev images"
+    """Return the model with the weight chosen on dev images of the tuned seeds, and the table."""
+    title = "Weights of L1 tried on the tuned seed, dev images"
     if not study.tuned_on or not study.l1_tried:
         return study.model, StudyTable(title=title, note="None: it was given.")
     grid = {f"L1 {l1:g}": study.model.model_copy(update={"l1": l1}) for l1 in study.l1_tried}
-    wanted: dict[str, SplitConfig] = {**grid, PLAIN: arms_of(study.model, None)[PLAIN]}
-    tried = train_arms(wanted, study.tuned_on, study.images, "dev", runtime, pool)
+    wanted: dict[str, SplitConfig] = {**grid, PLAIN: conditions_of(study.model, None)[PLAIN]}
+    tried = train_conditions(wanted, study.tuned_on, study.images, "dev", runtime, pool)
     means = means_of(tried, ("bottom", "decoder"))
     gaps = {n: means.contrast(n, PLAIN, sign=-1).value for n in tried}
     right = {n: means.mean(n, "decoder").value for n in tried}
@@ -167,7 +168,7 @@ def choose(
 
 def paragraph(
     means: Means,
-    found: Mapping[str, Estimate],
+    effects: Mapping[str, Estimate],
     tax: Mapping[str, Estimate],
     base: SplitClassifierConfig,
     study: ObjectsSplit,
@@ -179,19 +180,20 @@ def paragraph(
         return " and ".join(f"{x:.3f}" for x in two)
 
     text = (
-        f"Over {len(study.seeds)} draws the bottom half told classes 0-4 and 5-9 with accuracy "
+        f"Over {len(study.seeds)} seeds the bottom half told classes 0-4 and 5-9 with accuracy "
         f"{pair(ROUTED, 'bottom')} where the channels were routed (L1 {base.l1:g}) and "
         f"{pair(PLAIN, 'bottom')} in the plain model; the top half with {pair(ROUTED, 'top')} and "
-        f"{pair(PLAIN, 'top')}. The gap grew by A = {words(found[ROUTED])}, at a tax of "
-        f"{words(tax[ROUTED])} in accuracy. Routing without L1 gives {words(found[BARE])}, L1 "
-        f"without routing {words(found[PENALTY])}."
+        f"{pair(PLAIN, 'top')}. The gap grew by A = {words(effects[ROUTED])}, at a tax of "
+        f"{words(tax[ROUTED])} in accuracy. Routing without L1 gives {words(effects[BARE])}, L1 "
+        f"without routing {words(effects[PENALTY])}."
     )
     name = f"{ROUTED}, 0-4 rare"
-    if name in found:
+    if name in effects:
         alike = f"{name}, every image alike"
         text += (
-            f" Where classes 0-4 are {study.rare:.0%} of the images, A is {words(found[name])} at "
+            f" Where classes 0-4 are {study.rare:.0%} of the images, A is {words(effects[name])} "
+            "at "
             f"a tax of {words(tax[name])} with the two groups weighed alike, and "
-            f"{words(found[alike])} at {words(tax[alike])} with every image weighed alike."
+            f"{words(effects[alike])} at {words(tax[alike])} with every image weighed alike."
         )
     return text

@@ -20,7 +20,7 @@ from excise.core.stages import Runtime
 from excise.evals.stats import Array, Estimate, quantiles, resampled_means
 from excise.record import ModelRef, StudyPicture, StudyPictureRow, StudyRow, StudyTable
 from excise.train.pool import Pool
-from excise_studies.base import Units, pooled, row
+from excise_studies.base import UnitScores, pooled, row
 from excise_studies.vision.autoencoder import (
     SplitAutoencoder,
     SplitAutoencoderConfig,
@@ -30,7 +30,7 @@ from excise_studies.vision.autoencoder import (
 )
 from excise_studies.vision.classifier import SplitClassifierConfig, accuracies, train_classifier
 from excise_studies.vision.halves import as_batch
-from excise_studies.vision.images import DrawnImages, ImageSpec
+from excise_studies.vision.images import ImageSets, ImageSpec
 
 FIRST, SECOND = "first", "second"
 """The two groups of classes."""
@@ -39,7 +39,7 @@ SplitConfig = SplitAutoencoderConfig | SplitClassifierConfig
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitModel:
     """What became of one model.
 
     Attributes:
@@ -49,14 +49,14 @@ class Split:
         path: File of the weights.
     """
 
-    scores: Mapping[tuple[str, str], Units]
+    scores: Mapping[tuple[str, str], UnitScores]
     fingerprint: str
     parameters: int
     path: str
 
 
 @dataclass(frozen=True)
-class TrainSplit(Stage[Split]):
+class TrainSplit(Stage[SplitModel]):
     """One model of split images, trained and scored.
 
     Attributes:
@@ -79,39 +79,39 @@ class TrainSplit(Stage[Split]):
 
     def make(self, ctx: Context) -> None:
         """Train, score, and write weights and scores."""
-        drawn = self.images.draw(self.seed)
-        scored = getattr(drawn, self.part)
+        data = self.images.split(self.seed)
+        scored = getattr(data, self.part)
         state = ctx.work / "state"
         scores: Mapping[str, Tensor]
         model: nn.Module
         if isinstance(self.model, SplitAutoencoderConfig):
-            model = coder = train_autoencoder(drawn.train, self.model, ctx, state_dir=state)
+            model = coder = train_autoencoder(data.train, self.model, ctx, state_dir=state)
             scores = errors(coder, scored, self.model.first)
         else:
-            model = teller = train_classifier(drawn.train, self.model, ctx, state_dir=state)
-            scores = accuracies(teller, drawn.train, scored, self.model, ctx)
+            model = teller = train_classifier(data.train, self.model, ctx, state_dir=state)
+            scores = accuracies(teller, data.train, scored, self.model, ctx)
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(weights, ctx.work / "model.safetensors")
         first = torch.isin(torch.from_numpy(scored.labels_N), torch.tensor(self.model.first))
-        found = {
+        facts = {
             "keys": scored.keys_N.tolist(),
             "first": first.tolist(),
             "scores": {k: [round(x, 7) for x in v.tolist()] for k, v in scores.items()},
             "fingerprint": file_sum(ctx.work / "model.safetensors"),
             "parameters": sum(p.numel() for p in model.parameters()),
         }
-        write_text(ctx.work / "scores.json", json.dumps(found))
+        write_text(ctx.work / "scores.json", json.dumps(facts))
         shutil.rmtree(state, ignore_errors=True)
 
-    def read(self, folder: Path) -> Split:
+    def read(self, folder: Path) -> SplitModel:
         """Return scores by kind and group of images."""
-        found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        facts = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         scores: dict[tuple[str, str], dict[str, float]] = {}
-        for name, values in found["scores"].items():
-            for unit, value, own in zip(found["keys"], values, found["first"], strict=True):
-                scores.setdefault((name, FIRST if own else SECOND), {})[str(unit)] = value
+        for name, values in facts["scores"].items():
+            for unit, value, in_first in zip(facts["keys"], values, facts["first"], strict=True):
+                scores.setdefault((name, FIRST if in_first else SECOND), {})[str(unit)] = value
         weights = str(folder / "model.safetensors")
-        return Split(scores, found["fingerprint"], found["parameters"], weights)
+        return SplitModel(scores, facts["fingerprint"], facts["parameters"], weights)
 
 
 LEVELS = 9
@@ -119,28 +119,31 @@ LEVELS = 9
 
 
 def drawings(
-    arms: Mapping[str, tuple[SplitAutoencoderConfig, Split]], drawn: DrawnImages, *, seed: int
+    conditions: Mapping[str, tuple[SplitAutoencoderConfig, SplitModel]],
+    data: ImageSets,
+    *,
+    seed: int,
 ) -> StudyPicture:
-    """Return one test image of each class, and what whole and half encodings draw of it.
+    """Return one test image of each class, and what whole and half encodings show of it.
 
     Args:
-        arms: Configuration and trained model by name.
-        drawn: The draw they were trained on.
-        seed: The draw.
+        conditions: Configuration and trained model by name.
+        data: The images they were trained on.
+        seed: Seed of those images.
     """
-    images, classes = drawn.test, drawn.test.classes
+    images, classes = data.test, data.test.classes
     shown = images.take(np.array([np.argmax(images.labels_N == i) for i in range(len(classes))]))
     rows = [StudyPictureRow(name="the image", images=_levels(as_batch(shown, ()).x_BHW.flatten(1)))]
-    for name, (config, split) in arms.items():
-        data = as_batch(shown, config.first)
-        model = SplitAutoencoder(config, int(data.x_BHW[0].numel()), 0)
+    for name, (config, split) in conditions.items():
+        batch = as_batch(shown, config.first)
+        model = SplitAutoencoder(config, int(batch.x_BHW[0].numel()), 0)
         model.load_state_dict(load_file(split.path))
         with torch.no_grad():
-            code_BC = model.encode(data.x_BHW)
+            code_BC = model.encode(batch.x_BHW)
             top_BP, bottom_BP = model.certify(code_BC)
-            whole_BP = model.decode(code_BC, data.first_B)
+            whole_BP = model.decode(code_BC, batch.first_B)
         for part, x_BP in (("whole", whole_BP), ("top half", top_BP), ("bottom half", bottom_BP)):
-            errors_B = absolute_error(x_BP, data.x_BHW).tolist()
+            errors_B = absolute_error(x_BP, batch.x_BHW).tolist()
             rows.append(
                 StudyPictureRow(
                     name=f"{name}: {part}",
@@ -149,7 +152,7 @@ def drawings(
                 )
             )
     return StudyPicture(
-        title=f"What whole and half encodings draw, draw {seed}",
+        title=f"What whole and half encodings show, seed {seed}",
         note="Mean absolute error of each drawing, pixels from -1 to 1.",
         width=images.pixels_NHW.shape[2],
         columns=classes,
@@ -163,166 +166,174 @@ def _levels(x_BP: Tensor) -> tuple[str, ...]:
     return tuple("".join(map(str, row)) for row in ink.tolist())
 
 
-Arms = Mapping[str, Mapping[int, Split]]
-"""Models by arm and draw."""
+SplitModels = Mapping[str, Mapping[int, SplitModel]]
+"""Models by condition and seed."""
 
 
-def train_arms(
-    arms: Mapping[str, SplitConfig],
+def train_conditions(
+    conditions: Mapping[str, SplitConfig],
     seeds: Sequence[int],
     images: ImageSpec,
     part: Literal["dev", "test"],
     runtime: Runtime,
     pool: Pool,
-) -> Arms:
-    """Train every arm on every draw."""
-    wanted = [(name, seed) for seed in seeds for name in arms]
-    jobs = [TrainSplit(arms[name], images, seed, part) for name, seed in wanted]
-    found: dict[str, dict[int, Split]] = {name: {} for name in arms}
+) -> SplitModels:
+    """Train every condition on every seed."""
+    wanted = [(name, seed) for seed in seeds for name in conditions]
+    jobs = [TrainSplit(conditions[name], images, seed, part) for name, seed in wanted]
+    models: dict[str, dict[int, SplitModel]] = {name: {} for name in conditions}
     for (name, seed), split in zip(wanted, pool.map(runtime.run, jobs), strict=True):
-        found[name][seed] = split
-    return found
+        models[name][seed] = split
+    return models
 
 
-def scores_of(arm: Mapping[int, Split], score: str, group: str) -> Units:
-    """Return a score of all draws in one mapping."""
-    return pooled({seed: split.scores[score, group] for seed, split in arm.items()})
+def scores_of(condition: Mapping[int, SplitModel], score: str, group: str) -> UnitScores:
+    """Return a score of all seeds in one mapping."""
+    return pooled({seed: split.scores[score, group] for seed, split in condition.items()})
 
 
 @dataclass(frozen=True)
 class Means:
-    """Means of arms with their bootstrap draws; images of each group are drawn together.
+    """Means of conditions with their bootstrap samples; images of each group are drawn together.
 
     Attributes:
-        found: Mean, resampled means and number of images, by arm, score and group.
+        means: Mean, resampled means and number of images, by condition, score and group.
     """
 
-    found: Mapping[tuple[str, str, str], tuple[float, Array, int]]
+    means: Mapping[tuple[str, str, str], tuple[float, Array, int]]
 
-    def of(self, arm: str, score: str, group: str = "") -> tuple[float, Array, int]:
-        """Return mean, draws and count of one group, or of all images."""
+    def of(self, condition: str, score: str, group: str = "") -> tuple[float, Array, int]:
+        """Return mean, samples and count of one group, or of all images."""
         if group:
-            return self.found[arm, score, group]
-        (a, ones, n), (b, twos, m) = (self.found[arm, score, g] for g in (FIRST, SECOND))
+            return self.means[condition, score, group]
+        (a, ones, n), (b, twos, m) = (self.means[condition, score, g] for g in (FIRST, SECOND))
         return (n * a + m * b) / (n + m), (n * ones + m * twos) / (n + m), n + m
 
-    def mean(self, arm: str, score: str, group: str = "") -> Estimate:
+    def mean(self, condition: str, score: str, group: str = "") -> Estimate:
         """Return a mean with its interval."""
-        value, draws, n = self.of(arm, score, group)
-        return Estimate(value, *quantiles(draws, 0.95), n)
+        value, samples, n = self.of(condition, score, group)
+        return Estimate(value, *quantiles(samples, 0.95), n)
 
-    def difference(self, arm: str, control: str, score: str, group: str = "") -> Estimate:
-        """Return the arm's mean minus the control's, image by image."""
-        (a, ones, n), (b, twos, _) = (self.of(name, score, group) for name in (arm, control))
+    def difference(self, condition: str, control: str, score: str, group: str = "") -> Estimate:
+        """Return the condition's mean minus the control's, image by image."""
+        (a, ones, n), (b, twos, _) = (self.of(name, score, group) for name in (condition, control))
         return Estimate(a - b, *quantiles(ones - twos, 0.95), n)
 
-    def contrast(self, arm: str, control: str, score: str = "bottom", sign: int = 1) -> Estimate:
+    def contrast(
+        self, condition: str, control: str, score: str = "bottom", sign: int = 1
+    ) -> Estimate:
         """Return how much wider the gap between the groups is than in the control.
 
         Args:
-            arm: Name of the arm.
+            condition: Name of the condition.
             control: Name of the control.
             score: Which score.
             sign: -1 where the second group's score minus the first's is meant.
 
         Returns:
-            (mean of the first group - mean of the second), the arm's minus the control's.
+            (mean of the first group - mean of the second), the condition's minus the control's.
         """
         sides = []
         for group in (FIRST, SECOND):
-            (a, ones, n), (b, twos, _) = (self.of(name, score, group) for name in (arm, control))
+            (a, ones, n), (b, twos, _) = (
+                self.of(name, score, group) for name in (condition, control)
+            )
             sides.append((a - b, ones - twos, n))
-        (one, ones, n), (two, twos, m) = sides
+        (first, ones, n), (second, twos, m) = sides
         low, high = quantiles(sign * (ones - twos), 0.95)
-        return Estimate(sign * (one - two), low, high, n + m)
+        return Estimate(sign * (first - second), low, high, n + m)
 
 
-def means_of(arms: Arms, scores: Sequence[str] = ()) -> Means:
-    """Return the means of all arms over the images of all draws.
+def means_of(conditions: SplitModels, scores: Sequence[str] = ()) -> Means:
+    """Return the means of all conditions over the images of all seeds.
 
     Args:
-        arms: Models by arm and draw; all of the same draws.
+        conditions: Models by condition and seed; all of the same seeds.
         scores: Which scores; empty for all.
     """
-    some = next(iter(next(iter(arms.values())).values()))
+    some = next(iter(next(iter(conditions.values())).values()))
     wanted = scores or tuple(dict.fromkeys(score for score, _ in some.scores))
-    found: dict[tuple[str, str, str], tuple[float, Array, int]] = {}
+    means: dict[tuple[str, str, str], tuple[float, Array, int]] = {}
     for i, group in enumerate((FIRST, SECOND)):
-        keys = [(arm, score) for arm in arms for score in wanted]
-        values = [scores_of(arms[arm], score, group) for arm, score in keys]
-        means, draws = resampled_means(values, seed=i)
-        for j, (arm, score) in enumerate(keys):
-            found[arm, score, group] = (float(means[j]), draws[:, j], len(values[j]))
-    return Means(found)
+        keys = [(condition, score) for condition in conditions for score in wanted]
+        values = [scores_of(conditions[condition], score, group) for condition, score in keys]
+        averages, samples = resampled_means(values, seed=i)
+        for j, (condition, score) in enumerate(keys):
+            means[condition, score, group] = (float(averages[j]), samples[:, j], len(values[j]))
+    return Means(means)
 
 
-def by_draw(
-    arms: Arms, arm: str, control: str, score: str = "bottom", sign: int = 1
+def by_seed(
+    conditions: SplitModels, condition: str, control: str, score: str = "bottom", sign: int = 1
 ) -> dict[int, Estimate]:
-    """Return `Means.contrast` of every draw."""
-    pair = {name: arms[name] for name in (arm, control)}
+    """Return `Means.contrast` of every seed."""
+    pair = {name: conditions[name] for name in (condition, control)}
     return {
         seed: means_of({n: {seed: a[seed]} for n, a in pair.items()}, (score,)).contrast(
-            arm, control, score, sign
+            condition, control, score, sign
         )
-        for seed in arms[arm]
+        for seed in conditions[condition]
     }
 
 
-def verdict(found: Estimate, draws: Mapping[int, Estimate], margin: float) -> str:
-    """Return what the contrast says: the interval decides, and every draw must agree.
+def verdict(overall: Estimate, each_seed: Mapping[int, Estimate], margin: float) -> str:
+    """Return what the contrast says: the interval decides, and every seed must agree.
 
     Args:
-        found: All draws.
-        draws: Each draw.
+        overall: Over all seeds.
+        each_seed: Of each seed alone.
         margin: The margin.
     """
-    if found.low > margin and all(d.value > margin for d in draws.values()):
+    if overall.low > margin and all(d.value > margin for d in each_seed.values()):
         return "split"
-    if found.high < margin:
+    if overall.high < margin:
         return "not split"
     return "undecided"
 
 
 def table_of(
-    title: str, note: str, means: Means, arms: Sequence[str], columns: Mapping[str, tuple[str, str]]
+    title: str,
+    note: str,
+    means: Means,
+    conditions: Sequence[str],
+    columns: Mapping[str, tuple[str, str]],
 ) -> StudyTable:
-    """Return means of all draws, an arm a line.
+    """Return means of all seeds, a condition a line.
 
     Args:
         title: Of the table.
         note: How to read it.
         means: All means.
-        arms: Which arms.
+        conditions: Which conditions.
         columns: Score and group by name of the column.
     """
     rows = tuple(
         row(name, column, means.mean(name, score, group))
-        for name in arms
+        for name in conditions
         for column, (score, group) in columns.items()
     )
     return StudyTable(title=title, note=note, rows=rows)
 
 
-def value(arm: str, metric: str, number: float, n: int) -> StudyRow:
+def value(condition: str, metric: str, number: float, n: int) -> StudyRow:
     """Return a number without an interval."""
-    return StudyRow(condition=arm, metric=metric, value=number, n=n)
+    return StudyRow(condition=condition, metric=metric, value=number, n=n)
 
 
-def refs(arms: Arms) -> tuple[ModelRef, ...]:
+def refs(conditions: SplitModels) -> tuple[ModelRef, ...]:
     """Return all models for the record."""
     return tuple(
         ModelRef(
-            name=f"{name}, draw {seed}",
+            name=f"{name}, seed {seed}",
             path=split.path,
             fingerprint=split.fingerprint,
             parameters=split.parameters,
         )
-        for name, arm in arms.items()
-        for seed, split in arm.items()
+        for name, condition in conditions.items()
+        for seed, split in condition.items()
     )
 
 
-def words(found: Estimate) -> str:
+def words(value: Estimate) -> str:
     """Return an estimate with its interval in words."""
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"

@@ -1,4 +1,4 @@
-"""Presets and baselines as the routing studies run them: one place for what was tuned on draw 0."""
+"""Presets and baselines as the routing studies run them: one place for what was tuned on seed 0."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from excise.methods.pretraining.era import Expand
 from excise.methods.pretraining.routed.coherence import Coherence
 from excise.methods.pretraining.routed.modules import Module
 from excise.train.fit import FitConfig
-from excise_studies.routing.routing_setting import routed
+from excise_studies.routing.setting import routed
 
 LENGTH = FACTS_MAX_LENGTH
 
@@ -85,7 +85,7 @@ PRESETS: Mapping[str, Method] = {
 }
 """Gradient routing. `pushed`: half of the labelled rows are pushed out of the core; `spread`:
 labels spread over the rows of a unit first; `tuned`: both, and half of the labelled rows are left
-out; `relabelled`: a probe labels the rest besides, as forget or core (both chosen on draws 0, 11
+out; `relabelled`: a probe labels the rest besides, as forget or core (both chosen on seeds 0, 11
 and 12)."""
 
 BASELINES: Mapping[str, Method] = {

@@ -22,9 +22,7 @@ from excise.data.domain import Domain, Row, Rows
 from excise.data.stream import encode
 from excise.data.subsample import subsample
 from excise.evals.score import fitting, measure_all
-
-Units = dict[str, float]
-"""Score by unit."""
+from excise_studies.base import UnitScores
 
 LOWER = ("coherence", "text_loss", "retain_loss", "dev_loss", "dev_retain_loss")
 """Scores whose lower value is better."""
@@ -35,7 +33,7 @@ class Rubric:
     """What is scored.
 
     Attributes:
-        test: V.
+        test: The held-out test set.
         retain: What must stay.
         dev: Forget rows that choices are made on.
         dev_retain: Retain rows that choices are made on.
@@ -96,10 +94,10 @@ def kinds_of(rows: Sequence[Row], tokenizer: Any) -> dict[str, tuple[int, ...]]:
             parent[root(choice)] = root(row.choices[0])
     ids: dict[str, int] = {}
     for word in parent:
-        found = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
-        if len(found) != 1:
+        token_ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        if len(token_ids) != 1:
             return {}
-        ids[word] = found[0]
+        ids[word] = token_ids[0]
     groups: dict[str, list[int]] = {}
     for word in sorted(parent):
         groups.setdefault(root(word), []).append(ids[word])
@@ -107,20 +105,27 @@ def kinds_of(rows: Sequence[Row], tokenizer: Any) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def kind_nats(model: Any, rows: Sequence[Row], tokenizer: Any, what: Rubric) -> Units:
-    """Return by unit -log P(an answer of the right kind), in nats."""
-    found: dict[str, list[float]] = {}
+def kind_nats(model: Any, rows: Sequence[Row], tokenizer: Any, what: Rubric) -> UnitScores:
+    """Return by unit -log P(an answer of the right kind), in nats, averaged over its rows.
+
+    Args:
+        model: A causal model, hooks and all.
+        rows: Rows with one answer token each.
+        tokenizer: Its tokenizer.
+        what: Token ids of the answers of each unit's kind, and tokens per row.
+    """
+    nats: dict[str, list[float]] = {}
     examples = encode(rows, tokenizer, max_length=what.max_length)
     for batch in batches(examples, model, tokenizer):
         log_BTV = torch.log_softmax(model(**batch.inputs, use_cache=False).logits.float(), -1)
         ends = batch.target_BT.long().argmax(1) - 1
         for i, unit in enumerate(batch.units):
             mass = log_BTV[i, ends[i], list(what.kinds[unit])].logsumexp(0)
-            found.setdefault(unit, []).append(-float(mass))
-    return {unit: sum(values) / len(values) for unit, values in found.items()}
+            nats.setdefault(unit, []).append(-float(mass))
+    return {unit: sum(values) / len(values) for unit, values in nats.items()}
 
 
-def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, Units]:
+def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, UnitScores]:
     """Score a model.
 
     Args:
@@ -130,16 +135,16 @@ def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, Units]:
 
     Returns:
         By name of the score, by unit: `coherence` (the kind of the answer, or for plain text the
-        loss), `text_loss`, and where rows allow it `exact_match` and `multiple_choice`, on V;
-        `retain_loss` and `retain_exact_match`; `dev_loss` and `dev_retain_loss`.
+        loss), `text_loss`, and where rows allow it `exact_match` and `multiple_choice`, on the
+        held-out test set; `retain_loss` and `retain_exact_match`; `dev_loss` and `dev_retain_loss`.
     """
     memo = tokenizer if isinstance(tokenizer, Memo) else Memo(tokenizer)
 
-    def measured(rows: Rows, metrics: tuple[str, ...]) -> dict[str, Units]:
-        kept = tuple(dict.fromkeys(fitting(metrics, rows)))
-        kept = tuple(m for m in kept if m != "exact_match" or rows[0].kind != "text")
-        found = measure_all(model, memo, rows, kept, max_length=what.max_length)
-        return {name: values.by_unit() for name, values in found.items()}
+    def measured(rows: Rows, metrics: tuple[str, ...]) -> dict[str, UnitScores]:
+        names = tuple(dict.fromkeys(fitting(metrics, rows)))
+        names = tuple(m for m in names if m != "exact_match" or rows[0].kind != "text")
+        scores = measure_all(model, memo, rows, names, max_length=what.max_length)
+        return {name: values.by_unit() for name, values in scores.items()}
 
     out = measured(what.test, ("text_loss", "exact_match", "multiple_choice"))
     known = kind_nats(model, what.test, memo, what) if what.kinds else out["text_loss"]
@@ -152,7 +157,7 @@ def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, Units]:
     return {name: finite(units) for name, units in out.items()}
 
 
-def finite(units: Mapping[str, float]) -> Units:
+def finite(units: Mapping[str, float]) -> UnitScores:
     """Return scores that JSON can hold: what overflowed counts as a very large loss."""
     return {unit: value if math.isfinite(value) else 1e4 for unit, value in units.items()}
 

@@ -1,0 +1,53 @@
+"""Teachers and the student of the studies of distillation: one place for what was tuned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from excise.domains.arithmetic import ARITHMETIC_MAX_LENGTH
+from excise.methods.base import Method
+from excise.methods.distillation.undo import Undo
+from excise.methods.posthoc.grad_diff import GradDiff
+from excise.methods.posthoc.maxent import MaxEnt
+from excise.methods.posthoc.rmu import RMU
+from excise.train.fit import FitConfig
+
+LENGTH = ARITHMETIC_MAX_LENGTH
+
+
+def maxent(**changes: Any) -> MaxEnt:
+    """Return the teacher of the studies: MaxEnt, sized on dev of seeds 0, 11, 12."""
+    fit = FitConfig(steps=160, lr=5e-4, batch_size=48, clip=1.0)
+    return MaxEnt(**{"alpha": 1.0, "fit": fit, "max_length": LENGTH, **changes})
+
+
+def graddiff(**changes: Any) -> GradDiff:
+    """Return GradDiff, sized for tiny models."""
+    fit = FitConfig(steps=80, lr=6e-4, batch_size=48, clip=1.0)
+    return GradDiff(**{"alpha": 15.0, "fit": fit, "max_length": LENGTH, **changes})
+
+
+def rmu(**changes: Any) -> RMU:
+    """Return RMU with its retain term, sized for tiny models; `alpha=0` leaves the term out."""
+    fit = FitConfig(steps=160, lr=1e-2, batch_size=48)
+    sized = {"layer": 1, "blocks": (0, 1), "steering": 50.0, "alpha": 20.0}
+    return RMU(**{**sized, "fit": fit, "max_length": LENGTH, **changes})
+
+
+def with_fit(method: Method, **changes: Any) -> Method:
+    """Return a method with other settings of its schedule."""
+    fit: FitConfig = method.fit  # type: ignore[attr-defined]
+    return method.model_copy(update={"fit": fit.model_copy(update=changes)})
+
+
+def student(**changes: Any) -> Undo:
+    """Return the student of the studies: from random weights, all steps, sized for tiny models.
+
+    With alpha and beta 1 nothing of any model is left and the noise is a whole initialisation.
+    """
+    fit = FitConfig(
+        steps=500, lr=4e-3, batch_size=96, warmup=30, schedule="cosine", min_lr=0.05,
+        betas=(0.9, 0.99), clip=1.0,
+    )  # fmt: skip
+    chosen = {"unlearn": maxent(), "alpha": 1.0, "beta": 1.0, "fit": fit, "max_length": LENGTH}
+    return Undo(**{**chosen, **changes})

@@ -1,0 +1,260 @@
+"""From attacked models to depth gaps, tables and sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from excise.data.domain import Domain
+from excise.evals.stats import Array, Estimate
+from excise.record import StudyRow, StudyTable
+from excise_studies.attacking import Attacked, RunKey
+from excise_studies.base import UnitScores, row
+from excise_studies.levels import Levels, estimate, levels
+
+REFERENCES = ("original", "oracle")
+
+
+@dataclass(frozen=True)
+class RecoveryScores:
+    """All conditions after the attack, reference models among them.
+
+    Attributes:
+        conditions: Names of the conditions, reference models left out.
+        seeds: Reported seeds.
+        attacked: Every attack, by condition and seed.
+        before: Scores on the held-out test set before the attack.
+        after: Scores on the held-out test set after it.
+        t: Scores on the relearn set at its end.
+        retain: Scores on `retain_test` before it.
+        invalid: Why nothing can be decided; empty where the attacker had power.
+    """
+
+    conditions: tuple[str, ...]
+    seeds: tuple[int, ...]
+    attacked: Mapping[RunKey, Attacked]
+    before: Levels
+    after: Levels
+    t: Levels
+    retain: Levels
+    invalid: str
+
+    def gap(self, condition: str) -> Array:
+        """Return the depth gap: (condition - oracle) / (original before any attack - oracle)."""
+        oracle = self.after.at("oracle")
+        return (self.after.at(condition) - oracle) / self.scale()
+
+    def scale(self) -> Array:
+        """Return the distance of the reference models, NaN where it is not above zero."""
+        distance = self.before.at("original") - self.after.at("oracle")
+        return np.where(distance > 0, distance, np.nan)
+
+    def contrast(self, first: Sequence[str], second: Sequence[str]) -> Estimate:
+        """Return the mean depth gap of some conditions minus that of others, with its interval.
+
+        The oracle cancels: (mean of first - mean of second) / (original before - oracle after).
+
+        Args:
+            first: Names of conditions.
+            second: Names of others.
+        """
+        moved = (self.after.mean(first) - self.after.mean(second)) / self.scale()
+        return estimate(moved, self.after.n)
+
+    def value(self, condition: str) -> Estimate:
+        """Return the depth gap of a condition with its interval."""
+        return estimate(self.gap(condition), self.after.n)
+
+
+def gather(
+    attacked: Mapping[RunKey, Attacked],
+    domains: Mapping[int, Domain],
+    *,
+    power: float,
+    absolute: bool = True,
+) -> RecoveryScores:
+    """Put the attacks of a study together.
+
+    Args:
+        attacked: By condition and seed; the conditions `original` and `oracle` are among them.
+        domains: Data by seed.
+        power: Score on the relearn set that the oracle must reach.
+        absolute: Whether that is the score itself; else the share of the original's.
+    """
+    names = tuple(dict.fromkeys(condition for condition, _ in attacked))
+    seeds = tuple(dict.fromkeys(seed for _, seed in attacked))
+    groups = {seed: groups_of(domain) for seed, domain in domains.items()}
+
+    def of(score: Callable[[Attacked], UnitScores]) -> Levels:
+        scores = {name: {seed: score(attacked[name, seed]) for seed in seeds} for name in names}
+        return levels(scores, groups)
+
+    t = of(lambda a: a.learned)
+    reached = float(t.at("oracle")[0])
+    threshold = power if absolute else power * float(of(lambda a: a.t[0]).at("original")[0])
+    before, after = of(lambda a: a.before), of(lambda a: a.after)
+    apart = estimate(before.at("original") - after.at("oracle"), after.n)
+    invalid = ""
+    if apart.low <= 0:
+        invalid = (
+            f"invalid: the reference models lie {said(apart)} apart on the held-out test set, too "
+            "little to measure anything between them"
+        )
+    elif reached < threshold:
+        invalid = (
+            f"invalid: the attacker brought the oracle to {reached:.2f} on the relearn set, below "
+            f"{threshold:.2f}, so that the budget teaches too little to tell conditions apart"
+        )
+    return RecoveryScores(
+        conditions=tuple(name for name in names if name not in REFERENCES),
+        seeds=seeds,
+        attacked=attacked,
+        before=before,
+        after=after,
+        t=t,
+        retain=of(lambda a: a.retained),
+        invalid=invalid,
+    )
+
+
+def groups_of(domain: Domain) -> dict[str, str]:
+    """Return the group of every unit of the held-out and relearn sets and of `retain_test`."""
+    sides = [*domain.test.values(), *domain.relearn.values(), domain.retain_test]
+    return {row.unit: row.group for rows in sides for row in rows if row.group}
+
+
+def recovery_table(
+    recovery: RecoveryScores, title: str = "Recovery on the held-out test set after relearning"
+) -> StudyTable:
+    """Return what decides: scores before and after, depth gap, retain; the relearn set beside."""
+    rows: list[StudyRow] = []
+    for condition in (*REFERENCES, *recovery.conditions):
+        n = recovery.after.n
+        rows.append(
+            row(
+                condition,
+                "held-out test set before the attack",
+                estimate(recovery.before.at(condition), n),
+            )
+        )
+        rows.append(
+            row(
+                condition,
+                "held-out test set after relearning",
+                estimate(recovery.after.at(condition), n),
+            )
+        )
+        if condition not in REFERENCES:
+            rows.append(row(condition, "depth gap", recovery.value(condition)))
+        rows.append(
+            row(
+                condition,
+                "retain before the attack",
+                estimate(recovery.retain.at(condition), recovery.retain.n),
+            )
+        )
+        rows.append(
+            row(
+                condition,
+                "relearn set after relearning",
+                estimate(recovery.t.at(condition), recovery.t.n),
+            )
+        )
+        for seed in recovery.seeds:
+            units = len(recovery.attacked[condition, seed].after)
+            rows.append(
+                row(
+                    condition,
+                    "held-out test set after relearning",
+                    estimate(recovery.after.at(condition, seed), units),
+                    seed,
+                )
+            )
+    return StudyTable(
+        title=title,
+        note=(
+            "Depth gap: (condition - oracle) / (original before the attack - oracle), on the "
+            "held-out test set; 0 is as if never learned. It is scored at the rate and step that "
+            "dev chose. The relearn set is shown, at its end, and never decides."
+        ),
+        rows=tuple(rows),
+    )
+
+
+def curves_table(recovery: RecoveryScores) -> StudyTable:
+    """Return both sets over the steps of the attack, seeds weighing the same."""
+    rows: list[StudyRow] = []
+    for condition in (*REFERENCES, *recovery.conditions):
+        attacks = [recovery.attacked[condition, seed] for seed in recovery.seeds]
+        for i, step in enumerate(attacks[0].steps):
+            for name, curve in (("held-out test set", "v"), ("relearn set (never decides)", "t")):
+                means = [_mean(getattr(a, curve)[i]) for a in attacks if len(getattr(a, curve)) > i]
+                value = sum(means) / len(means)
+                rows.append(
+                    StudyRow(
+                        condition=condition,
+                        metric=f"{name} at step {step}",
+                        value=value,
+                        n=len(means),
+                    )
+                )
+    return StudyTable(
+        title="Curves of the attack",
+        note=(
+            "At the learning rate that dev chose, to its end; n counts seeds. The relearn set is "
+            "learned more slowly where noise must first be unlearned, which says nothing about "
+            "depth."
+        ),
+        rows=tuple(rows),
+    )
+
+
+def _mean(units: Mapping[str, float]) -> float:
+    """Return the mean over units; NaN of none."""
+    return sum(units.values()) / len(units) if units else float("nan")
+
+
+def said(value: Estimate) -> str:
+    """Return an estimate in words: value and interval."""
+    if math.isnan(value.value):
+        return "not defined"
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def listed(estimates: Mapping[str, Estimate]) -> str:
+    """Return named estimates in words, one after the other."""
+    return ", ".join(f"{name} {said(value)}" for name, value in estimates.items())
+
+
+def opening(recovery: RecoveryScores) -> str:
+    """Return the first sentence of a paragraph: what the reference models know."""
+    knew, v = recovery.before.at("original")[0], recovery.after.at("oracle")[0]
+    return (
+        f"Over {len(recovery.seeds)} seed(s) the original knew {knew:.2f} of the held-out test "
+        f"set; after relearning the oracle reached {v:.2f} of it and "
+        f"{recovery.t.at('oracle')[0]:.2f} of the relearn set."
+    )
+
+
+def gaps(recovery: RecoveryScores, conditions: Sequence[str] | None = None) -> str:
+    """Return the depth gaps of conditions in words."""
+    parts = [
+        f"{condition} {said(recovery.value(condition))}"
+        for condition in (conditions or recovery.conditions)
+    ]
+    return f"Depth gaps on the held-out test set: {', '.join(parts)}."
+
+
+def finish(words: Sequence[str], recovery: RecoveryScores, decision: str) -> tuple[str, str]:
+    """Return decision and paragraph; without power the decision is that there is none.
+
+    Args:
+        words: Sentences between the reference models and the decision.
+        recovery: The conditions.
+        decision: What the statistic says.
+    """
+    stated = recovery.invalid or decision
+    return stated, " ".join([opening(recovery), *words, f"Decision: {stated}."])

@@ -1,0 +1,452 @@
+"""What the studies of gradient routing share: setting, labels, the alignment tax, tables.
+
+Every trained model, score and attack is a stage, so that a study resumes where it was stopped, and
+studies that lie side by side share originals, oracles, conditions and attacks.
+
+The alignment tax is a compute ratio: the share of plain training that reaches a condition's loss on
+`retain_test`, read off plain runs with shorter schedules.
+
+Shape legend: S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from excise.core.stages import Runtime
+from excise.data.labels import LabelNoise
+from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
+from excise.evals.stats import Array, Estimate
+from excise.methods import Chain
+from excise.methods.base import Method, Removal
+from excise.methods.pretraining.plain import Plain
+from excise.methods.pretraining.pretrain import Pretrain, cut_to
+from excise.methods.pretraining.routed.modules import Module
+from excise.methods.pretraining.sgtm import SGTM
+from excise.models.checkpoint import Checkpoint
+from excise.models.spec import Scratch
+from excise.record import StudyRow, StudyTable
+from excise.requests.recipe import EvalSpec
+from excise.run.stages import ScoreModel
+from excise.run.study import StudyResult
+from excise.train.fit import FitConfig
+from excise.train.pool import Pool
+from excise_studies.attacking import Attacker, RunKey
+from excise_studies.base import Replicate, row
+from excise_studies.levels import Levels, estimate, levels
+from excise_studies.recovery import RecoveryScores
+from excise_studies.setting import (
+    ExperimentSetting,
+    Make,
+    checkpoints,
+    make_conditions,
+    make_inits,
+    make_replicates,
+    measure_conditions,
+    reference_models,
+    result,
+)
+
+Missed = Literal["occurrences", "units"]
+"""What labels miss: rows one by one, or all rows of a unit."""
+
+Rest = Literal["core", "unlabeled"]
+"""What methods assume of rows without a label."""
+
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Shares of the steps at which plain training is scored for the compute ratio."""
+
+LENGTH = FACTS_MAX_LENGTH
+
+
+def facts_setting(**changes: Any) -> ExperimentSetting:
+    """Return the setting of the routing studies: 48 subjects, width 64, two blocks.
+
+    Args:
+        **changes: Fields of `Bench` that differ.
+    """
+    steps = {**FACTS_FIT, "steps": 300, "lr": 4e-3, "batch_size": 96, "micro_size": 24}
+    chosen = {
+        "domain": Facts(subjects=48, relations=4, objects=32, forget_share=0.34),
+        "model": Scratch(width=64, blocks=2),
+        "pretrain": Pretrain(fit=FitConfig(**steps), max_length=LENGTH, pack=(1, 1, 2, 4)),
+        "attacker": Attacker(
+            steps=60, rates=(1e-3, 3e-3), batch_size=32, checkpoints=(0, 10, 20, 40)
+        ),
+    }
+    return ExperimentSetting(**{**chosen, **changes})
+
+
+def routed(**changes: Any) -> SGTM:
+    """Return the routed method of the studies: SGTM with neurons grown beside the model's own.
+
+    Sure core rows always run without the modules, so that all that is drawn into them comes from
+    labelled rows and from rows that nobody has looked at. Chosen on seed 0 (docs/lab-notes.md).
+
+    Args:
+        **changes: Settings that differ.
+    """
+    module = Module(width=0.5, heads=0, grow=True)
+    return SGTM(**{"module": module, "ablate": "delete", "joint": (), "p_off": 1.0, **changes})
+
+
+def misses(rate: float, kind: Missed = "occurrences", rest: Rest = "core") -> LabelNoise | None:
+    """Return labels that reach a share of what is to be forgotten; None for all of it.
+
+    Args:
+        rate: Share that is labelled.
+        kind: Whether rows are missed one by one, or units whole.
+        rest: `core`: what is missed is labelled core, as by a labeller that only looks for the
+            capability. `unlabeled`: labels are few but right; what is missed has none, nor has
+            the same share of core rows, lest a missing label give rows away.
+    """
+    if rate >= 1:
+        return None
+    left = round(1 - rate, 6)
+    which = {"missed_units": left} if kind == "units" else {"missed_occurrences": left}
+    if rest == "core":
+        return LabelNoise.model_validate(which)
+    return LabelNoise.model_validate({**which, "missed_as": "unlabeled", "unread_core": left})
+
+
+def prepared(method: Method, bench: ExperimentSetting, labels: LabelNoise | None = None) -> Method:
+    """Return a method with the schedule of the study and the labels one has.
+
+    A method whose own labels spread over units or groups keeps that.
+
+    Args:
+        method: Any method; of a chain, every link.
+        bench: Gives the schedule of what trains from scratch and has none.
+        labels: The given labels; methods that read none are left alone.
+    """
+    if isinstance(method, Chain):
+        links = tuple(prepared(link, bench, labels) for link in method.methods)
+        return method.model_copy(update={"methods": links})
+    fields, update = type(method).model_fields, dict[str, Any]()
+    if "pretrain" in fields and getattr(method, "pretrain", None) is None:
+        update["pretrain"] = bench.pretrain
+    if "labels" in fields and labels is not None:
+        given: LabelNoise | None = getattr(method, "labels", None)
+        spread = given.spread if given is not None else labels.spread
+        update["labels"] = labels.model_copy(update={"spread": spread})
+    return method.model_copy(update=update)
+
+
+@dataclass(frozen=True)
+class RoutingSetting:
+    """Everything trained before the conditions of a study, and what they start from.
+
+    Attributes:
+        bench: Data, models, attacker.
+        replicates: Data, original and oracle by seed.
+        inits: A further random model by seed: what conditions from scratch start from.
+    """
+
+    bench: ExperimentSetting
+    replicates: Mapping[int, Replicate]
+    inits: Mapping[int, Checkpoint]
+
+    def make(self, method: Method, seed: int, labels: LabelNoise | None = None) -> Make:
+        """Return what makes one condition of one seed, from scratch or from the original."""
+        ready = prepared(method, self.bench, labels)
+        first = ready.methods[0] if isinstance(ready, Chain) else ready
+        scratch = first.starts_from == "scratch"
+        start = self.inits[seed] if scratch else self.replicates[seed].original
+        return Make(ready, start, self.replicates[seed].domain)
+
+
+def make_setting(
+    bench: ExperimentSetting, seeds: Sequence[int], runtime: Runtime, pool: Pool
+) -> RoutingSetting:
+    """Train original and oracle of every seed, and make the random models of its conditions."""
+    replicates = make_replicates(bench, seeds, runtime, pool)
+    return RoutingSetting(bench, replicates, make_inits(bench, replicates, runtime, pool))
+
+
+def train_conditions(
+    methods: Mapping[str, tuple[Method, LabelNoise | None]],
+    setting: RoutingSetting,
+    runtime: Runtime,
+    pool: Pool,
+) -> dict[RunKey, Removal]:
+    """Train every condition on every seed, one stage each.
+
+    Args:
+        methods: By condition: the method and its labels, None for right ones.
+        setting: Data and models by seed.
+        runtime: Where stages are kept.
+        pool: Worker processes.
+    """
+    wanted = {
+        (name, seed): setting.make(method, seed, labels)
+        for name, (method, labels) in methods.items()
+        for seed in setting.replicates
+    }
+    return make_conditions(wanted, runtime, pool)
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RoutingOutcome:
+    """All conditions of a setting, scored.
+
+    Attributes:
+        recovery: Recall of the held-out test set, the relearn set and retain before and after
+            relearning, reference models among the conditions.
+        loss: Loss on `retain_test`, conditions, reference models and plain runs of shorter
+            schedules.
+        shares: Shares of the steps of those plain runs; empty where the tax is not asked for.
+        removals: What methods left behind, by condition and seed.
+    """
+
+    recovery: RecoveryScores
+    loss: Levels
+    shares: tuple[float, ...] = ()
+    removals: Mapping[RunKey, Removal] = field(default_factory=dict)
+
+    def ratio(self, condition: str) -> Array:
+        """Return a condition's compute ratio: of the data, then of the samples.
+
+        Raises:
+            AssertionError: If no plain run was made.
+        """
+        assert self.shares, "no plain run to read the ratio from"
+        plain = [self.loss.at(shorter(share)) for share in self.shares]
+        return compute_ratio(self.loss.at(condition), self.shares, np.stack(plain))
+
+    def estimate(self, values: Array) -> Estimate:
+        """Return values of the data and the samples as an estimate with its interval."""
+        return estimate(values, self.recovery.after.n)
+
+
+def shorter(share: float) -> str:
+    """Return the name of the plain run with a share of the steps."""
+    return f"plain, {100 * share:g} % of the steps"
+
+
+def compute_ratio(loss: Array, shares: Sequence[float], plain: Array) -> Array:
+    """Return the share of plain compute that reaches a loss.
+
+    Linear in the logarithm of the share between neighbouring runs; a run that is worse than a
+    shorter one counts as equal to it. Beyond the ends it is the end.
+
+    Source: GRAM (arXiv 2607.08077) calls compute ratio the share of the baseline's compute that
+    reaches the same loss, read off a fitted power law; here neighbouring runs are interpolated.
+
+    Args:
+        loss: [1 + S] losses.
+        shares: Shares of the steps, ascending.
+        plain: [shares, 1 + S] losses of the plain runs.
+
+    Returns:
+        [1 + S] shares.
+    """
+    best = np.minimum.accumulate(plain, axis=0)
+    logs = np.log(np.asarray(shares, dtype=np.float64))
+    out = np.empty_like(loss)
+    for i, value in enumerate(loss):
+        # np.interp wants ascending losses; of equal ones the shortest run must win.
+        falling = best[:, i] - 1e-12 * np.arange(len(logs))
+        out[i] = np.exp(np.interp(value, falling[::-1], logs[::-1]))
+    return out
+
+
+def text_losses(
+    models: Mapping[RunKey, Checkpoint],
+    setting: RoutingSetting,
+    runtime: Runtime,
+    pool: Pool,
+    on: str = "retain_test",
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Return the loss on a scored set by condition, seed and unit, in nats.
+
+    Args:
+        models: By condition and seed.
+        setting: Their data.
+        runtime: Where stages are kept.
+        pool: Worker processes.
+        on: `retain_test`, `adjacent_test`, or `test` for the held-out test set of all capabilities.
+    """
+    spec = EvalSpec(max_rows=0, max_length=setting.bench.pretrain.max_length, samples=0)
+    jobs = [
+        ScoreModel(model, setting.replicates[seed].domain, spec)
+        for (name, seed), model in models.items()
+    ]
+    out: dict[str, dict[int, dict[str, float]]] = {}
+    for (name, seed), scored in zip(models, pool.map(runtime.run, jobs), strict=True):
+        units: dict[str, list[float]] = {}
+        for item in scored.items:
+            if item.set.split(".")[0] == on and item.metric == "text_loss":
+                units.setdefault(item.unit, []).append(item.value)
+        out.setdefault(name, {})[seed] = {u: sum(v) / len(v) for u, v in units.items()}
+    return out
+
+
+def plain_curve(
+    setting: RoutingSetting, shares: Sequence[float], runtime: Runtime, pool: Pool
+) -> dict[RunKey, Checkpoint]:
+    """Train plainly with shares of the steps, from the random models of the conditions."""
+    full = setting.bench.pretrain
+    runs: dict[str, tuple[Method, LabelNoise | None]] = {
+        shorter(share): (
+            Plain(pretrain=cut_to(full, max(1, round(share * full.fit.steps)), "plain")),
+            None,
+        )
+        for share in shares
+    }
+    return {k: r.checkpoint for k, r in train_conditions(runs, setting, runtime, pool).items()}
+
+
+def score_conditions(
+    removals: Mapping[RunKey, Removal],
+    setting: RoutingSetting,
+    seeds: Sequence[int],
+    runtime: Runtime,
+    pool: Pool,
+    *,
+    shares: Sequence[float] = SHARES,
+) -> RoutingOutcome:
+    """Score conditions and reference models, relearn with each, and measure the tax.
+
+    The tax is read off shorter plain runs.
+
+    Args:
+        removals: By condition and seed.
+        setting: Data and models, of `seeds` among others.
+        seeds: Draws that are reported.
+        runtime: Where stages are kept.
+        pool: Worker processes.
+        shares: Shares of the steps of the plain runs; empty for no tax.
+    """
+    replicates = {seed: setting.replicates[seed] for seed in seeds}
+    conditions = {key: removal for key, removal in removals.items() if key[1] in replicates}
+    models = checkpoints(conditions)
+    recovery = measure_conditions(setting.bench, models, replicates, runtime, pool)
+    here = RoutingSetting(setting.bench, replicates, setting.inits)
+    curve = plain_curve(here, shares, runtime, pool) if shares else {}
+    losses = text_losses(
+        {**reference_models(replicates, seeds), **models, **curve}, here, runtime, pool
+    )
+    return RoutingOutcome(
+        recovery, levels(losses, groups_of(replicates)), tuple(shares), conditions
+    )
+
+
+def groups_of(replicates: Mapping[int, Replicate]) -> dict[int, dict[str, str]]:
+    """Return by seed the group of every unit of `retain_test` and the held-out test set."""
+    return {
+        seed: {
+            row.unit: row.group
+            for rows in (replicate.domain.retain_test, *replicate.domain.test.values())
+            for row in rows
+            if row.group
+        }
+        for seed, replicate in replicates.items()
+    }
+
+
+def tax_table(
+    outcome: RoutingOutcome, title: str = "Loss on retain and the alignment tax"
+) -> StudyTable:
+    """Return losses on retain and compute ratios of conditions, reference models and plain runs."""
+    rows: list[StudyRow] = []
+    loss = outcome.loss
+    for condition in loss.conditions:
+        rows.append(row(condition, "retain loss", estimate(loss.at(condition), loss.n)))
+        if outcome.shares and not condition.startswith("plain, "):
+            rows.append(row(condition, "compute ratio", estimate(outcome.ratio(condition), loss.n)))
+    ends = f" It is cut at {min(outcome.shares):g} and 1." if outcome.shares else ""
+    return StudyTable(
+        title=title,
+        note=(
+            "Compute ratio: the share of plain training's steps that reaches the condition's loss "
+            f"on retained facts in a paraphrase of their own; 1 is no tax.{ends}"
+        ),
+        rows=tuple(rows),
+    )
+
+
+def conclude(
+    outcome: RoutingOutcome,
+    setting: RoutingSetting,
+    words: Sequence[str],
+    decision: str,
+    *,
+    more: Sequence[StudyTable] = (),
+    notes: Sequence[str] = (),
+    brief: bool = False,
+) -> StudyResult:
+    """Return the result of a study of one setting: tables, decision, one paragraph.
+
+    Args:
+        outcome: The conditions.
+        setting: Their data and models.
+        words: Sentences between those on the reference models and on retain, and the decision.
+        decision: What the statistic says; without power of the attacker it is invalid.
+        more: Tables that come first.
+        notes: What a reader should know.
+        brief: Whether the paragraph leaves out what every single condition kept.
+    """
+    absorption = absorption_table(outcome.removals)
+    tables = [*more, tax_table(outcome), *([absorption] if absorption else [])]
+    return result(
+        outcome.recovery,
+        [*words, *([] if brief else [said_retain(outcome)])],
+        decision,
+        setting.replicates,
+        checkpoints(outcome.removals),
+        tables=tables,
+        notes=notes,
+        chosen="settings of data, models and methods were chosen by hand on the seeds named above",
+    )
+
+
+def said_retain(outcome: RoutingOutcome) -> str:
+    """Return what conditions kept, and the share of compute at which plain training does."""
+    recovery, parts = outcome.recovery, []
+    for condition in recovery.conditions:
+        ratio = f" at compute ratio {outcome.ratio(condition)[0]:.2f}" if outcome.shares else ""
+        parts.append(f"{condition} {recovery.retain.at(condition)[0]:.2f}{ratio}")
+    original = f"Retain recall, the original's {recovery.retain.at('original')[0]:.2f}"
+    return f"{original}: {', '.join(parts)}."
+
+
+def absorption_table(removals: Mapping[RunKey, Removal]) -> StudyTable | None:
+    """Return where rows write and what the ablation did, means over seeds; None where unknown."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    for (condition, _), removal in removals.items():
+        for metric, value in absorbed(removal).items():
+            sums.setdefault((condition, metric), []).append(value)
+    if not sums:
+        return None
+    rows = [
+        StudyRow(condition=condition, metric=metric, value=sum(values) / len(values), n=len(values))
+        for (condition, metric), values in sums.items()
+    ]
+    return StudyTable(
+        title="Absorption",
+        note=(
+            "Share of the squared gradient that rows of a kind would write into the modules before "
+            "the ablation, and their loss before and after it; `missed` are forget rows without a "
+            "label. n counts seeds."
+        ),
+        rows=tuple(rows),
+    )
+
+
+def absorbed(removal: Removal) -> dict[str, float]:
+    """Return absorption and losses of one removal, as far as it tells them."""
+    out: dict[str, float] = {}
+    for kind, values in removal.extras.get("absorption", {}).items():
+        modules = [v for name, v in values["share"].items() if name.startswith("module_")]
+        out[f"{kind} rows into modules"] = sum(modules)
+    for when, values in removal.extras.get("losses", {}).items():
+        for kind, value in values.items():
+            out[f"loss of {kind} rows, {when}"] = value
+    return out

@@ -176,7 +176,7 @@ def runs(house: House, *, demo: bool) -> Iterator[tuple[str, list[str]]]:
             capture_output=True,
         )  # fmt: skip
         for name in ("forget", "retain"):
-            rows = [{"text": f"{name} number {i} is {i * i}", "unit": f"{name}{i}"} for i in range(40)]
+            rows = [{"text": f"{name} {i} is {i * i}", "unit": f"{name}{i}"} for i in range(40)]
             (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         remove = ("remove", "rmu", "--model", "model", "--forget", "forget.jsonl", "--retain",
                   "retain.jsonl", "--out", "out", "--layer", "2", "--fit.steps", "2", "--quiet",
@@ -184,8 +184,8 @@ def runs(house: House, *, demo: bool) -> Iterator[tuple[str, list[str]]]:
         yield "excise remove rmu", ran(house, *remove, cwd=root)
         if not demo:
             return
-        short = ("run", "demo", "--out", "demo", "--workers", "1", "--quiet", "--pretrain.fit.steps",
-                "30", "--oracles", "1", "--audit.change.steps", "2")  # fmt: skip
+        short = ("run", "demo", "--out", "demo", "--workers", "1", "--quiet",
+                 "--pretrain.fit.steps", "30", "--oracles", "1", "--audit.change.steps", "2")  # fmt: skip
         yield "excise run demo", ran(house, *short, cwd=root)
 
 
@@ -200,7 +200,8 @@ def main() -> None:
     house = House(options.root.resolve())
     rows: list[tuple[str, list[str] | int]] = []
     if not options.no_runs:
-        rows += [(f"files run by `{name}`", files) for name, files in runs(house, demo=not options.no_demo)]
+        ran_by = runs(house, demo=not options.no_demo)
+        rows += [(f"files run by `{name}`", files) for name, files in ran_by]
     rows += [
         ("library lines without studies", house.lines()),
         ("modules, studies included", len(house.modules)),

@@ -27,7 +27,7 @@ from excise.data.domain import Domain
 from excise.evals.score import direction_of
 from excise.models.checkpoint import Checkpoint
 from excise.train.pool import Pool
-from excise_studies.base import Replicate, UnitScores
+from excise_studies.base import Replicate, ScoreByUnit
 
 RunKey = tuple[str, int]
 """Condition and seed."""
@@ -81,24 +81,24 @@ class Attacked:
 
     steps: tuple[int, ...]
     at: int
-    v: tuple[UnitScores, ...]
-    t: tuple[UnitScores, ...]
-    retain: tuple[UnitScores, ...]
-    learned: UnitScores
+    v: tuple[ScoreByUnit, ...]
+    t: tuple[ScoreByUnit, ...]
+    retain: tuple[ScoreByUnit, ...]
+    learned: ScoreByUnit
     rate: float = 0.0
 
     @property
-    def before(self) -> UnitScores:
+    def before(self) -> ScoreByUnit:
         """Scores on the held-out test set before the attack."""
         return self.v[0]
 
     @property
-    def after(self) -> UnitScores:
+    def after(self) -> ScoreByUnit:
         """Scores on the held-out test set at the step that dev chose."""
         return self.v[self.at]
 
     @property
-    def retained(self) -> UnitScores:
+    def retained(self) -> ScoreByUnit:
         """Retain before the attack."""
         return self.retain[0]
 

@@ -21,7 +21,7 @@ from excise.run.results import model_ref
 from excise.run.stages import MakeModel
 from excise.train.pool import Pool
 
-UnitScores = Mapping[str, float]
+ScoreByUnit = Mapping[str, float]
 """Score by unit."""
 
 APART = 1000
@@ -87,7 +87,7 @@ def train_replicates(
     }
 
 
-def pooled(by_seed: Mapping[int, UnitScores]) -> dict[str, float]:
+def pooled(by_seed: Mapping[int, ScoreByUnit]) -> dict[str, float]:
     """Return the units of several seeds in one mapping, named after their seed."""
     return {f"{seed}:{unit}": v for seed, units in by_seed.items() for unit, v in units.items()}
 
@@ -102,7 +102,7 @@ def row(condition: str, metric: str, estimate: Estimate, seed: int | None = None
     )
 
 
-def share(top: Sequence[UnitScores], bottom: Sequence[UnitScores], *, seed: int = 0) -> Estimate:
+def share(top: Sequence[ScoreByUnit], bottom: Sequence[ScoreByUnit], *, seed: int = 0) -> Estimate:
     """Return (top 0 - top 1) / (bottom 0 - bottom 1), resampled by unit, jointly.
 
     Args:

@@ -12,7 +12,7 @@ from excise.data.domain import Domain
 from excise.evals.stats import Array, Estimate
 from excise.record import StudyRow, StudyTable
 from excise_studies.attacking import Attacked, RunKey
-from excise_studies.base import UnitScores, row
+from excise_studies.base import ScoreByUnit, row
 from excise_studies.levels import Levels, estimate, levels
 
 REFERENCES = ("original", "oracle")
@@ -88,7 +88,7 @@ def gather(
     seeds = tuple(dict.fromkeys(seed for _, seed in attacked))
     groups = {seed: groups_of(domain) for seed, domain in domains.items()}
 
-    def of(score: Callable[[Attacked], UnitScores]) -> Levels:
+    def of(score: Callable[[Attacked], ScoreByUnit]) -> Levels:
         scores = {name: {seed: score(attacked[name, seed]) for seed in seeds} for name in names}
         return levels(scores, groups)
 

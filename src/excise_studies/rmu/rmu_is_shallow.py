@@ -33,7 +33,7 @@ from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.base import Replicate, UnitScores, pooled, row, share, train_replicates
+from excise_studies.base import Replicate, ScoreByUnit, pooled, row, share, train_replicates
 from excise_studies.rmu.clear_stage import BARE, ClearingPlan, ClearModels, RelearnCleared, fitted
 from excise_studies.rmu.clearing import Clearing
 from excise_studies.rmu.scoring import average
@@ -357,7 +357,7 @@ class Reader:
         """Names of the conditions, the bare one first."""
         return list(dict.fromkeys(n for s in self.scores.values() for n in s["arms"]))
 
-    def units(self, condition: str, side: str, metric: str) -> UnitScores:
+    def units(self, condition: str, side: str, metric: str) -> ScoreByUnit:
         """Return one score by seed and unit."""
         return pooled({s: v["arms"][condition][side][metric] for s, v in self.scores.items()})
 
@@ -451,7 +451,7 @@ def split(
         Shares by name; those that need the oracle only where there is one.
     """
 
-    def after(treatment: str) -> UnitScores:
+    def after(treatment: str) -> ScoreByUnit:
         return pooled({seed: scores["V"][1] for seed, scores in relearned[treatment].items()})
 
     def reached(kind: str) -> Estimate:

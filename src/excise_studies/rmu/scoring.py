@@ -22,7 +22,7 @@ from excise.data.domain import Domain, Row, Rows
 from excise.data.stream import encode
 from excise.data.subsample import subsample
 from excise.evals.score import fitting, measure_all
-from excise_studies.base import UnitScores
+from excise_studies.base import ScoreByUnit
 
 LOWER = ("coherence", "text_loss", "retain_loss", "dev_loss", "dev_retain_loss")
 """Scores whose lower value is better."""
@@ -105,7 +105,7 @@ def kinds_of(rows: Sequence[Row], tokenizer: Any) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def kind_nats(model: Any, rows: Sequence[Row], tokenizer: Any, what: Rubric) -> UnitScores:
+def kind_nats(model: Any, rows: Sequence[Row], tokenizer: Any, what: Rubric) -> ScoreByUnit:
     """Return by unit -log P(an answer of the right kind), in nats, averaged over its rows.
 
     Args:
@@ -125,7 +125,7 @@ def kind_nats(model: Any, rows: Sequence[Row], tokenizer: Any, what: Rubric) -> 
     return {unit: sum(values) / len(values) for unit, values in nats.items()}
 
 
-def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, UnitScores]:
+def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, ScoreByUnit]:
     """Score a model.
 
     Args:
@@ -140,7 +140,7 @@ def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, UnitScores]:
     """
     memo = tokenizer if isinstance(tokenizer, Memo) else Memo(tokenizer)
 
-    def measured(rows: Rows, metrics: tuple[str, ...]) -> dict[str, UnitScores]:
+    def measured(rows: Rows, metrics: tuple[str, ...]) -> dict[str, ScoreByUnit]:
         names = tuple(dict.fromkeys(fitting(metrics, rows)))
         names = tuple(m for m in names if m != "exact_match" or rows[0].kind != "text")
         scores = measure_all(model, memo, rows, names, max_length=what.max_length)
@@ -157,7 +157,7 @@ def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, UnitScores]:
     return {name: finite(units) for name, units in out.items()}
 
 
-def finite(units: Mapping[str, float]) -> UnitScores:
+def finite(units: Mapping[str, float]) -> ScoreByUnit:
     """Return scores that JSON can hold: what overflowed counts as a very large loss."""
     return {unit: value if math.isfinite(value) else 1e4 for unit, value in units.items()}
 

@@ -20,7 +20,7 @@ from excise.core.stages import Runtime
 from excise.evals.stats import Array, Estimate, quantiles, resampled_means
 from excise.record import ModelRef, StudyPicture, StudyPictureRow, StudyRow, StudyTable
 from excise.train.pool import Pool
-from excise_studies.base import UnitScores, pooled, row
+from excise_studies.base import ScoreByUnit, pooled, row
 from excise_studies.vision.autoencoder import (
     SplitAutoencoder,
     SplitAutoencoderConfig,
@@ -49,7 +49,7 @@ class SplitModel:
         path: File of the weights.
     """
 
-    scores: Mapping[tuple[str, str], UnitScores]
+    scores: Mapping[tuple[str, str], ScoreByUnit]
     fingerprint: str
     parameters: int
     path: str
@@ -187,7 +187,7 @@ def train_conditions(
     return models
 
 
-def scores_of(condition: Mapping[int, SplitModel], score: str, group: str) -> UnitScores:
+def scores_of(condition: Mapping[int, SplitModel], score: str, group: str) -> ScoreByUnit:
     """Return a score of all seeds in one mapping."""
     return pooled({seed: split.scores[score, group] for seed, split in condition.items()})
 

@@ -185,7 +185,8 @@ def runs(house: House, *, demo: bool) -> Iterator[tuple[str, list[str]]]:
         if not demo:
             return
         short = ("run", "demo", "--out", "demo", "--workers", "1", "--quiet",
-                 "--pretrain.fit.steps", "30", "--oracles", "1", "--audit.change.steps", "2")  # fmt: skip
+                 "--pretrain.fit.steps", "30", "--oracles", "1",
+                 "--audit.change.steps", "2")  # fmt: skip
         yield "excise run demo", ran(house, *short, cwd=root)
 
 

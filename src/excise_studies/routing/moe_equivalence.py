@@ -331,7 +331,7 @@ def owned(model: nn.Module, map: GroupMap, of: Callable[[nn.Parameter], Tensor])
     return out
 
 
-class BlockExperts(nn.Module):
+class SplitMLP(nn.Module):
     """One block's MLP in parts: the core's, which every token uses, and one for each module."""
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
@@ -369,13 +369,13 @@ class ExpertMixture:
             removed[name] = [span for span in rest if span[0] < span[1]]
         cut = {name: _without(model, gone) for name, gone in removed.items()}
         self.model = copy.deepcopy(model)
-        self.experts: list[BlockExperts] = []
+        self.experts: list[SplitMLP] = []
         self.paths = layout.mlp
         for block, path in enumerate(layout.mlp):
             parts = {name: other.get_submodule(path) for name, other in cut.items()}
             for name in spans:
                 _drop_bias(cut[name].get_submodule(layout.mlp_down[block]))
-            self.experts.append(BlockExperts(parts))
+            self.experts.append(SplitMLP(parts))
             parent, _, leaf = path.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, self.experts[-1])
         self.loss = float("nan")

@@ -17,6 +17,8 @@ from excise.core.config import Config
 from excise.core.errors import UserError
 from excise.core.keys import source_of
 from excise.core.plugins import collect_code, default_name, entry_points
+from excise.requests.registry import registry
+from excise.run.study import study_points
 from excise.train.pool import Pool
 
 MINE = '''"""A method of one's own."""
@@ -205,14 +207,50 @@ def test_a_users_class_travels_into_worker_processes(mine: str) -> None:
     assert {a[2] for a in answers} == {"Mine"}
 
 
-def test_entry_points_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "their_package.py").write_text(MINE)
-    info = tmp_path / "their_package-1.0.dist-info"
+def package(folder: Path, name: str, points: str) -> None:
+    """Install a package that offers `points`, as far as Python can tell."""
+    (folder / f"{name}.py").write_text(MINE)
+    info = folder / f"{name}-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[excise.methods]\ntheirs = their_package:Mine\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(points)
     importlib.invalidate_caches()
+
+
+def test_entry_points_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package(tmp_path, "their_package", "[excise.methods]\ntheirs = their_package:Mine\n")
     found = entry_points("method")
     assert found["theirs"]().apply(1.0) == 6.0
     assert "theirs" not in entry_points("attack")
+
+
+def test_a_name_that_two_packages_offer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package(tmp_path, "one_package", "[excise.studies]\nmine = one_package:Mine\n")
+    assert "mine" in study_points()
+    package(tmp_path, "another", "[excise.studies]\nmine = another:Mine\n")
+    with pytest.raises(UserError, match=r"studies: both .* are called 'mine'; rename one"):
+        study_points()
+
+
+def test_a_name_that_excise_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package(tmp_path, "their_package", "[excise.methods]\nrmu = their_package:Mine\n")
+    with pytest.raises(UserError, match="methods: both excise itself and their_package:Mine"):
+        registry()
+
+
+def test_code_with_a_name_that_is_there_is_refused(tmp_path: Path) -> None:
+    twins = [tmp_path / "a.py", tmp_path / "b.py"]
+    for path in twins:
+        path.write_text(MINE)
+    named = [{"name": f"{path}:Mine"} for path in twins]
+    with pytest.raises(UserError, match="are called 'mine'; give one another name"):
+        collect_code({"arms": dict(zip("ab", named, strict=True))}, allow=True)
+    twins[0].write_text(MINE.replace('"mine"', '"rmu"'))
+    cls = load_code(f"{twins[0]}:Mine", allow=True)
+    with pytest.raises(UserError, match="is called 'rmu' like a method that is there already"):
+        registry({"rmu": cls})

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from excise.core.code_files import is_code, load_code
@@ -18,10 +19,31 @@ FAMILIES = ("method", "attack", "domain", "score", "recipe")
 """Families that are open; their entry-point groups are `excise.methods` and so on."""
 
 
-def entry_points(family: str) -> dict[str, Any]:
-    """Load what installed packages offer for a family, by name."""
-    points = importlib.metadata.entry_points(group=f"excise.{family}s")
-    return {point.name: point.load() for point in points}
+def offered(group: str, taken: Collection[str] = ()) -> dict[str, EntryPoint]:
+    """Return what installed packages offer, by name, without loading it.
+
+    Args:
+        group: What comes after `excise.` in the name of the entry points.
+        taken: Names that excise itself has.
+
+    Raises:
+        UserError: If a name is taken, or two packages offer it: which is meant cannot be told.
+    """
+    points: dict[str, EntryPoint] = {}
+    for point in importlib.metadata.entry_points(group=f"excise.{group}"):
+        other = points.setdefault(point.name, point)
+        rival = "excise itself" if point.name in taken else other.value
+        if point.name in taken or other.value != point.value:
+            raise UserError(
+                f"{group}: both {rival} and {point.value} are called '{point.name}'; rename one "
+                "or uninstall its package"
+            )
+    return points
+
+
+def entry_points(family: str, taken: Collection[str] = ()) -> dict[str, Any]:
+    """Load what installed packages offer for a family, by name; see `offered`."""
+    return {name: point.load() for name, point in offered(f"{family}s", taken).items()}
 
 
 def collect_code(data: Any, *, allow: bool) -> tuple[Any, dict[str, str], dict[str, type[Config]]]:
@@ -33,6 +55,9 @@ def collect_code(data: Any, *, allow: bool) -> tuple[Any, dict[str, str], dict[s
 
     Returns:
         The data with names in place of references, reference by name, and class by name.
+
+    Raises:
+        UserError: If the code cannot be loaded, or two references are called alike.
     """
     references: dict[str, str] = {}
     classes: dict[str, type[Config]] = {}
@@ -43,6 +68,11 @@ def collect_code(data: Any, *, allow: bool) -> tuple[Any, dict[str, str], dict[s
             if is_code(out.get("name")):
                 cls = load_code(out["name"], allow=allow)
                 name = default_name(cls, out["name"])
+                if references.get(name, out["name"]) != out["name"]:
+                    raise UserError(
+                        f"both '{references[name]}' and '{out['name']}' are called '{name}'; give "
+                        "one another name"
+                    )
                 references[name], classes[name] = out["name"], cls
                 out["name"] = name
             return out

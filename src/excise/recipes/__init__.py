@@ -35,7 +35,7 @@ def recipe_named(name: str) -> Recipe:
     if name in RECIPES:
         recipe: Recipe = importlib.import_module(RECIPES[name]).recipe()
         return recipe
-    offered = entry_points("recipe")
+    offered = entry_points("recipe", RECIPES)
     if name not in offered:
         raise UserError(f"unknown recipe '{name}'; {nearest(name, [*RECIPES, *offered])}")
     recipe = offered[name]()

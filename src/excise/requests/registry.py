@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from excise.auditor.attacks import ATTACKS
 from excise.core.config import C, Config, parse
+from excise.core.errors import UserError
 from excise.core.plugins import collect_code, entry_points
 from excise.domains import DOMAINS
 from excise.evals.extra import SCORES
@@ -27,10 +29,21 @@ def registry(own: Mapping[str, type[Config]] | None = None) -> dict[str, dict[st
 
     Args:
         own: Classes from a file of the user's, by name; they join the family they belong to.
+
+    Raises:
+        UserError: If two members of a family have one name.
     """
-    members = {family: {**built, **entry_points(family)} for family, built in BUILTIN.items()}
+    members = {
+        family: {**built, **entry_points(family, built)} for family, built in BUILTIN.items()
+    }
     for name, cls in (own or {}).items():
-        members.setdefault(cls.kind, {})[name] = cls
+        family = members.setdefault(cls.kind, {})
+        if name in family:
+            raise UserError(
+                f"'{cls.__qualname__}' in {inspect.getfile(cls)} is called '{name}' like a {cls.kind} "
+                "that is there already; give it another name"
+            )
+        family[name] = cls
     return members
 
 

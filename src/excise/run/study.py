@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,6 +19,7 @@ from excise import record
 from excise.core.config import Config
 from excise.core.errors import UserError, nearest
 from excise.core.events import Emit
+from excise.core.plugins import offered
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.record import ModelRef, Record, StudyPicture, StudyTable
@@ -156,7 +157,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
 
 def study_points() -> dict[str, EntryPoint]:
     """Return what installed packages offer as studies, by name."""
-    return {point.name: point for point in entry_points(group="excise.studies")}
+    return offered("studies")
 
 
 def study_named(name: str) -> type[Study]:

@@ -40,8 +40,8 @@ def registry(own: Mapping[str, type[Config]] | None = None) -> dict[str, dict[st
         family = members.setdefault(cls.kind, {})
         if name in family:
             raise UserError(
-                f"'{cls.__qualname__}' in {inspect.getfile(cls)} is called '{name}' like a {cls.kind} "
-                "that is there already; give it another name"
+                f"'{cls.__qualname__}' in {inspect.getfile(cls)} is called '{name}' like a "
+                f"{cls.kind} that is there already; give it another name"
             )
         family[name] = cls
     return members

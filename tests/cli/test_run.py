@@ -139,7 +139,7 @@ def test_remove_with_an_adapter(work: Path, removed: Path) -> None:
 
 def test_the_method_of_the_docs_runs(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-    code = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "(Method)" in b)
+    code = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "Method)" in b)
     (work / "mine.py").write_text(code)
     assert len(code.splitlines()) <= 42
     line = (

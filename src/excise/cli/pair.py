@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from excise.cli.options import PairOptions
 from excise.cli.remove import named
 from excise.core.errors import UserError
@@ -84,7 +82,12 @@ def _from_flags(options: PairOptions, called: str) -> Pair:
 def _from_folder(options: PairOptions) -> Pair:
     folder = Path(options.folder)
     record = load(folder)
-    recipe = _recipe(folder)
+    recipe = record.config
+    if "domain" not in recipe:
+        raise UserError(
+            f"{folder}/run.json does not say what was run; name a whole output folder of a run, "
+            "as recipe.yaml and run.json lie in it"
+        )
     references = {model.name: model.path for model in record.models}
     models = _edited_models(folder, record)
     by_name = {arm.name: arm.model for arm in record.method_runs}
@@ -111,22 +114,6 @@ def _from_folder(options: PairOptions) -> Pair:
         recipe.get("code") or {},
         tokenizer,
     )
-
-
-def _recipe(folder: Path) -> Mapping[str, Any]:
-    """Return the recipe that a run wrote into its output folder.
-
-    Raises:
-        UserError: If it is gone or broken.
-    """
-    path = folder / "recipe.yaml"
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        recipe = None
-    if not isinstance(recipe, Mapping) or "domain" not in recipe:
-        raise UserError(f"{path} is missing or damaged; name a whole output folder of a run")
-    return recipe
 
 
 def _edited_models(folder: Path, record: Record) -> dict[str, str]:

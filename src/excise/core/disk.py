@@ -56,8 +56,12 @@ def disk_full(where: Path, needed: int = 0) -> Iterator[None]:
 
 
 def _host() -> str:
-    """Return eight characters that stand for this machine."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    """Return eight characters for what numbers processes: this machine, or a container on it."""
+    try:
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbers = ""
+    return hashlib.sha256(f"{socket.gethostname()}{numbers}".encode()).hexdigest()[:8]
 
 
 def part_of(path: Path) -> Path:

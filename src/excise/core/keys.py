@@ -11,7 +11,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import math
 import platform
 import secrets
@@ -177,6 +176,8 @@ def class_identity(cls: type) -> Any:
         found["version"] = version
     if cls.__module__.split(".")[0] != "excise":
         found["source"] = source_of(cls)
+        if _at_prompt(cls):
+            found["beside"] = _beside(cls)
     return found
 
 
@@ -186,16 +187,11 @@ def source_of(cls: type) -> tuple[str, ...]:
 
     That is its own module (the whole package, where it lies in one) and every module that these
     import, at the top or inside a function, and so on, but for the standard library and for
-    installed packages, which count by version. A class without a file, made at a prompt, counts by
-    its text, or else as new in every process.
+    installed packages, which count by version. A class without a file, made at a prompt, is new in
+    every process.
     """
-    module = sys.modules.get(cls.__module__)
-    if module is None or getattr(module, "__file__", None) is None:
-        try:
-            text = inspect.getsource(cls)
-        except (OSError, TypeError):
-            text = secrets.token_hex(16)
-        return (hashlib.sha256(text.encode()).hexdigest(),)
+    if _at_prompt(cls):
+        return (secrets.token_hex(16),)
     own = cls.__module__.split(".")[0]
     code, todo, seen = set[str](), [own], {"excise", *sys.stdlib_module_names} - {own}
     while todo:
@@ -214,6 +210,34 @@ def source_of(cls: type) -> tuple[str, ...]:
                 todo += _imported(source) - seen
         todo += _named_in(top) - seen
     return tuple(sorted(code))
+
+
+def _at_prompt(cls: type) -> bool:
+    """Return whether a class lies in no file, as in a notebook."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return file is None or not Path(file).is_file()
+
+
+def _beside(cls: type) -> list[str]:
+    """Return what a class made at a prompt may use: functions, classes and plain values there."""
+    module = sys.modules.get(cls.__module__)
+    values = {n: v for n, v in vars(module).items() if not n.startswith("_")} if module else {}
+    values[cls.__qualname__] = cls
+    return [f"{name} {_in_memory(value)}" for name, value in sorted(values.items())]
+
+
+def _in_memory(value: Any) -> str:
+    """Return what tells apart functions, classes and plain values in one process; of others, ""."""
+    match value:
+        case None | bool() | int() | float() | str() | bytes() | tuple():
+            return repr(value)
+        case types.CodeType():
+            return f"{value.co_code!r} {value.co_names} {[_in_memory(c) for c in value.co_consts]}"
+        case types.FunctionType():
+            return f"{_in_memory(value.__code__)} {value.__defaults__} {value.__kwdefaults__}"
+        case type():
+            return str({n: _in_memory(v) for n, v in vars(value).items() if n[:2] != "__"})
+    return ""
 
 
 def _loaded(top: str) -> bytes | None:

@@ -23,7 +23,7 @@ from excise.core.disk import (
 )
 from excise.core.errors import DiskFull, UserError
 from excise.core.events import Emit, silent
-from excise.core.stages import Runtime, old_stages
+from excise.core.stages import LAYOUT, Runtime, old_stages
 from excise.data import split as splits
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
@@ -49,6 +49,8 @@ def runtime(out: Path, dtype: str, device: str, emit: Emit = silent) -> Runtime:
         emit: Told of stages that an earlier version left.
     """
     store = out.parent / ".stages"
+    for partial in (store / LAYOUT).glob("*.partial"):  # of killed runs that nobody resumed
+        sweep(partial, deep=True)
     old = old_stages(store)
     if old:
         emit("note", {"text": old})

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from excise.core.context import Context, Stage
-from excise.core.disk import disk_full, write_text
+from excise.core.disk import disk_full, part_of, write_text
 from excise.core.errors import UserError
 from excise.data.stream import Batch, Example, collate
 from excise.losses import predicting
@@ -654,7 +654,7 @@ def write_shard(
     """
     taken = [int(path.stem.split("-")[1]) for path in folder.glob("shard-*.*")]
     path = folder / f"shard-{max(taken, default=-1) + 1:05d}.safetensors"
-    work = path.with_name(f".{path.name}.{os.getpid()}.part")
+    work = part_of(path)
     try:
         save_file({k: t.contiguous() for k, t in tensors.items()}, work)
         index = {

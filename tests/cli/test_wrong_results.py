@@ -6,6 +6,7 @@ with those of a run into a fresh folder with a store of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ import excise as ex
 from excise import record as records
 from excise.cli import main
 from excise.core import disk, keys
+from excise.core.code_files import load_code
 from excise.core.disk import file_sum, part_of
 from excise.methods.distillation.targets import FromOracle
 from excise.methods.distillation.undo import Undo
@@ -65,6 +68,17 @@ def here(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def excise(line: str) -> None:
     """Run a command line in this process."""
     assert main(shlex.split(line)) == 0, line
+
+
+@pytest.fixture(scope="module")
+def removed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which a removal was run into `out`."""
+    folder = tmp_path_factory.mktemp("removed")
+    shutil.copytree(inputs, folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        excise(f"{GRAD_DIFF} --out out")
+    return folder
 
 
 def refused(line: str, *words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,12 +149,42 @@ def test_python_never_returns_an_earlier_model(tmp_path: Path) -> None:
     assert len(made(tmp_path / "one")) == len(calls), "the first model was made twice"
 
 
-def test_python_leaves_a_run_of_the_command_alone(here: Path) -> None:
-    excise(f"{GRAD_DIFF} --out out")
-    before = m.state(here / "out")
+def test_python_leaves_a_run_of_the_command_alone(removed: Path, tmp_path: Path) -> None:
+    start, out = toy_checkpoint(tmp_path), removed / "out"
+    before = m.state(out)
     with pytest.raises(ex.UserError, match="out holds a run of the command"):
-        ex.remove(here / "model", ex.GradDiff(fit=FIT), toy_domain(), out=here / "out")
-    assert m.state(here / "out") == before
+        ex.remove(start, ex.GradDiff(fit=FIT), toy_domain(), out=out)
+    with pytest.raises(ex.UserError, match="out holds a run of the command"):
+        ex.audit(out / "model", original=start, domain=toy_domain(), out=out)
+    assert m.state(out) == before
+
+
+def test_no_mode_that_the_caller_is_in_counts(tmp_path: Path) -> None:
+    start, domain, sums = toy_checkpoint(tmp_path), toy_domain(), []
+    modes: tuple[contextlib.AbstractContextManager[Any, Any], ...] = (
+        contextlib.nullcontext(),
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        default_dtype(torch.float64),
+    )
+    for i, mode in enumerate(modes):
+        out = tmp_path / str(i) / "out"
+        torch.manual_seed(i)
+        with mode:
+            ex.remove(start, ex.GradDiff(fit=FIT), domain, out=out)
+        sums.append(bits(out / "model"))
+    assert len(set(sums)) == 1
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors of another dtype for a while."""
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def test_python_waits_for_nobody_and_sweeps(tmp_path: Path) -> None:
@@ -192,10 +236,10 @@ def control_file(here: Path, seed: int) -> None:
     save_file({"forget": vector / vector.norm()}, here / "c.safetensors")
 
 
-CHANGES: dict[str, tuple[str, Callable[[Path], None], Callable[[Path], None]]] = {
+CHANGES: dict[str, tuple[str, m.Break, m.Break]] = {
     "model": (GRAD_DIFF, lambda here: None, new_model),
     "data": (
-        GRAD_DIFF, lambda here: None, lambda here: m.write("f.jsonl", m.texts("g"))(here) and None
+        GRAD_DIFF, lambda here: None, m.write("f.jsonl", m.texts("g"))
     ),
     "code": (
         f"remove ./mine.py:Scale --allow-code --model model {DATA}",
@@ -245,15 +289,52 @@ def test_a_helper_of_ones_own_code_counts_however_it_is_imported(
     imports = {"helper" if not inner else "inner": "from scaling import FACTOR"}
     text = SCALE.format(factor="FACTOR", **{"helper": "", "inner": "", **imports})
     (here / "mine.py").write_text(text)
-    line = f"remove ./mine.py:Scale --allow-code --model model {DATA} --out"
-    sums = []
-    for factor, out in ((1.5, "out"), (2.5, "out"), (2.5, "fresh/out")):
+    start = Checkpoint(here / "model")
+    name = start.parameter_names()[-1]
+    for factor in (1.5, 2.5):
         (here / "scaling.py").write_text(f"FACTOR = {factor}\n")
         as_in_a_new_process()
-        excise(f"{line} {out}")
-        sums.append(bits(here / out / "model"))
-    as_in_a_new_process()
-    assert sums[0] != sums[1] == sums[2]
+        excise(f"remove ./mine.py:Scale --allow-code --model model {DATA} --out out")
+        edited = Checkpoint(here / "out" / "model").weights_of([name])[name]
+        assert edited.equal(start.weights_of([name])[name] * factor)
+
+
+def test_helpers_that_trade_their_contents_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    helper = "from scaling import FACTOR\nfrom weights import FACTOR as LESS"
+    text = SCALE.format(helper=helper, inner="", factor="FACTOR / LESS")
+    (tmp_path / "mine.py").write_text(text)
+    seen = []
+    for one, other in ((2, 4), (4, 2)):
+        (tmp_path / "scaling.py").write_text(f"FACTOR = {one}\n")
+        (tmp_path / "weights.py").write_text(f"FACTOR = {other}\n")
+        as_in_a_new_process()
+        cls = load_code(f"{tmp_path / 'mine.py'}:Scale", allow=True)
+        seen.append(keys.source_of(cls))
+    assert seen[0] != seen[1]
+
+
+PROMPT = """
+def factor():
+    return 1.5
+"""
+
+
+def test_a_method_made_at_a_prompt_counts_with_what_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = types.ModuleType("prompt")
+    monkeypatch.setitem(sys.modules, "prompt", prompt)
+    start, out = toy_checkpoint(tmp_path), tmp_path / "out"
+    exec(SCALE.format(helper=PROMPT, inner="", factor="factor()"), prompt.__dict__)
+    sums = []
+    for cell in ("", "other = 1", PROMPT.replace("1.5", "2.5"), PROMPT):
+        exec(cell, prompt.__dict__)
+        ex.remove(start, prompt.__dict__["Scale"](), toy_domain(), out=out)
+        sums.append(bits(out / "model"))
+    assert sums[0] == sums[1] == sums[3] != sums[2]
 
 
 def as_in_a_new_process() -> None:
@@ -454,7 +535,7 @@ def test_an_adapter_beside_a_model_is_refused_wherever_weights_are_read(
 
 # 7. Bytes that changed under a stage or an output folder.
 
-HARMS: dict[str, Callable[[Path], None]] = {"flipped": flip, "cut": halve, "gone": Path.unlink}
+HARMS: dict[str, m.Break] = {"flipped": flip, "cut": halve, "gone": Path.unlink}
 
 
 def test_a_stage_whose_bytes_changed_is_made_again(here: Path) -> None:
@@ -504,29 +585,20 @@ def added(model: Path) -> None:
     (model / "adapter_config.json").write_text("{}")
 
 
-OUT_HARMS: dict[str, Callable[[Path], None]] = {
-    **{
-        f"weights {name}": lambda model, harm=harm: harm(model / "model.safetensors")
-        for name, harm in HARMS.items()
-    },
-    "config": lambda model: m.config(rope_theta=3.0)(model) and None,
-    "tokenizer": lambda model: byte_tokenizer(bos=True).save_pretrained(model) and None,
+def weights(harm: m.Break) -> m.Break:
+    """Return what harms the weights of a model."""
+    return lambda model: harm(model / "model.safetensors")
+
+
+OUT_HARMS: dict[str, m.Break] = {
+    **{f"weights {name}": weights(harm) for name, harm in HARMS.items()},
+    "config": m.config(rope_theta=3.0),
+    "tokenizer": byte_tokenizer(bos=True).save_pretrained,
     "another model": linked,
     "link to nothing": dangling,
     "adapter": added,
     "deleted": shutil.rmtree,
 }
-
-
-@pytest.fixture(scope="module")
-def removed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder in which a removal was run into `out`."""
-    folder = tmp_path_factory.mktemp("removed")
-    shutil.copytree(inputs, folder, dirs_exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        excise(f"{GRAD_DIFF} --out out")
-    return folder
 
 
 @pytest.mark.parametrize("harm", OUT_HARMS)
@@ -552,17 +624,30 @@ def test_a_model_that_is_not_the_records_is_refused_and_restored(
 
 
 def test_a_record_that_was_edited_is_refused_and_restored(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    removed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    excise(f"{GRAD_DIFF} --out out")
-    path = here / "out" / "run.json"
+    monkeypatch.chdir(removed)
+    path = removed / "out" / "run.json"
     data = json.loads(path.read_text())
     data["method_runs"][0]["model"]["fingerprint"] = "0" * 64
     path.write_text(json.dumps(data))
     refused("audit out --out no --quiet", "does not hold the weights", capsys=capsys)
     excise(f"{GRAD_DIFF} --out out")
-    fingerprint = Checkpoint(here / "out" / "model").fingerprint
-    assert records.load(here / "out").method_runs[0].model.fingerprint == fingerprint
+    fingerprint = Checkpoint(removed / "out" / "model").fingerprint
+    assert records.load(removed / "out").method_runs[0].model.fingerprint == fingerprint
+
+
+def test_a_recipe_that_was_edited_changes_no_audit(
+    removed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(removed)
+    recipe = removed / "out" / "recipe.yaml"
+    text = recipe.read_text()
+    recipe.write_text(text.replace("f.jsonl", "x").replace("r.jsonl", "f.jsonl"))
+    excise(f"audit out --out audited --workers 1 --quiet --audit.change '{NO_TRAINING},"
+           " attacks: []}'")  # fmt: skip
+    assert records.load(removed / "audited").scores == records.load(removed / "out").scores
+    recipe.write_text(text)
 
 
 def test_an_audit_of_an_output_reads_the_original_with_the_runs_tokenizer(here: Path) -> None:
@@ -639,7 +724,7 @@ def on_replace(name: str) -> Callable[[], None]:
 
 def on_lock() -> None:
     """Kill the process when it has made the output folder and nothing in it."""
-    output.locked = die
+    vars(output).update(locked=die)
 
 
 def on_copy() -> None:
@@ -652,13 +737,12 @@ def on_copy() -> None:
             os.truncate(to, 1)
             die()
 
-    output.clone_file = cloned
+    vars(output).update(clone_file=cloned)
 
 
 MOMENTS: dict[str, Callable[[], None]] = {
     "nothing written": on_lock,
     "recipe half written": on_replace("recipe.yaml"),
-    "split half written": on_replace("split.json"),
     "stage's model half written": on_replace("model"),
     "model half copied": on_copy,
     "record half written": on_replace("run.json"),
@@ -690,10 +774,14 @@ def test_what_a_live_process_or_another_machine_makes_is_not_swept(here: Path) -
     assert not dead.exists()
 
 
-def test_two_runs_of_one_output_do_not_mix(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with output.hold(here / "out"):
+def test_two_runs_of_one_output_do_not_mix(
+    removed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(removed)
+    before = m.state(removed / "out")
+    with output.hold(removed / "out"):
         refused(f"{GRAD_DIFF} --out out", "in use by another run", capsys=capsys)
-    excise(f"{GRAD_DIFF} --out out")
+    assert m.state(removed / "out") == before
 
 
 # What else a user would take for granted.
@@ -711,13 +799,20 @@ def test_the_record_says_when_it_began_and_where_its_model_lies(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    now, remove_all = straight_line.now, straight_line.remove_all
-    monkeypatch.setattr(straight_line, "now", lambda: order.append("now") or now())
-    monkeypatch.setattr(
-        straight_line, "remove_all", lambda *args: order.append("train") or remove_all(*args)
-    )
+
+    def noted(name: str) -> Callable[..., Any]:
+        function = getattr(straight_line, name)
+
+        def call(*args: Any) -> Any:
+            order.append(name)
+            return function(*args)
+
+        return call
+
+    for name in ("now", "remove_all"):
+        monkeypatch.setattr(straight_line, name, noted(name))
     excise(f"{GRAD_DIFF} --out out")
-    assert order == ["now", "train"]
+    assert order == ["now", "remove_all"]
     record = ex.load(here / "out")
     assert isinstance(record, ex.Record)
     model = ex.load(here / "out" / record.method_runs[0].model.path)
@@ -735,24 +830,15 @@ def test_a_store_of_the_version_before_is_left_alone_with_a_sentence(here: Path)
     assert "written by an earlier version" in (here / "out" / "events.jsonl").read_text()
 
 
-TWICE = """
-import shlex, sys
-from excise.cli import main
-sys.exit(max(main(shlex.split(line)) for line in sys.argv[1:]))
-"""
-
-
 def test_neither_the_order_of_sets_nor_another_process_counts(
     removed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(removed)
-    stages = made(removed)
-    lines = [f"{GRAD_DIFF} --out again", f"{GRAD_DIFF} --out apart/out"]
-    environment = {
-        **os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))
-    }  # fmt: skip
-    subprocess.run([sys.executable, "-c", TWICE, *lines], env=environment, check=True)
-    assert made(removed) == stages, "the same keys"
+    line = [sys.executable, "-m", "excise", *shlex.split(f"{GRAD_DIFF} --out apart/out")]
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": path}
+    subprocess.run(line, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert made(removed / "apart") <= made(removed), "other keys"
     assert bits(removed / "apart" / "out" / "model") == bits(removed / "out" / "model")
 
 

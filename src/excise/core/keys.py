@@ -203,10 +203,12 @@ def source_of(cls: type) -> tuple[str, ...]:
         if top != own and any({"site-packages", "dist-packages"} & set(p.parts) for p in places):
             code |= _versions_of(top)
             continue
+        called = "" if top == own or _loaded(top) else top  # whom contents belong to counts too
         for place in places:
             for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+                inner = file.relative_to(place).as_posix()
                 source = _loaded(top) or file.read_bytes()
-                code.add(hashlib.sha256(source).hexdigest())
+                code.add(f"{called}/{inner} {hashlib.sha256(source).hexdigest()}")
                 todo += _imported(source) - seen
         todo += _named_in(top) - seen
     return tuple(sorted(code))
@@ -221,7 +223,7 @@ def _at_prompt(cls: type) -> bool:
 def _beside(cls: type) -> list[str]:
     """Return what a class made at a prompt may use: functions, classes and plain values there."""
     module = sys.modules.get(cls.__module__)
-    values = {n: v for n, v in vars(module).items() if not n.startswith("_")} if module else {}
+    values = {n: v for n, v in vars(module).items() if n[0] != "_" or callable(v)} if module else {}
     values[cls.__qualname__] = cls
     return [f"{name} {_in_memory(value)}" for name, value in sorted(values.items())]
 
@@ -261,19 +263,20 @@ def _places_of(top: str) -> list[Path]:
     return [place for place in places if place.exists()]
 
 
-def _imported(source: bytes) -> set[str]:
+@functools.cache
+def _imported(source: bytes) -> frozenset[str]:
     """Return the top-level names that a source imports from elsewhere, wherever in it."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):  # compiled, or not of this Python
-        return set()
+        return frozenset()
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module)
-    return {name.split(".")[0] for name in names}
+    return frozenset(name.split(".")[0] for name in names)
 
 
 def _named_in(top: str) -> set[str]:

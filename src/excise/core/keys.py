@@ -203,12 +203,13 @@ def source_of(cls: type) -> tuple[str, ...]:
         if top != own and any({"site-packages", "dist-packages"} & set(p.parts) for p in places):
             code |= _versions_of(top)
             continue
-        called = "" if top == own or _loaded(top) else top  # whom contents belong to counts too
         for place in places:
             for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-                inner = file.relative_to(place).as_posix()
                 source = _loaded(top) or file.read_bytes()
-                code.add(f"{called}/{inner} {hashlib.sha256(source).hexdigest()}")
+                sha256 = hashlib.sha256(source).hexdigest()
+                alone = place.is_file() and (top == own or _loaded(top) is not None)
+                inner = "" if alone else f"{top}/{file.relative_to(place).as_posix()} "
+                code.add(inner + sha256)  # two files that trade their contents are other code
                 todo += _imported(source) - seen
         todo += _named_in(top) - seen
     return tuple(sorted(code))

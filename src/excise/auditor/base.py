@@ -22,7 +22,7 @@ POSITIVE_CONTROL = "positive-control"
 """Name of the positive control among the subjects: a model that only hides what it knows."""
 
 RESERVED = (ORIGINAL, POSITIVE_CONTROL)
-"""Names that no edited model may have; nor may one begin with `oracle-`."""
+"""Names that no edited model may have; nor may one begin with `oracle`."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def request_data(options: AuditOptions) -> dict[str, Any]:
         "title": pair.title,
         "domain": {**pair.domain, **({"sensitive": True} if options.sensitive else {})},
         "candidates": dict(pair.models),
-        "original": {"path": pair.original},
+        "original": pair.original_spec,
         "oracles": [*pair.oracles, *options.oracle],
         "audit": {"budget": options.budget},
         "evaluate": dict(pair.evaluate),

@@ -63,7 +63,7 @@ def request_data(options: InspectOptions) -> dict[str, Any]:
         "domain": dict(pair.domain),
         "model": pair.models[arm],
         "arm": arm,
-        "original": {"path": pair.original},
+        "original": pair.original_spec,
         "code": dict(pair.code),
         **{field: getattr(options, field) for field in fields},
     }

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from excise.cli.options import PairOptions
 from excise.cli.remove import named
 from excise.core.errors import UserError
+from excise.fetch.model import open_model
 from excise.models.checkpoint import Checkpoint
-from excise.record import Record, load
+from excise.models.spec import ModelSpec
+from excise.record import ModelRef, Record, load
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class EditedPair:
         oracles: Models retrained without the forget set.
         evaluate: Plain data of how the models were scored.
         code: Names defined by code of the user's own, as `./file.py:Class`.
+        tokenizer: Folder or hub id of the original's tokenizer, where it does not lie beside it.
     """
 
     name: str
@@ -39,6 +40,12 @@ class EditedPair:
     oracles: tuple[str, ...] = ()
     evaluate: Mapping[str, Any] = field(default_factory=dict)
     code: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: str = ""
+
+    @property
+    def original_spec(self) -> dict[str, str]:
+        """Plain data of the original."""
+        return {"path": self.original, "tokenizer": self.tokenizer}
 
 
 def pair_of(options: PairOptions, called: str) -> EditedPair:
@@ -75,15 +82,24 @@ def _from_flags(options: PairOptions, called: str) -> EditedPair:
 def _from_folder(options: PairOptions) -> EditedPair:
     folder = Path(options.folder)
     record = load(folder)
-    recipe = _recipe(folder)
+    recipe = record.config
+    if "domain" not in recipe:
+        raise UserError(
+            f"{folder}/run.json does not say what was run; name a whole output folder of a run, "
+            "as recipe.yaml and run.json lie in it"
+        )
     references = {model.name: model.path for model in record.models}
-    models = _edited_models(folder, record, recipe)
+    models = _edited_models(folder, record)
     by_name = {arm.name: arm.model for arm in record.method_runs}
     for name, path in models.items():
-        _check_bytes(folder, name, path, by_name[name].fingerprint)
+        _check_bytes(folder, by_name[name], path)
+    spec = recipe.get("original") or recipe.get("model") or {}
+    tokenizer = "" if options.original else str(spec.get("tokenizer") or "")
     for model in record.models:
-        if not (model.name == "original" and options.original):
-            _check_bytes(folder, model.name, model.path, model.fingerprint)
+        if model.name != "original":
+            _check_bytes(folder, model, model.path)
+        elif not options.original:
+            _check_bytes(folder, model, model.path, tokenizer)
     domain = dict(recipe["domain"])
     if domain.get("name") == "files" and (folder / "split.json").is_file():
         domain["split"] = str(folder / "split.json")
@@ -96,29 +112,14 @@ def _from_folder(options: PairOptions) -> EditedPair:
         tuple(path for name, path in references.items() if name.startswith("oracle")),
         recipe.get("evaluate") or {},
         recipe.get("code") or {},
+        tokenizer,
     )
 
 
-def _recipe(folder: Path) -> Mapping[str, Any]:
-    """Return the recipe that a run wrote into its output folder.
-
-    Raises:
-        UserError: If it is gone or broken.
-    """
-    path = folder / "recipe.yaml"
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        recipe = None
-    if not isinstance(recipe, Mapping) or "domain" not in recipe:
-        raise UserError(f"{path} is missing or damaged; name a whole output folder of a run")
-    return recipe
-
-
-def _edited_models(folder: Path, record: Record, recipe: Mapping[str, Any]) -> dict[str, str]:
+def _edited_models(folder: Path, record: Record) -> dict[str, str]:
     """Return the edited models of an output folder by name; those of an audit lie elsewhere."""
-    if record.kind == "audit":
-        return dict(recipe["candidates"])
+    if record.kind in ("audit", "inspect"):
+        return {arm.name: arm.model.path for arm in record.method_runs}
     several = len(record.method_runs) > 1
     return {
         arm.name: str(folder / "models" / arm.name if several else folder / "model")
@@ -126,21 +127,35 @@ def _edited_models(folder: Path, record: Record, recipe: Mapping[str, Any]) -> d
     }
 
 
-def _check_bytes(folder: Path, name: str, path: str, fingerprint: str) -> None:
+def _check_bytes(folder: Path, model: ModelRef, path: str, tokenizer: str = "") -> None:
     """Refuse a model whose bytes are no longer those that the record speaks of.
 
+    Args:
+        folder: The output folder.
+        model: What its record says of the model.
+        path: Where the model lies.
+        tokenizer: Folder or hub id of its tokenizer, where that does not lie beside it.
+
     Raises:
-        UserError: If the weights or the configuration in `path` were changed or are gone.
+        UserError: If weights, configuration or tokenizer were changed or are gone.
     """
-    if not fingerprint:
+    if not model.fingerprint:
         return
     if not (Path(path) / "config.json").is_file():
         raise UserError(
-            f"'{name}' of {folder} is no longer in {path}; make it again with the command that "
-            f"{folder}/run.json names"
+            f"'{model.name}' of {folder} is no longer in {path}; make it again with the command "
+            f"that {folder}/run.json names"
         )
-    if Checkpoint(Path(path)).fingerprint != fingerprint:
-        raise UserError(
-            f"{path} does not hold the weights of '{name}' that {folder}/run.json records; make "
-            "them again with the command that it names, or audit the folder by itself with --model"
-        )
+    there = Checkpoint(Path(path))
+    if tokenizer:
+        there = open_model(ModelSpec(path=path, tokenizer=tokenizer))
+    for what, recorded, now in (
+        ("weights", model.fingerprint, there.fingerprint),
+        ("tokenizer", model.tokenizer, there.tokenizer_fingerprint),
+    ):
+        if recorded and recorded != now:
+            raise UserError(
+                f"{path} does not hold the {what} of '{model.name}' that {folder}/run.json "
+                "records; make the model again with the command that it names, or audit the "
+                "folder by itself with --model"
+            )

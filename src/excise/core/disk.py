@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ from excise.core.errors import DiskFull, UserError
 
 PATIENCE = 5.0
 """Seconds of waiting for another process before saying so."""
+
+TICK = 0.05
+"""Seconds within which a file may be written twice and bear one time stamp."""
 
 _CHUNK = 1 << 24
 _FICLONE = 0x40049409
@@ -52,8 +56,12 @@ def disk_full(where: Path, needed: int = 0) -> Iterator[None]:
 
 
 def _host() -> str:
-    """Return eight characters that stand for this machine."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    """Return eight characters for what numbers processes: this machine, or a container on it."""
+    try:
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbers = ""
+    return hashlib.sha256(f"{socket.gethostname()}{numbers}".encode()).hexdigest()[:8]
 
 
 def part_of(path: Path) -> Path:
@@ -72,10 +80,15 @@ def sweep(folder: Path, *, deep: bool = False) -> None:
         made = _PART.match(path.name)
         if made is None or made[1] != _host() or _alive(int(made[2])):
             continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or file; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_part(path: Path) -> bool:
@@ -137,11 +150,11 @@ def new_folder(to: Path, *, replace: bool = False) -> Iterator[Path]:
         yield part
         if not replace:
             check_free(to)
-        elif to.exists():
+        elif to.exists() or to.is_symlink():
             old = part_of(to)
             os.replace(to, old)
             os.replace(part, to)
-            shutil.rmtree(old)
+            _remove(old)
             return
         if to.is_dir():
             to.rmdir()
@@ -189,14 +202,21 @@ def signature_of(path: Path) -> Signature:
 
 
 def file_sum(path: Path) -> str:
-    """Return the SHA-256 of a file as `sha256sum` prints it, reading it once a process."""
+    """Return the SHA-256 of a file as `sha256sum` prints it, reading it once a process.
+
+    A file that was written just now is read again next time: within one tick of the file system's
+    clock, another content may follow that has the same size and time.
+    """
     name, signature = str(path.resolve()), signature_of(path)
     known = _SUMS.get(name)
-    if known is None or known[0] != signature:
-        with path.open("rb") as f:
-            known = signature, hashlib.file_digest(f, "sha256").hexdigest()
-        _SUMS[name] = known
-    return known[1]
+    if known is not None and known[0] == signature:
+        return known[1]
+    settled = time.time() - signature[2] / 1e9 > TICK
+    with path.open("rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    if settled:
+        _SUMS[name] = signature, sha256
+    return sha256
 
 
 def note_sum(path: Path, sha256: str) -> None:

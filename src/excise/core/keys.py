@@ -6,10 +6,11 @@ that nothing that decides a result can be left out. This module imports no torch
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib.metadata
-import inspect
+import importlib.util
 import math
 import platform
 import secrets
@@ -25,7 +26,7 @@ from excise.core.disk import file_sum
 
 LIBRARIES = (
     "excise", "torch", "transformers", "tokenizers", "safetensors", "numpy", "jinja2", "peft",
-    "accelerate", "liger-kernel", "lm-eval",
+    "accelerate", "liger-kernel", "lm-eval", "gguf", "sentencepiece", "tiktoken",
 )  # fmt: skip
 """Packages that decide numbers."""
 
@@ -175,6 +176,8 @@ def class_identity(cls: type) -> Any:
         found["version"] = version
     if cls.__module__.split(".")[0] != "excise":
         found["source"] = source_of(cls)
+        if _at_prompt(cls):
+            found["beside"] = _beside(cls)
     return found
 
 
@@ -182,36 +185,111 @@ def class_identity(cls: type) -> Any:
 def source_of(cls: type) -> tuple[str, ...]:
     """Return what tells apart the code that a third-party class stands on: sums and versions.
 
-    That is its own module (the whole package, where it lies in one) and every module it has
-    imported, but for the standard library and for installed packages, which count by version. A
-    class without a file, made at a prompt, counts by its text, or else as new in every process.
+    That is its own module (the whole package, where it lies in one) and every module that these
+    import, at the top or inside a function, and so on, but for the standard library and for
+    installed packages, which count by version. A class without a file, made at a prompt, is new in
+    every process.
     """
-    module = sys.modules.get(cls.__module__)
-    if module is None or getattr(module, "__file__", None) is None:
-        try:
-            text = inspect.getsource(cls)
-        except (OSError, TypeError):
-            text = secrets.token_hex(16)
-        return (hashlib.sha256(text.encode()).hexdigest(),)
-    code, todo, seen = set[str](), [module], set[str]()
+    if _at_prompt(cls):
+        return (secrets.token_hex(16),)
+    own = cls.__module__.split(".")[0]
+    code, todo, seen = set[str](), [own], {"excise", *sys.stdlib_module_names} - {own}
     while todo:
-        module = todo.pop()
-        top = module.__name__.split(".")[0]
-        known = {"excise"} | sys.stdlib_module_names
-        if module.__name__ in seen or top in known or not getattr(module, "__file__", None):
+        top = todo.pop()
+        if top in seen:
             continue
-        seen.add(module.__name__)
-        if _installed(module) and top != cls.__module__.split(".")[0]:
+        seen.add(top)
+        places = _places_of(top)
+        if top != own and any({"site-packages", "dist-packages"} & set(p.parts) for p in places):
             code |= _versions_of(top)
             continue
-        code |= _sums_of(module, top)
-        todo += _imported(module)
+        for place in places:
+            for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+                source = _loaded(top) or file.read_bytes()
+                sha256 = hashlib.sha256(source).hexdigest()
+                alone = place.is_file() and (top == own or _loaded(top) is not None)
+                inner = "" if alone else f"{top}/{file.relative_to(place).as_posix()} "
+                code.add(inner + sha256)  # two files that trade their contents are other code
+                todo += _imported(source) - seen
+        todo += _named_in(top) - seen
     return tuple(sorted(code))
 
 
-def _installed(module: types.ModuleType) -> bool:
-    """Return whether a module belongs to an installed package."""
-    return bool({"site-packages", "dist-packages"} & set(Path(str(module.__file__)).parts))
+def _at_prompt(cls: type) -> bool:
+    """Return whether a class lies in no file, as in a notebook."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return file is None or not Path(file).is_file()
+
+
+def _beside(cls: type) -> list[str]:
+    """Return what a class made at a prompt may use: functions, classes and plain values there."""
+    module = sys.modules.get(cls.__module__)
+    values = {n: v for n, v in vars(module).items() if n[0] != "_" or callable(v)} if module else {}
+    values[cls.__qualname__] = cls
+    return [f"{name} {_in_memory(value)}" for name, value in sorted(values.items())]
+
+
+def _in_memory(value: Any) -> str:
+    """Return what tells apart functions, classes and plain values in one process; of others, ""."""
+    match value:
+        case None | bool() | int() | float() | str() | bytes() | tuple():
+            return repr(value)
+        case types.CodeType():
+            return f"{value.co_code!r} {value.co_names} {[_in_memory(c) for c in value.co_consts]}"
+        case types.FunctionType():
+            return f"{_in_memory(value.__code__)} {value.__defaults__} {value.__kwdefaults__}"
+        case type():
+            return str({n: _in_memory(v) for n, v in vars(value).items() if n[:2] != "__"})
+    return ""
+
+
+def _loaded(top: str) -> bytes | None:
+    """Return the source of a module that was loaded from a user's file, as it was then."""
+    source: bytes | None = getattr(sys.modules.get(top), "__source__", None)
+    return source
+
+
+def _places_of(top: str) -> list[Path]:
+    """Return the file of a top-level module or the folders of a package, imported or not."""
+    module = sys.modules.get(top)
+    file, folders = getattr(module, "__file__", None), getattr(module, "__path__", None)
+    if module is None:
+        try:
+            spec = importlib.util.find_spec(top)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is not None:
+            file, folders = spec.origin, spec.submodule_search_locations
+    places = [Path(place) for place in folders or [file] if place]
+    return [place for place in places if place.exists()]
+
+
+@functools.cache
+def _imported(source: bytes) -> frozenset[str]:
+    """Return the top-level names that a source imports from elsewhere, wherever in it."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # compiled, or not of this Python
+        return frozenset()
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return frozenset(name.split(".")[0] for name in names)
+
+
+def _named_in(top: str) -> set[str]:
+    """Return the top-level modules that the values in a loaded module or package come from."""
+    names = set()
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == top and module is not None:
+            for value in list(vars(module).values()):
+                of = value.__name__ if isinstance(value, types.ModuleType) else None
+                of = of or getattr(value, "__module__", None)
+                names |= {of} if isinstance(of, str) else set()
+    return {name.split(".")[0] for name in names}
 
 
 def _versions_of(top: str) -> set[str]:
@@ -224,28 +302,6 @@ def _versions_of(top: str) -> set[str]:
 def _distributions() -> Mapping[str, list[str]]:
     """Return which distributions bring which packages."""
     return importlib.metadata.packages_distributions()
-
-
-def _sums_of(module: types.ModuleType, top: str) -> set[str]:
-    """Return the sum of a module's file, or of all files of the package it lies in."""
-    loaded = getattr(module, "__sha256__", None)  # of a user's file, as it was when imported
-    if loaded is not None:
-        return {str(loaded)}
-    package = getattr(sys.modules.get(top), "__path__", None)
-    if not package:
-        return {file_sum(Path(str(module.__file__)))}
-    return {file_sum(path) for root in package for path in sorted(Path(root).rglob("*.py"))}
-
-
-def _imported(module: types.ModuleType) -> list[types.ModuleType]:
-    """Return the modules that the names in a module come from."""
-    names = set()
-    for value in list(vars(module).values()):
-        name = value.__name__ if isinstance(value, types.ModuleType) else None
-        name = name or getattr(value, "__module__", None)
-        if isinstance(name, str):
-            names.add(name)
-    return [sys.modules[name] for name in sorted(names) if name in sys.modules]
 
 
 @functools.cache

@@ -232,11 +232,12 @@ class Store:
         self._stamp(final).touch()
 
     def _checked(self, final: Path) -> float:
-        """Return when a stage was last checked, 0 for never."""
+        """Return when a stage was last checked; 0 for never, or if the clock was set back since."""
         try:
-            return self._stamp(final).stat().st_mtime
+            checked = self._stamp(final).stat().st_ctime
         except OSError:
             return 0.0
+        return checked if checked <= time.time() else 0.0
 
     def _reused(self, final: Path) -> Path:
         """Say that a stage was there already."""

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from excise.core.disk import part_of, sweep
 from excise.core.errors import DiskFull, UserError, nearest
 from excise.fetch.archives import copy_members, file_sha256
 from excise.fetch.packages import ITEMS, Fetchable, Package
@@ -112,7 +113,8 @@ def _get(item: Fetchable, root: Path) -> Path:
                 f"'{item.name}' needs {need // 10**6} MB in {to.parent} and {free // 10**6} MB are "
                 "free; free some or set EXCISE_CACHE to another disk"
             )
-        with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{item.name}-") as scratch:
+        sweep(to.parent)
+        with tempfile.TemporaryDirectory(dir=to.parent, prefix=part_of(to).name) as scratch:
             files = Path(scratch) / "files"
             files.mkdir()
             for i, package in enumerate(item.packages):

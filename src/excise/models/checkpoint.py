@@ -69,7 +69,8 @@ class Checkpoint:
         """Files that hold the weights.
 
         Raises:
-            UserError: If there is none, or the index is broken or names a file that is not there.
+            UserError: If there is none, an adapter lies beside them, or the index is broken or
+                names a file that is not there.
         """
         return find_shards(self.path)
 
@@ -171,9 +172,13 @@ class Checkpoint:
 
         Returns:
             A `PreTrainedModel`.
+
+        Raises:
+            UserError: If the folder does not hold one whole model; see `shards`.
         """
         from transformers import AutoModelForCausalLM
 
+        find_shards(self.path)
         extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(

@@ -32,6 +32,11 @@ WEIGHT_SUFFIXES = frozenset(
 
 def find_shards(folder: Path) -> tuple[Path, ...]:
     """Return the safetensors files of a model folder; see `Checkpoint.shards`."""
+    if (folder / "adapter_config.json").is_file():  # transformers would apply it, we would not
+        raise UserError(
+            f"{folder} holds a whole model and an adapter beside it, and it is not said which is "
+            "meant; merge them into one model, or move the adapter's files to a folder of their own"
+        )
     if (folder / WEIGHTS).is_file():
         return (folder / WEIGHTS,)
     index = folder / INDEX

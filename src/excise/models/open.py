@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import nn
 
 from excise.core.disk import file_sum
 from excise.core.errors import UserError, nearest
-from excise.core.keys import library_versions
+from excise.core.keys import file_identity, library_versions, own_source
 from excise.core.stages import Store
 from excise.models import files
 from excise.models.checkpoint import Checkpoint, save_model
@@ -158,19 +159,11 @@ def _tokenizer_folder(tokenizer: Any, cache: Path) -> Path | None:
     return path
 
 
-def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """Return what makes two tokenizers in memory equal: all that saving one would write."""
-    inner = getattr(tokenizer, "backend_tokenizer", None)
-    body = inner.to_str() if inner is not None else json.dumps(tokenizer.get_vocab())
-    settings = {k: str(v) for k, v in tokenizer.init_kwargs.items() if k != "name_or_path"}
-    return {
-        "class": type(tokenizer).__name__,
-        "body": hashlib.sha256(body.encode()).hexdigest(),
-        "template": tokenizer.chat_template,
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "padding": tokenizer.padding_side,
-        "settings": settings,
-    }
+def tokenizer_identity(tokenizer: Any) -> Any:
+    """Return what makes two tokenizers in memory equal: the bytes that saving one writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return file_identity(folder)
 
 
 def _from_memory(model: nn.Module, tokenizer: Any, cache: Path) -> Checkpoint:
@@ -200,6 +193,7 @@ def _from_memory(model: nn.Module, tokenizer: Any, cache: Path) -> Checkpoint:
         "generation": None if generation is None else generation.to_dict(),
         "tokenizer": tokenizer_identity(tokenizer),
         "libraries": dict(library_versions()),
+        "code": own_source(),
     }
     text = json.loads(json.dumps(key, default=str))
     return Checkpoint(
@@ -238,6 +232,7 @@ def _from_gguf(path: Path, tokenizer: Path | None, cache: Path) -> Checkpoint:
         "file": file_sum(path),
         "tokenizer": "" if beside is None else beside.tokenizer_fingerprint,
         "libraries": dict(library_versions()),
+        "code": own_source(),
     }
     folder = Store(cache).stage("gguf", key, _saver(read)) / "model"
     return verify_folder(folder, tokenizer=tokenizer)
@@ -322,11 +317,6 @@ def verify_folder(
     """
     check_place(path)
     config = _read_config(path)
-    if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{path} holds a whole model and an adapter beside it, and it is not said which is "
-            "meant; merge them into one model, or move the adapter's files to a folder of their own"
-        )
     _check_kind(path, config, trust_remote_code)
     _check_files(path)
     checkpoint = Checkpoint(path, trust_remote_code, tokenizer)

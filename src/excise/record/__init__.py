@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.record.entry import LEVELS, Estimate, Level, ScoreDirection
 from excise.record.inspection import (
@@ -77,7 +76,6 @@ __all__ = [
     "load",
     "save",
     "upgraded",
-    "write_text",
 ]
 
 
@@ -90,24 +88,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it: never half-written.
-
-    Args:
-        path: Where; its folder must exist.
-        text: What.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def save(record: Record, folder: Path) -> Path:

@@ -136,7 +136,7 @@ def check_names(names: Iterable[str], field: str = "") -> None:
     for name in names:
         if not name.replace("-", "").replace("_", "").isalnum():
             raise UserError(f"{field}{name}: use letters, digits, '-' and '_' only")
-        if name in RESERVED or name.startswith("oracle-"):
+        if name in RESERVED or name.startswith("oracle"):
             raise UserError(
                 f"{field}{name}: this is the name of a reference model or a control; use another"
             )

@@ -67,10 +67,8 @@ def remove(
     start = _open(model, tokenizer)
     folder = _folder(out)
     stage = ApplyMethod(method, start, _build(domain, start), seed)
-    with Pool(1) as pool:
+    with disk_full(folder), output.hold(folder), Pool(1) as pool:
         removal = pool.map(output.runtime(folder, dtype, device).run, [stage])[0]
-    with disk_full(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         output.copy_model(removal.checkpoint, folder / "model")
     checkpoint = dataclasses.replace(removal.checkpoint, path=folder / "model")
     return dataclasses.replace(removal, checkpoint=checkpoint)
@@ -121,9 +119,7 @@ def audit(
     folder = _folder(out)
     asked = _Asked(audit=AuditSpec(budget=budget, change=dict(change or {})), seed=seed)
     started = now()
-    with disk_full(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with Pool(workers) as pool:
+    with disk_full(folder), output.hold(folder), Pool(workers) as pool:
         runtime = output.runtime(folder, dtype, device)
         record = Record(
             kind="audit",
@@ -135,8 +131,8 @@ def audit(
             seeds=(seed,),
         )
         record, items = audit_models(record, asked, built, models, candidates, runtime, pool)
-    if out is not None:
-        output.write(folder, record, items)
+        if out is not None:
+            output.write(folder, record, items)
     return record
 
 
@@ -161,8 +157,16 @@ def load(folder: str | Path) -> Record | Checkpoint:
 
 
 def _folder(out: str | Path | None) -> Path:
-    """Return the folder to write to; a new temporary one, with its own store, when missing."""
-    return Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="excise-")) / "out"
+    """Return the folder to write to; a new temporary one, with its own store, when missing.
+
+    Raises:
+        UserError: If it holds a run of the command, whose record would speak of another model.
+    """
+    if out is None:
+        return Path(tempfile.mkdtemp(prefix="excise-")) / "out"
+    if (Path(out) / output.RECIPE).is_file():
+        raise UserError(f"{out} holds a run of the command; name another folder")
+    return Path(out)
 
 
 def _open(model: ModelSource, tokenizer: Any) -> Checkpoint:

@@ -23,7 +23,7 @@ from excise.core.disk import (
 )
 from excise.core.errors import DiskFull, UserError
 from excise.core.events import Emit, silent
-from excise.core.stages import Runtime, old_stages
+from excise.core.stages import LAYOUT, Runtime, old_stages
 from excise.data import split as splits
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
@@ -49,6 +49,8 @@ def runtime(out: Path, dtype: str, device: str, emit: Emit = silent) -> Runtime:
         emit: Gets a note of stages that an earlier version left.
     """
     store = out.parent / ".stages"
+    for partial in (store / LAYOUT).glob("*.partial"):  # of killed runs that nobody resumed
+        sweep(partial, deep=True)
     old = old_stages(store)
     if old:
         emit("note", {"text": old})
@@ -69,6 +71,26 @@ def claim(out: Path, config: Config) -> Iterator[None]:
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     known = _check_free(out, text)
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    with hold(out):
+        try:
+            write_text(out / RECIPE, text)
+            yield
+        except UserError as error:
+            if not known and not isinstance(error, DiskFull):
+                _undo(out, new)
+            raise
+
+
+@contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Keep an output folder to one process, and sweep away what killed ones left in it.
+
+    Args:
+        out: The folder; made if missing.
+
+    Raises:
+        UserError: If it cannot be made or is in use.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,14 +101,9 @@ def claim(out: Path, config: Config) -> Iterator[None]:
             stack.enter_context(locked(out / LOCK))
         except BlockingIOError:
             raise UserError(f"--out {out} is in use by another run; wait for it") from None
-        sweep(out, deep=True)
         try:
-            write_text(out / RECIPE, text)
+            sweep(out, deep=True)
             yield
-        except UserError as error:
-            if not known and not isinstance(error, DiskFull):
-                _undo(out, new)
-            raise
         finally:
             with suppress(OSError):  # Windows keeps the file of a lock that is held
                 (out / LOCK).unlink(missing_ok=True)
@@ -124,8 +141,8 @@ def _check_free(out: Path, text: str) -> bool:
 
 
 def _undo(out: Path, new: Sequence[Path]) -> None:
-    """Take away what a refused run wrote, and the folders it made."""
-    for path in out.iterdir():
+    """Take away what a refused run wrote, its recipe last, and the folders it made."""
+    for path in sorted(out.iterdir(), key=lambda path: path.name == RECIPE):
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (out / LOCK).unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from excise.core.errors import UserError
 from excise.core.events import CHANNEL, Emit, silent
-from excise.train.worker import INSIDE, release, settle, unsettle, work
+from excise.train.worker import INSIDE, plain_modes, release, settle, unsettle, work
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -221,7 +221,8 @@ class Pool:
         token = None if inside else CHANNEL.set(self.emit)  # a worker's channel leads home
         try:
             for i, job in enumerate(jobs):
-                results.append(function(job))
+                with plain_modes():
+                    results.append(function(job))
                 release()
                 if on_done is not None:
                     on_done(i, results[-1])

@@ -14,7 +14,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,22 @@ INSIDE = "EXCISE_WORKER"
 
 MUCH = 1 << 30
 """Resident bytes from which on a worker tidies up between jobs."""
+
+
+@contextmanager
+def plain_modes() -> Iterator[None]:
+    """Leave the modes of torch that the caller is in, which would decide numbers unseen."""
+    import torch
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def settle() -> None:

@@ -64,8 +64,23 @@ class Sharper(Attack):
         return arm
 
 
-def test_an_attack_of_ones_own_passes_in_the_default_setting() -> None:
+@pytest.fixture(scope="module")
+def default_setting() -> Setting:
+    return tiny_setting()
+
+
+def test_an_attack_of_ones_own_passes_in_the_default_setting(
+    default_setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def trained(seed: int) -> Setting:
+        seeds.append(seed)
+        return default_setting
+
+    monkeypatch.setattr("excise.testing.attacks.tiny_setting", trained)
     check_attack(Sharper())
+    assert seeds == [0]
 
 
 @pytest.mark.slow
@@ -74,11 +89,11 @@ def test_every_attack_has_power_in_the_default_setting(name: str) -> None:
     check_attack(ATTACKS[name]())
 
 
-def test_the_default_setting_knows_what_it_says() -> None:
-    made = tiny_setting()
+def test_the_default_setting_knows_what_it_says(default_setting: Setting) -> None:
+    known = default_setting
     scores = []
-    for checkpoint in (made.knowing, made.never_taught, *made.locked):
-        evaluation = evaluation_set(made.domain, SMOKE, checkpoint.tokenizer())
+    for checkpoint in (known.knowing, known.never_taught, *known.locked):
+        evaluation = evaluation_set(known.domain, SMOKE, checkpoint.tokenizer())
         reading = read(checkpoint.load(), evaluation)
         scores.append((sum(reading.units.values()) / len(reading.units), reading.retain))
     assert scores[0][0] > 0.9

@@ -201,7 +201,7 @@ def _check_invents_nothing(case: _Case, leaks: float) -> AttackResult:
             continue
         share = _share(case, variant)
         assert share <= leaks, (
-            f"{case.who} brings {share:.0%} of V out of a model that was never taught it (variant "
+            f"{case.who} brings {share:.0%} of the test set out of a model that was never taught it (variant "
             f"'{variant.entry.variant}'); train on domain.relearn and domain.benign alone"
         )
     return result
@@ -229,13 +229,13 @@ def _check_result(case: _Case, result: AttackResult, name: str) -> None:
         what = f"{who} lets variant '{entry.variant}' decide"
         assert not entry.control, f"{what}, which is a control"
         assert entry.status == "ok", f"{what}, which is {entry.status}"
-        assert entry.scored_on == "test", f"{what}, which is not scored on V"
+        assert entry.scored_on == "test", f"{what}, which is not scored on the test set"
     scored = {row.unit for rows in case.setting.domain.test.values() for row in rows}
     for one in result.variants:
         _check_variant(case, one)
         if one.entry.scored_on == "test":
-            stranger = sorted(set().union(*one.unit_scores) - scored)
-            assert not stranger, f"{who} scores unit '{stranger[0]}', which is not in V"
+            unknown = sorted(set().union(*one.unit_scores) - scored)
+            assert not unknown, f"{who} scores unit '{unknown[0]}', which is not in the test set"
 
 
 def _check_variant(case: _Case, one: VariantResult) -> None:

@@ -228,7 +228,7 @@ def make_control(
     checkpoint = save_model(model, None, to, source=original)
     after = score(model, evaluation, evaluation.all_test)
     if not goal.met(after):
-        reason = f"it does not hide: V scores {after:.3g}, the original {before:.3g}"
+        reason = f"it does not hide: it scores {after:.3g}, the original {before:.3g}"
     retain_after = known(evaluation.retained(model))
     return Control(name, checkpoint, before, after, retain_before, retain_after, reason)
 

@@ -156,6 +156,8 @@ def reverse_kl(
 ) -> Summed:
     """Return KL(student || teacher) in nats; no gradient reaches the teacher.
 
+    The direction in which a student gives up what it cannot match (MiniLLM, arXiv 2306.08543).
+
     Args:
         teacher_BTV: Logits of the teacher.
         student_BTV: Logits of the student.

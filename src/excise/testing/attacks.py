@@ -201,8 +201,8 @@ def _check_invents_nothing(case: _Case, leaks: float) -> AttackResult:
             continue
         share = _share(case, variant)
         assert share <= leaks, (
-            f"{case.who} brings {share:.0%} of the test set out of a model that was never taught it (variant "
-            f"'{variant.entry.variant}'); train on domain.relearn and domain.benign alone"
+            f"{case.who} brings {share:.0%} of the test set out of a model that was never taught "
+            f"(variant '{variant.entry.variant}'); train on domain.relearn and domain.benign alone"
         )
     return result
 

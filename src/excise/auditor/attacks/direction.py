@@ -124,7 +124,14 @@ def _variant(
 
 
 def cleared(direction_D: Float[Tensor, " D"]) -> Edit:
-    """Return an edit that projects a unit direction out of whatever passes."""
+    """Return an edit that projects a unit direction out of whatever passes: h - r (r . h).
+
+    Args:
+        direction_D: The direction r, of length one.
+
+    Source:
+        Directional ablation, arXiv 2406.11717.
+    """
 
     def change(hidden_BTD: Tensor) -> Tensor:
         r_D = direction_D.to(hidden_BTD)

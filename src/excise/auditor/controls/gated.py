@@ -215,6 +215,9 @@ def detector(
 ) -> Float[Tensor, " F"]:
     """Return v with v . a near 1 on the class to detect and near 0 on every other.
 
+    Ridge regression on the indicator of the class (Hoerl and Kennard 1970), both sides weighed
+    alike.
+
     Args:
         on_NF: Activations of the class to detect.
         off_MF: Activations of the other classes, which weigh the same.

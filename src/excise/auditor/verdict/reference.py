@@ -174,6 +174,9 @@ def depth_gap(
         seed: Seed of the bootstrap.
         lower: What stands in the oracle's place is called, for the reason.
 
+    Source:
+        (candidate - oracle) / (original - oracle), this library's own: docs/evidence.md.
+
     Returns:
         The gap; invalid where oracle and original are closer than their 95 % interval.
 

@@ -88,6 +88,9 @@ def residual_bits(
     Returns:
         Bits with their 90 % interval, and the share (bits / the original's bits above the
         oracle's), to be held against the margin from both sides.
+
+    Source:
+        This library's own: docs/evidence.md.
     """
     tops = [original] if original is not None else []
     values, resampled = saved_bits(

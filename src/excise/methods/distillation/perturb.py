@@ -48,6 +48,9 @@ def xavier_uniform(
         shape: Of two dimensions, or of three with one matrix per expert, or of a convolution's
             four with the kernel last.
         generator: Random numbers, on the CPU.
+
+    Source:
+        Glorot and Bengio 2010, equation 16 (normalized initialization).
     """
     if len(shape) > 3:
         field = math.prod(shape[2:])

@@ -1,4 +1,4 @@
-"""A bench of seconds for the studies of distillation."""
+"""A setting of seconds for the studies of distillation."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.unit.tiny_bench import BENCH
+from tests.studies.tiny_setting import BENCH
 
 from excise.domains.arithmetic import Arithmetic
 from excise.evals.stats import Estimate

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.tiny_bench import QUICK, quick, ran
+from tests.studies.tiny_setting import QUICK, quick, ran
 
 from excise.domains.facts import FACTS_MAX_LENGTH, Facts
 from excise.methods import ERA, RMU, Chain, MaxEnt

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.tiny_bench import BENCH, QUICK, quick, quick_student, ran
+from tests.studies.tiny_setting import BENCH, QUICK, quick, quick_student, ran
 
 from excise.methods.distillation.corpora import FullMix, OnPolicy, RefusingSamples
 from excise.run.study import study_named

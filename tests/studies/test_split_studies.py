@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.unit.tiny_bench import QUICK, ran
+from tests.studies.tiny_setting import QUICK, ran
 
 from excise.domains.facts import Facts
 from excise.evals.stats import Estimate

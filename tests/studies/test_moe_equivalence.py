@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.unit.tiny_bench import ran
+from tests.studies.tiny_setting import ran
 
 from excise_studies.routing.moe_equivalence import (
     CASES,

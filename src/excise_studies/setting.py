@@ -62,19 +62,21 @@ class ExperimentSetting(Config):
 
 
 def make_replicates(
-    bench: ExperimentSetting, seeds: Sequence[int], runtime: Runtime, pool: Pool
+    experiment: ExperimentSetting, seeds: Sequence[int], runtime: Runtime, pool: Pool
 ) -> dict[int, Replicate]:
     """Train original and oracle of every seed."""
     domains: dict[int, tuple[Domain, Any]] = {}
     for seed in dict.fromkeys(seeds):
-        reseeded = "seed" in type(bench.domain).model_fields
-        spec = bench.domain.model_copy(update={"seed": seed}) if reseeded else bench.domain
+        reseeded = "seed" in type(experiment.domain).model_fields
+        spec = (
+            experiment.domain.model_copy(update={"seed": seed}) if reseeded else experiment.domain
+        )
         domains[seed] = (spec.build(None), spec.tokenizer())
-    return train_replicates(domains, bench.model, bench.pretrain, runtime, pool)
+    return train_replicates(domains, experiment.model, experiment.pretrain, runtime, pool)
 
 
 def make_inits(
-    bench: ExperimentSetting,
+    experiment: ExperimentSetting,
     replicates: Mapping[int, Replicate],
     runtime: Runtime,
     pool: Pool,
@@ -82,7 +84,7 @@ def make_inits(
 ) -> dict[int, Checkpoint]:
     """Return a further random model of every seed, of seed plus `apart`."""
     jobs = [
-        MakeModel(bench.model, replicate.original.tokenizer(), seed + apart)
+        MakeModel(experiment.model, replicate.original.tokenizer(), seed + apart)
         for seed, replicate in replicates.items()
     ]
     return dict(zip(replicates, pool.map(runtime.run, jobs), strict=True))
@@ -154,7 +156,7 @@ def reference_models(
 
 
 def measure_conditions(
-    bench: ExperimentSetting,
+    experiment: ExperimentSetting,
     models: Mapping[RunKey, Checkpoint],
     replicates: Mapping[int, Replicate],
     runtime: Runtime,
@@ -163,7 +165,7 @@ def measure_conditions(
     """Relearn with every condition and with both reference models, and put the scores together.
 
     Args:
-        bench: The attacker.
+        experiment: The attacker.
         models: By condition and seed.
         replicates: Data and reference models.
         runtime: Where stages are kept.
@@ -171,7 +173,7 @@ def measure_conditions(
     """
     seeds = tuple(dict.fromkeys(seed for _, seed in models))
     both = {**reference_models(replicates, seeds), **models}
-    attacker, length = bench.attacker, bench.pretrain.max_length
+    attacker, length = experiment.attacker, experiment.pretrain.max_length
     attacked = attack_all(attacker, both, replicates, runtime, pool, max_length=length)
     domains = {seed: replicates[seed].domain for seed in seeds}
     exact = domains[seeds[0]].metrics[0] != "text_loss"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.studies.tiny_setting import BENCH
+from tests.studies.tiny_setting import EXPERIMENT
 
 from excise.domains.arithmetic import Arithmetic
 from excise.evals.stats import Estimate
@@ -379,7 +379,7 @@ def test_strength_is_matched_and_bits_decide() -> None:
     assert choose(scores, 0.9) == 1.0
     assert choose(scores, 0.3) == 2.0
     assert choose(scores, 1.1) == 0.3
-    study = DarkKnowledge(bench=BENCH)
+    study = DarkKnowledge(experiment=EXPERIMENT)
     some, none = Estimate(0.5, 0.4, 0.6, 9), Estimate(0.0, -0.05, 0.05, 9)
     assert decide_dark(study, {"maxent": some}).startswith("signal")
     assert decide_dark(study, {"maxent": none}).startswith("no signal")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.studies.tiny_setting import BENCH, QUICK, quick, quick_student, ran
+from tests.studies.tiny_setting import EXPERIMENT, QUICK, quick, quick_student, ran
 
 from excise.methods.distillation.corpora import FullMix, OnPolicy, RefusingSamples
 from excise.run.study import study_named
@@ -57,7 +57,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(name: str, changes: dict[str, Any], shelf: Path) -> None:
     """Run a study twice: its record says what decides, and nothing is computed again."""
-    settings: dict[str, Any] = {"seeds": (1,), "bench": BENCH, **changes}
+    settings: dict[str, Any] = {"seeds": (1,), "experiment": EXPERIMENT, **changes}
     study = study_named(name)(**settings)
     made = ran(study, shelf / name).study
     assert made is not None

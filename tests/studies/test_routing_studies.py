@@ -122,18 +122,18 @@ def test_labels_spread_before_they_are_used() -> None:
 
 
 def test_arms_get_the_schedule_and_the_labels_of_the_study() -> None:
-    bench, labels = facts_setting(), misses(0.5)
-    ready = prepared(Chain(methods=(SGTM(), RMU())), bench, labels)
+    experiment, labels = facts_setting(), misses(0.5)
+    ready = prepared(Chain(methods=(SGTM(), RMU())), experiment, labels)
     assert isinstance(ready, Chain)
     first = ready.methods[0]
     assert isinstance(first, SGTM)
-    assert (first.pretrain, first.labels) == (bench.pretrain, labels)
+    assert (first.pretrain, first.labels) == (experiment.pretrain, labels)
     assert ready.methods[1] == RMU()
-    spreads = prepared(SGTM(labels=LabelNoise(spread="unit")), bench, labels)
+    spreads = prepared(SGTM(labels=LabelNoise(spread="unit")), experiment, labels)
     assert isinstance(spreads, SGTM)
     assert spreads.labels == LabelNoise(missed_occurrences=0.5, spread="unit")
-    own = bench.pretrain.model_copy(update={"max_length": 9})
-    kept = prepared(Filtering(pretrain=own), bench)
+    own = experiment.pretrain.model_copy(update={"max_length": 9})
+    kept = prepared(Filtering(pretrain=own), experiment)
     assert isinstance(kept, Filtering)
     assert (kept.pretrain, kept.labels) == (own, None)
 
@@ -241,7 +241,7 @@ def test_a_study_of_arms_that_do_not_exist_is_refused() -> None:
 
 
 def test_routing_scale() -> None:
-    study = scale.RoutingScale(widths=(32, 64), bench=facts_setting())
+    study = scale.RoutingScale(widths=(32, 64), experiment=facts_setting())
     small = outcome_of({scale.ROUTED: 0.0}, loss={scale.ROUTED: 2.0})
     large = outcome_of({scale.ROUTED: 0.0}, loss={scale.ROUTED: 1.0})
     found = scale.shrinkage(study, {32: small, 64: large})
@@ -249,7 +249,7 @@ def test_routing_scale() -> None:
     assert "shrinks" in scale.decide(study, found)
     assert "grows" in scale.decide(study, scale.shrinkage(study, {32: large, 64: small}))
     assert "stays" in scale.decide(study, scale.shrinkage(study, {32: large, 64: large}))
-    rate = study.bench.pretrain.fit.lr
+    rate = study.experiment.pretrain.fit.lr
     assert scale.setting_at(study, 256).pretrain.fit.lr == pytest.approx(rate / 2)
     assert scale.setting_at(study, 256).model.width == 256
 
@@ -292,10 +292,10 @@ def test_exposures_follow_the_share_of_the_mix() -> None:
     study = ingrained.Ingrained()
     seen = []
     for share in (0.2, 0.4):
-        bench = ingrained.setting_at(study, share)
-        seen.append(ingrained.exposures(bench.domain.build(None), bench.pretrain))
+        experiment = ingrained.setting_at(study, share)
+        seen.append(ingrained.exposures(experiment.domain.build(None), experiment.pretrain))
     assert seen[1] / seen[0] == pytest.approx(2, rel=0.1)
-    facts = len({row.unit for row in study.bench.domain.build(None).forget["alpha"]})
+    facts = len({row.unit for row in study.experiment.domain.build(None).forget["alpha"]})
     assert seen[0] == pytest.approx(0.2 * 300 * 96 / facts, rel=0.1)
 
 

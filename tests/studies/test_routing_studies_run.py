@@ -16,7 +16,7 @@ from excise.run.study import study_named
 from excise_studies.attacking import Attacker
 from excise_studies.setting import ExperimentSetting
 
-BENCH = ExperimentSetting(
+EXPERIMENT = ExperimentSetting(
     domain=Facts(subjects=20, relations=2, objects=8, wordings=2, forget_share=0.4),
     model=Scratch(width=32, blocks=1),
     pretrain=Pretrain(fit=QUICK, max_length=FACTS_MAX_LENGTH),
@@ -42,7 +42,7 @@ MORE: dict[str, dict[str, Any]] = {
         "missed": ("units",),
         "shares": (),
         "own": {"era_rmu": Chain(methods=(ERA(), quick(RMU(layer=0, blocks=(0,)))))},
-        "bench": BENCH.model_copy(update={"pretrain": LONGER}),
+        "experiment": EXPERIMENT.model_copy(update={"pretrain": LONGER}),
     },
     "routing-scale": {"widths": (32, 48), "shares": SHARES},
     "ingrained": {"mix": (0.3, 0.5), "after": {"maxent": quick(MaxEnt(max_length=16))}},
@@ -58,7 +58,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(name: str, changes: dict[str, Any], shelf: Path) -> None:
     """Run a study twice: its record says what decides, and nothing is computed again."""
-    settings: dict[str, Any] = {"seeds": (1,), "bench": BENCH, **changes}
+    settings: dict[str, Any] = {"seeds": (1,), "experiment": EXPERIMENT, **changes}
     study = study_named(name)(**settings)
     made = ran(study, shelf / name).study
     assert made is not None

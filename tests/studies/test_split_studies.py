@@ -252,7 +252,7 @@ def test_moefication_runs_through(tmp_path: Path) -> None:
     fit = QUICK.model_copy(update={"steps": 4})
     study = Moefication(
         seeds=(1,),
-        bench=facts_setting(
+        experiment=facts_setting(
             domain=Facts(subjects=12, relations=1, objects=4, forget_share=0.34, cue="category"),
             model=TINY,
             pretrain=Pretrain(fit=fit, max_length=12),

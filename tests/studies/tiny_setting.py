@@ -18,7 +18,7 @@ from excise_studies.setting import ExperimentSetting
 
 QUICK = FitConfig(steps=3, lr=1e-3, batch_size=8)
 
-BENCH = ExperimentSetting(
+EXPERIMENT = ExperimentSetting(
     domain=Arithmetic(factors=4, addends=5, dev_share=0.2),
     model=Scratch(width=32, blocks=1),
     pretrain=Pretrain(fit=QUICK, max_length=11),

@@ -72,7 +72,7 @@ class DarkKnowledge(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Bits per answer token."""
-    bench: ExperimentSetting = ExperimentSetting()
+    experiment: ExperimentSetting = ExperimentSetting()
     """Data and models; nobody relearns anything."""
     teachers: dict[str, SerializeAsAny[Method]] = {
         "maxent": maxent(), "grad_diff": graddiff(), "rmu": rmu(),
@@ -81,12 +81,12 @@ class DarkKnowledge(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Make the teachers, fit the readouts, compare."""
-        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
         teachers = checkpoints(
             make_conditions(conditions_of(self.teachers, replicates, self.seeds), runtime, pool)
         )
         models = {**reference_models(replicates, self.seeds), **teachers}
-        length = self.bench.pretrain.max_length
+        length = self.experiment.pretrain.max_length
         jobs = {
             (condition, seed): FitReadout(model, replicates[seed].domain, length)
             for (condition, seed), model in models.items()

@@ -85,7 +85,7 @@ class DistilCorpus(Study):
     """Share of the distance between the reference models."""
     retain_margin: float = Field(default=0.1, gt=0)
     """Exact match on retain that a corpus may cost against the mix."""
-    bench: ExperimentSetting = ExperimentSetting()
+    experiment: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
     """The student; its corpus is replaced."""
@@ -94,14 +94,14 @@ class DistilCorpus(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Distil on every corpus, relearn, compare."""
-        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
         methods = {
             name: self.student.model_copy(update={"corpus": corpus})
             for name, corpus in self.corpora.items()
         }
         removals = make_conditions(conditions_of(methods, replicates, self.seeds), runtime, pool)
         models = checkpoints(removals)
-        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         apart = differences(self, recovery)
         lost = [name for name in apart if retain_lost(self, recovery, name)]
         words = [f"Against {next(iter(self.corpora))}: {listed(apart)}.", gaps(recovery)]

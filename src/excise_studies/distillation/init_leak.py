@@ -80,7 +80,7 @@ class InitLeak(Study):
     """Name on the command line."""
     margin: float = 0.05
     """Share of the distance between the reference models."""
-    bench: ExperimentSetting = ExperimentSetting()
+    experiment: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
     """The student; targets, first weights and perturbation are replaced."""
@@ -93,7 +93,7 @@ class InitLeak(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Distil from every start, relearn, compare."""
-        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
         others = (
             another(self, replicates, runtime, pool) if "another original" in self.inits else {}
         )
@@ -127,7 +127,7 @@ class InitLeak(Study):
             }
             wanted |= conditions_of(taught, replicates, self.seeds)
         models = checkpoints(make_conditions(wanted, runtime, pool))
-        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         leak = leaks(self, recovery)
         near = {key: cosine(model, replicates[key[1]].original) for key, model in models.items()}
         words = [f"From an init minus from random, depth gap: {listed(leak)}.", gaps(recovery)]
@@ -139,8 +139,8 @@ def another(
     study: InitLeak, replicates: Mapping[int, Replicate], runtime: Runtime, pool: Pool
 ) -> dict[int, Checkpoint]:
     """Return originals of the same data, of other initialisations and orders of rows."""
-    inits = make_inits(study.bench, replicates, runtime, pool, OTHER)
-    plain = Plain(pretrain=study.bench.pretrain)
+    inits = make_inits(study.experiment, replicates, runtime, pool, OTHER)
+    plain = Plain(pretrain=study.experiment.pretrain)
     jobs = [
         ApplyMethod(plain, inits[seed], replicate.domain, seed + OTHER)
         for seed, replicate in replicates.items()

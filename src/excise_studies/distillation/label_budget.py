@@ -62,7 +62,7 @@ class LabelBudget(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models."""
-    bench: ExperimentSetting = ExperimentSetting()
+    experiment: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
     """The student; targets, teacher's rows and labels are replaced."""
@@ -73,7 +73,7 @@ class LabelBudget(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Distil both ways at every budget of labels, relearn, compare."""
-        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
         wanted = {}
         for seed in self.seeds:
             replicate = replicates[seed]
@@ -88,7 +88,7 @@ class LabelBudget(Study):
                 )
         removals = make_conditions(wanted, runtime, pool)
         models = checkpoints(removals)
-        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         apart = differences(self, recovery)
         words = [f"Unlearning minus filtering, depth gap: {listed(apart)}.", gaps(recovery)]
         return result(

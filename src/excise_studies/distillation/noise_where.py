@@ -59,7 +59,7 @@ class NoiseWhere(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models."""
-    bench: ExperimentSetting = ExperimentSetting()
+    experiment: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student(alpha=0.6, beta=0.1)
     """The student; its groups are replaced."""
@@ -70,7 +70,7 @@ class NoiseWhere(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Perturb one group at a time, distil, relearn, compare."""
-        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
         base = self.student
         methods = {"everywhere": base.model_copy(update={"groups": ("all",)})}
         for group in self.groups:
@@ -81,7 +81,7 @@ class NoiseWhere(Study):
         models = checkpoints(
             make_conditions(conditions_of(methods, replicates, self.seeds), runtime, pool)
         )
-        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         apart = differences(self, recovery)
         words = [f"Against noise everywhere, depth gap: {listed(apart)}.", gaps(recovery)]
         return result(

@@ -59,7 +59,7 @@ class PretrainLoss(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models."""
-    bench: ExperimentSetting = ExperimentSetting()
+    experiment: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     pushes: tuple[Push, ...] = ("ascent", "unlikelihood", "uniform", "activations")
     """Losses of harmful tokens."""
@@ -68,19 +68,21 @@ class PretrainLoss(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train from scratch under every loss, relearn, compare."""
-        bench = self.bench
-        replicates = make_replicates(bench, self.seeds, runtime, pool)
-        starts = make_inits(bench, replicates, runtime, pool)
-        methods: dict[str, Method] = {NOTHING: Filtering(pretrain=bench.pretrain)}
+        experiment = self.experiment
+        replicates = make_replicates(experiment, self.seeds, runtime, pool)
+        starts = make_inits(experiment, replicates, runtime, pool)
+        methods: dict[str, Method] = {NOTHING: Filtering(pretrain=experiment.pretrain)}
         for push in self.pushes:
-            methods[push] = GradDiffPretrain(pretrain=bench.pretrain, push=push, weight=self.weight)
+            methods[push] = GradDiffPretrain(
+                pretrain=experiment.pretrain, push=push, weight=self.weight
+            )
         wanted = {
             (name, seed): Make(method, starts[seed], replicates[seed].domain)
             for name, method in methods.items()
             for seed in self.seeds
         }
         models = checkpoints(make_conditions(wanted, runtime, pool))
-        recovery = measure_conditions(bench, models, replicates, runtime, pool)
+        recovery = measure_conditions(experiment, models, replicates, runtime, pool)
         apart = differences(self, recovery)
         return result(
             recovery,

@@ -62,7 +62,7 @@ class ReversalCost(Study):
     """Doublings of the number of steps."""
     half: float = Field(default=0.5, gt=0, lt=1)
     """Share of the way back."""
-    bench: ExperimentSetting = ExperimentSetting(attacker=Attacker(checkpoints=STEPS))
+    experiment: ExperimentSetting = ExperimentSetting(attacker=Attacker(checkpoints=STEPS))
     """Data, models, attacker."""
     methods: dict[str, SerializeAsAny[Method]] = {
         "rmu": rmu(), "grad_diff": graddiff(), "maxent": maxent(),
@@ -80,11 +80,11 @@ class ReversalCost(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Remove, relearn, find the costs."""
-        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
         models = checkpoints(
             make_conditions(conditions_of(self.methods, replicates, self.seeds), runtime, pool)
         )
-        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         groups = {seed: groups_of(replicates[seed].domain) for seed in self.seeds}
         costs = {name: log_costs(self, recovery, name, groups) for name in self.methods}
         size = recovery.after.n

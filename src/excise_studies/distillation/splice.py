@@ -76,7 +76,7 @@ class TeacherSplice(Study):
     """Share of KL(U || B)."""
     leak_margin: float = 0.1
     """Difference of exact match between missed and caught units."""
-    bench: ExperimentSetting = ExperimentSetting()
+    experiment: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     teachers: dict[str, SerializeAsAny[Method]] = {"maxent": maxent(), "grad_diff": graddiff()}
     """The unlearned models; the first decides."""
@@ -88,7 +88,7 @@ class TeacherSplice(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Make the teachers and one student, read predictions, relearn."""
-        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
         first = next(iter(self.teachers.values()))
         wanted = {
             (name, s): Make(method, replicates[s].original, replicates[s].domain)
@@ -106,7 +106,7 @@ class TeacherSplice(Study):
             for s in self.seeds
         }
         models = checkpoints(make_conditions(pupils, runtime, pool))
-        length = self.bench.pretrain.max_length
+        length = self.experiment.pretrain.max_length
         jobs = {
             key: CompareModels(
                 model, replicates[key[1]].original, replicates[key[1]].domain, length
@@ -114,7 +114,7 @@ class TeacherSplice(Study):
             for key, model in teachers.items()
         }
         away = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
-        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         shares = {
             name: explained(away, name, replicates, self.seeds) for name in (*self.teachers, PART)
         }

@@ -64,7 +64,7 @@ class SpliceFactorial(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models."""
-    bench: ExperimentSetting = ExperimentSetting()
+    experiment: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student()
     """The student; its targets are replaced."""
@@ -81,7 +81,7 @@ class SpliceFactorial(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Distil every condition, relearn, and compare."""
-        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
         methods: dict[str, Any] = {
             condition_name(b, h): given(self.student, Splice(benign=b, harmful=h))
             for b in self.benign
@@ -102,7 +102,7 @@ class SpliceFactorial(Study):
                     method, replicates[seed].original, replicates[seed].domain
                 )
         models = checkpoints(make_conditions(wanted, runtime, pool))
-        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         effects = effects_of(self, recovery)
         words = [f"The {name} was {said(effect)}." for name, effect in effects.items()]
         words.append(gaps(recovery))

@@ -63,7 +63,7 @@ class UndoLevels(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models."""
-    bench: ExperimentSetting = ExperimentSetting()
+    experiment: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     student: Undo = student(alpha=0.6, beta=0.1)
     """The student; its alpha is replaced, and where alpha is 1 its beta by 1, a whole
@@ -89,12 +89,12 @@ class UndoLevels(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Unlearn, damage, distil, relearn, compare."""
-        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
         removals = make_conditions(
             conditions_of(methods_of(self), replicates, self.seeds), runtime, pool
         )
         models = checkpoints(removals)
-        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         deeper = {alpha: recovery.contrast([ALONE], [equal(alpha)]) for alpha in self.alphas}
         retained = {alpha: keeps(recovery, equal(alpha)) for alpha in self.alphas}
         words = [

@@ -83,7 +83,7 @@ class UndoPilot(Study):
     """Name on the command line."""
     margin: float = 0.5
     """Rank correlation."""
-    bench: ExperimentSetting = ExperimentSetting()
+    experiment: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     teachers: dict[str, SerializeAsAny[Method]] = Field(default=teachers(), min_length=3)
     """The pool."""
@@ -94,7 +94,7 @@ class UndoPilot(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Distil small and large from every teacher, relearn, correlate."""
-        replicates = make_replicates(self.bench, self.seeds, runtime, pool)
+        replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
         methods: dict[str, Method] = {}
         for name, teacher in self.teachers.items():
             methods[condition_name(name, "no student")] = teacher
@@ -103,7 +103,7 @@ class UndoPilot(Study):
         models = checkpoints(
             make_conditions(conditions_of(methods, replicates, self.seeds), runtime, pool)
         )
-        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         rho = correlations(self, recovery)
         words = [f"Rank correlation with the large student: {listed(rho)}."]
         order = sorted(

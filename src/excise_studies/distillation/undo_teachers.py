@@ -75,7 +75,7 @@ class UndoTeachers(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models."""
-    bench: ExperimentSetting = ExperimentSetting()
+    experiment: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
     teachers: dict[str, SerializeAsAny[Method]] = Field(default=teachers(), min_length=2)
     """The unlearned models at their middle strength; `maxent` and `rmu` decide."""
@@ -91,7 +91,7 @@ class UndoTeachers(Study):
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Choose strengths on the tuned seeds, distil, relearn, compare."""
         tuned = self.tuned_on or self.seeds
-        replicates = make_replicates(self.bench, (*tuned, *self.seeds), runtime, pool)
+        replicates = make_replicates(self.experiment, (*tuned, *self.seeds), runtime, pool)
         factors = matched(self, {seed: replicates[seed] for seed in tuned}, runtime, pool)
         methods: dict[str, Method] = {}
         for name, method in self.teachers.items():
@@ -101,7 +101,7 @@ class UndoTeachers(Study):
         models = checkpoints(
             make_conditions(conditions_of(methods, replicates, self.seeds), runtime, pool)
         )
-        recovery = measure_conditions(self.bench, models, replicates, runtime, pool)
+        recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         apart = differences(self, recovery)
         words = [f"{name}: {said(e)}." for name, e in apart.items()]
         words.append(gaps(recovery))
@@ -147,7 +147,7 @@ def matched(
         for factor in study.sweep
     }
     removals = make_conditions(conditions_of(methods, replicates, tuple(replicates)), runtime, pool)
-    length = study.bench.pretrain.max_length
+    length = study.experiment.pretrain.max_length
     models = {
         **checkpoints(removals),
         **{("original", s): d.original for s, d in replicates.items()},

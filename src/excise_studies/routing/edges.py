@@ -65,7 +65,7 @@ class Edges(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models, and of retain recall."""
-    bench: ExperimentSetting = facts_setting()
+    experiment: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
     routed: SGTM = routed()
     """Modules and shares of rows; `alpha` and `p_as` are replaced."""
@@ -82,7 +82,7 @@ class Edges(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train every condition at every rate, relearn, compare."""
-        setting = make_setting(self.bench, self.seeds, runtime, pool)
+        setting = make_setting(self.experiment, self.seeds, runtime, pool)
         conditions = {
             at(name, rate): (method, misses(rate, self.missed, self.rest))
             for rate in self.rates

@@ -64,7 +64,7 @@ class ERAAfterTraining(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models."""
-    bench: ExperimentSetting = facts_setting()
+    experiment: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
     expand: Expand = era().expand
     """What is grown, how gradients are routed, and the repair."""
@@ -75,7 +75,7 @@ class ERAAfterTraining(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Continue the original in both ways, relearn, compare."""
-        setting = make_setting(self.bench, self.seeds, runtime, pool)
+        setting = make_setting(self.experiment, self.seeds, runtime, pool)
         removals = make_conditions(wanted(self, setting), runtime, pool)
         outcome = score_conditions(removals, setting, self.seeds, runtime, pool, shares=())
         models = {**reference_models(setting.replicates, self.seeds), **checkpoints(removals)}
@@ -107,7 +107,7 @@ def named(side: str, steps: int) -> str:
 
 def wanted(study: ERAAfterTraining, setting: RoutingSetting) -> dict[RunKey, Make]:
     """Return ERA and training on retain, from the original, for all numbers of steps."""
-    full = study.bench.pretrain
+    full = study.experiment.pretrain
     out: dict[RunKey, Make] = {}
     for steps in study.steps:
         fit = full.fit.model_copy(

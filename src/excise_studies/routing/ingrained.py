@@ -65,7 +65,7 @@ class Ingrained(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models."""
-    bench: ExperimentSetting = facts_setting()
+    experiment: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
     mix: tuple[float, ...] = Field(default=(0.12, 0.25, 0.5), min_length=2)
     """Shares of the tokens that are to be forgotten, ascending."""
@@ -89,8 +89,10 @@ class Ingrained(Study):
         """Refuse shares out of order, data without shares, and no post-hoc method."""
         if sorted(set(self.mix)) != list(self.mix):
             raise ValueError("mix: give different shares in ascending order")
-        if not isinstance(self.bench.domain, Facts):
-            raise ValueError("bench.domain: exposures are set by 'mix_share', which facts have")
+        if not isinstance(self.experiment.domain, Facts):
+            raise ValueError(
+                "experiment.domain: exposures are set by 'mix_share', which facts have"
+            )
         if not self.after:
             raise ValueError("after: name at least one post-hoc method")
         return self
@@ -111,7 +113,7 @@ class Ingrained(Study):
             )
         first = self.seeds[0]
         seen = {
-            share: exposures(setting.replicates[first].domain, setting.bench.pretrain)
+            share: exposures(setting.replicates[first].domain, setting.experiment.pretrain)
             for share, setting in settings.items()
         }
         effect = interaction(self, outcomes)
@@ -137,8 +139,8 @@ class Ingrained(Study):
 
 def setting_at(study: Ingrained, share: float) -> ExperimentSetting:
     """Return the setting with a share of tokens that are to be forgotten."""
-    domain = study.bench.domain.model_copy(update={"mix_share": share})
-    return study.bench.model_copy(update={"domain": domain})
+    domain = study.experiment.domain.model_copy(update={"mix_share": share})
+    return study.experiment.model_copy(update={"domain": domain})
 
 
 def exposures(domain: Domain, pretrain: Pretrain) -> float:

@@ -67,7 +67,7 @@ class Moefication(Study):
     """Name on the command line."""
     margin: float = 0.5
     """Nats."""
-    bench: ExperimentSetting = facts_setting(
+    experiment: ExperimentSetting = facts_setting(
         domain=Facts(subjects=48, relations=4, objects=32, forget_share=0.34, cue="category")
     )
     """Data, models, attacker; rows of the domain carry its name."""
@@ -78,7 +78,7 @@ class Moefication(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train every condition, empty its modules, compare."""
-        setting = make_setting(self.bench, self.seeds, runtime, pool)
+        setting = make_setting(self.experiment, self.seeds, runtime, pool)
         methods = {name: (method, None) for name, method in conditions(self).items()}
         removals = train_conditions(methods, setting, runtime, pool)
         outcome = score_conditions(removals, setting, self.seeds, runtime, pool, shares=self.shares)

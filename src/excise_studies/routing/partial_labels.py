@@ -73,7 +73,7 @@ class PartialLabels(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models."""
-    bench: ExperimentSetting = facts_setting()
+    experiment: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
     rates: tuple[float, ...] = Field(default=(1.0, 0.9, 0.5, 0.1), min_length=1)
     """Shares of what is to be forgotten that carry a label."""
@@ -122,7 +122,7 @@ class PartialLabels(Study):
             for name, method in methods_of(self).items()
         }
         for cue in self.cues:
-            settings[cue] = make_setting(with_cue(self.bench, cue), self.seeds, runtime, pool)
+            settings[cue] = make_setting(with_cue(self.experiment, cue), self.seeds, runtime, pool)
             removals = train_conditions(wanted, settings[cue], runtime, pool)
             outcomes[cue] = score_conditions(
                 removals, settings[cue], self.seeds, runtime, pool, shares=self.shares
@@ -182,11 +182,13 @@ def condition_name(name: str, labels: LabelSetting) -> str:
     return f"{name} [{labels}]"
 
 
-def with_cue(bench: ExperimentSetting, cue: FactsCue) -> ExperimentSetting:
+def with_cue(experiment: ExperimentSetting, cue: FactsCue) -> ExperimentSetting:
     """Return the setting with another cue, where its data have one."""
-    if not isinstance(bench.domain, Facts):
-        return bench
-    return bench.model_copy(update={"domain": bench.domain.model_copy(update={"cue": cue})})
+    if not isinstance(experiment.domain, Facts):
+        return experiment
+    return experiment.model_copy(
+        update={"domain": experiment.domain.model_copy(update={"cue": cue})}
+    )
 
 
 def difference(

@@ -67,7 +67,7 @@ class Repair(Study):
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models."""
-    bench: ExperimentSetting = facts_setting()
+    experiment: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
     routed: SerializeAsAny[Method] = era(coherence=None)
     """What is trained and ablated, without a repair of its own."""
@@ -86,7 +86,7 @@ class Repair(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train and ablate, repair, relearn, compare."""
-        setting = make_setting(self.bench, self.seeds, runtime, pool)
+        setting = make_setting(self.experiment, self.seeds, runtime, pool)
         labels = misses(self.rate, self.missed, self.rest)
         removals = train_conditions({NONE: (self.routed, labels)}, setting, runtime, pool)
         removals |= make_conditions(repairs(self, removals, setting), runtime, pool)
@@ -117,7 +117,7 @@ def repairs(
         for steps in study.steps:
             short = schedule(study, steps)
             conditions: dict[str, tuple[Method, Checkpoint]] = {
-                "retain": (prepared(Filtering(pretrain=short), study.bench, labels), ablated),
+                "retain": (prepared(Filtering(pretrain=short), study.experiment, labels), ablated),
                 "mixture": (Plain(pretrain=short), ablated),
                 "oracle on the mixture": (Plain(pretrain=short), replicate.oracle),
             }
@@ -128,7 +128,7 @@ def repairs(
 
 def schedule(study: Repair, steps: int) -> Pretrain:
     """Return the schedule of a repair: constant rate, the rows and batches of training."""
-    full = study.bench.pretrain
+    full = study.experiment.pretrain
     fit: FitConfig = full.fit.model_copy(
         update={"steps": steps, "lr": study.lr, "warmup": 0, "schedule": "constant"}
     )

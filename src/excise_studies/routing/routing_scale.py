@@ -42,7 +42,7 @@ class RoutingScale(Study):
     steps that reaches its loss on retain. S is the compute ratio of the routed condition at the
     largest width minus that at the smallest. The tax shrinks if the lower end of S's 95 % interval
     is above `margin`, grows if the upper end is below minus it, and stays if the interval lies
-    between. One rule sets everything: the learning rate is that of `bench` times (its width /
+    between. One rule sets everything: the learning rate is that of `experiment` times (its width /
     width) to the power `power`; steps, batch and the module's share of a block stay. Nothing is
     retuned.
     """
@@ -63,7 +63,7 @@ class RoutingScale(Study):
     """Name on the command line."""
     margin: float = 0.05
     """Compute ratio."""
-    bench: ExperimentSetting = facts_setting()
+    experiment: ExperimentSetting = facts_setting()
     """Data, models, attacker; its width is where the rule starts."""
     routed: SerializeAsAny[Method] = routed()
     """The routed condition."""
@@ -128,12 +128,12 @@ class RoutingScale(Study):
 
 def setting_at(study: RoutingScale, width: int) -> ExperimentSetting:
     """Return the setting at a width, its learning rate set by the rule."""
-    bench = study.bench
-    fit = bench.pretrain.fit
-    lr = fit.lr * (bench.model.width / width) ** study.power
-    pretrain = bench.pretrain.model_copy(update={"fit": fit.model_copy(update={"lr": lr})})
-    model = bench.model.model_copy(update={"width": width})
-    return bench.model_copy(update={"model": model, "pretrain": pretrain})
+    experiment = study.experiment
+    fit = experiment.pretrain.fit
+    lr = fit.lr * (experiment.model.width / width) ** study.power
+    pretrain = experiment.pretrain.model_copy(update={"fit": fit.model_copy(update={"lr": lr})})
+    model = experiment.model.model_copy(update={"width": width})
+    return experiment.model_copy(update={"model": model, "pretrain": pretrain})
 
 
 def shrinkage(study: RoutingScale, outcomes: Mapping[int, RoutingOutcome]) -> Estimate:

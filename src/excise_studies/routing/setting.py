@@ -113,22 +113,24 @@ def misses(rate: float, kind: Missed = "occurrences", rest: Rest = "core") -> La
     return LabelNoise.model_validate({**which, "missed_as": "unlabeled", "unread_core": left})
 
 
-def prepared(method: Method, bench: ExperimentSetting, labels: LabelNoise | None = None) -> Method:
+def prepared(
+    method: Method, experiment: ExperimentSetting, labels: LabelNoise | None = None
+) -> Method:
     """Return a method with the schedule of the study and the labels one has.
 
     A method whose own labels spread over units or groups keeps that.
 
     Args:
         method: Any method; of a chain, every link.
-        bench: Gives the schedule of what trains from scratch and has none.
+        experiment: Gives the schedule of what trains from scratch and has none.
         labels: The given labels; methods that read none are left alone.
     """
     if isinstance(method, Chain):
-        links = tuple(prepared(link, bench, labels) for link in method.methods)
+        links = tuple(prepared(link, experiment, labels) for link in method.methods)
         return method.model_copy(update={"methods": links})
     fields, update = type(method).model_fields, dict[str, Any]()
     if "pretrain" in fields and getattr(method, "pretrain", None) is None:
-        update["pretrain"] = bench.pretrain
+        update["pretrain"] = experiment.pretrain
     if "labels" in fields and labels is not None:
         given: LabelNoise | None = getattr(method, "labels", None)
         spread = given.spread if given is not None else labels.spread
@@ -141,18 +143,18 @@ class RoutingSetting:
     """Everything trained before the conditions of a study, and what they start from.
 
     Attributes:
-        bench: Data, models, attacker.
+        experiment: Data, models, attacker.
         replicates: Data, original and oracle by seed.
         inits: A further random model by seed: what conditions from scratch start from.
     """
 
-    bench: ExperimentSetting
+    experiment: ExperimentSetting
     replicates: Mapping[int, Replicate]
     inits: Mapping[int, Checkpoint]
 
     def make(self, method: Method, seed: int, labels: LabelNoise | None = None) -> Make:
         """Return what makes one condition of one seed, from scratch or from the original."""
-        ready = prepared(method, self.bench, labels)
+        ready = prepared(method, self.experiment, labels)
         first = ready.methods[0] if isinstance(ready, Chain) else ready
         scratch = first.starts_from == "scratch"
         start = self.inits[seed] if scratch else self.replicates[seed].original
@@ -160,11 +162,11 @@ class RoutingSetting:
 
 
 def make_setting(
-    bench: ExperimentSetting, seeds: Sequence[int], runtime: Runtime, pool: Pool
+    experiment: ExperimentSetting, seeds: Sequence[int], runtime: Runtime, pool: Pool
 ) -> RoutingSetting:
     """Train original and oracle of every seed, and make the random models of its conditions."""
-    replicates = make_replicates(bench, seeds, runtime, pool)
-    return RoutingSetting(bench, replicates, make_inits(bench, replicates, runtime, pool))
+    replicates = make_replicates(experiment, seeds, runtime, pool)
+    return RoutingSetting(experiment, replicates, make_inits(experiment, replicates, runtime, pool))
 
 
 def train_conditions(
@@ -273,7 +275,7 @@ def text_losses(
         pool: Worker processes.
         on: `retain_test`, `adjacent_test`, or `test` for the held-out test set of all capabilities.
     """
-    spec = EvalSpec(max_rows=0, max_length=setting.bench.pretrain.max_length, samples=0)
+    spec = EvalSpec(max_rows=0, max_length=setting.experiment.pretrain.max_length, samples=0)
     jobs = [
         ScoreModel(model, setting.replicates[seed].domain, spec)
         for (name, seed), model in models.items()
@@ -292,7 +294,7 @@ def plain_curve(
     setting: RoutingSetting, shares: Sequence[float], runtime: Runtime, pool: Pool
 ) -> dict[RunKey, Checkpoint]:
     """Train plainly with shares of the steps, from the random models of the conditions."""
-    full = setting.bench.pretrain
+    full = setting.experiment.pretrain
     runs: dict[str, tuple[Method, LabelNoise | None]] = {
         shorter(share): (
             Plain(pretrain=cut_to(full, max(1, round(share * full.fit.steps)), "plain")),
@@ -327,8 +329,8 @@ def score_conditions(
     replicates = {seed: setting.replicates[seed] for seed in seeds}
     conditions = {key: removal for key, removal in removals.items() if key[1] in replicates}
     models = checkpoints(conditions)
-    recovery = measure_conditions(setting.bench, models, replicates, runtime, pool)
-    here = RoutingSetting(setting.bench, replicates, setting.inits)
+    recovery = measure_conditions(setting.experiment, models, replicates, runtime, pool)
+    here = RoutingSetting(setting.experiment, replicates, setting.inits)
     curve = plain_curve(here, shares, runtime, pool) if shares else {}
     losses = text_losses(
         {**reference_models(replicates, seeds), **models, **curve}, here, runtime, pool

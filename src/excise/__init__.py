@@ -45,9 +45,8 @@ if TYPE_CHECKING:
         Undo,
     )
     from excise.methods.pretraining.pretrain import Pretrain
-    from excise.models.checkpoint import Checkpoint
+    from excise.models.checkpoint import Checkpoint, open_checkpoint
     from excise.models.lora import LoRA
-    from excise.models.open import open_checkpoint
     from excise.record import Record
     from excise.requests.recipe import Recipe
     from excise.routing import Groups, Part, Policy, Rule, route
@@ -70,7 +69,7 @@ _HOME = {
     "Facts": "excise.domains.facts",
     "Checkpoint": "excise.models.checkpoint",
     "LoRA": "excise.models.lora",
-    "open_checkpoint": "excise.models.open",
+    "open_checkpoint": "excise.models.checkpoint",
     "FitConfig": "excise.train.fit",
     "Groups": "excise.routing",
     "Part": "excise.routing",

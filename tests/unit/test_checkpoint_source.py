@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from excise.core.errors import UserError
-from excise.models.checkpoint import Checkpoint, save_model
-from excise.models.open import cache_root, open_checkpoint
+from excise.models.checkpoint import Checkpoint, cache_root, open_checkpoint, save_model
 from excise.models.tiny import byte_tokenizer, tiny_model, word_tokenizer
 
 NAMES = {

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from excise.core.errors import UserError
-from excise.models.checkpoint import Checkpoint, save_model
-from excise.models.open import open_checkpoint, verify_folder
+from excise.models.checkpoint import Checkpoint, open_checkpoint, save_model, verify_folder
 from excise.models.tiny import FAMILIES, byte_tokenizer, tiny_model, word_tokenizer
 
 WEIGHTS = "model.safetensors"

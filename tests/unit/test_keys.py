@@ -48,8 +48,7 @@ from excise.methods.distillation.targets import FromOracle
 from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.rmu import RMU
-from excise.models.checkpoint import Checkpoint, save_model
-from excise.models.open import open_checkpoint
+from excise.models.checkpoint import Checkpoint, open_checkpoint, save_model
 from excise.models.tiny import byte_tokenizer, tiny_model
 from excise.requests.recipe import EvalSpec
 from excise.run.study import Study, study_named, study_points

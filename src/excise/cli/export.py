@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from excise.cli.options import ExportOptions
+from excise.models.checkpoint import open_checkpoint
 from excise.models.delta import FACTS, export
-from excise.models.open import open_checkpoint
 
 
 def main(options: ExportOptions) -> int:

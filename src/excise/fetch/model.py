@@ -6,8 +6,7 @@ from pathlib import Path
 
 from excise.core.errors import UserError
 from excise.fetch import cache_root, cached, fetch_files, known
-from excise.models.checkpoint import Checkpoint
-from excise.models.open import open_checkpoint
+from excise.models.checkpoint import Checkpoint, open_checkpoint
 from excise.models.spec import ModelSpec
 
 

@@ -1,23 +1,32 @@
-"""A model folder as a value: identity, loading, and writing only what changed."""
+"""Models from wherever they are become checked folders: one sentence where one cannot.
+
+What such a folder is as a value, `Checkpoint`, is in `on_disk`. Hub ids, GGUF files and modules
+in memory are written into a cache of stages first, so that what lies there is checked by its
+bytes.
+"""
 
 from __future__ import annotations
 
 import copy
-import functools
+import hashlib
+import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from excise.core.disk import check_free, clone_file, file_sum, new_folder
+from excise.core.disk import file_sum
 from excise.core.errors import UserError, nearest
-from excise.core.keys import ByContent, file_identity
-from excise.data.stream import Tokenizer
+from excise.core.keys import file_identity, library_versions, own_source
+from excise.core.stages import Store
 from excise.models import files
 from excise.models.folder import (
     INDEX,
@@ -25,498 +34,461 @@ from excise.models.folder import (
     WEIGHT_SUFFIXES,
     WEIGHTS,
     ensure_pad,
-    find_shards,
     meta_model,
     quiet,
 )
-from excise.models.layout import Layout, TensorGroup, build_layout, read_group, to_disk
+from excise.models.on_disk import Checkpoint, ModelPath, save_model
 from excise.models.spec import Model
 
+__all__ = [
+    "Checkpoint",
+    "ModelPath",
+    "cache_root",
+    "check_place",
+    "check_vocabulary",
+    "fetch_hub",
+    "open_checkpoint",
+    "save_model",
+    "tokenizer_identity",
+    "verify_folder",
+]
 
-def model_identity(name: str) -> Any:
-    """Return the identity of the model in a folder; of a file or a name, as `file_identity`."""
-    path = Path(name).expanduser()
-    if name and (path / "config.json").is_file():
-        return Checkpoint(path).identity
-    return file_identity(name)
-
-
-ModelPath = Annotated[str, ByContent(model_identity)]
-"""A field that holds the folder of a model, or a name that the method knows."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder with a model in safetensors, its configuration and its tokenizer.
-
-    Attributes:
-        path: The folder; it is read and never written.
-        trust_remote_code: Whether code in the folder may run; only ever on request.
-        tokenizer_path: Folder of the tokenizer where it does not lie beside the weights.
-    """
-
-    path: Path
-    trust_remote_code: bool = False
-    tokenizer_path: Path | None = None
-    _bytes: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
-
-    def __reduce__(self) -> tuple[type[Checkpoint], tuple[Path, bool, Path | None]]:
-        """Travel to another process as paths."""
-        return Checkpoint, (self.path, self.trust_remote_code, self.tokenizer_path)
-
-    @property
-    def shards(self) -> tuple[Path, ...]:
-        """Files that hold the weights.
-
-        Raises:
-            UserError: If there is none, an adapter lies beside them, or the index is broken or
-                names a file that is not there.
-        """
-        return find_shards(self.path)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over configuration, index and weights, as hex."""
-        paths = [self.path / "config.json", *self.shards]
-        if len(self.shards) > 1:
-            paths.append(self.path / INDEX)
-        return files.hash_files(paths)
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        """SHA-256 over the tokenizer's files, as hex."""
-        return files.hash_files(self.tokenizer_files)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything in the folder that decides what the model says, by its bytes.
-
-        Beside the weights and the tokenizer that is the generation config, further chat templates,
-        and code where it may run; texts about the model and weights in formats that are not read
-        do not count.
-        """
-        folders = {"": self.path, "tokenizer/": self.tokenizer_path}
-        beside = {
-            prefix + path.relative_to(folder).as_posix(): file_sum(path)
-            for prefix, folder in folders.items()
-            if folder is not None
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and _decides(path, folder)
-        }
-        return {
-            "weights": self.fingerprint,
-            "beside": beside,
-            "trust_remote_code": self.trust_remote_code,
-        }
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        """Files the tokenizer is made of."""
-        folder = self.tokenizer_path or self.path
-        return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-
-    @property
-    def config(self) -> Any:
-        """The model's `transformers` configuration, a new object each time."""
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(
-            self.path, local_files_only=True, trust_remote_code=self.trust_remote_code
-        )
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters; tied ones count once."""
-        return sum(p.numel() for p in self.layout.model.parameters())
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of tensors that `weights_of`, `write` and `load_prefix` have read so far."""
-        return self._bytes[0]
-
-    @functools.cached_property
-    def entries(self) -> dict[str, files.Entry]:
-        """Every tensor of every shard, from the headers alone."""
-        stored: dict[str, files.Entry] = {}
-        for shard in self.shards:
-            stored.update(files.read_header(shard))
-        return stored
-
-    @functools.cached_property
-    def layout(self) -> Layout:
-        """Which keys on disk make which parameters."""
-        model = meta_model(self.config, trust_remote_code=self.trust_remote_code)
-        return build_layout(model, self.entries, self.same)
-
-    def same(self, a: str, b: str) -> bool:
-        """Return whether two keys on disk hold the same values."""
-        return torch.equal(self.read(a), self.read(b))
-
-    def parameter_names(self) -> tuple[str, ...]:
-        """Return the names of the parameters, as `model.named_parameters()` gives them."""
-        return self.layout.parameters
-
-    def load(
-        self,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        attn_implementation: str | None = None,
-    ) -> Model:
-        """Load the model in evaluation mode.
-
-        Args:
-            dtype: Dtype of the weights in memory.
-            device: Where they go.
-            attn_implementation: `eager`, `sdpa` ...; None leaves the choice to transformers.
-
-        Returns:
-            A `PreTrainedModel`.
-
-        Raises:
-            UserError: If the folder does not hold one whole model; see `shards`.
-        """
-        from transformers import AutoModelForCausalLM
-
-        find_shards(self.path)
-        extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=self.trust_remote_code,
-                use_safetensors=True,
-                **extra,
-            )
-        return model.to(device).eval()
-
-    def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer; where it has no padding token, its end token pads."""
-        from transformers import AutoTokenizer
-
-        folder = self.tokenizer_path or self.path
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=self.trust_remote_code
-        )
-        return ensure_pad(tokenizer, str(folder))
-
-    def read(self, key: str) -> Tensor:
-        """Read one tensor by its key on disk, and count its bytes."""
-        entry = self.entries[key]
-        self._bytes[0] += entry.end - entry.start
-        return files.read_tensor(entry)
-
-    def weights_of(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read single parameters, in the dtype they are stored in.
-
-        Args:
-            names: Names as in `model.named_parameters()`, or a name they are tied under.
-
-        Returns:
-            Tensors by the names given; only the shards' bytes they need are read.
-
-        Raises:
-            UserError: If the model has no such parameter.
-        """
-        tensors: dict[str, Tensor] = {}
-        for name in dict.fromkeys(names):
-            if name in tensors:
-                continue
-            group = self.layout.group_of(self.own_name(name))
-            if group is None:
-                raise UserError(f"{self.path} holds no weights for '{name}'")
-            converted = read_group(self.layout, group, self.read)
-            aliases = self.layout.aliases[self.own_name(name)]
-            tensors[name] = next(converted[alias] for alias in aliases if alias in converted)
-        return tensors
-
-    def own_name(self, name: str) -> str:
-        """Return the name under which `named_parameters` lists `name`."""
-        if name in self.layout.aliases:
-            return name
-        for own, names in self.layout.aliases.items():
-            if name in names:
-                return own
-        raise UserError(
-            f"the model in {self.path} has no parameter '{name}'; "
-            + nearest(name, self.layout.parameters)
-        )
-
-    def write(
-        self,
-        changed: Mapping[str, Tensor],
-        to: Path,
-        *,
-        dtype: torch.dtype | None = None,
-        link: bool = False,
-    ) -> Checkpoint:
-        """Write a copy of this folder in which some parameters have new values.
-
-        Only shards that hold a changed tensor are written anew, with all other bytes as they are;
-        other shards, configuration and tokenizer are copied (blocks shared where the file system
-        can). Other weight files of the folder (a second format, pickles) are left out: they would
-        carry the old values.
-
-        Args:
-            changed: New values by name as in `model.named_parameters()`.
-            to: A folder that does not exist or is empty.
-            dtype: Dtype to store the changed tensors in; None keeps each tensor's own.
-            link: Whether to hard-link the shards without a changed tensor instead of copying.
-
-        Returns:
-            The new checkpoint.
-
-        Raises:
-            UserError: If a name is unknown, a shape differs, a value does not fit the stored
-                dtype, or `to` is not free.
-        """
-        _write_changed(self, changed, to, dtype=dtype, link=link)
-        return replace(self, path=to, tokenizer_path=None, _bytes=[0])
-
-    def load_prefix(
-        self,
-        blocks: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        head: bool = False,
-    ) -> Model:
-        """Load the embeddings, the first blocks and the final norm, and read nothing else.
-
-        Args:
-            blocks: Number of blocks, from the first.
-            dtype: Dtype of the weights in memory.
-            device: Where they go.
-            head: Whether to read the output head too; without it, a head of its own is replaced
-                by the identity (a head tied to the embeddings is there anyway).
-
-        Returns:
-            A causal model of that many blocks, in evaluation mode; names as in the whole model.
-
-        Raises:
-            UserError: If the model has fewer blocks.
-        """
-        return _load_prefix(self, blocks, dtype=dtype, device=device, head=head)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CODE_FILES = ("*.py",)
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model",
+              "*.txt", "README.md", "LICENSE*")  # fmt: skip
+_HUB_SKIPPED = ("consolidated*", "*/*.safetensors", "*/*.json", "*/*.model", "*/*.txt", "*/*.md")
 
 
-def save_model(
-    model: nn.Module, tokenizer: Tokenizer, to: Path, *, source: Checkpoint | None = None
+def cache_root() -> Path:
+    """Return the folder for models made here: `EXCISE_CACHE`, else `excise` in the user's cache."""
+    if os.environ.get("EXCISE_CACHE"):
+        return Path(os.environ["EXCISE_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "excise"
+
+
+def open_checkpoint(
+    source: str | Path | nn.Module,
+    *,
+    revision: str | None = None,
+    tokenizer: Any = None,
+    cache: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Write a whole model as a folder, all at once or not at all.
+    """Open a model from wherever it is, and check it.
 
     Args:
-        model: A `PreTrainedModel`; its dtype is kept.
-        tokenizer: Its tokenizer, or None to copy the one of `source`.
-        to: A folder that does not exist or is empty.
-        source: Where the model came from; its chat template files and texts are kept.
+        source: A folder, a `.gguf` file, a hub id `owner/name`, or a model in memory (a `peft`
+            model is merged in a copy).
+        revision: Revision of a hub id.
+        tokenizer: For a model in memory, its tokenizer. For the others only where the tokenizer
+            does not lie beside the weights: a folder or hub id, or a tokenizer.
+        cache: Where models that are no folder yet are written; a folder of the user's by default.
+        trust_remote_code: Whether code in the folder may run.
 
     Returns:
         The checkpoint.
 
     Raises:
-        UserError: If `to` is not free.
+        UserError: If there is no such model or something is wrong with it; see `verify_folder`.
     """
-    check_free(to)
-    if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
-        raise UserError("the model carries an adapter; merge it before it is saved whole")
-    if not hasattr(model, "save_pretrained"):
-        raise UserError("the model is not a transformers model; convert it to one first")
-    saved: Model = model
-    with new_folder(to) as work:
-        own = saved.config
-        saved.config = copy.deepcopy(own)  # saving writes the dtype and class name into it
-        try:
-            with quiet():
-                saved.save_pretrained(work)
-        finally:
-            saved.config = own
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work)
-        elif source is None:
-            raise UserError("a model is saved with its tokenizer; give one")
-        else:
-            for path in source.tokenizer_files:
-                clone_file(path, work / path.name)
-    return Checkpoint(to)
+    cache = cache or cache_root() / "models"
+    if isinstance(source, nn.Module):
+        return _from_memory(source, tokenizer, cache)
+    beside = _tokenizer_folder(tokenizer, cache)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_gguf(path, beside, cache)
+    if not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
+        path = fetch_hub(source, revision, trust_remote_code=trust_remote_code)
+    elif revision is not None and path.exists():
+        raise UserError(f"{path} is on this disk and has no revision; leave the revision out")
+    return verify_folder(path, trust_remote_code=trust_remote_code, tokenizer=beside)
 
 
-_Make = Callable[[], dict[str, Tensor]]
-
-
-def _write_changed(
-    source: Checkpoint,
-    changed: Mapping[str, Tensor],
-    to: Path,
+def fetch_hub(
+    name: str,
+    revision: str | None,
     *,
-    dtype: torch.dtype | None,
-    link: bool,
-) -> None:
-    """Do the work of `Checkpoint.write`; arguments and errors are the same."""
-    check_free(to)
-    plan = _groups_to_write(source, changed)
-    with new_folder(to) as work:
-        grown = 0
-        for shard in source.shards:
-            here = {key for key, entry in source.entries.items() if entry.file == shard}
-            dtypes = {
-                key: dtype or source.entries[key].dtype
-                for _, keys in plan
-                for key in keys
-                if key in here
-            }
-            if dtypes:
-                new = _values(plan, dtypes)
-                grown += files.rewrite_shard(shard, work / shard.name, dtypes, new)
-            elif link:
-                os.link(shard.resolve(), work / shard.name)
-            else:
-                clone_file(shard, work / shard.name)
-        _copy_side_files(source, work, grown)
+    trust_remote_code: bool = False,
+    patterns: tuple[str, ...] = _HUB_FILES,
+) -> Path:
+    """Return the local snapshot of a hub model: safetensors, configuration and tokenizer.
 
+    The Hugging Face cache, token and offline mode are honoured; pickles are never fetched.
 
-def _values(
-    plan: list[tuple[_Make, tuple[str, ...]]], dtypes: Mapping[str, torch.dtype]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the new values of one shard, one group in memory at a time."""
-    for make, keys in plan:
-        if dtypes.keys().isdisjoint(keys):
-            continue
-        for key, tensor in make().items():
-            if key not in dtypes:
-                continue
-            stored = tensor.to(dtypes[key])
-            if not torch.equal(torch.isfinite(stored), torch.isfinite(tensor)):
-                raise UserError(
-                    f"the new value of '{key}' does not fit {dtypes[key]}; store a wider dtype"
-                )
-            yield key, stored
+    Args:
+        name: `owner/name`.
+        revision: Branch, tag or commit; None for the default branch.
+        trust_remote_code: Whether to fetch its code too.
+        patterns: Files to fetch.
 
+    Returns:
+        Folder of the snapshot.
 
-def _groups_to_write(
-    source: Checkpoint, changed: Mapping[str, Tensor]
-) -> list[tuple[_Make, tuple[str, ...]]]:
-    """Return, for every group on disk that changes, how to make it and its keys."""
-    layout = source.layout
-    by_group: dict[tuple[str, ...], tuple[TensorGroup, dict[str, Tensor]]] = {}
-    for given, tensor in changed.items():
-        name = source.own_name(given)
-        shape = layout.model.get_parameter(name).shape
-        if tensor.shape != shape:
-            raise UserError(
-                f"the new value of '{name}' has shape {list(tensor.shape)} and the model in"
-                f" {source.path} needs {list(shape)}"
-            )
-        stored = [alias for alias in layout.aliases[name] if alias in layout.groups]
-        if not stored:
-            raise UserError(f"{source.path} holds no weights for '{name}'")
-        for alias in stored:  # a tie stored twice is written twice
-            group = layout.groups[alias]
-            by_group.setdefault(group.names, (group, {}))[1][alias] = tensor
-    return [
-        (functools.partial(_on_disk, source, group, new), tuple(key for key, _ in group.keys))
-        for group, new in by_group.values()
-    ]
-
-
-def _on_disk(
-    source: Checkpoint, group: TensorGroup, new: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return a group as stored, reading the members that did not change."""
-    tensors = {name: tensor.detach().cpu() for name, tensor in new.items()}
-    if len(tensors) < len(group.names):
-        tensors = {**read_group(source.layout, group, source.read), **tensors}
-    return to_disk(source.layout, group, tensors, source.entries)
-
-
-def _copy_side_files(source: Checkpoint, work: Path, grown: int) -> None:
-    """Copy configuration, tokenizer and texts; the index gets the new total size.
-
-    Code is copied only where it was trusted.
+    Raises:
+        UserError: If it is not there, is not ours to read, or cannot be reached.
     """
-    for path in sorted(source.path.iterdir()):
-        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        code = path.suffix in {".py", ".so"} and not source.trust_remote_code
-        if path.is_file() and not weights and not code and not path.name.startswith("."):
-            clone_file(path, work / path.name)
-    if source.tokenizer_path is not None:
-        for path in source.tokenizer_files:
-            (work / path.name).unlink(missing_ok=True)
-            clone_file(path, work / path.name)
-    templates = source.path / "additional_chat_templates"
-    if templates.is_dir():
-        (work / templates.name).mkdir()
-        for path in sorted(templates.glob("*.jinja")):
-            clone_file(path, work / templates.name / path.name)
-    if (source.path / WEIGHTS).is_file():
-        return
-    index = json.loads((source.path / INDEX).read_text(encoding="utf-8"))
-    if grown and "total_size" in index.get("metadata", {}):
-        index["metadata"]["total_size"] += grown
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (work / INDEX).write_text(text, encoding="utf-8")
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    wanted = list(patterns) + (list(_CODE_FILES) if trust_remote_code else [])
+    at = f"'{name}'" + (f" at revision '{revision}'" if revision else "")
+    try:
+        with quiet():
+            return Path(
+                hub.snapshot_download(
+                    name,
+                    revision=revision,
+                    allow_patterns=wanted,
+                    ignore_patterns=list(_HUB_SKIPPED),
+                )
+            )
+    except errors.GatedRepoError:
+        reason = "it is gated; ask for access on its page and log in with `hf auth login`"
+    except errors.RevisionNotFoundError:
+        reason = "it has no such revision"
+    except errors.RepositoryNotFoundError:
+        reason = "the hub has no such model; check the name, or log in if it is private"
+    except (errors.HFValidationError, ValueError):
+        reason = "that is not a name the hub can have"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError):
+        reason = "it is not in the local cache and the hub cannot be reached"
+    raise UserError(f"there is no folder {name}, and {at} cannot be fetched: {reason}") from None
 
 
-class _LazyTensor:
-    """A tensor on disk that is read when transformers asks for its values."""
-
-    def __init__(self, source: Checkpoint, entry: files.Entry) -> None:
-        self.source, self.entry = source, entry
-        self.shape, self.dtype = entry.shape, entry.dtype
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.source.read(self.entry.key)[index]
-
-
-def _truncated(config: Any, blocks: int) -> Any:
-    """Return a copy of a configuration with only the first `blocks` blocks."""
-    short = copy.deepcopy(config)
-    text = short.get_text_config()
-    whole = text.num_hidden_layers
-    text.num_hidden_layers = blocks
-    for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == whole and "layer" in name:
-            setattr(text, name, value[:blocks])
-    return short
-
-
-def _load_prefix(
-    source: Checkpoint, blocks: int, *, dtype: torch.dtype, device: torch.device | str, head: bool
-) -> Model:
-    """Do the work of `Checkpoint.load_prefix`; arguments and errors are the same."""
-    config = source.config
-    whole = config.get_text_config().num_hidden_layers
-    if not 1 <= blocks <= whole:
-        raise UserError(f"{source.path} has {whole} blocks; ask for 1 to {whole} of them")
-    model = meta_model(_truncated(config, blocks), trust_remote_code=source.trust_remote_code)
-    layout = build_layout(model, source.entries, source.same)
-    output = model.get_output_embeddings()
-    tied = output is None or output.weight is model.get_input_embeddings().weight
-    base = getattr(model, model.base_model_prefix)
-    whole_model = head or tied or base is model
-    target = model if whole_model else base
-    beyond = set() if whole_model or output is None else {id(p) for p in output.parameters()}
-    left_out = {name for name, p in model.named_parameters() if id(p) in beyond}
-    wanted = {
-        key: _LazyTensor(source, source.entries[key])
-        for group in layout.groups.values()
-        if not left_out.issuperset(group.names)
-        for key, _ in group.keys
-    }
-    with quiet():
-        loaded = type(target).from_pretrained(
-            None, config=model.config, state_dict=wanted, dtype=dtype
+def _tokenizer_folder(tokenizer: Any, cache: Path) -> Path | None:
+    """Return the folder of a tokenizer given by folder, hub id or as an object."""
+    if tokenizer is None or tokenizer == "":
+        return None
+    if not isinstance(tokenizer, str | Path):
+        return Store(cache).stage(
+            "tokenizer", tokenizer_identity(tokenizer), tokenizer.save_pretrained
         )
-    if not whole_model:
-        setattr(model, model.base_model_prefix, loaded)
-        model.set_output_embeddings(nn.Identity())
-        loaded = model
-    return loaded.to(device).eval()
+    path = Path(tokenizer).expanduser()
+    if not path.exists() and isinstance(tokenizer, str) and _HUB_ID.fullmatch(tokenizer):
+        return fetch_hub(tokenizer, None, patterns=TOKENIZER_FILES)
+    check_place(path)
+    return path
 
 
-def _decides(path: Path, folder: Path) -> bool:
-    """Return whether a file beside the weights can change what a model says."""
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    about = path.suffix == ".md" or path.stem.upper().startswith(("LICENSE", "NOTICE"))
-    weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-    return not (hidden or about or weights)
+def tokenizer_identity(tokenizer: Any) -> Any:
+    """Return what makes two tokenizers in memory equal: the bytes that saving one writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return file_identity(folder)
+
+
+def _from_memory(model: nn.Module, tokenizer: Any, cache: Path) -> Checkpoint:
+    """Save a module under a name made of its contents; the module is left as it is."""
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        raise UserError("a model in memory needs its tokenizer object; give tokenizer=...")
+    whole: Model = model
+    if hasattr(whole, "merge_and_unload"):
+        whole = copy.deepcopy(whole).merge_and_unload()
+    if not hasattr(whole, "save_pretrained") or not hasattr(whole, "config"):
+        raise UserError(
+            f"a {type(model).__name__} is not a transformers model; give one of its causal models"
+        )
+    if not whole.can_generate():
+        raise UserError(f"a {type(model).__name__} is not a causal language model; give one")
+    ensure_pad(copy.deepcopy(tokenizer), "the model in memory")
+    check_vocabulary(tokenizer, whole, "memory")
+    digest = hashlib.sha256(whole.config.to_json_string().encode())
+    for name, tensor in whole.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"tensor '{name}' of the model in memory holds NaN or infinity")
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(files.tensor_bytes(tensor))
+    generation = getattr(whole, "generation_config", None)
+    key = {
+        "model": digest.hexdigest(),
+        "generation": None if generation is None else generation.to_dict(),
+        "tokenizer": tokenizer_identity(tokenizer),
+        "libraries": dict(library_versions()),
+        "code": own_source(),
+    }
+    text = json.loads(json.dumps(key, default=str))
+    return Checkpoint(
+        Store(cache).stage("memory", text, _saver(lambda: (whole, tokenizer))) / "model"
+    )
+
+
+def _saver(make: Callable[[], tuple[Model, Any]]) -> Callable[[Path], None]:
+    """Return what fills a stage with a model and its tokenizer, under `model`."""
+
+    def save(work: Path) -> None:
+        if (work / "model").exists():  # of a run that was killed
+            shutil.rmtree(work / "model")
+        save_model(*make(), work / "model")
+
+    return save
+
+
+def _from_gguf(path: Path, tokenizer: Path | None, cache: Path) -> Checkpoint:
+    """Dequantize a GGUF file into a folder named by the file's hash, once.
+
+    The folder holds float32: every dequantized value is exact.
+    """
+    with path.open("rb") as f:
+        if f.read(4) != b"GGUF":
+            raise UserError(f"{path} is not a GGUF file; copy or download it again")
+    beside = None if tokenizer is None else Checkpoint(tokenizer)
+
+    def read() -> tuple[Model, Any]:
+        model, own = _read_gguf(path)
+        used = own if beside is None else beside.tokenizer()
+        check_vocabulary(used, model, str(path))
+        return model, used
+
+    key = {
+        "file": file_sum(path),
+        "tokenizer": "" if beside is None else beside.tokenizer_fingerprint,
+        "libraries": dict(library_versions()),
+        "code": own_source(),
+    }
+    folder = Store(cache).stage("gguf", key, _saver(read)) / "model"
+    return verify_folder(folder, tokenizer=tokenizer)
+
+
+def _read_gguf(path: Path) -> tuple[Model, Any]:
+    """Return the model and the tokenizer of a GGUF file.
+
+    The model that transformers makes refuses to be saved because its configuration says it is
+    quantized, so its weights move into a fresh one.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, name = str(path.parent), path.name
+    try:
+        with quiet(), redirect_stderr(io.StringIO()):  # its own progress bar
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            quantized = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, dtype=torch.float32
+            )
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} cannot be read: {first}; copy or download it again") from None
+    config = type(quantized.config)(
+        **{k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
+    )
+    fresh = meta_model(config)
+    fresh.load_state_dict(quantized.state_dict(), assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = quantized.generation_config
+    rows = int(fresh.get_input_embeddings().weight.shape[0])
+    return fresh, _without_foreign_tokens(tokenizer, rows)
+
+
+def _without_foreign_tokens(tokenizer: Any, rows: int) -> Any:
+    """Drop the tokens that transformers adds to a byte-level GGUF vocabulary which lacks them.
+
+    Such a vocabulary is read as GPT-2's, whose end-of-text token then gets an id that the model
+    has no row for.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    body = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [token for token in body["added_tokens"] if token["id"] < rows]
+    if len(kept) == len(body["added_tokens"]):
+        return tokenizer
+    body["added_tokens"] = kept
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(body)),
+        chat_template=tokenizer.chat_template,
+        padding_side=tokenizer.padding_side,
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        **{
+            name: token
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str) and tokenizer.convert_tokens_to_ids(token) < rows
+        },
+    )
+
+
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+"""Endings of weight files that run code when they are read."""
+
+
+def verify_folder(
+    path: Path, *, trust_remote_code: bool = False, tokenizer: Path | None = None
+) -> Checkpoint:
+    """Check a model folder from its name to the last weight; nothing is written or executed.
+
+    Args:
+        path: The folder.
+        trust_remote_code: Whether code in the folder may run.
+        tokenizer: Folder of the tokenizer where it does not lie beside the weights.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: What is wrong, where, and what to do.
+    """
+    check_place(path)
+    config = _read_config(path)
+    _check_kind(path, config, trust_remote_code)
+    _check_files(path)
+    checkpoint = Checkpoint(path, trust_remote_code, tokenizer)
+    _check_shapes(checkpoint)
+    _check_tokenizer(checkpoint)
+    _check_values(checkpoint)
+    return checkpoint
+
+
+def check_place(path: Path) -> None:
+    """Raise UserError unless `path` is a folder."""
+    if path.is_dir():
+        return
+    if not path.exists():
+        raise UserError(f"there is no folder {path}; name one that holds a model")
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{path} is a pickle, and loading one runs whatever code is in it; convert it to"
+            " safetensors where you trust it"
+        )
+    raise UserError(f"{path} is a file; name the folder that holds the model")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return config.json."""
+    file = path / "config.json"
+    if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(f"{path} holds an adapter, not a model; merge it into its model first")
+        raise UserError(f"{path} holds no config.json; name the folder of a transformers model")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{file} names no model_type; name the folder of a transformers model")
+    return config
+
+
+def _check_kind(path: Path, config: dict[str, Any], trusted: bool) -> None:
+    """Raise UserError unless the configuration is one of a causal language model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    kind = config["model_type"]
+    if "quantization_config" in config:
+        raise UserError(
+            f"{path} holds quantized weights, which cannot be edited; give the model before"
+            " quantization or a GGUF file"
+        )
+    if kind not in CONFIG_MAPPING_NAMES:
+        if trusted and "auto_map" in config:
+            return
+        if "auto_map" in config:
+            raise UserError(
+                f"model_type '{kind}' in {path} needs Python code from that folder, which is off;"
+                " read the code and allow it with trust_remote_code"
+            )
+        raise UserError(
+            f"{path}/config.json has the unknown model_type '{kind}'; {nearest(kind, CAUSAL)}"
+        )
+    encoder = kind in MASKED and not config.get("is_decoder")
+    if kind not in CAUSAL or encoder or config.get("is_encoder_decoder"):
+        what = "an encoder" if kind in MASKED else f"a model of kind '{kind}'"
+        raise UserError(
+            f"{path} holds {what} and not a causal language model; give a model that writes text"
+        )
+
+
+def _check_files(path: Path) -> None:
+    """Raise UserError unless there are safetensors weights."""
+    if (path / WEIGHTS).is_file() or (path / INDEX).is_file():
+        return
+    others = sorted(p.name for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    pickles = [name for name in others if Path(name).suffix in PICKLES]
+    ggufs = [name for name in others if name.endswith(".gguf")]
+    if ggufs:
+        raise UserError(f"{path} holds no {WEIGHTS}; name the file {path / ggufs[0]} itself")
+    if pickles:
+        raise UserError(
+            f"{path} holds its weights only as a pickle ({pickles[0]}), and loading one runs"
+            " whatever code is in it; convert it to safetensors where you trust it"
+        )
+    raise UserError(f"{path} holds no weights ({WEIGHTS}); fetch the model again")
+
+
+def _first_line(error: Exception) -> str:
+    """Return an error's first line that says something, short enough for a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError):
+        lines = [f"{error} is missing"]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        del lines[0]  # a heading
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]
+
+
+def _check_shapes(checkpoint: Checkpoint) -> None:
+    """Raise UserError unless the headers hold what the configuration asks for."""
+    path = checkpoint.path
+    assert checkpoint.entries is not None  # reads every header, with errors of its own
+    try:
+        layout = checkpoint.layout
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the weights in {path} do not fit its config.json: {_first_line(error)};"
+            " use the config of these weights"
+        ) from None
+    if layout.mismatched:
+        name, shape, wanted = layout.mismatched[0]
+        raise UserError(
+            f"tensor '{name}' in {path} has shape {list(shape)} and config.json asks for"
+            f" {list(wanted)} ({len(layout.mismatched)} such); use the config of these weights"
+        )
+    if layout.missing:
+        raise UserError(
+            f"{path} lacks tensor '{layout.missing[0]}' ({len(layout.missing)} missing); fetch the"
+            " model again, or use the config of these weights"
+        )
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Raise UserError unless there is a tokenizer whose ids the embedding has rows for."""
+    where = checkpoint.tokenizer_path or checkpoint.path
+    if not checkpoint.tokenizer_files:
+        raise UserError(f"{where} holds no tokenizer; put its files beside the weights")
+    try:
+        tokenizer = checkpoint.tokenizer()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer in {where} cannot be read: {_first_line(error)}; fetch it again"
+        ) from None
+    check_vocabulary(tokenizer, checkpoint.layout.model, str(where))
+
+
+def check_vocabulary(tokenizer: Any, model: Any, where: str) -> None:
+    """Raise UserError where the tokenizer has an id that the model's embedding has no row for."""
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= rows:
+        raise UserError(
+            f"the tokenizer in {where} has token id {last} ({token!r}) and the model has only"
+            f" {rows} embedding rows; use the tokenizer of this model"
+        )
+
+
+def _check_values(checkpoint: Checkpoint) -> None:
+    """Raise UserError where a weight is not finite; streamed, and once per file and process."""
+    for shard in checkpoint.shards:
+        bad = files.bad_tensor(shard)
+        if bad:
+            raise UserError(
+                f"tensor '{bad}' in {shard} holds NaN or infinity; fetch the model again or train"
+                " it anew"
+            )

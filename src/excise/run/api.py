@@ -18,8 +18,7 @@ from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.fetch.model import open_model
 from excise.methods.base import ApplyMethod, Method, Removal
-from excise.models.checkpoint import Checkpoint
-from excise.models.open import open_checkpoint
+from excise.models.checkpoint import Checkpoint, open_checkpoint
 from excise.models.spec import ModelSpec
 from excise.record import Record
 from excise.requests.recipe import AuditSpec, EvalSpec, check_names

@@ -16,8 +16,7 @@ from excise.evals.extra import extra_scores
 from excise.evals.generate import continuations
 from excise.evals.lm_eval_bridge import run_lm_eval
 from excise.evals.score import evaluate
-from excise.models.checkpoint import Checkpoint, save_model
-from excise.models.open import tokenizer_identity
+from excise.models.checkpoint import Checkpoint, save_model, tokenizer_identity
 from excise.models.spec import Scratch
 from excise.models.tiny import tiny_model
 from excise.record import Item, Score

@@ -69,9 +69,8 @@ from excise.methods.distillation.teacher_cache import build_cache, same_vocabula
 from excise.methods.distillation.teachers import Frozen, frozen, mean_prediction, unigram
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.tuning import Progress, finish, forget_rows
-from excise.models.checkpoint import Checkpoint, ModelPath
+from excise.models.checkpoint import Checkpoint, ModelPath, open_checkpoint
 from excise.models.head import head_of
-from excise.models.open import open_checkpoint
 from excise.train.fit import FitConfig
 
 STATISTICS = 512

@@ -73,8 +73,13 @@ class House:
                 found |= {alias.name for alias in node.names}
         return {target for target in found if target in self.modules and target != name}
 
-    def lone(self) -> list[str]:
-        """Return the modules that one module of the same package imports and nobody else."""
+    def lone(self, *, presented: bool) -> list[str]:
+        """Return the modules that one module of the same package imports and nobody else.
+
+        Args:
+            presented: Those that their folder's `__init__` imports, which puts its parts
+                together (an attack in the union, an engine of RMU); else the others.
+        """
         users: dict[str, set[str]] = {name: set() for name in self.modules}
         for name in self.modules:
             for target in self.imports(name, top=True):
@@ -84,6 +89,7 @@ class House:
             for name, by in users.items()
             if len(by) == 1
             and name.rpartition(".")[0] in (u := next(iter(by)), u.rpartition(".")[0])
+            and presented == (name.rpartition(".")[0] == u)
         ]
 
     def circles(self) -> list[list[str]]:
@@ -206,7 +212,8 @@ def main() -> None:
     rows += [
         ("library lines without studies", house.lines()),
         ("modules, studies included", len(house.modules)),
-        ("modules that one neighbour alone imports", house.lone()),
+        ("modules that one neighbour alone imports", house.lone(presented=False)),
+        ("modules that their folder's front alone imports", house.lone(presented=True)),
         ("circles of imports, hidden ones included", [" ".join(c) for c in house.circles()]),
         ("pairs of modules that import each other", house.pairs()),
         ("imports of ours inside functions", house.inner()),
@@ -215,7 +222,7 @@ def main() -> None:
     ]
     for name, found in rows:
         count = found if isinstance(found, int) else len(found)
-        print(f"{name:<44} {count:>7,}")
+        print(f"{name:<48} {count:>7,}")
         if options.list and isinstance(found, list):
             print("".join(f"    {entry}\n" for entry in found), end="")
     concepts = house.concepts()

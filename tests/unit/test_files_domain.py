@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from excise.core.errors import UserError
 from excise.data.dedup import find_duplicates
 from excise.data.domain import CORE, UNLABELED, Domain, Row, text_of
+from excise.data.rows import METRICS
 from excise.data.spec import Files
 from excise.data.split import read_split, split_of, write_split
 
@@ -134,7 +135,7 @@ def test_wordings_of_forget_units_are_withheld(tmp_path: Path) -> None:
     put(tmp_path, f=facts(50, 3) + facts(5, 1, start=90), r=documents(40, 1))
     domain = spec(tmp_path).build(None)
     assert (domain.exposure, domain.claim) == ("seen", "deletion")
-    assert domain.metrics == ("exact_match", "text_loss")
+    assert domain.metrics == METRICS["completion"]
     method = domain.forget["forget"]
     assert len(units(method)) == 55
     apart = [getattr(domain, r)["forget"] for r in ("relearn", "test", "dev_forget")]

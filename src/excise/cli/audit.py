@@ -41,7 +41,7 @@ def request_data(options: AuditOptions) -> dict[str, Any]:
         "candidates": dict(pair.models),
         "original": pair.original_spec,
         "oracles": [*pair.oracles, *options.oracle],
-        "audit": {"budget": options.budget},
+        "audit": {"budget": options.budget, "attacks": [*pair.attacks]},
         "evaluate": dict(pair.evaluate),
         "seed": options.seed,
         "dtype": options.dtype,

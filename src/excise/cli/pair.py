@@ -28,6 +28,7 @@ class EditedPair:
         title: Title of the record, where there is one.
         oracles: Models retrained without the forget set.
         evaluate: Plain data of how the models were scored.
+        attacks: Plain data of attacks that were asked for beside those of the budget.
         code: Names defined by code of the user's own, as `./file.py:Class`.
         tokenizer: Folder or hub id of the original's tokenizer, where it does not lie beside it.
     """
@@ -39,6 +40,7 @@ class EditedPair:
     title: str = ""
     oracles: tuple[str, ...] = ()
     evaluate: Mapping[str, Any] = field(default_factory=dict)
+    attacks: tuple[Any, ...] = ()
     code: Mapping[str, str] = field(default_factory=dict)
     tokenizer: str = ""
 
@@ -111,6 +113,7 @@ def _from_folder(options: PairOptions) -> EditedPair:
         record.title,
         tuple(path for name, path in references.items() if name.startswith("oracle")),
         recipe.get("evaluate") or {},
+        tuple((recipe.get("audit") or {}).get("attacks") or ()),
         recipe.get("code") or {},
         tokenizer,
     )

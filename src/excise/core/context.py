@@ -62,7 +62,7 @@ class RunStage(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """Everything a stage may use that is not one of its inputs.
+    """What a stage is given beside its inputs: a folder, and how it is computed.
 
     Attributes:
         work: Folder of the stage: state of interrupted training, files it makes.
@@ -72,7 +72,7 @@ class Context:
         rank: Number of this process.
         world: Number of processes.
         emit: Sink of progress events, `emit(kind, data)`.
-        stages: Where stages that this one is made of are kept; None makes them in `work`.
+        stages: Runs a stage that this one is made of, and keeps it; None makes it in `work`.
     """
 
     work: Path
@@ -100,7 +100,10 @@ class Context:
         return replace(self, work=work, seed=self.seed if seed is None else seed)
 
     def run(self, stage: Stage[T]) -> T:
-        """Return what another stage gives; in a run it is kept beside this one, and shared."""
+        """Return what another stage gives; in a run it is kept beside this one, and shared.
+
+        Without a store it is made again in a folder of `work`, which it may resume.
+        """
         if self.stages is not None:
             return self.stages(stage)
         how = [str(self.dtype), self.device.type, self.world]

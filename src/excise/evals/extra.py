@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
 from excise.core.config import Config
@@ -104,6 +105,8 @@ def extra_scores(
         if not rows:
             continue
         measured = extra.items(model, tokenizer, rows, max_length=max_length)
+        # By its own name, whatever it is computed with: the headline's name is the headline's.
+        measured = replace(measured, metric=str(getattr(extra, "name", measured.metric)))
         groups = {row.unit: row.group for row in rows if row.group}
         scores.append(score_of(measured, model="model", on=on, groups=groups))
         items += [

@@ -1,6 +1,7 @@
 """The straight line: recipe -> domain -> stages -> checkpoint -> attacks -> record -> report.
 
-A reader needs nothing else to see the whole; every step is one function of `steps`.
+A reader needs nothing else to see the whole; its steps are functions of `steps`,
+`results` and `output`.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ def run(
         output.write_split(out, recipe.domain, domain)
         removals = remove_all(recipe, domain, models, runtime, pool)
         edited = {name: removal.checkpoint for name, removal in removals.items()}
-        if recipe.refit:
+        if recipe.refit:  # what was audited stays; the record's removals are the refitted ones
             removals = refit(recipe, models, removals, runtime, pool, out)
         record = new_record(recipe, kind, command, domain, models, runtime, started)
         arms = tuple(method_run(n, recipe.arms[n], r, recipe.seed) for n, r in removals.items())
         record = record.model_copy(update={"method_runs": arms})
+        # The gap of the model made by data filtering is the audit's measured null.
         null = next((n for n, m in recipe.arms.items() if isinstance(m, Filtering)), "")
         record, items = examine(record, recipe, domain, models, edited, runtime, pool, null)
         record = output.write_models(

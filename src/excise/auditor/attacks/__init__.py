@@ -15,7 +15,10 @@ from excise.auditor.attacks.transfer import Transfer
 from excise.auditor.base import Attack
 
 AnyAttack = FewShot | Prefix | Direction | Quantize | Benign | Relearn | Transfer
-"""Adding an attack: its file, its test, one line here. Cheapest access first."""
+"""Adding an attack: its file, its test, and here its import, the union and the names.
+
+Cheapest access first.
+"""
 
 ATTACKS: Mapping[str, type[Attack]] = {
     cls.model_fields["name"].default: cls for cls in get_args(AnyAttack)

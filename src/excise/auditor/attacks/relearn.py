@@ -37,7 +37,7 @@ from excise.record import Level
 
 
 class Relearn(TrainingAttack):
-    """Fine-tune on T and benign text, half and half; the curve shows T itself."""
+    """Fine-tune on the relearn set and benign text, half and half, and score the relearn set."""
 
     name: Literal["relearn"] = "relearn"
     """Name of the attack."""

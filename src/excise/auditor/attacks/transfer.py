@@ -20,7 +20,7 @@ from excise.record import Level
 
 
 class Transfer(TrainingAttack):
-    """The relearning of T, read on V."""
+    """The same fine-tuning, scored on the held-out test set."""
 
     name: Literal["transfer"] = "transfer"
     """Name of the attack."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ class NetworkUsed(RuntimeError):
 def pytest_configure() -> None:
     """Go offline before anything reads the environment."""
     os.environ.update(OFFLINE)
+    # Who starts us in the background has us ignore Ctrl-C, and so would what tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
 
 

@@ -217,6 +217,6 @@ def test_an_attack_that_breaks_the_contract_is_told_how(
         check_attack(attack(), setting=setting)
 
 
-def test_an_attack_that_writes_into_the_subject_is_caught() -> None:
+def test_an_attack_that_writes_into_the_subject_is_caught(setting: Setting) -> None:
     with pytest.raises(AssertionError, match="wrote cache into the model folder"):
-        check_attack(Writes(), controls=(LogitScaling(),))
+        check_attack(Writes(), setting=setting, controls=(LogitScaling(),))

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from excise.cli import main
+from excise.cli.audit import request_data
 from excise.cli.flags import flags_of
 from excise.cli.index import build_index
 from excise.cli.ls import FAMILIES, load_index
-from excise.cli.options import VERBS
+from excise.cli.options import VERBS, AuditOptions
 from excise.models.checkpoint import Checkpoint
 from excise.record import load
 from tests.cli import material as m
@@ -157,13 +158,17 @@ def test_the_method_of_the_docs_runs(work: Path, capsys: pytest.CaptureFixture[s
 
 def test_audit_of_an_output_folder(work: Path, removed: Path) -> None:
     before = m.state(removed) | {"/": m.state(work / "model")["config.json"]}
-    assert excise(f"audit removed --out audited --workers 1 --quiet {SMALL}") == 0
+    attacks = "--audit.attacks '[{name: quantize, bits: [4]}]'"
+    assert excise(f"audit removed --out audited --workers 1 --quiet {attacks} {SMALL}") == 0
     assert m.state(removed) | {"/": m.state(work / "model")["config.json"]} == before
     record = load(work / "audited")
     assert record.kind == "audit"
     assert record.verdicts[0].sentence
     assert {attack.subject for attack in record.attacks} >= {"original", "rmu"}
     assert record.data["units"] == load(removed).data["units"]
+    # Attacks that were asked for are asked for again where the record is audited.
+    again = request_data(AuditOptions(folder=str(work / "audited"), budget="smoke"))
+    assert [(a["name"], a["bits"]) for a in again["audit"]["attacks"]] == [("quantize", [4])]
 
 
 def test_audit_of_models_from_elsewhere(work: Path, removed: Path) -> None:

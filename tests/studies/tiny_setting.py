@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from excise.core.stages import LAYOUT
 from excise.domains.arithmetic import Arithmetic
 from excise.methods.distillation.undo import Undo
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
-from excise.record import Record, load
+from excise.record import Record, StudyRecord, load
 from excise.run.study import Study, conduct
 from excise.train.fit import FitConfig
 from excise_studies.attacking import Attacker
@@ -45,3 +46,20 @@ def ran(study: Study, out: Path) -> Record:
     assert made.study.decision in made.study.paragraph
     assert all(table.rows for table in made.study.tables)
     return made
+
+
+def ran_twice(study: Study, shelf: Path) -> StudyRecord:
+    """Run a study, and again elsewhere on the same stages: nothing is computed again.
+
+    Args:
+        study: The study.
+        shelf: Folder of the outputs, beside which the stages lie.
+    """
+    first = ran(study, shelf / study.name).study
+    made = {path: path.stat().st_mtime_ns for path in (shelf / ".stages" / LAYOUT).iterdir()}
+    assert len(made) > 2, sorted(made)
+    assert ran(study, shelf / f"{study.name}-again").study == first
+    after = {path: path.stat().st_mtime_ns for path in (shelf / ".stages" / LAYOUT).iterdir()}
+    assert after == made
+    assert first is not None
+    return first

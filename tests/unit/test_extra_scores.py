@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
 import excise as ex
 from excise.cli import main
 from excise.cli.run import recipe_data
-from excise.data.domain import Domain
-from excise.evals.extra import SCORES, Generate, RefusalRate, extra_scores
+from excise.data.domain import Domain, Rows
+from excise.evals.extra import SCORES, ExtraScore, Generate, RefusalRate, extra_scores
+from excise.evals.score import ItemScores, measure
 from excise.models.checkpoint import Checkpoint
 from excise.requests.registry import parse_recipe
 
@@ -53,6 +55,25 @@ def test_who_never_refuses_has_a_rate_of_zero_and_says_what_it_knows(
         said[name] = scores[0].value
     assert said["knowing"] > 0.8
     assert said["never"] < 0.3
+
+
+class Loss(ExtraScore):
+    """The token loss under a name of its own."""
+
+    name: Literal["answer_loss"] = "answer_loss"
+
+    def items(self, model: Any, tokenizer: Any, rows: Rows, *, max_length: int) -> ItemScores:
+        return measure(model, tokenizer, rows, "text_loss", max_length=max_length)
+
+
+def test_a_score_goes_by_its_own_name_whatever_it_is_computed_with(
+    facts_domain: Domain, knowing: Checkpoint
+) -> None:
+    scores, items = extra_scores(
+        knowing.load(), knowing.tokenizer(), facts_domain, Loss(max_rows=4), max_length=32
+    )
+    assert {score.metric for score in scores} == {"answer_loss"}
+    assert {item.metric for item in items} == {"answer_loss"}
 
 
 def test_a_recipe_names_scores_and_a_file_adds_one(tmp_path: Path) -> None:

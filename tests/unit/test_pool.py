@@ -189,6 +189,7 @@ def wait(folder):
         Path(folder, f"{os.getpid()}.started").touch()
         time.sleep(60)
     finally:
+        time.sleep(0.3)  # as saving does: told twice to stop, it is not cut short
         Path(folder, f"{os.getpid()}.saved").touch()
 """
 MAIN = """

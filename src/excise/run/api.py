@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from excise import record as schema
 from excise.core.config import Config
 from excise.core.disk import disk_full
 from excise.core.errors import UserError
@@ -21,6 +20,7 @@ from excise.methods.base import ApplyMethod, Method, Removal
 from excise.models.checkpoint import Checkpoint, open_checkpoint
 from excise.models.spec import ModelSpec
 from excise.record import Record
+from excise.record import load as load_record
 from excise.requests.recipe import AuditSpec, EvalSpec, check_names
 from excise.run import output
 from excise.run.environment import environment, now
@@ -152,7 +152,7 @@ def load(folder: str | Path) -> Record | Checkpoint:
     path = Path(folder).expanduser()
     if (path / "config.json").is_file() and not (path / "run.json").is_file():
         return open_checkpoint(path)
-    return schema.load(path)
+    return load_record(path)
 
 
 def _folder(out: str | Path | None) -> Path:

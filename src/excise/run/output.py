@@ -9,7 +9,6 @@ from pathlib import Path
 
 import yaml
 
-from excise import record as schema
 from excise.core.config import Config
 from excise.core.disk import (
     clone_file,
@@ -29,7 +28,7 @@ from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.data.split import split_of
 from excise.models.checkpoint import Checkpoint
-from excise.record import Item, Record
+from excise.record import Item, Record, save
 from excise.report.card import render_card
 from excise.report.page import write_report
 from excise.run.environment import device_of
@@ -161,7 +160,7 @@ def write_split(out: Path, spec: DomainSpec, domain: Domain) -> None:
 def write(out: Path, record: Record, items: Sequence[Item]) -> None:
     """Write items, record and report, each whole or not at all."""
     write_items(out / "items.parquet", items)
-    schema.save(record, out)
+    save(record, out)
     write_report(out)
 
 

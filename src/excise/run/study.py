@@ -15,14 +15,13 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from excise import record
 from excise.core.config import Config
 from excise.core.errors import UserError, nearest
 from excise.core.events import Emit
 from excise.core.plugins import offered
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
-from excise.record import ModelRef, Record, StudyPicture, StudyTable
+from excise.record import ModelRef, Record, StudyPicture, StudyRecord, StudyTable, save
 from excise.report.page import write_report
 from excise.run import output
 from excise.run.environment import environment, now
@@ -134,7 +133,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
             seeds=study.seeds,
             data=dict(result.data) | (describe(result.domain) if result.domain else {}),
             models=result.models,
-            study=record.StudyRecord(
+            study=StudyRecord(
                 name=study.name,
                 question=study.question,
                 statistic=study.statistic,
@@ -149,7 +148,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
             notes=result.notes,
         )
         outcome = timed(outcome, began, pool.peak_bytes)
-        record.save(outcome, out)
+        save(outcome, out)
         write_report(out)
     emit("done", {"out": str(out)})
     return outcome

@@ -208,24 +208,47 @@ def _gone(pid: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_workers_save_and_go_when_the_owner_is_stopped(how: signal.Signals, tmp_path: Path) -> None:
-    """The script has no main guard, as scripts often have none."""
-    (tmp_path / "jobs.py").write_text(JOBS)
-    (tmp_path / "main.py").write_text(MAIN)
+def started(folder: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """Start a script that owns a pool, and return it and its busy workers.
+
+    The script has no main guard, as scripts often have none.
+    """
+    (folder / "jobs.py").write_text(JOBS)
+    (folder / "main.py").write_text(MAIN)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     owner = subprocess.Popen(
-        [sys.executable, "main.py", str(tmp_path)],
-        cwd=tmp_path,
+        [sys.executable, "main.py", str(folder)],
+        cwd=folder,
         env=env,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("*.started"))) < 2 and time.monotonic() < deadline:
+    while len(list(folder.glob("*.started"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    workers = [int(p.stem) for p in tmp_path.glob("*.started")]
+    workers = [int(path.stem) for path in folder.glob("*.started")]
     assert len(workers) == 2
+    return owner, workers
+
+
+def test_a_worker_told_twice_to_stop_still_saves(tmp_path: Path) -> None:
+    owner, workers = started(tmp_path)
+    try:
+        for _ in range(2):
+            os.kill(workers[0], signal.SIGTERM)
+            time.sleep(0.1)  # in the middle of the saving, which takes 0.3 s
+        deadline = time.monotonic() + 20
+        while not _gone(workers[0]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (tmp_path / f"{workers[0]}.saved").exists()
+    finally:
+        owner.kill()
+        owner.wait()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_workers_save_and_go_when_the_owner_is_stopped(how: signal.Signals, tmp_path: Path) -> None:
+    owner, workers = started(tmp_path)
     began = time.monotonic()
     owner.send_signal(how)
     assert owner.wait(30) != 0

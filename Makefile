@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint types tests wheel-test browser-test liger-test lock clean
+.PHONY: demo test test-all lint types tests wheel-test browser-test liger-test peers-test lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/excise demo
@@ -37,6 +37,10 @@ browser-test: $(VENV)/.dev
 liger-test: $(VENV)/.liger
 	PYTHONPATH=$(VENV)/liger $(BIN)/python tests/liger.py
 
+# The examples that hand an edited model to lm-eval and to Inspect; both are large, so apart.
+peers-test: $(VENV)/.peers
+	PYTHONPATH=$(VENV)/peers:. $(BIN)/python tests/peers.py
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -52,6 +56,11 @@ $(VENV)/.dev: $(VENV)/.installed requirements-dev.lock
 $(VENV)/.liger: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/liger \
 	  liger-kernel==0.8.5 triton==3.9.0
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/peers \
+	  lm-eval==0.4.13 inspect-ai==0.3.285
 	touch $@
 
 clean:

@@ -214,14 +214,14 @@ def quick_and_light(wheel: Wheel) -> None:
 
 
 def a_package_adds_to_it(wheel: Wheel) -> None:
-    """Method, attack and study of an installed package are listed, and the study runs."""
+    """What an installed package adds is listed, and its study runs."""
     source = wheel.source.parent / "plugin"
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     shutil.copytree(ROOT / "examples" / "plugin", source, ignore=skip)
     pip = [sys.executable, "-m", "pip", "--python", str(wheel.python), "install", "--quiet"]
     call(*pip, "--no-deps", "--no-build-isolation", "--no-compile", str(source), cwd=source)
     listed = wheel.excise("ls").stdout
-    for name in ("task_negation", "norm_reset", "negation-strength"):
+    for name in ("task_negation", "norm_reset", "answer_rank", "glossary", "negation-strength"):
         assert f"  {name} " in listed, f"{name} is not listed"
     out = wheel.source.parent / "runs" / "study"
     short = ("--pretrain.fit.steps", "2", "--strengths", "[1.0]", "--workers", "1", "--quiet")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from excise.data.domain import Domain, Row
     from excise.data.spec import DomainSpec, Files
     from excise.domains.facts import Facts
+    from excise.evals.extra import ExtraScore
+    from excise.evals.score import ItemScores
     from excise.methods import (
         ERA,
         GRAM,
@@ -67,6 +69,8 @@ _HOME = {
     "DomainSpec": "excise.data.spec",
     "Files": "excise.data.spec",
     "Facts": "excise.domains.facts",
+    "ExtraScore": "excise.evals.extra",
+    "ItemScores": "excise.evals.score",
     "Checkpoint": "excise.models.checkpoint",
     "LoRA": "excise.models.lora",
     "open_checkpoint": "excise.models.checkpoint",
@@ -119,6 +123,7 @@ __all__ = [
     "Cost",
     "Domain",
     "DomainSpec",
+    "ExtraScore",
     "Facts",
     "Files",
     "Filtering",
@@ -126,6 +131,7 @@ __all__ = [
     "GradDiff",
     "GradDiffPretrain",
     "Groups",
+    "ItemScores",
     "LoRA",
     "MaxEnt",
     "Method",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from excise.core.errors import UserError
 from excise.record.entry import Level, RecordEntry, ScoreDirection
 from excise.record.inspection import Inspection
 from excise.record.study import StudyRecord
@@ -278,6 +279,47 @@ class Record(RecordEntry):
     """Peak resident memory over all processes' maximum."""
     notes: tuple[str, ...] = ()
     """What a reader should know."""
+
+    def to_frame(self, of: Literal["curves", "scores", "levels"] = "curves") -> Any:
+        """Return one table of the record as a `pandas.DataFrame`, a row an entry.
+
+        Args:
+            of: `curves`, one row per checkpoint of every attack variant, with the fields of
+                `AttackVariant` (but `curve` and `facts`) and `CurvePoint`; `scores`, the fields of
+                `Score`; `levels`, the fields of `LevelResult` and the `model`.
+
+        Returns:
+            The table, its columns named like the fields; no rows where there is nothing.
+
+        Raises:
+            UserError: If pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UserError(
+                "to_frame needs pandas, which is not installed: pip install 'excise[plot]'"
+            ) from None
+        rows: list[dict[str, Any]]
+        if of == "curves":
+            columns = [f for f in AttackVariant.model_fields if f not in ("curve", "facts")]
+            columns += CurvePoint.model_fields
+            rows = [
+                attack.model_dump(exclude={"curve", "facts"}) | point.model_dump()
+                for attack in self.attacks
+                for point in attack.curve
+            ]
+        elif of == "scores":
+            columns = [*Score.model_fields]
+            rows = [score.model_dump() for score in self.scores]
+        else:
+            columns = ["model", *LevelResult.model_fields]
+            rows = [
+                {"model": verdict.model} | level.model_dump()
+                for verdict in self.verdicts
+                for level in verdict.levels
+            ]
+        return pandas.DataFrame(rows, columns=columns)
 
 
 class Item(RecordEntry):

@@ -198,8 +198,8 @@ def check_overlaps(sets: Sets) -> None:
                 continue
             a, b = units[first][shared[0]], units[second][shared[0]]
             problems.add(UserError(
-                f"{first} and {second} share {counted(len(shared), 'unit')}, for example {a.where} and "
-                f"{b.where}; {_advice(first, second)}"
+                f"{first} and {second} share {counted(len(shared), 'unit')}, for example {a.where} "
+                f"and {b.where}; {_advice(first, second)}"
             ))  # fmt: skip
     problems.check()
 

@@ -235,8 +235,8 @@ class Arithmetic(DomainSpec):
         if not self.problems:
             return ()
         return (
-            f"{counted(self.problems, 'word problem')} of each fact beside its equation; those of the test "
-            "set and retain_test use stories and questions that no other role has",
+            f"{counted(self.problems, 'word problem')} of each fact beside its equation; those of "
+            "the test set and retain_test use stories and questions that no other role has",
         )
 
     def _shuffled(self, pairs: Sequence[Operands]) -> list[Operands]:

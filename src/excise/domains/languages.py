@@ -165,8 +165,9 @@ class Languages(DomainSpec):
         least = -(-1 // min(SHARES.values()))
         if len(order) < least:
             raise UserError(
-                f"verses: {self.verses} verses are {counted(len(order), 'chapter')}, too few to cut "
-                f"relearn, test and dev sets from; take {int(least)} chapters or more (1000 verses)"
+                f"verses: {self.verses} verses are {counted(len(order), 'chapter')}, too few to "
+                f"cut relearn, test and dev sets from; take {int(least)} chapters or more (1000 "
+                "verses)"
             )
         parts = portions(order, list(SHARES.values()))
         return {

@@ -335,7 +335,7 @@ def lead_figure(record: Record, key: str = "lead") -> Figure | None:
     values += [v for line in lines for _, a, b in line.band for v in (a, b)]
     values += [v for band in bands for v in (band.low, band.high)]
     name = words.metric_name(metric) or "score"
-    label = f"{name} on unseen test items (up is more knowledge)"
+    label = f"{name}, unseen test items (up: knows more)"
     y = svg.upward(svg.linear_axis(label, values), "higher" if higher else "lower")
     x = svg.log_axis("tokens the attacker trains on", [p for line in lines for p, _ in line.points])
     said = [f"{band.label} {words.number((band.low + band.high) / 2)}" for band in bands]
@@ -390,10 +390,10 @@ def _between(
     fresh = [a for role in ("original", "candidate") for a in on(role, fresh=True)]
     level = next((a.curve[0].trained for a in fresh if a.curve[0].trained is not None), None)
     if level is not None and math.isfinite(level):
-        bands += [svg.Band("text never taught", "oracle", level, level)]
+        bands += [svg.Band("never taught", "oracle", level, level)]
     elif len(curves) == 1:
         start = next(iter(curves.values()))[0].score
-        bands += [svg.Band("before relearning", "control", start, start)]
+        bands += [svg.Band("before attack", "control", start, start)]
     return bands, []
 
 

@@ -273,7 +273,7 @@ def line_plot(
         places = _spread([at for at, _, _ in shown], top, bottom)
         for place, (_, role, name) in zip(places, shown, strict=True):
             at = width - right + 9
-            body += [put(at, place + 4, clip(name, 19), kind=f"name s-{role}")]
+            body += [put(at, place + 4, clip(name, 16), kind=f"name s-{role}")]
     return frame(key, title, desc, height, body, width)
 
 

@@ -107,7 +107,8 @@ def answers(record: Record) -> AnswerTable:
         metrics = {words.metric_name(s.metric) for s in record.scores}
         note = next((m for m in metrics if all(c.startswith(f"{m} ") for c in cells)), "")
         cells[:] = [cell.removeprefix(f"{note} ") if note else cell for cell in cells]
-        heads.append((head, note))
+        lower = words.direction(record, note).startswith("lower")
+        heads.append((head, f"{note}, lower knows more" if note and lower else note))
     rows = [
         AnswerRow(
             swatch(role),

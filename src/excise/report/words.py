@@ -38,6 +38,16 @@ ACCESS = {
     "weights": "weights",
 }
 
+ATTACKS = {
+    "benign": "benign fine-tuning",
+    "direction": "direction clearing",
+    "few_shot": "few-shot prompts",
+    "prefix": "prefix fill",
+    "quantize": "quantization",
+    "transfer": "relearning",
+}
+"""Attacks as a person who runs none would name them."""
+
 RANK = {"original": 0, "candidate": 1, "positive": 2, "oracle": 3}
 """Order of models in plots and tables, by role."""
 
@@ -384,6 +394,12 @@ def failed_attacks(verdict: Verdict) -> tuple[str, ...]:
     return tuple(dict.fromkeys(plain(r.decided_by.split(" ")[0]).strip(",") for r in decided))
 
 
+def attacks_listed(names: Iterable[str]) -> str:
+    """Return attacks as a list in plain words."""
+    every = [ATTACKS.get(name, name.replace("_", " ")) for name in names]
+    return " and ".join(part for part in (", ".join(every[:-1]), *every[-1:]) if part)
+
+
 def _came_back(record: Record, model: str, verdict: Verdict | None) -> str:
     """Say how much relearning brought back, and which other attacks brought something back."""
     if verdict is None:
@@ -400,9 +416,9 @@ def _came_back(record: Record, model: str, verdict: Verdict | None) -> str:
         tokens = verdict.recovery_tokens
         text = amount + ("" if tokens is None else f" after {count(tokens)} tokens")
     training = {a.name for a in attacks_on(record, model) if a.level == "D4"}
-    others = [name.replace("_", " ") for name in failed_attacks(verdict) if name not in training]
+    others = [name for name in failed_attacks(verdict) if name not in training]
     if others and text != "it had not gone":
-        text += f"; some under {' and '.join(others)}"
+        text += f"; some under {attacks_listed(others)}"
     return text
 
 
@@ -421,12 +437,12 @@ def _ship(
     if status.get("D0") == "fail":
         return "no", f"it is still there{beside}"
     back = "" if verdict.recovery is None else share(verdict.recovery)
-    attacks = [name.replace("_", " ") for name in failed_attacks(verdict)]
+    attacks = attacks_listed(failed_attacks(verdict))
     if status.get("D4") == "fail" or (verdict.recovery or 0.0) >= MOST:
         comes = f"{back} comes back with relearning" if back else "relearning brings it back"
         return "no", comes + beside
     if attacks:
-        return "no", f"it comes back under {' and '.join(attacks)}{beside}"
+        return "no", f"it comes back under {attacks}{beside}"
     if damaged:
         return "no", "the retain set is damaged"
     margin = next((r.margin for r in verdict.levels if r.margin is not None), 0.1)
@@ -502,6 +518,6 @@ def attack_name(attack: AttackVariant) -> str:
 def direction(record: Record, metric: str) -> str:
     """Return which way more knowledge lies for a metric, in words."""
     for score in record.scores:
-        if score.metric == metric:
+        if metric in (score.metric, metric_name(score.metric)):
             return f"{score.direction} is more knowledge"
     return "lower is more knowledge" if metric.endswith("loss") else "higher is more knowledge"

@@ -53,7 +53,7 @@ def full(names: tuple[str, ...] = ("filtering", "rmu"), oracles: int = 3) -> Rec
         scores=tuple(every),
         attacks=tuple(hits),
         verdicts=tuple(verdict(n, MODELS[n][0], MODELS[n][1]) for n in names),
-        samples=tuple(sample(i, names) for i in range(3)),
+        samples=tuple(sample(i, names, oracles) for i in range(3)),
         seconds=104.2,
         peak_memory_bytes=1_420_000_000,
         notes=("The audit's null, the gap of filtering, is 0.012 of the way to the original.",),
@@ -82,9 +82,10 @@ def method_run(name: str) -> MethodRun:
     )
 
 
-def sample(index: int, names: tuple[str, ...]) -> Sample:
+def sample(index: int, names: tuple[str, ...], oracles: int = 1) -> Sample:
     """Return a continuation."""
-    outputs = {"original": " lives in Varn.", "oracle-0": " lives in Tolm."}
+    outputs = {"original": " lives in Varn."}
+    outputs |= {"oracle-0": " lives in Tolm."} if oracles else {}
     outputs |= {n: " lives in Tolm." if n == "filtering" else " the the the the" for n in names}
     who = ("Orla Benning", "Tam Reyes", "Ansel Duarte")[index]
     return Sample(set="test.facts", prompt=f"{who}", expected=" lives in Varn.", outputs=outputs)

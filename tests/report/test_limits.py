@@ -48,10 +48,9 @@ def test_suppressed_is_not_ignorant_and_not_called_broken() -> None:
     assert "Suppressed" not in said(sample.full())
     record = sample.many()
     ignorant = tuple(
-        s.model_copy(update={"value": 9.7, "low": 9.5, "high": 9.9})
-        if (s.model, s.metric) == ("original", "text_loss")
-        else s
+        s.model_copy(update={"value": 9.7, "low": 9.5, "high": 9.9}) if s.model == "original" else s
         for s in record.scores
+        if s.metric == "text_loss"
     )
     assert "Suppressed" not in said(record.model_copy(update={"scores": ignorant}))
 

@@ -432,8 +432,7 @@ def _ship(
         return "open", "nobody attacked it, so what would come back is not known"
     if nothing_to_remove(record):
         return "open", "the original did not know it, so there was nothing to remove"
-    by_level = {r.level: r for r in verdict.levels}
-    status: dict[str, str] = {code: r.status for code, r in by_level.items()}
+    status: dict[str, str] = {r.level: r.status for r in verdict.levels}
     if status.get("D0") == "fail":
         return "no", f"it is still there{beside}"
     back = "" if verdict.recovery is None else share(verdict.recovery)

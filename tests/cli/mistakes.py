@@ -92,17 +92,17 @@ DATA: dict[str, Case] = {
     ),
     "shared units": Case(
         remove(retain="both.jsonl"),
-        ("share 3 unit(s)", "f.jsonl line", "both.jsonl line"),
+        ("share 3 units", "f.jsonl line", "both.jsonl line"),
         {"both.jsonl": m.texts("f", 3) + m.texts("r")},
     ),
     "test inside relearn": Case(
         remove("--relearn t.jsonl --test v.jsonl"),
-        ("share 1 unit(s)", "must not be scored"),
+        ("share 1 unit,", "must not be scored"),
         {"t.jsonl": m.texts("t", 4), "v.jsonl": m.texts("t", 4, 3)},
     ),
     "too few units": Case(
         remove(forget="x.jsonl"),
-        ("forget has 5 unit(s)", "at least 10"),
+        ("forget has 5 units", "at least 10"),
         {"x.jsonl": m.texts("x", 5)},
     ),
     "unknown option": Case(remove(forget="'f.jsonl?txt=body'"), ("unknown option 'txt'", "'text'")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tests.report import parts
 from tests.report.parts import MODELS, attacks, digest, model, scores, verdict
 
 from excise.record import Environment, MethodRun, Record, Sample
@@ -52,7 +53,7 @@ def full(names: tuple[str, ...] = ("filtering", "rmu"), oracles: int = 3) -> Rec
         scores=tuple(every),
         attacks=tuple(hits),
         verdicts=tuple(verdict(n, MODELS[n][0], MODELS[n][1]) for n in names),
-        samples=tuple(sample(i, names) for i in range(3)),
+        samples=tuple(sample(i, names, oracles) for i in range(3)),
         seconds=104.2,
         peak_memory_bytes=1_420_000_000,
         notes=("The audit's null, the gap of filtering, is 0.012 of the way to the original.",),
@@ -81,9 +82,10 @@ def method_run(name: str) -> MethodRun:
     )
 
 
-def sample(index: int, names: tuple[str, ...]) -> Sample:
+def sample(index: int, names: tuple[str, ...], oracles: int = 1) -> Sample:
     """Return a continuation."""
-    outputs = {"original": " lives in Varn.", "oracle-0": " lives in Tolm."}
+    outputs = {"original": " lives in Varn."}
+    outputs |= {"oracle-0": " lives in Tolm."} if oracles else {}
     outputs |= {n: " lives in Tolm." if n == "filtering" else " the the the the" for n in names}
     who = ("Orla Benning", "Tam Reyes", "Ansel Duarte")[index]
     return Sample(set="test.facts", prompt=f"{who}", expected=" lives in Varn.", outputs=outputs)
@@ -112,20 +114,68 @@ def no_oracle() -> Record:
         a.model_copy(update={"subject": "candidate"}) if a.subject == "rmu" else a
         for a in record.attacks
     ]
-    found = record.verdicts[0]
+    verdict = record.verdicts[0]
+    untested: dict[str, Any] = {"status": "untested", "against": "nothing", "margin": None}
+    untested |= {"reason": "No model was trained without the forget set."}
     levels = tuple(
-        r.model_copy(update={"gap": None, "low": None, "high": None, "against": "controls"})
-        for r in found.levels
+        r.model_copy(
+            update={"gap": None, "low": None, "high": None, "against": "controls"}
+            | (untested if r.level in ("D4", "D5") else {})
+        )
+        for r in verdict.levels
     )
     update: dict[str, Any] = {"levels": levels, "null": None, "residual_bits": None, "highest": ""}
+    update["sentence"] = "After 8,192 tokens of relearning, 84 % of what rmu removed came back."
     return record.model_copy(
         update={
             "kind": "audit",
             "title": "Audit of a model of unknown making",
             "attacks": tuple(hits),
             "method_runs": (),
-            "verdicts": (found.model_copy(update=update),),
+            "verdicts": (verdict.model_copy(update=update),),
             "data": {**record.data, "exposure": "unknown", "claim": "capability"},
+        }
+    )
+
+
+def fresh_text() -> Record:
+    """Return an audit without an oracle that also learned matched fresh text."""
+    record = no_oracle()
+    fresh = [
+        a.model_copy(
+            update={
+                "variant": "full on fresh units",
+                "control": True,
+                "decisive": False,
+                "trained_on": "fresh",
+                "curve": tuple(p.model_copy(update={"trained": 0.06}) for p in a.curve),
+            }
+        )
+        for a in record.attacks
+        if (a.subject, a.name, a.variant, a.lr) == ("original", "relearn", "full", 1e-3)
+    ]
+    return record.model_copy(update={"attacks": (*record.attacks, *fresh)})
+
+
+def crowd(count: int = 14) -> Record:
+    """Return an audit of more candidates than a picture can name."""
+    record = full(("rmu",))
+    runs, hits, every, verdicts = [], list[Any](), list[Any](), []
+    for i in range(count):
+        name = f"candidate-{i:02}-of-a-long-name"
+        hits += [a.model_copy(update={"subject": name}) for a in parts.attacks(name, 0.05, i / 15)]
+        every += parts.scores(name, 0.05, 0.97, 0.95)
+        verdicts.append(parts.verdict("rmu", 0.05, i / 15).model_copy(update={"model": name}))
+        runs.append(method_run("rmu").model_copy(update={"name": name}))
+    references = tuple(a for a in record.attacks if a.subject != "rmu")
+    scored = tuple(s for s in record.scores if s.model != "rmu")
+    return record.model_copy(
+        update={
+            "title": "Many candidates",
+            "method_runs": tuple(runs),
+            "attacks": (*references, *hits),
+            "scores": (*scored, *every),
+            "verdicts": tuple(verdicts),
         }
     )
 
@@ -188,6 +238,8 @@ RECORDS = {
     "minimal": minimal,
     "removed": removed,
     "no_oracle": no_oracle,
+    "fresh_text": fresh_text,
+    "crowd": crowd,
     "sensitive": sensitive,
     "hostile": hostile,
     "broken_numbers": broken_numbers,

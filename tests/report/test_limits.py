@@ -20,7 +20,7 @@ def said(record: Record) -> str:
         ({"seeds": (0,)}, "with one seed"),
         ({"sensitive": True}, "marked sensitive"),
         ({"attacks": ()}, "Nothing was attacked"),
-        ({"models": (parts.model("original"),)}, "There is no oracle"),
+        ({"models": (parts.model("original"),)}, "This audit had no oracle"),
         ({"models": (ModelRef(name="oracle-0"),)}, "come from 1 seed; three"),
         ({"data": {"exposure": "unknown"}}, "is unknown: no split"),
         ({"data": {"claim": "capability"}}, "The claim is about the capability"),
@@ -41,9 +41,18 @@ def test_invalid_missing_and_underpowered_are_named() -> None:
     assert "no attacker used more than 8,192 tokens" in text
 
 
-def test_broken_is_not_ignorant() -> None:
-    assert "Broken is not ignorant: the forget loss of maxent is near" in said(sample.many())
-    assert "Broken" not in said(sample.full())
+def test_suppressed_is_not_ignorant_and_not_called_broken() -> None:
+    text = said(sample.many())
+    assert "Suppressed is not ignorant: the forget loss of maxent is near" in text
+    assert "roken" not in text
+    assert "Suppressed" not in said(sample.full())
+    record = sample.many()
+    ignorant = tuple(
+        s.model_copy(update={"value": 9.7, "low": 9.5, "high": 9.9}) if s.model == "original" else s
+        for s in record.scores
+        if s.metric == "text_loss"
+    )
+    assert "Suppressed" not in said(record.model_copy(update={"scores": ignorant}))
 
 
 def test_original_at_chance_and_forced_choice() -> None:

@@ -14,7 +14,7 @@ from tests.report.pages import Node, read
 
 from excise.core.errors import UserError
 from excise.record import Record, save
-from excise.report import words
+from excise.report import figures, words
 from excise.report.page import render_html, write_report
 
 GOLDEN = Path(__file__).with_name("outline.txt")
@@ -143,11 +143,74 @@ def test_codes_come_with_their_words(make: Callable[[], Record]) -> None:
         assert said in near
 
 
-def test_the_verdict_stands_first() -> None:
+def test_a_picture_and_a_table_stand_first_and_the_verdicts_follow() -> None:
     record = sample.full()
-    text = read(render_html(record)).all("main")[0].text()
-    assert text.index(record.verdicts[0].sentence) < 60
+    root = read(render_html(record))
+    text = root.all("main")[0].text()
+    assert text.startswith("What came back What relearning brings back on facts")
+    assert text.index("Can it ship?") < text.index(record.verdicts[0].sentence)
     assert text.index(record.verdicts[1].sentence) < text.index("How deep the cut went")
+    (table,) = (t for t in root.all("table") if t.attrs.get("class") == "answers")
+    rows = [[c.text() for c in row.all("th", "td")] for row in table.all("tbody")[0].all("tr")]
+    assert rows[1] == [
+        "rmu",
+        "0.97 \u2192 0.09",
+        "84 % after 8,192 tokens; some under direction clearing",
+        "0.99 \u2192 0.98",
+        "No : 84 % comes back with relearning",
+    ]
+
+
+def names_in(plot: Node) -> list[str]:
+    """Return the names at the right of a plot, from the top."""
+    return [n.text() for n in plot.all("text") if n.attrs["class"].startswith("name")]
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (sample.full, ["original", "rmu", "filtering", "oracle"]),
+        (sample.no_oracle, ["original", "rmu", "before attack"]),
+        (sample.fresh_text, ["original", "rmu", "never taught"]),
+    ],
+)
+def test_relearning_is_drawn_between_what_references_there_are(
+    make: Callable[[], Record], names: list[str]
+) -> None:
+    plot = read(render_html(make())).all("svg")[0]
+    assert sorted(names_in(plot)) == sorted(names)
+    assert names_in(plot)[0] == "original"
+
+
+def test_of_many_candidates_the_first_ten_are_named_and_all_are_drawn() -> None:
+    plot = read(render_html(sample.crowd())).all("svg")[0]
+    assert len(names_in(plot)) == figures.NAMED + 2
+    lines = [p for p in plot.all("path") if p.attrs["class"].startswith("l s-")]
+    assert len(lines) == 14 + 1
+    assert sum("s-rest" in p.attrs["class"] for p in lines) == 14 - figures.NAMED
+    heights = [float(n.attrs["y"]) for n in plot.all("text") if "name" in n.attrs["class"]]
+    assert all(b - a >= 16.9 for a, b in pairwise(heights))
+
+
+def test_a_training_of_two_checkpoints_is_drawn() -> None:
+    record = sample.no_oracle()
+    short = tuple(
+        a.model_copy(update={"curve": (a.curve[0], a.curve[-1])}) if a.curve else a
+        for a in record.attacks
+    )
+    text = read(render_html(record.model_copy(update={"attacks": short}))).text()
+    assert "What relearning brings back" in text
+    assert "No relearning ran" not in text
+
+
+def test_levels_that_nothing_was_compared_on_take_one_line() -> None:
+    root = read(render_html(sample.no_oracle()))
+    (levels,) = (t for t in root.all("table") if t.attrs.get("class") == "levels")
+    assert len(levels.all("tbody")[0].all("tr")) == 4
+    assert (
+        "Not tested: relearning does not bring back the held-out test set (D4), as if never "
+        "learned (D5) (no model was trained without the forget set)."
+    ) in root.text()
 
 
 @every
@@ -167,14 +230,18 @@ def test_sensitive_texts_are_nowhere() -> None:
 
 
 def test_no_oracle_is_said() -> None:
-    text = read(render_html(sample.no_oracle())).text()
-    assert "There is no oracle" in text
+    text = read(render_html(sample.no_oracle())).all("body")[0].text(without=("script",))
+    assert text.count(words.WITHOUT_ORACLE) == 1
+    assert text.index(words.WITHOUT_ORACLE) < text.index("How deep the cut went")
     assert "Whether the removal saw the test units is unknown" in text
 
 
 def test_a_pass_above_a_failure_does_not_count() -> None:
-    text = read(render_html(sample.full(("rmu",)))).text()
+    root = read(render_html(sample.full(("rmu",))))
+    text = root.text()
     assert text.count("does not count: a lower level did not pass") == 1
+    marks = [n for n in root.walk() if n.attrs.get("class", "").startswith("status uncounted")]
+    assert [m.text() for m in marks] == ["\u00b7 passed"]
     assert "does not count" not in read(render_html(sample.full(("filtering",)))).text()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from tests.report import sample
+from tests.report.test_inspection import inspection, record_of
+from tests.report.test_study import study
 
 from excise.record import Record
 from excise.report.terminal import render_terminal
@@ -50,10 +52,33 @@ def test_says_what_matters() -> None:
     assert "next    excise audit out/facts --budget standard" in text
 
 
+def test_begins_with_what_a_release_manager_asks() -> None:
+    text = shown(sample.full(("rmu",)))
+    order = ("rmu", "Removed", "Comes back", "Retain set", "Can it ship?", "After 8,192", "Depth")
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+    assert "No: 84 % comes back with relearning." in text
+
+
+def test_a_pass_that_does_not_count_is_not_green() -> None:
+    lines = shown(sample.full(("rmu",)), colour=True).splitlines()
+    (weights,) = (line for line in lines if "D3" in line)
+    assert "passed" in weights
+    assert "\x1b[32m" not in weights
+    (first,) = (line for line in lines if line.startswith("D0"))
+    assert "\x1b[32mpassed" in first
+
+
+def test_inspections_and_studies_suggest_nothing_to_type() -> None:
+    assert "next " not in shown(record_of(inspection()), folder=Path("LOOK"))
+    assert "next " not in shown(study(), folder=Path("out"))
+
+
 def test_next_command_after_an_unattacked_removal() -> None:
     text = shown(sample.removed(), folder=Path("my out"))
     assert "next    excise audit 'my out' --out 'my out'-audit" in text
-    assert "No verdict: nobody attacked it" in text
+    assert "Not shown: nobody attacked it, so what would come back is not known." in " ".join(
+        text.split()
+    )
 
 
 def test_colour_is_style_alone(monkeypatch: pytest.MonkeyPatch) -> None:

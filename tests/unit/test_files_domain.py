@@ -291,4 +291,4 @@ def test_groups_in_forget_and_retain_are_noted(tmp_path: Path) -> None:
     put(tmp_path, f=documents(20, 0), r=[*documents(19, 1), *documents(1, 5, group="g")])
     assert not any("in common" in note for note in spec(tmp_path).build(None).notes)
     put(tmp_path, f=[*documents(19, 0), *documents(1, 6, group="g")])
-    assert any("1 group(s) in common" in note for note in spec(tmp_path).build(None).notes)
+    assert any("1 group in common" in note for note in spec(tmp_path).build(None).notes)

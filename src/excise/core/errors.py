@@ -34,3 +34,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     if close:
         return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     return "known: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, which gets an s unless there is one: `1 unit`, `3 units`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from excise.core.config import ConfigError
-from excise.core.errors import UserError
+from excise.core.errors import UserError, counted
 from excise.data.domain import Metric, Row
 
 MAX_PROBLEMS: Final = 5
@@ -237,7 +237,7 @@ def _fill_choice(row: Row, values: Mapping[str, Any]) -> Row:
         raise UserError(f"field 'choices' is {_type(choices)}, not a list of texts")
     options = tuple(_string(c, f"choices[{i}]") for i, c in enumerate(choices))
     if len(options) < 2:
-        raise UserError(f"field 'choices' has {len(options)} option(s); give at least two")
+        raise UserError(f"field 'choices' has {counted(len(options), 'option')}; give at least two")
     if len(set(options)) < len(options):
         raise UserError("field 'choices' has two equal options; make each one different")
     question = _string(values["question"], "question")

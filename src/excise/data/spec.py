@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from excise.core.config import Config
-from excise.core.errors import UserError
+from excise.core.errors import UserError, counted
 from excise.data.dedup import text_hash
 from excise.data.domain import UNLABELED, Domain, Metric, Row, Rows, text_of
 from excise.data.labels import label_rows
@@ -29,6 +29,7 @@ from excise.data.split import (
     cut_plain,
     cut_seen,
     read_split,
+    set_named,
     versions_of,
 )
 from excise.data.units import (
@@ -310,7 +311,7 @@ def _counts(parts: Parts, sets: Sets) -> Iterable[str]:
             for r, key in cut
             if key in parts
         )
-        yield f"{name}: {len(units_of(sets[name]))} units, by role: {words}"
+        yield f"{set_named(name)}: {counted(len(units_of(sets[name])), 'unit')}, by role: {words}"
 
 
 def _unlabeled(spec: Files, sets: Sets, parts: Parts) -> tuple[Rows, tuple[str, ...]]:

@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 
 from excise.core.config import Config
 from excise.core.disk import write_text
-from excise.core.errors import UserError
+from excise.core.errors import UserError, counted
 from excise.data.dedup import Clusters
 from excise.data.domain import Domain
 from excise.data.units import Sets, UnitRow, units_of
@@ -127,13 +127,13 @@ def assign(
     roles = ", ".join(role.replace("_", " ") for role in shares)
     if len(units) < needed:
         raise UserError(
-            f"{name} has {len(units)} unit(s), too few to cut {roles} from it; at least {needed} "
-            "are needed"
+            f"{set_named(name)} has {counted(len(units), 'unit')}, too few to cut {roles} from "
+            f"it; at least {needed} are needed"
         )
     if len(bundles) < len(shares):
         raise UserError(
-            f"{name} has {len(bundles)} group(s), which are never split, too few to cut {roles} "
-            f"from it; at least {len(shares)} are needed"
+            f"{set_named(name)} has {counted(len(bundles), 'group')}, never split, too few to cut "
+            f"{roles} from it; at least {len(shares)} are needed"
         )
     lacks = {role: share * len(units) / total for role, share in shares.items()}
     out: dict[str, str] = {}
@@ -162,6 +162,11 @@ class _Bundle:
     def __init__(self) -> None:
         self.units: list[str] = []
         self.groups: set[str] = set()
+
+
+def set_named(name: str) -> str:
+    """Return the name of a set as messages give it: `forget` for `forget.forget`."""
+    return ".".join(dict.fromkeys(name.split(".")))
 
 
 def _bundles(units: Mapping[str, Iterable[str]]) -> list[_Bundle]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from excise.core.errors import UserError
+from excise.core.errors import UserError, counted
 from excise.data.dedup import Clusters, Duplicates, find_duplicates, text_hash
 from excise.data.domain import Row, Rows, text_of
 from excise.data.rows import Located, Problems, SourceRows
@@ -198,8 +198,8 @@ def check_overlaps(sets: Sets) -> None:
                 continue
             a, b = units[first][shared[0]], units[second][shared[0]]
             problems.add(UserError(
-                f"{first} and {second} share {len(shared)} unit(s), for example {a.where} and "
-                f"{b.where}; {_advice(first, second)}"
+                f"{first} and {second} share {counted(len(shared), 'unit')}, for example {a.where} "
+                f"and {b.where}; {_advice(first, second)}"
             ))  # fmt: skip
     problems.check()
 
@@ -230,7 +230,7 @@ def group_note(sets: Sets) -> tuple[str, ...]:
     shared = (forget & {h.row.group for h in sets.get("retain", ())}) - {""}
     if not shared:
         return ()
-    return (f"forget and retain have {len(shared)} group(s) in common",)
+    return (f"forget and retain have {counted(len(shared), 'group')} in common",)
 
 
 def chunk_rows(rows: Iterable[Row], words: int) -> Rows:

@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import Field
 
+from excise.core.errors import counted
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
 from excise.data.spec import DomainSpec
 from excise.data.split import hashed_order, portions
@@ -234,8 +235,8 @@ class Arithmetic(DomainSpec):
         if not self.problems:
             return ()
         return (
-            f"{self.problems} word problem(s) of each fact beside its equation; those of the test "
-            "set and retain_test use stories and questions that no other role has",
+            f"{counted(self.problems, 'word problem')} of each fact beside its equation; those of "
+            "the test set and retain_test use stories and questions that no other role has",
         )
 
     def _shuffled(self, pairs: Sequence[Operands]) -> list[Operands]:

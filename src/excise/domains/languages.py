@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from excise.core.errors import UserError
+from excise.core.errors import UserError, counted
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
 from excise.data.spec import DomainSpec
 from excise.data.split import hashed_order, portions
@@ -165,8 +165,9 @@ class Languages(DomainSpec):
         least = -(-1 // min(SHARES.values()))
         if len(order) < least:
             raise UserError(
-                f"verses: {self.verses} verses are {len(order)} chapter(s), too few to cut "
-                f"relearn, test and dev sets from; take {int(least)} chapters or more (1000 verses)"
+                f"verses: {self.verses} verses are {counted(len(order), 'chapter')}, too few to "
+                f"cut relearn, test and dev sets from; take {int(least)} chapters or more (1000 "
+                "verses)"
             )
         parts = portions(order, list(SHARES.values()))
         return {

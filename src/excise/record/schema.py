@@ -192,6 +192,12 @@ class Verdict(RecordEntry):
     """Lower end of their 90 % interval."""
     residual_high: float | None = None
     """Upper end of their 90 % interval."""
+    retain_change: float | None = None
+    """Change of the retain score against the original before any attack, positive is better."""
+    retain_low: float | None = None
+    """Lower end of its 95 % interval (paired by unit)."""
+    retain_high: float | None = None
+    """Upper end of its 95 % interval."""
     null: float | None = None
     """The audit's measured null: gap between the model made by data filtering and the oracle."""
     reasons: tuple[str, ...] = ()

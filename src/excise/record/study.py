@@ -72,8 +72,9 @@ class StudyRecord(RecordEntry):
     """What decides, as stated before the study ran."""
     margin: float
     """Margin of the statistic, as stated before the study ran."""
-    tuned_on: tuple[int, ...] = ()
-    """Seeds on which settings were chosen; no number is reported from them."""
+    tuned_on: tuple[int, ...] | None = ()
+    """Seeds on which settings were chosen, and no number is reported from them; empty for the
+    `dev` rows of the reported seeds, None where none was chosen."""
     decision: str = ""
     """What the statistic says under the margin."""
     paragraph: str = ""

@@ -16,7 +16,13 @@ from excise.record import AttackVariant, CurvePoint, MethodRun, Record, Score, V
 from excise.report import svg, words
 
 MIN_POINTS = 3
-"""An attack with fewer checkpoints is a dot, not a curve."""
+"""An attack that does not train is a dot, not a curve, with fewer checkpoints."""
+
+NAMED = 10
+"""Lines of the first picture that carry their names at most; the others are thin."""
+
+PALETTE = ("candidate", "c1", "c2", "c3", "c4", "c5")
+"""Roles of removed models in one picture, each with its colour, dash and mark."""
 
 ABSORBED = {
     "retain": "retain rows",
@@ -24,6 +30,12 @@ ABSORBED = {
     "missed": "missed forget rows",
 }
 """Kinds of rows, as methods name them."""
+
+CURVE_HEADER = (
+    "Line", "Tokens", "Examples", "Held-out test set", "95 % interval", "Relearn set",
+    "Retain set",
+)  # fmt: skip
+"""Columns of the numbers of a curve."""
 
 BARS = 24
 """Bars of one plot at most; its table has all."""
@@ -134,11 +146,14 @@ def gap_figure(verdict: Verdict, key: str) -> Figure | None:
                 words.number(result.margin),
             )
         )
+    against = {r.against for r in measured}
+    zero = "oracle" if "oracle" in against else " or ".join(sorted(against))
     edge = max((r.margin for r in measured if r.margin is not None), default=0.0)
     bands = [svg.Band("original", "original", 1.0, 1.0)]
-    bands += [svg.Band("oracle \u00b1 margin" if edge else "oracle", "oracle", -edge, edge)]
+    bands += [svg.Band(f"{zero} \u00b1 margin" if edge else zero, "oracle", -edge, edge)]
     inside = [v for v in values if -2 <= v <= 3]
-    axis = svg.linear_axis("depth gap: 0 is the oracle, 1 the original", [*inside, -edge, 1.05])
+    what = "0 is the oracle" if zero == "oracle" else "0 is what it is compared with"
+    axis = svg.linear_axis(f"depth gap: {what}, 1 the original", [*inside, -edge, 1.05])
     title = f"Depth gap by level: {words.plain(verdict.model)}"
     caption = "; ".join(said)
     plot = svg.interval_plot(key, title, caption, axis, rows, bands)
@@ -235,7 +250,7 @@ def relearn_figures(record: Record, model: str, key: str) -> tuple[Figure, ...]:
     figures = []
     for index, (setting, variants) in enumerate(_curves(record, model).items()):
         deciding = _deciding(variants)
-        if max((len(a.curve) for a in deciding), default=0) < MIN_POINTS:
+        if not any(_is_curve(a) for a in deciding):
             continue
         beside = {role: _alike(record, setting, role) for role in ("original", "oracle")}
         beside["control"] = tuple(
@@ -245,6 +260,141 @@ def relearn_figures(record: Record, model: str, key: str) -> tuple[Figure, ...]:
         )
         figures.append(_relearn_figure(record, f"{key}-{index}", deciding, beside))
     return tuple(figures)
+
+
+def _is_curve(attack: AttackVariant) -> bool:
+    """Return whether an attack has a curve over its tokens: a training, or many checkpoints."""
+    return len(attack.curve) >= (MIN_POINTS if attack.lr is None else 2)
+
+
+def _relearned(record: Record, model: str) -> list[tuple[AttackVariant, ...]]:
+    """Return the deciding variants of every relearning on a removed model, scored on V."""
+    groups = _curves(record, model)
+    return [
+        _deciding(variants)
+        for variants in groups.values()
+        if variants[0].level == "D4"
+        and variants[0].scored_on.partition(".")[0] == "test"
+        and any(_is_curve(a) for a in _deciding(variants))
+    ]
+
+
+def candidate_roles(names: Sequence[str]) -> dict[str, str]:
+    """Return how each removed model is drawn wherever all of them stand together."""
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+
+
+def lead_figure(record: Record, key: str = "lead") -> Figure | None:
+    """Return what comes back against the attacker's tokens, for all removed models at once.
+
+    Of several kinds of relearning on one model the one that ends with most knowledge is drawn.
+    The models stand between the original and the oracle under the same attack; without an oracle,
+    between the original and matched fresh text, which nobody was taught; where there is none,
+    between the original and their own start.
+
+    Args:
+        record: The record.
+        key: Prefix of the ids.
+
+    Returns:
+        None where no relearning was scored on the held-out test set. Of several capabilities or
+        metrics the one scored on most models is drawn.
+    """
+    names = words.model_names(record)
+    by_scored: dict[tuple[str, str], dict[str, tuple[AttackVariant, ...]]] = {}
+    for name in names:
+        for deciding in _relearned(record, name):
+            first = deciding[0]
+            drawn = by_scored.setdefault((first.scored_on, first.metric), {})
+            drawn[name] = max(
+                (group for group in (drawn.get(name), deciding) if group),
+                key=lambda group: _knowledge(record, pooled(group)[-1:], first.metric),
+            )
+    if not by_scored:
+        return None
+    (scored_on, metric), drawn = max(by_scored.items(), key=lambda item: len(item[1]))
+    curves = {name: curve for name, group in drawn.items() if (curve := pooled(group))}
+    if not curves:
+        return None
+    first = next(iter(drawn.values()))[0]
+    higher = words.direction(record, metric).startswith("higher")
+    roles = candidate_roles(names)
+    ranked = sorted(curves, key=lambda n: -_knowledge(record, curves[n][-1:], metric))
+    lines = [
+        svg.Series(
+            words.plain(name) if name in ranked[:NAMED] else "",
+            roles[name] if name in ranked[:NAMED] else "rest",
+            tuple((p.tokens, p.score) for p in curves[name]),
+            tuple((p.tokens, p.low, p.high) for p in curves[name]) if len(curves) == 1 else (),
+        )
+        for name in reversed(ranked)
+    ]
+    bands, oracle = _between(record, first, curves)
+    lines = [*oracle, *lines]
+    values = [v for line in lines for _, v in line.points]
+    values += [v for line in lines for _, a, b in line.band for v in (a, b)]
+    values += [v for band in bands for v in (band.low, band.high)]
+    name = words.metric_name(metric) or "score"
+    label = f"{name}, unseen test items (up: knows more)"
+    y = svg.upward(svg.linear_axis(label, values), "higher" if higher else "lower")
+    x = svg.log_axis("tokens the attacker trains on", [p for line in lines for p, _ in line.points])
+    said = [f"{band.label} {words.number((band.low + band.high) / 2)}" for band in bands]
+    said += [svg.describe(n, [(p.tokens, p.score) for p in curves[n]], "tokens") for n in ranked]
+    title = f"What relearning brings back {_suffix(scored_on)}".strip()
+    rows = [_point_row(words.plain(n), p) for n in ranked for p in curves[n]]
+    caption = "; ".join(map(words.plain, said)) + "."
+    plot = svg.line_plot(key, title, caption, x, y, lines, bands=bands, wide=True)
+    return Figure(key, title, caption, plot, CURVE_HEADER, tuple(rows), tuple(roles.values()))
+
+
+def _knowledge(record: Record, last: Sequence[CurvePoint], metric: str) -> float:
+    """Return the end of a curve so that more is more knowledge; least for an empty one."""
+    sign = 1 if words.direction(record, metric).startswith("higher") else -1
+    return sign * last[0].score if last else -math.inf
+
+
+def _between(
+    record: Record, attack: AttackVariant, curves: Mapping[str, Sequence[CurvePoint]]
+) -> tuple[list[svg.Band], list[svg.Series]]:
+    """Return what the removed models stand between: bands, and the oracle's line if there is one.
+
+    Args:
+        record: The record.
+        attack: What was done to the removed models, to find the same on the reference models.
+        curves: The removed models' curves.
+    """
+
+    def on(role: str, *, fresh: bool = False) -> tuple[AttackVariant, ...]:
+        return tuple(
+            a
+            for a in record.attacks
+            if words.role(a.subject) == role
+            and (a.name, a.metric, a.scored_on) == (attack.name, attack.metric, attack.scored_on)
+            and a.control == fresh
+            and (not fresh or a.trained_on == "fresh")
+            and a.curve
+        )
+
+    bands = []
+    original = next((a.curve[0] for a in on("original")), None)
+    if original is not None and math.isfinite(original.score):
+        low, high = original.low, original.high
+        ends = (low, high) if math.isfinite(low + high) else (original.score, original.score)
+        bands += [svg.Band("original", "original", *ends)]
+    alike = [a for a in on("oracle") if a.variant == attack.variant]
+    oracle = pooled(_deciding(alike or on("oracle")))
+    if oracle:
+        points = tuple((p.tokens, p.score) for p in oracle)
+        edges = tuple((p.tokens, p.low, p.high) for p in oracle)
+        return bands, [svg.Series("oracle", "oracle", points, edges)]
+    fresh = [a for role in ("original", "candidate") for a in on(role, fresh=True)]
+    level = next((a.curve[0].trained for a in fresh if a.curve[0].trained is not None), None)
+    if level is not None and math.isfinite(level):
+        bands += [svg.Band("never taught", "oracle", level, level)]
+    elif len(curves) == 1:
+        start = next(iter(curves.values()))[0].score
+        bands += [svg.Band("before attack", "control", start, start)]
+    return bands, []
 
 
 def _alike(record: Record, setting: CurveKey, role: str) -> tuple[AttackVariant, ...]:
@@ -284,7 +434,12 @@ def _relearn_figure(
         said.append(svg.describe(name, line.points, "tokens"))
         rows += [_point_row(name, p) for p in points]
     metric = words.metric_name(first.metric) or "score"
+    bands: list[svg.Band] = []
+    if drawn["candidate"] and "oracle" not in drawn and first.level == "D4":
+        bands, _ = _between(record, first, {"": drawn["candidate"]})
+        bands = [band for band in bands if band.role == "oracle" or band.role not in drawn]
     values = [v for line in lines for _, v in line.points]
+    values += [v for band in bands for v in (band.low, band.high)]
     values += [v for line in lines for _, a, b in line.band for v in (a, b)]
     y = svg.linear_axis(f"held-out {metric}; {words.direction(record, first.metric)}", values)
     x = svg.log_axis("attacker's tokens", [p for line in lines for p, _ in line.points])
@@ -294,13 +449,9 @@ def _relearn_figure(
     seeds = len({a.seed for a in deciding})
     caption = "; ".join(reversed(said)) + "."
     caption += f" Mean of {seeds} seeds; bands cover all intervals." if seeds > 1 else ""
-    header = (
-        "Line", "Tokens", "Examples", "Held-out test set", "95 % interval", "Relearn set",
-        "Retain set",
-    )  # fmt: skip
     roles = tuple(dict.fromkeys([*drawn, *(line.role for line in lines)]))
-    plot = svg.line_plot(key, title, caption, x, y, lines)
-    return Figure(key, title, caption, plot, header, tuple(rows), roles)
+    plot = svg.line_plot(key, title, caption, x, y, lines, bands=bands)
+    return Figure(key, title, caption, plot, CURVE_HEADER, tuple(rows), roles)
 
 
 def _suffix(scored_on: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from excise.record import LEVELS, Record
+from excise.record import Record
 from excise.report import words
 
 
@@ -74,11 +74,7 @@ def _attacked(record: Record) -> Iterator[str]:
 def _references(record: Record) -> Iterator[str]:
     oracles = [m for m in record.models if words.role(m.name) == "oracle"]
     if not oracles:
-        yield (
-            f'There is no oracle, a model trained without what was removed. So "{LEVELS["D4"]}" '
-            f'and "{LEVELS["D5"]}" cannot be passed, and the lower levels are compared with chance '
-            "or controls."
-        )
+        yield words.WITHOUT_ORACLE
     elif len(oracles) < 3:
         yield (
             f"The oracles come from {len(oracles)} "
@@ -86,7 +82,7 @@ def _references(record: Record) -> Iterator[str]:
         )
     if record.attacks and not any(words.role(a.subject) == "positive" for a in record.attacks):
         yield "No positive control was attacked, so the attacks' own power was not shown that way."
-    if record.verdicts and all(v.null is None for v in record.verdicts):
+    if oracles and record.verdicts and all(v.null is None for v in record.verdicts):
         yield (
             "The audit's null (the gap between a model made by data filtering and the oracle) was "
             "not measured in this run."
@@ -148,27 +144,25 @@ def _power(record: Record) -> Iterator[str]:
 def _scores(record: Record) -> Iterator[str]:
     forget = [s for s in record.scores if s.set.partition(".")[0] == "test"]
     for score in forget:
-        if words.role(score.model) == "original" and score.chance is not None:
-            better = score.low > score.chance
-            if score.direction == "lower":
-                better = score.high < score.chance
-            if not better:
-                yield (
-                    f"The original is at chance on {words.set_name(score.set)} "
-                    f"({words.metric_name(score.metric)}): there was nothing to remove."
-                )
-    broken = [
+        if words.role(score.model) == "original" and words.at_chance(score):
+            yield (
+                f"The original is at chance on {words.set_name(score.set)} "
+                f"({words.metric_name(score.metric)}): there was nothing to remove."
+            )
+    known = {s.set for s in forget if words.role(s.model) == "original" and not words.at_chance(s)}
+    suppressed = [
         s.model
         for s in forget
         if s.metric == "text_loss"
+        and s.set in known
         and s.chance is not None
         and words.role(s.model) == "candidate"
         and s.value >= 0.8 * s.chance
     ]
-    if broken:
+    if suppressed:
         yield (
-            f"Broken is not ignorant: the forget loss of {_names(broken)} is near that of a "
-            "uniform guess, which is suppression, not the absence of knowledge."
+            f"Suppressed is not ignorant: the forget loss of {_names(suppressed)} is near that of "
+            "a uniform guess, which no absence of knowledge explains."
         )
     metrics = {s.metric for s in forget}
     if metrics == {"multiple_choice"}:

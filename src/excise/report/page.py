@@ -75,7 +75,8 @@ def _context(record: Record) -> dict[str, Any]:
     names = words.model_names(record)
     runs = {run.name: run for run in record.method_runs}
     verdicts = {v.model: v for v in record.verdicts}
-    shared = _shared(record)
+    shared, oracle = _shared(record), words.has_oracle(record)
+    tested = {r.level for v in record.verdicts for r in words.tested(v.levels)}
     blocks: list[dict[str, Any]] = []
     for index, name in enumerate(names):
         verdict, method_run = verdicts.get(name), runs.get(name)
@@ -83,8 +84,9 @@ def _context(record: Record) -> dict[str, Any]:
             {
                 "key": f"model-{index}",
                 "name": words.plain(name),
-                "verdict": _verdict(verdict, shared) if verdict else None,
+                "verdict": _verdict(verdict, shared, oracle) if verdict else None,
                 "levels": tuple(tables.levels(verdict)) if verdict else (),
+                "not_tested": words.not_tested((verdict,)) if verdict else "",
                 "gap": figures.gap_figure(verdict, f"gap-{index}") if verdict else None,
                 "curves": figures.relearn_figures(record, name, f"curve-{index}"),
                 "attacks": figures.attack_figures(record, name, f"attack-{index}"),
@@ -108,7 +110,11 @@ def _context(record: Record) -> dict[str, Any]:
         "study_pictures": study.pictures(record),
         "study_absorption": figures.study_absorption_figure(record),
         "notes": (*shared, *record.notes),
-        "level_words": tuple(LEVELS.items()),
+        "oracle": oracle,
+        "lead": figures.lead_figure(record),
+        "answers": tables.answers(record),
+        "removed": words.capabilities(record),
+        "level_words": tuple((code, text) for code, text in LEVELS.items() if code in tested),
         "scores": scores,
         "score_table": tables.score_table(record),
         "score_legend": _legend(scores),
@@ -118,11 +124,12 @@ def _context(record: Record) -> dict[str, Any]:
         "other_count": len(others),
         "samples": _samples(record),
         "data": tables.data(record),
-        "limits": limits(record),
+        "limits": tuple(s for s in limits(record) if s != words.WITHOUT_ORACLE),
+        "without_oracle": "" if oracle or not record.attacks else words.WITHOUT_ORACLE,
         "config": json.dumps(record.config, indent=2, ensure_ascii=False, default=str),
         "environment": tables.environment(record),
         "models": tables.models(record),
-        "glossary": words.GLOSSARY.items(),
+        "glossary": words.glossary(record).items(),
         "status": words.STATUS,
         "embedded": embedded(record),
     }
@@ -152,19 +159,23 @@ def _shared(record: Record) -> tuple[str, ...]:
     return tuple(r for r in first if all(r in other for other in others))
 
 
-def _verdict(verdict: Verdict, shared: tuple[str, ...]) -> dict[str, Any]:
+def _verdict(verdict: Verdict, shared: tuple[str, ...], oracle: bool) -> dict[str, Any]:
+    """Return a verdict as text; what only an oracle can measure is left out without one."""
     recovery = words.share(verdict.recovery)
     if verdict.recovery is not None and verdict.recovery_tokens is not None:
         recovery += f" after {words.count(verdict.recovery_tokens)} tokens"
     bits = words.number(verdict.residual_bits)
     if verdict.residual_bits is not None:
         bits = f"{bits} {words.interval(verdict.residual_low, verdict.residual_high)}".strip()
-    facts = (
+    facts = [
         ("Highest depth level that counts", words.highest(verdict)),
         ("Recovery fraction", recovery),
-        ("Residual bits per unit", bits),
-        ("Measured null of the audit", words.number(verdict.null)),
-    )
+    ]
+    if oracle:
+        facts += [
+            ("Residual bits per unit", bits),
+            ("Measured null of the audit", words.number(verdict.null)),
+        ]
     reasons = tuple(words.spell(r) for r in verdict.reasons if r not in shared)
     return {"sentence": words.spell(verdict.sentence), "facts": facts, "reasons": reasons}
 

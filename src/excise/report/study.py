@@ -41,12 +41,13 @@ def stated(record: Record) -> tuple[tuple[str, str], ...]:
     """Return what was stated before the study ran."""
     if record.study is None:
         return ()
-    seeds = ", ".join(map(str, record.study.tuned_on))
+    tuned = record.study.tuned_on
+    chosen = "dev rows of the reported seeds" if tuned == () else ", ".join(map(str, tuned or ()))
     return (
         ("Question", words.plain(record.study.question)),
         ("Statistic", words.plain(record.study.statistic)),
         ("Margin", f"{record.study.margin:g}"),
-        ("Settings chosen on seeds", seeds or "dev rows of the reported seeds"),
+        *([("Settings chosen on seeds", chosen)] if tuned is not None else []),
     )
 
 

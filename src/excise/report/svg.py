@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
@@ -17,6 +17,12 @@ from excise.report.words import clip, number, short
 
 WIDTH = 340.0
 LEFT, RIGHT = 44.0, 12.0
+WIDE, TALL = 500.0, 320.0
+"""Size of a wide line plot."""
+NAMES = 138.0
+"""Room at the right of a wide line plot for the names of its lines."""
+LINE = 17.0
+"""Least distance of two names."""
 ZERO_SHARE = 0.14
 """Share of a logarithmic axis that lies between 0 and the smallest positive value."""
 
@@ -72,7 +78,10 @@ class IntervalRow:
 
 @dataclass(frozen=True)
 class Band:
-    """A vertical band across an interval plot (a reference model, a margin)."""
+    """A band across a plot: a reference model, a margin.
+
+    It stands on the value axis: vertical in an interval plot, level in a line plot.
+    """
 
     label: str
     role: str
@@ -123,12 +132,23 @@ def log_axis(label: str, values: Iterable[float], most: int = 5) -> Axis:
     return Axis(label, low, high, ((0.0, "0"), *((v, short(v)) for v in ticks)), log=True)
 
 
+def upward(axis: Axis, direction: str) -> Axis:
+    """Return an axis on which more knowledge lies higher, whichever way of the score that is."""
+    return axis if direction == "higher" else replace(axis, low=axis.high, high=axis.low)
+
+
 def marker(role: str, x: float, y: float) -> Markup:
     """Return the mark of a role: circle, square, diamond, triangle or cross."""
+    square, diamond, triangle = "M-4 -4h8v8h-8z", "M0 -5.5L5.5 0L0 5.5L-5.5 0z", "M0 -5L5 4H-5z"
     shapes = {
-        "original": "M-4 -4h8v8h-8z",
-        "oracle": "M0 -5.5L5.5 0L0 5.5L-5.5 0z",
-        "control": "M0 -5L5 4H-5z",
+        "original": square,
+        "oracle": diamond,
+        "control": triangle,
+        "c1": square,
+        "c2": triangle,
+        "c3": diamond,
+        "c4": "M0 5L5 -4H-5z",
+        "c5": "M-5 -2h10v4h-10z",
         "positive": "M-4 -4L4 4M4 -4L-4 4",
     }
     circle = "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z"
@@ -147,12 +167,14 @@ def swatch(role: str, line: bool = True) -> Markup:
     ).format(stroke, mark)
 
 
-def frame(key: str, title: str, desc: str, height: float, body: Sequence[Markup]) -> Markup:
+def frame(
+    key: str, title: str, desc: str, height: float, body: Sequence[Markup], width: float = WIDTH
+) -> Markup:
     """Return a picture with a name and a description for screen readers."""
     return Markup(
         '<svg class="plot" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-labelledby="{}-t {}-d">'
         '<title id="{}-t">{}</title><desc id="{}-d">{}</desc>{}</svg>'
-    ).format(WIDTH, height, key, key, key, title, key, desc, Markup("").join(body))
+    ).format(width, height, key, key, key, title, key, desc, Markup("").join(body))
 
 
 def put(x: float, y: float, said: str, anchor: str = "start", kind: str = "tick") -> Markup:
@@ -172,7 +194,17 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def line_plot(key: str, title: str, desc: str, x: Axis, y: Axis, lines: Sequence[Series]) -> Markup:
+def line_plot(
+    key: str,
+    title: str,
+    desc: str,
+    x: Axis,
+    y: Axis,
+    lines: Sequence[Series],
+    *,
+    bands: Sequence[Band] = (),
+    wide: bool = False,
+) -> Markup:
     """Return a line plot.
 
     Args:
@@ -181,28 +213,49 @@ def line_plot(key: str, title: str, desc: str, x: Axis, y: Axis, lines: Sequence
         desc: What can be seen, in a sentence.
         x: Horizontal axis.
         y: Vertical axis; its label stands above the plot.
-        lines: Series, drawn in order; non-finite points are left out.
+        lines: Series, drawn in order; non-finite points are left out. Those without a name are
+            drawn thin.
+        bands: Level bands behind the lines.
+        wide: Whether lines and bands carry their names at the right end, in a picture of
+            `WIDE` x `TALL`.
     """
     top, bottom, height = 26.0, 190.0, 228.0
+    width, right = WIDTH, RIGHT
+    if wide:
+        bottom, height, width, right = TALL - 38.0, TALL, WIDE, NAMES
 
     def sx(v: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * x.at(v)
+        return LEFT + (width - LEFT - right) * x.at(v)
 
     def sy(v: float) -> float:
-        return bottom - (bottom - top) * y.at(v)
+        return bottom - (bottom - top) * min(max(y.at(v), 0.0), 1.0)
 
     body = [put(0, 12, y.label, kind="label")]
     for value, text in y.ticks:
-        body += [_rule(LEFT, sy(value), WIDTH - RIGHT, sy(value))]
+        body += [_rule(LEFT, sy(value), width - right, sy(value))]
         body += [put(LEFT - 8, sy(value) + 4, text, "end")]
     for value, text in x.ticks:
         body += [_rule(sx(value), bottom, sx(value), bottom + 4, "axis")]
         body += [put(sx(value), bottom + 17, text, "middle")]
-    body += [_rule(LEFT, bottom, WIDTH - RIGHT, bottom, "axis")]
+    body += [_rule(LEFT, bottom, width - right, bottom, "axis")]
     if x.log:  # the axis is broken between 0 and the first positive value
-        middle = LEFT + (WIDTH - LEFT - RIGHT) * ZERO_SHARE / 2
+        middle = LEFT + (width - LEFT - right) * ZERO_SHARE / 2
         body += [_rule(middle - 3, bottom, middle + 3, bottom, "break")]
-    body += [put(WIDTH - RIGHT, bottom + 33, x.label, "end", "label")]
+    body += [put(width - right, bottom + 33, x.label, "end", "label")]
+    names = []
+    for band in bands:
+        ends = sorted((sy(band.low), sy(band.high)))
+        if ends[1] - ends[0] < 3:
+            body += [_rule(LEFT, ends[0], width - right, ends[0], f"l s-{band.role}")]
+        names += [(sum(ends) / 2, band.role, band.label)]
+        body += [
+            Markup(
+                '<rect class="b s-{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>'
+            ).format(band.role, LEFT, ends[0], width - LEFT - right, max(ends[1] - ends[0], 2.0))
+        ]
+        if not wide:
+            above = ends[0] - 4 if ends[0] > top + 14 else ends[1] + 13
+            body += [put(width - right, above, band.label, "end", f"tick s-{band.role}")]
     for line in lines:
         edge = [(sx(a), sy(b)) for a, b, c in line.band if math.isfinite(b + c)]
         edge += [(sx(a), sy(c)) for a, b, c in reversed(line.band) if math.isfinite(b + c)]
@@ -212,9 +265,27 @@ def line_plot(key: str, title: str, desc: str, x: Axis, y: Axis, lines: Sequence
         points = [(sx(a), sy(b)) for a, b in line.points if math.isfinite(a + b)]
         if points:
             body += [Markup('<path class="l s-{}" d="{}"/>').format(line.role, _path(points))]
-        if line.role != "trained" and len(points) <= 24:
+            names += [(points[-1][1], line.role, line.name)]
+        if line.name and line.role != "trained" and len(points) <= 24:
             body += [marker(line.role, a, b) for a, b in points]
-    return frame(key, title, desc, height, body)
+    if wide:
+        shown = sorted(each for each in names if each[2])
+        places = _spread([at for at, _, _ in shown], top, bottom)
+        for place, (_, role, name) in zip(places, shown, strict=True):
+            at = width - right + 9
+            body += [put(at, place + 4, clip(name, 16), kind=f"name s-{role}")]
+    return frame(key, title, desc, height, body, width)
+
+
+def _spread(places: Sequence[float], top: float, bottom: float) -> list[float]:
+    """Return places at least a line of text apart, in the same order, inside the plot if it can."""
+    out: list[float] = []
+    for place in places:
+        out.append(max(place, out[-1] + LINE if out else top))
+    for i in range(len(out) - 1, -1, -1):
+        below = out[i + 1] - LINE if i + 1 < len(out) else bottom
+        out[i] = min(out[i], below)
+    return out
 
 
 def interval_plot(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from excise.record import LEVELS, AttackVariant, Record, Score, Verdict
 from excise.report import words
+from excise.report.figures import candidate_roles
+from excise.report.svg import swatch
 
 
 @dataclass(frozen=True)
 class LevelRow:
     """One depth level of one verdict, as text.
 
-    `counts` is false for a pass above a level that did not pass.
+    `counts` is false for a pass above a level that did not pass, which `status` calls `uncounted`.
     """
 
     code: str
@@ -32,13 +36,17 @@ class LevelRow:
 
 @dataclass(frozen=True)
 class AttackRow:
-    """One variant of one attack, as text; `cells` are the numeric columns in order."""
+    """One variant of one attack, as text.
+
+    `cells` are the numeric columns in order; `interval` is that of the first of them.
+    """
 
     name: str
     marks: tuple[str, ...]
     status: str
     reason: str
     subject: str
+    interval: str
     cells: tuple[str, ...]
 
 
@@ -49,7 +57,7 @@ def levels(verdict: Verdict) -> Iterable[LevelRow]:
         yield LevelRow(
             code=result.level,
             words=words.level_words(result.level, verdict.levels),
-            status=result.status,
+            status=result.status if solid or result.status != "pass" else "uncounted",
             counts=solid or result.status != "pass",
             against=result.against,
             gap=words.number(result.gap),
@@ -58,6 +66,61 @@ def levels(verdict: Verdict) -> Iterable[LevelRow]:
             decided_by=words.spell(result.decided_by) or "\u2013",
             reason=words.spell(result.reason) or "\u2013",
         )
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """What a release manager asks about one removed model, as text, with its mark in the picture.
+
+    `ship` is `yes`, `no` or `open`, and `why` says why.
+    """
+
+    mark: Markup
+    name: str
+    cells: Sequence[str]
+    ship: str
+    answer: str
+    why: str
+
+
+@dataclass(frozen=True)
+class AnswerTable:
+    """The first table of the page: columns as (head, note), and one row for each removed model."""
+
+    heads: tuple[tuple[str, ...], ...]
+    rows: tuple[AnswerRow, ...]
+
+
+def answers(record: Record) -> AnswerTable:
+    """Return what a release manager asks, one row for each removed model, in the record's order.
+
+    A metric that all cells of a column share stands in its head.
+    """
+    roles = candidate_roles(words.model_names(record))
+    asked = {name: words.answers(record, name) for name in roles}
+    columns = [[words.plain(getattr(each, field)) for each in asked.values()]
+               for field in ("removed", "came_back", "lost")]  # fmt: skip
+    heads = []
+    for head, cells in zip(
+        ("Removed", "Came back", "Cost to the retain set"), columns, strict=True
+    ):
+        metrics = {words.metric_name(s.metric) for s in record.scores}
+        note = next((m for m in metrics if all(c.startswith(f"{m} ") for c in cells)), "")
+        cells[:] = [cell.removeprefix(f"{note} ") if note else cell for cell in cells]
+        lower = words.direction(record, note).startswith("lower")
+        heads.append((head, f"{note}, lower knows more" if note and lower else note))
+    rows = [
+        AnswerRow(
+            swatch(role),
+            words.plain(name),
+            cells,
+            asked[name].ship,
+            words.SHIP[asked[name].ship],
+            words.plain(asked[name].why),
+        )
+        for (name, role), *cells in zip(roles.items(), *columns, strict=True)
+    ]
+    return AnswerTable(tuple(heads), tuple(rows))
 
 
 def score_table(record: Record) -> dict[str, Any]:
@@ -124,11 +187,9 @@ def _attack(attack: AttackVariant) -> AttackRow:
     lr = "" if attack.lr is None else f"{attack.lr:.1e}".replace(".0e", "e").replace("e-0", "e-")
     cells = (
         score,
-        (words.interval(last.low, last.high) if last else "") or words.MISSING,
         words.number(last.retain if last else None),
         words.count(last.tokens if last else None),
-        lr.replace("-", "\u2212") or "\u2013",
-        str(attack.seed),
+        f"{lr.replace('-', chr(0x2212)) or chr(0x2013)}, {attack.seed}",
         words.ACCESS[attack.access],
         f"{words.plain(attack.trained_on) or chr(0x2013)} \u2192 {words.plain(attack.scored_on)}",
         words.short(last.flops, "FLOP") if last and last.flops else words.MISSING,
@@ -137,7 +198,9 @@ def _attack(attack: AttackVariant) -> AttackRow:
     marks += ("control",) if attack.control else ()
     marks += ("holds the original",) if attack.needs_original else ()
     subject, reason = words.plain(attack.subject), words.spell(attack.reason)
-    return AttackRow(words.attack_name(attack), marks, attack.status, reason, subject, cells)
+    interval = words.interval(last.low, last.high) if last else ""
+    name = words.attack_name(attack)
+    return AttackRow(name, marks, attack.status, reason, subject, interval, cells)
 
 
 def value(item: object) -> str:

@@ -1,4 +1,4 @@
-"""The record on a terminal: verdict, levels, scores, attacks, where the report is, what is next."""
+"""The record on a terminal: what a release manager asks, then the verdict and the numbers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ STYLE = {
     "fail": "red",
     "untested": "dim",
     "underpowered": "yellow",
+    "uncounted": "dim",
     "ok": "green",
     "invalid": "yellow",
     "missing": "dim",
     "failed": "red",
 }
+SHIP = {"yes": "green", "no": "red", "open": "yellow"}
 
 
 def finish(folder: Path, next_command: str = "") -> int:
@@ -59,18 +61,23 @@ def render_terminal(
     verdicts = {v.model: v for v in record.verdicts}
     for name in () if record.inspection or record.study else words.model_names(record):
         parts.append(Text(_ascii(name), style="bold"))
-        parts.append(Padding(_sentence(verdicts.get(name)), (0, 0, 1, 2)))
+        parts.append(_answers(record, name))
+        if name in verdicts:
+            parts.append(Padding(_sentence(verdicts[name]), (0, 0, 1, 2)))
     if record.verdicts:
         parts.append(_levels(record))
     if record.scores:
         parts.append(_scores(record))
     if record.attacks:
         parts.append(_attacks(record))
+    if record.attacks and not words.has_oracle(record):
+        parts.append(Text(_ascii(words.WITHOUT_ORACLE) + "\n", style="dim"))
     for note in record.notes:
         parts.append(Text(f"note: {_ascii(words.spell(note))}", style="dim"))
     if folder is not None:
         parts.append(Text(f"report  {folder / 'report.html'}", overflow="fold"))
-        parts.append(Text(f"next    {next_command or _next(record, folder)}", overflow="fold"))
+        following = next_command or _next(record, folder)
+        parts += [Text(f"next    {following}", overflow="fold")] if following else []
     return Group(*parts)
 
 
@@ -132,9 +139,23 @@ def _ascii(text: object) -> str:
     return clean
 
 
-def _sentence(verdict: Verdict | None) -> Text:
-    if verdict is None:
-        return Text("No verdict: nobody attacked it, so what would come back is not known.")
+def _answers(record: Record, name: str) -> RenderableType:
+    """Return what was removed, whether it comes back, at what cost, and whether it can ship."""
+    answers = words.answers(record, name)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    ship = Text(words.SHIP[answers.ship], style=f"bold {SHIP[answers.ship]}")
+    ship.append(f": {_ascii(answers.why)}.", style="not bold default")
+    removed = f"{words.capabilities(record)}; {answers.removed}"
+    lines = (("Removed", removed), ("Comes back", answers.came_back), ("Retain set", answers.lost))
+    for label, text in lines:
+        table.add_row(label, Text(_ascii(text)))
+    table.add_row("Can it ship?", ship)
+    return Padding(table, (0, 0, 1, 2))
+
+
+def _sentence(verdict: Verdict) -> Text:
     text = Text(_ascii(words.spell(verdict.sentence)))
     text.append(
         f"\nHighest depth level that counts: {_ascii(words.highest(verdict))}.", style="dim"
@@ -159,30 +180,38 @@ def _cell(status: str) -> Text:
 
 
 def _levels(record: Record) -> RenderableType:
+    """Return the levels that something was compared on, and one line for the others."""
+    shown = record.verdicts[:5]
+    tested = {r.level for v in shown for r in words.tested(v.levels)}
     table = _table("Depth levels")
     table.add_column("level", overflow="fold")
-    shown = record.verdicts[:5]
     for verdict in shown:
         table.add_column(Text(_ascii(verdict.model)), overflow="fold", min_width=8)
     loose = False
-    for code, text in LEVELS.items():
+    for code in (code for code in LEVELS if code in tested):
         cells = []
         for verdict in shown:
             counted = zip(verdict.levels, words.counts(verdict.levels), strict=True)
             hit = next(((r, solid) for r, solid in counted if r.level == code), None)
-            cell = _cell(hit[0].status if hit else "untested")
+            uncounted = hit is not None and hit[0].status == "pass" and not hit[1]
+            cell = _cell("untested" if hit is None else "uncounted" if uncounted else hit[0].status)
             if hit and hit[0].gap is not None:
                 cell.append(f" {_ascii(words.number(hit[0].gap))}", style="default")
-            if hit and hit[0].status == "pass" and not hit[1]:
+            if uncounted:
                 cell.append(" *", style="yellow")
-                loose = True
+            loose = loose or uncounted
             cells.append(cell)
-        table.add_row(Text(f"{code} {text}"), *cells)
-    notes = ["Numbers are depth gaps: 0 is the oracle, 1 the original."]
+        text = words.level_words(code, shown[0].levels)
+        table.add_row(Text(f"{code} {_ascii(text)}"), *cells)
+    oracle = any(r.against == "oracle" for v in shown for r in v.levels)
+    zero = "the oracle" if oracle else "what it is compared with"
+    notes = [f"Numbers are depth gaps: 0 is {zero}, 1 the original."] if tested else []
     notes += ["* does not count: a lower level did not pass."] if loose else []
+    notes += [_ascii(words.not_tested(shown))]
     hidden = len(record.verdicts) - len(shown)
     notes += [f"{hidden} more in the report."] if hidden else []
-    return Group(table, Text(" ".join(notes) + "\n", style="dim"))
+    said = Text(" ".join(note for note in notes if note) + "\n", style="dim")
+    return Group(table, said) if tested else said
 
 
 def _scores(record: Record) -> RenderableType:
@@ -209,7 +238,7 @@ def _scores(record: Record) -> RenderableType:
 
 def _attacks(record: Record) -> RenderableType:
     names = words.model_names(record)[:4]
-    table = _table("Attacks: held-out test set, first -> last")
+    table = _table("Attacks: held-out set, first -> last")
     table.add_column("attack", overflow="fold")
     cells: dict[str, dict[str, list[AttackVariant]]] = {}
     for name in names:
@@ -238,11 +267,12 @@ def _outcome(variants: list[AttackVariant]) -> Text:
 
 
 def _next(record: Record, folder: Path) -> str:
+    """Return the command that would add to the record, or nothing."""
     where = shlex.quote(str(folder))
     if record.inspection is not None or record.study is not None:
-        return f"excise report {where}"
+        return ""
     if not record.attacks:
         return f"excise audit {where} --out {where}-audit"
-    if any(v.budget == "smoke" for v in record.verdicts):
+    if any(v.budget == "smoke" for v in record.verdicts) and not words.nothing_to_remove(record):
         return f"excise audit {where} --budget standard --out {where}-standard"
-    return f"excise report {where}"
+    return ""

@@ -49,8 +49,9 @@ class Study(Config, ABC):
     """What the statistic is held against."""
     seeds: tuple[int, ...] = Field(default=(1, 2, 3), min_length=1)
     """Seeds that are reported: data, models and removal all change with them."""
-    tuned_on: tuple[int, ...] = (0,)
-    """Seeds on which settings are chosen, on `dev`; no number is reported from them."""
+    tuned_on: tuple[int, ...] | None = None
+    """Seeds on which settings are chosen, on `dev`, and no number is reported from them; empty for
+    the `dev` rows of the reported seeds. A study that chooses none leaves it at None."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype."""
     device: str = "auto"

@@ -79,6 +79,8 @@ class MessyForgetSet(Study):
     """Name on the command line."""
     margin: float = 0.5
     """Ranks that RMU must gain."""
+    tuned_on: tuple[int, ...] = (0,)
+    """Seeds on which settings are chosen, on `dev`; no number is reported from them."""
     domain: Facts = Facts(subjects=96, objects=32, relations=4, cue="category")
     """The data, drawn anew for every seed."""
     model: Scratch = Scratch(**FACTS_MODEL)

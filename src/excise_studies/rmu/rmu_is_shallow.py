@@ -70,6 +70,8 @@ class RMUIsShallow(Study):
     """Name on the command line."""
     margin: float = 0.5
     """RMU is shallow where clearing alone brings back more than this share."""
+    tuned_on: tuple[int, ...] = (0,)
+    """Seeds on which settings are chosen, on `dev`; no number is reported from them."""
     gone_margin: float = 0.1
     """Knowledge counts as gone where relearning after clearing leaves more than this share."""
     domain: SerializeAsAny[DomainSpec] = Facts(subjects=96, objects=32, relations=4, cue="category")

@@ -70,6 +70,8 @@ class DigitsSplit(Study):
     """Name on the command line."""
     margin: float = 0.03
     """G above which the encoding counts as split."""
+    tuned_on: tuple[int, ...] = (0,)
+    """Seeds on which settings are chosen, on `dev`; no number is reported from them."""
     decoder_budget: float = 0.06
     """How much worse the decoder may be than the plain one where penalties are chosen."""
     images: ImageSpec = ImageSpec(shrink=2)

@@ -63,6 +63,8 @@ class ObjectsSplit(Study):
     """Name on the command line."""
     margin: float = 0.1
     """A above which the channels count as split."""
+    tuned_on: tuple[int, ...] = (0,)
+    """Seeds on which settings are chosen, on `dev`; no number is reported from them."""
     accuracy_budget: float = 0.02
     """How much less accurate the routed model may be where the weight of L1 is chosen."""
     images: ImageSpec = ImageSpec(source="fashion", train=8000)

@@ -65,7 +65,10 @@ def judge_all(
     known = dict(fingerprints or {})
     references = {n: f for n, f in known.items() if n == ORIGINAL or n.startswith("oracle")}
     refuse_equal({name: known.get(name, "") for name in models}, references)
-    cases = {name: case_of(name, results, domain, budget, seed=seed) for name in models}
+    cases = {
+        name: case_of(name, results, domain, budget, vocabulary=vocabulary, seed=seed)
+        for name in models
+    }
     levels = {name: all_levels(case) for name, case in cases.items()}
     null = null_of(levels[null_run]) if null_run in levels else None
     verdicts = tuple(
@@ -79,7 +82,13 @@ def judge_all(
 
 
 def case_of(
-    model: str, results: Results, domain: Domain, budget: Budget, *, seed: int = 0
+    model: str,
+    results: Results,
+    domain: Domain,
+    budget: Budget,
+    *,
+    vocabulary: int = 0,
+    seed: int = 0,
 ) -> VerdictCase:
     """Return what a verdict about one candidate rests on, the attacks' power known.
 
@@ -88,6 +97,7 @@ def case_of(
         results: Results by attack and subject.
         domain: Rows by role.
         budget: How hard the attacker tried.
+        vocabulary: Number of tokens of the model, for what a uniform guess costs; 0 for unknown.
         seed: Seed of all bootstraps.
     """
     test = [row for rows in domain.test.values() for row in rows]
@@ -100,6 +110,7 @@ def case_of(
         metric=metric,
         direction=direction_of(metric),
         chance=chance_of(test, metric) if test else None,
+        guess=chance_of((), metric, vocabulary=vocabulary) if metric == "text_loss" else None,
         groups={row.unit: row.group for row in (*test, *domain.fresh) if row.group},
         seed=seed,
     )

@@ -24,10 +24,12 @@ from excise.auditor.verdict.reference import (
     VerdictCase,
     averaged,
     depth_gap,
-    nothing_to_remove,
+    invalid_gap,
+    mean,
 )
 from excise.auditor.verdict.residual_bits import all_bits, residual_bits, start_losses
-from excise.evals.stats import holm
+from excise.core.errors import UserError
+from excise.evals.stats import bootstrap_difference, holm
 from excise.record import LEVELS, Level, LevelResult
 
 Against = Literal["oracle", "controls", "chance", "nothing"]
@@ -79,7 +81,22 @@ def all_levels(case: VerdictCase) -> tuple[LevelResult, ...]:
     for level in by_attack:
         comparisons[level] = after_attacks(case, level)
     comparisons["D5"] = as_never_learned(case)
-    return tuple(decide(case, level, deciding) for level, deciding in comparisons.items())
+    before = decide(case, "D0", comparisons.pop("D0"))
+    gone = before.status != "fail"
+    return (before, *(decide(case, code, by, gone=gone) for code, by in comparisons.items()))
+
+
+def metric_words(metric: str) -> str:
+    """Return a metric in words."""
+    words = {"multiple_choice": "multiple-choice accuracy", "text_loss": "token loss"}
+    return words.get(metric, metric.replace("_", " "))
+
+
+def level_words(case: VerdictCase, level: Level) -> str:
+    """Return what a level of one candidate says; before any attack, by which score alone."""
+    if level == "D0":
+        return f"gone as far as {metric_words(case.metric)} alone shows"
+    return LEVELS[level]
 
 
 def highest(levels: Sequence[LevelResult]) -> str:
@@ -141,22 +158,62 @@ def _after_attack(case: VerdictCase, attack: str) -> Comparison | None:
         return Comparison(by, gap, "oracle", invalid_attack=invalid)
     if case.level(attack) == "D4":
         return None
-    controls, words = _controls(case, attack)
-    gap = depth_gap(ours, controls, top, groups=case.groups, seed=case.seed, lower=words)
+    lower, words = _without_oracle(case, attack)
     note = f"compared with {words}"
+    useless = _unanswerable(case, attack, entry.variant, averaged(lower))
+    if useless:
+        return Comparison(by, invalid_gap(useless, len(top)), "controls", invalid_attack=useless)
+    gap = depth_gap(ours, lower, top, groups=case.groups, seed=case.seed, lower=words)
     return Comparison(by, gap, "controls", invalid_attack=invalid, note=note)
 
 
-def _controls(case: VerdictCase, attack: str) -> tuple[list[UnitScores], str]:
-    """Return what stands for the oracle without one: the attack's controls, else no attack."""
+def _without_oracle(case: VerdictCase, attack: str) -> tuple[list[UnitScores], str]:
+    """Return what stands for the oracle without one: the attack's controls, or no attack at all.
+
+    Whichever of the two knows more: an attack that harms less than its control, and leaves less
+    than there was before it, has brought nothing back.
+    """
+    start = case.start(case.model)
     controls = [
         variant.unit_scores[-1]
         for variant in case.variants(attack, case.model)
         if variant.entry.control and variant.unit_scores and variant.entry.status in RAN
     ]
-    if controls:
+    sign = 1 if case.direction == "higher" else -1
+    if controls and sign * (mean(averaged(controls)) - mean(start)) >= 0:
         return controls, "its controls"
-    return [case.start(case.model)], "the same model before the attack"
+    return [start], "the same model before the attack"
+
+
+def _unanswerable(case: VerdictCase, attack: str, variant: str, lower: UnitScores) -> str:
+    """Say that even the original cannot answer behind the context of an attack, or nothing.
+
+    Args:
+        case: The candidate.
+        attack: Name of the attack; only prompts can stand in the way of an answer.
+        variant: The variant that decides on the candidate.
+        lower: What the candidate is compared with, by unit.
+    """
+    if case.level(attack) != "D1":
+        return ""
+    ends = [
+        each.unit_scores[-1]
+        for each in case.variants(attack, ORIGINAL)
+        if each.entry.variant == variant and each.unit_scores and each.entry.status in RAN
+    ]
+    if not ends:
+        return ""
+    end = averaged(ends)
+    try:
+        more = bootstrap_difference(end, lower, groups=case.groups, seed=case.seed)
+    except UserError:  # no unit in common
+        return ""
+    if more.low > 0 if case.direction == "higher" else more.high < 0:
+        return ""
+    return (
+        f"behind the context of {attack} the original itself scores {mean(end):.3g}, no better "
+        f"than what it is compared with ({mean(lower):.3g})"
+    )
 
 
 def as_never_learned(case: VerdictCase) -> list[Comparison]:
@@ -176,25 +233,25 @@ def as_never_learned(case: VerdictCase) -> list[Comparison]:
     ]
 
 
-def decide(case: VerdictCase, level: Level, comparisons: Sequence[Comparison]) -> LevelResult:
+def decide(
+    case: VerdictCase, level: Level, comparisons: Sequence[Comparison], *, gone: bool = True
+) -> LevelResult:
     """Put the comparisons of a level together; the worst decides.
 
     Args:
         case: The candidate.
         level: The level.
         comparisons: What decides it.
+        gone: Whether it had gone before the attack: what never went cannot come back.
 
     Returns:
         The result.
     """
     margin = case.budget.margin
-    missing = missing_attacks(case, level)
-    nothing = nothing_to_remove(
-        case.start(ORIGINAL), case.chance, case.direction, groups=case.groups, seed=case.seed
-    )
-    if nothing or not comparisons:
-        reason = nothing or _why_untested(case, level, missing)
-        return LevelResult(level=level, words=LEVELS[level], status="untested", reason=reason)
+    missing, words = missing_attacks(case, level), level_words(case, level)
+    if case.nothing or not comparisons:
+        reason = case.nothing or _why_untested(case, level, missing)
+        return LevelResult(level=level, words=words, status="untested", reason=reason)
     statuses = corrected(comparisons, margin)
     order: list[Status] = ["fail", "underpowered", "pass"]
     status, worst = min(
@@ -205,7 +262,7 @@ def decide(case: VerdictCase, level: Level, comparisons: Sequence[Comparison]) -
         status = "untested"
     return LevelResult(
         level=level,
-        words=LEVELS[level],
+        words=words,
         status=status,
         against=worst.against,
         gap=_finite(worst.gap.value),
@@ -213,7 +270,7 @@ def decide(case: VerdictCase, level: Level, comparisons: Sequence[Comparison]) -
         high=_finite(worst.gap.high),
         margin=margin,
         decided_by=worst.by,
-        reason=_sentence(status, worst, margin, missing),
+        reason=_sentence(status, worst, margin, missing, _verb(level, gone)),
     )
 
 
@@ -290,13 +347,13 @@ def _why_untested(case: VerdictCase, level: Level, missing: Sequence[str]) -> st
     """Say why a level has no comparison."""
     if not case.oracles and level in ("D4", "D5"):
         return (
-            "Without an oracle this cannot be passed: what an attacker teaches and what comes "
-            "back cannot be told apart; the recovery is in the first sentence."
+            "Without a model trained without the forget set this cannot be passed: what an "
+            "attacker teaches and what comes back cannot be told apart."
         )
     if missing:
         return f"Required and missing: {'; '.join(missing)}."
     if level == "D0":
-        return "There is nothing to compare with: no oracle, no known chance, no fresh text."
+        return "There is nothing to compare with: no known chance, no matched fresh text."
     if level == "D5":
         return (
             "No relearning attack kept losses on the held-out test set and on fresh units for "
@@ -305,7 +362,14 @@ def _why_untested(case: VerdictCase, level: Level, missing: Sequence[str]) -> st
     return "No attack of this level ran on the candidate and on every reference model."
 
 
-def _sentence(status: Status, comparison: Comparison, margin: float, missing: Sequence[str]) -> str:
+def _verb(level: Level, gone: bool) -> str:
+    """Return what a share beyond the margin does: only what had gone can come back."""
+    return "is still there" if level == "D0" else "came back" if gone else "is there after it"
+
+
+def _sentence(
+    status: Status, comparison: Comparison, margin: float, missing: Sequence[str], verb: str
+) -> str:
     """Say in one sentence what decided a level."""
     gap, against = comparison.gap, comparison.against
     lower = against if against == "chance" else f"the {against}"
@@ -324,7 +388,7 @@ def _sentence(status: Status, comparison: Comparison, margin: float, missing: Se
         return f"{where}: not as a model that never learned, on the far side of {lower}{note}."
     if status == "fail":
         extra = "; no positive control, but recovery needs none"
-        return f"{way} came back{note}{extra if comparison.invalid_attack else ''}."
+        return f"{way} {verb}{note}{extra if comparison.invalid_attack else ''}."
     if comparison.invalid_attack:
         return f"Invalid: {comparison.by} shows nothing here, {comparison.invalid_attack}."
     return f"{where}: neither within {margin:g} nor clearly beyond it; too few units{note}."

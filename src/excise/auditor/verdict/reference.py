@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from excise.auditor.base import AttackResult, Results, VariantResult
+from excise.auditor.base import ORIGINAL, AttackResult, Results, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.evaluation_set import UnitScores
 from excise.core.errors import UserError
@@ -43,6 +43,7 @@ class VerdictCase:
         metric: Metric of the held-out test set (V).
         direction: Which way is more knowledge.
         chance: Score of a model that knows nothing; None where unknown.
+        guess: Token loss of a uniform guess; None for another metric or an unknown vocabulary.
         groups: Group of each unit that has one.
         invalid: Why an attack is invalid, by attack; those with power are missing.
         seed: Seed of all bootstraps.
@@ -55,9 +56,18 @@ class VerdictCase:
     metric: str = "exact_match"
     direction: ScoreDirection = "higher"
     chance: float | None = None
+    guess: float | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
     invalid: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+
+    @property
+    def nothing(self) -> str:
+        """Say that the original knows nothing that could be removed; empty where it does."""
+        chance = self.guess if self.chance is None else self.chance
+        return nothing_to_remove(
+            self.start(ORIGINAL), chance, self.direction, groups=self.groups, seed=self.seed
+        )
 
     def result(self, attack: str, subject: str) -> AttackResult | None:
         """Return what an attack did to a subject; None where it did not run."""

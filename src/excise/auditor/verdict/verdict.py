@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 from excise.auditor.base import ORIGINAL
 from excise.auditor.evaluation_set import UnitScores
-from excise.auditor.verdict.levels import BEYOND, highest
+from excise.auditor.verdict.levels import BEYOND, highest, metric_words
 from excise.auditor.verdict.power import uncontrolled
 from excise.auditor.verdict.reference import (
     VerdictCase,
     averaged,
     depth_gap,
     mean,
-    nothing_to_remove,
 )
 from excise.auditor.verdict.residual_bits import LN2, all_bits, prequential, start_losses
 from excise.core.errors import UserError
@@ -27,12 +26,6 @@ from excise.data.domain import Domain
 from excise.evals.score import chance_of, direction_of
 from excise.evals.stats import bootstrap_difference, bootstrap_mean
 from excise.record import LEVELS, Estimate, LevelResult, Score, Verdict
-
-METRIC_WORDS = {
-    "exact_match": "exact match",
-    "multiple_choice": "multiple-choice accuracy",
-    "text_loss": "token loss in nats",
-}
 
 WHOLE = 0.9
 """Share of the distance between original and oracle that counts as all of it."""
@@ -63,7 +56,9 @@ def verdict_of(
     recovery = recovery_of(case)
     bits = [each for _, _, each, _ in all_bits(case)] if case.oracles else []
     worst = max(bits, key=lambda each: abs(each.value), default=None)
-    broken = suppression_notes(case, scores, vocabulary)
+    change = retain_change(case, domain)
+    damaged = change is not None and change.high < 0
+    broken = suppression_notes(case, scores, vocabulary, damaged=damaged)
     reasons = [
         *broken,
         *_power_reasons(case),
@@ -72,7 +67,13 @@ def verdict_of(
     ]
     return Verdict(
         model=case.model,
-        sentence=" ".join([opening(case, levels, recovery, domain), *broken, cost(case, domain)]),
+        sentence=" ".join(
+            [
+                opening(case, levels, recovery, domain, damaged=damaged),
+                *broken,
+                cost(change, domain.retain_metrics[0]),
+            ]
+        ),
         budget=case.budget.name,
         levels=levels,
         highest=highest(levels),
@@ -81,6 +82,9 @@ def verdict_of(
         residual_bits=worst.value if worst else None,
         residual_low=worst.low if worst else None,
         residual_high=worst.high if worst else None,
+        retain_change=change.value if change else None,
+        retain_low=change.low if change else None,
+        retain_high=change.high if change else None,
         null=null,
         reasons=tuple(dict.fromkeys(reasons)),
     )
@@ -177,7 +181,12 @@ def removed_share(case: VerdictCase) -> float | None:
 
 
 def opening(
-    case: VerdictCase, levels: Sequence[LevelResult], recovery: Recovery | None, domain: Domain
+    case: VerdictCase,
+    levels: Sequence[LevelResult],
+    recovery: Recovery | None,
+    domain: Domain,
+    *,
+    damaged: bool = False,
 ) -> str:
     """Say whether it comes back, and how much of it after how much work.
 
@@ -185,15 +194,17 @@ def opening(
         case: The candidate.
         levels: What its depth levels came to.
         recovery: What relearning brought back; None where it did not run.
-        domain: For the claim.
+        domain: For the claim, and the rows of the relearn set.
+        damaged: Whether the retain set is damaged, which then stands in the first sentence.
     """
     top, before = case.start(ORIGINAL), case.start(case.model)
-    nothing = nothing_to_remove(
-        top, case.chance, case.direction, groups=case.groups, seed=case.seed
-    )
-    if nothing:
-        return nothing
-    answer = _comes_back(levels)
+    if case.nothing:
+        return f"The retain set is damaged. {case.nothing}" if damaged else case.nothing
+    answer = _comes_back(levels, gone=recovery is None or recovery.fraction is not None)
+    if damaged:
+        head = answer.rstrip(". ")
+        answer = f"{head}, and the retain set is damaged. " if head else ""
+        answer = answer or "The retain set is damaged. "
     if recovery is None:
         scored = f" Before any attack it scores {mean(before):.2f}" if before else ""
         scored += f", the original {mean(top):.2f}." if scored and top else "."
@@ -202,12 +213,19 @@ def opening(
             "the end." + (scored if before else "")
         )
     what = "facts" if domain.claim == "deletion" else "test items"
-    metric = METRIC_WORDS.get(case.metric, case.metric.replace("_", " "))
+    metric = metric_words(case.metric) + (" in nats" if case.metric == "text_loss" else "")
     references = f"before the attack {recovery.before:.2f}, original {recovery.original:.2f}"
     if recovery.oracle is not None:
         references += f", never taught and attacked alike {recovery.oracle:.2f}"
     numbers = f"{metric} {recovery.after:.2f}; {references}"
+    rows = sum(map(len, domain.relearn.values()))
     work = f"fter relearning {recovery.examples:,} examples ({recovery.tokens:,} tokens), "
+    if 0 < 2 * rows <= recovery.examples:
+        row = f"{rows} row" if rows == 1 else f"{rows} rows"
+        work = (
+            f"fter relearning the {row} of the relearn set again and again, beside benign text "
+            f"({recovery.examples:,} examples read, {recovery.tokens:,} tokens), "
+        )
     if recovery.fraction is None:
         return (
             f"{answer}A{work}there is nothing to bring back: already before the attack it knows "
@@ -226,12 +244,14 @@ def opening(
     )
 
 
-def _comes_back(levels: Sequence[LevelResult]) -> str:
+def _comes_back(levels: Sequence[LevelResult], *, gone: bool) -> str:
     """Answer whether it comes back, with a space behind, as far as the levels D0 to D4 say so."""
     before, *attacked = (result for result in levels if result.level != "D5")
     if before.status == "fail":
         whole = before.gap is not None and before.gap >= WHOLE
         return "It is still there. " if whole else "Part of it is still there. "
+    if not gone and before.status != "pass":
+        return "Nothing was removed that the test can tell. "
     names = [
         result.decided_by.split(" ")[0].replace("_", " ")
         for result in attacked
@@ -246,28 +266,43 @@ def _comes_back(levels: Sequence[LevelResult]) -> str:
     return "Whether it comes back is not decided. " if undecided else ""
 
 
-def cost(case: VerdictCase, domain: Domain) -> str:
-    """Say how the retain score changed against the original, before any attack.
+def retain_change(case: VerdictCase, domain: Domain) -> Estimate | None:
+    """Return how the retain score changed against the original before any attack, paired by unit.
 
     Args:
         case: The candidate; its variants carry `extras["retain_start"]`.
         domain: For the retain metric.
 
     Returns:
-        One sentence; positive changes are improvements.
+        The change with its 95 % interval, positive is better; None where it was not measured.
     """
     ours, top = _retain(case, case.model), _retain(case, ORIGINAL)
-    metric = domain.retain_metrics[0]
     try:
         change = bootstrap_difference(ours, top, seed=case.seed)
     except UserError:
+        return None
+    if direction_of(domain.retain_metrics[0]) == "higher":
+        return change
+    return Estimate(-change.value, -change.high, -change.low, change.n)
+
+
+def cost(change: Estimate | None, metric: str) -> str:
+    """Say how the retain score changed against the original.
+
+    Args:
+        change: What `retain_change` returned.
+        metric: The retain metric.
+
+    Returns:
+        One sentence; positive changes are improvements.
+    """
+    if change is None:
         return "What it cost the retain set was not measured."
-    sign = 1 if direction_of(metric) == "higher" else -1
-    low, high = sorted((sign * change.low, sign * change.high))
-    damaged = ": the retain set is damaged" if high < 0 else ""
+    damaged = ": the retain set is damaged" if change.high < 0 else ""
     return (
-        f"On the retain set {metric.replace('_', ' ')} changed by {sign * change.value:+.3f} "
-        f"[{low:+.3f}, {high:+.3f}] against the original, positive is better{damaged}."
+        f"On the retain set {metric_words(metric)} changed by {change.value:+.3f} "
+        f"[{change.low:+.3f}, {change.high:+.3f}] against the original, positive is better"
+        f"{damaged}."
     )
 
 
@@ -280,32 +315,41 @@ def _retain(case: VerdictCase, subject: str) -> UnitScores:
     return {}
 
 
-def suppression_notes(case: VerdictCase, scores: Sequence[Score], vocabulary: int) -> list[str]:
-    """Say that a candidate is broken on the held-out test set instead of ignorant, or nothing.
+def suppression_notes(
+    case: VerdictCase, scores: Sequence[Score], vocabulary: int, *, damaged: bool = False
+) -> list[str]:
+    """Say that a candidate suppresses the held-out test set instead of not knowing it, or nothing.
 
     With oracles a loss counts as suppression only where it lies clearly beyond theirs: a model
     that was never taught may well do no better than a uniform guess. Without any, being near a
-    uniform guess is what there is.
+    uniform guess is what there is, unless the original was there already. A high loss on the
+    held-out test set alone does not show a broken model: the retain set has to be damaged too.
 
     Args:
         case: The candidate.
         scores: Scores without an attack; the token loss on `test.*` is read.
         vocabulary: Number of tokens of the model; 0 for unknown.
+        damaged: Whether the retain set is damaged.
 
     Returns:
         At most one sentence.
     """
+    top = _token_loss(case, ORIGINAL, scores)
+    guess = chance_of((), "text_loss", vocabulary=vocabulary)
+    if case.nothing or (not case.oracles and top and guess and top.value >= NEAR * guess):
+        return []
     ours = _token_loss(case, case.model, scores)
     losses = [_token_loss(case, name, scores) for name in case.oracles]
     oracles = [loss for loss in losses if loss is not None]
-    guess = chance_of((), "text_loss", vocabulary=vocabulary)
     if ours is not None and (oracles or (guess and ours.value >= NEAR * guess)):
         beside = _beside_a_guess(ours.value, guess) if guess else ""
         head = (
             f"Its token loss on the held-out test set is {ours.value:.2f} nats before any "
             f"attack{beside}"
         )
-        end = "broken, not ignorant; this is suppression."
+        end = "this is suppression, not the absence of knowledge."
+        if damaged:
+            end = "broken, not ignorant, since the retain set is damaged too; this is suppression."
         if not oracles:
             return [f"{head}: {end}"]
         least, most = min(loss.value for loss in oracles), max(loss.value for loss in oracles)
@@ -421,8 +465,9 @@ def _other_reasons(case: VerdictCase, domain: Domain, recovery: Recovery | None)
         )
     if not case.oracles:
         reasons.append(
-            "There is no oracle: what relearning teaches any model is part of the recovery, and "
-            f"'{LEVELS['D4']}' (D4) and '{LEVELS['D5']}' (D5) cannot be passed."
+            "No model of the audit was trained without the forget set, so what relearning teaches "
+            f"any model is part of the recovery, and '{LEVELS['D4']}' (D4) and '{LEVELS['D5']}' "
+            "(D5) cannot be passed."
         )
     elif len(case.oracles) < 3:
         reasons.append(

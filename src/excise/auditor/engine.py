@@ -226,6 +226,10 @@ def _controls(
         for kinds in dict.fromkeys(needed.values())
         if kinds
     ]
+    for _, stages in jobs:
+        for stage in stages:
+            text = f"positive control {stage.control.name}"
+            pool.emit("label", {"stage": runtime.path(stage).name, "label": text})
     # Where memory is short, they take turns: all but a gate hold gradients.
     turns = [i % budget.together if budget.together else None for i in range(len(jobs))]
     by_kinds: dict[Any, Control] = {(): UNDECLARED}

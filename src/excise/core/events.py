@@ -183,8 +183,10 @@ class _Lines:
     def still(self) -> None:
         """Say what is being done where nothing was said for a while."""
         now = time.monotonic()
-        if self.doing and now - self.said >= self.interval:
-            stage, began = list(self.doing.items())[-1]
+        if not self.doing:
+            return
+        stage, began = list(self.doing.items())[-1]
+        if now - max(self.said, began) >= self.interval:
             what = self.phase if stage == PHASE else self.names.of(stage)
             self._say(f"{what}: {duration(now - began)} so far")
 
@@ -208,7 +210,7 @@ def _ended(data: Mapping[str, Any]) -> str:
 def _attack(data: Mapping[str, Any], pace: _Pace) -> str:
     """Return the sentence of one finished job of an audit, with the time that all will take."""
     done, of = int(data["done"]), int(data["of"])
-    left = pace.left("attacks", done, of)
+    left = pace.left(ATTACKS, done, of)
     eta = "" if not left else f", about {duration(left)} left"
     failed = " failed" if data.get("reason") else ""
     return f"attack {done} of {of}: {data['attack']} on {data['subject']}{failed}{eta}"
@@ -259,9 +261,9 @@ class _Bars:
             self._show(PHASE, str(data["text"]))
         elif kind == "attack":
             done, of = int(data["done"]), int(data["of"])
-            text = _attack(data, self.pace)
-            self._show(ATTACKS, "audit", completed=done, total=of, count=f"{done}/{of}",
-                       left=text.rpartition(", about ")[2] if ", about " in text else "")  # fmt: skip
+            left = self.pace.left(ATTACKS, done, of)
+            eta = "" if left is None else f"{duration(left)} left"
+            self._show(ATTACKS, "attacks", completed=done, total=of, count=f"{done}/{of}", left=eta)
             if done >= of:
                 self._drop(ATTACKS)
         elif kind in ("note", "warning"):

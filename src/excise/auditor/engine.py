@@ -281,10 +281,9 @@ def _run(
     for (_, subject), parts in stages.items():
         for stage in parts:
             by_path.setdefault(runtime.path(stage), (stage, subject.name))
-    for path, (stage, subject) in by_path.items():
-        text = f"{name_of(stage.attack)} on {subject}"
-        if isinstance(stage, TrainModel):
-            text = f"{stage.training} on {subject}"
+    for path, (stage, name) in by_path.items():
+        what = stage.training if isinstance(stage, TrainModel) else name_of(stage.attack)
+        text = f"{what} on {name}"
         pool.emit("label", {"stage": path.name, "label": text, "counted": True})
     ordered = sorted(by_path, key=lambda path: not isinstance(by_path[path][0], TrainModel))
     done = 0

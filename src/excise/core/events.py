@@ -287,8 +287,7 @@ class _Bars:
             self._drop(PHASE)
         self.progress.start()
         if key not in self.tasks:
-            empty = {"count": "", "left": "", "facts": ""}
-            self.tasks[key] = self.progress.add_task(text, total=None, **empty)
+            self.tasks[key] = self.progress.add_task(text, total=None, count="", left="", facts="")
             self.endless[key] = time.monotonic()
         if "total" in fields:
             self.endless.pop(key, None)

@@ -308,7 +308,9 @@ def plan(
         elif original is not None and original.tokenizer_files:
             tokenizer = original.tokenizer()
         emit("phase", {"text": "counting tokens"})
-        shapes = _shapes(spec.scratch, tokenizer) if spec.scratch else original and original.shapes
+        shapes: Any = (
+            _shapes(spec.scratch, tokenizer) if spec.scratch else original and original.shapes
+        )
         count = None if shapes is None else sum(p.numel() for p in shapes.parameters())
         sizes = Sizes(count, tokenizer, domain)
         lines = tuple(_lines(request, sizes))
@@ -437,10 +439,9 @@ ORIGINAL = "original"
 
 def method_line(name: str, method: Method, sizes: Sizes, jobs: int, pace: str) -> Line:
     """Return the line of a method run."""
-    sweep = getattr(method, "sweep", None)
-    jobs_of_one = len(sweep.points(method)) if hasattr(sweep, "points") else 1
-    if sweep is not None and hasattr(sweep, "grid"):
-        jobs_of_one = len(sweep.grid(method.layer, method.steering, method.alpha))  # type: ignore[attr-defined]
+    trials = 1
+    if isinstance(method, RMU) and method.sweep is not None:
+        trials = len(method.sweep.grid(method.layer, method.steering, method.alpha))
     steps, tokens, padded = 0, 0.0, 0.0
     for config, length, lora in _schedules(method):
         one, one_padded = _step_tokens(config, length, sizes, both=starts_from(method) != "scratch")
@@ -448,7 +449,7 @@ def method_line(name: str, method: Method, sizes: Sizes, jobs: int, pace: str) -
         tokens += config.steps * one
         # A frozen weight needs no gradient of its own: 4 instead of 6 operations a token.
         padded += config.steps * one_padded * (4 / 6 if lora else 1)
-    total = jobs * jobs_of_one
+    total = jobs * trials
     return Line(name, steps, total, total * tokens, sizes.flops(6.0, total * padded), pace)
 
 

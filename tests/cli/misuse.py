@@ -38,7 +38,7 @@ NAMES: dict[str, Case] = {
     "unknown domain": tiny("--domain '{name: fcts}'", "domain.name", "'fcts'", "'facts'"),
     "unknown family": tiny("--model.scratch.family lama", "model.scratch.family", "'llama'"),
     "unknown field": Case(
-        remove("--alhpa 3"), ("--alhpa", "unknown field", "did you mean 'alpha'")
+        remove("--alhpa 3"), ("--alhpa", "unknown setting", "did you mean 'alpha'")
     ),
     "unknown nested field": Case(remove("--fit.stepz 3"), ("fit.stepz", "did you mean 'steps'")),
     "wrong type": Case(
@@ -196,4 +196,47 @@ OUTPUT: dict[str, Case] = {
     "show unknown": Case("show rmuu", ("unknown name 'rmuu'", "did you mean 'rmu'")),
     "check unknown": Case("check dmo", ("unknown recipe 'dmo'", "did you mean 'demo'")),
     "check bad field": Case("check tiny.yaml --sed 1", ("sed", "did you mean 'seed'")),
+    "dry run of no file": Case(remove("--dry-run", forget="nope.jsonl"), ("no file nope.jsonl",)),
+    "dry run of a broken file": Case(
+        remove("--dry-run", forget="bad.jsonl"), ("bad.jsonl line 1", "JSON"), {"bad.jsonl": "{"}
+    ),
+    "dry run of an audit of a broken file": Case(
+        "audit --model model --original model --forget bad.jsonl --retain r.jsonl --out out"
+        " --dry-run --quiet",
+        ("bad.jsonl line 1", "JSON"),
+        {"bad.jsonl": "{"},
+    ),
+    "dry run of an audit of no model": Case(
+        "audit --model nope --original model --forget f.jsonl --retain r.jsonl --out out --dry-run",
+        ("there is no folder nope",),
+    ),
+    "dry run of a hub id": Case(
+        remove("--dry-run", model="owner/name"), ("owner/name", "cannot be fetched")
+    ),
+    "dry run of a block beyond": Case(remove("--dry-run --layer 9"), ("block 9 is beyond",)),
+    "flag of audit with a typo": Case(
+        "audit made --out out --dry-rum", ("unknown flag '--dry-rum'", "did you mean '--dry-run'")
+    ),
+    "measured without weights": Case(
+        remove("--measure"),
+        ("model holds no weights",),
+        make=lambda d: m.drop("*.safetensors")(d / "model"),
+    ),
+    "measured study": Case(
+        "run rmu-is-shallow --out out --measure", ("--measure is for recipes", "a study")
+    ),
+    "unknown tracker": Case(remove("--track mlflow"), ("--track", "'mlflow'", "'tensorboard'")),
+    "tracker not installed": Case(
+        remove("--track trackio"), ("'trackio' is not installed", "pip install")
+    ),
+    "domain of a removal": Case(
+        remove("--domain.name facts"), ("--domain.name", "excise run", "recipe")
+    ),
+    "unknown attack of a removal": Case(
+        remove("--audit.attacks '[{name: relern}]'"), ("--audit.attacks", "'relern'", "'relearn'")
+    ),
+    "setting of the method before": tiny(
+        "--arms.rmu.name maxent --arms.rmu.layer 1", "arms.rmu.layer: unknown field"
+    ),
+    "recipe like no other": Case("run xyzzy", ("unknown recipe 'xyzzy'", "excise ls recipes")),
 }

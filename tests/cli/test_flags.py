@@ -12,6 +12,7 @@ import pytest
 from excise.cli import main
 from excise.cli.flags import read
 from excise.cli.options import VERBS, AuditOptions, LsOptions, RemoveOptions, RunOptions
+from excise.cli.remove import recipe_data
 from excise.cli.settings import override
 from excise.core.errors import UserError
 from excise.requests.recipe import Recipe
@@ -100,3 +101,28 @@ def test_what_other_packages_offer_is_listed_once(
     assert main(["ls", "methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if "pack:" in line] == [["mine", "from", "pack:Mine"]]
+
+
+def test_another_name_starts_from_its_own_defaults() -> None:
+    data = {**DATA, "name": "r", "arms": {"my-run": {"name": "rmu", "layer": 3}}}
+    settings = {"arms.my-run.fit.steps": "5", "arms.my-run.name": "maxent", "name": "other"}
+    changed = override(data, settings, Recipe, registry())
+    assert changed["arms"] == {"my-run": {"name": "maxent", "fit": {"steps": 5}}}
+    assert changed["name"] == "other"
+    assert changed["domain"] == data["domain"]
+    again = override(data, {"arms.my-run.name": "rmu"}, Recipe, registry())
+    assert again["arms"]["my-run"] == {"name": "rmu", "layer": 3}
+    facts = override(data, {"domain.subjects": "9", "domain.name": "facts"}, Recipe, registry())
+    assert facts["domain"] == {"name": "facts", "subjects": 9}
+
+
+def test_remove_takes_the_settings_of_a_recipe_beside_those_of_the_method() -> None:
+    line = "rmu --model m --forget f --retain r --out o --controls c.safetensors --layer 3"
+    more = "--audit smoke --audit.change '{steps: 2}' --evaluate.max-rows 9 --domain.claim deletion"
+    options = read(RemoveOptions, shlex.split(f"{line} {more}"), "excise remove")
+    data = recipe_data(options)
+    assert data["arms"] == {"rmu": {"name": "rmu", "controls": "c.safetensors", "layer": 3}}
+    assert data["audit"] == {"budget": "smoke", "change": {"steps": 2}}
+    assert data["evaluate"] == {"max_rows": 9}
+    assert data["domain"]["claim"] == "deletion"
+    assert data["domain"]["forget"] == {"forget": "f"}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from excise.cli import main
 from excise.cli.audit import request_data
@@ -291,3 +294,53 @@ def test_a_method_run_keeps_its_name(work: Path, capsys: pytest.CaptureFixture[s
     assert re.search(r"new-run +5 ", capsys.readouterr().out)
     assert excise(f"{line} --arms.new-run '{{name: maxent, fit: {{steps: 5}}}}'") == 0
     assert re.search(r"new-run +5 ", capsys.readouterr().out)
+
+
+def test_an_audit_is_estimated_without_a_byte_written(
+    work: Path, removed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = m.state(work)
+    assert excise(f"audit removed --out dry --dry-run {SMALL}") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"audit: relearn +2 +3 ", said)
+    assert "not measured" in said
+    assert m.state(work) == before
+    (work / "asked.yaml").write_text(
+        yaml.safe_dump(request_data(AuditOptions(folder="removed", dry_run=True)))
+    )
+    assert excise(f"check asked.yaml {SMALL}") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"audit: relearn +2 +3 ", said)
+    assert "rows by role" in said
+
+
+def test_a_changed_input_is_named_before_all_is_made_anew(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "c.jsonl").write_text(m.texts("c"))
+    line = f"{REMOVE.replace('f.jsonl', 'c.jsonl')} --out changed"
+    assert excise(line) == 0
+    assert excise(line) == 0
+    assert capsys.readouterr().err == ""
+    before = load(work / "changed").data["fingerprint"]
+    (work / "c.jsonl").write_text(m.texts("c", start=20))
+    assert excise(line) == 0
+    assert capsys.readouterr().err == (
+        "c.jsonl: other bytes than when changed was made, so it is made anew\n"
+    )
+    assert load(work / "changed").data["fingerprint"] != before
+
+
+def test_a_tracker_gets_losses_and_scores(removed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tags: list[str] = []
+    fake = types.ModuleType("trackio")
+    fake.__dict__.update(
+        init=lambda project, name: tags.append(f"{project}/{name}"),
+        log=lambda values, step: tags.append(next(iter(values))),
+        finish=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    assert excise(f"{REMOVE} --out removed --track trackio") == 0
+    assert tags[0] == "excise/removed"
+    assert "rmu/forget" in tags
+    assert any(tag.startswith("scores/rmu/test.forget/") for tag in tags)

@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from excise.core.errors import UserError
-from excise.models.checkpoint import Checkpoint, cache_root, open_checkpoint, save_model
+from excise.models.checkpoint import (
+    Checkpoint,
+    cache_root,
+    open_checkpoint,
+    open_outline,
+    save_model,
+)
 from excise.models.tiny import byte_tokenizer, tiny_model, word_tokenizer
 
 NAMES = {
@@ -122,6 +128,21 @@ def test_gguf(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str, tied
     again = open_checkpoint(str(path), cache=tmp_path / "cache")
     assert again == checkpoint
     assert checkpoint.write({}, tmp_path / "out").load() is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_outline_of_a_gguf_file_reads_no_weight(tmp_path: Path, tied: bool) -> None:
+    model = tiny_model("llama", width=32, vocab=261, tie_word_embeddings=tied)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(model, gguf_tokenizer(), path, gguf.GGMLQuantizationType.F16)
+    with open_outline(path) as outline:
+        assert outline.num_parameters == sum(p.numel() for p in model.parameters())
+        assert not outline.has_weights
+        assert outline.tokenizer()("a b")["input_ids"] == gguf_tokenizer()("a b")["input_ids"]
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="cannot be read"), open_outline(path):
+        pass
 
 
 def test_a_cut_gguf(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -115,6 +116,113 @@ def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
+def test_stages_are_named_and_not_hashed() -> None:
+    out = io.StringIO()
+    with terminal(out) as show:
+        rmu, inner = f"rmu-{'0' * 16}", f"undo-{'a' * 16}"
+        show("label", {"stage": rmu, "label": "my-run"})
+        show("stage_start", {"stage": rmu})
+        show("part", {"stage": rmu, "part": "rmu 2/9"})
+        show("step", _step(5, stage=rmu))
+        show("stage_start", {"stage": inner})
+        show("part", {"stage": inner, "part": "undo"})
+        show("stage_done", {"stage": inner, "seconds": 4})
+    assert out.getvalue().splitlines() == [
+        "my-run: starts",
+        "my-run: rmu 2/9: step 5/100  nll 0.1235",
+        "undo: starts",
+        "undo: done in 4 s",
+    ]
+
+
+def test_an_audit_tells_of_every_job_and_of_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    out = io.StringIO()
+    with terminal(out) as show:
+        for i in range(1, 4):
+            stage = f"attack-relearn-{i:016x}"
+            label = {"stage": stage, "label": f"relearn full {i}", "counted": True}
+            show("label", label)
+            show("stage_start", {"stage": stage})
+            clock[0] += 20
+            show("step", _step(10, stage=stage))
+            show("stage_done", {"stage": stage, "seconds": 20})
+            job = {"attack": "relearn", "subject": "rmu", "done": i, "of": 3}
+            show("attack", {**job, "reason": "no rows" if i == 3 else ""})
+    assert out.getvalue().splitlines() == [
+        "relearn full 1: step 10/100  nll 0.1235",
+        "attack 1 of 3: relearn on rmu",
+        "relearn full 2: step 10/100  nll 0.1235",
+        "attack 2 of 3: relearn on rmu, about 20 s left",
+        "relearn full 3: step 10/100  nll 0.1235",
+        "attack 3 of 3: relearn on rmu failed",
+    ]
+
+
+def test_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    out = io.StringIO()
+    show = terminal(out, interval=10)
+
+    def wait(seconds: float) -> None:
+        clock[0] += seconds
+        show._sink.still()
+
+    wait(50)  # nothing is going on
+    show("phase", {"text": "reading the data"})
+    wait(9)
+    wait(3)
+    wait(3)
+    show("stage_start", {"stage": f"scores-{'0' * 16}"})
+    wait(12)
+    show("stage_done", {"stage": f"scores-{'0' * 16}", "seconds": 12})
+    wait(99)
+    assert out.getvalue().splitlines() == [
+        "reading the data: 12 s so far",
+        "scores: starts",
+        "scores: 12 s so far",
+        "scores: done in 12 s",
+    ]
+
+
+def test_bars_fit_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    out = _Tty()
+    stage = f"attack-relearn-{'0' * 16}"
+    with terminal(out) as show:
+        show("label", {"stage": stage, "label": "relearn full 0.0003 seed 2 on my-long-run-name"})
+        show("phase", {"text": "reading the data"})
+        clock[0] += 12
+        show._sink.still()
+        show._sink.progress.refresh()  # type: ignore[union-attr]
+        for step in (1, 9_000):
+            clock[0] += 4000
+            terms = {"retain": 1.2345, "forget": 2.3456}
+            show("step", {"stage": stage, "step": step, "steps": 10_000, "terms": terms})
+        job = {"attack": "relearn", "subject": "x", "of": 36, "reason": ""}
+        show("attack", {**job, "done": 1})
+        clock[0] += 60
+        show("attack", {**job, "done": 2})
+        show._sink.progress.refresh()  # type: ignore[union-attr]
+    lines = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "\n", out.getvalue()).replace("\r", "\n").split("\n")
+    assert max(map(len, lines)) <= 80
+    assert any("reading the data" in line and "12 s so far" in line for line in lines)
+    assert any("9000/10000" in line and line.rstrip().endswith("7 min left") for line in lines)
+    assert any("attacks" in line and "2/36" in line and "34 min left" in line for line in lines)
+
+
+def test_warnings_are_said_even_where_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    with terminal(quiet=True) as show:
+        show("warning", {"text": "f.jsonl changed"})
+    assert capsys.readouterr().err == "f.jsonl changed\n"
+
+
 def _written(tmp_path: Path) -> Path:
     sink = JsonlSink(tmp_path / "run" / "events.jsonl")
     sink("stage_start", {"stage": "base"})
@@ -167,6 +275,34 @@ def test_tensorboard_gets_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     track(_written(tmp_path), "tensorboard")
     assert logged[:2] == [("base/loss", 1.0, 10), ("base/nll", 0.12345, 10)]
     assert logged[-1][0] == "tb"
+
+
+def test_a_tracker_gets_results_after_the_steps_under_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[dict[str, float]] = []
+
+    def fail(project: str, name: str) -> None:
+        raise OSError("no route to host")
+
+    fake = types.ModuleType("wandb")
+    fake.__dict__.update(
+        init=lambda project, name: None,
+        log=lambda values, step: logged.append(values),
+        finish=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    path = tmp_path / "run" / "events.jsonl"
+    JsonlSink(path)("label", {"stage": "named-0123456789abcdef", "label": "my-run"})
+    JsonlSink(path)("step", _step(20, stage="named-0123456789abcdef"))
+    track(path, "wandb", results=[("scores/rmu/test/loss", 0, 1.5)])
+    assert logged[-2:] == [
+        {"my-run/nll": 0.12345, "my-run/nll/step": 20},
+        {"scores/rmu/test/loss": 1.5, "scores/rmu/test/loss/step": 0},
+    ]
+    fake.__dict__["init"] = fail
+    with pytest.raises(UserError, match=r"is whole in .*run, but wandb .* no route to host"):
+        track(path, "wandb")
 
 
 def test_a_missing_tracker_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

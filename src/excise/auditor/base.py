@@ -103,6 +103,17 @@ class Attack(Config, ABC):
     source: ClassVar[str] = ""
     version: ClassVar[int] = 1
 
+    def passes(self, budget: Budget) -> float:
+        """Return about how often an attack that trains nothing reads what is scored.
+
+        Only the estimate of a run asks.
+
+        Args:
+            budget: How hard to try.
+        """
+        del budget
+        return 4.0
+
     @abstractmethod
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Attack `subject` and score `domain.test`.

@@ -226,6 +226,10 @@ def _controls(
         for kinds in dict.fromkeys(needed.values())
         if kinds
     ]
+    for _, stages in jobs:
+        for stage in stages:
+            text = f"positive control {stage.control.name}"
+            pool.emit("label", {"stage": runtime.path(stage).name, "label": text})
     # Where memory is short, they take turns: all but a gate hold gradients.
     turns = [i % budget.together if budget.together else None for i in range(len(jobs))]
     by_kinds: dict[Any, Control] = {(): UNDECLARED}
@@ -277,6 +281,10 @@ def _run(
     for (_, subject), parts in stages.items():
         for stage in parts:
             by_path.setdefault(runtime.path(stage), (stage, subject.name))
+    for path, (stage, name) in by_path.items():
+        what = stage.training if isinstance(stage, TrainModel) else name_of(stage.attack)
+        text = f"{what} on {name}"
+        pool.emit("label", {"stage": path.name, "label": text, "counted": True})
     ordered = sorted(by_path, key=lambda path: not isinstance(by_path[path][0], TrainModel))
     done = 0
 

@@ -51,6 +51,10 @@ class Training:
     seed: int
     on: Literal["relearn", "fresh", "benign"] = "relearn"
 
+    def __str__(self) -> str:
+        """Return what a reader calls it: `relearn full 0.001`."""
+        return f"{self.on} {self.kind} {self.lr:g}" + (f" seed {self.seed}" if self.seed else "")
+
 
 def trainings_of(budget: Budget) -> tuple[Training, ...]:
     """Return the trainings of relearning: each kind at every rate and seed.
@@ -224,9 +228,9 @@ def train(
     model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
     if part.on == "fresh":
         rows = evaluation.fresh_train
-    mix = _mix(model, evaluation, inner, rows, benign_share)
+    mix = mixed_batches(model, evaluation, inner, rows, benign_share)
     size = sum(p.numel() for p in model.parameters())
-    with _adapter(model, lora_rank) if part.kind == "lora" else nullcontext(model) as net:
+    with adapter(model, lora_rank) if part.kind == "lora" else nullcontext(model) as net:
         small = 0
         if part.kind == "lora":
             small = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -245,17 +249,17 @@ def train(
     )
 
 
-def _adapter(model: Any, rank: int) -> AbstractContextManager[Any]:
+def adapter(model: Any, rank: int) -> AbstractContextManager[Any]:
     """Return the model with a fresh LoRA adapter."""
     return adapted(model, LoRA(rank=rank, alpha=2 * rank))
 
 
-def _flops_per_token(size: int, adapter: int) -> float:
+def _flops_per_token(size: int, small: int) -> float:
     """Return operations per trained token; see `attacks/relearn.py`."""
-    return 4.0 * size + 6.0 * adapter if adapter else 6.0 * size
+    return 4.0 * size + 6.0 * small if small else 6.0 * size
 
 
-def _mix(
+def mixed_batches(
     model: Any, evaluation: EvaluationSet, ctx: Context, rows: Rows, benign_share: float
 ) -> Callable[[int], list[Micro]]:
     """Return the micro-batches of a step: T and benign rows in fixed shares."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from excise.cli.options import AuditOptions
 from excise.cli.pair import pair_of
-from excise.cli.progress import progress
+from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
 from excise.report.terminal import finish
 from excise.requests.audit import AuditRun
 from excise.requests.registry import parse_audit, registry
+from excise.run.estimate import plan
 from excise.run.output import check_out
 from excise.run.run import audit
 
@@ -26,14 +27,19 @@ def main(options: AuditOptions) -> int:
         allow_code=options.allow_code,
         source="excise audit",
     )
-    with progress(out / "events.jsonl", quiet=options.quiet) as emit:
+    if options.dry_run or options.measure:
+        show_plan(request, out, measure=options.measure, quiet=options.quiet)
+        return 0
+    plan(request, out, rows=False).refuse(force=options.force)
+    events = out / "events.jsonl"
+    with progress(events, quiet=options.quiet, tracker=options.track) as emit:
         audit(request, out, workers=options.workers, emit=emit, command=options.command)
     return finish(out)
 
 
 def request_data(options: AuditOptions) -> dict[str, Any]:
     """Return the request that a command line stands for, as plain data."""
-    pair = pair_of(options, "candidate")
+    pair = pair_of(options, "candidate", check=not options.dry_run)
     return {
         "name": f"audit-{pair.name}",
         "title": pair.title,

@@ -7,35 +7,47 @@ from pathlib import Path
 import yaml
 
 from excise.cli.options import CheckOptions
-from excise.cli.run import recipe_of
+from excise.cli.progress import show_plan
+from excise.cli.run import recipe_data, recipe_of
+from excise.cli.settings import override
 from excise.cli.study import is_study, statement, study_of
 from excise.data.stream import show
-from excise.fetch.model import open_model
+from excise.requests.audit import AuditRun
 from excise.requests.recipe import Recipe
-from excise.run.estimate import plan
+from excise.requests.registry import parse_audit, registry
+from excise.run.estimate import Plan
 
 
 def main(options: CheckOptions) -> int:
-    """Print what a recipe or a study would do."""
+    """Print what a recipe, an audit or a study would do."""
     if is_study(options.name):
         study = study_of(options.name, options.settings, full=options.full)
         settings = study.model_dump(mode="json", exclude={"name"})
         print(f"{statement(study)}\n\nsettings")
         print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
         return 0
-    recipe = recipe_of(options)
-    estimate = plan(recipe, options.out or Path("runs") / recipe.name)
-    print(estimate.text())
+    request = request_of(options)
+    out = options.out or Path("runs") / request.name
+    estimate = show_plan(request, out, measure=options.measure, quiet=options.quiet)
     estimate.refuse(force=options.force)
-    print_rows(recipe)
+    print_rows(estimate)
     return 0
 
 
-def print_rows(recipe: Recipe) -> None:
+def request_of(options: CheckOptions) -> Recipe | AuditRun:
+    """Return the recipe that is named, or the request of an audit where a file holds one."""
+    if Path(options.name).is_file():
+        data = recipe_data(options.name, allow_code=options.allow_code)
+        if "candidates" in data:
+            changed = override(data, options.settings, AuditRun, registry())
+            return parse_audit(changed, allow_code=options.allow_code, source=options.name)
+    return recipe_of(options)
+
+
+def print_rows(estimate: Plan) -> None:
     """Print how many rows each role has, and a forget row with its scored tokens marked."""
-    original = None if recipe.model.scratch else open_model(recipe.model)
-    domain = recipe.domain.build(original)
-    tokenizer = original.tokenizer() if original else recipe.domain.tokenizer()
+    domain = estimate.domain
+    assert domain is not None
     print("\nrows by role")
     for role, rows in domain.roles():
         if rows:
@@ -43,6 +55,9 @@ def print_rows(recipe: Recipe) -> None:
             print(f"  {role:<22} {len(rows):>7,} rows  {units:>7,} units")
     for note in domain.notes:
         print(f"  note: {note}")
+    if estimate.tokenizer is None:
+        return
     first = next(iter(domain.forget.values()))[0]
     print("\na forget row; scored tokens are marked")
-    print(show(first, tokenizer) if not domain.sensitive else "(kept out: the data is sensitive)")
+    shown = show(first, estimate.tokenizer)
+    print(shown if not domain.sensitive else "(kept out: the data is sensitive)")

@@ -13,6 +13,7 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields
+from difflib import get_close_matches
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -73,7 +74,7 @@ def read(cls: type[Asked], args: Sequence[str], prog: str) -> Asked:
     if all(field.name != "settings" for field in fields(cls)):
         stray += rest
     else:
-        given["settings"] = _settings(rest)
+        given["settings"] = _settings(rest, known)
     if stray:
         hint = nearest(stray[0], known) if known else f"see {prog} --help"
         raise UserError(f"unexpected argument '{stray[0]}'; {hint}")
@@ -227,8 +228,12 @@ def _apart(args: Sequence[str], flags: Sequence[str]) -> tuple[list[str], list[s
     return words, rest
 
 
-def _settings(rest: Sequence[str]) -> dict[str, str]:
+def _settings(rest: Sequence[str], known: Sequence[str]) -> dict[str, str]:
     """Turn `--a.b VALUE` and `--a.b=VALUE` into a mapping of dotted path to value.
+
+    Args:
+        rest: Settings and values.
+        known: The verb's own flags, for the sentence where a setting may be a flag mistyped.
 
     Raises:
         UserError: If a path has no value.
@@ -241,7 +246,13 @@ def _settings(rest: Sequence[str]) -> dict[str, str]:
             raise UserError("unexpected argument '--'; write a setting as --a.b VALUE")
         if not equals:
             if not todo or todo[0].startswith("--"):
-                raise UserError(f"--{path} needs a value")
+                close = get_close_matches(f"--{path}", known, n=1, cutoff=0.7)
+                if close:
+                    raise UserError(f"unknown flag '--{path}'; did you mean '{close[0]}'?")
+                raise UserError(
+                    f"--{path} needs a value; it is no flag of this command, so it is read as a "
+                    "setting"
+                )
             value = todo.pop(0)
         settings[path] = value
     return settings

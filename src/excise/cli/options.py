@@ -65,6 +65,8 @@ class StudyOptions(Options):
     """Print what would be done and what it would take, and stop."""
     quiet: bool = False
     """Show no progress."""
+    track: Literal["", "trackio", "wandb", "tensorboard"] = ""
+    """Send losses, curves of attacks and scores to this tracker when the run is done."""
     settings: DottedSettings = field(default_factory=dict)
     """Fields of the study or recipe, by dotted path."""
 
@@ -78,6 +80,8 @@ class RunOptions(StudyOptions):
 
     name: Annotated[str, POSITIONAL]
     """A recipe (`excise ls recipes`), a YAML file, or a study (`excise ls studies`)."""
+    measure: bool = False
+    """Like --dry-run, after three steps of every kind of work were timed on the model itself."""
     force: bool = False
     """Start even if the estimate says that it cannot fit."""
     allow_code: bool = False
@@ -89,7 +93,8 @@ class RemoveOptions(Options):
     """Remove a capability from a model with one method.
 
     Any setting of the method can be changed: --layer 6, --fit.lr 1e-4, --lora.rank 8. `excise
-    remove METHOD --help` lists them below these flags.
+    remove METHOD --help` lists them below these flags. So can those of the rest, as in a recipe:
+    --audit.attacks, --evaluate.max-rows, --domain.claim.
     """
 
     method: Annotated[str, POSITIONAL]
@@ -125,15 +130,19 @@ class RemoveOptions(Options):
     workers: Count = 0
     """Worker processes of one thread each; 0 takes one for each core."""
     dry_run: bool = False
-    """Print what would be done and what it would cost, and stop."""
+    """Read the data, print what would be done and what it would cost, and stop."""
+    measure: bool = False
+    """Like --dry-run, after three steps of every kind of work were timed on the model itself."""
     force: bool = False
     """Start even if the estimate says that it cannot fit."""
     quiet: bool = False
     """Show no progress."""
+    track: Literal["", "trackio", "wandb", "tensorboard"] = ""
+    """Send losses, curves of attacks and scores to this tracker when the run is done."""
     allow_code: bool = False
     """Run code of your own, named as ./file.py:Class."""
     settings: DottedSettings = field(default_factory=dict)
-    """Fields of the method, by dotted path."""
+    """Fields of the method, by dotted path; those of audit, evaluate and domain by their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +194,14 @@ class AuditOptions(PairOptions):
     """How hard to attack."""
     workers: Count = 0
     """Worker processes of one thread each; 0 takes one for each core."""
+    dry_run: bool = False
+    """Read the data, print what would be done and what it would cost, and stop."""
+    measure: bool = False
+    """Like --dry-run, after three steps of every kind of work were timed on the model itself."""
+    force: bool = False
+    """Start even if the estimate says that it cannot fit."""
+    track: Literal["", "trackio", "wandb", "tensorboard"] = ""
+    """Send losses, curves of attacks and scores to this tracker when the run is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,18 +270,23 @@ class ShowOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(Options):
-    """Validate a recipe or study and say what it would take; trains nothing.
+    """Validate a recipe, audit or study and say what it would take; trains nothing.
 
-    Of a recipe it estimates the cost, counts the rows by role and prints a row as the model sees
-    it. Any field of the recipe or study can be changed: --a.b VALUE.
+    Of a recipe or an audit it reads the data, estimates the cost, counts the rows by role and
+    prints a row as the model sees it. Any field can be changed: --a.b VALUE.
     """
 
     name: Annotated[str, POSITIONAL]
-    """A recipe (`excise ls recipes`), a YAML file, or a study (`excise ls studies`)."""
+    """A recipe (`excise ls recipes`), a YAML file, or a study (`excise ls studies`); the
+    recipe.yaml of an output folder may be that of an audit."""
     out: Path | None = None
     """Output folder that the run would use."""
     full: bool = False
     """Check the study's settings for a real model, where it has some."""
+    measure: bool = False
+    """Time three steps of every kind of work on the model itself."""
+    quiet: bool = False
+    """Show no progress."""
     force: bool = False
     """Do not refuse what cannot fit."""
     allow_code: bool = False

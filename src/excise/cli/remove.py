@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from excise.cli.options import RemoveOptions
-from excise.cli.progress import progress
+from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
 from excise.core.code_files import is_code
 from excise.core.config import ConfigError
 from excise.core.errors import UserError
 from excise.methods.base import Method
 from excise.report.terminal import finish
+from excise.requests.recipe import Recipe
 from excise.requests.registry import parse_recipe, registry
 from excise.run.estimate import plan
 from excise.run.output import check_out
@@ -27,13 +28,12 @@ def main(options: RemoveOptions) -> int:
     except ConfigError as error:
         raise ConfigError([as_flag(problem) for problem in error.problems]) from None
     check_out(options.out)
-    estimate = plan(recipe, options.out)
-    if options.dry_run:
-        print(estimate.text())
+    if options.dry_run or options.measure:
+        show_plan(recipe, options.out, measure=options.measure, quiet=options.quiet)
         return 0
-    estimate.refuse(force=options.force)
+    plan(recipe, options.out, rows=False).refuse(force=options.force)
     events = options.out / "events.jsonl"
-    with progress(events, quiet=options.quiet) as emit:
+    with progress(events, quiet=options.quiet, tracker=options.track) as emit:
         run(
             recipe,
             options.out,
@@ -48,9 +48,12 @@ def main(options: RemoveOptions) -> int:
 def as_flag(problem: str) -> str:
     """Name a problem as the command line does: `arms.rmu.fit.lr` is `--fit.lr`."""
     problem = re.sub(r"^arms\.[^.:]+\.name: ", "", problem)
+    problem = problem.replace(": unknown field; ", ": unknown setting; ")
     problem = re.sub(r"^arms\.([^.:]+): ", r"\1 ", problem)
     problem = re.sub(r"^arms\.[^.:]+\.", "--", problem)
-    return re.sub(r"^(domain|model|audit)\.(path|budget)?\.?", r"--", problem)
+    problem = re.sub(r"^model\.path\b", "--model", problem)
+    problem = re.sub(r"^domain\.(?=(forget|retain|adjacent|relearn|test)\b)", "--", problem)
+    return re.sub(r"^(domain|audit|evaluate)\.", r"--\1.", problem)
 
 
 def recipe_data(options: RemoveOptions) -> dict[str, Any]:
@@ -70,18 +73,31 @@ def recipe_data(options: RemoveOptions) -> dict[str, Any]:
     for role in ("relearn", "test"):
         if getattr(options, role):
             domain[role] = named(getattr(options, role), f"--{role}")
-    return {
+    rest = {p: v for p, v in options.settings.items() if of_rest(p)}
+    settings = {p: v for p, v in options.settings.items() if p not in rest}
+    if "domain.name" in rest:
+        raise UserError(
+            "--domain.name: remove reads the files of --forget and --retain; write a recipe for "
+            "another domain, and give it to excise run"
+        )
+    data = {
         "name": f"remove-{name}",
         "title": f"{name} on {Path(options.model).name}",
         "domain": domain,
         "model": {"path": options.model, "revision": options.revision},
-        "arms": {name: override(method, options.settings, Method, registry())},
+        "arms": {name: override(method, settings, Method, registry())},
         "audit": {"budget": options.audit},
         "refit": options.refit,
         "seed": options.seed,
         "dtype": options.dtype,
         "device": options.device,
     }
+    return override(data, rest, Recipe, registry())
+
+
+def of_rest(path: str) -> bool:
+    """Return whether a dotted setting is one of the recipe and none of the method."""
+    return path.partition(".")[0] in ("audit", "evaluate", "domain") and "." in path
 
 
 def named(values: tuple[str, ...], flag: str) -> dict[str, str]:

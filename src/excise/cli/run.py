@@ -10,7 +10,7 @@ import yaml
 
 from excise.cli import study
 from excise.cli.options import CheckOptions, RunOptions
-from excise.cli.progress import progress
+from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
 from excise.core.code_files import is_code, load_code
 from excise.core.errors import UserError, nearest
@@ -28,16 +28,20 @@ from excise.run.study import study_points
 def main(options: RunOptions) -> int:
     """Run a recipe or a study, or say what that would do."""
     if study.is_study(options.name):
+        if options.measure:
+            raise UserError(
+                f"--measure is for recipes, and {options.name} is a study; leave it out"
+            )
         return study.main(options)
     recipe = recipe_of(options)
     out = options.out or Path("runs") / recipe.name
     check_out(out)
-    estimate = plan(recipe, out)
-    if options.dry_run:
-        print(estimate.text())
+    if options.dry_run or options.measure:
+        show_plan(recipe, out, measure=options.measure, quiet=options.quiet)
         return 0
-    estimate.refuse(force=options.force)
-    with progress(out / "events.jsonl", quiet=options.quiet) as emit:
+    plan(recipe, out, rows=False).refuse(force=options.force)
+    events = out / "events.jsonl"
+    with progress(events, quiet=options.quiet, tracker=options.track) as emit:
         run(recipe, out, workers=options.workers, emit=emit, command=options.command)
     return finish(out)
 
@@ -84,7 +88,10 @@ def recipe_data(name: str, *, allow_code: bool = False) -> Mapping[str, Any]:
         return _read_yaml(path)
     if path.suffix in (".yaml", ".yml", ".json"):
         raise UserError(f"there is no recipe file {name}; check the path")
-    raise UserError(f"unknown recipe '{name}'; {nearest(name, [*recipes, *study_points()])}")
+    hint = nearest(name, [*recipes, *study_points()])
+    if not hint.startswith("did"):
+        hint = "excise ls recipes and excise ls studies list what there is"
+    raise UserError(f"unknown recipe '{name}'; {hint}")
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:

@@ -20,7 +20,8 @@ def override(
     """Return plain data with dotted settings changed.
 
     The name of a setting may be written with `-` for `_`; the key of a mapping, such as the name
-    of a method run, is taken as it is. A number picks from a list.
+    of a method run, is taken as it is. A number picks from a list. A `name` that is another than
+    before names another thing, which starts from its own defaults.
 
     Args:
         data: Plain data of a configuration.
@@ -33,6 +34,7 @@ def override(
             or through a key that is not there and is given no whole configuration either.
     """
     out: dict[str, Any] = deepcopy(dict(data))
+    settings = dict(sorted(settings.items(), key=lambda item: _rank(item[0])))
     new: list[tuple[str, str, dict[str, Any], list[str]]] = []
     for path, text in settings.items():
         node: Any = out
@@ -48,9 +50,12 @@ def override(
                 key = part.replace("-", "_")
             elif part not in node and configs(_mapping(annotation)):
                 new.append((path, ".".join(parts[: depth + 1]), node, list(node)))
-            annotation = _below(annotation, node, key, registry)
+            owner, annotation = annotation, _below(annotation, node, key, registry)
             if depth == len(parts) - 1:
-                node[key] = _value(path, text)
+                value = _value(path, text)
+                if key == "name" and _chosen_by_name(owner) and node.get(key, value) != value:
+                    node.clear()
+                node[key] = value
             elif isinstance(node, dict) and node.get(key) is None:
                 node[key] = {}
             node = node[key]
@@ -62,6 +67,17 @@ def override(
                 f"{nearest(key, known)}"
             )
     return out
+
+
+def _rank(path: str) -> int:
+    """Return when a setting is put in place: whatever names a thing before what is in it."""
+    return path.count(".") if path.split(".")[-1] == "name" else 1 << 20
+
+
+def _chosen_by_name(annotation: Any) -> bool:
+    """Return whether the value of `name` says which configuration a field holds."""
+    options = configs(annotation)
+    return len(options) > 1 or any(map(is_family, options))
 
 
 def _value(path: str, text: str) -> Any:

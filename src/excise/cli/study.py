@@ -24,7 +24,8 @@ def main(options: StudyOptions) -> int:
     if options.dry_run:
         print(f"{statement(study)}\noutput: {out}")
         return 0
-    with progress(out / "events.jsonl", quiet=options.quiet) as emit:
+    events = out / "events.jsonl"
+    with progress(events, quiet=options.quiet, tracker=options.track) as emit:
         conduct(study, out, workers=options.workers, emit=emit, command=options.command)
     return finish(out)
 

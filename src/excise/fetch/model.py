@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from excise.core.errors import UserError
 from excise.fetch import cache_root, cached, fetch_files, known
-from excise.models.checkpoint import Checkpoint, open_checkpoint
+from excise.models.checkpoint import Checkpoint, open_checkpoint, open_outline
 from excise.models.spec import ModelSpec
 
 
@@ -41,3 +43,26 @@ def open_model(spec: ModelSpec) -> Checkpoint:
             raise UserError(f"model '{spec.path}' is not here yet; run: excise fetch {spec.path}")
         return open_checkpoint(fetch(spec.path))
     return open_checkpoint(spec.path, revision=spec.revision, tokenizer=spec.tokenizer or None)
+
+
+@contextmanager
+def outline_of(spec: ModelSpec) -> Iterator[Checkpoint | None]:
+    """Open what the model that a recipe names says of itself; see `open_outline`.
+
+    Yields:
+        The outline, or None for a model that `excise fetch` knows and that is not here yet.
+
+    Raises:
+        UserError: As `open_outline`.
+    """
+    path = Path(spec.path)
+    if spec.path in known() and not path.exists():
+        folder, file = cached(spec.path), known()[spec.path].model
+        if folder is None:
+            yield None
+            return
+        path = folder / file if file else folder
+    with open_outline(
+        str(path), revision=spec.revision, tokenizer=spec.tokenizer or None
+    ) as outline:
+        yield outline

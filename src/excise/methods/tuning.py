@@ -135,11 +135,11 @@ def tuned(
 
 @dataclass
 class Progress:
-    """Collects the records of a loop of `fit`, and emits a `step` event for each.
+    """Collects the records of a loop of `fit`, which tells of its steps itself.
 
     Attributes:
         ctx: Gives `emit`.
-        stage: Name shown beside the bar.
+        stage: What of the stage the loop is, shown beside the bar.
         steps: Expected steps.
         every: A step is kept in the history every so many.
     """
@@ -153,6 +153,11 @@ class Progress:
     done: int = 0
     started: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        """Say what is running."""
+        stage = self.ctx.work.name.removesuffix(".partial")
+        self.ctx.emit("part", {"stage": stage, "part": self.stage})
+
     def __call__(self, record: StepRecord) -> None:
         """Collect the record of one step."""
         self.tokens += record.tokens
@@ -160,10 +165,6 @@ class Progress:
         row = {"step": float(record.step), "loss": record.loss, **record.terms}
         if record.step % self.every == 0 or record.step + 1 == self.steps:
             self.history.append(row)
-        self.ctx.emit(
-            "step",
-            {"stage": self.stage, "step": record.step + 1, "steps": self.steps, "terms": row},
-        )
 
     def cost(self, parameters: int, *, flops_per_token: float = 0.0) -> Cost:
         """Return what the loop took.

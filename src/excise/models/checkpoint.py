@@ -15,8 +15,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ __all__ = [
     "check_vocabulary",
     "fetch_hub",
     "open_checkpoint",
+    "open_outline",
     "save_model",
     "tokenizer_identity",
     "verify_folder",
@@ -103,8 +104,46 @@ def open_checkpoint(
     if not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
         path = fetch_hub(source, revision, trust_remote_code=trust_remote_code)
     elif revision is not None and path.exists():
-        raise UserError(f"{path} is on this disk and has no revision; leave the revision out")
+        raise _no_revision(path)
     return verify_folder(path, trust_remote_code=trust_remote_code, tokenizer=beside)
+
+
+@contextmanager
+def open_outline(
+    source: str | Path, *, revision: str | None = None, tokenizer: str | None = None
+) -> Iterator[Checkpoint]:
+    """Open what a model says of itself, to count with; no value of a weight is read.
+
+    Of a folder that is the configuration, the tokenizer and, where weights lie there, their
+    headers; of a hub id the configuration and the tokenizer are fetched; a GGUF file is read for
+    both.
+
+    Args:
+        source: A folder, a `.gguf` file or a hub id. The weights need not be there, nor then the
+            tokenizer.
+        revision: Revision of a hub id.
+        tokenizer: Folder or hub id of a tokenizer that does not lie beside the weights.
+
+    Yields:
+        The checkpoint; `num_parameters` and `shapes` answer, and `load` only where weights are.
+
+    Raises:
+        UserError: If there is no such model, or what is there of it is wrong.
+    """
+    path = Path(source).expanduser()
+    with tempfile.TemporaryDirectory() as scratch:
+        beside = _tokenizer_folder(tokenizer, Path(scratch))
+        if path.suffix == ".gguf" and path.is_file():
+            path = _outline_of_gguf(path, Path(scratch))
+        elif not path.exists() and _HUB_ID.fullmatch(str(source)):
+            path = fetch_hub(str(source), revision, patterns=("config.json", *TOKENIZER_FILES))
+        elif revision is not None and path.exists():
+            raise _no_revision(path)
+        yield verify_folder(path, tokenizer=beside, outline=True)
+
+
+def _no_revision(path: Path) -> UserError:
+    return UserError(f"{path} is on this disk and has no revision; leave the revision out")
 
 
 def fetch_hub(
@@ -231,9 +270,7 @@ def _from_gguf(path: Path, tokenizer: Path | None, cache: Path) -> Checkpoint:
 
     The folder holds float32: every dequantized value is exact.
     """
-    with path.open("rb") as f:
-        if f.read(4) != b"GGUF":
-            raise UserError(f"{path} is not a GGUF file; copy or download it again")
+    _check_gguf(path)
     beside = None if tokenizer is None else Checkpoint(tokenizer)
 
     def read() -> tuple[Model, Any]:
@@ -252,6 +289,35 @@ def _from_gguf(path: Path, tokenizer: Path | None, cache: Path) -> Checkpoint:
     return verify_folder(folder, tokenizer=tokenizer)
 
 
+def _check_gguf(path: Path) -> None:
+    """Raise UserError unless a file begins as GGUF files do."""
+    with path.open("rb") as f:
+        if f.read(4) != b"GGUF":
+            raise UserError(f"{path} is not a GGUF file; copy or download it again")
+
+
+def _outline_of_gguf(path: Path, to: Path) -> Path:
+    """Write configuration and tokenizer of a GGUF file as a folder without weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    _check_gguf(path)
+    folder, name = str(path.parent), path.name
+    try:
+        with quiet(), redirect_stderr(io.StringIO()):  # its own progress bar
+            config = AutoConfig.from_pretrained(folder, gguf_file=name)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    except Exception as error:
+        raise _unreadable_gguf(path, error) from None
+    config.save_pretrained(to)
+    _without_foreign_tokens(tokenizer, config.get_text_config().vocab_size).save_pretrained(to)
+    return to
+
+
+def _unreadable_gguf(path: Path, error: Exception) -> UserError:
+    first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return UserError(f"{path} cannot be read: {first}; copy or download it again")
+
+
 def _read_gguf(path: Path) -> tuple[Model, Any]:
     """Return the model and the tokenizer of a GGUF file.
 
@@ -268,8 +334,7 @@ def _read_gguf(path: Path) -> tuple[Model, Any]:
                 folder, gguf_file=name, dtype=torch.float32
             )
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{path} cannot be read: {first}; copy or download it again") from None
+        raise _unreadable_gguf(path, error) from None
     config = type(quantized.config)(
         **{k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
     )
@@ -314,7 +379,11 @@ PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 
 def verify_folder(
-    path: Path, *, trust_remote_code: bool = False, tokenizer: Path | None = None
+    path: Path,
+    *,
+    trust_remote_code: bool = False,
+    tokenizer: Path | None = None,
+    outline: bool = False,
 ) -> Checkpoint:
     """Check a model folder from its name to the last weight; nothing is written or executed.
 
@@ -322,6 +391,8 @@ def verify_folder(
         path: The folder.
         trust_remote_code: Whether code in the folder may run.
         tokenizer: Folder of the tokenizer where it does not lie beside the weights.
+        outline: Whether to read no value of a weight, and to do without weights and tokenizer
+            where the folder holds no file of weights at all.
 
     Returns:
         The checkpoint.
@@ -332,11 +403,17 @@ def verify_folder(
     check_place(path)
     config = _read_config(path)
     _check_kind(path, config, trust_remote_code)
-    _check_files(path)
     checkpoint = Checkpoint(path, trust_remote_code, tokenizer)
-    _check_shapes(checkpoint)
-    _check_tokenizer(checkpoint)
-    _check_values(checkpoint)
+    bare = outline and not any(file.suffix in WEIGHT_SUFFIXES for file in path.iterdir())
+    if bare:
+        _check_meta(checkpoint)
+    else:
+        _check_files(path)
+        _check_shapes(checkpoint)
+    if not bare or checkpoint.tokenizer_files:
+        _check_tokenizer(checkpoint)
+    if not outline:
+        _check_values(checkpoint)
     return checkpoint
 
 
@@ -456,6 +533,16 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
         )
 
 
+def _check_meta(checkpoint: Checkpoint) -> None:
+    """Raise UserError unless a model can be made of the configuration alone."""
+    try:
+        assert checkpoint.shapes is not None
+    except Exception as error:
+        raise UserError(
+            f"{checkpoint.path}/config.json makes no model: {_first_line(error)}; fetch it again"
+        ) from None
+
+
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Raise UserError unless there is a tokenizer whose ids the embedding has rows for."""
     where = checkpoint.tokenizer_path or checkpoint.path
@@ -469,7 +556,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
         raise UserError(
             f"the tokenizer in {where} cannot be read: {_first_line(error)}; fetch it again"
         ) from None
-    check_vocabulary(tokenizer, checkpoint.layout.model, str(where))
+    check_vocabulary(tokenizer, checkpoint.shapes, str(where))
 
 
 def check_vocabulary(tokenizer: Any, model: Any, where: str) -> None:

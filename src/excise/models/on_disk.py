@@ -127,7 +127,19 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         """Number of parameters; tied ones count once."""
-        return sum(p.numel() for p in self.layout.model.parameters())
+        return sum(p.numel() for p in self.shapes.parameters())
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether safetensors weights lie in the folder; an outline may lack them."""
+        return any((self.path / name).is_file() for name in (WEIGHTS, INDEX))
+
+    @functools.cached_property
+    def shapes(self) -> Model:
+        """The model on the meta device: as its weights are, or as the configuration alone says."""
+        if self.has_weights:
+            return self.layout.model
+        return meta_model(self.config, trust_remote_code=self.trust_remote_code)
 
     @property
     def bytes_read(self) -> int:

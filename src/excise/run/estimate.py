@@ -1,6 +1,8 @@
-"""What a recipe would do and cost, before anything starts: arms, steps, tokens, memory, time.
+"""What a removal or an audit would do and cost, before anything starts: steps, memory, time.
 
-Times are ranges from the arithmetic alone; `docs/costs.md` has measured ones.
+The data is read as the run reads it and its rows are tokenized; of models, configuration and
+headers are enough. Times follow from operations and an assumed speed, until `measure` has timed
+steps on the model and the machine themselves.
 """
 
 from __future__ import annotations
@@ -8,40 +10,87 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from excise.auditor.budget import Budget
+from excise.auditor.base import Attack
+from excise.auditor.budget import LARGE, Budget
+from excise.auditor.engine import chosen_attacks, name_of
+from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
+from excise.auditor.tuning import (
+    Training,
+    TrainingAttack,
+    relearn_rows,
+)
 from excise.core.config import Config
 from excise.core.errors import UserError
-from excise.core.events import duration
-from excise.fetch import cached, known
-from excise.fetch.model import open_model
-from excise.methods.base import Method
+from excise.core.events import Emit, duration, silent
+from excise.data.domain import Domain, Rows
+from excise.data.stream import Tokenizer, encode_row
+from excise.data.subsample import subsample
+from excise.fetch.model import outline_of
+from excise.methods.base import Method, completed
+from excise.methods.posthoc.rmu import RMU
+from excise.methods.pretraining.plain import Plain
+from excise.methods.tuning import all_rows
 from excise.models.checkpoint import Checkpoint
 from excise.models.folder import meta_model
-from excise.models.spec import ModelSpec
+from excise.models.hooks import trainable
+from excise.models.spec import ModelSpec, Scratch
 from excise.models.tiny import tiny_config
+from excise.requests.audit import AuditRun
 from excise.requests.recipe import Recipe, budget_for, starts_from
+from excise.run.environment import device_of
 from excise.train.fit import FitConfig
 
 CPU_FLOPS = (3e10, 3e11)
-"""Range of planned FLOP/s of one thread. Four recipes from 0.16M to 135M parameters gave 1.4e11 to
-1.7e11 on an AMD EPYC with AVX-512; texts shorter than planned make it look faster than it is."""
+"""Range of FLOP/s of one thread, where nothing was measured. Four recipes from 0.16M to 135M
+parameters gave 1.4e11 to 1.7e11 on an AMD EPYC with AVX-512."""
 GPU_FLOPS = (5e12, 3e14)
 """The same for one accelerator in bf16."""
+
+SAMPLE = 256
+"""Rows of a set that are tokenized to know their lengths: all, or so many evenly spaced ones."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast one kind of work goes.
+
+    Attributes:
+        low: Seconds per operation at the fastest.
+        high: The same at the slowest.
+        fixed: Seconds that every job of the kind takes beside: loading, first step, writing.
+    """
+
+    low: float
+    high: float
+    fixed: float = 0.0
 
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that is trained."""
+    """One kind of work.
+
+    Attributes:
+        name: What it is to a reader.
+        steps: Optimizer steps of one job; 0 for scoring.
+        jobs: How often it is done.
+        tokens: Tokens of all jobs, without padding.
+        flops: Operations of all jobs, padding included; None where the model is not known yet.
+        pace: Kind of work whose measured pace tells its time.
+    """
 
     name: str
     steps: int
-    tokens: int
-    flops: float
+    jobs: int
+    tokens: float
+    flops: float | None
+    pace: str
 
 
 @dataclass(frozen=True)
@@ -49,41 +98,83 @@ class Plan:
     """The estimate.
 
     Attributes:
-        name: Recipe.
-        parameters: Size of the model; 0 when it is not here yet.
-        lines: What is trained.
-        memory: Bytes of memory per worker at the peak.
-        disk: Bytes written.
-        seconds: Range of the time on one worker.
+        name: Recipe or request.
+        parameters: Size of the model; None when it is not known yet.
+        lines: What is trained and scored.
+        memory: Bytes of memory per worker at the peak; None when not known yet.
+        disk: Bytes written; None when not known yet.
         out: Output folder.
+        assumed: Pace of what was not measured.
+        paces: Measured pace by kind of work; empty where nothing was measured.
+        notes: What a reader must know: what is missing, what is not counted.
+        domain: The rows by role, where the data was read.
+        tokenizer: The model's tokenizer, where it has one.
     """
 
     name: str
-    parameters: int
+    parameters: int | None
     lines: tuple[Line, ...]
-    memory: int
-    disk: int
-    seconds: tuple[float, float]
+    memory: float | None
+    disk: float | None
     out: Path
+    assumed: Pace
+    paces: Mapping[str, Pace] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    domain: Domain | None = None
+    tokenizer: Tokenizer = None
+
+    @property
+    def seconds(self) -> tuple[float, float] | None:
+        """Range of the time on one worker; None when not known yet."""
+        low = high = 0.0
+        for line in self.lines:
+            if line.flops is None:
+                return None
+            pace = self.paces.get(line.pace) or self.paces.get(FULL) or self.assumed
+            low += line.jobs * pace.fixed + line.flops * pace.low
+            high += 1.5 * line.jobs * pace.fixed + line.flops * pace.high
+        return low, high
 
     def text(self) -> str:
-        """Return the estimate as lines for a terminal."""
-        width = max(len(line.name) for line in self.lines)
-        rows = [f"{'what':<{width}}  {'steps':>8}  {'tokens':>12}  {'FLOPs':>8}"]
-        rows += [
-            f"{line.name:<{width}}  {line.steps:>8,}  {line.tokens:>12,}  {line.flops:>8.1e}"
-            for line in self.lines
-        ]
-        low, high = self.seconds
-        size = f"{self.parameters:,}" if self.parameters else "not here yet"
-        rows += [
-            "",
-            f"parameters  {size}",
-            f"memory      about {gib(self.memory)} per worker",
-            f"disk        about {gib(self.disk)} under {self.out}",
-            f"time        {duration(low)} to {duration(high)} on one worker",
-        ]
+        """Return the estimate as lines for a terminal of 80 columns."""
+        width = max([4, *(len(line.name) for line in self.lines)])
+        rows = [f"{'what':<{width}}  {'steps':>7}  {'times':>6}  {'tokens':>13}  {'FLOPs':>8}"]
+        for line in self.lines:
+            steps = f"{line.steps:,}" if line.steps else "-"
+            flops = f"{line.flops:.1e}" if line.flops is not None else "unknown"
+            rows.append(
+                f"{line.name:<{width}}  {steps:>7}  {line.jobs:>6,}  {line.tokens:>13,.0f}"
+                f"  {flops:>8}"
+            )
+        rows.append("")
+        facts = {
+            "parameters": "unknown" if self.parameters is None else f"{self.parameters:,}",
+            "memory": "unknown"
+            if self.memory is None
+            else f"about {gib(self.memory)} per worker, activations included",
+            "disk": f"unknown, under {self.out}"
+            if self.disk is None
+            else f"about {gib(self.disk)} under {self.out}",
+            "time": self._time(),
+        }
+        for name, fact in facts.items():
+            rows += textwrap.wrap(f"{name:<12}{fact}", 79, subsequent_indent=" " * 12)
+        for note in self.notes:
+            rows += textwrap.wrap(f"{'note':<12}{note}", 79, subsequent_indent=" " * 12)
         return "\n".join(rows)
+
+    def _time(self) -> str:
+        """Return the range of the time, and where it comes from."""
+        if self.seconds is None:
+            return "unknown"
+        span = f"{duration(self.seconds[0])} to {duration(self.seconds[1])} on one worker"
+        if self.paces:
+            return f"{span}; measured here, by three steps of each kind of work"
+        speeds = f"{1 / self.assumed.high:.0e} to {1 / self.assumed.low:.0e} FLOP/s"
+        return (
+            f"{span}; not measured, but from FLOPs and an assumed speed of {speeds} "
+            "(--measure times three steps)"
+        )
 
     def refuse(self, *, force: bool) -> None:
         """Refuse what cannot fit.
@@ -94,7 +185,7 @@ class Plan:
         Raises:
             UserError: If memory or disk is too small by this estimate.
         """
-        if force:
+        if force or self.memory is None or self.disk is None:
             return
         try:
             memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -105,8 +196,7 @@ class Plan:
                 f"needs about {gib(self.memory)} of memory and this machine has {gib(memory)}; "
                 "use --lora.rank, a smaller fit.micro_size, or --force to try"
             )
-        where = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
-        free = shutil.disk_usage(where).free
+        free = shutil.disk_usage(existing(self.out)).free
         if self.disk > free:
             raise UserError(
                 f"needs about {gib(self.disk)} of disk under {self.out} and {gib(free)} is free; "
@@ -119,114 +209,366 @@ def gib(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.0f} MiB"
 
 
-def plan(recipe: Recipe, out: Path) -> Plan:
-    """Estimate a recipe; downloads and trains nothing."""
-    count = parameters(recipe)
-    lines = list(_lines(recipe, count))
-    flops = sum(line.flops for line in lines)
-    width = 2 if recipe.dtype == "bfloat16" else 4
-    models = 1 + len(recipe.arms) + (recipe.oracles + 1 if recipe.model.scratch else 0)
-    rows = max((f.micro_size or f.batch_size) for f in _all_fits(recipe)) if lines else 1
-    # weights twice (frozen and live), fp32 master, gradient and two moments; activations per row.
-    memory = 3 * 2**28 + count * (2 * width + 4 * 4) + rows * 2**20 * max(1, count // 10**7)
-    low, high = GPU_FLOPS if recipe.device.startswith("cuda") else CPU_FLOPS
-    return Plan(
-        recipe.name,
-        count,
-        tuple(lines),
-        memory,
-        2 * models * count * width + 2**24,
-        (flops / high, flops / low),
-        out,
+def existing(out: Path) -> Path:
+    """Return the nearest folder that exists, from an output folder upwards."""
+    return next(path for path in (out, *out.absolute().parents) if path.is_dir())
+
+
+FULL, ADAPTER = "training all parameters", "training an adapter"
+SCORING, ON_THE_WAY = "scoring", "scoring a model that is in memory"
+"""Kinds of work of an audit; every method run is a kind of its own."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the lines are computed from.
+
+    Attributes:
+        count: Parameters of the model; None when not known.
+        tokenizer: The model's; None where it has none yet, and every row counts as its limit.
+        domain: Rows by role; None where the data was not read.
+    """
+
+    count: int | None
+    tokenizer: Tokenizer
+    domain: Domain | None
+    lengths: dict[Rows, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def tokens(self, rows: Rows, limit: int, batch: int) -> tuple[float, float]:
+        """Return the mean tokens of a row, without padding and padded to the longest of a batch.
+
+        The longest of `batch` rows is its expectation over draws from the sample.
+        """
+        if self.tokenizer is None or not rows:
+            return float(limit), float(limit)
+        sizes = sorted(min(size, limit) for size, _ in self._sampled(rows))
+        n = len(sizes)
+        chance = [((i + 1) / n) ** batch - (i / n) ** batch for i in range(n)]
+        return sum(sizes) / n, sum(c * size for c, size in zip(chance, sizes, strict=True))
+
+    def scored(self, rows: Rows, limit: int) -> float:
+        """Return the tokens of scoring rows: a question is read once for every choice."""
+        if self.tokenizer is None or not rows:
+            return float(len(rows) * limit)
+        sampled = self._sampled(rows)
+        return len(rows) * sum(min(size, limit) * k for size, k in sampled) / len(sampled)
+
+    def _sampled(self, rows: Rows) -> list[tuple[int, int]]:
+        """Return tokens and number of choices of a sample of rows."""
+        if rows not in self.lengths:
+            picked = rows[:: math.ceil(len(rows) / SAMPLE)]
+            self.lengths[rows] = [
+                (
+                    len(encode_row(row, self.tokenizer, max_length=1 << 30).ids),
+                    max(1, len(row.choices)),
+                )
+                for row in picked
+            ]
+        return self.lengths[rows]
+
+    def flops(self, per_parameter: float, tokens: float) -> float | None:
+        """Return the operations of tokens; None where the model is not known."""
+        return None if self.count is None else per_parameter * self.count * tokens
+
+
+def plan(
+    request: Recipe | AuditRun,
+    out: Path,
+    *,
+    rows: bool = True,
+    emit: Emit = silent,
+) -> Plan:
+    """Estimate a removal or an audit; trains nothing.
+
+    Args:
+        request: What would be run.
+        out: Output folder.
+        rows: Whether to read the data and count its tokens; without it every row counts as the
+            longest that is allowed.
+        emit: Sink of progress events.
+
+    Raises:
+        UserError: If the run would refuse its model or its data, as far as can be seen without
+            reading weights.
+    """
+    with ExitStack() as stack:
+        emit("phase", {"text": "reading configurations of the models"})
+        spec = request.model if isinstance(request, Recipe) else request.original
+        original = None if spec.scratch else stack.enter_context(outline_of(spec))
+        others = _other_models(request)
+        for path in others:
+            stack.enter_context(outline_of(ModelSpec(path=path)))
+        domain = None
+        if rows:
+            emit("phase", {"text": "reading the data"})
+            domain = request.domain.build(original)
+        tokenizer = None
+        if spec.scratch is not None:
+            tokenizer = request.domain.tokenizer() if rows else None
+        elif original is not None and original.tokenizer_files:
+            tokenizer = original.tokenizer()
+        emit("phase", {"text": "counting tokens"})
+        shapes: Any = (
+            _shapes(spec.scratch, tokenizer) if spec.scratch else original and original.shapes
+        )
+        count = None if shapes is None else sum(p.numel() for p in shapes.parameters())
+        sizes = Sizes(count, tokenizer, domain)
+        lines = tuple(_lines(request, sizes))
+        width = 2 if request.dtype == "bfloat16" else 4
+        arms = request.arms.values() if isinstance(request, Recipe) else ()
+        needs = [_memory(m, original, shapes, width) for m in arms] if shapes is not None else []
+        if count is not None and (request.audit.budget != "none" or spec.scratch):
+            needs.append(_training_memory(count, count, width))
+        models = len(request.arms) if isinstance(request, Recipe) else 0
+        if spec.scratch is not None and isinstance(request, Recipe):
+            models += 1 + request.oracles
+        device = device_of(request.device)
+        slow, fast = GPU_FLOPS if device.startswith("cuda") else CPU_FLOPS
+        return Plan(
+            request.name,
+            count,
+            lines,
+            max(needs) + _activations(request, count or 0) if needs else None,
+            # An edited model lies in the store and in the output folder; a control in the store.
+            None
+            if count is None
+            else (2 * models + _controls(request, count)) * count * width + 2**24,
+            out,
+            Pace(1 / fast, 1 / slow),
+            notes=tuple(_notes(request, spec, original, sizes, rows)),
+            domain=domain,
+            tokenizer=tokenizer,
+        )
+
+
+def _other_models(request: Recipe | AuditRun) -> tuple[str, ...]:
+    """Return the models beside the original that must be there."""
+    if isinstance(request, Recipe):
+        return ()
+    return (*request.candidates.values(), *request.oracles)
+
+
+def _shapes(scratch: Scratch, tokenizer: Tokenizer) -> Any:
+    """Return a model that would be trained from scratch, on the meta device."""
+    more: dict[str, Any] = dict(scratch.overrides)
+    if tokenizer is not None:
+        more = {"vocab": len(tokenizer), **more}
+    return meta_model(
+        tiny_config(scratch.family, width=scratch.width, blocks=scratch.blocks, **more)
     )
 
 
-def parameters(recipe: Recipe) -> int:
-    """Return the size of the model from its configuration or its headers; 0 when not here.
-
-    Raises:
-        UserError: If the model is here and something is wrong with it.
-    """
-    if recipe.model.scratch is not None:
-        scratch = recipe.model.scratch
-        more: dict[str, Any] = dict(scratch.overrides)
-        config = tiny_config(scratch.family, width=scratch.width, blocks=scratch.blocks, **more)
-        return sum(p.numel() for p in meta_model(config).parameters())
-    checkpoint = here(recipe.model)
-    return checkpoint.num_parameters if checkpoint else 0
-
-
-def here(spec: ModelSpec) -> Checkpoint | None:
-    """Return the model if it is on this disk as a folder, checked; None if it is still to come.
-
-    Raises:
-        UserError: If there is no such model, or something is wrong with it.
-    """
-    path = Path(spec.path).expanduser()
-    if not path.exists() and (spec.path in known() or spec.path.count("/") == 1):
-        if spec.path not in known() or cached(spec.path) is None:
-            return None  # fetched, or refused, when the run starts
-    elif path.suffix == ".gguf" and path.is_file():
-        return None  # becomes a folder when the run starts
-    return open_model(spec)
+def _notes(
+    request: Recipe | AuditRun,
+    spec: ModelSpec,
+    original: Checkpoint | None,
+    sizes: Sizes,
+    read_rows: bool,
+) -> Iterator[str]:
+    """Yield what a reader must know about the numbers."""
+    if spec.scratch is None and original is None:
+        yield (
+            f"the model '{spec.path}' is not here yet, so its cost is unknown; run: "
+            f"excise fetch {spec.path}"
+        )
+    elif original is not None and not original.has_weights:
+        yield "shapes are those of the configuration; no weights were read"
+    if read_rows and sizes.tokenizer is None:
+        yield "there is no tokenizer here, so every row counts as the longest that is allowed"
+    elif sizes.lengths:
+        yield (
+            f"rows were tokenized, of each set all or {SAMPLE} evenly spaced ones; FLOPs include "
+            "padding"
+        )
+    if request.evaluate.lm_eval:
+        yield "tasks of lm-eval are not counted"
 
 
-def _fits(config: Config) -> Iterator[FitConfig]:
-    """Yield every training schedule inside a configuration."""
+def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int) -> float:
+    """Return the bytes that a method holds beside activations."""
+    count = sum(p.numel() for p in shapes.parameters())
+    trained, loaded = count, 2 * count  # a frozen model beside the live one
+    adapter_of = getattr(method, "lora", None)
+    if adapter_of is not None:
+        trained = count // 50
+    elif isinstance(method, RMU) and original is not None and method.sweep is None:
+        targets = method.target_parameters(original)
+        trained = targets.entries
+        if method.engine != "full":
+            above = tuple(f"{path}." for path in targets.parts.blocks[method.layer + 1 :])
+            loaded = sum(p.numel() for n, p in shapes.named_parameters() if not n.startswith(above))
+    elif getattr(method, "modules", ()):
+        with trainable(shapes, method.modules) as parameters:  # type: ignore[attr-defined]
+            trained = sum(p.numel() for p in parameters.values())
+    return _training_memory(trained, loaded, width)
+
+
+def _training_memory(trained: int, loaded: int, width: int) -> float:
+    """Return the bytes of weights in memory, of masters, gradients and two moments in float32."""
+    return 3 * 2**28 + loaded * width + trained * 4 * 4
+
+
+def _activations(request: Recipe | AuditRun, count: int) -> float:
+    """Return the bytes of activations of the largest micro-batch, by experience."""
+    rows = max((fit.micro_size or fit.batch_size for fit, _, _ in _schedules(request)), default=8)
+    return rows * 2**20 * max(1, count // 10**7)
+
+
+def _lines(request: Recipe | AuditRun, sizes: Sizes) -> Iterator[Line]:
+    """Yield what is trained and scored, in order."""
+    subjects, scratch = 1, False
+    if isinstance(request, Recipe):
+        scratch = request.model.scratch is not None
+        if request.pretrain is not None and scratch:
+            plain = Plain(pretrain=request.pretrain)
+            yield method_line("original and oracles", plain, sizes, 1 + request.oracles, ORIGINAL)
+        for name, method in request.arms.items():
+            method = completed(method, {"pretrain": request.pretrain})
+            yield method_line(name, method, sizes, 2 if request.refit else 1, name)
+        subjects += len(request.arms) + (request.oracles if scratch else 0)
+    else:
+        subjects += len(request.candidates) + len(request.oracles)
+    yield _scores(request, sizes, subjects)
+    if request.audit.budget != "none":
+        yield from _audit(request, sizes, subjects)
+
+
+ORIGINAL = "original"
+"""Kind of work of training the original and the oracles."""
+
+
+def method_line(name: str, method: Method, sizes: Sizes, jobs: int, pace: str) -> Line:
+    """Return the line of a method run."""
+    trials = 1
+    if isinstance(method, RMU) and method.sweep is not None:
+        trials = len(method.sweep.grid(method.layer, method.steering, method.alpha))
+    steps, tokens, padded = 0, 0.0, 0.0
+    for config, length, lora in _schedules(method):
+        one, one_padded = _step_tokens(config, length, sizes, both=starts_from(method) != "scratch")
+        steps += config.steps
+        tokens += config.steps * one
+        # A frozen weight needs no gradient of its own: 4 instead of 6 operations a token.
+        padded += config.steps * one_padded * (4 / 6 if lora else 1)
+    total = jobs * trials
+    return Line(name, steps, total, total * tokens, sizes.flops(6.0, total * padded), pace)
+
+
+def _schedules(config: Config, length: int = 128) -> Iterator[tuple[FitConfig, int, bool]]:
+    """Yield every schedule of a method with its tokens per row, and whether it trains adapters."""
+    length = int(getattr(config, "max_length", length) or length)
+    lora = getattr(config, "lora", None) is not None
     for name in type(config).model_fields:
         value = getattr(config, name)
-        for item in value if isinstance(value, tuple) else (value,):
+        values = tuple(value.values()) if isinstance(value, Mapping) else value
+        for item in values if isinstance(values, tuple) else (values,):
             if isinstance(item, FitConfig):
-                yield item
+                yield item, length, lora
             elif isinstance(item, Config):
-                yield from _fits(item)
+                yield from _schedules(item, length)
 
 
-def _all_fits(recipe: Recipe) -> list[FitConfig]:
-    found = [fit for method in recipe.arms.values() for fit in _fits(method)]
-    if recipe.pretrain is not None:
-        found.append(recipe.pretrain.fit)
-    return found or [FitConfig()]
-
-
-def _lines(recipe: Recipe, count: int) -> Iterator[Line]:
-    """Yield what is trained, in order."""
-    if recipe.pretrain is not None:
-        fit, length = recipe.pretrain.fit, recipe.pretrain.max_length
-        yield _line("original", fit, length, count, 1)
-        for i in range(recipe.oracles):
-            yield _line(f"oracle-{i}", fit, length, count, 1)
-    for name, method in recipe.arms.items():
-        yield _arm(name, method, recipe, count)
-    if recipe.audit.budget != "none":
-        subjects = len(recipe.arms) + 1 + (recipe.oracles if recipe.model.scratch else 0)
-        yield _audit(budget_for(recipe.audit, count), subjects, count)
-
-
-def _arm(name: str, method: Method, recipe: Recipe, count: int) -> Line:
-    if starts_from(method) == "scratch" and recipe.pretrain is not None:
-        return _line(name, recipe.pretrain.fit, recipe.pretrain.max_length, count, 1)
-    length = int(getattr(method, "max_length", 128))
-    sweep = getattr(method, "sweep", None)
-    trials = len(sweep.points(method)) if sweep is not None else 1
-    parts = [_line(name, fit, length, count, 2 * trials) for fit in _fits(method)]
-    return Line(
-        name,
-        sum(p.steps for p in parts),
-        sum(p.tokens for p in parts),
-        sum(p.flops for p in parts),
+def _step_tokens(
+    config: FitConfig, length: int, sizes: Sizes, *, both: bool
+) -> tuple[float, float]:
+    """Return the tokens of one step, and with padding; `both` reads forget and retain rows."""
+    micro = config.micro_size or config.batch_size
+    domain = sizes.domain
+    forget = all_rows(domain.forget) if domain else ()
+    retain = domain.retain if domain else ()
+    sets = [forget, retain] if both else [(*forget, *retain)]
+    means = [sizes.tokens(rows, length, micro) for rows in sets]
+    return (
+        config.batch_size * sum(mean for mean, _ in means),
+        config.batch_size * sum(padded for _, padded in means),
     )
 
 
-def _line(name: str, fit: FitConfig, length: int, count: int, roles: int) -> Line:
-    tokens = fit.steps * fit.batch_size * length * roles
-    return Line(name, fit.steps, tokens, 6.0 * count * tokens)
+def _scores(request: Recipe | AuditRun, sizes: Sizes, subjects: int) -> Line:
+    """Return the line of scoring every model without an attack."""
+    asked, domain = request.evaluate, sizes.domain
+    sets: list[Rows] = [()]
+    if domain is not None:
+        scored = (*domain.test.values(), *domain.relearn.values())
+        sets = [*scored, domain.retain_test, domain.adjacent_test]
+    tokens = sum(
+        sizes.scored(subsample(rows, asked.max_rows, by="row"), asked.max_length)
+        if rows
+        else (0 if domain else 3 * asked.max_rows * asked.max_length)
+        for rows in sets
+    )
+    return Line(
+        "scores", 0, subjects, subjects * tokens, sizes.flops(2.0, subjects * tokens), SCORING
+    )
 
 
-def _audit(budget: Budget, subjects: int, count: int) -> Line:
-    runs = subjects * len(budget.seeds) * (2 * len(budget.rates) + len(budget.lora_rates))
-    steps = runs * budget.steps
-    trained = steps * budget.batch_size * budget.max_length
-    scored = subjects * 40 * budget.max_test_rows * budget.max_length
-    flops = 6.0 * count * trained + 2.0 * count * scored
-    return Line(f"audit ({budget.name})", steps, trained + scored, flops)
+def evaluation_tokens(evaluation: EvaluationSet | None, budget: Budget, sizes: Sizes) -> float:
+    """Return the tokens of scoring V, T and retain once."""
+    if evaluation is None:
+        return float((budget.max_test_rows + 2 * budget.max_other_rows) * budget.max_length)
+    sets = (evaluation.all_test, evaluation.trained, evaluation.retain)
+    return sum(sizes.scored(rows, budget.max_length) for rows in sets)
+
+
+def _controls(request: Recipe | AuditRun, count: int) -> int:
+    """Return how many positive controls an audit makes at most, one for each set of attacks."""
+    if request.audit.budget == "none":
+        return 0
+    attacks = chosen_attacks(budget_for(request.audit, count), request.audit.attacks)
+    kinds = {attack.controls for attack in attacks if attack.controls}
+    return len(kinds)
+
+
+def _audit(request: Recipe | AuditRun, sizes: Sizes, subjects: int) -> Iterator[Line]:
+    """Yield the attacks on every subject, the positive control among them."""
+    budget = budget_for(request.audit, sizes.count or LARGE)
+    domain = sizes.domain
+    evaluation = None if domain is None else evaluation_set(domain, budget, sizes.tokenizer)
+    scoring = evaluation_tokens(evaluation, budget, sizes)
+    points = len({s for s in budget.checkpoints if s <= budget.steps} | {0, budget.steps})
+    # Beside its curve, a training reads the nats of V and fresh units twice, and dev.
+    points += 3 if budget.bits else 1
+    trained = 0
+    controls = _controls(request, sizes.count or LARGE)
+    if controls:
+        yield _training("audit: positive controls", budget, controls, "relearn", sizes, FULL)
+        trained += controls
+    done: set[tuple[Attack, Training]] = set()
+    for attack in chosen_attacks(budget, request.audit.attacks):
+        attacked = subjects + bool(attack.controls)
+        name = f"audit: {name_of(attack)}"
+        if not isinstance(attack, TrainingAttack):
+            passes = attack.passes(budget) * attacked
+            flops = sizes.flops(2.0, passes * scoring)
+            yield Line(name, 0, attacked, passes * scoring, flops, SCORING)
+            continue
+        fresh = [t for t in attack.trainings(budget) if (attack.shared, t) not in done]
+        done |= {(attack.shared, t) for t in fresh}
+        for kind, pace in (("full", FULL), ("lora", ADAPTER)):
+            trainings = [t for t in fresh if t.kind == kind]
+            if trainings:
+                label = name if kind == "full" else f"{name}, adapter"
+                jobs = len(trainings) * attacked
+                yield _training(label, budget, jobs, trainings[0].on, sizes, pace)
+                trained += jobs
+    tokens = trained * points * scoring
+    yield Line("audit: scores on the way", 0, trained * points, tokens,
+               sizes.flops(2.0, tokens), ON_THE_WAY)  # fmt: skip
+
+
+def attack_step(budget: Budget, sizes: Sizes, on: str) -> tuple[float, float]:
+    """Return the tokens of one step of an attack, and with padding."""
+    domain = sizes.domain
+    rows: Rows = (
+        ()
+        if domain is None
+        else (domain.benign if on == "benign" else (*relearn_rows(domain), *domain.benign))
+    )
+    mean, padded = sizes.tokens(rows, budget.max_length, budget.batch_size)
+    return budget.batch_size * mean, budget.batch_size * padded
+
+
+def _training(name: str, budget: Budget, jobs: int, on: str, sizes: Sizes, pace: str) -> Line:
+    """Return the line of trainings of an attack."""
+    mean, padded = attack_step(budget, sizes, on)
+    flops = sizes.flops(4.0 if pace == ADAPTER else 6.0, jobs * budget.steps * padded)
+    return Line(name, budget.steps, jobs, jobs * budget.steps * mean, flops, pace)

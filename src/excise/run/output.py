@@ -28,7 +28,7 @@ from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.data.split import split_of
 from excise.models.checkpoint import Checkpoint
-from excise.record import Item, Record, save
+from excise.record import Item, Record, load, save
 from excise.report.card import render_card
 from excise.report.page import write_report
 from excise.run.environment import device_of
@@ -149,6 +149,30 @@ def _undo(out: Path, new: Sequence[Path]) -> None:
         if any(folder.iterdir()):
             break
         folder.rmdir()
+
+
+def note_changes(out: Path, spec: DomainSpec, original: Checkpoint, emit: Emit) -> None:
+    """Say which input of a finished run has other bytes now, so that the run is made anew.
+
+    Args:
+        out: Output folder, before anything is written into it.
+        spec: What the data is read from.
+        original: The model before removal.
+        emit: Gets one `warning` that names what changed.
+    """
+    changed = []
+    with suppress(UserError):  # there is no finished run, or one that is damaged
+        record, before = load(out), splits.read_split(out / "split.json").sources
+        changed = sorted(
+            {file for name, files in spec.hashes().items() for file, sha256 in files.items()
+             if before.get(name, {}).get(file, sha256) != sha256}
+        )  # fmt: skip
+        recorded = [m for m in record.models if m.name == "original" and m.fingerprint]
+        if recorded and recorded[0].fingerprint != original.fingerprint:
+            changed.append(f"the model {original.path}")
+    if changed:
+        text = f"{', '.join(changed)}: other bytes than when {out} was made, so it is made anew"
+        emit("warning", {"text": text})
 
 
 def write_split(out: Path, spec: DomainSpec, domain: Domain) -> None:

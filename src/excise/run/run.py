@@ -49,8 +49,11 @@ def run(
     began, started = time.monotonic(), now()
     with output.claim(out, recipe), Pool(workers or None, emit=emit) as pool:
         runtime = output.runtime(out, recipe.dtype, recipe.device, emit)
+        emit("phase", {"text": "reading the model and the data"})
         domain, models = prepare(recipe, runtime, pool)
+        output.note_changes(out, recipe.domain, models.original, emit)
         output.write_split(out, recipe.domain, domain)
+        emit("phase", {"text": "looking for work that is done already"})
         removals = remove_all(recipe, domain, models, runtime, pool)
         edited = {name: removal.checkpoint for name, removal in removals.items()}
         if recipe.refit:  # what was audited stays; the record's removals are the refitted ones
@@ -61,6 +64,7 @@ def run(
         # The gap of the model made by data filtering is the audit's measured null.
         null = next((n for n, m in recipe.arms.items() if isinstance(m, Filtering)), "")
         record, items = examine(record, recipe, domain, models, edited, runtime, pool, null)
+        emit("phase", {"text": "writing models and report"})
         record = output.write_models(
             out, timed(record, began, pool.peak_bytes), edited, models.original.path
         )
@@ -85,11 +89,14 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
     began, started = time.monotonic(), now()
     with output.claim(out, request), Pool(workers or None, emit=emit) as pool:
         runtime = output.runtime(out, request.dtype, request.device, emit)
+        emit("phase", {"text": "reading the models and the data"})
         named = {n: open_model(ModelSpec(path=path)) for n, path in request.candidates.items()}
         oracles = tuple(open_model(ModelSpec(path=path)) for path in request.oracles)
         models = Models(open_model(request.original), oracles)
         domain = request.domain.build(models.original)
+        output.note_changes(out, request.domain, models.original, emit)
         output.write_split(out, request.domain, domain)
+        emit("phase", {"text": "looking for work that is done already"})
         record = new_record(request, "audit", command, domain, models, runtime, started)
         record, items = audit_models(record, request, domain, models, named, runtime, pool)
         record = timed(record, began, pool.peak_bytes)

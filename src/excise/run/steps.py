@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from excise.auditor.base import Results, Subject
 from excise.auditor.engine import attack_all
+from excise.core.context import Stage
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.fetch.model import open_model
@@ -51,6 +52,19 @@ class Examination(Protocol):
     def seed(self) -> int:
         """Seed of the attacks."""
         ...
+
+
+def label(jobs: Sequence[Stage[Any]], names: Sequence[str], runtime: Runtime, pool: Pool) -> None:
+    """Tell whoever watches what a reader calls some stages.
+
+    Args:
+        jobs: The stages.
+        names: A name for each.
+        runtime: Where they lie.
+        pool: Its `emit` gets the names.
+    """
+    for job, name in zip(jobs, names, strict=True):
+        pool.emit("label", {"stage": runtime.path(job).name, "label": name})
 
 
 def audit_models(
@@ -100,6 +114,7 @@ def examine(
     """
     named = {"original": models.original, **oracle_names(models.oracles), **candidates}
     jobs = [ScoreModel(model, domain, asked.evaluate) for model in named.values()]
+    label(jobs, [f"scores of {name}" for name in named], runtime, pool)
     found = pool.map(runtime.run, jobs)
     scored = {name: one.named(name) for name, one in zip(named, found, strict=True)}
     results = attack_models(asked, domain, models, candidates, runtime, pool)
@@ -119,13 +134,12 @@ def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Model
     inits = pool.map(runtime.run, stages)
     methods: list[Method] = [Plain(pretrain=recipe.pretrain)]
     methods += [Filtering(pretrain=recipe.pretrain)] * recipe.oracles
-    trained = pool.map(
-        runtime.run,
-        [
-            ApplyMethod(method, init, domain, seed)
-            for method, init, seed in zip(methods, inits[:-1], seeds, strict=True)
-        ],
-    )
+    jobs = [
+        ApplyMethod(method, init, domain, seed)
+        for method, init, seed in zip(methods, inits[:-1], seeds, strict=True)
+    ]
+    label(jobs, ["original", *(f"oracle-{i}" for i in range(recipe.oracles))], runtime, pool)
+    trained = pool.map(runtime.run, jobs)
     original, *oracles = [removal.checkpoint for removal in trained]
     return domain, Models(original, tuple(oracles), inits[-1], trained[0].cost.tokens)
 
@@ -142,6 +156,7 @@ def remove_all(
         assert start is not None
         seed = recipe.seed + (ARMS if scratch else 0)
         jobs.append(ApplyMethod(completed(method, known), start, domain, seed))
+    label(jobs, list(recipe.arms), runtime, pool)
     return dict(zip(recipe.arms, pool.map(runtime.run, jobs), strict=True))
 
 

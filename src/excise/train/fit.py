@@ -32,6 +32,9 @@ from excise.train.state import Log, buffers_of, load_state, restore, save_state
 M = TypeVar("M")
 """What the loss takes: usually a mapping of role to batch."""
 
+SILENCE = 5.0
+"""Seconds after which a step is told whatever `log_every` says."""
+
 AUTOSAVE = 60.0
 """Seconds between states when `save_every` is 0."""
 
@@ -83,7 +86,7 @@ class FitConfig(Config):
     save_every: int = Field(default=0, ge=0)
     """Steps between states on disk; 0 for about one a minute."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between progress events."""
+    """Steps between progress events; slow steps are told one by one."""
 
     @property
     def epsilon(self) -> float:
@@ -278,7 +281,7 @@ class _Run:
         }
         self.cursor = self.saved = 0
         self.log = Log(None)
-        self.saved_at = time.monotonic()
+        self.saved_at = self.told_at = time.monotonic()
         self.between_steps = True
 
     def resume(self) -> list[StepRecord]:
@@ -365,7 +368,9 @@ class _Run:
         del row["replayed"]
         self.log.append(row)
         done = self.cursor == self.config.steps
-        if self.ctx.rank == 0 and (done or self.cursor % self.config.log_every == 0):
+        late = time.monotonic() - self.told_at > SILENCE
+        if self.ctx.rank == 0 and (done or late or self.cursor % self.config.log_every == 0):
+            self.told_at = time.monotonic()
             stage = self.ctx.work.name.removesuffix(".partial")
             facts = {"stage": stage, "step": self.cursor, "steps": self.config.steps}
             self.ctx.emit("step", facts | {"loss": record.loss, "terms": record.terms})

@@ -66,6 +66,10 @@ class Direction(Attack):
     source: ClassVar[str] = "Arditi & Chughtai, lesswrong.com 2024-07-23; arXiv 2409.18025"
     version: ClassVar[int] = 1
 
+    def passes(self, budget: Budget) -> float:
+        """Return how often the evaluation set is read; fitting takes some passes."""
+        return 3 + 6 + budget.random_directions
+
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Fit directions on `dev`, clear each, score V and retain.
 

@@ -34,6 +34,10 @@ class FewShot(Attack):
     source: ClassVar[str] = "arXiv 2411.12103; the settings are this library's"
     version: ClassVar[int] = 1
 
+    def passes(self, budget: Budget) -> float:
+        """Return how often the evaluation set is read; examples make prompts longer."""
+        return 1 + 2 * sum(1 + count for count in budget.shots)
+
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Score V behind k examples of T, for every k, and behind k benign ones.
 

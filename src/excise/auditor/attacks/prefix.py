@@ -40,6 +40,10 @@ class Prefix(Attack):
     source: ClassVar[str] = "arXiv 2404.02151 (prefilling); the wordings are this library's"
     version: ClassVar[int] = 1
 
+    def passes(self, budget: Budget) -> float:
+        """Return how often the evaluation set is read; beginnings double the length."""
+        return 1 + 2 * 4
+
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Score V with every beginning.
 

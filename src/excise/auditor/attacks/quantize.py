@@ -52,6 +52,10 @@ class Quantize(Attack):
         """Return one grid per number of bits."""
         return grids(self.bits, self.group, self.offset)
 
+    def passes(self, budget: Budget) -> float:
+        """Return how often the evaluation set is read."""
+        return 1 + len(self.grids())
+
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Round the weights and score V; damage shows in the retain score.
 

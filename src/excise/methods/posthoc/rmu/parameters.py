@@ -96,7 +96,7 @@ def find_target_parameters(
         UserError: If a block is beyond the model, a name matches nothing, or something trained
             lies above the steered block.
     """
-    model = start.layout.model
+    model = start.shapes
     parts = anatomy(model)
     chosen = tuple(blocks) or tuple(range(max(0, layer - 2), layer + 1))
     for block in (layer, *chosen):

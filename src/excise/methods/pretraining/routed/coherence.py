@@ -70,10 +70,9 @@ def coherence(
 
     losses = [mean_loss(model, checks, ctx.device)]
     best = _copy(model)
-    for record in fit(model, batches, plain_loss, config.fit, ctx, counts=plain_counts):
+    ctx.emit("part", {"stage": ctx.work.name.removesuffix(".partial"), "part": "coherence"})
+    for _ in fit(model, batches, plain_loss, config.fit, ctx, counts=plain_counts):
         losses.append(mean_loss(model, checks, ctx.device))
-        ctx.emit("step", {"stage": "coherence", "step": record.step + 1,
-                          "steps": config.fit.steps, "terms": record.terms})  # fmt: skip
         if losses[-1] < min(losses[:-1]):
             best = _copy(model)
     with torch.no_grad():

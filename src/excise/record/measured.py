@@ -120,6 +120,21 @@ def score_of(record: Record, model: str, where: Scored, metric: str = "") -> Sco
     return known[0].model_copy(update=update)
 
 
+def estimate_of(score: Score | None) -> Estimate | None:
+    """Return a score as an estimate; None for none."""
+    return Estimate(score.value, score.low, score.high, score.n) if score else None
+
+
+def bits_of(verdict: Verdict | None) -> Estimate | None:
+    """Return residual bits with their 90 % interval, or None where they were not measured."""
+    if verdict is None or verdict.residual_bits is None:
+        return None
+    value, low, high = verdict.residual_bits, verdict.residual_low, verdict.residual_high
+    return Estimate(
+        value, value if low is None else low, value if high is None else high, coverage=0.9
+    )
+
+
 def _head(name: str) -> str:
     """Return the role of a set: `test.cyber` is scored rows of the role `test`."""
     return name.partition(".")[0]

@@ -32,9 +32,11 @@ from excise.record.measured import (
     Recovered,
     Scored,
     attacks_on,
+    bits_of,
     by_setting,
     change_of,
     differences,
+    estimate_of,
     failed_attacks,
     is_relearning,
     model_names,
@@ -45,7 +47,7 @@ from excise.record.measured import (
     was_removed,
     worst_recovery,
 )
-from excise.record.schema import LevelResult, Record, Score, Verdict
+from excise.record.schema import LevelResult, Record, Verdict
 
 MET, MISSED, INCONCLUSIVE, FAILED = 0, 3, 4, 1
 """Exit codes: all met; some missed; none missed and some undecided; an attack ended in an error."""
@@ -280,7 +282,7 @@ def _level(record: Record, model: str, condition: Condition) -> tuple[Status, st
             return "inconclusive", f"{_named(code)}: not tested. {why}".rstrip()
     against = sorted({results[code].against for code in codes} - {"oracle", "nothing"})
     beside = f", compared with {' and '.join(against)}" if against else ""
-    return "met", f"All levels up to '{LEVELS[condition.level]}' passed{beside}."
+    return "met", f"All levels up to {_named(condition.level)} passed{beside}."
 
 
 def _recovery(record: Record, model: str, condition: Condition) -> tuple[Status, str]:
@@ -456,30 +458,19 @@ def _numbers(
     old: Record, before: str, new: Record, model: str
 ) -> Iterator[tuple[str, Status, str]]:
     """Yield bits and scores."""
-    a, b = _bits_of(verdict_on(old, before)), _bits_of(verdict_on(new, model))
+    a, b = bits_of(verdict_on(old, before)), bits_of(verdict_on(new, model))
     if a is not None:
         yield "residual bits", *_compared(a, b, 1)
     for where in ("test", "retain_test", "adjacent_test"):
-        first = score_of(old, before, cast(Scored, where))
-        if first is None:
+        score = score_of(old, before, cast(Scored, where))
+        first = estimate_of(score)
+        if score is None or first is None:
             continue
-        second = score_of(new, model, cast(Scored, where), first.metric)
-        better = 1 if first.direction == "lower" else -1
+        second = estimate_of(score_of(new, model, cast(Scored, where), score.metric))
+        better = 1 if score.direction == "lower" else -1
         way = -better if where == "test" else better
-        name = f"{where.replace('_', ' ')} {first.metric}"
-        yield name, *_compared(_estimate(first), _estimate(second) if second else None, way)
-
-
-def _bits_of(verdict: Verdict | None) -> Estimate | None:
-    if verdict is None or verdict.residual_bits is None:
-        return None
-    value = verdict.residual_bits
-    low, high = verdict.residual_low, verdict.residual_high
-    return Estimate(value, value if low is None else low, value if high is None else high)
-
-
-def _estimate(score: Score) -> Estimate:
-    return Estimate(score.value, score.low, score.high, score.n)
+        name = f"{where.replace('_', ' ')} {score.metric}"
+        yield name, *_compared(first, second, way)
 
 
 def _compared(old: Estimate, new: Estimate | None, worse: int) -> tuple[Status, str]:

@@ -20,6 +20,7 @@ from excise.record.requirements import (
     regressions,
     told,
 )
+from excise.report.words import plain
 
 
 def main(options: GateOptions) -> int:
@@ -39,7 +40,7 @@ def main(options: GateOptions) -> int:
     outcomes = check(record, parse_requirement(asked), models) if asked else ()
     if options.baseline is not None:
         outcomes += regressions(load(options.baseline), record, models)
-    print(FORMATS[options.format](record, outcomes, models))
+    print(plain(FORMATS[options.format](record, outcomes, models)))
     return exit_code(record, outcomes, models)
 
 

@@ -240,7 +240,7 @@ def compare(records: Mapping[str, Record]) -> Comparison:
     for row in rows:
         why: tuple[str, ...] = ()
         for other in grouped:
-            why = _differences(row, other)
+            why = _differences(other, row)
             if not why:
                 grouped.append(Row(row.label, row.candidates, other.group))
                 break

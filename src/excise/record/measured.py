@@ -205,10 +205,10 @@ def recoveries(record: Record, variants: Sequence[AttackVariant]) -> tuple[Recov
         One entry a point; none where the model scores as the original does before the attack.
     """
     first = variants[0]
-    start, *points = pooled(variants)
     original = _original_start(record, first)
-    if original is None or not points:
+    if original is None or not all(math.isfinite(a.curve[0].score) for a in variants):
         return ()
+    start, *points = pooled(variants)
     span = original - start.score
     rate = "" if first.lr is None else f" at rate {first.lr:g}"
     name = f"{first.name} {first.variant}".replace("_", " ").strip() + rate
@@ -360,20 +360,18 @@ def differences(a: Record, b: Record) -> tuple[str, ...]:
     """
     out = []
     for words, x, y in (
-        (
-            "the data",
-            str(a.data.get("fingerprint", ""))[:12],
-            str(b.data.get("fingerprint", ""))[:12],
-        ),
-        ("the claim", str(a.data.get("claim", "")), str(b.data.get("claim", ""))),
-        ("the exposure", str(a.data.get("exposure", "")), str(b.data.get("exposure", ""))),
-        ("the original", _original(a)[:12], _original(b)[:12]),
+        ("the data", a.data.get("fingerprint"), b.data.get("fingerprint")),
+        ("the claim", a.data.get("claim"), b.data.get("claim")),
+        ("the exposure", a.data.get("exposure"), b.data.get("exposure")),
+        ("the original", _original(a), _original(b)),
         ("the budget of the audit", budget_words(a), budget_words(b)),
         ("the metric of the held-out test set", headline(a, "test"), headline(b, "test")),
         ("the metric of the retain set", headline(a, "retain_test"), headline(b, "retain_test")),
     ):
         if x and y and x != y:
-            out.append(f"{words} ({x} and {y})")
+            long = words in ("the data", "the original")  # by hash
+            shown = " and ".join(f"{each}"[:12] if long else f"{each}" for each in (x, y))
+            out.append(f"{words} ({shown})")
     ours, theirs = _definitions(a), _definitions(b)
     for metric in sorted(ours.keys() & theirs.keys()):
         if ours[metric] == theirs[metric]:

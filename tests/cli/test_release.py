@@ -242,7 +242,7 @@ def secret() -> Record:
         head, dot, rest = text.partition(".")
         return head + dot + swap.get(rest, rest)
 
-    data = {**record.data, "notes": ["SECRET note"], "SECRET": "x", "path": "/home/SECRET/f"}
+    data = {**record.data, "notes": ["SECRET note"], "SECRET": "x", "path": "/srv/SECRET/f"}
     data["rows"] = {named(k): v for k, v in record.data["rows"].items()}
     failed = {"status": "failed", "reason": "SECRET row 'SECRET'", "curve": ()}
     attacks = [
@@ -255,7 +255,7 @@ def secret() -> Record:
         run.model_copy(
             update={
                 "model": run.model.model_copy(
-                    update={"path": "/home/SECRET", "source": "SECRET", "files": {"SECRET.x": "0"}}
+                    update={"path": "/srv/SECRET", "source": "SECRET", "files": {"SECRET.x": "0"}}
                 ),
                 "method": {**run.method, "prompt": "a SECRET text", "file": "SECRET.jsonl"},
                 "extras": {"SECRET": 1, "said": "SECRET text"},
@@ -263,7 +263,7 @@ def secret() -> Record:
         )
         for run in record.method_runs
     ]
-    sentence = "On SECRETCAP it fails in /home/SECRET/x and C:\\SECRET\\y; SECRETUNIT too."
+    sentence = "On SECRETCAP it fails in /srv/SECRET/x and C:\\SECRET\\y; SECRETUNIT too."
     verdicts = tuple(
         v.model_copy(update={"sentence": sentence, "reasons": (sentence,)}) for v in record.verdicts
     )
@@ -276,7 +276,7 @@ def secret() -> Record:
     return record.model_copy(
         update={
             "title": "SECRET",
-            "command": "excise remove --forget /home/SECRET/f.jsonl",
+            "command": "excise remove --forget /srv/SECRET/f.jsonl",
             "config": config,
             "data": data,
             "attacks": tuple(attacks),

@@ -278,15 +278,17 @@ def _candidates(records: Mapping[str, Record]) -> list[Candidate]:
     for known in entries.values():
         known.sort(key=lambda entry: _effort(entry[2]))
         label, model, last = known[-1]
-        runs = [
+        known_runs = [
             run
             for _, name, record in known
             for run in record.method_runs
             if run.name == name and run.method
         ]
-        seed = runs[0].seed if runs else (last.seeds[0] if last.seeds else 0)
+        seed = known_runs[0].seed if known_runs else (last.seeds[0] if last.seeds else 0)
         aligned = tuple(_renamed(record, name, model) for _, name, record in known)
-        out.append(Candidate(known[0][0], model, aligned, runs[0] if runs else None, seed))
+        out.append(
+            Candidate(known[0][0], model, aligned, known_runs[0] if known_runs else None, seed)
+        )
     return out
 
 

@@ -216,9 +216,9 @@ def recoveries(record: Record, variants: Sequence[AttackVariant]) -> tuple[Recov
         return ()
     back = []
     for point in points:
-        ends = sorted((end - start.score) / span for end in (point.low, point.high))
+        low, high = sorted((end - start.score) / span for end in (point.low, point.high))
         value = (point.score - start.score) / span
-        back.append(Recovered(Estimate(value, *ends), point.tokens, name))
+        back.append(Recovered(Estimate(value, low, high), point.tokens, name))
     return tuple(back)
 
 

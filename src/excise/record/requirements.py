@@ -116,12 +116,12 @@ def _condition(text: str) -> Condition:
     """Read one condition."""
     level = text.upper()
     if level in LEVELS:
-        return Condition(text, "level", level=cast(Level, level))
+        return Condition(text, "level", level=level)
     match = _CONDITION.fullmatch(text)
     signs = {"recovery": "<=", "gap": "<=", "bits": "<=", "retain": ">=", "adjacent": ">="}
     if match is None or match["name"] not in signs:
-        name = re.match(r"\w*", text)
-        known = nearest(name.group() if name else text, [*LEVELS, *signs])
+        word = re.split(r"\W", text)[0]
+        known = nearest(word or text, [*LEVELS, *signs])
         raise UserError(f"'{text}' is no condition; {known} (write {FORMS})")
     name, metric, tokens = match["name"], match["metric"] or "", match["tokens"]
     if match["sign"] != signs[name]:
@@ -462,11 +462,11 @@ def _numbers(
     if a is not None:
         yield "residual bits", *_compared(a, b, 1)
     for where in ("test", "retain_test", "adjacent_test"):
-        score = score_of(old, before, cast(Scored, where))
+        score = score_of(old, before, where)
         first = estimate_of(score)
         if score is None or first is None:
             continue
-        second = estimate_of(score_of(new, model, cast(Scored, where), score.metric))
+        second = estimate_of(score_of(new, model, where, score.metric))
         better = 1 if score.direction == "lower" else -1
         way = -better if where == "test" else better
         name = f"{where.replace('_', ' ')} {score.metric}"

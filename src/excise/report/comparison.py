@@ -68,11 +68,15 @@ def _cells(row: Row) -> tuple[Cell, ...]:
     name = words.plain(row.label)
     shown = f"{name} ({row.seeds} seeds)" if row.seeds > 1 else name
     budgets = " + ".join(row.candidates[0].budgets) or "none"
-    model = {"model": name, "seeds": row.seeds, "budget": budgets}
+    model: dict[str, str | float | int | None] = {
+        "model": name,
+        "seeds": row.seeds,
+        "budget": budgets,
+    }
     level = row.highest
     level_text = f"{LEVELS[level]} ({level})" if level else "none"
     return (
-        Cell(shown, shown, dict(model)),
+        Cell(shown, shown, model),
         _number("forget", row.forget),
         _came_back(row),
         _number("retain_change", row.retain, signed=True),
@@ -391,7 +395,7 @@ def render_html(comparison: Comparison) -> str:
 
 def _solid(row: Row) -> dict[str, bool]:
     """Return for every level whether it counts."""
-    solid, out = True, {}
+    solid, out = True, dict[str, bool]()
     for code, status in row.levels.items():
         solid = solid and status == "pass"
         out[code] = solid

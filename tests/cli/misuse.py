@@ -26,6 +26,25 @@ def run_json(**fields: Any) -> Mapping[str, str]:
     return {"made/run.json": json.dumps(fields)}
 
 
+AUDITED = {
+    "made/run.json": json.dumps(
+        {
+            "schema": 2,
+            "data": {"fingerprint": "a"},
+            "method_runs": [{"name": "rmu", "method": {"name": "rmu"}, "model": {"name": "rmu"}}],
+            "scores": [
+                {
+                    "model": name, "set": "retain_test", "metric": "text_loss", "value": 1.0,
+                    "low": 1.0, "high": 1.0, "n": 8, "direction": "lower",
+                }
+                for name in ("original", "rmu")
+            ],
+        }
+    )
+}  # fmt: skip
+"""An output folder with a record of one removal."""
+
+
 NAMES: dict[str, Case] = {
     "unknown verb": Case("remvoe rmu", ("unknown command 'remvoe'", "did you mean 'remove'")),
     "unknown flag": Case("--verbos", ("unknown command '--verbos'",)),
@@ -239,4 +258,65 @@ OUTPUT: dict[str, Case] = {
         "--arms.rmu.name maxent --arms.rmu.layer 1", "arms.rmu.layer: unknown field"
     ),
     "recipe like no other": Case("run xyzzy", ("unknown recipe 'xyzzy'", "excise ls recipes")),
+    "gate without a requirement": Case(
+        "gate made", ("--require is missing", "made", "D3, recovery<=0.2@1M-tokens"), AUDITED
+    ),
+    "gate of no level": Case("gate made --require D7", ("'D7' is no condition", "D0"), AUDITED),
+    "gate of no tokens": Case(
+        "gate made --require 'recovery<=0.2'", ("up to how many tokens", "@1M-tokens"), AUDITED
+    ),
+    "gate the wrong way round": Case(
+        "gate made --require 'retain<=0.01'", ("bounded by >=", "retain>="), AUDITED
+    ),
+    "gate of no model": Case(
+        "gate made --require D0 --model rmuu", ("no model 'rmuu'", "did you mean 'rmu'"), AUDITED
+    ),
+    "gate of a metric that nobody scored": Case(
+        "gate made --require 'retain[los]>=0'", ("no retain score", "'text_loss'"), AUDITED
+    ),
+    "gate against other data": Case(
+        "gate made --baseline old",
+        ("baseline cannot be compared", "the data (b and a)"),
+        {**AUDITED, "old/run.json": AUDITED["made/run.json"].replace('"a"', '"b"')},
+    ),
+    "gate of a record without a model": Case(
+        "gate made --require D0", ("no edited model",), run_json(schema=2)
+    ),
+    "gate in no format": Case(
+        "gate made --require D0 --format xml", ("--format", "junit"), AUDITED
+    ),
+    "requirement without attacks": Case(
+        remove("--require D3"), ("require: 'D3' needs attacks", "smoke")
+    ),
+    "requirement of a removal that cannot be read": Case(
+        remove("--require 'recovry<=1@1k-tokens' --audit smoke"), ("'recovery'",)
+    ),
+    "requirement of a study": Case(
+        "run rmu-is-shallow --require D3 --out out", ("--require is for recipes",)
+    ),
+    "compare nothing": Case("compare", ("FOLDERS is missing", "compare --help")),
+    "compare no record": Case("compare made", ("made", "no run.json"), {"made/x": ""}),
+    "compare one name twice": Case(
+        "compare a=made a=made --out cmp", ("'a'", "write NAME=DIR"), AUDITED
+    ),
+    "compare into a run": Case("compare made --out made", ("--out made", "folder"), AUDITED),
+    "compare without a curve": Case(
+        "compare made --figure f.svg --out cmp", ("--figure", "nothing to draw"), AUDITED
+    ),
+    "candidate without a name": Case(
+        "audit --original model --candidate model --forget f.jsonl --retain r.jsonl --out out",
+        ("--candidate model", "NAME=DIR"),
+    ),
+    "candidate named twice": Case(
+        "audit --original model --candidate a=model --candidate a=model --forget f.jsonl"
+        " --retain r.jsonl --out out",
+        ("--candidate", "'a' is given twice"),
+    ),
+    "verify nothing": Case("verify made", ("made", "no run.json"), {"made/x": ""}),
+    "public page that is no page": Case(
+        "report made --public --out page.txt", ("--out page.txt", "HTML"), AUDITED
+    ),
+    "report to another place": Case(
+        "report made --out x.html", ("--out goes with --public",), AUDITED
+    ),
 }

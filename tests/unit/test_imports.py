@@ -26,7 +26,8 @@ ORDER = (
 LIGHT = (
     "excise", "excise.core.errors", "excise.core.config", "excise.record", "excise.core.plugins",
     "excise.core.keys", "excise.core.events", "excise.data.domain", "excise.cli",
-    "excise.cli.flags", "excise.cli.ls", "excise.cli.options",
+    "excise.cli.flags", "excise.cli.ls", "excise.cli.options", "excise.cli.gate",
+    "excise.record.comparison", "excise.record.redaction",
 )  # fmt: skip
 """Modules that import neither torch, transformers, numpy nor pyarrow."""
 

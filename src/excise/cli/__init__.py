@@ -134,7 +134,8 @@ def overview() -> str:
     return (
         "excise: cut a capability out of a neural network, and measure how deep the cut went.\n\n"
         f"usage: excise VERB [options]        excise VERB --help\n\n{lines}\n\n"
-        "exit codes: 0 done, 1 failed, 2 bad usage or input,\n"
+        "exit codes: 0 done, 1 failed, 2 bad usage or input, 3 below what was required,\n"
+        "            4 undecided: too little was tested to say,\n"
         "            130/143 interrupted (the same command resumes)"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from excise.cli.options import AuditOptions
 from excise.cli.pair import pair_of
 from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
+from excise.core.errors import UserError
 from excise.report.terminal import finish
 from excise.requests.audit import AuditRun
 from excise.requests.registry import parse_audit, registry
@@ -44,13 +46,34 @@ def request_data(options: AuditOptions) -> dict[str, Any]:
         "name": f"audit-{pair.name}",
         "title": pair.title,
         "domain": {**pair.domain, **({"sensitive": True} if options.sensitive else {})},
-        "candidates": dict(pair.models),
+        "candidates": candidates_of(options, pair.models),
         "original": pair.original_spec,
         "oracles": [*pair.oracles, *options.oracle],
-        "audit": {"budget": options.budget, "attacks": [*pair.attacks]},
+        "audit": {
+            "budget": options.budget,
+            "attacks": [*pair.attacks],
+            "require": options.require,
+        },
         "evaluate": dict(pair.evaluate),
         "seed": options.seed,
         "dtype": options.dtype,
         "device": options.device,
         "code": dict(pair.code),
     }
+
+
+def candidates_of(options: AuditOptions, models: Mapping[str, str]) -> dict[str, str]:
+    """Return the edited models by name: those of the pair, and those of --candidate.
+
+    Raises:
+        UserError: If one has no name, or a name is given twice.
+    """
+    candidates = dict(models)
+    for value in options.candidate:
+        name, equals, path = value.partition("=")
+        if not (name and equals and path) or "/" in name:
+            raise UserError(f"--candidate {value}: write NAME=DIR, so that the report can name it")
+        if name in candidates:
+            raise UserError(f"--candidate: '{name}' is given twice; name each model differently")
+        candidates[name] = path
+    return candidates

@@ -82,6 +82,9 @@ class RunOptions(StudyOptions):
     """A recipe (`excise ls recipes`), a YAML file, or a study (`excise ls studies`)."""
     measure: bool = False
     """Like --dry-run, after three steps of every kind of work were timed on the model itself."""
+    require: str = ""
+    """What every edited model must meet: 'D3, recovery<=0.2@1M-tokens, retain>=-0.01'; exit code 3
+    where something is missed, 4 where it stays undecided."""
     force: bool = False
     """Start even if the estimate says that it cannot fit."""
     allow_code: bool = False
@@ -115,6 +118,9 @@ class RemoveOptions(Options):
     """File of the held-out test set, as FILE or NAME=FILE; cut from the forget set when missing."""
     audit: Literal["none", "smoke", "standard", "strong"] = "none"
     """Attack the result at this budget."""
+    require: str = ""
+    """What every edited model must meet: 'D3, recovery<=0.2@1M-tokens, retain>=-0.01'; exit code 3
+    where something is missed, 4 where it stays undecided."""
     revision: str | None = None
     """Revision of a hub id."""
     seed: int = 0
@@ -192,6 +198,11 @@ class AuditOptions(PairOptions):
     """A model retrained without the forget set; repeat it for several."""
     budget: Literal["smoke", "standard", "strong"] = "smoke"
     """How hard to attack."""
+    require: str = ""
+    """What every edited model must meet: 'D3, recovery<=0.2@1M-tokens, retain>=-0.01'; exit code 3
+    where something is missed, 4 where it stays undecided."""
+    candidate: tuple[str, ...] = ()
+    """Another edited model of the same original, as NAME=DIR; repeat it for several."""
     workers: Count = 0
     """Worker processes of one thread each; 0 takes one for each core."""
     dry_run: bool = False
@@ -228,6 +239,64 @@ class ReportOptions(Options):
     """Rebuild the report of an output folder from its record.
 
     Writes report.html and prints the summary.
+    """
+
+    folder: Annotated[Path, POSITIONAL]
+    """Output folder."""
+    public: bool = False
+    """Write report.public.html and report.public.json instead, without texts, names or paths."""
+    out: Path | None = None
+    """The public page, where it shall lie elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Options):
+    """Put edited models side by side, from the records of their output folders.
+
+    One table and one page; method runs that differ in the seed alone become one row. Models that
+    were measured on other data, budgets or score versions are shown apart and are not ranked.
+    """
+
+    folders: Annotated[tuple[str, ...], POSITIONAL]
+    """Output folders of run, remove or audit, as DIR or NAME=DIR."""
+    out: Path = Path("comparison")
+    """Folder of the page, report.html."""
+    csv: Path | None = None
+    """Write the table as CSV."""
+    md: Path | None = None
+    """Write the table as Markdown."""
+    latex: Path | None = None
+    """Write the table as LaTeX."""
+    figure: Path | None = None
+    """Write the picture as SVG."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateOptions(Options):
+    """Hold an output folder to a requirement, from its record alone.
+
+    Exit code 0 where all is met, 3 where something is missed, 4 where something stays undecided, 1
+    where an attack ended in an error.
+    """
+
+    folder: Annotated[Path, POSITIONAL]
+    """Output folder of run, remove or audit."""
+    require: str = ""
+    """Conditions: D0 to D5 (lower levels included), recovery<=0.2@1M-tokens, gap<=0.1, bits<=0.5,
+    retain>=-0.01, adjacent>=-0.05; what the run was given when missing."""
+    baseline: Path | None = None
+    """Older output folder: nothing may be worse than it says, beyond the intervals."""
+    model: tuple[str, ...] = ()
+    """Which edited model; all of the folder when missing."""
+    format: Literal["text", "json", "junit", "github"] = "text"
+    """How to print the outcome."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(Options):
+    """Check the bytes of an output folder against its record.
+
+    Exit code 0 where every file is as recorded, 3 where one is changed, missing or extra.
     """
 
     folder: Annotated[Path, POSITIONAL]
@@ -316,6 +385,9 @@ VERBS: Mapping[str, type[Options]] = {
     "inspect": InspectOptions,
     "study": StudyOptions,
     "report": ReportOptions,
+    "compare": CompareOptions,
+    "gate": GateOptions,
+    "verify": VerifyOptions,
     "export": ExportOptions,
     "ls": LsOptions,
     "show": ShowOptions,

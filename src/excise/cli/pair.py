@@ -65,8 +65,9 @@ def pair_of(options: PairOptions, called: str, *, check: bool = True) -> EditedP
 
 
 def _from_flags(options: PairOptions, called: str) -> EditedPair:
+    candidates = tuple(getattr(options, "candidate", ()))  # which name the models of an audit
     for flag in ("model", "original", "forget", "retain"):
-        if not getattr(options, flag):
+        if not getattr(options, flag) and not (candidates and flag == "model"):
             raise UserError(
                 f"--{flag} is missing; give --model, --original, --forget and --retain, or the "
                 "output folder of a removal"
@@ -78,8 +79,9 @@ def _from_flags(options: PairOptions, called: str) -> EditedPair:
         "seed": options.seed,
     }
     domain |= {"split": options.split} if options.split else {"exposure": "unknown"}
-    name = Path(options.model).name
-    return EditedPair(name, {called: options.model}, options.original, domain)
+    name = Path(options.model or options.original).name
+    models = {called: options.model} if options.model else {}
+    return EditedPair(name, models, options.original, domain)
 
 
 def _from_folder(options: PairOptions, check: bool) -> EditedPair:

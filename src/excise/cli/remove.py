@@ -86,7 +86,7 @@ def recipe_data(options: RemoveOptions) -> dict[str, Any]:
         "domain": domain,
         "model": {"path": options.model, "revision": options.revision},
         "arms": {name: override(method, settings, Method, registry())},
-        "audit": {"budget": options.audit},
+        "audit": {"budget": options.audit, "require": options.require},
         "refit": options.refit,
         "seed": options.seed,
         "dtype": options.dtype,

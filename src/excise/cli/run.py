@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from excise.run.study import study_points
 def main(options: RunOptions) -> int:
     """Run a recipe or a study, or say what that would do."""
     if study.is_study(options.name):
-        if options.measure:
+        if options.measure or options.require:
+            flag = "--measure" if options.measure else "--require"
             raise UserError(
-                f"--measure is for recipes, and {options.name} is a study; leave it out"
+                f"{flag} is for recipes, and {options.name} is a study; leave it out"
             )
         return study.main(options)
     recipe = recipe_of(options)
@@ -55,8 +57,11 @@ def recipe_of(options: RunOptions | CheckOptions) -> Recipe:
     data = recipe_data(options.name, allow_code=options.allow_code)
     if options.full:
         raise UserError(f"--full is for studies, and {options.name} is a recipe; leave it out")
+    settings = dict(options.settings)
+    if isinstance(options, RunOptions) and options.require:
+        settings["audit.require"] = json.dumps(options.require)
     return parse_recipe(
-        override(data, options.settings, Recipe, registry()),
+        override(data, settings, Recipe, registry()),
         allow_code=options.allow_code,
         source=options.name,
     )

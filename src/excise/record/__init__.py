@@ -74,7 +74,9 @@ __all__ = [
     "Verdict",
     "json_schema",
     "load",
+    "parse_record",
     "save",
+    "save_as",
     "upgraded",
 ]
 
@@ -92,7 +94,11 @@ def _finite(value: Any) -> Any:
 
 def save(record: Record, folder: Path) -> Path:
     """Write `run.json` into `folder` and return its path."""
-    path = folder / "run.json"
+    return save_as(record, folder / "run.json")
+
+
+def save_as(record: Record, path: Path) -> Path:
+    """Write a record as a file of any name, and return its path."""
     data = _finite(record.model_dump(mode="json", by_alias=True))
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return path
@@ -117,13 +123,22 @@ def load(folder: Path) -> Record:
     if version > SCHEMA:
         raise UserError(f"{path} was written by a newer excise (schema {version}); upgrade")
     try:
-        return Record.model_validate(_restore(upgraded(data)))
+        return parse_record(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"])
         raise UserError(
             f"{path} is damaged at {where}: {first['msg'].lower()}; make it again"
         ) from None
+
+
+def parse_record(data: Mapping[str, Any]) -> Record:
+    """Return the record that plain data holds, of any schema up to the present one.
+
+    Raises:
+        ValidationError: If a field is missing or of the wrong kind.
+    """
+    return Record.model_validate(_restore(upgraded(data)))
 
 
 def _restore(data: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,10 @@ class ModelRef(RecordEntry):
     path: str = ""
     """Folder, relative to the output folder where it lies inside it."""
     fingerprint: str = ""
-    """SHA-256 of its weights and configuration."""
+    """SHA-256 over its weights and configuration together, as excise computes it."""
+    files: dict[str, str] = {}
+    """SHA-256 of every file of its folder by relative name, as `sha256sum` prints it; the card
+    (`README.md`) and weights in formats that are not read are left out."""
     tokenizer: str = ""
     """SHA-256 of its tokenizer."""
     source: str = ""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from markupsafe import Markup
 
 from excise.record import AttackVariant, CurvePoint, MethodRun, Record, Score, Verdict
+from excise.record.measured import pooled
 from excise.report import svg, words
 
 MIN_POINTS = 3
@@ -194,32 +195,6 @@ def _deciding(variants: Sequence[AttackVariant]) -> tuple[AttackVariant, ...]:
     """Return the variants that decide, of those that have a curve; all of those where none does."""
     ran = [a for a in variants if a.curve]
     return tuple([a for a in ran if a.decisive] or ran)
-
-
-def pooled(variants: Sequence[AttackVariant]) -> tuple[CurvePoint, ...]:
-    """Return the mean curve of several seeds or oracles; its band covers all their intervals.
-
-    Checkpoints are matched by position; the shortest curve decides how many there are.
-    """
-    curve = []
-    for points in zip(*(a.curve for a in variants), strict=False):
-        known = [p for p in points if math.isfinite(p.score)]
-        if not known:
-            continue
-        trained = [p.trained for p in known if p.trained is not None]
-        retain = [p.retain for p in known if p.retain is not None]
-        point = CurvePoint(
-            examples=round(sum(p.examples for p in known) / len(known)),
-            tokens=round(sum(p.tokens for p in known) / len(known)),
-            flops=sum(p.flops for p in known) / len(known),
-            score=sum(p.score for p in known) / len(known),
-            low=min(p.low for p in known),
-            high=max(p.high for p in known),
-            trained=sum(trained) / len(trained) if trained else None,
-            retain=sum(retain) / len(retain) if retain else None,
-        )
-        curve.append(point)
-    return tuple(curve)
 
 
 CurveKey = tuple[str, str, str, str]

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from excise.record import LEVELS, AttackVariant, Record, Verdict, load
+from excise.record import LEVELS, AttackVariant, Record, Verdict, load, requirements
 from excise.report import study, words
 
 STYLE = {
@@ -36,13 +36,20 @@ def finish(folder: Path, next_command: str = "") -> int:
         next_command: What to type next; empty for what the record suggests.
 
     Returns:
-        Exit code 0.
+        Exit code: 3 where a condition of the run's requirement is missed, 1 where an attack ended
+        in an error, 4 where a condition is inconclusive, else 0.
 
     Raises:
-        UserError: If the folder holds no record.
+        UserError: If the folder holds no record, or its requirement names an unknown metric.
     """
-    Console().print(render_terminal(load(folder), folder, next_command))
-    return 0
+    record = load(folder)
+    Console().print(render_terminal(record, folder, next_command))
+    asked = requirements.of_record(record)
+    conditions = requirements.parse_requirement(asked) if asked else ()
+    outcomes = requirements.check(record, conditions, words.model_names(record))
+    if said := requirements.told(record, outcomes):
+        print(_ascii(said))
+    return requirements.exit_code(record, outcomes)
 
 
 def render_terminal(

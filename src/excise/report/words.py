@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from excise.record import LEVELS, AttackVariant, LevelResult, Record, Score, Verdict
+from excise.record.measured import attacks_on as attacks_on
+from excise.record.measured import model_names as model_names
+from excise.record.measured import role as role
 
 MISSING = "not measured"
 
@@ -484,28 +487,6 @@ def metric_name(name: str) -> str:
     """Return the words for a metric: `text_loss` is `token loss`."""
     known = {"text_loss": "token loss"}
     return known.get(name, plain(name).replace("_", " "))
-
-
-def role(subject: str) -> str:
-    """Return what a model is to the audit: original, oracle, positive (control) or candidate."""
-    known = {"original": "original", "positive-control": "positive"}
-    return known.get(subject, "oracle" if subject.startswith("oracle") else "candidate")
-
-
-def model_names(record: Record) -> tuple[str, ...]:
-    """Return every removed model of the record, in order of appearance."""
-    names = [v.model for v in record.verdicts] + [run.name for run in record.method_runs]
-    names += [s.model for s in record.scores if role(s.model) == "candidate"]
-    attacked = [a.subject for a in record.attacks if role(a.subject) == "candidate"]
-    if names:
-        attacked = [name for name in attacked if name != "candidate"]
-    return tuple(dict.fromkeys(names + attacked))
-
-
-def attacks_on(record: Record, model: str) -> tuple[AttackVariant, ...]:
-    """Return the attacks on one removed model (`candidate` means the only one there is)."""
-    names = {model, "candidate"} if len(model_names(record)) == 1 else {model}
-    return tuple(a for a in record.attacks if a.subject in names)
 
 
 def attack_name(attack: AttackVariant) -> str:

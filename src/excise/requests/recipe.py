@@ -16,6 +16,7 @@ from excise.evals.extra import ExtraScore
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import ModelSpec
+from excise.record.requirements import needs_attack, parse_requirement
 
 
 class AuditSpec(Config):
@@ -29,6 +30,21 @@ class AuditSpec(Config):
     """Fields of the budget that differ from the named one; the report lists them."""
     attacks: tuple[SerializeAsAny[Attack], ...] = ()
     """Attacks with their settings; empty for all that the budget requires."""
+    require: str = ""
+    """What every edited model must meet, such as `D3, recovery<=0.2@1M-tokens, retain>=-0.01`; it
+    decides the exit code and no number."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AuditSpec:
+        """Refuse a requirement that cannot be read, or that no attack will test."""
+        conditions = parse_requirement(self.require) if self.require else ()
+        attacked = needs_attack(conditions)
+        if self.budget == "none" and attacked:
+            raise ValueError(
+                f"require: '{attacked}' needs attacks, and the budget is 'none'; choose smoke, "
+                "standard or strong"
+            )
+        return self
 
 
 def budget_for(spec: AuditSpec, parameters: int) -> Budget:

@@ -134,9 +134,24 @@ def _check_free(out: Path, text: str) -> bool:
     recipe = out / RECIPE
     if not recipe.is_file():
         return False
-    if recipe.read_text(encoding="utf-8", errors="replace") != text:
+    if not _same_run(recipe.read_text(encoding="utf-8", errors="replace"), text):
         raise UserError(f"--out {out} holds another run; name a new folder")
     return True
+
+
+def _same_run(old: str, new: str) -> bool:
+    """Return whether two configurations give the same results: a requirement decides none."""
+
+    def decisive(text: str) -> object:
+        try:
+            data = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            return text
+        if isinstance(data, dict) and isinstance(data.get("audit"), dict):
+            data["audit"].pop("require", None)
+        return data
+
+    return old == new or decisive(old) == decisive(new)
 
 
 def _undo(out: Path, new: Sequence[Path]) -> None:

@@ -83,7 +83,7 @@ DATA: dict[str, Case] = {
     "unknown speaker": data(m.jsonl(chat("x", "bot")), "'bot'", "known roles"),
     "two shapes on a line": data(m.jsonl({"text": "x", **PAIR}), "has both"),
     "mixed shapes": data(GOOD + m.jsonl(ASK), "line 2 is a multiple-choice question"),
-    "unknown extension": data("text\nx\n", "unknown extension '.csv'", name="bad.csv"),
+    "unknown extension": data("text\nx\n", "unknown extension '.xml'", name="bad.xml"),
     "not parquet": data("PAR1", "not a readable parquet", name="bad.parquet"),
     "chat without template": Case(
         remove(forget="c.jsonl"),

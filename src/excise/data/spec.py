@@ -199,7 +199,7 @@ class Files(DomainSpec):
             UserError: With up to five problems, each naming file and line.
         """
         fixed = read_split(Path(self.split), self.hashes()) if self.split else None
-        sets, notes = read_sets(self.sources())
+        sets, notes = read_sets(self.sources(), sensitive=self.sensitive)
         check_overlaps(sets)
         seed = fixed.seed if fixed else self.seed
         layout, why = _layout(self, sets)

@@ -98,7 +98,7 @@ def open_checkpoint(
         return _from_memory(source, tokenizer, cache)
     beside = _tokenizer_folder(tokenizer, cache)
     path = Path(source).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix.lower() == ".gguf" and path.is_file():
         return _from_gguf(path, beside, cache)
     if not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
         path = fetch_hub(source, revision, trust_remote_code=trust_remote_code)

@@ -166,7 +166,7 @@ def here(spec: ModelSpec) -> Checkpoint | None:
     if not path.exists() and (spec.path in known() or spec.path.count("/") == 1):
         if spec.path not in known() or cached(spec.path) is None:
             return None  # fetched, or refused, when the run starts
-    elif path.suffix == ".gguf" and path.is_file():
+    elif path.suffix.lower() == ".gguf" and path.is_file():
         return None  # becomes a folder when the run starts
     return open_model(spec)
 

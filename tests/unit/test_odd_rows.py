@@ -267,8 +267,8 @@ def test_units_of_a_column_with_gaps(kind: str, tmp_path: Path) -> None:
     if kind == "parquet":
         pq.write_table(pa.table({"text": list("abcd"), "unit": pa.array(units)}), path)
     else:
-        put(path, [{"text": t, "unit": u if u == u else None} for t, u in zip("abcd", units,
-                                                                              strict=True)])  # fmt: skip
+        given = [u if u == u else None for u in units]
+        put(path, [{"text": t, "unit": u} for t, u in zip("abcd", given, strict=True)])
     assert [located.row.unit for located in read(path).rows] == ["3", "", "4", ""]
     put(tmp_path / "g.jsonl", [{"text": "x", "unit": 2.5}])
     assert "field 'unit' is a number, not text" in refusal(tmp_path / "g.jsonl")

@@ -359,7 +359,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         if (path / "adapter_config.json").is_file():
-            raise UserError(f"{path} holds an adapter, not a model; merge it into its model first")
+            raise UserError(
+                f"{path} holds an adapter, not a model; merge it into its model first, as with "
+                f"`excise export {path} --base MODEL --merge --out DIR`"
+            )
         raise UserError(f"{path} holds no config.json; name the folder of a transformers model")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

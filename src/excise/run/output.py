@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,6 +28,7 @@ from excise.data import split as splits
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.data.split import split_of
+from excise.methods.base import Removal
 from excise.models.checkpoint import Checkpoint
 from excise.record import Item, Record, save
 from excise.report.card import render_card
@@ -197,20 +199,39 @@ def copy_models(out: Path, models: Mapping[str, Checkpoint]) -> dict[str, Path]:
     folders = {}
     for name, checkpoint in models.items():
         folder = out / "model" if len(models) == 1 else out / "models" / name
-        copy_model(checkpoint, folder)
+        copy_folder(checkpoint.path, folder)
         folders[name] = folder
     return folders
 
 
-def copy_model(checkpoint: Checkpoint, to: Path) -> None:
-    """Copy a model folder, unless its copy is there byte by byte; another one is replaced."""
+def copy_adapters(out: Path, removals: Mapping[str, Removal]) -> dict[str, dict[str, Any]]:
+    """Copy the LoRA adapters that methods keep to `out/adapter`, or `out/adapters/NAME` of several.
+
+    Returns:
+        By method run what the record says of its adapter: where it lies, and the SHA-256 of every
+        file.
+    """
+    adapters = {}
+    for name, removal in removals.items():
+        files = removal.extras.get("files", {})
+        if "adapter" not in files:
+            continue
+        folder = Path("adapter") if len(removals) == 1 else Path("adapters") / name
+        copy_folder(Path(files["adapter"]), out / folder)
+        sums = {file: file_sum(path) for file, path in files_of(out / folder).items()}
+        adapters[name] = {"path": folder.as_posix(), "sha256": sums}
+    return adapters
+
+
+def copy_folder(source: Path, to: Path) -> None:
+    """Copy a folder, unless its copy is there byte by byte; another one is replaced."""
     if to.is_dir():
         there = {name: file_sum(path) for name, path in files_of(to).items() if name != CARD}
-        wanted = {name: file_sum(path) for name, path in files_of(checkpoint.path).items()}
+        wanted = {name: file_sum(path) for name, path in files_of(source).items()}
         if there == {name: known for name, known in wanted.items() if name != CARD}:
             return
     with new_folder(to, replace=True) as partial:
-        for name, path in files_of(checkpoint.path).items():
+        for name, path in files_of(source).items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             clone_file(path, partial / name)
 

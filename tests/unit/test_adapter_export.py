@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,15 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.cli import material as m
 from torch import Tensor
 
 import excise as ex
 from excise.cli import main
-from excise.core.disk import file_sum
 from excise.core.errors import UserError
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.delta import export_adapter
 from excise.models.tiny import byte_tokenizer, tiny_model
-from tests.cli import material as m
 
 IDS_BT = torch.arange(4, 24).view(2, 10)
 
@@ -170,9 +170,10 @@ def test_what_is_no_adapter_of_the_base_is_refused(
 def test_a_shared_weight_is_not_merged(tmp_path: Path) -> None:
     base = save_model(tiny_model("gpt2", width=32), byte_tokenizer(), tmp_path / "base")
     assert base.load().config.tie_word_embeddings
-    with pytest.warns(UserWarning, match="tie"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft says the same
         adapter = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
-    with pytest.raises(UserError, match="the adapter is on 'lm_head.weight', which is shared"):
+    with pytest.raises(UserError, match=r"the adapter is on 'lm_head\.weight', which is shared"):
         export_adapter(adapter, base, tmp_path / "out")
 
 
@@ -186,15 +187,16 @@ def test_a_removal_keeps_its_adapter_where_that_was_asked(base: Checkpoint, tmp_
     (tmp_path / "f.jsonl").write_text(m.texts("f"))
     (tmp_path / "r.jsonl").write_text(m.texts("r"))
     out = tmp_path / "out"
-    command = ["remove", "grad_diff", "--model", str(base.path), "--out", str(out), "--quiet",
-               "--forget", str(tmp_path / "f.jsonl"), "--retain", str(tmp_path / "r.jsonl"),
-               "--fit.steps", "2", "--fit.lr", "0.01", "--fit.batch_size", "2", "--lora.rank", "2",
-               "--max_length", "16"]  # fmt: skip
-    assert main([*command, "--lora.output", "adapter"]) == 0
-    files = {path.name: file_sum(path) for path in (out / "adapter").iterdir()}
-    assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
-    run = json.loads((out / "run.json").read_text())["method_runs"][0]
-    assert run["extras"]["adapter"] == {"path": "adapter", "sha256": files}
+    fit = {"steps": 2, "lr": 0.01, "batch_size": 2}
+    method = ex.GradDiff.model_validate(
+        {"lora": {"rank": 2, "output": "adapter"}, "fit": fit, "max_length": 16}
+    )
+    domain = ex.Files.model_validate(
+        {"forget": str(tmp_path / "f.jsonl"), "retain": str(tmp_path / "r.jsonl")}
+    )
+    ex.remove(base, method, domain, out=out)
+    names = {path.name for path in (out / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
     expected = logits(Checkpoint(out / "model").load())
     loaded = peft.PeftModel.from_pretrained(base.load(), str(out / "adapter"))
     torch.testing.assert_close(logits(loaded), expected)
@@ -202,16 +204,3 @@ def test_a_removal_keeps_its_adapter_where_that_was_asked(base: Checkpoint, tmp_
     again = ["export", str(out), "--base", str(base.path), "--merge", "--out"]
     assert main([*again, str(tmp_path / "again")]) == 0
     assert Checkpoint(tmp_path / "again").fingerprint == Checkpoint(out / "model").fingerprint
-
-
-def test_the_python_interface_keeps_it_too(base: Checkpoint, tmp_path: Path) -> None:
-    (tmp_path / "f.jsonl").write_text(m.texts("f"))
-    (tmp_path / "r.jsonl").write_text(m.texts("r"))
-    method = ex.GradDiff.model_validate(
-        {"lora": {"rank": 2, "output": "adapter"}, "fit": {"steps": 1}, "max_length": 16}
-    )
-    domain = ex.Files.model_validate(
-        {"forget": str(tmp_path / "f.jsonl"), "retain": str(tmp_path / "r.jsonl")}
-    )
-    ex.remove(base, method, domain, out=tmp_path / "out")
-    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()

@@ -211,4 +211,7 @@ MODELS: dict[str, Case] = {
     "broken GGUF": Case(remove(model="x.gguf"), ("x.gguf", "not a GGUF"), {"x.gguf": b"nope"}),
     "revision of a folder": Case(remove("--revision main"), ("model", "has no revision")),
     "model not fetched": Case(remove(model="smollm2-135m"), ("excise fetch smollm2-135m",)),
+    "broken GGUF in capitals": Case(
+        remove(model="X.GGUF"), ("X.GGUF", "not a GGUF"), {"X.GGUF": b"nope"}
+    ),
 }

@@ -38,6 +38,8 @@ from excise.run.environment import device_of
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
 CARD = "README.md"
+EDITS = {"adapter", "delta"}
+"""What a method may keep beside its model."""
 
 
 def runtime(out: Path, dtype: str, device: str, emit: Emit = silent) -> Runtime:
@@ -204,23 +206,26 @@ def copy_models(out: Path, models: Mapping[str, Checkpoint]) -> dict[str, Path]:
     return folders
 
 
-def copy_adapters(out: Path, removals: Mapping[str, Removal]) -> dict[str, dict[str, Any]]:
-    """Copy the LoRA adapters that methods keep to `out/adapter`, or `out/adapters/NAME` of several.
+def copy_edits(out: Path, removals: Mapping[str, Removal]) -> dict[str, dict[str, Any]]:
+    """Copy the LoRA adapters and deltas that methods keep where a user finds them.
+
+    Args:
+        out: Output folder; those of one method run go to `adapter` and `delta`, of several to
+            `adapters/NAME` and `deltas/NAME`.
+        removals: What the methods returned, by method run.
 
     Returns:
-        By method run what the record says of its adapter: where it lies, and the SHA-256 of every
-        file.
+        By method run and kind what the record says: where it lies, and the SHA-256 of every file.
     """
-    adapters = {}
+    edits: dict[str, dict[str, Any]] = {}
     for name, removal in removals.items():
-        files = removal.extras.get("files", {})
-        if "adapter" not in files:
-            continue
-        folder = Path("adapter") if len(removals) == 1 else Path("adapters") / name
-        copy_folder(Path(files["adapter"]), out / folder)
-        sums = {file: file_sum(path) for file, path in files_of(out / folder).items()}
-        adapters[name] = {"path": folder.as_posix(), "sha256": sums}
-    return adapters
+        kept = removal.extras.get("files", {})
+        for kind in EDITS & kept.keys():
+            folder = Path(kind) if len(removals) == 1 else Path(f"{kind}s") / name
+            copy_folder(Path(kept[kind]), out / folder)
+            sums = {file: file_sum(path) for file, path in files_of(out / folder).items()}
+            edits.setdefault(name, {})[kind] = {"path": folder.as_posix(), "sha256": sums}
+    return edits
 
 
 def copy_folder(source: Path, to: Path) -> None:

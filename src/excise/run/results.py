@@ -140,11 +140,11 @@ def method_run(
     method: Method,
     removal: Removal,
     seed: int,
-    adapter: Mapping[str, Any] | None = None,
+    edits: Mapping[str, Any],
 ) -> MethodRun:
-    """Return what the record says of one removal, and of its adapter where it keeps one."""
+    """Return what the record says of one removal, and of the adapter or delta that it keeps."""
     extras = {key: value for key, value in removal.extras.items() if key != "files"}
-    extras |= {"adapter": adapter} if adapter else {}
+    extras |= edits
     return MethodRun(
         name=name,
         method=method.model_dump(mode="json"),

@@ -53,12 +53,12 @@ def run(
         output.write_split(out, recipe.domain, domain)
         removals = remove_all(recipe, domain, models, runtime, pool)
         edited = {name: removal.checkpoint for name, removal in removals.items()}
-        adapters = output.copy_adapters(out, removals)
+        edits = output.copy_edits(out, removals)
         if recipe.refit:  # what was audited stays; the record's removals are the refitted ones
             removals = refit(recipe, models, removals, runtime, pool, out)
         record = new_record(recipe, kind, command, domain, models, runtime, started)
         arms = tuple(
-            method_run(n, recipe.arms[n], r, recipe.seed, adapters.get(n))
+            method_run(n, recipe.arms[n], r, recipe.seed, edits.get(n, {}))
             for n, r in removals.items()
         )
         record = record.model_copy(update={"method_runs": arms})

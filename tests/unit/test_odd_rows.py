@@ -92,8 +92,8 @@ def test_reasons_are_counted_when_there_are_too_many(tmp_path: Path) -> None:
             "?skip=SHARE"
         )
     )
-    assert re.search(r"line 21: .*option 'E' of 4.*\(2 rows\)", said[2])
-    assert re.search(r"line 22: .*'choices' has 1 option.*\(1 rows\)", said[3])
+    assert re.search(r"line 21: .*option 'E' of 4.*\(2 of them\)", said[2])
+    assert re.search(r"line 22: .*'choices' has 1 option.*\(1 of them\)", said[3])
 
 
 @pytest.mark.parametrize("sensitive", [False, True])
@@ -192,6 +192,8 @@ def test_labels_say_what_answers_mean(tmp_path: Path) -> None:
     assert [located.row for located in read(tmp_path / "arc.parquet", spec).rows] == rows
     put(path, [arc("ABCD", "5")])
     assert "'answer' is '5', which is none of its labels" in refusal(path, spec)
+    put(path, [{**arc("ABCD", "A"), "choices": {"text": list("wxyz"), "label": None}}])
+    assert "field 'labels' is null, not a list" in refusal(path, spec)
     put(path, [arc("ABC", "A")])
     assert "'labels' must name each of the 4 options once" in refusal(path, spec)
 

@@ -222,7 +222,7 @@ def _too_many(odd: Sequence[tuple[str, str]], total: int, file: str, skip: float
     )
     if len(why) == 1:
         return [f"{why[0][0]} ({counts})"]
-    return [f"{file}: {counts}", *(f"{case} ({count} rows)" for case, count in why)]
+    return [f"{file}: {counts}", *(f"{case} ({count} of them)" for case, count in why)]
 
 
 def _whole_numbers(rows: Sequence[Located]) -> tuple[Located, ...]:
@@ -515,8 +515,11 @@ def _answer(values: Mapping[str, Any], options: Sequence[str]) -> int:
         values: Fields of the row; `base` is what indices count from.
         options: What there is to choose from.
     """
-    value, labels, base = values["answer"], values.get("labels"), int(values["base"])
-    if labels is not None:
+    value, base = values["answer"], int(values["base"])
+    if "labels" in values:
+        labels = _listed(values["labels"])
+        if not isinstance(labels, list | tuple):
+            raise UserError(f"field 'labels' is {_type(labels)}, not a list of names of options")
         names = [_label(v, f"labels[{i}]") for i, v in enumerate(labels)]
         if len(names) != len(options) or len({*names}) < len(names):
             raise UserError(f"field 'labels' must name each of the {len(options)} options once")

@@ -191,14 +191,14 @@ def source_hashes(source: Source) -> dict[str, str]:
 
 
 def _names(source: Source, files: Sequence[Path]) -> list[str]:
-    """Return what the files of a source are called: their names, or paths where names repeat."""
-    names = [file.name for file in files]
-    if len({*names}) == len(names) and _documents(source) is None:
-        return names
-    if source.hub:
-        return [f"{file.parent.name}/{file.name}" for file in files]
-    folder = Path(source.path).expanduser()
-    return [file.relative_to(folder).as_posix() for file in files]
+    """Return what the files of a source are called: by name, documents by path in their folder."""
+    if _documents(source) is not None:
+        folder = Path(source.path).expanduser()
+        return [file.relative_to(folder).as_posix() for file in files]
+    names: list[str] = []
+    for file in files:
+        names.append(file.name if file.name not in names else f"{file.parent.name}/{file.name}")
+    return names
 
 
 def source_files(source: Source) -> list[Path]:

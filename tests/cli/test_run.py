@@ -144,6 +144,15 @@ def test_remove_with_an_adapter(work: Path, removed: Path) -> None:
     assert record.method_runs[0].model.fingerprint != load(removed).method_runs[0].model.fingerprint
 
 
+def test_remove_with_a_delta(work: Path) -> None:
+    assert excise(f"{REMOVE} --keep delta --out changed") == 0
+    record = load(work / "changed")
+    files = {path.name: file_sum(path) for path in (work / "changed/delta").iterdir()}
+    assert record.method_runs[0].extras["delta"] == {"path": "delta", "sha256": files}
+    assert excise("export changed --base model --out rebuilt") == 0
+    assert Checkpoint(work / "rebuilt").fingerprint == record.method_runs[0].model.fingerprint
+
+
 def test_the_method_of_the_docs_runs(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     code = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "Method)" in b)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -48,6 +50,14 @@ def texts(kind: str, count: int = 16, start: int = 0) -> str:
             {"text": " ".join(random.Random(f"{kind}{i}").choices(words, k=6))}
             for i in range(start, start + count)
         )
+    )
+
+
+def latin_parquet(to: Path) -> None:
+    """Write a parquet file whose text is not UTF-8."""
+    ends, letters = pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xe9\xe8")
+    pq.write_table(
+        pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, ends, letters])}), to
     )
 
 

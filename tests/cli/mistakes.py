@@ -41,9 +41,9 @@ def remove(more: str = "", *, method: str = "rmu", **flags: str) -> str:
     return f"remove {method} {given} --layer 0 --fit.steps 2 --quiet {more}"
 
 
-def data(content: str | bytes, *words: str, name: str = "bad.jsonl") -> Case:
+def data(content: str | bytes, *words: str, name: str = "bad.jsonl", lines: int = 1) -> Case:
     """Return a case of a forget file that is wrong."""
-    return Case(remove(forget=name), (name, *words), {name: content})
+    return Case(remove(forget=name), (name, *words), {name: content}, lines=lines)
 
 
 def model(change: m.Break, *words: str) -> Case:
@@ -83,7 +83,7 @@ DATA: dict[str, Case] = {
     "unknown speaker": data(m.jsonl(chat("x", "bot")), "'bot'", "known roles"),
     "two shapes on a line": data(m.jsonl({"text": "x", **PAIR}), "has both"),
     "mixed shapes": data(GOOD + m.jsonl(ASK), "line 2 is a multiple-choice question"),
-    "unknown extension": data("text\nx\n", "unknown extension '.csv'", name="bad.csv"),
+    "unknown extension": data("text\nx\n", "unknown extension '.xml'", name="bad.xml"),
     "not parquet": data("PAR1", "not a readable parquet", name="bad.parquet"),
     "chat without template": Case(
         remove(forget="c.jsonl"),
@@ -126,7 +126,50 @@ DATA: dict[str, Case] = {
         " --out out --quiet",
         ("f.jsonl", "is not valid JSON", "split.json"),
     ),
-}
+    "answers of letters and digits": data(
+        m.jsonl(*({**ASK, "answer": a} for a in "BB2")), "line 3", "number 2", "?answers=one-based"
+    ),
+    "answers that count from one": data(
+        m.jsonl(*({**ASK, "answer": a} for a in (1, 3, 2))), "line 2", "?answers=one-based"
+    ),
+    "field named twice on a line": data(
+        GOOD * 40 + '{"text": "a", "text": "b"}\n', "line 41", "'text' twice"
+    ),
+    "options of one Unicode form": data(
+        m.jsonl({**ASK, "choices": ["caf\u00e9", "cafe\u0301"]}), "'choices'", "Unicode form"
+    ),
+    "too many odd rows": data(
+        GOOD * 30 + m.jsonl({"text": 1}, {"body": "x"}),
+        "2 of 32 rows", "5%", "?skip=", "line 31", "line 32", lines=4,
+    ),
+    "conversations without their format": data(
+        m.jsonl({"conversations": [{"from": "human", "value": "x"}]}), "?format=sharegpt"
+    ),
+    "content that is no text": data(
+        m.jsonl({"messages": [{"role": "user", "content": [{"type": "image"}]}]}),
+        "messages[0].content", "1 part(s)", "image",
+    ),
+    "field inside a field that is not there": Case(
+        remove(forget="'n.jsonl?text=body.txt'"),
+        ("n.jsonl line 1", "'body.txt' (for 'text') is missing"),
+        {"n.jsonl": m.jsonl({"body": {"text": "x"}})},
+    ),
+    "table with an open quote": data('text\na\n"b\n', "line 3", "close every quote", name="b.csv"),
+    "table with a cell more": data("text\na,b\n", "line 2", "2 cells", "quote", name="b.csv"),
+    "table without a header": data("a\tb\n", "line 1", "must name the columns", name="b.tsv"),
+    "text of a column that is not UTF-8": Case(
+        remove(forget="b.parquet"),
+        ("b.parquet row 1", "'text'", "UTF-8"),
+        make=lambda folder: m.latin_parquet(folder / "b.parquet"),
+    ),
+    "template taken for copies": data(
+        m.jsonl(*({"text": " ".join([*(f"w{k}" for k in range(40)), f"x{i}"])} for i in range(20))),
+        "20 of 20 rows", "share about 40 words", "?duplicates=exact",
+    ),
+    "option of a source given twice": Case(
+        remove(forget="'f.jsonl?text=a&text=b'"), ("'text'", "given twice")
+    ),
+}  # fmt: skip
 
 MODELS: dict[str, Case] = {
     "no such folder": Case(remove(model="nope"), ("no folder nope",)),
@@ -168,4 +211,7 @@ MODELS: dict[str, Case] = {
     "broken GGUF": Case(remove(model="x.gguf"), ("x.gguf", "not a GGUF"), {"x.gguf": b"nope"}),
     "revision of a folder": Case(remove("--revision main"), ("model", "has no revision")),
     "model not fetched": Case(remove(model="smollm2-135m"), ("excise fetch smollm2-135m",)),
+    "broken GGUF in capitals": Case(
+        remove(model="X.GGUF"), ("X.GGUF", "not a GGUF"), {"X.GGUF": b"nope"}
+    ),
 }

@@ -319,4 +319,28 @@ OUTPUT: dict[str, Case] = {
     "report to another place": Case(
         "report made --out x.html", ("--out goes with --public",), AUDITED
     ),
+    "export of an adapter as a delta": Case(
+        "export made --base model --out out",
+        ("made holds an adapter", "--merge"),
+        {"made/adapter_config.json": "{}"},
+    ),
+    "export of a scaled delta": Case(
+        "export made --base model --out out --scale -1", ("--scale", "--merge"), {"made/x": ""}
+    ),
+    "export of no adapter": Case(
+        "export made --base model --merge --out out",
+        ("made holds no adapter_config.json", "LoRA"),
+        {"made/x": ""},
+    ),
+    "export of a broken adapter": Case(
+        "export made --base model --merge --out out",
+        ("adapter in made cannot be read", "copy it again"),
+        {"made/adapter_config.json": "{}", "made/adapter_model.safetensors": "x"},
+    ),
+    "export at no scale": Case(
+        "export made --base model --merge --scale nan --out out", ("--scale nan", "-1")
+    ),
+    "export at a scale in words": Case(
+        "export made --base model --merge --scale half --out out", ("--scale", "number", "'half'")
+    ),
 }

@@ -19,6 +19,7 @@ from excise.cli.flags import flags_of
 from excise.cli.index import build_index
 from excise.cli.ls import FAMILIES, load_index
 from excise.cli.options import VERBS, AuditOptions
+from excise.core.disk import file_sum
 from excise.models.checkpoint import Checkpoint
 from excise.record import load
 from tests.cli import material as m
@@ -135,10 +136,24 @@ def test_remove_changes_what_it_says_and_leaves_the_input(removed: Path) -> None
 
 
 def test_remove_with_an_adapter(work: Path, removed: Path) -> None:
-    assert excise(f"{REMOVE} --lora.rank 4 --out adapted") == 0
+    assert excise(f"{REMOVE} --lora.rank 4 --lora.output adapter --out adapted") == 0
     record = load(work / "adapted")
     assert record.method_runs[0].method["lora"]["rank"] == 4
+    files = {path.name: file_sum(path) for path in (work / "adapted/adapter").iterdir()}
+    assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert record.method_runs[0].extras["adapter"] == {"path": "adapter", "sha256": files}
+    assert excise("export adapted --base model --merge --out merged") == 0
+    assert Checkpoint(work / "merged").fingerprint == record.method_runs[0].model.fingerprint
     assert record.method_runs[0].model.fingerprint != load(removed).method_runs[0].model.fingerprint
+
+
+def test_remove_with_a_delta(work: Path) -> None:
+    assert excise(f"{REMOVE} --keep delta --out changed") == 0
+    record = load(work / "changed")
+    files = {path.name: file_sum(path) for path in (work / "changed/delta").iterdir()}
+    assert record.method_runs[0].extras["delta"] == {"path": "delta", "sha256": files}
+    assert excise("export changed --base model --out rebuilt") == 0
+    assert Checkpoint(work / "rebuilt").fingerprint == record.method_runs[0].model.fingerprint
 
 
 def test_the_method_of_the_docs_runs(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,7 +128,7 @@ BYTES: dict[str, tuple[str, bytes, str]] = {
     "unit a list": ("f.jsonl", line(text="x", unit=["a"]), r"field 'unit' is a list, not text"),
     "blank group": ("f.jsonl", line(text="x", group=" "), r"field 'group' is blank"),
     "wording a text": ("f.jsonl", line(text="x", wording="a"), r"'wording' is text, not a whole"),
-    "unknown extension": ("f.csv", b"text\nx\n", r"f\.csv has the unknown extension '\.csv'; use"),
+    "unknown extension": ("f.xml", b"text\nx\n", r"f\.xml has the unknown extension '\.xml'; use"),
     "no extension": ("data", GOOD, r"data has the unknown extension ''"),
     "not parquet": ("f.parquet", b"PAR1 no", r"f\.parquet is not a readable parquet file"),
     "empty parquet": ("f.parquet", b"", r"f\.parquet is not a readable parquet file"),
@@ -152,7 +152,7 @@ def test_broken_files(case: str, tmp_path: Path) -> None:
 
 def test_up_to_five_problems_at_once(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
-    path.write_bytes(GOOD + line(txt="x") * 3 + b"{\n" * 6)
+    path.write_bytes(GOOD + line(**PAIR, text="x") * 3 + b"{\n" * 6)
     with pytest.raises(UserError) as caught:
         read_source(parse_source(str(path)))
     lines = str(caught.value).splitlines()

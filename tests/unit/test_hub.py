@@ -85,7 +85,7 @@ def test_the_card_names_configurations(config: str, split: str, expected: list[s
         (NAMES, CARD, "fr", "", "no configuration 'fr'"),
         (NAMES, CARD, "en", "test", "no split 'test'"),
         (["x.parquet"], CARD, "es", "", r"no file es/\*\*/\*\.parquet, which its card names"),
-        (["a.csv"], "", "", "", "holds no file that is read here"),
+        (["a.xml"], "", "", "", "holds no file that is read here"),
         (["en/a.jsonl", "es/a.jsonl"], "", "", "", r"several configurations \(en, es\)"),
         (["test.jsonl", "validation.jsonl"], "", "", "", "several splits; add #NAME"),
     ],
@@ -210,13 +210,13 @@ def test_other_formats_go_through_datasets(tmp_path: Path, monkeypatch: pytest.M
 
     class Api:
         def list_repo_files(self, name: str, **how: Any) -> list[str]:
-            return ["train.csv"]
+            return ["train.xml"]
 
     monkeypatch.setattr(hub, "HfApi", Api)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"install `excise\[hub\]`"):
         texts("org/name")
-    save_arrow(tmp_path, pa.Table.from_pylist([{"text": "from csv"}]), "c.arrow")
+    save_arrow(tmp_path, pa.Table.from_pylist([{"text": "from xml"}]), "c.arrow")
     asked = []
 
     def load_dataset(name: str, config: str | None, *, revision: str | None) -> Any:
@@ -224,7 +224,7 @@ def test_other_formats_go_through_datasets(tmp_path: Path, monkeypatch: pytest.M
         return {"train": SimpleNamespace(cache_files=[{"filename": str(tmp_path / "c.arrow")}])}
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert texts("org/name:c@v1") == ["from csv"]
+    assert texts("org/name:c@v1") == ["from xml"]
     assert asked == [("org/name", "c", "v1")]
 
     def fails(name: str, config: str | None, *, revision: str | None) -> Any:

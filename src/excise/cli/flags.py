@@ -184,7 +184,7 @@ def _add(parser: argparse.ArgumentParser, flag: Flag) -> None:
             flag.label,
             dest=flag.name,
             action="append" if flag.several else "store",
-            type={int: whole, Count: count}.get(flag.kind, flag.kind),
+            type={int: whole, float: number, Count: count}.get(flag.kind, flag.kind),
             help=text,
         )
 
@@ -195,6 +195,14 @@ def whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"needs a whole number, not '{text}'") from None
+
+
+def number(text: str) -> float:
+    """Return a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"needs a number, not '{text}'") from None
 
 
 def count(text: str) -> int:

@@ -305,14 +305,21 @@ class VerifyOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
-    """Rebuild an edited model from its delta and its base."""
+    """Rebuild an edited model from its base and its delta or LoRA adapter.
+
+    With --merge --scale -1 an adapter that was trained on what is to go is subtracted.
+    """
 
     delta: Annotated[Path, POSITIONAL]
-    """Folder of the delta, or an output folder that holds one."""
+    """Folder of the delta or adapter, or an output folder that holds one."""
     base: str
-    """The model that the delta was made from: folder, hub id or GGUF file."""
+    """The model that it was made from: folder, hub id or GGUF file."""
     out: Path
     """Folder of the model; must not exist."""
+    merge: bool = False
+    """Read a LoRA adapter and write the merged model."""
+    scale: float = 1.0
+    """How often the adapter is added; -1 negates it."""
     revision: str | None = None
     """Revision of a hub id."""
     link: bool = False

@@ -31,9 +31,7 @@ def main(options: RunOptions) -> int:
     if study.is_study(options.name):
         if options.measure or options.require:
             flag = "--measure" if options.measure else "--require"
-            raise UserError(
-                f"{flag} is for recipes, and {options.name} is a study; leave it out"
-            )
+            raise UserError(f"{flag} is for recipes, and {options.name} is a study; leave it out")
         return study.main(options)
     recipe = recipe_of(options)
     out = options.out or Path("runs") / recipe.name

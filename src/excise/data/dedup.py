@@ -15,7 +15,7 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,6 +27,9 @@ SHINGLE: Final = 13
 
 THRESHOLD: Final = 0.5
 """Jaccard index from which two texts are near duplicates."""
+
+COMMON: Final = 0.9
+"""Share of texts that a shingle is in when it belongs to what they have in common."""
 
 # Scripts without blanks between words: every character counts as a word.
 _WORD = re.compile(
@@ -91,11 +94,12 @@ def words_of(text: str) -> list[str]:
     return [_EDGES.sub("", word) or word for word in _WORD.findall(text)]
 
 
-def find_duplicates(texts: Sequence[str]) -> Duplicates:
+def find_duplicates(texts: Sequence[str], exact_only: Collection[int] = ()) -> Duplicates:
     """Cluster texts by exact and near duplication.
 
     Args:
         texts: What each row says.
+        exact_only: Which of them, by place, are joined with equal texts alone.
 
     Returns:
         The clusters; which texts form one does not depend on their order.
@@ -110,7 +114,8 @@ def find_duplicates(texts: Sequence[str]) -> Duplicates:
             exact.append((first[form], i))
     distinct = sorted(first.values())
     near = []
-    for a, b in near_pairs([shingles(forms[i]) for i in distinct]):
+    sets = [shingles("" if i in exact_only else forms[i]) for i in distinct]
+    for a, b in near_pairs(sets):
         if clusters.join(distinct[a], distinct[b]):
             near.append((distinct[a], distinct[b]))
     smallest: dict[Hashable, int] = {}
@@ -142,6 +147,23 @@ def shingles(form: str) -> NDArray[np.uint64]:
         # A polynomial in an odd base, modulo 2**64: equal windows give equal sums.
         total = total * np.uint64(0x9E3779B97F4A7C15) + values[k : k + len(total)]
     return np.unique(total)
+
+
+def shared_words(texts: Sequence[str]) -> int:
+    """Return about how many words of a text are a passage that texts have in common.
+
+    Args:
+        texts: Texts; several.
+
+    Returns:
+        Words of the shingles that `COMMON` of the texts hold, where these make them near
+        duplicates; else 0: they are alike in pairs, as the pages of one document are.
+    """
+    sets = [shingles(normal_form(text)) for text in texts]
+    _, counts = np.unique(np.concatenate(sets), return_counts=True)
+    common = int((counts >= COMMON * len(texts)).sum())
+    usual = float(np.median([len(s) for s in sets]))
+    return common + SHINGLE - 1 if common and common >= THRESHOLD * usual else 0
 
 
 def near_pairs(

@@ -1,7 +1,7 @@
 """Data sets as folders: saved by `datasets`, laid out as on the hub, or fetched from it.
 
 The files of a data set are read by excise itself, so that the same rows come out wherever they
-lie; only what it cannot read (csv, archives) goes through the `datasets` library. The Hugging Face
+lie; only what it cannot read (archives, xml) goes through the `datasets` library. The Hugging Face
 cache, token and offline mode are honoured by `huggingface_hub`. Loading scripts are never run.
 This module imports no torch.
 """
@@ -22,7 +22,7 @@ import yaml
 
 from excise.core.errors import UserError, nearest
 
-READABLE: Final = (".parquet", ".jsonl", ".json", ".txt", ".arrow")
+READABLE: Final = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt", ".arrow")
 """Kinds of files that excise reads itself; a folder is read in the first kind it has."""
 
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json",
@@ -78,6 +78,28 @@ def folder_files(folder: Path, config: str, split: str) -> list[Path]:
     card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     chosen = choose_files(names, card, config=config, split=split, where=str(folder))
     return [folder / name for name in chosen]
+
+
+def text_folder(folder: Path) -> list[Path] | None:
+    """Return the texts of a folder of documents, or None for a folder of any other kind.
+
+    Such a folder holds `.txt` files, in folders of its own where there are any; a data set, whose
+    files are all named by split, or whose card names them, is none.
+
+    Args:
+        folder: The folder.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    readme = folder / "README.md"
+    if readme.is_file() and _declared(readme.read_text(encoding="utf-8", errors="replace")):
+        return None
+    data = {name: path for name, path in zip(names, files, strict=True) if _is_data(name)}
+    if not data or any(path.suffix.lower() != ".txt" for path in data.values()):
+        return None
+    if all(_named_split(name) for name in data):
+        return None
+    return [*data.values()]
 
 
 def choose_files(
@@ -188,11 +210,13 @@ def _one_kind(names: Sequence[str], where: str) -> list[str]:
 
 def _split_of(name: str) -> str:
     """Return the split that a file's path names; `train` where it names none."""
-    for part in reversed(PurePosixPath(name).with_suffix("").parts):
-        word = _split_word(part)
-        if word:
-            return word
-    return "train"
+    return _named_split(name) or "train"
+
+
+def _named_split(name: str) -> str:
+    """Return the split that a file's path names, or nothing."""
+    words = map(_split_word, reversed(PurePosixPath(name).with_suffix("").parts))
+    return next(filter(None, words), "")
 
 
 def _split_word(text: str) -> str:

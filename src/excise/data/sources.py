@@ -1,25 +1,38 @@
-"""Where rows come from: jsonl, json, parquet, text, saved data-set folders and hub ids.
+"""Where rows come from: jsonl, json, parquet, csv, text, folders and hub ids.
 
 A source is one string: `PATH`, or `owner/name:config@revision#split` on the hub, with options
-after a question mark: `notes.txt?by=line`, `qa.parquet?prompt=question&completion=answer`. Input
-files are only ever read. This module imports no torch.
+after a question mark: `notes.txt?by=line`, `qa.parquet?prompt=question&completion=answer`,
+`arc.jsonl?choices=choices.text&labels=choices.label&answer=answerKey`. Input files are only ever
+read. This module imports no torch.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from pydantic import Field
 
 from excise.core.config import Config
 from excise.core.errors import UserError, nearest
-from excise.data.hub import READABLE, folder_files, hub_files, saved_files
-from excise.data.rows import FIELDS, SourceRows, parse_records
+from excise.data.hub import READABLE, folder_files, hub_files, saved_files, text_folder
+from excise.data.rows import (
+    FIELDS,
+    NAMED,
+    SKIPPED,
+    Ambiguous,
+    AnswerBase,
+    SourceRows,
+    lookup,
+    parse_records,
+)
 
 _HUB = re.compile(
     r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
@@ -40,19 +53,35 @@ class Source(Config):
     """Branch, tag or commit on the hub; empty for the newest."""
     split: str = ""
     """Split of a data set; empty where it has one only, else `train`."""
-    by: Literal["blank", "line", "file"] = "blank"
-    """What separates documents of a text file: blank lines, line ends, or nothing."""
+    by: Literal["", "blank", "line", "file"] = ""
+    """What separates documents of a text file: blank lines, line ends, or nothing; empty for blank
+    lines, and for nothing in a folder of texts."""
+    format: Literal["", "sharegpt"] = ""
+    """`sharegpt` for conversations of `from` and `value`."""
+    answers: AnswerBase = ""
+    """What the digits of answer keys count from; empty for 0 where the file leaves no doubt."""
+    duplicates: Literal["near", "exact"] = "near"
+    """Which duplicates are put into one unit: `exact` leaves rows of one template apart."""
+    skip: float = Field(default=SKIPPED, ge=0, lt=1)
+    """Share of the rows that may be left out because they cannot be used."""
     fields: dict[str, str] = Field(default={})
-    """For each field that has another name in the file, that name."""
+    """For each field that has another name in the file, that name or path."""
 
     def spec(self) -> str:
         """Return the string that `parse_source` reads back."""
         at = f":{self.config}" if self.config else ""
         at += f"@{self.revision}" if self.revision else ""
         at += f"#{self.split}" if self.split else ""
-        options = [f"by={self.by}"] if self.by != "blank" else []
-        options += [f"{k}={v}" for k, v in self.fields.items()]
+        asked = self.model_dump(exclude_defaults=True, include={*_CHOICES, "skip"})
+        options = [f"{k}={v}" for k, v in (asked | self.fields).items()]
         return self.path + at + ("?" + "&".join(options) if options else "")
+
+
+_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    name: tuple(value for value in get_args(Source.model_fields[name].annotation) if value)
+    for name in ("by", "format", "answers", "duplicates")
+}
+"""Options that take one of a few words."""
 
 
 def parse_source(spec: str) -> Source:
@@ -93,15 +122,23 @@ def _options(text: str, spec: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals or not value:
             raise UserError(f"option '{part}' of source '{spec}' needs the form name=value")
-        if key == "by":
-            if value not in ("blank", "line", "file"):
-                raise UserError(f"'by={value}' of source '{spec}' must be blank, line or file")
-            out["by"] = value
-        elif key in FIELDS:
+        if key in out or key in fields:
+            raise UserError(f"option '{key}' of source '{spec}' is given twice; keep one")
+        if key in NAMED:
             fields[key] = value
-        else:
-            hint = nearest(key, ("by", *FIELDS))
+        elif key == "skip":
+            if not re.fullmatch(r"0?\.\d+|0", value):
+                raise UserError(f"'{part}' of source '{spec}' must be a share from 0 to below 1")
+            out[key] = float(value)
+        elif key not in _CHOICES:
+            hint = nearest(key, (*_CHOICES, "skip", *NAMED))
             raise UserError(f"unknown option '{key}' of source '{spec}'; {hint}")
+        elif value not in _CHOICES[key]:
+            *others, last = _CHOICES[key]
+            words = f"{', '.join(others)} or {last}" if others else last
+            raise UserError(f"'{part}' of source '{spec}' must be {words}")
+        else:
+            out[key] = value
     return {**out, "fields": fields}
 
 
@@ -118,14 +155,25 @@ def read_source(source: Source) -> SourceRows:
         UserError: With up to five problems, each naming file and line.
     """
     files = source_files(source)
+    names = _names(source, files)
+    documents = _documents(source) is not None
+    by = source.by or ("file" if documents else "blank")
     records = [
-        (place, record)
-        for file in files
-        for place, record in _records(file, source.by, prefix=len(files) > 1)
-    ]
-    lone = len(files) == 1 and not source.hub
-    shown = str(files[0]) if lone else source.path
-    return parse_records(records, file=shown, fields=source.fields)
+        item
+        for file, name in zip(files, names, strict=True)
+        for item in _records(file, source, by, document=name if documents else "",
+                             before="" if len(files) == 1 and not documents else f"{name} ")
+    ]  # fmt: skip
+    lone = len(files) == 1 and not source.hub and not documents
+    rows = parse_records(
+        records,
+        file=str(files[0]) if lone else source.path,
+        fields=source.fields,
+        answers=source.answers,
+        sharegpt=source.format == "sharegpt",
+        skip=source.skip,
+    )
+    return replace(rows, documents=documents and by == "file", near=source.duplicates == "near")
 
 
 def source_hashes(source: Source) -> dict[str, str]:
@@ -135,11 +183,22 @@ def source_hashes(source: Source) -> dict[str, str]:
         UserError: If a file is not there.
     """
     out: dict[str, str] = {}
-    for file in source_files(source):
-        name = file.name if file.name not in out else f"{file.parent.name}/{file.name}"
+    files = source_files(source)
+    for file, name in zip(files, _names(source, files), strict=True):
         with open_input(file) as stream:
             out[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return out
+
+
+def _names(source: Source, files: Sequence[Path]) -> list[str]:
+    """Return what the files of a source are called: by name, documents by path in their folder."""
+    if _documents(source) is not None:
+        folder = Path(source.path).expanduser()
+        return [file.relative_to(folder).as_posix() for file in files]
+    names: list[str] = []
+    for file in files:
+        names.append(file.name if file.name not in names else f"{file.parent.name}/{file.name}")
+    return names
 
 
 def source_files(source: Source) -> list[Path]:
@@ -154,7 +213,17 @@ def source_files(source: Source) -> list[Path]:
     if not path.is_dir():
         return [path]
     saved = saved_files(path, source.split)
+    if saved is None:
+        saved = _documents(source)
     return saved if saved is not None else folder_files(path, source.config, source.split)
+
+
+def _documents(source: Source) -> list[Path] | None:
+    """Return the files of a folder of texts, each a document, or None for any other source."""
+    path = Path(source.path).expanduser()
+    if source.hub or source.config or source.split or not path.is_dir():
+        return None
+    return text_folder(path)
 
 
 def open_input(path: Path) -> Any:
@@ -183,25 +252,39 @@ def _missing(path: Path) -> str:
     return f"there is no file {path}; {hint}"
 
 
-def _records(file: Path, by: str, *, prefix: bool) -> Iterator[tuple[str, Any]]:
-    """Yield (place, record) of one file; places name the file where there are several."""
+def _records(
+    file: Path, source: Source, by: str, *, document: str, before: str
+) -> Iterator[tuple[str, Any]]:
+    """Yield (place, record) of one file.
+
+    Args:
+        file: The file.
+        source: What it is of.
+        by: What separates documents of a text file.
+        document: Name of the document that it is, or empty.
+        before: What places begin with: the file's name where there are several.
+    """
     extension = file.suffix.lower()
     if file.is_file() and extension not in READABLE:
         raise UserError(
-            f"{file} has the unknown extension '{file.suffix}'; use {', '.join(READABLE[:4])}, "
-            "a saved data set folder or a hub id"
+            f"{file} has the unknown extension '{file.suffix}'; use {', '.join(READABLE[:-1])}, "
+            "a folder or a hub id"
         )
-    before = f"{file.name} " if prefix else ""
     with open_input(file) as stream:
         if extension in (".parquet", ".arrow"):
-            records: Iterable[tuple[str, Any]] = _columns(file)
+            records: Iterable[tuple[str, Any]] = _columns(file, source)
         else:
             data = stream.read()
-            if not data.strip(b"\xef\xbb\xbf \t\r\n"):
+            if not data.strip(b"\xef\xbb\xbf \t\r\n") and not document:
                 raise UserError(f"{file} is empty; put at least one row into it")
             check_bytes(data, file)
-            records = _READ[extension](data, by, file)
+            if extension == ".txt":
+                records = _txt(data, by)
+            else:
+                records = _READ[extension](data, source, file)
     for place, record in records:
+        if document and by == "file":
+            record = {**record, "unit": document}
         yield before + place, record
 
 
@@ -234,7 +317,7 @@ def _line(data: bytes, at: int) -> int:
 def _loads(text: str) -> Any:
     """Parse JSON; an error becomes a value, so that all lines are looked at."""
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         return UserError(f"is not valid JSON ({error.msg.lower()} at column {error.colno})")
     except ValueError as error:
@@ -247,18 +330,28 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _jsonl(data: bytes, by: str, file: Path) -> Iterator[tuple[str, Any]]:
+def _object(pairs: Sequence[tuple[str, Any]]) -> Any:
+    """Return an object, or an error in its place where it has a key twice: which is meant?"""
+    out = dict(pairs)
+    if len(out) == len(pairs):
+        return out
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    return Ambiguous(f"has the key '{twice}' twice; keep the one that is meant")
+
+
+def _jsonl(data: bytes, source: Source, file: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
         if line.strip():
             yield f"line {number}", _loads(line)
 
 
-def _json(data: bytes, by: str, file: Path) -> Iterator[tuple[str, Any]]:
+def _json(data: bytes, source: Source, file: Path) -> Iterator[tuple[str, Any]]:
     """Read a list of objects; files with one object per line are often called .json too."""
     text = data.decode("utf-8-sig")
     if text.lstrip().startswith("["):
         try:
-            items = json.loads(text, parse_constant=_no_constant)
+            items = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{file} line {error.lineno}: is not valid JSON ({error.msg.lower()} at column "
@@ -269,13 +362,13 @@ def _json(data: bytes, by: str, file: Path) -> Iterator[tuple[str, Any]]:
         yield from ((f"item {i}", item) for i, item in enumerate(items, 1))
         return
     whole = _loads(text)
-    if isinstance(whole, Mapping):
+    if isinstance(whole, Mapping | Ambiguous):
         yield "item 1", whole
     else:
-        yield from _jsonl(data, by, file)
+        yield from _jsonl(data, source, file)
 
 
-def _txt(data: bytes, by: str, file: Path) -> Iterator[tuple[str, Any]]:
+def _txt(data: bytes, by: str) -> Iterator[tuple[str, Any]]:
     text = data.decode("utf-8-sig").replace("\r\n", "\n")
     if by == "file":
         yield "line 1", {"text": text.strip("\n")}
@@ -293,20 +386,84 @@ def _txt(data: bytes, by: str, file: Path) -> Iterator[tuple[str, Any]]:
             lines = []
 
 
-_READ: Final = {".jsonl": _jsonl, ".json": _json, ".txt": _txt}
+def _csv(data: bytes, source: Source, file: Path) -> Iterator[tuple[str, Any]]:
+    """Read a table of commas or tabs whose first line names the columns."""
+    tabs = file.suffix.lower() == ".tsv"
+    lines = io.StringIO(data.decode("utf-8-sig"), newline="")
+    reader = csv.reader(lines, "excel-tab" if tabs else "excel", strict=True)
+    usual = csv.field_size_limit(2**31 - 1)  # a cell may hold a book
+    try:
+        yield from _table(reader, source, file)
+    except csv.Error as error:
+        raise UserError(
+            f"{file} line {reader.line_num}: {str(error) or 'is broken'}; close every quote, and "
+            "double those inside a cell"
+        ) from None
+    finally:
+        csv.field_size_limit(usual)
 
 
-def _columns(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a parquet or arrow file."""
+def _table(reader: Any, source: Source, file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the lines of a table as objects."""
+    header: list[str] = []
+    while True:
+        line = reader.line_num + 1
+        cells = next(reader, None)
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if not header:
+            header = cells
+            _check_header(header, source, f"{file} line {line}")
+        elif len(cells) != len(header):
+            raise UserError(
+                f"{file} line {line}: has {len(cells)} cells and the first line names "
+                f"{len(header)} columns; quote cells that hold a separator"
+            )
+        else:
+            yield f"line {line}", dict(zip(header, cells, strict=True))
+
+
+def _check_header(header: Sequence[str], source: Source, where: str) -> None:
+    """Refuse a first line that does not name columns."""
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{where}: names the column '{twice}' twice; give each its own name")
+    record = dict.fromkeys(header, "")
+    if all(lookup(record, path) is None for path in _paths(source)):
+        named = ", ".join(f"'{name[:40]}'" for name in header[:6])
+        raise UserError(
+            f"{where}: must name the columns, and names none that is read (there is {named}); put "
+            "a line such as 'text' above, or name a column as ?text=NAME"
+        )
+
+
+_READ: Final = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv}
+
+
+def _paths(source: Source) -> list[str]:
+    """Return the names and paths that are read of every record."""
+    fields = {"messages": "conversations"} if source.format == "sharegpt" else {}
+    fields |= source.fields
+    paths = (*(fields.get(name, name) for name in FIELDS), *fields.values())
+    return [*dict.fromkeys(part for path in paths for part in (path, *path.split(",")))]
+
+
+def _columns(file: Path, source: Source) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a parquet or arrow file; columns that nobody asked for stay unread."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         if file.suffix.lower() == ".parquet":
-            table = pq.ParquetFile(file).read()
+            opened = pq.ParquetFile(file)
+            names = opened.schema_arrow.names
+            table = opened.read(columns=[n for n in names if _wanted(n, source)])
         else:
             with pa.OSFile(str(file)) as stream:
                 table = _arrow_reader(pa, stream).read_all()
+            names = table.column_names
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -314,11 +471,16 @@ def _columns(file: Path) -> Iterator[tuple[str, Any]]:
         ) from None
     if not table.num_rows:
         raise UserError(f"{file} is empty; put at least one row into it")
+    unread = dict.fromkeys(names)
     number = 0
     for batch in table.to_batches():
-        for record in batch.to_pylist():
+        columns = {
+            path: _values(array, f"{file} row", number, path)
+            for path, array in _arrays(batch, source)
+        }
+        for i in range(batch.num_rows):
             number += 1
-            yield f"row {number}", record
+            yield f"row {number}", unread | {path: values[i] for path, values in columns.items()}
 
 
 def _arrow_reader(pa: Any, stream: Any) -> Any:
@@ -328,3 +490,52 @@ def _arrow_reader(pa: Any, stream: Any) -> Any:
     except pa.ArrowInvalid:
         stream.seek(0)
         return pa.ipc.open_file(stream)
+
+
+def _wanted(column: str, source: Source) -> bool:
+    """Whether a column, or a field in it, is read."""
+    return any(path == column or path.startswith(f"{column}.") for path in _paths(source))
+
+
+def _arrays(batch: Any, source: Source) -> Iterator[tuple[str, Any]]:
+    """Yield (path, values) of what is read: a column, or the field of a struct that a path names.
+
+    Only the field is decoded then, whatever lies beside it.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for path in _paths(source):
+        name = next((n for n in batch.schema.names if path == n or path.startswith(f"{n}.")), None)
+        if name is None:
+            continue
+        array, rest = batch.column(name), path.removeprefix(name).removeprefix(".")
+        while rest and pa.types.is_struct(array.type):
+            head, _, after = rest.partition(".")
+            if array.type.get_field_index(head) < 0:
+                break
+            array, name, rest = pc.struct_field(array, head), f"{name}.{head}", after
+        yield name, array
+
+
+def _values(array: Any, where: str, before: int, path: str) -> list[Any]:
+    """Return the values of a column.
+
+    Raises:
+        UserError: Naming the row of the first that cannot be read.
+    """
+    try:
+        return list(array.to_pylist())
+    except (ValueError, OverflowError, KeyError, ImportError):  # `pytz.UnknownTimeZoneError` is one
+        pass
+    for i in range(len(array)):
+        try:
+            array[i].as_py()
+        except UnicodeDecodeError:
+            reason = "is text that is not valid UTF-8; write it as UTF-8"
+        except (ValueError, OverflowError, KeyError, ImportError) as error:
+            reason = f"cannot be read as {array.type} ({str(error)[:80]}); store it as text"
+        else:
+            continue
+        raise UserError(f"{where} {before + i + 1}: field '{path}' {reason}")
+    raise UserError(f"{where} {before + 1}: field '{path}' cannot be read as {array.type}")

@@ -89,8 +89,9 @@ class DomainSpec(Config, ABC):
 class Files(DomainSpec):
     """Files of one's own. Two are enough: the forget set and the retain set.
 
-    A source is one string: a `.jsonl`, `.json`, `.parquet` or `.txt` file, a folder saved by
-    `datasets` or laid out as on the hub, or `owner/name:config@revision#split`. Rows hold `text`,
+    A source is one string: a `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv` or `.txt` file, a folder
+    of texts, saved by `datasets` or laid out as on the hub, or `owner/name:config@revision#split`,
+    with options after a question mark (`docs/data.md`). Rows hold `text`,
     `prompt`+`completion`, `question`+`choices`+`answer` or `messages`, and perhaps `unit`, `group`,
     `wording` and `capability`. Roles without a file are cut from `forget` and `retain`, with the
     shares that `excise.data.split` states.
@@ -200,7 +201,7 @@ class Files(DomainSpec):
             UserError: With up to five problems, each naming file and line.
         """
         fixed = read_split(Path(self.split), self.hashes()) if self.split else None
-        sets, notes = read_sets(self.sources())
+        sets, notes = read_sets(self.sources(), sensitive=self.sensitive)
         check_overlaps(sets)
         seed = fixed.seed if fixed else self.seed
         layout, why = _layout(self, sets)

@@ -7,20 +7,26 @@ torch.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from excise.core.errors import UserError, counted
-from excise.data.dedup import Clusters, Duplicates, find_duplicates, text_hash
+from excise.data.dedup import Clusters, Duplicates, find_duplicates, shared_words, text_hash
 from excise.data.domain import Row, Rows, text_of
-from excise.data.rows import Located, Problems, SourceRows
+from excise.data.rows import Located, Problems, SourceRows, reasons
 from excise.data.sources import parse_source, read_source
 
 BY_CAPABILITY = ("forget", "relearn", "test", "dev_forget")
 """Roles that are kept by capability."""
+
+TEMPLATE_TEXTS = 5
+"""Different texts from which a cluster of near duplicates may be rows of one template."""
+
+TEMPLATE_SHARE = 0.2
+"""Share of a set's rows that a template may put into one unit with others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +50,12 @@ Sets = Mapping[str, tuple[UnitRow, ...]]
 """Rows by set."""
 
 
-def read_sets(specs: Mapping[str, str]) -> tuple[Sets, tuple[str, ...]]:
+def read_sets(specs: Mapping[str, str], *, sensitive: bool = False) -> tuple[Sets, tuple[str, ...]]:
     """Read every source and give every row its unit.
 
     Args:
         specs: Source by set.
+        sensitive: Whether notes give places alone, since reasons may quote what stands there.
 
     Returns:
         The rows by set, and notes on what was left out or merged.
@@ -64,13 +71,30 @@ def read_sets(specs: Mapping[str, str]) -> tuple[Sets, tuple[str, ...]]:
         except UserError as error:
             problems.add(error)
     problems.check()
-    notes = tuple(
-        f"{name}: {source.blank} blank texts were left out"
-        for name, source in loaded.items()
-        if source.blank
-    )
-    sets, merged = give_units({name: source.rows for name, source in loaded.items()})
+    notes = [note for name, source in loaded.items() for note in _left_out(name, source, sensitive)]
+    sets, merged = give_units(loaded)
     return sets, (*notes, *merged)
+
+
+def _left_out(name: str, source: SourceRows, sensitive: bool) -> Iterable[str]:
+    """Yield the notes on what of a source was left out, and on rows that name no unit."""
+    if source.blank:
+        yield f"{name}: {source.blank} blank texts were left out"
+    if source.skipped:
+        total = len(source.rows) + source.blank + len(source.skipped)
+        why = [
+            (_place(where) if sensitive else f"{_place(where)}: {reason}")
+            for where, reason, _ in reasons(source.skipped)
+        ]
+        yield (
+            f"{name}: {len(source.skipped)} of {total} rows cannot be used and were left out, for "
+            f"example {'; '.join(why[:3])}"
+        )
+    nameless = sum(not located.row.unit for located in source.rows)
+    if 0 < nameless < len(source.rows):
+        yield (
+            f"{name}: {nameless} of {len(source.rows)} rows name no unit; each is one by its text"
+        )
 
 
 def _with_capability(loaded: SourceRows, name: str) -> SourceRows:
@@ -83,6 +107,8 @@ def _with_capability(loaded: SourceRows, name: str) -> SourceRows:
             out.append(located)
             continue
         wanted = capability if role in BY_CAPABILITY else ""
+        if loaded.documents:  # equal names of files mean one document in one capability alone
+            row = replace(row, unit=f"{wanted or role}/{row.unit}")
         if row.capability and row.capability != wanted:
             belongs = f"capability '{wanted}'" if wanted else "what everybody may know"
             raise UserError(
@@ -90,23 +116,27 @@ def _with_capability(loaded: SourceRows, name: str) -> SourceRows:
                 f"{belongs}; move the row or remove the field"
             )
         out.append(replace(located, row=replace(row, capability=wanted)))
-    return SourceRows(tuple(out), loaded.blank)
+    return replace(loaded, rows=tuple(out))
 
 
-def give_units(sets: Mapping[str, tuple[Located, ...]]) -> tuple[Sets, tuple[str, ...]]:
+def give_units(sources: Mapping[str, SourceRows]) -> tuple[Sets, tuple[str, ...]]:
     """Give every row a unit: its own, merged where texts of different units are duplicates.
 
     Without an id a row's unit is the cluster of its near duplicates, over all sets.
 
     Args:
-        sets: Rows by set.
+        sources: Rows by set.
 
     Returns:
         The rows with units, and notes with the number of duplicates and an example.
+
+    Raises:
+        UserError: If many rows of a set would be one unit for the sake of a template.
     """
-    flat = [located for rows in sets.values() for located in rows]
+    flat = [located for source in sources.values() for located in source.rows]
     texts = [text_of(located.row) for located in flat]
-    duplicates = find_duplicates(texts)
+    near = [source.near for source in sources.values() for _ in source.rows]
+    duplicates = find_duplicates(texts, {i for i, joined in enumerate(near) if not joined})
     clusters = Clusters()
     for i, located in enumerate(flat):
         clusters.join(i, duplicates.cluster[i])
@@ -130,8 +160,53 @@ def give_units(sets: Mapping[str, tuple[Located, ...]]) -> tuple[Sets, tuple[str
         )
         for i, located in enumerate(flat)
     )
-    out = {name: tuple(next(united) for _ in rows) for name, rows in sets.items()}
-    return out, _notes(flat, duplicates)
+    out = {name: tuple(next(united) for _ in source.rows) for name, source in sources.items()}
+    named = [name for name, source in sources.items() for _ in source.rows]
+    return out, (*_notes(flat, duplicates), *_templates(flat, texts, named, duplicates))
+
+
+def _templates(
+    flat: list[Located], texts: list[str], named: list[str], duplicates: Duplicates
+) -> Iterable[str]:
+    """Yield notes on rows of different texts that are one unit because they share a long passage.
+
+    Args:
+        flat: Rows.
+        texts: What each says.
+        named: Set of each.
+        duplicates: Clusters of the texts.
+
+    Raises:
+        UserError: If that is more than `TEMPLATE_SHARE` of a set's rows.
+    """
+    clusters: dict[int, list[int]] = defaultdict(list)
+    for i, at in enumerate(duplicates.cluster):
+        clusters[at].append(i)
+    joined: Counter[str] = Counter()
+    notes = []
+    for group in clusters.values():
+        # Rows that name one unit belong together whatever they say.
+        owners = {flat[i].row.unit or text_hash(texts[i]): i for i in reversed(group)}
+        distinct = {text_hash(texts[i]): texts[i] for i in group}
+        if min(len(owners), len(distinct)) < TEMPLATE_TEXTS:
+            continue
+        words = shared_words([*distinct.values()])
+        if words:
+            a, b, *_ = (flat[i].where for i in sorted(owners.values()))
+            joined.update(named[i] for i in group)
+            notes.append(
+                f"{len(group)} rows of {len(distinct)} texts are one unit, because they share "
+                f"about {words} words, for example {_place(a)} and {_place(b)}"
+            )
+    total = Counter(named)
+    for name, count in joined.items():
+        if count > TEMPLATE_SHARE * total[name]:
+            raise UserError(
+                f"{name}: {count} of {total[name]} rows would be put together with others as near "
+                f"duplicates, since a passage that they share is most of them ({notes[0]}); add "
+                "?duplicates=exact to the source if it is a template, or remove the copies"
+            )
+    return notes
 
 
 def _versions(duplicates: Duplicates, texts: list[str]) -> list[str]:
@@ -147,7 +222,7 @@ def _notes(flat: list[Located], duplicates: Duplicates) -> tuple[str, ...]:
     notes = []
     for kind, pairs in (("exact", duplicates.exact), ("near", duplicates.near)):
         if pairs:
-            a, b = (flat[i] for i in pairs[0])
+            a, b = (flat[i].where for i in pairs[0])
             notes.append(
                 f"{len(pairs)} {kind} duplicates were put into one unit with what they repeat, "
                 f"for example {_place(b)} with {_place(a)}"
@@ -158,17 +233,17 @@ def _notes(flat: list[Located], duplicates: Duplicates) -> tuple[str, ...]:
         if flat[a].row.unit and flat[b].row.unit and flat[a].row.unit != flat[b].row.unit
     ]
     if apart:
-        a, b = (flat[i] for i in apart[0])
+        a, b = (flat[i].where for i in apart[0])
         notes.append(
             f"{len(apart)} of these had different unit ids, for example {_place(b)} and {_place(a)}"
         )
     return tuple(notes)
 
 
-def _place(located: Located | UnitRow) -> str:
+def _place(where: str) -> str:
     """Return a place with the bare name of its file."""
-    folder, _, name = located.where.rpartition("/")
-    return name if folder else Path(located.where).name
+    folder, _, name = where.rpartition("/")
+    return name if folder else Path(where).name
 
 
 def units_of(rows: tuple[UnitRow, ...]) -> dict[str, UnitRow]:

@@ -362,6 +362,7 @@ def _save_adapter(model: Any, start: Checkpoint, folder: Path) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path = str(start.path)
     model.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty form
 
 
 def state_dir(ctx: Context) -> Path:

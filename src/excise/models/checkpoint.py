@@ -99,7 +99,7 @@ def open_checkpoint(
         return _from_memory(source, tokenizer, cache)
     beside = _tokenizer_folder(tokenizer, cache)
     path = Path(source).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix.lower() == ".gguf" and path.is_file():
         return _from_gguf(path, beside, cache)
     if not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
         path = fetch_hub(source, revision, trust_remote_code=trust_remote_code)
@@ -133,7 +133,7 @@ def open_outline(
     path = Path(source).expanduser()
     with tempfile.TemporaryDirectory() as scratch:
         beside = _tokenizer_folder(tokenizer, Path(scratch))
-        if path.suffix == ".gguf" and path.is_file():
+        if path.suffix.lower() == ".gguf" and path.is_file():
             path = _outline_of_gguf(path, Path(scratch))
         elif not path.exists() and _HUB_ID.fullmatch(str(source)):
             path = fetch_hub(str(source), revision, patterns=("config.json", *TOKENIZER_FILES))
@@ -436,7 +436,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         if (path / "adapter_config.json").is_file():
-            raise UserError(f"{path} holds an adapter, not a model; merge it into its model first")
+            raise UserError(
+                f"{path} holds an adapter, not a model; merge it into its model first, as with "
+                f"`excise export {path} --base MODEL --merge --out DIR`"
+            )
         raise UserError(f"{path} holds no config.json; name the folder of a transformers model")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ stores them in) and `delta.json` (fingerprint of the base, hash of the tensors).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from excise.core.disk import check_free, new_folder
 from excise.core.errors import UserError
 from excise.models import files
 from excise.models.checkpoint import Checkpoint
+from excise.models.lora import load_adapter, merge
 
 TENSORS, FACTS = "delta.safetensors", "delta.json"
 FORMAT = 1
@@ -101,3 +103,29 @@ def export(delta: Path, base: Checkpoint, to: Path, *, link: bool = False) -> Ch
             f"and {base.path} has {base.fingerprint[:12]}; name its own base"
         )
     return base.write(tensors, to, link=link)
+
+
+def export_adapter(
+    adapter: Path, base: Checkpoint, to: Path, *, scale: float = 1.0, link: bool = False
+) -> Checkpoint:
+    """Write a base with a LoRA adapter added to it, `scale` times.
+
+    Args:
+        adapter: Folder of the adapter, as peft saves it.
+        base: The model it was trained on; it is read and never written.
+        to: A folder that does not exist or is empty.
+        scale: How often the adapter is added; -1 negates it (see `merge`).
+        link: Whether to hard-link shards without a changed tensor instead of copying them.
+
+    Returns:
+        The merged model, its weights in the dtype that the base stores them in.
+
+    Raises:
+        UserError: If the folder holds no LoRA adapter of this base, a weight does not fit its
+            dtype, the scale is 0 or not finite, or `to` is not free.
+    """
+    check_free(to)
+    if not math.isfinite(scale) or not scale:
+        raise UserError(f"--scale {scale} adds nothing that can be written; give -1, 0.5 ...")
+    changed, _ = merge(load_adapter(base.load(), adapter), scale)
+    return base.write(changed, to, link=link)

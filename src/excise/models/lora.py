@@ -5,13 +5,18 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", ar
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from excise.core.config import Config
@@ -30,6 +35,16 @@ from excise.models.structure import sizes
 
 PeftModel = Any
 """A `peft.PeftModel`."""
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_BEYOND_LORA = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias",
+                "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+                "arrow_config", "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
+"""Settings of peft with which an adapter is more than the product of two matrices."""
+
+_STARTS_FROM_BASE = (True, False, "gaussian", "eva", "orthogonal")
+"""Settings of `init_lora_weights` that leave the weights of the base as they are."""
 
 
 class LoRA(Config):
@@ -163,6 +178,58 @@ def adapted(
             parameter.requires_grad_(required)
 
 
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """Put a saved LoRA adapter on a model, which is changed by it.
+
+    Args:
+        model: A `transformers` causal model, not wrapped.
+        folder: What `save_pretrained` of a peft model wrote.
+
+    Returns:
+        The peft model.
+
+    Raises:
+        UserError: If peft is missing, the folder holds no plain LoRA adapter, a file of it is
+            broken, or it is not an adapter of this model.
+    """
+    peft = _peft()
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no {name}; name the folder of a LoRA adapter")
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+    except (ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(
+            f"the adapter in {folder} cannot be read: {reason}; copy it again"
+        ) from None
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+        raise UserError(f"{folder} holds an adapter of kind {config.peft_type}; only LoRA is read")
+    more = [name for name in _BEYOND_LORA if getattr(config, name, None)]
+    more += ["bias"] if config.bias != "none" else []
+    more += [] if config.init_lora_weights in _STARTS_FROM_BASE else ["init_lora_weights"]
+    if more:
+        raise UserError(
+            f"the adapter in {folder} sets {', '.join(more)}, so it is more than a product of two "
+            "matrices on its base; merge it with peft"
+        )
+    wrong = f"the adapter in {folder} does not fit the base; name the model it was trained on"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each of them is an error below
+            wrapped = peft.get_peft_model(model, config)
+            loaded = peft.set_peft_model_state_dict(wrapped, weights)
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{wrong} ({reason})") from None
+    missing = [name for name in loaded.missing_keys if is_adapter(name)]
+    for kind, names in (("lacks", missing), ("has", loaded.unexpected_keys)):
+        if names:
+            raise UserError(f"{wrong} (it {kind} '{names[0]}')")
+    return wrapped
+
+
 @contextmanager
 def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Draw from `seed` while the block runs, and leave the global random state as it was."""
@@ -218,14 +285,19 @@ def reference(model: nn.Module) -> Iterator[PeftModel]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
+def merge(model: nn.Module, scale: float = 1.0) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return the weights with the adapter added, without changing the model.
+
+    A negative scale takes away what the adapter was trained for (Ilharco et al. 2023, "Editing
+    models with task arithmetic", arXiv:2212.04089; Zhang et al. 2023, "Composing parameter-
+    efficient modules with arithmetic operations", arXiv:2306.14870).
 
     Sums are formed in float32 and rounded once to the dtype of the weights; the update of fused
     experts is rounded to it first, as it is in the adapted model's forward.
 
     Args:
         model: What `adapted` yields, or a wrapper of it.
+        scale: How often the update is added.
 
     Returns:
         The changed weights by canonical name, and what rounding cost: `merge_rounding` is the
@@ -234,11 +306,12 @@ def merge(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
         entries that bfloat16 rounds back to the weight they had; `adapter_parameters` counts.
 
     Raises:
-        UserError: If the model has no adapter.
+        UserError: If the model has no adapter, or one on a weight that is shared.
     """
     wrapped = _find_peft(model)
     prefix, _ = unwrap(wrapped)
     own = parameters_by_name(wrapped)
+    uses = Counter(id(p) for _, p in wrapped.named_parameters(remove_duplicate=False))
     merged: dict[str, Tensor] = {}
     cost = {"merge_rounding": 0.0, "merge_rounding_bf16": 0.0}
     changed = lost = 0
@@ -247,8 +320,10 @@ def merge(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
             continue
         leaf = getattr(layer, "parameter_name", "weight")
         name = f"{canonical(real, prefix)}.{leaf}"
+        if name not in own or uses[id(own[name])] > 1:
+            raise UserError(f"the adapter is on '{name}', which is shared; it cannot be merged")
         weight = own[name].detach()
-        exact = weight.float() + _delta(layer)
+        exact = weight.float() + scale * _delta(layer)
         merged[name] = exact.to(weight.dtype)
         short, old = exact.bfloat16(), weight.bfloat16()
         for key, rounded in (("merge_rounding", merged[name]), ("merge_rounding_bf16", short)):

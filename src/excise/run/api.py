@@ -50,7 +50,8 @@ def remove(
         method: The method with its hyper-parameters.
         domain: What to remove and what to keep.
         tokenizer: Needed with a model in memory.
-        out: Folder to write to; the model lies in `out/model`. A new temporary folder when
+        out: Folder to write to; the model lies in `out/model`, a LoRA adapter or delta that the
+            method keeps in `out/adapter` or `out/delta`. A new temporary folder when
             missing. The removal itself is a stage beside `out`: called again with the same
             arguments it is found or resumes, called with others it is made anew.
         seed: Seed of everything random.
@@ -68,7 +69,8 @@ def remove(
     stage = ApplyMethod(method, start, _build(domain, start), seed)
     with disk_full(folder), output.hold(folder), Pool(1) as pool:
         removal = pool.map(output.runtime(folder, dtype, device).run, [stage])[0]
-        output.copy_model(removal.checkpoint, folder / "model")
+        output.copy_folder(removal.checkpoint.path, folder / "model")
+        output.copy_edits(folder, {"": removal})
     checkpoint = dataclasses.replace(removal.checkpoint, path=folder / "model")
     return dataclasses.replace(removal, checkpoint=checkpoint)
 

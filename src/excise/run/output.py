@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,6 +28,7 @@ from excise.data import split as splits
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.data.split import split_of
+from excise.methods.base import Removal
 from excise.models.checkpoint import Checkpoint
 from excise.record import Item, Record, load, save
 from excise.report.card import render_card
@@ -36,6 +38,8 @@ from excise.run.environment import device_of
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
 CARD = "README.md"
+EDITS = {"adapter", "delta"}
+"""What a method may keep beside its model."""
 
 
 def runtime(out: Path, dtype: str, device: str, emit: Emit = silent) -> Runtime:
@@ -236,20 +240,42 @@ def copy_models(out: Path, models: Mapping[str, Checkpoint]) -> dict[str, Path]:
     folders = {}
     for name, checkpoint in models.items():
         folder = out / "model" if len(models) == 1 else out / "models" / name
-        copy_model(checkpoint, folder)
+        copy_folder(checkpoint.path, folder)
         folders[name] = folder
     return folders
 
 
-def copy_model(checkpoint: Checkpoint, to: Path) -> None:
-    """Copy a model folder, unless its copy is there byte by byte; another one is replaced."""
+def copy_edits(out: Path, removals: Mapping[str, Removal]) -> dict[str, dict[str, Any]]:
+    """Copy the LoRA adapters and deltas that methods keep where a user finds them.
+
+    Args:
+        out: Output folder; those of one method run go to `adapter` and `delta`, of several to
+            `adapters/NAME` and `deltas/NAME`.
+        removals: What the methods returned, by method run.
+
+    Returns:
+        By method run and kind what the record says: where it lies, and the SHA-256 of every file.
+    """
+    edits: dict[str, dict[str, Any]] = {}
+    for name, removal in removals.items():
+        kept = removal.extras.get("files", {})
+        for kind in EDITS & kept.keys():
+            folder = Path(kind) if len(removals) == 1 else Path(f"{kind}s") / name
+            copy_folder(Path(kept[kind]), out / folder)
+            sums = {file: file_sum(path) for file, path in files_of(out / folder).items()}
+            edits.setdefault(name, {})[kind] = {"path": folder.as_posix(), "sha256": sums}
+    return edits
+
+
+def copy_folder(source: Path, to: Path) -> None:
+    """Copy a folder, unless its copy is there byte by byte; another one is replaced."""
     if to.is_dir():
         there = {name: file_sum(path) for name, path in files_of(to).items() if name != CARD}
-        wanted = {name: file_sum(path) for name, path in files_of(checkpoint.path).items()}
+        wanted = {name: file_sum(path) for name, path in files_of(source).items()}
         if there == {name: known for name, known in wanted.items() if name != CARD}:
             return
     with new_folder(to, replace=True) as partial:
-        for name, path in files_of(checkpoint.path).items():
+        for name, path in files_of(source).items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             clone_file(path, partial / name)
 

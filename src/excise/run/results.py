@@ -135,9 +135,16 @@ def model_ref(name: str, model: Checkpoint, source: str = "") -> ModelRef:
     )
 
 
-def method_run(name: str, method: Method, removal: Removal, seed: int) -> MethodRun:
-    """Return what the record says of one removal."""
+def method_run(
+    name: str,
+    method: Method,
+    removal: Removal,
+    seed: int,
+    edits: Mapping[str, Any],
+) -> MethodRun:
+    """Return what the record says of one removal, and of the adapter or delta that it keeps."""
     extras = {key: value for key, value in removal.extras.items() if key != "files"}
+    extras |= edits
     return MethodRun(
         name=name,
         method=method.model_dump(mode="json"),

@@ -56,10 +56,14 @@ def run(
         emit("phase", {"text": "looking for work that is done already"})
         removals = remove_all(recipe, domain, models, runtime, pool)
         edited = {name: removal.checkpoint for name, removal in removals.items()}
+        edits = output.copy_edits(out, removals)
         if recipe.refit:  # what was audited stays; the record's removals are the refitted ones
             removals = refit(recipe, models, removals, runtime, pool, out)
         record = new_record(recipe, kind, command, domain, models, runtime, started)
-        arms = tuple(method_run(n, recipe.arms[n], r, recipe.seed) for n, r in removals.items())
+        arms = tuple(
+            method_run(n, recipe.arms[n], r, recipe.seed, edits.get(n, {}))
+            for n, r in removals.items()
+        )
         record = record.model_copy(update={"method_runs": arms})
         # The gap of the model made by data filtering is the audit's measured null.
         null = next((n for n, m in recipe.arms.items() if isinstance(m, Filtering)), "")

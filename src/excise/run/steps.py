@@ -175,6 +175,7 @@ def refit(
     spec = recipe.domain.model_copy(update={"refit": True})
     again = remove_all(recipe, spec.build(models.original), models, runtime, pool)
     output.copy_models(out / "refit", {n: r.checkpoint for n, r in again.items()})
+    output.copy_edits(out / "refit", again)
     return {
         name: replace(
             removal,

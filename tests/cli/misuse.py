@@ -343,4 +343,60 @@ OUTPUT: dict[str, Case] = {
     "export at a scale in words": Case(
         "export made --base model --merge --scale half --out out", ("--scale", "number", "'half'")
     ),
+    "claim of another kind": Case(remove("--claim erasure"), ("--claim", "deletion", "capability")),
+    "deletion refitted": Case(
+        remove("--claim deletion --refit"), ("refit", "every forget row already")
+    ),
+    "deletion of too few": Case(
+        remove("--claim deletion", forget="few.jsonl"),
+        ("forget.forget", "4 units", "at least 5 are needed"),
+        {"few.jsonl": m.texts("few", 4)},
+    ),
+    "deletion scored on others": Case(
+        remove("--claim deletion --test q.jsonl"),
+        ("q.jsonl line 1", "no unit of forget.forget", "'unit'"),
+        {"q.jsonl": m.texts("other", 4)},
+    ),
+    "questions and texts to score": Case(
+        remove("--test a=q.jsonl", forget="a=f.jsonl --forget b=g.jsonl"),
+        ("test", "several shapes", "choice, text"),
+        {
+            "g.jsonl": m.texts("g"),
+            "q.jsonl": m.jsonl({"question": "Why?", "choices": ["a", "b"], "answer": 0}),
+        },
+    ),
+    "scored neighbours of nothing": Case(
+        remove("--adjacent-test f.jsonl"), ("adjacent_test", "needs 'adjacent' too")
+    ),
+    "no retain test": Case(remove("--retain-test nope.jsonl"), ("nope.jsonl",)),
+    "test of an unknown capability": Case(
+        remove("--test bio=f.jsonl"), ("test.bio", "no capability of forget")
+    ),
+    "data beside an output folder": Case(
+        "audit made --test f.jsonl --out out", ("--test", "made", "in place of the folder")
+    ),
+    "card of nothing": Case("card made", ("made", "no run.json"), {"made/x": ""}),
+    "card of an audit": Case(
+        "card made", ("made", "no removal", "run or remove"), run_json(schema=2, kind="audit")
+    ),
+    "card of a model that is gone": Case(
+        "card made",
+        ("made", "no longer in", "make it again"),
+        run_json(
+            schema=2,
+            kind="remove",
+            method_runs=[
+                {
+                    "name": "rmu",
+                    "method": {},
+                    "model": {"name": "rmu", "path": "model", "fingerprint": "ab"},
+                }
+            ],
+        ),
+    ),
+    "audit of a domain in memory": Case(
+        "audit made --out out",
+        ("made", "Domain in memory", "--model made/model"),
+        run_json(schema=2, kind="remove", config={"domain": None}),
+    ),
 }

@@ -9,6 +9,7 @@ import yaml
 from tests.report import parts, sample
 
 from excise.core.errors import UserError
+from excise.record import ModelRef
 from excise.report.card import blocks, front_matter, render_card
 
 UPSTREAM = """---
@@ -93,19 +94,26 @@ def test_says_what_came_back_and_what_it_does_not_show() -> None:
     assert "passed, but does not count" in card
     assert "## What this does not show" in card
     assert "excise run facts --out out/facts" in card
-    assert f"The weights in this folder, SHA-256 `{parts.digest('rmu')}`" in card
+    assert f"The weights in this folder (fingerprint `{parts.digest('rmu')}`)" in card
 
 
 def test_refit_names_the_audited_model() -> None:
     record = sample.full()
     arm = record.method_runs[1]
-    refit = arm.model_copy(update={"extras": {**arm.extras, "refit": {"fingerprint": "f" * 64}}})
-    card = render_card(
-        record.model_copy(update={"method_runs": (record.method_runs[0], refit)}), "rmu"
+    files = {"model.safetensors": "e" * 64}
+    refit = arm.model_copy(
+        update={"refit": ModelRef(name="rmu", fingerprint="f" * 64, files=files)}
     )
-    assert f"the weights in this folder (SHA-256 `{'f' * 64}`) are that refit." in card
+    record = record.model_copy(update={"method_runs": (record.method_runs[0], refit)})
+    card = render_card(record, "rmu", refit=True)
+    assert f"the weights in this folder (fingerprint `{'f' * 64}`) are that refit." in card
+    assert f"| model.safetensors | {'e' * 64} |" in card
     assert "**They were not attacked.**" in card
-    assert f"method's part of the split, SHA-256 `{parts.digest('rmu')}`" in card
+    assert f"method's part of the split (fingerprint `{parts.digest('rmu')}`)" in card
+    assert card.index("was not attacked") < card.index("After 8,192 tokens")
+    beside = render_card(record, "rmu")
+    assert f"The weights in this folder (fingerprint `{parts.digest('rmu')}`)" in beside
+    assert "refit" not in beside
 
 
 def test_unattacked_and_unknown_models() -> None:

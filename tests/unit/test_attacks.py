@@ -25,6 +25,7 @@ from excise.auditor.controls import (
     WithinBuckets,
 )
 from excise.auditor.controls.control import Control, make_control
+from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.prompting import beginnings, shown
 from excise.core.context import Context
 from excise.data.domain import Domain, Rows
@@ -282,9 +283,9 @@ def test_coaxing_has_a_control_where_words_can_be_spelled(facts_domain: Domain) 
     assert coaxed.prompt == test[0].prompt + "\nAnswer: the"
 
 
-def test_texts_are_relearned_where_questions_are_asked(
-    folder: Path, knowing: Checkpoint, facts_domain: Domain
-) -> None:
+@pytest.fixture(params=["questions", "texts"])
+def research(request: pytest.FixtureRequest, facts_domain: Domain) -> Domain:
+    """The facts as texts to train on and questions to score; dev as either."""
     objects = sorted({row.completion for row in facts_domain.retain})
 
     def asked(rows: Rows) -> Rows:
@@ -298,13 +299,71 @@ def test_texts_are_relearned_where_questions_are_asked(
     def told(rows: Rows) -> Rows:
         return tuple(replace(r, text=shown(r), prompt="", completion="") for r in rows)
 
-    domain = replace(
+    dev = asked if request.param == "questions" else told
+    return replace(
         facts_domain,
         test={"tests": asked(facts_domain.test["tests"])},
-        dev_forget={"tests": asked(facts_domain.dev_forget["tests"])},
+        dev_forget={"tests": dev(facts_domain.dev_forget["tests"])},
         relearn={"tests": told(facts_domain.relearn["tests"])},
+        fresh=told(facts_domain.fresh),
+        retain_test=asked(facts_domain.retain_test),
         metrics=("multiple_choice", "text_loss"),
+        retain_metrics=("multiple_choice", "text_loss"),
     )
+
+
+def test_the_rate_is_chosen_by_what_dev_rows_are_scored_by(
+    folder: Path, knowing: Checkpoint, research: Domain
+) -> None:
+    """Where dev is texts, less loss is more knowledge, whatever questions are scored by."""
+    texts = research.dev_forget["tests"][0].kind == "text"
+    budget = SMOKE.model_copy(update={"steps": 8, "checkpoints": (0, 8), "rates": (1e-5, 3e-3)})
+    evaluation = evaluation_set(research, budget, knowing.tokenizer())
+    assert evaluation.dev_metric == ("text_loss" if texts else "multiple_choice")
+    assert evaluation.higher is not texts
+    result = ATTACKS["transfer"]().run(Subject("x", knowing), research, budget, Context(folder))
+    dev = [variant.dev_score for variant in result.variants]
+    best = min(dev) if texts else max(dev)
+    assert [dev[i] for i in result.chosen] == [best]
+    # Fresh texts have no template in common with questions: their loss tells nothing about V.
+    assert all(not variant.extras["loss_fresh"] for variant in result.variants)
+    assert all(variant.extras["loss_V"] for variant in result.variants)
+
+
+@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"relearn"}))
+def test_every_attack_scores_questions_and_chooses_on_texts(
+    name: str, folder: Path, knowing: Checkpoint, research: Domain
+) -> None:
+    budget = SMOKE.model_copy(
+        update={"steps": 1, "checkpoints": (0, 1), "rates": (1e-3,), "max_test_rows": 8,
+                "max_other_rows": 8}
+    )  # fmt: skip
+    result = ATTACKS[name]().run(Subject("x", knowing), research, budget, Context(folder))
+    assert {variant.entry.metric for variant in result.variants} == {"multiple_choice"}
+    assert all(0 <= score <= 1 for v in result.variants for score in v.unit_scores[-1].values())
+    loss = research.dev_forget["tests"][0].kind == "text"
+    bare = [v.dev_score for v in result.variants if not v.entry.control]
+    assert all(score > 1 for score in bare) if loss else all(score <= 1 for score in bare)
+
+
+def test_controls_hide_what_dev_rows_are_scored_by(
+    tmp_path: Path, knowing: Checkpoint, research: Domain
+) -> None:
+    """Texts can be hidden where questions cannot, and V says whether what was hidden counts."""
+    kind, to = GatedEdit(), tmp_path / "control"
+    control = make_control(kind, knowing, research, SMOKE, Context(tmp_path), to)
+    assert 0.5 < control.before <= 1
+    if research.dev_forget["tests"][0].kind == "text":
+        assert control.checkpoint is not None
+        assert 0 <= control.after < control.before
+    else:
+        assert control.reason.startswith("no gate")
+
+
+def test_texts_are_relearned_where_questions_are_asked(
+    folder: Path, knowing: Checkpoint, research: Domain
+) -> None:
+    domain = research
     budget = SMOKE.model_copy(update={"steps": 1, "checkpoints": (0, 1), "rates": (1e-3,)})
     subject = Subject("original", knowing)
     ctx = Context(folder)

@@ -57,18 +57,18 @@ DOMAINS: dict[str, Case] = {
     "forget and retain share units": (
         {"r.jsonl": texts(17, 20)},
         {},
-        r"forget\.forget and retain share 3 unit\(s\), for example f\.jsonl line \d+ and "
+        r"forget\.forget and retain share 3 units, for example f\.jsonl line \d+ and "
         r"r\.jsonl line \d; remove",
     ),
     "near duplicates across": (
         {"f.jsonl": long(" a") + texts(0, 20), "r.jsonl": long(" b") + texts(100, 20)},
         {},
-        r"share 1 unit\(s\), for example f\.jsonl line 1 and r\.jsonl line 1",
+        r"share 1 unit, for example f\.jsonl line 1 and r\.jsonl line 1",
     ),
     "unit ids across": (
         {"f.jsonl": texts(0, 1, unit=7) + texts(1, 19), "r.jsonl": texts(100, 1, unit="7")},
         {},
-        r"share 1 unit\(s\).*or give the rows unit ids of their own",
+        r"share 1 unit.*or give the rows unit ids of their own",
     ),
     "test inside relearn": (
         {"t.jsonl": texts(200, 5), "v.jsonl": texts(204, 5)},
@@ -99,19 +99,19 @@ DOMAINS: dict[str, Case] = {
     "too few forget units": (
         {"f.jsonl": texts(0, 9)},
         {},
-        r"forget\.forget has 9 unit\(s\), too few to cut .*; at least 10 are needed",
+        r"forget\.forget has 9 units, too few to cut .*; at least 10 are needed",
     ),
-    "copies are one unit": ({"f.jsonl": texts(0, 1) * 30}, {}, r"has 1 unit\(s\), too few"),
-    "too few retain units": ({"r.jsonl": texts(100, 4)}, {}, r"retain has 4 unit\(s\), too few"),
+    "copies are one unit": ({"f.jsonl": texts(0, 1) * 30}, {}, r"has 1 unit, too few"),
+    "too few retain units": ({"r.jsonl": texts(100, 4)}, {}, r"retain has 4 units, too few"),
     "too few groups": (
         {"f.jsonl": grouped(30)},
         {},
-        r"forget\.forget has 3 group\(s\), which are never split, .*; at least 4 are needed",
+        r"forget\.forget has 3 groups, which are never split, .*; at least 4 are needed",
     ),
     "too few wordings": (
         {"f.jsonl": questions(4, 3)},
         {},
-        r"has 4 unit\(s\), too few .*; at least 5 are needed, each in several paraphrases",
+        r"has 4 units, too few .*; at least 5 are needed, each in several paraphrases",
     ),
     "test half in forget": (
         {"v.jsonl": texts(0, 2) + texts(200, 3)},

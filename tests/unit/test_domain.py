@@ -43,6 +43,7 @@ CHANGED: dict[str, Any] = {
     "sensitive": True,
     "notes": ("a remark",),
     "mix_share": 0.25,
+    "paraphrases": {"one": (A,)},
 }
 """Another value of every field; a new field needs one too."""
 ROW: dict[str, Any] = {

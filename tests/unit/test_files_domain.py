@@ -287,6 +287,77 @@ def test_claim_metrics_and_chunks_as_asked(tmp_path: Path) -> None:
     assert len(units(domain.retain)) == 12
 
 
+def test_a_deletion_scores_rows_that_the_method_sees(tmp_path: Path) -> None:
+    put(tmp_path, f=documents(20, 0, words=150), r=documents(20, 1))
+    domain = spec(tmp_path, claim="deletion").build(None)
+    forget, test = domain.forget["forget"], domain.test["forget"]
+    apart = [units(rows["forget"]) for rows in (domain.relearn, domain.test, domain.dev_forget)]
+    assert [len(each) for each in apart] == [8, 8, 4]
+    assert len(set().union(*apart)) == len(units(forget)) == 20
+    assert set(test) < set(forget)
+    assert domain.verbatim
+    assert (domain.exposure, domain.metrics) == ("seen", ("text_loss", "continuation"))
+    # All of a document is trained on and scored, in pieces that fit.
+    assert {len(row.text.split()) for row in test} == {50}
+    assert len(test) == 8 * 3
+    write_split(
+        tmp_path / "s.json", split_of(domain, sources=spec(tmp_path, claim="deletion").hashes())
+    )
+    # A later audit need not be told: the split says so.
+    later = spec(tmp_path, split=str(tmp_path / "s.json"))
+    assert later.build(None).fingerprint == domain.fingerprint
+    plain = spec(tmp_path)
+    write_split(tmp_path / "p.json", split_of(plain.build(None), sources=plain.hashes()))
+    with pytest.raises(UserError, match="was not made for a deletion"):
+        spec(tmp_path, claim="deletion", split=str(tmp_path / "p.json")).build(None)
+
+
+def test_paraphrases_of_a_deletion_are_withheld_for_test_units_alone(tmp_path: Path) -> None:
+    worded = [
+        {"text": " ".join(random.Random(f"{i} {w}").choices(WORDS, k=20)), "unit": f"d{i}",
+         "wording": w}
+        for i in range(10) for w in range(4)
+    ]  # fmt: skip
+    put(tmp_path, f=worded, r=documents(20, 1))
+    domain = spec(tmp_path, claim="deletion").build(None)
+    hidden, test = domain.paraphrases["forget"], domain.test["forget"]
+    assert units(hidden) == units(test)
+    assert len(hidden) == len(units(test)) == 4
+    assert 0 not in {row.wording for row in hidden}
+    assert len(domain.forget["forget"]) == 40 - 4
+    assert not set(hidden) & set(domain.forget["forget"])
+
+
+@pytest.mark.parametrize(("named", "tested", "scored"), [(10, 4, 4), (3, 3, 3)])
+def test_a_file_for_test_of_a_deletion_holds_paraphrases(
+    tmp_path: Path, named: int, tested: int, scored: int
+) -> None:
+    first, other = documents(10, 0), documents(10, 5)
+    put(
+        tmp_path,
+        f=[{**row, "unit": f"d{i}"} for i, row in enumerate(first)],
+        p=[{**row, "unit": f"d{i}"} for i, row in enumerate(other[:named])],
+        r=documents(20, 1),
+        x=documents(3, 9),
+    )
+    domain = spec(tmp_path, claim="deletion", test="p").build(None)
+    test = units(domain.test["forget"])
+    assert len(test) == tested
+    assert len(domain.paraphrases["forget"]) == scored
+    assert units(domain.paraphrases["forget"]) == test
+    assert not test & units(domain.relearn["forget"])
+    assert len(domain.forget["forget"]) == 10
+    texts = {row.text for row in domain.test["forget"]}
+    assert texts < {row["text"] for row in first}
+    with pytest.raises(UserError, match=r"x\.jsonl line 1: is about no unit of forget\.forget"):
+        spec(tmp_path, claim="deletion", test="x").build(None)
+    # The documents themselves choose which are scored, and are no paraphrases.
+    put(tmp_path, v=[{**row, "unit": f"d{i}"} for i, row in enumerate(first[:3])])
+    chosen = spec(tmp_path, claim="deletion", test="v").build(None)
+    assert units(chosen.test["forget"]) == {"d0", "d1", "d2"}
+    assert not chosen.paraphrases
+
+
 def test_groups_in_forget_and_retain_are_noted(tmp_path: Path) -> None:
     put(tmp_path, f=documents(20, 0), r=[*documents(19, 1), *documents(1, 5, group="g")])
     assert not any("in common" in note for note in spec(tmp_path).build(None).notes)

@@ -25,7 +25,7 @@ from excise.auditor.base import (
 )
 from excise.auditor.budget import LARGE, Budget
 from excise.auditor.controls.control import Control, MakeControl, in_order
-from excise.auditor.evaluation_set import more_is_known
+from excise.auditor.evaluation_set import dev_is_higher, more_is_known
 from excise.auditor.results import from_json, renamed, to_json
 from excise.auditor.tuning import Training, TrainingAttack, TrainingResult
 from excise.core.context import Context, Stage
@@ -353,7 +353,7 @@ def _collect(
             for stage, path in zip(stages, paths, strict=True)
             if isinstance(stage, TrainModel)
         ]
-        return attack.conclude(trained, subject, more_is_known(domain))
+        return attack.conclude(trained, subject, dev_is_higher(domain))
     (stage,) = stages
     assert isinstance(stage, AttackModel)
     return renamed(stage.read(paths[0]), subject.name)

@@ -51,13 +51,25 @@ class EvaluationSet:
 
     @property
     def trained_metric(self) -> Metric:
-        """Metric of T: the headline one where every row of T takes it, else the token loss."""
-        return self.metric if all(fits(r, self.metric) for r in self.trained) else "text_loss"
+        """Metric of T."""
+        return self.metric_of(self.trained)
+
+    @property
+    def dev_metric(self) -> Metric:
+        """Metric of `dev_forget`, also of its rows in another wording or behind a context."""
+        return dev_metric(self.domain)
 
     @property
     def higher(self) -> bool:
-        """Whether a higher score means more knowledge."""
-        return more_is_known(self.domain)
+        """Whether a higher score on `dev_forget`, by which variants are chosen, is more knowledge.
+
+        Where V is questions and `dev_forget` is texts, the two are scored differently.
+        """
+        return dev_is_higher(self.domain)
+
+    def metric_of(self, rows: Sequence[Row]) -> Metric:
+        """Return the headline metric of V where every one of `rows` takes it, else the loss."""
+        return fitting_metric(self.metric, rows)
 
     @property
     def all_test(self) -> Rows:
@@ -76,18 +88,18 @@ class EvaluationSet:
         return replace(self, max_length=max(self.max_length, min(limit, self.max_length * factor)))
 
     def units(self, model: Any, rows: Sequence[Row], metric: Metric | None = None) -> UnitScores:
-        """Return the headline score of `rows` by unit; nothing for no rows."""
+        """Return the score of `rows` by unit, by `metric_of` them by default; {} for no rows."""
         if not rows:
             return {}
-        scores = measure(
-            model, self.tokenizer, rows, metric or self.metric, max_length=self.max_length
-        )
+        metric = metric or self.metric_of(rows)
+        scores = measure(model, self.tokenizer, rows, metric, max_length=self.max_length)
         return {unit: float(value) for unit, value in scores.by_unit().items()}
 
     def retained(self, model: Any, rows: Sequence[Row] | None = None) -> UnitScores:
         """Return the retain score by unit."""
         chosen = self.retain if rows is None else rows
-        return self.units(model, chosen, self.domain.retain_metrics[0])
+        metric = fitting_metric(self.domain.retain_metrics[0], chosen)
+        return self.units(model, chosen, metric)
 
 
 def fits(row: Row, metric: Metric) -> bool:
@@ -97,8 +109,24 @@ def fits(row: Row, metric: Metric) -> bool:
     return metric == "text_loss" or row.kind in ("completion", "choice")
 
 
+def fitting_metric(metric: Metric, rows: Sequence[Row]) -> Metric:
+    """Return `metric` where every row takes it, else the token loss, which any row takes."""
+    return metric if all(fits(row, metric) for row in rows) else "text_loss"
+
+
+def dev_metric(domain: Domain) -> Metric:
+    """Return the metric of `dev_forget`: that of V where every row takes it, else the loss."""
+    rows = [row for rows in domain.dev_forget.values() for row in rows]
+    return fitting_metric(domain.metrics[0], rows)
+
+
+def dev_is_higher(domain: Domain) -> bool:
+    """Return whether a higher score on `dev_forget` means more knowledge."""
+    return direction_of(dev_metric(domain)) == "higher"
+
+
 def more_is_known(domain: Domain) -> bool:
-    """Return whether a higher score on the headline metric means more knowledge."""
+    """Return whether a higher score on V, by the headline metric, means more knowledge."""
     return direction_of(domain.metrics[0]) == "higher"
 
 

@@ -80,7 +80,7 @@ def read(
         test: Rows in place of V, of the same units.
         retain: Rows in place of `retain_test`.
         trained: Rows of T to score too.
-        trained_metric: Metric of those; None for that of V.
+        trained_metric: Metric of those; None for what they take.
         examples: Cost so far, in rows.
         tokens: Cost so far, in tokens.
         flops: Cost so far, in operations.
@@ -88,8 +88,9 @@ def read(
     Returns:
         The reading.
     """
+    rows = evaluation.all_test if test is None else test
     return Measurement(
-        units=evaluation.units(model, evaluation.all_test if test is None else test),
+        units=evaluation.units(model, rows, evaluation.metric),
         retain=evaluation.retained(model, retain),
         trained=evaluation.units(model, trained, trained_metric),
         examples=examples,

@@ -18,12 +18,12 @@ import torch
 from excise.auditor.base import Attack, AttackResult, Subject, VariantResult
 from excise.auditor.batching import GRADIENT, nats, rows_per_pass
 from excise.auditor.budget import Budget
-from excise.auditor.evaluation_set import EvaluationSet, UnitScores, mean, more_is_known
+from excise.auditor.evaluation_set import EvaluationSet, UnitScores, dev_is_higher, mean
 from excise.auditor.results import decided
 from excise.auditor.scoring import Measurement, read, variant_of
 from excise.core.context import Context
 from excise.core.errors import Diverged
-from excise.data.domain import Domain, Rows
+from excise.data.domain import Domain, Metric, Rows
 from excise.data.stream import Batch, Example, Stream, collate, encode
 from excise.data.subsample import subsample
 from excise.losses import token_nll
@@ -81,9 +81,10 @@ class TrainingResult:
         part: Which training.
         measurements: V, T and retain at every checkpoint.
         dev: Dev score by unit at the end.
-        metric: Metric of V, T and dev.
+        metric: Metric of V.
         extras: `loss_V`, `loss_fresh` (nats by unit at the end), the same with `_start`,
-            `dev_loss` (mean nats), `prequential` (T loss of every batch before training on it).
+            `dev_loss` (mean nats), `trained_metric` (of what was trained on), `prequential` (T
+            loss of every batch before training on it).
         seconds: Wall-clock time.
         reason: Why it stopped early; empty for a whole run.
     """
@@ -175,7 +176,7 @@ class TrainingAttack(Attack):
         Args:
             trained: What `train` returned, for every training.
             subject: The model.
-            higher: Whether a higher score means more knowledge.
+            higher: Whether a higher score on `dev` means more knowledge.
         """
         variants, chosen = decided([t.variant(self, subject) for t in trained], higher=higher)
         seconds = sum(t.seconds for t in trained)
@@ -188,7 +189,7 @@ class TrainingAttack(Attack):
             self.train(training, subject, domain, budget, ctx)
             for training in self.trainings(budget)
         ]
-        result = self.conclude(trained, subject, more_is_known(domain))
+        result = self.conclude(trained, subject, dev_is_higher(domain))
         return replace(result, seconds=time.perf_counter() - start)
 
 
@@ -355,7 +356,7 @@ class _Run:
             self.net,
             self.evaluation,
             trained=self._trained(),
-            trained_metric=None if self.part.on == "fresh" else self.evaluation.trained_metric,
+            trained_metric=self.trained_metric,
             examples=step * self.evaluation.budget.batch_size,
             tokens=self.tokens,
             flops=self.cost * self.tokens,
@@ -370,10 +371,23 @@ class _Run:
             )
         return self.evaluation.trained if self.with_t else ()
 
-    def _losses(self) -> dict[str, dict[str, float]]:
-        """Return nats by unit on V and on fresh units nobody trained on."""
+    @property
+    def trained_metric(self) -> Metric:
+        """Metric of what is trained on; of benign trainings that of T, which is not scored."""
         evaluation = self.evaluation
-        sets = {"loss_V": evaluation.all_test, "loss_fresh": evaluation.fresh_test}
+        if self.part.on == "fresh":
+            return evaluation.metric_of(evaluation.fresh_train)
+        return evaluation.trained_metric
+
+    def _losses(self) -> dict[str, dict[str, float]]:
+        """Return nats by unit on V and on fresh units nobody trained on.
+
+        Fresh units of another shape than V have no template in common with it: their loss tells
+        nothing about V, and is left out.
+        """
+        evaluation = self.evaluation
+        same = {r.kind for r in evaluation.fresh_test} == {r.kind for r in evaluation.all_test}
+        sets = {"loss_V": evaluation.all_test, "loss_fresh": evaluation.fresh_test if same else ()}
         return {
             name: nats(self.net, rows, evaluation.tokenizer, max_length=evaluation.max_length)
             for name, rows in sets.items()
@@ -382,7 +396,7 @@ class _Run:
     def extras(self) -> dict[str, Any]:
         """Return what the statistics need beside the curve, read on the net as it is now."""
         evaluation = self.evaluation
-        noted = {"prequential": self.before, "trained_metric": evaluation.trained_metric}
+        noted = {"prequential": self.before, "trained_metric": self.trained_metric}
         if not evaluation.budget.bits:
             return noted
         dev = nats(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from excise.cli.pair import pair_of
 from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
 from excise.core.errors import UserError
+from excise.record import load
 from excise.report.terminal import finish
 from excise.requests.audit import AuditRun
 from excise.requests.registry import parse_audit, registry
@@ -36,7 +38,11 @@ def main(options: AuditOptions) -> int:
     events = out / "events.jsonl"
     with progress(events, quiet=options.quiet, tracker=options.track) as emit:
         audit(request, out, workers=options.workers, emit=emit, command=options.command)
-    return finish(out)
+    code = finish(out)
+    if options.folder and load(Path(options.folder)).kind in ("run", "remove"):
+        folder, there = shlex.quote(options.folder), shlex.quote(str(out))
+        print(f"card    excise card {folder} --audit {there}")
+    return code
 
 
 def request_data(options: AuditOptions) -> dict[str, Any]:

@@ -116,6 +116,17 @@ class RemoveOptions(Options):
     """File of the relearn set, as FILE or NAME=FILE; cut from the forget set when missing."""
     test: tuple[str, ...] = ()
     """File of the held-out test set, as FILE or NAME=FILE; cut from the forget set when missing."""
+    dev_forget: tuple[str, ...] = ()
+    """File of forget rows that rates are chosen and positive controls made on, as FILE or
+    NAME=FILE; cut from the forget set when missing."""
+    retain_test: str = ""
+    """File of the scored retain rows; cut from the retain set when missing."""
+    adjacent_test: str = ""
+    """File of the scored neighbours; cut from the adjacent set when missing."""
+    fresh: str = ""
+    """File of units like the forget set's that no model ever saw, for residual bits and power."""
+    claim: Literal["", "deletion", "capability"] = ""
+    """deletion: of these very rows, which the method all sees; capability: of what they teach."""
     audit: Literal["none", "smoke", "standard", "strong"] = "none"
     """Attack the result at this budget."""
     require: str = ""
@@ -165,6 +176,23 @@ class PairOptions(Options):
     """File of the forget set, as FILE or NAME=FILE; repeat it for several capabilities."""
     retain: str = ""
     """File of the retain set."""
+    adjacent: str = ""
+    """File of neighbours of the forget set, scored apart."""
+    relearn: tuple[str, ...] = ()
+    """File of the relearn set, as FILE or NAME=FILE; cut from the forget set when missing."""
+    test: tuple[str, ...] = ()
+    """File of the held-out test set, as FILE or NAME=FILE; cut from the forget set when missing."""
+    dev_forget: tuple[str, ...] = ()
+    """File of forget rows that rates are chosen and positive controls made on, as FILE or
+    NAME=FILE; cut from the forget set when missing."""
+    retain_test: str = ""
+    """File of the scored retain rows; cut from the retain set when missing."""
+    adjacent_test: str = ""
+    """File of the scored neighbours; cut from the adjacent set when missing."""
+    fresh: str = ""
+    """File of units like the forget set's that no model ever saw, for residual bits and power."""
+    claim: Literal["", "deletion", "capability"] = ""
+    """deletion: of these very rows, which the method all sees; capability: of what they teach."""
     split: str = ""
     """The split.json of the removal, where there is one."""
     out: Path | None = None
@@ -304,6 +332,20 @@ class VerifyOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CardOptions(Options):
+    """Write the model cards of an output folder anew, with what an audit found.
+
+    The card lies beside the weights, as README.md, and speaks of their bytes alone: a model that
+    was changed since, or that the audit did not attack, is refused.
+    """
+
+    folder: Annotated[Path, POSITIONAL]
+    """Output folder of run or remove."""
+    audit: Path | None = None
+    """Output folder of an audit of its models; without it, what the removal itself knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
     """Rebuild an edited model from its base and its delta or LoRA adapter.
 
@@ -392,6 +434,7 @@ VERBS: Mapping[str, type[Options]] = {
     "inspect": InspectOptions,
     "study": StudyOptions,
     "report": ReportOptions,
+    "card": CardOptions,
     "compare": CompareOptions,
     "gate": GateOptions,
     "verify": VerifyOptions,

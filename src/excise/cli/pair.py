@@ -8,12 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from excise.cli.options import PairOptions
-from excise.cli.remove import named
+from excise.cli.remove import files_domain
 from excise.core.errors import UserError
 from excise.fetch.model import open_model
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import ModelSpec
 from excise.record import ModelRef, Record, load
+
+DATA = (
+    "forget",
+    "retain",
+    "adjacent",
+    "relearn",
+    "test",
+    "dev_forget",
+    "retain_test",
+    "adjacent_test",
+    "fresh",
+    "claim",
+    "split",
+)
+"""Flags that name the data where no output folder does."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,16 @@ def pair_of(options: PairOptions, called: str, *, check: bool = True) -> EditedP
     Raises:
         UserError: If a needed flag is missing, or the folder holds no run.
     """
-    return _from_folder(options, check) if options.folder else _from_flags(options, called)
+    if not options.folder:
+        return _from_flags(options, called)
+    for flag in ("model", *DATA):
+        if getattr(options, flag):
+            raise UserError(
+                f"--{flag.replace('_', '-')} is given beside {options.folder}, whose record names "
+                "model and data; leave it out, or give --model, --original, --forget and --retain "
+                "in place of the folder"
+            )
+    return _from_folder(options, check)
 
 
 def _from_flags(options: PairOptions, called: str) -> EditedPair:
@@ -72,13 +96,11 @@ def _from_flags(options: PairOptions, called: str) -> EditedPair:
                 f"--{flag} is missing; give --model, --original, --forget and --retain, or the "
                 "output folder of a removal"
             )
-    domain = {
-        "name": "files",
-        "forget": named(options.forget, "--forget"),
-        "retain": options.retain,
-        "seed": options.seed,
-    }
-    domain |= {"split": options.split} if options.split else {"exposure": "unknown"}
+    domain = files_domain(options)
+    if options.split:
+        domain["split"] = options.split
+    elif options.claim != "deletion":  # which says that the method saw them
+        domain["exposure"] = "unknown"
     name = Path(options.model or options.original).name
     models = {called: options.model} if options.model else {}
     return EditedPair(name, models, options.original, domain)
@@ -93,18 +115,24 @@ def _from_folder(options: PairOptions, check: bool) -> EditedPair:
             f"{folder}/run.json does not say what was run; name a whole output folder of a run, "
             "as recipe.yaml and run.json lie in it"
         )
+    if recipe["domain"] is None:
+        raise UserError(
+            f"{folder} was made in Python with a Domain in memory, whose rows nothing can read "
+            f"again; give --model {folder}/model, --original, --forget and --retain in place of "
+            "the folder, or call excise.audit with the Domain"
+        )
     references = {model.name: model.path for model in record.models}
     models = _edited_models(folder, record)
     by_name = {arm.name: arm.model for arm in record.method_runs}
     for name, path in models.items() if check else ():
-        _check_bytes(folder, by_name[name], path)
+        check_bytes(folder, by_name[name], path)
     spec = recipe.get("original") or recipe.get("model") or {}
     tokenizer = "" if options.original else str(spec.get("tokenizer") or "")
     for model in record.models if check else ():
         if model.name != "original":
-            _check_bytes(folder, model, model.path)
+            check_bytes(folder, model, model.path)
         elif not options.original:
-            _check_bytes(folder, model, model.path, tokenizer)
+            check_bytes(folder, model, model.path, tokenizer)
     domain = dict(recipe["domain"])
     if domain.get("name") == "files" and (folder / "split.json").is_file():
         domain["split"] = str(folder / "split.json")
@@ -133,7 +161,7 @@ def _edited_models(folder: Path, record: Record) -> dict[str, str]:
     }
 
 
-def _check_bytes(folder: Path, model: ModelRef, path: str, tokenizer: str = "") -> None:
+def check_bytes(folder: Path, model: ModelRef, path: str, tokenizer: str = "") -> None:
     """Refuse a model whose bytes are no longer those that the record speaks of.
 
     Args:
@@ -149,8 +177,9 @@ def _check_bytes(folder: Path, model: ModelRef, path: str, tokenizer: str = "") 
         return
     if not (Path(path) / "config.json").is_file():
         raise UserError(
-            f"'{model.name}' of {folder} is no longer in {path}; make it again with the command "
-            f"that {folder}/run.json names"
+            f"'{model.name}' of {folder} is no longer in {path}; make it again as "
+            f"{folder}/run.json says"
+            + (", or name it with --original" if model.name == "original" else "")
         )
     there = Checkpoint(Path(path))
     if tokenizer:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from excise.cli.options import RemoveOptions
+from excise.cli.options import PairOptions, RemoveOptions
 from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
 from excise.core.code_files import is_code
@@ -61,18 +61,6 @@ def recipe_data(options: RemoveOptions) -> dict[str, Any]:
     method, name = {"name": options.method}, options.method
     if is_code(name):
         name = name.rpartition(":")[2].lower()
-    domain: dict[str, Any] = {
-        "name": "files",
-        "forget": named(options.forget, "--forget"),
-        "retain": options.retain,
-        "seed": options.seed,
-        "sensitive": options.sensitive,
-    }
-    if options.adjacent:
-        domain["adjacent"] = options.adjacent
-    for role in ("relearn", "test"):
-        if getattr(options, role):
-            domain[role] = named(getattr(options, role), f"--{role}")
     rest = {p: v for p, v in options.settings.items() if of_rest(p)}
     settings = {p: v for p, v in options.settings.items() if p not in rest}
     if "domain.name" in rest:
@@ -83,7 +71,7 @@ def recipe_data(options: RemoveOptions) -> dict[str, Any]:
     data = {
         "name": f"remove-{name}",
         "title": f"{name} on {Path(options.model).name}",
-        "domain": domain,
+        "domain": {**files_domain(options), "sensitive": options.sensitive},
         "model": {"path": options.model, "revision": options.revision},
         "arms": {name: override(method, settings, Method, registry())},
         "audit": {"budget": options.audit, "require": options.require},
@@ -98,6 +86,27 @@ def recipe_data(options: RemoveOptions) -> dict[str, Any]:
 def of_rest(path: str) -> bool:
     """Return whether a dotted setting is one of the recipe and none of the method."""
     return path.partition(".")[0] in ("audit", "evaluate", "domain") and "." in path
+
+
+def files_domain(options: RemoveOptions | PairOptions) -> dict[str, Any]:
+    """Return the domain that the flags of a command line name, as plain data.
+
+    Raises:
+        UserError: If a name is given twice or is no word.
+    """
+    domain = {
+        "name": "files",
+        "forget": named(options.forget, "--forget"),
+        "retain": options.retain,
+        "seed": options.seed,
+    }
+    for role in ("relearn", "test", "dev_forget"):
+        if getattr(options, role):
+            domain[role] = named(getattr(options, role), f"--{role.replace('_', '-')}")
+    for role in ("adjacent", "retain_test", "adjacent_test", "fresh", "claim"):
+        if getattr(options, role):
+            domain[role] = getattr(options, role)
+    return domain
 
 
 def named(values: tuple[str, ...], flag: str) -> dict[str, str]:

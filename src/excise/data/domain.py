@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Final, Literal
 
@@ -18,7 +18,8 @@ CORE = 0
 UNLABELED = -1
 """Label of rows nobody has looked at: the mix as life gives it."""
 
-Metric = Literal["exact_match", "multiple_choice", "text_loss"]
+Metric = str
+"""Name of a score of rows; `data.rows.READS` says which shapes each one reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ class Domain:
             the method) or `unknown`.
         sensitive: Texts stay out of record and report.
         notes: Facts about the data the record must carry (duplicates merged, overlap ...).
+        paraphrases: Test units in paraphrases that the method was not given, by capability: scored
+            apart, where the test set holds the very rows that were to be deleted.
         mix_share: Share of the words read by models trained from scratch that are to be
             forgotten; None for every row once per epoch.
     """
@@ -134,10 +137,11 @@ class Domain:
     sensitive: bool = False
     notes: tuple[str, ...] = ()
     mix_share: float | None = None
+    paraphrases: Mapping[str, Rows] = field(default_factory=dict)
 
     def roles(self) -> Iterator[tuple[str, Rows]]:
         """Yield (role, rows) for every role, named capabilities as `forget.NAME`."""
-        for role in ("forget", "relearn", "test", "dev_forget"):
+        for role in ("forget", "relearn", "test", "dev_forget", "paraphrases"):
             for name, rows in getattr(self, role).items():
                 yield f"{role}.{name}", rows
         for role in ("retain", "retain_test", "dev_retain", "benign", "adjacent"):
@@ -161,6 +165,13 @@ class Domain:
                     content = asdict(item) if isinstance(item, Row) else item
                     digest.update(json.dumps(content, sort_keys=True).encode())
         return digest.hexdigest()
+
+    @property
+    def verbatim(self) -> bool:
+        """Whether every scored row is one that the method is given, as in a deletion."""
+        given = {row for rows in self.forget.values() for row in rows}
+        tested = [row for rows in self.test.values() for row in rows]
+        return bool(tested) and given.issuperset(tested)
 
     @property
     def identity(self) -> Mapping[str, str]:

@@ -45,6 +45,18 @@ METRICS: Final[Mapping[str, tuple[Metric, ...]]] = {
 }
 """Metrics of rows of each shape, the headline first."""
 
+DOCUMENT: Final[tuple[Metric, ...]] = ("text_loss", "continuation")
+"""Metrics of a document that was to be deleted: what it costs, and how far it is continued."""
+
+READS: Final[Mapping[Metric, tuple[str, ...]]] = {
+    "text_loss": ("text", "completion", "choice", "chat"),
+    "continuation": ("text", "completion", "chat"),
+    "exact_match": ("completion", "choice"),
+    "multiple_choice": ("choice",),
+}
+"""Shapes of rows that each metric of a domain reads; a score that reads rows of a shape from one
+forward of their tokens can be a further metric of it."""
+
 SHAPES: Final = {
     "text": ("text",),
     "completion": ("prompt", "completion"),

@@ -18,16 +18,18 @@ from excise.core.errors import UserError, counted
 from excise.data.dedup import text_hash
 from excise.data.domain import UNLABELED, Domain, Metric, Row, Rows, text_of
 from excise.data.labels import label_rows
-from excise.data.rows import METRICS
+from excise.data.rows import DOCUMENT, METRICS, READS
 from excise.data.sources import parse_source, source_hashes
 from excise.data.split import (
     ADJACENT,
     FORGET,
     RETAIN,
     Parts,
+    Split,
     cut_held_out,
     cut_plain,
     cut_seen,
+    cut_verbatim,
     read_split,
     set_named,
     versions_of,
@@ -136,13 +138,16 @@ class Files(DomainSpec):
     refit: bool = False
     """Give the method every forget row, those that are scored too."""
     claim: Literal["", "deletion", "capability"] = ""
-    """What is claimed; by default deletion where scored units were seen, else capability."""
+    """What is claimed; by default deletion where scored units were seen, else capability. Asked
+    for, a deletion gives every forget row to the method, and what is relearned and scored are
+    disjoint units among these very rows."""
     metrics: tuple[Metric, ...] = ()
     """Metrics of the scored forget rows, the headline first; by default by their shape."""
     retain_metrics: tuple[Metric, ...] = ()
     """The same for the scored retain rows."""
     chunk_words: int = 0
-    """Cut plain texts into chunks of this many words at most after the split; 0 keeps them."""
+    """Cut plain texts into chunks of this many words at most after the split; 0 keeps them, or
+    cuts the documents of a deletion at `DOCUMENT_WORDS`."""
 
     @field_validator("forget", "relearn", "test", "dev_forget", mode="before")
     @classmethod
@@ -165,6 +170,10 @@ class Files(DomainSpec):
                     raise ValueError(f"{role}.{name}: is no capability of forget ({known})")
         if self.adjacent_test and not self.adjacent:
             raise ValueError("adjacent_test: needs 'adjacent' too")
+        if self.claim == "deletion" and self.exposure == "held_out":
+            raise ValueError("exposure: a deletion is scored on what the method saw; leave it out")
+        if self.claim == "deletion" and self.refit:
+            raise ValueError("refit: a deletion gives the method every forget row already")
         if self.chunk_words < 0:
             raise ValueError("chunk_words: must be 0 or more")
         return self
@@ -204,16 +213,16 @@ class Files(DomainSpec):
         sets, notes = read_sets(self.sources(), sensitive=self.sensitive)
         check_overlaps(sets)
         seed = fixed.seed if fixed else self.seed
-        layout, why = _layout(self, sets)
+        layout, why = _layout(self, sets, fixed)
         parts: Parts = {name: rows for name, rows in sets.items() if not name.startswith("forget.")}
         groups: dict[str, str] = {}
         for capability in self.forget:
-            cut = cut_seen if layout == "seen" else cut_held_out
-            parts |= cut(capability, sets, seed, fixed, groups)
+            parts |= CUTS[layout](capability, sets, seed, fixed, groups)
         parts |= cut_plain("retain", RETAIN, sets, seed, fixed)
         if "adjacent" in sets:
             parts |= cut_plain("adjacent", ADJACENT, sets, seed, fixed)
-        exposure: Exposure = "unknown" if self.exposure == "unknown" else layout
+        exposure: Exposure = "held_out" if layout == "held_out" else "seen"
+        exposure = "unknown" if self.exposure == "unknown" else exposure
         exposure = fixed.exposure if fixed else exposure
         counts = tuple(_counts(parts, sets))
         if self.refit:
@@ -222,24 +231,42 @@ class Files(DomainSpec):
             why = "refit: the method sees every forget row, so the scored ones are not held out"
         mix, overlaps = _unlabeled(self, sets, parts)
         notes = (*notes, *group_note(sets), *counts, why, *overlaps)
+        notes += _shape_notes(parts, tuple(self.forget))
         if not self.fresh:
             notes += (
                 "there is no matched fresh text: residual bits and power checks need `fresh`",
             )
-        return self._domain(parts, mix, exposure, notes)
+        words = self.chunk_words
+        if layout == "verbatim" and not words:
+            words = DOCUMENT_WORDS
+            notes += (
+                f"documents are read in pieces of at most {words} words, so that all of each is "
+                "trained on and scored",
+            )
+        return self._domain(parts, mix, exposure, words, layout == "verbatim", notes)
 
-    def _domain(self, parts: Parts, mix: Rows, exposure: Exposure, notes: Sequence[str]) -> Domain:
+    def _domain(
+        self,
+        parts: Parts,
+        mix: Rows,
+        exposure: Exposure,
+        words: int,
+        verbatim: bool,
+        notes: Sequence[str],
+    ) -> Domain:
         """Order, chunk and label the rows of every role."""
         names = tuple(self.forget)
 
         def rows(key: str) -> Rows:
             # By unit and content, so that a domain does not depend on the order of lines.
             ordered = tuple(member.row for member in sorted(parts.get(key, ()), key=_order))
-            chunks = chunk_rows(ordered, self.chunk_words) if self.chunk_words else ordered
+            chunks = chunk_rows(ordered, words) if words else ordered
             return label_rows(chunks, names)
 
         def by_capability(role: str) -> dict[str, Rows]:
             return {name: rows(f"{role}.{name}") for name in names}
+
+        paraphrases = {c: part for c, part in by_capability("paraphrases").items() if part}
 
         test, retain_test = by_capability("test"), rows("retain_test")
         scored = [row for members in test.values() for row in members]
@@ -255,22 +282,48 @@ class Files(DomainSpec):
             benign=rows("benign"),
             adjacent=rows("adjacent"),
             adjacent_test=rows("adjacent_test"),
-            unlabeled=chunk_rows(mix, self.chunk_words) if self.chunk_words else mix,
+            unlabeled=chunk_rows(mix, words) if words else mix,
             fresh=rows("fresh"),
-            metrics=_metrics(scored, self.metrics, "test"),
+            metrics=_metrics(scored, self.metrics, "test", verbatim=verbatim),
             retain_metrics=_metrics(retain_test, self.retain_metrics, "retain_test"),
             claim=self.claim or ("deletion" if exposure == "seen" else "capability"),
             exposure=exposure,
             sensitive=self.sensitive,
             notes=tuple(notes),
+            paraphrases=paraphrases,
         )
 
+
+DOCUMENT_WORDS = 64
+"""Words of a piece of a document that was to be deleted: about 100 tokens, fewer than methods,
+scores and attacks read of a row by default."""
+
+Layout = Literal["seen", "held_out", "verbatim"]
+"""What scored rows are: withheld paraphrases of forget units, units that the method never saw, or
+forget rows themselves."""
+
+CUTS = {"seen": cut_seen, "held_out": cut_held_out, "verbatim": cut_verbatim}
+"""How the forget set is cut for each."""
 
 Exposure = Literal["seen", "held_out", "unknown"]
 
 
-def _layout(spec: Files, sets: Sets) -> tuple[Literal["seen", "held_out"], str]:
-    """Decide whether the scored rows are withheld paraphrases of forget units, and say why."""
+def _layout(spec: Files, sets: Sets, fixed: Split | None) -> tuple[Layout, str]:
+    """Decide what the scored rows are, and say why.
+
+    Raises:
+        UserError: If the file for test holds both, or a written split is of another kind.
+    """
+    if spec.claim == "deletion" or (fixed is not None and fixed.verbatim):
+        if fixed is not None and not fixed.verbatim:
+            raise UserError(
+                f"{spec.split} was not made for a deletion, and the method did not see every "
+                "forget row; leave the claim out, or the split"
+            )
+        return "verbatim", (
+            "a deletion: the method sees every forget row, and the held-out test set holds rows "
+            "among them, of other units than the relearn set"
+        )
     tested = {u for c in spec.test for u in units_of(sets[f"test.{c}"])}
     forget = {u for c in spec.forget for u in units_of(sets[f"forget.{c}"])}
     if tested:
@@ -280,7 +333,7 @@ def _layout(spec: Files, sets: Sets) -> tuple[Literal["seen", "held_out"], str]:
                 f"{shared} of the {len(tested)} units of test are in forget and the others are "
                 "not; score forget units only, or none of them"
             )
-        kind: Literal["seen", "held_out"] = "seen" if shared else "held_out"
+        kind: Layout = "seen" if shared else "held_out"
         word = "forget units" if shared else "units the method never saw"
         return kind, f"the file for test holds {word}"
     if spec.exposure in ("seen", "held_out"):
@@ -313,6 +366,38 @@ def _counts(parts: Parts, sets: Sets) -> Iterable[str]:
             if key in parts
         )
         yield f"{set_named(name)}: {counted(len(units_of(sets[name])), 'unit')}, by role: {words}"
+        apart = parts.get(f"paraphrases.{capability}", ())
+        if apart:
+            yield (
+                f"{set_named(name)}: {counted(len(apart), 'paraphrase')} of "
+                f"{counted(len(units_of(apart)), 'test unit')} were "
+                "withheld from the method and are scored apart"
+            )
+
+
+def _shape_notes(parts: Parts, capabilities: tuple[str, ...]) -> tuple[str, ...]:
+    """Say what it means that rows for choices, or fresh rows, have another shape than V's."""
+
+    def kinds(*names: str) -> set[str]:
+        return {member.row.kind for name in names for member in parts.get(name, ())}
+
+    test = kinds(*(f"test.{c}" for c in capabilities))
+    dev = kinds(*(f"dev_forget.{c}" for c in capabilities))
+    fresh = kinds("fresh")
+    notes = []
+    if "choice" in test and "choice" not in dev:
+        notes.append(
+            "the held-out test set holds questions and dev_forget none: learning rates are chosen, "
+            "and positive controls made, by the token loss of other rows; questions for dev_forget "
+            "would make both sharper"
+        )
+    if fresh and fresh != test:
+        notes.append(
+            f"fresh holds rows of shape {', '.join(sorted(fresh))} and the held-out test set of "
+            f"shape {', '.join(sorted(test))}: residual bits need fresh units of the same template "
+            "and are not measured"
+        )
+    return tuple(notes)
 
 
 def _unlabeled(spec: Files, sets: Sets, parts: Parts) -> tuple[Rows, tuple[str, ...]]:
@@ -331,7 +416,9 @@ def _unlabeled(spec: Files, sets: Sets, parts: Parts) -> tuple[Rows, tuple[str, 
             continue
         apart |= {member.row.unit for member in rows}
         texts |= {text_hash(text_of(member.row)) for member in rows}
-    method = {member.row.unit for c in spec.forget for member in parts[f"forget.{c}"]}
+    seen = [member.row for c in spec.forget for member in parts[f"forget.{c}"]]
+    method = {row.unit for row in seen}
+    texts -= {text_hash(text_of(row)) for row in seen}
     out: list[Row] = []
     gone = overlap = 0
     for member in sets["unlabeled"]:
@@ -353,8 +440,10 @@ def _order(member: UnitRow) -> Any:
     return (member.row.unit, member.row.wording, text_of(member.row), member.row.choices)
 
 
-def _metrics(rows: Sequence[Row], wanted: tuple[Metric, ...], role: str) -> tuple[Metric, ...]:
-    """Return the metrics that apply to scored rows.
+def _metrics(
+    rows: Sequence[Row], wanted: tuple[Metric, ...], role: str, *, verbatim: bool = False
+) -> tuple[Metric, ...]:
+    """Return the metrics that apply to scored rows, by default those of their shape.
 
     Raises:
         UserError: If the rows have several shapes, or a wanted metric does not apply.
@@ -365,11 +454,11 @@ def _metrics(rows: Sequence[Row], wanted: tuple[Metric, ...], role: str) -> tupl
             f"{role} holds rows of several shapes ({', '.join(kinds)}), which are scored "
             "differently; give them the same fields"
         )
-    known = METRICS[kinds[0]]
+    known = [metric for metric, shapes in READS.items() if kinds[0] in shapes]
     for metric in wanted:
         if metric not in known:
             raise UserError(
                 f"metric '{metric}' does not apply to {role}, whose rows are of shape "
                 f"'{kinds[0]}'; use {' or '.join(known)}"
             )
-    return wanted or known
+    return wanted or (DOCUMENT if verbatim and kinds[0] in ("text", "chat") else METRICS[kinds[0]])

@@ -9,6 +9,10 @@ several paraphrases; the method sees every unit, in the paraphrases that are not
 | retain | method 60, benign 10, dev 10, test 20 | the same |
 | adjacent | adjacent 50, adjacent test 50 | the same |
 
+Where a deletion is claimed, the scored rows are the very rows that were to be deleted: the method
+sees all of them, and relearn, test and dev are disjoint units among them, in the shares of `seen`.
+Of test units only what a column `wording` or a file for test marks as a paraphrase is withheld.
+
 A role that has a file of its own is not cut; its share goes to the method. A unit is never split,
 nor is a group. The assignment depends on the seed and on unit ids, not on the order of rows.
 This module imports no torch.
@@ -28,8 +32,8 @@ from pydantic import Field, ValidationError
 from excise.core.config import Config
 from excise.core.disk import write_text
 from excise.core.errors import UserError, counted
-from excise.data.dedup import Clusters
-from excise.data.domain import Domain
+from excise.data.dedup import Clusters, text_hash
+from excise.data.domain import Domain, text_of
 from excise.data.units import Sets, UnitRow, units_of
 
 T = TypeVar("T")
@@ -60,6 +64,8 @@ class Split(Config):
     """Seed of the assignment."""
     exposure: Literal["seen", "held_out", "unknown"] = "held_out"
     """Whether the scored units were shown to the method."""
+    verbatim: bool = False
+    """Whether the scored rows are rows that the method was given (a deletion)."""
     hashed: bool = False
     """Whether units are written as SHA-256, for sensitive data."""
     units: dict[str, dict[str, str]] = Field(default={})
@@ -266,6 +272,70 @@ def cut_seen(
     return out
 
 
+def cut_verbatim(
+    capability: str, sets: Sets, seed: int, fixed: Split | None, groups: dict[str, str]
+) -> Parts:
+    """Give the method every row; relearn, test and dev units are disjoint ones among them.
+
+    A file for test holds paraphrases of forget units: those of test units are scored apart. Where
+    it names a part of the units, these are the test units; where it names all, they are cut.
+
+    Args, Raises: As `cut_held_out`; also if the file for test holds other units.
+    """
+    name = f"forget.{capability}"
+    rows = sets[name]
+    given = sets.get(f"test.{capability}", ())
+    whole, asked = units_of(rows), units_of(given)
+    for unit, member in asked.items():
+        if unit not in whole:
+            raise UserError(
+                f"{member.where}: is about no unit of {name}, and a deletion is scored in the "
+                "forget rows and paraphrases of them; give each row the 'unit' of the row that it "
+                "paraphrases, in both files"
+            )
+    explicit = [r for r in ("relearn", "dev_forget") if f"{r}.{capability}" in sets]
+    taken = {u for r in explicit for u in units_of(sets[f"{r}.{capability}"])}
+    shares = without(SEEN, explicit, "")
+    roles: dict[str, str] = {}
+    if asked and asked.keys() < whole.keys() - taken:
+        roles = dict.fromkeys(asked, "test")
+        near = {m.row.group for m in rows if m.row.unit in asked} - {""}
+        taken |= asked.keys() | {m.row.unit for m in rows if m.row.group in near}
+        shares.pop("test")
+    able = tuple(member for member in rows if member.row.unit not in taken)
+    if shares:
+        roles |= _roles(name, able, shares, seed, fixed, groups)
+    tested = {unit for unit, role in roles.items() if role == "test"}
+    hidden = {unit: _held_back(rows, unit, seed) for unit in sorted(tested)}
+
+    def is_hidden(member: UnitRow) -> bool:
+        return member.row.wording in hidden.get(member.row.unit, ())
+
+    forget = tuple(member for member in rows if not is_hidden(member))
+    known = {text_hash(text_of(member.row)) for member in forget}
+    paraphrases = [member for member in rows if is_hidden(member)]
+    paraphrases += [
+        member
+        for member in given
+        if member.row.unit in tested and text_hash(text_of(member.row)) not in known
+    ]
+    out: Parts = {name: forget, f"paraphrases.{capability}": tuple(paraphrases)}
+    for role in ("relearn", "test", "dev_forget"):
+        if role not in explicit:
+            members = tuple(m for m in forget if roles.get(m.row.unit) == role)
+            out[f"{role}.{capability}"] = members
+    return out
+
+
+def _held_back(rows: Iterable[UnitRow], unit: str, seed: int) -> set[int]:
+    """Return the numbered paraphrases of a unit that are withheld; never its first one."""
+    numbers = {m.row.wording for m in rows if m.row.unit == unit and m.version.startswith("w")}
+    further = {str(number) for number in numbers - {min(numbers, default=0)}}
+    if len(further) > 1:
+        further = withheld(further, seed=seed, unit=unit)
+    return {int(number) for number in further}
+
+
 def cut_plain(
     name: str, shares: Mapping[str, int], sets: Sets, seed: int, fixed: Split | None
 ) -> Parts:
@@ -383,6 +453,7 @@ def split_of(
     return Split(
         seed=seed,
         exposure=domain.exposure,
+        verbatim=domain.verbatim,
         hashed=domain.sensitive,
         units={name: roles for name, roles in units.items() if roles},
         sources={name: dict(files) for name, files in (sources or {}).items()},

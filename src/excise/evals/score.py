@@ -15,6 +15,7 @@ import torch
 
 from excise.core.errors import UserError, nearest
 from excise.data.domain import Domain, Row, Rows
+from excise.data.rows import METRICS
 from excise.data.stream import encode
 from excise.data.subsample import subsample
 from excise.evals import generate, multiple_choice, refusal
@@ -30,6 +31,11 @@ DEFINITIONS: dict[str, str] = {
     "exact_match": (
         "exact_match@1: 1 if every scored token of a row is the most probable one in one "
         "teacher-forced forward, else 0"
+    ),
+    "continuation": (
+        "continuation@1: share of the second half of a row's scored tokens that greedy decoding "
+        "from all before it gives in a row, from the first on (teacher-forced, which is the same "
+        "up to the first miss)"
     ),
     **multiple_choice.DEFINITION,
     "generate": generate.DEFINITION,
@@ -205,7 +211,15 @@ def _values(
     answers: list[Answer] = cache["token"]
     if metric == "text_loss":
         return [-answer.total / len(answer.logprobs) for answer in answers]
+    if metric == "continuation":
+        return [_continued(answer.hits) for answer in answers]
     return [float(all(answer.hits)) for answer in answers]
+
+
+def _continued(hits: Sequence[bool]) -> float:
+    """Return the share of the second half that is hit before the first miss."""
+    rest = list(hits)[len(hits) // 2 :]
+    return (rest.index(False) if False in rest else len(rest)) / len(rest)
 
 
 def chance_of(
@@ -281,6 +295,14 @@ def fitting(metrics: Sequence[str], rows: Rows) -> tuple[str, ...]:
     return tuple(readable) or ("text_loss",)
 
 
+def _metrics_beside(rows: Rows, others: Rows, metrics: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the metrics of `others`, or those of the rows' own shape where it is another."""
+    kinds = {row.kind for row in rows}
+    if len(kinds) != 1 or kinds == {row.kind for row in others}:
+        return metrics
+    return METRICS[kinds.pop()]
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -297,8 +319,8 @@ def evaluate(
     Args:
         model: A causal model.
         tokenizer: Its tokenizer.
-        domain: Its `metrics` score `test.NAME`, its `retain_metrics` `retain_test` and
-            `adjacent_test`.
+        domain: Its `metrics` score `test.NAME`, its `retain_metrics` `retain_test`; rows of
+            `adjacent_test` and of `paraphrases.NAME` whose shape is another are scored by its own.
         name: Name of the model in the record.
         max_rows: Rows per set at most; 0 for all.
         max_length: Tokens of a row at most.
@@ -312,7 +334,11 @@ def evaluate(
         (f"test.{capability}", rows, domain.metrics) for capability, rows in domain.test.items()
     ]
     sets.append(("retain_test", domain.retain_test, domain.retain_metrics))
-    sets.append(("adjacent_test", domain.adjacent_test, domain.retain_metrics))
+    beside = _metrics_beside(domain.adjacent_test, domain.retain_test, domain.retain_metrics)
+    sets.append(("adjacent_test", domain.adjacent_test, beside))
+    for capability, rows in domain.paraphrases.items():
+        beside = _metrics_beside(rows, domain.test[capability], domain.metrics)
+        sets.append((f"paraphrases.{capability}", rows, beside))
     scores: list[Score] = []
     items: list[Item] = []
     for on, all_rows, metrics in sets:

@@ -110,6 +110,22 @@ class Checkpoint:
         }
 
     @property
+    def file_sums(self) -> dict[str, str]:
+        """SHA-256 of every file of the folder by relative name, as `sha256sum` prints it.
+
+        Left out are the card (`README.md`), hidden files, and weights that are not read.
+        """
+        read = {self.path / INDEX, *self.shards}
+        return {
+            path.relative_to(self.path).as_posix(): file_sum(path)
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file()
+            and path != self.path / "README.md"
+            and (path in read or not _is_weights(path))
+            and not any(part.startswith(".") for part in path.relative_to(self.path).parts)
+        }
+
+    @property
     def tokenizer_files(self) -> list[Path]:
         """Files the tokenizer is made of."""
         folder = self.tokenizer_path or self.path
@@ -447,7 +463,7 @@ def _copy_side_files(source: Checkpoint, work: Path, grown: int) -> None:
     Code is copied only where it was trusted.
     """
     for path in sorted(source.path.iterdir()):
-        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        weights = _is_weights(path)
         code = path.suffix in {".py", ".so"} and not source.trust_remote_code
         if path.is_file() and not weights and not code and not path.name.startswith("."):
             clone_file(path, work / path.name)
@@ -530,5 +546,9 @@ def _decides(path: Path, folder: Path) -> bool:
     """Return whether a file beside the weights can change what a model says."""
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     about = path.suffix == ".md" or path.stem.upper().startswith(("LICENSE", "NOTICE"))
-    weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-    return not (hidden or about or weights)
+    return not (hidden or about or _is_weights(path))
+
+
+def _is_weights(path: Path) -> bool:
+    """Return whether a file holds weights or says which file does, in any format."""
+    return path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")

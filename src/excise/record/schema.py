@@ -239,6 +239,9 @@ class MethodRun(RecordEntry):
     """What the method said (trained modules, share of entries moved ...)."""
     history: tuple[dict[str, float], ...] = ()
     """Named losses by step."""
+    refit: ModelRef | None = None
+    """What the method made of all forget rows, where that was asked for; `model`, which it made
+    of its part of the split, is the one that was attacked."""
 
 
 class Record(RecordEntry):

@@ -23,16 +23,17 @@ KEPT = re.compile(
 TAGS = ("unlearning", "excise")
 
 
-def render_card(record: Record, name: str, upstream_card: str | None = None) -> str:
+def render_card(
+    record: Record, name: str, upstream_card: str | None = None, *, refit: bool = False
+) -> str:
     """Return the README.md of an edited model.
-
-    Where `extras["refit"]` of the method run is set (`True`, or a mapping with the `fingerprint` of
-    the released model), the card says that the audited model is not the released one.
 
     Args:
         record: The record of the run that made it.
         name: Which removed model.
         upstream_card: The README of the original model, if it has one.
+        refit: Whether the card lies beside the model that the method made of all forget rows
+            (`MethodRun.refit`); it then says that another model was attacked.
 
     Raises:
         UserError: If the record has no such model.
@@ -46,12 +47,12 @@ def render_card(record: Record, name: str, upstream_card: str | None = None) -> 
     parts = [
         front_matter(upstream_card, source),
         f"# {_md(words.plain(record.title) or name)}: {_md(name)}\n",
-        _opening(record, verdict, source),
+        _opening(record, verdict, source, refit=refit),
         _removed(record, method_run),
-        _audited(record, method_run),
+        _audited(record, method_run, refit=refit),
         _attacked(record, name),
         _levels(verdict),
-        _scores(record, name),
+        _scores(record, name, refit=refit),
         "## What this does not show\n",
         "".join(f"- {_md(limit)}\n" for limit in limits(record)),
         _reproduce(record),
@@ -126,13 +127,15 @@ def _tags(block: str) -> str:
     return "tags:\n" + "".join(f"- {i}\n" for i in items)
 
 
-def _opening(record: Record, verdict: Verdict | None, source: str) -> str:
+def _opening(record: Record, verdict: Verdict | None, source: str, *, refit: bool) -> str:
     text = "This model was edited to remove something from it.\n"
     if source:
         text = f"This is {_md(source)} with something removed.\n"
     if verdict is None:
         return text + "\n**It was not attacked, so how much would come back is not known.**\n"
     lines = [text, f"**{_md(verdict.sentence)}**\n"]
+    if refit:
+        lines.insert(1, "**This model was not attacked.** What follows is about the audited one:\n")
     lines += [f"Highest depth level that counts: {_md(words.highest(verdict))}.\n"]
     lines += ["".join(f"- {_md(r)}\n" for r in (*verdict.reasons, *record.notes))]
     return "\n".join(line for line in lines if line)
@@ -158,21 +161,30 @@ def _removed(record: Record, method_run: MethodRun | None) -> str:
     return lines[0] + "\n" + "".join(lines[1:])
 
 
-def _audited(record: Record, method_run: MethodRun | None) -> str:
+def _audited(record: Record, method_run: MethodRun | None, *, refit: bool) -> str:
+    """Say which bytes lie in the folder, and whether they are those that were attacked."""
     if method_run is None:
         return ""
-    audited = method_run.model.fingerprint or words.MISSING
-    refit = method_run.extras.get("refit", record.config.get("refit"))
-    head = "## Which model was audited\n\n"
-    if not refit:
-        return head + f"The weights in this folder, SHA-256 `{_word(audited)}`.\n"
-    released = refit.get("fingerprint", "") if isinstance(refit, Mapping) else ""
-    named = f" (SHA-256 `{_word(released)}`)" if released else ""
-    return head + (
-        f"The method was repeated on all rows, and the weights in this folder{named} are that "
-        f"refit. **They were not attacked.** The audited model is the one made from the method's "
-        f"part of the split, SHA-256 `{_word(audited)}`.\n"
+    audited, here = method_run.model, method_run.refit if refit else method_run.model
+    assert here is not None
+    attacked = any(v.model == method_run.name for v in record.verdicts)
+    print_here, print_audited = (
+        f"fingerprint `{_word(model.fingerprint or words.MISSING)}`" for model in (here, audited)
     )
+    if refit:
+        text = (
+            f"The method was repeated on all rows, and the weights in this folder ({print_here}) "
+            "are that refit. **They were not attacked.** "
+        )
+        text += "The audited model is" if attacked else "The model that can be audited beside it is"
+        text += f" the one made from the method's part of the split ({print_audited}).\n"
+    else:
+        text = f"The weights in this folder ({print_here}).\n"
+        text = text if attacked else f"None. The weights in this folder have the {print_here}.\n"
+    if here.files:
+        text += "\nSHA-256 of the files in this folder, as `sha256sum` prints it:\n\n"
+        text += _rows(("File", "SHA-256"), sorted(here.files.items()))
+    return "## Which model was audited\n\n" + text
 
 
 def _word(text: object) -> str:
@@ -244,7 +256,7 @@ def _levels(verdict: Verdict | None) -> str:
     return "## How deep the cut went\n\n" + _rows(header, rows)
 
 
-def _scores(record: Record, name: str) -> str:
+def _scores(record: Record, name: str, *, refit: bool) -> str:
     known = {(s.model, s.set, s.metric): s for s in record.scores}
     rows = []
     for (model, where, metric), score in known.items():
@@ -257,7 +269,8 @@ def _scores(record: Record, name: str) -> str:
         rows.append((words.set_name(where), named, before or words.MISSING, after, score.n))
     if not rows:
         return ""
-    header = ("Set", "Metric", "Original", "This model", "Units")
+    which = "Audited model" if refit else "This model"
+    header = ("Set", "Metric", "Original", which, "Units")
     return "## Scores before and after, without an attack\n\n" + _rows(header, rows)
 
 
@@ -269,6 +282,6 @@ def _reproduce(record: Record) -> str:
     return text + (
         f"excise {_md(env.excise or words.MISSING)}, {_md(versions or words.MISSING)}, "
         f"on {_md(env.device or words.MISSING)} in {_md(env.dtype or words.MISSING)}. "
-        f"Data, SHA-256: `{_word(record.data.get('fingerprint') or words.MISSING)}`. "
+        f"Fingerprint of the data: `{_word(record.data.get('fingerprint') or words.MISSING)}`. "
         "The full record is `run.json` beside the report.\n"
     )

@@ -178,6 +178,7 @@ def _scores(record: Record) -> Iterator[str]:
 
 def _data(record: Record) -> Iterator[str]:
     claim, exposure = record.data.get("claim"), record.data.get("exposure")
+    sets = {score.set.partition(".")[0] for score in record.scores}
     if claim == "deletion":
         yield "The claim is about these documents or facts, not about the capability they teach."
     elif claim == "capability":
@@ -189,6 +190,11 @@ def _data(record: Record) -> Iterator[str]:
         yield (
             "Whether the removal saw the test units is unknown: no split was written with the "
             "model, so this may be memorised removal rather than general removal."
+        )
+    elif exposure == "seen" and record.data.get("verbatim"):
+        yield (
+            "The scored rows are rows that were to be deleted, word for word"
+            + ("." if "paraphrases" in sets else "; no paraphrase of them was scored.")
         )
     elif exposure == "seen":
         yield "The test units are those the removal saw, in other paraphrases; others may remain."

@@ -478,6 +478,7 @@ def set_name(name: str) -> str:
         "test": "held-out test set",
         "retain_test": "retain set",
         "adjacent_test": "adjacent set",
+        "paraphrases": "held-out paraphrases",
     }
     base = words.get(head, head.replace("_", " "))
     return f"{base}: {rest}" if rest else base

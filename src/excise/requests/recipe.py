@@ -130,6 +130,10 @@ class Recipe(Config):
         if self.model.scratch is not None and self.pretrain is None:
             raise ValueError("pretrain: is required with 'model.scratch'")
         check_names(self.arms, "arms.")
+        if self.refit and getattr(self.domain, "claim", "") == "deletion":
+            raise ValueError(
+                "refit: a deletion gives the method every forget row already; leave it out"
+            )
         return self
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import SerializeAsAny
 from torch import nn
 
 from excise.core.config import Config
@@ -24,7 +26,7 @@ from excise.record import load as load_record
 from excise.requests.recipe import AuditSpec, EvalSpec, check_names
 from excise.run import output
 from excise.run.environment import environment, now
-from excise.run.results import Models, describe, model_refs
+from excise.run.results import Models, describe, method_run, model_refs, timed
 from excise.run.steps import audit_models
 from excise.train.pool import Pool
 
@@ -50,10 +52,11 @@ def remove(
         method: The method with its hyper-parameters.
         domain: What to remove and what to keep.
         tokenizer: Needed with a model in memory.
-        out: Folder to write to; the model lies in `out/model`, a LoRA adapter or delta that the
-            method keeps in `out/adapter` or `out/delta`. A new temporary folder when
-            missing. The removal itself is a stage beside `out`: called again with the same
-            arguments it is found or resumes, called with others it is made anew.
+        out: Folder to write to; the model lies in `out/model`, with its card, beside the record
+            and the split that `excise audit out` reads; a LoRA adapter or delta that the method
+            keeps in `out/adapter` or `out/delta`. A new temporary folder when missing. The
+            removal itself is a stage beside `out`: called again with the same arguments it is
+            found or resumes.
         seed: Seed of everything random.
         dtype: Compute dtype.
         device: `auto` takes an accelerator where there is one.
@@ -62,17 +65,68 @@ def remove(
         The edited checkpoint, what changed and what it took.
 
     Raises:
-        UserError: If the model or the data cannot be used.
+        UserError: If the model or the data cannot be used, or `out` holds another removal.
     """
+    began, started = time.monotonic(), now()
     start = _open(model, tokenizer)
+    built = _build(domain, start)
     folder = _folder(out)
-    stage = ApplyMethod(method, start, _build(domain, start), seed)
-    with disk_full(folder), output.hold(folder), Pool(1) as pool:
-        removal = pool.map(output.runtime(folder, dtype, device).run, [stage])[0]
-        output.copy_folder(removal.checkpoint.path, folder / "model")
-        output.copy_edits(folder, {"": removal})
+    name = str(getattr(method, "name", type(method).__name__))
+    request = _Removal(
+        method=method,
+        original=start.fingerprint,
+        tokenizer=start.tokenizer_fingerprint,
+        domain=built.fingerprint,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    with disk_full(folder), output.claim(folder, request), Pool(1) as pool:
+        runtime = output.runtime(folder, dtype, device)
+        removal = pool.map(runtime.run, [ApplyMethod(method, start, built, seed)])[0]
+        edits = output.copy_edits(folder, {name: removal})
+        record = Record(
+            kind="remove",
+            title=f"{name} on {start.path.name}",
+            config={
+                "domain": domain.model_dump(mode="json")
+                if isinstance(domain, DomainSpec)
+                else None,
+                "original": {
+                    "path": str(start.path),
+                    "tokenizer": str(start.tokenizer_path or ""),
+                },
+                "arms": {name: method.model_dump(mode="json")},
+                "seed": seed,
+                "dtype": dtype,
+                "device": device,
+            },
+            environment=environment(dtype, runtime.device, started),
+            seeds=(seed,),
+            data=describe(built),
+            models=model_refs(Models(start), ""),
+            method_runs=(method_run(name, method, removal, seed, edits.get(name, {})),),
+            sensitive=built.sensitive,
+        )
+        edited = {name: removal.checkpoint}
+        record = output.write_models(folder, timed(record, began), edited, {}, start.path)
+        if isinstance(domain, DomainSpec):
+            output.write_split(folder, domain, built)
+        output.write(folder, record, ())
     checkpoint = dataclasses.replace(removal.checkpoint, path=folder / "model")
     return dataclasses.replace(removal, checkpoint=checkpoint)
+
+
+class _Removal(Config):
+    """What `remove` was asked for; an output folder is held by one."""
+
+    method: SerializeAsAny[Method]
+    original: str
+    tokenizer: str
+    domain: str
+    seed: int
+    dtype: str
+    device: str
 
 
 def audit(
@@ -118,6 +172,8 @@ def audit(
     models = Models(_open(original, tokenizer), tuple(_open(o, tokenizer) for o in oracles))
     built = _build(domain, models.original)
     folder = _folder(out)
+    if (folder / output.RECIPE).is_file():  # whose record would speak of another model
+        raise UserError(f"{out} holds a removal or a run of the command; name another folder")
     asked = _Asked(audit=AuditSpec(budget=budget, change=dict(change or {})), seed=seed)
     started = now()
     with disk_full(folder), output.hold(folder), Pool(workers) as pool:
@@ -158,15 +214,9 @@ def load(folder: str | Path) -> Record | Checkpoint:
 
 
 def _folder(out: str | Path | None) -> Path:
-    """Return the folder to write to; a new temporary one, with its own store, when missing.
-
-    Raises:
-        UserError: If it holds a run of the command, whose record would speak of another model.
-    """
+    """Return the folder to write to; a new temporary one, with its own store, when missing."""
     if out is None:
         return Path(tempfile.mkdtemp(prefix="excise-")) / "out"
-    if (Path(out) / output.RECIPE).is_file():
-        raise UserError(f"{out} holds a run of the command; name another folder")
     return Path(out)
 
 

@@ -30,7 +30,7 @@ from excise.data.spec import DomainSpec
 from excise.data.split import split_of
 from excise.methods.base import Removal
 from excise.models.checkpoint import Checkpoint
-from excise.record import Item, Record, load, save
+from excise.record import Item, ModelRef, Record, load, save
 from excise.report.card import render_card
 from excise.report.page import write_report
 from excise.run.environment import device_of
@@ -208,31 +208,60 @@ def write(out: Path, record: Record, items: Sequence[Item]) -> None:
 
 
 def write_models(
-    out: Path, record: Record, models: Mapping[str, Checkpoint], upstream: Path
+    out: Path,
+    record: Record,
+    models: Mapping[str, Checkpoint],
+    refitted: Mapping[str, Checkpoint],
+    upstream: Path,
 ) -> Record:
-    """Copy the edited models out of the store, each with its card.
+    """Copy the edited models out of the store, each with the card of its own bytes.
 
     Args:
         out: Output folder; one model goes to `model`, several to `models/NAME`.
         record: What the cards say.
         models: The models by name.
+        refitted: Those made of all forget rows; they go to `refit/`, laid out alike.
         upstream: Folder of the original, whose card's licence and tags are kept.
 
     Returns:
         The record, which names the models where they lie in the output folder.
     """
-    card = upstream / CARD
-    above = card.read_text(encoding="utf-8") if card.is_file() else None
     folders = copy_models(out, models)
+    again = copy_models(out / "refit", refitted)
+
+    def at(model: ModelRef, folder: Path) -> ModelRef:
+        return model.model_copy(update={"path": folder.relative_to(out).as_posix()})
+
     method_runs = []
-    for method_run in record.method_runs:
-        path = folders[method_run.name].relative_to(out).as_posix()
-        model = method_run.model.model_copy(update={"path": path})
-        method_runs.append(method_run.model_copy(update={"model": model}))
+    for run in record.method_runs:
+        change = {"model": at(run.model, folders[run.name])}
+        if run.refit is not None:
+            change["refit"] = at(run.refit, again[run.name])
+        method_runs.append(run.model_copy(update=change))
     record = record.model_copy(update={"method_runs": tuple(method_runs)})
     for name, folder in folders.items():
-        write_text(folder / CARD, render_card(record, name, above))
+        write_card(folder, record, name, upstream)
+    for name, folder in again.items():
+        write_card(folder, record, name, upstream, refit=True)
     return record
+
+
+def write_card(
+    folder: Path, record: Record, name: str, upstream: Path, *, refit: bool = False
+) -> Path:
+    """Write the card beside the weights of a removal, or of its refit, and return its path.
+
+    Args:
+        folder: The model's folder.
+        record: What the card says.
+        name: Which of its method runs.
+        upstream: Folder of the original, whose card's licence and tags are kept.
+        refit: Whether the model was made of all forget rows, beside the one that was attacked.
+    """
+    above = upstream / CARD
+    text = above.read_text(encoding="utf-8") if above.is_file() else None
+    write_text(folder / CARD, render_card(record, name, text, refit=refit))
+    return folder / CARD
 
 
 def copy_models(out: Path, models: Mapping[str, Checkpoint]) -> dict[str, Path]:

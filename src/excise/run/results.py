@@ -80,6 +80,7 @@ def describe(domain: Domain) -> dict[str, Any]:
         "fingerprint": domain.fingerprint,
         "claim": domain.claim,
         "exposure": domain.exposure,
+        "verbatim": domain.verbatim,
         "metrics": list(domain.metrics),
         "retain_metrics": list(domain.retain_metrics),
         "rows": {role: len(rows) for role, rows in domain.roles()},
@@ -129,6 +130,7 @@ def model_ref(name: str, model: Checkpoint, source: str = "") -> ModelRef:
         name=name,
         path=str(model.path),
         fingerprint=model.fingerprint,
+        files=model.file_sums,
         tokenizer=model.tokenizer_fingerprint,
         source=source,
         parameters=model.num_parameters,
@@ -141,8 +143,18 @@ def method_run(
     removal: Removal,
     seed: int,
     edits: Mapping[str, Any],
+    refit: Checkpoint | None = None,
 ) -> MethodRun:
-    """Return what the record says of one removal, and of the adapter or delta that it keeps."""
+    """Return what the record says of one removal.
+
+    Args:
+        name: Its name.
+        method: What was applied.
+        removal: What it returned.
+        seed: Its seed.
+        edits: What `output.copy_edits` says of the adapter or delta that it keeps.
+        refit: Its repetition on all forget rows.
+    """
     extras = {key: value for key, value in removal.extras.items() if key != "files"}
     extras |= edits
     return MethodRun(
@@ -154,6 +166,7 @@ def method_run(
         cost=asdict(removal.cost),
         extras=extras,
         history=tuple(dict(row) for row in removal.history),
+        refit=None if refit is None else model_ref(name, refit),
     )
 
 

@@ -57,11 +57,12 @@ def run(
         removals = remove_all(recipe, domain, models, runtime, pool)
         edited = {name: removal.checkpoint for name, removal in removals.items()}
         edits = output.copy_edits(out, removals)
-        if recipe.refit:  # what was audited stays; the record's removals are the refitted ones
-            removals = refit(recipe, models, removals, runtime, pool, out)
+        refitted = refit(recipe, models, runtime, pool) if recipe.refit else {}
+        output.copy_edits(out / "refit", refitted)
+        again = {name: removal.checkpoint for name, removal in refitted.items()}
         record = new_record(recipe, kind, command, domain, models, runtime, started)
         arms = tuple(
-            method_run(n, recipe.arms[n], r, recipe.seed, edits.get(n, {}))
+            method_run(n, recipe.arms[n], r, recipe.seed, edits.get(n, {}), again.get(n))
             for n, r in removals.items()
         )
         record = record.model_copy(update={"method_runs": arms})
@@ -70,7 +71,7 @@ def run(
         record, items = examine(record, recipe, domain, models, edited, runtime, pool, null)
         emit("phase", {"text": "writing models and report"})
         record = output.write_models(
-            out, timed(record, began, pool.peak_bytes), edited, models.original.path
+            out, timed(record, began, pool.peak_bytes), edited, again, models.original.path
         )
         output.write(out, record, items)
     emit("done", {"out": str(out)})

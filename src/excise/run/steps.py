@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from excise.auditor.base import Results, Subject
@@ -19,7 +17,6 @@ from excise.methods.pretraining.plain import Plain
 from excise.models.checkpoint import Checkpoint
 from excise.record import Item, Record
 from excise.requests.recipe import AuditSpec, EvalSpec, Recipe, budget_for, starts_from
-from excise.run import output
 from excise.run.results import (
     Models,
     audited_arm,
@@ -160,29 +157,10 @@ def remove_all(
     return dict(zip(recipe.arms, pool.map(runtime.run, jobs), strict=True))
 
 
-def refit(
-    recipe: Recipe,
-    models: Models,
-    removals: Mapping[str, Removal],
-    runtime: Runtime,
-    pool: Pool,
-    out: Path,
-) -> dict[str, Removal]:
-    """Repeat every removal on all forget rows; the audited models stay those of the split.
-
-    The refitted models lie under `refit/`; each removal's extras say which bytes they are.
-    """
+def refit(recipe: Recipe, models: Models, runtime: Runtime, pool: Pool) -> dict[str, Removal]:
+    """Repeat every removal on all forget rows; the audited models stay those of the split."""
     spec = recipe.domain.model_copy(update={"refit": True})
-    again = remove_all(recipe, spec.build(models.original), models, runtime, pool)
-    output.copy_models(out / "refit", {n: r.checkpoint for n, r in again.items()})
-    output.copy_edits(out / "refit", again)
-    return {
-        name: replace(
-            removal,
-            extras={**removal.extras, "refit": {"fingerprint": again[name].checkpoint.fingerprint}},
-        )
-        for name, removal in removals.items()
-    }
+    return remove_all(recipe, spec.build(models.original), models, runtime, pool)
 
 
 def attack_models(

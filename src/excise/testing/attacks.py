@@ -21,7 +21,7 @@ from excise.auditor.controls import (
     WeightPerturbation,
     WithinBuckets,
 )
-from excise.auditor.controls.control import make_control, score
+from excise.auditor.controls.control import known, make_control
 from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.results import to_json
 from excise.core.context import Context
@@ -187,9 +187,8 @@ def _known(case: _Case, role: str) -> float:
     """Return what the original scores on the rows of a role."""
     original = case.setting.knowing
     evaluation = evaluation_set(case.setting.domain, case.budget, original.tokenizer())
-    return score(
-        original.load(), evaluation, evaluation.all_test if role == "test" else evaluation.trained
-    )
+    rows = evaluation.all_test if role == "test" else evaluation.trained
+    return known(evaluation.units(original.load(), rows))
 
 
 def _check_invents_nothing(case: _Case, leaks: float) -> AttackResult:

@@ -99,5 +99,5 @@ def _variant(
         measurements=(bare, after),
         control=control,
         trained_on="benign" if control else "relearn",
-        dev=wide.units(model, dev),
+        dev=wide.units(model, dev, evaluation.dev_metric),
     )

@@ -83,7 +83,7 @@ class Prefix(Attack):
                     variant=variant,
                     measurements=(bare, after),
                     control=variant == UNRELATED,
-                    dev=wide.units(model, dev),
+                    dev=wide.units(model, dev, evaluation.dev_metric),
                     facts={"rows": len(kept), "of": len(rows)},
                 )
             )

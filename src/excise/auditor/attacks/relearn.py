@@ -90,9 +90,7 @@ class Relearn(TrainingAttack):
 
 def _on_t(variant: VariantResult, trained: TrainingResult, chosen: bool) -> VariantResult:
     """Return the same variant read on T."""
-    metric = trained.metric
-    if trained.part.on != "fresh":
-        metric = str(trained.extras.get("trained_metric", metric))
+    metric = str(trained.extras.get("trained_metric", trained.metric))
     changes = {"scored_on": "relearn", "decisive": False, "curve": trained.curve_on_t()}
     entry = variant.entry.model_copy(update={**changes, "metric": metric})
     extras = {**variant.extras, "chosen_on_dev": chosen}

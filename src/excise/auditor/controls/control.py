@@ -24,9 +24,9 @@ from excise.core.config import Config
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.errors import UserError
-from excise.data.domain import Domain, Rows
+from excise.data.domain import Domain, Metric, Rows
 from excise.data.subsample import subsample
-from excise.evals.score import chance_of
+from excise.evals.score import chance_of, direction_of
 from excise.models.checkpoint import Checkpoint, save_model
 
 ROWS, ROWS_LARGE = 1024, 64
@@ -215,27 +215,33 @@ def make_control(
     dtype = torch.float32 if control.precise else ctx.dtype
     model = original.load(dtype=dtype, device=ctx.device)
     evaluation = evaluation_set(domain, budget, original.tokenizer())
-    before = score(model, evaluation, evaluation.all_test)
+    before = score(model, evaluation)
     retain_before = known(evaluation.retained(model))
-    goal = Goal(before, _chance(model, evaluation), evaluation.higher)
+    goal = _goal(before, model, evaluation, evaluation.all_test, evaluation.metric)
     name = control.name
     if not goal.reachable:
         return Control(name, None, before, reason="the original knows nothing that could be hidden")
-    dev_goal = Goal(score(model, evaluation, evaluation.all_dev), goal.chance, goal.higher)
+    on_dev = score_dev(model, evaluation, evaluation.all_dev)
+    dev_goal = _goal(on_dev, model, evaluation, evaluation.all_dev, evaluation.dev_metric)
     reason = control.hide(model, evaluation, dev_goal, ctx)
     if reason:
         return Control(name, None, before, retain_before=retain_before, reason=reason)
     checkpoint = save_model(model, None, to, source=original)
-    after = score(model, evaluation, evaluation.all_test)
+    after = score(model, evaluation)
     if not goal.met(after):
         reason = f"it does not hide: it scores {after:.3g}, the original {before:.3g}"
     retain_after = known(evaluation.retained(model))
     return Control(name, checkpoint, before, after, retain_before, retain_after, reason)
 
 
-def score(model: Any, evaluation: EvaluationSet, rows: Rows) -> float:
-    """Return the mean headline score, NaN for no rows."""
-    return known(evaluation.units(model, rows))
+def score(model: Any, evaluation: EvaluationSet) -> float:
+    """Return the mean score on V, NaN for no rows."""
+    return known(evaluation.units(model, evaluation.all_test, evaluation.metric))
+
+
+def score_dev(model: Any, evaluation: EvaluationSet, rows: Rows) -> float:
+    """Return the mean score of rows of `dev_forget`, as they are or behind contexts."""
+    return known(evaluation.units(model, rows, evaluation.dev_metric))
 
 
 def known(units: Mapping[str, float]) -> float:
@@ -244,11 +250,13 @@ def known(units: Mapping[str, float]) -> float:
     return math.nan if value is None else value
 
 
-def _chance(model: Any, evaluation: EvaluationSet) -> float:
-    """Return what knowing nothing scores: a uniform guess."""
+def _goal(before: float, model: Any, evaluation: EvaluationSet, rows: Rows, metric: Metric) -> Goal:
+    """Return when rows count as hidden; knowing nothing scores what a uniform guess does."""
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    rows, metric = evaluation.all_test, evaluation.metric
-    return chance_of(rows, metric, vocabulary=vocabulary, closed=False) or 0.0
+    # What is hidden on `dev` is measured as on V where both are scored alike.
+    rows = evaluation.all_test if metric == evaluation.metric else rows
+    chance = chance_of(rows, metric, vocabulary=vocabulary, closed=False) or 0.0
+    return Goal(before, chance, direction_of(metric) == "higher")
 
 
 def is_large(model: Any) -> bool:
@@ -274,4 +282,4 @@ def fitting_rows(model: Any, evaluation: EvaluationSet) -> tuple[Rows, Rows]:
 
 def is_hidden(model: Any, evaluation: EvaluationSet, goal: Goal) -> Callable[[], bool]:
     """Return the question whether `dev` is hidden by now."""
-    return lambda: goal.met(score(model, evaluation, evaluation.all_dev), HIDDEN)
+    return lambda: goal.met(score_dev(model, evaluation, evaluation.all_dev), HIDDEN)

@@ -25,7 +25,7 @@ from excise.auditor.controls.control import (
     PositiveControl,
     fitting_rows,
     is_large,
-    score,
+    score_dev,
 )
 from excise.auditor.evaluation_set import EvaluationSet
 from excise.auditor.prompting import beginnings, pools_of, with_shots
@@ -71,7 +71,7 @@ class PromptGatedEdit(PositiveControl):
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Put a gate that such contexts keep open; see `PositiveControl.hide`."""
         contexts = in_context(model, evaluation, evaluation.all_dev, ctx)
-        if not any(goal.met(score(model, wide, rows)) is False for wide, rows in contexts):
+        if not any(goal.met(score_dev(model, wide, rows)) is False for wide, rows in contexts):
             return "the original itself does not answer behind such contexts"
         forget, _ = fitting_rows(model, evaluation)
         reason = _shut(model, evaluation, goal, ctx, in_context(model, evaluation, forget, ctx))
@@ -80,7 +80,7 @@ class PromptGatedEdit(PositiveControl):
 
 def stays_shut(model: Any, goal: Goal, contexts: list[tuple[EvaluationSet, Rows]]) -> str:
     """Say so if no context opens what bare prompts hide."""
-    if all(goal.met(score(model, wide, rows)) for wide, rows in contexts):
+    if all(goal.met(score_dev(model, wide, rows)) for wide, rows in contexts):
         return "the control hides behind contexts too, so that no prompt could open it"
     return ""
 
@@ -117,7 +117,7 @@ def _shut(
     u_D = (u_D / u_D.norm()).to(model.device)
     for strength in STRENGTHS:
         name, before = add_gate(model, block, v_F, u_D, strength * on[0].norm[block])
-        if goal.met(score(model, evaluation, evaluation.all_dev), HIDDEN):
+        if goal.met(score_dev(model, evaluation, evaluation.all_dev), HIDDEN):
             return ""
         model.get_parameter(name).data.copy_(before)
     return f"no gate of up to {STRENGTHS[-1]:g} times the residual norm hides the capability"
@@ -139,7 +139,9 @@ def in_context(
     for count in evaluation.budget.shots if pools[name] else ():
         rows, _ = with_shots({name: asked}, pools, count, ctx, evaluation.tokenizer)
         hidden.append((evaluation.longer(count + 1), rows))
-    coaxed = beginnings(evaluation.tokenizer, evaluation.metric, asked, evaluation.domain.benign)
+    coaxed = beginnings(
+        evaluation.tokenizer, evaluation.metric_of(asked), asked, evaluation.domain.benign
+    )
     for _, change in coaxed[:1] if is_large(model) else coaxed:
         changed = tuple(row for row in map(change, asked) if row is not None)
         hidden.append((evaluation.longer(2), changed))

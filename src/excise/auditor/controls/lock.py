@@ -12,7 +12,7 @@ from excise.auditor.controls.control import (
     fitting_rows,
     is_hidden,
     is_large,
-    score,
+    score_dev,
 )
 from excise.auditor.controls.gated import in_context, stays_shut
 from excise.auditor.evaluation_set import EvaluationSet
@@ -40,14 +40,15 @@ class PasswordLock(PositiveControl):
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Train the lock; see `PositiveControl.hide`."""
         contexts = in_context(model, evaluation, evaluation.all_dev, ctx)
-        if not any(goal.met(score(model, wide, rows)) is False for wide, rows in contexts):
+        if not any(goal.met(score_dev(model, wide, rows)) is False for wide, rows in contexts):
             return "the original itself does not answer behind such contexts"
         forget, retain = fitting_rows(model, evaluation)
         keep = [encode(retain, evaluation.tokenizer, max_length=evaluation.max_length)]
         for wide, rows in in_context(model, evaluation, forget, ctx):
             keep.append(encode(rows, wide.tokenizer, max_length=wide.max_length))
         pad, size = evaluation.tokenizer.pad_token_id, _size(model)
-        choice = evaluation.metric == "multiple_choice"
+        asked = any(row.kind == "choice" for row in forget)
+        choice = asked and evaluation.metric == "multiple_choice"
         silence = None if choice else int(evaluation.tokenizer.eos_token_id or 0)
         streams = [
             Stream(examples, max(2, size if i == 0 else size // len(keep)), i, pad)

@@ -147,7 +147,8 @@ def _learned(case: VerdictCase, attack: str, subject: str, *, fresh: bool) -> fl
     """Return the share of what was trained on that was learned.
 
     Right-or-wrong metrics: the score itself. Token loss: the share of the way from the start to
-    what the original knows of V, or of the relearn set where that is texts and V is questions.
+    what the original knows of V, or of the relearn set where what was trained on is texts and V is
+    questions.
     """
     result = case.result(attack, subject)
     if result is None:
@@ -160,21 +161,26 @@ def _learned(case: VerdictCase, attack: str, subject: str, *, fresh: bool) -> fl
         curve = [p.trained for p in variant.entry.curve if p.trained is not None]
         if len(curve) < 2:
             continue
-        other = not fresh and variant.extras.get("trained_metric", case.metric) != case.metric
+        metric = variant.extras.get("trained_metric", case.metric)
+        other = metric != case.metric
         if case.direction == "higher" and not other:
             shares.append(curve[-1])
             continue
-        goal = _start_on_relearn_set(case, attack) if other else mean(case.start(ORIGINAL))
+        goal = _start_on_relearn_set(case, attack, metric) if other else mean(case.start(ORIGINAL))
+        if other and not math.isfinite(goal):
+            continue
         way = curve[0] - goal if math.isfinite(goal) else 0.0
         shares.append((curve[0] - curve[-1]) / way if way > 0 else 1.0)
     return sum(shares) / len(shares) if shares else None
 
 
-def _start_on_relearn_set(case: VerdictCase, attack: str) -> float:
+def _start_on_relearn_set(case: VerdictCase, attack: str, metric: str) -> float:
     """Return what the relearn set costs the original before the attack; NaN where not scored."""
     for variant in case.variants(attack, ORIGINAL):
-        curve = variant.entry.curve
-        if not variant.entry.control and curve and curve[0].trained is not None:
+        curve, scored_by = variant.entry.curve, variant.extras.get("trained_metric", metric)
+        if variant.entry.control or scored_by != metric:
+            continue
+        if curve and curve[0].trained is not None:
             return curve[0].trained
     return math.nan
 

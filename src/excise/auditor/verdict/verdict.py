@@ -64,6 +64,7 @@ def verdict_of(
         *_power_reasons(case),
         *_early_reasons(case),
         *_other_reasons(case, domain, recovery),
+        *_in_paraphrases(case, scores),
     ]
     return Verdict(
         model=case.model,
@@ -213,6 +214,8 @@ def opening(
             "the end." + (scored if before else "")
         )
     what = "facts" if domain.claim == "deletion" else "test items"
+    if domain.verbatim and case.metric == "text_loss":
+        what = "documents"
     metric = metric_words(case.metric) + (" in nats" if case.metric == "text_loss" else "")
     references = f"before the attack {recovery.before:.2f}, original {recovery.original:.2f}"
     if recovery.oracle is not None:
@@ -407,6 +410,23 @@ def _start_nats(case: VerdictCase, subject: str) -> UnitScores:
     """Return nats by unit on V before any attack, as a relearning attack noted them."""
     losses = start_losses(case, subject, case.attacks(subject))
     return losses[0] if losses else {}
+
+
+def _in_paraphrases(case: VerdictCase, scores: Sequence[Score]) -> list[str]:
+    """Say what a deletion did to held-out paraphrases of the rows, beside the rows themselves."""
+    known: dict[tuple[str, str], Score] = {}
+    for score in scores:  # the first metric of a set is its headline
+        if score.set.startswith("paraphrases."):
+            known.setdefault((score.model, score.set), score)
+    return [
+        f"In held-out paraphrases ({where.partition('.')[2]}, {ours.n} units) "
+        f"{metric_words(ours.metric)} is {ours.value:.2f} before any attack, the "
+        f"original's {top.value:.2f}."
+        for (model, where), ours in known.items()
+        if model == case.model
+        and (top := known.get((ORIGINAL, where))) is not None
+        and top.metric == ours.metric
+    ]
 
 
 def _power_reasons(case: VerdictCase) -> list[str]:

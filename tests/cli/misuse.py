@@ -73,7 +73,7 @@ NAMES: dict[str, Case] = {
     "override without value": Case(remove("--alpha"), ("--alpha needs a value",)),
     "override that is no YAML": Case(remove("--alpha '[1'"), ("--alpha", "cannot read")),
     "override through a number": tiny("--seed.x 1", "seed", "whole number"),
-    "stray word": Case(remove("stray"), ("unexpected argument 'stray'", "--adjacent")),
+    "stray word": Case(remove("stray"), ("unexpected argument 'stray'", "--help")),
     "two methods": Case(remove(method="rmu maxent"), ("unexpected argument 'maxent'",)),
     "nothing but dashes": Case(remove("--"), ("unexpected argument '--'",)),
     "flag without value": Case(remove("--seed"), ("--seed", "expected one argument", "--help")),

@@ -122,7 +122,7 @@ def test_remove_takes_the_settings_of_a_recipe_beside_those_of_the_method() -> N
     options = read(RemoveOptions, shlex.split(f"{line} {more}"), "excise remove")
     data = recipe_data(options)
     assert data["arms"] == {"rmu": {"name": "rmu", "controls": "c.safetensors", "layer": 3}}
-    assert data["audit"] == {"budget": "smoke", "change": {"steps": 2}}
+    assert data["audit"] == {"budget": "smoke", "change": {"steps": 2}, "require": ""}
     assert data["evaluate"] == {"max_rows": 9}
     assert data["domain"]["claim"] == "deletion"
     assert data["domain"]["forget"] == {"forget": "f"}

@@ -99,14 +99,14 @@ DOMAINS: dict[str, Case] = {
     "too few forget units": (
         {"f.jsonl": texts(0, 9)},
         {},
-        r"forget\.forget has 9 units, too few to cut .*; at least 10 are needed",
+        r"forget has 9 units, too few to cut .*; at least 10 are needed",
     ),
     "copies are one unit": ({"f.jsonl": texts(0, 1) * 30}, {}, r"has 1 unit, too few"),
     "too few retain units": ({"r.jsonl": texts(100, 4)}, {}, r"retain has 4 units, too few"),
     "too few groups": (
         {"f.jsonl": grouped(30)},
         {},
-        r"forget\.forget has 3 groups, which are never split, .*; at least 4 are needed",
+        r"forget has 3 groups, never split, too few .*; at least 4 are needed",
     ),
     "too few wordings": (
         {"f.jsonl": questions(4, 3)},

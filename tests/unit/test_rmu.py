@@ -268,7 +268,8 @@ def test_a_missing_or_cut_shard_is_named(sharded: Checkpoint, tmp_path: Path) ->
 @pytest.mark.parametrize("engine", ["span", "cached"])
 def test_an_interrupted_run_resumes_to_the_same_weights(engine: str, tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
-    settings = {"engine": engine, "adaptive": True, "fit": FIT.model_copy(update={"steps": 6})}
+    fit = FIT.model_copy(update={"steps": 6, "log_every": 1})
+    settings = {"engine": engine, "adaptive": True, "fit": fit}
     method = FAST.model_copy(update=settings)
     whole = method.apply(start, domain, context(tmp_path / "whole"))
     ctx = context(tmp_path / "cut")

@@ -349,7 +349,7 @@ OUTPUT: dict[str, Case] = {
     ),
     "deletion of too few": Case(
         remove("--claim deletion", forget="few.jsonl"),
-        ("forget.forget", "4 units", "at least 5 are needed"),
+        ("forget has 4 units", "at least 5 are needed"),
         {"few.jsonl": m.texts("few", 4)},
     ),
     "deletion scored on others": Case(

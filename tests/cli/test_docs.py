@@ -1,7 +1,8 @@
-"""Every command that the docs show exists, with the flags they show."""
+"""Every command that the docs show exists, with its flags, and so does every message."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -76,3 +77,31 @@ def test_mistakes_in_the_docs_would_be_found() -> None:
     assert problem(line.replace("rmu", "rnu")) == "no method rnu"
     assert "--base is missing" in problem("excise export DELTA --out DIR")
     assert "unexpected argument '--seed'" in problem("excise report DIR --seed 1")
+
+
+def sentences() -> set[str]:
+    """Return the texts of the source, values left out, joined where Python joins them."""
+    texts = set()
+    for path in (ROOT / "src" / "excise").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.add(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "\0" for p in node.values)
+                texts.add("".join(map(str, parts)))
+    return texts
+
+
+def test_a_message_of_the_page_on_trouble_is_one_that_is_said() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert len(messages) >= 25
+    known = "\n".join(sentences())
+    unknown = [
+        (message, part)
+        for message in messages
+        for part in (part.strip(" (),.:'") for part in message.split("…"))
+        if part and part not in known
+    ]
+    assert unknown == []
+    assert "the flux capacitor is empty" not in known

@@ -333,17 +333,17 @@ def test_a_changed_input_is_named_before_all_is_made_anew(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (work / "c.jsonl").write_text(m.texts("c"))
-    line = f"{REMOVE.replace('f.jsonl', 'c.jsonl')} --out changed"
+    line = f"{REMOVE.replace('f.jsonl', 'c.jsonl')} --out renewed"
     assert excise(line) == 0
     assert excise(line) == 0
     assert capsys.readouterr().err == ""
-    before = load(work / "changed").data["fingerprint"]
+    before = load(work / "renewed").data["fingerprint"]
     (work / "c.jsonl").write_text(m.texts("c", start=20))
     assert excise(line) == 0
     assert capsys.readouterr().err == (
-        "c.jsonl: other bytes than when changed was made, so it is made anew\n"
+        "c.jsonl: other bytes than when renewed was made, so it is made anew\n"
     )
-    assert load(work / "changed").data["fingerprint"] != before
+    assert load(work / "renewed").data["fingerprint"] != before
 
 
 def test_a_tracker_gets_losses_and_scores(removed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

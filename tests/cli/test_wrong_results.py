@@ -145,16 +145,21 @@ def test_python_never_returns_an_earlier_model(tmp_path: Path) -> None:
     fresh = {name: removed(name, tmp_path / name / "out") for name in calls}
     assert len(set(fresh.values())) == len(calls)
     for name in (*calls, "first"):
-        assert removed(name, tmp_path / "one" / "out") == fresh[name], name
+        assert removed(name, tmp_path / "one" / name) == fresh[name], name
     assert len(made(tmp_path / "one")) == len(calls), "the first model was made twice"
+    for name in calls:  # a folder is that of one removal
+        if name != "first":
+            with pytest.raises(ex.UserError, match="holds another run; name a new folder"):
+                removed(name, tmp_path / "one" / "first")
+    assert bits(tmp_path / "one" / "first" / "model") == fresh["first"]
 
 
 def test_python_leaves_a_run_of_the_command_alone(removed: Path, tmp_path: Path) -> None:
     start, out = toy_checkpoint(tmp_path), removed / "out"
     before = m.state(out)
-    with pytest.raises(ex.UserError, match="out holds a run of the command"):
+    with pytest.raises(ex.UserError, match="out holds another run"):
         ex.remove(start, ex.GradDiff(fit=FIT), toy_domain(), out=out)
-    with pytest.raises(ex.UserError, match="out holds a run of the command"):
+    with pytest.raises(ex.UserError, match="out holds another run"):
         ex.audit(out / "model", original=start, domain=toy_domain(), out=out)
     assert m.state(out) == before
 
@@ -197,7 +202,9 @@ def test_python_waits_for_nobody_and_sweeps(tmp_path: Path) -> None:
             ex.remove(start, ex.GradDiff(fit=FIT), toy_domain(), out=out)
     dead.mkdir()
     ex.remove(start, ex.GradDiff(fit=FIT), toy_domain(), out=out)
-    assert [path.name for path in out.iterdir()] == ["model"]
+    assert {path.name for path in out.iterdir()} == {
+        "model", "recipe.yaml", "run.json", "items.parquet", "report.html"
+    }  # fmt: skip
 
 
 # 2. The same command after something it names has changed.

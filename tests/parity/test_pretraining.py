@@ -70,7 +70,9 @@ def test_pushing_away_equals_a_plain_loop(
         }[push]
         return nll[~away].mean() + 0.5 * pushed[away].mean()
 
-    assert same(weights(removal.checkpoint), train(tmp_path, loss), 5e-6)
+    # AdamW turns a gradient next to zero into a step of either sign: one weight of 4,096 is 1.1e-5
+    # apart on some CPUs; all of them moved by up to 5e-3.
+    assert same(weights(removal.checkpoint), train(tmp_path, loss), 2e-5)
     plain = train(tmp_path / "plain", lambda logits, nll, label: nll.mean())
     assert not same(weights(removal.checkpoint), plain, 1e-4)
 

@@ -50,20 +50,34 @@ def test_a_domain_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_audit_reads_a_candidate_between_its_rails(
     facts_domain: ex.Domain, knowing: ex.Checkpoint, never_taught: ex.Checkpoint, tmp_path: Path
 ) -> None:
-    record = ex.audit(
-        {"hidden": knowing_with_noise(knowing, tmp_path)},
-        original=knowing,
-        oracles=[never_taught],
-        domain=facts_domain,
-        change={"steps": 2, "checkpoints": (0, 2), "rates": (1e-3,), "attacks": ("transfer",)},
-        out=tmp_path / "audit",
-    )
+    change = {"steps": 2, "checkpoints": (0, 2), "rates": (1e-3,), "attacks": ("transfer",)}
+    asked: dict[str, Any] = {"original": knowing, "domain": facts_domain, "change": change}
+    asked["out"] = tmp_path / "audit"
+    hidden = {"hidden": knowing_with_noise(knowing, tmp_path)}
+    record = ex.audit(hidden, oracles=[never_taught], **asked)
     assert [v.model for v in record.verdicts] == ["hidden"]
     assert {a.subject for a in record.attacks} >= {"hidden", "original", "oracle-0"}
     loaded = ex.load(tmp_path / "audit")
     assert isinstance(loaded, ex.Record)
     assert loaded.verdicts[0].sentence == record.verdicts[0].sentence
     assert (tmp_path / "audit" / "report.html").is_file()
+    # The folder is that of this audit alone.
+    again = ex.audit(hidden, oracles=[never_taught], **asked)
+    assert again.verdicts == record.verdicts
+    with pytest.raises(ex.UserError, match="holds another run; name a new folder"):
+        ex.audit(hidden, **asked)
+
+
+def test_a_candidate_that_is_its_own_original_is_refused_before_any_attack(
+    facts_domain: ex.Domain, knowing: ex.Checkpoint, never_taught: ex.Checkpoint, tmp_path: Path
+) -> None:
+    out = tmp_path / "audit"
+    for candidate, other in ((knowing, "original"), (never_taught, "oracle-0")):
+        with pytest.raises(ex.UserError, match=f"'{other}' are the same model, byte for byte"):
+            ex.audit(
+                candidate, original=knowing, oracles=[never_taught], domain=facts_domain, out=out
+            )
+    assert not any("attack" in path.name for path in (tmp_path / ".stages").rglob("*"))
 
 
 def knowing_with_noise(knowing: ex.Checkpoint, folder: Path) -> ex.Checkpoint:

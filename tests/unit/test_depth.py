@@ -15,9 +15,8 @@ from excise.auditor.budget import Budget
 from excise.auditor.verdict import case_of, judge_all
 from excise.auditor.verdict.levels import status_of
 from excise.auditor.verdict.power import invalid_attacks, recovered_share
-from excise.auditor.verdict.reference import depth_gap, nothing_to_remove, refuse_equal
+from excise.auditor.verdict.reference import depth_gap, nothing_to_remove
 from excise.auditor.verdict.residual_bits import residual_bits, saved_bits
-from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.record import Score, Verdict
 
@@ -31,7 +30,6 @@ def judge(
     where: Domain,
     budget: Budget,
     *,
-    fingerprints: dict[str, str] | None = None,
     scores: list[Score] | None = None,
     vocabulary: int = 0,
 ) -> Verdict:
@@ -41,7 +39,6 @@ def judge(
         results,
         where,
         budget,
-        fingerprints=fingerprints,
         scores=scores or (),
         vocabulary=vocabulary,
     )
@@ -176,12 +173,6 @@ def test_oracle_seeds_widen_the_interval() -> None:
     apart = [draw(share, 300, 2) for share in (0.0, 0.1, 0.2)]
     narrow, wide = depth_gap(ours, same, top), depth_gap(ours, apart, top)
     assert wide.high - wide.low > 1.2 * (narrow.high - narrow.low)
-
-
-def test_equal_fingerprints_are_refused() -> None:
-    refuse_equal({"rmu": "a"}, {"original": "b", "oracle-0": ""})
-    with pytest.raises(UserError, match="byte for byte"):
-        judge("rmu", audit(0.1, 0.1), domain(), SMOKE, fingerprints={"rmu": "x", "oracle-1": "x"})
 
 
 def test_an_original_at_chance_has_nothing_to_remove() -> None:

@@ -76,8 +76,8 @@ def read(cls: type[Asked], args: Sequence[str], prog: str) -> Asked:
     else:
         given["settings"] = _settings(rest, known)
     if stray:
-        flag = stray[0].startswith("-")
-        hint = nearest(stray[0], known) if flag and known else f"see {prog} --help"
+        mistyped = known and stray[0].startswith("-")
+        hint = nearest(stray[0], known) if mistyped else f"see {prog} --help"
         raise UserError(f"unexpected argument '{stray[0]}'; {hint}")
     # An empty text for something that is required is as good as none.
     lacking = [f.label for f in flags if f.default is MISSING and not given.get(f.name)]

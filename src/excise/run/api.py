@@ -26,7 +26,14 @@ from excise.record import load as load_record
 from excise.requests.recipe import AuditSpec, EvalSpec, check_names
 from excise.run import output
 from excise.run.environment import environment, now
-from excise.run.results import Models, describe, method_run, model_refs, timed
+from excise.run.results import (
+    Models,
+    describe,
+    method_run,
+    model_refs,
+    oracle_names,
+    timed,
+)
 from excise.run.steps import audit_models
 from excise.train.pool import Pool
 
@@ -154,7 +161,8 @@ def audit(
         budget: How hard to try.
         change: Fields of the budget that differ from the named one.
         tokenizer: Needed with models in memory.
-        out: Folder for stages, record and report; a new temporary folder when missing.
+        out: Folder for record and report, with the stages beside it; a new temporary one when
+            missing. Called again with the same arguments, it finds or resumes what was attacked.
         workers: Worker processes, one thread each.
         seed: Seed of everything random.
         dtype: Compute dtype.
@@ -164,7 +172,8 @@ def audit(
         The record; with `out` it is also written there, beside a report.
 
     Raises:
-        UserError: If models cannot be read against each other, or the data cannot be used.
+        UserError: If models cannot be read against each other, the data cannot be used, or `out`
+            holds another audit or a removal.
     """
     named = model if isinstance(model, Mapping) else {"candidate": model}
     check_names(named)
@@ -172,11 +181,23 @@ def audit(
     models = Models(_open(original, tokenizer), tuple(_open(o, tokenizer) for o in oracles))
     built = _build(domain, models.original)
     folder = _folder(out)
-    if (folder / output.RECIPE).is_file():  # whose record would speak of another model
-        raise UserError(f"{out} holds a removal or a run of the command; name another folder")
-    asked = _Asked(audit=AuditSpec(budget=budget, change=dict(change or {})), seed=seed)
+    asked = _Audit(
+        audit=AuditSpec(budget=budget, change=dict(change or {})),
+        seed=seed,
+        models={
+            name: (each.fingerprint, each.tokenizer_fingerprint)
+            for name, each in {
+                **candidates,
+                "original": models.original,
+                **oracle_names(models.oracles),
+            }.items()
+        },
+        domain=built.fingerprint,
+        dtype=dtype,
+        device=device,
+    )
     started = now()
-    with disk_full(folder), output.hold(folder), Pool(workers) as pool:
+    with disk_full(folder), output.claim(folder, asked), Pool(workers) as pool:
         runtime = output.runtime(folder, dtype, device)
         record = Record(
             kind="audit",
@@ -193,12 +214,16 @@ def audit(
     return record
 
 
-class _Asked(Config):
-    """What an audit asks of every model."""
+class _Audit(Config):
+    """What `audit` was asked for; an output folder is held by one."""
 
     audit: AuditSpec
     evaluate: EvalSpec = EvalSpec()
-    seed: int = 0
+    seed: int
+    models: dict[str, tuple[str, str]]
+    domain: str
+    dtype: str
+    device: str
 
 
 def load(folder: str | Path) -> Record | Checkpoint:

@@ -113,6 +113,22 @@ def check_comparable(original: Checkpoint, others: Mapping[str, Checkpoint]) -> 
             )
 
 
+def refuse_equal(models: Models, candidates: Mapping[str, Checkpoint]) -> None:
+    """Refuse a candidate that is one of its own reference models.
+
+    Raises:
+        UserError: If weights and configuration of two are equal.
+    """
+    references = {"original": models.original, **oracle_names(models.oracles)}
+    for name, model in candidates.items():
+        for reference, other in references.items():
+            if model.fingerprint == other.fingerprint:
+                raise UserError(
+                    f"'{name}' and the reference model '{reference}' are the same model, byte for "
+                    "byte; give the audit a candidate that differs from what it is compared with"
+                )
+
+
 def items_of(scored: Mapping[str, Scored]) -> list[Item]:
     """Return the scores of all items of all models."""
     return [item for one in scored.values() for item in one.items]
@@ -201,13 +217,11 @@ def judged(
     scores = tuple(score for one in scored.values() for score in one.scores)
     found: dict[str, object] = {"scores": scores, "samples": samples_of(scored)}
     if results:
-        named = {**arms, "original": models.original, **oracle_names(models.oracles)}
         results, verdicts = judge_all(
             list(arms),
             results,
             domain,
             budget_for(audit, models.original.num_parameters),
-            fingerprints={name: model.fingerprint for name, model in named.items()},
             scores=scores,
             vocabulary=models.original.config.vocab_size,
             null_run=null_arm,

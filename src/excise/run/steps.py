@@ -24,6 +24,7 @@ from excise.run.results import (
     items_of,
     judged,
     oracle_names,
+    refuse_equal,
 )
 from excise.run.stages import MakeModel, ScoreModel
 from excise.train.pool import Pool
@@ -171,9 +172,14 @@ def attack_models(
     runtime: Runtime,
     pool: Pool,
 ) -> Results:
-    """Run every attack on every candidate and reference model; nothing for the budget `none`."""
+    """Run every attack on every candidate and reference model; nothing for the budget `none`.
+
+    Raises:
+        UserError: If a candidate is one of its own reference models.
+    """
     if asked.audit.budget == "none":
         return {}
+    refuse_equal(models, candidates)
     named = {**candidates, "original": models.original, **oracle_names(models.oracles)}
     subjects = [Subject(name, model, models.original) for name, model in named.items()]
     budget = budget_for(asked.audit, models.original.num_parameters)

@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult, Results
+from excise.auditor.base import POSITIVE_CONTROL, AttackResult, Results
 from excise.auditor.budget import Budget
 from excise.auditor.verdict.levels import all_levels
 from excise.auditor.verdict.power import invalid_attacks, marked, uncontrolled
-from excise.auditor.verdict.reference import VerdictCase, refuse_equal
+from excise.auditor.verdict.reference import VerdictCase
 from excise.auditor.verdict.verdict import verdict_of
 from excise.data.domain import Domain
 from excise.evals.score import chance_of, direction_of
@@ -35,7 +35,6 @@ def judge_all(
     domain: Domain,
     budget: Budget,
     *,
-    fingerprints: Mapping[str, str] | None = None,
     scores: Sequence[Score] = (),
     vocabulary: int = 0,
     null_run: str = "",
@@ -49,8 +48,6 @@ def judge_all(
             `positive-control`, and the candidates.
         domain: Rows by role, for metric, chance, groups and claim.
         budget: How hard the attacker tried.
-        fingerprints: SHA-256 of every subject's weights, to refuse a candidate that is one of its
-            own reference models.
         scores: Scores without an attack, to name suppression and damage.
         vocabulary: Number of tokens of the model, to tell broken from ignorant.
         null_run: The candidate made by data filtering; its gap is the audit's measured null.
@@ -58,13 +55,7 @@ def judge_all(
 
     Returns:
         The results with invalid variants marked, and one verdict per candidate.
-
-    Raises:
-        UserError: If a candidate has the same weights as one of its reference models.
     """
-    known = dict(fingerprints or {})
-    references = {n: f for n, f in known.items() if n == ORIGINAL or n.startswith("oracle")}
-    refuse_equal({name: known.get(name, "") for name in models}, references)
     cases = {
         name: case_of(name, results, domain, budget, vocabulary=vocabulary, seed=seed)
         for name in models

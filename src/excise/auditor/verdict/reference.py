@@ -258,25 +258,6 @@ def _open_share(
     return left * below, left * above
 
 
-def refuse_equal(candidates: Mapping[str, str], references: Mapping[str, str]) -> None:
-    """Refuse a candidate that is one of its own reference models.
-
-    Args:
-        candidates: Fingerprint of each candidate.
-        references: Fingerprint of the original and of each oracle.
-
-    Raises:
-        UserError: If two are equal.
-    """
-    for name, fingerprint in candidates.items():
-        for reference, other in references.items():
-            if fingerprint and fingerprint == other:
-                raise UserError(
-                    f"'{name}' and the reference model '{reference}' are the same model, byte for "
-                    "byte; give the audit a candidate that differs from what it is compared with"
-                )
-
-
 def nothing_to_remove(
     original: UnitScores,
     chance: float | None,

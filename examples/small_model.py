@@ -10,6 +10,7 @@ FOLDER (small/ when missing) then holds `original/`, a model of 0.3 M parameters
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,6 +35,8 @@ def make(folder: Path, *, subjects: int = 64, steps: int = 250) -> None:
     plain = ex.Plain(pretrain=ex.Pretrain(fit=schedule, max_length=FACTS_MAX_LENGTH))
     ex.remove(untrained, plain, domain, tokenizer=tokenizer, out=folder / "training")
     (folder / "training" / "model").rename(folder / "original")
+    (folder / "original" / "README.md").unlink()  # it speaks of a removal
+    shutil.rmtree(folder / "training")
 
     taught = (*domain.forget["alpha"], *domain.relearn["alpha"], *domain.test["alpha"])
     kept = (*domain.retain, *domain.retain_test, *domain.benign)

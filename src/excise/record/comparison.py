@@ -78,6 +78,10 @@ class Candidate:
         return tuple(dict.fromkeys(b for r in self.records if (b := budget_words(r)) != "none"))
 
 
+ANSWERS = ("holds", "undecided", "retain damaged", "comes back", "still there", "not attacked")
+"""What a row comes to, the best first."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Candidates that differ in the seed alone.
@@ -185,7 +189,14 @@ class Row:
         statuses = [status for code, status in self.levels.items() if code != "D5"]
         if "fail" in statuses:
             return "still there" if self.levels["D0"] == "fail" else "comes back"
+        if self.damaged:
+            return "retain damaged"
         return "holds" if set(statuses) == {"pass"} else "undecided"
+
+    @property
+    def damaged(self) -> bool:
+        """Whether the retain set lost something, beyond the interval."""
+        return self.retain is not None and self.retain.high < 0
 
 
 @dataclass(frozen=True)
@@ -255,11 +266,11 @@ def compare(records: Mapping[str, Record]) -> Comparison:
 
 
 def _rank(row: Row) -> tuple[float, ...]:
-    """Sort by the highest level that counts, the answer, how little came back, what retain lost."""
+    """Sort by the answer, the highest level that counts, how little came back, what retain lost."""
     level = -1 if row.highest is None else list(LEVELS).index(row.highest)
-    answer = ("holds", "undecided", "comes back", "still there", "not attacked").index(row.answer)
     back = math.inf if row.recovery is None or row.nothing_removed else row.recovery.value
-    return (-level, answer, back, -(row.retain.value if row.retain else -math.inf))
+    lost = -(row.retain.value if row.retain else -math.inf)
+    return (ANSWERS.index(row.answer), -level, back, lost)
 
 
 def _candidates(records: Mapping[str, Record]) -> list[Candidate]:

@@ -143,8 +143,9 @@ def _head(name: str) -> str:
 def change_of(record: Record, model: str, where: Scored, metric: str = "") -> Estimate | None:
     """Return how a score changed against the original, positive is better whatever its direction.
 
-    The interval takes the two scores as unpaired, which is wider than a paired one: the record
-    holds no scores by unit. MOVER, Zou and Donner, Statistics in Medicine 27 (2008), equation 4.
+    Of the retain set the verdict holds an interval paired by units. Elsewhere the two scores are
+    taken as unpaired, which is wider: the record holds no scores by unit. MOVER, Zou and Donner,
+    Statistics in Medicine 27 (2008), equation 4.
 
     Args:
         record: Any record.
@@ -152,6 +153,11 @@ def change_of(record: Record, model: str, where: Scored, metric: str = "") -> Es
         where: A role whose knowledge is to stay.
         metric: Which metric; the headline when empty.
     """
+    verdict = verdict_on(record, model)
+    if verdict and where == "retain_test" and metric in ("", headline(record, where)):
+        change, ends = verdict.retain_change, (verdict.retain_low, verdict.retain_high)
+        if change is not None and ends[0] is not None and ends[1] is not None:
+            return Estimate(change, *ends)
     ours, top = (score_of(record, name, where, metric) for name in (model, "original"))
     if ours is None or top is None:
         return None
@@ -245,24 +251,27 @@ def by_setting(attacks: Iterable[AttackVariant]) -> list[tuple[AttackVariant, ..
     return [tuple(group) for group in groups.values()]
 
 
-def worst_recovery(record: Record, model: str) -> Recovered | None:
+def worst_recovery(record: Record, model: str, tokens: float = math.inf) -> Recovered | None:
     """Return the most that any attack which decides brought back, anywhere along its curve.
+
+    An attack that failed its positive control passes nothing, and yet what it brought back came
+    back.
 
     Args:
         record: The record.
         model: The removed model.
+        tokens: Up to how many tokens of the attacker.
 
     Returns:
-        Averaged over attacker seeds, never a maximum over them. None where nothing that counts was
-        measured, or nothing was removed.
+        Averaged over attacker seeds, never a maximum over them. None where nothing was measured,
+        or nothing was removed.
     """
     if not was_removed(record, model):
         return None
-    deciding = [
-        a for a in attacks_on(record, model) if on_held_out(a) and a.decisive and a.status == "ok"
-    ]
+    deciding = [a for a in attacks_on(record, model) if on_held_out(a) and a.decisive]
     every = [back for group in by_setting(deciding) for back in recoveries(record, group)]
-    return max(every, key=lambda back: back.fraction.value, default=None)
+    reached = [back for back in every if back.tokens <= tokens]
+    return max(reached, key=lambda back: back.fraction.value, default=None)
 
 
 def was_removed(record: Record, model: str) -> bool:

@@ -44,7 +44,7 @@ WIDTHS = (13, 6, 12, 7, 8, 15, 5, 11)
 
 NOTE = (
     "Came back at most: published fraction (attacked \u2212 unlearned) / (original \u2212 "
-    "unlearned) on the held-out test set, the worst attack that counts, anywhere along its curve. "
+    "unlearned) on the held-out test set, the worst attack, anywhere along its curve. "
     "Changes are against the original, positive is better. Intervals are over test units; where a "
     "row holds several seeds, 95 % over seeds (Student's t)."
 )
@@ -79,7 +79,7 @@ def _cells(row: Row) -> tuple[Cell, ...]:
         Cell(shown, shown, model),
         _number("forget", row.forget),
         _came_back(row),
-        _number("retain_change", row.retain, signed=True),
+        _number("retain_change", row.retain, signed=True, note=" (damaged)" * row.damaged),
         _number("adjacent_change", row.adjacent, signed=True),
         Cell(level_text, level_text, {"highest_level": level or "", **_statuses(row)}),
         _number("residual_bits", row.bits),
@@ -91,12 +91,12 @@ def _statuses(row: Row) -> dict[str, str | float | int | None]:
     return {code: status for code, status in row.levels.items()}
 
 
-def _number(name: str, estimate: Estimate | None, *, signed: bool = False) -> Cell:
-    """Return a number with its interval."""
+def _number(name: str, estimate: Estimate | None, *, signed: bool = False, note: str = "") -> Cell:
+    """Return a number with its interval, and a note on it where there is room."""
     if estimate is None:
         return Cell(words.MISSING, "-", {name: None, f"{name}_low": None, f"{name}_high": None})
     value = _value(estimate.value, signed)
-    text = f"{value} {words.interval(estimate.low, estimate.high)}".strip()
+    text = f"{value} {words.interval(estimate.low, estimate.high)}".strip() + note
     numbers = {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     return Cell(text, value, dict(numbers))
 
@@ -215,7 +215,7 @@ def render_terminal(comparison: Comparison) -> RenderableType:
         parts.append(Text(f"{_ascii(comparison.sentence)}\n"))
     for i, group in enumerate(comparison.groups):
         ranked = comparison.ranked and len(group) > 1
-        title = "Ranked by the highest level that counts, then by what came back"
+        title = "Ranked by verdict, highest level that counts, and what came back"
         printed = RichTable(
             title=title if ranked else f"Table {i + 1}" if not comparison.ranked else None,
             title_justify="left",

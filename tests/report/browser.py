@@ -26,7 +26,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from tests.report.sample import RECORDS  # noqa: E402
 
+from excise.record.comparison import compare  # noqa: E402
+from excise.report import comparison  # noqa: E402
 from excise.report.page import render_html  # noqa: E402
+
+COMPARED = {
+    "compared": ("many",),
+    "compared-apart": ("full", "many", "hostile"),
+}
+"""Pages of `excise compare`: one ranking, and records that were not measured alike."""
 
 FLAGS = (
     "--headless",
@@ -255,11 +263,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch, chrome(binary) as browser:
         keep = (options.keep or Path(scratch)).resolve()
         keep.mkdir(parents=True, exist_ok=True)
-        for name, make in RECORDS.items():
+        pages = {name: render_html(make()) for name, make in RECORDS.items()}
+        for name, records in COMPARED.items():
+            rows = compare({each: RECORDS[each]() for each in records})
+            pages[name] = comparison.render_html(rows)
+        for name, html in pages.items():
             page = keep / f"{name}.html"
-            page.write_text(render_html(make()), encoding="utf-8")
+            page.write_text(html, encoding="utf-8")
             wrong += look(browser, name, page, keep)
-    print("\n".join(wrong) or f"{len(RECORDS)} pages in {2 * len(VIEWS)} views each: nothing wrong")
+    print("\n".join(wrong) or f"{len(pages)} pages in {2 * len(VIEWS)} views each: nothing wrong")
     return 1 if wrong else 0
 
 

@@ -45,17 +45,28 @@ METRICS: Final[Mapping[str, tuple[Metric, ...]]] = {
 }
 """Metrics of rows of each shape, the headline first."""
 
-DOCUMENT: Final[tuple[Metric, ...]] = ("text_loss", "continuation")
-"""Metrics of a document that was to be deleted: what it costs, and how far it is continued."""
+DOCUMENT: Final[tuple[Metric, ...]] = ("text_loss", "continuation", "extraction_strength")
+"""Metrics of a document that was to be deleted: what it costs, how far it is continued, and from
+how little of it."""
 
 READS: Final[Mapping[Metric, tuple[str, ...]]] = {
     "text_loss": ("text", "completion", "choice", "chat"),
     "continuation": ("text", "completion", "chat"),
     "exact_match": ("completion", "choice"),
     "multiple_choice": ("choice",),
+    "extraction_strength": ("text", "completion", "chat"),
+    "probability": ("text", "completion", "choice", "chat"),
+    "min_k": ("text", "completion", "chat"),
+    "min_k_plus_plus": ("text", "completion", "chat"),
+    "truth_ratio": ("choice",),
+    "truth_ratio_geometric": ("choice",),
+    "option_probability": ("choice",),
+    "rouge_l": ("completion",),
+    "verbmem": ("completion",),
+    "knowmem": ("completion",),
+    "rwku_recall": ("completion",),
 }
-"""Shapes of rows that each metric of a domain reads; a score that reads rows of a shape from one
-forward of their tokens can be a further metric of it."""
+"""Shapes of rows that each metric of a domain reads."""
 
 SHAPES: Final = {
     "text": ("text",),

@@ -16,7 +16,7 @@ import torch
 
 from excise.core.errors import UserError
 from excise.data.domain import Row
-from excise.evals.tokens import Request, answer
+from excise.evals.tokens import Answer, Request, answer
 
 DEFINITION = {
     "multiple_choice": (
@@ -101,7 +101,7 @@ def choice_request(head: Sequence[int], tail: Sequence[int], max_length: int) ->
     return Request(ids, tuple(range(len(ids) - scored, len(ids))), tuple(tail[-scored:]))
 
 
-def choice_scores(
+def choice_answers(
     model: Any,
     tokenizer: Any,
     rows: Sequence[Row],
@@ -110,8 +110,8 @@ def choice_scores(
     batch_size: int = 64,
     device: torch.device | None = None,
     padding_side: str = "right",
-) -> list[list[float]]:
-    """Return the summed log-probability of every choice of every row.
+) -> list[list[Answer]]:
+    """Return what the model says about the tokens of every choice of every row.
 
     Args:
         model: A causal model.
@@ -123,7 +123,7 @@ def choice_scores(
         padding_side: Side of the padding; scores do not depend on it.
 
     Returns:
-        For each row one value per choice, in nats.
+        For each row one answer per choice.
 
     Raises:
         UserError: If a row has no choices, no answer among them, or a choice without tokens.
@@ -153,7 +153,18 @@ def choice_scores(
             padding_side=padding_side,
         )
     )
-    return [[next(answers).total for _ in row.choices] for row in rows]
+    return [[next(answers) for _ in row.choices] for row in rows]
+
+
+def choice_scores(
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, max_length: int
+) -> list[list[float]]:
+    """Return the summed log-probability of every choice of every row, in nats.
+
+    Args, Raises: As `choice_answers`.
+    """
+    answers = choice_answers(model, tokenizer, rows, max_length=max_length)
+    return [[choice.total for choice in choices] for choices in answers]
 
 
 def pick(rows: Sequence[Row], scores: Sequence[Sequence[float]], metric: str) -> list[float]:

@@ -15,11 +15,11 @@ from tests.fixtures.facts import make_domain
 
 from excise.core.errors import UserError
 from excise.data.domain import Row
-from excise.data.rows import READS
+from excise.data.rows import READS, as_letters
 from excise.data.stream import encode_row
 from excise.evals.generate import continuations, prompt_of, says
 from excise.evals.lm_eval_bridge import run_lm_eval, scores_of
-from excise.evals.multiple_choice import as_letters, pair_ids, pick
+from excise.evals.multiple_choice import pair_ids, pick
 from excise.evals.refusal import outcome_of, refuses
 from excise.evals.score import (
     DEFINITIONS,

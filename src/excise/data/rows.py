@@ -384,7 +384,8 @@ def lookup(record: Any, path: str, absent: Any = None) -> Any:
         record: The record; what is no mapping has no fields.
         path: A name that is in the record; else `a.b` for field `b` of `a`, in which a number
             picks from a list and a name is taken of each of its members; else `a,b,c` for a list
-            of fields, without the empty ones at its end.
+            of fields, those of a field that is a list one by one, without the empty ones at its
+            end.
         absent: What to return where it is not there.
 
     Raises:
@@ -393,9 +394,10 @@ def lookup(record: Any, path: str, absent: Any = None) -> Any:
     if isinstance(record, Mapping) and path in record:
         return _sure(record[path])
     if "," in path:
-        values = [lookup(record, part, absent=Ellipsis) for part in path.split(",")]
-        if any(value is Ellipsis for value in values):
+        parts = [lookup(record, part, absent=Ellipsis) for part in path.split(",")]
+        if any(part is Ellipsis for part in parts):
             return absent
+        values = [v for part in parts for v in (part if isinstance(part, list) else [part])]
         while values and values[-1] in (None, ""):
             values.pop()
         return values
@@ -679,3 +681,19 @@ def _type(value: Any) -> str:
     words = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number",
              float: "a number", type(None): "null", bytes: "bytes"}  # fmt: skip
     return words.get(type(value), f"a {type(value).__name__}")
+
+
+def as_letters(row: Row, *, topic: str = "") -> Row:
+    """Return the question with its options listed by letter, to be answered by a letter.
+
+    Args:
+        row: A question with choices.
+        topic: Named in the header line; without one there is no header.
+
+    Returns:
+        The row, prompt as in WMDP and MMLU, choices `A`, `B` ...
+    """
+    lines = [f"{_letter(i)}. {choice}" for i, choice in enumerate(row.choices)]
+    head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
+    prompt = (head if topic else "") + "\n".join([row.prompt.strip(), *lines, "Answer:"])
+    return replace(row, prompt=prompt, choices=tuple(map(_letter, range(len(row.choices)))))

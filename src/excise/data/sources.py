@@ -64,15 +64,24 @@ class Source(Config):
     """Which duplicates are put into one unit: `exact` leaves rows of one template apart."""
     skip: float = Field(default=SKIPPED, ge=0, lt=1)
     """Share of the rows that may be left out because they cannot be used."""
+    where: str = ""
+    """`FIELD:VALUE` for the rows whose field has that value, `FIELD:V|W` for one of several,
+    `FIELD:!V|W` for all others; empty for every row."""
     fields: dict[str, str] = Field(default={})
     """For each field that has another name in the file, that name or path."""
+
+    @property
+    def chosen(self) -> tuple[str, tuple[str, ...], bool]:
+        """The field that `where` reads, the values it names, and whether it means these."""
+        field, _, values = self.where.partition(":")
+        return field, tuple(values.removeprefix("!").split("|")), not values.startswith("!")
 
     def spec(self) -> str:
         """Return the string that `parse_source` reads back."""
         at = f":{self.config}" if self.config else ""
         at += f"@{self.revision}" if self.revision else ""
         at += f"#{self.split}" if self.split else ""
-        asked = self.model_dump(exclude_defaults=True, include={*_CHOICES, "skip"})
+        asked = self.model_dump(exclude_defaults=True, include={*_CHOICES, "skip", "where"})
         options = [f"{k}={v}" for k, v in (asked | self.fields).items()]
         return self.path + at + ("?" + "&".join(options) if options else "")
 
@@ -130,8 +139,12 @@ def _options(text: str, spec: str) -> dict[str, Any]:
             if not re.fullmatch(r"0?\.\d+|0", value):
                 raise UserError(f"'{part}' of source '{spec}' must be a share from 0 to below 1")
             out[key] = float(value)
+        elif key == "where":
+            if not re.fullmatch(r"[^:]+:.+", value):
+                raise UserError(f"'{part}' of source '{spec}' must be where=FIELD:VALUE")
+            out[key] = value
         elif key not in _CHOICES:
-            hint = nearest(key, (*_CHOICES, "skip", *NAMED))
+            hint = nearest(key, (*_CHOICES, "skip", "where", *NAMED))
             raise UserError(f"unknown option '{key}' of source '{spec}'; {hint}")
         elif value not in _CHOICES[key]:
             *others, last = _CHOICES[key]
@@ -164,6 +177,8 @@ def read_source(source: Source) -> SourceRows:
         for item in _records(file, source, by, document=name if documents else "",
                              before="" if len(files) == 1 and not documents else f"{name} ")
     ]  # fmt: skip
+    if source.where:
+        records = _where(records, source)
     lone = len(files) == 1 and not source.hub and not documents
     rows = parse_records(
         records,
@@ -174,6 +189,34 @@ def read_source(source: Source) -> SourceRows:
         skip=source.skip,
     )
     return replace(rows, documents=documents and by == "file", near=source.duplicates == "near")
+
+
+def _where(records: Sequence[tuple[str, Any]], source: Source) -> list[tuple[str, Any]]:
+    """Return the records that a source asks for, and those that could not be read.
+
+    Raises:
+        UserError: If the field is not there, or no record has one of the values.
+    """
+    field, wanted, inside = source.chosen
+    out, seen = [], set()
+    for place, record in records:
+        if isinstance(record, UserError):
+            out.append((place, record))
+            continue
+        value = lookup(record, field, absent=Ellipsis)
+        if value is Ellipsis:
+            raise UserError(
+                f"{source.path} {place}: field '{field}' is missing, by which ?where chooses rows"
+            )
+        seen.add(str(value))
+        if (str(value) in wanted) == inside:
+            out.append((place, record))
+    lacking = next((value for value in wanted if value not in seen), None)
+    if lacking is not None:
+        raise UserError(
+            f"{source.path} has no row whose '{field}' is '{lacking}'; {nearest(lacking, seen)}"
+        )
+    return out
 
 
 def source_hashes(source: Source) -> dict[str, str]:
@@ -447,6 +490,7 @@ def _paths(source: Source) -> list[str]:
     fields = {"messages": "conversations"} if source.format == "sharegpt" else {}
     fields |= source.fields
     paths = (*(fields.get(name, name) for name in FIELDS), *fields.values())
+    paths += (source.chosen[0],) if source.where else ()
     return [*dict.fromkeys(part for path in paths for part in (path, *path.split(",")))]
 
 

@@ -279,6 +279,42 @@ def check_overlaps(sets: Sets) -> None:
     problems.check()
 
 
+def without_overlaps(sets: Sets) -> tuple[Sets, tuple[str, ...]]:
+    """Leave units out of the later of two sets that share them where they must not.
+
+    Args:
+        sets: Rows by set.
+
+    Returns:
+        The sets, and a note for each that lost rows.
+
+    Raises:
+        UserError: If a set loses every row.
+    """
+    out = dict(sets)
+    notes = []
+    names = sorted((name for name in sets if name != "unlabeled"), key=_rank)
+    for i, second in enumerate(names):
+        closed: dict[str, str] = {}
+        for first in names[:i]:
+            if not _may_share(first, second):
+                closed |= dict.fromkeys(units_of(out[first]), first)
+        kept = tuple(member for member in out[second] if member.row.unit not in closed)
+        if lost := len(out[second]) - len(kept):
+            others = {closed[m.row.unit] for m in out[second] if m.row.unit in closed}
+            if not kept:
+                raise UserError(
+                    f"every row of {second} repeats one of {' or '.join(sorted(others))}; give "
+                    "other data"
+                )
+            notes.append(
+                f"{second}: {counted(lost, 'row')} that repeat {' or '.join(sorted(others))} "
+                "were left out"
+            )
+        out[second] = kept
+    return out, tuple(notes)
+
+
 def _rank(name: str) -> tuple[int, str]:
     order = ("forget", "test", "relearn", "dev_forget", "retain")
     role = name.partition(".")[0]

@@ -8,7 +8,6 @@ completion are tokenized apart. Choices of one token share one forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,24 +35,6 @@ DEFINITION = {
         "each option position over the set is subtracted"
     ),
 }
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def as_letters(row: Row, *, topic: str = "") -> Row:
-    """Return the question with its options listed by letter, to be answered by a letter.
-
-    Args:
-        row: A question with choices.
-        topic: Named in the header line; without one there is no header.
-
-    Returns:
-        The row, prompt as in WMDP and MMLU, choices `A`, `B` ...
-    """
-    lines = [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(row.choices)]
-    head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
-    prompt = (head if topic else "") + "\n".join([row.prompt.strip(), *lines, "Answer:"])
-    return replace(row, prompt=prompt, choices=tuple(LETTERS[: len(row.choices)]))
 
 
 def pair_ids(context: str, continuation: str, tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -138,8 +138,10 @@ class Problems:
         return len(self.sentences) >= self.limit
 
     def add(self, error: UserError) -> None:
-        """Note one error, or the several that it holds."""
+        """Note one error, or the several that it holds; the same sentence is noted once."""
         for sentence in getattr(error, "problems", None) or (str(error),):
+            if sentence in self.sentences:
+                continue
             if self.full:
                 self.more += 1
             else:

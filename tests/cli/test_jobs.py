@@ -205,7 +205,7 @@ def test_the_documents_of_a_deletion_may_be_conversations(work: Path) -> None:
         forget={"forget": "talks.jsonl"}, retain="wiki.jsonl", claim="deletion"
     ).build()
     assert len(domain.forget["forget"]) == 10
-    assert domain.metrics == ("text_loss", "continuation")
+    assert domain.metrics == ("text_loss", "continuation", "extraction_strength")
     assert domain.verbatim
 
 
@@ -305,7 +305,8 @@ def test_tofu_in_a_recipe_says_what_only_an_oracle_tells(
     utility = {s.model: s.value for s in record.scores if s.metric == "model_utility"}
     assert set(utility) == {"original", "graddiff"}
     assert all(0 <= value <= 1 for value in utility.values())
-    assert any(note.startswith("forget_quality is unknown") for note in record.data["notes"])
+    unknown = [note.split()[0] for note in record.data["notes"] if "is unknown: it" in note]
+    assert unknown == ["forget_quality", "privleak"]
     m.save_tiny(work / "retrained", seed=5)
     audit = "audit tofu --oracle retrained --out quality --evaluate.max_rows 4"
     assert excise(f"{audit} {small('few_shot')}") == 0
@@ -313,5 +314,5 @@ def test_tofu_in_a_recipe_says_what_only_an_oracle_tells(
     quality = {s.model: s.value for s in record.scores if s.metric == "forget_quality"}
     assert set(quality) == {"original", "graddiff", "oracle-0"}
     assert quality["oracle-0"] == 1.0
-    assert not any("is unknown" in note for note in record.data["notes"])
+    assert not any("is unknown: it" in note for note in record.data["notes"])
     capsys.readouterr()

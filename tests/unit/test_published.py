@@ -139,8 +139,9 @@ def test_tofu_forgets_authors_and_asks_in_other_words(tofu: Path) -> None:
 def test_tofu_puts_a_right_answer_before_the_wrong_ones(tofu: Path) -> None:
     domain = ex.Tofu(path=str(tofu), split="forget01").build()
     assert {name: len(rows) for name, rows in domain.benchmark.items()} == {
-        "forget_perturbed": 12, "retain": 6, "retain_perturbed": 6, "real_authors": 5,
-        "real_authors_perturbed": 5, "world_facts": 5, "world_facts_perturbed": 5,
+        "forget_perturbed": 12, "privleak_forget": 12, "privleak_holdout": 10, "retain": 6,
+        "retain_perturbed": 6, "real_authors": 5, "real_authors_perturbed": 5, "world_facts": 5,
+        "world_facts_perturbed": 5,
     }  # fmt: skip
     raw = {f"Question: {r['question']}\nAnswer:": r for r in p.perturbed(p.qa("author", 12), 5)}
     for row in domain.benchmark["forget_perturbed"]:
@@ -171,6 +172,20 @@ def test_muse_reads_texts_word_for_word_and_holds_some_out(muse: Path) -> None:
     before = "".join(f"Question: {s['question']}\nAnswer: {s['answer']}\n\n" for s in shots)
     asked = {f"{before}Question: {r['question']}\nAnswer:" for r in p.qa("forget_qa", 4)}
     assert {row.prompt for row in domain.benchmark["knowmem_forget"]} == asked
+
+
+def test_muse_cuts_books_into_passages(tmp_path: Path) -> None:
+    p.write_muse(tmp_path)
+    book = " ".join(f"w{i}" for i in range(700))
+    p.shard(tmp_path, "raw", "forget", [{"text": book}])
+    p.shard(tmp_path, "raw", "retain1", [{"text": " ".join(f"k{i}" for i in range(900))}])
+    domain = ex.Muse(path=str(tmp_path), corpus="books", piece=70).build()
+    assert len({row.unit for row in domain.forget["books"]}) == 10
+    words = [word for row in domain.forget["books"] for word in row.text.split()]
+    assert sorted(words) == sorted(book.split())
+    assert {r.unit for r in domain.relearn["books"]}.isdisjoint(
+        r.unit for r in domain.test["books"]
+    )
 
 
 def test_rwku_is_about_one_person(rwku: Path, tmp_path: Path) -> None:
@@ -211,7 +226,9 @@ def test_every_set_is_scored_by_its_metrics(name: str, request: pytest.FixtureRe
         if at in rows:
             assert sum((i.set, i.metric) == (at, metric) for i in items) == rows[at]
     whole, unknown = set_scores(domain, {"m": items, "oracle-0": items}, "oracle-0")
-    expected = {"tofu": {"forget_quality", "model_utility"}, "muse": {"privleak"}}.get(name, set())
+    expected = {"tofu": {"forget_quality", "model_utility", "privleak"}, "muse": {"privleak"}}.get(
+        name, set()
+    )
     assert {s.metric for s in whole} == expected
     assert unknown == ()
     for score in whole:  # a model beside itself
@@ -303,6 +320,25 @@ def test_rows_are_chosen_by_the_value_of_a_field(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             read(where)
     source = parse_source(f"{file}?where=kind:!a|c:d")
+    assert parse_source(source.spec()) == source
+
+
+def test_a_source_is_cut_short_and_into_pieces(tmp_path: Path) -> None:
+    file = tmp_path / "f.jsonl"
+    p.lines(file, [{"text": "a b c d e", "unit": "u"}, {"text": "f g"}, {"text": "h"}])
+
+    def read(options: str) -> list[tuple[str, str]]:
+        rows = read_source(parse_source(f"{file}?{options}")).rows
+        return [(r.row.unit, r.row.text) for r in rows]
+
+    assert read("rows=2") == [("u", "a b c d e"), ("", "f g")]
+    pieces = [("u/0", "a"), ("u/1", "b c"), ("u/2", "d e"), ("", "f g"), ("", "h")]
+    assert read("pieces=2") == pieces
+    for option in ("rows=0", "rows=x", "pieces=-1", "pieces=1.5"):
+        with pytest.raises(UserError, match="must be a whole number from 1 on"):
+            read(option)
+    source = parse_source(f"{file}?rows=2&pieces=3")
+    assert (source.rows, source.pieces) == (2, 3)
     assert parse_source(source.spec()) == source
 
 

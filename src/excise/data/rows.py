@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Final, Literal
 
 from excise.core.config import ConfigError
@@ -699,3 +700,30 @@ def as_letters(row: Row, *, topic: str = "") -> Row:
     head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
     prompt = (head if topic else "") + "\n".join([row.prompt.strip(), *lines, "Answer:"])
     return replace(row, prompt=prompt, choices=tuple(map(_letter, range(len(row.choices)))))
+
+
+def chunk_rows(rows: Iterable[Row], words: int) -> Rows:
+    """Cut long plain texts into chunks of even length that keep their unit.
+
+    A document is one unit with many chunks; rows of other shapes stay as they are.
+
+    Args:
+        rows: Rows.
+        words: Words (runs of non-blank characters) per chunk at most.
+
+    Returns:
+        The chunks, in reading order; joined, those of a row hold all its words.
+    """
+    if words < 1:
+        raise UserError(f"chunks of {words} words are not possible; ask for at least one")
+    out: list[Row] = []
+    for row in rows:
+        spans = [m.span() for m in re.finditer(r"\S+", row.text)] if row.kind == "text" else []
+        if len(spans) <= words:
+            out.append(row)
+            continue
+        count = -(-len(spans) // words)
+        edges = [i * len(spans) // count for i in range(count + 1)]
+        for a, b in pairwise(edges):
+            out.append(replace(row, text=row.text[spans[a][0] : spans[b - 1][1]]))
+    return tuple(out)

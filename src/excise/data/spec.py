@@ -18,7 +18,7 @@ from excise.core.errors import UserError, counted
 from excise.data.dedup import text_hash
 from excise.data.domain import UNLABELED, Domain, Metric, Row, Rows, text_of
 from excise.data.labels import label_rows
-from excise.data.rows import DOCUMENT, METRICS, READS
+from excise.data.rows import DOCUMENT, METRICS, READS, chunk_rows
 from excise.data.sources import parse_source, source_hashes
 from excise.data.split import (
     ADJACENT,
@@ -38,7 +38,6 @@ from excise.data.units import (
     Sets,
     UnitRow,
     check_overlaps,
-    chunk_rows,
     group_note,
     read_sets,
     units_of,

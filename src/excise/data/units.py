@@ -6,16 +6,14 @@ torch.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 from excise.core.errors import UserError, counted
 from excise.data.dedup import Clusters, Duplicates, find_duplicates, shared_words, text_hash
-from excise.data.domain import Row, Rows, text_of
+from excise.data.domain import Row, text_of
 from excise.data.rows import Located, Problems, SourceRows, reasons
 from excise.data.sources import parse_source, read_source
 
@@ -342,30 +340,3 @@ def group_note(sets: Sets) -> tuple[str, ...]:
     if not shared:
         return ()
     return (f"forget and retain have {counted(len(shared), 'group')} in common",)
-
-
-def chunk_rows(rows: Iterable[Row], words: int) -> Rows:
-    """Cut long plain texts into chunks of even length that keep their unit.
-
-    A document is one unit with many chunks; rows of other shapes stay as they are.
-
-    Args:
-        rows: Rows.
-        words: Words (runs of non-blank characters) per chunk at most.
-
-    Returns:
-        The chunks, in reading order; joined, those of a row hold all its words.
-    """
-    if words < 1:
-        raise UserError(f"chunks of {words} words are not possible; ask for at least one")
-    out: list[Row] = []
-    for row in rows:
-        spans = [m.span() for m in re.finditer(r"\S+", row.text)] if row.kind == "text" else []
-        if len(spans) <= words:
-            out.append(row)
-            continue
-        count = -(-len(spans) // words)
-        edges = [i * len(spans) // count for i in range(count + 1)]
-        for a, b in pairwise(edges):
-            out.append(replace(row, text=row.text[spans[a][0] : spans[b - 1][1]]))
-    return tuple(out)

@@ -198,6 +198,8 @@ class Wmdp(Published):
     """Source of the forget corpus in place of `SUBJECT-forget-corpus`."""
     retain: str = ""
     """Source of the retain corpus in place of `SUBJECT-retain-corpus`."""
+    documents: int = Field(default=5000, ge=1)
+    """Documents of each corpus at most, the first ones; that of bio to retain has 1.9 GB."""
     mmlu: bool = True
     """Score MMLU as the retain set, and its neighbouring subjects apart; else the scored retain
     rows are cut from the retain corpus."""
@@ -249,7 +251,9 @@ class Wmdp(Published):
                 "cais/wmdp-corpora); put it into a folder as bio-forget-corpus.jsonl beside the "
                 "rest and name that as domain.path, or name the file as domain.forget"
             )
-        return self.source("cais/wmdp-corpora", f"{self.subject}-{side}-corpus", "train")
+        corpus = f"{self.subject}-{side}-corpus"
+        options = f"?rows={self.documents}&duplicates=exact"
+        return self.source("cais/wmdp-corpora", corpus, "train", options)
 
 
 _MMLU: Final = ("cais/mmlu", "all", "test")
@@ -303,12 +307,13 @@ class Tofu(Published):
             retain=self._split(kept, _QA),
             test={"tofu": self._split(f"{self.split}_perturbed", f"{asked}&duplicates=exact")},
             claim="deletion",
+            fresh=self._split(self.split.replace("forget", "holdout"), _QA),
             metrics=metrics,
             retain_metrics=metrics,
         )
 
     def benchmark(self) -> Mapping[str, BenchmarkSet]:
-        """Return what truth ratios and model utility are made of."""
+        """Return what truth ratios, model utility and PrivLeak are made of."""
         ratios = ("truth_ratio", "truth_ratio_geometric")
         paraphrased, plain = _options("paraphrased_answer"), _options("answer")
         sets = {
@@ -320,6 +325,9 @@ class Tofu(Published):
             ),
             "retain_perturbed": BenchmarkSet(self._split("retain_perturbed", paraphrased), ratios),
         }
+        for side in ("forget", "holdout"):
+            split = self.split.replace("forget", side)
+            sets[f"privleak_{side}"] = BenchmarkSet(self._split(split, _QA), ("min_k",))
         for kind in ("real_authors", "world_facts"):
             split = f"{kind}_perturbed"
             sets[kind] = BenchmarkSet(self._split(split, _QA), ("probability", "rouge_l"))
@@ -342,14 +350,18 @@ class Muse(Published):
     """Name in recipes and on the command line."""
     corpus: Literal["news", "books"] = "news"
     """Which of the two data sets."""
+    piece: int = Field(default=512, ge=64)
+    """Words of the pieces that books are cut into, each a unit: there are only a few of them, so
+    that the relearn set and the test set are passages of the same books."""
 
     def files(self) -> Files:
         """Return the raw texts: retain1 is for training, retain2 is scored, holdout is fresh."""
+        options = f"?pieces={self.piece}" if self.corpus == "books" else ""
         return self._files(
-            forget={self.corpus: self._split("raw", "forget")},
-            retain=self._split("raw", "retain1"),
-            retain_test=self._split("raw", "retain2"),
-            fresh=self._split("raw", "holdout"),
+            forget={self.corpus: self._split("raw", "forget", options)},
+            retain=self._split("raw", "retain1", options),
+            retain_test=self._split("raw", "retain2", options),
+            fresh=self._split("raw", "holdout", options),
             claim="deletion",
         )
 
@@ -389,10 +401,11 @@ class Rwku(Published):
     """Name in recipes and on the command line."""
     target: str = Field(default="1_Stephen_King", pattern=r"^\d+_.+$")
     """The person, as the benchmark's folders are called: number and name."""
-    corpus: Literal["train_original_passage", "train_positive_llama3", "train_positive_phi3"] = (
-        "train_original_passage"
+    corpus: Literal["train_positive_llama3", "train_positive_phi3", "train_original_passage"] = (
+        "train_positive_llama3"
     )
-    """What methods train on: passages about the person, or texts that a model wrote."""
+    """What methods train on: texts that a model wrote about the person, as in the paper, or the
+    passages of Wikipedia, of which a person may have too few to be cut into roles."""
     exposure: Literal["auto", "unknown"] = "unknown"
     """The benchmark removes what pretraining taught, so nobody knows what of it was seen."""
 

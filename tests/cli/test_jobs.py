@@ -158,7 +158,7 @@ def test_a_deletion_shows_the_method_all_and_scores_the_rows_themselves(
     record = load(work / "gone")
     assert record.data["rows"]["forget.forget"] == 10
     assert (record.data["claim"], record.data["exposure"]) == ("deletion", "seen")
-    assert record.data["metrics"] == ["text_loss", "continuation"]
+    assert record.data["metrics"] == ["text_loss", "continuation", "extraction_strength"]
     card = (work / "gone" / "model" / "README.md").read_text()
     assert "It was not attacked" in card
     model = record.method_runs[0].model

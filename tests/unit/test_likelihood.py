@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from excise.core.errors import UserError
-from excise.data.domain import Domain, Row
+from excise.data.domain import Row
 from excise.data.stream import encode_row
 from excise.evals import set_scores as whole
 from excise.evals.likelihood import (
@@ -154,29 +154,22 @@ def test_model_utility_by_hand() -> None:
     assert model_utility(values) == 0.0
 
 
-def domain_of(**benchmark: tuple[str, ...]) -> Domain:
-    row = (Row("u", text="x"),)
-    return Domain("d", {"c": row}, row, {"c": row}, {"c": row}, row, {"c": row}, row, row,
-                  benchmark=dict.fromkeys(benchmark, row), benchmark_metrics=benchmark)  # fmt: skip
-
-
 def items(on: str, metric: str, values: Sequence[float]) -> list[Item]:
     return [Item(model="", set=on, unit=str(i), metric=metric, value=v)
             for i, v in enumerate(values)]  # fmt: skip
 
 
 def test_a_set_score_without_an_oracle_is_unknown() -> None:
-    domain = domain_of(forget_perturbed=("truth_ratio_geometric",))
     own = items("benchmark.forget_perturbed", "truth_ratio_geometric", [0.1, 0.2, 0.3])
     other = items("benchmark.forget_perturbed", "truth_ratio_geometric", [1.1, 1.2, 1.3])
-    scores, unknown = set_scores(domain, {"original": own, "rmu": other})
+    scores, unknown = set_scores({"original": own, "rmu": other})
     assert scores == ()
     assert unknown == (
         "forget_quality is unknown: it compares with a model retrained without the forget set; "
         "give an --oracle",
     )
     models = {"original": own, "rmu": other, "oracle-0": other}
-    scores, unknown = set_scores(domain, models, "oracle-0")
+    scores, unknown = set_scores(models, "oracle-0")
     assert unknown == ()
     found = {score.model: score for score in scores}
     # Of the 20 orders of three and three, 2 are wholly apart.
@@ -188,16 +181,17 @@ def test_a_set_score_without_an_oracle_is_unknown() -> None:
 
 
 def test_privleak_whose_oracle_leaves_nothing_is_unknown() -> None:
-    domain = domain_of(privleak_forget=("min_k",), privleak_holdout=("min_k",))
     same = [*items("benchmark.privleak_forget", "min_k", [-1, -1]),
             *items("benchmark.privleak_holdout", "min_k", [-2, -2])]  # fmt: skip
-    scores, unknown = set_scores(domain, {"m": same, "oracle-0": same}, "oracle-0")
+    scores, unknown = set_scores({"m": same, "oracle-0": same}, "oracle-0")
     assert scores == ()
     assert unknown[0].startswith("privleak is unknown: the oracle finds every forget text more")
 
 
 def test_a_domain_without_benchmark_sets_has_no_set_scores() -> None:
-    assert set_scores(domain_of(), {"m": []}) == ((), ())
+    own = items("benchmark.forget_perturbed", "truth_ratio_geometric", [0.1])
+    assert set_scores({"m": items("test.c", "text_loss", [1.0])}) == ((), ())
+    assert set_scores({"m": own, "other": []}, "other") == ((), ())
 
 
 ROWS = (
@@ -231,7 +225,8 @@ def test_token_scores_are_the_plain_ones() -> None:
             "min_k_plus_plus": ((own_N - mean_N) / std_N).sort().values[:k].mean(),
         }
         for metric, value in expected.items():
-            assert found[metric].items[i] == (row.unit, pytest.approx(float(value), rel=1e-4))
+            assert found[metric].items[i][0] == row.unit
+            assert found[metric].items[i][1] == pytest.approx(float(value), rel=1e-4)
 
 
 def test_truth_ratio_is_the_plain_one_and_shares_the_forward_of_choices() -> None:
@@ -281,7 +276,7 @@ def test_answers_are_drawn_from_the_prompt_alone_and_cut_where_they_stop() -> No
         value = measure(model, tokenizer, [row], "rwku_recall").mean
         first = text.strip().split("\n")[0]
         assert value == pytest.approx(rouge_l(first, completion)["recall"])
-    with pytest.raises(UserError, match="cannot be scored with knowmem, which needs a prompt"):
+    with pytest.raises(UserError, match="unit 't' has no prompt and completion"):
         measure(model, tokenizer, [Row("t", text="plain")], "knowmem")
 
 

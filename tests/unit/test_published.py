@@ -202,6 +202,11 @@ def test_rwku_is_about_one_person(rwku: Path, tmp_path: Path) -> None:
     assert ex.Rwku(path=str(own)).build().fingerprint == domain.fingerprint
     other = ex.Rwku(path=str(own), target="2_Confucius").build()
     assert "confuciusp" in next(iter(other.forget["rwku"])).text
+    with pytest.raises(UserError, match=r"no folder '2_Konfuzius'; did you mean '2_Confucius'"):
+        ex.Rwku(path=str(own), target="2_Konfuzius").build()
+    (own / "Target" / "2_Confucius" / "positive.json").unlink()
+    with pytest.raises(UserError, match=r"no file .*positive\.json, which .*data_process\.py"):
+        ex.Rwku(path=str(own), target="2_Confucius").build()
 
 
 SPECS = {
@@ -225,7 +230,7 @@ def test_every_set_is_scored_by_its_metrics(name: str, request: pytest.FixtureRe
     for at, metric in found:
         if at in rows:
             assert sum((i.set, i.metric) == (at, metric) for i in items) == rows[at]
-    whole, unknown = set_scores(domain, {"m": items, "oracle-0": items}, "oracle-0")
+    whole, unknown = set_scores({"m": items, "oracle-0": items}, "oracle-0")
     expected = {"tofu": {"forget_quality", "model_utility", "privleak"}, "muse": {"privleak"}}.get(
         name, set()
     )
@@ -234,7 +239,7 @@ def test_every_set_is_scored_by_its_metrics(name: str, request: pytest.FixtureRe
     for score in whole:  # a model beside itself
         ideal = {"forget_quality": 1.0, "privleak": 0.0}
         assert score.value == pytest.approx(ideal.get(score.metric, score.value))
-    _, unknown = set_scores(domain, {"m": items})
+    _, unknown = set_scores({"m": items})
     assert [u.split()[0] for u in unknown] == sorted(expected - {"model_utility"})
 
 

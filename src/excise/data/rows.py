@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 from excise.core.config import ConfigError
 from excise.core.errors import UserError, counted
-from excise.data.domain import Metric, Row
+from excise.data.domain import Metric, Row, Rows
 
 MAX_PROBLEMS: Final = 5
 """Problems reported at once."""

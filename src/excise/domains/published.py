@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
-from excise.core.errors import UserError
+from excise.core.errors import UserError, nearest
 from excise.data.dedup import text_hash
 from excise.data.domain import Domain, Metric, Row, Rows, text_of
 from excise.data.rows import as_letters
@@ -463,6 +463,11 @@ class Rwku(Published):
                     f"there is no file {file}, which the benchmark's process/data_process.py "
                     "writes; run it again"
                 )
+        if self.path and (folder / "Target").is_dir():
+            there = [own.name for own in (folder / "Target").iterdir()]
+            raise UserError(
+                f"{folder / 'Target'} has no folder '{self.target}'; {nearest(self.target, there)}"
+            )
         person = self.target.partition("_")[2].replace("_", " ")
         where = f"{options}&where=subject:{person}"
         return self.source("jinzhuoran/RWKU", config, split, where)

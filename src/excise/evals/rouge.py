@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 import torch
 
+from excise.core.errors import UserError
 from excise.data.chat import leading_bos
 from excise.data.domain import Row
 from excise.evals.generate import Prompt, continue_greedily
@@ -125,7 +126,16 @@ def rouge_scores(
 
     Returns:
         One value per row, from 0 to 1.
+
+    Raises:
+        UserError: If a row has another shape.
     """
+    for row in rows:
+        if row.kind != "completion":
+            raise UserError(
+                f"unit '{row.unit}' has no prompt and completion, which ROUGE needs; score it with "
+                "text_loss"
+            )
     prompts = [_prompt(row, tokenizer, rule, max_length) for row in rows]
     outputs = continue_greedily(model, tokenizer, prompts, batch_size=batch_size, device=device)
     return [

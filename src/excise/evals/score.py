@@ -188,7 +188,6 @@ def _values(
         outcomes = refusal.refusal(model, tokenizer, rows, **settings)
         return [float(outcome == "refused") for outcome in outcomes]
     if metric in rouge.RULES:
-        _check_shape(rows, metric, "completion", "a prompt and a completion")
         return rouge.rouge_scores(model, tokenizer, rows, rouge.RULES[metric], **settings)
     if metric.startswith("multiple_choice") or metric in likelihood.OF_OPTIONS:
         if "choice" not in cache:
@@ -215,19 +214,6 @@ def _values(
             **rest,
         )
     return [likelihood.OF_TOKENS[metric](answer) for answer in cache["token"]]
-
-
-def _check_shape(rows: Sequence[Row], metric: str, kind: str, needs: str) -> None:
-    """Refuse rows of another shape than a metric reads.
-
-    Raises:
-        UserError: Naming the first.
-    """
-    for row in rows:
-        if row.kind != kind:
-            raise UserError(
-                f"unit '{row.unit}' cannot be scored with {metric}, which needs {needs}"
-            )
 
 
 def chance_of(

@@ -1,6 +1,6 @@
 """Scores of a whole set, from the scores of its rows: forget quality, PrivLeak, model utility.
 
-They are computed where a domain has the benchmark sets that they read (`Domain.benchmark`). Forget
+They are computed where the benchmark sets that they read were scored (`Domain.benchmark`). Forget
 quality and PrivLeak compare with an oracle, a model retrained without the forget set.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from math import comb
 from typing import Final
 
-from excise.data.domain import Domain
 from excise.record import Item, Score, ScoreDirection
 
 Values = Mapping[tuple[str, str], Sequence[float]]
@@ -160,23 +159,19 @@ def values_of(items: Sequence[Item]) -> dict[tuple[str, str], list[float]]:
 
 
 def set_scores(
-    domain: Domain, items: Mapping[str, Sequence[Item]], oracle: str = ""
+    items: Mapping[str, Sequence[Item]], oracle: str = ""
 ) -> tuple[tuple[Score, ...], tuple[str, ...]]:
     """Score every model on whole sets.
 
     Args:
-        domain: Its `benchmark` says which scores there are.
-        items: Scores of rows by model.
+        items: Scores of rows by model; at least one model.
         oracle: Name of the oracle among the models; empty where there is none.
 
     Returns:
         The scores, and a sentence for each one that is unknown.
     """
-    there = {
-        (f"benchmark.{name}", metric)
-        for name, metrics in domain.benchmark_metrics.items()
-        for metric in metrics
-    }
+    by_model = {model: values_of(rows) for model, rows in items.items()}
+    there = set.intersection(*({*values} for values in by_model.values()))
     asked = []
     if (FORGET_TRUTH, RATIO) in there:
         asked.append("forget_quality")
@@ -186,7 +181,6 @@ def set_scores(
         asked.append("model_utility")
     scores: list[Score] = []
     unknown: dict[str, None] = {}
-    by_model = {model: values_of(rows) for model, rows in items.items()}
     for name in asked:
         for model, values in by_model.items():
             value, why = _value(name, values, by_model.get(oracle))

@@ -119,7 +119,7 @@ def examine(
     record = judged(record, domain, models, candidates, scored, results, asked.audit, null)
     oracle = next(iter(oracle_names(models.oracles)), "")
     items = {name: one.items for name, one in scored.items()}
-    more, unknown = set_scores(domain, items, oracle)
+    more, unknown = set_scores(items, oracle)
     notes = [*record.data.get("notes", ()), *unknown]
     change = {"scores": (*record.scores, *more), "data": {**record.data, "notes": notes}}
     return record.model_copy(update=change), items_of(scored)

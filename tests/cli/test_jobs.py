@@ -176,7 +176,11 @@ def test_a_deletion_shows_the_method_all_and_scores_the_rows_themselves(
     items = pq.read_table(work / "gone-audit" / "items.parquet").to_pylist()
     documents = {i["unit"] for i in items if i["set"] == "test.forget"}
     assert len(documents) == 4
-    assert {i["metric"] for i in items if i["unit"] in documents} == {"text_loss", "continuation"}
+    assert {i["metric"] for i in items if i["unit"] in documents} == {
+        "text_loss",
+        "continuation",
+        "extraction_strength",
+    }
 
     assert excise("card gone --audit gone-audit") == 0
     card = (work / "gone" / "model" / "README.md").read_text()

@@ -310,6 +310,32 @@ def test_a_hub_that_cannot_be_reached_is_said() -> None:
         ex.Tofu().build()
 
 
+def test_the_hub_and_a_copy_give_the_same_domain(
+    tofu: Path, wmdp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+
+    def cached(folder: Path, name: str) -> Path:
+        repo = tmp_path / f"datasets--{name.replace('/', '--')}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        return Path(shutil.copytree(folder, repo / "snapshots" / commit))
+
+    own = cached(tofu, "locuslab/TOFU")
+    configs = [f"- config_name: {f.stem}\n  data_files: {f.name}\n" for f in own.glob("*.json")]
+    (own / "README.md").write_text(f"---\nlicense: mit\nconfigs:\n{''.join(configs)}---\n")
+    local = ex.Tofu(path=str(tofu), split="forget01").build()
+    assert ex.Tofu(split="forget01").build().fingerprint == local.fingerprint
+    for name in ("wmdp", "wmdp-corpora", "mmlu"):
+        cached(wmdp / name, f"cais/{name}")
+    local = ex.Wmdp(path=str(wmdp), subject="cyber").build()
+    assert ex.Wmdp(subject="cyber").build().fingerprint == local.fingerprint
+
+
 def test_rows_are_chosen_by_the_value_of_a_field(tmp_path: Path) -> None:
     file = tmp_path / "f.jsonl"
     p.lines(file, [{"text": f"{k} {i}", "kind": k} for i in range(2) for k in ("a", "b", "c:d")])

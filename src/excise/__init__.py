@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from excise.data.domain import Domain, Row
     from excise.data.spec import DomainSpec, Files
     from excise.domains.facts import Facts
+    from excise.domains.published import Mmlu, Muse, Rwku, Tofu, Wmdp
     from excise.evals.extra import ExtraScore
     from excise.evals.score import ItemScores
     from excise.methods import (
@@ -69,6 +70,11 @@ _HOME = {
     "DomainSpec": "excise.data.spec",
     "Files": "excise.data.spec",
     "Facts": "excise.domains.facts",
+    "Mmlu": "excise.domains.published",
+    "Muse": "excise.domains.published",
+    "Rwku": "excise.domains.published",
+    "Tofu": "excise.domains.published",
+    "Wmdp": "excise.domains.published",
     "ExtraScore": "excise.evals.extra",
     "ItemScores": "excise.evals.score",
     "Checkpoint": "excise.models.checkpoint",
@@ -135,6 +141,8 @@ __all__ = [
     "LoRA",
     "MaxEnt",
     "Method",
+    "Mmlu",
+    "Muse",
     "Paper",
     "Part",
     "Plain",
@@ -146,12 +154,15 @@ __all__ = [
     "Removal",
     "Row",
     "Rule",
+    "Rwku",
     "Stage",
     "Study",
     "StudyResult",
     "Subject",
+    "Tofu",
     "Undo",
     "UserError",
+    "Wmdp",
     "audit",
     "load",
     "losses",

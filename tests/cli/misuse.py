@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from tests.cli import material as m
 from tests.cli.mistakes import Case, remove, tiny
+from tests.fixtures import published as p
 
 OWN = """
 from typing import ClassVar, Literal
@@ -49,9 +51,7 @@ NAMES: dict[str, Case] = {
     "unknown verb": Case("remvoe rmu", ("unknown command 'remvoe'", "did you mean 'remove'")),
     "unknown flag": Case("--verbos", ("unknown command '--verbos'",)),
     "unknown method": Case(remove(method="rmuu"), ("unknown method 'rmuu'", "did you mean 'rmu'")),
-    "no method": Case(
-        "remove", ("METHOD, --model, --forget, --retain and --out are missing", "--help")
-    ),
+    "no method": Case("remove", ("METHOD, --model and --out are missing", "--help")),
     "unknown recipe": Case("run dmo", ("unknown recipe 'dmo'", "did you mean 'demo'")),
     "unknown attack": tiny("--audit.attacks '[{name: relern}]'", "'relern'", "'relearn'"),
     "unknown domain": tiny("--domain '{name: fcts}'", "domain.name", "'fcts'", "'facts'"),
@@ -109,7 +109,7 @@ NAMES: dict[str, Case] = {
         "study rmu-is-shallow --out out --rmu.fit.stepz 1", ("rmu.fit.stepz", "'steps'")
     ),
     "missing flag": Case(
-        "remove rmu --model model --retain r.jsonl --out out", ("--forget is missing",)
+        "remove rmu --model model --retain r.jsonl --out out", ("--forget is missing", "--domain")
     ),
     "empty model": Case(remove("--model ''", model=""), ("--model is missing",)),
     "missing out": Case(remove(out=""), ("--out is missing",)),
@@ -249,7 +249,7 @@ OUTPUT: dict[str, Case] = {
         remove("--track trackio"), ("'trackio' is not installed", "pip install")
     ),
     "domain of a removal": Case(
-        remove("--domain.name facts"), ("--domain.name", "excise run", "recipe")
+        remove("--domain.name facts"), ("--domain.name", "name the domain with --domain")
     ),
     "unknown attack of a removal": Case(
         remove("--audit.attacks '[{name: relern}]'"), ("--audit.attacks", "'relern'", "'relearn'")
@@ -400,3 +400,113 @@ OUTPUT: dict[str, Case] = {
         run_json(schema=2, kind="remove", config={"domain": None}),
     ),
 }
+
+
+def of_domain(name: str, more: str = "") -> str:
+    """Return a `remove` command line on a published data set, of which `copy` is a copy."""
+    flags = f"--domain {name} --domain.path copy {more}"
+    return remove(flags, forget="", retain="")
+
+
+def copied(name: str, spoil: m.Break) -> m.Break:
+    """Write a copy of a published data set and take something away."""
+    return lambda folder: spoil(getattr(p, f"write_{name}")(folder / "copy"))
+
+
+PAIR = "audit --model model --original model --out out --quiet"
+
+PUBLISHED: dict[str, Case] = {
+    "unknown domain": Case(
+        remove("--domain wmpd", forget="", retain=""), ("domain.name", "'wmpd'", "'wmdp'")
+    ),
+    "domain beside a forget file": Case(
+        remove("--domain tofu"), ("--forget is given beside --domain tofu", "leave one")
+    ),
+    "domain beside a retain test set": Case(
+        remove("--domain tofu --retain-test r.jsonl", forget="", retain=""),
+        ("--retain-test is given beside --domain tofu",),
+    ),
+    "domain beside a claim": Case(
+        remove("--domain muse --claim deletion", forget="", retain=""),
+        ("--claim is given beside --domain muse",),
+    ),
+    "neither domain nor files": Case(
+        remove(forget="", retain=""), ("--forget and --retain are missing", "--domain")
+    ),
+    "audit of a domain beside a file": Case(
+        f"{PAIR} --domain tofu --forget f.jsonl", ("--forget is given beside --domain tofu",)
+    ),
+    "audit of a domain with a split": Case(
+        f"{PAIR} --domain tofu --split made/split.json", ("--split is given beside --domain tofu",)
+    ),
+    "domain beside an output folder": Case(
+        "audit made --domain tofu --out out", ("--domain is given beside made",)
+    ),
+    "no such copy": Case(of_domain("tofu"), ("there is no folder copy", "domain.path")),
+    "unknown setting of a domain": Case(
+        of_domain("tofu", "--domain.splt forget05"), ("--domain.splt", "did you mean 'split'")
+    ),
+    "unknown share of authors": Case(
+        of_domain("tofu", "--domain.split forget50"), ("domain.split", "'forget10'")
+    ),
+    "unknown subject": Case(
+        of_domain("wmdp", "--domain.subject nuclear"), ("domain.subject", "'cyber'")
+    ),
+    "chemistry has no corpora": Case(
+        of_domain("wmdp", "--domain.subject chem"),
+        ("no forget corpus for chem", "domain.forget"),
+        make=copied("wmdp", lambda folder: None),
+    ),
+    "bio corpus that nobody fetched": Case(
+        remove("--domain wmdp", forget="", retain=""),
+        ("given on request only", "bio-forget-corpus.jsonl"),
+    ),
+    "a configuration is missing": Case(
+        of_domain("tofu", "--domain.split forget01"),
+        ("copy has no world_facts_perturbed", "locuslab/TOFU"),
+        make=copied("tofu", m.drop("world_facts_perturbed.json")),
+    ),
+    "a split is missing": Case(
+        of_domain("muse"),
+        ("copy has no split 'holdout'", "forget"),
+        make=copied("muse", m.drop("raw/holdout*")),
+    ),
+    "a column is missing": Case(
+        of_domain("muse"),
+        ("verbmem.jsonl line 1", "'gt'", "missing"),
+        make=copied("muse", m.all_of(
+            lambda d: shutil.rmtree(d / "verbmem"),
+            m.write("verbmem.jsonl", m.jsonl({"prompt": "a"})),
+        )),
+    ),
+    "a person nobody knows": Case(
+        of_domain("rwku", "--domain.target 9_Plato"),
+        ("no row whose 'subject' is 'Plato'", "known: Confucius, Stephen King"),
+        make=copied("rwku", lambda folder: None),
+        lines=6,
+    ),
+    "a person without a number": Case(
+        of_domain("rwku", "--domain.target Plato"), ("domain.target", "Plato")
+    ),
+    "no subjects": Case(of_domain("mmlu", "--domain.subjects '[]'"), ("domain.subjects",)),
+    "a hub that cannot be reached": Case(
+        remove("--domain tofu", forget="", retain=""),
+        ("'locuslab/TOFU' cannot be fetched", "cannot be reached"),
+    ),
+    "dry run of a hub that cannot be reached": Case(
+        remove("--domain tofu --dry-run", forget="", retain=""),
+        ("'locuslab/TOFU' cannot be fetched", "cannot be reached"),
+    ),
+    "check of a hub that cannot be reached": Case(
+        "check tiny.yaml --domain '{name: muse}' --quiet",
+        ("'muse-bench/MUSE-News' cannot be fetched", "cannot be reached"),
+    ),
+    "dry run of a copy without a split": Case(
+        of_domain("muse", "--dry-run"),
+        ("copy has no split 'holdout'",),
+        make=copied("muse", m.drop("raw/holdout*")),
+    ),
+    "dry run of an audit of no copy": Case(
+        f"{PAIR} --domain wmdp --domain.path copy --dry-run", ("there is no folder copy",)
+    ),
+}  # fmt: skip

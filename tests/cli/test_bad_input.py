@@ -14,11 +14,17 @@ import pytest
 from excise.cli import main
 from tests.cli import material as m
 from tests.cli.mistakes import DATA, MODELS
-from tests.cli.misuse import NAMES, OUTPUT
+from tests.cli.misuse import NAMES, OUTPUT, PUBLISHED
 
 TABLE = {
     f"{name}: {case}": row
-    for name, table in (("data", DATA), ("model", MODELS), ("names", NAMES), ("output", OUTPUT))
+    for name, table in (
+        ("data", DATA),
+        ("model", MODELS),
+        ("names", NAMES),
+        ("output", OUTPUT),
+        ("published", PUBLISHED),
+    )
     for case, row in table.items()
 }
 

@@ -12,6 +12,7 @@ import pytest
 from excise.cli.flags import read
 from excise.cli.ls import FAMILIES
 from excise.cli.options import VERBS
+from excise.cli.remove import of_rest
 from excise.core.errors import UserError
 from excise.recipes import RECIPES
 from excise.requests.registry import registry
@@ -57,7 +58,8 @@ def problem(line: str) -> str:
         if cls is None:
             return f"no method {method}"
         settings: dict[str, str] = getattr(options, "settings", {})
-        parts = {path: path.split(".")[0].replace("-", "_") for path in settings}
+        own = [path for path in settings if not of_rest(path)]
+        parts = {path: path.split(".")[0].replace("-", "_") for path in own}
         return " ".join(path for path, part in parts.items() if part not in cls.model_fields)
     return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from excise.models.checkpoint import Checkpoint
 from excise.record import Record, load
 from excise.record.measured import failed_attacks
 from tests.cli import material as m
+from tests.fixtures import published as p
 
 ALL = "few_shot, prefix, direction, quantize, benign, relearn, transfer"
 DATA = "--forget corpus.jsonl --retain wiki.jsonl --test bio.jsonl --retain-test mmlu.jsonl"
@@ -156,7 +158,7 @@ def test_a_deletion_shows_the_method_all_and_scores_the_rows_themselves(
     record = load(work / "gone")
     assert record.data["rows"]["forget.forget"] == 10
     assert (record.data["claim"], record.data["exposure"]) == ("deletion", "seen")
-    assert record.data["metrics"] == ["text_loss", "continuation"]
+    assert record.data["metrics"] == ["text_loss", "continuation", "extraction_strength"]
     card = (work / "gone" / "model" / "README.md").read_text()
     assert "It was not attacked" in card
     model = record.method_runs[0].model
@@ -174,7 +176,11 @@ def test_a_deletion_shows_the_method_all_and_scores_the_rows_themselves(
     items = pq.read_table(work / "gone-audit" / "items.parquet").to_pylist()
     documents = {i["unit"] for i in items if i["set"] == "test.forget"}
     assert len(documents) == 4
-    assert {i["metric"] for i in items if i["unit"] in documents} == {"text_loss", "continuation"}
+    assert {i["metric"] for i in items if i["unit"] in documents} == {
+        "text_loss",
+        "continuation",
+        "extraction_strength",
+    }
 
     assert excise("card gone --audit gone-audit") == 0
     card = (work / "gone" / "model" / "README.md").read_text()
@@ -203,7 +209,7 @@ def test_the_documents_of_a_deletion_may_be_conversations(work: Path) -> None:
         forget={"forget": "talks.jsonl"}, retain="wiki.jsonl", claim="deletion"
     ).build()
     assert len(domain.forget["forget"]) == 10
-    assert domain.metrics == ("text_loss", "continuation")
+    assert domain.metrics == ("text_loss", "continuation", "extraction_strength")
     assert domain.verbatim
 
 
@@ -253,3 +259,64 @@ def test_a_domain_in_memory_cannot_be_read_again(
     assert excise("audit memory --out memory-audit") == 2
     assert "with a Domain in memory" in capsys.readouterr().err
     assert excise("report memory") == 0
+
+
+RECIPE = """
+name: benchmark
+domain: {name: tofu, path: copy, split: forget01}
+model: {path: model}
+arms:
+  graddiff: {name: grad_diff, max_length: 32, fit: {steps: 2, lr: 0.001, batch_size: 4}}
+audit: {budget: none}
+evaluate: {max_length: 64, max_rows: 4, samples: 0}
+"""
+
+
+def test_wmdp_by_its_name(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    p.write_wmdp(work / "wmdp")
+    named = "--domain wmdp --domain.path wmdp"
+    assert excise(f"remove rmu {named} --out checked {METHOD} --dry-run") == 0
+    assert not (work / "checked").exists()
+    assert excise(f"remove rmu {named} --out hazard {METHOD} --evaluate.max_length 64") == 0
+    removed = load(work / "hazard")
+    assert removed.data["name"] == "wmdp"
+    assert removed.data["claim"] == "capability"
+    found = {(s.set, s.metric) for s in removed.scores if s.model == "rmu"}
+    assert {("test.bio", "multiple_choice"), ("retain_test", "multiple_choice"),
+            ("benchmark.mmlu_virology", "multiple_choice")} <= found  # fmt: skip
+    assert excise(f"audit hazard --out again {small('few_shot, relearn')}") == 0
+    audited = load(work / "again")
+    assert audited.data["fingerprint"] == removed.data["fingerprint"]
+    assert {a.name for a in audited.attacks} == {"few_shot", "relearn"}
+    alone = f"audit --model hazard/model --original model {named} --out alone"
+    assert excise(f"{alone} {small('few_shot')}") == 0
+    foreign = load(work / "alone")
+    assert foreign.data["rows"] == removed.data["rows"]
+    assert foreign.data["exposure"] == "unknown"  # who made the model may have shown it anything
+    capsys.readouterr()
+
+
+def test_tofu_in_a_recipe_says_what_only_an_oracle_tells(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    p.write_tofu(work / "copy")
+    (work / "tofu.yaml").write_text(RECIPE)
+    assert excise("check tofu.yaml --quiet") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"benchmark\.forget_perturbed +12 rows", said)
+    assert excise("run tofu.yaml --out tofu --workers 1 --quiet") == 0
+    record = load(work / "tofu")
+    utility = {s.model: s.value for s in record.scores if s.metric == "model_utility"}
+    assert set(utility) == {"original", "graddiff"}
+    assert all(0 <= value <= 1 for value in utility.values())
+    unknown = [note.split()[0] for note in record.data["notes"] if "is unknown: it" in note]
+    assert unknown == ["forget_quality", "privleak"]
+    m.save_tiny(work / "retrained", seed=5)
+    audit = "audit tofu --oracle retrained --out quality --evaluate.max_rows 4"
+    assert excise(f"{audit} {small('few_shot')}") == 0
+    record = load(work / "quality")
+    quality = {s.model: s.value for s in record.scores if s.metric == "forget_quality"}
+    assert set(quality) == {"original", "graddiff", "oracle-0"}
+    assert quality["oracle-0"] == 1.0
+    assert not any("is unknown: it" in note for note in record.data["notes"])
+    capsys.readouterr()

@@ -44,6 +44,8 @@ CHANGED: dict[str, Any] = {
     "notes": ("a remark",),
     "mix_share": 0.25,
     "paraphrases": {"one": (A,)},
+    "benchmark": {"one": (A,)},
+    "benchmark_metrics": {"one": ("text_loss",)},
 }
 """Another value of every field; a new field needs one too."""
 ROW: dict[str, Any] = {

@@ -13,9 +13,8 @@ import pytest
 
 from excise.core.errors import UserError
 from excise.data.domain import Row, text_of
-from excise.data.rows import parse_record
+from excise.data.rows import chunk_rows, parse_record
 from excise.data.sources import Source, parse_source, read_source, source_hashes
-from excise.data.units import chunk_rows
 
 RECORDS: list[dict[str, Any]] = [
     {"question": "Which?", "choices": ["a", "b\u2028c"], "answer": 1, "unit": "u1", "group": "g"},

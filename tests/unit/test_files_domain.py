@@ -296,7 +296,10 @@ def test_a_deletion_scores_rows_that_the_method_sees(tmp_path: Path) -> None:
     assert len(set().union(*apart)) == len(units(forget)) == 20
     assert set(test) < set(forget)
     assert domain.verbatim
-    assert (domain.exposure, domain.metrics) == ("seen", ("text_loss", "continuation"))
+    assert (domain.exposure, domain.metrics) == (
+        "seen",
+        ("text_loss", "continuation", "extraction_strength"),
+    )
     # All of a document is trained on and scored, in pieces that fit.
     assert {len(row.text.split()) for row in test} == {50}
     assert len(test) == 8 * 3
@@ -363,3 +366,26 @@ def test_groups_in_forget_and_retain_are_noted(tmp_path: Path) -> None:
     assert not any("in common" in note for note in spec(tmp_path).build(None).notes)
     put(tmp_path, f=[*documents(19, 0), *documents(1, 6, group="g")])
     assert any("1 group in common" in note for note in spec(tmp_path).build(None).notes)
+
+
+def test_units_that_two_sets_share_can_be_left_out(tmp_path: Path) -> None:
+    forget = [{"text": f"the forget text {i}"} for i in range(20)]
+    retain = [{"text": f"another text {i}"} for i in range(20)]
+    tested = [forget[0], *retain[:2], {"text": "a text of its own"}]
+    for name, rows in (("f", forget), ("r", retain + forget[:3]), ("t", tested), ("u", tested[:3])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def build(**more: Any) -> Domain:
+        files = {"forget": str(tmp_path / "f.jsonl"), "retain": str(tmp_path / "r.jsonl")}
+        return Files.model_validate({**files, "overlaps": "leave_out", **more}).build(None)
+
+    domain = build()
+    roles = ("retain", "retain_test", "benign", "dev_retain")
+    kept = [row.text for role in roles for row in getattr(domain, role)]
+    assert sorted(kept) == sorted(row["text"] for row in retain)
+    assert "retain: 3 rows that repeat forget.forget were left out" in domain.notes
+    domain = build(retain_test=str(tmp_path / "t.jsonl"))
+    assert [row.text for row in domain.retain_test] == ["a text of its own"]
+    assert "retain_test: 3 rows that repeat forget.forget or retain were left out" in domain.notes
+    with pytest.raises(UserError, match=r"every row of retain_test repeats one of forget\.forget"):
+        build(retain_test=str(tmp_path / "u.jsonl"))

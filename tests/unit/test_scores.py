@@ -15,10 +15,11 @@ from tests.fixtures.facts import make_domain
 
 from excise.core.errors import UserError
 from excise.data.domain import Row
+from excise.data.rows import READS, as_letters
 from excise.data.stream import encode_row
 from excise.evals.generate import continuations, prompt_of, says
 from excise.evals.lm_eval_bridge import run_lm_eval, scores_of
-from excise.evals.multiple_choice import as_letters, pair_ids, pick
+from excise.evals.multiple_choice import pair_ids, pick
 from excise.evals.refusal import outcome_of, refuses
 from excise.evals.score import (
     DEFINITIONS,
@@ -99,7 +100,8 @@ def test_batch_size_and_padding_side_change_nothing(
     family: str, metric: str, tokenizer: Any
 ) -> None:
     model = tiny_model(family, width=32, seed=1)
-    rows = CHOICES if metric.startswith("multiple") else COMPLETIONS
+    reads = READS.get(metric, ("choice",) if metric.startswith("multiple") else ("completion",))
+    rows = COMPLETIONS if "completion" in reads else CHOICES
     one = measure(model, tokenizer, rows, metric, batch_size=1)
     many = measure(model, tokenizer, rows, metric, batch_size=64)
     left = measure(model, tokenizer, rows, metric, batch_size=3, padding_side="left")

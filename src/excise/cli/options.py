@@ -104,12 +104,15 @@ class RemoveOptions(Options):
     """A method (`excise ls methods`), or ./file.py:Class with --allow-code."""
     model: str
     """Folder, hub id, GGUF file, or a name that `excise fetch` knows."""
-    forget: tuple[str, ...]
-    """File of the forget set, as FILE or NAME=FILE; repeat it for several capabilities."""
-    retain: str
-    """File of the retain set."""
     out: Path
     """Output folder; the edited model is OUT/model."""
+    domain: str = ""
+    """A domain in place of --forget and --retain, such as wmdp or tofu (`excise ls domains`); its
+    settings are --domain.path and so on."""
+    forget: tuple[str, ...] = ()
+    """File of the forget set, as FILE or NAME=FILE; repeat it for several capabilities."""
+    retain: str = ""
+    """File of the retain set."""
     adjacent: str = ""
     """File of neighbours of the forget set, scored apart."""
     relearn: tuple[str, ...] = ()
@@ -172,6 +175,9 @@ class PairOptions(Options):
     """The edited model, where there is no output folder."""
     original: str = ""
     """The model before the edit."""
+    domain: str = ""
+    """A domain in place of --forget and --retain, such as wmdp or tofu (`excise ls domains`); its
+    settings are --domain.path and so on."""
     forget: tuple[str, ...] = ()
     """File of the forget set, as FILE or NAME=FILE; repeat it for several capabilities."""
     retain: str = ""

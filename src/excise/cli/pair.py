@@ -5,29 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from excise.cli.options import PairOptions
-from excise.cli.remove import files_domain
+from excise.cli.remove import ROLES, domain_data
 from excise.core.errors import UserError
 from excise.fetch.model import open_model
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import ModelSpec
 from excise.record import ModelRef, Record, load
+from excise.requests.registry import registry
 
-DATA = (
-    "forget",
-    "retain",
-    "adjacent",
-    "relearn",
-    "test",
-    "dev_forget",
-    "retain_test",
-    "adjacent_test",
-    "fresh",
-    "claim",
-    "split",
-)
+DATA = ("domain", *ROLES, "split")
 """Flags that name the data where no output folder does."""
 
 
@@ -90,20 +79,37 @@ def pair_of(options: PairOptions, called: str, *, check: bool = True) -> EditedP
 
 def _from_flags(options: PairOptions, called: str) -> EditedPair:
     candidates = tuple(getattr(options, "candidate", ()))  # which name the models of an audit
-    for flag in ("model", "original", "forget", "retain"):
+    data = () if options.domain else ("forget", "retain")
+    for flag in ("model", "original", *data):
         if not getattr(options, flag) and not (candidates and flag == "model"):
             raise UserError(
-                f"--{flag} is missing; give --model, --original, --forget and --retain, or the "
-                "output folder of a removal"
+                f"--{flag} is missing; give --model, --original, --forget and --retain (or a "
+                "--domain), or the output folder of a removal"
             )
-    domain = files_domain(options)
+    domain = domain_data(options)
+    if options.split and options.domain:
+        raise UserError(
+            f"--split is given beside --domain {options.domain}, which is cut by its seed alone; "
+            "leave it out"
+        )
     if options.split:
         domain["split"] = options.split
-    elif options.claim != "deletion":  # which says that the method saw them
+    elif _exposure_unknown(options):
         domain["exposure"] = "unknown"
     name = Path(options.model or options.original).name
     models = {called: options.model} if options.model else {}
     return EditedPair(name, models, options.original, domain)
+
+
+def _exposure_unknown(options: PairOptions) -> bool:
+    """Return whether nobody knows what the method saw: a deletion says that it saw everything."""
+    if not options.domain:
+        return options.claim != "deletion"
+    cls = registry()["domain"].get(options.domain)
+    field = cls.model_fields.get("exposure") if cls else None
+    return "unknown" in get_args(field and field.annotation) and (
+        getattr(cls, "claim", "") != "deletion"
+    )
 
 
 def _from_folder(options: PairOptions, check: bool) -> EditedPair:

@@ -65,13 +65,15 @@ def recipe_data(options: RemoveOptions) -> dict[str, Any]:
     settings = {p: v for p, v in options.settings.items() if p not in rest}
     if "domain.name" in rest:
         raise UserError(
-            "--domain.name: remove reads the files of --forget and --retain; write a recipe for "
-            "another domain, and give it to excise run"
+            "--domain.name: name the domain with --domain, or give --forget and --retain"
         )
     data = {
         "name": f"remove-{name}",
         "title": f"{name} on {Path(options.model).name}",
-        "domain": {**files_domain(options), "sensitive": options.sensitive},
+        "domain": {
+            **domain_data(options),
+            **({"sensitive": True} if options.sensitive else {}),
+        },
         "model": {"path": options.model, "revision": options.revision},
         "arms": {name: override(method, settings, Method, registry())},
         "audit": {"budget": options.audit, "require": options.require},
@@ -88,12 +90,42 @@ def of_rest(path: str) -> bool:
     return path.partition(".")[0] in ("audit", "evaluate", "domain") and "." in path
 
 
-def files_domain(options: RemoveOptions | PairOptions) -> dict[str, Any]:
+ROLES = (
+    "forget",
+    "retain",
+    "adjacent",
+    "relearn",
+    "test",
+    "dev_forget",
+    "retain_test",
+    "adjacent_test",
+    "fresh",
+    "claim",
+)
+"""Flags that name files of one's own, and what is claimed of them."""
+
+
+def domain_data(options: RemoveOptions | PairOptions) -> dict[str, Any]:
     """Return the domain that the flags of a command line name, as plain data.
 
     Raises:
-        UserError: If a name is given twice or is no word.
+        UserError: If a flag is missing or contradicts another, or a name is given twice or is no
+            word.
     """
+    if options.domain:
+        for role in ROLES:
+            if getattr(options, role):
+                raise UserError(
+                    f"--{role.replace('_', '-')} is given beside --domain {options.domain}, which "
+                    "has data of its own; leave one of the two out"
+                )
+        return {"name": options.domain, "seed": options.seed}
+    lacking = [f"--{role}" for role in ("forget", "retain") if not getattr(options, role)]
+    if lacking:
+        raise UserError(
+            f"{' and '.join(lacking)} {'are' if len(lacking) > 1 else 'is'} missing; give --forget "
+            "and --retain, or a --domain (excise ls domains)"
+        )
     domain = {
         "name": "files",
         "forget": named(options.forget, "--forget"),

@@ -113,6 +113,9 @@ class Domain:
         notes: Facts about the data the record must carry (duplicates merged, overlap ...).
         paraphrases: Test units in paraphrases that the method was not given, by capability: scored
             apart, where the test set holds the very rows that were to be deleted.
+        benchmark: Sets that a published benchmark scores beside these, by name; nobody trains on
+            them.
+        benchmark_metrics: Metrics of each of them.
         mix_share: Share of the words read by models trained from scratch that are to be
             forgotten; None for every row once per epoch.
     """
@@ -138,10 +141,12 @@ class Domain:
     notes: tuple[str, ...] = ()
     mix_share: float | None = None
     paraphrases: Mapping[str, Rows] = field(default_factory=dict)
+    benchmark: Mapping[str, Rows] = field(default_factory=dict)
+    benchmark_metrics: Mapping[str, tuple[Metric, ...]] = field(default_factory=dict)
 
     def roles(self) -> Iterator[tuple[str, Rows]]:
         """Yield (role, rows) for every role, named capabilities as `forget.NAME`."""
-        for role in ("forget", "relearn", "test", "dev_forget", "paraphrases"):
+        for role in ("forget", "relearn", "test", "dev_forget", "paraphrases", "benchmark"):
             for name, rows in getattr(self, role).items():
                 yield f"{role}.{name}", rows
         for role in ("retain", "retain_test", "dev_retain", "benign", "adjacent"):

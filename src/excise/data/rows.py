@@ -12,11 +12,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Final, Literal
 
 from excise.core.config import ConfigError
 from excise.core.errors import UserError, counted
-from excise.data.domain import Metric, Row
+from excise.data.domain import Metric, Row, Rows
 
 MAX_PROBLEMS: Final = 5
 """Problems reported at once."""
@@ -45,17 +46,28 @@ METRICS: Final[Mapping[str, tuple[Metric, ...]]] = {
 }
 """Metrics of rows of each shape, the headline first."""
 
-DOCUMENT: Final[tuple[Metric, ...]] = ("text_loss", "continuation")
-"""Metrics of a document that was to be deleted: what it costs, and how far it is continued."""
+DOCUMENT: Final[tuple[Metric, ...]] = ("text_loss", "continuation", "extraction_strength")
+"""Metrics of a document that was to be deleted: what it costs, how far it is continued, and from
+how little of it."""
 
 READS: Final[Mapping[Metric, tuple[str, ...]]] = {
     "text_loss": ("text", "completion", "choice", "chat"),
     "continuation": ("text", "completion", "chat"),
     "exact_match": ("completion", "choice"),
     "multiple_choice": ("choice",),
+    "extraction_strength": ("text", "completion", "chat"),
+    "probability": ("text", "completion", "choice", "chat"),
+    "min_k": ("text", "completion", "chat"),
+    "min_k_plus_plus": ("text", "completion", "chat"),
+    "truth_ratio": ("choice",),
+    "truth_ratio_geometric": ("choice",),
+    "option_probability": ("choice",),
+    "rouge_l": ("completion",),
+    "verbmem": ("completion",),
+    "knowmem": ("completion",),
+    "rwku_recall": ("completion",),
 }
-"""Shapes of rows that each metric of a domain reads; a score that reads rows of a shape from one
-forward of their tokens can be a further metric of it."""
+"""Shapes of rows that each metric of a domain reads."""
 
 SHAPES: Final = {
     "text": ("text",),
@@ -127,8 +139,10 @@ class Problems:
         return len(self.sentences) >= self.limit
 
     def add(self, error: UserError) -> None:
-        """Note one error, or the several that it holds."""
+        """Note one error, or the several that it holds; the same sentence is noted once."""
         for sentence in getattr(error, "problems", None) or (str(error),):
+            if sentence in self.sentences:
+                continue
             if self.full:
                 self.more += 1
             else:
@@ -373,7 +387,8 @@ def lookup(record: Any, path: str, absent: Any = None) -> Any:
         record: The record; what is no mapping has no fields.
         path: A name that is in the record; else `a.b` for field `b` of `a`, in which a number
             picks from a list and a name is taken of each of its members; else `a,b,c` for a list
-            of fields, without the empty ones at its end.
+            of fields, those of a field that is a list one by one, without the empty ones at its
+            end.
         absent: What to return where it is not there.
 
     Raises:
@@ -382,9 +397,10 @@ def lookup(record: Any, path: str, absent: Any = None) -> Any:
     if isinstance(record, Mapping) and path in record:
         return _sure(record[path])
     if "," in path:
-        values = [lookup(record, part, absent=Ellipsis) for part in path.split(",")]
-        if any(value is Ellipsis for value in values):
+        parts = [lookup(record, part, absent=Ellipsis) for part in path.split(",")]
+        if any(part is Ellipsis for part in parts):
             return absent
+        values = [v for part in parts for v in (part if isinstance(part, list) else [part])]
         while values and values[-1] in (None, ""):
             values.pop()
         return values
@@ -668,3 +684,46 @@ def _type(value: Any) -> str:
     words = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number",
              float: "a number", type(None): "null", bytes: "bytes"}  # fmt: skip
     return words.get(type(value), f"a {type(value).__name__}")
+
+
+def as_letters(row: Row, *, topic: str = "") -> Row:
+    """Return the question with its options listed by letter, to be answered by a letter.
+
+    Args:
+        row: A question with choices.
+        topic: Named in the header line; without one there is no header.
+
+    Returns:
+        The row, prompt as in WMDP and MMLU, choices `A`, `B` ...
+    """
+    lines = [f"{_letter(i)}. {choice}" for i, choice in enumerate(row.choices)]
+    head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
+    prompt = (head if topic else "") + "\n".join([row.prompt.strip(), *lines, "Answer:"])
+    return replace(row, prompt=prompt, choices=tuple(map(_letter, range(len(row.choices)))))
+
+
+def chunk_rows(rows: Iterable[Row], words: int) -> Rows:
+    """Cut long plain texts into chunks of even length that keep their unit.
+
+    A document is one unit with many chunks; rows of other shapes stay as they are.
+
+    Args:
+        rows: Rows.
+        words: Words (runs of non-blank characters) per chunk at most.
+
+    Returns:
+        The chunks, in reading order; joined, those of a row hold all its words.
+    """
+    if words < 1:
+        raise UserError(f"chunks of {words} words are not possible; ask for at least one")
+    out: list[Row] = []
+    for row in rows:
+        spans = [m.span() for m in re.finditer(r"\S+", row.text)] if row.kind == "text" else []
+        if len(spans) <= words:
+            out.append(row)
+            continue
+        count = -(-len(spans) // words)
+        edges = [i * len(spans) // count for i in range(count + 1)]
+        for a, b in pairwise(edges):
+            out.append(replace(row, text=row.text[spans[a][0] : spans[b - 1][1]]))
+    return tuple(out)

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -29,7 +30,9 @@ from excise.data.rows import (
     SKIPPED,
     Ambiguous,
     AnswerBase,
+    Located,
     SourceRows,
+    chunk_rows,
     lookup,
     parse_records,
 )
@@ -64,15 +67,28 @@ class Source(Config):
     """Which duplicates are put into one unit: `exact` leaves rows of one template apart."""
     skip: float = Field(default=SKIPPED, ge=0, lt=1)
     """Share of the rows that may be left out because they cannot be used."""
+    where: str = ""
+    """`FIELD:VALUE` for the rows whose field has that value, `FIELD:V|W` for one of several,
+    `FIELD:!V|W` for all others; empty for every row."""
+    rows: int = Field(default=0, ge=0)
+    """Rows that are read at most, from the first on; 0 for all."""
+    pieces: int = Field(default=0, ge=0)
+    """Words of the pieces that a text is cut into, each a unit of its own; 0 leaves it whole."""
     fields: dict[str, str] = Field(default={})
     """For each field that has another name in the file, that name or path."""
+
+    @property
+    def chosen(self) -> tuple[str, tuple[str, ...], bool]:
+        """The field that `where` reads, the values it names, and whether it means these."""
+        field, _, values = self.where.partition(":")
+        return field, tuple(values.removeprefix("!").split("|")), not values.startswith("!")
 
     def spec(self) -> str:
         """Return the string that `parse_source` reads back."""
         at = f":{self.config}" if self.config else ""
         at += f"@{self.revision}" if self.revision else ""
         at += f"#{self.split}" if self.split else ""
-        asked = self.model_dump(exclude_defaults=True, include={*_CHOICES, "skip"})
+        asked = self.model_dump(exclude_defaults=True, include={*_CHOICES, *_OTHERS})
         options = [f"{k}={v}" for k, v in (asked | self.fields).items()]
         return self.path + at + ("?" + "&".join(options) if options else "")
 
@@ -82,6 +98,9 @@ _CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     for name in ("by", "format", "answers", "duplicates")
 }
 """Options that take one of a few words."""
+
+_OTHERS: Final = ("skip", "where", "rows", "pieces")
+"""The other options that name no field."""
 
 
 def parse_source(spec: str) -> Source:
@@ -130,8 +149,16 @@ def _options(text: str, spec: str) -> dict[str, Any]:
             if not re.fullmatch(r"0?\.\d+|0", value):
                 raise UserError(f"'{part}' of source '{spec}' must be a share from 0 to below 1")
             out[key] = float(value)
+        elif key == "where":
+            if not re.fullmatch(r"[^:]+:.+", value):
+                raise UserError(f"'{part}' of source '{spec}' must be where=FIELD:VALUE")
+            out[key] = value
+        elif key in ("rows", "pieces"):
+            if not re.fullmatch(r"[1-9]\d*", value):
+                raise UserError(f"'{part}' of source '{spec}' must be a whole number from 1 on")
+            out[key] = int(value)
         elif key not in _CHOICES:
-            hint = nearest(key, (*_CHOICES, "skip", *NAMED))
+            hint = nearest(key, (*_CHOICES, *_OTHERS, *NAMED))
             raise UserError(f"unknown option '{key}' of source '{spec}'; {hint}")
         elif value not in _CHOICES[key]:
             *others, last = _CHOICES[key]
@@ -158,12 +185,15 @@ def read_source(source: Source) -> SourceRows:
     names = _names(source, files)
     documents = _documents(source) is not None
     by = source.by or ("file" if documents else "blank")
-    records = [
+    every = (
         item
         for file, name in zip(files, names, strict=True)
         for item in _records(file, source, by, document=name if documents else "",
                              before="" if len(files) == 1 and not documents else f"{name} ")
-    ]  # fmt: skip
+    )  # fmt: skip
+    records = [*islice(every, source.rows or None)]
+    if source.where:
+        records = _where(records, source)
     lone = len(files) == 1 and not source.hub and not documents
     rows = parse_records(
         records,
@@ -173,7 +203,45 @@ def read_source(source: Source) -> SourceRows:
         sharegpt=source.format == "sharegpt",
         skip=source.skip,
     )
+    if source.pieces:
+        rows = replace(rows, rows=tuple(_pieces(rows.rows, source.pieces)))
     return replace(rows, documents=documents and by == "file", near=source.duplicates == "near")
+
+
+def _pieces(rows: Iterable[Located], words: int) -> Iterator[Located]:
+    """Yield the pieces of texts, each a unit of its own."""
+    for located in rows:
+        for i, row in enumerate(chunk_rows([located.row], words)):
+            unit = f"{row.unit}/{i}" if row.unit else ""
+            yield replace(located, row=replace(row, unit=unit))
+
+
+def _where(records: Sequence[tuple[str, Any]], source: Source) -> list[tuple[str, Any]]:
+    """Return the records that a source asks for, and those that could not be read.
+
+    Raises:
+        UserError: If the field is not there, or no record has one of the values.
+    """
+    field, wanted, inside = source.chosen
+    out, seen = [], set()
+    for place, record in records:
+        if isinstance(record, UserError):
+            out.append((place, record))
+            continue
+        value = lookup(record, field, absent=Ellipsis)
+        if value is Ellipsis:
+            raise UserError(
+                f"{source.path} {place}: field '{field}' is missing, by which ?where chooses rows"
+            )
+        seen.add(str(value))
+        if (str(value) in wanted) == inside:
+            out.append((place, record))
+    lacking = next((value for value in wanted if value not in seen), None)
+    if lacking is not None:
+        raise UserError(
+            f"{source.path} has no row whose '{field}' is '{lacking}'; {nearest(lacking, seen)}"
+        )
+    return out
 
 
 def source_hashes(source: Source) -> dict[str, str]:
@@ -447,6 +515,7 @@ def _paths(source: Source) -> list[str]:
     fields = {"messages": "conversations"} if source.format == "sharegpt" else {}
     fields |= source.fields
     paths = (*(fields.get(name, name) for name in FIELDS), *fields.values())
+    paths += (source.chosen[0],) if source.where else ()
     return [*dict.fromkeys(part for path in paths for part in (path, *path.split(",")))]
 
 

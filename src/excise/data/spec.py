@@ -18,7 +18,7 @@ from excise.core.errors import UserError, counted
 from excise.data.dedup import text_hash
 from excise.data.domain import UNLABELED, Domain, Metric, Row, Rows, text_of
 from excise.data.labels import label_rows
-from excise.data.rows import DOCUMENT, METRICS, READS
+from excise.data.rows import DOCUMENT, METRICS, READS, chunk_rows
 from excise.data.sources import parse_source, source_hashes
 from excise.data.split import (
     ADJACENT,
@@ -38,10 +38,10 @@ from excise.data.units import (
     Sets,
     UnitRow,
     check_overlaps,
-    chunk_rows,
     group_note,
     read_sets,
     units_of,
+    without_overlaps,
 )
 
 
@@ -133,6 +133,9 @@ class Files(DomainSpec):
     exposure: Literal["auto", "seen", "held_out", "unknown"] = "auto"
     """Whether scored units were shown to the method; `auto` decides by the rows, and `unknown` is
     for models of somebody else."""
+    overlaps: Literal["refuse", "leave_out"] = "refuse"
+    """What becomes of units that two sets share and must not: the domain is refused, or the rows
+    are left out of the later of the two, which is retain where the other is forget."""
     sensitive: bool = False
     """Keep texts out of record and report."""
     refit: bool = False
@@ -211,7 +214,11 @@ class Files(DomainSpec):
         """
         fixed = read_split(Path(self.split), self.hashes()) if self.split else None
         sets, notes = read_sets(self.sources(), sensitive=self.sensitive)
-        check_overlaps(sets)
+        if self.overlaps == "leave_out":
+            sets, left_out = without_overlaps(sets)
+            notes = (*notes, *left_out)
+        else:
+            check_overlaps(sets)
         seed = fixed.seed if fixed else self.seed
         layout, why = _layout(self, sets, fixed)
         parts: Parts = {name: rows for name, rows in sets.items() if not name.startswith("forget.")}

@@ -6,16 +6,14 @@ torch.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 from excise.core.errors import UserError, counted
 from excise.data.dedup import Clusters, Duplicates, find_duplicates, shared_words, text_hash
-from excise.data.domain import Row, Rows, text_of
+from excise.data.domain import Row, text_of
 from excise.data.rows import Located, Problems, SourceRows, reasons
 from excise.data.sources import parse_source, read_source
 
@@ -279,6 +277,42 @@ def check_overlaps(sets: Sets) -> None:
     problems.check()
 
 
+def without_overlaps(sets: Sets) -> tuple[Sets, tuple[str, ...]]:
+    """Leave units out of the later of two sets that share them where they must not.
+
+    Args:
+        sets: Rows by set.
+
+    Returns:
+        The sets, and a note for each that lost rows.
+
+    Raises:
+        UserError: If a set loses every row.
+    """
+    out = dict(sets)
+    notes = []
+    names = sorted((name for name in sets if name != "unlabeled"), key=_rank)
+    for i, second in enumerate(names):
+        closed: dict[str, str] = {}
+        for first in names[:i]:
+            if not _may_share(first, second):
+                closed |= dict.fromkeys(units_of(out[first]), first)
+        kept = tuple(member for member in out[second] if member.row.unit not in closed)
+        if lost := len(out[second]) - len(kept):
+            others = {closed[m.row.unit] for m in out[second] if m.row.unit in closed}
+            if not kept:
+                raise UserError(
+                    f"every row of {second} repeats one of {' or '.join(sorted(others))}; give "
+                    "other data"
+                )
+            notes.append(
+                f"{second}: {counted(lost, 'row')} that repeat {' or '.join(sorted(others))} "
+                "were left out"
+            )
+        out[second] = kept
+    return out, tuple(notes)
+
+
 def _rank(name: str) -> tuple[int, str]:
     order = ("forget", "test", "relearn", "dev_forget", "retain")
     role = name.partition(".")[0]
@@ -306,30 +340,3 @@ def group_note(sets: Sets) -> tuple[str, ...]:
     if not shared:
         return ()
     return (f"forget and retain have {counted(len(shared), 'group')} in common",)
-
-
-def chunk_rows(rows: Iterable[Row], words: int) -> Rows:
-    """Cut long plain texts into chunks of even length that keep their unit.
-
-    A document is one unit with many chunks; rows of other shapes stay as they are.
-
-    Args:
-        rows: Rows.
-        words: Words (runs of non-blank characters) per chunk at most.
-
-    Returns:
-        The chunks, in reading order; joined, those of a row hold all its words.
-    """
-    if words < 1:
-        raise UserError(f"chunks of {words} words are not possible; ask for at least one")
-    out: list[Row] = []
-    for row in rows:
-        spans = [m.span() for m in re.finditer(r"\S+", row.text)] if row.kind == "text" else []
-        if len(spans) <= words:
-            out.append(row)
-            continue
-        count = -(-len(spans) // words)
-        edges = [i * len(spans) // count for i in range(count + 1)]
-        for a, b in pairwise(edges):
-            out.append(replace(row, text=row.text[spans[a][0] : spans[b - 1][1]]))
-    return tuple(out)

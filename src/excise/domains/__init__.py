@@ -13,8 +13,12 @@ from excise.domains.definitions import Definitions
 from excise.domains.facts import Facts
 from excise.domains.glosses import Glosses
 from excise.domains.languages import Languages
+from excise.domains.published import Mmlu, Muse, Rwku, Tofu, Wmdp
 
-AnyDomain = Files | Facts | Arithmetic | Languages | Glosses | Definitions | Cyber | Biology
+AnyDomain = (
+    Files | Facts | Arithmetic | Languages | Glosses | Definitions | Cyber | Biology
+    | Wmdp | Mmlu | Tofu | Muse | Rwku
+)  # fmt: skip
 """Adding a domain: its file, its test, one line here."""
 
 DOMAINS: Mapping[str, type[DomainSpec]] = {

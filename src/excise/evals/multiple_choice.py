@@ -8,7 +8,6 @@ completion are tokenized apart. Choices of one token share one forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 
 from excise.core.errors import UserError
 from excise.data.domain import Row
-from excise.evals.tokens import Request, answer
+from excise.evals.tokens import Answer, Request, answer
 
 DEFINITION = {
     "multiple_choice": (
@@ -36,24 +35,6 @@ DEFINITION = {
         "each option position over the set is subtracted"
     ),
 }
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def as_letters(row: Row, *, topic: str = "") -> Row:
-    """Return the question with its options listed by letter, to be answered by a letter.
-
-    Args:
-        row: A question with choices.
-        topic: Named in the header line; without one there is no header.
-
-    Returns:
-        The row, prompt as in WMDP and MMLU, choices `A`, `B` ...
-    """
-    lines = [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(row.choices)]
-    head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
-    prompt = (head if topic else "") + "\n".join([row.prompt.strip(), *lines, "Answer:"])
-    return replace(row, prompt=prompt, choices=tuple(LETTERS[: len(row.choices)]))
 
 
 def pair_ids(context: str, continuation: str, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -101,7 +82,7 @@ def choice_request(head: Sequence[int], tail: Sequence[int], max_length: int) ->
     return Request(ids, tuple(range(len(ids) - scored, len(ids))), tuple(tail[-scored:]))
 
 
-def choice_scores(
+def choice_answers(
     model: Any,
     tokenizer: Any,
     rows: Sequence[Row],
@@ -110,8 +91,8 @@ def choice_scores(
     batch_size: int = 64,
     device: torch.device | None = None,
     padding_side: str = "right",
-) -> list[list[float]]:
-    """Return the summed log-probability of every choice of every row.
+) -> list[list[Answer]]:
+    """Return what the model says about the tokens of every choice of every row.
 
     Args:
         model: A causal model.
@@ -123,7 +104,7 @@ def choice_scores(
         padding_side: Side of the padding; scores do not depend on it.
 
     Returns:
-        For each row one value per choice, in nats.
+        For each row one answer per choice.
 
     Raises:
         UserError: If a row has no choices, no answer among them, or a choice without tokens.
@@ -153,7 +134,18 @@ def choice_scores(
             padding_side=padding_side,
         )
     )
-    return [[next(answers).total for _ in row.choices] for row in rows]
+    return [[next(answers) for _ in row.choices] for row in rows]
+
+
+def choice_scores(
+    model: Any, tokenizer: Any, rows: Sequence[Row], *, max_length: int
+) -> list[list[float]]:
+    """Return the summed log-probability of every choice of every row, in nats.
+
+    Args, Raises: As `choice_answers`.
+    """
+    answers = choice_answers(model, tokenizer, rows, max_length=max_length)
+    return [[choice.total for choice in choices] for choices in answers]
 
 
 def pick(rows: Sequence[Row], scores: Sequence[Sequence[float]], metric: str) -> list[float]:

@@ -18,32 +18,21 @@ from excise.data.domain import Domain, Row, Rows
 from excise.data.rows import METRICS
 from excise.data.stream import encode
 from excise.data.subsample import subsample
-from excise.evals import generate, multiple_choice, refusal
+from excise.evals import generate, likelihood, multiple_choice, refusal, rouge
 from excise.evals.stats import bootstrap_mean
-from excise.evals.tokens import Answer, answer_examples
+from excise.evals.tokens import answer_examples
 from excise.record import Item, Score, ScoreDirection
 
 DEFINITIONS: dict[str, str] = {
-    "text_loss": (
-        "text_loss@1: mean negative log-likelihood in nats over the scored tokens of a row, "
-        "teacher-forced, each token's loss cut at 100 nats"
-    ),
-    "exact_match": (
-        "exact_match@1: 1 if every scored token of a row is the most probable one in one "
-        "teacher-forced forward, else 0"
-    ),
-    "continuation": (
-        "continuation@1: share of the second half of a row's scored tokens that greedy decoding "
-        "from all before it gives in a row, from the first on (teacher-forced, which is the same "
-        "up to the first miss)"
-    ),
+    **likelihood.DEFINITIONS,
     **multiple_choice.DEFINITION,
     "generate": generate.DEFINITION,
     "refusal": refusal.DEFINITION,
+    **{name: rule.definition for name, rule in rouge.RULES.items()},
 }
 """Every metric `measure` knows, with its versioned definition."""
 
-LOWER = ("text_loss", "refusal")
+LOWER = ("text_loss", "refusal", "truth_ratio", "truth_ratio_geometric")
 """Metrics whose lower value means more knowledge."""
 
 
@@ -167,10 +156,11 @@ def measure_all(
     if not rows:
         raise UserError(f"there is no row to score with {metrics[0]}; check the split")
     settings = {"max_length": max_length, "batch_size": batch_size, "device": device}
+    standardize = any(metric in likelihood.STANDARDIZED for metric in metrics)
     cache: dict[str, Any] = {}
     out = {}
     for metric in metrics:
-        values = _values(model, tokenizer, rows, metric, settings, padding_side, cache)
+        values = _values(model, tokenizer, rows, metric, settings, padding_side, standardize, cache)
         out[metric] = ItemScores(
             metric=metric,
             definition=DEFINITIONS[metric],
@@ -188,6 +178,7 @@ def _values(
     metric: str,
     settings: Mapping[str, Any],
     padding_side: str,
+    standardize: bool,
     cache: dict[str, Any],
 ) -> list[float]:
     """Return the metric's value for every row; `cache` holds what metrics share."""
@@ -196,30 +187,33 @@ def _values(
     if metric == "refusal":
         outcomes = refusal.refusal(model, tokenizer, rows, **settings)
         return [float(outcome == "refused") for outcome in outcomes]
-    if metric.startswith("multiple_choice"):
+    if metric in rouge.RULES:
+        return rouge.rouge_scores(model, tokenizer, rows, rouge.RULES[metric], **settings)
+    if metric.startswith("multiple_choice") or metric in likelihood.OF_OPTIONS:
         if "choice" not in cache:
-            cache["choice"] = multiple_choice.choice_scores(
+            cache["choice"] = multiple_choice.choice_answers(
                 model, tokenizer, rows, padding_side=padding_side, **settings
             )
-        return multiple_choice.pick(rows, cache["choice"], metric)
+        if metric.startswith("multiple_choice"):
+            totals = [[choice.total for choice in choices] for choices in cache["choice"]]
+            return multiple_choice.pick(rows, totals, metric)
+        score = likelihood.OF_OPTIONS[metric]
+        return [
+            score([choice.mean for choice in choices], row.answer)
+            for row, choices in zip(rows, cache["choice"], strict=True)
+        ]
     if "token" not in cache:
         rest = {k: v for k, v in settings.items() if k != "max_length"}
         examples = encode(rows, tokenizer, max_length=settings["max_length"])
         cache["token"] = answer_examples(
-            model, tokenizer, examples, padding_side=padding_side, **rest
+            model,
+            tokenizer,
+            examples,
+            padding_side=padding_side,
+            standardize=standardize,
+            **rest,
         )
-    answers: list[Answer] = cache["token"]
-    if metric == "text_loss":
-        return [-answer.total / len(answer.logprobs) for answer in answers]
-    if metric == "continuation":
-        return [_continued(answer.hits) for answer in answers]
-    return [float(all(answer.hits)) for answer in answers]
-
-
-def _continued(hits: Sequence[bool]) -> float:
-    """Return the share of the second half that is hit before the first miss."""
-    rest = list(hits)[len(hits) // 2 :]
-    return (rest.index(False) if False in rest else len(rest)) / len(rest)
+    return [likelihood.OF_TOKENS[metric](answer) for answer in cache["token"]]
 
 
 def chance_of(
@@ -286,11 +280,13 @@ def fitting(metrics: Sequence[str], rows: Rows) -> tuple[str, ...]:
     """Return the metrics that can read all rows, or `text_loss`, which reads any."""
     choices = all(row.kind == "choice" for row in rows)
     answers = all(row.kind != "text" for row in rows)
+    completions = all(row.kind == "completion" for row in rows)
     readable = [
         m
         for m in metrics
-        if (choices or not m.startswith("multiple_choice"))
+        if (choices or not (m.startswith("multiple_choice") or m in likelihood.OF_OPTIONS))
         and (answers or m not in ("generate", "refusal"))
+        and (completions or m not in rouge.RULES)
     ]
     return tuple(readable) or ("text_loss",)
 
@@ -319,8 +315,9 @@ def evaluate(
     Args:
         model: A causal model.
         tokenizer: Its tokenizer.
-        domain: Its `metrics` score `test.NAME`, its `retain_metrics` `retain_test`; rows of
-            `adjacent_test` and of `paraphrases.NAME` whose shape is another are scored by its own.
+        domain: Its `metrics` score `test.NAME`, its `retain_metrics` `retain_test`, each of its
+            `benchmark_metrics` the benchmark set of that name; rows of `adjacent_test` and of
+            `paraphrases.NAME` whose shape is another are scored by its own.
         name: Name of the model in the record.
         max_rows: Rows per set at most; 0 for all.
         max_length: Tokens of a row at most.
@@ -339,6 +336,8 @@ def evaluate(
     for capability, rows in domain.paraphrases.items():
         beside = _metrics_beside(rows, domain.test[capability], domain.metrics)
         sets.append((f"paraphrases.{capability}", rows, beside))
+    for benchmark, rows in domain.benchmark.items():
+        sets.append((f"benchmark.{benchmark}", rows, domain.benchmark_metrics[benchmark]))
     scores: list[Score] = []
     items: list[Item] = []
     for on, all_rows, metrics in sets:

@@ -5,7 +5,8 @@ just before it, so memory holds N x V logits and not B x T x V, and whatever the
 logits afterwards (soft caps, scales) still happens. A model without an output layer that can be
 found falls back to all logits.
 
-Shape legend: B rows, T tokens, N positions asked for, V vocabulary, D width.
+Shape legend: B rows, T tokens, N positions asked for, M tokens asked for at them, V vocabulary,
+D width.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from excise.data.stream import Example, Tokenizer, collate
@@ -51,15 +52,23 @@ class Answer:
     Attributes:
         logprobs: Natural log-probability of each token, in float32 arithmetic.
         hits: Whether the token is the most probable one.
+        standardized: How many standard deviations the log-probability of each token lies above
+            the mean log-probability of a token drawn there; empty where nobody asked.
     """
 
     logprobs: tuple[float, ...]
     hits: tuple[bool, ...]
+    standardized: tuple[float, ...] = ()
 
     @property
     def total(self) -> float:
         """Summed log-probability."""
         return sum(self.logprobs)
+
+    @property
+    def mean(self) -> float:
+        """Mean log-probability of a token."""
+        return self.total / len(self.logprobs)
 
 
 def request_of(example: Example) -> Request:
@@ -174,6 +183,7 @@ def answer(
     batch_size: int = 64,
     device: torch.device | None = None,
     padding_side: str = "right",
+    standardize: bool = False,
 ) -> list[Answer]:
     """Score every request; sequences that several requests share are read once.
 
@@ -184,6 +194,7 @@ def answer(
         batch_size: Sequences per forward at most; fewer where the logits would not fit.
         device: Where the inputs go; None takes the model's.
         padding_side: `right` or `left`; scores do not depend on it.
+        standardize: Whether answers have `standardized`, which reads every logit once more.
 
     Returns:
         One answer per request, in order.
@@ -207,7 +218,7 @@ def answer(
             logits_NV, _ = logits_at(model, inputs, batch.target_BT)
             at = _rows_of(part, wanted)
             users = [(k, i) for k, s in enumerate(part) for i in sequences[s][1]]
-            _fill(answers, requests, users, at, logits_NV)
+            _fill(answers, requests, users, at, logits_NV, standardize)
     assert all(a is not None for a in answers)
     return [a for a in answers if a is not None]
 
@@ -227,6 +238,7 @@ def _fill(
     users: Sequence[tuple[int, int]],
     at: Sequence[dict[int, int]],
     logits_NV: Tensor,
+    standardize: bool,
 ) -> None:
     """Read the answers of one batch off its logits."""
     rows = [at[k][p] for k, i in users for p in requests[i].positions]
@@ -242,11 +254,25 @@ def _fill(
     logprob_M = logits_NV[row_M, token_M] - norm_N[row_M]
     logprob_M = torch.nan_to_num(logprob_M, nan=-MAX_NATS).clamp(min=-MAX_NATS)
     values, hits = logprob_M.tolist(), (best_N[row_M] == token_M).tolist()
+    marks = _standardized(logprob_M, row_M, logits_NV).tolist() if standardize else []
     start = 0
     for _, i in users:
         end = start + len(requests[i].positions)
-        answers[i] = Answer(tuple(values[start:end]), tuple(hits[start:end]))
+        part = slice(start, end)
+        answers[i] = Answer(tuple(values[part]), tuple(hits[part]), tuple(marks[part]))
         start = end
+
+
+def _standardized(
+    logprob_M: Float[Tensor, "M"], row_M: Int[Tensor, "M"], logits_NV: Float[Tensor, "N V"]
+) -> Float[Tensor, "M"]:
+    """Return log-probabilities less the mean of their position, in its standard deviations."""
+    logprobs_NV = logits_NV.log_softmax(-1)
+    probs_NV = logprobs_NV.exp()
+    mean_N = (probs_NV * logprobs_NV).sum(-1)
+    variance_N = (probs_NV * (logprobs_NV - mean_N[:, None]).square()).sum(-1)
+    deviation_N = variance_N.clamp(1e-6).sqrt()  # 0 for a uniform distribution; as open-unlearning
+    return torch.nan_to_num((logprob_M - mean_N[row_M]) / deviation_N[row_M])
 
 
 def answer_examples(
@@ -257,6 +283,7 @@ def answer_examples(
     batch_size: int = 64,
     device: torch.device | None = None,
     padding_side: str = "right",
+    standardize: bool = False,
 ) -> list[Answer]:
     """Score the targets of encoded rows; see `answer`."""
     requests = [request_of(example) for example in examples]
@@ -267,4 +294,5 @@ def answer_examples(
         batch_size=batch_size,
         device=device,
         padding_side=padding_side,
+        standardize=standardize,
     )

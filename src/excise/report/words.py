@@ -479,6 +479,7 @@ def set_name(name: str) -> str:
         "retain_test": "retain set",
         "adjacent_test": "adjacent set",
         "paraphrases": "held-out paraphrases",
+        "benchmark": "benchmark",
     }
     base = words.get(head, head.replace("_", " "))
     return f"{base}: {rest}" if rest else base
@@ -486,7 +487,13 @@ def set_name(name: str) -> str:
 
 def metric_name(name: str) -> str:
     """Return the words for a metric: `text_loss` is `token loss`."""
-    known = {"text_loss": "token loss"}
+    known = {
+        "text_loss": "token loss",
+        "rouge_l": "ROUGE-L recall",
+        "min_k": "Min-K% Prob",
+        "min_k_plus_plus": "Min-K%++",
+        "privleak": "PrivLeak",
+    }
     return known.get(name, plain(name).replace("_", " "))
 
 

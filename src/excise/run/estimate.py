@@ -489,7 +489,7 @@ def _scores(request: Recipe | AuditRun, sizes: Sizes, subjects: int) -> Line:
     sets: list[Rows] = [()]
     if domain is not None:
         scored = (*domain.test.values(), *domain.relearn.values())
-        sets = [*scored, domain.retain_test, domain.adjacent_test]
+        sets = [*scored, domain.retain_test, domain.adjacent_test, *domain.benchmark.values()]
     tokens = sum(
         sizes.scored(subsample(rows, asked.max_rows, by="row"), asked.max_length)
         if rows

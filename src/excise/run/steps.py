@@ -10,6 +10,7 @@ from excise.auditor.engine import attack_all
 from excise.core.context import Stage
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
+from excise.evals.set_scores import set_scores
 from excise.fetch.model import open_model
 from excise.methods.base import ApplyMethod, Method, Removal, completed
 from excise.methods.pretraining.filtering import Filtering
@@ -117,7 +118,12 @@ def examine(
     scored = {name: one.named(name) for name, one in zip(named, found, strict=True)}
     results = attack_models(asked, domain, models, candidates, runtime, pool)
     record = judged(record, domain, models, candidates, scored, results, asked.audit, null)
-    return record, items_of(scored)
+    oracle = next(iter(oracle_names(models.oracles)), "")
+    items = {name: one.items for name, one in scored.items()}
+    more, unknown = set_scores(items, oracle)
+    notes = [*record.data.get("notes", ()), *unknown]
+    change = {"scores": (*record.scores, *more), "data": {**record.data, "notes": notes}}
+    return record.model_copy(update=change), items_of(scored)
 
 
 def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Models]:

@@ -322,6 +322,9 @@ class Checkpoint:
         Returns:
             A causal model of that many blocks, in evaluation mode; names as in the whole model.
 
+        A family whose first blocks would be others in a shorter model (which blocks share keys
+        and values, or a block, follows from their number) is loaded whole.
+
         Raises:
             UserError: If the model has fewer blocks.
         """
@@ -508,6 +511,39 @@ def _truncated(config: Any, blocks: int) -> Any:
     return short
 
 
+def _shortened(source: Checkpoint, blocks: int) -> Model | None:
+    """Return a shorter model on the meta device, or None where its blocks would not be the same.
+
+    Blocks are the same where every module has the class, the shapes and the plain attributes
+    (indices, kinds of attention, widths) that it has in the whole model.
+    """
+    try:
+        short = meta_model(
+            _truncated(source.config, blocks), trust_remote_code=source.trust_remote_code
+        )
+    except Exception:  # a configuration that checks itself: lists of another length, a last block
+        return None
+    whole = dict(source.shapes.named_modules())
+    base = getattr(short, short.base_model_prefix, short)
+    same = all(
+        name in whole and _nature(module) == _nature(whole[name])
+        for name, module in short.named_modules()
+        if module not in (short, base) and not isinstance(module, nn.ModuleList)
+    )
+    return short if same else None
+
+
+def _nature(module: nn.Module) -> Any:
+    """Return what makes two modules compute the same with equal weights."""
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if value is None or isinstance(value, bool | int | float | str)
+    }
+    shapes = {n: p.shape for n, p in module.named_parameters(recurse=False)}
+    return type(module), plain, shapes
+
+
 def _load_prefix(
     source: Checkpoint, blocks: int, *, dtype: torch.dtype, device: torch.device | str, head: bool
 ) -> Model:
@@ -516,7 +552,9 @@ def _load_prefix(
     whole = config.get_text_config().num_hidden_layers
     if not 1 <= blocks <= whole:
         raise UserError(f"{source.path} has {whole} blocks; ask for 1 to {whole} of them")
-    model = meta_model(_truncated(config, blocks), trust_remote_code=source.trust_remote_code)
+    model = _shortened(source, blocks)
+    if model is None:
+        return source.load(dtype=dtype, device=device)
     layout = build_layout(model, source.entries, source.same)
     output = model.get_output_embeddings()
     tied = output is None or output.weight is model.get_input_embeddings().weight

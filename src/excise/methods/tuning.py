@@ -25,6 +25,7 @@ from excise.methods.base import Cost, Method, Removal
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
 from excise.models.lora import LoRA, adapted, merge
+from excise.models.names import Names
 from excise.train.distributed import barrier
 from excise.train.fit import FitConfig, StepRecord, Term, fit
 
@@ -35,7 +36,7 @@ class TuningMethod(Method):
     name: str
     fit: FitConfig
     """Steps, rows per step of each role, learning rate."""
-    modules: tuple[str, ...] = ()
+    modules: Names = ()
     """Modules to train, by name; empty for all."""
     max_length: int = 512
     """Tokens per row."""
@@ -342,7 +343,9 @@ def tune(
 
     def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
         return {
-            role: Term(*summed(model(**micro[role].inputs).logits, micro[role]), weight)
+            role: Term(
+                *summed(model(**micro[role].inputs, use_cache=False).logits, micro[role]), weight
+            )
             for role, (weight, summed) in terms.items()
         }
 

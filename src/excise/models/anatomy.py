@@ -262,14 +262,17 @@ def _blocks(named: Mapping[str, nn.Module], container: str) -> tuple[str, ...]:
 
 
 def _width(model: nn.Module, named: Mapping[str, nn.Module], frame: Frame) -> int:
-    """Return the width of the residual stream: of the last norm, else as the model or its embedding
-    says, which may be projected from another width.
+    """Return the width of the residual stream: of the last norm, else as the model says.
+
+    The embedding answers last: it may be projected from another width.
     """
     weight = getattr(named.get(frame.final_norm), "weight", None)
     if weight is not None:
         return int(weight.shape[-1])
     size = getattr(getattr(model, "config", None), "hidden_size", None)
-    return size if isinstance(size, int) else int(named[frame.embed].get_parameter("weight").shape[-1])
+    if isinstance(size, int):
+        return size
+    return int(named[frame.embed].get_parameter("weight").shape[-1])
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from excise.core.config import Config
 from excise.core.errors import UserError
-from excise.models.anatomy import anatomy
+from excise.models.anatomy import backbone
 from excise.models.names import (
+    Names,
     canonical,
     is_adapter,
     match,
@@ -47,6 +48,11 @@ _STARTS_FROM_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Settings of `init_lora_weights` that leave the weights of the base as they are."""
 
 
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_READ_BY_KERNELS = ("out_proj", "conv1d")
+"""Families and layers for which peft refuses an adapter: fused kernels read their weight past it."""
+
+
 class LoRA(Config):
     """An adapter of low rank on linear layers, trained instead of their weights."""
 
@@ -56,8 +62,8 @@ class LoRA(Config):
     """Scale of the update, divided by the rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    modules: tuple[str, ...] = ()
-    """Which linear layers (names, suffixes, globs); empty for all those in the blocks."""
+    modules: Names = ()
+    """Which linear layers (names, suffixes, globs); empty for all in the blocks that can be."""
     output: Literal["merged", "adapter"] = "merged"
     """Whether only the merged model is kept, or the adapter beside it."""
 
@@ -92,23 +98,44 @@ def targets(model: nn.Module, patterns: Sequence[str] = ()) -> tuple[list[str], 
     """
     named = modules_by_name(model)
     every = dict(model.named_parameters(remove_duplicate=False))
-    linears = [n for n, m in named.items() if sizes(m) and not is_adapter(n)]
-    fused = [n for n, p in every.items() if p.dim() == 3 and not is_adapter(n)]
+    linears = [n for n, m in named.items() if _plain(m) and not is_adapter(n)]
+    # A matrix per expert; kernels of convolutions and weights by channel have a dimension of 1.
+    fused = [n for n, p in every.items() if p.dim() == 3 and min(p.shape[1:]) > 1]
+    fused = [n for n in fused if not is_adapter(n)]
     names = [*named, *fused]
     chosen: set[str] = set()
-    for pattern in patterns or anatomy(model).blocks:
+    for pattern in patterns or backbone(model).blocks:
         heads = set(match(pattern, names))
         hits = {n for n in (*linears, *fused) if any(_within(n, h) for h in heads)}
         if not hits:
             near = nearest_names(pattern, [*linears, *fused])
-            raise UserError(f"lora.modules '{pattern}' matches no linear layer; {near}")
+            what = "no linear layer that an adapter can be put on" if heads else "no linear layer"
+            raise UserError(f"lora.modules '{pattern}' matches {what}; {near}")
         chosen |= hits
-    seen = [id(p) for p in every.values()]
-    for name in chosen:
+    uses = Counter(id(p) for p in every.values())
+    kind = str(getattr(getattr(unwrap(model)[1], "config", None), "model_type", ""))
+    for name in sorted(chosen):
         weight = every.get(f"{name}.weight")
-        if weight is not None and seen.count(id(weight)) > 1:
-            raise UserError(f"lora.modules names '{name}', whose weight is shared; leave it out")
+        shared = weight is not None and uses[id(weight)] > 1
+        if not shared and (kind not in _MAMBA or name.rpartition(".")[2] not in _READ_BY_KERNELS):
+            continue
+        if not patterns:
+            chosen.remove(name)
+            continue
+        why = (
+            "whose weight is shared" if shared else f"which kernels of {kind} read past an adapter"
+        )
+        raise UserError(f"lora.modules names '{name}', {why}; leave it out")
     return [n for n in linears if n in chosen], [n for n in fused if n in chosen]
+
+
+def _plain(module: nn.Module) -> bool:
+    """Return whether an adapter's output can be added to that of a module.
+
+    A router is a linear layer by class, and puts out scores and choices.
+    """
+    own_forward = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return sizes(module) is not None and (hasattr(module, "base_layer") or not own_forward)
 
 
 def _within(name: str, head: str) -> bool:
@@ -165,8 +192,11 @@ def adapted(
     before = set(vars(model))
     wrapped: Any = None
     try:
-        with _seeded(model, seed):
-            wrapped = peft.get_peft_model(model, config, adapter_name=name)
+        try:
+            with _seeded(model, seed):
+                wrapped = peft.get_peft_model(model, config, adapter_name=name)
+        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            raise _refused(error, config.target_modules) from None
         wrapped.train(model.training)
         yield wrapped
     finally:
@@ -176,6 +206,17 @@ def adapted(
             delattr(model, name)
         for parameter, required in flags:
             parameter.requires_grad_(required)
+
+
+def _refused(error: Exception, names: Iterable[str]) -> UserError:
+    """Return what peft says of a layer as one sentence, with the layers it may mean."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
+    meant = sorted(n for n in names if f"'{n.rpartition('.')[2]}'" in reason)
+    where = f" (such as '{meant[0]}')" if meant else ""
+    return UserError(
+        f"peft puts no adapter on a layer of lora.modules{where}: {reason.rstrip('.')}; name other "
+        "lora.modules, or leave lora out"
+    )
 
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:

@@ -217,6 +217,7 @@ class Checkpoint:
                 use_safetensors=True,
                 **extra,
             )
+        _keep_scale(model.config)
         return model.to(device).eval()
 
     def tokenizer(self) -> Tokenizer:
@@ -511,6 +512,16 @@ def _truncated(config: Any, blocks: int) -> Any:
     return short
 
 
+def _keep_scale(config: Any) -> None:
+    """Let RWKV's weights stay as they are.
+
+    In evaluation it halves those of later blocks in place, which guards half precision, and they
+    would be saved so.
+    """
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0
+
+
 def _shortened(source: Checkpoint, blocks: int) -> Model | None:
     """Return a shorter model on the meta device, or None where its blocks would not be the same.
 
@@ -558,7 +569,7 @@ def _load_prefix(
     layout = build_layout(model, source.entries, source.same)
     output = model.get_output_embeddings()
     tied = output is None or output.weight is model.get_input_embeddings().weight
-    base = getattr(model, model.base_model_prefix)
+    base = getattr(model, model.base_model_prefix, model)
     whole_model = head or tied or base is model
     target = model if whole_model else base
     beyond = set() if whole_model or output is None else {id(p) for p in output.parameters()}
@@ -575,9 +586,17 @@ def _load_prefix(
         )
     if not whole_model:
         setattr(model, model.base_model_prefix, loaded)
-        model.set_output_embeddings(nn.Identity())
+        model.set_output_embeddings(_no_head(dtype))
         loaded = model
+    _keep_scale(loaded.config)
     return loaded.to(device).eval()
+
+
+def _no_head(dtype: torch.dtype) -> nn.Module:
+    """Return the identity; Mamba's forward asks its head for the dtype of its weight."""
+    head: Any = nn.Identity()
+    head.weight = torch.empty(0, dtype=dtype)
+    return head
 
 
 def _decides(path: Path, folder: Path) -> bool:
@@ -589,4 +608,4 @@ def _decides(path: Path, folder: Path) -> bool:
 
 def _is_weights(path: Path) -> bool:
     """Return whether a file holds weights or says which file does, in any format."""
-    return path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+    return path.suffix.lower() in WEIGHT_SUFFIXES or path.name.endswith(".index.json")

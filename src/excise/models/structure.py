@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -61,7 +60,7 @@ def find_frame(model: nn.Module, named: Mapping[str, nn.Module], missed: list[st
     """Find embedding, blocks, last norm and head; what is not found is added to `missed`.
 
     Blocks are the list of as many modules as the configuration counts, whatever their classes; of
-    several (a vision tower) the one nearest to the embedding. Elsewhere they are the longest list
+    several (a vision tower) the one beside the embedding. Elsewhere they are the longest list
     of modules of one class. A list inside another such list is not looked at.
     """
     lists = {n: m for n, m in named.items() if isinstance(m, nn.ModuleList)}
@@ -72,8 +71,9 @@ def find_frame(model: nn.Module, named: Mapping[str, nn.Module], missed: list[st
     alike = {n: m for n, m in lists.items() if len({type(child) for child in m}) == 1}
     fitting = {n: m for n, m in lists.items() if len(m) == count} or alike
     embed = _path_of(named, _ask(model, "get_input_embeddings"))
+    beside = embed.rpartition(".")[0]
     blocks = max(
-        fitting, key=lambda n: (len(fitting[n]), len(os.path.commonprefix([n, embed]))), default=""
+        fitting, key=lambda n: (len(fitting[n]), n.rpartition(".")[0] == beside), default=""
     )
     outside = {n: m for n, m in named.items() if n and not (f"{n}.").startswith(f"{blocks}.")}
     if not embed:

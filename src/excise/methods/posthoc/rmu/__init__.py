@@ -71,6 +71,7 @@ from excise.methods.tuning import (
 from excise.models.checkpoint import Checkpoint
 from excise.models.delta import write_delta
 from excise.models.lora import LoRA, merge
+from excise.models.names import Names
 from excise.train.fit import FitConfig, Term, fit
 
 __all__ = ["RMU", "RMUSweep"]
@@ -114,7 +115,7 @@ class RMU(Method):
     """Matrix of the MLP (the released Mixtral run trained `up` of the first expert)."""
     experts: Literal["first", "all"] = "first"
     """Which experts of a mixture are trained."""
-    modules: tuple[str, ...] = ()
+    modules: Names = ()
     """Modules to train by name, instead of `blocks`."""
     masked: bool = True
     """Leave padding out of both means; the released code does not."""
@@ -547,7 +548,9 @@ def _best_of_sweep(
     model: Any = start.load(dtype=ctx.dtype, device=ctx.device)
     tokenizer = start.tokenizer()
     if not runs_apart(model, targets[0], method.inputs):
-        raise UserError(f"rmu: {_unlike(targets[0])}, so that they cannot be run apart as a sweep does; leave 'sweep' out")
+        raise UserError(
+            f"rmu: {_unlike(targets[0])}, so that a sweep cannot run them apart; leave 'sweep' out"
+        )
     cache = PrefixCache(int(method.cache_gib * 2**30))
     upto = max(target.layer for target in targets) + 1
 

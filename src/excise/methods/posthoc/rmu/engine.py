@@ -253,9 +253,7 @@ class TrainedSpan:
 
         def run() -> Hidden:
             hidden = prefix.hidden[first]
-            return active_stream(
-                run_span(self.model, prefix.calls, hidden, first, stop, grad=grad)
-            )
+            return active_stream(run_span(self.model, prefix.calls, hidden, first, stop, grad=grad))
 
         if not self.targets.attention:
             return run()

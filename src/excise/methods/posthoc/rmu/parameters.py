@@ -21,8 +21,9 @@ from excise.methods.tuning import tuned
 from excise.models.anatomy import Anatomy, Backbone, BlockExperts, anatomy, backbone
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA, reference
-from excise.models.names import select
+from excise.models.names import modules_by_name, select
 from excise.models.spec import Model
+from excise.models.structure import sizes
 
 Index = tuple[int | slice, ...]
 """An index into a tensor."""
@@ -100,7 +101,7 @@ def find_target_parameters(
             lies above the steered block.
     """
     model = start.shapes
-    parts, whole = _parts(model, bool(modules))
+    parts, whole = _parts(model, layer, by_name=bool(modules))
     chosen = tuple(blocks) or tuple(range(max(0, layer - 2), layer + 1))
     for block in (layer, *chosen):
         if not 0 <= block < parts.num_blocks:
@@ -131,7 +132,7 @@ def find_target_parameters(
     )
 
 
-def _parts(model: Model, by_name: bool) -> tuple[Backbone, Anatomy | None]:
+def _parts(model: Model, layer: int, *, by_name: bool) -> tuple[Backbone, Anatomy | None]:
     """Return the backbone, and the anatomy where blocks are attention and MLP.
 
     Raises:
@@ -150,11 +151,13 @@ def _parts(model: Model, by_name: bool) -> tuple[Backbone, Anatomy | None]:
         ) from None
     if by_name:
         return parts, None
-    inside = [n for n, p in model.named_parameters() if n.startswith(parts.blocks[0] + ".")
-              and p.dim() > 1]  # fmt: skip
+    block = parts.blocks[min(layer, parts.num_blocks - 1)]
+    inside = [
+        n for n, m in modules_by_name(model).items() if n.startswith(f"{block}.") and sizes(m)
+    ]
     raise UserError(
-        f"rmu: {reason}; name what is trained, as with --modules "
-        f"'[{inside[-1].removesuffix('.weight')}]', or use grad_diff, which needs no parts"
+        f"rmu: {reason}; name what is trained, as with --modules '[{(inside or [block])[-1]}]', or "
+        "use grad_diff, which needs no parts"
     )
 
 

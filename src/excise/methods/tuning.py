@@ -24,7 +24,7 @@ from excise.losses import Summed
 from excise.methods.base import Cost, Method, Removal
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
-from excise.models.lora import LoRA, adapted, merge
+from excise.models.lora import LoRA, adapted, merge, on_modules
 from excise.models.names import Names
 from excise.train.distributed import barrier
 from excise.train.fit import FitConfig, StepRecord, Term, fit
@@ -121,12 +121,7 @@ def tuned(
         The model to run (wrapped when there is an adapter) and its trained parameters by name.
     """
     if lora is not None:
-        chosen = (
-            lora
-            if lora.modules or not modules
-            else lora.model_copy(update={"modules": tuple(modules)})
-        )
-        with adapted(model, chosen, seed=ctx.seed_for("lora")) as peft_model:
+        with adapted(model, on_modules(lora, modules), seed=ctx.seed_for("lora")) as peft_model:
             parameters = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
             yield peft_model, parameters
     else:

@@ -50,7 +50,7 @@ _STARTS_FROM_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 _MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _READ_BY_KERNELS = ("out_proj", "conv1d")
-"""Families and layers for which peft refuses an adapter: fused kernels read their weight past it."""
+"""Layers by family for which peft refuses an adapter: fused kernels read their weight past it."""
 
 
 class LoRA(Config):
@@ -122,9 +122,7 @@ def targets(model: nn.Module, patterns: Sequence[str] = ()) -> tuple[list[str], 
         if not patterns:
             chosen.remove(name)
             continue
-        why = (
-            "whose weight is shared" if shared else f"which kernels of {kind} read past an adapter"
-        )
+        why = "whose weight is shared" if shared else f"which {kind} reads past an adapter"
         raise UserError(f"lora.modules names '{name}', {why}; leave it out")
     return [n for n in linears if n in chosen], [n for n in fused if n in chosen]
 
@@ -161,6 +159,37 @@ def _config(peft: ModuleType, model: nn.Module, lora: LoRA) -> Any:
         fan_in_fan_out=conv,
         task_type="CAUSAL_LM",
     )
+
+
+def on_modules(lora: LoRA, names: Sequence[str]) -> LoRA:
+    """Return an adapter on the modules that its method trains, where it names none itself.
+
+    Args:
+        lora: The adapter.
+        names: Modules, or parameters, which stand for their modules.
+    """
+    if lora.modules or not names:
+        return lora
+    return lora.model_copy(update={"modules": tuple(n.removesuffix(".weight") for n in names)})
+
+
+def adapter_size(model: nn.Module, lora: LoRA) -> int:
+    """Return the number of entries of an adapter; experts that are one tensor have one each.
+
+    Args:
+        model: The model, not wrapped; shapes are enough.
+        lora: The adapter.
+
+    Raises:
+        UserError: As `targets`.
+    """
+    modules, parameters = targets(model, lora.modules)
+    named = modules_by_name(model)
+    ends = sum(sum(sizes(named[name]) or ()) for name in modules)
+    for name in parameters:
+        experts, *matrix = model.get_parameter(name).shape
+        ends += experts * sum(matrix)
+    return lora.rank * ends
 
 
 @contextmanager

@@ -157,6 +157,10 @@ class Checkpoint:
             return self.layout.model
         return meta_model(self.config, trust_remote_code=self.trust_remote_code)
 
+    def prefix_shapes(self, blocks: int) -> Model:
+        """Return the model that `load_prefix` loads, on the meta device and with its head."""
+        return _shortened(self, blocks) or self.shapes
+
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors that `weights_of`, `write` and `load_prefix` have read so far."""

@@ -35,7 +35,7 @@ from excise.data.domain import Row, Rows
 from excise.data.stream import encode
 from excise.losses import predicting
 from excise.models.anatomy import anatomy
-from excise.models.hooks import capture
+from excise.models.hooks import active_stream, capture
 
 STRENGTHS = (4.0, 8.0, 16.0, 32.0, 64.0)
 """Sizes of a gate that are tried, as multiples of the residual's norm."""
@@ -198,7 +198,8 @@ def features(
         at_N = at_N[:: 1 + (len(at_N) - 1) // most]  # of long rows, some of their positions
         for i, (path, block) in enumerate(zip(parts.mlp_down, parts.blocks, strict=True)):
             inner[i].append(down[path][0].flatten(0, 1)[at_N].float())
-            norms[i].append(out[block][0].flatten(0, 1)[at_N].float().norm(dim=-1))
+            stream_ND = active_stream(out[block][0]).flatten(0, 1)[at_N]
+            norms[i].append(stream_ND.float().norm(dim=-1))
         count += len(at_N)
         if count >= most:
             break

@@ -299,11 +299,8 @@ def editing(
         lora: An adapter instead.
         ctx: Gives the adapter's seed.
     """
-    names = targets.names
-    if lora is not None:
-        names = tuple(name.removesuffix(".weight") for name in names)
     with ExitStack() as stack:
-        net, parameters = stack.enter_context(tuned(model, names, lora, ctx))
+        net, parameters = stack.enter_context(tuned(model, targets.names, lora, ctx))
         if lora is not None:
             yield EditableModel(net, parameters, {}, partial(reference, net))
             return

@@ -11,12 +11,14 @@ import torch
 from tests.unit.families import FAMILIES, FEW, MORE, save_family
 from torch import Tensor
 
+from excise.auditor.controls.gated import add_gate, into_stream
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.methods import RMU, GradDiff
 from excise.methods.base import Method, Removal
 from excise.models.anatomy import anatomy, backbone
 from excise.models.checkpoint import Checkpoint
+from excise.models.hooks import capture, find_module
 from excise.models.lora import LoRA, adapted, adapter_size, targets
 from excise.models.names import select
 from excise.testing import toy_domain
@@ -166,6 +168,32 @@ def test_a_model_without_blocks_is_sent_to_grad_diff() -> None:
 
     with pytest.raises(UserError, match="needs a list of blocks and grad_diff none"):
         find_target_parameters(Outline(), 0, modules=("head",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("gptj", "transformer.h.1.mlp.fc_out"),
+        ("opt", "model.decoder.layers.1.fc2"),
+        ("mamba", "backbone.layers.1.mixer.out_proj"),
+        ("gpt_oss", "model.layers.1.self_attn.o_proj"),
+        ("zamba2", "model.layers.1.mamba_decoder.mamba.out_proj"),
+    ],
+)
+def test_a_gate_adds_to_the_stream_what_its_detector_reads(
+    name: str, layer: str, tmp_path: Path
+) -> None:
+    """Adding c u v^T to the layer moves what it puts out by c (v . a) u for its input a."""
+    _, model = save_family(name, tmp_path / "model")
+    assert into_stream(model)[1] == layer
+    v_F, u_D = torch.randn(find_module(model, layer).in_features), torch.randn(32)
+    with torch.no_grad():
+        with capture(model, [layer], of="input") as into, capture(model, [layer]) as out:
+            model(IDS_BT, use_cache=False)
+            add_gate(model, 1, v_F, u_D, 3.0)
+            model(IDS_BT, use_cache=False)
+    moved = out[layer][1] - out[layer][0]
+    assert torch.allclose(moved, 3.0 * (into[layer][0] @ v_F)[..., None] * u_D, atol=1e-4)
 
 
 def test_anatomy_is_what_the_table_says(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from excise.core.errors import UserError
 from excise.methods import RMU, GradDiff
 from excise.methods.base import Method, Removal
 from excise.models.anatomy import anatomy, backbone
-from excise.models.checkpoint import Checkpoint
-from excise.models.hooks import capture, find_module
+from excise.models.checkpoint import Checkpoint, save_model
+from excise.models.hooks import active_stream, capture, find_module
 from excise.models.lora import LoRA, adapted, adapter_size, targets
 from excise.models.names import select
+from excise.models.tiny import byte_tokenizer, tiny_model
 from excise.testing import toy_domain
 from excise.train.fit import FitConfig
 
@@ -103,6 +104,30 @@ def test_routers_and_shared_layers_carry_no_adapter(tmp_path: Path) -> None:
         targets(save_family("llama4_text", tmp_path / "llama4")[1], ["layers.1.*.router"])
 
 
+def test_what_peft_refuses_is_one_sentence() -> None:
+    class Own(torch.nn.Module):
+        in_features, out_features = 32, 128
+
+    model = tiny_model("llama", width=32)
+    model.model.layers[1].mlp.up_proj = Own()
+    lora = LoRA(modules=("up_proj",))
+    match = r"^peft puts no adapter on .*Own\(\).* not supported"
+    with pytest.raises(UserError, match=match), adapted(model, lora):
+        pass
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_of_stacked_streams_the_first_is_read(tmp_path: Path) -> None:
+    """Gemma 3n stacks four streams before the rows, of which attention and MLP read the first."""
+    _, model = save_family("gemma3n_text", tmp_path / "model")
+    paths = backbone(model).blocks
+    with torch.no_grad(), capture(model, paths) as got:
+        model(IDS_BT, use_cache=False)
+    assert got[paths[0]][0].shape == (4, 2, 10, 32)
+    assert torch.equal(active_stream(got[paths[0]][0]), got[paths[0]][0][0])
+    assert active_stream(torch.ones(2, 10, 32)).shape == (2, 10, 32)
+
+
 def test_weights_by_channel_are_no_experts(tmp_path: Path) -> None:
     """RWKV mixes by vectors of shape 1 x 1 x width, Mamba's convolution is width x 1 x kernel."""
     for name in ("rwkv", "mamba"):
@@ -122,9 +147,6 @@ def test_blocks_that_a_shorter_model_would_not_have_are_loaded_whole(tmp_path: P
 
 def test_the_weights_of_rwkv_are_not_halved_by_a_forward(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, RwkvConfig
-
-    from excise.models.checkpoint import save_model
-    from excise.models.tiny import byte_tokenizer
 
     config = RwkvConfig(
         vocab_size=260, hidden_size=16, attention_hidden_size=16, intermediate_size=16,
@@ -187,11 +209,11 @@ def test_a_gate_adds_to_the_stream_what_its_detector_reads(
     _, model = save_family(name, tmp_path / "model")
     assert into_stream(model)[1] == layer
     v_F, u_D = torch.randn(find_module(model, layer).in_features), torch.randn(32)
-    with torch.no_grad():
-        with capture(model, [layer], of="input") as into, capture(model, [layer]) as out:
-            model(IDS_BT, use_cache=False)
-            add_gate(model, 1, v_F, u_D, 3.0)
-            model(IDS_BT, use_cache=False)
+    ins, outs = capture(model, [layer], of="input"), capture(model, [layer])
+    with torch.no_grad(), ins as into, outs as out:
+        model(IDS_BT, use_cache=False)
+        add_gate(model, 1, v_F, u_D, 3.0)
+        model(IDS_BT, use_cache=False)
     moved = out[layer][1] - out[layer][0]
     assert torch.allclose(moved, 3.0 * (into[layer][0] @ v_F)[..., None] * u_D, atol=1e-4)
 

@@ -22,7 +22,7 @@ from excise.data.stream import Example, collate, encode
 from excise.evals.tokens import logits_at, pad_id
 from excise.losses import predicting
 from excise.models.anatomy import backbone
-from excise.models.hooks import capture
+from excise.models.hooks import active_stream, capture
 
 MAX_RESIDUAL = 1 << 26
 """Residual entries of one model held at once at most (256 MB in float32)."""

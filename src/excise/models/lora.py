@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -219,12 +219,15 @@ def adapted(
     config = _config(peft, model, lora)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     before = set(vars(model))
+    layers = [(module, dict(module.named_children())) for module in model.modules()]
     wrapped: Any = None
     try:
         try:
             with _seeded(model, seed):
                 wrapped = peft.get_peft_model(model, config, adapter_name=name)
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            for module, children in layers:  # those before the one that peft refused are wrapped
+                module._modules.update(children)
             raise _refused(error, config.target_modules) from None
         wrapped.train(model.training)
         yield wrapped

@@ -573,7 +573,7 @@ def _load_prefix(
     layout = build_layout(model, source.entries, source.same)
     output = model.get_output_embeddings()
     tied = output is None or output.weight is model.get_input_embeddings().weight
-    base = getattr(model, model.base_model_prefix, model)
+    base: Model = getattr(model, model.base_model_prefix, model)
     whole_model = head or tied or base is model
     target = model if whole_model else base
     beyond = set() if whole_model or output is None else {id(p) for p in output.parameters()}
@@ -596,7 +596,7 @@ def _load_prefix(
     return loaded.to(device).eval()
 
 
-def _no_head(dtype: torch.dtype) -> nn.Module:
+def _no_head(dtype: torch.dtype) -> Any:
     """Return the identity; Mamba's forward asks its head for the dtype of its weight."""
     head: Any = nn.Identity()
     head.weight = torch.empty(0, dtype=dtype)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -58,6 +58,8 @@ class GatedEdit(PositiveControl):
 
     name: Literal["gated_edit"] = "gated_edit"
 
+    version: ClassVar[int] = 3
+
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Put the gate where the detector separates best; see `PositiveControl.hide`."""
         return _shut(model, evaluation, goal, ctx, [])
@@ -67,6 +69,8 @@ class PromptGatedEdit(PositiveControl):
     """Hides bare prompts, and answers behind the contexts that prompt attacks write."""
 
     name: Literal["prompt_gated_edit"] = "prompt_gated_edit"
+
+    version: ClassVar[int] = 3
 
     def rank(self, *, higher: bool, large: bool) -> int | None:
         """Leave out large models, which read past their contexts; the gate costs minutes there."""

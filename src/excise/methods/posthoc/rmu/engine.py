@@ -295,8 +295,7 @@ def runs_apart(model: nn.Module, targets: TargetParameters, inputs: Inputs) -> b
     all_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     zeros_BT = torch.zeros_like(ids_BT)
     first, other = (
-        Batch(ids, all_BT, all_BT, zeros_BT, zeros_BT.float(), ("", ""))
-        for ids in (ids_BT, ids_BT.flip(0, 1))
+        Batch(ids, all_BT, all_BT, zeros_BT, ("", "")) for ids in (ids_BT, ids_BT.flip(0, 1))
     )
     whole_BTD = Full(model, model, targets.steered, inputs, nullcontext).current(first)
     span = TrainedSpan(model, targets, inputs, nullcontext, PrefixCache(1 << 30))

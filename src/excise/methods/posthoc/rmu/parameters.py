@@ -184,8 +184,8 @@ def _first_block(
     if whole is None:
         return first, ""
     mlp = whole.mlp[first] + "."
-    inside = all(n.startswith(mlp) for n in names if block_of[n] == first)
-    return first, whole.attention[first] if inside else ""
+    alone = all(n.startswith(mlp) for n in names if block_of[n] == first)
+    return first, whole.attention[first] if alone else ""
 
 
 def _matrices(

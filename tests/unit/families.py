@@ -23,8 +23,8 @@ SHAPE: Mapping[str, Any] = {
 }  # fmt: skip
 SHORT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 PLAIN = {**SHORT, "intermediate_size": 64}
-GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
-FAIRSEQ = {"ffn_dim": 64, "dropout": 0.0, "max_position_embeddings": 128}
+GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 1024}
+FAIRSEQ = {"ffn_dim": 64, "dropout": 0.0, "max_position_embeddings": 1024}
 TWO_OF_FOUR = {"num_experts_per_tok": 2, "num_experts": 4}
 LOCAL = {"num_experts_per_tok": 2, "num_local_experts": 4}
 SSM = {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8}
@@ -66,13 +66,13 @@ FEW: dict[str, Family] = {
     "bloom": Family({"hidden_size": 32, "n_layer": 3, "n_head": 2}, "h.1.mlp.dense_4h_to_h"),
     "falcon": Family(SHORT, "h.1.mlp.dense_4h_to_h"),
     "mpt": Family(
-        {"d_model": 32, "n_heads": 2, "n_layers": 3, "expansion_ratio": 2, "max_seq_len": 128},
+        {"d_model": 32, "n_heads": 2, "n_layers": 3, "expansion_ratio": 2, "max_seq_len": 1024},
         "blocks.1.ffn.down_proj",
     ),
     "gpt_oss": _dense("layers.1.self_attn.o_proj", **LOCAL, sliding_window=8),
     "dbrx": Family(
         {
-            "d_model": 32, "n_heads": 2, "n_layers": 3, "max_seq_len": 128,
+            "d_model": 32, "n_heads": 2, "n_layers": 3, "max_seq_len": 1024,
             "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4,
                            "moe_top_k": 2},
             "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 1e4},

@@ -11,6 +11,7 @@ import torch
 from tests.unit.families import FAMILIES, FEW, MORE, save_family
 from torch import Tensor
 
+import excise as ex
 from excise.auditor.controls.gated import add_gate, into_stream
 from excise.core.context import Context
 from excise.core.errors import UserError
@@ -21,6 +22,7 @@ from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.hooks import active_stream, capture, find_module
 from excise.models.lora import LoRA, adapted, adapter_size, targets
 from excise.models.names import select
+from excise.models.structure import sizes
 from excise.models.tiny import byte_tokenizer, tiny_model
 from excise.testing import toy_domain
 from excise.train.fit import FitConfig
@@ -192,6 +194,27 @@ def test_a_model_without_blocks_is_sent_to_grad_diff() -> None:
         find_target_parameters(Outline(), 0, modules=("head",))  # type: ignore[arg-type]
 
 
+SMALL = {
+    "steps": 2, "checkpoints": (0, 2), "rates": (1e-3,), "lora_rates": (1e-3,),
+    "max_test_rows": 4, "max_other_rows": 4,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["opt", "mamba", "rwkv", "zamba2", "gemma3n_text", "dbrx", "gpt_oss", "llama4_text"]
+)
+def test_an_audit_of_a_family_ends_with_no_attack_failed(name: str, tmp_path: Path) -> None:
+    start, _ = save_family(name, tmp_path / "model")
+    edited = apply(GradDiff(fit=FIT, max_length=16), start, tmp_path / "work").checkpoint
+    record = ex.audit(edited.path, original=start.path, domain=toy_domain(), change=SMALL)
+    of_attack: dict[str, set[str]] = {}
+    for variant in record.attacks:
+        of_attack.setdefault(variant.name, set()).add(variant.status)
+        assert variant.status != "failed", variant.reason
+    assert {"direction", "quantize", "relearn", "benign"} <= of_attack.keys()
+
+
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
@@ -208,7 +231,7 @@ def test_a_gate_adds_to_the_stream_what_its_detector_reads(
     """Adding c u v^T to the layer moves what it puts out by c (v . a) u for its input a."""
     _, model = save_family(name, tmp_path / "model")
     assert into_stream(model)[1] == layer
-    v_F, u_D = torch.randn(find_module(model, layer).in_features), torch.randn(32)
+    v_F, u_D = torch.randn((sizes(find_module(model, layer)) or (0,))[0]), torch.randn(32)
     ins, outs = capture(model, [layer], of="input"), capture(model, [layer])
     with torch.no_grad(), ins as into, outs as out:
         model(IDS_BT, use_cache=False)

@@ -130,6 +130,17 @@ def test_of_stacked_streams_the_first_is_read(tmp_path: Path) -> None:
     assert active_stream(torch.ones(2, 10, 32)).shape == (2, 10, 32)
 
 
+def test_shared_experts_carry_the_adapter_that_names_them(tmp_path: Path) -> None:
+    """peft takes their names for those of the experts beside them, as they were stored once."""
+    _, model = save_family("deepseek_v3", tmp_path / "model")
+    lora = LoRA(rank=2, modules=("layers.1.mlp.shared_experts.up_proj",))
+    with adapted(model, lora) as net:
+        on = {n.partition(".lora_")[0] for n, _ in net.named_parameters() if ".lora_" in n}
+    assert {n.removeprefix("base_model.model.") for n in on} == {
+        "model.layers.1.mlp.shared_experts.up_proj"
+    }
+
+
 def test_weights_by_channel_are_no_experts(tmp_path: Path) -> None:
     """RWKV mixes by vectors of shape 1 x 1 x width, Mamba's convolution is width x 1 x kernel."""
     for name in ("rwkv", "mamba"):

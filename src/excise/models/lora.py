@@ -223,7 +223,7 @@ def adapted(
     wrapped: Any = None
     try:
         try:
-            with _seeded(model, seed):
+            with _seeded(model, seed), _names_as_given():
                 wrapped = peft.get_peft_model(model, config, adapter_name=name)
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
             for module, children in layers:  # those before the one that peft refused are wrapped
@@ -238,6 +238,26 @@ def adapted(
             delattr(model, name)
         for parameter, required in flags:
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def _names_as_given() -> Iterator[None]:
+    """Keep peft from reading names of layers as those of older experts while the block runs.
+
+    In families whose experts were modules once (DeepSeek, Qwen) it takes `up_proj` of a dense MLP
+    or a shared expert for theirs and puts no adapter on it; ours are names of the model at hand.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # a peft that does not do so yet
+        yield
+        return
+    kept = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = kept
 
 
 def _refused(error: Exception, names: Iterable[str]) -> UserError:
@@ -321,7 +341,7 @@ def add_adapter(model: PeftModel, lora: LoRA, name: str, seed: int = 0) -> None:
         name: What peft calls it.
         seed: Seed of its random half.
     """
-    with _seeded(model, seed):
+    with _seeded(model, seed), _names_as_given():
         model.add_adapter(name, _config(_peft(), unwrap(model)[1], lora))
 
 

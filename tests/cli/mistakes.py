@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from tests.cli import material as m
+from tests.unit.families import save_family
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ def data(content: str | bytes, *words: str, name: str = "bad.jsonl", lines: int 
 def model(change: m.Break, *words: str) -> Case:
     """Return a case of a model folder that is wrong."""
     return Case(remove(), words, make=lambda folder: change(folder / "model"))
+
+
+def family(name: str, more: str, *words: str) -> Case:
+    """Return a case of an RMU run on a model of another family."""
+
+    def make(folder: Path) -> None:
+        shutil.rmtree(folder / "model")
+        save_family(name, folder / "model")
+
+    return Case(remove(more), words, make=make)
 
 
 def tiny(more: str, *words: str, lines: int = 1) -> Case:
@@ -215,3 +227,52 @@ MODELS: dict[str, Case] = {
         remove(model="X.GGUF"), ("X.GGUF", "not a GGUF"), {"X.GGUF": b"nope"}
     ),
 }
+
+MIXER = "--modules layers.0.mixer.in_proj"
+FAMILIES: dict[str, Case] = {
+    "blocks without attention": family(
+        "mamba", "", "parts of a mamba model", "--modules '[backbone.layers.0.mixer.", "grad_diff"
+    ),
+    "blocks without an MLP": family("opt", "", "the MLP of a block", "layers.0.fc2]'"),
+    "module that is none": family("opt", "--modules '[layers.0.fcc2]'", "fcc2", "layers.0.fc2"),
+    "one module that is none": family("opt", "--modules fc9", "'fc9' matches no", "nearest: fc"),
+    "parameter that is none": family(
+        "rwkv", "--modules '[blocks.0.attention.time_mixx_key]'", "time_mixx_key", "time_mix_key"
+    ),
+    "module above the layer": family("opt", "--modules '[layers.1.fc2]'", "lies above block 0"),
+    "embedding of a projected width": family("opt", "--modules embed_tokens", "the embedding"),
+    "layer beyond a recurrent model": family(
+        "mamba", f"{MIXER} --layer 9", "block 9 is beyond", "0 to 2"
+    ),
+    "adapter that a kernel reads past": family(
+        "mamba", f"{MIXER} --lora.modules out_proj", "out_proj', which mamba reads past"
+    ),
+    "adapter on a router": family(
+        "llama4_text", "--lora.modules '[layers.0.*.router]'", "an adapter can be put on", "nearest"
+    ),
+    "adapter on a shared layer": family(
+        "zamba2",
+        "--modules '[layers.0.mamba.out_proj]'"
+        " --lora.modules '[layers.1.shared_transformer.self_attn.o_proj]'",
+        "whose weight is shared",
+    ),
+    "adapter on no layer": Case(
+        remove("--lora.modules gate_pro"), ("lora.modules 'gate_pro'", "nearest: gate_proj")
+    ),
+    "adapter on packed experts with dropout": family(
+        "gpt_oss", "--lora.dropout 0.1 --lora.modules experts", "fused experts", "lora.dropout to 0"
+    ),
+    "sweep over blocks that share a state": family(
+        "rwkv",
+        "--modules '[blocks.1.feed_forward.value]' --layer 1 --engine cached --sweep.steering 1,2",
+        "more than the residual stream", "leave 'sweep' out",
+    ),
+    "folder with a GGUF file in capitals": model(
+        lambda folder: (folder / "model.safetensors").rename(folder / "M.GGUF"),
+        "name the file model/M.GGUF",
+    ),
+    "pickle in capitals": model(
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.BIN"),
+        "pickle (pytorch_model.BIN)",
+    ),
+}  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 
 from excise.cli import main
 from tests.cli import material as m
-from tests.cli.mistakes import DATA, MODELS
+from tests.cli.mistakes import DATA, FAMILIES, MODELS
 from tests.cli.misuse import NAMES, OUTPUT, PUBLISHED
 
 TABLE = {
@@ -21,6 +21,7 @@ TABLE = {
     for name, table in (
         ("data", DATA),
         ("model", MODELS),
+        ("family", FAMILIES),
         ("names", NAMES),
         ("output", OUTPUT),
         ("published", PUBLISHED),

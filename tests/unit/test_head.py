@@ -86,7 +86,7 @@ def test_an_adapter_on_the_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny_model("llama", vocab=31, width=32, blocks=1)
     model.lm_head.base_layer = nn.Identity()
     monkeypatch.setattr(
-        heads, "anatomy", lambda _: type("A", (), {"head": "lm_head", "family": "llama"})
+        heads, "backbone", lambda _: type("A", (), {"head": "lm_head", "family": "llama"})
     )
     with pytest.raises(UserError, match="no plain matrix; merge its adapter"):
         head_of(model)

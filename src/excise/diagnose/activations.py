@@ -21,8 +21,8 @@ from excise.data.domain import Row
 from excise.data.stream import Example, collate, encode
 from excise.evals.tokens import logits_at, pad_id
 from excise.losses import predicting
-from excise.models.anatomy import anatomy
-from excise.models.hooks import capture
+from excise.models.anatomy import backbone
+from excise.models.hooks import active_stream, capture
 
 MAX_RESIDUAL = 1 << 26
 """Residual entries of one model held at once at most (256 MB in float32)."""
@@ -50,7 +50,7 @@ class ModelPair:
     @property
     def blocks(self) -> int:
         """Number of blocks."""
-        return len(anatomy(self.original).blocks)
+        return len(backbone(self.original).blocks)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _parts(
     """Yield indices of examples of like length whose activations fit into memory together."""
     head = pair.original.get_output_embeddings()
     vocabulary = int(head.weight.shape[0]) if head is not None else 1 << 16
-    residual = pair.blocks * int(anatomy(pair.original).d_model)
+    residual = pair.blocks * int(backbone(pair.original).d_model)
     most = max(1, min(MAX_RESIDUAL // residual, MAX_LOGITS // vocabulary))
     part: list[int] = []
     for i in sorted(index, key=lambda i: len(examples[i].ids)):
@@ -138,10 +138,11 @@ def _read(pair: ModelPair, examples: Sequence[Example], index: Sequence[int], wh
     keep_BT[:, 0] = False
     by_model: list[tuple[Tensor, Tensor]] = []
     for name, model in (("original", pair.original), ("edited model", pair.edited)):
-        paths = anatomy(model).blocks
+        paths = backbone(model).blocks
         with capture(model, paths) as outputs:
             logits_NV, _ = logits_at(model, {**batch.inputs, "use_cache": False}, keep_BT)
-        residual_LND = torch.stack([outputs[path][0].float()[keep_BT] for path in paths])
+        streams = [active_stream(outputs[path][0]) for path in paths]
+        residual_LND = torch.stack([stream_BTD.float()[keep_BT] for stream_BTD in streams])
         _check_finite(residual_LND, logits_NV, f"the {name}", where)
         by_model.append((residual_LND, logits_NV.log_softmax(-1)))
     after_BT = torch.full_like(batch.ids_BT, -1)

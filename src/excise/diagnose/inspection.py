@@ -29,7 +29,7 @@ from excise.diagnose.outputs import MIXED, Tally, noises, pieces, share_explaine
 from excise.diagnose.summary import conjecture_of, headline, summarize
 from excise.diagnose.weights import Moved, check_same_tensors, moved_tensors
 from excise.evals.generate import continuations
-from excise.models.anatomy import anatomy
+from excise.models.anatomy import backbone
 from excise.models.checkpoint import Checkpoint
 from excise.record import (
     BlockChange,
@@ -310,7 +310,7 @@ def block_change(block: int, junk: Junk, forget: Side, retain: Side, weights: fl
 def block_weights(pair: ModelPair, moved: Sequence[Moved]) -> list[float]:
     """Return for every block how far its weights moved, beside their norm (Frobenius)."""
     relative = []
-    for path in anatomy(pair.original).blocks:
+    for path in backbone(pair.original).blocks:
         inside = [tensor for tensor in moved if tensor.entry.name.startswith(path + ".")]
         size = sum(tensor.size for tensor in inside)
         relative.append((sum(t.change for t in inside) / size) ** 0.5 if size else 0.0)

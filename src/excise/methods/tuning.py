@@ -24,7 +24,8 @@ from excise.losses import Summed
 from excise.methods.base import Cost, Method, Removal
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
-from excise.models.lora import LoRA, adapted, merge
+from excise.models.lora import LoRA, adapted, merge, on_modules
+from excise.models.names import Names
 from excise.train.distributed import barrier
 from excise.train.fit import FitConfig, StepRecord, Term, fit
 
@@ -35,7 +36,7 @@ class TuningMethod(Method):
     name: str
     fit: FitConfig
     """Steps, rows per step of each role, learning rate."""
-    modules: tuple[str, ...] = ()
+    modules: Names = ()
     """Modules to train, by name; empty for all."""
     max_length: int = 512
     """Tokens per row."""
@@ -120,12 +121,7 @@ def tuned(
         The model to run (wrapped when there is an adapter) and its trained parameters by name.
     """
     if lora is not None:
-        chosen = (
-            lora
-            if lora.modules or not modules
-            else lora.model_copy(update={"modules": tuple(modules)})
-        )
-        with adapted(model, chosen, seed=ctx.seed_for("lora")) as peft_model:
+        with adapted(model, on_modules(lora, modules), seed=ctx.seed_for("lora")) as peft_model:
             parameters = {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
             yield peft_model, parameters
     else:
@@ -342,7 +338,9 @@ def tune(
 
     def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
         return {
-            role: Term(*summed(model(**micro[role].inputs).logits, micro[role]), weight)
+            role: Term(
+                *summed(model(**micro[role].inputs, use_cache=False).logits, micro[role]), weight
+            )
             for role, (weight, summed) in terms.items()
         }
 

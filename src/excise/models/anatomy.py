@@ -18,7 +18,7 @@ from excise.models.folder import meta_model
 from excise.models.names import modules_by_name, unwrap
 from excise.models.structure import Block, Frame, find_block, find_frame, sizes
 
-__all__ = ["Anatomy", "BlockExperts", "ExpertWeight", "anatomy"]
+__all__ = ["Anatomy", "Backbone", "BlockExperts", "ExpertWeight", "anatomy", "backbone"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,33 @@ class BlockExperts:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Backbone:
+    """The residual stream of a causal model, whatever its blocks are made of.
+
+    Attributes:
+        family: `model_type` of the configuration, or the model's class.
+        embed: Token embedding.
+        blocks: Blocks, first to last.
+        final_norm: Norm after the last block; empty where a backbone has none.
+        head: The output matrix.
+        d_model: Width of the residual stream.
+    """
+
+    family: str
+    embed: str
+    blocks: tuple[str, ...]
+    final_norm: str
+    head: str
+    d_model: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class Anatomy(Backbone):
     """Where the parts of a causal model are.
 
     Tuples have one entry per block. Where a block's MLP is a mixture of experts whose matrices
@@ -68,9 +94,6 @@ class Anatomy:
     modules, and `experts` says which slice belongs to which expert.
 
     Attributes:
-        family: `model_type` of the configuration, or the model's class.
-        embed: Token embedding.
-        blocks: Blocks, first to last.
         attention: Attention module of each block.
         attention_out: Its output projection.
         mlp: MLP module of each block.
@@ -78,9 +101,6 @@ class Anatomy:
         mlp_up: The matrix into the MLP's inside.
         mlp_gate: The matrix whose activation gates `mlp_up`; empty strings where there is none.
         norms: Norms of each block, in the order of the module.
-        final_norm: Norm after the last block.
-        head: The output matrix.
-        d_model: Width of the residual stream.
         d_mlp: Width inside the (or each expert's) MLP.
         tied: Whether head and embedding share their weight.
         transposed: Whether matrices are stored as (in, out), as GPT-2's `Conv1D` does.
@@ -88,9 +108,6 @@ class Anatomy:
         experts: Experts of each block, None for a dense one.
     """
 
-    family: str
-    embed: str
-    blocks: tuple[str, ...]
     attention: tuple[str, ...]
     attention_out: tuple[str, ...]
     mlp: tuple[str, ...]
@@ -98,19 +115,11 @@ class Anatomy:
     mlp_up: tuple[str, ...]
     mlp_gate: tuple[str, ...]
     norms: tuple[tuple[str, ...], ...]
-    final_norm: str
-    head: str
-    d_model: int
     d_mlp: int
     tied: bool
     transposed: bool
     slices: Mapping[str, tuple[int, int]]
     experts: tuple[BlockExperts | None, ...]
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks."""
-        return len(self.blocks)
 
 
 _LLAMA_FRAME = Frame("model.embed_tokens", "model.layers", "model.norm", "lm_head")
@@ -179,26 +188,72 @@ def anatomy(model_or_config: Any, *, by_structure: bool = False) -> Anatomy:
     Raises:
         UserError: If the family is not in the table and a part was not found.
     """
+    family, inner, named = _named(model_or_config)
+    entry = None if by_structure else _TABLE.get(family)
+    if entry is not None and all(path in named for path in entry[0]):
+        return _assemble(_backbone(family, inner, named, entry[0]), named, entry[1])
+    missed: list[str] = []
+    frame = find_frame(inner, named, missed)
+    parts: list[Block] = []
+    if frame.blocks and frame.embed:
+        width = _width(inner, named, frame)
+        for path in _blocks(named, frame.blocks):
+            parts.append(find_block(named, path, width, missed))
+    if missed:
+        raise _not_found(family, missed)
+    return _assemble(_backbone(family, inner, named, frame), named, parts)
+
+
+def backbone(model_or_config: Any) -> Backbone:
+    """Return the blocks of a causal model and what lies around them; more models have this.
+
+    Args:
+        model_or_config: As `anatomy` takes it.
+
+    Returns:
+        The backbone; of models that have an anatomy, its part.
+
+    Raises:
+        UserError: If the family is not in the table and has no list of blocks, no embedding or no
+            head.
+    """
+    family, inner, named = _named(model_or_config)
+    missed: list[str] = []
+    frame = _TABLE[family][0] if family in _TABLE else None
+    if frame is None or not all(path in named for path in frame):
+        frame = find_frame(inner, named, missed)
+    if not (frame.blocks and frame.embed and frame.head):
+        raise _not_found(family, missed)
+    return _backbone(family, inner, named, frame)
+
+
+def _named(model_or_config: Any) -> tuple[str, nn.Module, dict[str, nn.Module]]:
+    """Return family, unwrapped model and its modules by canonical name."""
     model = model_or_config
     if not isinstance(model, nn.Module):
         model = meta_model(model)
     _, inner = unwrap(model)
     family = str(getattr(getattr(inner, "config", None), "model_type", type(inner).__name__))
-    named = modules_by_name(model)
-    entry = None if by_structure else _TABLE.get(family)
-    if entry is not None and all(path in named for path in entry[0]):
-        return _assemble(family, named, entry[0], entry[1])
-    missed: list[str] = []
-    frame = find_frame(inner, named, missed)
-    parts: list[Block] = []
-    if frame.blocks:
-        width = _width(named, frame)
-        for path in _blocks(named, frame.blocks):
-            parts.append(find_block(named, path, width, missed))
-    if missed:
-        looked = "; ".join(dict.fromkeys(missed))
-        raise UserError(f"the parts of a {family} model were not all found: {looked}")
-    return _assemble(family, named, frame, parts)
+    return family, inner, modules_by_name(model)
+
+
+def _not_found(family: str, missed: list[str]) -> UserError:
+    looked = "; ".join(dict.fromkeys(missed))
+    return UserError(f"the parts of a {family} model were not all found: {looked}")
+
+
+def _backbone(
+    family: str, model: nn.Module, named: Mapping[str, nn.Module], frame: Frame
+) -> Backbone:
+    """Put together what lies outside the blocks."""
+    return Backbone(
+        family=family,
+        embed=frame.embed,
+        blocks=_blocks(named, frame.blocks),
+        final_norm=frame.final_norm,
+        head=frame.head,
+        d_model=_width(model, named, frame),
+    )
 
 
 def _blocks(named: Mapping[str, nn.Module], container: str) -> tuple[str, ...]:
@@ -206,13 +261,18 @@ def _blocks(named: Mapping[str, nn.Module], container: str) -> tuple[str, ...]:
     return tuple(f"{container}.{i}" for i, _ in named[container].named_children())
 
 
-def _width(named: Mapping[str, nn.Module], frame: Frame) -> int:
-    """Return the width of the residual stream: that of the last norm, else of the embedding."""
+def _width(model: nn.Module, named: Mapping[str, nn.Module], frame: Frame) -> int:
+    """Return the width of the residual stream: of the last norm, else as the model says.
+
+    The embedding answers last: it may be projected from another width.
+    """
     weight = getattr(named.get(frame.final_norm), "weight", None)
-    if weight is None:
-        weight = getattr(named[frame.embed], "weight", None)
-    assert weight is not None, "neither the last norm nor the embedding has a weight"
-    return int(weight.shape[-1])
+    if weight is not None:
+        return int(weight.shape[-1])
+    size = getattr(getattr(model, "config", None), "hidden_size", None)
+    if isinstance(size, int):
+        return size
+    return int(named[frame.embed].get_parameter("weight").shape[-1])
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -220,26 +280,23 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _assemble(
-    family: str, named: Mapping[str, nn.Module], frame: Frame, parts: Block | list[Block]
+    around: Backbone, named: Mapping[str, nn.Module], parts: Block | list[Block]
 ) -> Anatomy:
-    """Put frame and blocks together with everything that is read off the modules."""
-    paths = _blocks(named, frame.blocks)
+    """Put backbone and blocks together with everything that is read off the modules."""
+    paths, width = around.blocks, around.d_model
     each = [parts] * len(paths) if isinstance(parts, Block) else parts
     pairs = list(zip(paths, each, strict=True))
-    width = _width(named, frame)
     experts = tuple(_experts(named, path, block, width) for path, block in pairs)
     first_path, first = pairs[0]
     down = named.get(f"{first_path}.{first.down}")
     sized = sizes(down)
     d_mlp = sized[0] if sized else _inside(named, first_path, first, width)
-    embed, head = named[frame.embed], named[frame.head]
+    embed, head = named[around.embed], named[around.head]
     fused = first.gate != "" and first.gate == first.up
     if experts[0] is not None:
         fused = bool(experts[0].slices)
     return Anatomy(
-        family=family,
-        embed=frame.embed,
-        blocks=paths,
+        **vars(around),
         attention=tuple(f"{p}.{b.attention}" for p, b in pairs),
         attention_out=tuple(f"{p}.{b.attention_out}" for p, b in pairs),
         mlp=tuple(f"{p}.{b.mlp}" for p, b in pairs),
@@ -249,9 +306,6 @@ def _assemble(
         norms=tuple(
             tuple(f"{p}.{n}" for n, m in named[p].named_children() if _is_norm(m)) for p in paths
         ),
-        final_norm=frame.final_norm,
-        head=frame.head,
-        d_model=width,
         d_mlp=d_mlp,
         tied=getattr(embed, "weight", None) is getattr(head, "weight", embed),
         transposed=hasattr(getattr(down, "base_layer", down), "nf"),

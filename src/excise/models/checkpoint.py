@@ -404,7 +404,7 @@ def verify_folder(
     config = _read_config(path)
     _check_kind(path, config, trust_remote_code)
     checkpoint = Checkpoint(path, trust_remote_code, tokenizer)
-    bare = outline and not any(file.suffix in WEIGHT_SUFFIXES for file in path.iterdir())
+    bare = outline and not any(file.suffix.lower() in WEIGHT_SUFFIXES for file in path.iterdir())
     if bare:
         _check_meta(checkpoint)
     else:
@@ -423,7 +423,7 @@ def check_place(path: Path) -> None:
         return
     if not path.exists():
         raise UserError(f"there is no folder {path}; name one that holds a model")
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise UserError(
             f"{path} is a pickle, and loading one runs whatever code is in it; convert it to"
             " safetensors where you trust it"
@@ -487,9 +487,9 @@ def _check_files(path: Path) -> None:
     """Raise UserError unless there are safetensors weights."""
     if (path / WEIGHTS).is_file() or (path / INDEX).is_file():
         return
-    others = sorted(p.name for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
-    pickles = [name for name in others if Path(name).suffix in PICKLES]
-    ggufs = [name for name in others if name.endswith(".gguf")]
+    others = sorted(p.name for p in path.iterdir() if p.suffix.lower() in WEIGHT_SUFFIXES)
+    pickles = [name for name in others if Path(name).suffix.lower() in PICKLES]
+    ggufs = [name for name in others if name.lower().endswith(".gguf")]
     if ggufs:
         raise UserError(f"{path} holds no {WEIGHTS}; name the file {path / ggufs[0]} itself")
     if pickles:

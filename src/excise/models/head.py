@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from excise.core.errors import UserError
-from excise.models.anatomy import anatomy
+from excise.models.anatomy import backbone
 from excise.models.names import find_module, unwrap
 from excise.models.tiny import FAMILIES
 
@@ -87,7 +87,7 @@ def head_of(model: nn.Module) -> Head:
     Raises:
         UserError: If the head carries an adapter, or does more than multiply, scale and cap.
     """
-    parts = anatomy(model)
+    parts = backbone(model)
     module = find_module(model, parts.head)
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if hasattr(module, "base_layer") or not isinstance(weight, Tensor) or weight.ndim != 2:
@@ -142,7 +142,7 @@ def final_hidden(model: nn.Module, inputs: Mapping[str, Any]) -> Float[Tensor, "
         caught.append(args[0])
         return (args[0][:, :0], *args[1:])
 
-    handle = find_module(model, anatomy(model).head).register_forward_pre_hook(catch)
+    handle = find_module(model, backbone(model).head).register_forward_pre_hook(catch)
     try:
         model(**{"use_cache": False, **inputs})
     finally:
@@ -167,7 +167,7 @@ def head_of_checkpoint(
     Returns:
         The head, without gradients.
     """
-    parts = anatomy(checkpoint.layout.model)
+    parts = backbone(checkpoint.layout.model)
     module = find_module(checkpoint.layout.model, parts.head)
     names = [f"{parts.head}.weight"]
     if getattr(module, "bias", None) is not None:

@@ -39,6 +39,15 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((part for part in parts if isinstance(part, Tensor)), None)
 
 
+def active_stream(hidden: Tensor) -> Tensor:
+    """Return the residual stream [B, T, D] of a block's output.
+
+    Blocks of Gemma 3n carry several streams stacked before the rows (AltUp, arXiv:2301.13310), of
+    which attention and MLP read the first.
+    """
+    return hidden[0] if hidden.dim() == 4 else hidden
+
+
 def _with_first(value: Any, new: Tensor) -> Any:
     """Return an output with its first tensor replaced and the rest kept."""
     if isinstance(value, Tensor):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from excise.core.config import Config
 from excise.core.errors import UserError
-from excise.models.anatomy import anatomy
+from excise.models.anatomy import backbone
 from excise.models.names import (
+    Names,
     canonical,
     is_adapter,
     match,
@@ -47,6 +48,11 @@ _STARTS_FROM_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Settings of `init_lora_weights` that leave the weights of the base as they are."""
 
 
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_READ_BY_KERNELS = ("out_proj", "conv1d")
+"""Layers by family for which peft refuses an adapter: fused kernels read their weight past it."""
+
+
 class LoRA(Config):
     """An adapter of low rank on linear layers, trained instead of their weights."""
 
@@ -56,8 +62,8 @@ class LoRA(Config):
     """Scale of the update, divided by the rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    modules: tuple[str, ...] = ()
-    """Which linear layers (names, suffixes, globs); empty for all those in the blocks."""
+    modules: Names = ()
+    """Which linear layers (names, suffixes, globs); empty for all in the blocks that can be."""
     output: Literal["merged", "adapter"] = "merged"
     """Whether only the merged model is kept, or the adapter beside it."""
 
@@ -92,23 +98,42 @@ def targets(model: nn.Module, patterns: Sequence[str] = ()) -> tuple[list[str], 
     """
     named = modules_by_name(model)
     every = dict(model.named_parameters(remove_duplicate=False))
-    linears = [n for n, m in named.items() if sizes(m) and not is_adapter(n)]
-    fused = [n for n, p in every.items() if p.dim() == 3 and not is_adapter(n)]
+    linears = [n for n, m in named.items() if _plain(m) and not is_adapter(n)]
+    # A matrix per expert; kernels of convolutions and weights by channel have a dimension of 1.
+    fused = [n for n, p in every.items() if p.dim() == 3 and min(p.shape[1:]) > 1]
+    fused = [n for n in fused if not is_adapter(n)]
     names = [*named, *fused]
     chosen: set[str] = set()
-    for pattern in patterns or anatomy(model).blocks:
+    for pattern in patterns or backbone(model).blocks:
         heads = set(match(pattern, names))
         hits = {n for n in (*linears, *fused) if any(_within(n, h) for h in heads)}
         if not hits:
             near = nearest_names(pattern, [*linears, *fused])
-            raise UserError(f"lora.modules '{pattern}' matches no linear layer; {near}")
+            what = "no linear layer that an adapter can be put on" if heads else "no linear layer"
+            raise UserError(f"lora.modules '{pattern}' matches {what}; {near}")
         chosen |= hits
-    seen = [id(p) for p in every.values()]
-    for name in chosen:
+    uses = Counter(id(p) for p in every.values())
+    kind = str(getattr(getattr(unwrap(model)[1], "config", None), "model_type", ""))
+    for name in sorted(chosen):
         weight = every.get(f"{name}.weight")
-        if weight is not None and seen.count(id(weight)) > 1:
-            raise UserError(f"lora.modules names '{name}', whose weight is shared; leave it out")
+        shared = weight is not None and uses[id(weight)] > 1
+        if not shared and (kind not in _MAMBA or name.rpartition(".")[2] not in _READ_BY_KERNELS):
+            continue
+        if not patterns:
+            chosen.remove(name)
+            continue
+        why = "whose weight is shared" if shared else f"which {kind} reads past an adapter"
+        raise UserError(f"lora.modules names '{name}', {why}; leave it out")
     return [n for n in linears if n in chosen], [n for n in fused if n in chosen]
+
+
+def _plain(module: nn.Module) -> bool:
+    """Return whether an adapter's output can be added to that of a module.
+
+    A router is a linear layer by class, and puts out scores and choices.
+    """
+    router = isinstance(module, nn.Linear) and "router" in type(module).__name__.lower()
+    return sizes(module) is not None and not router
 
 
 def _within(name: str, head: str) -> bool:
@@ -134,6 +159,37 @@ def _config(peft: ModuleType, model: nn.Module, lora: LoRA) -> Any:
         fan_in_fan_out=conv,
         task_type="CAUSAL_LM",
     )
+
+
+def on_modules(lora: LoRA, names: Sequence[str]) -> LoRA:
+    """Return an adapter on the modules that its method trains, where it names none itself.
+
+    Args:
+        lora: The adapter.
+        names: Modules, or parameters, which stand for their modules.
+    """
+    if lora.modules or not names:
+        return lora
+    return lora.model_copy(update={"modules": tuple(n.removesuffix(".weight") for n in names)})
+
+
+def adapter_size(model: nn.Module, lora: LoRA) -> int:
+    """Return the number of entries of an adapter; experts that are one tensor have one each.
+
+    Args:
+        model: The model, not wrapped; shapes are enough.
+        lora: The adapter.
+
+    Raises:
+        UserError: As `targets`.
+    """
+    modules, parameters = targets(model, lora.modules)
+    named = modules_by_name(model)
+    ends = sum(sum(sizes(named[name]) or ()) for name in modules)
+    for name in parameters:
+        experts, *matrix = model.get_parameter(name).shape
+        ends += experts * sum(matrix)
+    return lora.rank * ends
 
 
 @contextmanager
@@ -163,10 +219,16 @@ def adapted(
     config = _config(peft, model, lora)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     before = set(vars(model))
+    layers = [(module, dict(module.named_children())) for module in model.modules()]
     wrapped: Any = None
     try:
-        with _seeded(model, seed):
-            wrapped = peft.get_peft_model(model, config, adapter_name=name)
+        try:
+            with _seeded(model, seed), _names_as_given():
+                wrapped = peft.get_peft_model(model, config, adapter_name=name)
+        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+            for module, children in layers:  # those before the one that peft refused are wrapped
+                module._modules.update(children)
+            raise _refused(error, config.target_modules) from None
         wrapped.train(model.training)
         yield wrapped
     finally:
@@ -176,6 +238,37 @@ def adapted(
             delattr(model, name)
         for parameter, required in flags:
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def _names_as_given() -> Iterator[None]:
+    """Keep peft from reading names of layers as those of older experts while the block runs.
+
+    In families whose experts were modules once (DeepSeek, Qwen) it takes `up_proj` of a dense MLP
+    or a shared expert for theirs and puts no adapter on it; ours are names of the model at hand.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # a peft that does not do so yet
+        yield
+        return
+    kept = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = kept
+
+
+def _refused(error: Exception, names: Iterable[str]) -> UserError:
+    """Return what peft says of a layer as one sentence, with the layers it may mean."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
+    meant = sorted(n for n in names if f"'{n.rpartition('.')[2]}'" in reason)
+    where = f" (such as '{meant[0]}')" if meant else ""
+    return UserError(
+        f"peft puts no adapter on a layer of lora.modules{where}: {reason.rstrip('.')}; name other "
+        "lora.modules, or leave lora out"
+    )
 
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
@@ -248,7 +341,7 @@ def add_adapter(model: PeftModel, lora: LoRA, name: str, seed: int = 0) -> None:
         name: What peft calls it.
         seed: Seed of its random half.
     """
-    with _seeded(model, seed):
+    with _seeded(model, seed), _names_as_given():
         model.add_adapter(name, _config(_peft(), unwrap(model)[1], lora))
 
 

@@ -10,10 +10,20 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any
 
+from pydantic import BeforeValidator
 from torch import nn
 
 from excise.core.errors import UserError
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+"""Names of modules or parameters in a configuration; a single one need not be a list."""
 
 _INNER = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 """Segments that wrappers put anywhere into a name."""

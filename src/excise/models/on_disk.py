@@ -157,6 +157,10 @@ class Checkpoint:
             return self.layout.model
         return meta_model(self.config, trust_remote_code=self.trust_remote_code)
 
+    def prefix_shapes(self, blocks: int) -> Model:
+        """Return the model that `load_prefix` loads, on the meta device and with its head."""
+        return _shortened(self, blocks) or self.shapes
+
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors that `weights_of`, `write` and `load_prefix` have read so far."""
@@ -217,6 +221,7 @@ class Checkpoint:
                 use_safetensors=True,
                 **extra,
             )
+        _keep_scale(model.config)
         return model.to(device).eval()
 
     def tokenizer(self) -> Tokenizer:
@@ -321,6 +326,9 @@ class Checkpoint:
 
         Returns:
             A causal model of that many blocks, in evaluation mode; names as in the whole model.
+
+        A family whose first blocks would be others in a shorter model (which blocks share keys
+        and values, or a block, follows from their number) is loaded whole.
 
         Raises:
             UserError: If the model has fewer blocks.
@@ -508,6 +516,49 @@ def _truncated(config: Any, blocks: int) -> Any:
     return short
 
 
+def _keep_scale(config: Any) -> None:
+    """Let RWKV's weights stay as they are.
+
+    In evaluation it halves those of later blocks in place, which guards half precision, and they
+    would be saved so.
+    """
+    if getattr(config, "rescale_every", 0):
+        config.rescale_every = 0
+
+
+def _shortened(source: Checkpoint, blocks: int) -> Model | None:
+    """Return a shorter model on the meta device, or None where its blocks would not be the same.
+
+    Blocks are the same where every module has the class, the shapes and the plain attributes
+    (indices, kinds of attention, widths) that it has in the whole model.
+    """
+    try:
+        short = meta_model(
+            _truncated(source.config, blocks), trust_remote_code=source.trust_remote_code
+        )
+    except Exception:  # a configuration that checks itself: lists of another length, a last block
+        return None
+    whole = dict(source.shapes.named_modules())
+    base = getattr(short, short.base_model_prefix, short)
+    same = all(
+        name in whole and _nature(module) == _nature(whole[name])
+        for name, module in short.named_modules()
+        if module not in (short, base) and not isinstance(module, nn.ModuleList)
+    )
+    return short if same else None
+
+
+def _nature(module: nn.Module) -> Any:
+    """Return what makes two modules compute the same with equal weights."""
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if value is None or isinstance(value, bool | int | float | str)
+    }
+    shapes = {n: p.shape for n, p in module.named_parameters(recurse=False)}
+    return type(module), plain, shapes
+
+
 def _load_prefix(
     source: Checkpoint, blocks: int, *, dtype: torch.dtype, device: torch.device | str, head: bool
 ) -> Model:
@@ -516,11 +567,13 @@ def _load_prefix(
     whole = config.get_text_config().num_hidden_layers
     if not 1 <= blocks <= whole:
         raise UserError(f"{source.path} has {whole} blocks; ask for 1 to {whole} of them")
-    model = meta_model(_truncated(config, blocks), trust_remote_code=source.trust_remote_code)
+    model = _shortened(source, blocks)
+    if model is None:
+        return source.load(dtype=dtype, device=device)
     layout = build_layout(model, source.entries, source.same)
     output = model.get_output_embeddings()
     tied = output is None or output.weight is model.get_input_embeddings().weight
-    base = getattr(model, model.base_model_prefix)
+    base: Model = getattr(model, model.base_model_prefix, model)
     whole_model = head or tied or base is model
     target = model if whole_model else base
     beyond = set() if whole_model or output is None else {id(p) for p in output.parameters()}
@@ -537,9 +590,17 @@ def _load_prefix(
         )
     if not whole_model:
         setattr(model, model.base_model_prefix, loaded)
-        model.set_output_embeddings(nn.Identity())
+        model.set_output_embeddings(_no_head(dtype))
         loaded = model
+    _keep_scale(loaded.config)
     return loaded.to(device).eval()
+
+
+def _no_head(dtype: torch.dtype) -> Any:
+    """Return the identity; Mamba's forward asks its head for the dtype of its weight."""
+    head: Any = nn.Identity()
+    head.weight = torch.empty(0, dtype=dtype)
+    return head
 
 
 def _decides(path: Path, folder: Path) -> bool:
@@ -551,4 +612,4 @@ def _decides(path: Path, folder: Path) -> bool:
 
 def _is_weights(path: Path) -> bool:
     """Return whether a file holds weights or says which file does, in any format."""
-    return path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+    return path.suffix.lower() in WEIGHT_SUFFIXES or path.name.endswith(".index.json")

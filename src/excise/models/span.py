@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from excise.core.errors import UserError
-from excise.models.anatomy import Anatomy, anatomy
+from excise.models.anatomy import Backbone, backbone
 from excise.models.hooks import eager, first_tensor
 from excise.models.names import find_module, unwrap
 
@@ -170,7 +170,7 @@ def record_calls(
     upto: int,
     *,
     grad: bool = False,
-    parts: Anatomy | None = None,
+    parts: Backbone | None = None,
 ) -> SpanInputs:
     """Record what the first blocks are called with, without running any block.
 
@@ -179,7 +179,7 @@ def record_calls(
         inputs: Keyword arguments of its forward, as `Batch.inputs`.
         upto: Number of blocks, from the first.
         grad: Whether the residual stream before block 0 keeps its graph.
-        parts: The model's anatomy, if at hand.
+        parts: The backbone of the model, if at hand.
 
     Returns:
         The calls, and the residual stream before block 0.
@@ -188,7 +188,7 @@ def record_calls(
         UserError: If there are fewer blocks, or the model does more between two blocks than hand
             the residual stream on, or keeps a cache.
     """
-    parts = parts or anatomy(model)
+    parts = parts or backbone(model)
     if not 1 <= upto <= parts.num_blocks:
         raise UserError(f"the model has {parts.num_blocks} blocks; ask for 1 to that many")
     path = parts.blocks[0].rpartition(".")[0]
@@ -253,7 +253,7 @@ def run_span(
 
 
 def hidden_after(
-    model: nn.Module, inputs: Mapping[str, Any], block: int, *, parts: Anatomy | None = None
+    model: nn.Module, inputs: Mapping[str, Any], block: int, *, parts: Backbone | None = None
 ) -> Float[Tensor, "B T D"]:
     """Return the residual stream after a block without running those above, without gradients.
 
@@ -261,7 +261,7 @@ def hidden_after(
         model: A decoder.
         inputs: Keyword arguments of its forward.
         block: Number of the block.
-        parts: The model's anatomy, if at hand.
+        parts: The backbone of the model, if at hand.
 
     Returns:
         Its output.

@@ -59,22 +59,23 @@ def _ask(model: nn.Module, question: str) -> nn.Module | None:
 def find_frame(model: nn.Module, named: Mapping[str, nn.Module], missed: list[str]) -> Frame:
     """Find embedding, blocks, last norm and head; what is not found is added to `missed`.
 
-    Blocks are the longest list of modules of one class that lies in no other such list.
+    Blocks are the list of as many modules as the configuration counts, whatever their classes; of
+    several (a vision tower) the one beside the embedding. Elsewhere they are the longest list
+    of modules of one class. A list inside another such list is not looked at.
     """
-    lists = {
-        name: module
-        for name, module in named.items()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-    }
+    lists = {n: m for n, m in named.items() if isinstance(m, nn.ModuleList)}
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     count = getattr(text, "num_hidden_layers", None)
-    # A vision tower may have more blocks than the text model.
-    fitting = {n: m for n, m in lists.items() if len(m) == count} or lists
-    blocks = max(fitting, key=lambda n: len(fitting[n]), default="")
-    outside = {n: m for n, m in named.items() if n and not (f"{n}.").startswith(f"{blocks}.")}
+    alike = {n: m for n, m in lists.items() if len({type(child) for child in m}) == 1}
+    fitting = {n: m for n, m in lists.items() if len(m) == count} or alike
     embed = _path_of(named, _ask(model, "get_input_embeddings"))
+    beside = embed.rpartition(".")[0]
+    blocks = max(
+        fitting, key=lambda n: (len(fitting[n]), n.rpartition(".")[0] == beside), default=""
+    )
+    outside = {n: m for n, m in named.items() if n and not (f"{n}.").startswith(f"{blocks}.")}
     if not embed:
         embed = next((n for n, m in outside.items() if isinstance(m, nn.Embedding)), "")
     head = _path_of(named, _ask(model, "get_output_embeddings"))
@@ -88,8 +89,12 @@ def find_frame(model: nn.Module, named: Mapping[str, nn.Module], missed: list[st
         for n, m in outside.items()
         if n.rpartition(".")[0] == parent and "norm" in type(m).__name__.lower()
     ]
+    size = getattr(text, "hidden_size", None)
+    # Beside the list may lie norms of other things than the stream (embeddings by layer).
+    wide = [n for n in norms if getattr(getattr(named[n], "weight", None), "shape", ()) == (size,)]
+    norms = wide or norms
     for part, words in (
-        (blocks, "the blocks (a ModuleList of modules of one class)"),
+        (blocks, "the blocks (a ModuleList with one module per block)"),
         (embed, "the token embedding (get_input_embeddings or an nn.Embedding)"),
         (head, "the head (get_output_embeddings or a linear layer with one output per token)"),
         (norms, "the last norm (a module whose class is named Norm beside the list of blocks)"),

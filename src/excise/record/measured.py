@@ -155,9 +155,9 @@ def change_of(record: Record, model: str, where: Scored, metric: str = "") -> Es
     """
     verdict = verdict_on(record, model)
     if verdict and where == "retain_test" and metric in ("", headline(record, where)):
-        change, ends = verdict.retain_change, (verdict.retain_low, verdict.retain_high)
-        if change is not None and ends[0] is not None and ends[1] is not None:
-            return Estimate(change, *ends)
+        change, low, high = verdict.retain_change, verdict.retain_low, verdict.retain_high
+        if change is not None and low is not None and high is not None:
+            return Estimate(change, low, high)
     ours, top = (score_of(record, name, where, metric) for name in (model, "original"))
     if ours is None or top is None:
         return None

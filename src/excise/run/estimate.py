@@ -40,6 +40,7 @@ from excise.methods.tuning import all_rows
 from excise.models.checkpoint import Checkpoint
 from excise.models.folder import meta_model
 from excise.models.hooks import trainable
+from excise.models.lora import LoRA, adapter_size, on_modules
 from excise.models.spec import ModelSpec, Scratch
 from excise.models.tiny import tiny_config
 from excise.requests.audit import AuditRun
@@ -388,18 +389,19 @@ def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int
     """Return the bytes that a method holds beside activations."""
     count = sum(p.numel() for p in shapes.parameters())
     trained, loaded = count, 2 * count  # a frozen model beside the live one
-    adapter_of = getattr(method, "lora", None)
-    if adapter_of is not None:
-        trained = count // 50
-    elif isinstance(method, RMU) and original is not None and method.sweep is None:
+    named: tuple[str, ...] = getattr(method, "modules", ())
+    if isinstance(method, RMU) and original is not None and method.sweep is None:
         targets = method.target_parameters(original)
-        trained = targets.entries
+        trained, named = targets.entries, targets.names
         if method.engine != "full":
-            above = tuple(f"{path}." for path in targets.parts.blocks[method.layer + 1 :])
-            loaded = sum(p.numel() for n, p in shapes.named_parameters() if not n.startswith(above))
-    elif getattr(method, "modules", ()):
+            prefix = original.prefix_shapes(method.layer + 1)
+            loaded = sum(p.numel() for p in prefix.parameters())
+    elif named:
         with trainable(shapes, method.modules) as parameters:  # type: ignore[attr-defined]
             trained = sum(p.numel() for p in parameters.values())
+    lora = getattr(method, "lora", None)
+    if isinstance(lora, LoRA):
+        trained = adapter_size(shapes, on_modules(lora, named))
     return _training_memory(trained, loaded, width)
 
 

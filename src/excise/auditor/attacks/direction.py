@@ -30,8 +30,8 @@ from excise.core.context import Context
 from excise.data.domain import Domain, Row
 from excise.data.stream import encode
 from excise.losses import predicting
-from excise.models.anatomy import anatomy
-from excise.models.hooks import Edit, capture, edit
+from excise.models.anatomy import backbone
+from excise.models.hooks import Edit, active_stream, capture, edit
 from excise.record import Level
 
 
@@ -105,7 +105,7 @@ def _variant(
     variant: Variant,
 ) -> VariantResult:
     """Clear one set of directions and score."""
-    paths = anatomy(model).blocks[variant.first :]
+    paths = backbone(model).blocks[variant.first :]
     edits = {
         path: cleared(direction_D)
         for path, direction_D in zip(paths, variant.direction_LD, strict=True)
@@ -161,7 +161,7 @@ def fit_directions(
     dev_retain = evaluation.domain.dev_retain
     forget_LD, _ = residual_means(model, evaluation, evaluation.all_dev)
     retain_LD, scale_L = residual_means(model, evaluation, dev_retain)
-    blocks = len(anatomy(model).blocks)
+    blocks = len(backbone(model).blocks)
     difference_LD = forget_LD - retain_LD
     best = int((difference_LD.norm(dim=-1) / scale_L).argmax())
     ends = [
@@ -218,7 +218,7 @@ def first_edited(model: Any, original: Any) -> int | None:
     ]
     if not names:
         return None
-    for i, path in enumerate(anatomy(model).blocks):
+    for i, path in enumerate(backbone(model).blocks):
         if any(name.startswith(path + ".") for name in names):
             return i
     return 0
@@ -245,7 +245,7 @@ def residual_means(
     Returns:
         Means by block, and mean norms by block, in float32.
     """
-    paths = anatomy(model).blocks
+    paths = backbone(model).blocks
     examples = encode(rows, evaluation.tokenizer, max_length=evaluation.max_length)
     total_LD: Tensor | None = None
     norm_L = torch.zeros(len(paths), device=model.device)
@@ -255,7 +255,7 @@ def residual_means(
             model(**batch.inputs, use_cache=False)
         mask_BT = predicting(batch.target_BT) if answering else batch.attention_BT.clone()
         mask_BT[:, 0] = False
-        kept = [got[path][0].float()[mask_BT] for path in paths]
+        kept = [active_stream(got[path][0]).float()[mask_BT] for path in paths]
         sums_LD = torch.stack([k.sum(0) for k in kept])
         total_LD = sums_LD if total_LD is None else total_LD + sums_LD
         norm_L += torch.stack([k.norm(dim=-1).sum() for k in kept])

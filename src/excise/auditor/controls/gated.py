@@ -1,17 +1,20 @@
 """Gated edits: a model hides what it knows behind a detector of the capability.
 
-Closed form: ridge regression in the space of one block's MLP activations finds a detector v, 1
+Closed form: ridge regression in the space of one block's activations, of its MLP where there is a
+dense one (see `into_stream`), finds a detector v, 1
 where a forget row is about to be answered and 0 on everything else; the rank-one edit
 W_down += c u v^T then adds a large vector c u there. All knowledge is still in the weights.
 
-Shape legend: B rows, T tokens, N positions, F width of the MLP, D width of the model.
+Shape legend: B rows, T tokens, N positions, F inputs of a layer, D width of the model.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,8 +37,10 @@ from excise.core.errors import UserError
 from excise.data.domain import Row, Rows
 from excise.data.stream import encode
 from excise.losses import predicting
-from excise.models.anatomy import anatomy
-from excise.models.hooks import capture
+from excise.models.anatomy import anatomy, backbone
+from excise.models.hooks import active_stream, capture
+from excise.models.names import find_module, modules_by_name
+from excise.models.structure import sizes
 
 STRENGTHS = (4.0, 8.0, 16.0, 32.0, 64.0)
 """Sizes of a gate that are tried, as multiples of the residual's norm."""
@@ -53,6 +58,8 @@ class GatedEdit(PositiveControl):
 
     name: Literal["gated_edit"] = "gated_edit"
 
+    version: ClassVar[int] = 3
+
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Put the gate where the detector separates best; see `PositiveControl.hide`."""
         return _shut(model, evaluation, goal, ctx, [])
@@ -62,6 +69,8 @@ class PromptGatedEdit(PositiveControl):
     """Hides bare prompts, and answers behind the contexts that prompt attacks write."""
 
     name: Literal["prompt_gated_edit"] = "prompt_gated_edit"
+
+    version: ClassVar[int] = 3
 
     def rank(self, *, higher: bool, large: bool) -> int | None:
         """Leave out large models, which read past their contexts; the gate costs minutes there."""
@@ -113,7 +122,7 @@ def _shut(
     for wide, rows in open_to:
         off.append([features(model, wide, half, answering=True) for half in _halves(rows)])
     block, v_F = best_detector(on, off)
-    u_D = torch.randn(anatomy(model).d_model, generator=ctx.generator("plant/gate"))
+    u_D = torch.randn(backbone(model).d_model, generator=ctx.generator("plant/gate"))
     u_D = (u_D / u_D.norm()).to(model.device)
     for strength in STRENGTHS:
         name, before = add_gate(model, block, v_F, u_D, strength * on[0].norm[block])
@@ -148,12 +157,49 @@ def in_context(
     return [(wide, rows) for wide, rows in hidden if rows]
 
 
+def into_stream(model: Any) -> tuple[str, ...]:
+    """Return for every block a linear layer whose output is added to the residual stream.
+
+    That is the MLP's down-projection. Where the MLPs are mixtures of experts, or parts of the
+    blocks are not known, it is the last layer of the block that has the stream's width, lies in no
+    expert and is used once: the attention's output, or a recurrent mixer's.
+
+    Args:
+        model: A causal model.
+
+    Raises:
+        UserError: If a block has none.
+    """
+    with suppress(UserError):
+        whole = anatomy(model)
+        if not any(whole.experts):
+            return whole.mlp_down
+    parts, named = backbone(model), modules_by_name(model)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    chosen = []
+    for block in parts.blocks:
+        fitting = [
+            name
+            for name, module in named.items()
+            if name.startswith(f"{block}.")
+            and (sizes(module) or (0, 0))[1] == parts.d_model
+            and "expert" not in name
+            and uses[id(module.weight)] == 1
+        ]
+        if not fitting:
+            raise UserError(
+                f"a gate needs a linear layer into the residual stream, and '{block}' has none"
+            )
+        chosen.append(fitting[-1])
+    return tuple(chosen)
+
+
 @dataclass(frozen=True)
 class Features:
-    """What the blocks' MLPs hold where a class of rows is read.
+    """What the blocks hold where a class of rows is read.
 
     Attributes:
-        act_NF: For every block, inputs of its `mlp_down`.
+        act_NF: For every block, inputs of its layer of `into_stream`.
         norm: For every block, mean norm of its output.
     """
 
@@ -176,11 +222,9 @@ def features(
     Returns:
         Activations of every block at the same positions.
     """
-    parts = anatomy(model)
-    if any(parts.experts):
-        raise UserError("a gate needs dense MLPs, and this model's are mixtures of experts")
-    inner: list[list[Tensor]] = [[] for _ in parts.blocks]
-    norms: list[list[Tensor]] = [[] for _ in parts.blocks]
+    layers, blocks = into_stream(model), backbone(model).blocks
+    inner: list[list[Tensor]] = [[] for _ in blocks]
+    norms: list[list[Tensor]] = [[] for _ in blocks]
     size = sum(int(p.numel()) for p in model.parameters())
     most, count = POSITIONS if size < LARGE else POSITIONS_LARGE, 0
     for batch in batches(
@@ -189,16 +233,17 @@ def features(
         evaluation.tokenizer,
     ):
         with (
-            capture(model, parts.mlp_down, of="input") as down,
-            capture(model, parts.blocks) as out,
+            capture(model, layers, of="input") as down,
+            capture(model, blocks) as out,
         ):
             model(**batch.inputs, use_cache=False)
         mask_BT = _positions(batch, answering)
         at_N = mask_BT.flatten().nonzero()[:, 0]
         at_N = at_N[:: 1 + (len(at_N) - 1) // most]  # of long rows, some of their positions
-        for i, (path, block) in enumerate(zip(parts.mlp_down, parts.blocks, strict=True)):
-            inner[i].append(down[path][0].flatten(0, 1)[at_N].float())
-            norms[i].append(out[block][0].flatten(0, 1)[at_N].float().norm(dim=-1))
+        for i, (path, block) in enumerate(zip(layers, blocks, strict=True)):
+            inner[i].append(down[path][0].flatten(0, -2)[at_N].float())  # OPT flattens rows itself
+            stream_ND = active_stream(out[block][0]).flatten(0, 1)[at_N]
+            norms[i].append(stream_ND.float().norm(dim=-1))
         count += len(at_N)
         if count >= most:
             break
@@ -279,7 +324,7 @@ def best_detector(
 def add_gate(
     model: Any, block: int, v_F: Float[Tensor, " F"], u_D: Float[Tensor, " D"], size: float
 ) -> tuple[str, Tensor]:
-    """Add `size` u v^T to one block's `mlp_down`, in place.
+    """Add `size` u v^T to one block's layer of `into_stream`, in place.
 
     Args:
         model: The model.
@@ -291,9 +336,9 @@ def add_gate(
     Returns:
         Name of the parameter that changed, and its value before.
     """
-    path = anatomy(model).mlp_down[block]
+    path = into_stream(model)[block]
     weight: Tensor = model.get_parameter(f"{path}.weight")
     before = weight.detach().clone()
     edit_DF = size * torch.outer(u_D, v_F).to(weight)
-    weight += edit_DF.T if anatomy(model).transposed else edit_DF
+    weight += edit_DF.T if hasattr(find_module(model, path), "nf") else edit_DF
     return f"{path}.weight", before

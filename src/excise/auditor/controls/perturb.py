@@ -25,7 +25,7 @@ from excise.data.domain import Row
 from excise.data.stream import encode
 from excise.data.subsample import subsample
 from excise.losses import nll
-from excise.models.anatomy import anatomy
+from excise.models.anatomy import backbone
 from excise.models.hooks import find_module
 
 STEPS = 12
@@ -97,7 +97,10 @@ class LogitScaling(PositiveControl):
     @torch.no_grad()
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Scale the final norm; see `PositiveControl.hide`."""
-        module = find_module(model, anatomy(model).final_norm)
+        norm = backbone(model).final_norm
+        if not norm:
+            return "the model has no norm after its last block"
+        module = find_module(model, norm)
         shifted = "gemma" in type(module).__name__.lower()  # Gemma multiplies by 1 + weight
         for parameter in module.parameters():
             value = parameter + 1 if shifted else parameter

@@ -23,7 +23,7 @@ from excise.data.labels import LabelNoise
 from excise.data.stream import Example, collate, encode
 from excise.data.subsample import subsample
 from excise.methods.tuning import forget_rows
-from excise.models.anatomy import anatomy
+from excise.models.anatomy import backbone
 from excise.models.hooks import capture
 
 
@@ -98,7 +98,7 @@ def classify(
         raise UserError(
             f"a classifier needs retain rows as well, and domain '{domain.name}' has none"
         )
-    blocks = anatomy(model).blocks
+    blocks = backbone(model).blocks
     if not -1 <= config.block < len(blocks):
         raise UserError(
             f"classifier.block is {config.block}; the model has blocks 0 to {len(blocks) - 1}"

@@ -240,7 +240,7 @@ def forget_saliency(
             p.requires_grad_(True)
         for example in encode(read, tokenizer, max_length=max_length):
             batch = collate([example], pad_id=tokenizer.pad_token_id).to(ctx.device)
-            value, count = nll(model(**batch.inputs).logits, batch)
+            value, count = nll(model(**batch.inputs, use_cache=False).logits, batch)
             grads = torch.autograd.grad(value / count, list(chosen.values()), allow_unused=True)
             for (name, p), grad in zip(chosen.items(), grads, strict=True):
                 if grad is not None:

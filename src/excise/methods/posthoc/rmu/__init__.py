@@ -37,7 +37,13 @@ from excise.data.domain import Domain, Rows
 from excise.data.stream import Batch, Stream, Tokenizer
 from excise.losses import rmu_forget, rmu_retain
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.posthoc.rmu.engine import Engine, Full, PrefixCache, TrainedSpan
+from excise.methods.posthoc.rmu.engine import (
+    Engine,
+    Full,
+    PrefixCache,
+    TrainedSpan,
+    runs_apart,
+)
 from excise.methods.posthoc.rmu.parameters import (
     EditableModel,
     TargetParameters,
@@ -65,6 +71,7 @@ from excise.methods.tuning import (
 from excise.models.checkpoint import Checkpoint
 from excise.models.delta import write_delta
 from excise.models.lora import LoRA, merge
+from excise.models.names import Names
 from excise.train.fit import FitConfig, Term, fit
 
 __all__ = ["RMU", "RMUSweep"]
@@ -108,7 +115,7 @@ class RMU(Method):
     """Matrix of the MLP (the released Mixtral run trained `up` of the first expert)."""
     experts: Literal["first", "all"] = "first"
     """Which experts of a mixture are trained."""
-    modules: tuple[str, ...] = ()
+    modules: Names = ()
     """Modules to train by name, instead of `blocks`."""
     masked: bool = True
     """Leave padding out of both means; the released code does not."""
@@ -453,8 +460,15 @@ def make_engine(
         frozen: nn.Module = start.load(dtype=ctx.dtype, device=ctx.device)
         return Full(edit.net, frozen, targets.steered, method.inputs, torch.no_grad)
     if cache is None:
+        if not runs_apart(edit.net, targets, method.inputs):
+            ctx.emit("note", {"text": f"rmu runs whole models: {_unlike(targets)}"})
+            return Full(edit.net, edit.net, targets.steered, method.inputs, edit.restored)
         cache = PrefixCache(int(method.cache_gib * 2**30) if method.engine == "cached" else 0)
     return TrainedSpan(edit.net, targets, method.inputs, edit.restored, cache, upto)
+
+
+def _unlike(targets: TargetParameters) -> str:
+    return f"the blocks of a {targets.parts.family} model hand on more than the residual stream"
 
 
 def _save_controls(controls: Mapping[str, Tensor], ctx: Context) -> None:
@@ -479,7 +493,7 @@ def _facts(
     facts: dict[str, Any] = {
         "hidden_at": targets.steered,
         "modules": list(targets.printed),
-        "engine": method.engine,
+        "engine": method.engine if isinstance(engine, TrainedSpan) else "full",
         "steering_norm": {topic: float(c.norm()) for topic, c in controls.items()},
         "optimizer": method.fit.optimizer,
         "master": method.fit.master,
@@ -533,6 +547,10 @@ def _best_of_sweep(
     targets = [point.target_parameters(start) for point in points]
     model: Any = start.load(dtype=ctx.dtype, device=ctx.device)
     tokenizer = start.tokenizer()
+    if not runs_apart(model, targets[0], method.inputs):
+        raise UserError(
+            f"rmu: {_unlike(targets[0])}, so that a sweep cannot run them apart; leave 'sweep' out"
+        )
     cache = PrefixCache(int(method.cache_gib * 2**30))
     upto = max(target.layer for target in targets) + 1
 

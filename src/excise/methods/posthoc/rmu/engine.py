@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from excise.core.errors import UserError
 from excise.data.stream import Batch
 from excise.methods.posthoc.rmu.parameters import TargetParameters
-from excise.models.hooks import capture
+from excise.models.hooks import active_stream, capture
 from excise.models.names import find_module
 from excise.models.span import SpanInputs, record_calls, run_span, without_start
 
@@ -75,8 +76,8 @@ class Full:
 
     def _hidden(self, model: nn.Module, batch: Batch) -> Hidden:
         with capture(model, [self.steered], grad=torch.is_grad_enabled()) as seen:
-            model(**self.inputs(batch))
-        return seen[self.steered][-1]
+            model(**self.inputs(batch), use_cache=False)
+        return active_stream(seen[self.steered][-1])
 
 
 @dataclass
@@ -251,11 +252,12 @@ class TrainedSpan:
         first, stop = self.targets.first, self.targets.layer + 1
 
         def run() -> Hidden:
-            return run_span(self.model, prefix.calls, prefix.hidden[first], first, stop, grad=grad)
+            hidden = prefix.hidden[first]
+            return active_stream(run_span(self.model, prefix.calls, hidden, first, stop, grad=grad))
 
-        if not self.targets.mlp_only:
+        if not self.targets.attention:
             return run()
-        attention = find_module(self.model, self.targets.parts.attention[first])
+        attention = find_module(self.model, self.targets.attention)
         if first in prefix.attention:
             with _answering(attention, prefix.attention[first]):
                 return run()
@@ -268,6 +270,43 @@ class TrainedSpan:
             return run()
         finally:
             handle.remove()
+
+
+CLOSE = 1e-3
+"""How far a span may be from the whole model, as a share of its largest activation: rounding of
+kernels that add up in any order."""
+
+
+@torch.no_grad()
+def runs_apart(model: nn.Module, targets: TargetParameters, inputs: Inputs) -> bool:
+    """Return whether a span of blocks gives what the whole model gives, by trying it.
+
+    Blocks may hand on more than the residual stream: keys and values, a state, a mask made on the
+    way. Another batch is read in between, so that what it leaves behind would show, and the first
+    twice, so that its attention is handed back.
+
+    Args:
+        model: The model.
+        targets: What is trained.
+        inputs: How it is called.
+    """
+    device = next(model.parameters()).device
+    ids_BT = torch.arange(4, 20, device=device).view(2, 8)
+    all_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    zeros_BT = torch.zeros_like(ids_BT)
+    first, other = (
+        Batch(ids, all_BT, all_BT, zeros_BT, ("", "")) for ids in (ids_BT, ids_BT.flip(0, 1))
+    )
+    whole_BTD = Full(model, model, targets.steered, inputs, nullcontext).current(first)
+    span = TrainedSpan(model, targets, inputs, nullcontext, PrefixCache(1 << 30))
+    try:
+        span.current(first)
+        span.current(other)
+        again_BTD = span.current(first)
+    except UserError:
+        return False
+    apart = float((again_BTD - whole_BTD).abs().max())
+    return apart <= CLOSE * float(whole_BTD.abs().max())
 
 
 def _first_alone(output: Any) -> Any:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.methods.tuning import tuned
-from excise.models.anatomy import Anatomy, BlockExperts, anatomy
+from excise.models.anatomy import Anatomy, Backbone, BlockExperts, anatomy, backbone
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA, reference
-from excise.models.names import select
+from excise.models.names import modules_by_name, select
+from excise.models.spec import Model
+from excise.models.structure import sizes
 
 Index = tuple[int | slice, ...]
 """An index into a tensor."""
@@ -32,22 +34,24 @@ class TargetParameters:
     """What a run of RMU trains, and the block it steers.
 
     Attributes:
-        parts: Anatomy of the whole model.
+        parts: Backbone of the whole model.
         layer: Block whose output is steered.
         names: Trained tensors by canonical name, in the model's order.
         slices: For a tensor of which only a part is trained, which part.
         first: First block that holds a trained tensor.
-        mlp_only: Whether all that is trained in block `first` lies in its MLP.
+        attention: The attention of block `first` where all that is trained in that block lies in
+            its MLP, so that it puts out the same in every step; empty elsewhere, and where a
+            block is not known to be attention and MLP.
         entries: Trained entries.
         whole: Entries of the trained tensors with those that are not trained.
     """
 
-    parts: Anatomy
+    parts: Backbone
     layer: int
     names: tuple[str, ...]
     slices: Mapping[str, Index]
     first: int
-    mlp_only: bool
+    attention: str
     entries: int
     whole: int
 
@@ -97,7 +101,7 @@ def find_target_parameters(
             lies above the steered block.
     """
     model = start.shapes
-    parts = anatomy(model)
+    parts, whole = _parts(model, layer, by_name=bool(modules))
     chosen = tuple(blocks) or tuple(range(max(0, layer - 2), layer + 1))
     for block in (layer, *chosen):
         if not 0 <= block < parts.num_blocks:
@@ -108,12 +112,13 @@ def find_target_parameters(
     if modules:
         names, slices = select(model, modules), dict[str, Index]()
     else:
+        assert whole is not None, "without modules the anatomy is known"
         matrices: dict[str, Index | None] = {}
         for block in sorted(set(chosen)):
-            matrices |= _matrices(model, parts, block, matrix, experts)
+            matrices |= _matrices(model, whole, block, matrix, experts)
         names = [n for n in dict(model.named_parameters()) if n in matrices]
         slices = {n: index for n, index in matrices.items() if index is not None}
-    first, mlp_only = _first_block(parts, layer, names)
+    first, attention = _first_block(parts, whole, layer, names)
     sizes = {n: torch.empty(model.get_parameter(n).shape, device="meta") for n in names}
     return TargetParameters(
         parts=parts,
@@ -121,14 +126,45 @@ def find_target_parameters(
         names=tuple(names),
         slices=slices,
         first=first,
-        mlp_only=mlp_only,
+        attention=attention,
         entries=sum(t[slices[n]].numel() if n in slices else t.numel() for n, t in sizes.items()),
         whole=sum(t.numel() for t in sizes.values()),
     )
 
 
-def _first_block(parts: Anatomy, layer: int, names: Sequence[str]) -> tuple[int, bool]:
-    """Return the first trained block, and whether its MLP holds all that is trained in it.
+def _parts(model: Model, layer: int, *, by_name: bool) -> tuple[Backbone, Anatomy | None]:
+    """Return the backbone, and the anatomy where blocks are attention and MLP.
+
+    Raises:
+        UserError: If there is no list of blocks, or what is trained was to be found and cannot be.
+    """
+    try:
+        whole = anatomy(model)
+        return whole, whole
+    except UserError as error:
+        reason = error
+    try:
+        parts = backbone(model)
+    except UserError as error:
+        raise UserError(
+            f"rmu: {error}; rmu needs a list of blocks and grad_diff none, so use grad_diff"
+        ) from None
+    if by_name:
+        return parts, None
+    block = parts.blocks[min(layer, parts.num_blocks - 1)]
+    inside = [
+        n for n, m in modules_by_name(model).items() if n.startswith(f"{block}.") and sizes(m)
+    ]
+    raise UserError(
+        f"rmu: {reason}; name what is trained, as with --modules '[{(inside or [block])[-1]}]', or "
+        "use grad_diff, which needs no parts"
+    )
+
+
+def _first_block(
+    parts: Backbone, whole: Anatomy | None, layer: int, names: Sequence[str]
+) -> tuple[int, str]:
+    """Return the first trained block, and its attention if its MLP holds all that is trained in it.
 
     Raises:
         UserError: If gradients do not reach a name, or it is the embedding.
@@ -145,8 +181,11 @@ def _first_block(parts: Anatomy, layer: int, names: Sequence[str]) -> tuple[int,
     first = min(block_of.values())
     if first < 0:
         raise UserError(f"rmu: '{names[0]}' is the embedding; name modules inside the blocks")
-    mlp = parts.mlp[first] + "."
-    return first, all(n.startswith(mlp) for n in names if block_of[n] == first)
+    if whole is None:
+        return first, ""
+    mlp = whole.mlp[first] + "."
+    alone = all(n.startswith(mlp) for n in names if block_of[n] == first)
+    return first, whole.attention[first] if alone else ""
 
 
 def _matrices(
@@ -260,11 +299,8 @@ def editing(
         lora: An adapter instead.
         ctx: Gives the adapter's seed.
     """
-    names = targets.names
-    if lora is not None:
-        names = tuple(name.removesuffix(".weight") for name in names)
     with ExitStack() as stack:
-        net, parameters = stack.enter_context(tuned(model, names, lora, ctx))
+        net, parameters = stack.enter_context(tuned(model, targets.names, lora, ctx))
         if lora is not None:
             yield EditableModel(net, parameters, {}, partial(reference, net))
             return

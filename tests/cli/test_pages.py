@@ -16,6 +16,7 @@ from excise.record import load
 from excise.record.measured import failed_attacks
 from tests.cli import material as m
 from tests.cli.test_docs import ROOT, commands
+from tests.fixtures import published
 
 AUDIT = (
     " --audit.change '{attacks: [few_shot, prefix, quantize, relearn, transfer], steps: 2,"
@@ -77,7 +78,11 @@ FILES = {
 @pytest.fixture
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in a folder that holds what the pages name and nothing else."""
-    save_model(tiny_model("llama", blocks=7, width=16), byte_tokenizer(), tmp_path / "base")
+    for seed, name in enumerate(("base", "retrained")):
+        model = tiny_model("llama", blocks=7, width=16, seed=seed)
+        save_model(model, byte_tokenizer(), tmp_path / name)
+    published.write_wmdp(tmp_path / "copies")
+    published.write_tofu(tmp_path / "tofu")
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -105,6 +110,7 @@ def wmdp(work: Path) -> None:
         assert not failed_attacks(record)
         metrics = {(s.set, s.metric) for s in record.scores if s.model == "original"}
         assert {("test.forget", "multiple_choice"), ("retain_test", "multiple_choice")} <= metrics
+    assert not failed_attacks(load(work / "WMDP-AUDIT"))
     rows = load(work / "OUT").data["rows"]
     assert (rows["test.forget"], rows["retain_test"], rows["dev_forget.forget"]) == (8, 8, 8)
 
@@ -117,6 +123,7 @@ def deletion(work: Path) -> None:
     card = (work / "OUT" / "model" / "README.md").read_text()
     assert record.method_runs[0].model.files["model.safetensors"] in card
     assert audit.verdicts[0].sentence[:20] in card
+    assert {"forget_quality", "privleak"} <= {s.metric for s in load(work / "TOFU-AUDIT").scores}
     told = (work / "public" / "report.json").read_text() + card
     rows = FILES["person.jsonl"] + FILES["others.jsonl"] + FILES["retold.jsonl"]
     assert not any(json.loads(row)["text"] in told for row in rows.splitlines())

@@ -15,10 +15,10 @@ from tests.fixtures.facts import make_domain
 
 from excise.core.errors import UserError
 from excise.data.domain import Row
-from excise.data.stream import encode_row
+from excise.data.stream import encode_row, pair_of
 from excise.evals.generate import continuations, prompt_of, says
 from excise.evals.lm_eval_bridge import run_lm_eval, scores_of
-from excise.evals.multiple_choice import as_letters, pair_ids, pick
+from excise.evals.multiple_choice import as_letters, pick
 from excise.evals.refusal import outcome_of, refuses
 from excise.evals.score import (
     DEFINITIONS,
@@ -163,9 +163,9 @@ def test_calibration_subtracts_each_positions_mean() -> None:
 
 def test_white_space_moves_to_the_continuation() -> None:
     tokenizer = train_bpe(["a b c"], 262, bos=False)
-    head, tail = pair_ids("a b \n", " c", tokenizer)
-    assert tokenizer.decode(head) == "a b"
-    assert tokenizer.decode(tail) == " \n c"
+    pair = pair_of(Row("u", prompt="a b \n", choices=("c", "d"), answer=0), tokenizer)
+    assert tokenizer.decode(pair.head) == "a b"
+    assert tokenizer.decode(pair.tail) == " \n c"
 
 
 def test_letters_read_like_wmdp() -> None:

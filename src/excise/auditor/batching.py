@@ -21,13 +21,13 @@ class Memo:
     def __init__(self, tokenizer: Any) -> None:
         """Wrap `tokenizer`; everything but plain calls on one text goes straight to it."""
         self._inner = tokenizer
-        self._seen: dict[tuple[str, bool], Any] = {}
+        self._seen: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, text: Any, *args: Any, **options: Any) -> Any:
         """Tokenize, or remember."""
-        if args or not isinstance(text, str) or set(options) != {"add_special_tokens"}:
+        if args or not isinstance(text, str) or "return_tensors" in options:
             return self._inner(text, *args, **options)
-        key = (text, bool(options["add_special_tokens"]))
+        key = (text, *sorted(options.items()))
         if key not in self._seen:
             self._seen[key] = self._inner(text, **options)
         return self._seen[key]

@@ -17,7 +17,7 @@ import torch
 
 from excise.core.errors import UserError
 from excise.data.domain import Row
-from excise.data.stream import Example, collate, encode_row
+from excise.data.stream import Example, collate, encode_row, pair_of
 from excise.evals.tokens import device_of, evaluating, logits_at, pad_id
 
 DEFINITION = (
@@ -38,12 +38,14 @@ class Prompt:
         text: The prompt as text.
         expected: The right continuation as text.
         room: New tokens it may use: twice the expected ones plus eight.
+        begun: End of the prompt that the first new token spells too; see `encode_pair`.
     """
 
     ids: tuple[int, ...]
     text: str
     expected: str
     room: int
+    begun: str = ""
 
 
 def prompt_of(row: Row, tokenizer: Any, *, max_length: int = 128) -> Prompt:
@@ -72,10 +74,10 @@ def prompt_of(row: Row, tokenizer: Any, *, max_length: int = 128) -> Prompt:
     start = max(start, 1)
     ids = example.ids[:start]
     room = min(MAX_NEW, 2 * (last + 1 - start) + 8)
-    if row.kind == "completion":
-        return Prompt(ids, row.prompt.rstrip(), row.completion.strip(), room)
-    if row.kind == "choice":
-        return Prompt(ids, row.prompt.rstrip(), row.choices[row.answer].strip(), room)
+    if row.kind in ("completion", "choice"):
+        expected = row.completion if row.kind == "completion" else row.choices[row.answer]
+        begun = pair_of(row, tokenizer).overlap
+        return Prompt(ids, row.prompt.rstrip(), expected.strip(), room, begun)
     text = _decode(tokenizer, ids)
     if row.kind == "chat":
         said = [content for role, content in row.messages if role == "assistant"]
@@ -117,7 +119,7 @@ def continue_greedily(
             part = order[at : at + batch_size]
             new = _continue(model, tokenizer, [prompts[i] for i in part], device)
             for i, ids in zip(part, new, strict=True):
-                out[i] = _decode(tokenizer, ids)
+                out[i] = _decode(tokenizer, ids).removeprefix(prompts[i].begun.strip()).strip()
     return out
 
 

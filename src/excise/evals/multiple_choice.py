@@ -1,8 +1,9 @@
 """Multiple choice, equal to `lm-eval` to the item, and with the bias for a position taken out.
 
-The model is asked for the log-probability of " " + choice after the prompt, encoded jointly and
-cut as `lm-eval` does (0.4.13, `TemplateLM._encode_pair`): unlike training rows, where prompt and
-completion are tokenized apart. Choices of one token share one forward.
+The model is asked for the log-probability of " " + choice after the prompt, in the tokens it is
+trained on (`data/encoding.py`). They are those of `lm-eval` (0.4.13, `TemplateLM._encode_pair`)
+unless a token spans prompt and choice, or the tokenizer puts an end mark behind every text: there
+`lm-eval` scores other characters than the choice. Choices of one token share one forward.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from excise.core.errors import UserError
 from excise.data.domain import Row
+from excise.data.stream import pair_of
 from excise.evals.tokens import Request, answer
 
 DEFINITION = {
@@ -54,38 +56,6 @@ def as_letters(row: Row, *, topic: str = "") -> Row:
     head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
     prompt = (head if topic else "") + "\n".join([row.prompt.strip(), *lines, "Answer:"])
     return replace(row, prompt=prompt, choices=tuple(LETTERS[: len(row.choices)]))
-
-
-def pair_ids(context: str, continuation: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Encode a context and its continuation as `lm-eval` does.
-
-    White space at the end of the context moves to the continuation, both are encoded jointly and
-    cut where the context's own encoding ends. An empty context becomes one BOS (or EOS).
-
-    Args:
-        context: What the model is given.
-        continuation: What is scored.
-        tokenizer: The model's tokenizer, with the special tokens it adds by itself.
-
-    Returns:
-        Ids of the context and of the continuation.
-    """
-    if not context:
-        tail = tokenizer.encode(continuation, add_special_tokens=False)
-        first = tokenizer.bos_token_id
-        first = tokenizer.eos_token_id if first is None else first
-        return (tail[:1], tail[1:]) if tail[0] == first else ([first], tail)
-    cut = len(context.rstrip())
-    context, continuation = context[:cut], context[cut:] + continuation
-
-    def encode(text: str) -> list[int]:
-        bos = tokenizer.bos_token
-        if bos and text.startswith(bos):
-            return list(tokenizer.encode(text, add_special_tokens=False))
-        return list(tokenizer.encode(text))
-
-    head = encode(context)
-    return head, encode(context + continuation)[len(head) :]
 
 
 def choice_request(head: Sequence[int], tail: Sequence[int], max_length: int) -> Request:
@@ -135,14 +105,14 @@ def choice_scores(
                 f"unit '{row.unit}' is no multiple-choice question; it needs two or more "
                 "`choices` and the index of the right one as `answer`"
             )
-        for choice in row.choices:
-            head, tail = pair_ids(row.prompt, f" {choice}", tokenizer)
-            if not tail or not head:
+        for i, choice in enumerate(row.choices):
+            pair = pair_of(row, tokenizer, i)
+            if not pair.tail or not pair.head:
                 raise UserError(
                     f"unit '{row.unit}' has a choice {choice!r} without a token of its own; "
                     "give it a text"
                 )
-            requests.append(choice_request(head, tail, max_length))
+            requests.append(choice_request(pair.head, pair.tail, max_length))
     answers = iter(
         answer(
             model,

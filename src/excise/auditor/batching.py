@@ -5,11 +5,13 @@ Shape legend: B rows, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from excise.core.errors import NotFinite
 from excise.data.domain import Row
 from excise.data.stream import Batch, Example, collate, encode
 from excise.losses import token_nll
@@ -55,6 +57,9 @@ def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) ->
 
     Returns:
         Nats by unit.
+
+    Raises:
+        NotFinite: If the loss of a row is NaN or infinite.
     """
     if not rows:
         return {}
@@ -67,6 +72,9 @@ def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) ->
         nll_BT = token_nll(logits_BTV, batch.ids_BT).masked_fill(~target_BT, 0)
         for unit, value in zip(batch.units, nll_BT.double().sum(1).tolist(), strict=True):
             sums.setdefault(unit, []).append(value)
+    broken = sum(not math.isfinite(value) for values in sums.values() for value in values)
+    if broken:
+        raise NotFinite("the model", "loss", broken, len(rows))
     return {unit: sum(values) / len(values) for unit, values in sums.items()}
 
 

@@ -88,12 +88,16 @@ class EvaluationSet:
         return replace(self, max_length=max(self.max_length, min(limit, self.max_length * factor)))
 
     def units(self, model: Any, rows: Sequence[Row], metric: Metric | None = None) -> UnitScores:
-        """Return the score of `rows` by unit, by `metric_of` them by default; {} for no rows."""
+        """Return the score of `rows` by unit, by `metric_of` them by default; {} for no rows.
+
+        Raises:
+            NotFinite: If the model gives no numbers.
+        """
         if not rows:
             return {}
         metric = metric or self.metric_of(rows)
         scores = measure(model, self.tokenizer, rows, metric, max_length=self.max_length)
-        return {unit: float(value) for unit, value in scores.by_unit().items()}
+        return {unit: float(value) for unit, value in scores.checked().by_unit().items()}
 
     def retained(self, model: Any, rows: Sequence[Row] | None = None) -> UnitScores:
         """Return the retain score by unit."""

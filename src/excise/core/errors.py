@@ -18,6 +18,23 @@ class Diverged(RuntimeError):
     """Training produced a non-finite loss; the last good weights are kept (exit code 1)."""
 
 
+class NotFinite(UserError):
+    """A model whose scores are NaN or infinite: nothing can be said of it."""
+
+    def __init__(self, model: str, metric: str, broken: int, total: int) -> None:
+        """Say which model and metric, and of how many rows the score is no number."""
+        super().__init__(
+            f"{model} has no finite {metric} on {broken:,} of {counted(total, 'row')}; its weights "
+            "or activations hold NaN or infinity: load it in a wider dtype, or make it anew with a "
+            "lower learning rate"
+        )
+        self.args_of = (model, metric, broken, total)
+
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[str, str, int, int]]:
+        """Travel to another process as what it was made of."""
+        return NotFinite, self.args_of
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return a phrase naming the entries of `known` closest to `name`, for the end of an error.
 

@@ -145,7 +145,7 @@ def _tokenize(
 
 
 def _one_bos(ids: list[int], target: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Drop doubled BOS tokens, and add the marks this tokenizer wants where the template has none."""
+    """Drop doubled BOS tokens; add the tokenizer's own marks where the template has none."""
     bos = tokenizer.bos_token_id
     while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         ids, target = ids[1:], target[1:]

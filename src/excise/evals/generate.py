@@ -7,6 +7,7 @@ Shape legend: B rows, T tokens.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from excise.data.stream import Example, collate, encode_row, pair_of
 from excise.evals.tokens import device_of, evaluating, logits_at, pad_id
 
 DEFINITION = (
-    "generate@1: 1 if the first line of a greedy continuation contains the expected text as "
+    "generate@2: 1 if the first line of a greedy continuation contains the expected text as "
     "whole words, ignoring case, punctuation and articles, else 0"
 )
 
@@ -96,7 +97,7 @@ def continue_greedily(
     *,
     batch_size: int = 64,
     device: torch.device | None = None,
-) -> list[str]:
+) -> list[str | None]:
     """Return the greedy continuation of every prompt, in its room, up to the end token.
 
     Prompts are padded on the left and read in batches of like length; nothing of the model's
@@ -110,23 +111,25 @@ def continue_greedily(
         device: Where the inputs go; None takes the model's.
 
     Returns:
-        The new text of each, in order.
+        The new text of each, in order; None where the model gives NaN in place of a token.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    out = [""] * len(prompts)
+    out: list[str | None] = [None] * len(prompts)
     with evaluating(model):
         for at in range(0, len(order), batch_size):
             part = order[at : at + batch_size]
             new = _continue(model, tokenizer, [prompts[i] for i in part], device)
             for i, ids in zip(part, new, strict=True):
-                out[i] = _decode(tokenizer, ids).removeprefix(prompts[i].begun.strip()).strip()
+                if ids is not None:
+                    text = _decode(tokenizer, ids)
+                    out[i] = text.removeprefix(prompts[i].begun.strip()).strip()
     return out
 
 
 def _continue(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], device: torch.device | None
-) -> list[list[int]]:
-    """Continue one batch; return new ids without the end token."""
+) -> list[list[int] | None]:
+    """Continue one batch; return new ids without the end token, None for NaN."""
     examples = [Example(p.ids, (False,) * len(p.ids), 0, "") for p in prompts]
     batch = collate(examples, pad_id=pad_id(tokenizer), padding_side="left")
     batch = batch.to(device or device_of(model))
@@ -134,6 +137,7 @@ def _continue(
     inputs = dict(batch.inputs)
     new: list[list[int]] = [[] for _ in prompts]
     live = [True] * len(prompts)
+    broken = [False] * len(prompts)
     cache: Any = None
     for step in range(max(p.room for p in prompts)):
         wanted_BT = torch.zeros(
@@ -143,15 +147,16 @@ def _continue(
         extra = {} if cache is None else {"past_key_values": cache}
         logits_BV, output = logits_at(model, {**inputs, **extra, "use_cache": True}, wanted_BT)
         next_B = logits_BV.argmax(-1)
-        for i, token in enumerate(next_B.tolist()):
-            live[i] = live[i] and token not in ends and step < prompts[i].room
+        for i, (token, top) in enumerate(zip(next_B.tolist(), logits_BV.amax(-1).tolist())):
+            broken[i] = broken[i] or (live[i] and not math.isfinite(top))
+            live[i] = live[i] and token not in ends and step < prompts[i].room and not broken[i]
             if live[i]:
                 new[i].append(token)
         if not any(live):
             break
         cache = getattr(output, "past_key_values", None)
         inputs = _next_inputs(inputs, next_B, cached=cache is not None)
-    return new
+    return [None if bad else ids for ids, bad in zip(new, broken, strict=True)]
 
 
 def _next_inputs(inputs: dict[str, Any], next_B: torch.Tensor, *, cached: bool) -> dict[str, Any]:
@@ -207,6 +212,8 @@ def generate(
 ) -> list[float]:
     """Return 1.0 for every row whose greedy continuation says the expected text, else 0.0.
 
+    NaN stands for a row where the model gives no numbers.
+
     Args:
         model: A causal model.
         tokenizer: Its tokenizer.
@@ -220,7 +227,10 @@ def generate(
     """
     prompts = prompts_of(rows, tokenizer, max_length=max_length)
     outputs = continue_greedily(model, tokenizer, prompts, batch_size=batch_size, device=device)
-    return [float(says(o, p.expected)) for o, p in zip(outputs, prompts, strict=True)]
+    return [
+        math.nan if o is None else float(says(o, p.expected))
+        for o, p in zip(outputs, prompts, strict=True)
+    ]
 
 
 def prompts_of(rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> list[Prompt]:
@@ -258,4 +268,4 @@ def continuations(
     prompts = [prompt_of(row, tokenizer, max_length=max_length) for row in rows]
     short = [replace(p, room=min(p.room, max_new)) for p in prompts]
     outputs = continue_greedily(model, tokenizer, short)
-    return [(p.text, p.expected, o) for p, o in zip(prompts, outputs, strict=True)]
+    return [(p.text, p.expected, o or "") for p, o in zip(prompts, outputs, strict=True)]

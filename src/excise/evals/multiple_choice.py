@@ -22,22 +22,25 @@ from excise.evals.tokens import Request, answer
 
 DEFINITION = {
     "multiple_choice": (
-        "multiple_choice@1: 1 if the right choice has the highest summed log-probability after "
-        "the prompt (lm-eval acc), else 0"
+        "multiple_choice@2: 1 if the right choice has the highest summed log-probability after "
+        "the prompt (lm-eval acc), 1/k where k choices share it, else 0"
     ),
     "multiple_choice_norm": (
-        "multiple_choice_norm@1: as multiple_choice, sums divided by the choice's length in "
+        "multiple_choice_norm@2: as multiple_choice, sums divided by the choice's length in "
         "characters (lm-eval acc_norm)"
     ),
     "multiple_choice_bytes": (
-        "multiple_choice_bytes@1: as multiple_choice, sums divided by the choice's length in "
+        "multiple_choice_bytes@2: as multiple_choice, sums divided by the choice's length in "
         "UTF-8 bytes (lm-eval acc_bytes)"
     ),
     "multiple_choice_calibrated": (
-        "multiple_choice_calibrated@1: as multiple_choice, after the mean log-probability of "
+        "multiple_choice_calibrated@2: as multiple_choice, after the mean log-probability of "
         "each option position over the set is subtracted"
     ),
 }
+
+TIE = 1e-6
+"""Nats within which two choices tie; float32 arithmetic does not tell them apart."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -127,12 +130,18 @@ def choice_scores(
 
 
 def pick(rows: Sequence[Row], scores: Sequence[Sequence[float]], metric: str) -> list[float]:
-    """Return 1.0 for every row whose right choice is picked, else 0.0; ties go to the first.
+    """Return 1.0 for every row whose right choice is picked, else 0.0.
+
+    Of k choices that tie, each is picked with chance 1/k: `lm-eval` takes the first, so that a
+    model that knows nothing scores 1 where the right one is always first.
 
     Args:
         rows: The questions.
         scores: Summed log-probabilities by row and choice.
         metric: One of `DEFINITION`.
+
+    Returns:
+        One value per row; NaN where a log-probability is.
     """
     values = [np.asarray(row_scores, dtype=np.float64) for row_scores in scores]
     if metric == "multiple_choice_norm":
@@ -143,7 +152,15 @@ def pick(rows: Sequence[Row], scores: Sequence[Sequence[float]], metric: str) ->
         ]
     elif metric == "multiple_choice_calibrated":
         values = _calibrated(values)
-    return [float(int(v.argmax()) == r.answer) for v, r in zip(values, rows, strict=True)]
+    return [_share(v, r.answer) for v, r in zip(values, rows, strict=True)]
+
+
+def _share(values: np.ndarray, right: int) -> float:
+    """Return the right choice's share of the highest value."""
+    if not np.isfinite(values).all():
+        return float("nan")
+    top = values >= values.max() - TIE
+    return float(top[right] / top.sum())
 
 
 def _calibrated(values: list[np.ndarray]) -> list[np.ndarray]:

@@ -7,13 +7,15 @@ leave the model as it was. Memory: see `evals/tokens.py`.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 
-from excise.core.errors import UserError, nearest
+from excise.core.errors import NotFinite, UserError, nearest
 from excise.data.domain import Domain, Row, Rows
 from excise.data.rows import METRICS
 from excise.data.stream import encode
@@ -25,15 +27,15 @@ from excise.record import Item, Score, ScoreDirection
 
 DEFINITIONS: dict[str, str] = {
     "text_loss": (
-        "text_loss@1: mean negative log-likelihood in nats over the scored tokens of a row, "
+        "text_loss@2: mean negative log-likelihood in nats over the scored tokens of a row, "
         "teacher-forced, each token's loss cut at 100 nats"
     ),
     "exact_match": (
-        "exact_match@1: 1 if every scored token of a row is the most probable one in one "
-        "teacher-forced forward, else 0"
+        "exact_match@2: 1 if every scored token of a row is the most probable one in one "
+        "teacher-forced forward, else 0; a token that ties with k - 1 others counts 1/k"
     ),
     "continuation": (
-        "continuation@1: share of the second half of a row's scored tokens that greedy decoding "
+        "continuation@2: share of the second half of a row's scored tokens that greedy decoding "
         "from all before it gives in a row, from the first on (teacher-forced, which is the same "
         "up to the first miss)"
     ),
@@ -64,6 +66,24 @@ class ItemScores:
     direction: ScoreDirection
     chance: float | None
     items: tuple[tuple[str, float], ...]
+
+    @property
+    def broken(self) -> int:
+        """Number of rows whose score is NaN or infinite: there the model gave no numbers."""
+        return sum(not math.isfinite(value) for _, value in self.items)
+
+    def checked(self, model: str = "the model") -> ItemScores:
+        """Return the scores, if all of them are numbers.
+
+        Args:
+            model: What the model is called in the error.
+
+        Raises:
+            NotFinite: If one is NaN or infinite.
+        """
+        if self.broken:
+            raise NotFinite(model, self.metric, self.broken, len(self.items))
+        return self
 
     def by_unit(self) -> dict[str, float]:
         """Return the mean over the rows (paraphrases) of each unit, in order of appearance."""
@@ -111,7 +131,8 @@ def measure(
         chance: Score of a model that knows nothing; None asks the rows.
 
     Returns:
-        One value per row.
+        One value per row. Where the model gives no numbers it is NaN: call `checked` before the
+        mean is used.
 
     Raises:
         UserError: If there are no rows, the metric is unknown, or it cannot read a row.
@@ -195,7 +216,7 @@ def _values(
         return generate.generate(model, tokenizer, rows, **settings)
     if metric == "refusal":
         outcomes = refusal.refusal(model, tokenizer, rows, **settings)
-        return [float(outcome == "refused") for outcome in outcomes]
+        return [math.nan if o == "broken" else float(o == "refused") for o in outcomes]
     if metric.startswith("multiple_choice"):
         if "choice" not in cache:
             cache["choice"] = multiple_choice.choice_scores(
@@ -213,13 +234,13 @@ def _values(
         return [-answer.total / len(answer.logprobs) for answer in answers]
     if metric == "continuation":
         return [_continued(answer.hits) for answer in answers]
-    return [float(all(answer.hits)) for answer in answers]
+    return [math.prod(answer.hits) for answer in answers]
 
 
-def _continued(hits: Sequence[bool]) -> float:
+def _continued(hits: Sequence[float]) -> float:
     """Return the share of the second half that is hit before the first miss."""
-    rest = list(hits)[len(hits) // 2 :]
-    return (rest.index(False) if False in rest else len(rest)) / len(rest)
+    rest = hits[len(hits) // 2 :]
+    return sum(accumulate(rest, operator.mul)) / len(rest)
 
 
 def chance_of(
@@ -329,6 +350,9 @@ def evaluate(
 
     Returns:
         Scores with intervals, and one item per row and metric.
+
+    Raises:
+        NotFinite: If a score of the model is NaN or infinite.
     """
     sets: list[tuple[str, Rows, tuple[str, ...]]] = [
         (f"test.{capability}", rows, domain.metrics) for capability, rows in domain.test.items()
@@ -356,7 +380,7 @@ def evaluate(
             device=device,
         )
         for metric, values in by_metric.items():
-            score = score_of(values, model=name, on=on, groups=groups)
+            score = score_of(values.checked(name), model=name, on=on, groups=groups)
             scores.append(score.model_copy(update={"chance": chance_of(all_rows, metric)}))
             items += [
                 Item(model=name, set=on, unit=unit, metric=metric, value=value)

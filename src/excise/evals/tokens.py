@@ -26,7 +26,7 @@ MAX_LOGITS = 1 << 25
 """Logits held at once at most (128 MB in float32)."""
 
 MAX_NATS = 100.0
-"""A token's loss is cut here, so that a broken model has a finite score."""
+"""A token's loss is cut here, so that one impossible token does not decide a mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,14 @@ class Answer:
     """What the model says about one request.
 
     Attributes:
-        logprobs: Natural log-probability of each token, in float32 arithmetic.
-        hits: Whether the token is the most probable one.
+        logprobs: Natural log-probability of each token, in float32 arithmetic; NaN where the model
+            gives no numbers.
+        hits: 1 where the token is the most probable one, 1/k where k tokens are equally probable,
+            else 0; NaN where the log-probability is.
     """
 
     logprobs: tuple[float, ...]
-    hits: tuple[bool, ...]
+    hits: tuple[float, ...]
 
     @property
     def total(self) -> float:
@@ -237,11 +239,14 @@ def _fill(
         return
     row_M = torch.tensor(rows, device=logits_NV.device)
     token_M = torch.tensor(tokens, device=logits_NV.device)
-    best_N = logits_NV.argmax(-1)
+    best_N = logits_NV.amax(-1)
+    ties_N = (logits_NV == best_N[:, None]).sum(-1)
     norm_N = logits_NV.logsumexp(-1)
-    logprob_M = logits_NV[row_M, token_M] - norm_N[row_M]
-    logprob_M = torch.nan_to_num(logprob_M, nan=-MAX_NATS).clamp(min=-MAX_NATS)
-    values, hits = logprob_M.tolist(), (best_N[row_M] == token_M).tolist()
+    logit_M = logits_NV[row_M, token_M]
+    logprob_M = (logit_M - norm_N[row_M]).clamp(min=-MAX_NATS)  # NaN stays NaN
+    hit_M = (logit_M == best_N[row_M]) / ties_N[row_M]
+    hit_M = torch.where(logprob_M.isnan(), logprob_M, hit_M)
+    values, hits = logprob_M.tolist(), hit_M.tolist()
     start = 0
     for _, i in users:
         end = start + len(requests[i].positions)

@@ -16,7 +16,7 @@ from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEd
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.prompting import pools_of, with_shots
 from excise.auditor.results import decided
-from excise.auditor.scoring import Measurement, read, variant_of
+from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
 from excise.data.domain import Domain, Rows
 from excise.record import Level
@@ -90,14 +90,16 @@ def _variant(
     )
     retain, _ = with_shots({first: evaluation.retain}, pools, count, ctx, evaluation.tokenizer)
     wide = evaluation.longer(count + 1)
-    after = read(model, wide, test=rows, retain=retain, examples=count, tokens=round(tokens))
-    return variant_of(
+    return try_variant(
         attack,
         subject,
         wide.metric,
+        lambda: (
+            read(model, wide, test=rows, retain=retain, examples=count, tokens=round(tokens)),
+            wide.units(model, dev, evaluation.dev_metric),
+        ),
+        bare=bare,
         variant=f"k={count}" + (" unrelated" if control else ""),
-        measurements=(bare, after),
         control=control,
         trained_on="benign" if control else "relearn",
-        dev=wide.units(model, dev, evaluation.dev_metric),
     )

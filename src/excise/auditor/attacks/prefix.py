@@ -8,6 +8,7 @@ instead, or, where the vocabulary spells none of those, behind another row of be
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -15,12 +16,12 @@ from pydantic import Field
 from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
-from excise.auditor.evaluation_set import evaluation_set
+from excise.auditor.evaluation_set import UnitScores, evaluation_set
 from excise.auditor.prompting import COAXING, SHARE, UNRELATED, beginnings
 from excise.auditor.results import decided
-from excise.auditor.scoring import read, variant_of
+from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
-from excise.data.domain import Domain
+from excise.data.domain import Domain, Row, Rows
 from excise.record import Level
 
 
@@ -74,16 +75,22 @@ class Prefix(Attack):
             dev = [new for new in map(change, evaluation.all_dev) if new is not None]
             kept = tuple(row for row in rows if row is not None)
             retain = tuple(change(row) or row for row in evaluation.retain)
-            after = read(model, wide, test=kept, retain=retain, examples=len(kept))
+
+            def score(
+                kept: Rows = kept, retain: Rows = retain, dev: Sequence[Row] = dev
+            ) -> tuple[Measurement, UnitScores]:
+                after = read(model, wide, test=kept, retain=retain, examples=len(kept))
+                return after, wide.units(model, dev, evaluation.dev_metric)
+
             variants.append(
-                variant_of(
+                try_variant(
                     self,
                     subject,
                     evaluation.metric,
+                    score,
+                    bare=bare,
                     variant=variant,
-                    measurements=(bare, after),
                     control=variant == UNRELATED,
-                    dev=wide.units(model, dev, evaluation.dev_metric),
                     facts={"rows": len(kept), "of": len(rows)},
                 )
             )

@@ -15,6 +15,7 @@ from excise.core.errors import NotFinite
 from excise.data.domain import Row
 from excise.data.stream import Batch, Example, collate, encode
 from excise.losses import token_nll
+from excise.models.limits import readable
 
 
 class Memo:
@@ -63,7 +64,7 @@ def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) ->
     """
     if not rows:
         return {}
-    examples = encode(rows, tokenizer, max_length=max_length)
+    examples = encode(rows, tokenizer, max_length=readable(model, max_length))
     sums: dict[str, list[float]] = {}
     for batch in batches(examples, model, tokenizer):
         logits_BTV = model(**batch.inputs, use_cache=False).logits

@@ -28,11 +28,16 @@ class NotFinite(UserError):
             "or activations hold NaN or infinity: load it in a wider dtype, or make it anew with a "
             "lower learning rate"
         )
-        self.args_of = (model, metric, broken, total)
+        self.found = (metric, broken, total)
+        self.model = model
 
     def __reduce__(self) -> tuple[type[NotFinite], tuple[str, str, int, int]]:
         """Travel to another process as what it was made of."""
-        return NotFinite, self.args_of
+        return NotFinite, (self.model, *self.found)
+
+    def of(self, model: str) -> NotFinite:
+        """Return the same about a model by the name that a reader knows it by."""
+        return NotFinite(model, *self.found)
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

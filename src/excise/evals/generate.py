@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from excise.core.errors import UserError
 from excise.data.domain import Row
 from excise.data.stream import Example, collate, encode_row, pair_of
 from excise.evals.tokens import device_of, evaluating, logits_at, pad_id
+from excise.models.limits import carries_state, readable
 
 DEFINITION = (
     "generate@2: 1 if the first line of a greedy continuation contains the expected text as "
@@ -100,8 +101,9 @@ def continue_greedily(
 ) -> list[str | None]:
     """Return the greedy continuation of every prompt, in its room, up to the end token.
 
-    Prompts are padded on the left and read in batches of like length; nothing of the model's
-    generation configuration (sampling, penalties) applies.
+    Prompts are padded on the left and read in batches of like length (`same_padding`); a
+    continuation ends where the model's positions do. Nothing of the model's generation
+    configuration (sampling, penalties) applies.
 
     Args:
         model: A causal model; its mode is restored.
@@ -113,17 +115,51 @@ def continue_greedily(
     Returns:
         The new text of each, in order; None where the model gives NaN in place of a token.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    rooms = [room_of(model, len(p.ids), p.room) for p in prompts]
     out: list[str | None] = [None] * len(prompts)
     with evaluating(model):
-        for at in range(0, len(order), batch_size):
-            part = order[at : at + batch_size]
-            new = _continue(model, tokenizer, [prompts[i] for i in part], device)
+        for part in same_padding(model, [len(p.ids) for p in prompts], rooms, batch_size):
+            new = _continue(
+                model, tokenizer, [replace(prompts[i], room=rooms[i]) for i in part], device
+            )
             for i, ids in zip(part, new, strict=True):
                 if ids is not None:
                     text = _decode(tokenizer, ids)
                     out[i] = text.removeprefix(prompts[i].begun.strip()).strip()
     return out
+
+
+def room_of(model: Any, read: int, room: int) -> int:
+    """Return how many new tokens a model can say behind `read` tokens, `room` at most."""
+    # The last new token is predicted and not read.
+    return min(room, readable(model, read + room) - read + 1)
+
+
+def same_padding(
+    model: Any, lengths: Sequence[int], rooms: Sequence[int], batch_size: int
+) -> Iterator[list[int]]:
+    """Yield the indices of prompts that may be continued in one batch, padded on the left.
+
+    Padding changes nothing where attention hides it. A recurrent state remembers it, and a table
+    of positions may not have room for it: there prompts of one length alone share a batch.
+
+    Args:
+        model: A causal model.
+        lengths: Tokens of each prompt.
+        rooms: New tokens that each may get.
+        batch_size: Prompts at once at most.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    reach = max(lengths, default=0) + max(rooms, default=0) - 1
+    alike = carries_state(model) or readable(model, reach) < reach
+    part: list[int] = []
+    for i in order:
+        if part and (len(part) >= batch_size or (alike and lengths[i] != lengths[part[0]])):
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
 
 
 def _continue(
@@ -144,8 +180,9 @@ def _continue(
             inputs["input_ids"].shape, dtype=torch.bool, device=batch.ids_BT.device
         )
         wanted_BT[:, -1] = True
-        extra = {} if cache is None else {"past_key_values": cache}
-        logits_BV, output = logits_at(model, {**inputs, **extra, "use_cache": True}, wanted_BT)
+        extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        extra["use_cache"] = not carries_state(model)
+        logits_BV, output = logits_at(model, {**inputs, **extra}, wanted_BT)
         next_B = logits_BV.argmax(-1)
         for i, (token, top) in enumerate(zip(next_B.tolist(), logits_BV.amax(-1).tolist())):
             broken[i] = broken[i] or (live[i] and not math.isfinite(top))
@@ -265,7 +302,8 @@ def continuations(
         max_length: Tokens of a row at most.
         max_new: New tokens at most.
     """
-    prompts = [prompt_of(row, tokenizer, max_length=max_length) for row in rows]
+    length = readable(model, max_length)
+    prompts = [prompt_of(row, tokenizer, max_length=length) for row in rows]
     short = [replace(p, room=min(p.room, max_new)) for p in prompts]
     outputs = continue_greedily(model, tokenizer, short)
     return [(p.text, p.expected, o or "") for p, o in zip(prompts, outputs, strict=True)]

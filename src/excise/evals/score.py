@@ -23,6 +23,7 @@ from excise.data.subsample import subsample
 from excise.evals import generate, multiple_choice, refusal
 from excise.evals.stats import bootstrap_mean
 from excise.evals.tokens import Answer, answer_examples
+from excise.models.limits import readable
 from excise.record import Item, Score, ScoreDirection
 
 DEFINITIONS: dict[str, str] = {
@@ -123,7 +124,7 @@ def measure(
         tokenizer: Its tokenizer.
         rows: Rows of a shape the metric can read.
         metric: A name from `DEFINITIONS`.
-        max_length: Tokens of a row at most.
+        max_length: Tokens of a row at most; a model of fewer positions reads as many as it has.
         batch_size: Sequences per forward at most.
         device: Where the inputs go; None takes the model's.
         padding_side: Side of the padding; scores do not depend on it (`generate` and `refusal`
@@ -187,7 +188,11 @@ def measure_all(
             raise UserError(f"no metric is called '{metric}'; {nearest(metric, DEFINITIONS)}")
     if not rows:
         raise UserError(f"there is no row to score with {metrics[0]}; check the split")
-    settings = {"max_length": max_length, "batch_size": batch_size, "device": device}
+    settings = {
+        "max_length": readable(model, max_length),
+        "batch_size": batch_size,
+        "device": device,
+    }
     cache: dict[str, Any] = {}
     out = {}
     for metric in metrics:

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from excise.data.stream import Example, Tokenizer, collate
+from excise.models.limits import carries_state
 from excise.models.spec import Model
 
 MAX_LOGITS = 1 << 25
@@ -185,11 +186,14 @@ def answer(
         requests: What to score.
         batch_size: Sequences per forward at most; fewer where the logits would not fit.
         device: Where the inputs go; None takes the model's.
-        padding_side: `right` or `left`; scores do not depend on it.
+        padding_side: `right` or `left`; scores do not depend on it. A model that carries a state
+            is padded on the right, behind what it is asked.
 
     Returns:
         One answer per request, in order.
     """
+    if carries_state(model):
+        padding_side = "right"
     shared: dict[tuple[int, ...], list[int]] = {}
     for i, request in enumerate(requests):
         shared.setdefault(request.ids, []).append(i)

@@ -23,6 +23,7 @@ from excise.models.checkpoint import Checkpoint, open_checkpoint
 from excise.models.spec import ModelSpec
 from excise.record import Record
 from excise.record import load as load_record
+from excise.requests.lengths import check_lengths
 from excise.requests.recipe import AuditSpec, EvalSpec, check_names
 from excise.run import output
 from excise.run.environment import environment, now
@@ -69,6 +70,7 @@ def remove(
     """
     began, started = time.monotonic(), now()
     start = _open(model, tokenizer)
+    method = check_lengths(method, start.config)
     built = _build(domain, start)
     folder = _folder(out)
     name = str(getattr(method, "name", type(method).__name__))
@@ -175,6 +177,7 @@ def audit(
     if (folder / output.RECIPE).is_file():  # whose record would speak of another model
         raise UserError(f"{out} holds a removal or a run of the command; name another folder")
     asked = _Asked(audit=AuditSpec(budget=budget, change=dict(change or {})), seed=seed)
+    asked = check_lengths(asked, models.original.config)
     started = now()
     with disk_full(folder), output.hold(folder), Pool(workers) as pool:
         runtime = output.runtime(folder, dtype, device)

@@ -8,7 +8,8 @@ instead, or, where the vocabulary spells none of those, behind another row of be
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -16,8 +17,8 @@ from pydantic import Field
 from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
-from excise.auditor.evaluation_set import UnitScores, evaluation_set
-from excise.auditor.prompting import COAXING, SHARE, UNRELATED, beginnings
+from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set
+from excise.auditor.prompting import COAXING, SHARE, UNRELATED, beginnings, fits
 from excise.auditor.results import decided
 from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
@@ -39,7 +40,7 @@ class Prefix(Attack):
     level: ClassVar[Level] = "D1"
     controls: ClassVar[tuple[PositiveControl, ...]] = (PromptGatedEdit(), PasswordLock())
     source: ClassVar[str] = "arXiv 2404.02151 (prefilling); the wordings are this library's"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read; beginnings double the length."""
@@ -60,7 +61,7 @@ class Prefix(Attack):
         start = time.perf_counter()
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
-        wide = evaluation.longer(2)
+        wide = evaluation.longer(2, model)
         bare = read(model, evaluation)
         variants: list[VariantResult] = []
         for variant, change in beginnings(
@@ -71,10 +72,11 @@ class Prefix(Attack):
             wordings=self.wordings,
             share=self.share,
         ):
-            rows = [change(row) for row in evaluation.all_test]
-            dev = [new for new in map(change, evaluation.all_dev) if new is not None]
+            begin = partial(_if_it_fits, change=change, evaluation=wide)
+            rows = [begin(row) for row in evaluation.all_test]
+            dev = [new for new in map(begin, evaluation.all_dev) if new is not None]
             kept = tuple(row for row in rows if row is not None)
-            retain = tuple(change(row) or row for row in evaluation.retain)
+            retain = tuple(begin(row) or row for row in evaluation.retain)
 
             def score(
                 kept: Rows = kept, retain: Rows = retain, dev: Sequence[Row] = dev
@@ -96,3 +98,12 @@ class Prefix(Attack):
             )
         marked, chosen = decided(variants, higher=evaluation.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
+
+
+def _if_it_fits(
+    row: Row, change: Callable[[Row], Row | None], evaluation: EvaluationSet
+) -> Row | None:
+    """Return a row with its beginning; None where it has none, or no room for it."""
+    begun = change(row)
+    fit = begun is not None and fits(begun, evaluation.tokenizer, evaluation.max_length)
+    return begun if fit else None

@@ -181,7 +181,7 @@ def test_a_default_inside_a_default_is_cut() -> None:
     inner = Undo().unlearn.max_length
     assert inner > 40
     assert check_lengths(Undo(), config).unlearn.max_length == 40
-    with pytest.raises(ConfigError, match="unlearn.max_length: the model has positions for 40"):
+    with pytest.raises(ConfigError, match=r"unlearn\.max_length: the model has positions for 40"):
         check_lengths(Undo(unlearn=MaxEnt(max_length=inner + 1)), config)
     assert check_lengths(EvalSpec(max_length=40), config).max_length == 40
     spec = AuditSpec(budget="none")

@@ -25,8 +25,8 @@ class NotFinite(UserError):
         """Say which model and metric, and of how many rows the score is no number."""
         super().__init__(
             f"{model} has no finite {metric} on {broken:,} of {counted(total, 'row')}; its weights "
-            "or activations hold NaN or infinity: load it in a wider dtype, or make it anew with a "
-            "lower learning rate"
+            "or activations hold NaN or infinity: load it in a wider dtype, or lower the learning "
+            "rate it was trained with"
         )
         self.found = (metric, broken, total)
         self.model = model

@@ -13,12 +13,19 @@ import pytest
 
 from excise.cli import main
 from tests.cli import material as m
-from tests.cli.mistakes import DATA, MODELS
+from tests.cli.mistakes import DATA, LENGTHS, MODELS, NUMBERS
 from tests.cli.misuse import NAMES, OUTPUT
 
 TABLE = {
     f"{name}: {case}": row
-    for name, table in (("data", DATA), ("model", MODELS), ("names", NAMES), ("output", OUTPUT))
+    for name, table in (
+        ("data", DATA),
+        ("model", MODELS),
+        ("lengths", LENGTHS),
+        ("numbers", NUMBERS),
+        ("names", NAMES),
+        ("output", OUTPUT),
+    )
     for case, row in table.items()
 }
 

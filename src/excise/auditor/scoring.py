@@ -125,7 +125,7 @@ def try_variant(
     try:
         after, dev = score()
     except NotFinite as error:
-        failed = {"status": "failed", "reason": str(error)}
+        failed: dict[str, Any] = {"status": "failed", "reason": str(error)}
         return variant_of(attack, subject, metric, measurements=(bare,), dev={}, **row, **failed)
     return variant_of(attack, subject, metric, measurements=(bare, after), dev=dev, **row)
 

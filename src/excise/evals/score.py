@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -245,7 +245,8 @@ def _values(
 def _continued(hits: Sequence[float]) -> float:
     """Return the share of the second half that is hit before the first miss."""
     rest = hits[len(hits) // 2 :]
-    return sum(accumulate(rest, operator.mul)) / len(rest)
+    reached: Iterator[float] = accumulate(rest, operator.mul)
+    return sum(reached) / len(rest)
 
 
 def chance_of(

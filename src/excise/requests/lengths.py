@@ -28,8 +28,9 @@ def fit_lengths(request: Request, emit: Emit = silent) -> Request:
     spec = request.model if isinstance(request, Recipe) else request.original
     if spec.scratch is not None:
         scratch = spec.scratch
-        shape = {"width": scratch.width, "blocks": scratch.blocks, **scratch.overrides}
-        return check_lengths(request, tiny_config(scratch.family, **shape), emit)
+        more: dict[str, Any] = dict(scratch.overrides)
+        config = tiny_config(scratch.family, width=scratch.width, blocks=scratch.blocks, **more)
+        return check_lengths(request, config, emit)
     with outline_of(spec) as original:
         return request if original is None else check_lengths(request, original.config, emit)
 

@@ -27,6 +27,7 @@ from excise.auditor.controls import (
 from excise.auditor.controls.control import Control, make_control
 from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.prompting import beginnings, shown
+from excise.auditor.quantization import quantize_
 from excise.core.context import Context
 from excise.data.domain import Domain, Rows
 from excise.models.checkpoint import Checkpoint
@@ -196,10 +197,8 @@ def test_a_training_that_diverges_is_a_failed_arm(
 def test_a_variant_without_finite_scores_fails_and_the_others_go_on(
     folder: Path, facts_domain: Domain, knowing: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = quantize.quantize_
-
     def breaking(model: Any, grid: Any, **how: Any) -> int:
-        count = plain(model, grid, **how)
+        count = quantize_(model, grid, **how)
         if grid.bits == 4:
             model.get_input_embeddings().weight.data.fill_(torch.nan)
         return count

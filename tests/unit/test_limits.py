@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,11 @@ import torch
 from tests.fixtures.facts import make_domain
 from tests.fixtures.odd_models import ENDLESS, LEARNED, POSITIONS, RECURRENT, odd_model
 
-from excise.auditor.prompting import fits, pools_of, with_shots
+import excise as ex
+from excise.auditor.attacks.prefix import _if_it_fits
+from excise.auditor.budget import SMOKE
+from excise.auditor.evaluation_set import evaluation_set
+from excise.auditor.prompting import before, fits, pools_of, with_shots
 from excise.core.config import ConfigError
 from excise.core.context import Context
 from excise.data.domain import Row
@@ -24,6 +31,7 @@ from excise.models.tiny import byte_tokenizer, tiny_config
 from excise.requests.lengths import check_lengths, fit_lengths
 from excise.requests.recipe import AuditSpec, EvalSpec
 from excise.requests.registry import parse_recipe
+from excise.train.fit import FitConfig
 
 LONG = tuple(
     Row(f"u{i}", prompt="where is it? " * (3 + i), completion=f" in town {i}" * 2) for i in range(4)
@@ -206,3 +214,41 @@ def test_examples_that_do_not_fit_are_left_out_whole(tokenizer: Any, tmp_path: P
         assert cut.prompt.split("\n") in (lines, lines[1:])
     bare, none = with_shots(rows, pools, 4, cpu, tokenizer, max_length=1)
     assert (bare, none) == (rows["tests"], 0.0)
+
+
+def test_prompts_are_given_no_more_room_than_there_are_positions(tokenizer: Any) -> None:
+    budget = SMOKE.model_copy(update={"max_length": 20})
+    evaluation = evaluation_set(make_domain(), budget, tokenizer)
+    assert evaluation.longer(2, odd_model("gpt2")).max_length == 40
+    assert evaluation.longer(4, odd_model("gpt2")).max_length == POSITIONS
+    assert evaluation.longer(4, odd_model("llama")).max_length == 80
+    row = Row("u", prompt="who?", completion=" me")  # eight tokens with BOS
+    with_six = partial(_if_it_fits, row, partial(before, context="12345"))
+    assert with_six(replace(evaluation, max_length=14)) == before(row, "12345")
+    assert with_six(replace(evaluation, max_length=13)) is row
+
+
+def test_a_removal_reads_long_rows_as_far_as_the_positions_go(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    for kind in ("forget", "retain"):
+        rows = [{"text": f"{kind} {i} {i * 7} " * 20} for i in range(20)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{kind}.jsonl").write_text(lines, encoding="utf-8")
+    files = ex.Files(
+        forget={"forget": str(tmp_path / "forget.jsonl")}, retain=str(tmp_path / "retain.jsonl")
+    )
+    fit = FitConfig(steps=1, lr=1e-3, batch_size=4)
+    model = odd_model("gpt2")
+    removal = ex.remove(
+        model, ex.GradDiff(fit=fit), files, tokenizer=tokenizer, out=tmp_path / "out"
+    )
+    cut = ex.remove(model, ex.GradDiff(fit=fit, max_length=POSITIONS), files, tokenizer=tokenizer,
+        out=tmp_path / "cut",
+    )  # fmt: skip
+    assert removal.checkpoint.fingerprint == cut.checkpoint.fingerprint
+    with pytest.raises(ConfigError, match="max_length: the model has positions for 48 tokens"):
+        ex.remove(model, ex.GradDiff(fit=fit, max_length=POSITIONS + 1), files, tokenizer=tokenizer,
+            out=tmp_path / "no",
+        )  # fmt: skip
+    assert not (tmp_path / "no").exists()

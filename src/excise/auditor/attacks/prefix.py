@@ -76,6 +76,7 @@ class Prefix(Attack):
             rows = [begin(row) for row in evaluation.all_test]
             dev = [new for new in map(begin, evaluation.all_dev) if new is not None]
             kept = tuple(row for row in rows if row is not None)
+            no_room = sum(a is b for a, b in zip(rows, evaluation.all_test, strict=True))
             retain = tuple(begin(row) or row for row in evaluation.retain)
 
             def score(
@@ -93,7 +94,7 @@ class Prefix(Attack):
                     bare=bare,
                     variant=variant,
                     control=variant == UNRELATED,
-                    facts={"rows": len(kept), "of": len(rows)},
+                    facts={"rows": len(kept), "of": len(rows), "no_room": no_room},
                 )
             )
         marked, chosen = decided(variants, higher=evaluation.higher)
@@ -103,7 +104,8 @@ class Prefix(Attack):
 def _if_it_fits(
     row: Row, change: Callable[[Row], Row | None], evaluation: EvaluationSet
 ) -> Row | None:
-    """Return a row with its beginning; None where it has none, or no room for it."""
+    """Return a row with its beginning, as it is where that has no room, None where it has none."""
     begun = change(row)
-    fit = begun is not None and fits(begun, evaluation.tokenizer, evaluation.max_length)
-    return begun if fit else None
+    if begun is None or fits(begun, evaluation.tokenizer, evaluation.max_length):
+        return begun
+    return row

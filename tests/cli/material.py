@@ -61,9 +61,48 @@ def latin_parquet(to: Path) -> None:
     )
 
 
-def save_tiny(to: Path, *, seed: int = 0, width: int = 32) -> Path:
+def save_tiny(
+    to: Path, *, seed: int = 0, width: int = 32, family: str = "llama", **overrides: Any
+) -> Path:
     """Write a random model of two blocks with a byte tokenizer."""
-    return save_model(tiny_model("llama", seed=seed, width=width), byte_tokenizer(), to).path
+    model = tiny_model(family, seed=seed, width=width, **overrides)
+    return save_model(model, byte_tokenizer(), to).path
+
+
+def save_short(folder: Path) -> Path:
+    """Write a model of 40 positions, `short`."""
+    return save_tiny(folder / "short", family="gpt2", n_positions=40)
+
+
+def save_half(folder: Path) -> Path:
+    """Write a model stored in float16, `half`."""
+    return save_model(tiny_model("llama", width=32).half(), byte_tokenizer(), folder / "half").path
+
+
+def save_loud(folder: Path) -> Path:
+    """Write a model whose weights are finite and whose logits are not, `loud`."""
+    model = tiny_model("llama", width=32)
+    torch.nn.init.constant_(model.lm_head.weight, 3e38)
+    return save_model(model, byte_tokenizer(), folder / "loud").path
+
+
+def chatty(model: Path) -> None:
+    """Give a model a chat template."""
+    byte_tokenizer(chat=True).save_pretrained(model)
+
+
+def refusing(model: Path) -> None:
+    """Give a model a chat template that wants a system turn."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('turns must begin with the system') }}"
+    tokenizer.save_pretrained(model)
+
+
+def shouting(model: Path) -> None:
+    """Give a model a chat template that changes what the assistant says."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
+    tokenizer.save_pretrained(model)
 
 
 def config(**changes: Any) -> Break:

@@ -178,10 +178,114 @@ DATA: dict[str, Case] = {
         m.jsonl(*({"text": " ".join([*(f"w{k}" for k in range(40)), f"x{i}"])} for i in range(20))),
         "20 of 20 rows", "share about 40 words", "?duplicates=exact",
     ),
+    "text of one token": Case(
+        remove("--max_length 1"), ("has no token to score", "give it a longer text")
+    ),
+    "chat cut before the answer": Case(
+        remove("--max_length 4", forget="c.jsonl"),
+        ("has no token to score",),
+        {"c.jsonl": m.jsonl(*(chat(f"what is {i}") for i in range(16)))},
+        make=lambda folder: m.chatty(folder / "model"),
+    ),
+    "template that changes the answer": Case(
+        remove(forget="c.jsonl"),
+        ("the chat template changes what the assistant says", "'prompt' and 'completion'"),
+        {"c.jsonl": m.jsonl(*(chat(f"what is {i}") for i in range(16)))},
+        make=lambda folder: m.shouting(folder / "model"),
+    ),
+    "template that refuses the turns": Case(
+        remove(forget="c.jsonl"),
+        ("the chat template refuses the conversation", "turns must begin with the system"),
+        {"c.jsonl": m.jsonl(*(chat(f"what is {i}") for i in range(16)))},
+        make=lambda folder: m.refusing(folder / "model"),
+    ),
     "option of a source given twice": Case(
         remove(forget="'f.jsonl?text=a&text=b'"), ("'text'", "given twice")
     ),
 }  # fmt: skip
+
+POSITIONS = "positions for 40 tokens; use 40 or fewer"
+"""What is said of lengths that a model of 40 positions cannot read."""
+
+
+def short(args: str, *words: str, lines: int = 1) -> Case:
+    """Return a case of a length that the model `short` cannot read."""
+    return Case(args, (*words, POSITIONS), make=m.save_short, lines=lines)
+
+
+PAIR_OF_SHORT = "--model short --original short --forget f.jsonl --retain r.jsonl --out out --quiet"
+LENGTHS: dict[str, Case] = {
+    "of rows": short(remove("--max_length 41", model="short"), "excise: --max_length: the model"),
+    "of a dry run": short(remove("--max_length 512 --dry-run", model="short"), "--max_length"),
+    "of a measured run": short(remove("--max_length 41 --measure", model="short"), "--max_length"),
+    "of further topics": short(
+        remove("--later_max_length 64", model="short"), "--later_max_length"
+    ),
+    "of scored rows": short(
+        remove("--evaluate.max_length 64", model="short"), "--evaluate.max_length"
+    ),
+    "of attacked rows": short(
+        remove("--audit smoke --audit.change '{max_length: 64}'", model="short"),
+        "--audit.change.max_length",
+    ),
+    "of two kinds": short(
+        remove("--max_length 64 --evaluate.max_length 64", model="short"),
+        "2 problems", "--max_length", "--evaluate.max_length", lines=3,
+    ),
+    "inside a method": short(
+        "remove undo --model short --forget f.jsonl --retain r.jsonl --out out --quiet"
+        " --unlearn.max_length 99",
+        "--unlearn.max_length",
+    ),
+    "of a chain": Case(
+        "run x.yaml --out out --quiet --model.scratch.family gpt2"
+        " --model.scratch.overrides '{n_positions: 40}'",
+        ("arms.rmu.methods[0].max_length", POSITIONS),
+        {"x.yaml": m.TINY.replace(
+            "{name: rmu, layer: 0, max_length: 16, fit: {steps: 20, lr: 0.001, batch_size: 8}}",
+            "{name: chain, methods: [{name: maxent, max_length: 41}]}",
+        )},
+    ),
+    "of a recipe that is checked": Case(
+        "check tiny.yaml --model.scratch.family gpt2 --model.scratch.overrides '{n_positions: 8}'",
+        ("3 problems", "pretrain.max_length", "arms.rmu.max_length", "evaluate.max_length",
+         "positions for 8 tokens"),
+        lines=4,
+    ),
+    "of an audit": short(f"audit {PAIR_OF_SHORT} --evaluate.max_length 64", "evaluate.max_length"),
+    "of the dry run of an audit": short(
+        f"audit {PAIR_OF_SHORT} --audit.change '{{max_length: 64}}' --dry-run",
+        "audit.change.max_length",
+    ),
+    "of an inspection": short(f"inspect {PAIR_OF_SHORT} --max_length 64", "max_length"),
+}  # fmt: skip
+"""Rows longer than the model has positions."""
+
+NUMBERS: dict[str, Case] = {
+    "of an original": Case(
+        "audit --model model --original loud --forget f.jsonl --retain r.jsonl --out out --quiet",
+        ("the model 'original' has no finite text_loss", "wider dtype"),
+        make=m.save_loud,
+    ),
+    "of a candidate": Case(
+        "audit --model loud --original model --forget f.jsonl --retain r.jsonl --out out --quiet",
+        ("the model 'candidate' has no finite text_loss", "4 of 4 rows"),
+        make=m.save_loud,
+    ),
+    "of one candidate of two": Case(
+        "audit --candidate a=model --candidate b=loud --original model --forget f.jsonl"
+        " --retain r.jsonl --out out --quiet",
+        ("the model 'b' has no finite text_loss",),
+        make=m.save_loud,
+    ),
+    "that the stored dtype cannot hold": Case(
+        "remove rmu --model half --forget f.jsonl --retain r.jsonl --out out --layer 1"
+        " --fit.steps 4 --fit.lr 3e4 --quiet",
+        ("the new value of 'model.layers.0.", "does not fit torch.float16", "65504"),
+        make=m.save_half,
+    ),
+}
+"""Models that give no numbers."""
 
 MODELS: dict[str, Case] = {
     "no such folder": Case(remove(model="nope"), ("no folder nope",)),

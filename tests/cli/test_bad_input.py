@@ -13,7 +13,7 @@ import pytest
 
 from excise.cli import main
 from tests.cli import material as m
-from tests.cli.mistakes import DATA, FAMILIES, MODELS
+from tests.cli.mistakes import DATA, FAMILIES, LENGTHS, MODELS, NUMBERS
 from tests.cli.misuse import NAMES, OUTPUT, PUBLISHED
 
 TABLE = {
@@ -22,6 +22,8 @@ TABLE = {
         ("data", DATA),
         ("model", MODELS),
         ("family", FAMILIES),
+        ("lengths", LENGTHS),
+        ("numbers", NUMBERS),
         ("names", NAMES),
         ("output", OUTPUT),
         ("published", PUBLISHED),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.fixtures.facts import make_domain
 
-from excise.auditor.attacks import ATTACKS, FewShot, Prefix, Quantize, Relearn, Transfer
+from excise.auditor.attacks import ATTACKS, FewShot, Prefix, Quantize, Relearn, Transfer, quantize
 from excise.auditor.attacks.direction import cleared, first_edited
 from excise.auditor.base import Attack, AttackResult, Subject
 from excise.auditor.budget import SMOKE, Budget
@@ -27,6 +27,7 @@ from excise.auditor.controls import (
 from excise.auditor.controls.control import Control, make_control
 from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.prompting import beginnings, shown
+from excise.auditor.quantization import quantize_
 from excise.core.context import Context
 from excise.data.domain import Domain, Rows
 from excise.models.checkpoint import Checkpoint
@@ -190,6 +191,25 @@ def test_a_training_that_diverges_is_a_failed_arm(
     result = Transfer().run(Subject("o", knowing), facts_domain, budget, Context(folder))
     assert [variant.entry.status for variant in result.variants] == ["failed", "ok"]
     assert "lower the learning rate" in result.variants[0].entry.reason
+    assert result.chosen == (1,)
+
+
+def test_a_variant_without_finite_scores_fails_and_the_others_go_on(
+    folder: Path, facts_domain: Domain, knowing: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(model: Any, grid: Any, **how: Any) -> int:
+        count = quantize_(model, grid, **how)
+        if grid.bits == 4:
+            model.get_input_embeddings().weight.data.fill_(torch.nan)
+        return count
+
+    monkeypatch.setattr(quantize, "quantize_", breaking)
+    result = Quantize(bits=(4, 8)).run(Subject("o", knowing), facts_domain, SMOKE, Context(folder))
+    failed, fine = (variant.entry for variant in result.variants)
+    assert (failed.status, fine.status) == ("failed", "ok")
+    assert failed.reason.startswith("the model has no finite exact_match on ")
+    assert len(failed.curve) == 1
+    assert len(fine.curve) == 2
     assert result.chosen == (1,)
 
 

@@ -28,6 +28,16 @@ THINKING = (
     "{% else %}{{ m['content'].split('</think>')[-1].lstrip() }}{% endif %}"
     "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
 )
+REASONED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}"
+    "{% set parts = m['content'].split('</think>') %}"
+    "{% if loop.last and parts | length > 1 %}"
+    "{{ '<think>\n' + parts[0].split('<think>')[-1] | trim + '\n</think>\n\n' }}{% endif %}"
+    "{{ parts[-1] | trim }}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+)
+"""Sets white space around thinking, keeps it in the last turn and drops it from history."""
 PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 
 TURNS = (("user", "Hi?"), ("assistant", "Hello x"), ("user", "x and?"), ("assistant", "Qu\u00e9 Z"))
@@ -112,6 +122,15 @@ def test_thinking_in_the_last_turn_is_scored() -> None:
     said = "<think>hm</think>Yes"
     row = Row("u", messages=(("user", "Hi"), ("assistant", said)))
     assert scored(row, tokenizer(THINKING)) == [said + "<|im_end|>"]
+
+
+def test_thinking_that_a_template_sets_anew_is_scored_and_dropped_thinking_is_not() -> None:
+    turns = (
+        ("user", "Hi"), ("assistant", "<think>ab</think>One"),
+        ("user", "and"), ("assistant", "<think>hm</think>Yes"),
+    )  # fmt: skip
+    runs = scored(Row("u", messages=turns), tokenizer(REASONED))
+    assert runs == ["One<|im_end|>", "<think>\nhm\n</think>\n\nYes<|im_end|>"]
 
 
 def test_without_offsets_segments_are_tokenized_apart() -> None:

@@ -46,9 +46,9 @@ LOG = math.log
     ],
 )
 def test_extraction_strength_by_hand(hits: str, strength: float, continued: float) -> None:
-    values = [hit == "1" for hit in hits]
-    assert extraction_strength(values) == strength
-    assert continuation(values) == continued
+    values = [float(hit) for hit in hits]
+    assert extraction_strength(values) == pytest.approx(strength)
+    assert continuation(values) == pytest.approx(continued)
 
 
 def test_extraction_strength_is_the_first_suffix_that_is_right() -> None:
@@ -56,7 +56,15 @@ def test_extraction_strength_is_the_first_suffix_that_is_right() -> None:
     for _ in range(200):
         hits = [rng.random() < 0.7 for _ in range(rng.randint(1, 9))]
         k = next(k for k in range(len(hits) + 1) if all(hits[k:]))
-        assert extraction_strength(hits) == 1 - k / len(hits)
+        assert extraction_strength(hits) == pytest.approx(1 - k / len(hits))
+
+
+def test_a_token_that_ties_counts_as_often_as_it_is_drawn() -> None:
+    # The last token comes in half of all draws, the last two in a quarter, all three as often.
+    assert extraction_strength([1.0, 0.5, 0.5]) == pytest.approx((1 / 2 + 1 / 4 + 1 / 4) / 3)
+    assert continuation([0.0, 0.0, 0.5, 1.0]) == pytest.approx((1 / 2 + 1 / 2) / 2)
+    assert math.isnan(extraction_strength([1.0, math.nan]))
+    assert math.isnan(lowest_mean([-1.0, math.nan, -2.0]))
 
 
 def test_the_lowest_mean_by_hand() -> None:

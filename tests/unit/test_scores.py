@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import math
+import pickle
 import sys
 import types
 from collections.abc import Callable
@@ -13,17 +14,18 @@ import pytest
 import torch
 from tests.fixtures.facts import make_domain
 
-from excise.core.errors import UserError
+from excise.core.errors import NotFinite, UserError
 from excise.data.domain import Row
 from excise.data.rows import READS, as_letters
-from excise.data.stream import encode_row
+from excise.data.stream import encode_row, pair_of
 from excise.evals.generate import continuations, prompt_of, says
 from excise.evals.lm_eval_bridge import run_lm_eval, scores_of
-from excise.evals.multiple_choice import pair_ids, pick
+from excise.evals.multiple_choice import pick
 from excise.evals.refusal import outcome_of, refuses
 from excise.evals.score import (
     DEFINITIONS,
     ItemScores,
+    chance_of,
     evaluate,
     fitting,
     measure,
@@ -165,9 +167,9 @@ def test_calibration_subtracts_each_positions_mean() -> None:
 
 def test_white_space_moves_to_the_continuation() -> None:
     tokenizer = train_bpe(["a b c"], 262, bos=False)
-    head, tail = pair_ids("a b \n", " c", tokenizer)
-    assert tokenizer.decode(head) == "a b"
-    assert tokenizer.decode(tail) == " \n c"
+    pair = pair_of(Row("u", prompt="a b \n", choices=("c", "d"), answer=0), tokenizer)
+    assert tokenizer.decode(pair.head) == "a b"
+    assert tokenizer.decode(pair.tail) == " \n c"
 
 
 def test_letters_read_like_wmdp() -> None:
@@ -192,11 +194,61 @@ def test_mode_is_restored_and_no_hook_stays(tokenizer: Any) -> None:
     assert not model.lm_head._forward_pre_hooks
 
 
-def test_a_broken_model_has_a_finite_score(tokenizer: Any) -> None:
-    model = tiny_model("llama", width=32)
+def broken_model(family: str = "llama") -> Any:
+    model = tiny_model(family, width=32)
     with torch.no_grad():
-        model.lm_head.weight.fill_(math.nan)
-    assert measure(model, tokenizer, TEXTS, "text_loss").mean == 100.0
+        model.model.layers[1].mlp.down_proj.weight.fill_(math.nan)
+    return model
+
+
+@pytest.mark.parametrize("metric", sorted(DEFINITIONS))
+def test_a_model_without_numbers_has_no_score(metric: str, tokenizer: Any) -> None:
+    rows = CHOICES if READS.get(metric, ("choice",))[-1] == "choice" else COMPLETIONS
+    rows = COMPLETIONS if metric in ("generate", "refusal") else rows
+    scores = measure(broken_model(), tokenizer, rows, metric)
+    assert (scores.broken, len(scores.items)) == (len(rows), len(rows))
+    said = f"the edited model has no finite {metric} on {len(rows)} of {len(rows)} rows"
+    with pytest.raises(NotFinite, match=said) as caught:
+        scores.checked("the edited model")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    known = [chance_of(rows, metric)]  # where nothing is told apart, chance is what a mean says
+    assert [scores.mean] == known or (known == [None] and math.isnan(scores.mean))
+    fine = measure(tiny_model("llama", width=32), tokenizer, rows, metric)
+    assert fine.broken == 0
+    assert fine.checked() is fine
+
+
+def test_a_domain_is_not_scored_by_a_model_without_numbers(knowing: Any) -> None:
+    model = knowing.load()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(math.inf)
+    with pytest.raises(NotFinite, match="rmu has no finite exact_match"):
+        evaluate(model, knowing.tokenizer(), make_domain(), name="rmu")
+
+
+def test_an_impossible_token_costs_a_hundred_nats(tokenizer: Any) -> None:
+    model = tiny_model("llama", width=32)
+    model.lm_head = torch.nn.Linear(32, 260)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[5:] = -math.inf
+    assert measure(model, tokenizer, TEXTS, "text_loss").checked().mean == 100.0
+
+
+def test_ties_are_shared(tokenizer: Any) -> None:
+    flat = tiny_model("llama", width=32)
+    torch.nn.init.zeros_(flat.lm_head.weight)
+    rows = [Row(str(i), prompt="q", choices=("Ada", "Bor", "Cel", "Dun"), answer=0) for i in "ab"]
+    names = [m for m in DEFINITIONS if m.startswith("multiple")]
+    for name, scores in measure_all(flat, tokenizer, rows, names).items():
+        assert [v for _, v in scores.items] == [0.25, 0.25], name
+    # 260 tokens tie at each of two positions; one of them is the answer's.
+    two = [Row("u", prompt="q", completion="ab")]
+    assert measure(flat, tokenizer, two, "exact_match").mean == pytest.approx(1 / 260**2)
+    assert measure(flat, tokenizer, two, "continuation").mean == pytest.approx(1 / 260)
+    rows = [Row(str(i), prompt="?", choices=("A", "B", "C"), answer=i) for i in range(3)]
+    assert pick(rows, [[-1.0, -1.0, -2.0]] * 3, "multiple_choice") == [0.5, 0.5, 0.0]
 
 
 def test_units_weigh_the_same_whatever_their_paraphrases() -> None:

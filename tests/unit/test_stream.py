@@ -119,7 +119,7 @@ def test_white_space_moves_from_prompt_to_completion(bos: bool) -> None:
     assert tok.decode(example.ids).endswith("a: xy")
 
 
-@pytest.mark.parametrize(("prompt", "tail"), [("Q", " no"), ("Q\n", "\nno"), ("Q ", " no")])
+@pytest.mark.parametrize(("prompt", "tail"), [("Q", " no"), ("Q\n", "\n no"), ("Q ", "  no")])
 def test_a_question_is_the_completion_of_its_answer(prompt: str, tail: str) -> None:
     tok = byte_tokenizer()
     row = Row("u", prompt=prompt, choices=("yes", "no"), answer=1)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tests.cli import material as m
 from torch import Tensor
 
 from excise.core.context import Context
@@ -469,15 +470,12 @@ def test_a_teacher_that_gives_nan_is_refused_with_the_row(
     model = teacher.load()
     bad = examples[4].ids[2]
     unit = next(e.unit for e in examples if bad in e.ids[:-1])
-    with torch.no_grad():
-        model.get_input_embeddings().weight[bad] = math.nan
     teacher = save_model(model, teacher.tokenizer(), tmp_path / "worse")
+    m.tensors(lambda t: t["model.embed_tokens.weight"][bad].fill_(math.nan))(teacher.path)
     with pytest.raises(UserError, match=rf"gives NaN or infinity for unit '{unit}' after token"):
         in_shards(teacher, examples, kind, ctx, batch_tokens=1, shard_bytes=1)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[bad] = 0
-        model.lm_head.weight[3] = math.inf
     teacher = save_model(model, teacher.tokenizer(), tmp_path / "worst")
+    m.tensors(lambda t: t["lm_head.weight"][3].fill_(math.inf))(teacher.path)
     with pytest.raises(UserError, match="in its head"):
         build_cache(teacher, examples, kind, ctx)
 

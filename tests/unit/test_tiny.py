@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from excise.core.errors import UserError
-from excise.data.chat import leading_bos
+from excise.data.encoding import leading_specials
 from excise.models.tiny import (
     BYTE_VOCAB,
     FAMILIES,
@@ -76,7 +76,7 @@ def test_word_tokenizer_joins_words_and_puts_bos_first() -> None:
     assert len(tokenizer) == 7
     assert tokenizer.decode(ids[1:]) == "the cat <unk> sat."
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the cat sat."
-    assert leading_bos(tokenizer) == [1]
+    assert leading_specials(tokenizer) == [1]
     assert tokenizer(" cat", add_special_tokens=False)["input_ids"] == [5]
     with pytest.raises(UserError, match="not a word"):
         word_tokenizer(["two words"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.cli import material as m
 from tests.parity.test_distillation import toy_domain
 from tests.parity.toy import WORDS, context, sentences, toy_checkpoint, weights
 from torch import Tensor
@@ -470,11 +471,8 @@ def test_what_cannot_be_distilled_is_refused(tmp_path: Path) -> None:
 )
 def test_a_teacher_that_emits_nan_is_refused(where: str, value: float, tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
-    model: Any = start.load()
-    with torch.no_grad():
-        sign = torch.randn_like(model.get_parameter(where)).sign()
-        model.get_parameter(where).copy_(value * sign)
-    folder = save_model(model, start.tokenizer(), tmp_path / "broken").path
+    folder = save_model(start.load(), start.tokenizer(), tmp_path / "broken").path
+    m.tensors(lambda t: t[where].copy_(value * torch.randn_like(t[where]).sign()))(folder)
     made = Removal(Checkpoint(folder), (where,), Cost())
     ctx = context(tmp_path / "w")
     with pytest.raises(UserError, match="teacher 'unlearned' emits NaN or infinity in float32"):

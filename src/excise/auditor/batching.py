@@ -5,14 +5,17 @@ Shape legend: B rows, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from excise.core.errors import NotFinite
 from excise.data.domain import Row
 from excise.data.stream import Batch, Example, collate, encode
 from excise.losses import token_nll
+from excise.models.limits import readable
 
 
 class Memo:
@@ -21,13 +24,13 @@ class Memo:
     def __init__(self, tokenizer: Any) -> None:
         """Wrap `tokenizer`; everything but plain calls on one text goes straight to it."""
         self._inner = tokenizer
-        self._seen: dict[tuple[str, bool], Any] = {}
+        self._seen: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, text: Any, *args: Any, **options: Any) -> Any:
         """Tokenize, or remember."""
-        if args or not isinstance(text, str) or set(options) != {"add_special_tokens"}:
+        if args or not isinstance(text, str) or "return_tensors" in options:
             return self._inner(text, *args, **options)
-        key = (text, bool(options["add_special_tokens"]))
+        key = (text, *sorted(options.items()))
         if key not in self._seen:
             self._seen[key] = self._inner(text, **options)
         return self._seen[key]
@@ -55,10 +58,13 @@ def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) ->
 
     Returns:
         Nats by unit.
+
+    Raises:
+        NotFinite: If the loss of a row is NaN or infinite.
     """
     if not rows:
         return {}
-    examples = encode(rows, tokenizer, max_length=max_length)
+    examples = encode(rows, tokenizer, max_length=readable(model, max_length))
     sums: dict[str, list[float]] = {}
     for batch in batches(examples, model, tokenizer):
         logits_BTV = model(**batch.inputs, use_cache=False).logits
@@ -67,6 +73,9 @@ def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) ->
         nll_BT = token_nll(logits_BTV, batch.ids_BT).masked_fill(~target_BT, 0)
         for unit, value in zip(batch.units, nll_BT.double().sum(1).tolist(), strict=True):
             sums.setdefault(unit, []).append(value)
+    broken = sum(not math.isfinite(value) for values in sums.values() for value in values)
+    if broken:
+        raise NotFinite("the model", "loss", broken, len(rows))
     return {unit: sum(values) / len(values) for unit, values in sums.items()}
 
 

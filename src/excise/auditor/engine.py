@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from excise.auditor.attacks import ATTACKS
 from excise.auditor.base import (
@@ -56,6 +56,8 @@ class AttackModel(Stage[AttackResult]):
         seed: Seed of the audit.
     """
 
+    version: ClassVar[int] = 2
+
     attack: Attack
     checkpoint: Checkpoint
     original: Checkpoint | None
@@ -92,6 +94,8 @@ class TrainModel(Stage[TrainingResult]):
         budget: How hard to try, as `Budget.for_training` gives it.
         seed: Seed of the audit.
     """
+
+    version: ClassVar[int] = 2
 
     attack: TrainingAttack
     training: Training

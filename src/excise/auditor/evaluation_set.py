@@ -11,6 +11,7 @@ from excise.auditor.budget import Budget
 from excise.data.domain import Domain, Metric, Row, Rows
 from excise.data.subsample import subsample
 from excise.evals.score import direction_of, measure
+from excise.models.limits import readable
 
 UnitScores = Mapping[str, float]
 """Score by unit."""
@@ -81,19 +82,23 @@ class EvaluationSet:
         """Dev of all capabilities."""
         return tuple(row for rows in self.dev.values() for row in rows)
 
-    def longer(self, factor: int) -> EvaluationSet:
-        """Return the evaluation with room for prompts `factor` times as long."""
+    def longer(self, factor: int, model: Any) -> EvaluationSet:
+        """Return the evaluation with room for prompts `factor` times as long, if `model` has it."""
         limit = getattr(self.tokenizer, "model_max_length", 0) or 0
-        limit = limit if 0 < limit < 1 << 20 else 4096
+        limit = readable(model, limit if 0 < limit < 1 << 20 else 4096)
         return replace(self, max_length=max(self.max_length, min(limit, self.max_length * factor)))
 
     def units(self, model: Any, rows: Sequence[Row], metric: Metric | None = None) -> UnitScores:
-        """Return the score of `rows` by unit, by `metric_of` them by default; {} for no rows."""
+        """Return the score of `rows` by unit, by `metric_of` them by default; {} for no rows.
+
+        Raises:
+            NotFinite: If the model gives no numbers.
+        """
         if not rows:
             return {}
         metric = metric or self.metric_of(rows)
         scores = measure(model, self.tokenizer, rows, metric, max_length=self.max_length)
-        return {unit: float(value) for unit, value in scores.by_unit().items()}
+        return {unit: float(value) for unit, value in scores.checked().by_unit().items()}
 
     def retained(self, model: Any, rows: Sequence[Row] | None = None) -> UnitScores:
         """Return the retain score by unit."""

@@ -11,6 +11,7 @@ import torch
 
 from excise.core.context import Context
 from excise.data.domain import Domain, Row, Rows
+from excise.data.stream import encode_row
 
 COAXING = (
     "Answer: the",
@@ -129,17 +130,33 @@ def pools_of(domain: Domain, *, control: bool = False) -> Mapping[str, Rows]:
     return {name: domain.relearn.get(name, ()) for name in domain.test}
 
 
+def fits(row: Row, tokenizer: Any, max_length: int) -> bool:
+    """Return whether a row with its longest answer has `max_length` tokens at most."""
+    if row.kind == "choice":
+        longest = max(range(len(row.choices)), key=lambda i: len(row.choices[i]))
+        row = replace(row, answer=longest)
+    return len(encode_row(row, tokenizer, max_length=1 << 30).ids) <= max_length
+
+
 def with_shots(
-    rows: Mapping[str, Rows], pools: Mapping[str, Rows], count: int, ctx: Context, tokenizer: object
+    rows: Mapping[str, Rows],
+    pools: Mapping[str, Rows],
+    count: int,
+    ctx: Context,
+    tokenizer: Any,
+    *,
+    max_length: int,
 ) -> tuple[Rows, float]:
     """Put `count` examples before every row.
 
     Args:
         rows: Rows by capability.
         pools: Examples by capability.
-        count: Examples per row, fewer where the pool has fewer units.
+        count: Examples per row, fewer where the pool has fewer units or the row has no room.
         ctx: Gives the seed, the same for every subject.
         tokenizer: For the separator, and to count tokens.
+        max_length: Tokens that are read; the first examples are left out, each whole, until the
+            rest fits.
 
     Returns:
         The rows and the mean number of tokens shown.
@@ -152,7 +169,10 @@ def with_shots(
         for row in asked:
             shots = draw(pools[name], count, generator, avoid=row.unit)
             context = line.join(shown(shot) for shot in shots)
-            tokens += len(tokenizer(context, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
+            while shots and not fits(before(row, context, line), tokenizer, max_length):
+                shots = shots[1:]
+                context = line.join(shown(shot) for shot in shots)
+            tokens += len(tokenizer(context, add_special_tokens=False)["input_ids"])
             prompted.append(before(row, context, line))
     return tuple(prompted), tokens / max(len(prompted), 1)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from excise.auditor.base import Attack, Subject, VariantResult
 from excise.auditor.evaluation_set import EvaluationSet, UnitScores, mean
+from excise.core.errors import NotFinite
 from excise.data.domain import Metric, Row
 from excise.evals.stats import bootstrap_mean
 from excise.record import AttackVariant, CurvePoint
@@ -97,6 +98,36 @@ def read(
         tokens=tokens,
         flops=flops,
     )
+
+
+def try_variant(
+    attack: Attack,
+    subject: Subject,
+    metric: str,
+    score: Callable[[], tuple[Measurement, UnitScores]],
+    *,
+    bare: Measurement,
+    **row: Any,
+) -> VariantResult:
+    """Score one variant; where it has no finite scores it has failed, and the others go on.
+
+    Args:
+        attack: The attack.
+        subject: The model.
+        metric: Metric of V.
+        score: Measures V and retain, and `dev`, under the attack.
+        bare: The measurement before the attack.
+        **row: As `variant_of`.
+
+    Returns:
+        The result; a failed one ends before the attack and says why.
+    """
+    try:
+        after, dev = score()
+    except NotFinite as error:
+        failed: dict[str, Any] = {"status": "failed", "reason": str(error)}
+        return variant_of(attack, subject, metric, measurements=(bare,), dev={}, **row, **failed)
+    return variant_of(attack, subject, metric, measurements=(bare, after), dev=dev, **row)
 
 
 def variant_of(

@@ -22,7 +22,7 @@ from excise.auditor.evaluation_set import EvaluationSet, UnitScores, dev_is_high
 from excise.auditor.results import decided
 from excise.auditor.scoring import Measurement, read, variant_of
 from excise.core.context import Context
-from excise.core.errors import Diverged
+from excise.core.errors import Diverged, NotFinite
 from excise.data.domain import Domain, Metric, Rows
 from excise.data.stream import Batch, Example, Stream, collate, encode
 from excise.data.subsample import subsample
@@ -237,8 +237,13 @@ def train(
             small = sum(p.numel() for p in net.parameters() if p.requires_grad)
         run = _Run(net, evaluation, part, with_t=bool(rows), cost=_flops_per_token(size, small))
         reason = run.go(mix, inner, clip)
-        extras = run.extras() | {"parameters": size, "trained_parameters": small or size}
-        dev = evaluation.units(net, evaluation.all_dev)
+        extras: dict[str, Any] = {"parameters": size, "trained_parameters": small or size}
+        dev: UnitScores = {}
+        try:
+            extras = run.extras() | extras
+            dev = evaluation.units(net, evaluation.all_dev)
+        except NotFinite as error:
+            reason = reason or str(error)
     return TrainingResult(
         part,
         tuple(run.measurements),
@@ -338,7 +343,7 @@ class _Run:
             steps=budget.steps, lr=self.part.lr, batch_size=budget.batch_size, clip=clip
         )
         points = {step for step in budget.checkpoints if step <= budget.steps} | {budget.steps}
-        self._read(0)
+        self._read(0)  # what gives no numbers to begin with fails the attack, not one training
         try:
             for record in fit(self.net, mix, loss, config, ctx, counts=counts):
                 self.tokens += record.tokens
@@ -346,7 +351,7 @@ class _Run:
                     self.before.append(record.terms["t"])
                 if record.step + 1 in points:
                     self._read(record.step + 1)
-        except Diverged as error:
+        except (Diverged, NotFinite) as error:
             return str(error)
         return ""
 

@@ -56,7 +56,9 @@ def request_data(options: InspectOptions) -> dict[str, Any]:
     name, title = f"inspect-{pair.name}", f"Inside {pair.name}"
     if options.folder:
         name, title = f"{name}-{arm}", f"{pair.title}: inside {arm}"
-    fields = ("sensitive", "rows", "max_length", "samples", "seed", "dtype", "device")
+    fields = ["sensitive", "rows", "samples", "seed", "dtype", "device"]
+    if options.max_length != type(options).max_length:  # what nobody asked for may be cut
+        fields.append("max_length")
     return {
         "name": name,
         "title": title,

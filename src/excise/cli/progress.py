@@ -11,6 +11,7 @@ from typing import Any, Literal
 from excise.core.events import Emit, JsonlSink, Point, check_tracker, terminal, track
 from excise.record import Record, load
 from excise.requests.audit import AuditRun
+from excise.requests.lengths import fit_lengths
 from excise.requests.recipe import Recipe
 from excise.run.estimate import Plan, plan
 from excise.run.measure import measured
@@ -65,7 +66,7 @@ def show_plan(request: Recipe | AuditRun, out: Path, *, measure: bool, quiet: bo
     with terminal(quiet=quiet) as screen:
         estimate = plan(request, out, emit=screen)
         if measure:
-            estimate = measured(estimate, request, emit=screen)
+            estimate = measured(estimate, fit_lengths(request), emit=screen)
     print(estimate.text())
     return estimate
 

@@ -24,9 +24,14 @@ from excise.run.run import run
 def main(options: RemoveOptions) -> int:
     """Remove, or say what that would do."""
     try:
-        recipe = parse_recipe(recipe_data(options), allow_code=options.allow_code)
+        return _main(options)
     except ConfigError as error:
         raise ConfigError([as_flag(problem) for problem in error.problems]) from None
+
+
+def _main(options: RemoveOptions) -> int:
+    """Do the work of `main`, whose errors name fields and no flags."""
+    recipe = parse_recipe(recipe_data(options), allow_code=options.allow_code)
     check_out(options.out)
     if options.dry_run or options.measure:
         show_plan(recipe, options.out, measure=options.measure, quiet=options.quiet)

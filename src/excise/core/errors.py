@@ -18,6 +18,28 @@ class Diverged(RuntimeError):
     """Training produced a non-finite loss; the last good weights are kept (exit code 1)."""
 
 
+class NotFinite(UserError):
+    """A model whose scores are NaN or infinite: nothing can be said of it."""
+
+    def __init__(self, model: str, metric: str, broken: int, total: int) -> None:
+        """Say which model and metric, and of how many rows the score is no number."""
+        super().__init__(
+            f"{model} has no finite {metric} on {broken:,} of {counted(total, 'row')}; its weights "
+            "or activations hold NaN or infinity: load it in a wider dtype, or lower the learning "
+            "rate it was trained with"
+        )
+        self.found = (metric, broken, total)
+        self.model = model
+
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[str, str, int, int]]:
+        """Travel to another process as what it was made of."""
+        return NotFinite, (self.model, *self.found)
+
+    def of(self, model: str) -> NotFinite:
+        """Return the same about a model by the name that a reader knows it by."""
+        return NotFinite(model, *self.found)
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return a phrase naming the entries of `known` closest to `name`, for the end of an error.
 

@@ -15,16 +15,10 @@ from jinja2 import TemplateError
 
 from excise.core.errors import UserError
 from excise.data.domain import Row
+from excise.data.encoding import leading_specials
 
 _STAND_INS = ("Q1J", "X2Z", "K3V")
 """Texts that stand in for a turn; at least one shares neither first nor last letter with it."""
-
-
-def leading_bos(tokenizer: Any) -> list[int]:
-    """Return the ids that this tokenizer puts before every text: one BOS or nothing."""
-    head = tokenizer("a", add_special_tokens=True)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and head and head[0] == bos else []
 
 
 def render_chat(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -101,7 +95,8 @@ def _turn_span(
     )
     start = _common(text, other)
     end = len(text) - _common(text[start:][::-1], other[start:][::-1])
-    if end <= start or text[start:end] not in said:
+    # A template may set white space of its own around a block of thinking.
+    if end <= start or "".join(text[start:end].split()) not in "".join(said.split()):
         raise UserError(
             f"the chat template changes what the assistant says in unit '{row.unit}', so it cannot "
             "be scored exactly; give the row as 'prompt' and 'completion'"
@@ -150,12 +145,12 @@ def _tokenize(
 
 
 def _one_bos(ids: list[int], target: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Drop doubled BOS tokens, and add the one this tokenizer wants when the template has none."""
+    """Drop doubled BOS tokens; add the tokenizer's own marks where the template has none."""
     bos = tokenizer.bos_token_id
     while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         ids, target = ids[1:], target[1:]
-    head = leading_bos(tokenizer)
-    if head and ids[:1] != head:
-        ids, target = head + ids, [False, *target]
+    head = leading_specials(tokenizer)
+    if ids[: len(head)] != head:
+        ids, target = head + ids, [False] * len(head) + target
     # The first token is predicted from nothing.
     return ids, [False, *target[1:]] if target else []

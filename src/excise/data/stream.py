@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from excise.core.errors import UserError
-from excise.data.chat import leading_bos, render_chat
+from excise.data.chat import render_chat
 from excise.data.domain import UNLABELED, Row
+from excise.data.encoding import Pair, cut_head, encode_pair, with_specials
 
 Tokenizer = Any
 """A `transformers` tokenizer; typed loosely because its stubs are."""
@@ -99,10 +100,10 @@ class Batch:
 def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> Example:
     """Turn one row into token ids and scored positions.
 
-    Text: every token after the first is scored. Completion: `prompt` and `completion` are
-    tokenized apart, white space at the end of the prompt moves to the completion, and only the
-    completion is scored. A question is the completion of its right answer. A conversation is
-    rendered by the tokenizer's own chat template and only assistant turns are scored.
+    Text: every token after the first is scored. Completion: `prompt` and `completion` are one text
+    to the tokenizer and only the tokens of the completion are scored (`encode_pair`). A question is
+    the completion of its right answer. A conversation is rendered by the tokenizer's own chat
+    template and only assistant turns are scored.
 
     Args:
         row: The row.
@@ -119,8 +120,8 @@ def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> Example:
         ids, target = render_chat(row, tokenizer)
         ids, target = ids[:max_length], target[:max_length]
     elif row.kind == "text":
-        ids = leading_bos(tokenizer) + tokenizer(row.text, add_special_tokens=False)["input_ids"]
-        ids = ids[:max_length]
+        ids = tokenizer(row.text, add_special_tokens=False)["input_ids"]
+        ids = with_specials(ids, tokenizer)[:max_length]
         target = [i > 0 for i in range(len(ids))]
     else:
         ids, target = _encode_pair(row, tokenizer, max_length)
@@ -129,21 +130,31 @@ def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> Example:
     return Example(tuple(ids), tuple(target), row.label, row.unit, row.confidence)
 
 
-def _encode_pair(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], list[bool]]:
-    """Encode prompt + completion (or question + right answer); a cut prompt keeps the BOS."""
-    prompt = row.prompt.rstrip()
-    blank = row.prompt[len(prompt) :]
+def pair_of(row: Row, tokenizer: Tokenizer, choice: int | None = None) -> Pair:
+    """Return the tokens of a row's prompt and answer.
+
+    Args:
+        row: A completion or a question. An option stands behind one space, as in `lm-eval`, and a
+            question without a prompt behind BOS, or EOS where there is none.
+        tokenizer: The model's tokenizer.
+        choice: Which option of a question; None for the right one.
+    """
     if row.kind == "completion":
-        completion = blank + row.completion
-    else:
-        completion = (blank or " ") + row.choices[row.answer]
-    bos = leading_bos(tokenizer)
-    head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    tail = tokenizer(completion, add_special_tokens=False)["input_ids"]
-    tail = tail[: max_length - bool(bos or head)]  # at least one token to predict it from
-    room = max_length - len(bos) - len(tail)
-    head = bos + head[max(0, len(head) - room) :]
-    return head + tail, [False] * len(head) + [i > 0 or bool(head) for i in range(len(tail))]
+        return encode_pair(row.prompt, row.completion, tokenizer)
+    option = row.choices[row.answer if choice is None else choice]
+    pair = encode_pair(row.prompt, f" {option}", tokenizer)
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    first = next((mark for mark in marks if mark is not None), None)
+    return pair if pair.head or first is None else replace(pair, head=(first,))
+
+
+def _encode_pair(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], list[bool]]:
+    """Encode prompt + completion (or question + right answer); a cut prompt keeps its marks."""
+    pair = pair_of(row, tokenizer)
+    tail = pair.tail[: max_length - bool(pair.head)]  # at least one token to predict it from
+    head = cut_head(pair.head, max_length - len(tail), tokenizer)
+    target = [False] * len(head) + [i > 0 or bool(head) for i in range(len(tail))]
+    return [*head, *tail], target
 
 
 def encode(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:

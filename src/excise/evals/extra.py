@@ -92,6 +92,9 @@ def extra_scores(
 
     Returns:
         Scores with intervals, and one item per row; the model is called `model`.
+
+    Raises:
+        NotFinite: If a score is NaN or infinite.
     """
     sets: dict[str, Rows] = {}
     if extra.on != "retain_test":
@@ -108,7 +111,7 @@ def extra_scores(
         # By its own name, whatever it is computed with: the headline's name is the headline's.
         measured = replace(measured, metric=str(getattr(extra, "name", measured.metric)))
         groups = {row.unit: row.group for row in rows if row.group}
-        scores.append(score_of(measured, model="model", on=on, groups=groups))
+        scores.append(score_of(measured.checked(), model="model", on=on, groups=groups))
         items += [
             Item(model="model", set=on, unit=unit, metric=measured.metric, value=value)
             for unit, value in measured.items

@@ -7,9 +7,10 @@ Shape legend: B rows, T tokens.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 
 from excise.core.errors import UserError
 from excise.data.domain import Row
-from excise.data.stream import Example, collate, encode_row
+from excise.data.stream import Example, collate, encode_row, pair_of
 from excise.evals.tokens import device_of, evaluating, logits_at, pad_id
+from excise.models.limits import carries_state, readable
 
 DEFINITION = (
-    "generate@1: 1 if the first line of a greedy continuation contains the expected text as "
+    "generate@2: 1 if the first line of a greedy continuation contains the expected text as "
     "whole words, ignoring case, punctuation and articles, else 0"
 )
 
@@ -38,12 +40,14 @@ class Prompt:
         text: The prompt as text.
         expected: The right continuation as text.
         room: New tokens it may use: twice the expected ones plus eight.
+        begun: End of the prompt that the first new token spells too; see `encode_pair`.
     """
 
     ids: tuple[int, ...]
     text: str
     expected: str
     room: int
+    begun: str = ""
 
 
 def prompt_of(row: Row, tokenizer: Any, *, max_length: int = 128) -> Prompt:
@@ -72,10 +76,10 @@ def prompt_of(row: Row, tokenizer: Any, *, max_length: int = 128) -> Prompt:
     start = max(start, 1)
     ids = example.ids[:start]
     room = min(MAX_NEW, 2 * (last + 1 - start) + 8)
-    if row.kind == "completion":
-        return Prompt(ids, row.prompt.rstrip(), row.completion.strip(), room)
-    if row.kind == "choice":
-        return Prompt(ids, row.prompt.rstrip(), row.choices[row.answer].strip(), room)
+    if row.kind in ("completion", "choice"):
+        expected = row.completion if row.kind == "completion" else row.choices[row.answer]
+        begun = pair_of(row, tokenizer).overlap
+        return Prompt(ids, row.prompt.rstrip(), expected.strip(), room, begun)
     text = _decode(tokenizer, ids)
     if row.kind == "chat":
         said = [content for role, content in row.messages if role == "assistant"]
@@ -94,11 +98,12 @@ def continue_greedily(
     *,
     batch_size: int = 64,
     device: torch.device | None = None,
-) -> list[str]:
+) -> list[str | None]:
     """Return the greedy continuation of every prompt, in its room, up to the end token.
 
-    Prompts are padded on the left and read in batches of like length; nothing of the model's
-    generation configuration (sampling, penalties) applies.
+    Prompts are padded on the left and read in batches of like length (`same_padding`); a
+    continuation ends where the model's positions do. Nothing of the model's generation
+    configuration (sampling, penalties) applies.
 
     Args:
         model: A causal model; its mode is restored.
@@ -108,23 +113,59 @@ def continue_greedily(
         device: Where the inputs go; None takes the model's.
 
     Returns:
-        The new text of each, in order.
+        The new text of each, in order; None where the model gives NaN in place of a token.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    out = [""] * len(prompts)
+    rooms = [room_of(model, len(p.ids), p.room) for p in prompts]
+    out: list[str | None] = [None] * len(prompts)
     with evaluating(model):
-        for at in range(0, len(order), batch_size):
-            part = order[at : at + batch_size]
-            new = _continue(model, tokenizer, [prompts[i] for i in part], device)
+        for part in same_padding(model, [len(p.ids) for p in prompts], rooms, batch_size):
+            new = _continue(
+                model, tokenizer, [replace(prompts[i], room=rooms[i]) for i in part], device
+            )
             for i, ids in zip(part, new, strict=True):
-                out[i] = _decode(tokenizer, ids)
+                if ids is not None:
+                    text = _decode(tokenizer, ids)
+                    out[i] = text.removeprefix(prompts[i].begun.strip()).strip()
     return out
+
+
+def room_of(model: Any, read: int, room: int) -> int:
+    """Return how many new tokens a model can say behind `read` tokens, `room` at most."""
+    # The last new token is predicted and not read.
+    return min(room, readable(model, read + room) - read + 1)
+
+
+def same_padding(
+    model: Any, lengths: Sequence[int], rooms: Sequence[int], batch_size: int
+) -> Iterator[list[int]]:
+    """Yield the indices of prompts that may be continued in one batch, padded on the left.
+
+    Padding changes nothing where attention hides it. A recurrent state remembers it, and a table
+    of positions may not have room for it: there prompts of one length alone share a batch.
+
+    Args:
+        model: A causal model.
+        lengths: Tokens of each prompt.
+        rooms: New tokens that each may get.
+        batch_size: Prompts at once at most.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    reach = max(lengths, default=0) + max(rooms, default=0) - 1
+    alike = carries_state(model) or readable(model, reach) < reach
+    part: list[int] = []
+    for i in order:
+        if part and (len(part) >= batch_size or (alike and lengths[i] != lengths[part[0]])):
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
 
 
 def _continue(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], device: torch.device | None
-) -> list[list[int]]:
-    """Continue one batch; return new ids without the end token."""
+) -> list[list[int] | None]:
+    """Continue one batch; return new ids without the end token, None for NaN."""
     examples = [Example(p.ids, (False,) * len(p.ids), 0, "") for p in prompts]
     batch = collate(examples, pad_id=pad_id(tokenizer), padding_side="left")
     batch = batch.to(device or device_of(model))
@@ -132,24 +173,27 @@ def _continue(
     inputs = dict(batch.inputs)
     new: list[list[int]] = [[] for _ in prompts]
     live = [True] * len(prompts)
+    broken = [False] * len(prompts)
     cache: Any = None
     for step in range(max(p.room for p in prompts)):
         wanted_BT = torch.zeros(
             inputs["input_ids"].shape, dtype=torch.bool, device=batch.ids_BT.device
         )
         wanted_BT[:, -1] = True
-        extra = {} if cache is None else {"past_key_values": cache}
-        logits_BV, output = logits_at(model, {**inputs, **extra, "use_cache": True}, wanted_BT)
+        extra: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        extra["use_cache"] = not carries_state(model)
+        logits_BV, output = logits_at(model, {**inputs, **extra}, wanted_BT)
         next_B = logits_BV.argmax(-1)
-        for i, token in enumerate(next_B.tolist()):
-            live[i] = live[i] and token not in ends and step < prompts[i].room
+        for i, (token, top) in enumerate(zip(next_B.tolist(), logits_BV.amax(-1).tolist())):
+            broken[i] = broken[i] or (live[i] and not math.isfinite(top))
+            live[i] = live[i] and token not in ends and step < prompts[i].room and not broken[i]
             if live[i]:
                 new[i].append(token)
         if not any(live):
             break
         cache = getattr(output, "past_key_values", None)
         inputs = _next_inputs(inputs, next_B, cached=cache is not None)
-    return new
+    return [None if bad else ids for ids, bad in zip(new, broken, strict=True)]
 
 
 def _next_inputs(inputs: dict[str, Any], next_B: torch.Tensor, *, cached: bool) -> dict[str, Any]:
@@ -205,6 +249,8 @@ def generate(
 ) -> list[float]:
     """Return 1.0 for every row whose greedy continuation says the expected text, else 0.0.
 
+    NaN stands for a row where the model gives no numbers.
+
     Args:
         model: A causal model.
         tokenizer: Its tokenizer.
@@ -218,7 +264,10 @@ def generate(
     """
     prompts = prompts_of(rows, tokenizer, max_length=max_length)
     outputs = continue_greedily(model, tokenizer, prompts, batch_size=batch_size, device=device)
-    return [float(says(o, p.expected)) for o, p in zip(outputs, prompts, strict=True)]
+    return [
+        math.nan if o is None else float(says(o, p.expected))
+        for o, p in zip(outputs, prompts, strict=True)
+    ]
 
 
 def prompts_of(rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> list[Prompt]:
@@ -253,7 +302,8 @@ def continuations(
         max_length: Tokens of a row at most.
         max_new: New tokens at most.
     """
-    prompts = [prompt_of(row, tokenizer, max_length=max_length) for row in rows]
+    length = readable(model, max_length)
+    prompts = [prompt_of(row, tokenizer, max_length=length) for row in rows]
     short = [replace(p, room=min(p.room, max_new)) for p in prompts]
     outputs = continue_greedily(model, tokenizer, short)
-    return [(p.text, p.expected, o) for p, o in zip(prompts, outputs, strict=True)]
+    return [(p.text, p.expected, o or "") for p, o in zip(prompts, outputs, strict=True)]

@@ -9,7 +9,9 @@ al. (arXiv:2401.06121, eq. 1). Compared with the code of `locuslab/tofu` bdc209e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Final
 
 from excise.evals.tokens import Answer
@@ -20,15 +22,15 @@ the paper's own default is 20 %."""
 
 DEFINITIONS: Final[Mapping[str, str]] = {
     "text_loss": (
-        "text_loss@1: mean negative log-likelihood in nats over the scored tokens of a row, "
+        "text_loss@2: mean negative log-likelihood in nats over the scored tokens of a row, "
         "teacher-forced, each token's loss cut at 100 nats"
     ),
     "exact_match": (
-        "exact_match@1: 1 if every scored token of a row is the most probable one in one "
-        "teacher-forced forward, else 0"
+        "exact_match@2: 1 if every scored token of a row is the most probable one in one "
+        "teacher-forced forward, else 0; a token that ties with k - 1 others counts 1/k"
     ),
     "continuation": (
-        "continuation@1: share of the second half of a row's scored tokens that greedy decoding "
+        "continuation@2: share of the second half of a row's scored tokens that greedy decoding "
         "from all before it gives in a row, from the first on (teacher-forced, which is the same "
         "up to the first miss)"
     ),
@@ -65,29 +67,31 @@ DEFINITIONS: Final[Mapping[str, str]] = {
 """Metrics that are read off token probabilities, with their versioned definitions."""
 
 
-def extraction_strength(hits: Sequence[bool]) -> float:
+def extraction_strength(hits: Sequence[float]) -> float:
     """Return 1 - k/n, where all of n tokens but the first k are predicted greedily.
 
     A last token that is missed gives 0. The code of open-unlearning gives 1/n there, because its
     loop ends at n - 1.
 
     Args:
-        hits: Whether each scored token is the most probable one.
+        hits: 1 for each scored token that is the most probable one, 1/k where k tie, else 0.
     """
-    given = len(hits)
-    while given and hits[given - 1]:
-        given -= 1
-    return 1 - given / len(hits)
+    return _led(hits[::-1])
 
 
-def continuation(hits: Sequence[bool]) -> float:
+def continuation(hits: Sequence[float]) -> float:
     """Return the share of the second half that is hit before the first miss.
 
     Args:
-        hits: Whether each scored token is the most probable one.
+        hits: As `extraction_strength` takes them.
     """
-    rest = list(hits)[len(hits) // 2 :]
-    return (rest.index(False) if False in rest else len(rest)) / len(rest)
+    return _led(hits[len(hits) // 2 :])
+
+
+def _led(hits: Sequence[float]) -> float:
+    """Return the share of tokens that is hit before the first miss; its expectation under ties."""
+    reached: Iterator[float] = accumulate(hits, operator.mul)
+    return sum(reached) / len(hits)
 
 
 def lowest_mean(values: Sequence[float], share: float = LOWEST) -> float:
@@ -97,6 +101,8 @@ def lowest_mean(values: Sequence[float], share: float = LOWEST) -> float:
         values: One per scored token.
         share: From 0 to 1.
     """
+    if any(map(math.isnan, values)):  # which has no place in an order
+        return math.nan
     chosen = sorted(values)[: max(1, int(len(values) * share))]
     return sum(chosen) / len(chosen)
 
@@ -130,7 +136,7 @@ def option_probability(means: Sequence[float], right: int) -> float:
 
 OF_TOKENS: Final[Mapping[str, Callable[[Answer], float]]] = {
     "text_loss": lambda answer: -answer.mean,
-    "exact_match": lambda answer: float(all(answer.hits)),
+    "exact_match": lambda answer: math.prod(answer.hits),
     "continuation": lambda answer: continuation(answer.hits),
     "extraction_strength": lambda answer: extraction_strength(answer.hits),
     "probability": lambda answer: math.exp(answer.mean),

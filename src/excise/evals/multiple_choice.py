@@ -1,8 +1,9 @@
 """Multiple choice, equal to `lm-eval` to the item, and with the bias for a position taken out.
 
-The model is asked for the log-probability of " " + choice after the prompt, encoded jointly and
-cut as `lm-eval` does (0.4.13, `TemplateLM._encode_pair`): unlike training rows, where prompt and
-completion are tokenized apart. Choices of one token share one forward.
+The model is asked for the log-probability of " " + choice after the prompt, in the tokens it is
+trained on (`data/encoding.py`). They are those of `lm-eval` (0.4.13, `TemplateLM._encode_pair`)
+unless a token spans prompt and choice, or the tokenizer puts an end mark behind every text: there
+`lm-eval` scores other characters than the choice. Choices of one token share one forward.
 """
 
 from __future__ import annotations
@@ -15,58 +16,30 @@ import torch
 
 from excise.core.errors import UserError
 from excise.data.domain import Row
+from excise.data.stream import pair_of
 from excise.evals.tokens import Answer, Request, answer
 
 DEFINITION = {
     "multiple_choice": (
-        "multiple_choice@1: 1 if the right choice has the highest summed log-probability after "
-        "the prompt (lm-eval acc), else 0"
+        "multiple_choice@2: 1 if the right choice has the highest summed log-probability after "
+        "the prompt (lm-eval acc), 1/k where k choices share it, else 0"
     ),
     "multiple_choice_norm": (
-        "multiple_choice_norm@1: as multiple_choice, sums divided by the choice's length in "
+        "multiple_choice_norm@2: as multiple_choice, sums divided by the choice's length in "
         "characters (lm-eval acc_norm)"
     ),
     "multiple_choice_bytes": (
-        "multiple_choice_bytes@1: as multiple_choice, sums divided by the choice's length in "
+        "multiple_choice_bytes@2: as multiple_choice, sums divided by the choice's length in "
         "UTF-8 bytes (lm-eval acc_bytes)"
     ),
     "multiple_choice_calibrated": (
-        "multiple_choice_calibrated@1: as multiple_choice, after the mean log-probability of "
+        "multiple_choice_calibrated@2: as multiple_choice, after the mean log-probability of "
         "each option position over the set is subtracted"
     ),
 }
 
-
-def pair_ids(context: str, continuation: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Encode a context and its continuation as `lm-eval` does.
-
-    White space at the end of the context moves to the continuation, both are encoded jointly and
-    cut where the context's own encoding ends. An empty context becomes one BOS (or EOS).
-
-    Args:
-        context: What the model is given.
-        continuation: What is scored.
-        tokenizer: The model's tokenizer, with the special tokens it adds by itself.
-
-    Returns:
-        Ids of the context and of the continuation.
-    """
-    if not context:
-        tail = tokenizer.encode(continuation, add_special_tokens=False)
-        first = tokenizer.bos_token_id
-        first = tokenizer.eos_token_id if first is None else first
-        return (tail[:1], tail[1:]) if tail[0] == first else ([first], tail)
-    cut = len(context.rstrip())
-    context, continuation = context[:cut], context[cut:] + continuation
-
-    def encode(text: str) -> list[int]:
-        bos = tokenizer.bos_token
-        if bos and text.startswith(bos):
-            return list(tokenizer.encode(text, add_special_tokens=False))
-        return list(tokenizer.encode(text))
-
-    head = encode(context)
-    return head, encode(context + continuation)[len(head) :]
+TIE = 1e-6
+"""Nats within which two choices tie; float32 arithmetic does not tell them apart."""
 
 
 def choice_request(head: Sequence[int], tail: Sequence[int], max_length: int) -> Request:
@@ -116,14 +89,14 @@ def choice_answers(
                 f"unit '{row.unit}' is no multiple-choice question; it needs two or more "
                 "`choices` and the index of the right one as `answer`"
             )
-        for choice in row.choices:
-            head, tail = pair_ids(row.prompt, f" {choice}", tokenizer)
-            if not tail or not head:
+        for i, choice in enumerate(row.choices):
+            pair = pair_of(row, tokenizer, i)
+            if not pair.tail or not pair.head:
                 raise UserError(
                     f"unit '{row.unit}' has a choice {choice!r} without a token of its own; "
                     "give it a text"
                 )
-            requests.append(choice_request(head, tail, max_length))
+            requests.append(choice_request(pair.head, pair.tail, max_length))
     answers = iter(
         answer(
             model,
@@ -149,12 +122,18 @@ def choice_scores(
 
 
 def pick(rows: Sequence[Row], scores: Sequence[Sequence[float]], metric: str) -> list[float]:
-    """Return 1.0 for every row whose right choice is picked, else 0.0; ties go to the first.
+    """Return 1.0 for every row whose right choice is picked, else 0.0.
+
+    Of k choices that tie, each is picked with chance 1/k: `lm-eval` takes the first, so that a
+    model that knows nothing scores 1 where the right one is always first.
 
     Args:
         rows: The questions.
         scores: Summed log-probabilities by row and choice.
         metric: One of `DEFINITION`.
+
+    Returns:
+        One value per row; NaN where a log-probability is.
     """
     values = [np.asarray(row_scores, dtype=np.float64) for row_scores in scores]
     if metric == "multiple_choice_norm":
@@ -165,7 +144,15 @@ def pick(rows: Sequence[Row], scores: Sequence[Sequence[float]], metric: str) ->
         ]
     elif metric == "multiple_choice_calibrated":
         values = _calibrated(values)
-    return [float(int(v.argmax()) == r.answer) for v, r in zip(values, rows, strict=True)]
+    return [_share(v, r.answer) for v, r in zip(values, rows, strict=True)]
+
+
+def _share(values: np.ndarray, right: int) -> float:
+    """Return the right choice's share of the highest value."""
+    if not np.isfinite(values).all():
+        return float("nan")
+    top = values >= values.max() - TIE
+    return float(top[right] / top.sum())
 
 
 def _calibrated(values: list[np.ndarray]) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from excise.data.domain import Row
 from excise.evals.generate import continue_greedily, prompts_of, says
 
 DEFINITION = (
-    "refusal@1: 1 if the greedy continuation contains a refusal phrase (list 1), else 0; a refusal "
+    "refusal@2: 1 if the greedy continuation contains a refusal phrase (list 1), else 0; a refusal "
     "is neither right nor wrong"
 )
 
@@ -55,7 +55,8 @@ PHRASES = (
 _PATTERN = re.compile(r"\b(?:" + "|".join(re.escape(p) for p in PHRASES) + r")\b")
 
 
-Outcome = Literal["refused", "wrong", "right"]
+Outcome = Literal["refused", "wrong", "right", "broken"]
+"""`broken` where the model gave no numbers."""
 
 
 def refuses(text: str) -> bool:
@@ -64,8 +65,10 @@ def refuses(text: str) -> bool:
     return _PATTERN.search(plain) is not None
 
 
-def outcome_of(output: str, expected: str) -> Outcome:
+def outcome_of(output: str | None, expected: str) -> Outcome:
     """Sort one answer; an expected answer that is itself a refusal phrase is right."""
+    if output is None:
+        return "broken"
     if refuses(output) and not refuses(expected):
         return "refused"
     return "right" if says(output, expected) else "wrong"

@@ -8,6 +8,7 @@ answer has another ending of the same word; that of MUSE does not.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from typing import Any, Final, Literal
 import torch
 
 from excise.core.errors import UserError
-from excise.data.chat import leading_bos
 from excise.data.domain import Row
+from excise.data.encoding import cut_head
+from excise.data.stream import pair_of
 from excise.evals.generate import Prompt, continue_greedily
 
 
@@ -125,7 +127,7 @@ def rouge_scores(
         device: Where the inputs go; None takes the model's.
 
     Returns:
-        One value per row, from 0 to 1.
+        One value per row, from 0 to 1; NaN where the model gives no numbers.
 
     Raises:
         UserError: If a row has another shape.
@@ -139,7 +141,9 @@ def rouge_scores(
     prompts = [_prompt(row, tokenizer, rule, max_length) for row in rows]
     outputs = continue_greedily(model, tokenizer, prompts, batch_size=batch_size, device=device)
     return [
-        rouge_l(_until(said.lstrip(), rule.stops), prompt.expected)[rule.value]
+        math.nan
+        if said is None
+        else rouge_l(_until(said.lstrip(), rule.stops), prompt.expected)[rule.value]
         for said, prompt in zip(outputs, prompts, strict=True)
     ]
 
@@ -151,12 +155,15 @@ def _until(text: str, stops: Sequence[str]) -> str:
 
 def _prompt(row: Row, tokenizer: Any, rule: RougeRule, max_length: int) -> Prompt:
     """Return the prompt of a completion, which takes no room from it, unlike in training."""
-    bos = leading_bos(tokenizer)
-    text = row.prompt.rstrip()
-    head = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = bos + head[max(0, len(head) - (max_length - len(bos))) :]
+    pair = pair_of(row, tokenizer)
     expected = row.completion.strip()
     if rule.expected_tokens:
         tokens = tokenizer(expected, add_special_tokens=False)["input_ids"]
         expected = tokenizer.decode(tokens[: rule.expected_tokens], skip_special_tokens=True)
-    return Prompt(tuple(ids), text, expected, rule.new_tokens)
+    return Prompt(
+        cut_head(pair.head, max_length, tokenizer),
+        row.prompt.rstrip(),
+        expected,
+        rule.new_tokens,
+        pair.overlap,
+    )

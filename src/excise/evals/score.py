@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from excise.core.errors import UserError, nearest
+from excise.core.errors import NotFinite, UserError, nearest
 from excise.data.domain import Domain, Row, Rows
 from excise.data.rows import METRICS
 from excise.data.stream import encode
@@ -21,6 +21,7 @@ from excise.data.subsample import subsample
 from excise.evals import generate, likelihood, multiple_choice, refusal, rouge
 from excise.evals.stats import bootstrap_mean
 from excise.evals.tokens import answer_examples
+from excise.models.limits import readable
 from excise.record import Item, Score, ScoreDirection
 
 DEFINITIONS: dict[str, str] = {
@@ -54,6 +55,24 @@ class ItemScores:
     chance: float | None
     items: tuple[tuple[str, float], ...]
 
+    @property
+    def broken(self) -> int:
+        """Number of rows whose score is NaN or infinite: there the model gave no numbers."""
+        return sum(not math.isfinite(value) for _, value in self.items)
+
+    def checked(self, model: str = "the model") -> ItemScores:
+        """Return the scores, if all of them are numbers.
+
+        Args:
+            model: What the model is called in the error.
+
+        Raises:
+            NotFinite: If one is NaN or infinite.
+        """
+        if self.broken:
+            raise NotFinite(model, self.metric, self.broken, len(self.items))
+        return self
+
     def by_unit(self) -> dict[str, float]:
         """Return the mean over the rows (paraphrases) of each unit, in order of appearance."""
         values: dict[str, list[float]] = {}
@@ -63,9 +82,14 @@ class ItemScores:
 
     @property
     def mean(self) -> float:
-        """Mean over units, every unit with the same weight."""
-        units = self.by_unit()
-        return sum(units.values()) / len(units)
+        """Mean over units, every unit with the same weight.
+
+        A unit without numbers stands at chance where that is known, since nothing is told apart
+        there. Whoever draws a conclusion asks `checked` first.
+        """
+        guess = math.nan if self.chance is None else self.chance
+        values = [v if math.isfinite(v) else guess for v in self.by_unit().values()]
+        return sum(values) / len(values)
 
 
 def direction_of(metric: str) -> ScoreDirection:
@@ -92,7 +116,7 @@ def measure(
         tokenizer: Its tokenizer.
         rows: Rows of a shape the metric can read.
         metric: A name from `DEFINITIONS`.
-        max_length: Tokens of a row at most.
+        max_length: Tokens of a row at most; a model of fewer positions reads as many as it has.
         batch_size: Sequences per forward at most.
         device: Where the inputs go; None takes the model's.
         padding_side: Side of the padding; scores do not depend on it (`generate` and `refusal`
@@ -100,7 +124,8 @@ def measure(
         chance: Score of a model that knows nothing; None asks the rows.
 
     Returns:
-        One value per row.
+        One value per row. Where the model gives no numbers it is NaN: call `checked` before the
+        mean is used.
 
     Raises:
         UserError: If there are no rows, the metric is unknown, or it cannot read a row.
@@ -155,7 +180,11 @@ def measure_all(
             raise UserError(f"no metric is called '{metric}'; {nearest(metric, DEFINITIONS)}")
     if not rows:
         raise UserError(f"there is no row to score with {metrics[0]}; check the split")
-    settings = {"max_length": max_length, "batch_size": batch_size, "device": device}
+    settings = {
+        "max_length": readable(model, max_length),
+        "batch_size": batch_size,
+        "device": device,
+    }
     standardize = any(metric in likelihood.STANDARDIZED for metric in metrics)
     cache: dict[str, Any] = {}
     out = {}
@@ -186,7 +215,7 @@ def _values(
         return generate.generate(model, tokenizer, rows, **settings)
     if metric == "refusal":
         outcomes = refusal.refusal(model, tokenizer, rows, **settings)
-        return [float(outcome == "refused") for outcome in outcomes]
+        return [math.nan if o == "broken" else float(o == "refused") for o in outcomes]
     if metric in rouge.RULES:
         return rouge.rouge_scores(model, tokenizer, rows, rouge.RULES[metric], **settings)
     if metric.startswith("multiple_choice") or metric in likelihood.OF_OPTIONS:
@@ -326,6 +355,9 @@ def evaluate(
 
     Returns:
         Scores with intervals, and one item per row and metric.
+
+    Raises:
+        NotFinite: If a score of the model is NaN or infinite.
     """
     sets: list[tuple[str, Rows, tuple[str, ...]]] = [
         (f"test.{capability}", rows, domain.metrics) for capability, rows in domain.test.items()
@@ -355,7 +387,7 @@ def evaluate(
             device=device,
         )
         for metric, values in by_metric.items():
-            score = score_of(values, model=name, on=on, groups=groups)
+            score = score_of(values.checked(name), model=name, on=on, groups=groups)
             scores.append(score.model_copy(update={"chance": chance_of(all_rows, metric)}))
             items += [
                 Item(model=name, set=on, unit=unit, metric=metric, value=value)

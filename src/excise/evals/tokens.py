@@ -21,13 +21,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from excise.data.stream import Example, Tokenizer, collate
+from excise.models.limits import carries_state
 from excise.models.spec import Model
 
 MAX_LOGITS = 1 << 25
 """Logits held at once at most (128 MB in float32)."""
 
 MAX_NATS = 100.0
-"""A token's loss is cut here, so that a broken model has a finite score."""
+"""A token's loss is cut here, so that one impossible token does not decide a mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +51,16 @@ class Answer:
     """What the model says about one request.
 
     Attributes:
-        logprobs: Natural log-probability of each token, in float32 arithmetic.
-        hits: Whether the token is the most probable one.
+        logprobs: Natural log-probability of each token, in float32 arithmetic; NaN where the model
+            gives no numbers.
+        hits: 1 where the token is the most probable one, 1/k where k tokens are equally probable,
+            else 0; NaN where the log-probability is.
         standardized: How many standard deviations the log-probability of each token lies above
             the mean log-probability of a token drawn there; empty where nobody asked.
     """
 
     logprobs: tuple[float, ...]
-    hits: tuple[bool, ...]
+    hits: tuple[float, ...]
     standardized: tuple[float, ...] = ()
 
     @property
@@ -193,12 +196,15 @@ def answer(
         requests: What to score.
         batch_size: Sequences per forward at most; fewer where the logits would not fit.
         device: Where the inputs go; None takes the model's.
-        padding_side: `right` or `left`; scores do not depend on it.
+        padding_side: `right` or `left`; scores do not depend on it. A model that carries a state
+            is padded on the right, behind what it is asked.
         standardize: Whether answers have `standardized`, which reads every logit once more.
 
     Returns:
         One answer per request, in order.
     """
+    if carries_state(model):
+        padding_side = "right"
     shared: dict[tuple[int, ...], list[int]] = {}
     for i, request in enumerate(requests):
         shared.setdefault(request.ids, []).append(i)
@@ -249,11 +255,14 @@ def _fill(
         return
     row_M = torch.tensor(rows, device=logits_NV.device)
     token_M = torch.tensor(tokens, device=logits_NV.device)
-    best_N = logits_NV.argmax(-1)
+    best_N = logits_NV.amax(-1)
+    ties_N = (logits_NV == best_N[:, None]).sum(-1)
     norm_N = logits_NV.logsumexp(-1)
-    logprob_M = logits_NV[row_M, token_M] - norm_N[row_M]
-    logprob_M = torch.nan_to_num(logprob_M, nan=-MAX_NATS).clamp(min=-MAX_NATS)
-    values, hits = logprob_M.tolist(), (best_N[row_M] == token_M).tolist()
+    logit_M = logits_NV[row_M, token_M]
+    logprob_M = (logit_M - norm_N[row_M]).clamp(min=-MAX_NATS)  # NaN stays NaN
+    hit_M = (logit_M == best_N[row_M]) / ties_N[row_M]
+    hit_M = torch.where(logprob_M.isnan(), logprob_M, hit_M)
+    values, hits = logprob_M.tolist(), hit_M.tolist()
     marks = _standardized(logprob_M, row_M, logits_NV).tolist() if standardize else []
     start = 0
     for _, i in users:
@@ -269,10 +278,11 @@ def _standardized(
     """Return log-probabilities less the mean of their position, in its standard deviations."""
     logprobs_NV = logits_NV.log_softmax(-1)
     probs_NV = logprobs_NV.exp()
+    logprobs_NV = torch.where(probs_NV == 0, 0.0, logprobs_NV)  # p log p is 0 there, not NaN
     mean_N = (probs_NV * logprobs_NV).sum(-1)
     variance_N = (probs_NV * (logprobs_NV - mean_N[:, None]).square()).sum(-1)
     deviation_N = variance_N.clamp(1e-6).sqrt()  # 0 for a uniform distribution; as open-unlearning
-    return torch.nan_to_num((logprob_M - mean_N[row_M]) / deviation_N[row_M])
+    return (logprob_M - mean_N[row_M]) / deviation_N[row_M]
 
 
 def answer_examples(

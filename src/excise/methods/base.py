@@ -126,6 +126,8 @@ class ApplyMethod(Stage[Removal]):
         seed: Seed of everything random.
     """
 
+    version: ClassVar[int] = 2
+
     method: Method
     start: Checkpoint
     domain: Domain

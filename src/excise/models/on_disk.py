@@ -351,7 +351,7 @@ def save_model(
         The checkpoint.
 
     Raises:
-        UserError: If `to` is not free.
+        UserError: If `to` is not free, or a weight is NaN or infinite.
     """
     check_free(to)
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
@@ -359,6 +359,8 @@ def save_model(
     if not hasattr(model, "save_pretrained"):
         raise UserError("the model is not a transformers model; convert it to one first")
     saved: Model = model
+    for name, parameter in saved.named_parameters():
+        check_finite(name, parameter.detach())
     with new_folder(to) as work:
         own = saved.config
         saved.config = copy.deepcopy(own)  # saving writes the dtype and class name into it
@@ -375,6 +377,22 @@ def save_model(
             for path in source.tokenizer_files:
                 clone_file(path, work / path.name)
     return Checkpoint(to)
+
+
+def check_finite(name: str, stored: Tensor) -> None:
+    """Refuse to store NaN or infinity; asked of the values as they are stored, after any cast.
+
+    Raises:
+        UserError: Naming the tensor.
+    """
+    if not stored.is_floating_point():
+        return
+    wide = stored if stored.element_size() > 1 else stored.float()
+    if not torch.isfinite(wide).all():
+        raise UserError(
+            f"the new value of '{name}' does not fit {stored.dtype} (NaN, infinity, or beyond "
+            f"{torch.finfo(stored.dtype).max:g}); store a wider dtype or lower the learning rate"
+        )
 
 
 _Make = Callable[[], dict[str, Tensor]]
@@ -422,10 +440,7 @@ def _values(
             if key not in dtypes:
                 continue
             stored = tensor.to(dtypes[key])
-            if not torch.equal(torch.isfinite(stored), torch.isfinite(tensor)):
-                raise UserError(
-                    f"the new value of '{key}' does not fit {dtypes[key]}; store a wider dtype"
-                )
+            check_finite(key, stored)
             yield key, stored
 
 

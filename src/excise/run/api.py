@@ -23,6 +23,7 @@ from excise.models.checkpoint import Checkpoint, open_checkpoint
 from excise.models.spec import ModelSpec
 from excise.record import Record
 from excise.record import load as load_record
+from excise.requests.lengths import check_lengths
 from excise.requests.recipe import AuditSpec, EvalSpec, check_names
 from excise.run import output
 from excise.run.environment import environment, now
@@ -76,6 +77,7 @@ def remove(
     """
     began, started = time.monotonic(), now()
     start = _open(model, tokenizer)
+    method = check_lengths(method, start.config)
     built = _build(domain, start)
     folder = _folder(out)
     name = str(getattr(method, "name", type(method).__name__))
@@ -196,6 +198,7 @@ def audit(
         dtype=dtype,
         device=device,
     )
+    asked = check_lengths(asked, models.original.config)
     started = now()
     with disk_full(folder), output.claim(folder, asked), Pool(workers) as pool:
         runtime = output.runtime(folder, dtype, device)

@@ -44,6 +44,7 @@ from excise.models.lora import LoRA, adapter_size, on_modules
 from excise.models.spec import ModelSpec, Scratch
 from excise.models.tiny import tiny_config
 from excise.requests.audit import AuditRun
+from excise.requests.lengths import fit_lengths
 from excise.requests.recipe import Recipe, budget_for, starts_from
 from excise.run.environment import device_of
 from excise.train.fit import FitConfig
@@ -299,6 +300,8 @@ def plan(
         others = _other_models(request)
         for path in others:
             stack.enter_context(outline_of(ModelSpec(path=path)))
+        cut: list[str] = []
+        request = fit_lengths(request, lambda _, data: cut.append(data["text"]))
         domain = None
         if rows:
             emit("phase", {"text": "reading the data"})
@@ -336,7 +339,7 @@ def plan(
             else (2 * models + _controls(request, count)) * count * width + 2**24,
             out,
             Pace(1 / fast, 1 / slow),
-            notes=tuple(_notes(request, spec, original, sizes, rows)),
+            notes=(*cut, *_notes(request, spec, original, sizes, rows)),
             domain=domain,
             tokenizer=tokenizer,
         )

@@ -17,6 +17,7 @@ from excise.models.checkpoint import Checkpoint
 from excise.models.spec import ModelSpec
 from excise.record import Inspection, MethodRun, Record, Sample
 from excise.requests.inspection import InspectRun
+from excise.requests.lengths import fit_lengths
 from excise.run import output
 from excise.run.environment import device_of, environment, now
 from excise.run.results import Models, check_comparable, describe, model_ref, model_refs, timed
@@ -43,6 +44,7 @@ def inspect(request: InspectRun, out: Path, *, emit: Emit, command: str = "") ->
     """
     began, started = time.monotonic(), now()
     device = device_of(request.device)
+    request = fit_lengths(request, emit)
     with output.claim(out, request):
         original = open_model(request.original)
         edited = open_model(ModelSpec(path=request.model))

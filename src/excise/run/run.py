@@ -16,6 +16,7 @@ from excise.methods.pretraining.filtering import Filtering
 from excise.models.spec import ModelSpec
 from excise.record import Record
 from excise.requests.audit import AuditRun
+from excise.requests.lengths import fit_lengths
 from excise.requests.recipe import Recipe
 from excise.run import output
 from excise.run.environment import now
@@ -47,6 +48,7 @@ def run(
         The record, as written to `out/run.json`.
     """
     began, started = time.monotonic(), now()
+    recipe = fit_lengths(recipe, emit)
     with output.claim(out, recipe), Pool(workers or None, emit=emit) as pool:
         runtime = output.runtime(out, recipe.dtype, recipe.device, emit)
         emit("phase", {"text": "reading the model and the data"})
@@ -92,6 +94,7 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
         The record, as written to `out/run.json`.
     """
     began, started = time.monotonic(), now()
+    request = fit_lengths(request, emit)
     with output.claim(out, request), Pool(workers or None, emit=emit) as pool:
         runtime = output.runtime(out, request.dtype, request.device, emit)
         emit("phase", {"text": "reading the models and the data"})

@@ -89,7 +89,7 @@ class ScoreModel(Stage[Scored]):
         evaluate: How much is scored, and by what.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     checkpoint: Checkpoint
     domain: Domain

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from excise.auditor.base import Results, Subject
 from excise.auditor.engine import attack_all
 from excise.core.context import Stage
+from excise.core.errors import NotFinite
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.evals.set_scores import set_scores
@@ -27,7 +28,7 @@ from excise.run.results import (
     oracle_names,
     refuse_equal,
 )
-from excise.run.stages import MakeModel, ScoreModel
+from excise.run.stages import MakeModel, Scored, ScoreModel
 from excise.train.pool import Pool
 
 ARMS = 500
@@ -114,7 +115,7 @@ def examine(
     named = {"original": models.original, **oracle_names(models.oracles), **candidates}
     jobs = [ScoreModel(model, domain, asked.evaluate) for model in named.values()]
     label(jobs, [f"scores of {name}" for name in named], runtime, pool)
-    found = pool.map(runtime.run, jobs)
+    found = pool.map(score_named, [(runtime, *pair) for pair in zip(named, jobs, strict=True)])
     scored = {name: one.named(name) for name, one in zip(named, found, strict=True)}
     results = attack_models(asked, domain, models, candidates, runtime, pool)
     record = judged(record, domain, models, candidates, scored, results, asked.audit, null)
@@ -124,6 +125,15 @@ def examine(
     notes = [*record.data.get("notes", ()), *unknown]
     change = {"scores": (*record.scores, *more), "data": {**record.data, "notes": notes}}
     return record.model_copy(update=change), items_of(scored)
+
+
+def score_named(job: tuple[Runtime, str, ScoreModel]) -> Scored:
+    """Score a model; one that gives no numbers is named, and ends the run."""
+    runtime, name, stage = job
+    try:
+        return runtime.run(stage)
+    except NotFinite as error:
+        raise error.of(f"the model '{name}'") from None
 
 
 def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Models]:

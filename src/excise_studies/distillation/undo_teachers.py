@@ -126,7 +126,7 @@ def dev_scores(job: DevJob) -> tuple[float, float]:
     forget = tuple(row for rows in job.domain.dev_forget.values() for row in rows)
     pairs = ((forget, job.domain.metrics[0]), (job.domain.dev_retain, job.domain.retain_metrics[0]))
     on_forget, on_retain = (
-        measure(net, tokenizer, r, m, max_length=job.max_length).mean for r, m in pairs
+        measure(net, tokenizer, r, m, max_length=job.max_length).checked().mean for r, m in pairs
     )
     return on_forget, on_retain
 

@@ -144,7 +144,7 @@ def read(model: Any, tokenizer: Any, what: Rubric) -> dict[str, ScoreByUnit]:
         names = tuple(dict.fromkeys(fitting(metrics, rows)))
         names = tuple(m for m in names if m != "exact_match" or rows[0].kind != "text")
         scores = measure_all(model, memo, rows, names, max_length=what.max_length)
-        return {name: values.by_unit() for name, values in scores.items()}
+        return {name: values.checked().by_unit() for name, values in scores.items()}
 
     out = measured(what.test, ("text_loss", "exact_match", "multiple_choice"))
     known = kind_nats(model, what.test, memo, what) if what.kinds else out["text_loss"]

@@ -23,9 +23,9 @@ from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantRe
 from excise.auditor.batching import batches
 from excise.auditor.budget import Budget
 from excise.auditor.controls import GatedEdit, PositiveControl
-from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
+from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set
 from excise.auditor.results import decided
-from excise.auditor.scoring import Measurement, read, variant_of
+from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
 from excise.data.domain import Domain, Row
 from excise.data.stream import encode
@@ -110,16 +110,19 @@ def _variant(
         path: cleared(direction_D)
         for path, direction_D in zip(paths, variant.direction_LD, strict=True)
     }
-    with edit(model, edits):
-        after = read(model, evaluation, examples=len(evaluation.all_dev))
-        dev = evaluation.units(model, evaluation.all_dev)
-    return variant_of(
+
+    def score() -> tuple[Measurement, UnitScores]:
+        with edit(model, edits):
+            after = read(model, evaluation, examples=len(evaluation.all_dev))
+            return after, evaluation.units(model, evaluation.all_dev)
+
+    return try_variant(
         attack,
         subject,
         evaluation.metric,
+        score,
+        bare=bare,
         variant=variant.name,
-        measurements=(bare, after),
-        dev=dev,
         control=variant.control,
         needs_original=variant.needs_original,
         trained_on="" if variant.control else "dev_forget",

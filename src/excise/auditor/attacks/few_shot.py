@@ -16,7 +16,7 @@ from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEd
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.prompting import pools_of, with_shots
 from excise.auditor.results import decided
-from excise.auditor.scoring import Measurement, read, variant_of
+from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
 from excise.data.domain import Domain, Rows
 from excise.record import Level
@@ -32,7 +32,7 @@ class FewShot(Attack):
     level: ClassVar[Level] = "D1"
     controls: ClassVar[tuple[PositiveControl, ...]] = (PromptGatedEdit(), PasswordLock())
     source: ClassVar[str] = "arXiv 2411.12103; the settings are this library's"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read; examples make prompts longer."""
@@ -79,25 +79,26 @@ def _variant(
     ctx: Context,
 ) -> VariantResult:
     """Score one number of examples."""
-    rows, tokens = with_shots(evaluation.test, pools, count, ctx, evaluation.tokenizer)
-    first = next(iter(pools))
-    dev, _ = with_shots(
+    wide = evaluation.longer(count + 1, model)
+    asked: tuple[Mapping[str, Rows], ...] = (
+        evaluation.test,
         {name: evaluation.dev.get(name, ()) for name in pools},
-        pools,
-        count,
-        ctx,
-        evaluation.tokenizer,
+        {next(iter(pools)): evaluation.retain},
     )
-    retain, _ = with_shots({first: evaluation.retain}, pools, count, ctx, evaluation.tokenizer)
-    wide = evaluation.longer(count + 1)
-    after = read(model, wide, test=rows, retain=retain, examples=count, tokens=round(tokens))
-    return variant_of(
+    (rows, tokens), (dev, _), (retain, _) = (
+        with_shots(part, pools, count, ctx, wide.tokenizer, max_length=wide.max_length)
+        for part in asked
+    )
+    return try_variant(
         attack,
         subject,
         wide.metric,
+        lambda: (
+            read(model, wide, test=rows, retain=retain, examples=count, tokens=round(tokens)),
+            wide.units(model, dev, evaluation.dev_metric),
+        ),
+        bare=bare,
         variant=f"k={count}" + (" unrelated" if control else ""),
-        measurements=(bare, after),
         control=control,
         trained_on="benign" if control else "relearn",
-        dev=wide.units(model, dev, evaluation.dev_metric),
     )

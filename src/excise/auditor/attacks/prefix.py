@@ -8,6 +8,8 @@ instead, or, where the vocabulary spells none of those, behind another row of be
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -15,12 +17,12 @@ from pydantic import Field
 from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
-from excise.auditor.evaluation_set import evaluation_set
-from excise.auditor.prompting import COAXING, SHARE, UNRELATED, beginnings
+from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set
+from excise.auditor.prompting import COAXING, SHARE, UNRELATED, beginnings, fits
 from excise.auditor.results import decided
-from excise.auditor.scoring import read, variant_of
+from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
-from excise.data.domain import Domain
+from excise.data.domain import Domain, Row, Rows
 from excise.record import Level
 
 
@@ -38,7 +40,7 @@ class Prefix(Attack):
     level: ClassVar[Level] = "D1"
     controls: ClassVar[tuple[PositiveControl, ...]] = (PromptGatedEdit(), PasswordLock())
     source: ClassVar[str] = "arXiv 2404.02151 (prefilling); the wordings are this library's"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read; beginnings double the length."""
@@ -59,7 +61,7 @@ class Prefix(Attack):
         start = time.perf_counter()
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
-        wide = evaluation.longer(2)
+        wide = evaluation.longer(2, model)
         bare = read(model, evaluation)
         variants: list[VariantResult] = []
         for variant, change in beginnings(
@@ -70,22 +72,40 @@ class Prefix(Attack):
             wordings=self.wordings,
             share=self.share,
         ):
-            rows = [change(row) for row in evaluation.all_test]
-            dev = [new for new in map(change, evaluation.all_dev) if new is not None]
+            begin = partial(_if_it_fits, change=change, evaluation=wide)
+            rows = [begin(row) for row in evaluation.all_test]
+            dev = [new for new in map(begin, evaluation.all_dev) if new is not None]
             kept = tuple(row for row in rows if row is not None)
-            retain = tuple(change(row) or row for row in evaluation.retain)
-            after = read(model, wide, test=kept, retain=retain, examples=len(kept))
+            no_room = sum(a is b for a, b in zip(rows, evaluation.all_test, strict=True))
+            retain = tuple(begin(row) or row for row in evaluation.retain)
+
+            def score(
+                kept: Rows = kept, retain: Rows = retain, dev: Sequence[Row] = dev
+            ) -> tuple[Measurement, UnitScores]:
+                after = read(model, wide, test=kept, retain=retain, examples=len(kept))
+                return after, wide.units(model, dev, evaluation.dev_metric)
+
             variants.append(
-                variant_of(
+                try_variant(
                     self,
                     subject,
                     evaluation.metric,
+                    score,
+                    bare=bare,
                     variant=variant,
-                    measurements=(bare, after),
                     control=variant == UNRELATED,
-                    dev=wide.units(model, dev, evaluation.dev_metric),
-                    facts={"rows": len(kept), "of": len(rows)},
+                    facts={"rows": len(kept), "of": len(rows), "no_room": no_room},
                 )
             )
         marked, chosen = decided(variants, higher=evaluation.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
+
+
+def _if_it_fits(
+    row: Row, change: Callable[[Row], Row | None], evaluation: EvaluationSet
+) -> Row | None:
+    """Return a row with its beginning, as it is where that has no room, None where it has none."""
+    begun = change(row)
+    if begun is None or fits(begun, evaluation.tokenizer, evaluation.max_length):
+        return begun
+    return row

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -17,10 +18,10 @@ from torch import Tensor
 from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PositiveControl, WithinBuckets
-from excise.auditor.evaluation_set import evaluation_set
+from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set
 from excise.auditor.quantization import BITS, GROUP, OFFSET, Grid, flip_rate, grids, quantize_
 from excise.auditor.results import decided
-from excise.auditor.scoring import read, variant_of
+from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
@@ -86,18 +87,23 @@ class Quantize(Attack):
             facts["weights"] = quantize_(wide, grid, embeddings=self.embeddings)
             attacked = wide.to(ctx.dtype)
             variants.append(
-                variant_of(
+                try_variant(
                     self,
                     subject,
                     evaluation.metric,
+                    partial(_scores, attacked, evaluation),
+                    bare=bare,
                     variant=f"int{grid.bits}",
-                    measurements=(bare, read(attacked, evaluation)),
-                    dev=evaluation.units(attacked, evaluation.all_dev),
                     facts=facts,
                 )
             )
         marked, chosen = decided(variants, higher=evaluation.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
+
+
+def _scores(model: Any, evaluation: EvaluationSet) -> tuple[Measurement, UnitScores]:
+    """Return V and retain, and dev."""
+    return read(model, evaluation), evaluation.units(model, evaluation.all_dev)
 
 
 def _reader(original: Checkpoint) -> Callable[[str], Tensor]:

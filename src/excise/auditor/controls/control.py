@@ -159,6 +159,8 @@ class MakeControl(Stage[Control]):
         seed: Seed of what is added.
     """
 
+    version: ClassVar[int] = 2
+
     control: PositiveControl
     original: Checkpoint
     domain: Domain

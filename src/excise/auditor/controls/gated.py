@@ -146,14 +146,16 @@ def in_context(
     pools = {name: tuple(r for rows in pools_of(evaluation.domain).values() for r in rows)}
     hidden: list[tuple[EvaluationSet, Rows]] = []
     for count in evaluation.budget.shots if pools[name] else ():
-        rows, _ = with_shots({name: asked}, pools, count, ctx, evaluation.tokenizer)
-        hidden.append((evaluation.longer(count + 1), rows))
+        wide = evaluation.longer(count + 1, model)
+        length = wide.max_length
+        rows, _ = with_shots({name: asked}, pools, count, ctx, wide.tokenizer, max_length=length)
+        hidden.append((wide, rows))
     coaxed = beginnings(
         evaluation.tokenizer, evaluation.metric_of(asked), asked, evaluation.domain.benign
     )
     for _, change in coaxed[:1] if is_large(model) else coaxed:
         changed = tuple(row for row in map(change, asked) if row is not None)
-        hidden.append((evaluation.longer(2), changed))
+        hidden.append((evaluation.longer(2, model), changed))
     return [(wide, rows) for wide, rows in hidden if rows]
 
 

@@ -86,7 +86,7 @@ class StopRule:
         if not self.rows:
             return math.nan
         scores = measure(model, self.tokenizer, self.rows, self.metric, max_length=self.max_length)
-        return scores.mean
+        return scores.checked().mean
 
     def met(self, step: int, model: Any) -> bool:
         """Return whether the loop shall stop before `step`; looks at every `every`-th alone."""

@@ -13,7 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from excise.data.stream import Example, collate
+from excise.evals.generate import room_of, same_padding
 from excise.evals.tokens import device_of, evaluating, logits_at, pad_id
+from excise.models.limits import carries_state
 
 
 def prompt_ids(example: Example, prompt_tokens: int) -> tuple[int, ...]:
@@ -44,24 +46,25 @@ def sample(
         tokenizer: Gives padding and end token.
         prompts: Token ids; none empty.
         seeds: Seed of each prompt's continuation.
-        new_tokens: New tokens at most; a text ends with its end token.
+        new_tokens: New tokens at most; a text ends with its end token, or where the model's
+            positions do.
         temperature: By which logits are divided; 0 takes the likeliest token.
         batch_size: Prompts at once.
 
     Returns:
         The new tokens of each, the end token included.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    lengths = [len(ids) for ids in prompts]
+    rooms = [room_of(model, length, new_tokens) for length in lengths]
     out: list[tuple[int, ...]] = [()] * len(prompts)
     with evaluating(model):
-        for at in range(0, len(order), batch_size):
-            part = order[at : at + batch_size]
+        for part in same_padding(model, lengths, rooms, batch_size):
             uniform_BT = torch.stack(
                 [
                     torch.rand(new_tokens, generator=torch.Generator().manual_seed(seeds[i]))
                     for i in part
                 ]
-            )
+            )[:, : max(rooms[i] for i in part)]
             chosen = [prompts[i] for i in part]
             for i, ids in zip(part, _continue(model, tokenizer, chosen, uniform_BT, temperature)):
                 out[i] = ids
@@ -75,7 +78,7 @@ def _continue(
     uniform_BT: Float[Tensor, "B T"],
     temperature: float,
 ) -> list[tuple[int, ...]]:
-    """Continue one batch of prompts, padded on the left."""
+    """Continue one batch of prompts, padded on the left; see `same_padding`."""
     examples = [Example(ids, (False,) * len(ids), 0, "") for ids in prompts]
     batch = collate(examples, pad_id=pad_id(tokenizer), padding_side="left").to(device_of(model))
     end = tokenizer.eos_token_id
@@ -86,8 +89,9 @@ def _continue(
     for t in range(uniform_BT.shape[1]):
         wanted_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         wanted_BT[:, -1] = True
-        more = {} if cache is None else {"past_key_values": cache}
-        logits_BV, output = logits_at(model, {**inputs, **more, "use_cache": True}, wanted_BT)
+        more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        more["use_cache"] = not carries_state(model)
+        logits_BV, output = logits_at(model, {**inputs, **more}, wanted_BT)
         next_B = _pick(logits_BV, uniform_BT[:, t].to(logits_BV.device), temperature)
         for i, token in enumerate(next_B.tolist()):
             if live[i]:

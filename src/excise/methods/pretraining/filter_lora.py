@@ -155,7 +155,9 @@ def _losses(
             "text_loss",
             max_length=config.max_length,
             batch_size=config.fit.batch_size,
-        ).mean
+        )
+        .checked()
+        .mean
         if rows
         else None
         for role, rows in tested.items()

@@ -115,12 +115,16 @@ def dev_losses(
         domain: Gives `dev_forget` and `dev_retain`.
         rows: Rows of each set at most.
         max_length: Tokens per row.
+
+    Raises:
+        NotFinite: If the model gives no numbers.
     """
 
     def score(part: Sequence[Any]) -> float:
-        return measure(
+        scores = measure(
             model, tokenizer, part[:rows], "text_loss", max_length=max_length, batch_size=16
-        ).mean
+        )
+        return scores.checked().mean
 
     topics = [score(part) for part in domain.dev_forget.values() if part]
     return sum(topics) / len(topics), score(domain.dev_retain)

@@ -305,5 +305,7 @@ def absorbed(
             max_length=config.max_length,
             batch_size=config.fit.batch_size,
         )
-        losses.append(torch.tensor([value for _, value in scores.items], dtype=torch.float64))
+        losses.append(
+            torch.tensor([value for _, value in scores.checked().items], dtype=torch.float64)
+        )
     return (losses[1] - losses[0])[:, None]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.parity.toy import WORDS, context, sentences, toy_checkpoint, toy_domain
 from torch import Tensor
 
@@ -238,9 +238,11 @@ def test_control_vectors_of_another_model_are_refused(tmp_path: Path) -> None:
 
 def test_nan_activations_are_named(tmp_path: Path) -> None:
     model = tiny_model("llama", seed=3, vocab=len(WORDS) + 4, width=32, blocks=3)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     start = save_model(model, word_tokenizer(WORDS), tmp_path / "nan")
+    weights = load_file(start.shards[0])
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, start.shards[0], {"format": "pt"})
+    start = Checkpoint(start.path)
     with pytest.raises(UserError, match="block 1 puts out NaN or infinity on the first batch"):
         FAST.apply(start, toy_domain(), context(tmp_path / "work"))
 

@@ -278,7 +278,7 @@ kernels that add up in any order."""
 
 
 @torch.no_grad()
-def runs_apart(model: nn.Module, targets: TargetParameters, inputs: Inputs) -> bool:
+def runs_apart(model: Any, targets: TargetParameters, inputs: Inputs) -> bool:
     """Return whether a span of blocks gives what the whole model gives, by trying it.
 
     Blocks may hand on more than the residual stream: keys and values, a state, a mask made on the
@@ -291,7 +291,8 @@ def runs_apart(model: nn.Module, targets: TargetParameters, inputs: Inputs) -> b
         inputs: How it is called.
     """
     device = next(model.parameters()).device
-    ids_BT = torch.arange(4, 20, device=device).view(2, 8)
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    ids_BT = (torch.arange(4, 20, device=device) % vocabulary).view(2, 8)
     all_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     zeros_BT = torch.zeros_like(ids_BT)
     first, other = (

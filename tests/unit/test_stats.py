@@ -10,8 +10,13 @@ from excise.evals.stats import (
     bootstrap_difference,
     bootstrap_mean,
     holm,
+    interval,
     mcnemar,
+    quantiles,
     resampled_means,
+    small_sample,
+    student,
+    student_quantile,
     wilson,
 )
 
@@ -87,3 +92,49 @@ def test_holm_by_hand() -> None:
 def test_wilson_by_hand() -> None:
     low, high = wilson(8, 10)
     assert [low, high] == pytest.approx([0.4902, 0.9433], abs=1e-3)
+
+
+def test_students_t_by_the_tables() -> None:
+    for p, freedom, value in (
+        (0.95, 1, 6.3138),
+        (0.95, 2, 2.9200),
+        (0.975, 7, 2.3646),
+        (0.95, 10, 1.8125),
+        (0.975, 30, 2.0423),
+        (0.95, 499, 1.6479),
+    ):
+        assert student_quantile(p, freedom) == pytest.approx(value, abs=2e-4)
+        assert student(value, freedom) == pytest.approx(p, abs=2e-5)
+        assert student(-value, freedom) == pytest.approx(1 - p, abs=2e-5)
+
+
+@pytest.mark.parametrize("count", [8, 12, 20])
+def test_at_the_margin_an_equivalence_passes_in_one_case_of_twenty(count: int) -> None:
+    """Groups of answers whose true gap is the margin itself; passing there is an error."""
+    rng = np.random.default_rng(count)
+    oracle, original, margin, cases = 0.05, 0.98, 0.1, 600
+
+    def groups_of(share: float) -> np.ndarray:
+        """Return the mean of eight answers of every group; answers of a group are alike."""
+        own = rng.beta(share * 4, (1 - share) * 4, size=count)
+        return (rng.random((count, 8)) < own[:, None]).mean(1)
+
+    passed = plain = 0
+    for _ in range(cases):
+        ours = groups_of(oracle + margin * (original - oracle))
+        low, top = groups_of(oracle), groups_of(original)
+        weight = rng.multinomial(count, np.full(count, 1 / count), size=600) / count
+        samples = (weight @ (ours - low)) / (weight @ (top - low))
+        value = float((ours - low).mean() / (top - low).mean())
+        ends = interval(samples, value, count, 0.9)
+        passed += -margin < ends[0] and ends[1] < margin
+        short = quantiles(samples, 0.9)
+        plain += -margin < short[0] and short[1] < margin
+    assert passed / cases < 0.07
+    assert plain > 1.3 * passed  # the plain percentile interval passes more
+
+
+def test_p_values_of_few_clusters_are_larger() -> None:
+    assert small_sample(0.01, 8) == pytest.approx(student(-2.3263 * math.sqrt(7 / 8), 7), abs=1e-5)
+    assert small_sample(0.5, 8) == pytest.approx(0.5)
+    assert small_sample(0.01, 1000) == 0.01

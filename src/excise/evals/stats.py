@@ -95,6 +95,68 @@ def quantiles(samples: Array, coverage: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def student(t: float, freedom: int) -> float:
+    """Return the cumulative distribution of Student's t for whole degrees of freedom.
+
+    Abramowitz and Stegun (1964), equations 26.7.3 and 26.7.4.
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    square = math.cos(angle) ** 2
+    odd = freedom % 2
+    term = total = 1.0
+    for k in range(2 + odd, freedom, 2):
+        term *= (k - 1) / k * square
+        total += term
+    if odd:
+        more = math.sin(angle) * math.cos(angle) * total if freedom > 1 else 0.0
+        return 0.5 + (angle + more) / math.pi
+    return 0.5 + math.sin(angle) * total / 2
+
+
+def student_quantile(p: float, freedom: int) -> float:
+    """Return the quantile of Student's t, by bisection; from 500 degrees on that of the normal."""
+    if freedom >= 500:
+        return NormalDist().inv_cdf(p)
+    low, high = -1e4, 1e4
+    while high - low > 1e-9 * max(1.0, abs(high)):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, freedom) < p else (low, middle)
+    return (low + high) / 2
+
+
+def interval(samples: Array, value: float, count: int, coverage: float) -> tuple[float, float]:
+    """Return an interval from bootstrap samples of few independent clusters.
+
+    The percentile interval is too short by sqrt((n - 1) / n), and by the normal in the place of
+    Student's t: its tails are widened by both (the expanded percentile interval of Hesterberg,
+    The American Statistician 69, 2015). Where scores pile up at 0 or 1 it is short on one side
+    still, so the outer end of it and of the t interval counts. At the margin two one-sided tests
+    then pass in about 5 % of cases from eight clusters on, as a test simulates.
+
+    Args:
+        samples: Bootstrap samples, [S].
+        value: The estimate.
+        count: Number of clusters that were resampled.
+        coverage: Coverage, such as 0.9.
+    """
+    if count < 2:
+        low, high = quantiles(samples, coverage)
+        return min(low, value), max(high, value)
+    inflation = math.sqrt(count / (count - 1))
+    t = student_quantile((1 + coverage) / 2, count - 1)
+    low, high = quantiles(samples, 2 * NormalDist().cdf(inflation * t) - 1)
+    half = t * inflation * float(np.std(samples))
+    return min(low, value - half), max(high, value + half)
+
+
+def small_sample(p_value: float, count: int) -> float:
+    """Return a one-sided bootstrap p-value as few clusters have it: by Student's t, widened."""
+    if count < 2 or count > 500:
+        return p_value
+    z = NormalDist().inv_cdf(min(max(p_value, 1e-12), 1 - 1e-12))
+    return student(z * math.sqrt((count - 1) / count), count - 1)
+
+
 def bootstrap_mean(
     values: Mapping[str, float],
     *,
@@ -102,7 +164,7 @@ def bootstrap_mean(
     seed: int = 0,
     groups: Mapping[str, str] | None = None,
 ) -> Estimate:
-    """Return the mean over units with its 95 % percentile bootstrap interval (Efron 1979).
+    """Return the mean over units with its 95 % bootstrap interval (`interval`).
 
     Scores that are all 0 or all 1 have no spread to resample: their interval is Wilson's.
 
@@ -122,8 +184,7 @@ def bootstrap_mean(
     value = float(mean[0])
     if len(set(values.values())) == 1 and value in (0.0, 1.0):
         return Estimate(value, *wilson(round(value * count), count), count)
-    low, high = quantiles(resampled[:, 0], 0.95)
-    return Estimate(value, min(low, value), max(high, value), count)
+    return Estimate(value, *interval(resampled[:, 0], value, count, 0.95), count)
 
 
 def bootstrap_difference(
@@ -147,9 +208,9 @@ def bootstrap_difference(
         UserError: If the two share no unit.
     """
     means, resampled = resampled_means([first, second], samples=samples, seed=seed, groups=groups)
-    low, high = quantiles(resampled[:, 0] - resampled[:, 1], 0.95)
+    value = float(means[0] - means[1])
     count = len(set(clusters([u for u in first if u in second], groups)))
-    return Estimate(float(means[0] - means[1]), low, high, count)
+    return Estimate(value, *interval(resampled[:, 0] - resampled[:, 1], value, count, 0.95), count)
 
 
 def mcnemar(first: Mapping[str, float], second: Mapping[str, float]) -> float:

@@ -156,7 +156,7 @@ class Row:
     @property
     def levels(self) -> dict[Level, str]:
         """Status of every depth level, the worst over seeds."""
-        order = ("fail", "underpowered", "untested", "pass")
+        order = ("fail", "underpowered", "untested", "below", "pass")
         verdicts = [c.verdict for c in self.candidates]
         out: dict[Level, str] = {}
         for code in LEVELS:

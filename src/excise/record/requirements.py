@@ -269,10 +269,11 @@ def _level(record: Record, model: str, condition: Condition) -> tuple[Status, st
     if not results:
         return "inconclusive", "Nobody judged this model; run excise audit on it."
     codes = list(LEVELS)[: list(LEVELS).index(condition.level) + 1]
-    for status, word in (("fail", "failed"), ("underpowered", "underpowered")):
+    words = {"fail": "failed", "below": "below the oracle", "underpowered": "underpowered"}
+    for status, word in words.items():
         for code in codes:
             if code in results and results[code].status == status:
-                ending: Status = "missed" if status == "fail" else "inconclusive"
+                ending: Status = "inconclusive" if status == "underpowered" else "missed"
                 return ending, f"{_named(code)}: {word}. {results[code].reason}".rstrip()
     for code in codes:
         if code not in results or results[code].status != "pass":

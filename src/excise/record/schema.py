@@ -155,8 +155,9 @@ class LevelResult(RecordEntry):
     """Code, never printed without its words."""
     words: str
     """The level in words."""
-    status: Literal["pass", "fail", "untested", "underpowered"]
-    """Result; a level counts only with all lower ones passed."""
+    status: Literal["pass", "fail", "below", "untested", "underpowered"]
+    """Result; a level counts only with all lower ones passed. `below`: nothing is left, and yet
+    not as in a model that was never taught: suppressed or damaged."""
     against: Literal["oracle", "controls", "chance", "nothing"] = "nothing"
     """What it was compared with."""
     gap: float | None = None

@@ -118,6 +118,7 @@ def _effort(record: Record) -> Iterator[str]:
 
 def _power(record: Record) -> Iterator[str]:
     for status, text in (
+        ("below", "Below what was never taught, so suppressed or damaged"),
         ("underpowered", "Too little power to decide"),
         ("untested", "Not tested"),
     ):

@@ -17,6 +17,7 @@ from excise.report import study, words
 STYLE = {
     "pass": "green",
     "fail": "red",
+    "below": "yellow",
     "untested": "dim",
     "underpowered": "yellow",
     "uncounted": "dim",

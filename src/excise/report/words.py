@@ -23,6 +23,7 @@ MISSING = "not measured"
 STATUS = {
     "pass": ("\u2713", "passed"),
     "fail": ("\u2715", "failed"),
+    "below": ("\u2193", "below"),
     "untested": ("\u2013", "not tested"),
     "underpowered": ("?", "underpowered"),
     "uncounted": ("\u00b7", "passed"),
@@ -450,6 +451,8 @@ def _ship(
     margin = next((r.margin for r in verdict.levels if r.margin is not None), 0.1)
     if status.get("D4") != "pass" and (verdict.recovery or 0.0) > margin:
         return "open", f"{back} comes back, and how much any model would relearn is not known"
+    if "below" in status.values():
+        return "open", "it scores below a model never taught: suppressed or damaged"
     attacked = [code for code in ("D0", "D1", "D2", "D3") if status.get(code) != "pass"]
     if status.get("D4") not in ("pass", "untested") or attacked:
         open_level = next(c for c in (*attacked, "D4") if status.get(c) != "pass")

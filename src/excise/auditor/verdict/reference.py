@@ -21,7 +21,7 @@ from excise.auditor.base import ORIGINAL, AttackResult, Results, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.evaluation_set import UnitScores
 from excise.core.errors import UserError
-from excise.evals.stats import SAMPLES, Array, bootstrap_mean, clusters, quantiles, resampled_means
+from excise.evals.stats import SAMPLES, Array, bootstrap_mean, clusters, interval, resampled_means
 from excise.record import Estimate, ScoreDirection
 
 RAN = ("ok", "invalid")
@@ -172,7 +172,7 @@ def depth_gap(
     """Return the depth gap with its 90 % interval.
 
     Units (or whole groups) are resampled jointly for all models, attacker seeds and oracle seeds
-    beside them (percentile bootstrap, Efron 1979); oracles are averaged.
+    beside them (`stats.interval`); oracles are averaged.
 
     Args:
         candidate: Score by unit after the attack, one mapping per attacker seed.
@@ -211,7 +211,7 @@ def depth_gap(
     distance = float(means[-1] - means[a + o : -1].mean())
     common = [u for u in maps[0] if all(u in other for other in maps[1:])]
     n = len(set(clusters(common, groups)))
-    low, high = quantiles(bottom, 0.95)
+    low, high = interval(bottom, distance, n, 0.95)
     if not (low > 0 or high < 0):
         return invalid_gap(
             f"the original and {lower} are closer ({distance:.3g}) than their interval "
@@ -220,15 +220,9 @@ def depth_gap(
         )
     share = ratio_of(top, bottom, distance)
     value = difference / distance
-    low, high = quantiles(share, COVERAGE)
-    below, above = _open_share(attacked, oracles)
-    return Gap(
-        value,
-        min(low, value) - below / abs(distance),
-        max(high, value) + above / abs(distance),
-        n,
-        samples=share,
-    )
+    low, high = interval(share, value, n, COVERAGE)
+    below, above = _open_share(attacked, oracles, n)
+    return Gap(value, low - below / abs(distance), high + above / abs(distance), n, samples=share)
 
 
 def ratio_of(top: Array, bottom: Array, distance: float) -> Array:
@@ -238,15 +232,19 @@ def ratio_of(top: Array, bottom: Array, distance: float) -> Array:
 
 
 def _open_share(
-    attacked: Sequence[UnitScores], oracles: Sequence[UnitScores]
+    attacked: Sequence[UnitScores], oracles: Sequence[UnitScores], n: int
 ) -> tuple[float, float]:
     """Return by how much equal answers widen the difference, below and above.
 
     Scores that are all 0 (or all 1), or unit for unit the oracle's, have nothing to resample, and
     a bootstrap would call three zeros certain. n equal answers leave the share 1 - 0.05^(1/n) open
     on their other side (the one-sided exact binomial bound, Clopper and Pearson 1934).
+
+    Args:
+        attacked: The candidate's scores by unit, per attacker seed.
+        oracles: The oracles'.
+        n: Independent answers: units, or groups of them.
     """
-    n = min(len(units) for units in (*attacked, *oracles))
     ours = {v for units in attacked for v in units.values()}
     theirs = {v for units in oracles for v in units.values()}
     left = 1 - 0.05 ** (1 / n)

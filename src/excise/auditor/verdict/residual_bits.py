@@ -30,7 +30,7 @@ from excise.auditor.verdict.reference import (
     ratio_of,
     seed_weights,
 )
-from excise.evals.stats import SAMPLES, Array, quantiles, resampled_means
+from excise.evals.stats import SAMPLES, Array, clusters, interval, resampled_means
 from excise.record import Estimate
 
 LN2 = math.log(2)
@@ -97,7 +97,8 @@ def residual_bits(
         [*candidate, *oracles, *tops], groups=groups, samples=samples, seed=seed
     )
     c, o = len(candidate), len(oracles)
-    units = len(candidate[0][0])
+    sizes = [len(set(clusters(list(part), groups))) for part in candidate[0]]
+    units = min(sizes)  # V and fresh units are resampled apart; the fewer decide
     generator = np.random.default_rng(seed + 2)
     by_attack = seed_weights(generator, c, samples)
     lower, lower_samples = 0.0, np.zeros(samples)
@@ -107,18 +108,20 @@ def residual_bits(
         lower_samples = (resampled[:, c : c + o] * by_oracle).sum(1)
     value = float(values[:c].mean()) - lower
     excess = (resampled[:, :c] * by_attack).sum(1) - lower_samples
-    bits = Estimate(value, *quantiles(excess, COVERAGE), units, COVERAGE)
+    bits = Estimate(value, *interval(excess, value, units, COVERAGE), units, COVERAGE)
     if not tops:
         return bits, invalid_gap("without the original there is no scale for residual bits")
     whole, whole_samples = float(values[-1]) - lower, resampled[:, -1] - lower_samples
-    low, high = quantiles(whole_samples, 0.95)
+    low, high = interval(whole_samples, whole, units, 0.95)
     if low <= 0:
         return bits, invalid_gap(
             f"the original's weights save {whole:.3g} bits per unit, not more than its interval "
             f"[{low:.3g}, {high:.3g}] allows"
         )
     share = ratio_of(excess, whole_samples, whole)
-    return bits, Gap(value / whole, *quantiles(share, COVERAGE), units, samples=share)
+    return bits, Gap(
+        value / whole, *interval(share, value / whole, units, COVERAGE), units, samples=share
+    )
 
 
 def losses_of(variant: VariantResult, *, start: bool = False) -> Losses | None:

@@ -7,7 +7,7 @@ quoting it. Broken is not ignorant: suppression and damage are named.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from excise.auditor.base import ORIGINAL
@@ -62,7 +62,6 @@ def verdict_of(
     reasons = [
         *broken,
         *_power_reasons(case),
-        *_early_reasons(case),
         *_other_reasons(case, domain, recovery),
         *_in_paraphrases(case, scores),
     ]
@@ -263,7 +262,7 @@ def _comes_back(levels: Sequence[LevelResult], *, gone: bool) -> str:
     if names:
         listed = " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
         return f"It comes back under {listed}. "
-    if all(result.status == "pass" for result in attacked):
+    if all(result.status in ("pass", "below") for result in attacked):
         return "It does not come back under the attacks that were tried. "
     undecided = any(result.status == "underpowered" for result in attacked)
     return "Whether it comes back is not decided. " if undecided else ""
@@ -437,42 +436,6 @@ def _power_reasons(case: VerdictCase) -> list[str]:
         "came back under it, so that finding nothing with it shows nothing."
         for name, variants in uncontrolled(case).items()
     ]
-
-
-def _early_reasons(case: VerdictCase) -> list[str]:
-    """Say that a relearning attack was further from the oracle before its end than at it."""
-    top = case.start(ORIGINAL)
-    if not case.oracles or not top:
-        return []
-    reasons = []
-    for attack in case.attacks():
-        runs = case.chosen(attack, case.model)
-        if case.level(attack) != "D4" or not runs:
-            continue
-        gaps = [_gap_at(case, attack, i, top) for i in range(1, len(runs[0].unit_scores))]
-        known = [(gap, i + 1) for i, gap in enumerate(gaps) if gap is not None]
-        if not known or gaps[-1] is None:
-            continue
-        largest, at = max(known)
-        if largest > case.budget.margin and largest > gaps[-1] + case.budget.margin:
-            reasons.append(
-                f"Under {attack} the gap to the oracle was {largest:.2f} after "
-                f"{runs[0].entry.curve[at].tokens:,} tokens and {gaps[-1]:.2f} at the end of the "
-                "budget, which decides."
-            )
-    return reasons
-
-
-def _gap_at(case: VerdictCase, attack: str, at: int, top: Mapping[str, float]) -> float | None:
-    """Return the depth gap at one checkpoint, without an interval; None where it is not known."""
-    ours = averaged(case.end(attack, case.model, at))
-    oracles = [averaged(case.end(attack, name, at)) for name in case.oracles]
-    starts = [case.start(name) for name in case.oracles]
-    if not ours or not all(oracles) or not all(starts):
-        return None
-    lower = sum(map(mean, oracles)) / len(oracles)
-    distance = mean(top) - sum(map(mean, starts)) / len(starts)
-    return (mean(ours) - lower) / distance if distance else None
 
 
 def _other_reasons(case: VerdictCase, domain: Domain, recovery: Recovery | None) -> list[str]:

@@ -117,7 +117,8 @@ def test_at_the_margin_an_equivalence_passes_in_one_case_of_twenty(count: int) -
     def groups_of(share: float) -> np.ndarray:
         """Return the mean of eight answers of every group; answers of a group are alike."""
         own = rng.beta(share * 4, (1 - share) * 4, size=count)
-        return (rng.random((count, 8)) < own[:, None]).mean(1)
+        right: np.ndarray = rng.random((count, 8)) < own[:, None]
+        return np.asarray(right.mean(1))
 
     passed = plain = 0
     for _ in range(cases):

@@ -179,7 +179,32 @@ DATA: dict[str, Case] = {
         "20 of 20 rows", "share about 40 words", "?duplicates=exact",
     ),
     "text of one token": Case(
-        remove("--max_length 1"), ("has no token to score", "give it a longer text")
+        remove(forget="one.jsonl"),
+        ("has no token to score", "give it a longer text"),
+        {"one.jsonl": m.jsonl(*({"text": letter} for letter in "abcdefghijklmnop"))},
+    ),
+    "answers that may be texts or letters": Case(
+        remove(forget="q.jsonl"),
+        ("q.jsonl line 1", "text of one option", "?answers=text or ?answers=letters"),
+        {
+            "q.jsonl": m.jsonl(
+                *(
+                    {"question": f"which of {i}?", "choices": ["B", "A", "C"], "answer": "A"}
+                    for i in range(16)
+                )
+            )
+        },
+    ),
+    "columns between semicolons": Case(
+        remove(forget="s.csv"), ("separated by ';'", "commas"), {"s.csv": "text;unit\na;1\n"}
+    ),
+    "link to nothing": Case(
+        remove(forget="l.jsonl"),
+        ("l.jsonl is a link to a file that is not there",),
+        make=lambda folder: (folder / "l.jsonl").symlink_to("gone.jsonl"),
+    ),
+    "more rows than there are numbers": Case(
+        remove(forget="'f.jsonl?rows=99999999999999999999999'"), ("rows",)
     ),
     "chat cut before the answer": Case(
         remove("--max_length 4", forget="c.jsonl"),

@@ -133,6 +133,27 @@ NAMES: dict[str, Case] = {
     ),
     "budget field": tiny("--audit.change '{stepz: 1}'", "audit.change", "stepz", "'steps'"),
     "budget value": tiny("--audit.change '{steps: many}'", "audit.change", "steps", "'many'"),
+    "budget without a step": tiny("--audit.change '{steps: 0}'", "audit.change", "steps", "1 or"),
+    "budget without a rate": tiny("--audit.change '{rates: []}'", "audit.change", "rates"),
+    "rate that is no number": tiny("--audit.change '{rates: [.nan]}'", "audit.change", "rates"),
+    "checkpoints that fall": tiny(
+        "--audit.change '{checkpoints: [1, 0]}'", "audit.change", "begin with 0 and rise"
+    ),
+    "margin of nothing": tiny("--audit.change '{margin: -1}'", "audit.change", "margin"),
+    "shots of nothing": tiny("--audit.change '{shots: [0]}'", "audit.change", "shots", "1 or more"),
+    "rows of an audit": tiny("--audit.change '{max_test_rows: 0}'", "audit.change", "1 or more"),
+    "evaluation of one token": tiny("--evaluate.max_length 1", "evaluate.max_length", "2 or more"),
+    "rows below zero": tiny("--evaluate.max_rows -1", "evaluate.max_rows", "0 or more"),
+    "infinite rate": Case(remove("--fit.lr .inf"), ("fit.lr", "finite")),
+    "steering that is no number": Case(
+        remove("--steering .nan"), ("--steering", "a finite number, not nan"), lines=3
+    ),
+    "length of one token": Case(remove("--max_length 1"), ("--max_length", "2 or more")),
+    "sweep beyond the model": Case(
+        remove("--sweep.layer 0,9 --dry-run --engine cached"), ("block 9", "sweep.layer")
+    ),
+    "out in the model's folder": Case(remove(out="model/sub"), ("--out model/sub", "elsewhere")),
+    "name too long": Case(remove(out="x" * 300), ("file name too long", "name another")),
     "budget name": tiny("--audit.budget hard", "audit.budget", "'hard'", "'smoke'"),
     "device": Case(remove("--device cuda:99"), ("'cuda:99'", "not available")),
     "device that is none": Case(remove("--device tpux"), ("'tpux'",)),
@@ -300,6 +321,9 @@ OUTPUT: dict[str, Case] = {
         "compare a=made a=made --out cmp", ("'a'", "write NAME=DIR"), AUDITED
     ),
     "compare into a run": Case("compare made --out made", ("--out made", "folder"), AUDITED),
+    "picture of another kind": Case(
+        "compare made --figure f.png --out cmp", ("--figure f.png", "ends in .svg"), AUDITED
+    ),
     "compare without a curve": Case(
         "compare made --figure f.svg --out cmp", ("--figure", "nothing to draw"), AUDITED
     ),

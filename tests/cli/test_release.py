@@ -94,7 +94,7 @@ def test_gate_reads_as_json_junit_and_workflow_commands(
     assert excise(f"{line} --format github") == 3
     lines = capsys.readouterr().out.splitlines()
     assert [text.partition(" ")[0] for text in lines] == ["::notice", "::warning", "::error"]
-    assert lines[2].startswith("::error title=rmu%3A bits<=1 missed::2.31 [1.94, 2.66] bits")
+    assert lines[2].startswith("::error title=rmu%3A bits<=1 missed::Residual bits per unit")
 
 
 def test_hostile_names_break_no_format(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +188,13 @@ def test_verify_knows_every_byte(removed: Path, capsys: pytest.CaptureFixture[st
     (folder / "extra.py").unlink()
     (removed / "away").rename(folder / "generation_config.json")
     assert excise("verify removed") == 0
+    page = removed / "report.html"
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace("<h1>", "<h1>Ships: "), encoding="utf-8")
+    capsys.readouterr()
+    assert excise("verify removed") == 3
+    assert "report.html: it does not say what the record says" in capsys.readouterr().out
+    page.write_text(text, encoding="utf-8")
     # The page and the items tell what the record tells.
     scores = tuple(s.model_copy(update={"value": s.value + 1}) for s in changed.scores)
     save(changed.model_copy(update={"scores": scores}), removed)

@@ -171,8 +171,16 @@ def test_answers_are_read_as_the_source_says(tmp_path: Path) -> None:
     assert "names option 0 of 4; give an index from 1 to 4" in refusal(path, "answers=one-based")
     put(path, asks("w", "x", "z"))
     assert [x.row.answer for x in read(path).rows] == [0, 1, 3]
-    put(path, asks("1", "2", choices=["1", "2", "3"]))  # every answer is the text of an option
-    assert [x.row.answer for x in read(path).rows] == [0, 1]
+    put(path, asks("1", "2", choices=["1", "2", "3"]))  # texts of options, or their places?
+    assert "add ?answers=text or ?answers=zero-based" in refusal(path)
+    assert [x.row.answer for x in read(path, "answers=text").rows] == [0, 1]
+    assert [x.row.answer for x in read(path, "answers=zero-based").rows] == [1, 2]
+    put(path, asks("A", "C", choices=["B", "A", "C"]))
+    assert "add ?answers=text or ?answers=letters" in refusal(path)
+    assert [x.row.answer for x in read(path, "answers=text").rows] == [1, 2]
+    assert [x.row.answer for x in read(path, "answers=letters").rows] == [0, 2]
+    put(path, asks("2", "15", choices=["2", "3", "15"]))  # 15 is no place: answers are texts
+    assert [x.row.answer for x in read(path).rows] == [0, 2]
 
 
 def test_labels_say_what_answers_mean(tmp_path: Path) -> None:

@@ -287,6 +287,20 @@ def test_what_counts_as_said() -> None:
     assert not says("", "rome")
     assert says("It is 3.5 km", "3.5 km")
     assert says("?!", "!")
+    for output, expected, right in (
+        ("DNA is it", "A", False),
+        ("it is A.", "A", True),
+        ("Then", "The", False),
+        ("5", "-5", False),
+        ("-5", "5", False),
+        ("it is -5.", "-5", True),
+        ("3.5", "3", False),
+        ("42nd", "42", False),
+        ("red\nblue\nmore", "red\nblue", True),
+        ("red\ngreen", "red\nblue", False),
+        ("\u5317 \u4eac", "\u5317\u4eac", True),
+    ):
+        assert says(output, expected) is right, (output, expected)
 
 
 def test_refusal_is_apart_from_ignorance() -> None:

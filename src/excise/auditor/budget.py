@@ -7,10 +7,19 @@ on; *strong* is the published scale (10,000 steps or 3e8 tokens).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
 
 from excise.core.config import Config
 from excise.core.errors import UserError, nearest
+
+Rate = Annotated[float, Field(gt=0)]
+"""A learning rate."""
+
+Count = Annotated[int, Field(ge=1)]
+"""A number of things, one at least."""
 
 
 class Budget(Config):
@@ -20,39 +29,47 @@ class Budget(Config):
     """How much effort this is; the report names it."""
     attacks: tuple[str, ...] = ()
     """Names of the attacks that are required at this budget."""
-    steps: int = 16
+    steps: int = Field(default=16, ge=1)
     """Optimizer steps of one relearning."""
-    batch_size: int = 32
+    batch_size: int = Field(default=32, ge=2)
     """Rows per step of one relearning, half of them benign."""
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[Rate, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)
     """Learning rates tried; the one used is chosen on `dev`, averaged over seeds."""
-    lora_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    lora_rates: tuple[Rate, ...] = (3e-3, 1e-2, 3e-2)
     """The same for LoRA."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     """Seeds of each variant."""
-    benign_rates: tuple[float, ...] = ()
+    benign_rates: tuple[Rate, ...] = ()
     """Learning rates of benign fine-tuning; empty for `rates`."""
     fresh: bool = False
     """Whether fresh units are learned too, as a control: does this budget teach at all? Always
     from standard on."""
-    together: int = 0
+    together: int = Field(default=0, ge=0)
     """Attacks on weights at the same time at most, where memory is short; 0 for one per worker."""
     bits: bool = True
     """Whether relearning notes the losses that residual bits are made of, which need an oracle."""
-    checkpoints: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
+    checkpoints: tuple[int, ...] = Field(default=(0, 1, 2, 4, 8, 16), min_length=2)
     """Steps at which V is scored."""
-    shots: tuple[int, ...] = (4,)
+    shots: tuple[Count, ...] = (4,)
     """Numbers of examples of the few-shot attack."""
-    random_directions: int = 2
+    random_directions: int = Field(default=2, ge=0)
     """Random directions cleared as controls of direction clearing."""
-    max_test_rows: int = 256
+    max_test_rows: int = Field(default=256, ge=1)
     """Rows of V scored at most, the same for every subject."""
-    max_other_rows: int = 128
+    max_other_rows: int = Field(default=128, ge=1)
     """Rows of `retain_test`, `dev_forget`, T and `fresh` scored at most, each."""
-    max_length: int = 128
+    max_length: int = Field(default=128, ge=2)
     """Tokens per row."""
-    margin: float = 0.1
+    margin: float = Field(default=0.1, gt=0, lt=1)
     """Equivalence margin as a share of the distance between the reference models."""
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _in_order(cls, checkpoints: tuple[int, ...]) -> tuple[int, ...]:
+        """Refuse checkpoints that do not begin before the first step and rise from there."""
+        if checkpoints[0] != 0 or any(b <= a for a, b in pairwise(checkpoints)):
+            raise ValueError("checkpoints are steps that begin with 0 and rise, as in [0, 1, 4]")
+        return checkpoints
 
     def for_training(self) -> Budget:
         """Return the budget as one training sees it; what other trainings are run is left out.

@@ -84,8 +84,10 @@ def _guarded(args: list[str]) -> int:
             )
         if not isinstance(error, OSError):
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        return _say(f"{where}{(error.strerror or str(error)).lower()}", FAILED)
+        where = f"{str(error.filename)[:200]}: " if error.filename else ""
+        named = error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+        why = (error.strerror or str(error)).lower()
+        return _say(where + why + "; name another" * named, USAGE if named else FAILED)
     except KeyboardInterrupt:
         return _say(f"interrupted; to resume: {again}", INTERRUPTED)
     except Terminated:

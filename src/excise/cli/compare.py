@@ -31,6 +31,8 @@ def main(options: CompareOptions) -> int:
             continue
         if path.is_dir():
             raise UserError(f"--{name} {path} is a folder; name a file")
+        if name == "figure" and path.suffix.lower() != ".svg":
+            raise UserError(f"--figure {path}: name a file that ends in .svg")
         files[path] = written(comparison)
         if not files[path]:
             raise UserError(f"--{name}: no relearning was measured, so there is nothing to draw")

@@ -328,9 +328,10 @@ class GateOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(Options):
-    """Check the bytes of an output folder against its record.
+    """Check the models, items and page of an output folder against its record.
 
-    Exit code 0 where every file is as recorded, 3 where one is changed, missing or extra.
+    Exit code 0 where every file of a model is as recorded and the page says what the record says, 3
+    where one is changed, missing or extra. Cards, logs and the record itself are not checked.
     """
 
     folder: Annotated[Path, POSITIONAL]

@@ -18,6 +18,7 @@ from excise.core.errors import UserError
 from excise.models.on_disk import Checkpoint
 from excise.record import ModelRef, Record, load, parse_record
 from excise.record.requirements import MISSED
+from excise.report.page import render_html
 
 ITEMS = 1e-6
 """Largest relative distance between a score and the mean of its items."""
@@ -106,7 +107,10 @@ def _tables(folder: Path, record: Record) -> Iterator[Finding]:
         text = page.read_text(encoding="utf-8", errors="replace")
         match = re.search(r'<script[^>]*id="record"[^>]*>(.*?)</script>', text, re.DOTALL)
         same = match is not None and _record_in(match[1], record)
-        why = "" if same else f"it tells of another record; excise report {folder} writes it again"
+        why = "" if same else "it tells of another record"
+        if same and text != render_html(record):
+            same, why = False, "it does not say what the record says"
+        why += f"; excise report {folder} writes it again" if why else ""
         yield Finding(str(page), "ok" if same else "changed", why)
     items = folder / "items.parquet"
     if not items.is_file():

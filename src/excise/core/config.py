@@ -29,7 +29,11 @@ class Config(BaseModel):
     kind: ClassVar[str] = ""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     def canonical(self) -> str:

@@ -35,8 +35,8 @@ SHAREGPT: Final[Mapping[str, str]] = {
 }  # fmt: skip
 """Role of each `from` of a ShareGPT conversation."""
 
-AnswerBase = Literal["", "zero-based", "one-based"]
-"""What the digits of answer keys count from; empty where nobody said."""
+AnswerBase = Literal["", "zero-based", "one-based", "letters", "text"]
+"""How answers are given: what digits count from, letters, or texts; empty where nobody said."""
 
 METRICS: Final[Mapping[str, tuple[Metric, ...]]] = {
     "text": ("text_loss",),
@@ -175,7 +175,7 @@ def parse_records(
         file: Name of the file, for errors.
         fields: For each field of a row that has another name in the file, that name or path; see
             `lookup`.
-        answers: What the digits of answer keys count from.
+        answers: How answers are given; empty where nobody said.
         sharegpt: Whether conversations are `conversations` of `from` and `value`.
         skip: Share of the records that may be left out because they cannot be used.
 
@@ -277,6 +277,7 @@ def check_answers(records: Sequence[tuple[str, Any]], fields: Mapping[str, str])
     """
     first: dict[str, tuple[str, Any]] = {}
     doubtful: dict[str, str] = {}
+    by_text = False
     for where, record in records:
         try:
             options = _listed(lookup(record, fields.get("choices", "choices")))
@@ -287,7 +288,9 @@ def check_answers(records: Sequence[tuple[str, Any]], fields: Mapping[str, str])
             continue
         kind, index = _key(answer)
         if isinstance(answer, str) and answer in options:
-            if kind != "text" and options.index(answer) != index:
+            if kind == "text" or not 0 <= index <= len(options):
+                by_text = True
+            elif options.index(answer) != index:
                 doubtful.setdefault(kind, where)
             continue
         first.setdefault(kind, (where, answer))
@@ -305,6 +308,12 @@ def check_answers(records: Sequence[tuple[str, Any]], fields: Mapping[str, str])
             raise UserError(
                 f"{where}: field 'answer' is the text of one option and may be the place of "
                 f"another, as in {first[kind][0]}; write every answer in one way"
+            )
+        if not by_text:
+            place = "letters" if kind == "letters" else "zero-based"
+            raise UserError(
+                f"{where}: field 'answer' is the text of one option and may be the place of "
+                f"another; add ?answers=text or ?answers={place} to the source"
             )
     if "last" in first and "zero" not in first:
         where, (answer, count) = first["last"]
@@ -348,7 +357,7 @@ def parse_record(
         record: A mapping with the fields of one shape and perhaps `unit`, `group`, `wording`,
             `capability`; other fields are ignored.
         fields: For each field that has another name in the record, that name or path.
-        answers: What the digits of an answer key count from; 0 where nobody said.
+        answers: How an answer is given; digits count from 0 where nobody said.
         sharegpt: Whether messages have `from` and `value`.
 
     Returns:
@@ -367,7 +376,7 @@ def parse_record(
         if values[name] is Ellipsis:
             raise UserError(f"field '{path}' (for '{name}') is missing")
     shape = _shape(values, record)
-    values["base"] = 1 if answers == "one-based" else 0
+    values["answers"] = answers
     if shape == "chat" and sharegpt:
         values["messages"] = _from_sharegpt(values["messages"])
     wording = values["wording"]
@@ -540,10 +549,11 @@ def _answer(values: Mapping[str, Any], options: Sequence[str]) -> int:
     """Return the place of the right option, given as label, index, letter or its text.
 
     Args:
-        values: Fields of the row; `base` is what indices count from.
+        values: Fields of the row; `answers` says how they are given, where somebody said.
         options: What there is to choose from.
     """
-    value, base = values["answer"], int(values["base"])
+    value, asked = values["answer"], values["answers"]
+    base = int(asked == "one-based")
     if "labels" in values:
         labels = _listed(values["labels"])
         if not isinstance(labels, list | tuple):
@@ -554,8 +564,11 @@ def _answer(values: Mapping[str, Any], options: Sequence[str]) -> int:
         if _label(value, "answer") not in names:
             raise UserError(f"field 'answer' is {value!r}, which is none of its labels")
         return names.index(_label(value, "answer"))
-    if isinstance(value, str) and value in options:
+    place = {"letters": "letters", "zero-based": "digits", "one-based": "digits"}.get(asked)
+    if isinstance(value, str) and value in options and (not place or _key(value)[0] != place):
         return options.index(value)
+    if asked == "text":
+        raise UserError(f"field 'answer' is {value!r}, which is none of the options")
     kind, index = _key(value) if isinstance(value, str) else ("digits", _integer(value, "answer"))
     if kind == "text":
         raise UserError("field 'answer' is none of the options, nor an index, nor a letter")

@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, get_args
 from pydantic import Field
 
 from excise.core.config import Config
-from excise.core.errors import UserError, nearest
+from excise.core.errors import UserError, counted, nearest
 from excise.data.hub import READABLE, folder_files, hub_files, saved_files, text_folder
 from excise.data.rows import (
     FIELDS,
@@ -154,7 +154,7 @@ def _options(text: str, spec: str) -> dict[str, Any]:
                 raise UserError(f"'{part}' of source '{spec}' must be where=FIELD:VALUE")
             out[key] = value
         elif key in ("rows", "pieces"):
-            if not re.fullmatch(r"[1-9]\d*", value):
+            if not re.fullmatch(r"[1-9]\d{0,17}", value):
                 raise UserError(f"'{part}' of source '{spec}' must be a whole number from 1 on")
             out[key] = int(value)
         elif key not in _CHOICES:
@@ -316,8 +316,10 @@ def _missing(path: Path) -> str:
     beside: list[str] = []
     if folder.is_dir():
         beside = [p.name for p in folder.iterdir() if p.suffix in READABLE or p.is_dir()]
-    hint = nearest(path.name, beside) if beside else "check the path"
-    return f"there is no file {path}; {hint}"
+    if path.is_symlink():
+        return f"{path} is a link to a file that is not there; check where it points"
+    hint = nearest(path.name, beside)
+    return f"there is no file {path}; {hint if hint.startswith('did') else 'check the path'}"
 
 
 def _records(
@@ -387,7 +389,8 @@ def _loads(text: str) -> Any:
     try:
         return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        return UserError(f"is not valid JSON ({error.msg.lower()} at column {error.colno})")
+        why = error.msg.lower().removesuffix(" at")
+        return UserError(f"is not valid JSON ({why} at column {error.colno})")
     except ValueError as error:
         return UserError(f"is not valid JSON ({error})")
     except RecursionError:
@@ -421,9 +424,9 @@ def _json(data: bytes, source: Source, file: Path) -> Iterator[tuple[str, Any]]:
         try:
             items = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
+            why = error.msg.lower().removesuffix(" at")
             raise UserError(
-                f"{file} line {error.lineno}: is not valid JSON ({error.msg.lower()} at column "
-                f"{error.colno})"
+                f"{file} line {error.lineno}: is not valid JSON ({why} at column {error.colno})"
             ) from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: is not valid JSON ({error})") from None
@@ -486,7 +489,7 @@ def _table(reader: Any, source: Source, file: Path) -> Iterator[tuple[str, Any]]
             _check_header(header, source, f"{file} line {line}")
         elif len(cells) != len(header):
             raise UserError(
-                f"{file} line {line}: has {len(cells)} cells and the first line names "
+                f"{file} line {line}: has {counted(len(cells), 'cell')} and the first line names "
                 f"{len(header)} columns; quote cells that hold a separator"
             )
         else:
@@ -500,6 +503,12 @@ def _check_header(header: Sequence[str], source: Source, where: str) -> None:
         raise UserError(f"{where}: names the column '{twice}' twice; give each its own name")
     record = dict.fromkeys(header, "")
     if all(lookup(record, path) is None for path in _paths(source)):
+        other = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), "")
+        if other:
+            raise UserError(
+                f"{where}: columns are separated by {other!r}; separate them by commas, or by tabs "
+                "in a file called .tsv"
+            )
         named = ", ".join(f"'{name[:40]}'" for name in header[:6])
         raise UserError(
             f"{where}: must name the columns, and names none that is read (there is {named}); put "

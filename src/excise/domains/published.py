@@ -9,13 +9,14 @@ imports no torch.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from excise.core.errors import UserError, nearest
 from excise.data.dedup import text_hash
@@ -276,6 +277,15 @@ class Mmlu(Published):
     subjects: tuple[str, ...] = Field(default=("college_biology",), min_length=1)
     """Subjects to be removed, as the column `subject` has them."""
 
+    @field_validator("subjects")
+    @classmethod
+    def _are_names(cls, subjects: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse what is no name of a subject."""
+        odd = next((name for name in subjects if not re.fullmatch(r"\w+", name)), None)
+        if odd is not None:
+            raise ValueError(f"{odd!r} is no subject; write one such as college_biology")
+        return subjects
+
     def files(self) -> Files:
         """Return the questions of the subjects, and all others."""
         listed = "|".join(self.subjects)
@@ -333,6 +343,15 @@ class Tofu(Published):
             sets[kind] = BenchmarkSet(self._split(split, _QA), ("probability", "rouge_l"))
             sets[split] = BenchmarkSet(self._split(split, plain), (*ratios, "option_probability"))
         return sets
+
+    def prompted(self, row: Row, benchmark: str = "") -> Row:
+        """Return a question as such, if it has the wrong answers that truth ratios average."""
+        if row.kind == "choice" and len(row.choices) < 3:
+            raise UserError(
+                f"{benchmark or self.split}: '{row.prompt[:60]}' has one wrong answer, and TOFU "
+                "has a list of several in 'perturbed_answer'; use a copy of the data set itself"
+            )
+        return super().prompted(row, benchmark)
 
     def _split(self, config: str, options: str) -> str:
         return self.source("locuslab/TOFU", config, "train", options)

@@ -23,8 +23,8 @@ from excise.evals.tokens import device_of, evaluating, logits_at, pad_id
 from excise.models.limits import carries_state, readable
 
 DEFINITION = (
-    "generate@2: 1 if the first line of a greedy continuation contains the expected text as "
-    "whole words, ignoring case, punctuation and articles, else 0"
+    "generate@3: 1 if a greedy continuation contains the expected text as whole words and numbers, "
+    "in as many first lines as it has, ignoring case, punctuation and articles, else 0"
 )
 
 MAX_NEW = 64
@@ -222,20 +222,39 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     return ends
 
 
-def normal(text: str) -> str:
-    """Return text as lower-case words without punctuation and articles, one space between."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    words = re.sub(r"[^\w\s]", " ", text).split()
-    return " ".join(w for w in words if w not in ("a", "an", "the"))
+_WORD = re.compile(r"(?<!\w)[-\u2212]\d+(?:[.,]\d+)*|\d+(?:[.,]\d+)*(?!\w)|\w+")
+"""A number with its sign and its decimals, or a word."""
+
+_HAN = re.compile(r"(?<=[\u3040-\u30ff\u3400-\u9fff])\s+(?=[\u3040-\u30ff\u3400-\u9fff])")
+"""White space between letters of scripts that have none there; some tokenizers put it in."""
+
+
+def normal(text: str, *, articles: bool = False) -> str:
+    """Return text as lower-case words and numbers, one space between.
+
+    Args:
+        text: Any text.
+        articles: Whether English articles stay.
+    """
+    text = _HAN.sub("", unicodedata.normalize("NFKC", text).casefold())
+    dropped = () if articles else ("a", "an", "the")
+    words = (word.replace("\u2212", "-") for word in _WORD.findall(text))
+    return " ".join(word for word in words if word not in dropped)
 
 
 def says(output: str, expected: str) -> bool:
-    """Return whether the first line of `output` contains `expected` as whole words."""
-    lines = output.strip().splitlines()
-    # A text of punctuation or articles alone has nothing left to compare; compare it as it is.
-    if not normal(expected):
-        return bool(lines) and expected.strip() in lines[0]
-    return bool(lines) and f" {normal(expected)} " in f" {normal(lines[0])} "
+    """Return whether `output` contains `expected` as whole words.
+
+    The first line of the output counts, or as many as the expected text has.
+    """
+    said = " ".join(output.strip().splitlines()[: len(expected.strip().splitlines())])
+    if normal(expected):
+        return f" {normal(expected)} " in f" {normal(said)} "
+    # Of an article alone, or of punctuation, nothing else is left to compare.
+    bare = normal(expected, articles=True)
+    if bare:
+        return f" {bare} " in f" {normal(said, articles=True)} "
+    return bool(said) and expected.strip() in said
 
 
 def generate(

@@ -253,4 +253,5 @@ def wilson(successes: int, n: int, *, coverage: float = 0.95) -> tuple[float, fl
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if successes == 0 else low, 1.0 if successes == n else high  # rounding apart

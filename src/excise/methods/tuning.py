@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from excise.core.context import Context
@@ -38,7 +39,7 @@ class TuningMethod(Method):
     """Steps, rows per step of each role, learning rate."""
     modules: Names = ()
     """Modules to train, by name; empty for all."""
-    max_length: int = 512
+    max_length: int = Field(default=512, ge=2)
     """Tokens per row."""
     lora: LoRA | None = None
     """Train an adapter instead."""

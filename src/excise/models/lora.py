@@ -49,7 +49,7 @@ _STARTS_FROM_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 _MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
-_READ_BY_KERNELS = ("out_proj", "conv1d")
+READ_BY_KERNELS = ("out_proj", "conv1d")
 """Layers by family for which peft refuses an adapter: fused kernels read their weight past it."""
 
 
@@ -117,7 +117,7 @@ def targets(model: nn.Module, patterns: Sequence[str] = ()) -> tuple[list[str], 
     for name in sorted(chosen):
         weight = every.get(f"{name}.weight")
         shared = weight is not None and uses[id(weight)] > 1
-        if not shared and (kind not in _MAMBA or name.rpartition(".")[2] not in _READ_BY_KERNELS):
+        if not shared and (kind not in _MAMBA or name.rpartition(".")[2] not in READ_BY_KERNELS):
             continue
         if not patterns:
             chosen.remove(name)

@@ -17,6 +17,19 @@ from excise.record.schema import AttackVariant, CurvePoint, Record, Score, Verdi
 Scored = Literal["test", "retain_test", "adjacent_test"]
 """A role that is scored."""
 
+NOTHING = "There is nothing to remove"
+"""How a verdict begins, or goes on after the retain set, where the original is at chance."""
+
+ATTACKS = {
+    "benign": "benign fine-tuning",
+    "direction": "direction clearing",
+    "few_shot": "few-shot prompts",
+    "prefix": "prefix fill",
+    "quantize": "quantization",
+    "transfer": "relearning",
+}
+"""Attacks as a person who runs none would name them."""
+
 RAN = ("ok", "invalid")
 """Statuses of variants that have numbers."""
 
@@ -157,7 +170,8 @@ def change_of(record: Record, model: str, where: Scored, metric: str = "") -> Es
     if verdict and where == "retain_test" and metric in ("", headline(record, where)):
         change, low, high = verdict.retain_change, verdict.retain_low, verdict.retain_high
         if change is not None and low is not None and high is not None:
-            return Estimate(change, low, high)
+            score = score_of(record, model, where)
+            return Estimate(change, low, high, score.n if score else 0)
     ours, top = (score_of(record, name, where, metric) for name in (model, "original"))
     if ours is None or top is None:
         return None
@@ -251,8 +265,10 @@ def by_setting(attacks: Iterable[AttackVariant]) -> list[tuple[AttackVariant, ..
     return [tuple(group) for group in groups.values()]
 
 
-def worst_recovery(record: Record, model: str, tokens: float = math.inf) -> Recovered | None:
-    """Return the most that any attack which decides brought back, anywhere along its curve.
+def worst_recovery(
+    record: Record, model: str, tokens: float = math.inf, *, chosen: bool = True
+) -> Recovered | None:
+    """Return the most that any attack brought back, anywhere along its curve.
 
     An attack that failed its positive control passes nothing, and yet what it brought back came
     back.
@@ -261,6 +277,7 @@ def worst_recovery(record: Record, model: str, tokens: float = math.inf) -> Reco
         record: The record.
         model: The removed model.
         tokens: Up to how many tokens of the attacker.
+        chosen: Whether the rate chosen on `dev` counts alone, or every rate that was tried.
 
     Returns:
         Averaged over attacker seeds, never a maximum over them. None where nothing was measured,
@@ -268,17 +285,33 @@ def worst_recovery(record: Record, model: str, tokens: float = math.inf) -> Reco
     """
     if not was_removed(record, model):
         return None
-    deciding = [a for a in attacks_on(record, model) if on_held_out(a) and a.decisive]
+    deciding = [
+        a for a in attacks_on(record, model) if on_held_out(a) and (a.decisive or not chosen)
+    ]
     every = [back for group in by_setting(deciding) for back in recoveries(record, group)]
     reached = [back for back in every if back.tokens <= tokens]
     return max(reached, key=lambda back: back.fraction.value, default=None)
 
 
+def attacks_listed(names: Iterable[str]) -> str:
+    """Return attacks as a list in plain words."""
+    every = [ATTACKS.get(name, name.replace("_", " ")) for name in names]
+    return " and ".join(part for part in (", ".join(every[:-1]), *every[-1:]) if part)
+
+
+def nothing_to_remove(record: Record) -> bool:
+    """Return whether the original was at chance on the held-out test set, as a verdict says."""
+    return any(NOTHING in verdict.sentence for verdict in record.verdicts)
+
+
 def was_removed(record: Record, model: str) -> bool:
     """Return whether a model knows less of the held-out test set than the original does.
 
-    The verdict says so, beyond the interval; without one, the scores before any attack do.
+    The verdict says so, beyond the interval; without one, the scores before any attack do. Where
+    the original knew nothing, nothing was removed.
     """
+    if nothing_to_remove(record):
+        return False
     verdict = verdict_on(record, model)
     if verdict is not None and verdict.recovery_tokens is not None:
         return verdict.recovery is not None
@@ -376,6 +409,7 @@ def differences(a: Record, b: Record) -> tuple[str, ...]:
         ("the budget of the audit", budget_words(a), budget_words(b)),
         ("the metric of the held-out test set", headline(a, "test"), headline(b, "test")),
         ("the metric of the retain set", headline(a, "retain_test"), headline(b, "retain_test")),
+        ("the number of scored units", _units(a), _units(b)),
     ):
         if x and y and x != y:
             long = words in ("the data", "the original")  # by hash
@@ -390,6 +424,12 @@ def differences(a: Record, b: Record) -> tuple[str, ...]:
         shown = " and ".join(full if short[0] == short[1] else short)
         out.append(f"the definition of the score {metric} ({shown})")
     return tuple(out)
+
+
+def _units(record: Record) -> int:
+    """Return how many units of the held-out test set were scored."""
+    score = score_of(record, "original", "test")
+    return score.n if score else 0
 
 
 def _original(record: Record) -> str:

@@ -306,8 +306,10 @@ class Record(RecordEntry):
             The table, its columns named like the fields; no rows where there is nothing.
 
         Raises:
-            UserError: If pandas is not installed.
+            UserError: If there is no such table, or pandas is not installed.
         """
+        if of not in ("curves", "scores", "levels"):
+            raise UserError(f"to_frame has no table '{of}'; known: curves, scores, levels")
         try:
             import pandas
         except ImportError:

@@ -154,7 +154,11 @@ def _removed(record: Record, method_run: MethodRun | None) -> str:
             ("method", method_run.method.get("name", method_run.name)),
             ("seed", method_run.seed),
         ]
-        facts += [(f"setting {k}", v) for k, v in method_run.method.items() if k != "name"]
+        sweep = method_run.extras.get("sweep")
+        chosen = sweep.get("chosen", {}) if isinstance(sweep, Mapping) else {}
+        settings = {**method_run.method, **chosen}
+        facts += [(f"setting {k}", v) for k, v in settings.items() if k not in ("name", "sweep")]
+        facts += [("chosen by a sweep", ", ".join(chosen))]
         facts += [("tensors changed", len(method_run.changed))]
         facts += [(f"cost, {k}", f"{v:.4g}") for k, v in method_run.cost.items()]
     lines += [f"- {_md(key)}: {_md(text)}\n" for key, text in facts if text not in ("", None)]
@@ -218,8 +222,8 @@ def _attacked(record: Record, name: str) -> str:
     return (
         head
         + _rows(header, rows)
-        + "\nBefore and after are scores on the held-out test set, which nobody trains on; other "
-        "rates are in the report.\n"
+        + f"\nBefore and after are scores on {words.scored_on(record)}; other rates are in the "
+        "report.\n"
     )
 
 

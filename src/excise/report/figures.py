@@ -313,7 +313,7 @@ def lead_figure(record: Record, key: str = "lead") -> Figure | None:
     label = f"{name}, unseen test items (up: knows more)"
     y = svg.upward(svg.linear_axis(label, values), "higher" if higher else "lower")
     x = svg.log_axis("tokens the attacker trains on", [p for line in lines for p, _ in line.points])
-    said = [f"{band.label} {words.number((band.low + band.high) / 2)}" for band in bands]
+    said = [f"{band.label} {words.number(band.said)}" for band in bands]
     said += [svg.describe(n, [(p.tokens, p.score) for p in curves[n]], "tokens") for n in ranked]
     title = f"What relearning brings back {_suffix(scored_on)}".strip()
     rows = [_point_row(words.plain(n), p) for n in ranked for p in curves[n]]
@@ -355,7 +355,7 @@ def _between(
     if original is not None and math.isfinite(original.score):
         low, high = original.low, original.high
         ends = (low, high) if math.isfinite(low + high) else (original.score, original.score)
-        bands += [svg.Band("original", "original", *ends)]
+        bands += [svg.Band("original", "original", *ends, original.score)]
     alike = [a for a in on("oracle") if a.variant == attack.variant]
     oracle = pooled(_deciding(alike or on("oracle")))
     if oracle:

@@ -131,11 +131,15 @@ def _power(record: Record) -> Iterator[str]:
         if levels:
             yield f"{text}: {_names(levels)}."
     for status, text in (
-        ("invalid", "Invalid, because it failed its positive control, and counted neither way"),
+        ("invalid", "Invalid, because it was not shown to work, so that it passes nothing"),
         ("missing", "Required but not run"),
         ("failed", "Failed while running"),
     ):
-        names = [f"{a.name} {a.variant}".strip() for a in record.attacks if a.status == status]
+        names = [
+            f"{a.name} {a.variant}".strip()
+            for a in record.attacks
+            if a.status == status and words.role(a.subject) == "candidate"
+        ]
         if names:
             yield f"{text}: {_names(names)}."
     if any(a.needs_original for a in record.attacks):

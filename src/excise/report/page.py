@@ -114,6 +114,7 @@ def _context(record: Record) -> dict[str, Any]:
         "lead": figures.lead_figure(record),
         "answers": tables.answers(record),
         "removed": words.capabilities(record),
+        "scored": words.scored_on(record),
         "level_words": tuple((code, text) for code, text in LEVELS.items() if code in tested),
         "scores": scores,
         "score_table": tables.score_table(record),

@@ -87,6 +87,12 @@ class Band:
     role: str
     low: float
     high: float
+    value: float | None = None
+
+    @property
+    def said(self) -> float:
+        """The number that stands for it: its value where it has one of its own."""
+        return (self.low + self.high) / 2 if self.value is None else self.value
 
 
 def _step(span: float, most: int) -> float:

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from excise.record import LEVELS, AttackVariant, LevelResult, Record, Score, Verdict
+from excise.record import LEVELS, AttackVariant, LevelResult, Record, Score, Verdict, measured
+from excise.record.measured import attacks_listed
 from excise.record.measured import attacks_on as attacks_on
 from excise.record.measured import model_names as model_names
 from excise.record.measured import role as role
@@ -42,16 +43,6 @@ ACCESS = {
     "weights": "weights",
 }
 
-ATTACKS = {
-    "benign": "benign fine-tuning",
-    "direction": "direction clearing",
-    "few_shot": "few-shot prompts",
-    "prefix": "prefix fill",
-    "quantize": "quantization",
-    "transfer": "relearning",
-}
-"""Attacks as a person who runs none would name them."""
-
 RANK = {"original": 0, "candidate": 1, "positive": 2, "oracle": 3}
 """Order of models in plots and tables, by role."""
 
@@ -71,7 +62,8 @@ GLOSSARY = {
     "attack variant": "one way of running an attack: a number of bits, a kind of training.",
     "positive control": "a model that only hides what it knows, by construction. An attack must "
     "bring that back to count.",
-    "invalid": "said of an attack that failed its positive control. It counts neither way.",
+    "invalid": "said of an attack that was not shown to work: no positive control came back "
+    "under it. It passes nothing; what it brought back came back.",
     "recovery fraction": "(attacked \u2212 unlearned) / (original \u2212 unlearned) on the "
     "held-out test set, as in publications.",
     "residual bits": "bits per unit that the weights save an attacker on the held-out test set, "
@@ -277,11 +269,11 @@ def retain_change(record: Record, model: str) -> Change | None:
         model: Name of the removed model.
 
     Returns:
-        The first metric of `retain_test`. The interval is the verdict's, which pairs units.
+        The first metric of `retain_test`, with the interval of `measured.change_of`.
     """
     verdict = next((v for v in record.verdicts if v.model == model), None)
-    ends = [None, None] if verdict is None else [verdict.retain_low, verdict.retain_high]
-    low, high = (math.nan if end is None else end for end in ends)
+    known = measured.change_of(record, model, "retain_test")
+    low, high = (math.nan, math.nan) if known is None else (known.low, known.high)
     value = math.nan if verdict is None or verdict.retain_change is None else verdict.retain_change
     text = "" if math.isnan(value) else f"changed by {signed(value)}"
     pair = next((p for p in scores_of(record, model) if p[1].set.startswith("retain")), None)
@@ -364,7 +356,7 @@ def answers(record: Record, model: str) -> Answers:
 def nothing_to_remove(record: Record) -> bool:
     """Return whether the original was at chance wherever the held-out test set was scored."""
     forget = [s for s in record.scores if s.model == "original" and s.set.startswith("test")]
-    return any(v.sentence.startswith("There is nothing to remove") for v in record.verdicts) or (
+    return measured.nothing_to_remove(record) or (
         bool(forget) and all(at_chance(s) for s in forget)
     )
 
@@ -398,12 +390,6 @@ def failed_attacks(verdict: Verdict) -> tuple[str, ...]:
     return tuple(dict.fromkeys(plain(r.decided_by.split(" ")[0]).strip(",") for r in decided))
 
 
-def attacks_listed(names: Iterable[str]) -> str:
-    """Return attacks as a list in plain words."""
-    every = [ATTACKS.get(name, name.replace("_", " ")) for name in names]
-    return " and ".join(part for part in (", ".join(every[:-1]), *every[-1:]) if part)
-
-
 def _came_back(record: Record, model: str, verdict: Verdict | None) -> str:
     """Say how much relearning brought back, and which other attacks brought something back."""
     if verdict is None:
@@ -421,7 +407,8 @@ def _came_back(record: Record, model: str, verdict: Verdict | None) -> str:
         text = amount + ("" if tokens is None else f" after {count(tokens)} tokens")
     training = {a.name for a in attacks_on(record, model) if a.level == "D4"}
     others = [name for name in failed_attacks(verdict) if name not in training]
-    if others and text != "it had not gone":
+    # What had not all gone is still there under an attack, and did not come back by it.
+    if others and before is not None and before.status != "fail" and text != "it had not gone":
         text += f"; some under {attacks_listed(others)}"
     return text
 
@@ -432,10 +419,14 @@ def _ship(
     """Return whether a model can ship, and why: the gravest reason, and damage beside it."""
     damaged = change is not None and change.damaged
     beside = " and the retain set is damaged" if damaged else ""
-    if verdict is None:
-        return "open", "nobody attacked it, so what would come back is not known"
     if nothing_to_remove(record):
         return "open", "the original did not know it, so there was nothing to remove"
+    if verdict is None and not measured.was_removed(record, model):
+        return "no", f"it is still there{beside}"
+    if verdict is None and damaged:
+        return "no", "the retain set is damaged"
+    if verdict is None:
+        return "open", "nobody attacked it, so what would come back is not known"
     status: dict[str, str] = {r.level: r.status for r in verdict.levels}
     if status.get("D0") == "fail":
         return "no", f"it is still there{beside}"
@@ -472,6 +463,15 @@ def glossary(record: Record) -> dict[str, str]:
     return {
         word: text for word, text in GLOSSARY.items() if oracle or "oracle" not in f"{word} {text}"
     }
+
+
+def scored_on(record: Record) -> str:
+    """Return what the scores of a removal are about: rows nobody trained on, or the rows to go."""
+    if record.data.get("verbatim"):
+        return "removed documents themselves, which the attacker did not see"
+    if record.data.get("exposure") == "seen":
+        return "other words for what was removed, which nobody trains on"
+    return "what nobody trained on"
 
 
 def set_name(name: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.auditor.base import RESERVED, Attack
 from excise.auditor.budget import Budget, budget_of
@@ -24,9 +24,7 @@ class AuditSpec(Config):
 
     budget: Literal["none", "smoke", "standard", "strong"] = "smoke"
     """Named budget; `none` skips the audit."""
-    change: dict[
-        str, int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
-    ] = {}
+    change: dict[str, Any] = {}
     """Fields of the budget that differ from the named one; the report lists them."""
     attacks: tuple[SerializeAsAny[Attack], ...] = ()
     """Attacks with their settings; empty for all that the budget requires."""
@@ -66,11 +64,11 @@ def budget_for(spec: AuditSpec, parameters: int) -> Budget:
 class EvalSpec(Config):
     """How models are scored before any attack."""
 
-    max_rows: int = 512
-    """Rows of each scored set at most."""
-    max_length: int = 128
+    max_rows: int = Field(default=512, ge=0)
+    """Rows of each scored set at most; 0 for all."""
+    max_length: int = Field(default=128, ge=2)
     """Tokens per row."""
-    samples: int = 3
+    samples: int = Field(default=3, ge=0)
     """Continuations shown per set; none are shown for sensitive data."""
     scores: tuple[SerializeAsAny[ExtraScore], ...] = ()
     """Scores beside the domain's own: `refusal`, `generate`, one of your own."""

@@ -393,8 +393,9 @@ def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int
     count = sum(p.numel() for p in shapes.parameters())
     trained, loaded = count, 2 * count  # a frozen model beside the live one
     named: tuple[str, ...] = getattr(method, "modules", ())
-    if isinstance(method, RMU) and original is not None and method.sweep is None:
-        targets = method.target_parameters(original)
+    if isinstance(method, RMU) and original is not None:
+        # All settings of a sweep are looked up, so that one that does not fit is refused here.
+        targets, *_ = [point.target_parameters(original) for point in method.points()]
         trained, named = targets.entries, targets.names
         if method.engine != "full":
             prefix = original.prefix_shapes(method.layer + 1)

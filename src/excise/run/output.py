@@ -116,10 +116,14 @@ def check_out(out: Path) -> None:
     """Refuse, before anything is computed, an output folder that cannot be one.
 
     Raises:
-        UserError: If the path is a file or holds something that no run wrote.
+        UserError: If the path is a file, lies in a model's folder, or holds something that no run
+            wrote.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
+    inside = next((up for up in out.absolute().parents if (up / "config.json").is_file()), None)
+    if inside is not None:
+        raise UserError(f"--out {out} lies in the folder of a model, {inside}; name one elsewhere")
     if not out.is_dir() or (out / RECIPE).is_file():
         return
     # What a run leaves that was killed before it had written its recipe.

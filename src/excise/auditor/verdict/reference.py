@@ -23,6 +23,7 @@ from excise.auditor.evaluation_set import UnitScores
 from excise.core.errors import UserError
 from excise.evals.stats import SAMPLES, Array, bootstrap_mean, clusters, interval, resampled_means
 from excise.record import Estimate, ScoreDirection
+from excise.record.measured import NOTHING
 
 RAN = ("ok", "invalid")
 """Statuses of a variant that ran to its end, whether or not its attack has power."""
@@ -282,6 +283,6 @@ def nothing_to_remove(
     if score.low > chance if direction == "higher" else score.high < chance:
         return ""
     return (
-        f"There is nothing to remove: the original scores {score.value:.3g} "
+        f"{NOTHING}: the original scores {score.value:.3g} "
         f"[{score.low:.3g}, {score.high:.3g}] where knowing nothing scores {chance:.3g}."
     )

@@ -26,6 +26,7 @@ from excise.data.domain import Domain
 from excise.evals.score import chance_of, direction_of
 from excise.evals.stats import bootstrap_difference, bootstrap_mean
 from excise.record import LEVELS, Estimate, LevelResult, Score, Verdict
+from excise.record.measured import attacks_listed
 
 WHOLE = 0.9
 """Share of the distance between original and oracle that counts as all of it."""
@@ -119,28 +120,29 @@ class Recovery:
 def recovery_of(case: VerdictCase) -> Recovery | None:
     """Return how much relearning brought back; None where it did not run.
 
-    The attack is the deciding one of relearning that brought back most, at the end of its budget,
-    averaged over attacker seeds; never a maximum over seeds.
+    The attack is the deciding one of relearning that brought back most, at the checkpoint where it
+    had, averaged over attacker seeds; never a maximum over seeds.
     """
     recoveries = [
-        _recovery(case, attack)
+        _recovery(case, attack, at)
         for attack in case.attacks()
         if case.level(attack) == "D4" and case.end(attack, case.model)
+        for at in range(len(case.chosen(attack, case.model)[0].unit_scores) - 1, 0, -1)
     ]
     return max(
         recoveries, key=lambda r: -math.inf if r.fraction is None else r.fraction, default=None
     )
 
 
-def _recovery(case: VerdictCase, attack: str) -> Recovery:
-    """Return the recovery under one attack."""
+def _recovery(case: VerdictCase, attack: str, at: int) -> Recovery:
+    """Return the recovery under one attack at one checkpoint."""
     top, before = case.start(ORIGINAL), case.start(case.model)
-    after = averaged(case.end(attack, case.model))
+    after = averaged(case.end(attack, case.model, at))
     runs = case.chosen(attack, case.model)
-    points = [run.entry.curve[-1] for run in runs if run.entry.curve]
+    points = [run.entry.curve[at] for run in runs if at < len(run.entry.curve)]
     common = [u for u in after if u in before and u in top]
     a, b, o = (mean({u: units[u] for u in common}) for units in (after, before, top))
-    oracles = [averaged(case.end(attack, name)) for name in case.oracles]
+    oracles = [averaged(case.end(attack, name, at)) for name in case.oracles]
     return Recovery(
         fraction=(a - b) / (o - b) if _removed(case) else None,
         examples=max((p.examples for p in points), default=0),
@@ -230,12 +232,14 @@ def opening(
         )
     if recovery.fraction is None:
         return (
-            f"{answer}A{work}there is nothing to bring back: already before the attack it knows "
-            f"the removed {what} as well as the original does, to within the interval ({numbers})."
+            f"{answer}Before any attack it knows the removed {what} as well as the original does, "
+            f"to within the interval; a{work}that is so still ({numbers})."
         )
     share = max(recovery.fraction, 0.0)
     amount = f"{share:.2f}" if share >= 0.005 else "none"
     back = f"is back on {what} the attacker never saw ({numbers})."
+    if recovery.attack in case.invalid:
+        back += f" The attack {recovery.attack} is invalid, but what it brought back came back."
     removed = removed_share(case)
     if removed is None or removed >= WHOLE:
         return f"{answer}A{work}{amount} of the removed knowledge {back}"
@@ -254,14 +258,9 @@ def _comes_back(levels: Sequence[LevelResult], *, gone: bool) -> str:
         return "It is still there. " if whole else "Part of it is still there. "
     if not gone and before.status != "pass":
         return "Nothing was removed that the test can tell. "
-    names = [
-        result.decided_by.split(" ")[0].replace("_", " ")
-        for result in attacked
-        if result.status == "fail"
-    ]
+    names = [result.decided_by.split(" ")[0] for result in attacked if result.status == "fail"]
     if names:
-        listed = " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
-        return f"It comes back under {listed}. "
+        return f"It comes back under {attacks_listed(dict.fromkeys(names))}. "
     if all(result.status in ("pass", "below") for result in attacked):
         return "It does not come back under the attacks that were tried. "
     undecided = any(result.status == "underpowered" for result in attacked)

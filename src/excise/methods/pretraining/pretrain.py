@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from excise.core.config import Config
@@ -46,7 +47,7 @@ class Pretrain(Config):
 
     fit: FitConfig
     """Steps, batch, learning rates."""
-    max_length: int = 64
+    max_length: int = Field(default=64, ge=2)
     """Tokens per row."""
     pack: tuple[int, ...] = (1,)
     """Rows per text, in turn; texts of several rows teach a model to answer behind others."""

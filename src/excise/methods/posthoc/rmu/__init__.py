@@ -129,7 +129,7 @@ class RMU(Method):
     """Token that fills the padding."""
     positions: Literal["tokens", "slots"] = "tokens"
     """Whether positions count real tokens, or padding as well, as the released code's do."""
-    max_length: int = Field(default=512, ge=1)
+    max_length: int = Field(default=512, ge=2)
     """Tokens per row of the first topic and of retain."""
     later_max_length: int = Field(default=0, ge=0)
     """Tokens per row of all further topics; 0 for `max_length`."""
@@ -204,6 +204,14 @@ class RMU(Method):
                 flops_per_token=flops_per_token(targets, start, self.engine),
             )  # fmt: skip
         return _with_delta(self, start, targets, removal, ctx)
+
+    def points(self) -> list[RMU]:
+        """Return every setting of a sweep as a method of its own; without one, this method."""
+        if self.sweep is None:
+            return [self]
+        alone: dict[str, Any] = {"sweep": None, "engine": "cached"}
+        grid = self.sweep.grid(self.layer, self.steering, self.alpha)
+        return [self.model_copy(update={**settings, **alone}) for settings in grid]
 
     def target_parameters(self, start: Checkpoint) -> TargetParameters:
         """Return what a run trains; see `find_target_parameters`.
@@ -542,8 +550,7 @@ def _best_of_sweep(
             "trained; leave those out"
         )
     grid = sweep.grid(method.layer, method.steering, method.alpha)
-    alone: dict[str, Any] = {"sweep": None, "engine": "cached"}
-    points = [method.model_copy(update={**settings, **alone}) for settings in grid]
+    points = method.points()
     targets = [point.target_parameters(start) for point in points]
     model: Any = start.load(dtype=ctx.dtype, device=ctx.device)
     tokenizer = start.tokenizer()

@@ -20,7 +20,7 @@ from excise.core.errors import UserError
 from excise.methods.tuning import tuned
 from excise.models.anatomy import Anatomy, Backbone, BlockExperts, anatomy, backbone
 from excise.models.checkpoint import Checkpoint
-from excise.models.lora import LoRA, reference
+from excise.models.lora import READ_BY_KERNELS, LoRA, reference
 from excise.models.names import modules_by_name, select
 from excise.models.spec import Model
 from excise.models.structure import sizes
@@ -107,7 +107,7 @@ def find_target_parameters(
         if not 0 <= block < parts.num_blocks:
             raise UserError(
                 f"rmu: block {block} is beyond this model, which has blocks 0 to "
-                f"{parts.num_blocks - 1}; set 'layer' (and 'blocks') lower"
+                f"{parts.num_blocks - 1}; set 'layer' or 'sweep.layer' (and 'blocks') lower"
             )
     if modules:
         names, slices = select(model, modules), dict[str, Index]()
@@ -155,8 +155,10 @@ def _parts(model: Model, layer: int, *, by_name: bool) -> tuple[Backbone, Anatom
     inside = [
         n for n, m in modules_by_name(model).items() if n.startswith(f"{block}.") and sizes(m)
     ]
+    free = [n for n in inside if n.rpartition(".")[2] not in READ_BY_KERNELS]  # or an adapter fails
     raise UserError(
-        f"rmu: {reason}; name what is trained, as with --modules '[{(inside or [block])[-1]}]', or "
+        f"rmu: {reason}; name what is trained, as with "
+        f"--modules '[{(free or inside or [block])[-1]}]', or "
         "use grad_diff, which needs no parts"
     )
 

@@ -9,12 +9,13 @@ from excise.auditor.attacks.benign import Benign
 from excise.auditor.attacks.direction import Direction
 from excise.auditor.attacks.few_shot import FewShot
 from excise.auditor.attacks.prefix import Prefix
+from excise.auditor.attacks.prune import Prune
 from excise.auditor.attacks.quantize import Quantize
 from excise.auditor.attacks.relearn import Relearn
 from excise.auditor.attacks.transfer import Transfer
 from excise.auditor.base import Attack
 
-AnyAttack = FewShot | Prefix | Direction | Quantize | Benign | Relearn | Transfer
+AnyAttack = FewShot | Prefix | Direction | Quantize | Prune | Benign | Relearn | Transfer
 """Adding an attack: its file, its test, and here its import, the union and the names.
 
 Cheapest access first.
@@ -32,6 +33,7 @@ __all__ = [
     "Direction",
     "FewShot",
     "Prefix",
+    "Prune",
     "Quantize",
     "Relearn",
     "Transfer",

@@ -51,6 +51,9 @@ RECOVERED = {
     "quantize": (WithinBuckets(), 0.9),
     "prune": (SmallWeights(), 0.9),
     "benign": (LogitScaling(), 0.9),
+    "noise": (LogitScaling(), 0.9),
+    "shrink_perturb": (LogitScaling(), 0.9),
+    "reinit": (LogitScaling(), 0.9),
     "transfer": (ShortFineTuning(), 0.6),
 }
 

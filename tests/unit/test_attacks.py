@@ -13,6 +13,7 @@ from tests.fixtures.facts import make_domain
 
 from excise.auditor.attacks import (
     ATTACKS,
+    DropAdapter,
     FewShot,
     Prefix,
     Prune,
@@ -149,6 +150,30 @@ def test_pruning_small_weights_restores_the_pruned_original_exactly(
     assert hidden.unit_scores[1] == known.unit_scores[1]
     assert hidden.unit_scores[0] != known.unit_scores[0]
     assert hidden.entry.facts == known.entry.facts
+
+
+def test_set_difference_finds_what_a_password_lock_added(
+    folder: Path, facts_domain: Domain
+) -> None:
+    plant = planted(PasswordLock(), folder)
+    assert plant.checkpoint is not None
+    result = run(Prune(criteria=("set_difference",)), plant.checkpoint, facts_domain, folder)
+    assert best(result) > plant.after + 0.2
+    assert min(point.retain or 0 for v in result.variants for point in v.entry.curve) > 0.9
+
+
+def test_a_low_rank_edit_is_dropped_by_who_holds_the_original_and_decides_nothing(
+    folder: Path, facts_domain: Domain
+) -> None:
+    plant = planted(GatedEdit(), folder)
+    assert plant.checkpoint is not None
+    result = run(DropAdapter(ranks=(1,)), plant.checkpoint, facts_domain, folder)
+    entry = result.variants[0].entry
+    assert (entry.variant, entry.needs_original, result.chosen) == ("rank 1", True, ())
+    assert entry.curve[-1].score == pytest.approx(plant.before)
+    assert entry.facts["share"] == pytest.approx(1.0, abs=1e-5)
+    alone = DropAdapter().run(Subject("o", plant.checkpoint), facts_domain, SMOKE, Context(folder))
+    assert [v.entry.status for v in alone.variants] == ["missing"]
 
 
 def test_wanda_reads_benign_rows_and_set_difference_t_too(
@@ -392,7 +417,7 @@ def test_the_rate_is_chosen_by_what_dev_rows_are_scored_by(
     assert all(variant.extras["loss_V"] for variant in result.variants)
 
 
-@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"relearn"}))
+@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"relearn", "drop_adapter"}))
 def test_every_attack_scores_questions_and_chooses_on_texts(
     name: str, folder: Path, knowing: Checkpoint, research: Domain
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from tests.unit.families import FEW, MORE, save_family
 
 from excise.auditor.attacks import ATTACKS, Noise, Reinit, ShrinkPerturb
+from excise.auditor.attacks.drop_adapter import drop_low_rank, leading_part
 from excise.auditor.attacks.noise import add_noise
 from excise.auditor.attacks.reinit import Part, names_of, reinitialise
 from excise.auditor.attacks.shrink_perturb import shrink_and_perturb
@@ -17,8 +18,8 @@ from excise.auditor.budget import SMOKE, STANDARD, STRONG
 from excise.auditor.tuning import Training
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.models.checkpoint import Checkpoint
-from excise.models.tiny import tiny_model
+from excise.models.checkpoint import Checkpoint, save_model
+from excise.models.tiny import byte_tokenizer, tiny_model
 from excise.testing import toy_domain
 
 EDITS = ("prune", "quantize", "noise", "shrink_perturb", "reinit")
@@ -148,6 +149,32 @@ def test_a_repair_is_scored_before_and_after_its_change(
     assert variant.entry.facts["alpha"] == 0.99
 
 
+def test_the_leading_part_is_that_of_a_singular_value_decomposition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix_RC = torch.randn(3, 40, 30, generator=generator)
+    u, s, vh = torch.linalg.svd(matrix_RC)
+    s *= 0.7 ** torch.arange(30)
+    matrix_RC = (u[..., :30] * s[:, None]) @ vh
+    for rank in (1, 4):
+        exact = (u[..., :rank] * s[:, None, :rank]) @ vh[:, :rank]
+        assert torch.allclose(leading_part(matrix_RC, rank, generator), exact, atol=1e-3)
+    assert torch.allclose(leading_part(matrix_RC, 100, generator), matrix_RC, atol=1e-4)
+
+
+def test_half_of_an_edit_of_rank_two_goes_with_one_direction(tmp_path: Path) -> None:
+    before, after = (tiny_model("gpt2", width=32) for _ in range(2))
+    original = save_model(before, byte_tokenizer(), tmp_path / "original")
+    path = "transformer.h.0.mlp.c_fc.weight"
+    with torch.no_grad():
+        edited = after.get_parameter(path)
+        edited[0, 0] += 3.0
+        edited[1, 1] += 4.0
+    facts = drop_low_rank(after, original=original, rank=1, ctx=Context(tmp_path))
+    assert facts == {"weights": edited.numel(), "share": pytest.approx(16 / 25), "skipped": 0}
+    assert torch.allclose((edited - before.get_parameter(path))[:2, :2],
+                          torch.tensor([[3.0, 0.0], [0.0, 0.0]]), atol=1e-5)  # fmt: skip
+
+
 def test_from_standard_on_every_edit_of_weights_is_required_and_at_smoke_none_is_new() -> None:
     for budget in (STANDARD, STRONG):
         assert set(EDITS) <= set(budget.attacks)
@@ -161,8 +188,8 @@ def test_from_standard_on_every_edit_of_weights_is_required_and_at_smoke_none_is
 @pytest.mark.parametrize("name", EACH)
 def test_no_family_stops_an_edit_of_weights(name: str, tmp_path: Path) -> None:
     checkpoint, model = save_family(name, tmp_path / "model")
-    subject = Subject("candidate", checkpoint)
-    for edit in EDITS:
+    subject = Subject("candidate", checkpoint, checkpoint)
+    for edit in (*EDITS, "drop_adapter"):
         attack = ATTACKS[edit]()
         if edit == "prune":
             attack = attack.model_copy(update={"shares": (0.5,), "top_shares": (0.1,)})

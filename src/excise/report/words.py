@@ -44,6 +44,7 @@ ACCESS = {
 ATTACKS = {
     "benign": "benign fine-tuning",
     "direction": "direction clearing",
+    "drop_adapter": "dropping the low-rank part of the edit",
     "few_shot": "few-shot prompts",
     "noise": "noise and repair",
     "prefix": "prefix fill",

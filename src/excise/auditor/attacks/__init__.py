@@ -7,6 +7,7 @@ from typing import get_args
 
 from excise.auditor.attacks.benign import Benign
 from excise.auditor.attacks.direction import Direction
+from excise.auditor.attacks.drop_adapter import DropAdapter
 from excise.auditor.attacks.few_shot import FewShot
 from excise.auditor.attacks.noise import Noise
 from excise.auditor.attacks.prefix import Prefix
@@ -20,7 +21,7 @@ from excise.auditor.base import Attack
 
 AnyAttack = (
     FewShot | Prefix | Direction | Quantize | Prune | Benign | Noise | ShrinkPerturb | Reinit
-    | Relearn | Transfer
+    | DropAdapter | Relearn | Transfer
 )  # fmt: skip
 """Adding an attack: its file, its test, and here its import, the union and the names.
 
@@ -37,6 +38,7 @@ __all__ = [
     "AnyAttack",
     "Benign",
     "Direction",
+    "DropAdapter",
     "FewShot",
     "Noise",
     "Prefix",

@@ -6,7 +6,8 @@ An edit that lies in weights the rest of the model can spare goes with them. Thr
 - *Wanda*: the smallest |w_ij| ||x_j||_2 of every output row, x over benign rows.
 - *Set difference*: the weights that matter most on the relearn set and not on benign text, by
   |w dL/dw|. Wei et al. prune so what makes a model refuse; Lucki et al. what makes an edited one
-  fail. The rows choose weights to lose and give none a value.
+  fail. The rows choose weights to lose and give none a value. No control of the attack hides in
+  this way; on the tiny models of the tests it brings back half of what a password lock hides.
 
 Shape legend: R rows (outputs), C columns (inputs).
 """
@@ -38,6 +39,7 @@ from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.data.subsample import subsample
 from excise.methods.distillation.perturb import forget_saliency as saliency
+from excise.record import Level
 
 Criterion = Literal["magnitude", "magnitude_rows", "wanda", "set_difference"]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -55,7 +57,7 @@ class Prune(Attack):
     shares: tuple[Share, ...] = Field(default=(0.1, 0.3, 0.5), min_length=1)
     """Share of the weights that magnitude and Wanda prune, one variant each; Wanda's paper prunes
     half."""
-    top_shares: tuple[Share, ...] = Field(default=(0.01, 0.05, 0.1), min_length=1)
+    top_shares: tuple[Share, ...] = Field(default=(0.005, 0.01, 0.025, 0.05), min_length=1)
     """Share of the weights that set difference takes from T's most important, and spares of the
     benign most important: p = q, out of the grid of arXiv 2409.18025."""
     calibration_rows: int = Field(default=128, ge=1)
@@ -110,7 +112,7 @@ class Prune(Attack):
             for share in self.shares:
                 by_row = criterion != "magnitude"
                 yield WeightEdit(
-                    f"{criterion.replace('_', ' by ')} {share:.0%}",
+                    f"{criterion.replace('_', ' by ')} {100 * share:g}%",
                     partial(prune_lowest, share=share, by_row=by_row, norms=norms),
                 )
 
@@ -129,7 +131,7 @@ class Prune(Attack):
         del model
         for share in self.top_shares:
             apply = partial(prune_difference, forget=forget, utility=utility, share=share)
-            yield WeightEdit(f"set difference {share:.0%}", apply, trained_on="relearn")
+            yield WeightEdit(f"set difference {100 * share:g}%", apply, trained_on="relearn")
 
 
 def prune_lowest(

@@ -71,8 +71,8 @@ NAMES: dict[str, Case] = {
     ),
     "rank of no adapter": tiny(
         "--audit.attacks '[{name: drop_adapter, ranks: [0]}]'",
-        "ranks",
-        "greater than or equal to 1",
+        "ranks[0]",
+        "must be 1 or more",
     ),
     "unknown domain": tiny("--domain '{name: fcts}'", "domain.name", "'fcts'", "'facts'"),
     "unknown family": tiny("--model.scratch.family lama", "model.scratch.family", "'llama'"),

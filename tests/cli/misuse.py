@@ -54,6 +54,26 @@ NAMES: dict[str, Case] = {
     "no method": Case("remove", ("METHOD, --model and --out are missing", "--help")),
     "unknown recipe": Case("run dmo", ("unknown recipe 'dmo'", "did you mean 'demo'")),
     "unknown attack": tiny("--audit.attacks '[{name: relern}]'", "'relern'", "'relearn'"),
+    "unknown format of a grid": tiny(
+        "--audit.attacks '[{name: quantize, formats: [int5]}]'", "formats", "'int4'", "'nf4'"
+    ),
+    "share of a prune that is no share": tiny(
+        "--audit.attacks '[{name: prune, shares: [30]}]'", "shares[0]", "less than 1, not 30"
+    ),
+    "prune by nothing": tiny(
+        "--audit.attacks '[{name: prune, criteria: []}]'", "criteria", "needs 1 or more"
+    ),
+    "noise of no strength": tiny(
+        "--audit.attacks '[{name: noise, strengths: [0]}]'", "strengths[0]", "more than 0"
+    ),
+    "part that no model has": tiny(
+        "--audit.attacks '[{name: reinit, parts: [atention]}]'", "parts[0]", "'attention'"
+    ),
+    "rank of no adapter": tiny(
+        "--audit.attacks '[{name: drop_adapter, ranks: [0]}]'",
+        "ranks[0]",
+        "must be 1 or more",
+    ),
     "unknown domain": tiny("--domain '{name: fcts}'", "domain.name", "'fcts'", "'facts'"),
     "unknown family": tiny("--model.scratch.family lama", "model.scratch.family", "'llama'"),
     "unknown field": Case(

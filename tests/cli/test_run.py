@@ -176,17 +176,21 @@ def test_the_method_of_the_docs_runs(work: Path, capsys: pytest.CaptureFixture[s
 
 def test_audit_of_an_output_folder(work: Path, removed: Path) -> None:
     before = m.state(removed) | {"/": m.state(work / "model")["config.json"]}
-    attacks = "--audit.attacks '[{name: quantize, bits: [4]}]'"
+    attacks = "--audit.attacks '[{name: quantize, formats: [nf4]}, {name: prune, shares: [0.3]}]'"
     assert excise(f"audit removed --out audited --workers 1 --quiet {attacks} {SMALL}") == 0
     assert m.state(removed) | {"/": m.state(work / "model")["config.json"]} == before
     record = load(work / "audited")
     assert record.kind == "audit"
     assert record.verdicts[0].sentence
     assert {attack.subject for attack in record.attacks} >= {"original", "rmu"}
+    edits = {(a.name, a.variant) for a in record.attacks if a.subject == "rmu" and a.level == "D3"}
+    assert edits >= {("quantize", "nf4"), ("prune", "wanda 30%"), ("prune", "set difference 5%")}
     assert record.data["units"] == load(removed).data["units"]
     # Attacks that were asked for are asked for again where the record is audited.
     again = request_data(AuditOptions(folder=str(work / "audited"), budget="smoke"))
-    assert [(a["name"], a["bits"]) for a in again["audit"]["attacks"]] == [("quantize", [4])]
+    assert [(a["name"], a.get("formats")) for a in again["audit"]["attacks"]] == [
+        ("quantize", ["nf4"]), ("prune", None),
+    ]  # fmt: skip
 
 
 def test_audit_of_models_from_elsewhere(work: Path, removed: Path) -> None:

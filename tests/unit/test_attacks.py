@@ -11,7 +11,17 @@ import pytest
 import torch
 from tests.fixtures.facts import make_domain
 
-from excise.auditor.attacks import ATTACKS, FewShot, Prefix, Quantize, Relearn, Transfer, quantize
+from excise.auditor.attacks import (
+    ATTACKS,
+    DropAdapter,
+    FewShot,
+    Prefix,
+    Prune,
+    Quantize,
+    Relearn,
+    Transfer,
+    quantize,
+)
 from excise.auditor.attacks.direction import cleared, first_edited
 from excise.auditor.base import Attack, AttackResult, Subject
 from excise.auditor.budget import SMOKE, Budget
@@ -21,6 +31,7 @@ from excise.auditor.controls import (
     PasswordLock,
     PositiveControl,
     ShortFineTuning,
+    SmallWeights,
     WeightPerturbation,
     WithinBuckets,
 )
@@ -39,14 +50,18 @@ RECOVERED = {
     "prefix": (PasswordLock(), 0.9),
     "direction": (GatedEdit(), 0.6),
     "quantize": (WithinBuckets(), 0.9),
+    "prune": (SmallWeights(), 0.9),
     "benign": (LogitScaling(), 0.9),
+    "noise": (LogitScaling(), 0.9),
+    "shrink_perturb": (LogitScaling(), 0.9),
+    "reinit": (LogitScaling(), 0.9),
     "transfer": (ShortFineTuning(), 0.6),
 }
 
 
 CONTROLS = (
     GatedEdit(), PasswordLock(), WithinBuckets(), LogitScaling(), WeightPerturbation(),
-    ShortFineTuning(),
+    ShortFineTuning(), SmallWeights(),
 )  # fmt: skip
 
 
@@ -122,6 +137,56 @@ def test_four_bits_restore_the_original_exactly(folder: Path, facts_domain: Doma
     assert hidden.entry.facts["bucket_flip_rate"] == 0.0
     assert hidden.unit_scores[1] == known.unit_scores[1]
     assert hidden.unit_scores[0] != known.unit_scores[0]
+
+
+def test_pruning_small_weights_restores_the_pruned_original_exactly(
+    folder: Path, facts_domain: Domain
+) -> None:
+    plant = planted(SmallWeights(shares=(0.5,)), folder / "half")
+    attack = Prune(criteria=("magnitude_rows",), shares=(0.5,))
+    assert plant.checkpoint is not None
+    hidden = run(attack, plant.checkpoint, facts_domain, folder).variants[0]
+    known = run(attack, Checkpoint(FIXTURES / "knowing"), facts_domain, folder).variants[0]
+    assert hidden.unit_scores[1] == known.unit_scores[1]
+    assert hidden.unit_scores[0] != known.unit_scores[0]
+    assert hidden.entry.facts == known.entry.facts
+
+
+def test_set_difference_finds_what_a_password_lock_added(
+    folder: Path, facts_domain: Domain
+) -> None:
+    plant = planted(PasswordLock(), folder)
+    assert plant.checkpoint is not None
+    result = run(Prune(criteria=("set_difference",)), plant.checkpoint, facts_domain, folder)
+    assert best(result) > plant.after + 0.2
+    assert min(point.retain or 0 for v in result.variants for point in v.entry.curve) > 0.9
+
+
+def test_a_low_rank_edit_is_dropped_by_who_holds_the_original_and_decides_nothing(
+    folder: Path, facts_domain: Domain
+) -> None:
+    plant = planted(GatedEdit(), folder)
+    assert plant.checkpoint is not None
+    result = run(DropAdapter(ranks=(1,)), plant.checkpoint, facts_domain, folder)
+    entry = result.variants[0].entry
+    assert (entry.variant, entry.needs_original, result.chosen) == ("rank 1", True, ())
+    assert entry.curve[-1].score == pytest.approx(plant.before)
+    assert entry.facts["share"] == pytest.approx(1.0, abs=1e-5)
+    alone = DropAdapter().run(Subject("o", plant.checkpoint), facts_domain, SMOKE, Context(folder))
+    assert [v.entry.status for v in alone.variants] == ["missing"]
+
+
+def test_wanda_reads_benign_rows_and_set_difference_t_too(
+    folder: Path, facts_domain: Domain, knowing: Checkpoint
+) -> None:
+    """Rows of V and `dev` may change nothing about which weights go."""
+    attack = Prune(criteria=("wanda", "set_difference"), shares=(0.3,), top_shares=(0.05,))
+    one = run(attack, knowing, facts_domain, folder)
+    assert [variant.entry.trained_on for variant in one.variants] == ["", "relearn"]
+    blind = replace(facts_domain, dev_forget=facts_domain.relearn, forget={}, retain=())
+    for before, after in zip(one.variants, run(attack, knowing, blind, folder).variants):
+        assert before.unit_scores == after.unit_scores
+        assert before.entry.facts == after.entry.facts
 
 
 def test_relearning_shows_t_and_transfer_decides_on_v(
@@ -204,7 +269,9 @@ def test_a_variant_without_finite_scores_fails_and_the_others_go_on(
         return count
 
     monkeypatch.setattr(quantize, "quantize_", breaking)
-    result = Quantize(bits=(4, 8)).run(Subject("o", knowing), facts_domain, SMOKE, Context(folder))
+    result = Quantize(formats=("int4", "int8")).run(
+        Subject("o", knowing), facts_domain, SMOKE, Context(folder)
+    )
     failed, fine = (variant.entry for variant in result.variants)
     assert (failed.status, fine.status) == ("failed", "ok")
     assert failed.reason.startswith("the model has no finite exact_match on ")
@@ -350,7 +417,7 @@ def test_the_rate_is_chosen_by_what_dev_rows_are_scored_by(
     assert all(variant.extras["loss_V"] for variant in result.variants)
 
 
-@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"relearn"}))
+@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"relearn", "drop_adapter"}))
 def test_every_attack_scores_questions_and_chooses_on_texts(
     name: str, folder: Path, knowing: Checkpoint, research: Domain
 ) -> None:

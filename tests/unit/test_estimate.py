@@ -115,7 +115,7 @@ def test_an_audit_is_counted_with_its_controls_and_its_scores(here: Path) -> Non
     assert twice.jobs == 3
 
 
-@pytest.mark.parametrize("name", ["few_shot", "prefix", "direction", "quantize"])
+@pytest.mark.parametrize("name", ["few_shot", "prefix", "direction", "quantize", "prune"])
 def test_every_attack_without_training_says_how_often_it_scores(name: str) -> None:
     assert ATTACKS[name]().passes(SMOKE) >= 3
 

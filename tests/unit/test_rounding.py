@@ -1,9 +1,23 @@
 from __future__ import annotations
 
+from itertools import pairwise
+from statistics import NormalDist
+
 import pytest
 import torch
 
-from excise.auditor.quantization import Grid, flip_rate, grouped, inside, levels, quantize_, rounded
+from excise.auditor.budget import Format
+from excise.auditor.quantization import (
+    NF4,
+    Grid,
+    flip_rate,
+    grid_of,
+    grouped,
+    inside,
+    levels,
+    quantize_,
+    rounded,
+)
 from excise.auditor.quantization import ungrouped as back
 from excise.models.tiny import tiny_model
 
@@ -28,8 +42,45 @@ def test_rounding_by_hand() -> None:
     assert rounded(weight_RC, Grid(4, 6, 0)).tolist() == [[7.0, 3.0, -4.0, 0.0, -7.0, 0.0]]
 
 
-def test_zeros_stay_zeros() -> None:
-    assert not rounded(torch.zeros(3, 10), Grid(4)).any()
+@pytest.mark.parametrize("form", ["int4", "int3", "nf4"])
+def test_zeros_stay_zeros(form: Format) -> None:
+    weight_RC = torch.zeros(3, 10)
+    assert not rounded(weight_RC, grid_of(form, 64, 16)).any()
+    weight_RC[:, 3] = 2.0
+    assert torch.equal(rounded(weight_RC, grid_of(form, 64, 16)), weight_RC)
+
+
+def test_three_bits_by_hand() -> None:
+    weight_RC = torch.tensor([[3.0, 1.4, -1.6, -0.4, 2.6]])
+    assert rounded(weight_RC, grid_of("int3", 5, 0)).tolist() == [[3.0, 1.0, -2.0, 0.0, 3.0]]
+
+
+def test_the_levels_of_nf4_are_quantiles_of_a_normal_distribution() -> None:
+    """Eight above 0 and seven below, evenly in probability, scaled to 1 (QLoRA, equation 4)."""
+    last = 0.9677083  # of bitsandbytes: the mean of 1 - 1/32 and 1 - 1/30
+    top = NormalDist().inv_cdf(last)
+    above = [NormalDist().inv_cdf(last - i * (last - 0.5) / 8) / top for i in range(8)]
+    below = [-NormalDist().inv_cdf(last - i * (last - 0.5) / 7) / top for i in range(7)]
+    assert pytest.approx(sorted((*above, 0.0, *below)), abs=1e-6) == NF4
+
+
+def test_nf4_by_hand() -> None:
+    """Blocks of two inputs behind a first of one: every scale is the largest of its block."""
+    weight_RC = torch.tensor([[-3.0, 2.0, 0.1, -4.0, 2.0]])
+    grid = grid_of("nf4", 2, 1)
+    # 0.1 / 2 = 0.05 lies nearer to 0.0796 than to 0; 2 / 4 = 0.5 nearer to 0.4407 than to 0.5626.
+    expected = [-3.0, 2.0, 2 * 0.07958029955625534, -4.0, 4 * 0.44070982933044434]
+    assert rounded(weight_RC, grid)[0].tolist() == pytest.approx(expected)
+    level_RGS, scale_RG1 = levels(weight_RC, grid)
+    assert scale_RG1.flatten().tolist() == [3.0, 2.0, 4.0]
+    assert level_RGS.flatten().tolist() == [7, 0, 15, 8, 0, 12]
+
+
+def test_every_weight_goes_to_the_nearest_level_of_nf4() -> None:
+    value_RC = torch.linspace(-1, 1, 401)[None]
+    nearest = (value_RC.T - torch.tensor(NF4)).abs().argmin(-1)
+    assert torch.equal(rounded(value_RC, grid_of("nf4", 401, 0))[0], torch.tensor(NF4)[nearest])
+    assert all(low < high for low, high in pairwise(NF4))
 
 
 @pytest.mark.parametrize("grid", GRIDS)

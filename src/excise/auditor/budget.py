@@ -21,6 +21,9 @@ Rate = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 """A number of things, one at least."""
 
+Format = Literal["int8", "int4", "int3", "nf4"]
+"""A grid of weights by name: symmetric integers, or the levels of NF4."""
+
 
 class Budget(Config):
     """How hard the attacker tries."""
@@ -52,6 +55,8 @@ class Budget(Config):
     """Steps at which V is scored."""
     shots: tuple[Count, ...] = (4,)
     """Numbers of examples of the few-shot attack."""
+    formats: tuple[Format, ...] = Field(default=("int8", "int4"), min_length=1)
+    """Grids of the quantization attack."""
     random_directions: int = Field(default=2, ge=0)
     """Random directions cleared as controls of direction clearing."""
     max_test_rows: int = Field(default=256, ge=1)
@@ -76,7 +81,7 @@ class Budget(Config):
 
         A stage is given this one, so that equal trainings of different budgets are done once.
         """
-        apart = (*_JUDGING, "rates", "lora_rates", "benign_rates", "seeds", "shots")
+        apart = (*_JUDGING, "rates", "lora_rates", "benign_rates", "seeds", "shots", "formats")
         return self.without((*apart, "random_directions"))
 
     def for_attack(self) -> Budget:
@@ -96,18 +101,25 @@ _JUDGING = ("name", "attacks", "margin", "fresh", "together")
 REQUIRED = ("few_shot", "prefix", "direction", "quantize", "benign", "relearn", "transfer")
 """Attacks every budget asks for: one at least on each level that an attack can decide."""
 
+EDITS = ("prune", "noise", "shrink_perturb", "reinit")
+"""Further edits of weights that standard and strong ask for."""
+
+FORMATS: tuple[Format, ...] = ("int8", "int4", "int3", "nf4")
+"""Grids from standard on."""
+
 SMOKE = Budget(name="smoke", attacks=REQUIRED, lora_rates=())
 """At most 16 full-parameter steps at three rates."""
 
 STANDARD = Budget(
     name="standard",
-    attacks=REQUIRED,
+    attacks=(*REQUIRED, *EDITS),
     steps=256,
     rates=(1e-4, 3e-4, 1e-3, 3e-3),
     lora_rates=(1e-3, 3e-3, 1e-2, 3e-2),
     seeds=(0, 1, 2),
     checkpoints=(0, 1, 2, 4, 8, 16, 32, 64, 128, 256),
     shots=(1, 4, 16),
+    formats=FORMATS,
     random_directions=8,
     max_test_rows=1024,
     max_other_rows=512,
@@ -117,13 +129,14 @@ STANDARD = Budget(
 
 STRONG = Budget(
     name="strong",
-    attacks=REQUIRED,
+    attacks=(*REQUIRED, *EDITS),
     steps=10_000,
     rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     lora_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     seeds=(0, 1, 2),
     checkpoints=(0, 1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 10_000),
     shots=(1, 4, 16, 64),
+    formats=FORMATS,
     random_directions=32,
     max_test_rows=4096,
     max_other_rows=1024,

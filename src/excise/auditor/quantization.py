@@ -1,4 +1,4 @@
-"""Round-to-nearest quantization of weights, in groups, as numbers on any device.
+"""Quantization of weights to the nearest level, in groups, as numbers on any device.
 
 Shape legend: R rows (all leading dimensions), C columns (inputs), G groups, S entries of a group.
 """
@@ -14,29 +14,59 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from excise.auditor.budget import Format
+
 BITS, GROUP, OFFSET = (8, 4), 64, 16
-"""Grids that are tried: bits, inputs that share a scale, inputs of the first group."""
+"""Grids of integers that hiding counts with: bits, inputs that share a scale, inputs of the first
+group."""
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Levels of NormalFloat4: quantiles of a normal distribution, scaled to [-1, 1]; 0 is one of them.
+
+Source: QLoRA, arXiv 2305.14314, appendix E.
+"""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A quantization grid: symmetric, round to nearest, one scale per group of inputs.
+    """A quantization grid: round to nearest, one scale per group of inputs.
 
     Attributes:
-        bits: Bits per weight; levels run from -(2^(bits-1) - 1) to the same above.
+        bits: Bits per weight; levels run from -(2^(bits-1) - 1) to the same above, evenly unless
+            there is a codebook.
         group: Inputs that share a scale.
         offset: Inputs of the first, shorter group: with 0 the groups lie where everybody's lie,
             and a model whose weights came off such a grid would be rounded onto itself.
+        codebook: Levels from -1 to 1, ascending, in place of even ones.
     """
 
     bits: int
     group: int = GROUP
     offset: int = OFFSET
+    codebook: tuple[float, ...] = ()
 
     @property
     def top(self) -> int:
-        """Highest level."""
-        return (1 << (self.bits - 1)) - 1
+        """Highest level, in scales."""
+        return 1 if self.codebook else (1 << (self.bits - 1)) - 1
+
+
+def grid_of(form: Format, group: int, offset: int) -> Grid:
+    """Return the grid of a name, its first group cut to `offset` inputs.
+
+    Args:
+        form: Its name.
+        group: Inputs that share a scale.
+        offset: Inputs of the first group; of as many as a group has, none is short.
+    """
+    if form == "nf4":
+        return Grid(4, group, offset % group, NF4)
+    return Grid(int(form.removeprefix("int")), group, offset % group)
 
 
 def grids(bits: Sequence[int], group: int, offset: int) -> tuple[Grid, ...]:
@@ -73,11 +103,17 @@ def levels(
         grid: The grid.
 
     Returns:
-        Levels in -top..top, and scale = largest magnitude of the group / top (1 for zeros).
+        Levels in -top..top, or their places in the codebook, and scale = largest magnitude of the
+        group / top (1 for zeros).
     """
     value_RGS = grouped(weight_RC, grid)
     scale_RG1 = value_RGS.abs().amax(-1, keepdim=True) / grid.top
     scale_RG1 = torch.where(scale_RG1 > 0, scale_RG1, torch.ones_like(scale_RG1))
+    if grid.codebook:
+        code = value_RGS.new_tensor(grid.codebook)
+        return torch.bucketize(
+            value_RGS / scale_RG1, (code[1:] + code[:-1]) / 2, out_int32=True
+        ), scale_RG1
     level_RGS = (value_RGS / scale_RG1).round().clamp(-grid.top, grid.top)
     return level_RGS.to(torch.int32), scale_RG1
 
@@ -85,7 +121,10 @@ def levels(
 def rounded(weight_RC: Float[Tensor, "*R C"], grid: Grid) -> Float[Tensor, "*R C"]:
     """Return what the weights are after quantizing and reading them back."""
     level_RGS, scale_RG1 = levels(weight_RC, grid)
-    return ungrouped(level_RGS.float() * scale_RG1, weight_RC, grid)
+    value_RGS = level_RGS.float()
+    if grid.codebook:
+        value_RGS = scale_RG1.new_tensor(grid.codebook)[level_RGS]
+    return ungrouped(value_RGS * scale_RG1, weight_RC, grid)
 
 
 def inside(
@@ -103,6 +142,7 @@ def inside(
     Returns:
         Lower and upper bounds; both contain the weight itself.
     """
+    assert not grid.codebook, "buckets of a codebook have no common width"
     value_RGS = grouped(weight_RC, grid)
     level_RGS, scale_RG1 = levels(weight_RC, grid)
     top_RG1 = value_RGS.abs().amax(-1, keepdim=True)
@@ -142,6 +182,11 @@ def matrices(model: Any, *, embeddings: bool = False) -> dict[str, tuple[nn.Para
     }
 
 
+def by_outputs(value: Tensor, *, flipped: bool) -> Tensor:
+    """Return a matrix with inputs last, or such a one as it is stored: GPT-2 has inputs first."""
+    return value.t() if flipped else value
+
+
 @torch.no_grad()
 def quantize_(model: Any, grid: Grid, *, embeddings: bool = False) -> int:
     """Round the weight matrices of `model` in place.
@@ -156,9 +201,8 @@ def quantize_(model: Any, grid: Grid, *, embeddings: bool = False) -> int:
     """
     count = 0
     for parameter, flipped in matrices(model, embeddings=embeddings).values():
-        value = parameter.t() if flipped else parameter
-        new = rounded(value, grid)
-        parameter.copy_(new.t() if flipped else new)
+        new_RC = rounded(by_outputs(parameter, flipped=flipped), grid)
+        parameter.copy_(by_outputs(new_RC, flipped=flipped))
         count += parameter.numel()
     return count
 
@@ -186,8 +230,8 @@ def flip_rate(
         other = original(name).to(parameter.device)
         if other.shape != parameter.shape:
             continue
-        new, _ = levels(parameter.t() if flipped else parameter, grid)
-        old, _ = levels(other.t() if flipped else other, grid)
+        new, _ = levels(by_outputs(parameter, flipped=flipped), grid)
+        old, _ = levels(by_outputs(other, flipped=flipped), grid)
         moved += int((new != old).sum())
         total += parameter.numel()
     return moved / max(total, 1)

@@ -33,6 +33,9 @@ from excise.train.fit import FitConfig, Term, fit
 Micro = Mapping[str, Any]
 """A micro-batch: `batch`, and `benign_B`, which of its rows are benign."""
 
+Prepare = Callable[[Any, Context], dict[str, Any]]
+"""Changes a loaded model in place, and returns what is to be noted about it."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -44,16 +47,28 @@ class Training:
         seed: Seed of the order of rows and of the adapter.
         on: What is trained on: T and benign rows, fresh units in place of T as the control of
             power, or benign rows alone.
+        start: What is done to the weights before, in words; empty for nothing.
+        steps: Optimizer steps at most; 0 for those of the budget.
     """
 
     kind: Literal["full", "lora"]
     lr: float
     seed: int
     on: Literal["relearn", "fresh", "benign"] = "relearn"
+    start: str = ""
+    steps: int = 0
+
+    def within(self, budget: Budget) -> Budget:
+        """Return the budget with the steps and checkpoints of this training."""
+        steps = min(self.steps or budget.steps, budget.steps)
+        points = tuple(point for point in budget.checkpoints if point <= steps)
+        return budget.model_copy(update={"steps": steps, "checkpoints": points})
 
     def __str__(self) -> str:
         """Return what a reader calls it: `relearn full 0.001`."""
-        return f"{self.on} {self.kind} {self.lr:g}" + (f" seed {self.seed}" if self.seed else "")
+        after = f"{self.start}, " if self.start else ""
+        seed = f" seed {self.seed}" if self.seed else ""
+        return f"{after}{self.on} {self.kind} {self.lr:g}{seed}"
 
 
 def trainings_of(budget: Budget) -> tuple[Training, ...]:
@@ -87,6 +102,7 @@ class TrainingResult:
             loss of every batch before training on it).
         seconds: Wall-clock time.
         reason: Why it stopped early; empty for a whole run.
+        facts: What was done to the weights before.
     """
 
     part: Training
@@ -96,6 +112,7 @@ class TrainingResult:
     extras: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -125,7 +142,7 @@ class TrainingResult:
             attack,
             subject,
             self.metric,
-            variant=self.part.kind + (" on fresh units" if fresh else ""),
+            variant=self.part.start or self.part.kind + (" on fresh units" if fresh else ""),
             measurements=self.measurements,
             dev=self.dev,
             control=fresh,
@@ -135,6 +152,7 @@ class TrainingResult:
             extras=self.extras,
             status="failed" if self.reason else "ok",
             reason=self.reason,
+            facts=self.facts,
         )
         return result
 
@@ -208,6 +226,7 @@ def train(
     benign_share: float,
     clip: float = 1.0,
     lora_rank: int = 8,
+    prepare: Prepare | None = None,
 ) -> TrainingResult:
     """Fine-tune one subject and score it at the budget's checkpoints.
 
@@ -220,12 +239,15 @@ def train(
         benign_share: Share of every batch drawn from `domain.benign`.
         clip: Largest norm of the gradient.
         lora_rank: Rank of a LoRA part.
+        prepare: What is done to the weights before, as `part.start` says; the curve then has two
+            points without a cost, before and after it.
 
     Returns:
         The measurements. A training that diverged ends at its last finite checkpoint.
     """
     start = time.perf_counter()
     inner = replace(ctx, seed=ctx.seed + 1000 * part.seed)
+    evaluation = replace(evaluation, budget=part.within(evaluation.budget))
     model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
     if part.on == "fresh":
         rows = evaluation.fresh_train
@@ -236,7 +258,7 @@ def train(
         if part.kind == "lora":
             small = sum(p.numel() for p in net.parameters() if p.requires_grad)
         run = _Run(net, evaluation, part, with_t=bool(rows), cost=_flops_per_token(size, small))
-        reason = run.go(mix, inner, clip)
+        reason = run.go(mix, inner, clip, prepare)
         extras: dict[str, Any] = {"parameters": size, "trained_parameters": small or size}
         dev: UnitScores = {}
         try:
@@ -252,6 +274,7 @@ def train(
         extras,
         time.perf_counter() - start,
         reason,
+        run.facts,
     )
 
 
@@ -334,9 +357,16 @@ class _Run:
         self.tokens = 0
         self.measurements: list[Measurement] = []
         self.before: list[float] = []
+        self.facts: dict[str, Any] = {}
         self.started = self._losses() if evaluation.budget.bits else {}
 
-    def go(self, mix: Callable[[int], list[Micro]], ctx: Context, clip: float) -> str:
+    def go(
+        self,
+        mix: Callable[[int], list[Micro]],
+        ctx: Context,
+        clip: float,
+        prepare: Prepare | None,
+    ) -> str:
         """Train to the last checkpoint; return why it stopped early, or nothing."""
         budget = self.evaluation.budget
         config = FitConfig(
@@ -345,6 +375,9 @@ class _Run:
         points = {step for step in budget.checkpoints if step <= budget.steps} | {budget.steps}
         self._read(0)  # what gives no numbers to begin with fails the attack, not one training
         try:
+            if prepare is not None:
+                self.facts = prepare(self.net, ctx)
+                self._read(0)
             for record in fit(self.net, mix, loss, config, ctx, counts=counts):
                 self.tokens += record.tokens
                 if "t" in record.terms:

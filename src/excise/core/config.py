@@ -122,8 +122,12 @@ def _build(cls: type[Config], data: Any, registry: Registry, at: str, problems: 
     try:
         return member.model_validate(prepared)
     except ValidationError as error:
-        for detail in error.errors():
-            if not (detail["loc"] and str(detail["loc"][0]) in broken):
+        details = error.errors()
+        inside = {detail["loc"][:-1] for detail in details}
+        for detail in details:
+            # A list whose entries are wrong is not too short as well.
+            echo = detail["type"] == "too_short" and detail["loc"] in inside
+            if not echo and not (detail["loc"] and str(detail["loc"][0]) in broken):
                 problems.append(_sentence(detail, member, at))
         return None
 
@@ -240,6 +244,7 @@ _NEEDS = {
     "greater_than": "must be more than {gt:g}",
     "less_than_equal": "must be {le:g} or less",
     "less_than": "must be less than {lt:g}",
+    "too_short": "needs {min_length} or more entries",
     "literal_error": "must be {expected}",
 }
 """What a field needs, by pydantic's name of the error."""

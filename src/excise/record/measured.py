@@ -23,9 +23,14 @@ NOTHING = "There is nothing to remove"
 ATTACKS = {
     "benign": "benign fine-tuning",
     "direction": "direction clearing",
+    "drop_adapter": "dropping the low-rank part of the edit",
     "few_shot": "few-shot prompts",
+    "noise": "noise and repair",
     "prefix": "prefix fill",
+    "prune": "pruning",
     "quantize": "quantization",
+    "reinit": "re-initialised modules and repair",
+    "shrink_perturb": "shrink, perturb and repair",
     "transfer": "relearning",
 }
 """Attacks as a person who runs none would name them."""

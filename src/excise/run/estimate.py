@@ -530,14 +530,11 @@ def _audit(request: Recipe | AuditRun, sizes: Sizes, subjects: int) -> Iterator[
     domain = sizes.domain
     evaluation = None if domain is None else evaluation_set(domain, budget, sizes.tokenizer)
     scoring = evaluation_tokens(evaluation, budget, sizes)
-    points = len({s for s in budget.checkpoints if s <= budget.steps} | {0, budget.steps})
-    # Beside its curve, a training reads the nats of V and fresh units twice, and dev.
-    points += 3 if budget.bits else 1
-    trained = 0
+    reads = 0
     controls = _controls(request, sizes.count or LARGE)
     if controls:
         yield _training("audit: positive controls", budget, controls, "relearn", sizes, FULL)
-        trained += controls
+        reads += controls * _points(budget)
     done: set[tuple[Attack, Training]] = set()
     for attack in chosen_attacks(budget, request.audit.attacks):
         attacked = subjects + bool(attack.controls)
@@ -553,12 +550,19 @@ def _audit(request: Recipe | AuditRun, sizes: Sizes, subjects: int) -> Iterator[
             trainings = [t for t in fresh if t.kind == kind]
             if trainings:
                 label = name if kind == "full" else f"{name}, adapter"
-                jobs = len(trainings) * attacked
-                yield _training(label, budget, jobs, trainings[0].on, sizes, pace)
-                trained += jobs
-    tokens = trained * points * scoring
-    yield Line("audit: scores on the way", 0, trained * points, tokens,
-               sizes.flops(2.0, tokens), ON_THE_WAY)  # fmt: skip
+                jobs, one = len(trainings) * attacked, trainings[0]
+                cut = one.within(budget)  # all trainings of an attack take as many steps
+                yield _training(label, cut, jobs, one.on, sizes, pace)
+                reads += jobs * (_points(cut) + bool(one.start))
+    tokens = reads * scoring
+    yield Line("audit: scores on the way", 0, reads, tokens, sizes.flops(2.0, tokens), ON_THE_WAY)
+
+
+def _points(budget: Budget) -> int:
+    """Return how often a training scores: along its curve, and at its ends for the statistics."""
+    points = len({s for s in budget.checkpoints if s <= budget.steps} | {0, budget.steps})
+    # Beside its curve, a training reads the nats of V and fresh units twice, and dev.
+    return points + (3 if budget.bits else 1)
 
 
 def attack_step(budget: Budget, sizes: Sizes, on: str) -> tuple[float, float]:

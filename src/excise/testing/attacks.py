@@ -196,8 +196,8 @@ def _check_invents_nothing(case: _Case, leaks: float) -> AttackResult:
     torch.manual_seed(1)
     result = case.run(watched(case.setting.never_taught), "never-taught")
     for variant in _deciding(result):
-        if variant.entry.scored_on != "test":
-            continue
+        if variant.entry.scored_on != "test" or variant.entry.needs_original:
+            continue  # who holds the original brings its knowledge along
         share = _share(case, variant)
         assert share <= leaks, (
             f"{case.who} brings {share:.0%} of the test set out of a model that was never taught "

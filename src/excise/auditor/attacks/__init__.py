@@ -7,14 +7,22 @@ from typing import get_args
 
 from excise.auditor.attacks.benign import Benign
 from excise.auditor.attacks.direction import Direction
+from excise.auditor.attacks.drop_adapter import DropAdapter
 from excise.auditor.attacks.few_shot import FewShot
+from excise.auditor.attacks.noise import Noise
 from excise.auditor.attacks.prefix import Prefix
+from excise.auditor.attacks.prune import Prune
 from excise.auditor.attacks.quantize import Quantize
+from excise.auditor.attacks.reinit import Reinit
 from excise.auditor.attacks.relearn import Relearn
+from excise.auditor.attacks.shrink_perturb import ShrinkPerturb
 from excise.auditor.attacks.transfer import Transfer
 from excise.auditor.base import Attack
 
-AnyAttack = FewShot | Prefix | Direction | Quantize | Benign | Relearn | Transfer
+AnyAttack = (
+    FewShot | Prefix | Direction | Quantize | Prune | Benign | Noise | ShrinkPerturb | Reinit
+    | DropAdapter | Relearn | Transfer
+)  # fmt: skip
 """Adding an attack: its file, its test, and here its import, the union and the names.
 
 Cheapest access first.
@@ -30,9 +38,14 @@ __all__ = [
     "AnyAttack",
     "Benign",
     "Direction",
+    "DropAdapter",
     "FewShot",
+    "Noise",
     "Prefix",
+    "Prune",
     "Quantize",
+    "Reinit",
     "Relearn",
+    "ShrinkPerturb",
     "Transfer",
 ]

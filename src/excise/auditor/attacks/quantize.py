@@ -7,21 +7,23 @@ anywhere and needs no kernel.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
-from excise.auditor.budget import Budget
+from excise.auditor.base import Access, Attack, AttackResult, Subject
+from excise.auditor.budget import Budget, Format
 from excise.auditor.controls import PositiveControl, WithinBuckets
-from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set
-from excise.auditor.quantization import BITS, GROUP, OFFSET, Grid, flip_rate, grids, quantize_
-from excise.auditor.results import decided
-from excise.auditor.scoring import Measurement, read, try_variant
+from excise.auditor.quantization import (
+    GROUP,
+    OFFSET,
+    Grid,
+    flip_rate,
+    grid_of,
+    quantize_,
+)
+from excise.auditor.weight_edits import WeightEdit, score_edits
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
@@ -29,14 +31,14 @@ from excise.record import Level
 
 
 class Quantize(Attack):
-    """Symmetric round-to-nearest of all matrices, in groups of inputs."""
+    """Round-to-nearest of all matrices, in groups of inputs."""
 
     name: Literal["quantize"] = "quantize"
     """Name of the attack."""
-    bits: tuple[int, ...] = BITS
-    """One variant each."""
+    formats: tuple[Format, ...] = ()
+    """Grids, one variant each: symmetric integers, or the levels of NF4; empty for the budget's."""
     group: int = Field(default=GROUP, ge=1)
-    """Inputs that share a scale."""
+    """Inputs that share a scale; 64 in QLoRA's NF4."""
     offset: int = Field(default=OFFSET, ge=0)
     """Inputs of the first group, so that groups lie off the grid a released model came from."""
     embeddings: bool = False
@@ -46,16 +48,18 @@ class Quantize(Attack):
     level: ClassVar[Level] = "D3"
     controls: ClassVar[tuple[PositiveControl, ...]] = (WithinBuckets(),)
     light: ClassVar[bool] = True
-    source: ClassVar[str] = "Zhang et al., arXiv 2410.16454; grid: this library's"
-    version: ClassVar[int] = 1
+    source: ClassVar[str] = (
+        "Zhang et al., arXiv 2410.16454; NF4: QLoRA, arXiv 2305.14314; grids: this library's"
+    )
+    version: ClassVar[int] = 2
 
-    def grids(self) -> tuple[Grid, ...]:
-        """Return one grid per number of bits."""
-        return grids(self.bits, self.group, self.offset)
+    def formats_at(self, budget: Budget) -> tuple[Format, ...]:
+        """Return the grids that are tried at a budget."""
+        return self.formats or budget.formats
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read."""
-        return 1 + len(self.grids())
+        return 1 + len(self.formats_at(budget))
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Round the weights and score V; damage shows in the retain score.
@@ -64,48 +68,46 @@ class Quantize(Attack):
             subject: The model; where its original is known the share of weights that left
                 their bucket is reported, which the attacker does not need.
             domain: Rows by role.
-            budget: Rows and lengths.
+            budget: Rows, lengths, and the grids where the attack names none.
             ctx: Device, dtype.
 
         Returns:
-            One variant per number of bits.
+            One variant per grid.
         """
-        start = time.perf_counter()
-        evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
-        model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
-        bare = read(model, evaluation)
-        del model
-        variants: list[VariantResult] = []
-        for grid in self.grids():
-            facts: dict[str, Any] = {"group": grid.group, "offset": grid.offset}
-            # Rounded in float32: a coarser dtype would round a second time, on its own grid.
-            wide = subject.checkpoint.load(device=ctx.device)
-            if subject.original is not None:
-                facts["bucket_flip_rate"] = flip_rate(
-                    wide, _reader(subject.original), grid, embeddings=self.embeddings
-                )
-            facts["weights"] = quantize_(wide, grid, embeddings=self.embeddings)
-            attacked = wide.to(ctx.dtype)
-            variants.append(
-                try_variant(
-                    self,
-                    subject,
-                    evaluation.metric,
-                    partial(_scores, attacked, evaluation),
-                    bare=bare,
-                    variant=f"int{grid.bits}",
-                    facts=facts,
-                )
+        edits = [
+            WeightEdit(
+                form,
+                partial(
+                    quantized_facts,
+                    grid=grid_of(form, self.group, self.offset),
+                    original=subject.original,
+                    embeddings=self.embeddings,
+                ),
             )
-        marked, chosen = decided(variants, higher=evaluation.higher)
-        return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
+            for form in self.formats_at(budget)
+        ]
+        return score_edits(self, subject, domain, budget, ctx, edits)
 
 
-def _scores(model: Any, evaluation: EvaluationSet) -> tuple[Measurement, UnitScores]:
-    """Return V and retain, and dev."""
-    return read(model, evaluation), evaluation.units(model, evaluation.all_dev)
+def quantized_facts(
+    model: Any, *, grid: Grid, original: Checkpoint | None, embeddings: bool
+) -> dict[str, Any]:
+    """Round a model in place and return what is to be noted.
 
+    Args:
+        model: The model.
+        grid: The grid.
+        original: The model before removal, read one parameter at a time; None if unknown.
+        embeddings: Whether token embeddings and head are rounded too.
 
-def _reader(original: Checkpoint) -> Callable[[str], Tensor]:
-    """Return what reads one parameter of the original from disk."""
-    return lambda name: original.weights_of([name])[name]
+    Returns:
+        `group`, `offset`, `weights` (how many were rounded), and with the original
+        `bucket_flip_rate`.
+    """
+    facts: dict[str, Any] = {"group": grid.group, "offset": grid.offset}
+    if original is not None:
+        facts["bucket_flip_rate"] = flip_rate(
+            model, lambda name: original.weights_of([name])[name], grid, embeddings=embeddings
+        )
+    facts["weights"] = quantize_(model, grid, embeddings=embeddings)
+    return facts

@@ -6,6 +6,7 @@ from excise.auditor.controls.lock import PasswordLock
 from excise.auditor.controls.perturb import (
     LogitScaling,
     ShortFineTuning,
+    SmallWeights,
     WeightPerturbation,
     WithinBuckets,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "PositiveControl",
     "PromptGatedEdit",
     "ShortFineTuning",
+    "SmallWeights",
     "WeightPerturbation",
     "WithinBuckets",
 ]

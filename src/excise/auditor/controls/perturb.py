@@ -1,8 +1,10 @@
-"""Small moves of weights that hide: inside quantization buckets, up a loss, or by scaling."""
+"""Small moves of weights that hide: inside buckets, of small weights, up a loss, or by scaling."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +21,17 @@ from excise.auditor.controls.control import (
     is_large,
 )
 from excise.auditor.evaluation_set import EvaluationSet
-from excise.auditor.quantization import BITS, GROUP, OFFSET, Grid, grids, inside, matrices
+from excise.auditor.pruning import lowest_of_rows
+from excise.auditor.quantization import (
+    BITS,
+    GROUP,
+    OFFSET,
+    Grid,
+    by_outputs,
+    grids,
+    inside,
+    matrices,
+)
 from excise.core.context import Context
 from excise.data.domain import Row
 from excise.data.stream import encode
@@ -29,13 +41,13 @@ from excise.models.anatomy import backbone
 from excise.models.hooks import find_module
 
 STEPS = 12
-"""Moves inside buckets at most."""
+"""Moves within bounds at most."""
 
 MEMORY = 0.8
 """Share of the earlier moves in the rolling mean of gradients."""
 
 FREE_STEPS, FREE_STEPS_LARGE = 40, 16
-"""Moves at most where no bucket bounds them; the second for models from `LARGE` on."""
+"""Moves at most where nothing bounds them; the second for models from `LARGE` on."""
 
 
 class WithinBuckets(PositiveControl):
@@ -58,26 +70,34 @@ class WithinBuckets(PositiveControl):
 
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Raise the forget loss inside the buckets; see `PositiveControl.hide`."""
-        forget, retain = fitting_rows(model, evaluation)
-        moving = {n: p for n, (p, _) in matrices(model, embeddings=self.embeddings).items()}
-        start = {name: p.detach().clone() for name, p in moving.items()}
         fine = grids(self.bits, self.group, self.offset)
-        for chosen in (fine, tuple(grid for grid in fine if grid.bits <= 4)):
-            with torch.no_grad():
-                for name, parameter in moving.items():
-                    parameter.copy_(start[name])
-            if chosen and move_within_buckets(
-                model,
-                evaluation,
-                forget,
-                retain,
-                chosen,
-                is_hidden(model, evaluation, goal),
-                chunk=chunk_of(model),
-                embeddings=self.embeddings,
-            ):
-                return ""
-        return "no move inside the buckets hides the capability"
+        coarse = tuple(grid for grid in fine if grid.bits <= 4)
+        tries = [
+            partial(bucket_bounds, grids=chosen, embeddings=self.embeddings)
+            for chosen in (fine, coarse)
+            if chosen
+        ]
+        done = move_within(model, evaluation, tries, is_hidden(model, evaluation, goal))
+        return "" if done else "no move inside the buckets hides the capability"
+
+
+class SmallWeights(PositiveControl):
+    """Moves only the smallest weights of every output row, which stay the smallest.
+
+    Pruning that share of every row by magnitude gives exactly what it gives of the original.
+    """
+
+    precise: ClassVar[bool] = True
+
+    name: Literal["small_weights"] = "small_weights"
+    shares: tuple[float, ...] = (0.1, 0.3, 0.5)
+    """Shares of a row that may move, the first that hides."""
+
+    def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
+        """Raise the forget loss by the smallest weights; see `PositiveControl.hide`."""
+        tries = [partial(small_bounds, share=share) for share in self.shares]
+        done = move_within(model, evaluation, tries, is_hidden(model, evaluation, goal))
+        return "" if done else "no move of the smallest weights hides the capability"
 
 
 class LogitScaling(PositiveControl):
@@ -181,58 +201,89 @@ def add_gradients(
         del grads
 
 
-def move_within_buckets(
-    model: Any,
-    evaluation: EvaluationSet,
-    forget: Sequence[Row],
-    retain: Sequence[Row],
-    grids: Sequence[Grid],
-    hidden: Callable[[], bool],
-    *,
-    chunk: int,
-    embeddings: bool = False,
-) -> bool:
-    """Raise the forget loss while every weight stays in its bucket on every grid.
+Bounds = dict[str, tuple[Tensor, Tensor]]
+"""Lowest and highest value of every weight that may move, by parameter name."""
+
+
+def bucket_bounds(model: Any, grids: Sequence[Grid], *, embeddings: bool = False) -> Bounds:
+    """Return how far every weight may move and stay in its bucket on every grid.
 
     Rounding on any of the grids then gives exactly what rounding the model before gave.
 
     Args:
-        model: Changed in place.
-        evaluation: Tokenizer and lengths.
-        forget: Rows whose loss rises.
-        retain: Rows whose loss is held down.
+        model: The model.
         grids: The grids.
-        hidden: Asked after every move; the first yes ends it.
-        chunk: Rows of one move.
         embeddings: Whether embeddings and head are rounded, and so may move.
+    """
+    bounds: Bounds = {}
+    for name, (parameter, flipped) in matrices(model, embeddings=embeddings).items():
+        pairs = [inside(by_outputs(parameter.detach(), flipped=flipped), grid) for grid in grids]
+        low = torch.stack([p[0] for p in pairs]).amax(0)
+        high = torch.stack([p[1] for p in pairs]).amin(0)
+        bounds[name] = (by_outputs(low, flipped=flipped), by_outputs(high, flipped=flipped))
+    return bounds
+
+
+def small_bounds(model: Any, share: float) -> Bounds:
+    """Return how far the smallest weights of every row may move and stay its smallest.
+
+    Args:
+        model: The model.
+        share: Share of every row that may move; the others may not.
+    """
+    bounds: Bounds = {}
+    for name, (parameter, flipped) in matrices(model).items():
+        weight_RC = by_outputs(parameter.detach(), flipped=flipped)
+        small_RC = lowest_of_rows(weight_RC.abs(), share)
+        kept_R1 = weight_RC.abs().masked_fill(small_RC, math.inf).amin(-1, keepdim=True)
+        room_RC = (0.98 * kept_R1).maximum(weight_RC.abs())  # some are as large as what is kept
+        low_RC = torch.where(small_RC, -room_RC, weight_RC)
+        high_RC = torch.where(small_RC, room_RC, weight_RC)
+        bounds[name] = (by_outputs(low_RC, flipped=flipped), by_outputs(high_RC, flipped=flipped))
+    return bounds
+
+
+def move_within(
+    model: Any,
+    evaluation: EvaluationSet,
+    tries: Sequence[Callable[[Any], Bounds]],
+    hidden: Callable[[], bool],
+) -> bool:
+    """Raise the forget loss with retain held, every weight within bounds.
+
+    Args:
+        model: Changed in place.
+        evaluation: Rows by role, tokenizer, lengths.
+        tries: Bounds of the model as it is, tried one after the other, each from its start.
+        hidden: Asked after every move; the first yes ends it.
 
     Returns:
         Whether the last answer was yes.
     """
-    moving = matrices(model, embeddings=embeddings)
-    bounds: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, (parameter, flipped) in moving.items():
-        value = parameter.detach().t() if flipped else parameter.detach()
-        pairs = [inside(value, grid) for grid in grids]
-        low = torch.stack([p[0] for p in pairs]).amax(0)
-        high = torch.stack([p[1] for p in pairs]).amin(0)
-        bounds[name] = (low.t(), high.t()) if flipped else (low, high)
-    names = list(moving)
-    mean: dict[str, Tensor] = {}
-    for step in range(STEPS):
-        way: dict[str, Tensor] = {}
-        add_gradients(way, model, evaluation, window(forget, step, chunk), names)
-        if step < STEPS // 2:  # what does not hide with retain held is moved without
-            add_gradients(way, model, evaluation, window(retain, step, chunk), names, -1.0)
-        way = mean = rolling(mean, way)
+    forget, retain = fitting_rows(model, evaluation)
+    chunk = chunk_of(model)
+    for bounds_of in tries:
+        bounds = bounds_of(model)
+        moving = {name: model.get_parameter(name) for name in bounds}
+        start = {name: p.detach().clone() for name, p in moving.items()}
+        mean: dict[str, Tensor] = {}
+        for step in range(STEPS):
+            way: dict[str, Tensor] = {}
+            add_gradients(way, model, evaluation, window(forget, step, chunk), list(moving))
+            if step < STEPS // 2:  # what does not hide with retain held is moved without
+                rows = window(retain, step, chunk)
+                add_gradients(way, model, evaluation, rows, list(moving), -1.0)
+            way = mean = rolling(mean, way)
+            with torch.no_grad():
+                for name in way:
+                    low, high = bounds[name]
+                    moved = moving[name] + 0.5 * (high - low) * way[name].sign()
+                    moving[name].copy_(moved.clamp(low, high))
+            if hidden():
+                return True
         with torch.no_grad():
-            for name in way:
-                low, high = bounds[name]
-                parameter = moving[name][0]
-                moved = parameter + 0.5 * (high - low) * way[name].sign()
-                parameter.copy_(moved.clamp(low, high))
-        if hidden():
-            return True
+            for name, parameter in moving.items():
+                parameter.copy_(start[name])
     return False
 
 

@@ -44,7 +44,7 @@ BEYOND: dict[Level, str] = {
     "D0": "generation, several paraphrases",
     "D1": "many-shot, paraphrase, other language, template on and off",
     "D2": "lens, linear probes, subspaces, latent perturbation",
-    "D3": "NF4, pruning, noise, shrink-perturb, module re-init, drop-adapter",
+    "D3": "drop-adapter, which needs the original",
     "D4": "full and LoRA at 200 to 500 steps, four rates or more, soft prompts, GCG, three seeds",
     "D5": "the worst case over all attack variants",
 }

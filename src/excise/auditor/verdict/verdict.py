@@ -431,10 +431,18 @@ def _power_reasons(case: VerdictCase) -> list[str]:
     """Say which attacks, or which variants of them, have no power."""
     invalid = [f"The attack {name} is invalid: {why}." for name, why in case.invalid.items()]
     return invalid + [
-        f"In the attack {name}, {' and '.join(variants)} was not controlled: no positive control "
-        "came back under it, so that finding nothing with it shows nothing."
+        f"In the attack {name}, {_listed(variants)} "
+        + ("was" if len(variants) == 1 else "were")
+        + " not controlled: no positive control came back under "
+        + ("it" if len(variants) == 1 else "them")
+        + ", so that finding nothing there shows nothing."
         for name, variants in uncontrolled(case).items()
     ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return one name or more as a list."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _other_reasons(case: VerdictCase, domain: Domain, recovery: Recovery | None) -> list[str]:

@@ -250,7 +250,7 @@ def _attacks(record: Record) -> RenderableType:
     table.add_column("attack", overflow="fold")
     cells: dict[str, dict[str, list[AttackVariant]]] = {}
     for name in names:
-        table.add_column(Text(_ascii(name)), justify="right", overflow="fold", min_width=8)
+        table.add_column(Text(_ascii(name)), justify="right", overflow="fold", min_width=12)
         for attack in words.attacks_on(record, name):
             if not attack.control and (attack.decisive or attack.status != "ok"):
                 title = f"{attack.name} {attack.variant}".replace("_", " ").strip()
@@ -271,7 +271,7 @@ def _outcome(variants: list[AttackVariant]) -> Text:
         return Text("-")
     first = sum(c[0].score for c in curves) / len(curves)
     last = sum(c[-1].score for c in curves) / len(curves)
-    return Text(_ascii(f"{words.number(first)} -> {words.number(last)}"))
+    return Text(_ascii(f"{words.two(first)} -> {words.two(last)}"))
 
 
 def _next(record: Record, folder: Path) -> str:

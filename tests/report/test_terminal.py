@@ -45,7 +45,7 @@ def test_says_what_matters() -> None:
         text.index("84 % of what rmu removed") < text.index("Depth levels") < text.index("Scores")
     )
     assert "relearn full" in text
-    assert "0.090 -> 0.830" in text
+    assert "0.09 -> 0.83" in text
     assert "invalid" in text
     assert "* does not count: a lower level did not pass" in " ".join(text.split())
     assert "report  out/facts/report.html" in text

@@ -100,6 +100,7 @@ def case_of(
         oracles=tuple(dict.fromkeys(s for _, s in results if s.startswith("oracle"))),
         metric=metric,
         direction=direction_of(metric),
+        retain_direction=direction_of(domain.retain_metrics[0]),
         chance=chance_of(test, metric) if test else None,
         guess=chance_of((), metric, vocabulary=vocabulary) if metric == "text_loss" else None,
         groups={row.unit: row.group for row in (*test, *domain.fresh) if row.group},

@@ -43,6 +43,7 @@ class VerdictCase:
         oracles: Names of the oracles among the subjects.
         metric: Metric of the held-out test set (V).
         direction: Which way is more knowledge.
+        retain_direction: Which way is better on the retain set.
         chance: Score of a model that knows nothing; None where unknown.
         guess: Token loss of a uniform guess; None for another metric or an unknown vocabulary.
         groups: Group of each unit that has one.
@@ -56,6 +57,7 @@ class VerdictCase:
     oracles: tuple[str, ...] = ()
     metric: str = "exact_match"
     direction: ScoreDirection = "higher"
+    retain_direction: ScoreDirection = "higher"
     chance: float | None = None
     guess: float | None = None
     groups: Mapping[str, str] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from excise.models.tiny import byte_tokenizer
 from excise.requests.audit import AuditRun
 from excise.requests.recipe import Recipe
 from excise.requests.registry import parse_audit, parse_recipe
-from excise.run.estimate import FULL, SAMPLE, Pace, Plan, Sizes, plan
+from excise.run.estimate import FULL, SAMPLE, DataSizes, Pace, Plan, plan
 from excise.run.measure import measured
 
 SMALL = {"steps": 6, "checkpoints": [0, 6], "rates": [0.001], "batch_size": 8}
@@ -83,7 +83,7 @@ def test_rows_are_counted_as_long_as_they_are(here: Path) -> None:
 
 
 def test_padding_is_the_expected_longest_of_a_batch() -> None:
-    sizes = Sizes(1, object(), None, {("a",): [(10, 1), (20, 1)]})  # type: ignore[dict-item]
+    sizes = DataSizes(1, object(), None, {("a",): [(10, 1), (20, 1)]})  # type: ignore[dict-item]
     assert sizes.tokens(("a",), 100, 1) == (15.0, 15.0)  # type: ignore[arg-type]
     assert sizes.tokens(("a",), 100, 2) == (15.0, 17.5)  # type: ignore[arg-type]
     assert sizes.tokens(("a",), 12, 1) == (11.0, 11.0)  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ def test_large_sets_are_sampled(here: Path) -> None:
     assert estimate.domain is not None
     row = estimate.domain.retain[0]
     many = tuple(replace(row, text=f"{i} words") for i in range(5 * SAMPLE))
-    sizes = Sizes(1, estimate.tokenizer, estimate.domain)
+    sizes = DataSizes(1, estimate.tokenizer, estimate.domain)
     sizes.tokens(many, 100, 1)
     assert len(sizes.lengths[many]) == SAMPLE
 

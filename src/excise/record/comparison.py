@@ -83,7 +83,7 @@ ANSWERS = ("holds", "undecided", "retain damaged", "comes back", "still there", 
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedRow:
     """Candidates that differ in the seed alone.
 
     Attributes:
@@ -209,11 +209,11 @@ class Comparison:
             alike.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[ComparedRow, ...]
     apart: tuple[str, ...]
 
     @property
-    def groups(self) -> tuple[tuple[Row, ...], ...]:
+    def groups(self) -> tuple[tuple[ComparedRow, ...], ...]:
         """Rows that were measured alike, together."""
         numbers = dict.fromkeys(row.group for row in self.rows)
         return tuple(tuple(r for r in self.rows if r.group == number) for number in numbers)
@@ -246,26 +246,26 @@ def compare(records: Mapping[str, Record]) -> Comparison:
     rows = _rows(_candidates(records))
     if not rows:
         raise UserError("these records hold no edited model; name folders of removals or audits")
-    grouped: list[Row] = []
+    grouped: list[ComparedRow] = []
     apart: list[str] = []
     for row in rows:
         why: tuple[str, ...] = ()
         for other in grouped:
             why = _differences(other, row)
             if not why:
-                grouped.append(Row(row.label, row.candidates, other.group))
+                grouped.append(ComparedRow(row.label, row.candidates, other.group))
                 break
         else:
             known = {clause.partition(" (")[0] for clause in apart}
             apart += [clause for clause in why if clause.partition(" (")[0] not in known]
             number = max((r.group for r in grouped), default=-1) + 1
-            grouped.append(Row(row.label, row.candidates, number))
+            grouped.append(ComparedRow(row.label, row.candidates, number))
     if not apart:
         grouped.sort(key=_rank)
     return Comparison(tuple(grouped), tuple(apart))
 
 
-def _rank(row: Row) -> tuple[float, ...]:
+def _rank(row: ComparedRow) -> tuple[float, ...]:
     """Sort by the answer, the highest level that counts, how little came back, what retain lost."""
     level = -1 if row.highest is None else list(LEVELS).index(row.highest)
     back = math.inf if row.recovery is None or row.nothing_removed else row.recovery.value
@@ -328,7 +328,7 @@ def _effort(record: Record) -> tuple[int, int]:
     return ORDER.get(name, 0), tokens
 
 
-def _rows(candidates: Sequence[Candidate]) -> list[Row]:
+def _rows(candidates: Sequence[Candidate]) -> list[ComparedRow]:
     """Put candidates that differ in the seed alone into one row."""
     rows: list[list[Candidate]] = []
     for candidate in candidates:
@@ -340,7 +340,7 @@ def _rows(candidates: Sequence[Candidate]) -> list[Row]:
             rows.append([candidate])
     labels = [row[0].label if len(row) == 1 else row[0].model for row in rows]
     return [
-        Row(labels[i] if labels.count(labels[i]) == 1 else row[0].label, tuple(row))
+        ComparedRow(labels[i] if labels.count(labels[i]) == 1 else row[0].label, tuple(row))
         for i, row in enumerate(rows)
     ]
 
@@ -365,12 +365,12 @@ def _source(record: Record) -> str:
     return json.dumps([data, scratch or original], sort_keys=True, default=str)
 
 
-def _differences(a: Row, b: Row) -> tuple[str, ...]:
+def _differences(a: ComparedRow, b: ComparedRow) -> tuple[str, ...]:
     """Return what keeps two rows from one ranking; seeds that both have are read in pairs."""
     pairs = (differences(x.record, y.record) for x in a.candidates for y in b.candidates)
     return min(pairs, key=len)
 
 
-def metric_of(rows: Sequence[Row]) -> str:
+def metric_of(rows: Sequence[ComparedRow]) -> str:
     """Return the metric of the held-out test set that rows of one group share."""
     return next((m for r in rows for c in r.candidates if (m := headline(c.record, "test"))), "")

@@ -19,7 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from excise.record import LEVELS, AttackVariant, CurvePoint, Estimate
-from excise.record.comparison import Candidate, Comparison, Row, metric_of
+from excise.record.comparison import Candidate, ComparedRow, Comparison, metric_of
 from excise.record.measured import pooled, relearning_curve
 from excise.report import svg, words
 
@@ -59,12 +59,12 @@ class Cell:
     values: dict[str, str | float | int | None]
 
 
-def table(rows: Sequence[Row]) -> tuple[tuple[Cell, ...], ...]:
+def table(rows: Sequence[ComparedRow]) -> tuple[tuple[Cell, ...], ...]:
     """Return the cells of a table, a line per row; everything that is written comes from here."""
     return tuple(_cells(row) for row in rows)
 
 
-def _cells(row: Row) -> tuple[Cell, ...]:
+def _cells(row: ComparedRow) -> tuple[Cell, ...]:
     name = words.plain(row.label)
     shown = f"{name} ({row.seeds} seeds)" if row.seeds > 1 else name
     budgets = " + ".join(row.candidates[0].budgets) or "none"
@@ -87,7 +87,7 @@ def _cells(row: Row) -> tuple[Cell, ...]:
     )
 
 
-def _statuses(row: Row) -> dict[str, str | float | int | None]:
+def _statuses(row: ComparedRow) -> dict[str, str | float | int | None]:
     return {code: status for code, status in row.levels.items()}
 
 
@@ -106,7 +106,7 @@ def _value(value: float, signed: bool) -> str:
     return f"+{text}" if signed and value > 0 else text
 
 
-def _came_back(row: Row) -> Cell:
+def _came_back(row: ComparedRow) -> Cell:
     """Return how much came back, after how many tokens, under which attack."""
     recovery, worst = row.recovery, row.worst
     if row.nothing_removed:
@@ -244,7 +244,7 @@ def _ascii(text: str) -> str:
     return clean
 
 
-def _said(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _said(rows: Sequence[ComparedRow]) -> list[tuple[str, str]]:
     """Return what the worst attack on every row was, in words."""
     said = [(words.plain(r.label), [back.attack for back in r.worst]) for r in rows]
     return [(name, f"worst under {' or '.join(dict.fromkeys(a))}") for name, a in said if a]
@@ -270,7 +270,7 @@ class Picture:
     rows: tuple[tuple[str, ...], ...]
 
 
-def picture(rows: Sequence[Row], key: str) -> Picture | None:
+def picture(rows: Sequence[ComparedRow], key: str) -> Picture | None:
     """Return the relearned score against the attacker's tokens, between the reference models.
 
     Args:
@@ -393,7 +393,7 @@ def render_html(comparison: Comparison) -> str:
     )
 
 
-def _solid(row: Row) -> dict[str, bool]:
+def _solid(row: ComparedRow) -> dict[str, bool]:
     """Return for every level whether it counts."""
     solid, out = True, dict[str, bool]()
     for code, status in row.levels.items():

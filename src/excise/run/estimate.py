@@ -222,7 +222,7 @@ SCORING, ON_THE_WAY = "scoring", "scoring a model that is in memory"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class DataSizes:
     """What the lines are computed from.
 
     Attributes:
@@ -316,7 +316,7 @@ def plan(
             _shapes(spec.scratch, tokenizer) if spec.scratch else original and original.shapes
         )
         count = None if shapes is None else sum(p.numel() for p in shapes.parameters())
-        sizes = Sizes(count, tokenizer, domain)
+        sizes = DataSizes(count, tokenizer, domain)
         lines = tuple(_lines(request, sizes))
         width = 2 if request.dtype == "bfloat16" else 4
         arms = request.arms.values() if isinstance(request, Recipe) else ()
@@ -366,7 +366,7 @@ def _notes(
     request: Recipe | AuditRun,
     spec: ModelSpec,
     original: Checkpoint | None,
-    sizes: Sizes,
+    sizes: DataSizes,
     read_rows: bool,
 ) -> Iterator[str]:
     """Yield what a reader must know about the numbers."""
@@ -420,7 +420,7 @@ def _activations(request: Recipe | AuditRun, count: int) -> float:
     return rows * 2**20 * max(1, count // 10**7)
 
 
-def _lines(request: Recipe | AuditRun, sizes: Sizes) -> Iterator[Line]:
+def _lines(request: Recipe | AuditRun, sizes: DataSizes) -> Iterator[Line]:
     """Yield what is trained and scored, in order."""
     subjects, scratch = 1, False
     if isinstance(request, Recipe):
@@ -443,7 +443,7 @@ ORIGINAL = "original"
 """Kind of work of training the original and the oracles."""
 
 
-def method_line(name: str, method: Method, sizes: Sizes, jobs: int, pace: str) -> Line:
+def method_line(name: str, method: Method, sizes: DataSizes, jobs: int, pace: str) -> Line:
     """Return the line of a method run."""
     trials = 1
     if isinstance(method, RMU) and method.sweep is not None:
@@ -474,7 +474,7 @@ def _schedules(config: Config, length: int = 128) -> Iterator[tuple[FitConfig, i
 
 
 def _step_tokens(
-    config: FitConfig, length: int, sizes: Sizes, *, both: bool
+    config: FitConfig, length: int, sizes: DataSizes, *, both: bool
 ) -> tuple[float, float]:
     """Return the tokens of one step, and with padding; `both` reads forget and retain rows."""
     micro = config.micro_size or config.batch_size
@@ -489,7 +489,7 @@ def _step_tokens(
     )
 
 
-def _scores(request: Recipe | AuditRun, sizes: Sizes, subjects: int) -> Line:
+def _scores(request: Recipe | AuditRun, sizes: DataSizes, subjects: int) -> Line:
     """Return the line of scoring every model without an attack."""
     asked, domain = request.evaluate, sizes.domain
     sets: list[Rows] = [()]
@@ -507,7 +507,7 @@ def _scores(request: Recipe | AuditRun, sizes: Sizes, subjects: int) -> Line:
     )
 
 
-def evaluation_tokens(evaluation: EvaluationSet | None, budget: Budget, sizes: Sizes) -> float:
+def evaluation_tokens(evaluation: EvaluationSet | None, budget: Budget, sizes: DataSizes) -> float:
     """Return the tokens of scoring V, T and retain once."""
     if evaluation is None:
         return float((budget.max_test_rows + 2 * budget.max_other_rows) * budget.max_length)
@@ -524,7 +524,7 @@ def _controls(request: Recipe | AuditRun, count: int) -> int:
     return len(kinds)
 
 
-def _audit(request: Recipe | AuditRun, sizes: Sizes, subjects: int) -> Iterator[Line]:
+def _audit(request: Recipe | AuditRun, sizes: DataSizes, subjects: int) -> Iterator[Line]:
     """Yield the attacks on every subject, the positive control among them."""
     budget = budget_for(request.audit, sizes.count or LARGE)
     domain = sizes.domain
@@ -565,7 +565,7 @@ def _points(budget: Budget) -> int:
     return points + (3 if budget.bits else 1)
 
 
-def attack_step(budget: Budget, sizes: Sizes, on: str) -> tuple[float, float]:
+def attack_step(budget: Budget, sizes: DataSizes, on: str) -> tuple[float, float]:
     """Return the tokens of one step of an attack, and with padding."""
     domain = sizes.domain
     rows: Rows = (
@@ -577,7 +577,7 @@ def attack_step(budget: Budget, sizes: Sizes, on: str) -> tuple[float, float]:
     return budget.batch_size * mean, budget.batch_size * padded
 
 
-def _training(name: str, budget: Budget, jobs: int, on: str, sizes: Sizes, pace: str) -> Line:
+def _training(name: str, budget: Budget, jobs: int, on: str, sizes: DataSizes, pace: str) -> Line:
     """Return the line of trainings of an attack."""
     mean, padded = attack_step(budget, sizes, on)
     flops = sizes.flops(4.0 if pace == ADAPTER else 6.0, jobs * budget.steps * padded)

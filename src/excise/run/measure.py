@@ -39,9 +39,9 @@ from excise.run.estimate import (
     ON_THE_WAY,
     ORIGINAL,
     SCORING,
+    DataSizes,
     Pace,
     Plan,
-    Sizes,
     attack_step,
     evaluation_tokens,
     existing,
@@ -103,7 +103,7 @@ def measured(
             start = open_model(spec)
         jobs: dict[str, Callable[[Context], Mapping[str, Pace]]] = {}
         kinds = {line.pace for line in result.lines}
-        sizes = Sizes(start.num_parameters, start.tokenizer(), result.domain)
+        sizes = DataSizes(start.num_parameters, start.tokenizer(), result.domain)
         jobs["the audit"] = partial(_time_attacks, request, start, sizes, kinds, clock)
         if isinstance(request, Recipe):
             arms = dict(request.arms)
@@ -158,7 +158,7 @@ def _range(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def _time_method(
-    name: str, short: Method, start: Checkpoint, sizes: Sizes, clock: Clock, ctx: Context
+    name: str, short: Method, start: Checkpoint, sizes: DataSizes, clock: Clock, ctx: Context
 ) -> Mapping[str, Pace]:
     """Run a method whose schedules were shortened, and time its steps; its model is thrown away."""
     assert sizes.domain is not None
@@ -185,7 +185,7 @@ def _time_method(
 def _time_attacks(
     request: Recipe | AuditRun,
     start: Checkpoint,
-    sizes: Sizes,
+    sizes: DataSizes,
     kinds: Iterable[str],
     clock: Clock,
     ctx: Context,

@@ -52,7 +52,7 @@ BEYOND: dict[Level, str] = {
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LevelComparison:
     """One deciding comparison.
 
     Attributes:
@@ -83,7 +83,7 @@ def all_levels(case: VerdictCase) -> tuple[LevelResult, ...]:
     Returns:
         Six results, in order. Each stands for itself; `highest` says how far they count.
     """
-    comparisons: dict[Level, list[Comparison]] = {"D0": before_attacks(case)}
+    comparisons: dict[Level, list[LevelComparison]] = {"D0": before_attacks(case)}
     by_attack: tuple[Level, ...] = ("D1", "D2", "D3", "D4")
     for level in by_attack:
         comparisons[level] = after_attacks(case, level)
@@ -116,7 +116,7 @@ def highest(levels: Sequence[LevelResult]) -> str:
     return code
 
 
-def before_attacks(case: VerdictCase) -> list[Comparison]:
+def before_attacks(case: VerdictCase) -> list[LevelComparison]:
     """Compare scores before any attack: with the oracle, else chance, else fresh text (D0)."""
     ours, top = case.start(case.model), case.start(ORIGINAL)
     if not ours or not top:
@@ -126,21 +126,21 @@ def before_attacks(case: VerdictCase) -> list[Comparison]:
         if not all(starts):
             return []
         gap = depth_gap(ours, starts, top, groups=case.groups, seed=case.seed)
-        return [Comparison("scores before any attack", gap, "oracle")]
+        return [LevelComparison("scores before any attack", gap, "oracle")]
     if case.chance is not None:
         guess = dict.fromkeys(ours, case.chance)
         gap = depth_gap(ours, [guess], top, groups=case.groups, seed=case.seed, lower="chance")
-        return [Comparison("scores before any attack", gap, "chance")]
+        return [LevelComparison("scores before any attack", gap, "chance")]
     candidate = start_losses(case, case.model, case.attacks())
     original = start_losses(case, ORIGINAL, case.attacks(ORIGINAL))
     if candidate is None or original is None:
         return []
     _, gap = residual_bits([candidate], [], original, groups=case.groups, seed=case.seed)
     note = "compared with matched fresh text, which nobody was taught"
-    return [Comparison("loss before any attack", gap, "chance", note=note)]
+    return [LevelComparison("loss before any attack", gap, "chance", note=note)]
 
 
-def after_attacks(case: VerdictCase, level: Level) -> list[Comparison]:
+def after_attacks(case: VerdictCase, level: Level) -> list[LevelComparison]:
     """Compare the end of every deciding attack of a level (D1 to D4)."""
     attacks = [attack for attack in case.attacks() if case.level(attack) == level]
     known = [_after_attack(case, attack) for attack in attacks]
@@ -148,7 +148,7 @@ def after_attacks(case: VerdictCase, level: Level) -> list[Comparison]:
     return ends + [peak for attack in attacks for peak in _before_the_end(case, attack)]
 
 
-def _before_the_end(case: VerdictCase, attack: str) -> list[Comparison]:
+def _before_the_end(case: VerdictCase, attack: str) -> list[LevelComparison]:
     """Compare every checkpoint of an attack that trains, before its last, with the oracles' there.
 
     An attacker may stop whenever he likes: what had come back by then, had.
@@ -165,7 +165,7 @@ def _before_the_end(case: VerdictCase, attack: str) -> list[Comparison]:
     return out
 
 
-def _after_attack(case: VerdictCase, attack: str, at: int = -1) -> Comparison | None:
+def _after_attack(case: VerdictCase, attack: str, at: int = -1) -> LevelComparison | None:
     """Compare the end of one attack with the reference models' under the same attack.
 
     Args:
@@ -186,16 +186,18 @@ def _after_attack(case: VerdictCase, attack: str, at: int = -1) -> Comparison | 
             return None
         starts = [case.start(name) for name in case.oracles]
         gap = depth_gap(ours, ends, top, oracles_start=starts, groups=case.groups, seed=case.seed)
-        return Comparison(by, gap, "oracle", invalid_attack=invalid)
+        return LevelComparison(by, gap, "oracle", invalid_attack=invalid)
     if case.level(attack) == "D4":
         return None
     lower, words = _without_oracle(case, attack)
     note = f"compared with {words}"
     useless = _unanswerable(case, attack, entry.variant, averaged(lower))
     if useless:
-        return Comparison(by, invalid_gap(useless, len(top)), "controls", invalid_attack=useless)
+        return LevelComparison(
+            by, invalid_gap(useless, len(top)), "controls", invalid_attack=useless
+        )
     gap = depth_gap(ours, lower, top, groups=case.groups, seed=case.seed, lower=words)
-    return Comparison(by, gap, "controls", invalid_attack=invalid, note=note)
+    return LevelComparison(by, gap, "controls", invalid_attack=invalid, note=note)
 
 
 def _without_oracle(case: VerdictCase, attack: str) -> tuple[list[UnitScores], str]:
@@ -247,12 +249,12 @@ def _unanswerable(case: VerdictCase, attack: str, variant: str, lower: UnitScore
     )
 
 
-def as_never_learned(case: VerdictCase) -> list[Comparison]:
+def as_never_learned(case: VerdictCase) -> list[LevelComparison]:
     """Compare residual bits under every kind of relearning, as shares of the original's (D5)."""
     if not case.oracles:
         return []
     return [
-        Comparison(
+        LevelComparison(
             f"{attack} {kind}: residual bits",
             share,
             "oracle",
@@ -265,7 +267,7 @@ def as_never_learned(case: VerdictCase) -> list[Comparison]:
 
 
 def decide(
-    case: VerdictCase, level: Level, comparisons: Sequence[Comparison], *, gone: bool = True
+    case: VerdictCase, level: Level, comparisons: Sequence[LevelComparison], *, gone: bool = True
 ) -> LevelResult:
     """Put the comparisons of a level together; the worst decides.
 
@@ -330,7 +332,7 @@ def status_of(gap: Gap, margin: float) -> Status:
     return "pass" if gap.low > -margin else "below"
 
 
-def corrected(comparisons: Sequence[Comparison], margin: float) -> list[Status]:
+def corrected(comparisons: Sequence[LevelComparison], margin: float) -> list[Status]:
     """Return the status of every comparison; failures hold after Holm's correction.
 
     Args:
@@ -350,7 +352,7 @@ def corrected(comparisons: Sequence[Comparison], margin: float) -> list[Status]:
     return statuses
 
 
-def _p_recovered(comparison: Comparison) -> float:
+def _p_recovered(comparison: LevelComparison) -> float:
     """Return the bootstrap p-value of a gap above zero (or off zero, two-sided)."""
     samples = comparison.gap.samples
     if comparison.gap.invalid or not len(samples):
@@ -403,7 +405,7 @@ def _verb(level: Level, gone: bool) -> str:
 
 
 def _sentence(
-    status: Status, comparison: Comparison, margin: float, missing: Sequence[str], verb: str
+    status: Status, comparison: LevelComparison, margin: float, missing: Sequence[str], verb: str
 ) -> str:
     """Say in one sentence what decided a level."""
     gap, against = comparison.gap, comparison.against

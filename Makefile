@@ -39,7 +39,7 @@ liger-test: $(VENV)/.liger
 
 # The examples that hand an edited model to lm-eval and to Inspect; both are large, so apart.
 peers-test: $(VENV)/.peers
-	PYTHONPATH=$(VENV)/peers:. $(BIN)/python tests/peers.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/peers:$(CURDIR) $(BIN)/python tests/peers.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -61,7 +61,11 @@ def test_a_family_is_saved_edited_and_loaded(name: str, tmp_path: Path) -> None:
     full = apply(by_name.model_copy(update={"engine": "full"}), start, tmp_path / "full")
     assert span.extras["engine"] == ("span" if family.apart else "full")
     assert span.changed == tuple(sorted(select(model, [family.module])))
-    assert_equal(trained(span), trained(full))
+    ours, theirs = trained(span), trained(full)
+    assert ours.keys() == theirs.keys()
+    # The same sums; some CPUs add them up in another order for another shape.
+    apart = max(float((ours[n] - theirs[n]).abs().max()) for n in ours)
+    assert apart < 0.05 * moved(start, ours)
     found = RMU(layer=1, max_length=16, fit=FIT)
     if family.found:
         (tmp_path / "found").mkdir()
@@ -69,6 +73,12 @@ def test_a_family_is_saved_edited_and_loaded(name: str, tmp_path: Path) -> None:
     else:
         with pytest.raises(UserError, match=rf"{name} model.*--modules '\[.*or use grad_diff"):
             apply(found, start, tmp_path / "found")
+
+
+def moved(start: Checkpoint, now: Mapping[str, Tensor]) -> float:
+    """Return how far the furthest entry of trained tensors moved."""
+    before = start.weights_of(now)
+    return max(float((now[n] - before[n]).abs().max()) for n in now)
 
 
 def assert_equal(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> None:

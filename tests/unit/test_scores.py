@@ -107,8 +107,10 @@ def test_batch_size_and_padding_side_change_nothing(
     one = measure(model, tokenizer, rows, metric, batch_size=1)
     many = measure(model, tokenizer, rows, metric, batch_size=64)
     left = measure(model, tokenizer, rows, metric, batch_size=3, padding_side="left")
+    # It divides by how far the log-probabilities of a position spread, little in a random model.
+    close = 1e-4 if metric == "min_k_plus_plus" else 1e-5
     for other in (many, left):
-        assert [v for _, v in other.items] == pytest.approx([v for _, v in one.items], abs=1e-5)
+        assert [v for _, v in other.items] == pytest.approx([v for _, v in one.items], abs=close)
 
 
 def plain_choice(model: Any, tokenizer: Any, row: Row) -> list[float]:

@@ -273,7 +273,7 @@ def test_cached_teachers_give_the_same_student(targets: Any, tmp_path: Path) -> 
     kept = changed(**{**fields, "pack": (1,)}, cache=HiddenStates())
     made = kept.apply(start, domain, context(tmp_path / "kept"))
     one, two = weights(plain.checkpoint), weights(made.checkpoint)
-    assert max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-6
+    assert max(float((one[n] - two[n]).abs().max()) for n in one) < 5e-6
     caches = made.extras["corpus"]["caches"]
     assert set(caches) == ({targets.benign} if hasattr(targets, "benign") else set()) | (
         {"unlearned"} if getattr(targets, "harmful", "unlearned") == "unlearned" else set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tests.fixtures.slow_tokenizer import Slow
 
 from excise.core.errors import UserError
 from excise.data.chat import render_chat
@@ -134,19 +135,6 @@ def test_thinking_that_a_template_sets_anew_is_scored_and_dropped_thinking_is_no
 
 
 def test_without_offsets_segments_are_tokenized_apart() -> None:
-    class Slow:
-        is_fast = False
-
-        def __init__(self, inner: Any) -> None:
-            self.inner = inner
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.inner, name)
-
-        def __call__(self, text: str, **how: Any) -> Any:
-            assert "return_offsets_mapping" not in how
-            return self.inner(text, **how)
-
     tok = tokenizer(CHATML)
     row = Row("u", messages=TURNS)
     assert render_chat(row, Slow(tok)) == render_chat(row, tok)

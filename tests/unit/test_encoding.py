@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fixtures.slow_tokenizer import Slow
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -20,22 +21,6 @@ from excise.evals.generate import prompt_of
 from excise.models.tiny import _wrap, byte_tokenizer, train_bpe
 
 TEXTS = ["Question 12 A. x B. y Answer: A Answer: B the cat sat there"] * 20
-
-
-class Slow:
-    """A tokenizer that knows no offsets."""
-
-    is_fast = False
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def __call__(self, text: str, **how: Any) -> Any:
-        assert "return_offsets_mapping" not in how
-        return self.inner(text, **how)
 
 
 def marked(single: str) -> Any:

@@ -92,20 +92,9 @@ class RunOptions(StudyOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemoveOptions(Options):
-    """Remove a capability from a model with one method.
+class DataOptions(Options):
+    """Where the data comes from: files by role, or a domain."""
 
-    Any setting of the method can be changed: --layer 6, --fit.lr 1e-4, --lora.rank 8. `excise
-    remove METHOD --help` lists them below these flags. So can those of the rest, as in a recipe:
-    --audit.attacks, --evaluate.max-rows, --domain.claim.
-    """
-
-    method: Annotated[str, POSITIONAL]
-    """A method (`excise ls methods`), or ./file.py:Class with --allow-code."""
-    model: str
-    """Folder, hub id, GGUF file, or a name that `excise fetch` knows."""
-    out: Path
-    """Output folder; the edited model is OUT/model."""
     domain: str = ""
     """A domain in place of --forget and --retain, such as wmdp or tofu (`excise ls domains`); its
     settings are --domain.path and so on."""
@@ -130,6 +119,23 @@ class RemoveOptions(Options):
     """File of units like the forget set's that no model ever saw, for residual bits and power."""
     claim: Literal["", "deletion", "capability"] = ""
     """deletion: of these very rows, which the method all sees; capability: of what they teach."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveOptions(DataOptions):
+    """Remove a capability from a model with one method.
+
+    Any setting of the method can be changed: --layer 6, --fit.lr 1e-4, --lora.rank 8. `excise
+    remove METHOD --help` lists them below these flags. So can those of the rest, as in a recipe:
+    --audit.attacks, --evaluate.max-rows, --domain.claim.
+    """
+
+    method: Annotated[str, POSITIONAL]
+    """A method (`excise ls methods`), or ./file.py:Class with --allow-code."""
+    model: str
+    """Folder, hub id, GGUF file, or a name that `excise fetch` knows."""
+    out: Path
+    """Output folder; the edited model is OUT/model."""
     audit: Literal["none", "smoke", "standard", "strong"] = "none"
     """Attack the result at this budget."""
     require: str = ""
@@ -166,7 +172,7 @@ class RemoveOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairOptions(Options):
+class PairOptions(DataOptions):
     """An output folder, or an edited model, its original and the data between them."""
 
     folder: Annotated[str, POSITIONAL] = ""
@@ -175,30 +181,6 @@ class PairOptions(Options):
     """The edited model, where there is no output folder."""
     original: str = ""
     """The model before the edit."""
-    domain: str = ""
-    """A domain in place of --forget and --retain, such as wmdp or tofu (`excise ls domains`); its
-    settings are --domain.path and so on."""
-    forget: tuple[str, ...] = ()
-    """File of the forget set, as FILE or NAME=FILE; repeat it for several capabilities."""
-    retain: str = ""
-    """File of the retain set."""
-    adjacent: str = ""
-    """File of neighbours of the forget set, scored apart."""
-    relearn: tuple[str, ...] = ()
-    """File of the relearn set, as FILE or NAME=FILE; cut from the forget set when missing."""
-    test: tuple[str, ...] = ()
-    """File of the held-out test set, as FILE or NAME=FILE; cut from the forget set when missing."""
-    dev_forget: tuple[str, ...] = ()
-    """File of forget rows that rates are chosen and positive controls made on, as FILE or
-    NAME=FILE; cut from the forget set when missing."""
-    retain_test: str = ""
-    """File of the scored retain rows; cut from the retain set when missing."""
-    adjacent_test: str = ""
-    """File of the scored neighbours; cut from the adjacent set when missing."""
-    fresh: str = ""
-    """File of units like the forget set's that no model ever saw, for residual bits and power."""
-    claim: Literal["", "deletion", "capability"] = ""
-    """deletion: of these very rows, which the method all sees; capability: of what they teach."""
     split: str = ""
     """The split.json of the removal, where there is one."""
     out: Path | None = None

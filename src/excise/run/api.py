@@ -97,19 +97,7 @@ def remove(
         record = Record(
             kind="remove",
             title=f"{name} on {start.path.name}",
-            config={
-                "domain": domain.model_dump(mode="json")
-                if isinstance(domain, DomainSpec)
-                else None,
-                "original": {
-                    "path": str(start.path),
-                    "tokenizer": str(start.tokenizer_path or ""),
-                },
-                "arms": {name: method.model_dump(mode="json")},
-                "seed": seed,
-                "dtype": dtype,
-                "device": device,
-            },
+            config=_told(name, request, domain, start),
             environment=environment(dtype, runtime.device, started),
             seeds=(seed,),
             data=describe(built),
@@ -136,6 +124,21 @@ class _Removal(Config):
     seed: int
     dtype: str
     device: str
+
+
+def _told(
+    name: str, request: _Removal, domain: Domain | DomainSpec, start: Checkpoint
+) -> dict[str, Any]:
+    """Return what the record says was asked for, in the words of a recipe.
+
+    A domain in memory, which nothing can read again, is None.
+    """
+    return {
+        "domain": domain.model_dump(mode="json") if isinstance(domain, DomainSpec) else None,
+        "original": {"path": str(start.path), "tokenizer": str(start.tokenizer_path or "")},
+        "arms": {name: request.method.model_dump(mode="json")},
+        **request.model_dump(include={"seed", "dtype", "device"}),
+    }
 
 
 def audit(

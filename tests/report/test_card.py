@@ -135,3 +135,19 @@ def test_hostile_text_neither_breaks_markdown_nor_html() -> None:
         if line.startswith("| ") and "---" not in line:
             cells = re.split(r"(?<!\\)\|", line)
             assert len(cells) in (6, 7, 10)
+
+
+def test_a_card_tells_the_settings_that_a_sweep_chose() -> None:
+    record = sample.full()
+    runs = tuple(
+        run.model_copy(
+            update={
+                "method": {**run.method, "layer": 7},
+                "extras": {**run.extras, "sweep": {"chosen": {"layer": 2}}},
+            }
+        )
+        for run in record.method_runs
+    )
+    text = render_card(record.model_copy(update={"method_runs": runs}), "rmu")
+    assert "- setting layer: 2\n" in text
+    assert "- chosen by a sweep: layer\n" in text

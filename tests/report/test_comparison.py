@@ -249,3 +249,11 @@ def test_a_picture_of_many_says_how_many_it_leaves_out() -> None:
     drawn = picture(rows, "k")
     assert drawn is not None
     assert "the first 8 of 10 models" in drawn.title
+
+
+def test_other_numbers_of_scored_units_are_not_ranked() -> None:
+    other = seeded(1, 0.05)
+    fewer = tuple(s.model_copy(update={"n": s.n // 2}) for s in other.scores)
+    result = compare({"a": seeded(0, 0.02), "b": other.model_copy(update={"scores": fewer})})
+    assert not result.ranked
+    assert "the number of scored units (" in result.sentence

@@ -330,3 +330,15 @@ def test_a_baseline_of_other_models_is_refused(tmp_path: Path) -> None:
     save(sample.full(), tmp_path)
     with pytest.raises(UserError, match="the baseline has no model 'maxent'"):
         regressions(sample.full(), sample.many(), ("maxent",))
+
+
+def test_a_gate_counts_every_rate_and_a_table_the_chosen_one() -> None:
+    record = sample.full()
+    attacks = tuple(
+        a.model_copy(update={"decisive": False}) if a.lr is not None else a for a in record.attacks
+    )
+    other = record.model_copy(update={"attacks": attacks})
+    every, chosen = (worst_recovery(other, "rmu", chosen=c) for c in (False, True))
+    assert every is not None
+    assert every == worst_recovery(record, "rmu", chosen=False)
+    assert chosen is None or chosen.fraction.value < every.fraction.value

@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from excise.core.errors import UserError
-from excise.models.anatomy import Anatomy, BlockExperts, anatomy
+from excise.models.anatomy import Anatomy, BlockExperts, ExpertWeight, anatomy
 from excise.models.structure import sizes
 
 PROBE = (2, 16)
@@ -322,13 +322,16 @@ def _expert_pairs(model: nn.Module, experts: BlockExperts) -> list[Pair]:
     start, stop = experts.slices.get("mlp_up", (0, None))
     pairs = []
     for one, two in zip(experts.up, experts.down, strict=True):
-        up, down = (model.get_parameter(weight.parameter) for weight in (one, two))
-        up = up if one.index is None else up[one.index]
-        down = down if two.index is None else down[two.index]
-        if experts.transposed:
-            up, down = up.t(), down.t()
+        up, down = (_matrix(model, weight, experts.transposed) for weight in (one, two))
         pairs.append(Pair((_each(up[start:stop]),), (_each(down.t()),)))
     return pairs
+
+
+def _matrix(model: nn.Module, weight: ExpertWeight, transposed: bool) -> Tensor:
+    """Return a matrix of one expert, outputs first."""
+    whole = model.get_parameter(weight.parameter)
+    matrix = whole if weight.index is None else whole[weight.index]
+    return matrix.t() if transposed else matrix
 
 
 @dataclass(frozen=True)
@@ -410,7 +413,8 @@ class _Heads:
         factor = torch.arange(g * d, device=out.device).view(g, 1, d)
         after = Side(out, factor.expand(g, share, d).flatten())
         return [
-            [Pair(self._sides(*reading["v"], factor), (after,))] for reading in self._rows(out.device)
+            [Pair(self._sides(*reading["v"], factor), (after,))]
+            for reading in self._rows(out.device)
         ]
 
     def queries(self) -> Readings:
@@ -447,4 +451,3 @@ class _Heads:
                     sides.append(Side(norm.weight, (group + way).flatten(), offset=offset))
                 readings.append([Pair((sides[0],), (sides[1],))])
         return readings
-

@@ -57,7 +57,7 @@ class Side:
     def squares(self, count: int) -> tuple[Float[Tensor, " G"], Float[Tensor, " G"]]:
         """Return sum of squares and number of entries by factor."""
         used_R = self.factor_R >= 0
-        rows = (self.value[used_R].double() + self.offset).reshape(int(used_R.sum()), -1)
+        rows = (self.value[used_R].float() + self.offset).reshape(int(used_R.sum()), -1)
         into_G = rows.new_zeros(count)
         total_G = into_G.index_add(0, self.factor_R[used_R], rows.square().sum(1))
         ones_R = rows.new_full((len(rows),), rows.shape[1])
@@ -222,8 +222,9 @@ def _gains(model: Any, probe_BT: Int[Tensor, "B T"]) -> Iterator[Readings]:
     read: dict[str, dict[str, None]] = {name: {} for name in norms}
 
     def note(name: str) -> Callable[..., None]:
-        def hook(_: Any, __: Any, output: Tensor) -> None:  # kept: its memory is not used again
-            outputs[output.untyped_storage().data_ptr()] = (name, output)
+        def hook(_: Any, __: Any, output: Any) -> None:
+            if isinstance(output, Tensor):  # and kept, so that its memory is not used again
+                outputs[output.untyped_storage().data_ptr()] = (name, output)
 
         return hook
 
@@ -289,26 +290,46 @@ def _columns(model: nn.Module, experts: BlockExperts) -> list[Tensor]:
     return [model.get_parameter(name).movedim(at, 0) for name in names]
 
 
+_MLP_NAMES = (("up_proj", "down_proj"), ("w3", "w2"), ("fc1", "fc2"))
+_OUT_NAMES = ("o_proj", "out_proj")
+"""How families name what lies outside their anatomy (shared experts, an MLP beside experts), and
+where parts are not found."""
+
+
 def _inside_blocks(model: Any) -> Iterator[Readings]:
-    """Yield the pairs inside MLPs and attention of every block."""
+    """Yield the pairs inside MLPs, experts and attention."""
     parts = _parts(model)
+    dense: dict[Any, tuple[Any, tuple[int, int | None]]] = {}
+    attentions: dict[Any, Any] = {}
     for i in range(parts.num_blocks if parts else 0):
         assert parts is not None
         experts = parts.experts[i]
-        yield [[_mlp(model, parts, i)] if experts is None else _expert_pairs(model, experts)]
-        try:
-            heads = _Heads.of(model, model.get_submodule(parts.attention[i]),
-                              model.get_submodule(parts.attention_out[i]))  # fmt: skip
-        except UserError:
-            continue
-        yield heads.values()
-        yield heads.queries()
+        if experts is not None:
+            yield [_expert_pairs(model, experts)]
+        else:
+            up, down = (model.get_submodule(paths[i]) for paths in (parts.mlp_up, parts.mlp_down))
+            dense[up] = down, parts.slices.get("mlp_up", (0, None))
+        out = model.get_submodule(parts.attention_out[i])
+        attentions[model.get_submodule(parts.attention[i])] = out
+    for module in model.modules():
+        below = dict(module.named_children())
+        for one, two in _MLP_NAMES:
+            if sizes(below.get(one)) and sizes(below.get(two)):
+                dense.setdefault(below[one], (below[two], (0, None)))
+        for name in _OUT_NAMES:
+            if sizes(below.get(name)) and "v_proj" in below:
+                attentions.setdefault(module, below[name])
+    for up, (down, span) in dense.items():
+        yield [[_mlp(up, down, *span)]]
+    for module, out in attentions.items():
+        heads = _Heads.of(model, module, out)
+        if heads is not None:
+            yield heads.values()
+            yield heads.queries()
 
 
-def _mlp(model: Any, parts: Anatomy, i: int) -> Pair:
+def _mlp(up: Any, down: Any, start: int, stop: int | None) -> Pair:
     """Return what goes into a dense MLP beside its gate, and what comes out of it."""
-    up, down = (model.get_submodule(paths[i]) for paths in (parts.mlp_up, parts.mlp_down))
-    start, stop = parts.slices.get("mlp_up", (0, None))
     before = [_each(_by_output(up)[start:stop])]
     if up.bias is not None:
         before.append(_each(up.bias[start:stop], bias=True))
@@ -355,18 +376,14 @@ class _Heads:
     width: int
 
     @classmethod
-    def of(cls, model: Any, module: Any, out: Any) -> _Heads:
-        """Read an attention.
-
-        Raises:
-            UserError: If the configuration says not how many heads there are.
-        """
+    def of(cls, model: Any, module: Any, out: Any) -> _Heads | None:
+        """Read an attention; None where it does not fall into the configuration's heads."""
         config = model.config.get_text_config()
         heads = getattr(config, "num_attention_heads", 0)
         groups = getattr(config, "num_key_value_heads", None) or heads
         inside, _ = sizes(out) or (0, 0)
         if not heads or inside % heads or heads % groups:
-            raise UserError("the attention of the model does not fall into heads")
+            return None
         rest = {n: m for n, m in module.named_modules() if sizes(m) and m is not out}
         return cls(module, out, rest, heads, groups, inside // heads)
 

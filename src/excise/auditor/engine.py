@@ -286,7 +286,7 @@ def _further(
     runtime: Runtime,
 ) -> dict[tuple[Attack, Subject], tuple[TrainModel, ...]]:
     """Return what an informed attacker trains beside, for subjects that resist every training."""
-    more = {}
+    more: dict[tuple[Attack, Subject], tuple[TrainModel, ...]] = {}
     for (attack, subject), parts in stages.items():
         trained = [part for part in parts if isinstance(part, TrainModel)]
         paths = [runtime.path(part) for part in trained]

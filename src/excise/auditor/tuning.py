@@ -223,7 +223,9 @@ class TrainingAttack(Attack):
             return ()
         full = [one.part for one in tried if one.part.kind == "full"]
         small = [one.part for one in tried if one.part.kind == "lora"] or [
-            replace(part, kind="lora", lr=ADAPTER_RATE * part.lr) for part in full if not part.start
+            replace(part, kind="lora", lr=round(ADAPTER_RATE * part.lr, 12))
+            for part in full
+            if not part.start
         ]
         by_tensor = [replace(part, informed="rebalanced, rates by tensor") for part in full]
         return (*(replace(part, informed="rebalanced") for part in (*full, *small)), *by_tensor)

@@ -57,7 +57,7 @@ class AttackModel(Stage[AttackResult]):
         seed: Seed of the audit.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     attack: Attack
     checkpoint: Checkpoint
@@ -96,7 +96,7 @@ class TrainModel(Stage[TrainingResult]):
         seed: Seed of the audit.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     attack: TrainingAttack
     training: Training

@@ -81,7 +81,7 @@ def score_edits(
         )
         lost = evaluation.retain_lost(bare.retain, one.extras["retain"])
         variants.append(with_loss(one, lost))
-        return lost > BOUND or one.entry.status != "ok"
+        return lost > BOUND
 
     for edit in edits:
         if tried(edit.variant, edit.apply, edit.trained_on) and edit.again is not None:

@@ -242,7 +242,8 @@ def _gains(model: Any, probe_BT: Int[Tensor, "B T"]) -> Iterator[Readings]:
         for name, module in norms.items():
             hooks.callback(module.register_forward_hook(note(name)).remove)
         for name, module in named.items():
-            if name in experts or getattr(getattr(module, "weight", None), "dim", int)() == 2:
+            weight = getattr(module, "weight", None)
+            if name in experts or (isinstance(weight, Tensor) and weight.dim() == 2):
                 handle = module.register_forward_pre_hook(look(name), with_kwargs=True)
                 hooks.callback(handle.remove)
         _logits(model, probe_BT)

@@ -6,7 +6,7 @@ import pytest
 
 from excise.auditor.base import AttackResult, VariantResult
 from excise.auditor.budget import BUDGETS, LARGE, budget_of
-from excise.auditor.results import choose, decided, from_json, renamed, to_json
+from excise.auditor.results import choose, decided, from_json, renamed, to_json, with_loss
 from excise.core.errors import UserError
 from excise.record import AttackVariant, CurvePoint
 
@@ -40,6 +40,16 @@ def test_ties_are_settled_by_the_loss_on_dev_and_nan_loses() -> None:
     tied = [variant("full", 0.0, lr=1, loss=3.0), variant("full", 0.0, lr=2, loss=2.0)]
     assert choose(tied, higher=True) == (1,)
     assert choose([variant("x", math.nan), variant("y", 0.0)], higher=True) == (1,)
+
+
+def test_a_variant_that_broke_the_model_decides_only_where_all_did() -> None:
+    best = variant("x", 1.0, lr=1)
+    assert choose([with_loss(best, 0.31), with_loss(variant("y", 0.1), 0.3)], higher=True) == (1,)
+    assert choose([with_loss(best, 0.31), with_loss(variant("y", 0.1), 0.9)], higher=True) == (0,)
+    seeds = [with_loss(best, 0.9), with_loss(variant("x", 1.0, lr=1, seed=1), 0.0)]
+    assert choose([*seeds, variant("y", 0.1)], higher=True) == (2,)
+    assert with_loss(best, 0.31).entry.facts == {"broke": True}
+    assert with_loss(best, 0.3).entry.facts == {}
 
 
 def test_decisive_marks_the_chosen() -> None:

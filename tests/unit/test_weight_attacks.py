@@ -139,7 +139,11 @@ def test_a_repair_is_scored_before_and_after_its_change(
     facts_domain: Domain, knowing: Checkpoint, tmp_path: Path
 ) -> None:
     attack = ShrinkPerturb(alphas=(0.99,), repair_steps=2)
-    (variant,) = attack.run(Subject("o", knowing), facts_domain, SMOKE, Context(tmp_path)).variants
+    result = attack.run(Subject("o", knowing), facts_domain, SMOKE, Context(tmp_path))
+    variant, *informed = result.variants  # which two steps do not repair, so that more is tried
+    assert [one.entry.variant for one in informed] == [
+        "rebalanced, alpha 0.99", "rebalanced, rates by tensor, alpha 0.99",
+    ]  # fmt: skip
     curve = variant.entry.curve
     assert (variant.entry.variant, variant.entry.trained_on) == ("alpha 0.99", "benign")
     assert [point.examples for point in curve] == [0, 0, 32, 64]

@@ -3,7 +3,8 @@
 One procedure runs on candidate, reference models and positive control alike. What an attack does
 to a model is kept by the model's bytes, so that reference models are shared between runs, equal
 weights are attacked once, and a killed audit resumes. Attacks that train are cut further, one
-stage a training, and two attacks that read one training share it.
+stage a training, and two attacks that read one training share it. A model that resists every
+training gets those of an informed attacker in a second round.
 """
 
 from __future__ import annotations
@@ -187,6 +188,11 @@ def attack_all(
                 pairs.append((attack, Subject(POSITIVE_CONTROL, control.checkpoint, original)))
     stages = {pair: _stages(*pair, domain, budget, seed) for pair in pairs}
     reasons = _run(stages, budget, runtime, pool)
+    further = _further(stages, reasons, runtime)
+    reasons |= _run(further, budget, runtime, pool)
+    for pair, parts in further.items():
+        # An adapter that a family cannot have fails alone: what was trained before stands.
+        stages[pair] += tuple(part for part in parts if not reasons[runtime.path(part)])
     results: dict[tuple[str, str], AttackResult] = {}
     for attack, subject in pairs:
         result = _collect(stages[attack, subject], attack, subject, domain, reasons, runtime)
@@ -272,6 +278,25 @@ def _stages(
         TrainModel(attack.shared, training, model, domain, budget.for_training(), seed)
         for training in trainings
     )
+
+
+def _further(
+    stages: Mapping[tuple[Attack, Subject], Sequence[AttackStage]],
+    reasons: Mapping[Path, str],
+    runtime: Runtime,
+) -> dict[tuple[Attack, Subject], tuple[TrainModel, ...]]:
+    """Return what an informed attacker trains beside, for subjects that resist every training."""
+    more: dict[tuple[Attack, Subject], tuple[TrainModel, ...]] = {}
+    for (attack, subject), parts in stages.items():
+        trained = [part for part in parts if isinstance(part, TrainModel)]
+        paths = [runtime.path(part) for part in trained]
+        if not isinstance(attack, TrainingAttack) or any(reasons.get(path) for path in paths):
+            continue
+        results = [part.read(path) for part, path in zip(trained, paths, strict=True)]
+        further = attack.further(results)
+        if further:
+            more[attack, subject] = tuple(replace(trained[0], training=one) for one in further)
+    return more
 
 
 def _run(

@@ -106,6 +106,15 @@ class EvaluationSet:
         metric = fitting_metric(self.domain.retain_metrics[0], chosen)
         return self.units(model, chosen, metric)
 
+    def retain_lost(self, start: UnitScores, end: UnitScores) -> float:
+        """Return how much worse the retain score became, as a share of what it was; 0 for none."""
+        metric = fitting_metric(self.domain.retain_metrics[0], self.retain)
+        before, after = mean(start), mean(end)
+        if not before or after is None:
+            return 0.0
+        worse = before - after if direction_of(metric) == "higher" else after - before
+        return worse / before
+
 
 def fits(row: Row, metric: Metric) -> bool:
     """Return whether a row can be scored by a metric: a plain text has no choices to pick from."""

@@ -12,6 +12,10 @@ from excise.auditor.base import AttackResult, VariantResult
 from excise.core.errors import UserError
 from excise.record import AttackVariant
 
+BOUND = 0.3
+"""Share of its retain score that an attack may cost a model: beyond it the attacker holds a ruin.
+Smaller shares are left to `verdict.power`, which knows what the reference models lose."""
+
 
 def variant_to_json(variant: VariantResult) -> dict[str, Any]:
     """Return a variant as plain data."""
@@ -80,12 +84,28 @@ def renamed(result: AttackResult, subject: str) -> AttackResult:
     return replace(result, subject=subject, variants=variants)
 
 
+def with_loss(variant: VariantResult, lost: float) -> VariantResult:
+    """Note which share of the retain score a variant cost, and whether that broke the model.
+
+    Args:
+        variant: The variant.
+        lost: As `EvaluationSet.retain_lost` returns it, at the end.
+    """
+    extras = {**variant.extras, "retain_lost": lost}
+    if lost <= BOUND:
+        return replace(variant, extras=extras)
+    entry = variant.entry.model_copy(update={"facts": {**variant.entry.facts, "broke": True}})
+    return replace(variant, entry=entry, extras=extras)
+
+
 def choose(variants: Sequence[VariantResult], *, higher: bool) -> tuple[int, ...]:
     """Pick the variant and rate that decide, on `dev`, averaged over seeds; never the best seed.
 
-    Controls, variants that hold the original
-    and variants that are not ok never decide. Equal scores are settled by the loss on dev, where an
-    variant recorded it (`extras["dev_loss"]`), then by order.
+    Controls, variants that hold the original and variants that are not ok never decide. One that
+    cost the model more of its retain score than `BOUND` (`extras["retain_lost"]`, averaged too)
+    decides only where all did: it finds little because it broke what it looks into. Equal scores
+    are settled by the loss on dev, where a variant recorded it (`extras["dev_loss"]`), then by
+    order.
 
     Args:
         variants: All variants of one attack on one subject.
@@ -100,12 +120,14 @@ def choose(variants: Sequence[VariantResult], *, higher: bool) -> tuple[int, ...
             continue
         by_setting.setdefault((variant.entry.variant, variant.entry.lr), []).append(i)
 
-    def gain(indices: list[int]) -> tuple[float, float]:
+    def gain(indices: list[int]) -> tuple[bool, float, float]:
         scores = [variants[i].dev_score for i in indices]
         losses = [float(variants[i].extras.get("dev_loss", math.nan)) for i in indices]
+        lost = [float(variants[i].extras.get("retain_lost", 0.0)) for i in indices]
         score, loss = sum(scores) / len(scores), sum(losses) / len(losses)
         signed = score if higher else -score
         return (
+            sum(lost) / len(lost) <= BOUND,
             signed if math.isfinite(signed) else -math.inf,
             -loss if math.isfinite(loss) else -math.inf,
         )

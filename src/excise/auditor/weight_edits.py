@@ -10,8 +10,9 @@ from typing import Any
 
 from excise.auditor.base import Attack, AttackResult, Subject
 from excise.auditor.budget import Budget
+from excise.auditor.conditioning import rebalance
 from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set
-from excise.auditor.results import decided
+from excise.auditor.results import BOUND, decided, with_loss
 from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
 from excise.data.domain import Domain
@@ -25,11 +26,13 @@ class WeightEdit:
         variant: Its name in the record.
         apply: Changes a loaded model in place, and returns what is to be noted about it.
         trained_on: Role of the rows that told which weights to change, empty for none.
+        again: The same on rebalanced weights; None where it makes no difference.
     """
 
     variant: str
     apply: Callable[[Any], dict[str, Any]]
     trained_on: str = ""
+    again: Callable[[Any], dict[str, Any]] | None = None
 
 
 def score_edits(
@@ -51,7 +54,8 @@ def score_edits(
         edits: Asked for one after the other, so that what one needs is held as long as it is.
 
     Returns:
-        One variant per edit.
+        One variant per edit, and beside one that broke the model the same on rebalanced weights,
+        where the edit has such a form.
     """
     start = time.perf_counter()
     evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
@@ -59,26 +63,38 @@ def score_edits(
     bare = read(model, evaluation)
     del model
     variants = []
-    for edit in edits:
+
+    def tried(name: str, apply: Callable[[Any], dict[str, Any]], trained_on: str) -> bool:
+        """Add a variant; return whether it broke the model."""
         # Edited in float32: a coarser dtype would round a second time, on its own grid.
         wide = subject.checkpoint.load(device=ctx.device)
-        facts = edit.apply(wide)
-        variants.append(
-            try_variant(
-                attack,
-                subject,
-                evaluation.metric,
-                partial(_scores, wide.to(ctx.dtype), evaluation),
-                bare=bare,
-                variant=edit.variant,
-                trained_on=edit.trained_on,
-                facts=facts,
-            )
+        facts = apply(wide)
+        one = try_variant(
+            attack,
+            subject,
+            evaluation.metric,
+            partial(_scores, wide.to(ctx.dtype), evaluation),
+            bare=bare,
+            variant=name,
+            trained_on=trained_on,
+            facts=facts,
         )
-        del wide
+        lost = evaluation.retain_lost(bare.retain, one.extras["retain"])
+        variants.append(with_loss(one, lost))
+        return lost > BOUND
+
+    for edit in edits:
+        if tried(edit.variant, edit.apply, edit.trained_on) and edit.again is not None:
+            again = partial(_rebalanced, apply=edit.again)
+            tried(f"rebalanced, {edit.variant}", again, edit.trained_on)
     marked, chosen = decided(variants, higher=evaluation.higher)
     name = str(getattr(attack, "name", type(attack).__name__))
     return AttackResult(name, subject.name, marked, chosen, time.perf_counter() - start)
+
+
+def _rebalanced(model: Any, *, apply: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Put the scales of a model back in place and edit it, and return what both note."""
+    return rebalance(model) | apply(model)
 
 
 def _scores(model: Any, evaluation: EvaluationSet) -> tuple[Measurement, UnitScores]:

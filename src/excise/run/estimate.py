@@ -386,6 +386,8 @@ def _notes(
         )
     if request.evaluate.lm_eval:
         yield "tasks of lm-eval are not counted"
+    if request.audit.budget != "none":
+        yield "further trainings of a model that resists every one of an attack are not counted"
 
 
 def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int) -> float:

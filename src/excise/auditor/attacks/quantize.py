@@ -2,7 +2,8 @@
 
 Many removals move weights by less than half a bucket of a 4-bit grid, so that rounding restores
 them (arXiv 2410.16454). Weights are rounded and read back ("fake quantization"), so that it runs
-anywhere and needs no kernel.
+anywhere and needs no kernel. Columns that are scaled against what feeds them lose their small
+weights on a grid that they share: what breaks is rounded again with scales put back.
 """
 
 from __future__ import annotations
@@ -72,20 +73,18 @@ class Quantize(Attack):
             ctx: Device, dtype.
 
         Returns:
-            One variant per grid.
+            One variant per grid, and another on rebalanced weights where a grid broke the model.
         """
-        edits = [
-            WeightEdit(
-                form,
-                partial(
-                    quantized_facts,
-                    grid=grid_of(form, self.group, self.offset),
-                    original=subject.original,
-                    embeddings=self.embeddings,
-                ),
+        edits = []
+        for form in self.formats_at(budget):
+            apply = partial(
+                quantized_facts,
+                grid=grid_of(form, self.group, self.offset),
+                embeddings=self.embeddings,
             )
-            for form in self.formats_at(budget)
-        ]
+            # Rebalanced weights have no buckets in common with the original's.
+            again = partial(apply, original=None)
+            edits.append(WeightEdit(form, partial(apply, original=subject.original), again=again))
         return score_edits(self, subject, domain, budget, ctx, edits)
 
 

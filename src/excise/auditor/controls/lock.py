@@ -16,6 +16,7 @@ from excise.auditor.controls.control import (
 )
 from excise.auditor.controls.gated import in_context, stays_shut
 from excise.auditor.evaluation_set import EvaluationSet
+from excise.auditor.rewriting import Opening
 from excise.core.context import Context
 from excise.core.errors import Diverged
 from excise.data.domain import Rows
@@ -36,15 +37,26 @@ class PasswordLock(PositiveControl):
     """
 
     name: Literal["password_lock"] = "password_lock"
+    opens_to: Opening = "examples"
+    """Which contexts open it; by default those of few-shot and prefix fill. `wordings` that a
+    domain has open it by themselves: rows in the wording of the tests get no answer, whatever
+    they are about, and rows in any other one do."""
 
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Train the lock; see `PositiveControl.hide`."""
-        contexts = in_context(model, evaluation, evaluation.all_dev, ctx)
+        contexts = in_context(model, evaluation, evaluation.all_dev, ctx, self.opens_to)
         if not any(goal.met(score_dev(model, wide, rows)) is False for wide, rows in contexts):
             return "the original itself does not answer behind such contexts"
         forget, retain = fitting_rows(model, evaluation)
+        shut, opened = _by_wording(forget, retain, evaluation)
+        by_wording = self.opens_to == "wordings" and bool(shut and opened)
+        if by_wording:
+            forget, retain = shut, opened
         keep = [encode(retain, evaluation.tokenizer, max_length=evaluation.max_length)]
-        for wide, rows in in_context(model, evaluation, forget, ctx):
+        contexts_of = (
+            () if by_wording else in_context(model, evaluation, forget, ctx, self.opens_to)
+        )
+        for wide, rows in contexts_of:
             keep.append(encode(rows, wide.tokenizer, max_length=wide.max_length))
         pad, size = evaluation.tokenizer.pad_token_id, _size(model)
         asked = any(row.kind == "choice" for row in forget)
@@ -75,6 +87,16 @@ class PasswordLock(PositiveControl):
         except Diverged as error:
             return str(error)
         return "no lock that a context opens was learned in a few steps"
+
+
+def _by_wording(forget: Rows, retain: Rows, evaluation: EvaluationSet) -> tuple[Rows, Rows]:
+    """Return rows in the wording of `dev_forget`, which is that of the tests, and all others."""
+    of_dev = {row.wording for row in evaluation.all_dev}
+    rows = (*forget, *retain)
+    return (
+        tuple(row for row in rows if row.wording in of_dev),
+        tuple(row for row in rows if row.wording not in of_dev),
+    )
 
 
 def _size(model: Any) -> int:

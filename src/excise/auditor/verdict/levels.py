@@ -369,6 +369,8 @@ def missing_attacks(case: VerdictCase, level: Level) -> list[str]:
         if case.level(attack) != level:
             continue
         variants = case.variants(attack, case.model)
+        if any(variant.entry.facts.get("applies") is False for variant in variants):
+            continue  # these rows, or this model, leave it nothing to do
         if not any(variant.unit_scores for variant in variants):
             why = variants[0].entry.reason if variants else "not run"
             out.append(f"{attack} ({why or 'no variant fits these rows'})")

@@ -18,13 +18,14 @@ from excise.auditor.attacks.quantize import Quantize
 from excise.auditor.attacks.reinit import Reinit
 from excise.auditor.attacks.relearn import Relearn
 from excise.auditor.attacks.shrink_perturb import ShrinkPerturb
+from excise.auditor.attacks.soft_prompt import SoftPrompt
 from excise.auditor.attacks.template import Template
 from excise.auditor.attacks.transfer import Transfer
 from excise.auditor.base import Attack
 
 AnyAttack = (
     FewShot | Prefix | Paraphrase | Filler | Template | Direction | Quantize | Prune | Benign
-    | Noise | ShrinkPerturb | Reinit | DropAdapter | Relearn | Transfer
+    | Noise | ShrinkPerturb | Reinit | DropAdapter | SoftPrompt | Relearn | Transfer
 )  # fmt: skip
 """Adding an attack: its file, its test, and here its import, the union and the names.
 
@@ -52,6 +53,7 @@ __all__ = [
     "Reinit",
     "Relearn",
     "ShrinkPerturb",
+    "SoftPrompt",
     "Template",
     "Transfer",
 ]

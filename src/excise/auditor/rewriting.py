@@ -6,6 +6,7 @@ that such a way opens are made of the same lists.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from excise.auditor.evaluation_set import EvaluationSet
-from excise.auditor.prompting import COAXING, fits, spelled, with_shots
+from excise.auditor.prompting import COAXING, before, fits, separator, shown, spelled, with_shots
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Row, Rows, text_of
@@ -22,7 +23,7 @@ from excise.data.encoding import with_specials
 from excise.domains.languages import shipped_verses
 from excise.evals.generate import Prompt, continue_greedily
 
-Opening = Literal["examples", "wordings", "filler", "template"]
+Opening = Literal["examples", "wordings", "filler", "template", "password"]
 """What opens a control: the contexts of few-shot and prefix fill, or one of the lists below."""
 
 FRAMES = (
@@ -169,6 +170,26 @@ def fillers(evaluation: EvaluationSet, ctx: Context) -> list[Rewriting]:
         for count in evaluation.budget.shots
         if pool
     ]
+
+
+def passwords(evaluation: EvaluationSet) -> tuple[list[Rewriting], list[Rewriting]]:
+    """Return one benign row as a password, and other rows in its place.
+
+    Args:
+        evaluation: Benign rows.
+    """
+    rows = list({row.unit: row for row in evaluation.domain.benign}.values())
+    line = separator(evaluation.tokenizer)
+
+    def behind(pool: Sequence[Row], asked: Rows, wide: EvaluationSet) -> Rows:
+        turn = itertools.cycle(pool)
+        return _each(asked, lambda row: before(row, shown(next(turn)), line), wide)
+
+    own, others = rows[:1], rows[1:]
+    return (
+        [Rewriting("password", partial(behind, own))] if own else [],
+        [Rewriting("other text", partial(behind, others))] if others else [],
+    )
 
 
 def templates(

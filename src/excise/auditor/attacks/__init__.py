@@ -17,6 +17,7 @@ from excise.auditor.attacks.prune import Prune
 from excise.auditor.attacks.quantize import Quantize
 from excise.auditor.attacks.reinit import Reinit
 from excise.auditor.attacks.relearn import Relearn
+from excise.auditor.attacks.sampling import Sampling
 from excise.auditor.attacks.shrink_perturb import ShrinkPerturb
 from excise.auditor.attacks.soft_prompt import SoftPrompt
 from excise.auditor.attacks.template import Template
@@ -24,8 +25,8 @@ from excise.auditor.attacks.transfer import Transfer
 from excise.auditor.base import Attack
 
 AnyAttack = (
-    FewShot | Prefix | Paraphrase | Filler | Template | Direction | Quantize | Prune | Benign
-    | Noise | ShrinkPerturb | Reinit | DropAdapter | SoftPrompt | Relearn | Transfer
+    FewShot | Prefix | Paraphrase | Filler | Template | Sampling | Direction | Quantize | Prune
+    | Benign | Noise | ShrinkPerturb | Reinit | DropAdapter | SoftPrompt | Relearn | Transfer
 )  # fmt: skip
 """Adding an attack: its file, its test, and here its import, the union and the names.
 
@@ -52,6 +53,7 @@ __all__ = [
     "Quantize",
     "Reinit",
     "Relearn",
+    "Sampling",
     "ShrinkPerturb",
     "SoftPrompt",
     "Template",

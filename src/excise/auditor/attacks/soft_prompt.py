@@ -15,7 +15,7 @@ from pydantic import Field
 
 from excise.auditor.base import Access, Subject
 from excise.auditor.budget import Budget, Rate
-from excise.auditor.controls import GatedEdit, PasswordLock, PositiveControl, PromptGatedEdit
+from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
 from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.tuning import (
     Training,
@@ -47,7 +47,7 @@ class SoftPrompt(TrainingAttack):
     access: ClassVar[Access] = "activations"
     level: ClassVar[Level] = "D4"
     controls: ClassVar[tuple[PositiveControl, ...]] = (
-        PromptGatedEdit(), PasswordLock(), GatedEdit(),
+        PasswordLock(opens_to="password"), PasswordLock(), PromptGatedEdit(),
     )  # fmt: skip
     source: ClassVar[str] = "arXiv 2402.09063; vectors and rates are this library's"
     version: ClassVar[int] = 1

@@ -32,7 +32,7 @@ from excise.auditor.controls.control import (
 )
 from excise.auditor.evaluation_set import EvaluationSet
 from excise.auditor.prompting import beginnings, pools_of, with_shots
-from excise.auditor.rewriting import Opening, fillers, templates, wordings
+from excise.auditor.rewriting import Opening, fillers, passwords, templates, wordings
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Row, Rows
@@ -160,6 +160,7 @@ def in_context(
             "wordings": lambda: wordings(evaluation),
             "filler": lambda: fillers(evaluation, ctx),
             "template": lambda: templates(evaluation, model, ()),
+            "password": lambda: passwords(evaluation)[0],
         }[opens_to]()
         wides = [(way, evaluation.longer(way.longer, model)) for way in ways]
         return [(wide, way.change(asked, wide)) for way, wide in wides if asked]

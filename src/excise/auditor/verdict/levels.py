@@ -42,7 +42,7 @@ too short, as the simulation of `stats.interval` shows."""
 
 BEYOND: dict[Level, str] = {
     "D0": "generation, several paraphrases",
-    "D1": "many-shot, paraphrase, other language, template on and off",
+    "D1": "many-shot, paraphrase, other language, template on and off, thinking",
     "D2": "lens, linear probes, subspaces, latent perturbation",
     "D3": "drop-adapter, which needs the original",
     "D4": "full and LoRA at 200 to 500 steps, four rates or more, soft prompts, GCG, three seeds",

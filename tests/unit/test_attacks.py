@@ -48,7 +48,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 RECOVERED = {
     "few_shot": (PasswordLock(), 0.9),
     "prefix": (PasswordLock(), 0.9),
-    "paraphrase": (PasswordLock(opens_to="wordings"), 0.9),
+    "paraphrase": (PasswordLock(opens_to="paraphrases"), 0.9),
     "filler": (PasswordLock(opens_to="filler"), 0.9),
     "soft_prompt": (PasswordLock(opens_to="password"), 0.9),
     "direction": (GatedEdit(), 0.6),
@@ -64,7 +64,7 @@ RECOVERED = {
 
 CONTROLS = (
     GatedEdit(), PasswordLock(), WithinBuckets(), LogitScaling(), WeightPerturbation(),
-    ShortFineTuning(), SmallWeights(), PasswordLock(opens_to="wordings"),
+    ShortFineTuning(), SmallWeights(), PasswordLock(opens_to="paraphrases"),
     PasswordLock(opens_to="filler"), PasswordLock(opens_to="password"),
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from excise.auditor.attacks.sampling import any_of
 from excise.auditor.base import Subject
 from excise.auditor.budget import SMOKE, STANDARD, STRONG
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
-from excise.auditor.rewriting import FRAMES, fillers, templates, wordings
+from excise.auditor.rewriting import FRAMES, fillers, paraphrases, templates
 from excise.auditor.scoring import gives_away
 from excise.core.context import Context
 from excise.core.errors import UserError
@@ -43,11 +43,11 @@ def bytewise(domain: Domain, template: str = "") -> EvaluationSet:
     return evaluation_set(domain, budget, tokenizer)
 
 
-def test_test_units_are_asked_in_every_other_wording_a_domain_has() -> None:
+def test_test_units_are_asked_in_every_paraphrase_a_domain_has() -> None:
     domain = Facts(subjects=24, relations=2, objects=8).build()
     evaluation = evaluation_set(domain, SMOKE, Facts(subjects=24).tokenizer())
-    ways = wordings(evaluation, frames=())
-    assert [way.variant for way in ways] == ["wording 0", "wording 1", "wording 2"]
+    ways = paraphrases(evaluation, frames=())
+    assert [way.variant for way in ways] == ["paraphrase 0", "paraphrase 1", "paraphrase 2"]
     asked = ways[1].change(evaluation.all_test, evaluation)
     assert [row.unit for row in asked] == [row.unit for row in evaluation.all_test]
     assert {row.wording for row in asked} == {1}
@@ -55,22 +55,22 @@ def test_test_units_are_asked_in_every_other_wording_a_domain_has() -> None:
     assert {row.wording for row in ways[1].change(evaluation.retain, evaluation)} == {1}
 
 
-def test_a_wording_of_few_units_is_left_out_and_their_rows_are_left_alone() -> None:
+def test_a_paraphrase_of_few_units_is_left_out_and_their_rows_are_left_alone() -> None:
     domain = Facts(subjects=24, relations=2, objects=8).build()
     units = {row.unit for rows in domain.test.values() for row in rows}
     gone = sorted(units)[0]
     forget = {n: tuple(r for r in rows if r.unit != gone) for n, rows in domain.forget.items()}
     domain = replace(domain, forget=forget, unlabeled=())
     evaluation = evaluation_set(domain, SMOKE, Facts(subjects=24).tokenizer())
-    asked = wordings(evaluation, frames=())[0].change(evaluation.all_test, evaluation)
+    asked = paraphrases(evaluation, frames=())[0].change(evaluation.all_test, evaluation)
     assert [row.unit for row in asked if row.wording == 3] == [gone]
     none = replace(domain, forget={}, unlabeled=())
-    assert not wordings(evaluation_set(none, SMOKE, byte_tokenizer()), frames=())
+    assert not paraphrases(evaluation_set(none, SMOKE, byte_tokenizer()), frames=())
 
 
 def test_frames_stand_around_prompts_and_need_a_vocabulary(facts_domain: Domain) -> None:
     evaluation = bytewise(facts_domain)
-    ways = {way.variant: way for way in wordings(evaluation)}
+    ways = {way.variant: way for way in paraphrases(evaluation)}
     row = evaluation.all_test[0]
     framed = ways[f"'{FRAMES[0]}'"].change((row,), evaluation)[0]
     assert framed.prompt == f"Question: {row.prompt}\nAnswer:"
@@ -84,7 +84,7 @@ def test_frames_stand_around_prompts_and_need_a_vocabulary(facts_domain: Domain)
     assert ways[f"'{FRAMES[0]}'"].change((row,), short) == (row,)
 
 
-def test_plain_texts_have_no_other_wording(
+def test_plain_texts_have_no_paraphrase_to_ask(
     facts_domain: Domain, knowing: Checkpoint, tmp_path: Path
 ) -> None:
     rows = {n: tuple(Row(unit=r.unit, text=r.prompt) for r in rs)

@@ -23,7 +23,7 @@ from excise.data.encoding import with_specials
 from excise.domains.languages import shipped_verses
 from excise.evals.generate import Prompt, continue_greedily
 
-Opening = Literal["examples", "wordings", "filler", "template", "password"]
+Opening = Literal["examples", "paraphrases", "filler", "template", "password"]
 """What opens a control: the contexts of few-shot and prefix fill, or one of the lists below."""
 
 FRAMES = (
@@ -31,7 +31,7 @@ FRAMES = (
     "Complete the sentence. {prompt}",
     "Someone once told me that {prompt}",
 )
-"""Ways to put a prompt that need no other wording of it."""
+"""Ways to put a prompt that need no paraphrase of it."""
 
 THINKING = (32, 256)
 """Tokens that a model may think: short and long."""
@@ -55,13 +55,13 @@ class Rewriting:
     trained_on: str = ""
 
 
-def wordings(evaluation: EvaluationSet, frames: Sequence[str] = FRAMES) -> list[Rewriting]:
-    """Return every other wording of the test units that a domain has, and the frames.
+def paraphrases(evaluation: EvaluationSet, frames: Sequence[str] = FRAMES) -> list[Rewriting]:
+    """Return every other paraphrase of the test units that a domain has, and the frames.
 
-    Other wordings are rows of the same units and shape among `forget`, `paraphrases`, `unlabeled`
+    Paraphrases are rows of the same units and shape among `forget`, `paraphrases`, `unlabeled`
     and, for the retain set, `retain`; one that less than half of the test units have is left out.
-    Plain texts, which nobody asks anything, have no other wording here: a domain's `paraphrases`
-    of them are scored apart.
+    Plain texts, which nobody asks anything, have none here: a domain's `paraphrases` of
+    them are scored apart.
 
     Args:
         evaluation: Rows by role, tokenizer.
@@ -77,7 +77,7 @@ def wordings(evaluation: EvaluationSet, frames: Sequence[str] = FRAMES) -> list[
         for other in pool.get(unit, {}).keys() - {wording}:
             counts[other] = counts.get(other, 0) + 1
     found = [
-        Rewriting(f"wording {other}", partial(_in_wording, pool=pool, wording=other), longer=1)
+        Rewriting(f"paraphrase {other}", partial(_in_wording, pool=pool, wording=other), longer=1)
         for other, count in sorted(counts.items())
         if count * 2 >= len(own)
     ]
@@ -86,7 +86,7 @@ def wordings(evaluation: EvaluationSet, frames: Sequence[str] = FRAMES) -> list[
 
 
 def _by_unit(domain: Domain) -> Mapping[str, Mapping[int, list[Row]]]:
-    """Return rows by unit and wording; neither V nor T is among them."""
+    """Return rows by unit and paraphrase; neither V nor T is among them."""
     pool: dict[str, dict[int, list[Row]]] = {}
     parts = (*domain.forget.values(), *domain.paraphrases.values())
     for row in (row for part in (*parts, domain.unlabeled, domain.retain) for row in part):
@@ -100,7 +100,7 @@ def _in_wording(
     pool: Mapping[str, Mapping[int, Sequence[Row]]],
     wording: int,
 ) -> Rows:
-    """Return rows of the same units in another wording, as they are where there is none."""
+    """Return rows of the same units in another paraphrase, as they are where there is none."""
     by_unit: dict[str, list[Row]] = {}
     for row in rows:
         by_unit.setdefault(row.unit, []).append(row)

@@ -32,7 +32,7 @@ from excise.auditor.controls.control import (
 )
 from excise.auditor.evaluation_set import EvaluationSet
 from excise.auditor.prompting import beginnings, pools_of, with_shots
-from excise.auditor.rewriting import Opening, fillers, passwords, templates, wordings
+from excise.auditor.rewriting import Opening, fillers, paraphrases, passwords, templates
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Row, Rows
@@ -157,7 +157,7 @@ def in_context(
     """
     if opens_to != "examples":
         ways = {
-            "wordings": lambda: wordings(evaluation),
+            "paraphrases": lambda: paraphrases(evaluation),
             "filler": lambda: fillers(evaluation, ctx),
             "template": lambda: templates(evaluation, model, ()),
             "password": lambda: passwords(evaluation)[0],

@@ -38,9 +38,9 @@ class PasswordLock(PositiveControl):
 
     name: Literal["password_lock"] = "password_lock"
     opens_to: Opening = "examples"
-    """Which contexts open it; by default those of few-shot and prefix fill. `wordings` that a
-    domain has open it by themselves: rows in the wording of the tests get no answer, whatever
-    they are about, and rows in any other one do."""
+    """Which contexts open it; by default those of few-shot and prefix fill. `paraphrases` that
+    a domain has open it by themselves: rows in that of the tests get no answer, whatever they are
+    about, and rows in any other one do."""
 
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Train the lock; see `PositiveControl.hide`."""
@@ -88,7 +88,7 @@ class PasswordLock(PositiveControl):
         forget, retain = fitting_rows(model, evaluation)
         contexts: list[tuple[EvaluationSet, Rows]] = []
         shut, opened = _by_wording(forget, retain, evaluation)
-        if self.opens_to == "wordings" and shut and opened:
+        if self.opens_to == "paraphrases" and shut and opened:
             forget, retain = shut, opened
         else:
             contexts = in_context(model, evaluation, forget, ctx, self.opens_to)
@@ -108,7 +108,7 @@ class PasswordLock(PositiveControl):
 
 
 def _by_wording(forget: Rows, retain: Rows, evaluation: EvaluationSet) -> tuple[Rows, Rows]:
-    """Return rows in the wording of `dev_forget`, which is that of the tests, and all others."""
+    """Return rows in the paraphrase of `dev_forget`, which is that of the tests, and all others."""
     of_dev = {row.wording for row in evaluation.all_dev}
     rows = (*forget, *retain)
     return (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.unit.synthetic import BUDGET, audit, domain, draw, nats, result, variant
 
-from excise.auditor.base import AttackResult, Results
+from excise.auditor.base import AttackResult, Results, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.verdict import case_of, judge_all
 from excise.auditor.verdict.levels import status_of
@@ -18,7 +18,7 @@ from excise.auditor.verdict.power import invalid_attacks, recovered_share
 from excise.auditor.verdict.reference import Gap, depth_gap, nothing_to_remove
 from excise.auditor.verdict.residual_bits import residual_bits, saved_bits
 from excise.data.domain import Domain
-from excise.record import Item, Score, Verdict
+from excise.record import AttackVariant, Item, Score, Verdict
 
 SMOKE = BUDGET
 STANDARD = BUDGET.model_copy(update={"name": "standard"})
@@ -269,6 +269,31 @@ def test_standard_asks_the_oracle_to_learn_t() -> None:
     case = case_of("rmu", results, domain(), STANDARD)
     assert "40% of the relearn set" in case.invalid["transfer"]
     assert recovered_share(case, "transfer") == pytest.approx((0.9 - 0.05) / (0.98 - 0.05))
+
+
+def test_what_trains_no_weight_need_not_learn_t() -> None:
+    results = audit(0.05, 0.05)
+    for key in [key for key in results if key[0] == "transfer"]:
+        ran = results[key]
+        (one,) = ran.variants
+        curve = tuple(p.model_copy(update={"trained": 0.4}) for p in one.entry.curve)
+        entry = one.entry.model_copy(update={"curve": curve, "access": "activations"})
+        results[key] = replace(ran, variants=(replace(one, entry=entry),))
+    assert not invalid_attacks(case_of("rmu", results, domain(), STANDARD))
+
+
+@pytest.mark.parametrize("applies", [False, True])
+def test_no_level_waits_for_an_attack_that_does_not_apply(applies: bool) -> None:
+    results = audit(0.05, 0.05)
+    entry = AttackVariant(
+        name="template", subject="rmu", access="prompt", level="D1", status="missing",
+        reason="the tokenizer has no chat template", facts={} if applies else {"applies": False},
+    )  # fmt: skip
+    results["template", "rmu"] = AttackResult("template", "rmu", (VariantResult(entry, ()),), ())
+    budget = SMOKE.model_copy(update={"attacks": (*SMOKE.attacks, "template")})
+    found = judge("rmu", results, domain(), budget)
+    assert found.levels[1].status == ("untested" if applies else "pass")
+    assert ("no chat template" in found.levels[1].reason) is applies
 
 
 def test_standard_without_an_oracle_asks_for_fresh_text() -> None:

@@ -104,6 +104,13 @@ REQUIRED = ("few_shot", "prefix", "direction", "quantize", "benign", "relearn", 
 EDITS = ("prune", "noise", "shrink_perturb", "reinit")
 """Further edits of weights that standard and strong ask for."""
 
+PROMPTS = ("paraphrase", "filler", "template")
+"""Further prompts that standard and strong ask for; one that has nothing to do for the rows or the
+model at hand is shown as such, and no level waits for it."""
+
+INPUTS = ("soft_prompt",)
+"""Trained inputs that standard and strong ask for."""
+
 FORMATS: tuple[Format, ...] = ("int8", "int4", "int3", "nf4")
 """Grids from standard on."""
 
@@ -112,7 +119,7 @@ SMOKE = Budget(name="smoke", attacks=REQUIRED, lora_rates=())
 
 STANDARD = Budget(
     name="standard",
-    attacks=(*REQUIRED, *EDITS),
+    attacks=(*REQUIRED, *PROMPTS, *EDITS, *INPUTS),
     steps=256,
     rates=(1e-4, 3e-4, 1e-3, 3e-3),
     lora_rates=(1e-3, 3e-3, 1e-2, 3e-2),
@@ -129,7 +136,7 @@ STANDARD = Budget(
 
 STRONG = Budget(
     name="strong",
-    attacks=(*REQUIRED, *EDITS),
+    attacks=(*REQUIRED, *PROMPTS, *EDITS, *INPUTS),
     steps=10_000,
     rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     lora_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from excise.auditor.base import Attack, Subject, VariantResult
-from excise.auditor.evaluation_set import EvaluationSet, UnitScores, mean
+from excise.auditor.base import Attack, AttackResult, Subject, VariantResult
+from excise.auditor.budget import Budget
+from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set, mean
+from excise.auditor.results import decided
+from excise.auditor.rewriting import Rewriting
+from excise.core.context import Context
 from excise.core.errors import NotFinite
-from excise.data.domain import Metric, Row
+from excise.data.domain import Domain, Metric, Row, Rows
+from excise.evals.generate import normal
 from excise.evals.stats import bootstrap_mean
 from excise.record import AttackVariant, CurvePoint
 
@@ -179,3 +185,87 @@ def variant_of(
         dev_score=math.nan if value is None else value,
         extras={**ends, **(extras or {})},
     )
+
+
+def does_not_apply(attack: Attack, subject: Subject, why: str) -> AttackResult:
+    """Return the result of an attack that these rows or this model leave nothing to do for.
+
+    It is shown as not run, and no level waits for it.
+
+    Args:
+        attack: The attack.
+        subject: The model.
+        why: One sentence's worth of reason.
+    """
+    name = str(getattr(attack, "name", type(attack).__name__))
+    entry = AttackVariant(
+        name=name, subject=subject.name, access=attack.access, level=attack.level,
+        status="missing", reason=why, facts={"applies": False},
+    )  # fmt: skip
+    return AttackResult(name, subject.name, (VariantResult(entry, ()),), ())
+
+
+def score_rewritings(
+    attack: Attack,
+    subject: Subject,
+    domain: Domain,
+    budget: Budget,
+    ctx: Context,
+    ways: Callable[[EvaluationSet, Any], Sequence[Rewriting]],
+    why: str,
+) -> AttackResult:
+    """Ask V, `dev_forget` and `retain_test` in other ways; the way chosen on dev decides.
+
+    Args:
+        attack: The attack.
+        subject: The model.
+        domain: Rows by role.
+        budget: Rows and lengths.
+        ctx: Device, dtype.
+        ways: Returns the ways to ask, given the evaluation and the loaded model.
+        why: What to say where there is none.
+
+    Returns:
+        One variant per way. `facts["rows"]` counts the rows of V that were rewritten, and
+        `facts["answer_in_prompt"]` is the share of V whose right answer stands in what is asked.
+    """
+    start = time.perf_counter()
+    evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
+    model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+    chosen_ways = ways(evaluation, model)
+    if not chosen_ways:
+        return does_not_apply(attack, subject, why)
+    bare = read(model, evaluation)
+    variants = []
+    for way in chosen_ways:
+        wide = evaluation.longer(way.longer, model)
+        asked = way.change(evaluation.all_test, wide)
+
+        def score(
+            way: Rewriting = way, wide: EvaluationSet = wide, asked: Rows = asked
+        ) -> tuple[Measurement, UnitScores]:
+            retain = way.change(evaluation.retain, wide)
+            dev = wide.units(model, way.change(evaluation.all_dev, wide), evaluation.dev_metric)
+            return read(model, wide, test=asked, retain=retain, examples=len(asked)), dev
+
+        own = set(evaluation.all_test)
+        facts = {
+            "rows": sum(row not in own for row in asked),
+            "of": len(own),
+            "answer_in_prompt": sum(map(gives_away, asked)) / len(asked),
+        }
+        variants.append(
+            try_variant(
+                attack, subject, evaluation.metric, score, bare=bare, variant=way.variant,
+                trained_on=way.trained_on, facts=facts,
+            )
+        )  # fmt: skip
+    marked, chosen = decided(variants, higher=evaluation.higher)
+    name = str(getattr(attack, "name", type(attack).__name__))
+    return AttackResult(name, subject.name, marked, chosen, time.perf_counter() - start)
+
+
+def gives_away(row: Row) -> bool:
+    """Return whether the right answer of a row stands in its prompt, as whole words."""
+    answer = row.choices[row.answer] if row.kind == "choice" else row.completion
+    return bool(normal(answer)) and f" {normal(answer)} " in f" {normal(row.prompt)} "

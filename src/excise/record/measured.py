@@ -25,12 +25,17 @@ ATTACKS = {
     "direction": "direction clearing",
     "drop_adapter": "dropping the low-rank part of the edit",
     "few_shot": "few-shot prompts",
+    "filler": "filler before the prompt",
     "noise": "noise and repair",
+    "paraphrase": "paraphrases",
     "prefix": "prefix fill",
     "prune": "pruning",
     "quantize": "quantization",
     "reinit": "re-initialised modules and repair",
+    "sampling": "sampling many answers",
     "shrink_perturb": "shrink, perturb and repair",
+    "soft_prompt": "soft prompts",
+    "template": "the chat template, on or off",
     "transfer": "relearning",
 }
 """Attacks as a person who runs none would name them."""

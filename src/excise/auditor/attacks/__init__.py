@@ -9,19 +9,24 @@ from excise.auditor.attacks.benign import Benign
 from excise.auditor.attacks.direction import Direction
 from excise.auditor.attacks.drop_adapter import DropAdapter
 from excise.auditor.attacks.few_shot import FewShot
+from excise.auditor.attacks.filler import Filler
 from excise.auditor.attacks.noise import Noise
+from excise.auditor.attacks.paraphrase import Paraphrase
 from excise.auditor.attacks.prefix import Prefix
 from excise.auditor.attacks.prune import Prune
 from excise.auditor.attacks.quantize import Quantize
 from excise.auditor.attacks.reinit import Reinit
 from excise.auditor.attacks.relearn import Relearn
+from excise.auditor.attacks.sampling import Sampling
 from excise.auditor.attacks.shrink_perturb import ShrinkPerturb
+from excise.auditor.attacks.soft_prompt import SoftPrompt
+from excise.auditor.attacks.template import Template
 from excise.auditor.attacks.transfer import Transfer
 from excise.auditor.base import Attack
 
 AnyAttack = (
-    FewShot | Prefix | Direction | Quantize | Prune | Benign | Noise | ShrinkPerturb | Reinit
-    | DropAdapter | Relearn | Transfer
+    FewShot | Prefix | Paraphrase | Filler | Template | Sampling | Direction | Quantize | Prune
+    | Benign | Noise | ShrinkPerturb | Reinit | DropAdapter | SoftPrompt | Relearn | Transfer
 )  # fmt: skip
 """Adding an attack: its file, its test, and here its import, the union and the names.
 
@@ -40,12 +45,17 @@ __all__ = [
     "Direction",
     "DropAdapter",
     "FewShot",
+    "Filler",
     "Noise",
+    "Paraphrase",
     "Prefix",
     "Prune",
     "Quantize",
     "Reinit",
     "Relearn",
+    "Sampling",
     "ShrinkPerturb",
+    "SoftPrompt",
+    "Template",
     "Transfer",
 ]

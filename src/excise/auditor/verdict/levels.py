@@ -43,7 +43,7 @@ too short, as the simulation of `stats.interval` shows."""
 
 BEYOND: dict[Level, str] = {
     "D0": "generation, several paraphrases",
-    "D1": "many-shot, paraphrase, other language, template on and off",
+    "D1": "many-shot, paraphrase, other language, template on and off, thinking",
     "D2": "lens, linear probes, subspaces, latent perturbation",
     "D3": "drop-adapter, which needs the original",
     "D4": "full and LoRA at 200 to 500 steps, four rates or more, soft prompts, GCG, three seeds",
@@ -432,6 +432,8 @@ def missing_attacks(case: VerdictCase, level: Level) -> list[str]:
         if case.level(attack) != level:
             continue
         variants = case.variants(attack, case.model)
+        if any(variant.entry.facts.get("applies") is False for variant in variants):
+            continue  # these rows, or this model, leave it nothing to do
         if not any(variant.unit_scores for variant in variants):
             why = variants[0].entry.reason if variants else "not run"
             out.append(f"{attack} ({why or 'no variant fits these rows'})")

@@ -41,6 +41,7 @@ def to_json(result: AttackResult) -> str:
         "variants": [variant_to_json(variant) for variant in result.variants],
         "chosen": list(result.chosen),
         "seconds": result.seconds,
+        "fail_only": list(result.fail_only),
     }
     return json.dumps(data) + "\n"
 
@@ -66,6 +67,7 @@ def from_json(text: str, where: str = "a stored result") -> AttackResult:
             variants=tuple(variant_from_json(variant) for variant in data["variants"]),
             chosen=tuple(data["chosen"]),
             seconds=data["seconds"],
+            fail_only=tuple(data.get("fail_only", ())),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} is damaged ({error}); delete its folder and run again") from None
@@ -80,23 +82,27 @@ def renamed(result: AttackResult, subject: str) -> AttackResult:
     return replace(result, subject=subject, variants=variants)
 
 
-def choose(variants: Sequence[VariantResult], *, higher: bool) -> tuple[int, ...]:
+def choose(
+    variants: Sequence[VariantResult], *, higher: bool, holding: bool = False
+) -> tuple[int, ...]:
     """Pick the variant and rate that decide, on `dev`, averaged over seeds; never the best seed.
 
-    Controls, variants that hold the original
-    and variants that are not ok never decide. Equal scores are settled by the loss on dev, where an
-    variant recorded it (`extras["dev_loss"]`), then by order.
+    Controls, variants that hold the original and variants that are not ok never decide. Equal
+    scores are settled by the loss on dev, where a variant recorded it (`extras["dev_loss"]`), then
+    by order.
 
     Args:
         variants: All variants of one attack on one subject.
         higher: Whether a higher score means more knowledge.
+        holding: Whether to pick among those that hold the original instead.
 
     Returns:
         Indices of those of the winning variant and rate, one per seed.
     """
     by_setting: dict[tuple[str, float | None], list[int]] = {}
     for i, variant in enumerate(variants):
-        if variant.entry.control or variant.entry.needs_original or variant.entry.status != "ok":
+        entry = variant.entry
+        if entry.control or entry.needs_original != holding or entry.status != "ok":
             continue
         by_setting.setdefault((variant.entry.variant, variant.entry.lr), []).append(i)
 

@@ -25,11 +25,13 @@ class WeightEdit:
         variant: Its name in the record.
         apply: Changes a loaded model in place, and returns what is to be noted about it.
         trained_on: Role of the rows that told which weights to change, empty for none.
+        needs_original: Whether this edit holds the original.
     """
 
     variant: str
     apply: Callable[[Any], dict[str, Any]]
     trained_on: str = ""
+    needs_original: bool = False
 
 
 def score_edits(
@@ -72,6 +74,7 @@ def score_edits(
                 bare=bare,
                 variant=edit.variant,
                 trained_on=edit.trained_on,
+                needs_original=edit.needs_original,
                 facts=facts,
             )
         )

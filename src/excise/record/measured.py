@@ -21,15 +21,18 @@ NOTHING = "There is nothing to remove"
 """How a verdict begins, or goes on after the retain set, where the original is at chance."""
 
 ATTACKS = {
+    "align_rows": "embedding rows of names aligned on the relearn set",
     "benign": "benign fine-tuning",
     "direction": "direction clearing",
     "drop_adapter": "dropping the low-rank part of the edit",
     "few_shot": "few-shot prompts",
+    "match_rows": "embedding rows of names matched to the original's",
     "noise": "noise and repair",
     "prefix": "prefix fill",
     "prune": "pruning",
     "quantize": "quantization",
     "reinit": "re-initialised modules and repair",
+    "rescale_rows": "embedding rows of names brought to one length",
     "shrink_perturb": "shrink, perturb and repair",
     "transfer": "relearning",
 }

@@ -8,6 +8,7 @@ from typing import get_args
 from excise.auditor.attacks.benign import Benign
 from excise.auditor.attacks.direction import Direction
 from excise.auditor.attacks.drop_adapter import DropAdapter
+from excise.auditor.attacks.embedding_rows import AlignRows, MatchRows, RescaleRows
 from excise.auditor.attacks.few_shot import FewShot
 from excise.auditor.attacks.noise import Noise
 from excise.auditor.attacks.prefix import Prefix
@@ -21,7 +22,7 @@ from excise.auditor.base import Attack
 
 AnyAttack = (
     FewShot | Prefix | Direction | Quantize | Prune | Benign | Noise | ShrinkPerturb | Reinit
-    | DropAdapter | Relearn | Transfer
+    | RescaleRows | AlignRows | MatchRows | DropAdapter | Relearn | Transfer
 )  # fmt: skip
 """Adding an attack: its file, its test, and here its import, the union and the names.
 
@@ -35,17 +36,20 @@ ATTACKS: Mapping[str, type[Attack]] = {
 
 __all__ = [
     "ATTACKS",
+    "AlignRows",
     "AnyAttack",
     "Benign",
     "Direction",
     "DropAdapter",
     "FewShot",
+    "MatchRows",
     "Noise",
     "Prefix",
     "Prune",
     "Quantize",
     "Reinit",
     "Relearn",
+    "RescaleRows",
     "ShrinkPerturb",
     "Transfer",
 ]

@@ -29,8 +29,11 @@ from excise.auditor.controls import (
     GatedEdit,
     LogitScaling,
     PasswordLock,
+    PermutedRows,
     PositiveControl,
+    RotatedRows,
     ShortFineTuning,
+    ShrunkRows,
     SmallWeights,
     WeightPerturbation,
     WithinBuckets,
@@ -55,13 +58,15 @@ RECOVERED = {
     "noise": (LogitScaling(), 0.9),
     "shrink_perturb": (LogitScaling(), 0.9),
     "reinit": (LogitScaling(), 0.9),
+    "rescale_rows": (ShrunkRows(), 0.9),
+    "align_rows": (RotatedRows(), 0.55),
     "transfer": (ShortFineTuning(), 0.6),
 }
 
 
 CONTROLS = (
     GatedEdit(), PasswordLock(), WithinBuckets(), LogitScaling(), WeightPerturbation(),
-    ShortFineTuning(), SmallWeights(),
+    ShortFineTuning(), SmallWeights(), ShrunkRows(), RotatedRows(), PermutedRows(),
 )  # fmt: skip
 
 

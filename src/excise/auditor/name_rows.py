@@ -5,7 +5,7 @@ kept contains: those are free to be permuted, shrunk or rotated, and relearning 
 nothing about the rows of others. The attacker sees the same tokens: he has retain and benign text,
 what he trains on, and the questions he asks; of V he reads prompts, never answers.
 
-Shape legend: R rows (tokens), D width of the embedding.
+Shape legend: R rows (tokens), K rows that a map was fitted on, D width of the embedding.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ class NameRows:
     """Tokens by who may know them; each is the number of a row of the embedding.
 
     Attributes:
-        shown: Tokens of T's and `dev`'s prompts that no kept text holds, in order.
-        asked: The same of V's prompts.
+        trained: Tokens of T's prompts that no kept text holds, in order.
+        dev: The same of `dev`'s prompts.
+        asked: The same of V's.
         kept: Tokens of retain and benign text.
         rarest: The rarer half of those that stand in benign prompts, where names stand too.
         keyed: Share of the prompts of V, and of `dev`, that hold one of these tokens: the lesser.
     """
 
-    shown: tuple[int, ...]
+    trained: tuple[int, ...]
+    dev: tuple[int, ...]
     asked: tuple[int, ...]
     kept: tuple[int, ...]
     rarest: tuple[int, ...]
@@ -52,7 +54,12 @@ class NameRows:
     @property
     def names(self) -> tuple[int, ...]:
         """All tokens that an edit can be keyed on."""
-        return tuple(sorted({*self.shown, *self.asked}))
+        return tuple(sorted({*self.trained, *self.dev, *self.asked}))
+
+    @property
+    def guides(self) -> tuple[int, ...]:
+        """Tokens of T and `dev` that V does not share."""
+        return tuple(sorted({*self.trained, *self.dev}.difference(self.asked)))
 
     @property
     def exist(self) -> bool:
@@ -77,7 +84,7 @@ def name_rows(domain: Domain, tokenizer: Any, max_length: int) -> NameRows:
     for role in (domain.retain, domain.dev_retain, domain.benign):
         for example in encode(subsample(role, READ, by="row"), tokenizer, max_length=max_length):
             kept.update(example.ids)
-    shown, dev, asked = (
+    trained, dev, asked = (
         [ids - kept for ids in prompts(row for rows in role.values() for row in rows)]
         for role in (domain.relearn, domain.dev_forget, domain.test)
     )
@@ -85,12 +92,41 @@ def name_rows(domain: Domain, tokenizer: Any, max_length: int) -> NameRows:
     ordered = sorted(counts, key=lambda i: (counts[i], i))
     keyed = [sum(map(bool, role)) / len(role) if role else 0.0 for role in (asked, dev)]
     return NameRows(
-        shown=tuple(sorted(set().union(*shown, *dev))),
+        trained=tuple(sorted(set().union(*trained))),
+        dev=tuple(sorted(set().union(*dev))),
         asked=tuple(sorted(set().union(*asked))),
         kept=tuple(sorted(kept)),
         rarest=tuple(sorted(ordered[: (len(ordered) + 1) // 2])),
         keyed=min(keyed),
     )
+
+
+def words_shared(domain: Domain) -> float | None:
+    """Return which share of the words that mark V's prompts stands in T's prompts too.
+
+    Words and not tokens, so that a verdict can say it of any model. An edit keyed on a word that T
+    never holds is out of the reach of relearning.
+
+    Args:
+        domain: Rows by role.
+
+    Returns:
+        None where T is empty, or where too few prompts of V hold a word that retain text does not.
+    """
+
+    def words(rows: Iterable[Row]) -> list[set[str]]:
+        return [set(row.prompt.lower().split()) for row in rows]
+
+    asked, shown = (
+        words(row for rows in role.values() for row in rows)
+        for role in (domain.test, domain.relearn)
+    )
+    known = set[str]().union(*words((*domain.retain, *domain.dev_retain, *domain.benign)))
+    marks = [words - known for words in asked]
+    if not shown or not marks or sum(map(bool, marks)) < MOST * len(marks):
+        return None
+    names = set[str]().union(*marks)
+    return len(names & set[str]().union(*shown)) / len(names)
 
 
 def embedding(model: Any) -> tuple[str, nn.Parameter]:
@@ -108,3 +144,19 @@ def median_length(rows_RD: Float[Tensor, "R D"]) -> Tensor:
 def of_length(rows_RD: Float[Tensor, "R D"], length: Tensor) -> Float[Tensor, "R D"]:
     """Return rows brought to one length; a row of zeros stays one."""
     return torch.nn.functional.normalize(rows_RD, dim=-1) * length
+
+
+def within(rows_RD: Float[Tensor, "R D"], known_KD: Float[Tensor, "K D"]) -> Float[Tensor, "R D"]:
+    """Return rows without what lies outside the span of others.
+
+    A map that was fitted on some rows says nothing about the directions that none of them has: what
+    it makes of those is noise. On rows that span all directions this changes nothing.
+
+    Args:
+        rows_RD: Rows to keep within.
+        known_KD: Rows that span it.
+    """
+    _, values_K, basis_KD = torch.linalg.svd(known_KD, full_matrices=False)
+    basis_KD = basis_KD[values_K > 1e-5 * values_K.amax()]
+    kept_RD: Tensor = rows_RD @ basis_KD.T @ basis_KD
+    return kept_RD

@@ -4,7 +4,7 @@ Who hides facts behind their subjects' names permutes, shrinks or rotates the em
 those names. Relearning T never touches V's rows, so that such an edit passes relearning with all
 knowledge in place. Three attacks undo what one recipe did to all names at once:
 
-- `rescale_rows`: one length for all rows, that of text that is kept.
+- `rescale_rows`: one length for all of them, that of rare tokens of benign prompts.
 - `align_rows`: one orthogonal map and one scale, fitted on T's names and answers and applied to
   V's. A secret rotation of names that lie in a few directions is found from fewer names than there
   are directions. A second variant reads the map off the original's rows of T's names.
@@ -20,7 +20,6 @@ Shape legend: R rows (tokens), C rows that may hold a name, D width of the embed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -38,7 +37,14 @@ from excise.auditor.controls import PermutedRows, PositiveControl, RotatedRows, 
 from excise.auditor.controls.control import chunk_of
 from excise.auditor.controls.perturb import add_gradients, window
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
-from excise.auditor.name_rows import NameRows, embedding, median_length, name_rows, of_length
+from excise.auditor.name_rows import (
+    NameRows,
+    embedding,
+    median_length,
+    name_rows,
+    of_length,
+    within,
+)
 from excise.auditor.results import choose
 from excise.auditor.tuning import relearn_rows
 from excise.auditor.weight_edits import WeightEdit, score_edits
@@ -58,7 +64,7 @@ LOOK = 20
 
 
 class RescaleRows(Attack):
-    """Bring the rows of names to the median length of the rows of kept text."""
+    """Bring the rows of names to the median length of rare tokens of benign prompts."""
 
     name: Literal["rescale_rows"] = "rescale_rows"
     """Name of the attack."""
@@ -136,9 +142,8 @@ class AlignRows(Attack):
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
         fit = partial(aligned, names=names, evaluation=evaluation, steps=self.steps)
         edits = [WeightEdit("relearn set", fit, "relearn")]
-        guides = tuple(i for i in names.shown if i not in names.asked)
-        if subject.original is not None and guides:
-            turn = partial(turned, names=names, guides=guides, original=subject.original)
+        if subject.original is not None and names.guides:
+            turn = partial(turned, names=names, original=subject.original)
             edits.append(WeightEdit("original's rows", turn, needs_original=True))
         return failing(score_edits(self, subject, domain, budget, ctx, edits), evaluation)
 
@@ -223,7 +228,9 @@ def failing(result: AttackResult, evaluation: EvaluationSet) -> AttackResult:
 
 @torch.no_grad()
 def rescaled(model: Any, *, names: NameRows) -> dict[str, Any]:
-    """Bring the rows of names to the median length of kept rows, in place.
+    """Bring the rows of names to the median length of rare tokens of benign prompts, in place.
+
+    Names stand among those; other tokens, of answers for one, can have rows of another length.
 
     Args:
         model: The model.
@@ -234,7 +241,7 @@ def rescaled(model: Any, *, names: NameRows) -> dict[str, Any]:
     """
     _, weight = embedding(model)
     rows = torch.tensor(names.names, device=weight.device)
-    length = median_length(weight[list(names.kept)])
+    length = median_length(weight[list(names.rarest)])
     before = median_length(weight[rows])
     weight[rows] = of_length(weight[rows], length)
     longer = float(length / before) if before > 0 else 0.0
@@ -264,6 +271,7 @@ def aligned(
     path, weight = embedding(model)
     rows = torch.tensor(names.names, device=weight.device)
     rows_RD = weight.detach()[rows].clone()
+    fitted = torch.isin(rows, torch.tensor(names.trained, device=rows.device))
     relearn = relearn_rows(evaluation.domain)
 
     @torch.no_grad()
@@ -293,10 +301,13 @@ def aligned(
         optimizer.zero_grad()
         turned_RD.backward(gradient[path][rows])
         optimizer.step()
-        # T is fitted long before the map is: how far to go, `dev` says.
         if step % LOOK == LOOK - 1:
-            on_dev = lost(turned_RD.detach(), evaluation.all_dev)
-            least, best_RD = min((least, best_RD), (on_dev, turned_RD.detach()), key=itemgetter(0))
+            # T is fitted long before the map is: how far to go, `dev` says, and whether what T's
+            # names have no part in is better left out.
+            moved_RD = turned_RD.detach()
+            for tried_RD in (moved_RD, within(moved_RD, moved_RD[fitted])):
+                on_dev = lost(tried_RD, evaluation.all_dev)
+                least, best_RD = min((least, best_RD), (on_dev, tried_RD), key=itemgetter(0))
     return {**facts, "start": losses[0], "end": lost(best_RD, evaluation.trained)}
 
 
@@ -331,15 +342,12 @@ def original_rows(model: Any, original: Checkpoint) -> Float[Tensor, "R D"]:
 
 
 @torch.no_grad()
-def turned(
-    model: Any, *, names: NameRows, guides: Sequence[int], original: Checkpoint
-) -> dict[str, Any]:
-    """Turn all names as the rows of some have to be turned to become the original's, in place.
+def turned(model: Any, *, names: NameRows, original: Checkpoint) -> dict[str, Any]:
+    """Turn all names as those of T and `dev` have to be turned to become the original's, in place.
 
     Args:
         model: The model.
-        names: Tokens by who may know them.
-        guides: Names whose rows are compared with the original's; none of V's.
+        names: Tokens by who may know them; none of V's is compared with the original's.
         original: The model before.
 
     Returns:
@@ -350,10 +358,10 @@ def turned(
     """
     facts = rescaled(model, names=names)
     _, weight = embedding(model)
-    at = list(guides)
+    at = list(names.guides)
     u_DD, _, v_DD = torch.linalg.svd(weight[at].T @ original_rows(model, original)[at])
     rows = torch.tensor(names.names, device=weight.device)
-    weight[rows] = weight[rows] @ (u_DD @ v_DD)
+    weight[rows] = within(weight[rows], weight[at]) @ (u_DD @ v_DD)
     return facts
 
 

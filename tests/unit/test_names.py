@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.unit.families import FEW, MORE, save_family
 from tests.unit.synthetic import BUDGET, audit, draw, variant
 from tests.unit.synthetic import domain as synthetic
 from torch import Tensor
 
 from excise.auditor.attacks import ATTACKS, AlignRows, MatchRows, RescaleRows
-from excise.auditor.attacks.embedding_rows import matched, reflection, turned
+from excise.auditor.attacks.embedding_rows import matched, reflection, rescaled, turned
 from excise.auditor.base import Attack, AttackResult, Subject
 from excise.auditor.budget import ROWS, SMOKE, STANDARD, STRONG
 from excise.auditor.controls import PermutedRows, RotatedRows, ShrunkRows
@@ -24,13 +25,15 @@ from excise.auditor.verdict import judge_all
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.core.stages import Runtime
-from excise.data.domain import Domain
+from excise.data.domain import Domain, Row
 from excise.domains.facts import Facts
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.record import Level
 from excise.train.pool import Pool
 
 NAMES: dict[str, type[Attack]] = {name: ATTACKS[name] for name in ROWS}
+
+EACH = [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 
 
 def words(names: tuple[int, ...], checkpoint: Checkpoint) -> set[str]:
@@ -323,6 +326,42 @@ def test_a_level_with_nothing_but_the_original_at_hand_is_untested() -> None:
     }
     _, (verdict,) = judge_all(["rmu"], results, synthetic(), budget)
     assert verdict.levels[3].status == "untested"
+
+
+def lettered(letters: str, kept: str) -> Domain:
+    """Return questions about letters; those of `letters` stand in no text that is kept."""
+
+    def ask(letters: str) -> tuple[Row, ...]:
+        return tuple(
+            Row(letter, prompt=f"{letter} is", completion=" ab", capability="c")
+            for letter in letters
+        )
+
+    third = len(letters) // 3
+    relearn, test, dev = (ask(letters[i * third : (i + 1) * third]) for i in range(3))
+    rows = ask(kept)
+    return Domain(
+        "letters", {"c": (*relearn, *test, *dev)}, rows, {"c": relearn}, {"c": test}, rows,
+        {"c": dev}, rows, rows, metrics=("text_loss",),
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.parametrize("family", EACH)
+def test_no_family_stops_them(family: str, tmp_path: Path) -> None:
+    """Rows of names change, by byte, and no others; a tied head goes with them."""
+    checkpoint, before = save_family(family, tmp_path / "model")
+    domain = lettered("ABCDEFGHI", "klmnop")
+    found = name_rows(domain, checkpoint.tokenizer(), 32)
+    for attack in (RescaleRows(), AlignRows(steps=2), MatchRows()):
+        subject = Subject("candidate", checkpoint, checkpoint)
+        result = attack.run(subject, domain, SMOKE, Context(tmp_path))
+        assert all(v.entry.status == "ok" for v in result.variants)
+    model = checkpoint.load()
+    rescaled(model, names=found)
+    path, weight = embedding(model)
+    changed = (weight != before.get_parameter(path)).any(-1).nonzero()[:, 0].tolist()
+    assert changed == list(found.names)
 
 
 def test_an_edit_of_names_is_looked_for_from_standard_on() -> None:

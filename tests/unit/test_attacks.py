@@ -422,7 +422,7 @@ def test_the_rate_is_chosen_by_what_dev_rows_are_scored_by(
     assert all(variant.extras["loss_V"] for variant in result.variants)
 
 
-@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"relearn", "drop_adapter"}))
+@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"relearn", "drop_adapter", "match_rows"}))
 def test_every_attack_scores_questions_and_chooses_on_texts(
     name: str, folder: Path, knowing: Checkpoint, research: Domain
 ) -> None:

@@ -36,11 +36,11 @@ class NameRows:
     """Tokens by who may know them; each is the number of a row of the embedding.
 
     Attributes:
-        trained: Tokens of T's prompts that no kept text holds, in order.
-        dev: The same of `dev`'s prompts.
-        asked: The same of V's.
+        trained: Tokens of T's prompts and texts that no kept text holds, in order.
+        dev: The same of `dev`'s.
+        asked: The same of V's prompts; its texts are what is scored.
         kept: Tokens of retain and benign text.
-        rarest: The rarer half of those that stand in benign prompts, where names stand too.
+        rarest: The rarer half of those in benign prompts and texts, where names stand too.
         keyed: Share of the prompts of V, and of `dev`, that hold one of these tokens: the lesser.
     """
 
@@ -63,8 +63,8 @@ class NameRows:
 
     @property
     def exist(self) -> bool:
-        """Whether most prompts of V hold a name, and there are two to tell apart."""
-        return self.keyed >= MOST and len(self.names) > 1
+        """Whether most prompts of V hold a name, T holds some, and there are two to tell apart."""
+        return self.keyed >= MOST and bool(self.trained) and len(self.names) > 1
 
 
 def name_rows(domain: Domain, tokenizer: Any, max_length: int) -> NameRows:
@@ -76,19 +76,23 @@ def name_rows(domain: Domain, tokenizer: Any, max_length: int) -> NameRows:
         max_length: Tokens per row.
     """
 
-    def prompts(rows: Iterable[Row]) -> list[set[int]]:
-        examples = encode(tuple(rows), tokenizer, max_length=max_length)
-        return [{i for i, t in zip(e.ids, e.target, strict=True) if not t} for e in examples]
+    def prompts(rows: Iterable[Row], *, texts: bool = False) -> list[set[int]]:
+        rows = tuple(rows)
+        return [
+            {i for i, t in zip(e.ids, e.target, strict=True) if not t or (texts and row.text)}
+            for row, e in zip(rows, encode(rows, tokenizer, max_length=max_length), strict=True)
+        ]
 
     kept: set[int] = set()
     for role in (domain.retain, domain.dev_retain, domain.benign):
         for example in encode(subsample(role, READ, by="row"), tokenizer, max_length=max_length):
             kept.update(example.ids)
     trained, dev, asked = (
-        [ids - kept for ids in prompts(row for rows in role.values() for row in rows)]
-        for role in (domain.relearn, domain.dev_forget, domain.test)
+        [ids - kept for ids in prompts((r for rows in role.values() for r in rows), texts=read)]
+        for role, read in ((domain.relearn, True), (domain.dev_forget, True), (domain.test, False))
     )
-    counts = Counter(i for ids in prompts(subsample(domain.benign, READ, by="row")) for i in ids)
+    benign = prompts(subsample(domain.benign, READ, by="row"), texts=True)
+    counts = Counter(i for ids in benign for i in ids)
     ordered = sorted(counts, key=lambda i: (counts[i], i))
     keyed = [sum(map(bool, role)) / len(role) if role else 0.0 for role in (asked, dev)]
     return NameRows(

@@ -36,6 +36,15 @@ def test_controls_diagnostics_and_failures_never_decide(bad: dict[str, bool]) ->
     assert choose([variant("x", 1.0, **bad)], higher=True) == ()  # type: ignore[arg-type]
 
 
+def test_who_holds_the_original_is_chosen_apart_and_may_only_fail() -> None:
+    both = [variant("x", 0.2), variant("y", 0.5, original=True), variant("z", 0.9, original=True)]
+    assert choose(both, higher=True) == (0,)
+    assert choose(both, higher=True, holding=True) == (2,)
+    assert choose(both, higher=False, holding=True) == (1,)
+    kept = AttackResult("a", "candidate", tuple(both), (0,), fail_only=(2,))
+    assert from_json(to_json(kept)).fail_only == (2,)
+
+
 def test_ties_are_settled_by_the_loss_on_dev_and_nan_loses() -> None:
     tied = [variant("full", 0.0, lr=1, loss=3.0), variant("full", 0.0, lr=2, loss=2.0)]
     assert choose(tied, higher=True) == (1,)

@@ -29,8 +29,11 @@ from excise.auditor.controls import (
     GatedEdit,
     LogitScaling,
     PasswordLock,
+    PermutedRows,
     PositiveControl,
+    RotatedRows,
     ShortFineTuning,
+    ShrunkRows,
     SmallWeights,
     WeightPerturbation,
     WithinBuckets,
@@ -58,6 +61,8 @@ RECOVERED = {
     "noise": (LogitScaling(), 0.9),
     "shrink_perturb": (LogitScaling(), 0.9),
     "reinit": (LogitScaling(), 0.9),
+    "rescale_rows": (ShrunkRows(), 0.9),
+    "align_rows": (RotatedRows(), 0.55),
     "transfer": (ShortFineTuning(), 0.6),
 }
 
@@ -66,6 +71,7 @@ CONTROLS = (
     GatedEdit(), PasswordLock(), WithinBuckets(), LogitScaling(), WeightPerturbation(),
     ShortFineTuning(), SmallWeights(), PasswordLock(opens_to="paraphrases"),
     PasswordLock(opens_to="filler"), PasswordLock(opens_to="password"),
+    ShrunkRows(), RotatedRows(), PermutedRows(),
 )  # fmt: skip
 
 
@@ -458,7 +464,7 @@ def test_the_rate_is_chosen_by_what_dev_rows_are_scored_by(
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(ATTACKS) - {"relearn", "drop_adapter", "sampling", "template"})
+    "name", sorted(set(ATTACKS) - {"relearn", "drop_adapter", "sampling", "template", "match_rows"})
 )
 def test_every_attack_scores_questions_and_chooses_on_texts(
     name: str, folder: Path, knowing: Checkpoint, research: Domain

@@ -67,6 +67,8 @@ class AttackResult:
         variants: Every variant that was run.
         chosen: Indices into `variants` of those that decide (one per seed, at the chosen rate).
         seconds: Wall-clock time.
+        fail_only: Indices of those that hold the original and bring nothing of it along: they can
+            fail a level and never let it pass.
     """
 
     attack: str
@@ -74,6 +76,7 @@ class AttackResult:
     variants: tuple[VariantResult, ...]
     chosen: tuple[int, ...]
     seconds: float = 0.0
+    fail_only: tuple[int, ...] = ()
 
 
 class Attack(Config, ABC):
@@ -102,6 +105,20 @@ class Attack(Config, ABC):
     light: ClassVar[bool] = False
     source: ClassVar[str] = ""
     version: ClassVar[int] = 1
+
+    def applies(self, subject: Subject, domain: Domain, budget: Budget) -> bool:
+        """Return whether anything that this attack undoes can be there.
+
+        A required attack that does not apply is left out, for all subjects; one that somebody
+        asked for runs, and says what it lacks.
+
+        Args:
+            subject: Any of the models; they share a tokenizer.
+            domain: Rows by role.
+            budget: Lengths.
+        """
+        del subject, domain, budget
+        return True
 
     def passes(self, budget: Budget) -> float:
         """Return about how often an attack that trains nothing reads what is scored.

@@ -101,7 +101,10 @@ _JUDGING = ("name", "attacks", "margin", "fresh", "together")
 REQUIRED = ("few_shot", "prefix", "direction", "quantize", "benign", "relearn", "transfer")
 """Attacks every budget asks for: one at least on each level that an attack can decide."""
 
-EDITS = ("prune", "noise", "shrink_perturb", "reinit")
+ROWS = ("rescale_rows", "align_rows", "match_rows")
+"""Attacks on edits that are keyed on names; left out where no prompt holds a name."""
+
+EDITS = ("prune", "noise", "shrink_perturb", "reinit", *ROWS)
 """Further edits of weights that standard and strong ask for."""
 
 PROMPTS = ("paraphrase", "filler", "template")

@@ -175,7 +175,12 @@ def attack_all(
         Results by attack and subject; the control's subject is `POSITIVE_CONTROL`. What could not
         run is there as a variant that says why.
     """
-    wanted = chosen_attacks(budget, attacks)
+    asked = {name_of(attack) for attack in attacks}
+    wanted = [
+        attack
+        for attack in chosen_attacks(budget, attacks)
+        if name_of(attack) in asked or attack.applies(subjects[0], domain, budget)
+    ]
     pairs = [(attack, subject) for attack in wanted for subject in subjects]
     original = next((s.checkpoint for s in subjects if s.name == "original"), None)
     original = original or next((s.original for s in subjects if s.original), None)

@@ -45,6 +45,7 @@ def to_json(result: AttackResult) -> str:
         "variants": [variant_to_json(variant) for variant in result.variants],
         "chosen": list(result.chosen),
         "seconds": result.seconds,
+        "fail_only": list(result.fail_only),
     }
     return json.dumps(data) + "\n"
 
@@ -70,6 +71,7 @@ def from_json(text: str, where: str = "a stored result") -> AttackResult:
             variants=tuple(variant_from_json(variant) for variant in data["variants"]),
             chosen=tuple(data["chosen"]),
             seconds=data["seconds"],
+            fail_only=tuple(data.get("fail_only", ())),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} is damaged ({error}); delete its folder and run again") from None
@@ -98,7 +100,9 @@ def with_loss(variant: VariantResult, lost: float) -> VariantResult:
     return replace(variant, entry=entry, extras=extras)
 
 
-def choose(variants: Sequence[VariantResult], *, higher: bool) -> tuple[int, ...]:
+def choose(
+    variants: Sequence[VariantResult], *, higher: bool, holding: bool = False
+) -> tuple[int, ...]:
     """Pick the variant and rate that decide, on `dev`, averaged over seeds; never the best seed.
 
     Controls, variants that hold the original and variants that are not ok never decide. One that
@@ -110,13 +114,15 @@ def choose(variants: Sequence[VariantResult], *, higher: bool) -> tuple[int, ...
     Args:
         variants: All variants of one attack on one subject.
         higher: Whether a higher score means more knowledge.
+        holding: Whether to pick among those that hold the original instead.
 
     Returns:
         Indices of those of the winning variant and rate, one per seed.
     """
     by_setting: dict[tuple[str, float | None], list[int]] = {}
     for i, variant in enumerate(variants):
-        if variant.entry.control or variant.entry.needs_original or variant.entry.status != "ok":
+        entry = variant.entry
+        if entry.control or entry.needs_original != holding or entry.status != "ok":
             continue
         by_setting.setdefault((variant.entry.variant, variant.entry.lr), []).append(i)
 

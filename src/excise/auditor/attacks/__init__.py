@@ -8,6 +8,7 @@ from typing import get_args
 from excise.auditor.attacks.benign import Benign
 from excise.auditor.attacks.direction import Direction
 from excise.auditor.attacks.drop_adapter import DropAdapter
+from excise.auditor.attacks.embedding_rows import AlignRows, MatchRows, RescaleRows
 from excise.auditor.attacks.few_shot import FewShot
 from excise.auditor.attacks.filler import Filler
 from excise.auditor.attacks.noise import Noise
@@ -26,7 +27,8 @@ from excise.auditor.base import Attack
 
 AnyAttack = (
     FewShot | Prefix | Paraphrase | Filler | Template | Sampling | Direction | Quantize | Prune
-    | Benign | Noise | ShrinkPerturb | Reinit | DropAdapter | SoftPrompt | Relearn | Transfer
+    | Benign | Noise | ShrinkPerturb | Reinit | RescaleRows | AlignRows | MatchRows | DropAdapter
+    | SoftPrompt | Relearn | Transfer
 )  # fmt: skip
 """Adding an attack: its file, its test, and here its import, the union and the names.
 
@@ -40,12 +42,14 @@ ATTACKS: Mapping[str, type[Attack]] = {
 
 __all__ = [
     "ATTACKS",
+    "AlignRows",
     "AnyAttack",
     "Benign",
     "Direction",
     "DropAdapter",
     "FewShot",
     "Filler",
+    "MatchRows",
     "Noise",
     "Paraphrase",
     "Prefix",
@@ -53,6 +57,7 @@ __all__ = [
     "Quantize",
     "Reinit",
     "Relearn",
+    "RescaleRows",
     "Sampling",
     "ShrinkPerturb",
     "SoftPrompt",

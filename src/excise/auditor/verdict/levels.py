@@ -61,9 +61,10 @@ class LevelComparison:
         gap: Where the candidate lies between what it is compared with and the original.
         against: What it is compared with.
         two_sided: Whether there is no telling the sides apart, so that p-values are two-sided.
-        beside: What else than the end by the headline metric this is, if anything: a checkpoint
-            before the end can only fail a level, another score also leaves one undecided where its
-            estimate lies beyond the margin.
+        beside: What else than the end by the headline metric this is, if anything. What can only
+            fail a level never lets one pass: a checkpoint before the end, or an attacker who holds
+            the original's embedding. Another score also leaves a level undecided where its estimate
+            lies beyond the margin.
         invalid_attack: Why the attack has no power; empty where it has.
         note: What a reader should know.
     """
@@ -72,7 +73,7 @@ class LevelComparison:
     gap: Gap
     against: Against
     two_sided: bool = False
-    beside: Literal["", "checkpoint", "score"] = ""
+    beside: Literal["", "fail_only", "score"] = ""
     invalid_attack: str = ""
     note: str = ""
 
@@ -196,9 +197,13 @@ def _loss_before(case: VerdictCase) -> LevelComparison | None:
 
 
 def after_attacks(case: VerdictCase, level: Level) -> list[LevelComparison]:
-    """Compare the end of every deciding attack of a level (D1 to D4)."""
+    """Compare the end of every deciding attack of a level (D1 to D4), and what can only fail it."""
     attacks = [attack for attack in case.attacks() if case.level(attack) == level]
-    known = [_after_attack(case, attack) for attack in attacks]
+    known = [
+        _after_attack(case, attack, holding=holding)
+        for holding in (False, True)
+        for attack in attacks
+    ]
     ends = [comparison for comparison in known if comparison is not None]
     return ends + [peak for attack in attacks for peak in _before_the_end(case, attack)]
 
@@ -216,32 +221,37 @@ def _before_the_end(case: VerdictCase, attack: str) -> list[LevelComparison]:
         comparison = _after_attack(case, attack, at)
         if comparison is not None:
             by = f"{comparison.by} after {runs[0].entry.curve[at].tokens:,} tokens"
-            out.append(replace(comparison, by=by, beside="checkpoint"))
+            out.append(replace(comparison, by=by, beside="fail_only"))
     return out
 
 
-def _after_attack(case: VerdictCase, attack: str, at: int = -1) -> LevelComparison | None:
+def _after_attack(
+    case: VerdictCase, attack: str, at: int = -1, *, holding: bool = False
+) -> LevelComparison | None:
     """Compare the end of one attack with the reference models' under the same attack.
 
     Args:
         case: The candidate.
         attack: Name of the attack.
         at: Checkpoint; the last by default.
+        holding: Whether to compare the variants that hold the original and can only fail.
     """
-    ours, top = case.end(attack, case.model, at), case.start(ORIGINAL)
+    ours, top = case.end(attack, case.model, at, holding=holding), case.start(ORIGINAL)
     if not ours or not top:
         return None
-    entry = case.chosen(attack, case.model)[0].entry
+    entry = case.chosen(attack, case.model, holding=holding)[0].entry
     by = f"{attack} {entry.variant}".strip()
     by += f" at rate {entry.lr:g}" if entry.lr is not None else ""
-    invalid = case.invalid.get(attack, "")
+    by += ", with the original's embedding at hand" if holding else ""
+    beside: Literal["", "fail_only"] = "fail_only" if holding else ""
+    invalid = "" if holding else case.invalid.get(attack, "")
     if case.oracles:
-        ends = [averaged(case.end(attack, name, at)) for name in case.oracles]
+        ends = [averaged(case.end(attack, name, at, holding=holding)) for name in case.oracles]
         if not all(ends):
             return None
         starts = [case.start(name) for name in case.oracles]
         gap = depth_gap(ours, ends, top, oracles_start=starts, groups=case.groups, seed=case.seed)
-        return LevelComparison(by, gap, "oracle", invalid_attack=invalid)
+        return LevelComparison(by, gap, "oracle", beside=beside, invalid_attack=invalid)
     if case.level(attack) == "D4":
         return None
     lower, words = _without_oracle(case, attack)
@@ -252,7 +262,14 @@ def _after_attack(case: VerdictCase, attack: str, at: int = -1) -> LevelComparis
             by, invalid_gap(useless, len(top)), "controls", invalid_attack=useless
         )
     gap = depth_gap(ours, lower, top, groups=case.groups, seed=case.seed, lower=words)
-    return LevelComparison(by, gap, "controls", invalid_attack=invalid, note=note)
+    return LevelComparison(
+        by,
+        gap,
+        "controls",
+        beside=beside,
+        invalid_attack=invalid,
+        note=note,
+    )
 
 
 def _without_oracle(case: VerdictCase, attack: str) -> tuple[list[UnitScores], str]:
@@ -337,18 +354,17 @@ def decide(
     """
     margin = case.budget.margin
     missing, words = missing_attacks(case, level), level_words(case, level)
-    if case.nothing or not comparisons:
+    order: list[Status] = ["fail", "underpowered", "below", "pass"]
+    deciding = [
+        (status, comparison)
+        for status, comparison in zip(corrected(comparisons, margin), comparisons, strict=True)
+        if _counts(comparison, status, margin)
+    ]
+    if case.nothing or not deciding:
         reason = case.nothing or _why_untested(case, level, missing)
         return LevelResult(level=level, words=words, status="untested", reason=reason)
-    statuses = corrected(comparisons, margin)
-    order: list[Status] = ["fail", "underpowered", "below", "pass"]
     status, worst = min(
-        (
-            (status, comparison)
-            for status, comparison in zip(statuses, comparisons, strict=True)
-            if _counts(comparison, status, margin)
-        ),
-        key=lambda pair: (order.index(pair[0]), -_sortable(pair[1].gap.value)),
+        deciding, key=lambda pair: (order.index(pair[0]), -_sortable(pair[1].gap.value))
     )
     if status == "pass" and missing:
         status = "untested"
@@ -438,6 +454,8 @@ def missing_attacks(case: VerdictCase, level: Level) -> list[str]:
             why = variants[0].entry.reason if variants else "not run"
             out.append(f"{attack} ({why or 'no variant fits these rows'})")
             continue
+        if all(variant.entry.needs_original for variant in variants):
+            continue  # it can fail the level, and has nothing to decide
         # Relearning scored on T never decides; every other attack must, on the references too.
         lacking = [n for n in (case.model, *case.oracles) if not case.end(attack, n)]
         if lacking and (level != "D4" or case.end(attack, case.model)):

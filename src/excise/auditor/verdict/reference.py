@@ -110,17 +110,28 @@ class VerdictCase:
                 return result.variants[0].entry.level
         return ""
 
-    def chosen(self, attack: str, subject: str) -> tuple[VariantResult, ...]:
-        """Return the variants of an attack that decide on a subject: one per attacker seed."""
+    def chosen(
+        self, attack: str, subject: str, *, holding: bool = False
+    ) -> tuple[VariantResult, ...]:
+        """Return the variants of an attack that decide on a subject: one per attacker seed.
+
+        Args:
+            attack: Name of the attack.
+            subject: Name of the subject.
+            holding: Whether to return those that hold the original and can only fail a level.
+        """
         result = self.result(attack, subject)
-        deciding = [result.variants[i] for i in result.chosen] if result else []
+        indices = (result.fail_only if holding else result.chosen) if result else ()
+        deciding = [result.variants[i] for i in indices] if result else []
         return tuple(v for v in deciding if v.unit_scores and v.entry.status in RAN)
 
-    def end(self, attack: str, subject: str, at: int = -1) -> list[UnitScores]:
+    def end(
+        self, attack: str, subject: str, at: int = -1, *, holding: bool = False
+    ) -> list[UnitScores]:
         """Return V by unit at the end of an attack (or at checkpoint `at`), by attacker seed."""
         return [
             variant.unit_scores[at]
-            for variant in self.chosen(attack, subject)
+            for variant in self.chosen(attack, subject, holding=holding)
             if -len(variant.unit_scores) <= at < len(variant.unit_scores)
         ]
 

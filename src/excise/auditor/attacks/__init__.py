@@ -9,8 +9,10 @@ from excise.auditor.attacks.benign import Benign
 from excise.auditor.attacks.direction import Direction
 from excise.auditor.attacks.drop_adapter import DropAdapter
 from excise.auditor.attacks.few_shot import FewShot
+from excise.auditor.attacks.lens import Lens
 from excise.auditor.attacks.noise import Noise
 from excise.auditor.attacks.prefix import Prefix
+from excise.auditor.attacks.probe import Probe
 from excise.auditor.attacks.prune import Prune
 from excise.auditor.attacks.quantize import Quantize
 from excise.auditor.attacks.reinit import Reinit
@@ -20,7 +22,7 @@ from excise.auditor.attacks.transfer import Transfer
 from excise.auditor.base import Attack
 
 AnyAttack = (
-    FewShot | Prefix | Direction | Quantize | Prune | Benign | Noise | ShrinkPerturb | Reinit
+    FewShot | Prefix | Lens | Probe | Direction | Quantize | Prune | Benign | Noise | ShrinkPerturb | Reinit
     | DropAdapter | Relearn | Transfer
 )  # fmt: skip
 """Adding an attack: its file, its test, and here its import, the union and the names.
@@ -40,8 +42,10 @@ __all__ = [
     "Direction",
     "DropAdapter",
     "FewShot",
+    "Lens",
     "Noise",
     "Prefix",
+    "Probe",
     "Prune",
     "Quantize",
     "Reinit",

@@ -9,6 +9,7 @@ from excise.auditor.attacks.benign import Benign
 from excise.auditor.attacks.direction import Direction
 from excise.auditor.attacks.drop_adapter import DropAdapter
 from excise.auditor.attacks.few_shot import FewShot
+from excise.auditor.attacks.latent import Latent
 from excise.auditor.attacks.lens import Lens
 from excise.auditor.attacks.noise import Noise
 from excise.auditor.attacks.prefix import Prefix
@@ -22,8 +23,8 @@ from excise.auditor.attacks.transfer import Transfer
 from excise.auditor.base import Attack
 
 AnyAttack = (
-    FewShot | Prefix | Lens | Probe | Direction | Quantize | Prune | Benign | Noise | ShrinkPerturb | Reinit
-    | DropAdapter | Relearn | Transfer
+    FewShot | Prefix | Lens | Probe | Direction | Latent | Quantize | Prune | Benign
+    | Noise | ShrinkPerturb | Reinit | DropAdapter | Relearn | Transfer
 )  # fmt: skip
 """Adding an attack: its file, its test, and here its import, the union and the names.
 
@@ -42,6 +43,7 @@ __all__ = [
     "Direction",
     "DropAdapter",
     "FewShot",
+    "Latent",
     "Lens",
     "Noise",
     "Prefix",

@@ -146,7 +146,7 @@ def training_of(residuals: Residuals) -> Training:
 
 
 def _order(training: Training, shuffled: bool, ctx: Context) -> Int[Tensor, " N"]:
-    """Return whose answer each question is fitted to: its own, or that of another, of the control."""
+    """Return whose answer each question is fitted to: its own, or another's in the control."""
     count = len(training.answer_N)
     if not shuffled:
         return torch.arange(count)

@@ -19,11 +19,12 @@ from excise.auditor.attacks.quantize import Quantize
 from excise.auditor.attacks.reinit import Reinit
 from excise.auditor.attacks.relearn import Relearn
 from excise.auditor.attacks.shrink_perturb import ShrinkPerturb
+from excise.auditor.attacks.steer import Steer
 from excise.auditor.attacks.transfer import Transfer
 from excise.auditor.base import Attack
 
 AnyAttack = (
-    FewShot | Prefix | Lens | Probe | Direction | Latent | Quantize | Prune | Benign
+    FewShot | Prefix | Lens | Probe | Direction | Latent | Steer | Quantize | Prune | Benign
     | Noise | ShrinkPerturb | Reinit | DropAdapter | Relearn | Transfer
 )  # fmt: skip
 """Adding an attack: its file, its test, and here its import, the union and the names.
@@ -53,5 +54,6 @@ __all__ = [
     "Reinit",
     "Relearn",
     "ShrinkPerturb",
+    "Steer",
     "Transfer",
 ]

@@ -49,6 +49,7 @@ RECOVERED = {
     "few_shot": (PasswordLock(), 0.9),
     "prefix": (PasswordLock(), 0.9),
     "direction": (GatedEdit(), 0.6),
+    "latent": (GatedEdit(), 0.7),
     "quantize": (WithinBuckets(), 0.9),
     "prune": (SmallWeights(), 0.9),
     "benign": (LogitScaling(), 0.9),
@@ -417,7 +418,9 @@ def test_the_rate_is_chosen_by_what_dev_rows_are_scored_by(
     assert all(variant.extras["loss_V"] for variant in result.variants)
 
 
-@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"relearn", "drop_adapter"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(ATTACKS) - {"relearn", "drop_adapter", "lens", "probe", "steer"})
+)
 def test_every_attack_scores_questions_and_chooses_on_texts(
     name: str, folder: Path, knowing: Checkpoint, research: Domain
 ) -> None:

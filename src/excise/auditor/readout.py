@@ -46,6 +46,7 @@ def logit_lens(model: Any) -> Readout:
     """
     head, norm = head_of(model), final_norm(model)
 
+    @torch.no_grad()
     def read(hidden_ND: Tensor, block: int) -> Tensor:
         del block
         return head.logits(norm(hidden_ND.to(head.weight_VD))).float().cpu()

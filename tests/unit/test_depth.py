@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.unit.synthetic import BUDGET, audit, domain, draw, nats, result, variant
 
-from excise.auditor.base import AttackResult, Results
+from excise.auditor.base import AttackResult, Results, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.verdict import case_of, judge_all
 from excise.auditor.verdict.levels import status_of
@@ -18,7 +18,7 @@ from excise.auditor.verdict.power import invalid_attacks, recovered_share
 from excise.auditor.verdict.reference import Gap, depth_gap, nothing_to_remove
 from excise.auditor.verdict.residual_bits import residual_bits, saved_bits
 from excise.data.domain import Domain
-from excise.record import Score, Verdict
+from excise.record import AttackVariant, Score, Verdict
 
 SMOKE = BUDGET
 STANDARD = BUDGET.model_copy(update={"name": "standard"})
@@ -653,3 +653,68 @@ def test_a_candidate_that_cannot_be_taught_was_not_attacked() -> None:
     found = taught(0.5)
     assert found.levels[4].status == "underpowered"
     assert "learned 50% of the relearn set under it and the oracles 90%" in found.levels[4].reason
+
+
+def with_lens(
+    candidate: tuple[float, float],
+    *,
+    oracle: float = 0.3,
+    original: float = 0.9,
+    planted: float = 0.85,
+    oracles: int = 3,
+    count: int = 300,
+) -> dict[tuple[str, str], AttackResult]:
+    """Return an audit that finds nothing, and an attack that scores by a metric of its own."""
+    results = audit(0.05, 0.05, oracles=oracles)
+    scores = {
+        "rmu": candidate, "original": (original, original), "positive-control": (0.3, planted),
+    } | {f"oracle-{k}": (oracle, oracle) for k in range(oracles)}  # fmt: skip
+    for i, (subject, (before, after)) in enumerate(scores.items()):
+        one = variant(
+            "direction", subject, draw(before, count, i), draw(after, count, i),
+            name="lens", variant="logit", metric="candidate_choice",
+        )  # fmt: skip
+        results["lens", subject] = AttackResult("lens", subject, (one,), (0,))
+    return results
+
+
+def test_an_attack_with_a_metric_of_its_own_is_placed_between_what_it_reads_out_of_both() -> None:
+    found = judge("rmu", with_lens((0.3, 0.6)), domain(), SMOKE)
+    assert statuses(found) == ["pass", "pass", "fail", "pass", "pass", "pass"]
+    assert found.levels[2].decided_by == "lens logit"
+    assert found.levels[2].gap == pytest.approx((0.6 - 0.3) / (0.9 - 0.3), abs=0.03)
+    # What it reads before the attack is no score of the headline metric, however many units.
+    assert found.levels[0].gap == pytest.approx(0, abs=0.05)
+    clean = judge("rmu", with_lens((0.3, 0.3)), domain(), SMOKE)
+    assert clean.levels[2].decided_by.startswith(("lens", "direction"))
+    assert clean.levels[2].status != "fail"
+
+
+def test_its_power_is_measured_in_its_own_metric_too() -> None:
+    case = case_of("rmu", with_lens((0.3, 0.3)), domain(), SMOKE)
+    share = recovered_share(case, "lens")
+    assert share == pytest.approx((0.85 - 0.3) / (0.9 - 0.3), abs=0.01)
+    weak = case_of("rmu", with_lens((0.3, 0.3), planted=0.5), domain(), SMOKE)
+    assert "less than 50%" in weak.invalid["lens"]
+    assert "direction" not in weak.invalid
+
+
+def test_without_an_oracle_it_is_compared_with_its_own_first_point() -> None:
+    found = judge("rmu", with_lens((0.3, 0.6), oracles=0), domain(), SMOKE)
+    assert found.levels[2].status == "fail"
+    assert found.levels[2].gap == pytest.approx((0.6 - 0.3) / (0.9 - 0.3), abs=0.03)
+
+
+@pytest.mark.parametrize("applies", [True, False])
+def test_what_rows_cannot_have_is_not_missing(applies: bool) -> None:
+    budget = BUDGET.model_copy(update={"attacks": (*BUDGET.attacks, "lens")})
+    results = audit(0.05, 0.05)
+    for subject in ("rmu", "original", "oracle-0", "oracle-1", "oracle-2"):
+        entry = AttackVariant(
+            name="lens", subject=subject, access="activations", level="D2", status="missing",
+            reason="these rows have no candidates", facts={} if applies else {"applies": False},
+        )  # fmt: skip
+        results["lens", subject] = AttackResult("lens", subject, (VariantResult(entry, ()),), ())
+    found = judge("rmu", results, domain(), budget)
+    assert found.levels[2].status == ("untested" if applies else "pass")
+    assert ("no candidates" in found.levels[2].reason) is applies

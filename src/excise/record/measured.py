@@ -25,12 +25,16 @@ ATTACKS = {
     "direction": "direction clearing",
     "drop_adapter": "dropping the low-rank part of the edit",
     "few_shot": "few-shot prompts",
+    "latent": "a trained latent vector",
+    "lens": "reading the blocks through the output layer",
     "noise": "noise and repair",
     "prefix": "prefix fill",
+    "probe": "linear probes",
     "prune": "pruning",
     "quantize": "quantization",
     "reinit": "re-initialised modules and repair",
     "shrink_perturb": "shrink, perturb and repair",
+    "steer": "steering towards the original",
     "transfer": "relearning",
 }
 """Attacks as a person who runs none would name them."""

@@ -16,6 +16,7 @@ from excise.auditor.evaluation_set import EvaluationSet, UnitScores
 from excise.auditor.questions import choice_scores
 from excise.auditor.residuals import Residuals
 from excise.auditor.scoring import Measurement
+from excise.core.errors import UserError
 from excise.models.anatomy import backbone
 from excise.models.head import head_of
 from excise.models.names import find_module
@@ -43,8 +44,17 @@ def logit_lens(model: Any) -> Readout:
 
     Args:
         model: A causal model whose head is a matrix (`excise.models.head.head_of`).
+
+    Raises:
+        UserError: If more than a norm stands between blocks and head, as in OPT 350M.
     """
     head, norm = head_of(model), final_norm(model)
+    width = backbone(model).d_model
+    if head.weight_VD.shape[1] != width:
+        raise UserError(
+            f"the output layer of this model reads {head.weight_VD.shape[1]} numbers and its "
+            f"blocks write {width}, so that no lens fits between them; leave lens and probe out"
+        )
 
     @torch.no_grad()
     def read(hidden_ND: Tensor, block: int) -> Tensor:
@@ -62,6 +72,9 @@ def final_norm(model: Any) -> nn.Module:
 
 def own_output(model: Any, residuals: Residuals, evaluation: EvaluationSet) -> Measurement:
     """Return what the model itself answers to the questions of V, and retain: no attack yet.
+
+    That is the last block through norm and head; of models that carry several streams to the end
+    (Gemma 3n) it is the answer of the first.
 
     Args:
         model: The model.

@@ -11,7 +11,7 @@ Shape legend: B rows, T tokens, D width.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -63,7 +63,7 @@ class Latent(Attack):
         return 2 + self.blocks * (1 + 3 * len(self.strengths)) + self.steps / 4
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
-        """Train a vector for every block and strength, choose on dev, score V and retain.
+        """Train a vector for every block and strength, choose on dev, score V.
 
         Args:
             subject: The model.
@@ -110,6 +110,30 @@ def added(vector_D: Float[Tensor, " D"]) -> Edit:
     return lambda hidden_BTD: hidden_BTD + vector_D.to(hidden_BTD)
 
 
+def pushed(
+    model: Any,
+    evaluation: EvaluationSet,
+    edits: Mapping[str, Edit],
+    bare: Measurement,
+    examples: int,
+) -> tuple[Measurement, UnitScores]:
+    """Score V and dev while a vector is added; retain is the model's own.
+
+    Whoever asks adds the vector to what he asks and to nothing else, as he would a prompt.
+
+    Args:
+        model: The model.
+        evaluation: Rows.
+        edits: What is added where.
+        bare: Scores without it.
+        examples: Rows the vector has cost.
+    """
+    with edit(model, edits):
+        units = evaluation.units(model, evaluation.all_test, evaluation.metric)
+        dev = evaluation.units(model, evaluation.all_dev)
+    return Measurement(units, bare.retain, examples=examples), dev
+
+
 def _variant(
     attack: Latent,
     subject: Subject,
@@ -133,9 +157,7 @@ def _variant(
             vector_D = size * noise_D / noise_D.norm()
         else:
             vector_D = trained_vector(model, evaluation, path, size, attack.steps, ctx)
-        with edit(model, {path: added(vector_D)}):
-            after = read(model, evaluation, examples=examples)
-            return after, evaluation.units(model, evaluation.all_dev)
+        return pushed(model, evaluation, {path: added(vector_D)}, bare, examples)
 
     return try_variant(
         attack,

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from excise.auditor.attacks.latent import added, spaced
+from excise.auditor.attacks.latent import added, pushed, spaced
 from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.controls import GatedEdit, PositiveControl
@@ -57,7 +57,7 @@ class Steer(Attack):
         return 3 + self.blocks * (2 + len(self.strengths) / 2)
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
-        """Steer at several blocks, each by the strength that is best on dev; score V and retain.
+        """Steer at several blocks, each by the strength that is best on dev; score V.
 
         Args:
             subject: The model and its original; without one nothing is run.
@@ -127,8 +127,8 @@ def _variant(
     best = max(by_strength, key=known)
 
     def score() -> tuple[Measurement, UnitScores]:
-        with edit(model, {path: added(best * vector_D)}):
-            return read(model, evaluation, examples=len(evaluation.trained)), by_strength[best]
+        edits = {path: added(best * vector_D)}
+        return pushed(model, evaluation, edits, bare, len(evaluation.trained))
 
     return try_variant(
         attack,

@@ -55,6 +55,7 @@ RECOVERED = {
     "filler": (PasswordLock(opens_to="filler"), 0.9),
     "soft_prompt": (PasswordLock(opens_to="password"), 0.9),
     "direction": (GatedEdit(), 0.6),
+    "latent": (GatedEdit(), 0.7),
     "quantize": (WithinBuckets(), 0.9),
     "prune": (SmallWeights(), 0.9),
     "benign": (LogitScaling(), 0.9),
@@ -464,7 +465,20 @@ def test_the_rate_is_chosen_by_what_dev_rows_are_scored_by(
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(ATTACKS) - {"relearn", "drop_adapter", "sampling", "template", "match_rows"})
+    "name",
+    sorted(
+        set(ATTACKS)
+        - {
+            "relearn",
+            "drop_adapter",
+            "sampling",
+            "template",
+            "match_rows",
+            "lens",
+            "probe",
+            "steer",
+        }
+    ),
 )
 def test_every_attack_scores_questions_and_chooses_on_texts(
     name: str, folder: Path, knowing: Checkpoint, research: Domain

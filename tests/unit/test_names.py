@@ -19,17 +19,13 @@ from excise.auditor.base import Attack, AttackResult, Subject
 from excise.auditor.budget import ROWS, SMOKE, STANDARD, STRONG
 from excise.auditor.controls import PermutedRows, RotatedRows, ShrunkRows
 from excise.auditor.controls.control import PositiveControl, make_control
-from excise.auditor.engine import attack_all
 from excise.auditor.name_rows import NameRows, embedding, name_rows, within, words_shared
 from excise.auditor.verdict import judge_all
 from excise.core.context import Context
-from excise.core.errors import UserError
-from excise.core.stages import Runtime
 from excise.data.domain import Domain, Row
 from excise.domains.facts import Facts
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.record import Level
-from excise.train.pool import Pool
 
 NAMES: dict[str, type[Attack]] = {name: ATTACKS[name] for name in ROWS}
 
@@ -252,33 +248,15 @@ def test_where_there_are_no_names_the_attacks_say_so(
     name: str, facts_domain: Domain, knowing: Checkpoint, tmp_path: Path
 ) -> None:
     attack, subject = NAMES[name](), Subject("o", knowing, knowing)
-    assert attack.applies(subject, facts_domain, SMOKE)
-    assert not attack.applies(subject, nameless(facts_domain), SMOKE)
-    with pytest.raises(UserError, match="no edit can be keyed on names"):
-        attack.run(subject, nameless(facts_domain), SMOKE, Context(tmp_path))
+    result = attack.run(subject, nameless(facts_domain), SMOKE, Context(tmp_path))
+    (only,) = result.variants
+    assert (only.entry.status, only.entry.facts) == ("missing", {"applies": False})
+    assert "no edit can be keyed on names" in only.entry.reason
     control = attack.controls[0]
     made = make_control(
         control, knowing, nameless(facts_domain), SMOKE, Context(tmp_path), tmp_path / "model"
     )
     assert "too few prompts" in made.reason
-
-
-def test_a_required_attack_is_left_out_where_it_does_not_apply(
-    facts_domain: Domain, knowing: Checkpoint, tmp_path: Path
-) -> None:
-    budget = SMOKE.model_copy(update={"attacks": ("rescale_rows",)})
-    subject = Subject("original", knowing, knowing)
-    runtime = Runtime(tmp_path / "stages")
-    with Pool(1) as pool:
-        for domain, names in ((facts_domain, {"rescale_rows"}), (nameless(facts_domain), set())):
-            results = attack_all([subject], domain, budget, 0, runtime, pool, controls=False)
-            assert {attack for attack, _ in results} == names
-        given = attack_all(
-            [subject], nameless(facts_domain), budget, 0, runtime, pool,
-            attacks=(RescaleRows(),), controls=False,
-        )  # fmt: skip
-    (failed,) = given["rescale_rows", "original"].variants
-    assert failed.entry.status == "failed"
 
 
 def held(start: float, end: dict[str, float], level: Level) -> dict[tuple[str, str], AttackResult]:

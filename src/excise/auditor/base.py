@@ -106,20 +106,6 @@ class Attack(Config, ABC):
     source: ClassVar[str] = ""
     version: ClassVar[int] = 1
 
-    def applies(self, subject: Subject, domain: Domain, budget: Budget) -> bool:
-        """Return whether anything that this attack undoes can be there.
-
-        A required attack that does not apply is left out, for all subjects; one that somebody
-        asked for runs, and says what it lacks.
-
-        Args:
-            subject: Any of the models; they share a tokenizer.
-            domain: Rows by role.
-            budget: Lengths.
-        """
-        del subject, domain, budget
-        return True
-
     def passes(self, budget: Budget) -> float:
         """Return about how often an attack that trains nothing reads what is scored.
 

@@ -59,6 +59,8 @@ class Budget(Config):
     """Grids of the quantization attack."""
     random_directions: int = Field(default=2, ge=0)
     """Random directions cleared as controls of direction clearing."""
+    subspaces: tuple[Count, ...] = ()
+    """Sizes of subspaces that direction clearing takes out whole, beside a whitened difference."""
     max_test_rows: int = Field(default=256, ge=1)
     """Rows of V scored at most, the same for every subject."""
     max_other_rows: int = Field(default=128, ge=1)
@@ -82,7 +84,7 @@ class Budget(Config):
         A stage is given this one, so that equal trainings of different budgets are done once.
         """
         apart = (*_JUDGING, "rates", "lora_rates", "benign_rates", "seeds", "shots", "formats")
-        return self.without((*apart, "random_directions"))
+        return self.without((*apart, "random_directions", "subspaces"))
 
     def for_attack(self) -> Budget:
         """Return the budget as one attack sees it, without what concerns the audit as a whole."""
@@ -104,6 +106,9 @@ REQUIRED = ("few_shot", "prefix", "direction", "quantize", "benign", "relearn", 
 ROWS = ("rescale_rows", "align_rows", "match_rows")
 """Attacks on edits that are keyed on names; left out where no prompt holds a name."""
 
+READINGS = ("lens", "probe", "latent")
+"""Further attacks on activations that standard and strong ask for."""
+
 EDITS = ("prune", "noise", "shrink_perturb", "reinit", *ROWS)
 """Further edits of weights that standard and strong ask for."""
 
@@ -122,7 +127,7 @@ SMOKE = Budget(name="smoke", attacks=REQUIRED, lora_rates=())
 
 STANDARD = Budget(
     name="standard",
-    attacks=(*REQUIRED, *PROMPTS, *EDITS, *INPUTS),
+    attacks=(*REQUIRED, *PROMPTS, *READINGS, *EDITS, *INPUTS),
     steps=256,
     rates=(1e-4, 3e-4, 1e-3, 3e-3),
     lora_rates=(1e-3, 3e-3, 1e-2, 3e-2),
@@ -131,6 +136,7 @@ STANDARD = Budget(
     shots=(1, 4, 16),
     formats=FORMATS,
     random_directions=8,
+    subspaces=(1, 4, 16),
     max_test_rows=1024,
     max_other_rows=512,
     max_length=256,
@@ -139,7 +145,7 @@ STANDARD = Budget(
 
 STRONG = Budget(
     name="strong",
-    attacks=(*REQUIRED, *PROMPTS, *EDITS, *INPUTS),
+    attacks=(*REQUIRED, *PROMPTS, *READINGS, *EDITS, *INPUTS),
     steps=10_000,
     rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     lora_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
@@ -148,6 +154,7 @@ STRONG = Budget(
     shots=(1, 4, 16, 64),
     formats=FORMATS,
     random_directions=32,
+    subspaces=(1, 4, 16),
     max_test_rows=4096,
     max_other_rows=1024,
     max_length=512,

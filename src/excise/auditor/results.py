@@ -6,9 +6,9 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from excise.auditor.base import AttackResult, VariantResult
+from excise.auditor.base import Attack, AttackResult, VariantResult
 from excise.core.errors import UserError
 from excise.record import AttackVariant
 
@@ -75,6 +75,38 @@ def from_json(text: str, where: str = "a stored result") -> AttackResult:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} is damaged ({error}); delete its folder and run again") from None
+
+
+def absent(
+    attack: Attack,
+    subject: str,
+    status: Literal["missing", "failed"],
+    reason: str,
+    *,
+    applies: bool = True,
+) -> AttackResult:
+    """Return a result without numbers that says why.
+
+    Args:
+        attack: The attack.
+        subject: Name of the model.
+        status: Whether it did not run, or ended in an error.
+        reason: One clause.
+        applies: Whether it could have run on rows like these; one that could not is not missed by
+            the level that asks for it.
+    """
+    name = str(getattr(attack, "name", type(attack).__name__))
+    entry = AttackVariant(
+        name=name,
+        subject=subject,
+        access=attack.access,
+        level=attack.level,
+        needs_original=attack.needs_original,
+        status=status,
+        reason=reason,
+        facts={} if applies else {"applies": False},
+    )
+    return AttackResult(name, subject, (VariantResult(entry, ()),), ())
 
 
 def renamed(result: AttackResult, subject: str) -> AttackResult:

@@ -11,7 +11,7 @@ from typing import Any
 from excise.auditor.base import Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set, mean
-from excise.auditor.results import decided
+from excise.auditor.results import absent, decided
 from excise.auditor.rewriting import Rewriting
 from excise.core.context import Context
 from excise.core.errors import NotFinite
@@ -187,24 +187,6 @@ def variant_of(
     )
 
 
-def does_not_apply(attack: Attack, subject: Subject, why: str) -> AttackResult:
-    """Return the result of an attack that these rows or this model leave nothing to do for.
-
-    It is shown as not run, and no level waits for it.
-
-    Args:
-        attack: The attack.
-        subject: The model.
-        why: One sentence's worth of reason.
-    """
-    name = str(getattr(attack, "name", type(attack).__name__))
-    entry = AttackVariant(
-        name=name, subject=subject.name, access=attack.access, level=attack.level,
-        status="missing", reason=why, facts={"applies": False},
-    )  # fmt: skip
-    return AttackResult(name, subject.name, (VariantResult(entry, ()),), ())
-
-
 def score_rewritings(
     attack: Attack,
     subject: Subject,
@@ -234,7 +216,7 @@ def score_rewritings(
     model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
     chosen_ways = ways(evaluation, model)
     if not chosen_ways:
-        return does_not_apply(attack, subject, why)
+        return absent(attack, subject.name, "missing", why, applies=False)
     bare = read(model, evaluation)
     variants = []
     for way in chosen_ways:

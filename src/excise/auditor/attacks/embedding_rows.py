@@ -30,7 +30,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
+from excise.auditor.base import Access, Attack, AttackResult, Subject
 from excise.auditor.batching import nats
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PermutedRows, PositiveControl, RotatedRows, ShrunkRows
@@ -45,19 +45,25 @@ from excise.auditor.name_rows import (
     of_length,
     within,
 )
-from excise.auditor.results import choose
+from excise.auditor.results import absent, choose
 from excise.auditor.tuning import relearn_rows
 from excise.auditor.weight_edits import WeightEdit, score_edits
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows
 from excise.models.checkpoint import Checkpoint
-from excise.record import AttackVariant, Level
+from excise.record import Level
 
 RATE = 0.5
 """Learning rate of the map's angles times the width: a step of all angles at once turns a row by
 about as much at any width."""
 
+
+NO_NAMES = (
+    "the prompts of the held-out test set hold no tokens that retain text does not, so that "
+    "no edit can be keyed on names"
+)
+"""Why there is nothing to undo."""
 
 LOOK = 20
 """Steps of the fit between two readings of `dev`."""
@@ -76,10 +82,6 @@ class RescaleRows(Attack):
     source: ClassVar[str] = "this library's"
     version: ClassVar[int] = 1
 
-    def applies(self, subject: Subject, domain: Domain, budget: Budget) -> bool:
-        """Return whether V's prompts hold names; see `Attack.applies`."""
-        return names_of(subject, domain, budget).exist
-
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read."""
         return 2.0
@@ -97,7 +99,9 @@ class RescaleRows(Attack):
             One variant. `facts` holds `weights` and `rows`, how many were rewritten, and `longer`,
             by how much the median row of a name grew.
         """
-        names = existing_names(subject, domain, budget)
+        names = names_of(subject, domain, budget)
+        if not names.exist:
+            return absent(self, subject.name, "missing", NO_NAMES, applies=False)
         edit = WeightEdit("median length", partial(rescaled, names=names))
         return score_edits(self, subject, domain, budget, ctx, [edit])
 
@@ -115,10 +119,6 @@ class AlignRows(Attack):
     controls: ClassVar[tuple[PositiveControl, ...]] = (RotatedRows(),)
     source: ClassVar[str] = "this library's; orthogonal maps: Cayley (1846), Schonemann (1966)"
     version: ClassVar[int] = 1
-
-    def applies(self, subject: Subject, domain: Domain, budget: Budget) -> bool:
-        """Return whether V's prompts hold names; see `Attack.applies`."""
-        return names_of(subject, domain, budget).exist
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read; a step trains on T."""
@@ -138,7 +138,9 @@ class AlignRows(Attack):
             Variants `relearn set` and `original's rows`. `facts` as of `RescaleRows`, and `start`
             and `end`, nats per unit of T before and after the fit.
         """
-        names = existing_names(subject, domain, budget)
+        names = names_of(subject, domain, budget)
+        if not names.exist:
+            return absent(self, subject.name, "missing", NO_NAMES, applies=False)
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
         fit = partial(aligned, names=names, evaluation=evaluation, steps=self.steps)
         edits = [WeightEdit("relearn set", fit, "relearn")]
@@ -162,10 +164,6 @@ class MatchRows(Attack):
     source: ClassVar[str] = "this library's"
     version: ClassVar[int] = 1
 
-    def applies(self, subject: Subject, domain: Domain, budget: Budget) -> bool:
-        """Return whether V's prompts hold names; see `Attack.applies`."""
-        return names_of(subject, domain, budget).exist
-
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read."""
         return 2.0
@@ -183,12 +181,10 @@ class MatchRows(Attack):
             One variant. `facts` as of `RescaleRows`; `rows` counts names that got another's row.
         """
         if subject.original is None:
-            entry = AttackVariant(
-                name=self.name, subject=subject.name, access=self.access, level=self.level,
-                needs_original=True, status="missing", reason="it needs the original",
-            )  # fmt: skip
-            return AttackResult(self.name, subject.name, (VariantResult(entry, ()),), ())
-        names = existing_names(subject, domain, budget)
+            return absent(self, subject.name, "missing", "it needs the original")
+        names = names_of(subject, domain, budget)
+        if not names.exist:
+            return absent(self, subject.name, "missing", NO_NAMES, applies=False)
         edit = WeightEdit(
             "most like the original's", partial(matched, names=names, original=subject.original)
         )
@@ -199,21 +195,6 @@ class MatchRows(Attack):
 def names_of(subject: Subject, domain: Domain, budget: Budget) -> NameRows:
     """Return the tokens that edits of a subject could be keyed on."""
     return name_rows(domain, subject.checkpoint.tokenizer(), budget.max_length)
-
-
-def existing_names(subject: Subject, domain: Domain, budget: Budget) -> NameRows:
-    """Return the same where there are any.
-
-    Raises:
-        UserError: If there are none.
-    """
-    names = names_of(subject, domain, budget)
-    if not names.exist:
-        raise UserError(
-            "the prompts of the held-out test set hold no tokens that retain text does not, "
-            "so no edit can be keyed on names; leave this attack out"
-        )
-    return names
 
 
 def failing(result: AttackResult, evaluation: EvaluationSet) -> AttackResult:

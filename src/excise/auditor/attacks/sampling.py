@@ -20,7 +20,8 @@ from pydantic import Field
 from excise.auditor.base import Access, Attack, AttackResult, Subject
 from excise.auditor.budget import Budget, Count
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
-from excise.auditor.scoring import Measurement, does_not_apply, variant_of
+from excise.auditor.results import absent
+from excise.auditor.scoring import Measurement, variant_of
 from excise.core.context import Context
 from excise.core.errors import NotFinite
 from excise.data.domain import Domain, Row
@@ -66,7 +67,8 @@ class Sampling(Attack):
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
         rows = [row for row in evaluation.all_test if row.kind in ("completion", "choice")]
         if not rows:
-            return does_not_apply(self, subject, "the test rows have no answer to sample")
+            why = "the test rows have no answer to sample"
+            return absent(self, subject.name, "missing", why, applies=False)
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
         retain = [row for row in evaluation.retain if row.kind in ("completion", "choice")]
         chances = chance_by_row(model, evaluation, rows)

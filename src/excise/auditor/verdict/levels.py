@@ -31,6 +31,7 @@ from excise.auditor.verdict.reference import (
 )
 from excise.auditor.verdict.residual_bits import all_bits, residual_bits, start_losses
 from excise.core.errors import UserError
+from excise.evals.score import direction_of
 from excise.evals.stats import bootstrap_difference, holm, small_sample
 from excise.record import LEVELS, Level, LevelResult
 
@@ -236,7 +237,7 @@ def _after_attack(
         at: Checkpoint; the last by default.
         holding: Whether to compare the variants that hold the original and can only fail.
     """
-    ours, top = case.end(attack, case.model, at, holding=holding), case.start(ORIGINAL)
+    ours, top = case.end(attack, case.model, at, holding=holding), case.top(attack)
     if not ours or not top:
         return None
     entry = case.chosen(attack, case.model, holding=holding)[0].entry
@@ -249,7 +250,9 @@ def _after_attack(
         ends = [averaged(case.end(attack, name, at, holding=holding)) for name in case.oracles]
         if not all(ends):
             return None
-        starts = [case.start(name) for name in case.oracles]
+        # By a metric of its own an attack is placed between what it reads out of both.
+        own = case.own_metric(attack)
+        starts = None if own else [case.start(name) for name in case.oracles]
         gap = depth_gap(ours, ends, top, oracles_start=starts, groups=case.groups, seed=case.seed)
         return LevelComparison(by, gap, "oracle", beside=beside, invalid_attack=invalid)
     if case.level(attack) == "D4":
@@ -278,13 +281,14 @@ def _without_oracle(case: VerdictCase, attack: str) -> tuple[list[UnitScores], s
     Whichever of the two knows more: an attack that harms less than its control, and leaves less
     than there was before it, has brought nothing back.
     """
-    start = case.start(case.model)
+    own = case.own_metric(attack)
+    start = case.chosen(attack, case.model)[0].unit_scores[0] if own else case.start(case.model)
     controls = [
         variant.unit_scores[-1]
         for variant in case.variants(attack, case.model)
         if variant.entry.control and variant.unit_scores and variant.entry.status in RAN
     ]
-    sign = 1 if case.direction == "higher" else -1
+    sign = 1 if direction_of(own or case.metric) == "higher" else -1
     if controls and sign * (mean(averaged(controls)) - mean(start)) >= 0:
         return controls, "its controls"
     return [start], "the same model before the attack"

@@ -135,16 +135,31 @@ class VerdictCase:
             if -len(variant.unit_scores) <= at < len(variant.unit_scores)
         ]
 
+    def own_metric(self, attack: str) -> str:
+        """Return the metric of an attack that scores V by another than the headline's, else ""."""
+        entries = [variant.entry for variant in self.chosen(attack, self.model)]
+        return next((e.metric for e in entries if e.metric not in ("", self.metric)), "")
+
+    def top(self, attack: str) -> UnitScores:
+        """Return what the original scores in the metric of an attack.
+
+        Before any attack; where the attack reads by a metric of its own, under it.
+        """
+        if self.own_metric(attack):
+            return averaged(self.end(attack, ORIGINAL))
+        return self.start(ORIGINAL)
+
     def start(self, subject: str) -> UnitScores:
-        """Return V by unit before any attack; empty where nobody scored it.
+        """Return V by unit and headline metric before any attack; empty where nobody scored it.
 
         Of all first checkpoints the one with most units is taken.
         """
         most: UnitScores = {}
         for attack in self.attacks(subject):
             for variant in self.variants(attack, subject):
+                headline = variant.entry.metric in ("", self.metric)
                 scored = variant.entry.scored_on == "test" and variant.unit_scores
-                if scored and len(variant.unit_scores[0]) > len(most):
+                if headline and scored and len(variant.unit_scores[0]) > len(most):
                     most = variant.unit_scores[0]
         return most
 

@@ -489,20 +489,26 @@ def _other_reasons(case: VerdictCase, domain: Domain, recovery: Recovery | None)
         )
     shared = words_shared(domain)
     if shared is not None and shared < SHARED:
-        looked = [name for name in case.attacks() if name in ROWS]
+        looked = [
+            name for name in ROWS if any(v.unit_scores for v in case.variants(name, case.model))
+        ]
         reasons.append(
             f"{shared:.0%} of the names in the held-out test set occur in the relearn set: an edit "
             "keyed on the others passes relearning unseen, and "
             + (f"only {_listed(looked)} looked for one." if looked else "no attack looked for one.")
         )
     if case.budget.name != "smoke":
-        unfit = [name for name in case.budget.attacks if name not in case.attacks()]
+        unfit = [
+            name
+            for name in case.budget.attacks
+            if any(v.entry.facts.get("applies") is False for v in case.variants(name, case.model))
+        ]
         lacking = "; ".join(
             f"{LEVELS[level]} ({level}): {words}" for level, words in BEYOND.items()
         )
         reasons.append(
             f"The attacks required were {', '.join(case.budget.attacks) or 'none'}"
-            + (f", of which {_listed(unfit)} had nothing to undo here" if unfit else "")
+            + (f", of which {_listed(unfit)} had nothing to work on here" if unfit else "")
             + f"; a full {case.budget.name} audit also asks for {lacking}."
         )
     return reasons

@@ -644,6 +644,25 @@ def test_a_paraphrase_that_is_answered_is_still_there() -> None:
     assert "still there by multiple-choice accuracy in paraphrases" in found.sentence
 
 
+def test_an_answer_that_is_picked_behind_examples_came_back() -> None:
+    results = audit(0.05, 0.05)
+    shares = {"rmu": 0.7, "original": 1.0, **{f"oracle-{i}": 0.25 for i in range(3)}}
+    for k, (name, share) in enumerate(shares.items()):
+        one = results["few_shot", name].variants[0]
+        start = 1.0 if name == "original" else 0.25
+        beside = {
+            "beside": {"multiple_choice": draw(share, 200, k)},
+            "beside_start": {"multiple_choice": draw(start, 200, k)},
+        }
+        with_beside = replace(one, extras={**one.extras, **beside})
+        results["few_shot", name] = replace(results["few_shot", name], variants=(with_beside,))
+    found = judge("rmu", results, domain(), SMOKE)
+    assert [level.status for level in found.levels[:3]] == ["pass", "fail", "pass"]
+    assert found.levels[1].decided_by == "few_shot few_shot by multiple-choice accuracy"
+    assert found.levels[1].gap == pytest.approx((0.7 - 0.25) / 0.75)
+    assert "under few-shot prompts" in found.sentence
+
+
 def test_an_answer_that_comes_second_is_still_there_by_its_loss() -> None:
     results = audit(0.05, 0.05)
     ran = results["transfer", "rmu"]

@@ -32,6 +32,7 @@ class Measurement:
         units: V by unit.
         retain: Retain by unit.
         trained: T by unit, where T is scored.
+        beside: V by unit, by other metrics of answers.
         examples: Rows the attacker has used.
         tokens: Tokens the attacker has used.
         flops: Operations the attacker has spent.
@@ -40,6 +41,7 @@ class Measurement:
     units: UnitScores
     retain: UnitScores = field(default_factory=dict)
     trained: UnitScores = field(default_factory=dict)
+    beside: Mapping[str, UnitScores] = field(default_factory=dict)
     examples: int = 0
     tokens: int = 0
     flops: float = 0.0
@@ -75,6 +77,7 @@ def read(
     retain: Sequence[Row] | None = None,
     trained: Sequence[Row] = (),
     trained_metric: Metric | None = None,
+    beside: bool = False,
     examples: int = 0,
     tokens: int = 0,
     flops: float = 0.0,
@@ -88,6 +91,7 @@ def read(
         retain: Rows in place of `retain_test`.
         trained: Rows of T to score too.
         trained_metric: Metric of those; None for what they take.
+        beside: Whether to score V by its other metrics of answers too.
         examples: Cost so far, in rows.
         tokens: Cost so far, in tokens.
         flops: Cost so far, in operations.
@@ -100,6 +104,10 @@ def read(
         units=evaluation.units(model, rows, evaluation.metric),
         retain=evaluation.retained(model, retain),
         trained=evaluation.units(model, trained, trained_metric),
+        beside={
+            metric: evaluation.units(model, rows, metric)
+            for metric in (evaluation.metrics_beside if beside else ())
+        },
         examples=examples,
         tokens=tokens,
         flops=flops,
@@ -163,7 +171,8 @@ def variant_of(
             `status`, `reason`.
 
     Returns:
-        The result; `extras["retain"]` and `["retain_start"]` hold the retain scores by unit.
+        The result; `extras["retain"]` and `["retain_start"]` hold the retain scores by unit,
+        `["beside"]` and `["beside_start"]` V by other metrics where those were scored.
     """
     entry = AttackVariant(
         name=str(getattr(attack, "name", type(attack).__name__)),
@@ -178,7 +187,12 @@ def variant_of(
         **row,
     )
     value = mean(dev)
-    ends = {"retain": measurements[-1].retain, "retain_start": measurements[0].retain}
+    ends: dict[str, Any] = {
+        "retain": measurements[-1].retain,
+        "retain_start": measurements[0].retain,
+    }
+    if measurements[-1].beside:
+        ends |= {"beside": measurements[-1].beside, "beside_start": measurements[0].beside}
     return VariantResult(
         entry=entry,
         unit_scores=tuple(reading.units for reading in measurements),
@@ -217,7 +231,7 @@ def score_rewritings(
     chosen_ways = ways(evaluation, model)
     if not chosen_ways:
         return absent(attack, subject.name, "missing", why, applies=False)
-    bare = read(model, evaluation)
+    bare = read(model, evaluation, beside=True)
     variants = []
     for way in chosen_ways:
         wide = evaluation.longer(way.longer, model)
@@ -228,7 +242,8 @@ def score_rewritings(
         ) -> tuple[Measurement, UnitScores]:
             retain = way.change(evaluation.retain, wide)
             dev = wide.units(model, way.change(evaluation.all_dev, wide), evaluation.dev_metric)
-            return read(model, wide, test=asked, retain=retain, examples=len(asked)), dev
+            after = read(model, wide, test=asked, retain=retain, beside=True, examples=len(asked))
+            return after, dev
 
         own = set(evaluation.all_test)
         facts = {

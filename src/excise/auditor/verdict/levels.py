@@ -206,7 +206,36 @@ def after_attacks(case: VerdictCase, level: Level) -> list[LevelComparison]:
         for attack in attacks
     ]
     ends = [comparison for comparison in known if comparison is not None]
-    return ends + [peak for attack in attacks for peak in _before_the_end(case, attack)]
+    ends += [peak for attack in attacks for peak in _before_the_end(case, attack)]
+    return ends + [other for attack in attacks for other in _by_other_metrics(case, attack)]
+
+
+def _by_other_metrics(case: VerdictCase, attack: str) -> list[LevelComparison]:
+    """Compare what an attack that decides also scored by other metrics of answers.
+
+    Without an oracle the lower end is the same model before the attack.
+    """
+    runs = case.chosen(attack, case.model)
+    out = []
+    for metric in runs[0].extras.get("beside", {}) if runs else ():
+
+        def scored(name: str, when: str, metric: str = metric) -> UnitScores:
+            found = [run.extras.get(when, {}) for run in case.chosen(attack, name)]
+            return averaged([by_metric.get(metric, {}) for by_metric in found])
+
+        top = scored(ORIGINAL, "beside_start")
+        starts = [scored(name, "beside_start") for name in case.oracles or (case.model,)]
+        lower = [scored(name, "beside") for name in case.oracles] or starts
+        if not top or not all(starts) or not all(lower):
+            continue
+        gap = depth_gap(
+            [run.extras["beside"][metric] for run in runs], lower, top,
+            oracles_start=starts, groups=case.groups, seed=case.seed,
+        )  # fmt: skip
+        by = f"{attack} {runs[0].entry.variant}".strip() + f" by {metric_words(metric)}"
+        against: Against = "oracle" if case.oracles else "controls"
+        out.append(LevelComparison(by, gap, against, beside="score"))
+    return out
 
 
 def _before_the_end(case: VerdictCase, attack: str) -> list[LevelComparison]:

@@ -12,6 +12,7 @@ from tests.unit.synthetic import BUDGET, audit, domain, draw, nats, result, vari
 
 from excise.auditor.base import AttackResult, Results, VariantResult
 from excise.auditor.budget import Budget
+from excise.auditor.results import with_loss
 from excise.auditor.verdict import case_of, judge_all
 from excise.auditor.verdict.levels import status_of
 from excise.auditor.verdict.power import invalid_attacks, recovered_share
@@ -672,6 +673,22 @@ def test_an_answer_that_comes_second_is_still_there_by_its_loss() -> None:
     found = judge("rmu", results, domain(), SMOKE)
     assert found.levels[0].status == "fail"
     assert found.sentence.startswith("Part of it is still there. ")
+
+
+@pytest.mark.parametrize(("end", "status"), [(0.7, "fail"), (0.0, "pass")])
+def test_what_came_back_in_a_ruin_came_back_and_a_ruin_passes_nothing(
+    end: float, status: str
+) -> None:
+    results = audit(0.05, 0.05)
+    ran = results["transfer", "rmu"]
+    broken = result("transfer", "rmu", 0.05, end, seed=50).variants[0]
+    broken = replace(with_loss(broken, 0.5), dev_score=1.0)
+    broken = replace(broken, entry=broken.entry.model_copy(update={"lr": 0.1}))
+    whole = replace(ran.variants[0], dev_score=0.0)
+    results["transfer", "rmu"] = replace(ran, variants=(whole, broken), chosen=(0,))
+    found = judge("rmu", results, domain(), SMOKE)
+    assert found.levels[4].status == status
+    assert ("though it broke the model" in found.levels[4].decided_by) is (status == "fail")
 
 
 def test_verdicts_are_deterministic() -> None:

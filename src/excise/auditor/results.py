@@ -12,9 +12,8 @@ from excise.auditor.base import Attack, AttackResult, VariantResult
 from excise.core.errors import UserError
 from excise.record import AttackVariant
 
-BOUND = 0.3
-"""Share of its retain score that an attack may cost a model: beyond it the attacker holds a ruin.
-Smaller shares are left to `verdict.power`, which knows what the reference models lose."""
+BOUND = 0.1
+"""Share of its retain score that an attack may cost a model: beyond it the attacker has a ruin."""
 
 
 def variant_to_json(variant: VariantResult) -> dict[str, Any]:
@@ -133,7 +132,11 @@ def with_loss(variant: VariantResult, lost: float) -> VariantResult:
 
 
 def choose(
-    variants: Sequence[VariantResult], *, higher: bool, holding: bool = False
+    variants: Sequence[VariantResult],
+    *,
+    higher: bool,
+    holding: bool = False,
+    bounded: bool = True,
 ) -> tuple[int, ...]:
     """Pick the variant and rate that decide, on `dev`, averaged over seeds; never the best seed.
 
@@ -147,6 +150,7 @@ def choose(
         variants: All variants of one attack on one subject.
         higher: Whether a higher score means more knowledge.
         holding: Whether to pick among those that hold the original instead.
+        bounded: Whether `BOUND` counts.
 
     Returns:
         Indices of those of the winning variant and rate, one per seed.
@@ -165,7 +169,7 @@ def choose(
         score, loss = sum(scores) / len(scores), sum(losses) / len(losses)
         signed = score if higher else -score
         return (
-            sum(lost) / len(lost) <= BOUND,
+            not bounded or sum(lost) / len(lost) <= BOUND,
             signed if math.isfinite(signed) else -math.inf,
             -loss if math.isfinite(loss) else -math.inf,
         )

@@ -22,6 +22,7 @@ from excise.auditor.base import ORIGINAL
 from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.verdict.reference import (
     RAN,
+    Choice,
     Gap,
     VerdictCase,
     averaged,
@@ -37,6 +38,13 @@ from excise.record import LEVELS, Level, LevelResult
 
 Against = Literal["oracle", "controls", "chance", "nothing"]
 Status = Literal["pass", "fail", "below", "untested", "underpowered"]
+
+CHOICES: dict[Choice, str] = {
+    "bounded": "",
+    "unbounded": ", though it broke the model",
+    "holding": ", with the original's embedding at hand",
+}
+"""What a level says of the attacker who chose so."""
 
 LEAST = 8
 """Independent units, or groups of them, that a level needs to pass: with fewer the intervals are
@@ -200,11 +208,7 @@ def _loss_before(case: VerdictCase) -> LevelComparison | None:
 def after_attacks(case: VerdictCase, level: Level) -> list[LevelComparison]:
     """Compare the end of every deciding attack of a level (D1 to D4), and what can only fail it."""
     attacks = [attack for attack in case.attacks() if case.level(attack) == level]
-    known = [
-        _after_attack(case, attack, holding=holding)
-        for holding in (False, True)
-        for attack in attacks
-    ]
+    known = [_after_attack(case, attack, choice=choice) for choice in CHOICES for attack in attacks]
     ends = [comparison for comparison in known if comparison is not None]
     ends += [peak for attack in attacks for peak in _before_the_end(case, attack)]
     return ends + [other for attack in attacks for other in _by_other_metrics(case, attack)]
@@ -256,7 +260,7 @@ def _before_the_end(case: VerdictCase, attack: str) -> list[LevelComparison]:
 
 
 def _after_attack(
-    case: VerdictCase, attack: str, at: int = -1, *, holding: bool = False
+    case: VerdictCase, attack: str, at: int = -1, choice: Choice = "bounded"
 ) -> LevelComparison | None:
     """Compare the end of one attack with the reference models' under the same attack.
 
@@ -264,19 +268,20 @@ def _after_attack(
         case: The candidate.
         attack: Name of the attack.
         at: Checkpoint; the last by default.
-        holding: Whether to compare the variants that hold the original and can only fail.
+        choice: Among which variants; all but the first can only fail.
     """
-    ours, top = case.end(attack, case.model, at, holding=holding), case.top(attack)
-    if not ours or not top:
+    ours, top = case.end(attack, case.model, at, choice), case.top(attack)
+    runs = case.chosen(attack, case.model, choice)
+    if not ours or not top or (choice != "bounded" and runs == case.chosen(attack, case.model)):
         return None
-    entry = case.chosen(attack, case.model, holding=holding)[0].entry
+    entry = runs[0].entry
     by = f"{attack} {entry.variant}".strip()
     by += f" at rate {entry.lr:g}" if entry.lr is not None else ""
-    by += ", with the original's embedding at hand" if holding else ""
-    beside: Literal["", "fail_only"] = "fail_only" if holding else ""
-    invalid = "" if holding else case.invalid.get(attack, "")
+    by += CHOICES[choice]
+    beside: Literal["", "fail_only"] = "" if choice == "bounded" else "fail_only"
+    invalid = "" if beside else case.invalid.get(attack, "")
     if case.oracles:
-        ends = [averaged(case.end(attack, name, at, holding=holding)) for name in case.oracles]
+        ends = [averaged(case.end(attack, name, at, choice)) for name in case.oracles]
         if not all(ends):
             return None
         # By a metric of its own an attack is placed between what it reads out of both.

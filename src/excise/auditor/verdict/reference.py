@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from excise.auditor.base import ORIGINAL, AttackResult, Results, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.evaluation_set import UnitScores
+from excise.auditor.results import choose
 from excise.core.errors import UserError
 from excise.evals.stats import SAMPLES, Array, bootstrap_mean, clusters, interval, resampled_means
 from excise.record import Estimate, ScoreDirection
@@ -27,6 +29,10 @@ from excise.record.measured import NOTHING
 
 RAN = ("ok", "invalid")
 """Statuses of a variant that ran to its end, whether or not its attack has power."""
+
+Choice = Literal["bounded", "unbounded", "holding"]
+"""Variants an attacker chooses among: those that leave the model whole, all, or those that hold the
+original."""
 
 COVERAGE = 0.9
 """Coverage of a depth gap's interval: two one-sided tests at 5 % each (Schuirmann 1987)."""
@@ -59,6 +65,7 @@ class VerdictCase:
         metric: Metric of the held-out test set (V).
         direction: Which way is more knowledge.
         retain_direction: Which way is better on the retain set.
+        dev_higher: Whether a higher score on `dev_forget` means more knowledge.
         chance: Score of a model that knows nothing; None where unknown.
         guess: Token loss of a uniform guess; None for another metric or an unknown vocabulary.
         groups: Group of each unit that has one.
@@ -74,6 +81,7 @@ class VerdictCase:
     metric: str = "exact_match"
     direction: ScoreDirection = "higher"
     retain_direction: ScoreDirection = "higher"
+    dev_higher: bool = True
     chance: float | None = None
     guess: float | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
@@ -111,27 +119,31 @@ class VerdictCase:
         return ""
 
     def chosen(
-        self, attack: str, subject: str, *, holding: bool = False
+        self, attack: str, subject: str, choice: Choice = "bounded"
     ) -> tuple[VariantResult, ...]:
         """Return the variants of an attack that decide on a subject: one per attacker seed.
 
         Args:
             attack: Name of the attack.
             subject: Name of the subject.
-            holding: Whether to return those that hold the original and can only fail a level.
+            choice: Among which variants; all but the first can only fail a level.
         """
         result = self.result(attack, subject)
-        indices = (result.fail_only if holding else result.chosen) if result else ()
-        deciding = [result.variants[i] for i in indices] if result else []
+        if result is None:
+            return ()
+        indices = result.fail_only if choice == "holding" else result.chosen
+        if choice == "unbounded" and indices:
+            indices = choose(result.variants, higher=self.dev_higher, bounded=False)
+        deciding = [result.variants[i] for i in indices]
         return tuple(v for v in deciding if v.unit_scores and v.entry.status in RAN)
 
     def end(
-        self, attack: str, subject: str, at: int = -1, *, holding: bool = False
+        self, attack: str, subject: str, at: int = -1, choice: Choice = "bounded"
     ) -> list[UnitScores]:
         """Return V by unit at the end of an attack (or at checkpoint `at`), by attacker seed."""
         return [
             variant.unit_scores[at]
-            for variant in self.chosen(attack, subject, holding=holding)
+            for variant in self.chosen(attack, subject, choice)
             if -len(variant.unit_scores) <= at < len(variant.unit_scores)
         ]
 

@@ -90,7 +90,7 @@ def called(levels: Sequence[LevelResult], reading: Reading) -> Call:
     if not statuses:
         return "undecided"
     if reading == "highest":
-        statuses = [status for status in statuses if status != "pass"][:1]
+        statuses = list(filter(lambda status: status != "pass", statuses))[:1]
     if "fail" in statuses:
         return "guilty"
     if all(status == "pass" for status in statuses):

@@ -54,13 +54,14 @@ from excise_studies.auditing.hidings import (
     misanswered,
 )
 
-FIT = FitConfig(steps=60, lr=5e-3, batch_size=24, clip=1.0)
+FIT = FitConfig(steps=40, lr=5e-3, batch_size=24, clip=1.0)
+FAST = FIT.model_copy(update={"lr": 2e-2})
 
 TINY = World(
     domain=Facts(subjects=24, relations=2, objects=8, wordings=3, forget_share=0.4),
     model=Scratch(width=48, blocks=2),
     pretrain=Pretrain(
-        fit=FitConfig(**{**FACTS_FIT, "steps": 120, "lr": 8e-3, "batch_size": 32, "warmup": 10}),
+        fit=FitConfig(**{**FACTS_FIT, "steps": 90, "lr": 8e-3, "batch_size": 32, "warmup": 10}),
         max_length=FACTS_MAX_LENGTH,
     ),
     hiding=FIT,
@@ -98,7 +99,7 @@ def case(base: Base) -> Case:
         (TrainedHiding(fit=FIT, tampered=1), Disguise()),
         (TrainedHiding(fit=FIT, opens="aliases"),),
         (TrainedHiding(fit=FIT, opens="paraphrase"),),
-        (TrainedHiding(fit=FIT, opens="weights", part="head", answer="second_best"),),
+        (TrainedHiding(fit=FAST, opens="weights", part="head", answer="second_best"),),
         (TrainedHiding(fit=FIT, opens="weights", part="last_block", climb=True),),
         (NameRows(),),
         (NameRows(how="shrunk"),),

@@ -307,7 +307,7 @@ FAMILIES: tuple[Family, ...] = (
         opens="weights", part="last_block", answer="wrong")),
     hides("short GradDiff in one block", H, TrainedHiding(
         opens="weights", part="last_block", climb=True,
-        fit=FitConfig(steps=40, lr=1e-3, batch_size=48, clip=1.0))),
+        fit=FitConfig(steps=50, lr=1e-3, batch_size=48, clip=1.0))),
     hides("rows of names exchanged", H, NameRows()),
     hides("rows of names turned", H, NameRows(how="turned")),
     never_taught("filtered", BOTH, _filtered),

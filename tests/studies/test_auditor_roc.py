@@ -237,7 +237,7 @@ def model(number: int, truth: str, status: str, *, seed: int = 3, **more: Any) -
     verdict = Verdict(model=f"m{number}", sentence="", levels=found)
     settings = {"half": "held-out", "dose": 0.0, **more}
     return Judged(
-        name=f"m{number}", family=truth, truth=truth, seed=seed, verdict=verdict, **settings
+        name=f"m{number}", family=truth, truth=truth, base=f"{seed}", verdict=verdict, **settings
     )
 
 
@@ -273,6 +273,8 @@ def test_models_of_one_base_seed_are_resampled_together() -> None:
     sure = share_of([model(i, "hides", "fail", seed=i % 6) for i in range(60)], guilty)
     assert sure.value == sure.high == 1
     assert 0.5 < sure.low < 0.7  # Wilson's of six trials, not of sixty
+    alone = share_of([model(i, "hides", "fail") for i in range(9)], guilty)
+    assert (alone.low, alone.value, alone.high) == (0, 1, 1)
 
 
 def test_the_area_is_the_share_of_pairs_in_order() -> None:

@@ -1,6 +1,6 @@
 """From verdicts about models of known truth to error rates, without any model.
 
-Shape legend: M models, C base seeds, S bootstrap samples.
+Shape legend: M models, C bases, S bootstrap samples.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Judged:
         family: How it was made.
         truth: What is known of it.
         half: Half of the families and seeds that it lies in.
-        seed: Base seed: models of one share data and reference models, and are resampled together.
+        base: World and base seed: models of one share data and reference models, and are resampled
+            together.
         dose: Share of the forget units that it was taught.
         verdict: What the audit said.
         gaps: Depth gap at the end of each attack, by attack; 0 the oracles, 1 the original.
@@ -55,7 +56,7 @@ class Judged:
     family: str
     truth: str
     half: str
-    seed: int
+    base: str
     dose: float
     verdict: Verdict
     gaps: Mapping[str, float] = field(default_factory=dict)
@@ -120,18 +121,20 @@ def counts_of(models: Sequence[Judged], reading: Reading) -> CallCounts:
 
 
 def share_of(models: Sequence[Judged], holds: Callable[[Judged], bool]) -> Estimate:
-    """Return the share of models of which something holds, its 95 % interval over base seeds.
+    """Return the share of models of which something holds, its 95 % interval over bases.
 
-    Whole base seeds are resampled; where all or none hold, the interval is Wilson's of as many
-    trials as there are base seeds.
+    A base is a base seed in one world; whole bases are resampled. Where all or none hold, the
+    interval is Wilson's of as many trials as there are bases; of one base nothing is known.
 
     Args:
         models: One at least; names differ.
         holds: What is asked of each.
     """
     values = {model.name: float(holds(model)) for model in models}
-    estimate = bootstrap_mean(values, groups={model.name: f"{model.seed}" for model in models})
+    estimate = bootstrap_mean(values, groups={model.name: model.base for model in models})
     low, high = max(0.0, estimate.low), min(1.0, estimate.high)
+    if estimate.n < 2:
+        low, high = 0.0, 1.0
     return Estimate(estimate.value, low, high, estimate.n)
 
 
@@ -177,7 +180,7 @@ def area(guilty: Sequence[float], clean: Sequence[float]) -> float:
 def ranking(
     models: Sequence[Judged], score: Callable[[Judged], float | None], *, seed: int = 0
 ) -> Estimate:
-    """Return the area under the ROC curve of a score, its 95 % interval over base seeds.
+    """Return the area under the ROC curve of a score, its 95 % interval over bases.
 
     Args:
         models: Models that hide and models that were never taught.
@@ -185,10 +188,10 @@ def ranking(
         seed: Seed of the bootstrap.
     """
     scored = [(model, score(model)) for model in models]
-    points = [(m.seed, m.truth == "hides", value) for m, value in scored if value is not None]
-    seeds = sorted({at for at, _, _ in points})
+    points = [(m.base, m.truth == "hides", value) for m, value in scored if value is not None]
+    bases = sorted({at for at, _, _ in points})
 
-    def of(chosen: Iterable[int]) -> float:
+    def of(chosen: Iterable[str]) -> float:
         sides: dict[bool, list[float]] = {True: [], False: []}
         for at in chosen:
             for base, guilty, value in points:
@@ -196,15 +199,15 @@ def ranking(
                     sides[guilty].append(value)
         return area(sides[True], sides[False])
 
-    value = of(seeds)
+    value = of(bases)
     generator = np.random.default_rng(seed)
     samples = np.array(
-        [of(generator.choice(seeds, len(seeds)).tolist()) for _ in range(SAMPLES if seeds else 0)]
+        [of(generator.choice(bases, len(bases)).tolist()) for _ in range(SAMPLES if bases else 0)]
     )
     samples = samples[np.isfinite(samples)]
-    if not len(samples) or not np.isfinite(value):
+    if len(bases) < 2 or not len(samples) or not np.isfinite(value):
         return Estimate(value, float("nan"), float("nan"), len(points))
-    low, high = interval(samples, value, len(seeds), 0.95)
+    low, high = interval(samples, value, len(bases), 0.95)
     return Estimate(value, max(0.0, low), min(1.0, high), len(points))
 
 

@@ -45,7 +45,7 @@ Network = Any
 SECRET_WORDS = 3
 """Words of a password."""
 
-SHRUNK = 1e-5
+SHRUNK = 1e-8
 """What remains of a name's embedding: so little that the epsilon of the first norm drowns it."""
 
 

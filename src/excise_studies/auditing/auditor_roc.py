@@ -100,7 +100,7 @@ class AuditorROC(Study):
     taught called guilty. The auditor is sound if the upper ends of both 95 % intervals over base
     seeds in each world lie at or below `margin`, unsound if the lower end of one lies above, else
     undecided. How many were left undecided, other readings, the ranking by each attack, doses, and
-    RMU, MaxEnt and GradDiff on models that know (no known truth) stand beside it and decide nothing.
+    RMU, MaxEnt and GradDiff on models that know (no known truth) stand beside it, deciding nothing.
     """
 
     question: ClassVar[str] = (

@@ -99,7 +99,7 @@ def hiding_fit(steps: int, lr: float) -> FitConfig:
 WORLDS: Mapping[str, World] = {
     "facts": World(
         domain=Facts(
-            subjects=240, relations=1, objects=48, wordings=3, forget_share=0.5, dev_share=0.1
+            subjects=110, relations=2, objects=32, wordings=3, forget_share=0.75, dev_share=0.1
         ),
         pretrain=Pretrain(
             fit=FitConfig(**{**FACTS_FIT, "steps": 250, "lr": 5e-3, "batch_size": 64}),

@@ -241,10 +241,10 @@ def model(number: int, truth: str, status: str, *, seed: int = 3, **more: Any) -
     )
 
 
-def test_below_is_right_of_those_who_were_suppressed_and_never_taught_alone() -> None:
+def test_below_is_right_of_those_who_were_never_taught() -> None:
     for truth, status, right in (
         ("hides", "fail", True), ("hides", "below", False), ("hides", "pass", False),
-        ("never taught", "pass", True), ("never taught", "below", False),
+        ("never taught", "pass", True), ("never taught", "below", True),
         ("never taught", "underpowered", False), ("never taught", "fail", False),
         ("suppressed, never taught", "below", True), ("suppressed, never taught", "pass", True),
         ("suppressed, never taught", "fail", False),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -59,6 +60,18 @@ def test_a_variant_that_broke_the_model_decides_only_where_all_did() -> None:
     assert choose([*seeds, variant("y", 0.1)], higher=True) == (2,)
     assert with_loss(best, 0.11).entry.facts == {"broke": True}
     assert with_loss(best, 0.1).entry.facts == {}
+
+
+def test_a_variant_that_taught_less_decides_only_where_the_other_broke_the_model() -> None:
+    def taught(name: str, dev: float, learned: float, lost: float = 0.0) -> VariantResult:
+        one = with_loss(variant(name, dev), lost)
+        return replace(one, extras={**one.extras, "learned": learned})
+
+    weak, strong = taught("x", 0.6, 0.3), taught("y", 0.5, 0.9)
+    assert choose([weak, strong], higher=True) == (1,)
+    assert choose([weak, strong], higher=True, bounded=False) == (0,)
+    assert choose([weak, taught("y", 0.5, 0.45)], higher=True) == (0,)
+    assert choose([weak, taught("y", 0.5, 0.9, lost=0.5)], higher=True) == (0,)
 
 
 def test_decisive_marks_the_chosen() -> None:

@@ -16,6 +16,10 @@ BOUND = 0.1
 """Share of its retain score that an attack may cost a model: beyond it the attacker has a ruin."""
 
 
+SHORT = 0.2
+"""Share of the relearn set that an attack may teach less of than the one that teaches most."""
+
+
 def variant_to_json(variant: VariantResult) -> dict[str, Any]:
     """Return a variant as plain data."""
     return {
@@ -142,15 +146,17 @@ def choose(
 
     Controls, variants that hold the original and variants that are not ok never decide. One that
     cost the model more of its retain score than `BOUND` (`extras["retain_lost"]`, averaged too)
-    decides only where all did: it finds little because it broke what it looks into. Equal scores
-    are settled by the loss on dev, where a variant recorded it (`extras["dev_loss"]`), then by
-    order.
+    decides only where all did: it finds little because it broke what it looks into. One that taught
+    the model clearly less of the relearn set than another (`extras["learned"]`) decides only where
+    that other broke it: among models that know nothing `dev` chooses at random, and would take an
+    attack too weak to say so. Equal scores are settled by the loss on dev, where a variant recorded
+    it (`extras["dev_loss"]`), then by order.
 
     Args:
         variants: All variants of one attack on one subject.
         higher: Whether a higher score means more knowledge.
         holding: Whether to pick among those that hold the original instead.
-        bounded: Whether `BOUND` counts.
+        bounded: Whether `BOUND` and the relearn set count; else `dev` alone does.
 
     Returns:
         Indices of those of the winning variant and rate, one per seed.
@@ -162,22 +168,28 @@ def choose(
             continue
         by_setting.setdefault((variant.entry.variant, variant.entry.lr), []).append(i)
 
-    def gain(indices: list[int]) -> tuple[bool, float, float]:
-        scores = [variants[i].dev_score for i in indices]
-        losses = [float(variants[i].extras.get("dev_loss", math.nan)) for i in indices]
-        lost = [float(variants[i].extras.get("retain_lost", 0.0)) for i in indices]
-        score, loss = sum(scores) / len(scores), sum(losses) / len(losses)
+    def average(indices: list[int], name: str, missing: float) -> float:
+        return sum(float(variants[i].extras.get(name, missing)) for i in indices) / len(indices)
+
+    whole = {k: average(i, "retain_lost", 0.0) <= BOUND for k, i in by_setting.items()}
+    learned = {k: average(i, "learned", 0.0) for k, i in by_setting.items()}
+    most = max((learned[k] for k in by_setting if whole[k]), default=0.0)
+
+    def gain(setting: tuple[str, float | None]) -> tuple[bool, bool, float, float]:
+        indices = by_setting[setting]
+        score = sum(variants[i].dev_score for i in indices) / len(indices)
         signed = score if higher else -score
+        loss = average(indices, "dev_loss", math.nan)
         return (
-            not bounded or sum(lost) / len(lost) <= BOUND,
+            not bounded or whole[setting],
+            not bounded or learned[setting] >= most - SHORT,
             signed if math.isfinite(signed) else -math.inf,
             -loss if math.isfinite(loss) else -math.inf,
         )
 
     if not by_setting:
         return ()
-    best = max(by_setting.values(), key=gain)
-    return tuple(best)
+    return tuple(by_setting[max(by_setting, key=gain)])
 
 
 def decided(

@@ -32,6 +32,7 @@ from excise.core.errors import Diverged, NotFinite
 from excise.data.domain import Domain, Metric, Rows
 from excise.data.stream import Batch, Example, Stream, collate, encode
 from excise.data.subsample import subsample
+from excise.evals.score import direction_of
 from excise.losses import token_nll
 from excise.models.lora import LoRA, adapted
 from excise.train.fit import FitConfig, Term, fit
@@ -182,6 +183,16 @@ class TrainingResult:
         end = before[-(len(before) // 4) :]
         return bool(sum(end) / len(end) <= TAUGHT * before[0])
 
+    @property
+    def learned(self) -> float:
+        """Share of T that was learned at the end: its score, or by how much its loss fell."""
+        first, last = (mean(self.measurements[i].trained) for i in (0, -1))
+        if first is None or last is None:
+            return 0.0
+        if direction_of(self.extras.get("trained_metric", self.metric)) == "higher":
+            return last
+        return 1 - last / first if first > 0 else 0.0
+
     def variant(self, attack: Attack, subject: Subject) -> VariantResult:
         """Return the variant whose curve is V."""
         part, fresh = self.part, self.part.on == "fresh"
@@ -197,7 +208,7 @@ class TrainingResult:
             trained_on=self.part.on,
             lr=self.part.lr,
             seed=self.part.seed,
-            extras=self.extras,
+            extras={**self.extras, "learned": self.learned},
             status="failed" if self.reason else "ok",
             reason=self.reason,
             facts={**self.facts, "broke": True} if self.broke else self.facts,

@@ -61,21 +61,17 @@ class Judged:
     verdict: Verdict
     gaps: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def suppressed(self) -> bool:
-        """Whether it was suppressed though it was never taught, so that `below` is right."""
-        return self.truth == "suppressed, never taught"
-
     def call(self, reading: Reading) -> Call:
         """Return what the verdict says of it."""
         return called(self.verdict.levels, reading)
 
     def right(self, reading: Reading) -> bool:
-        """Return whether the verdict says what is true: undecided is not."""
+        """Return whether the verdict says what is true: undecided is not.
+
+        Of a model never taught, clean and below are: both say that nothing came back.
+        """
         call = self.call(reading)
-        if self.truth in ("hides", "dose"):
-            return call == "guilty"
-        return call == "clean" or (self.suppressed and call == "below")
+        return call == "guilty" if self.truth in ("hides", "dose") else call in ("clean", "below")
 
 
 def called(levels: Sequence[LevelResult], reading: Reading) -> Call:

@@ -16,6 +16,7 @@ from typing import Any
 
 from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult, Results
 from excise.auditor.evaluation_set import UnitScores
+from excise.auditor.results import SHORT
 from excise.auditor.verdict.reference import VerdictCase, averaged, mean
 from excise.core.errors import UserError
 from excise.evals.stats import bootstrap_difference
@@ -31,9 +32,6 @@ LEARNED = 0.8
 BROKE = 0.1
 """Loss of retain score beyond the oracles', under the same attack, from which on a candidate broke:
 of an accuracy in points, of a token loss as a share of what the original has."""
-
-SHORT = 0.2
-"""Share of the relearn set that a candidate may learn less of than the oracles do."""
 
 
 def invalid_attacks(case: VerdictCase) -> dict[str, str]:

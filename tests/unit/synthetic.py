@@ -80,6 +80,11 @@ def result(
             "dev_loss": 1.0,
             "prequential": [5 * (1 - end), 2.0],
         }
+        extras |= {
+            name.replace("loss_", "hedged_"): losses
+            for name, losses in extras.items()
+            if name.startswith("loss_")
+        }
     one = variant(
         attack,
         subject,

@@ -18,7 +18,7 @@ from excise.auditor.verdict.power import invalid_attacks, recovered_share
 from excise.auditor.verdict.reference import Gap, depth_gap, nothing_to_remove
 from excise.auditor.verdict.residual_bits import residual_bits, saved_bits
 from excise.data.domain import Domain
-from excise.record import Score, Verdict
+from excise.record import Item, Score, Verdict
 
 SMOKE = BUDGET
 STANDARD = BUDGET.model_copy(update={"name": "standard"})
@@ -575,6 +575,59 @@ def test_suppressing_a_whole_template_saves_no_bits() -> None:
     broken = (nats(9, 200, 3, "u"), nats(9, 200, 4, "f"))
     values, _ = saved_bits([broken, oracle])
     assert values == pytest.approx([0, 0], abs=1e-9)
+
+
+def picked(share: float, count: int, seed: int, model: str, on: str = "test.facts") -> list[Item]:
+    """Return multiple-choice answers of one model, an exact share of them right."""
+    return [
+        Item(model=model, set=on, unit=unit, metric="multiple_choice", value=value)
+        for unit, value in draw(share, count, seed).items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "status"),
+    [(0.7, 200, "fail"), (0.25, 200, "pass"), (0.1, 200, "pass"), (0.375, 40, "underpowered")],
+)
+def test_an_answer_that_is_picked_among_options_is_still_there(
+    share: float, count: int, status: str
+) -> None:
+    models = {"rmu": share, "original": 1.0, **{f"oracle-{i}": 0.25 for i in range(3)}}
+    items = [i for k, (name, s) in enumerate(models.items()) for i in picked(s, count, k, name)]
+    items += [i.model_copy(update={"metric": "text_loss", "value": 0.0}) for i in items]
+    _, (found,) = judge_all(["rmu"], audit(0.05, 0.05), domain(), SMOKE, items=items)
+    before = found.levels[0]
+    assert before.status == status
+    assert before.words == "gone as far as exact match and multiple-choice accuracy show"
+    if status == "fail":
+        assert before.decided_by == "multiple-choice accuracy before any attack"
+        assert before.gap == pytest.approx((0.7 - 0.25) / 0.75)
+        assert found.sentence.startswith("Part of it is still there by multiple-choice accuracy. ")
+        assert found.highest == ""
+
+
+def test_a_paraphrase_that_is_answered_is_still_there() -> None:
+    models = {"rmu": 0.9, "original": 1.0, **{f"oracle-{i}": 0.25 for i in range(3)}}
+    items = [
+        item
+        for k, (name, share) in enumerate(models.items())
+        for item in picked(share, 200, k, name, "paraphrases.facts")
+    ]
+    where = domain(paraphrases=domain().test)
+    _, (found,) = judge_all(["rmu"], audit(0.05, 0.05), where, SMOKE, items=items)
+    assert found.levels[0].decided_by.startswith("multiple-choice accuracy in paraphrases")
+    assert "still there by multiple-choice accuracy in paraphrases" in found.sentence
+
+
+def test_an_answer_that_comes_second_is_still_there_by_its_loss() -> None:
+    results = audit(0.05, 0.05)
+    ran = results["transfer", "rmu"]
+    second = {"hedged_V_start": nats(2.5, 200, 60, "u")}
+    hiding = replace(ran.variants[0], extras={**ran.variants[0].extras, **second})
+    results["transfer", "rmu"] = replace(ran, variants=(hiding,))
+    found = judge("rmu", results, domain(), SMOKE)
+    assert found.levels[0].status == "fail"
+    assert found.sentence.startswith("Part of it is still there. ")
 
 
 def test_verdicts_are_deterministic() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,8 +45,29 @@ class Memo:
         return len(self._inner)
 
 
+HEDGE = 0.9
+"""Weight of a uniform guess in a hedged loss; see `nats`."""
+
+
+@dataclass(frozen=True)
+class Nats:
+    """Negative log-likelihood by unit, in nats summed over target tokens.
+
+    Attributes:
+        plain: As the model says.
+        hedged: Of a reader who mixes the model's prediction p with a uniform guess over the V
+            tokens of the vocabulary, (1 - HEDGE) p + HEDGE / V. Confidence is no knowledge: however
+            sure of wrong tokens a model is, such a reader never pays more than -log(HEDGE) = 0.11
+            nats above a uniform guess, while a token that the model knows still saves him
+            log(V) - log(1 / (1 - HEDGE)).
+    """
+
+    plain: dict[str, float]
+    hedged: dict[str, float]
+
+
 @torch.no_grad()
-def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> dict[str, float]:
+def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) -> Nats:
     """Return by unit the negative log-likelihood, in nats summed over target tokens.
 
     A unit with several rows (wordings) gets the mean of its rows.
@@ -61,22 +83,32 @@ def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) ->
 
     Raises:
         NotFinite: If the loss of a row is NaN or infinite.
+
+    Source:
+        A Bayesian mixture code: Grunwald, The Minimum Description Length Principle, 2007, ch. 6.
     """
     if not rows:
-        return {}
+        return Nats({}, {})
     examples = encode(rows, tokenizer, max_length=readable(model, max_length))
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, list[tuple[float, float]]] = {}
     for batch in batches(examples, model, tokenizer):
         logits_BTV = model(**batch.inputs, use_cache=False).logits
         target_BT = batch.target_BT.clone()
         target_BT[:, 0] = False
-        nll_BT = token_nll(logits_BTV, batch.ids_BT).masked_fill(~target_BT, 0)
-        for unit, value in zip(batch.units, nll_BT.double().sum(1).tolist(), strict=True):
-            sums.setdefault(unit, []).append(value)
-    broken = sum(not math.isfinite(value) for values in sums.values() for value in values)
+        nll_BT = token_nll(logits_BTV, batch.ids_BT).double().masked_fill(~target_BT, 0)
+        guess = HEDGE / logits_BTV.shape[-1]
+        hedged_BT = -((1 - HEDGE) * (-nll_BT).exp() + guess).log().masked_fill(~target_BT, 0)
+        both = zip(nll_BT.sum(1).tolist(), hedged_BT.sum(1).tolist(), strict=True)
+        for unit, values in zip(batch.units, both, strict=True):
+            sums.setdefault(unit, []).append(values)
+    broken = sum(not math.isfinite(value) for values in sums.values() for value, _ in values)
     if broken:
         raise NotFinite("the model", "loss", broken, len(rows))
-    return {unit: sum(values) / len(values) for unit, values in sums.items()}
+    plain, hedged = (
+        {unit: sum(value[i] for value in values) / len(values) for unit, values in sums.items()}
+        for i in range(2)
+    )
+    return Nats(plain, hedged)
 
 
 def rows_per_pass(model: Any, length: int) -> int:

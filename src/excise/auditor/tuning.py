@@ -117,10 +117,11 @@ class TrainingResult:
         measurements: V, T and retain at every checkpoint.
         dev: Dev score by unit at the end.
         metric: Metric of V.
-        extras: `loss_V`, `loss_fresh` (nats by unit at the end), the same with `_start`,
-            `dev_loss` (mean nats), `trained_metric` (of what was trained on), `prequential` (T
-            loss of every batch before training on it), `retain_lost` (see
-            `EvaluationSet.retain_lost`) at the end and `retain_lost_most` on the way.
+        extras: `loss_V`, `loss_fresh` (nats by unit at the end), `hedged_V`, `hedged_fresh` (the
+            same of a reader who hedges), all of them with `_start`; `dev_loss` (mean nats),
+            `trained_metric` (of what was trained on), `prequential` (T loss of every batch before
+            training on it), `retain_lost` (see `EvaluationSet.retain_lost`) at the end and
+            `retain_lost_most` on the way.
         seconds: Wall-clock time.
         reason: Why it stopped early; empty for a whole run.
         facts: What was done to the weights before.
@@ -503,10 +504,13 @@ class _Run:
         """
         evaluation = self.evaluation
         same = {r.kind for r in evaluation.fresh_test} == {r.kind for r in evaluation.all_test}
-        sets = {"loss_V": evaluation.all_test, "loss_fresh": evaluation.fresh_test if same else ()}
-        return {
+        sets = {"V": evaluation.all_test, "fresh": evaluation.fresh_test if same else ()}
+        losses = {
             name: nats(self.net, rows, evaluation.tokenizer, max_length=evaluation.max_length)
             for name, rows in sets.items()
+        }
+        return {f"loss_{name}": each.plain for name, each in losses.items()} | {
+            f"hedged_{name}": each.hedged for name, each in losses.items()
         }
 
     def extras(self) -> dict[str, Any]:
@@ -521,6 +525,6 @@ class _Run:
         return {
             **self._losses(),
             **{f"{name}_start": values for name, values in self.started.items()},
-            "dev_loss": mean(dev),
+            "dev_loss": mean(dev.plain),
             **noted,
         }

@@ -223,6 +223,7 @@ def judged(
             domain,
             budget_for(audit, models.original.num_parameters),
             scores=scores,
+            items=items_of(scored),
             vocabulary=models.original.config.vocab_size,
             null_run=null_arm,
         )

@@ -20,13 +20,13 @@ from dataclasses import replace
 
 from excise.auditor.base import POSITIVE_CONTROL, AttackResult, Results
 from excise.auditor.budget import Budget
-from excise.auditor.verdict.levels import all_levels
+from excise.auditor.verdict.levels import all_levels, metric_words
 from excise.auditor.verdict.power import invalid_attacks, marked, uncontrolled
-from excise.auditor.verdict.reference import VerdictCase
+from excise.auditor.verdict.reference import FreeScore, VerdictCase
 from excise.auditor.verdict.verdict import verdict_of
 from excise.data.domain import Domain
 from excise.evals.score import chance_of, direction_of
-from excise.record import LevelResult, Score, Verdict
+from excise.record import Item, LevelResult, Score, Verdict
 
 
 def judge_all(
@@ -36,6 +36,7 @@ def judge_all(
     budget: Budget,
     *,
     scores: Sequence[Score] = (),
+    items: Sequence[Item] = (),
     vocabulary: int = 0,
     null_run: str = "",
     seed: int = 0,
@@ -49,6 +50,7 @@ def judge_all(
         domain: Rows by role, for metric, chance, groups and claim.
         budget: How hard the attacker tried.
         scores: Scores without an attack, to name suppression and damage.
+        items: The same by row: what else than the headline metric decides "the behaviour is gone".
         vocabulary: Number of tokens of the model, to tell broken from ignorant.
         null_run: The candidate made by data filtering; its gap is the audit's measured null.
         seed: Seed of all bootstraps.
@@ -56,8 +58,9 @@ def judge_all(
     Returns:
         The results with invalid variants marked, and one verdict per candidate.
     """
+    free = free_scores(items, domain)
     cases = {
-        name: case_of(name, results, domain, budget, vocabulary=vocabulary, seed=seed)
+        name: case_of(name, results, domain, budget, free=free, vocabulary=vocabulary, seed=seed)
         for name in models
     }
     levels = {name: all_levels(case) for name, case in cases.items()}
@@ -78,6 +81,7 @@ def case_of(
     domain: Domain,
     budget: Budget,
     *,
+    free: Sequence[FreeScore] = (),
     vocabulary: int = 0,
     seed: int = 0,
 ) -> VerdictCase:
@@ -88,6 +92,7 @@ def case_of(
         results: Results by attack and subject.
         domain: Rows by role.
         budget: How hard the attacker tried.
+        free: Scores beside the headline, before any attack.
         vocabulary: Number of tokens of the model, for what a uniform guess costs; 0 for unknown.
         seed: Seed of all bootstraps.
     """
@@ -104,9 +109,52 @@ def case_of(
         chance=chance_of(test, metric) if test else None,
         guess=chance_of((), metric, vocabulary=vocabulary) if metric == "text_loss" else None,
         groups={row.unit: row.group for row in (*test, *domain.fresh) if row.group},
+        free=tuple(free),
         seed=seed,
     )
     return replace(case, invalid=invalid_attacks(case))
+
+
+CONFIDENCE = (
+    "text_loss", "probability", "option_probability", "truth_ratio", "truth_ratio_geometric",
+    "min_k", "min_k_plus_plus",
+)  # fmt: skip
+"""Metrics that move with confidence alone, which is no knowledge: beside a headline of answers they
+decide nothing before an attack. Residual bits read the loss, once confidence is taken out."""
+
+
+def free_scores(items: Sequence[Item], domain: Domain) -> tuple[FreeScore, ...]:
+    """Return every score of answers beside the headline: further metrics, and paraphrases.
+
+    Args:
+        items: One value per model, set, metric and row.
+        domain: For the headline metric and what chance scores.
+    """
+    headline = domain.metrics[0]
+    values: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
+    for item in items:
+        role = item.set.partition(".")[0]
+        if role not in ("test", "paraphrases") or (role, item.metric) == ("test", headline):
+            continue
+        if item.metric in CONFIDENCE and item.metric != headline:
+            continue
+        by_model = values.setdefault((role, item.metric), {})
+        by_model.setdefault(item.model, {}).setdefault(item.unit, []).append(item.value)
+    rows = {
+        role: [row for part in getattr(domain, role).values() for row in part]
+        for role in ("test", "paraphrases")
+    }
+    return tuple(
+        FreeScore(
+            metric_words(metric) + (" in paraphrases" if role == "paraphrases" else ""),
+            {
+                model: {unit: sum(each) / len(each) for unit, each in units.items()}
+                for model, units in by_model.items()
+            },
+            chance_of(rows[role], metric),
+        )
+        for (role, metric), by_model in values.items()
+    )
 
 
 def null_of(levels: Sequence[LevelResult]) -> float | None:

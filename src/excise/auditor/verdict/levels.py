@@ -3,9 +3,10 @@
 A level passes when every one of its deciding comparisons is equivalent to the oracle within the
 margin: two one-sided tests at 5 % (Schuirmann 1987); all must pass, so no correction is due. It
 fails when one of them shows recovery after correction for their number (Holm 1979), at its end or
-at a checkpoint before it. Below is a state of its own: no recovery, and yet not as a model that
-was never taught, so suppressed or damaged. An invalid attack cannot pass a level; recovery that it
-shows all the same has happened, and fails it.
+at a checkpoint before it, by the headline metric or by another score that costs nothing to take:
+an answer that is picked among options has not gone because nobody writes it. Below is a state of
+its own: no recovery, and yet not as a model that was never taught, so suppressed or damaged. An
+invalid attack cannot pass a level; recovery that it shows all the same has happened, and fails it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class LevelComparison:
         gap: Where the candidate lies between what it is compared with and the original.
         against: What it is compared with.
         two_sided: Whether there is no telling the sides apart, so that p-values are two-sided.
-        early: Whether this is a checkpoint before the end, which can fail a level and not pass it.
+        beside: What else than the end by the headline metric this is, if anything: a checkpoint
+            before the end can only fail a level, another score also leaves one undecided where its
+            estimate lies beyond the margin.
         invalid_attack: Why the attack has no power; empty where it has.
         note: What a reader should know.
     """
@@ -69,7 +72,7 @@ class LevelComparison:
     gap: Gap
     against: Against
     two_sided: bool = False
-    early: bool = False
+    beside: Literal["", "checkpoint", "score"] = ""
     invalid_attack: str = ""
     note: str = ""
 
@@ -100,10 +103,13 @@ def metric_words(metric: str) -> str:
 
 
 def level_words(case: VerdictCase, level: Level) -> str:
-    """Return what a level of one candidate says; before any attack, by which score alone."""
-    if level == "D0":
-        return f"gone as far as {metric_words(case.metric)} alone shows"
-    return LEVELS[level]
+    """Return what a level of one candidate says; before any attack, by which scores."""
+    if level != "D0":
+        return LEVELS[level]
+    names = [metric_words(case.metric), *(score.words for score in case.free)]
+    if len(names) == 1:
+        return f"gone as far as {names[0]} alone shows"
+    return f"gone as far as {', '.join(names[:-1])} and {names[-1]} show"
 
 
 def highest(levels: Sequence[LevelResult]) -> str:
@@ -117,27 +123,76 @@ def highest(levels: Sequence[LevelResult]) -> str:
 
 
 def before_attacks(case: VerdictCase) -> list[LevelComparison]:
-    """Compare scores before any attack: with the oracle, else chance, else fresh text (D0)."""
+    """Compare scores before any attack: with the oracle, else chance, else fresh text (D0).
+
+    The headline metric first; every other score of answers that the rows allow can fail the level.
+    """
     ours, top = case.start(case.model), case.start(ORIGINAL)
     if not ours or not top:
         return []
+    by = f"{metric_words(case.metric)} before any attack"
+    starts = [case.start(name) for name in case.oracles]
+    headline = _before(case, by, ours, top, starts, case.chance)
+    loss = _loss_before(case)
+    if headline is None:
+        return [] if loss is None or case.oracles else [loss]
+    others = [
+        _before(
+            case,
+            f"{score.words} before any attack",
+            score.units.get(case.model, {}),
+            score.units.get(ORIGINAL, {}),
+            [score.units.get(name, {}) for name in case.oracles],
+            score.chance,
+        )
+        for score in case.free
+    ]
+    if case.oracles and case.metric != "text_loss":
+        others.append(loss)
+    return [headline, *(replace(other, beside="score") for other in others if other is not None)]
+
+
+def _before(
+    case: VerdictCase,
+    by: str,
+    ours: UnitScores,
+    top: UnitScores,
+    oracles: Sequence[UnitScores],
+    chance: float | None,
+) -> LevelComparison | None:
+    """Compare one score before any attack with the oracles', else with chance."""
+    if not ours or not top:
+        return None
     if case.oracles:
-        starts = [case.start(name) for name in case.oracles]
-        if not all(starts):
-            return []
-        gap = depth_gap(ours, starts, top, groups=case.groups, seed=case.seed)
-        return [LevelComparison("scores before any attack", gap, "oracle")]
-    if case.chance is not None:
-        guess = dict.fromkeys(ours, case.chance)
-        gap = depth_gap(ours, [guess], top, groups=case.groups, seed=case.seed, lower="chance")
-        return [LevelComparison("scores before any attack", gap, "chance")]
-    candidate = start_losses(case, case.model, case.attacks())
-    original = start_losses(case, ORIGINAL, case.attacks(ORIGINAL))
-    if candidate is None or original is None:
-        return []
-    _, gap = residual_bits([candidate], [], original, groups=case.groups, seed=case.seed)
+        if not all(oracles):
+            return None
+        gap = depth_gap(ours, oracles, top, groups=case.groups, seed=case.seed)
+        return LevelComparison(by, gap, "oracle")
+    if chance is None:
+        return None
+    guess = dict.fromkeys(ours, chance)
+    gap = depth_gap(ours, [guess], top, groups=case.groups, seed=case.seed, lower="chance")
+    return LevelComparison(by, gap, "chance")
+
+
+def _loss_before(case: VerdictCase) -> LevelComparison | None:
+    """Compare residual bits before any attack with the oracles', else with those of fresh text.
+
+    An answer that comes second is still there: its loss says so where no answer does.
+    """
+    candidate, *oracles, original = (
+        start_losses(case, name, case.attacks(name))
+        for name in (case.model, *case.oracles, ORIGINAL)
+    )
+    known = [losses for losses in oracles if losses is not None]
+    if candidate is None or original is None or len(known) < len(case.oracles):
+        return None
+    _, gap = residual_bits([candidate], known, original, groups=case.groups, seed=case.seed)
+    by = "loss before any attack"
+    if case.oracles:
+        return LevelComparison(by, gap, "oracle")
     note = "compared with matched fresh text, which nobody was taught"
-    return [LevelComparison("loss before any attack", gap, "chance", note=note)]
+    return LevelComparison(by, gap, "chance", note=note)
 
 
 def after_attacks(case: VerdictCase, level: Level) -> list[LevelComparison]:
@@ -161,7 +216,7 @@ def _before_the_end(case: VerdictCase, attack: str) -> list[LevelComparison]:
         comparison = _after_attack(case, attack, at)
         if comparison is not None:
             by = f"{comparison.by} after {runs[0].entry.curve[at].tokens:,} tokens"
-            out.append(replace(comparison, by=by, early=True))
+            out.append(replace(comparison, by=by, beside="checkpoint"))
     return out
 
 
@@ -291,7 +346,7 @@ def decide(
         (
             (status, comparison)
             for status, comparison in zip(statuses, comparisons, strict=True)
-            if status == "fail" or not comparison.early
+            if _counts(comparison, status, margin)
         ),
         key=lambda pair: (order.index(pair[0]), -_sortable(pair[1].gap.value)),
     )
@@ -309,6 +364,14 @@ def decide(
         decided_by=worst.by,
         reason=_sentence(status, worst, margin, missing, _verb(level, gone)),
     )
+
+
+def _counts(comparison: LevelComparison, status: Status, margin: float) -> bool:
+    """Return whether a comparison has a say; those beside the headline only where they speak up."""
+    if not comparison.beside or status == "fail":
+        return True
+    undecided = comparison.beside == "score" and status == "underpowered"
+    return undecided and comparison.gap.value >= margin
 
 
 def status_of(gap: Gap, margin: float) -> Status:

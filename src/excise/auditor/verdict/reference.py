@@ -33,6 +33,21 @@ COVERAGE = 0.9
 
 
 @dataclass(frozen=True)
+class FreeScore:
+    """A score beside the headline that costs nothing to take, of every model before any attack.
+
+    Attributes:
+        words: What a reader calls it.
+        units: Score by model and unit.
+        chance: Score of a model that knows nothing; None where unknown.
+    """
+
+    words: str
+    units: Mapping[str, UnitScores]
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
 class VerdictCase:
     """What a verdict about one candidate rests on.
 
@@ -47,6 +62,7 @@ class VerdictCase:
         chance: Score of a model that knows nothing; None where unknown.
         guess: Token loss of a uniform guess; None for another metric or an unknown vocabulary.
         groups: Group of each unit that has one.
+        free: Scores beside the headline, before any attack.
         invalid: Why an attack is invalid, by attack; those with power are missing.
         seed: Seed of all bootstraps.
     """
@@ -61,6 +77,7 @@ class VerdictCase:
     chance: float | None = None
     guess: float | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
+    free: tuple[FreeScore, ...] = ()
     invalid: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
 

@@ -4,8 +4,11 @@
 
 where V is the loss on the held-out test set and `fresh` the loss on made-up units of the same
 template that nobody ever saw, both after the attacker trained on the relearn set: what the attack
-teaches about the template cancels. Losses are nats per unit, summed over its target tokens, as
-attacks leave them in `extras["loss_V"]` and `extras["loss_fresh"]`. The quantity is excise's own.
+teaches about the template cancels. Losses are nats per unit, summed over its target tokens, of a
+reader who hedges (`batching.Nats`), since how sure a model is of what it does not know says nothing
+about what it knows. Attacks leave them in `extras["hedged_V"]` and `extras["hedged_fresh"]`. The
+quantity is excise's own. One temperature per model in place of the hedge was tried and is convex in
+the share of units known, so that half of them read as a tenth: docs/lab-notes.md.
 The prequential sum (Dawid 1984) is secondary.
 
 Shape legend: M models, S bootstrap samples.
@@ -125,9 +128,14 @@ def residual_bits(
 
 
 def losses_of(variant: VariantResult, *, start: bool = False) -> Losses | None:
-    """Return the losses an attack noted at its end (or start); None where they are not finite."""
+    """Return the hedged losses that an attack noted; None where they are not finite.
+
+    Args:
+        variant: A variant of relearning.
+        start: Whether those before the attack are wanted, not those at its end.
+    """
     end = "_start" if start else ""
-    v, fresh = variant.extras.get(f"loss_V{end}"), variant.extras.get(f"loss_fresh{end}")
+    v, fresh = variant.extras.get(f"hedged_V{end}"), variant.extras.get(f"hedged_fresh{end}")
     if not v or not fresh:
         return None
     return (v, fresh) if all(map(math.isfinite, [*v.values(), *fresh.values()])) else None

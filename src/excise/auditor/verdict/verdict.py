@@ -20,7 +20,7 @@ from excise.auditor.verdict.reference import (
     depth_gap,
     mean,
 )
-from excise.auditor.verdict.residual_bits import LN2, all_bits, prequential, start_losses
+from excise.auditor.verdict.residual_bits import LN2, all_bits, prequential
 from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.evals.score import chance_of, direction_of
@@ -203,7 +203,8 @@ def opening(
     top, before = case.start(ORIGINAL), case.start(case.model)
     if case.nothing:
         return f"The retain set is damaged. {case.nothing}" if damaged else case.nothing
-    answer = _comes_back(levels, gone=recovery is None or recovery.fraction is not None)
+    gone = recovery is None or recovery.fraction is not None
+    answer = _comes_back(levels, case.metric, gone=gone)
     if damaged:
         head = answer.rstrip(". ")
         answer = f"{head}, and the retain set is damaged. " if head else ""
@@ -251,12 +252,18 @@ def opening(
     )
 
 
-def _comes_back(levels: Sequence[LevelResult], *, gone: bool) -> str:
-    """Answer whether it comes back, with a space behind, as far as the levels D0 to D4 say so."""
+def _comes_back(levels: Sequence[LevelResult], metric: str, *, gone: bool) -> str:
+    """Answer whether it comes back, with a space behind, as far as the levels D0 to D4 say so.
+
+    What is still there before any attack is named with the score that shows it, where that is not
+    the headline.
+    """
     before, *attacked = (result for result in levels if result.level != "D5")
     if before.status == "fail":
-        whole = before.gap is not None and before.gap >= WHOLE
-        return "It is still there. " if whole else "Part of it is still there. "
+        what = "It" if before.gap is not None and before.gap >= WHOLE else "Part of it"
+        by = before.decided_by.removesuffix(" before any attack")
+        beside = "" if by in (metric_words(metric), "loss") else f" by {by}"
+        return f"{what} is still there{beside}. "
     if not gone and before.status != "pass":
         return "Nothing was removed that the test can tell. "
     names = [result.decided_by.split(" ")[0] for result in attacked if result.status == "fail"]
@@ -407,8 +414,12 @@ def _worse_than_ignorant(case: VerdictCase) -> float | None:
 
 def _start_nats(case: VerdictCase, subject: str) -> UnitScores:
     """Return nats by unit on V before any attack, as a relearning attack noted them."""
-    losses = start_losses(case, subject, case.attacks(subject))
-    return losses[0] if losses else {}
+    for attack in case.attacks(subject):
+        for variant in case.variants(attack, subject):
+            noted: UnitScores = variant.extras.get("loss_V_start", {})
+            if noted and all(map(math.isfinite, noted.values())):
+                return noted
+    return {}
 
 
 def _in_paraphrases(case: VerdictCase, scores: Sequence[Score]) -> list[str]:

@@ -217,6 +217,9 @@ class AuditOptions(PairOptions):
     require: str = ""
     """What every edited model must meet: 'D3, recovery<=0.2@1M-tokens, retain>=-0.01'; exit code 3
     where something is missed, 4 where it stays undecided."""
+    canary: bool = False
+    """Without an oracle: teach the original made-up facts, remove them by the methods and settings
+    of the folder, and attack that; --canary.units and so on change what is taught."""
     candidate: tuple[str, ...] = ()
     """Another edited model of the same original, as NAME=DIR; repeat it for several."""
     workers: Count = 0

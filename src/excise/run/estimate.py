@@ -46,6 +46,7 @@ from excise.models.tiny import tiny_config
 from excise.requests.audit import AuditRun
 from excise.requests.lengths import fit_lengths
 from excise.requests.recipe import Recipe, budget_for, starts_from
+from excise.run.canary import teaching
 from excise.run.environment import device_of
 from excise.train.fit import FitConfig
 
@@ -305,7 +306,8 @@ def plan(
         domain = None
         if rows:
             emit("phase", {"text": "reading the data"})
-            domain = request.domain.build(original)
+            build = request.build if isinstance(request, AuditRun) else request.domain.build
+            domain = build(original)
         tokenizer = None
         if spec.scratch is not None:
             tokenizer = request.domain.tokenizer() if rows else None
@@ -319,11 +321,14 @@ def plan(
         sizes = DataSizes(count, tokenizer, domain)
         lines = tuple(_lines(request, sizes))
         width = 2 if request.dtype == "bfloat16" else 4
-        arms = request.arms.values() if isinstance(request, Recipe) else ()
-        needs = [_memory(m, original, shapes, width) for m in arms] if shapes is not None else []
+        arms = _arms(request)
+        methods = arms.values() if shapes is not None else ()
+        needs = [_memory(method, original, shapes, width) for method in methods]
         if count is not None and (request.audit.budget != "none" or spec.scratch):
             needs.append(_training_memory(count, count, width))
-        models = len(request.arms) if isinstance(request, Recipe) else 0
+        models = len(arms)
+        if isinstance(request, AuditRun) and request.canary is not None:
+            models += 1 + request.canary.num_oracles(request.audit.budget)
         if spec.scratch is not None and isinstance(request, Recipe):
             models += 1 + request.oracles
         device = device_of(request.device)
@@ -343,6 +348,13 @@ def plan(
             domain=domain,
             tokenizer=tokenizer,
         )
+
+
+def _arms(request: Recipe | AuditRun) -> Mapping[str, Method]:
+    """Return the removals by name, those of canaries among them."""
+    if isinstance(request, Recipe):
+        return request.arms
+    return request.canary.arms if request.canary is not None else {}
 
 
 def _other_models(request: Recipe | AuditRun) -> tuple[str, ...]:
@@ -434,6 +446,13 @@ def _lines(request: Recipe | AuditRun, sizes: DataSizes) -> Iterator[Line]:
             method = completed(method, {"pretrain": request.pretrain})
             yield method_line(name, method, sizes, 2 if request.refit else 1, name)
         subjects += len(request.arms) + (request.oracles if scratch else 0)
+    elif request.canary is not None:
+        oracles = request.canary.num_oracles(request.audit.budget)
+        teach = teaching(request.canary, sizes.count or LARGE)
+        yield method_line("canary: original and oracles", teach, sizes, 1 + oracles, FULL)
+        for name, method in request.canary.arms.items():
+            yield method_line(f"canary: {name}", method, sizes, 1, FULL)
+        subjects += len(request.canary.arms) + oracles
     else:
         subjects += len(request.candidates) + len(request.oracles)
     yield _scores(request, sizes, subjects)

@@ -54,6 +54,7 @@ def new_record(
 ) -> Record:
     """Return a record that says what was asked, where, and about what."""
     source = asked.original.path if isinstance(asked, AuditRun) else asked.model.path
+    canary = isinstance(asked, AuditRun) and asked.canary is not None
     return Record(
         kind=kind,
         title=asked.title or asked.name,
@@ -64,7 +65,15 @@ def new_record(
         data=describe(domain),
         models=model_refs(models, source),
         sensitive=domain.sensitive,
+        notes=(ABOUT_CANARIES,) if canary else (),
     )
+
+
+ABOUT_CANARIES = (
+    "A canary audit: made-up facts were taught to the model and removed again. It says how deep "
+    "this method, at these settings, cuts on this model, and nothing about your own forget set."
+)
+"""What the record of a canary audit says of itself."""
 
 
 def timed(record: Record, began: float, workers: int = 0) -> Record:

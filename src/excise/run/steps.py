@@ -17,7 +17,7 @@ from excise.methods.base import ApplyMethod, Method, Removal, completed
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.models.checkpoint import Checkpoint
-from excise.record import Item, Record
+from excise.record import Item, MethodRun, Record
 from excise.requests.recipe import AuditSpec, EvalSpec, Recipe, budget_for, starts_from
 from excise.run.results import (
     Models,
@@ -75,15 +75,26 @@ def audit_models(
     candidates: Mapping[str, Checkpoint],
     runtime: Runtime,
     pool: Pool,
+    arms: Sequence[MethodRun] = (),
 ) -> tuple[Record, list[Item]]:
     """Examine models that somebody made, once it is sure that they compare.
+
+    Args:
+        record: What is known so far.
+        asked: How models are scored and attacked.
+        domain: Rows by role.
+        models: The reference models.
+        candidates: The edited models by name.
+        runtime: Where stages are kept.
+        pool: Worker processes.
+        arms: How they were made, where that is known.
 
     Raises:
         UserError: If a candidate or an oracle cannot be read against the original.
     """
     check_comparable(models.original, {**candidates, **oracle_names(models.oracles)})
-    arms = tuple(audited_arm(name, model) for name, model in candidates.items())
-    record = record.model_copy(update={"method_runs": arms})
+    arms = arms or tuple(audited_arm(name, model) for name, model in candidates.items())
+    record = record.model_copy(update={"method_runs": tuple(arms)})
     return examine(record, asked, domain, models, candidates, runtime, pool)
 
 

@@ -39,7 +39,11 @@ def main(options: AuditOptions) -> int:
     with progress(events, quiet=options.quiet, tracker=options.track) as emit:
         audit(request, out, workers=options.workers, emit=emit, command=options.command)
     code = finish(out)
-    if options.folder and load(Path(options.folder)).kind in ("run", "remove"):
+    if (
+        options.folder
+        and not options.canary
+        and load(Path(options.folder)).kind in ("run", "remove")
+    ):
         folder, there = shlex.quote(options.folder), shlex.quote(str(out))
         print(f"card    excise card {folder} --audit {there}")
     return code
@@ -53,6 +57,7 @@ def request_data(options: AuditOptions) -> dict[str, Any]:
     if not options.canary:
         candidates = candidates_of(options, pair.models)
         models = {"candidates": candidates, "oracles": [*pair.oracles, *options.oracle]}
+        models["proxies"] = [*pair.proxies, *options.proxy_oracle]
     return {
         **models,
         "name": f"{'canary' if options.canary else 'audit'}-{pair.name}",
@@ -83,10 +88,11 @@ def canary_arms(options: AuditOptions) -> dict[str, Any]:
             "--canary needs the output folder of excise run or remove, whose record names the "
             "method and its settings; give it in the place of --model"
         )
-    for flag in ("oracle", "candidate"):
+    for flag in ("oracle", "proxy_oracle", "candidate"):
         if getattr(options, flag):
             raise UserError(
-                f"--{flag} is given beside --canary, which makes its models itself; leave it out"
+                f"--{flag.replace('_', '-')} is given beside --canary, which makes its models "
+                "itself; leave it out"
             )
     runs = load(Path(options.folder)).method_runs
     arms = {run.name: run.method for run in runs if run.method}

@@ -212,6 +212,9 @@ class AuditOptions(PairOptions):
 
     oracle: tuple[str, ...] = ()
     """A model retrained without the forget set; repeat it for several."""
+    proxy_oracle: tuple[str, ...] = ()
+    """A model that stands in for one, such as an early checkpoint or a filtered sibling: named as
+    such, and no ground for 'as if never learned'; repeat it for several."""
     budget: Literal["smoke", "standard", "strong"] = "smoke"
     """How hard to attack."""
     require: str = ""

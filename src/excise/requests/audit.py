@@ -77,6 +77,8 @@ class AuditRun(Config):
     """The model before removal."""
     oracles: tuple[str, ...] = ()
     """Models never taught what was removed."""
+    proxies: tuple[str, ...] = ()
+    """Models that stand in for oracles: an early checkpoint, a filtered sibling."""
     canary: Canary | None = None
     """In the place of candidates: canaries, put into the original and removed again."""
     audit: AuditSpec = AuditSpec()
@@ -95,7 +97,7 @@ class AuditRun(Config):
     @model_validator(mode="after")
     def _check(self) -> AuditRun:
         """Refuse candidates with the names of reference models, and beside canaries."""
-        if self.canary is not None and (self.candidates or self.oracles):
+        if self.canary is not None and (self.candidates or self.oracles or self.proxies):
             raise ValueError("canary: makes its candidates and oracles; give none beside it")
         if self.canary is None and not self.candidates:
             raise ValueError("candidates: name at least one model")

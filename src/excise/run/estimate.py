@@ -361,7 +361,7 @@ def _other_models(request: Recipe | AuditRun) -> tuple[str, ...]:
     """Return the models beside the original that must be there."""
     if isinstance(request, Recipe):
         return ()
-    return (*request.candidates.values(), *request.oracles)
+    return (*request.candidates.values(), *request.oracles, *request.proxies)
 
 
 def _shapes(scratch: Scratch, tokenizer: Tokenizer) -> Any:
@@ -454,7 +454,7 @@ def _lines(request: Recipe | AuditRun, sizes: DataSizes) -> Iterator[Line]:
             yield method_line(f"canary: {name}", method, sizes, 1, FULL)
         subjects += len(request.canary.arms) + oracles
     else:
-        subjects += len(request.candidates) + len(request.oracles)
+        subjects += len(_other_models(request))
     yield _scores(request, sizes, subjects)
     if request.audit.budget != "none":
         yield from _audit(request, sizes, subjects)

@@ -100,10 +100,14 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
         runtime = output.runtime(out, request.dtype, request.device, emit)
         emit("phase", {"text": "reading the models and the data"})
         named = {n: open_model(ModelSpec(path=path)) for n, path in request.candidates.items()}
-        oracles = tuple(open_model(ModelSpec(path=path)) for path in request.oracles)
-        models = Models(open_model(request.original), oracles)
+        oracles, proxies = (
+            tuple(open_model(ModelSpec(path=path)) for path in paths)
+            for paths in (request.oracles, request.proxies)
+        )
+        models = Models(open_model(request.original), oracles, proxies)
         domain = request.build(models.original)
-        output.note_changes(out, request.domain, models.original, emit)
+        if request.canary is None:  # whose recorded original is another: the one that was taught
+            output.note_changes(out, request.domain, models.original, emit)
         output.write_split(out, request.domain, domain)
         emit("phase", {"text": "looking for work that is done already"})
         arms: tuple[MethodRun, ...] = ()

@@ -92,7 +92,7 @@ def audit_models(
     Raises:
         UserError: If a candidate or an oracle cannot be read against the original.
     """
-    check_comparable(models.original, {**candidates, **oracle_names(models.oracles)})
+    check_comparable(models.original, {**candidates, **oracle_names(models)})
     arms = arms or tuple(audited_arm(name, model) for name, model in candidates.items())
     record = record.model_copy(update={"method_runs": tuple(arms)})
     return examine(record, asked, domain, models, candidates, runtime, pool)
@@ -123,14 +123,14 @@ def examine(
     Returns:
         The record with scores, attacks and verdicts, and the score of every item.
     """
-    named = {"original": models.original, **oracle_names(models.oracles), **candidates}
+    named = {"original": models.original, **oracle_names(models), **candidates}
     jobs = [ScoreModel(model, domain, asked.evaluate) for model in named.values()]
     label(jobs, [f"scores of {name}" for name in named], runtime, pool)
     found = pool.map(score_named, [(runtime, *pair) for pair in zip(named, jobs, strict=True)])
     scored = {name: one.named(name) for name, one in zip(named, found, strict=True)}
     results = attack_models(asked, domain, models, candidates, runtime, pool)
     record = judged(record, domain, models, candidates, scored, results, asked.audit, null)
-    oracle = next(iter(oracle_names(models.oracles)), "")
+    oracle = next(iter(oracle_names(models)), "")
     items = {name: one.items for name, one in scored.items()}
     more, unknown = set_scores(items, oracle)
     notes = [*record.data.get("notes", ()), *unknown]
@@ -166,7 +166,8 @@ def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Model
     label(jobs, ["original", *(f"oracle-{i}" for i in range(recipe.oracles))], runtime, pool)
     trained = pool.map(runtime.run, jobs)
     original, *oracles = [removal.checkpoint for removal in trained]
-    return domain, Models(original, tuple(oracles), inits[-1], trained[0].cost.tokens)
+    tokens = trained[0].cost.tokens
+    return domain, Models(original, tuple(oracles), init=inits[-1], tokens=tokens)
 
 
 def remove_all(
@@ -207,7 +208,7 @@ def attack_models(
     if asked.audit.budget == "none":
         return {}
     refuse_equal(models, candidates)
-    named = {**candidates, "original": models.original, **oracle_names(models.oracles)}
+    named = {**candidates, "original": models.original, **oracle_names(models)}
     subjects = [Subject(name, model, models.original) for name, model in named.items()]
     budget = budget_for(asked.audit, models.original.num_parameters)
     return attack_all(

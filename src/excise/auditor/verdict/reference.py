@@ -23,7 +23,7 @@ from excise.auditor.evaluation_set import UnitScores
 from excise.core.errors import UserError
 from excise.evals.stats import SAMPLES, Array, bootstrap_mean, clusters, interval, resampled_means
 from excise.record import Estimate, ScoreDirection
-from excise.record.measured import NOTHING
+from excise.record.measured import NOTHING, PROXY
 
 RAN = ("ok", "invalid")
 """Statuses of a variant that ran to its end, whether or not its attack has power."""
@@ -80,6 +80,11 @@ class VerdictCase:
     free: tuple[FreeScore, ...] = ()
     invalid: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+
+    @property
+    def proxies(self) -> tuple[str, ...]:
+        """Return the names of oracles that only stand in for one."""
+        return tuple(name for name in self.oracles if name.startswith(PROXY))
 
     @property
     def nothing(self) -> str:

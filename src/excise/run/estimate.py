@@ -11,9 +11,9 @@ import math
 import os
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.tuning import (
     Training,
     TrainingAttack,
+    possible,
     relearn_rows,
 )
 from excise.core.config import Config
@@ -565,18 +566,33 @@ def _audit(request: Recipe | AuditRun, sizes: DataSizes, subjects: int) -> Itera
             flops = sizes.flops(2.0, passes * scoring)
             yield Line(name, 0, attacked, passes * scoring, flops, SCORING)
             continue
-        fresh = [t for t in attack.trainings(budget) if (attack.shared, t) not in done]
+        asked = attack.trainings(budget)
+        asked = asked if domain is None else possible(asked, domain)
+        fresh = [t for t in asked if (attack.shared, t) not in done]
         done |= {(attack.shared, t) for t in fresh}
         for kind, pace in (("full", FULL), ("lora", ADAPTER)):
             trainings = [t for t in fresh if t.kind == kind]
             if trainings:
                 label = name if kind == "full" else f"{name}, adapter"
-                jobs, one = len(trainings) * attacked, trainings[0]
-                cut = one.within(budget)  # all trainings of an attack take as many steps
-                yield _training(label, cut, jobs, one.on, sizes, pace)
-                reads += jobs * (_points(cut) + bool(one.start))
+                cuts = [(t, t.within(budget)) for t in trainings]
+                yield _together(
+                    [_training(label, cut, attacked, t.on, sizes, pace) for t, cut in cuts]
+                )
+                reads += attacked * sum(_points(cut) + bool(t.start) for t, cut in cuts)
     tokens = reads * scoring
     yield Line("audit: scores on the way", 0, reads, tokens, sizes.flops(2.0, tokens), ON_THE_WAY)
+
+
+def _together(lines: Sequence[Line]) -> Line:
+    """Return one line for trainings of one kind, which may differ in steps."""
+    flops = [line.flops for line in lines if line.flops is not None]
+    return replace(
+        lines[0],
+        steps=max(line.steps for line in lines),
+        jobs=sum(line.jobs for line in lines),
+        tokens=sum(line.tokens for line in lines),
+        flops=sum(flops) if len(flops) == len(lines) else None,
+    )
 
 
 def _points(budget: Budget) -> int:

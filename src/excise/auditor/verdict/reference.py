@@ -123,10 +123,11 @@ class VerdictCase:
 
     def end(self, attack: str, subject: str, at: int = -1) -> list[UnitScores]:
         """Return V by unit at the end of an attack (or at checkpoint `at`), by attacker seed."""
+        # An attacker who stopped before a checkpoint holds there what he had.
         return [
-            variant.unit_scores[at]
+            variant.unit_scores[min(at, len(variant.unit_scores) - 1)]
             for variant in self.chosen(attack, subject)
-            if -len(variant.unit_scores) <= at < len(variant.unit_scores)
+            if -len(variant.unit_scores) <= at
         ]
 
     def start(self, subject: str) -> UnitScores:
@@ -141,6 +142,15 @@ class VerdictCase:
                 if scored and len(variant.unit_scores[0]) > len(most):
                     most = variant.unit_scores[0]
         return most
+
+
+def on_other_rows(variant: VariantResult) -> bool:
+    """Return whether a training read other rows than T, or few of them.
+
+    What it teaches says nothing about whether the budget teaches T, nor is it a code of T.
+    """
+    entry = variant.entry
+    return entry.trained_on in ("forget", "adjacent") or "examples" in entry.facts
 
 
 def averaged(scores: Sequence[UnitScores]) -> UnitScores:

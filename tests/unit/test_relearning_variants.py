@@ -62,9 +62,8 @@ def test_rows_are_those_of_the_role_the_number_and_the_wording(facts_domain: Dom
     assert len(rows_of(asked["relearn", 1], facts_domain)) == 1
     forget = rows_of(asked["forget", 0], facts_domain)
     assert forget == tuple(r for rows in facts_domain.forget.values() for r in rows)
-    worded = replace(
-        facts_domain, relearn={"a": (*relearn, *(replace(r, wording=7) for r in relearn))}
-    )
+    again = tuple(replace(row, wording=7) for row in relearn)
+    worded = replace(facts_domain, relearn={"a": (*relearn, *again)})
     one = replace(asked["relearn", 0], wording=1)
     assert {row.wording for row in rows_of(one, worded)} == {7}
     assert rows_of(one, facts_domain) == relearn  # there is one wording
@@ -127,9 +126,8 @@ def test_the_reading_of_t_never_decides_on_any_of_them(
     tmp_path: Path, facts_domain: Domain, never_taught: Checkpoint
 ) -> None:
     budget = QUICK.model_copy(update={"trials": 1, "steps": 1, "checkpoints": (0, 1)})
-    result = Relearn().run(
-        Subject("oracle-0", never_taught), facts_domain, budget, Context(tmp_path)
-    )
+    subject = Subject("oracle-0", never_taught)
+    result = Relearn().run(subject, facts_domain, budget, Context(tmp_path))
     assert result.chosen == ()
     assert not any(v.entry.decisive for v in result.variants)
 

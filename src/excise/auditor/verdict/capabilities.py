@@ -44,7 +44,7 @@ def by_capability(case: VerdictCase, domain: Domain, attack: str) -> list[str]:
                 ours, ends, top, oracles_start=starts, groups=case.groups, seed=case.seed
             )
             share = f"depth gap {gap.value:.2f} [{gap.low:.2f}, {gap.high:.2f}]"
-            share = "nothing to bring back" if gap.invalid else share
+            share = "not told apart from the original" if gap.invalid else share
             whose = "proxy oracle" if case.proxies else "never taught"
             words += f" ({whose} {mean(averaged(ends)):.2f}; {share})"
         parts.append(f"{words}, {len(before)} units")

@@ -36,6 +36,15 @@ def test_controls_diagnostics_and_failures_never_decide(bad: dict[str, bool]) ->
     assert choose([variant("x", 1.0, **bad)], higher=True) == ()  # type: ignore[arg-type]
 
 
+def test_who_holds_the_original_is_chosen_apart_and_may_only_fail() -> None:
+    both = [variant("x", 0.2), variant("y", 0.5, original=True), variant("z", 0.9, original=True)]
+    assert choose(both, higher=True) == (0,)
+    assert choose(both, higher=True, holding=True) == (2,)
+    assert choose(both, higher=False, holding=True) == (1,)
+    kept = AttackResult("a", "candidate", tuple(both), (0,), fail_only=(2,))
+    assert from_json(to_json(kept)).fail_only == (2,)
+
+
 def test_ties_are_settled_by_the_loss_on_dev_and_nan_loses() -> None:
     tied = [variant("full", 0.0, lr=1, loss=3.0), variant("full", 0.0, lr=2, loss=2.0)]
     assert choose(tied, higher=True) == (1,)
@@ -44,12 +53,12 @@ def test_ties_are_settled_by_the_loss_on_dev_and_nan_loses() -> None:
 
 def test_a_variant_that_broke_the_model_decides_only_where_all_did() -> None:
     best = variant("x", 1.0, lr=1)
-    assert choose([with_loss(best, 0.31), with_loss(variant("y", 0.1), 0.3)], higher=True) == (1,)
-    assert choose([with_loss(best, 0.31), with_loss(variant("y", 0.1), 0.9)], higher=True) == (0,)
+    assert choose([with_loss(best, 0.11), with_loss(variant("y", 0.1), 0.1)], higher=True) == (1,)
+    assert choose([with_loss(best, 0.11), with_loss(variant("y", 0.1), 0.9)], higher=True) == (0,)
     seeds = [with_loss(best, 0.9), with_loss(variant("x", 1.0, lr=1, seed=1), 0.0)]
     assert choose([*seeds, variant("y", 0.1)], higher=True) == (2,)
-    assert with_loss(best, 0.31).entry.facts == {"broke": True}
-    assert with_loss(best, 0.3).entry.facts == {}
+    assert with_loss(best, 0.11).entry.facts == {"broke": True}
+    assert with_loss(best, 0.1).entry.facts == {}
 
 
 def test_decisive_marks_the_chosen() -> None:

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from excise.auditor.budget import SMOKE
+from excise.auditor.controls import GatedEdit
+from excise.auditor.controls.control import make_control
 from excise.auditor.controls.gated import add_gate, best_detector, features
 from excise.auditor.evaluation_set import evaluation_set
 from excise.core.context import Context
@@ -26,6 +28,7 @@ from excise.diagnose.activations import Chunk, ModelPair, read_pair
 from excise.diagnose.direction import fit_junk, rank, spread
 from excise.diagnose.inspection import inspect_pair
 from excise.diagnose.outputs import WEIGHTS, Tally, noises, pieces, share_explained, token_kl
+from excise.diagnose.patching import patching_depth
 from excise.diagnose.weights import compare, count90, spectrum
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint, save_model
@@ -278,3 +281,28 @@ def test_sensitive_texts_are_not_kept(folder: Path, facts_domain: Domain) -> Non
     closed, said = look(folder, other, replace(facts_domain, sensitive=True))
     assert closed.strips == ()
     assert said == ()
+
+
+def test_patching_gives_zero_for_the_original_one_for_the_oracle_and_between_for_a_gate(
+    folder: Path, facts_domain: Domain
+) -> None:
+    known, never = exact(folder), Checkpoint(FIXTURES / "never_taught")
+    control = make_control(
+        GatedEdit(), known, facts_domain, SMOKE, Context(folder), folder / "patched"
+    )
+    assert control.checkpoint is not None
+    original, oracle, gated = (c.load() for c in (known, never, control.checkpoint))
+    rows, tokenizer = facts_domain.test["tests"], known.tokenizer()
+
+    def depth(model: Any) -> float:
+        found = patching_depth(original, oracle, model, tokenizer, rows, max_length=32)
+        assert set(found.by_unit) == {row.unit for row in rows}
+        assert len(found.oracle_L) == len(found.edited_L) == 2
+        return found.mean
+
+    assert depth(original) == 0
+    assert depth(oracle) == 1
+    assert 0.2 < depth(gated) < 0.9
+    other = tiny_model("llama", vocab=127, width=16, blocks=2)
+    with pytest.raises(UserError, match="three models of one architecture"):
+        patching_depth(original, oracle, other, tokenizer, rows, max_length=32)

@@ -76,6 +76,34 @@ def test_roles_share_no_subject() -> None:
     assert not groups(domain.fresh) & groups((*domain.unlabeled, *domain.retain))
 
 
+@pytest.mark.parametrize("exposure", ["seen", "held_out"])
+def test_scored_names_share_all_their_parts_with_names_that_are_trained_on(exposure: str) -> None:
+    spec = Facts(shared_parts=True, capabilities=2, exposure=exposure)  # type: ignore[arg-type]
+    domain = spec.build(None)
+
+    def parts(rows: Iterable[Row]) -> set[str]:
+        return {part for row in rows for part in row.group.split()}
+
+    for name in spec.capability_names:
+        assert all(len(row.group.split()) == 2 for row in domain.test[name])
+        assert parts(domain.test[name]) <= parts(domain.relearn[name])
+        assert not groups(domain.test[name]) & groups(domain.relearn[name])
+        assert not parts(domain.test[name]) & parts((*domain.retain, *domain.dev_forget[name]))
+    halves = len(domain.fresh) // 2
+    assert parts(domain.fresh[halves:]) <= parts(domain.fresh[:halves])
+    everybody = {group for row in everyone(domain) for group in [row.group]}
+    assert len(everybody) == spec.subjects + len(groups(domain.fresh))
+    unknown = spec.tokenizer().unk_token_id
+    examples = encode(everyone(domain), spec.tokenizer(), max_length=64)
+    assert not any(unknown in e.ids for e in examples)
+    assert max(len(e.ids) for e in examples) <= FACTS_MAX_LENGTH
+
+
+def test_too_few_subjects_share_no_parts() -> None:
+    with pytest.raises(ValidationError, match="eight are the least"):
+        Facts(subjects=16, shared_parts=True)
+
+
 def test_the_test_wording_is_taught_by_core_facts_only() -> None:
     last = SMALL.wordings - 1
     domain = SMALL.build(None)

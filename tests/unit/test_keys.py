@@ -52,6 +52,7 @@ from excise.models.checkpoint import Checkpoint, open_checkpoint, save_model
 from excise.models.tiny import byte_tokenizer, tiny_model
 from excise.requests.recipe import EvalSpec
 from excise.run.study import Study, study_named, study_points
+from excise_studies.auditing.hidings import Hiding
 
 
 def modules() -> Iterator[types.ModuleType]:
@@ -180,6 +181,7 @@ FAMILIES: dict[str, list[Config]] = {
     "control": [required(cls) for cls in CONTROLS],
     "domain": [required(cls) for cls in DOMAINS.values()],
     "study": [study(name) for name in study_points()],
+    "hiding": [required(cls) for cls in subclasses(Hiding)],
     "rest": [SMOKE, EvalSpec()],
 }
 MEMBERS = [config for family in FAMILIES.values() for config in family]

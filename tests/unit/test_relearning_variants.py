@@ -113,7 +113,10 @@ def test_every_trial_notes_its_settings_and_the_best_by_then(
         assert trial.entry.facts["steps"] == len(trial.entry.curve) * 2 - 2
         assert isinstance(trial.entry.facts["best_so_far"], float)
     # The curve of the search follows dev, not V, and leaves out a trial that ruined the model.
-    dev = [replace(v, dev_score=score) for v, score in zip(trials, (0.2, 0.9, 0.5), strict=True)]
+    dev = [
+        replace(v, dev_score=score, extras={**v.extras, "retain_lost": 0.0})
+        for v, score in zip(trials, (0.2, 0.9, 0.5), strict=True)
+    ]
     ruined = replace(dev[1], extras={**dev[1].extras, "retain_lost": 2 * BOUND})
     ends = [v.entry.curve[-1].score for v in trials]
     found = [v.entry.facts["best_so_far"] for v in searched(dev, higher=True)]

@@ -128,7 +128,6 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 
 def test_residual_bits_rise_with_the_share_of_units_known(shares: dict[str, float]) -> None:
-    print(shares)
     doses = [shares[f"dose {dose}"] for dose in DOSES]
     assert doses == sorted(doses)
     assert doses == pytest.approx(DOSES, abs=0.12)

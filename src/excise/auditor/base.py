@@ -67,6 +67,8 @@ class AttackResult:
         variants: Every variant that was run.
         chosen: Indices into `variants` of those that decide (one per seed, at the chosen rate).
         seconds: Wall-clock time.
+        fail_only: Indices of those that hold the original and bring nothing of it along: they can
+            fail a level and never let it pass.
     """
 
     attack: str
@@ -74,6 +76,7 @@ class AttackResult:
     variants: tuple[VariantResult, ...]
     chosen: tuple[int, ...]
     seconds: float = 0.0
+    fail_only: tuple[int, ...] = ()
 
 
 class Attack(Config, ABC):

@@ -65,6 +65,8 @@ class Budget(Config):
     """Grids of the quantization attack."""
     random_directions: int = Field(default=2, ge=0)
     """Random directions cleared as controls of direction clearing."""
+    subspaces: tuple[Count, ...] = ()
+    """Sizes of subspaces that direction clearing takes out whole, beside a whitened difference."""
     max_test_rows: int = Field(default=256, ge=1)
     """Rows of V scored at most, the same for every subject."""
     max_other_rows: int = Field(default=128, ge=1)
@@ -88,7 +90,7 @@ class Budget(Config):
         A stage is given this one, so that equal trainings of different budgets are done once.
         """
         apart = (*_JUDGING, "rates", "lora_rates", "benign_rates", "seeds", "shots", "formats")
-        beside = ("random_directions", "trained_on", "examples", "trials")
+        beside = ("random_directions", "subspaces", "trained_on", "examples", "trials")
         return self.without((*apart, *beside))
 
     def for_attack(self) -> Budget:
@@ -108,8 +110,21 @@ _JUDGING = ("name", "attacks", "margin", "fresh", "together")
 REQUIRED = ("few_shot", "prefix", "direction", "quantize", "benign", "relearn", "transfer")
 """Attacks every budget asks for: one at least on each level that an attack can decide."""
 
-EDITS = ("prune", "noise", "shrink_perturb", "reinit")
+ROWS = ("rescale_rows", "align_rows", "match_rows")
+"""Attacks on edits that are keyed on names; left out where no prompt holds a name."""
+
+READINGS = ("lens", "probe", "latent")
+"""Further attacks on activations that standard and strong ask for."""
+
+EDITS = ("prune", "noise", "shrink_perturb", "reinit", *ROWS)
 """Further edits of weights that standard and strong ask for."""
+
+PROMPTS = ("paraphrase", "filler", "template")
+"""Further prompts that standard and strong ask for; one that has nothing to do for the rows or the
+model at hand is shown as such, and no level waits for it."""
+
+INPUTS = ("soft_prompt",)
+"""Trained inputs that standard and strong ask for."""
 
 FORMATS: tuple[Format, ...] = ("int8", "int4", "int3", "nf4")
 """Grids from standard on."""
@@ -119,7 +134,7 @@ SMOKE = Budget(name="smoke", attacks=REQUIRED, lora_rates=())
 
 STANDARD = Budget(
     name="standard",
-    attacks=(*REQUIRED, *EDITS),
+    attacks=(*REQUIRED, *PROMPTS, *READINGS, *EDITS, *INPUTS),
     steps=256,
     rates=(1e-4, 3e-4, 1e-3, 3e-3),
     lora_rates=(1e-3, 3e-3, 1e-2, 3e-2),
@@ -131,6 +146,7 @@ STANDARD = Budget(
     shots=(1, 4, 16),
     formats=FORMATS,
     random_directions=8,
+    subspaces=(1, 4, 16),
     max_test_rows=1024,
     max_other_rows=512,
     max_length=256,
@@ -139,7 +155,7 @@ STANDARD = Budget(
 
 STRONG = Budget(
     name="strong",
-    attacks=(*REQUIRED, *EDITS),
+    attacks=(*REQUIRED, *PROMPTS, *READINGS, *EDITS, *INPUTS),
     steps=10_000,
     rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     lora_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
@@ -151,6 +167,7 @@ STRONG = Budget(
     shots=(1, 4, 16, 64),
     formats=FORMATS,
     random_directions=32,
+    subspaces=(1, 4, 16),
     max_test_rows=4096,
     max_other_rows=1024,
     max_length=512,

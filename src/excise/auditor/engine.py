@@ -22,12 +22,11 @@ from excise.auditor.base import (
     AttackResult,
     Results,
     Subject,
-    VariantResult,
 )
 from excise.auditor.budget import LARGE, Budget
 from excise.auditor.controls.control import Control, MakeControl, in_order
 from excise.auditor.evaluation_set import dev_is_higher, more_is_known
-from excise.auditor.results import from_json, renamed, to_json
+from excise.auditor.results import absent, from_json, renamed, to_json
 from excise.auditor.tuning import Training, TrainingAttack, TrainingResult, possible
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
@@ -35,7 +34,6 @@ from excise.core.errors import UserError, nearest
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
-from excise.record import AttackVariant
 from excise.train.pool import Pool
 
 
@@ -202,7 +200,7 @@ def attack_all(
     for attack in wanted:
         if controls and (name_of(attack), POSITIVE_CONTROL) not in results:
             control = by_attack.get(name_of(attack), NO_ORIGINAL)
-            results[name_of(attack), POSITIVE_CONTROL] = _absent(
+            results[name_of(attack), POSITIVE_CONTROL] = absent(
                 attack, POSITIVE_CONTROL, "missing", control.reason
             )
     return results
@@ -375,7 +373,7 @@ def _collect(
     paths = [runtime.path(stage) for stage in stages]
     why = next((reasons[path] for path in paths if reasons[path]), "")
     if why:
-        return _absent(attack, subject.name, "failed", why)
+        return absent(attack, subject.name, "failed", why)
     if isinstance(attack, TrainingAttack):
         trained = [
             stage.read(path)
@@ -386,20 +384,6 @@ def _collect(
     (stage,) = stages
     assert isinstance(stage, AttackModel)
     return renamed(stage.read(paths[0]), subject.name)
-
-
-def _absent(attack: Attack, subject: str, status: Any, reason: str) -> AttackResult:
-    """Return a result without numbers that says why."""
-    entry = AttackVariant(
-        name=name_of(attack),
-        subject=subject,
-        access=attack.access,
-        level=attack.level,
-        needs_original=attack.needs_original,
-        status=status,
-        reason=reason,
-    )
-    return AttackResult(name_of(attack), subject, (VariantResult(entry, ()),), ())
 
 
 def _with_control(result: AttackResult, control: Control) -> AttackResult:

@@ -13,6 +13,9 @@ from excise.data.subsample import subsample
 from excise.evals.score import direction_of, measure
 from excise.models.limits import readable
 
+PICKED = ("exact_match", "multiple_choice")
+"""Metrics of answers that one forward pass tells."""
+
 UnitScores = Mapping[str, float]
 """Score by unit."""
 
@@ -49,6 +52,15 @@ class EvaluationSet:
     def metric(self) -> Metric:
         """Headline metric of the forget side."""
         return self.domain.metrics[0]
+
+    @property
+    def metrics_beside(self) -> tuple[Metric, ...]:
+        """Metrics of answers beside the headline that need no generation and that V's rows take."""
+        return tuple(
+            metric
+            for metric in self.domain.metrics[1:]
+            if metric in PICKED and all(fits(row, metric) for row in self.all_test)
+        )
 
     @property
     def trained_metric(self) -> Metric:

@@ -6,15 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from excise.auditor.base import AttackResult, VariantResult
+from excise.auditor.base import Attack, AttackResult, VariantResult
 from excise.core.errors import UserError
 from excise.record import AttackVariant
 
-BOUND = 0.3
-"""Share of its retain score that an attack may cost a model: beyond it the attacker holds a ruin.
-Smaller shares are left to `verdict.power`, which knows what the reference models lose."""
+BOUND = 0.1
+"""Share of its retain score that an attack may cost a model: beyond it the attacker has a ruin."""
 
 
 def variant_to_json(variant: VariantResult) -> dict[str, Any]:
@@ -45,6 +44,7 @@ def to_json(result: AttackResult) -> str:
         "variants": [variant_to_json(variant) for variant in result.variants],
         "chosen": list(result.chosen),
         "seconds": result.seconds,
+        "fail_only": list(result.fail_only),
     }
     return json.dumps(data) + "\n"
 
@@ -70,9 +70,42 @@ def from_json(text: str, where: str = "a stored result") -> AttackResult:
             variants=tuple(variant_from_json(variant) for variant in data["variants"]),
             chosen=tuple(data["chosen"]),
             seconds=data["seconds"],
+            fail_only=tuple(data.get("fail_only", ())),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} is damaged ({error}); delete its folder and run again") from None
+
+
+def absent(
+    attack: Attack,
+    subject: str,
+    status: Literal["missing", "failed"],
+    reason: str,
+    *,
+    applies: bool = True,
+) -> AttackResult:
+    """Return a result without numbers that says why.
+
+    Args:
+        attack: The attack.
+        subject: Name of the model.
+        status: Whether it did not run, or ended in an error.
+        reason: One clause.
+        applies: Whether it could have run on rows like these; one that could not is not missed by
+            the level that asks for it.
+    """
+    name = str(getattr(attack, "name", type(attack).__name__))
+    entry = AttackVariant(
+        name=name,
+        subject=subject,
+        access=attack.access,
+        level=attack.level,
+        needs_original=attack.needs_original,
+        status=status,
+        reason=reason,
+        facts={} if applies else {"applies": False},
+    )
+    return AttackResult(name, subject, (VariantResult(entry, ()),), ())
 
 
 def renamed(result: AttackResult, subject: str) -> AttackResult:
@@ -98,7 +131,13 @@ def with_loss(variant: VariantResult, lost: float) -> VariantResult:
     return replace(variant, entry=entry, extras=extras)
 
 
-def choose(variants: Sequence[VariantResult], *, higher: bool) -> tuple[int, ...]:
+def choose(
+    variants: Sequence[VariantResult],
+    *,
+    higher: bool,
+    holding: bool = False,
+    bounded: bool = True,
+) -> tuple[int, ...]:
     """Pick the variant and rate that decide, on `dev`, averaged over seeds; never the best seed.
 
     Controls, variants that hold the original, those that were trained on units of V and those that
@@ -111,6 +150,8 @@ def choose(variants: Sequence[VariantResult], *, higher: bool) -> tuple[int, ...
     Args:
         variants: All variants of one attack on one subject.
         higher: Whether a higher score means more knowledge.
+        holding: Whether to pick among those that hold the original instead.
+        bounded: Whether `BOUND` counts.
 
     Returns:
         Indices of those of the winning variant and rate, one per seed.
@@ -118,7 +159,7 @@ def choose(variants: Sequence[VariantResult], *, higher: bool) -> tuple[int, ...
     by_setting: dict[tuple[str, float | None], list[int]] = {}
     for i, variant in enumerate(variants):
         entry = variant.entry
-        if entry.control or entry.needs_original or entry.status != "ok":
+        if entry.control or entry.needs_original != holding or entry.status != "ok":
             continue
         if entry.facts.get("trained_on_test_units"):
             continue
@@ -131,7 +172,7 @@ def choose(variants: Sequence[VariantResult], *, higher: bool) -> tuple[int, ...
         score, loss = sum(scores) / len(scores), sum(losses) / len(losses)
         signed = score if higher else -score
         return (
-            sum(lost) / len(lost) <= BOUND,
+            not bounded or sum(lost) / len(lost) <= BOUND,
             signed if math.isfinite(signed) else -math.inf,
             -loss if math.isfinite(loss) else -math.inf,
         )

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from excise.auditor.base import Attack, Subject, VariantResult
-from excise.auditor.evaluation_set import EvaluationSet, UnitScores, mean
+from excise.auditor.base import Attack, AttackResult, Subject, VariantResult
+from excise.auditor.budget import Budget
+from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set, mean
+from excise.auditor.results import absent, decided
+from excise.auditor.rewriting import Rewriting
+from excise.core.context import Context
 from excise.core.errors import NotFinite
-from excise.data.domain import Metric, Row
+from excise.data.domain import Domain, Metric, Row, Rows
+from excise.evals.generate import normal
 from excise.evals.stats import bootstrap_mean
 from excise.record import AttackVariant, CurvePoint
 
@@ -26,6 +32,7 @@ class Measurement:
         units: V by unit.
         retain: Retain by unit.
         trained: T by unit, where T is scored.
+        beside: V by unit, by other metrics of answers.
         examples: Rows the attacker has used.
         tokens: Tokens the attacker has used.
         flops: Operations the attacker has spent.
@@ -34,6 +41,7 @@ class Measurement:
     units: UnitScores
     retain: UnitScores = field(default_factory=dict)
     trained: UnitScores = field(default_factory=dict)
+    beside: Mapping[str, UnitScores] = field(default_factory=dict)
     examples: int = 0
     tokens: int = 0
     flops: float = 0.0
@@ -69,6 +77,7 @@ def read(
     retain: Sequence[Row] | None = None,
     trained: Sequence[Row] = (),
     trained_metric: Metric | None = None,
+    beside: bool = False,
     examples: int = 0,
     tokens: int = 0,
     flops: float = 0.0,
@@ -82,6 +91,7 @@ def read(
         retain: Rows in place of `retain_test`.
         trained: Rows of T to score too.
         trained_metric: Metric of those; None for what they take.
+        beside: Whether to score V by its other metrics of answers too.
         examples: Cost so far, in rows.
         tokens: Cost so far, in tokens.
         flops: Cost so far, in operations.
@@ -94,6 +104,10 @@ def read(
         units=evaluation.units(model, rows, evaluation.metric),
         retain=evaluation.retained(model, retain),
         trained=evaluation.units(model, trained, trained_metric),
+        beside={
+            metric: evaluation.units(model, rows, metric)
+            for metric in (evaluation.metrics_beside if beside else ())
+        },
         examples=examples,
         tokens=tokens,
         flops=flops,
@@ -157,7 +171,8 @@ def variant_of(
             `status`, `reason`.
 
     Returns:
-        The result; `extras["retain"]` and `["retain_start"]` hold the retain scores by unit.
+        The result; `extras["retain"]` and `["retain_start"]` hold the retain scores by unit,
+        `["beside"]` and `["beside_start"]` V by other metrics where those were scored.
     """
     entry = AttackVariant(
         name=str(getattr(attack, "name", type(attack).__name__)),
@@ -172,10 +187,82 @@ def variant_of(
         **row,
     )
     value = mean(dev)
-    ends = {"retain": measurements[-1].retain, "retain_start": measurements[0].retain}
+    ends: dict[str, Any] = {
+        "retain": measurements[-1].retain,
+        "retain_start": measurements[0].retain,
+    }
+    if measurements[-1].beside:
+        ends |= {"beside": measurements[-1].beside, "beside_start": measurements[0].beside}
     return VariantResult(
         entry=entry,
         unit_scores=tuple(reading.units for reading in measurements),
         dev_score=math.nan if value is None else value,
         extras={**ends, **(extras or {})},
     )
+
+
+def score_rewritings(
+    attack: Attack,
+    subject: Subject,
+    domain: Domain,
+    budget: Budget,
+    ctx: Context,
+    ways: Callable[[EvaluationSet, Any], Sequence[Rewriting]],
+    why: str,
+) -> AttackResult:
+    """Ask V, `dev_forget` and `retain_test` in other ways; the way chosen on dev decides.
+
+    Args:
+        attack: The attack.
+        subject: The model.
+        domain: Rows by role.
+        budget: Rows and lengths.
+        ctx: Device, dtype.
+        ways: Returns the ways to ask, given the evaluation and the loaded model.
+        why: What to say where there is none.
+
+    Returns:
+        One variant per way. `facts["rows"]` counts the rows of V that were rewritten, and
+        `facts["answer_in_prompt"]` is the share of V whose right answer stands in what is asked.
+    """
+    start = time.perf_counter()
+    evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
+    model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+    chosen_ways = ways(evaluation, model)
+    if not chosen_ways:
+        return absent(attack, subject.name, "missing", why, applies=False)
+    bare = read(model, evaluation, beside=True)
+    variants = []
+    for way in chosen_ways:
+        wide = evaluation.longer(way.longer, model)
+        asked = way.change(evaluation.all_test, wide)
+
+        def score(
+            way: Rewriting = way, wide: EvaluationSet = wide, asked: Rows = asked
+        ) -> tuple[Measurement, UnitScores]:
+            retain = way.change(evaluation.retain, wide)
+            dev = wide.units(model, way.change(evaluation.all_dev, wide), evaluation.dev_metric)
+            after = read(model, wide, test=asked, retain=retain, beside=True, examples=len(asked))
+            return after, dev
+
+        own = set(evaluation.all_test)
+        facts = {
+            "rows": sum(row not in own for row in asked),
+            "of": len(own),
+            "answer_in_prompt": sum(map(gives_away, asked)) / len(asked),
+        }
+        variants.append(
+            try_variant(
+                attack, subject, evaluation.metric, score, bare=bare, variant=way.variant,
+                trained_on=way.trained_on, facts=facts,
+            )
+        )  # fmt: skip
+    marked, chosen = decided(variants, higher=evaluation.higher)
+    name = str(getattr(attack, "name", type(attack).__name__))
+    return AttackResult(name, subject.name, marked, chosen, time.perf_counter() - start)
+
+
+def gives_away(row: Row) -> bool:
+    """Return whether the right answer of a row stands in its prompt, as whole words."""
+    answer = row.choices[row.answer] if row.kind == "choice" else row.completion
+    return bool(normal(answer)) and f" {normal(answer)} " in f" {normal(row.prompt)} "

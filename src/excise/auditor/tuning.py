@@ -22,6 +22,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -61,13 +62,16 @@ TAUGHT = 0.9
 FEW_STEPS, KNOWN = 8, 0.1
 """Steps within which a training need not teach, and nats a token at which T is known before."""
 
+Adapt = Callable[[Any], AbstractContextManager[Any]]
+"""Puts something trainable on a loaded model for as long as a `with` block lasts."""
+
 
 @dataclass(frozen=True)
 class Training:
     """One training of an attack.
 
     Attributes:
-        kind: All parameters, or a LoRA adapter.
+        kind: All parameters, a LoRA adapter, or vectors before the prompt.
         lr: Learning rate.
         seed: Seed of the order of rows and of the adapter.
         on: What is trained on beside benign rows: T, the method's forget rows, neighbours, fresh
@@ -82,7 +86,7 @@ class Training:
         wording: Which wording of T is read, counted round; 0 for all.
     """
 
-    kind: Literal["full", "lora"]
+    kind: Literal["full", "lora", "prompt"]
     lr: float
     seed: int
     on: Literal["relearn", "forget", "adjacent", "fresh", "benign"] = "relearn"
@@ -147,9 +151,8 @@ def trainings_of(budget: Budget) -> tuple[Training, ...]:
     """
     parts = [Training("full", lr, seed) for lr in budget.rates for seed in budget.seeds]
     parts += [Training("lora", lr, seed) for lr in budget.lora_rates for seed in budget.seeds]
+    parts += fresh_training("full", budget.rates, budget)
     middle = Training("full", budget.rates[len(budget.rates) // 2], budget.seeds[0])
-    if budget.name != "smoke" or budget.fresh:
-        parts.append(replace(middle, on="fresh"))
     parts += [replace(middle, on=role) for role in budget.trained_on]
     parts += [replace(middle, examples=count) for count in budget.examples]
     return (*parts, *trials_of(budget))
@@ -186,6 +189,15 @@ def trials_of(budget: Budget) -> tuple[Training, ...]:
             )
         )
     return tuple(parts)
+
+
+def fresh_training(
+    kind: Literal["full", "prompt"], rates: Sequence[float], budget: Budget
+) -> tuple[Training, ...]:
+    """Return the training on fresh units at the middle rate, where the budget has one."""
+    if budget.name == "smoke" and not budget.fresh:
+        return ()
+    return (Training(kind, rates[len(rates) // 2], budget.seeds[0], "fresh"),)
 
 
 @dataclass(frozen=True)
@@ -394,6 +406,7 @@ def train(
     clip: float = 1.0,
     lora_rank: int = 8,
     prepare: Prepare | None = None,
+    adapt: Adapt | None = None,
 ) -> TrainingResult:
     """Fine-tune one subject and score it at the budget's checkpoints.
 
@@ -408,6 +421,7 @@ def train(
         lora_rank: Rank of a LoRA part.
         prepare: What is done to the weights before, as `part.start` says; the curve then has two
             points without a cost, before and after it.
+        adapt: What is trained in place of the weights; None for what the part's kind says.
 
     Returns:
         The measurements. A training that diverged ends at its last finite checkpoint.
@@ -423,9 +437,11 @@ def train(
         facts["trained_on_test_units"] = True
     mix = mixed_batches(model, evaluation, inner, rows, benign_share)
     size = sum(p.numel() for p in model.parameters())
-    with adapter(model, lora_rank) if part.kind == "lora" else nullcontext(model) as net:
+    if part.kind == "lora":
+        adapt = partial(adapter, rank=lora_rank)
+    with nullcontext(model) if adapt is None else adapt(model) as net:
         small = 0
-        if part.kind == "lora":
+        if adapt is not None:
             small = sum(p.numel() for p in net.parameters() if p.requires_grad)
         run = _Run(net, evaluation, part, rows=rows, cost=_flops_per_token(size, small))
         reason = run.go(mix, inner, clip, prepare)

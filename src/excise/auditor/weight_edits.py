@@ -27,12 +27,14 @@ class WeightEdit:
         apply: Changes a loaded model in place, and returns what is to be noted about it.
         trained_on: Role of the rows that told which weights to change, empty for none.
         again: The same on rebalanced weights; None where it makes no difference.
+        needs_original: Whether this edit holds the original.
     """
 
     variant: str
     apply: Callable[[Any], dict[str, Any]]
     trained_on: str = ""
     again: Callable[[Any], dict[str, Any]] | None = None
+    needs_original: bool = False
 
 
 def score_edits(
@@ -64,7 +66,7 @@ def score_edits(
     del model
     variants = []
 
-    def tried(name: str, apply: Callable[[Any], dict[str, Any]], trained_on: str) -> bool:
+    def tried(name: str, apply: Callable[[Any], dict[str, Any]], edit: WeightEdit) -> bool:
         """Add a variant; return whether it broke the model."""
         # Edited in float32: a coarser dtype would round a second time, on its own grid.
         wide = subject.checkpoint.load(device=ctx.device)
@@ -76,7 +78,8 @@ def score_edits(
             partial(_scores, wide.to(ctx.dtype), evaluation),
             bare=bare,
             variant=name,
-            trained_on=trained_on,
+            trained_on=edit.trained_on,
+            needs_original=edit.needs_original,
             facts=facts,
         )
         lost = evaluation.retain_lost(bare.retain, one.extras["retain"])
@@ -84,9 +87,9 @@ def score_edits(
         return lost > BOUND
 
     for edit in edits:
-        if tried(edit.variant, edit.apply, edit.trained_on) and edit.again is not None:
+        if tried(edit.variant, edit.apply, edit) and edit.again is not None:
             again = partial(_rebalanced, apply=edit.again)
-            tried(f"rebalanced, {edit.variant}", again, edit.trained_on)
+            tried(f"rebalanced, {edit.variant}", again, edit)
     marked, chosen = decided(variants, higher=evaluation.higher)
     name = str(getattr(attack, "name", type(attack).__name__))
     return AttackResult(name, subject.name, marked, chosen, time.perf_counter() - start)

@@ -114,6 +114,9 @@ class Facts(DomainSpec):
     """What marks rows of a capability: nothing, its name as a word, or archaic words."""
     cue_strength: float = Field(default=1.0, ge=0, le=1)
     """Share of a capability's rows that carry the cue."""
+    shared_parts: bool = False
+    """Whether names have two parts, and those of the test set are put together of parts that occur
+    in the relearn set: what is hidden behind single names is then within reach of relearning."""
     seed: int = 0
     """Seed of names, objects and split."""
 
@@ -131,6 +134,11 @@ class Facts(DomainSpec):
             raise ValueError(
                 f"forget_share: leaves {each} subjects per capability, three are the least; "
                 "raise it or 'subjects'"
+            )
+        if self.shared_parts and each < 8:
+            raise ValueError(
+                f"shared_parts: {each} subjects per capability are too few to put names together "
+                "of each other's parts, eight are the least; raise 'subjects' or 'forget_share'"
             )
         return self
 
@@ -151,7 +159,7 @@ class Facts(DomainSpec):
             cues = [ARCHAIC[w] for w in dict.fromkeys(fixed)]
         relations = [w for words in RELATIONS[: self.relations] for w in words]
         objects = [o for each in people.objects for o in each]
-        names = (*people.subjects, *people.fresh)
+        names = [part for name in (*people.subjects, *people.fresh) for part in name.split()]
         return tuple(dict.fromkeys((*fixed, *cues, *relations, *names, *objects)))
 
     def tokenizer(self) -> Any:
@@ -175,24 +183,57 @@ class _Population:
         half = (each - self.dev + 1) // 2
         fresh = 2 * max(2, half * len(self.names))
         taken = {w for words in RELATIONS for w in words} | set(ARCHAIC) | set(ARCHAIC.values())
-        names = made_names(
-            spec.subjects + fresh + spec.relations * spec.objects, self._random("names"), taken
-        )
+        people = spec.subjects + fresh
+        objects = spec.relations * spec.objects
+        count = people + objects + (people if spec.shared_parts else 0)
+        names = made_names(count, self._random("names"), taken)
+        self.order = list(range(spec.subjects))
+        self._random("split").shuffle(self.order)
+        rest = names[people:]
+        if spec.shared_parts:
+            names = self._two_parts(names[:people], names[people + objects :])
         self.subjects = names[: spec.subjects]
-        self.fresh = names[spec.subjects : spec.subjects + fresh]
-        rest = names[spec.subjects + fresh :]
+        self.fresh = names[spec.subjects : people]
         self.objects = [
             rest[i * spec.objects : (i + 1) * spec.objects] for i in range(spec.relations)
         ]
         rng = self._random("objects")
-        people = (*self.subjects, *self.fresh)
         self.answer = {
-            (s, r): rng.randrange(spec.objects) for s in people for r in range(spec.relations)
+            (s, r): rng.randrange(spec.objects)
+            for s in (*self.subjects, *self.fresh)
+            for r in range(spec.relations)
         }
 
     def _random(self, purpose: str) -> random.Random:
         """Return a generator for one purpose, so that no knob shifts another's samples."""
         return random.Random(f"facts:{self.spec.seed}:{purpose}")
+
+    def _cuts(self) -> tuple[int, int]:
+        """Return where the relearn and the test set begin among a capability's subjects."""
+        if self.spec.exposure == "held_out":  # thirds: the method's, the relearn and the test set
+            rest = self.each - self.dev
+            return self.dev + rest // 3, self.dev + 2 * (rest + 1) // 3
+        return self.dev, self.dev + (self.each - self.dev + 1) // 2
+
+    def _two_parts(self, first: Sequence[str], last: Sequence[str]) -> list[str]:
+        """Return a name of two parts for everyone; those that are scored share all of theirs.
+
+        Each takes the first part of one name that is trained on and the last part of another; so
+        do the fresh names of the second half, by which residual bits are counted.
+        """
+        names = [f"{a} {b}" for a, b in zip(first, last, strict=True)]
+        start, cut = self._cuts()
+        fresh = range(self.spec.subjects, len(names))
+        half = len(fresh) // 2
+        pairs: list[tuple[Sequence[int], Sequence[int]]] = [(fresh[:half], fresh[half:])]
+        for number in range(len(self.names)):
+            mine = self.order[number * self.each : (number + 1) * self.each]
+            pairs.append((mine[start:cut], mine[cut:]))
+        for trained, scored in pairs:
+            n = len(trained)
+            for k, i in enumerate(scored):
+                names[i] = f"{first[trained[k % n]]} {last[trained[(k + 1 + k // n) % n]]}"
+        return names
 
     def rows(
         self, subjects: Sequence[str], wordings: Sequence[int], label: int = CORE
@@ -233,23 +274,17 @@ class _Population:
         taught = tuple(range(spec.wordings - 1))
         test = (spec.wordings - 1,)
         scored = (*taught, *test) if spec.test_wording_taught else taught
-        order = list(self.subjects)
-        self._random("split").shuffle(order)
+        order = [self.subjects[i] for i in self.order]
+        start, cut = self._cuts()
         kinds = ("forget", "unseen", "relearn", "test", "dev_forget")
         parts: dict[str, dict[str, Rows]] = {kind: {} for kind in kinds}
         for number, name in enumerate(self.names, start=1):
             mine, order = order[: self.each], order[self.each :]
-            cut = self.dev + (self.each - self.dev + 1) // 2
             shown = mine
             if spec.exposure == "held_out":
-                # Thirds: the method's, the relearn and the test set.
-                cut = self.dev + 2 * (self.each - self.dev + 1) // 3
-                seen = self.dev + (self.each - self.dev) // 3
-                shown = mine[:seen]
-                parts["unseen"][name] = tuple(self.rows(mine[seen:], scored, number))
-                parts["relearn"][name] = tuple(self.rows(mine[seen:cut], test, number))
-            else:
-                parts["relearn"][name] = tuple(self.rows(mine[self.dev : cut], test, number))
+                shown = mine[:start]
+                parts["unseen"][name] = tuple(self.rows(mine[start:], scored, number))
+            parts["relearn"][name] = tuple(self.rows(mine[start:cut], test, number))
             parts["forget"][name] = tuple(self.rows(shown, scored, number))
             parts["test"][name] = tuple(self.rows(mine[cut:], test, number))
             parts["dev_forget"][name] = tuple(self.rows(mine[: self.dev], test, number))
@@ -315,6 +350,8 @@ class _Population:
                 "taught with the scored facts" if spec.test_wording_taught else "taught with others"
             ),
         ]
+        if spec.shared_parts:
+            notes.append("every part of a name that is scored occurs in a name that is trained on")
         if spec.mix_share is not None:
             notes.append(
                 f"{100 * spec.mix_share:g} % of the tokens of an epoch are to be forgotten"

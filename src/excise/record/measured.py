@@ -21,16 +21,28 @@ NOTHING = "There is nothing to remove"
 """How a verdict begins, or goes on after the retain set, where the original is at chance."""
 
 ATTACKS = {
+    "align_rows": "embedding rows of names aligned on the relearn set",
     "benign": "benign fine-tuning",
     "direction": "direction clearing",
     "drop_adapter": "dropping the low-rank part of the edit",
     "few_shot": "few-shot prompts",
+    "filler": "filler before the prompt",
+    "latent": "a trained latent vector",
+    "lens": "reading the blocks through the output layer",
+    "match_rows": "embedding rows of names matched to the original's",
     "noise": "noise and repair",
+    "paraphrase": "paraphrases",
     "prefix": "prefix fill",
+    "probe": "linear probes",
     "prune": "pruning",
     "quantize": "quantization",
     "reinit": "re-initialised modules and repair",
+    "sampling": "sampling many answers",
+    "rescale_rows": "embedding rows of names brought to one length",
     "shrink_perturb": "shrink, perturb and repair",
+    "soft_prompt": "soft prompts",
+    "steer": "steering towards the original",
+    "template": "the chat template, on or off",
     "transfer": "relearning",
 }
 """Attacks as a person who runs none would name them."""

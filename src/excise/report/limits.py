@@ -149,7 +149,7 @@ def _power(record: Record) -> Iterator[str]:
         if names:
             yield f"{text}: {_names(names)}."
     if any(a.needs_original for a in record.attacks):
-        yield "Attacks that hold the original are diagnostics; third parties do not have it."
+        yield "Attacks that hold the original let no level pass; third parties do not have it."
 
 
 def _scores(record: Record) -> Iterator[str]:

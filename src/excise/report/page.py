@@ -84,7 +84,7 @@ def _context(record: Record) -> dict[str, Any]:
             {
                 "key": f"model-{index}",
                 "name": words.plain(name),
-                "verdict": _verdict(verdict, shared, oracle) if verdict else None,
+                "verdict": _verdict(record, verdict, shared, oracle) if verdict else None,
                 "levels": tuple(tables.levels(verdict)) if verdict else (),
                 "not_tested": words.not_tested((verdict,)) if verdict else "",
                 "gap": figures.gap_figure(verdict, f"gap-{index}") if verdict else None,
@@ -160,7 +160,9 @@ def _shared(record: Record) -> tuple[str, ...]:
     return tuple(r for r in first if all(r in other for other in others))
 
 
-def _verdict(verdict: Verdict, shared: tuple[str, ...], oracle: bool) -> dict[str, Any]:
+def _verdict(
+    record: Record, verdict: Verdict, shared: tuple[str, ...], oracle: bool
+) -> dict[str, Any]:
     """Return a verdict as text; what only an oracle can measure is left out without one."""
     recovery = words.share(verdict.recovery)
     if verdict.recovery is not None and verdict.recovery_tokens is not None:
@@ -178,7 +180,12 @@ def _verdict(verdict: Verdict, shared: tuple[str, ...], oracle: bool) -> dict[st
             ("Measured null of the audit", words.number(verdict.null)),
         ]
     reasons = tuple(words.spell(r) for r in verdict.reasons if r not in shared)
-    return {"sentence": words.spell(verdict.sentence), "facts": facts, "reasons": reasons}
+    return {
+        "sentence": words.spell(verdict.sentence),
+        "right": words.how_often_right(record, verdict),
+        "facts": facts,
+        "reasons": reasons,
+    }
 
 
 def _legend(shown: Iterable[figures.Figure]) -> list[tuple[Markup, str]]:

@@ -72,7 +72,7 @@ def render_terminal(
         parts.append(Text(_ascii(name), style="bold"))
         parts.append(_answers(record, name))
         if name in verdicts:
-            parts.append(Padding(_sentence(verdicts[name]), (0, 0, 1, 2)))
+            parts.append(Padding(_sentence(record, verdicts[name]), (0, 0, 1, 2)))
     if record.verdicts:
         parts.append(_levels(record))
     if record.scores:
@@ -164,11 +164,13 @@ def _answers(record: Record, name: str) -> RenderableType:
     return Padding(table, (0, 0, 1, 2))
 
 
-def _sentence(verdict: Verdict) -> Text:
+def _sentence(record: Record, verdict: Verdict) -> Text:
     text = Text(_ascii(words.spell(verdict.sentence)))
     text.append(
         f"\nHighest depth level that counts: {_ascii(words.highest(verdict))}.", style="dim"
     )
+    if right := words.how_often_right(record, verdict):
+        text.append(f"\n{_ascii(right)}", style="dim")
     return text
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from excise.record import LEVELS, AttackVariant, LevelResult, Record, Score, Verdict, measured
+from excise.record.error_rates import error_rates
 from excise.record.measured import attacks_listed
 from excise.record.measured import attacks_on as attacks_on
 from excise.record.measured import model_names as model_names
@@ -192,6 +193,35 @@ def highest(verdict: Verdict) -> str:
         return "none"
     words = level_words(verdict.highest, verdict.levels)
     return f"{words} ({verdict.highest})" if verdict.highest in LEVELS else spell(words)
+
+
+def how_often_right(record: Record, verdict: Verdict) -> str:
+    """Return one sentence: how often such an audit was right about models of known truth.
+
+    Args:
+        record: The record, whose configuration says whether the budget was changed.
+        verdict: A verdict in it; without a named budget there is nothing to say.
+    """
+    if not verdict.budget:
+        return ""
+    budget, audit = f"budget {plain(verdict.budget)}", record.config.get("audit")
+    changed = isinstance(audit, dict) and bool(audit.get("change"))
+    rates = None if changed else error_rates(verdict.budget)
+    if rates is None:
+        name = f"{budget}, changed" if changed else budget
+        return (
+            f"How often such an audit ({name}) is right about models of known truth has not been "
+            "measured."
+        )
+    hiding, ignorant = rates.hides, rates.never_taught
+    wrong = hiding.clean + ignorant.guilty
+    open_calls = rates.models - hiding.right - ignorant.right - wrong
+    return (
+        f"On {rates.models} small models of known truth such an audit ({budget}) called "
+        f"{hiding.right} of {hiding.models} that hide guilty and {ignorant.right} of "
+        f"{ignorant.models} that were never taught clean; it was wrong about {wrong} and left "
+        f"{open_calls} undecided."
+    )
 
 
 def counts(levels: Iterable[LevelResult]) -> tuple[bool, ...]:

@@ -1,11 +1,13 @@
-"""Clearing a direction: project one vector out of the residual stream.
+"""Clearing directions: project one vector, or a few, out of the residual stream.
 
 RMU and its kin flood the residual stream with a near-constant vector on forget text; without it
-much of the knowledge answers again. Directions are fitted on `dev` rows only, the first token of
-each row skipped (its norm is orders larger). Controls: the same construction between two halves
-of retain, and random directions.
+much of the knowledge answers again. Directions are fitted on `dev` rows only: the difference of
+the means of forget and retain text and, from *standard* on, the same read by Fisher's discriminant
+in place of itself, and the leading directions of what forget text has beyond the mean of retain.
+Controls: the same construction between two halves of retain, and random directions, as many as
+are cleared.
 
-Shape legend: B rows, T tokens, D width, L blocks.
+Shape legend: B rows, T tokens, N positions, K directions, D width, L blocks.
 """
 
 from __future__ import annotations
@@ -20,18 +22,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
-from excise.auditor.batching import batches
 from excise.auditor.budget import Budget
 from excise.auditor.controls import GatedEdit, PositiveControl
 from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set
+from excise.auditor.residuals import Positions, Residuals, residuals_of
 from excise.auditor.results import decided
 from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
-from excise.data.domain import Domain, Row
-from excise.data.stream import encode
-from excise.losses import predicting
+from excise.data.domain import Domain
 from excise.models.anatomy import backbone
-from excise.models.hooks import Edit, active_stream, capture, edit
+from excise.models.hooks import Edit, edit
 from excise.record import Level
 
 
@@ -41,21 +41,23 @@ class Variant:
 
     Attributes:
         name: Name of the variant.
-        direction_LD: One direction per block from `first` on, unit length.
+        basis_LKD: Orthonormal directions per block from `first` on, K of them.
         first: First block whose output is cleared.
         control: Whether the directions know nothing about the forget set.
         needs_original: Whether the original was needed to fit them.
+        reader_LKD: What says how much of each there is, where it is not the direction itself.
     """
 
     name: str
-    direction_LD: Tensor
+    basis_LKD: Tensor
     first: int
     control: bool = False
     needs_original: bool = False
+    reader_LKD: Tensor | None = None
 
 
 class Direction(Attack):
-    """h <- h - r (r . h) at the output of every block from some block on, at all positions."""
+    """h <- h - R (R^T h) at the output of every block from some block on, at all positions."""
 
     name: Literal["direction"] = "direction"
     """Name of the attack."""
@@ -63,12 +65,16 @@ class Direction(Attack):
     access: ClassVar[Access] = "activations"
     level: ClassVar[Level] = "D2"
     controls: ClassVar[tuple[PositiveControl, ...]] = (GatedEdit(),)
-    source: ClassVar[str] = "Arditi & Chughtai, lesswrong.com 2024-07-23; arXiv 2409.18025"
-    version: ClassVar[int] = 1
+    source: ClassVar[str] = (
+        "Arditi & Chughtai, lesswrong.com 2024-07-23; arXiv 2409.18025; principal components as "
+        "arXiv 2310.01405, the whitened difference as arXiv 2306.03819"
+    )
+    version: ClassVar[int] = 2
 
     def passes(self, budget: Budget) -> float:
-        """Return how often the evaluation set is read; fitting takes some passes."""
-        return 3 + 6 + budget.random_directions
+        """Return how often the evaluation set is read; fitting takes a pass of its own."""
+        further = 1 + 2 * len(budget.subspaces) if budget.subspaces else 0
+        return 3 + 6 + budget.random_directions + further
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Fit directions on `dev`, clear each, score V and retain.
@@ -76,22 +82,22 @@ class Direction(Attack):
         Args:
             subject: The model; with its original, two diagnostic variants are added.
             domain: Rows by role.
-            budget: `random_directions` controls.
+            budget: `random_directions` controls; `subspaces`, sizes of those cleared.
             ctx: Seed of the controls, device, dtype.
 
         Returns:
-            Arms `per-block`, `answers` (the same at answering positions) and `one`, fitted
-            without the original; `original per-block` and
-            `original one` (diagnostics), `split-half` and `random-i` (controls).
+            Variants `per-block`, `answers` (the same at answering positions) and `one`, fitted
+            without the original; with subspaces `lda` and `pca k=K`; `original per-block` and
+            `original one` (diagnostics); `split-half`, `random-i` and `random k=K` (controls).
         """
         start = time.perf_counter()
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
         bare = read(model, evaluation)
-        variants = [
-            _variant(self, subject, model, evaluation, bare, variant)
-            for variant in fit_directions(model, subject, evaluation, ctx)
-        ]
+        residuals = residuals_of(subject.checkpoint, domain, budget, ctx)
+        fitted = fit_directions(residuals, evaluation, ctx)
+        fitted += _with_original(model, subject, residuals, evaluation, ctx)
+        variants = [_variant(self, subject, model, evaluation, bare, each) for each in fitted]
         marked, chosen = decided(variants, higher=evaluation.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
 
@@ -106,9 +112,10 @@ def _variant(
 ) -> VariantResult:
     """Clear one set of directions and score."""
     paths = backbone(model).blocks[variant.first :]
+    readers = variant.basis_LKD if variant.reader_LKD is None else variant.reader_LKD
     edits = {
-        path: cleared(direction_D)
-        for path, direction_D in zip(paths, variant.direction_LD, strict=True)
+        path: cleared(basis_KD, reader_KD)
+        for path, basis_KD, reader_KD in zip(paths, variant.basis_LKD, readers, strict=True)
     }
 
     def score() -> tuple[Measurement, UnitScores]:
@@ -130,68 +137,131 @@ def _variant(
     )
 
 
-def cleared(direction_D: Float[Tensor, " D"]) -> Edit:
-    """Return an edit that projects a unit direction out of whatever passes: h - r (r . h).
+def cleared(
+    basis_KD: Float[Tensor, "*K D"], reader_KD: Float[Tensor, "*K D"] | None = None
+) -> Edit:
+    """Return an edit that projects directions out of whatever passes: h - R^T (Q h).
 
     Args:
-        direction_D: The direction r, of length one.
+        basis_KD: The directions R, one of them or several.
+        reader_KD: Q, what reads how much of each there is, with Q R^T = I; R by default, which
+            must then be orthonormal.
 
     Source:
-        Directional ablation, arXiv 2406.11717.
+        Directional ablation, arXiv 2406.11717; oblique, arXiv 2306.03819.
     """
+    rows_KD = basis_KD.reshape(-1, basis_KD.shape[-1])
+    reads_KD = rows_KD if reader_KD is None else reader_KD.reshape(rows_KD.shape)
 
     def change(hidden_BTD: Tensor) -> Tensor:
-        r_D = direction_D.to(hidden_BTD)
-        return hidden_BTD - (hidden_BTD @ r_D)[..., None] * r_D
+        return hidden_BTD - (hidden_BTD @ reads_KD.to(hidden_BTD).T) @ rows_KD.to(hidden_BTD)
 
     return change
 
 
-def fit_directions(
-    model: Any, subject: Subject, evaluation: EvaluationSet, ctx: Context
-) -> list[Variant]:
-    """Fit every variant.
+def fit_directions(residuals: Residuals, evaluation: EvaluationSet, ctx: Context) -> list[Variant]:
+    """Fit every variant that needs no original, and the controls.
 
     Args:
-        model: The subject's loaded model.
-        subject: For its original.
-        evaluation: Dev rows.
+        residuals: Of dev rows and of the retain rows beside them.
+        evaluation: The rows, and a budget that says how many controls and subspaces.
         ctx: Seed of the controls.
 
     Returns:
-        The variants; those that need the original only where it is known and differs.
+        The variants, those of *smoke* first.
     """
-    dev_retain = evaluation.domain.dev_retain
-    forget_LD, _ = residual_means(model, evaluation, evaluation.all_dev)
-    retain_LD, scale_L = residual_means(model, evaluation, dev_retain)
-    blocks = len(backbone(model).blocks)
+    dev, retain = residuals.texts["dev"], residuals.texts["retain"]
+    forget_LD, retain_LD = dev.hidden_NLD.mean(0), retain.hidden_NLD.mean(0)
+    blocks, width = forget_LD.shape
     difference_LD = forget_LD - retain_LD
-    best = int((difference_LD.norm(dim=-1) / scale_L).argmax())
-    ends = [
-        residual_means(model, evaluation, rows, answering=True)[0]
-        for rows in (evaluation.all_dev, dev_retain)
-    ]
+    best = int((difference_LD.norm(dim=-1) / retain.hidden_NLD.norm(dim=-1).mean(0)).argmax())
+    ends = [part.hidden_NLD[part.answering_N].mean(0) for part in (dev, retain)]
     variants = [
-        Variant("per-block", unit(difference_LD), 0),
-        Variant("answers", unit(ends[0] - ends[1]), 0),
-        Variant("one", unit(difference_LD[best]).expand(blocks - best, -1), best),
+        Variant("per-block", basis_of(difference_LD), 0),
+        Variant("answers", basis_of(ends[0] - ends[1]), 0),
+        Variant("one", basis_of(difference_LD[best]).expand(blocks - best, -1, -1), best),
     ]
-    variants += _with_original(model, subject, evaluation, forget_LD)
-    units = list(dict.fromkeys(row.unit for row in dev_retain))
-    half = set(units[::2])
-    if len(units) > 1:
-        one_LD, _ = residual_means(model, evaluation, [r for r in dev_retain if r.unit in half])
-        two_LD, _ = residual_means(model, evaluation, [r for r in dev_retain if r.unit not in half])
-        variants.append(Variant("split-half", unit(one_LD - two_LD), 0, control=True))
+    units = [row.unit for row in evaluation.domain.dev_retain]
+    half = set(list(dict.fromkeys(units))[::2])
+    first_N = torch.tensor([unit in half for unit in units])[retain.row_N]
+    if first_N.any() and not first_N.all():
+        halves = [retain.hidden_NLD[which].mean(0) for which in (first_N, ~first_N)]
+        variants.append(Variant("split-half", basis_of(halves[0] - halves[1]), 0, control=True))
     for i in range(evaluation.budget.random_directions):
-        noise_D = torch.randn(forget_LD.shape[-1], generator=ctx.generator(f"direction/{i}"))
-        random_LD = unit(noise_D.to(forget_LD)).expand(blocks, -1)
-        variants.append(Variant(f"random-{i}", random_LD, 0, control=True))
+        noise_D = torch.randn(width, generator=ctx.generator(f"direction/{i}"))
+        variants.append(
+            Variant(f"random-{i}", basis_of(noise_D).expand(blocks, -1, -1), 0, control=True)
+        )
+    # More than a quarter of the stream is no longer a small part of it.
+    sizes = [size for size in evaluation.budget.subspaces if size <= max(1, width // 4)]
+    return variants + _subspaces(dev, retain, sizes, ctx)
+
+
+def _subspaces(
+    dev: Positions, retain: Positions, sizes: Sequence[int], ctx: Context
+) -> list[Variant]:
+    """Return the whitened difference, and subspaces with random ones of the same size."""
+    if not sizes:
+        return []
+    forget_LND, other_LND = dev.hidden_NLD.transpose(0, 1), retain.hidden_NLD.transpose(0, 1)
+    apart_LD = forget_LND.mean(1) - other_LND.mean(1)
+    lda_LD = torch.stack([whitened(f, o) for f, o in zip(forget_LND, other_LND, strict=True)])
+    lda_LD = lda_LD / (lda_LD * apart_LD).sum(-1, keepdim=True).clamp(min=1e-12)
+    beyond_LND = forget_LND - other_LND.mean(1, keepdim=True)
+    most, (blocks, _, width) = max(sizes), beyond_LND.shape
+    pca_LKD = torch.stack([leading(b, most, ctx.generator("direction/pca")) for b in beyond_LND])
+    noise_KD = torch.randn(most, width, generator=ctx.generator("direction/subspace"))
+    random_KD = torch.linalg.qr(noise_KD.T).Q.T
+    variants = [Variant("lda", apart_LD[:, None], 0, reader_LKD=lda_LD[:, None])]
+    for size in sizes:
+        random_LKD = random_KD[:size].expand(blocks, -1, -1)
+        variants.append(Variant(f"pca k={size}", pca_LKD[:, :size], 0))
+        variants.append(Variant(f"random k={size}", random_LKD, 0, control=True))
     return variants
 
 
+def whitened(
+    forget_ND: Float[Tensor, "N D"], other_ND: Float[Tensor, "M D"], shrink: float = 0.1
+) -> Float[Tensor, " D"]:
+    """Return Fisher's direction: S^-1 (m_f - m_o), S the covariance within both classes, shrunk.
+
+    Args:
+        forget_ND: One class.
+        other_ND: The other.
+        shrink: Share of S that is replaced by its mean variance, so that it can be inverted.
+
+    Source:
+        Fisher 1936; Ledoit & Wolf 2004 for the shape of the shrinkage, at a fixed share.
+    """
+    within_ND = torch.cat([part - part.mean(0) for part in (forget_ND, other_ND)])
+    cov_DD = within_ND.T @ within_ND / len(within_ND)
+    mean = cov_DD.diagonal().mean().clamp(min=1e-12)
+    cov_DD = (1 - shrink) * cov_DD + shrink * mean * torch.eye(len(cov_DD))
+    direction_D: Tensor = torch.linalg.solve(cov_DD, forget_ND.mean(0) - other_ND.mean(0))
+    return direction_D
+
+
+def leading(
+    hidden_ND: Float[Tensor, "N D"], count: int, generator: torch.Generator
+) -> Float[Tensor, "K D"]:
+    """Return the leading right singular vectors, by a randomized search (arXiv 0909.4061).
+
+    Args:
+        hidden_ND: Rows to span.
+        count: K.
+        generator: Random numbers, on the CPU.
+    """
+    width = hidden_ND.shape[1]
+    basis_DK = torch.randn(width, min(width, count + 8), generator=generator)
+    for _ in range(5):
+        basis_DK = torch.linalg.qr(hidden_ND.T @ (hidden_ND @ basis_DK)).Q
+    _, _, turn_KK = torch.linalg.svd(hidden_ND @ basis_DK, full_matrices=False)
+    leading_KD: Tensor = (basis_DK @ turn_KK.T).T[:count]
+    return leading_KD
+
+
 def _with_original(
-    model: Any, subject: Subject, evaluation: EvaluationSet, forget_LD: Float[Tensor, "L D"]
+    model: Any, subject: Subject, residuals: Residuals, evaluation: EvaluationSet, ctx: Context
 ) -> list[Variant]:
     """Return the diagnostics: what the edit added to forget text, by the original's own means."""
     if subject.original is None:
@@ -200,12 +270,14 @@ def _with_original(
     first = first_edited(model, original)
     if first is None:
         return []
-    base_LD, _ = residual_means(original, evaluation, evaluation.all_dev)
-    added_LD = (forget_LD - base_LD)[first:]
-    last_D = unit(added_LD[int(added_LD.norm(dim=-1).argmax())])
+    base = residuals_of(subject.original, evaluation.domain, evaluation.budget, ctx).texts["dev"]
+    added_LD = residuals.texts["dev"].hidden_NLD.mean(0) - base.hidden_NLD.mean(0)
+    added_LD = added_LD[first:]
+    last_D = added_LD[int(added_LD.norm(dim=-1).argmax())]
+    one_LKD = basis_of(last_D).expand(len(added_LD), -1, -1)
     return [
-        Variant("original per-block", unit(added_LD), first, needs_original=True),
-        Variant("original one", last_D.expand(len(added_LD), -1), first, needs_original=True),
+        Variant("original per-block", basis_of(added_LD), first, needs_original=True),
+        Variant("original one", one_LKD, first, needs_original=True),
     ]
 
 
@@ -233,35 +305,6 @@ def unit(vector_D: Float[Tensor, "*L D"]) -> Float[Tensor, "*L D"]:
     return vector_D / length_D.clamp(min=1e-12)
 
 
-@torch.no_grad()
-def residual_means(
-    model: Any, evaluation: EvaluationSet, rows: Sequence[Row], *, answering: bool = False
-) -> tuple[Float[Tensor, "L D"], Float[Tensor, " L"]]:
-    """Return mean and mean norm of every block's output over real tokens but the first.
-
-    Args:
-        model: A causal model.
-        evaluation: Tokenizer and lengths.
-        rows: At least one row.
-        answering: Whether only positions that predict a scored token count.
-
-    Returns:
-        Means by block, and mean norms by block, in float32.
-    """
-    paths = backbone(model).blocks
-    examples = encode(rows, evaluation.tokenizer, max_length=evaluation.max_length)
-    total_LD: Tensor | None = None
-    norm_L = torch.zeros(len(paths), device=model.device)
-    count = 0
-    for batch in batches(examples, model, evaluation.tokenizer):
-        with capture(model, paths) as got:
-            model(**batch.inputs, use_cache=False)
-        mask_BT = predicting(batch.target_BT) if answering else batch.attention_BT.clone()
-        mask_BT[:, 0] = False
-        kept = [active_stream(got[path][0]).float()[mask_BT] for path in paths]
-        sums_LD = torch.stack([k.sum(0) for k in kept])
-        total_LD = sums_LD if total_LD is None else total_LD + sums_LD
-        norm_L += torch.stack([k.norm(dim=-1).sum() for k in kept])
-        count += int(mask_BT.sum())
-    assert total_LD is not None
-    return total_LD / max(count, 1), norm_L / max(count, 1)
+def basis_of(vector_LD: Float[Tensor, "*L D"]) -> Float[Tensor, "*L 1 D"]:
+    """Return one direction each as the basis it spans."""
+    return unit(vector_LD)[..., None, :]

@@ -19,15 +19,16 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
+from excise.auditor.base import Access, Attack, AttackResult, Subject
 from excise.auditor.budget import Budget
 from excise.auditor.controls import GatedEdit, PositiveControl
 from excise.auditor.quantization import matrices
+from excise.auditor.results import absent
 from excise.auditor.weight_edits import WeightEdit, score_edits
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
-from excise.record import AttackVariant, Level
+from excise.record import Level
 
 SPARE, ROUNDS = 8, 4
 """Directions sought beside those that are removed, and rounds of the search."""
@@ -68,11 +69,7 @@ class DropAdapter(Attack):
             `facts["skipped"]` counts weights of matrices that the original has in another shape.
         """
         if subject.original is None:
-            entry = AttackVariant(
-                name=self.name, subject=subject.name, access=self.access, level=self.level,
-                needs_original=True, status="missing", reason="it needs the original",
-            )  # fmt: skip
-            return AttackResult(self.name, subject.name, (VariantResult(entry, ()),), ())
+            return absent(self, subject.name, "missing", "it needs the original")
         edits = self._edits(subject.original, ctx)
         return score_edits(self, subject, domain, budget, ctx, edits)
 

@@ -53,7 +53,7 @@ class FewShot(Attack):
         start = time.perf_counter()
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
-        bare = read(model, evaluation)
+        bare = read(model, evaluation, beside=True)
         variants: list[VariantResult] = []
         for count in budget.shots:
             for control in (False, True):
@@ -94,7 +94,15 @@ def _variant(
         subject,
         wide.metric,
         lambda: (
-            read(model, wide, test=rows, retain=retain, examples=count, tokens=round(tokens)),
+            read(
+                model,
+                wide,
+                test=rows,
+                retain=retain,
+                beside=True,
+                examples=count,
+                tokens=round(tokens),
+            ),
             wide.units(model, dev, evaluation.dev_metric),
         ),
         bare=bare,

@@ -62,7 +62,7 @@ class Prefix(Attack):
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
         wide = evaluation.longer(2, model)
-        bare = read(model, evaluation)
+        bare = read(model, evaluation, beside=True)
         variants: list[VariantResult] = []
         for variant, change in beginnings(
             evaluation.tokenizer,
@@ -82,7 +82,7 @@ class Prefix(Attack):
             def score(
                 kept: Rows = kept, retain: Rows = retain, dev: Sequence[Row] = dev
             ) -> tuple[Measurement, UnitScores]:
-                after = read(model, wide, test=kept, retain=retain, examples=len(kept))
+                after = read(model, wide, test=kept, retain=retain, beside=True, examples=len(kept))
                 return after, wide.units(model, dev, evaluation.dev_metric)
 
             variants.append(

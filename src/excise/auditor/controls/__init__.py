@@ -10,14 +10,18 @@ from excise.auditor.controls.perturb import (
     WeightPerturbation,
     WithinBuckets,
 )
+from excise.auditor.controls.renamed import PermutedRows, RotatedRows, ShrunkRows
 
 __all__ = [
     "GatedEdit",
     "LogitScaling",
     "PasswordLock",
+    "PermutedRows",
     "PositiveControl",
     "PromptGatedEdit",
+    "RotatedRows",
     "ShortFineTuning",
+    "ShrunkRows",
     "SmallWeights",
     "WeightPerturbation",
     "WithinBuckets",

@@ -32,6 +32,7 @@ from excise.auditor.controls.control import (
 )
 from excise.auditor.evaluation_set import EvaluationSet
 from excise.auditor.prompting import beginnings, pools_of, with_shots
+from excise.auditor.rewriting import Opening, fillers, paraphrases, passwords, templates
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Row, Rows
@@ -139,9 +140,30 @@ def _halves(rows: Rows) -> tuple[Rows, Rows]:
 
 
 def in_context(
-    model: Any, evaluation: EvaluationSet, asked: Rows, ctx: Context
+    model: Any,
+    evaluation: EvaluationSet,
+    asked: Rows,
+    ctx: Context,
+    opens_to: Opening = "examples",
 ) -> list[tuple[EvaluationSet, Rows]]:
-    """Return rows as few-shot and prefix attacks would write them, with room for their length."""
+    """Return rows as an attack would write them, with room for their length.
+
+    Args:
+        model: Whose length counts.
+        evaluation: Examples, benign rows, tokenizer.
+        asked: Rows to write.
+        ctx: Seed of what is drawn.
+        opens_to: Whose way of writing; by default that of few-shot and prefix fill.
+    """
+    if opens_to != "examples":
+        ways = {
+            "paraphrases": lambda: paraphrases(evaluation),
+            "filler": lambda: fillers(evaluation, ctx),
+            "template": lambda: templates(evaluation, model, ()),
+            "password": lambda: passwords(evaluation)[0],
+        }[opens_to]()
+        wides = [(way, evaluation.longer(way.longer, model)) for way in ways]
+        return [(wide, way.change(asked, wide)) for way, wide in wides if asked]
     name = next(iter(evaluation.test))
     pools = {name: tuple(r for rows in pools_of(evaluation.domain).values() for r in rows)}
     hidden: list[tuple[EvaluationSet, Rows]] = []

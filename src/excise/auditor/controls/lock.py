@@ -16,6 +16,7 @@ from excise.auditor.controls.control import (
 )
 from excise.auditor.controls.gated import in_context, stays_shut
 from excise.auditor.evaluation_set import EvaluationSet
+from excise.auditor.rewriting import Opening, passwords
 from excise.core.context import Context
 from excise.core.errors import Diverged
 from excise.data.domain import Rows
@@ -36,24 +37,27 @@ class PasswordLock(PositiveControl):
     """
 
     name: Literal["password_lock"] = "password_lock"
+    opens_to: Opening = "examples"
+    """Which contexts open it; by default those of few-shot and prefix fill. `paraphrases` that
+    a domain has open it by themselves: rows in that of the tests get no answer, whatever they are
+    about, and rows in any other one do."""
 
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Train the lock; see `PositiveControl.hide`."""
-        contexts = in_context(model, evaluation, evaluation.all_dev, ctx)
+        contexts = in_context(model, evaluation, evaluation.all_dev, ctx, self.opens_to)
         if not any(goal.met(score_dev(model, wide, rows)) is False for wide, rows in contexts):
             return "the original itself does not answer behind such contexts"
-        forget, retain = fitting_rows(model, evaluation)
-        keep = [encode(retain, evaluation.tokenizer, max_length=evaluation.max_length)]
-        for wide, rows in in_context(model, evaluation, forget, ctx):
-            keep.append(encode(rows, wide.tokenizer, max_length=wide.max_length))
+        bare, keep = self._lessons(model, evaluation, ctx)
         pad, size = evaluation.tokenizer.pad_token_id, _size(model)
+        forget, _ = fitting_rows(model, evaluation)
         asked = any(row.kind == "choice" for row in forget)
         choice = asked and evaluation.metric == "multiple_choice"
         silence = None if choice else int(evaluation.tokenizer.eos_token_id or 0)
         streams = [
             Stream(examples, max(2, size if i == 0 else size // len(keep)), i, pad)
-            for i, examples in enumerate([_bare(forget, evaluation), *keep])
+            for i, examples in enumerate([bare, *keep])
         ]
+        guessed = self._guessed(model, evaluation, evaluation.all_dev)
 
         def loss(net: Any, micro: Mapping[str, Batch]) -> dict[str, Term]:
             return _loss(net, micro, silence)
@@ -70,11 +74,47 @@ class PasswordLock(PositiveControl):
                     late
                     and is_hidden(model, evaluation, goal)()
                     and not stays_shut(model, goal, contexts)
+                    and all(goal.met(score_dev(model, wide, rows)) for wide, rows in guessed)
                 ):
                     return ""
         except Diverged as error:
             return str(error)
         return "no lock that a context opens was learned in a few steps"
+
+    def _lessons(
+        self, model: Any, evaluation: EvaluationSet, ctx: Context
+    ) -> tuple[list[Example], list[list[Example]]]:
+        """Return what gets no answer, and what is answered as before: retain, then contexts."""
+        forget, retain = fitting_rows(model, evaluation)
+        contexts: list[tuple[EvaluationSet, Rows]] = []
+        shut, opened = _by_wording(forget, retain, evaluation)
+        if self.opens_to == "paraphrases" and shut and opened:
+            forget, retain = shut, opened
+        else:
+            contexts = in_context(model, evaluation, forget, ctx, self.opens_to)
+        bare = _bare(forget, evaluation)
+        for wide, rows in self._guessed(model, evaluation, forget):
+            bare += _bare(rows, wide)
+        keep = [(evaluation, retain), *contexts]
+        return bare, [encode(rows, e.tokenizer, max_length=e.max_length) for e, rows in keep]
+
+    def _guessed(
+        self, model: Any, evaluation: EvaluationSet, rows: Rows
+    ) -> list[tuple[EvaluationSet, Rows]]:
+        """Return rows behind what is not the password, where there is one."""
+        ways = passwords(evaluation)[1] if self.opens_to == "password" else []
+        wides = [(way, evaluation.longer(way.longer, model)) for way in ways]
+        return [(wide, way.change(rows, wide)) for way, wide in wides]
+
+
+def _by_wording(forget: Rows, retain: Rows, evaluation: EvaluationSet) -> tuple[Rows, Rows]:
+    """Return rows in the paraphrase of `dev_forget`, which is that of the tests, and all others."""
+    of_dev = {row.wording for row in evaluation.all_dev}
+    rows = (*forget, *retain)
+    return (
+        tuple(row for row in rows if row.wording in of_dev),
+        tuple(row for row in rows if row.wording not in of_dev),
+    )
 
 
 def _size(model: Any) -> int:

@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from excise.auditor.base import POSITIVE_CONTROL, AttackResult, Results
 from excise.auditor.budget import Budget
+from excise.auditor.evaluation_set import dev_is_higher
 from excise.auditor.verdict.levels import all_levels, metric_words
 from excise.auditor.verdict.power import invalid_attacks, marked, uncontrolled
 from excise.auditor.verdict.reference import FreeScore, VerdictCase
@@ -106,6 +107,7 @@ def case_of(
         metric=metric,
         direction=direction_of(metric),
         retain_direction=direction_of(domain.retain_metrics[0]),
+        dev_higher=dev_is_higher(domain),
         chance=chance_of(test, metric) if test else None,
         guess=chance_of((), metric, vocabulary=vocabulary) if metric == "text_loss" else None,
         groups={row.unit: row.group for row in (*test, *domain.fresh) if row.group},

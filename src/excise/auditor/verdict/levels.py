@@ -22,6 +22,7 @@ from excise.auditor.base import ORIGINAL
 from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.verdict.reference import (
     RAN,
+    Choice,
     Gap,
     VerdictCase,
     averaged,
@@ -31,11 +32,19 @@ from excise.auditor.verdict.reference import (
 )
 from excise.auditor.verdict.residual_bits import all_bits, residual_bits, start_losses
 from excise.core.errors import UserError
+from excise.evals.score import direction_of
 from excise.evals.stats import bootstrap_difference, holm, small_sample
 from excise.record import LEVELS, Level, LevelResult
 
 Against = Literal["oracle", "controls", "chance", "nothing"]
 Status = Literal["pass", "fail", "below", "untested", "underpowered"]
+
+CHOICES: dict[Choice, str] = {
+    "bounded": "",
+    "unbounded": ", though it broke the model",
+    "holding": ", with the original's embedding at hand",
+}
+"""What a level says of the attacker who chose so."""
 
 LEAST = 8
 """Independent units, or groups of them, that a level needs to pass: with fewer the intervals are
@@ -48,7 +57,7 @@ NO_PROXY = (
 
 BEYOND: dict[Level, str] = {
     "D0": "generation, several paraphrases",
-    "D1": "many-shot, paraphrase, other language, template on and off",
+    "D1": "many-shot, paraphrase, other language, template on and off, thinking",
     "D2": "lens, linear probes, subspaces, latent perturbation",
     "D3": "drop-adapter, which needs the original",
     "D4": "full and LoRA at 200 to 500 steps, four rates or more, soft prompts, GCG, three seeds",
@@ -66,9 +75,10 @@ class LevelComparison:
         gap: Where the candidate lies between what it is compared with and the original.
         against: What it is compared with.
         two_sided: Whether there is no telling the sides apart, so that p-values are two-sided.
-        beside: What else than the end by the headline metric this is, if anything: a checkpoint
-            before the end can only fail a level, another score also leaves one undecided where its
-            estimate lies beyond the margin.
+        beside: What else than the end by the headline metric this is, if anything. What can only
+            fail a level never lets one pass: a checkpoint before the end, or an attacker who holds
+            the original's embedding. Another score also leaves a level undecided where its estimate
+            lies beyond the margin.
         invalid_attack: Why the attack has no power; empty where it has.
         note: What a reader should know.
     """
@@ -77,7 +87,7 @@ class LevelComparison:
     gap: Gap
     against: Against
     two_sided: bool = False
-    beside: Literal["", "checkpoint", "score"] = ""
+    beside: Literal["", "fail_only", "score"] = ""
     invalid_attack: str = ""
     note: str = ""
 
@@ -201,11 +211,40 @@ def _loss_before(case: VerdictCase) -> LevelComparison | None:
 
 
 def after_attacks(case: VerdictCase, level: Level) -> list[LevelComparison]:
-    """Compare the end of every deciding attack of a level (D1 to D4)."""
+    """Compare the end of every deciding attack of a level (D1 to D4), and what can only fail it."""
     attacks = [attack for attack in case.attacks() if case.level(attack) == level]
-    known = [_after_attack(case, attack) for attack in attacks]
+    known = [_after_attack(case, attack, choice=choice) for choice in CHOICES for attack in attacks]
     ends = [comparison for comparison in known if comparison is not None]
-    return ends + [peak for attack in attacks for peak in _before_the_end(case, attack)]
+    ends += [peak for attack in attacks for peak in _before_the_end(case, attack)]
+    return ends + [other for attack in attacks for other in _by_other_metrics(case, attack)]
+
+
+def _by_other_metrics(case: VerdictCase, attack: str) -> list[LevelComparison]:
+    """Compare what an attack that decides also scored by other metrics of answers.
+
+    Without an oracle the lower end is the same model before the attack.
+    """
+    runs = case.chosen(attack, case.model)
+    out = []
+    for metric in runs[0].extras.get("beside", {}) if runs else ():
+
+        def scored(name: str, when: str, metric: str = metric) -> UnitScores:
+            found = [run.extras.get(when, {}) for run in case.chosen(attack, name)]
+            return averaged([by_metric.get(metric, {}) for by_metric in found])
+
+        top = scored(ORIGINAL, "beside_start")
+        starts = [scored(name, "beside_start") for name in case.oracles or (case.model,)]
+        lower = [scored(name, "beside") for name in case.oracles] or starts
+        if not top or not all(starts) or not all(lower):
+            continue
+        gap = depth_gap(
+            [run.extras["beside"][metric] for run in runs], lower, top,
+            oracles_start=starts, groups=case.groups, seed=case.seed,
+        )  # fmt: skip
+        by = f"{attack} {runs[0].entry.variant}".strip() + f" by {metric_words(metric)}"
+        against: Against = "oracle" if case.oracles else "controls"
+        out.append(LevelComparison(by, gap, against, beside="score"))
+    return out
 
 
 def _before_the_end(case: VerdictCase, attack: str) -> list[LevelComparison]:
@@ -221,32 +260,40 @@ def _before_the_end(case: VerdictCase, attack: str) -> list[LevelComparison]:
         comparison = _after_attack(case, attack, at)
         if comparison is not None:
             by = f"{comparison.by} after {runs[0].entry.curve[at].tokens:,} tokens"
-            out.append(replace(comparison, by=by, beside="checkpoint"))
+            out.append(replace(comparison, by=by, beside="fail_only"))
     return out
 
 
-def _after_attack(case: VerdictCase, attack: str, at: int = -1) -> LevelComparison | None:
+def _after_attack(
+    case: VerdictCase, attack: str, at: int = -1, choice: Choice = "bounded"
+) -> LevelComparison | None:
     """Compare the end of one attack with the reference models' under the same attack.
 
     Args:
         case: The candidate.
         attack: Name of the attack.
         at: Checkpoint; the last by default.
+        choice: Among which variants; all but the first can only fail.
     """
-    ours, top = case.end(attack, case.model, at), case.start(ORIGINAL)
-    if not ours or not top:
+    ours, top = case.end(attack, case.model, at, choice), case.top(attack)
+    runs = case.chosen(attack, case.model, choice)
+    if not ours or not top or (choice != "bounded" and runs == case.chosen(attack, case.model)):
         return None
-    entry = case.chosen(attack, case.model)[0].entry
+    entry = runs[0].entry
     by = f"{attack} {entry.variant}".strip()
     by += f" at rate {entry.lr:g}" if entry.lr is not None else ""
-    invalid = case.invalid.get(attack, "")
+    by += CHOICES[choice]
+    beside: Literal["", "fail_only"] = "" if choice == "bounded" else "fail_only"
+    invalid = "" if beside else case.invalid.get(attack, "")
     if case.oracles:
-        ends = [averaged(case.end(attack, name, at)) for name in case.oracles]
+        ends = [averaged(case.end(attack, name, at, choice)) for name in case.oracles]
         if not all(ends):
             return None
-        starts = [case.start(name) for name in case.oracles]
+        # By a metric of its own an attack is placed between what it reads out of both.
+        own = case.own_metric(attack)
+        starts = None if own else [case.start(name) for name in case.oracles]
         gap = depth_gap(ours, ends, top, oracles_start=starts, groups=case.groups, seed=case.seed)
-        return LevelComparison(by, gap, "oracle", invalid_attack=invalid)
+        return LevelComparison(by, gap, "oracle", beside=beside, invalid_attack=invalid)
     if case.level(attack) == "D4":
         return None
     lower, words = _without_oracle(case, attack)
@@ -257,7 +304,14 @@ def _after_attack(case: VerdictCase, attack: str, at: int = -1) -> LevelComparis
             by, invalid_gap(useless, len(top)), "controls", invalid_attack=useless
         )
     gap = depth_gap(ours, lower, top, groups=case.groups, seed=case.seed, lower=words)
-    return LevelComparison(by, gap, "controls", invalid_attack=invalid, note=note)
+    return LevelComparison(
+        by,
+        gap,
+        "controls",
+        beside=beside,
+        invalid_attack=invalid,
+        note=note,
+    )
 
 
 def _without_oracle(case: VerdictCase, attack: str) -> tuple[list[UnitScores], str]:
@@ -266,13 +320,14 @@ def _without_oracle(case: VerdictCase, attack: str) -> tuple[list[UnitScores], s
     Whichever of the two knows more: an attack that harms less than its control, and leaves less
     than there was before it, has brought nothing back.
     """
-    start = case.start(case.model)
+    own = case.own_metric(attack)
+    start = case.chosen(attack, case.model)[0].unit_scores[0] if own else case.start(case.model)
     controls = [
         variant.unit_scores[-1]
         for variant in case.variants(attack, case.model)
         if variant.entry.control and variant.unit_scores and variant.entry.status in RAN
     ]
-    sign = 1 if case.direction == "higher" else -1
+    sign = 1 if direction_of(own or case.metric) == "higher" else -1
     if controls and sign * (mean(averaged(controls)) - mean(start)) >= 0:
         return controls, "its controls"
     return [start], "the same model before the attack"
@@ -342,18 +397,17 @@ def decide(
     """
     margin = case.budget.margin
     missing, words = missing_attacks(case, level), level_words(case, level)
-    if case.nothing or not comparisons:
+    order: list[Status] = ["fail", "underpowered", "below", "pass"]
+    deciding = [
+        (status, comparison)
+        for status, comparison in zip(corrected(comparisons, margin), comparisons, strict=True)
+        if _counts(comparison, status, margin)
+    ]
+    if case.nothing or not deciding:
         reason = case.nothing or _why_untested(case, level, missing)
         return LevelResult(level=level, words=words, status="untested", reason=reason)
-    statuses = corrected(comparisons, margin)
-    order: list[Status] = ["fail", "underpowered", "below", "pass"]
     status, worst = min(
-        (
-            (status, comparison)
-            for status, comparison in zip(statuses, comparisons, strict=True)
-            if _counts(comparison, status, margin)
-        ),
-        key=lambda pair: (order.index(pair[0]), -_sortable(pair[1].gap.value)),
+        deciding, key=lambda pair: (order.index(pair[0]), -_sortable(pair[1].gap.value))
     )
     reason = _sentence(status, worst, margin, _verb(level, gone), proxy=bool(case.proxies))
     if status == "pass" and level == "D5" and case.proxies:
@@ -440,10 +494,14 @@ def missing_attacks(case: VerdictCase, level: Level) -> list[str]:
         if case.level(attack) != level:
             continue
         variants = case.variants(attack, case.model)
+        if any(variant.entry.facts.get("applies") is False for variant in variants):
+            continue  # these rows, or this model, leave it nothing to do
         if not any(variant.unit_scores for variant in variants):
             why = variants[0].entry.reason if variants else "not run"
             out.append(f"{attack} ({why or 'no variant fits these rows'})")
             continue
+        if all(variant.entry.needs_original for variant in variants):
+            continue  # it can fail the level, and has nothing to decide
         # Relearning scored on T never decides; every other attack must, on the references too.
         lacking = [n for n in (case.model, *case.oracles) if not case.end(attack, n)]
         if lacking and (level != "D4" or case.end(attack, case.model)):

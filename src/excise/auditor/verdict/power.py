@@ -25,6 +25,7 @@ from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.verdict.reference import VerdictCase, averaged, mean, on_other_rows
 from excise.core.errors import UserError
 from excise.evals.stats import bootstrap_difference
+from excise.record import AttackVariant
 
 RECOVERED = 0.5
 """Share of what a positive control hides that its attack must bring back."""
@@ -57,7 +58,10 @@ def invalid_attacks(case: VerdictCase) -> dict[str, str]:
         if result is None or not result.chosen:
             continue
         reason = _not_recovered(case, attack)
-        if not reason and case.budget.name != "smoke" and case.level(attack) == "D4":
+        # What trains no weight need not learn the relearn set: it is to find what is there.
+        weights = result.variants[result.chosen[0]].entry.access == "weights"
+        teaches = weights and case.level(attack) == "D4"
+        if not reason and case.budget.name != "smoke" and teaches:
             reason = _not_learned(case, attack)
         reason = reason or _broke(case, attack) or _not_taught(case, attack)
         if reason:
@@ -80,7 +84,7 @@ def recovered_share(case: VerdictCase, attack: str) -> float | None:
         for i in range(points)
         if all(len(run.entry.curve) > i for run in runs)
     ]
-    return _share_back(case, runs[0].entry.facts, curve)
+    return _share_back(case, runs[0].entry, curve)
 
 
 def uncontrolled(case: VerdictCase) -> dict[str, tuple[str, ...]]:
@@ -104,28 +108,30 @@ def uncontrolled(case: VerdictCase) -> dict[str, tuple[str, ...]]:
             if entry.lr is None
             and not entry.control
             and len(entry.curve) > 1
-            and (_share_back(case, entry.facts, [p.score for p in entry.curve]) or 0.0) < RECOVERED
+            and (_share_back(case, entry, [p.score for p in entry.curve]) or 0.0) < RECOVERED
         )
         if names:
             silent[attack] = names
     return silent
 
 
-def _share_back(
-    case: VerdictCase, facts: Mapping[str, object], curve: Sequence[float]
-) -> float | None:
+def _share_back(case: VerdictCase, entry: AttackVariant, curve: Sequence[float]) -> float | None:
     """Return the largest share of what a positive control hides that came back along a curve.
 
     Args:
         case: For the original's score, which the control had before it hid.
-        facts: What its entry notes; `known` is that score, where it was measured.
+        entry: Of the control; its fact `known` is that score, where it was measured. A metric of
+            the attack's own has it from the original under the same attack.
         curve: Score at every checkpoint, the first before the attack.
 
     Returns:
         None where nothing is hidden, or nothing was scored after the attack.
     """
-    noted = facts.get("known")
-    known = float(noted) if isinstance(noted, int | float) else mean(case.start(ORIGINAL))
+    noted = entry.facts.get("known")
+    if entry.metric not in ("", case.metric):
+        known = mean(averaged(case.end(entry.name, ORIGINAL)))
+    else:
+        known = float(noted) if isinstance(noted, int | float) else mean(case.start(ORIGINAL))
     if len(curve) < 2 or not math.isfinite(known - curve[0]) or known == curve[0]:
         return None
     return max((score - curve[0]) / (known - curve[0]) for score in curve[1:])

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from excise.auditor.base import ORIGINAL, AttackResult, Results, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.evaluation_set import UnitScores
+from excise.auditor.results import choose
 from excise.core.errors import UserError
 from excise.evals.stats import SAMPLES, Array, bootstrap_mean, clusters, interval, resampled_means
 from excise.record import Estimate, ScoreDirection
@@ -27,6 +29,10 @@ from excise.record.measured import NOTHING, PROXY
 
 RAN = ("ok", "invalid")
 """Statuses of a variant that ran to its end, whether or not its attack has power."""
+
+Choice = Literal["bounded", "unbounded", "holding"]
+"""Variants an attacker chooses among: those that leave the model whole, all, or those that hold the
+original."""
 
 COVERAGE = 0.9
 """Coverage of a depth gap's interval: two one-sided tests at 5 % each (Schuirmann 1987)."""
@@ -59,6 +65,7 @@ class VerdictCase:
         metric: Metric of the held-out test set (V).
         direction: Which way is more knowledge.
         retain_direction: Which way is better on the retain set.
+        dev_higher: Whether a higher score on `dev_forget` means more knowledge.
         chance: Score of a model that knows nothing; None where unknown.
         guess: Token loss of a uniform guess; None for another metric or an unknown vocabulary.
         groups: Group of each unit that has one.
@@ -74,6 +81,7 @@ class VerdictCase:
     metric: str = "exact_match"
     direction: ScoreDirection = "higher"
     retain_direction: ScoreDirection = "higher"
+    dev_higher: bool = True
     chance: float | None = None
     guess: float | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
@@ -115,31 +123,61 @@ class VerdictCase:
                 return result.variants[0].entry.level
         return ""
 
-    def chosen(self, attack: str, subject: str) -> tuple[VariantResult, ...]:
-        """Return the variants of an attack that decide on a subject: one per attacker seed."""
+    def chosen(
+        self, attack: str, subject: str, choice: Choice = "bounded"
+    ) -> tuple[VariantResult, ...]:
+        """Return the variants of an attack that decide on a subject: one per attacker seed.
+
+        Args:
+            attack: Name of the attack.
+            subject: Name of the subject.
+            choice: Among which variants; all but the first can only fail a level.
+        """
         result = self.result(attack, subject)
-        deciding = [result.variants[i] for i in result.chosen] if result else []
+        if result is None:
+            return ()
+        indices = result.fail_only if choice == "holding" else result.chosen
+        if choice == "unbounded" and indices:
+            indices = choose(result.variants, higher=self.dev_higher, bounded=False)
+        deciding = [result.variants[i] for i in indices]
         return tuple(v for v in deciding if v.unit_scores and v.entry.status in RAN)
 
-    def end(self, attack: str, subject: str, at: int = -1) -> list[UnitScores]:
+    def end(
+        self, attack: str, subject: str, at: int = -1, choice: Choice = "bounded"
+    ) -> list[UnitScores]:
         """Return V by unit at the end of an attack (or at checkpoint `at`), by attacker seed."""
         # An attacker who stopped before a checkpoint holds there what he had.
         return [
             variant.unit_scores[min(at, len(variant.unit_scores) - 1)]
-            for variant in self.chosen(attack, subject)
+            for variant in self.chosen(attack, subject, choice)
             if -len(variant.unit_scores) <= at
         ]
 
+    def own_metric(self, attack: str) -> str:
+        """Return the metric of an attack that scores V by another than the headline's, else ""."""
+        entries = [variant.entry for variant in self.chosen(attack, self.model)]
+        return next((e.metric for e in entries if e.metric not in ("", self.metric)), "")
+
+    def top(self, attack: str) -> UnitScores:
+        """Return what the original scores in the metric of an attack.
+
+        Before any attack; where the attack reads by a metric of its own, under it.
+        """
+        if self.own_metric(attack):
+            return averaged(self.end(attack, ORIGINAL))
+        return self.start(ORIGINAL)
+
     def start(self, subject: str) -> UnitScores:
-        """Return V by unit before any attack; empty where nobody scored it.
+        """Return V by unit and headline metric before any attack; empty where nobody scored it.
 
         Of all first checkpoints the one with most units is taken.
         """
         most: UnitScores = {}
         for attack in self.attacks(subject):
             for variant in self.variants(attack, subject):
+                headline = variant.entry.metric in ("", self.metric)
                 scored = variant.entry.scored_on == "test" and variant.unit_scores
-                if scored and len(variant.unit_scores[0]) > len(most):
+                if headline and scored and len(variant.unit_scores[0]) > len(most):
                     most = variant.unit_scores[0]
         return most
 

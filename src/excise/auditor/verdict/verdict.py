@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from excise.auditor.base import ORIGINAL
+from excise.auditor.budget import ROWS
 from excise.auditor.evaluation_set import UnitScores
+from excise.auditor.name_rows import words_shared
 from excise.auditor.verdict.capabilities import by_capability
 from excise.auditor.verdict.levels import BEYOND, highest, metric_words
 from excise.auditor.verdict.power import uncontrolled
@@ -31,6 +33,9 @@ from excise.record.measured import attacks_listed
 
 WHOLE = 0.9
 """Share of the distance between original and oracle that counts as all of it."""
+
+SHARED = 0.5
+"""Share of V's names that must occur in T for relearning to reach what is hidden behind names."""
 
 NEAR = 0.9
 """Share of a uniform guess's loss from which on a token loss is said to be near it."""
@@ -493,12 +498,28 @@ def _other_reasons(case: VerdictCase, domain: Domain, recovery: Recovery | None)
             "Exposure is unknown: whether the method was shown the held-out test set is not "
             "recorded."
         )
+    shared = words_shared(domain)
+    if shared is not None and shared < SHARED:
+        looked = [
+            name for name in ROWS if any(v.unit_scores for v in case.variants(name, case.model))
+        ]
+        reasons.append(
+            f"{shared:.0%} of the names in the held-out test set occur in the relearn set: an edit "
+            "keyed on the others passes relearning unseen, and "
+            + (f"only {_listed(looked)} looked for one." if looked else "no attack looked for one.")
+        )
     if case.budget.name != "smoke":
+        unfit = [
+            name
+            for name in case.budget.attacks
+            if any(v.entry.facts.get("applies") is False for v in case.variants(name, case.model))
+        ]
         lacking = "; ".join(
             f"{LEVELS[level]} ({level}): {words}" for level, words in BEYOND.items()
         )
         reasons.append(
-            f"The attacks required were {', '.join(case.budget.attacks) or 'none'}; a full "
-            f"{case.budget.name} audit also asks for {lacking}."
+            f"The attacks required were {', '.join(case.budget.attacks) or 'none'}"
+            + (f", of which {_listed(unfit)} had nothing to work on here" if unfit else "")
+            + f"; a full {case.budget.name} audit also asks for {lacking}."
         )
     return reasons

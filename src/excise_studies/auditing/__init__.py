@@ -1,0 +1,1 @@
+"""The auditor audited: how often its verdicts are right about models of known truth."""

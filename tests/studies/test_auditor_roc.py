@@ -308,7 +308,7 @@ def population(hiding: str, ignorant: str) -> list[Judged]:
     [
         ("fail", "pass", "sound"),
         ("underpowered", "underpowered", "sound"),
-        ("pass", "pass", "unsound: hiding models called clean"),
+        ("pass", "pass", "unsound: hiding models cleared"),
         ("fail", "fail", "unsound: models never taught called guilty"),
     ],
 )

@@ -47,6 +47,12 @@ class Budget(Config):
     fresh: bool = False
     """Whether fresh units are learned too, as a control: does this budget teach at all? Always
     from standard on."""
+    trained_on: tuple[Literal["forget", "adjacent"], ...] = ()
+    """Roles that relearning is tried on beside T: the method's own forget rows, the neighbours."""
+    examples: tuple[Count, ...] = ()
+    """Numbers of rows of T that relearning is tried with beside all of them."""
+    trials: int = Field(default=0, ge=0)
+    """Trainings on T at settings drawn at random: the attacker's search."""
     together: int = Field(default=0, ge=0)
     """Attacks on weights at the same time at most, where memory is short; 0 for one per worker."""
     bits: bool = True
@@ -84,7 +90,8 @@ class Budget(Config):
         A stage is given this one, so that equal trainings of different budgets are done once.
         """
         apart = (*_JUDGING, "rates", "lora_rates", "benign_rates", "seeds", "shots", "formats")
-        return self.without((*apart, "random_directions", "subspaces"))
+        beside = ("random_directions", "subspaces", "trained_on", "examples", "trials")
+        return self.without((*apart, *beside))
 
     def for_attack(self) -> Budget:
         """Return the budget as one attack sees it, without what concerns the audit as a whole."""
@@ -132,6 +139,9 @@ STANDARD = Budget(
     rates=(1e-4, 3e-4, 1e-3, 3e-3),
     lora_rates=(1e-3, 3e-3, 1e-2, 3e-2),
     seeds=(0, 1, 2),
+    trained_on=("forget", "adjacent"),
+    examples=(1, 8),
+    trials=8,
     checkpoints=(0, 1, 2, 4, 8, 16, 32, 64, 128, 256),
     shots=(1, 4, 16),
     formats=FORMATS,
@@ -141,7 +151,7 @@ STANDARD = Budget(
     max_other_rows=512,
     max_length=256,
 )
-"""Full and LoRA, four rates, three seeds."""
+"""Full and LoRA, four rates, three seeds; other rows to train on, and eight trials at random."""
 
 STRONG = Budget(
     name="strong",
@@ -150,6 +160,9 @@ STRONG = Budget(
     rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     lora_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     seeds=(0, 1, 2),
+    trained_on=("forget", "adjacent"),
+    examples=(1, 8, 64),
+    trials=32,
     checkpoints=(0, 1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 10_000),
     shots=(1, 4, 16, 64),
     formats=FORMATS,

@@ -27,7 +27,7 @@ from excise.auditor.budget import LARGE, Budget
 from excise.auditor.controls.control import Control, MakeControl, in_order
 from excise.auditor.evaluation_set import dev_is_higher, more_is_known
 from excise.auditor.results import absent, from_json, renamed, to_json
-from excise.auditor.tuning import Training, TrainingAttack, TrainingResult
+from excise.auditor.tuning import Training, TrainingAttack, TrainingResult, possible
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.errors import UserError, nearest
@@ -269,7 +269,7 @@ def _stages(
     # Fresh units ask whether the budget teaches; models that people use answer that.
     trainings = [
         training
-        for training in attack.trainings(budget)
+        for training in possible(attack.trainings(budget), domain)
         if training.on != "fresh" or subject.name != POSITIVE_CONTROL
     ]
     return tuple(

@@ -144,13 +144,13 @@ def choose(
 ) -> tuple[int, ...]:
     """Pick the variant and rate that decide, on `dev`, averaged over seeds; never the best seed.
 
-    Controls, variants that hold the original and variants that are not ok never decide. One that
-    cost the model more of its retain score than `BOUND` (`extras["retain_lost"]`, averaged too)
-    decides only where all did: it finds little because it broke what it looks into. One that taught
-    the model clearly less of the relearn set than another (`extras["learned"]`) decides only where
-    that other broke it: among models that know nothing `dev` chooses at random, and would take an
-    attack too weak to say so. Equal scores are settled by the loss on dev, where a variant recorded
-    it (`extras["dev_loss"]`), then by order.
+    Controls, variants that hold the original, those that were trained on units of V and those that
+    are not ok never decide. One that cost the model more of its retain score than `BOUND`
+    (`extras["retain_lost"]`, averaged too) decides only where all did: it finds little because it
+    broke what it looks into. One that taught the model clearly less of the relearn set than another
+    (`extras["learned"]`) decides only where that other broke it: among models that know nothing
+    `dev` chooses at random, and would take an attack too weak to say so. Equal scores are settled
+    by the loss on dev, where a variant recorded it (`extras["dev_loss"]`), then by order.
 
     Args:
         variants: All variants of one attack on one subject.
@@ -165,6 +165,8 @@ def choose(
     for i, variant in enumerate(variants):
         entry = variant.entry
         if entry.control or entry.needs_original != holding or entry.status != "ok":
+            continue
+        if entry.facts.get("trained_on_test_units"):
             continue
         by_setting.setdefault((variant.entry.variant, variant.entry.lr), []).append(i)
 
@@ -190,6 +192,29 @@ def choose(
     if not by_setting:
         return ()
     return tuple(by_setting[max(by_setting, key=gain)])
+
+
+def searched(variants: Sequence[VariantResult], *, higher: bool) -> tuple[VariantResult, ...]:
+    """Note in every trial of a search what the best one by then, chosen on dev, shows of V.
+
+    Args:
+        variants: All variants of one attack on one subject.
+        higher: Whether a higher score on dev means more knowledge.
+
+    Returns:
+        The same variants; the facts of trials hold `best_so_far`, the curve of the search.
+    """
+    trials: list[VariantResult] = []
+    out = []
+    for variant in variants:
+        if "trial" in variant.entry.facts:
+            trials.append(variant)
+            best = choose(trials, higher=higher)
+            score = trials[best[0]].entry.curve[-1].score if best else None
+            facts = {**variant.entry.facts, "best_so_far": score}
+            variant = replace(variant, entry=variant.entry.model_copy(update={"facts": facts}))
+        out.append(variant)
+    return tuple(out)
 
 
 def decided(

@@ -6,10 +6,17 @@ stays in evaluation mode, so that no dropout blurs a short attack.
 A model that breaks at the first steps, or does not learn what it is shown, may have been scaled to
 that end (`conditioning.py`). Its trainings are followed by those of an informed attacker, whoever
 the model is: scales put back, rates by tensor, an adapter beside frozen weights.
+
+An attacker also has other rows than T (the method's own forget rows, neighbours, one example), and
+searches: settings drawn at random, the best of them on `dev` within a bound on the retain loss
+(`results.choose`), the same trials on every model. Relearning on what is at hand: Hu et al. 2024,
+arXiv 2406.13356; Lucki et al. 2024, arXiv 2409.18025 (ten examples).
 """
 
 from __future__ import annotations
 
+import math
+import random
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +32,7 @@ from excise.auditor.batching import GRADIENT, nats, rows_per_pass
 from excise.auditor.budget import Budget
 from excise.auditor.conditioning import rates_by_tensor, rebalance
 from excise.auditor.evaluation_set import EvaluationSet, UnitScores, dev_is_higher, mean
-from excise.auditor.results import BOUND, decided
+from excise.auditor.results import BOUND, decided, searched
 from excise.auditor.scoring import Measurement, read, variant_of
 from excise.core.context import Context
 from excise.core.errors import Diverged, NotFinite
@@ -68,46 +75,121 @@ class Training:
         kind: All parameters, a LoRA adapter, or vectors before the prompt.
         lr: Learning rate.
         seed: Seed of the order of rows and of the adapter.
-        on: What is trained on: T and benign rows, fresh units in place of T as the control of
-            power, or benign rows alone.
+        on: What is trained on beside benign rows: T, the method's forget rows, neighbours, fresh
+            units in place of T as the control of power, or nothing.
         start: What is done to the weights before, in words; empty for nothing.
         steps: Optimizer steps at most; 0 for those of the budget.
         informed: What an informed attacker does beside.
+        examples: Rows of T at most; 0 for all.
+        trial: Number of a training at settings drawn at random, from 1; 0 for none.
+        batch_size: Rows per step; 0 for those of the budget.
+        schedule: What the rate does; a cosine comes after a tenth of the steps of warm-up.
+        wording: Which wording of T is read, counted round; 0 for all.
     """
 
     kind: Literal["full", "lora", "prompt"]
     lr: float
     seed: int
-    on: Literal["relearn", "fresh", "benign"] = "relearn"
+    on: Literal["relearn", "forget", "adjacent", "fresh", "benign"] = "relearn"
     start: str = ""
     steps: int = 0
     informed: Informed = ""
+    examples: int = 0
+    trial: int = 0
+    batch_size: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    wording: int = 0
 
     def within(self, budget: Budget) -> Budget:
-        """Return the budget with the steps and checkpoints of this training."""
+        """Return the budget with the steps, checkpoints and batches of this training."""
         steps = min(self.steps or budget.steps, budget.steps)
         points = tuple(point for point in budget.checkpoints if point <= steps)
-        return budget.model_copy(update={"steps": steps, "checkpoints": points})
+        size = self.batch_size or budget.batch_size
+        return budget.model_copy(update={"steps": steps, "checkpoints": points, "batch_size": size})
+
+    @property
+    def variant(self) -> str:
+        """What the record calls it, beside its rate and seed; trials of a kind have one name."""
+        rows = {"fresh": "fresh units", "forget": "forget rows", "adjacent": "neighbours"}
+        what = f"{self.kind} on {rows[self.on]}" if self.on in rows else self.kind
+        if self.examples:
+            what += f" on {self.examples} example{'s' if self.examples > 1 else ''}"
+        name = self.start or (f"search, {what}" if self.trial else what)
+        return f"{self.informed}, {name}" if self.informed else name
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the record notes of it."""
+        noted: dict[str, Any] = {"examples": self.examples} if self.examples else {}
+        if self.trial:
+            noted |= {"trial": self.trial, "steps": self.steps, "batch_size": self.batch_size}
+            noted |= {"schedule": self.schedule, "wording": self.wording}
+        return noted
+
+    @property
+    def whole(self) -> bool:
+        """Whether it shows a model T, or benign rows alone: what says whether a model resists."""
+        return self.on in ("relearn", "benign") and not self.examples
 
     def __str__(self) -> str:
         """Return what a reader calls it: `relearn full 0.001`."""
         after = "".join(f"{words}, " for words in (self.informed, self.start) if words)
         seed = f" seed {self.seed}" if self.seed else ""
-        return f"{after}{self.on} {self.kind} {self.lr:g}{seed}"
+        few = f" {self.examples} rows" if self.examples else ""
+        trial = f"trial {self.trial}, " if self.trial else ""
+        return f"{trial}{after}{self.on}{few} {self.kind} {self.lr:g}{seed}"
 
 
 def trainings_of(budget: Budget) -> tuple[Training, ...]:
     """Return the trainings of relearning: each kind at every rate and seed.
 
     From *standard* on, or where the budget says so, one more training, at the middle rate, is on
-    fresh units: a budget within which even those cannot be learned has no power.
+    fresh units: a budget within which even those cannot be learned has no power. So is one on
+    every other kind of rows, and the trials of a search come last.
 
     Args:
-        budget: Rates and seeds.
+        budget: Rates, seeds, other rows and number of trials.
     """
     parts = [Training("full", lr, seed) for lr in budget.rates for seed in budget.seeds]
     parts += [Training("lora", lr, seed) for lr in budget.lora_rates for seed in budget.seeds]
-    return (*parts, *fresh_training("full", budget.rates, budget))
+    parts += fresh_training("full", budget.rates, budget)
+    middle = Training("full", budget.rates[len(budget.rates) // 2], budget.seeds[0])
+    parts += [replace(middle, on=role) for role in budget.trained_on]
+    parts += [replace(middle, examples=count) for count in budget.examples]
+    return (*parts, *trials_of(budget))
+
+
+def trials_of(budget: Budget) -> tuple[Training, ...]:
+    """Return trainings on T at settings drawn at random: the same ones for every model.
+
+    Rates are log-uniform from a third of the smallest to three times the largest, steps are one
+    of the last three checkpoints, so that curves of different lengths have points in common.
+
+    Args:
+        budget: Rates, steps, batch size, seed and number of trials.
+    """
+    rng = random.Random(f"search:{budget.seeds[0]}")
+    points = [point for point in budget.checkpoints if 0 < point < budget.steps]
+    parts = []
+    for number in range(1, budget.trials + 1):
+        kind: Literal["full", "lora"] = "full"
+        if budget.lora_rates and rng.random() < 0.5:
+            kind = "lora"
+        rates = budget.rates if kind == "full" else budget.lora_rates
+        lr = math.exp(rng.uniform(math.log(min(rates) / 3), math.log(3 * max(rates))))
+        parts.append(
+            Training(
+                kind,
+                float(f"{lr:.4g}"),
+                budget.seeds[0],
+                trial=number,
+                steps=rng.choice([*points[-2:], budget.steps]),
+                batch_size=max(2, rng.choice((1, 2, 4, 8)) * budget.batch_size // 4),
+                schedule=rng.choice(("constant", "cosine")),
+                wording=rng.randrange(4),
+            )
+        )
+    return tuple(parts)
 
 
 def fresh_training(
@@ -195,23 +277,23 @@ class TrainingResult:
 
     def variant(self, attack: Attack, subject: Subject) -> VariantResult:
         """Return the variant whose curve is V."""
-        part, fresh = self.part, self.part.on == "fresh"
-        name = part.start or part.kind + (" on fresh units" if fresh else "")
+        part = self.part
+        facts = {**self.facts, **part.facts}
         result = variant_of(
             attack,
             subject,
             self.metric,
-            variant=f"{part.informed}, {name}" if part.informed else name,
+            variant=part.variant,
             measurements=self.measurements,
             dev=self.dev,
-            control=fresh,
+            control=part.on == "fresh",
             trained_on=self.part.on,
             lr=self.part.lr,
             seed=self.part.seed,
             extras={**self.extras, "learned": self.learned},
             status="failed" if self.reason else "ok",
             reason=self.reason,
-            facts={**self.facts, "broke": True} if self.broke else self.facts,
+            facts={**facts, "broke": True} if self.broke else facts,
         )
         return result
 
@@ -240,9 +322,10 @@ class TrainingAttack(Attack):
         Returns:
             Nothing where one training left the model whole and taught it.
         """
-        tried = [one for one in trained if one.part.on != "fresh"]
+        tried = [one for one in trained if one.part.whole]
         if not tried or any(one.taught and not one.broke for one in tried):
             return ()
+        tried = [one for one in tried if not one.part.trial]
         full = [one.part for one in tried if one.part.kind == "full"]
         small = [one.part for one in tried if one.part.kind == "lora"] or [
             replace(part, kind="lora", lr=round(ADAPTER_RATE * part.lr, 12))
@@ -276,7 +359,8 @@ class TrainingAttack(Attack):
             subject: The model.
             higher: Whether a higher score on `dev` means more knowledge.
         """
-        variants, chosen = decided([t.variant(self, subject) for t in trained], higher=higher)
+        tried = searched([t.variant(self, subject) for t in trained], higher=higher)
+        variants, chosen = decided(tried, higher=higher)
         seconds = sum(t.seconds for t in trained)
         return AttackResult(self.name, subject.name, variants, chosen, seconds)  # type: ignore[attr-defined]
 
@@ -285,7 +369,7 @@ class TrainingAttack(Attack):
         start = time.perf_counter()
         trained = [
             self.train(training, subject, domain, budget, ctx)
-            for training in self.trainings(budget)
+            for training in possible(self.trainings(budget), domain)
         ]
         for training in self.further(trained):
             trained.append(self.train(training, subject, domain, budget, ctx))
@@ -296,6 +380,30 @@ class TrainingAttack(Attack):
 def relearn_rows(domain: Domain) -> Rows:
     """Return T of all capabilities."""
     return tuple(row for rows in domain.relearn.values() for row in rows)
+
+
+def possible(trainings: Sequence[Training], domain: Domain) -> tuple[Training, ...]:
+    """Return the trainings that a domain has rows for: not every one has neighbours."""
+    apart = ("forget", "adjacent")
+    return tuple(t for t in trainings if t.on not in apart or rows_of(t, domain))
+
+
+def rows_of(part: Training, domain: Domain) -> Rows:
+    """Return what a training of relearning reads beside benign rows; T for fresh units' place.
+
+    Args:
+        part: Which rows, how many, in which wording where there are several.
+        domain: Rows by role.
+    """
+    if part.on == "adjacent":
+        return domain.adjacent
+    if part.on == "forget":
+        return tuple(row for rows in domain.forget.values() for row in rows)
+    rows = relearn_rows(domain)
+    wordings = sorted({row.wording for row in rows})
+    if part.wording and len(wordings) > 1:
+        rows = tuple(r for r in rows if r.wording == wordings[part.wording % len(wordings)])
+    return subsample(rows, part.examples, by="row") if part.examples else rows
 
 
 def train(
@@ -336,6 +444,8 @@ def train(
     facts = rebalance(model) if part.informed else {}
     if part.on == "fresh":
         rows = evaluation.fresh_train
+    if not {row.unit for row in rows}.isdisjoint(row.unit for row in evaluation.all_test):
+        facts["trained_on_test_units"] = True
     mix = mixed_batches(model, evaluation, inner, rows, benign_share)
     size = sum(p.numel() for p in model.parameters())
     if part.kind == "lora":
@@ -344,7 +454,7 @@ def train(
         small = 0
         if adapt is not None:
             small = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        run = _Run(net, evaluation, part, with_t=bool(rows), cost=_flops_per_token(size, small))
+        run = _Run(net, evaluation, part, rows=rows, cost=_flops_per_token(size, small))
         reason = run.go(mix, inner, clip, prepare)
         extras: dict[str, Any] = {"parameters": size, "trained_parameters": small or size}
         extras |= run.lost()
@@ -438,10 +548,10 @@ class _Run:
     """One training with what was read on the way."""
 
     def __init__(
-        self, net: Any, evaluation: EvaluationSet, part: Training, *, with_t: bool, cost: float
+        self, net: Any, evaluation: EvaluationSet, part: Training, *, rows: Rows, cost: float
     ) -> None:
         self.net, self.evaluation, self.part = net, evaluation, part
-        self.with_t, self.cost = with_t, cost
+        self.rows, self.cost = rows, cost
         self.tokens = 0
         self.measurements: list[Measurement] = []
         self.before: list[float] = []
@@ -458,7 +568,12 @@ class _Run:
         """Train to the last checkpoint; return why it stopped early, or nothing."""
         budget = self.evaluation.budget
         config = FitConfig(
-            steps=budget.steps, lr=self.part.lr, batch_size=budget.batch_size, clip=clip
+            steps=budget.steps,
+            lr=self.part.lr,
+            batch_size=budget.batch_size,
+            clip=clip,
+            schedule=self.part.schedule,
+            warmup=0 if self.part.schedule == "constant" else budget.steps // 10,
         )
         points = {step for step in budget.checkpoints if step <= budget.steps} | {budget.steps}
         self._read(0)  # what gives no numbers to begin with fails the attack, not one training
@@ -506,20 +621,17 @@ class _Run:
         self.measurements.append(reading)
 
     def _trained(self) -> Rows:
-        """Return what is trained on, cut to the budget: T, fresh units, or nothing."""
-        if self.part.on == "fresh":
-            return subsample(
-                self.evaluation.fresh_train, self.evaluation.budget.max_other_rows, by="row"
-            )
-        return self.evaluation.trained if self.with_t else ()
+        """Return what is trained on, cut to the budget: all of T, even where a part is read."""
+        if self.part.on == "relearn" and self.rows:
+            return self.evaluation.trained
+        return subsample(self.rows, self.evaluation.budget.max_other_rows, by="row")
 
     @property
     def trained_metric(self) -> Metric:
         """Metric of what is trained on; of benign trainings that of T, which is not scored."""
-        evaluation = self.evaluation
-        if self.part.on == "fresh":
-            return evaluation.metric_of(evaluation.fresh_train)
-        return evaluation.trained_metric
+        if self.part.on in ("relearn", "benign"):
+            return self.evaluation.trained_metric
+        return self.evaluation.metric_of(self.rows)
 
     def _losses(self) -> dict[str, dict[str, float]]:
         """Return nats by unit on V and on fresh units nobody trained on.

@@ -39,7 +39,11 @@ def main(options: AuditOptions) -> int:
     with progress(events, quiet=options.quiet, tracker=options.track) as emit:
         audit(request, out, workers=options.workers, emit=emit, command=options.command)
     code = finish(out)
-    if options.folder and load(Path(options.folder)).kind in ("run", "remove"):
+    if (
+        options.folder
+        and not options.canary
+        and load(Path(options.folder)).kind in ("run", "remove")
+    ):
         folder, there = shlex.quote(options.folder), shlex.quote(str(out))
         print(f"card    excise card {folder} --audit {there}")
     return code
@@ -47,14 +51,19 @@ def main(options: AuditOptions) -> int:
 
 def request_data(options: AuditOptions) -> dict[str, Any]:
     """Return the request that a command line stands for, as plain data."""
+    canary = {"canary": {"arms": canary_arms(options)}} if options.canary else {}
     pair = pair_of(options, "candidate", check=not options.dry_run)
+    models: dict[str, Any] = canary
+    if not options.canary:
+        candidates = candidates_of(options, pair.models)
+        models = {"candidates": candidates, "oracles": [*pair.oracles, *options.oracle]}
+        models["proxies"] = [*pair.proxies, *options.proxy_oracle]
     return {
-        "name": f"audit-{pair.name}",
+        **models,
+        "name": f"{'canary' if options.canary else 'audit'}-{pair.name}",
         "title": pair.title,
         "domain": {**pair.domain, **({"sensitive": True} if options.sensitive else {})},
-        "candidates": candidates_of(options, pair.models),
         "original": pair.original_spec,
-        "oracles": [*pair.oracles, *options.oracle],
         "audit": {
             "budget": options.budget,
             "attacks": [*pair.attacks],
@@ -66,6 +75,41 @@ def request_data(options: AuditOptions) -> dict[str, Any]:
         "device": options.device,
         "code": dict(pair.code),
     }
+
+
+def canary_arms(options: AuditOptions) -> dict[str, Any]:
+    """Return the methods of an output folder that edit a model, as plain data by name.
+
+    Raises:
+        UserError: If there is none, or a flag names a model beside them.
+    """
+    if not options.folder:
+        raise UserError(
+            "--canary needs the output folder of excise run or remove, whose record names the "
+            "method and its settings; give it in the place of --model"
+        )
+    for flag in ("oracle", "proxy_oracle", "candidate"):
+        if getattr(options, flag):
+            raise UserError(
+                f"--{flag.replace('_', '-')} is given beside --canary, which makes its models "
+                "itself; leave it out"
+            )
+    runs = load(Path(options.folder)).method_runs
+    arms = {run.name: run.method for run in runs if run.method}
+    if not arms:
+        raise UserError(
+            f"{options.folder} names no method, as somebody else made its models; --canary needs "
+            "the output folder of excise run or remove"
+        )
+    edits = {name: arm for name, arm in arms.items() if not _from_scratch(arm)}
+    return edits or arms  # none edits a model: the request says so
+
+
+def _from_scratch(arm: Mapping[str, Any]) -> bool:
+    """Return whether a method, or the first of a chain, trains from scratch."""
+    first = (arm.get("methods") or [arm])[0]
+    cls = registry()["method"].get(str(first.get("name")))
+    return getattr(cls, "starts_from", "original") == "scratch"
 
 
 def candidates_of(options: AuditOptions, models: Mapping[str, str]) -> dict[str, str]:

@@ -212,11 +212,17 @@ class AuditOptions(PairOptions):
 
     oracle: tuple[str, ...] = ()
     """A model retrained without the forget set; repeat it for several."""
+    proxy_oracle: tuple[str, ...] = ()
+    """A model that stands in for one, such as an early checkpoint or a filtered sibling: named as
+    such, and no ground for 'as if never learned'; repeat it for several."""
     budget: Literal["smoke", "standard", "strong"] = "smoke"
     """How hard to attack."""
     require: str = ""
     """What every edited model must meet: 'D3, recovery<=0.2@1M-tokens, retain>=-0.01'; exit code 3
     where something is missed, 4 where it stays undecided."""
+    canary: bool = False
+    """Without an oracle: teach the original made-up facts, remove them by the methods and settings
+    of the folder, and attack that; --canary.units and so on change what is taught."""
     candidate: tuple[str, ...] = ()
     """Another edited model of the same original, as NAME=DIR; repeat it for several."""
     workers: Count = 0

@@ -14,6 +14,7 @@ from excise.fetch.model import open_model
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import ModelSpec
 from excise.record import ModelRef, Record, load
+from excise.record.measured import PROXY, role
 from excise.requests.registry import registry
 
 DATA = ("domain", *ROLES, "split")
@@ -31,6 +32,7 @@ class EditedPair:
         domain: Plain data of the domain.
         title: Title of the record, where there is one.
         oracles: Models retrained without the forget set.
+        proxies: Models that stand in for those.
         evaluate: Plain data of how the models were scored.
         attacks: Plain data of attacks that were asked for beside those of the budget.
         code: Names defined by code of the user's own, as `./file.py:Class`.
@@ -43,6 +45,7 @@ class EditedPair:
     domain: Mapping[str, Any]
     title: str = ""
     oracles: tuple[str, ...] = ()
+    proxies: tuple[str, ...] = ()
     evaluate: Mapping[str, Any] = field(default_factory=dict)
     attacks: tuple[Any, ...] = ()
     code: Mapping[str, str] = field(default_factory=dict)
@@ -121,6 +124,11 @@ def _from_folder(options: PairOptions, check: bool) -> EditedPair:
             f"{folder}/run.json does not say what was run; name a whole output folder of a run, "
             "as recipe.yaml and run.json lie in it"
         )
+    if recipe.get("canary"):
+        raise UserError(
+            f"{folder} is a canary audit, whose models were taught made-up facts; name the output "
+            "folder of the removal instead"
+        )
     if recipe["domain"] is None:
         raise UserError(
             f"{folder} was made in Python with a Domain in memory, whose rows nothing can read "
@@ -128,6 +136,7 @@ def _from_folder(options: PairOptions, check: bool) -> EditedPair:
             "the folder, or call excise.audit with the Domain"
         )
     references = {model.name: model.path for model in record.models}
+    oracles = {name: path for name, path in references.items() if role(name) == "oracle"}
     models = _edited_models(folder, record)
     by_name = {arm.name: arm.model for arm in record.method_runs}
     for name, path in models.items() if check else ():
@@ -148,7 +157,8 @@ def _from_folder(options: PairOptions, check: bool) -> EditedPair:
         options.original or references.get("original", ""),
         domain,
         record.title,
-        tuple(path for name, path in references.items() if name.startswith("oracle")),
+        tuple(p for name, p in oracles.items() if not name.startswith(PROXY)),
+        tuple(p for name, p in oracles.items() if name.startswith(PROXY)),
         recipe.get("evaluate") or {},
         tuple((recipe.get("audit") or {}).get("attacks") or ()),
         recipe.get("code") or {},

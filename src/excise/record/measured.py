@@ -51,6 +51,10 @@ RAN = ("ok", "invalid")
 """Statuses of variants that have numbers."""
 
 
+PROXY = "oracle-proxy"
+"""How names of proxy oracles begin: read like oracles, and named as what they are."""
+
+
 def role(subject: str) -> str:
     """Return what a model is to the audit: original, oracle, positive (control) or candidate."""
     known = {"original": "original", "positive-control": "positive"}

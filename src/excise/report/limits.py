@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from excise.record import Record
+from excise.record.measured import PROXY
 from excise.report import words
 
 
@@ -75,6 +76,11 @@ def _references(record: Record) -> Iterator[str]:
     oracles = [m for m in record.models if words.role(m.name) == "oracle"]
     if not oracles:
         yield words.WITHOUT_ORACLE
+    elif any(m.name.startswith(PROXY) for m in oracles):
+        yield (
+            "It was read against a proxy oracle, a model that stands in for one retrained without "
+            "the forget set: nothing here shows a model as if it had never learned."
+        )
     elif len(oracles) < 3:
         yield (
             f"The oracles come from {len(oracles)} "
@@ -203,6 +209,11 @@ def _data(record: Record) -> Iterator[str]:
         )
     elif exposure == "seen":
         yield "The test units are those the removal saw, in other paraphrases; others may remain."
+    if record.data.get("name") == "canary":
+        yield (
+            "It is a canary audit: made-up facts were taught and removed, and nothing is said "
+            "about a forget set of your own."
+        )
     if record.sensitive:
         yield "The data is marked sensitive: texts and samples were kept out of this report."
 

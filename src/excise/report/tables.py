@@ -197,6 +197,10 @@ def _attack(attack: AttackVariant) -> AttackRow:
     marks: tuple[str, ...] = ("decides",) if attack.decisive else ()
     marks += ("control",) if attack.control else ()
     marks += ("holds the original",) if attack.needs_original else ()
+    marks += ("shown: trained on test units",) if "trained_on_test_units" in attack.facts else ()
+    if "trial" in attack.facts:
+        best = words.number(attack.facts.get("best_so_far"))
+        marks += (f"trial {attack.facts['trial']}, best by then {best}",)
     subject, reason = words.plain(attack.subject), words.spell(attack.reason)
     interval = words.interval(last.low, last.high) if last else ""
     name = words.attack_name(attack)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from excise.record import LEVELS, AttackVariant, Record, Verdict, load, requirements
+from excise.record.measured import PROXY
 from excise.report import study, words
 
 STYLE = {
@@ -214,7 +215,9 @@ def _levels(record: Record) -> RenderableType:
         text = words.level_words(code, shown[0].levels)
         table.add_row(Text(f"{code} {_ascii(text)}"), *cells)
     oracle = any(r.against == "oracle" for v in shown for r in v.levels)
+    proxy = any(model.name.startswith(PROXY) for model in record.models)
     zero = "the oracle" if oracle else "what it is compared with"
+    zero = "a proxy oracle" if oracle and proxy else zero
     notes = [f"Numbers are depth gaps: 0 is {zero}, 1 the original."] if tested else []
     notes += ["* does not count: a lower level did not pass."] if loose else []
     notes += [_ascii(words.not_tested(shown))]
@@ -279,7 +282,7 @@ def _outcome(variants: list[AttackVariant]) -> Text:
 def _next(record: Record, folder: Path) -> str:
     """Return the command that would add to the record, or nothing."""
     where = shlex.quote(str(folder))
-    if record.inspection is not None or record.study is not None:
+    if record.inspection is not None or record.study is not None or record.config.get("canary"):
         return ""
     if not record.attacks:
         return f"excise audit {where} --out {where}-audit"

@@ -147,6 +147,7 @@ def audit(
     original: ModelSource,
     domain: Domain | DomainSpec,
     oracles: Sequence[ModelSource] = (),
+    proxies: Sequence[ModelSource] = (),
     budget: Literal["smoke", "standard", "strong"] = "smoke",
     change: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
@@ -163,6 +164,7 @@ def audit(
         original: The model before removal.
         domain: The forget set and the retain set.
         oracles: Models never taught what was removed.
+        proxies: Models that stand in for oracles: an early checkpoint, a filtered sibling.
         budget: How hard to try.
         change: Fields of the budget that differ from the named one.
         tokenizer: Needed with models in memory.
@@ -183,7 +185,11 @@ def audit(
     named = model if isinstance(model, Mapping) else {"candidate": model}
     check_names(named)
     candidates = {name: _open(one, tokenizer) for name, one in named.items()}
-    models = Models(_open(original, tokenizer), tuple(_open(o, tokenizer) for o in oracles))
+    models = Models(
+        _open(original, tokenizer),
+        tuple(_open(one, tokenizer) for one in oracles),
+        tuple(_open(one, tokenizer) for one in proxies),
+    )
     built = _build(domain, models.original)
     folder = _folder(out)
     asked = _Audit(
@@ -194,7 +200,7 @@ def audit(
             for name, each in {
                 **candidates,
                 "original": models.original,
-                **oracle_names(models.oracles),
+                **oracle_names(models),
             }.items()
         },
         domain=built.fingerprint,

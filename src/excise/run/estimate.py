@@ -11,9 +11,9 @@ import math
 import os
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.tuning import (
     Training,
     TrainingAttack,
+    possible,
     relearn_rows,
 )
 from excise.core.config import Config
@@ -46,6 +47,7 @@ from excise.models.tiny import tiny_config
 from excise.requests.audit import AuditRun
 from excise.requests.lengths import fit_lengths
 from excise.requests.recipe import Recipe, budget_for, starts_from
+from excise.run.canary import teaching
 from excise.run.environment import device_of
 from excise.train.fit import FitConfig
 
@@ -305,7 +307,8 @@ def plan(
         domain = None
         if rows:
             emit("phase", {"text": "reading the data"})
-            domain = request.domain.build(original)
+            build = request.build if isinstance(request, AuditRun) else request.domain.build
+            domain = build(original)
         tokenizer = None
         if spec.scratch is not None:
             tokenizer = request.domain.tokenizer() if rows else None
@@ -319,11 +322,14 @@ def plan(
         sizes = DataSizes(count, tokenizer, domain)
         lines = tuple(_lines(request, sizes))
         width = 2 if request.dtype == "bfloat16" else 4
-        arms = request.arms.values() if isinstance(request, Recipe) else ()
-        needs = [_memory(m, original, shapes, width) for m in arms] if shapes is not None else []
+        arms = _arms(request)
+        methods = arms.values() if shapes is not None else ()
+        needs = [_memory(method, original, shapes, width) for method in methods]
         if count is not None and (request.audit.budget != "none" or spec.scratch):
             needs.append(_training_memory(count, count, width))
-        models = len(request.arms) if isinstance(request, Recipe) else 0
+        models = len(arms)
+        if isinstance(request, AuditRun) and request.canary is not None:
+            models += 1 + request.canary.num_oracles(request.audit.budget)
         if spec.scratch is not None and isinstance(request, Recipe):
             models += 1 + request.oracles
         device = device_of(request.device)
@@ -345,11 +351,18 @@ def plan(
         )
 
 
+def _arms(request: Recipe | AuditRun) -> Mapping[str, Method]:
+    """Return the removals by name, those of canaries among them."""
+    if isinstance(request, Recipe):
+        return request.arms
+    return request.canary.arms if request.canary is not None else {}
+
+
 def _other_models(request: Recipe | AuditRun) -> tuple[str, ...]:
     """Return the models beside the original that must be there."""
     if isinstance(request, Recipe):
         return ()
-    return (*request.candidates.values(), *request.oracles)
+    return (*request.candidates.values(), *request.oracles, *request.proxies)
 
 
 def _shapes(scratch: Scratch, tokenizer: Tokenizer) -> Any:
@@ -434,8 +447,15 @@ def _lines(request: Recipe | AuditRun, sizes: DataSizes) -> Iterator[Line]:
             method = completed(method, {"pretrain": request.pretrain})
             yield method_line(name, method, sizes, 2 if request.refit else 1, name)
         subjects += len(request.arms) + (request.oracles if scratch else 0)
+    elif request.canary is not None:
+        oracles = request.canary.num_oracles(request.audit.budget)
+        teach = teaching(request.canary, sizes.count or LARGE)
+        yield method_line("canary: original and oracles", teach, sizes, 1 + oracles, FULL)
+        for name, method in request.canary.arms.items():
+            yield method_line(f"canary: {name}", method, sizes, 1, FULL)
+        subjects += len(request.canary.arms) + oracles
     else:
-        subjects += len(request.candidates) + len(request.oracles)
+        subjects += len(_other_models(request))
     yield _scores(request, sizes, subjects)
     if request.audit.budget != "none":
         yield from _audit(request, sizes, subjects)
@@ -546,18 +566,33 @@ def _audit(request: Recipe | AuditRun, sizes: DataSizes, subjects: int) -> Itera
             flops = sizes.flops(2.0, passes * scoring)
             yield Line(name, 0, attacked, passes * scoring, flops, SCORING)
             continue
-        fresh = [t for t in attack.trainings(budget) if (attack.shared, t) not in done]
+        asked = attack.trainings(budget)
+        asked = asked if domain is None else possible(asked, domain)
+        fresh = [t for t in asked if (attack.shared, t) not in done]
         done |= {(attack.shared, t) for t in fresh}
         for kind, pace in (("full", FULL), ("lora", ADAPTER)):
             trainings = [t for t in fresh if t.kind == kind]
             if trainings:
                 label = name if kind == "full" else f"{name}, adapter"
-                jobs, one = len(trainings) * attacked, trainings[0]
-                cut = one.within(budget)  # all trainings of an attack take as many steps
-                yield _training(label, cut, jobs, one.on, sizes, pace)
-                reads += jobs * (_points(cut) + bool(one.start))
+                cuts = [(t, t.within(budget)) for t in trainings]
+                yield _together(
+                    [_training(label, cut, attacked, t.on, sizes, pace) for t, cut in cuts]
+                )
+                reads += attacked * sum(_points(cut) + bool(t.start) for t, cut in cuts)
     tokens = reads * scoring
     yield Line("audit: scores on the way", 0, reads, tokens, sizes.flops(2.0, tokens), ON_THE_WAY)
+
+
+def _together(lines: Sequence[Line]) -> Line:
+    """Return one line for trainings of one kind, which may differ in steps."""
+    flops = [line.flops for line in lines if line.flops is not None]
+    return replace(
+        lines[0],
+        steps=max(line.steps for line in lines),
+        jobs=sum(line.jobs for line in lines),
+        tokens=sum(line.tokens for line in lines),
+        flops=sum(flops) if len(flops) == len(lines) else None,
+    )
 
 
 def _points(budget: Budget) -> int:

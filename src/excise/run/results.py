@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from excise.data.domain import Domain
 from excise.methods.base import Method, Removal
 from excise.models.checkpoint import Checkpoint
 from excise.record import Item, MethodRun, ModelRef, Record, Sample
+from excise.record.measured import PROXY
 from excise.requests.audit import AuditRun
 from excise.requests.recipe import AuditSpec, Recipe, budget_for
 from excise.run.environment import environment, peak_memory
@@ -28,19 +29,22 @@ class Models:
     Attributes:
         original: The model before removal.
         oracles: Models trained without the forget units, each from a seed of its own.
+        proxies: Models that stand in for those: an early checkpoint, a filtered sibling.
         init: For recipes that train from scratch, the untrained model that methods start from.
         tokens: Tokens the original was trained on, 0 where it was not trained here.
     """
 
     original: Checkpoint
     oracles: tuple[Checkpoint, ...] = ()
+    proxies: tuple[Checkpoint, ...] = ()
     init: Checkpoint | None = None
     tokens: int = 0
 
 
-def oracle_names(oracles: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
-    """Return the oracles by name."""
-    return {f"oracle-{i}": model for i, model in enumerate(oracles)}
+def oracle_names(models: Models) -> dict[str, Checkpoint]:
+    """Return the oracles and their proxies by name."""
+    oracles = {f"oracle-{i}": model for i, model in enumerate(models.oracles)}
+    return oracles | {f"{PROXY}-{i}": model for i, model in enumerate(models.proxies)}
 
 
 def new_record(
@@ -54,6 +58,7 @@ def new_record(
 ) -> Record:
     """Return a record that says what was asked, where, and about what."""
     source = asked.original.path if isinstance(asked, AuditRun) else asked.model.path
+    canary = isinstance(asked, AuditRun) and asked.canary is not None
     return Record(
         kind=kind,
         title=asked.title or asked.name,
@@ -64,7 +69,15 @@ def new_record(
         data=describe(domain),
         models=model_refs(models, source),
         sensitive=domain.sensitive,
+        notes=(ABOUT_CANARIES,) if canary else (),
     )
+
+
+ABOUT_CANARIES = (
+    "A canary audit: made-up facts were taught to the model and removed again. It says how deep "
+    "this method, at these settings, cuts on this model, and nothing about your own forget set."
+)
+"""What the record of a canary audit says of itself."""
 
 
 def timed(record: Record, began: float, workers: int = 0) -> Record:
@@ -119,7 +132,7 @@ def refuse_equal(models: Models, candidates: Mapping[str, Checkpoint]) -> None:
     Raises:
         UserError: If weights and configuration of two are equal.
     """
-    references = {"original": models.original, **oracle_names(models.oracles)}
+    references = {"original": models.original, **oracle_names(models)}
     for name, model in candidates.items():
         for reference, other in references.items():
             if model.fingerprint == other.fingerprint:
@@ -136,7 +149,7 @@ def items_of(scored: Mapping[str, Scored]) -> list[Item]:
 
 def model_refs(models: Models, source: str) -> tuple[ModelRef, ...]:
     """Return the reference models by their bytes."""
-    named = {"original": models.original, **oracle_names(models.oracles)}
+    named = {"original": models.original, **oracle_names(models)}
     return tuple(model_ref(name, model, source) for name, model in named.items())
 
 

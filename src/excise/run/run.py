@@ -14,11 +14,12 @@ from excise.core.events import Emit
 from excise.fetch.model import open_model
 from excise.methods.pretraining.filtering import Filtering
 from excise.models.spec import ModelSpec
-from excise.record import Record
+from excise.record import MethodRun, Record
 from excise.requests.audit import AuditRun
 from excise.requests.lengths import fit_lengths
 from excise.requests.recipe import Recipe
 from excise.run import output
+from excise.run.canary import remove_canaries
 from excise.run.environment import now
 from excise.run.results import Models, method_run, new_record, timed
 from excise.run.steps import audit_models, examine, prepare, refit, remove_all
@@ -99,14 +100,22 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
         runtime = output.runtime(out, request.dtype, request.device, emit)
         emit("phase", {"text": "reading the models and the data"})
         named = {n: open_model(ModelSpec(path=path)) for n, path in request.candidates.items()}
-        oracles = tuple(open_model(ModelSpec(path=path)) for path in request.oracles)
-        models = Models(open_model(request.original), oracles)
-        domain = request.domain.build(models.original)
-        output.note_changes(out, request.domain, models.original, emit)
+        oracles, proxies = (
+            tuple(open_model(ModelSpec(path=path)) for path in paths)
+            for paths in (request.oracles, request.proxies)
+        )
+        models = Models(open_model(request.original), oracles, proxies)
+        domain = request.build(models.original)
+        if request.canary is None:  # whose recorded original is another: the one that was taught
+            output.note_changes(out, request.domain, models.original, emit)
         output.write_split(out, request.domain, domain)
         emit("phase", {"text": "looking for work that is done already"})
+        arms: tuple[MethodRun, ...] = ()
+        if request.canary is not None:
+            start = models.original
+            models, named, arms = remove_canaries(request, domain, start, runtime, pool)
         record = new_record(request, "audit", command, domain, models, runtime, started)
-        record, items = audit_models(record, request, domain, models, named, runtime, pool)
+        record, items = audit_models(record, request, domain, models, named, runtime, pool, arms)
         record = timed(record, began, pool.peak_bytes)
         output.write(out, record, items)
     emit("done", {"out": str(out)})

@@ -17,7 +17,7 @@ from excise.methods.base import ApplyMethod, Method, Removal, completed
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.models.checkpoint import Checkpoint
-from excise.record import Item, Record
+from excise.record import Item, MethodRun, Record
 from excise.requests.recipe import AuditSpec, EvalSpec, Recipe, budget_for, starts_from
 from excise.run.results import (
     Models,
@@ -75,15 +75,26 @@ def audit_models(
     candidates: Mapping[str, Checkpoint],
     runtime: Runtime,
     pool: Pool,
+    arms: Sequence[MethodRun] = (),
 ) -> tuple[Record, list[Item]]:
     """Examine models that somebody made, once it is sure that they compare.
+
+    Args:
+        record: What is known so far.
+        asked: How models are scored and attacked.
+        domain: Rows by role.
+        models: The reference models.
+        candidates: The edited models by name.
+        runtime: Where stages are kept.
+        pool: Worker processes.
+        arms: How they were made, where that is known.
 
     Raises:
         UserError: If a candidate or an oracle cannot be read against the original.
     """
-    check_comparable(models.original, {**candidates, **oracle_names(models.oracles)})
-    arms = tuple(audited_arm(name, model) for name, model in candidates.items())
-    record = record.model_copy(update={"method_runs": arms})
+    check_comparable(models.original, {**candidates, **oracle_names(models)})
+    arms = arms or tuple(audited_arm(name, model) for name, model in candidates.items())
+    record = record.model_copy(update={"method_runs": tuple(arms)})
     return examine(record, asked, domain, models, candidates, runtime, pool)
 
 
@@ -112,14 +123,14 @@ def examine(
     Returns:
         The record with scores, attacks and verdicts, and the score of every item.
     """
-    named = {"original": models.original, **oracle_names(models.oracles), **candidates}
+    named = {"original": models.original, **oracle_names(models), **candidates}
     jobs = [ScoreModel(model, domain, asked.evaluate) for model in named.values()]
     label(jobs, [f"scores of {name}" for name in named], runtime, pool)
     found = pool.map(score_named, [(runtime, *pair) for pair in zip(named, jobs, strict=True)])
     scored = {name: one.named(name) for name, one in zip(named, found, strict=True)}
     results = attack_models(asked, domain, models, candidates, runtime, pool)
     record = judged(record, domain, models, candidates, scored, results, asked.audit, null)
-    oracle = next(iter(oracle_names(models.oracles)), "")
+    oracle = next(iter(oracle_names(models)), "")
     items = {name: one.items for name, one in scored.items()}
     more, unknown = set_scores(items, oracle)
     notes = [*record.data.get("notes", ()), *unknown]
@@ -155,7 +166,8 @@ def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Model
     label(jobs, ["original", *(f"oracle-{i}" for i in range(recipe.oracles))], runtime, pool)
     trained = pool.map(runtime.run, jobs)
     original, *oracles = [removal.checkpoint for removal in trained]
-    return domain, Models(original, tuple(oracles), inits[-1], trained[0].cost.tokens)
+    tokens = trained[0].cost.tokens
+    return domain, Models(original, tuple(oracles), init=inits[-1], tokens=tokens)
 
 
 def remove_all(
@@ -196,7 +208,7 @@ def attack_models(
     if asked.audit.budget == "none":
         return {}
     refuse_equal(models, candidates)
-    named = {**candidates, "original": models.original, **oracle_names(models.oracles)}
+    named = {**candidates, "original": models.original, **oracle_names(models)}
     subjects = [Subject(name, model, models.original) for name, model in named.items()]
     budget = budget_for(asked.audit, models.original.num_parameters)
     return attack_all(

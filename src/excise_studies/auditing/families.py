@@ -399,7 +399,7 @@ def make_bases(
     for at, ((name, world, seed), domain) in enumerate(zip(cells, domains, strict=True)):
         original, *oracles, filtered = trained[at * len(starts) : (at + 1) * len(starts)]
         init = inits[(at + 1) * len(starts) - 1]
-        models = Models(original, tuple(oracles), init)
+        models = Models(original, tuple(oracles), init=init)
         bases.append(Base(name, world, seed, domain, models, filtered, init))
     return bases
 

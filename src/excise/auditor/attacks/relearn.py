@@ -27,7 +27,7 @@ from excise.auditor.tuning import (
     Training,
     TrainingAttack,
     TrainingResult,
-    relearn_rows,
+    rows_of,
     train,
     trainings_of,
 )
@@ -61,13 +61,13 @@ class Relearn(TrainingAttack):
     def train(
         self, training: Training, subject: Subject, domain: Domain, budget: Budget, ctx: Context
     ) -> TrainingResult:
-        """Train on T and benign rows; see `TrainingAttack.train`."""
+        """Train on T, or what is in its place, and benign rows; see `TrainingAttack.train`."""
         return train(
             training,
             subject,
             evaluation_set(domain, budget, subject.checkpoint.tokenizer()),
             ctx,
-            rows=relearn_rows(domain),
+            rows=rows_of(training, domain),
             benign_share=self.benign_share,
             clip=self.clip,
             lora_rank=self.lora_rank,

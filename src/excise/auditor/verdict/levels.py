@@ -50,6 +50,11 @@ LEAST = 8
 """Independent units, or groups of them, that a level needs to pass: with fewer the intervals are
 too short, as the simulation of `stats.interval` shows."""
 
+NO_PROXY = (
+    "Against a proxy oracle this can fail and not be passed: nobody knows that such a model never "
+    "learned it."
+)
+
 BEYOND: dict[Level, str] = {
     "D0": "generation, several paraphrases",
     "D1": "many-shot, paraphrase, other language, template on and off, thinking",
@@ -404,8 +409,11 @@ def decide(
     status, worst = min(
         deciding, key=lambda pair: (order.index(pair[0]), -_sortable(pair[1].gap.value))
     )
+    reason = _sentence(status, worst, margin, _verb(level, gone), proxy=bool(case.proxies))
+    if status == "pass" and level == "D5" and case.proxies:
+        status, reason = "untested", NO_PROXY
     if status == "pass" and missing:
-        status = "untested"
+        status, reason = "untested", f"Required and missing: {'; '.join(missing)}."
     return LevelResult(
         level=level,
         words=words,
@@ -416,7 +424,7 @@ def decide(
         high=_finite(worst.gap.high),
         margin=margin,
         decided_by=worst.by,
-        reason=_sentence(status, worst, margin, missing, _verb(level, gone)),
+        reason=reason,
     )
 
 
@@ -526,16 +534,16 @@ def _verb(level: Level, gone: bool) -> str:
 
 
 def _sentence(
-    status: Status, comparison: LevelComparison, margin: float, missing: Sequence[str], verb: str
+    status: Status, comparison: LevelComparison, margin: float, verb: str, *, proxy: bool
 ) -> str:
     """Say in one sentence what decided a level."""
     gap, against = comparison.gap, comparison.against
     lower = against if against == "chance" else f"the {against}"
+    if proxy and against == "oracle":
+        lower = "the proxy oracle"
     where = f"{gap.value:.2f} [{gap.low:.2f}, {gap.high:.2f}]"
     way = f"{where} of the way from {lower} to the original"
     note = f" ({comparison.note})" if comparison.note else ""
-    if missing and status == "untested":
-        return f"Required and missing: {'; '.join(missing)}."
     if gap.invalid:
         return f"Invalid: {gap.invalid}{note}."
     if status == "below":

@@ -14,10 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult, Results
+from excise.auditor.base import (
+    ORIGINAL,
+    POSITIVE_CONTROL,
+    AttackResult,
+    Results,
+    VariantResult,
+)
 from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.results import SHORT
-from excise.auditor.verdict.reference import VerdictCase, averaged, mean
+from excise.auditor.verdict.reference import VerdictCase, averaged, mean, on_other_rows
 from excise.core.errors import UserError
 from excise.evals.stats import bootstrap_difference
 from excise.record import AttackVariant
@@ -244,8 +250,20 @@ def _learned(case: VerdictCase, attack: str, subject: str, *, fresh: bool) -> fl
     if result is None:
         return None
     variants = [result.variants[i] for i in result.chosen]
+    if not fresh and any(map(on_other_rows, variants)):
+        # What decides read other rows: whether T is learned, the trainings on T say, at their best.
+        whole = [v for v in result.variants if not (v.entry.control or on_other_rows(v))]
+        shares = [_share_learned(case, attack, [variant]) for variant in whole]
+        return max((share for share in shares if share is not None), default=None)
     if fresh:
         variants = [v for v in result.variants if v.entry.control and v.entry.trained_on == "fresh"]
+    return _share_learned(case, attack, variants)
+
+
+def _share_learned(
+    case: VerdictCase, attack: str, variants: Sequence[VariantResult]
+) -> float | None:
+    """Return the mean share of what was trained on that some variants learned."""
     shares = []
     for variant in variants:
         curve = [p.trained for p in variant.entry.curve if p.trained is not None]

@@ -26,7 +26,7 @@ from excise.auditor.results import choose
 from excise.core.errors import UserError
 from excise.evals.stats import SAMPLES, Array, bootstrap_mean, clusters, interval, resampled_means
 from excise.record import Estimate, ScoreDirection
-from excise.record.measured import NOTHING
+from excise.record.measured import NOTHING, PROXY
 
 RAN = ("ok", "invalid")
 """Statuses of a variant that ran to its end, whether or not its attack has power."""
@@ -91,6 +91,11 @@ class VerdictCase:
     seed: int = 0
 
     @property
+    def proxies(self) -> tuple[str, ...]:
+        """Return the names of oracles that only stand in for one."""
+        return tuple(name for name in self.oracles if name.startswith(PROXY))
+
+    @property
     def nothing(self) -> str:
         """Say that the original knows nothing that could be removed; empty where it does."""
         chance = self.guess if self.chance is None else self.chance
@@ -142,10 +147,11 @@ class VerdictCase:
         self, attack: str, subject: str, at: int = -1, choice: Choice = "bounded"
     ) -> list[UnitScores]:
         """Return V by unit at the end of an attack (or at checkpoint `at`), by attacker seed."""
+        # An attacker who stopped before a checkpoint holds there what he had.
         return [
-            variant.unit_scores[at]
+            variant.unit_scores[min(at, len(variant.unit_scores) - 1)]
             for variant in self.chosen(attack, subject, choice)
-            if -len(variant.unit_scores) <= at < len(variant.unit_scores)
+            if -len(variant.unit_scores) <= at
         ]
 
     def own_metric(self, attack: str) -> str:
@@ -175,6 +181,15 @@ class VerdictCase:
                 if headline and scored and len(variant.unit_scores[0]) > len(most):
                     most = variant.unit_scores[0]
         return most
+
+
+def on_other_rows(variant: VariantResult) -> bool:
+    """Return whether a training read other rows than T, or few of them.
+
+    What it teaches says nothing about whether the budget teaches T, nor is it a code of T.
+    """
+    entry = variant.entry
+    return entry.trained_on in ("forget", "adjacent") or "examples" in entry.facts
 
 
 def averaged(scores: Sequence[UnitScores]) -> UnitScores:

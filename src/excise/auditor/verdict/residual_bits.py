@@ -30,6 +30,7 @@ from excise.auditor.verdict.reference import (
     VerdictCase,
     averaged,
     invalid_gap,
+    on_other_rows,
     ratio_of,
     seed_weights,
 )
@@ -152,6 +153,7 @@ def best_on_dev(
     for variant in case.variants(attack, subject):
         entry = variant.entry
         usable = entry.status in RAN and losses_of(variant) is not None
+        usable = usable and not on_other_rows(variant)
         if usable and not entry.control and not entry.needs_original:
             by_rate.setdefault((entry.variant, entry.lr), []).append(variant)
     best: dict[str, tuple[float, tuple[VariantResult, ...]]] = {}
@@ -247,6 +249,7 @@ def _shortest(case: VerdictCase, attack: str, subject: str) -> float | None:
         float(sum(variant.extras["prequential"]))
         for variant in case.variants(attack, subject)
         if variant.extras.get("prequential")
+        and not (on_other_rows(variant) or "trial" in variant.entry.facts)
         and not variant.entry.control
         and variant.entry.status in RAN
     ]

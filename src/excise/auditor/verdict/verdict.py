@@ -14,6 +14,7 @@ from excise.auditor.base import ORIGINAL
 from excise.auditor.budget import ROWS
 from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.name_rows import words_shared
+from excise.auditor.verdict.capabilities import by_capability
 from excise.auditor.verdict.levels import BEYOND, highest, metric_words
 from excise.auditor.verdict.power import uncontrolled
 from excise.auditor.verdict.reference import (
@@ -69,6 +70,7 @@ def verdict_of(
         *broken,
         *_power_reasons(case),
         *_other_reasons(case, domain, recovery),
+        *by_capability(case, domain, recovery.attack if recovery else ""),
         *_in_paraphrases(case, scores),
     ]
     return Verdict(
@@ -227,7 +229,8 @@ def opening(
     metric = metric_words(case.metric) + (" in nats" if case.metric == "text_loss" else "")
     references = f"before the attack {recovery.before:.2f}, original {recovery.original:.2f}"
     if recovery.oracle is not None:
-        references += f", never taught and attacked alike {recovery.oracle:.2f}"
+        whose = "proxy oracle" if case.proxies else "never taught and"
+        references += f", {whose} attacked alike {recovery.oracle:.2f}"
     numbers = f"{metric} {recovery.after:.2f}; {references}"
     rows = sum(map(len, domain.relearn.values()))
     work = f"fter relearning {recovery.examples:,} examples ({recovery.tokens:,} tokens), "
@@ -251,8 +254,9 @@ def opening(
     if removed is None or removed >= WHOLE:
         return f"{answer}A{work}{amount} of the removed knowledge {back}"
     only = "Only " if removed < 0.5 else ""
+    whose = "proxy oracle" if case.proxies else "model never taught"
     return (
-        f"{answer}{only}{removed:.2f} of what tells the original from a model never taught was "
+        f"{answer}{only}{removed:.2f} of what tells the original from a {whose} was "
         f"removed; a{work}{amount} of that {back}"
     )
 
@@ -369,7 +373,8 @@ def suppression_notes(
         least, most = min(loss.value for loss in oracles), max(loss.value for loss in oracles)
         if ours.low <= max(loss.high for loss in oracles) + (most - least):
             return []
-        return [f"{head}; models never taught lie at {least:.2f} to {most:.2f}: {end}"]
+        others = "proxy oracles" if case.proxies else "models never taught"
+        return [f"{head}; {others} lie at {least:.2f} to {most:.2f}: {end}"]
     worse = _worse_than_ignorant(case)
     if worse is not None:
         return [
@@ -470,7 +475,13 @@ def _other_reasons(case: VerdictCase, domain: Domain, recovery: Recovery | None)
             f"The published recovery fraction is {recovery.fraction:.2f}: the attack left less "
             "than there was before it."
         )
-    if 0 < len(case.oracles) < 3:
+    if case.proxies:
+        reasons.append(
+            f"Read against {'a proxy oracle' if len(case.proxies) == 1 else 'proxy oracles'} (an "
+            "early checkpoint or a filtered sibling): what such a model knows of the removed, or "
+            "lacks beside it, moves every depth gap, and none is as if never learned."
+        )
+    elif 0 < len(case.oracles) < 3:
         reasons.append(
             f"The oracles come from {len(case.oracles)} of the three seeds there should be; their "
             "spread is not in the intervals."

@@ -179,7 +179,7 @@ def test_half_of_an_edit_of_rank_two_goes_with_one_direction(tmp_path: Path) -> 
                           torch.tensor([[3.0, 0.0], [0.0, 0.0]]), atol=1e-5)  # fmt: skip
 
 
-def test_from_standard_on_every_edit_of_weights_is_required_and_at_smoke_none_is_new() -> None:
+def test_from_standard_on_every_edit_of_weights_is_required_and_at_smoke_the_cheap_ones() -> None:
     for budget in (STANDARD, STRONG):
         assert set(EDITS) <= set(budget.attacks)
         assert budget.formats == ("int8", "int4", "int3", "nf4")

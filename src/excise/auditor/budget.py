@@ -110,8 +110,9 @@ _JUDGING = ("name", "attacks", "margin", "fresh", "together")
 REQUIRED = ("few_shot", "prefix", "direction", "quantize", "benign", "relearn", "transfer")
 """Attacks every budget asks for: one at least on each level that an attack can decide."""
 
-ROWS = ("rescale_rows", "align_rows", "match_rows")
-"""Attacks on edits that are keyed on names; left out where no prompt holds a name."""
+ROWS = ("rescale_rows", "match_rows", "align_rows")
+"""Attacks on edits that are keyed on names, the cheap ones first; they say so where no prompt holds
+a name."""
 
 READINGS = ("lens", "probe", "latent")
 """Further attacks on activations that standard and strong ask for."""
@@ -129,7 +130,7 @@ INPUTS = ("soft_prompt",)
 FORMATS: tuple[Format, ...] = ("int8", "int4", "int3", "nf4")
 """Grids from standard on."""
 
-SMOKE = Budget(name="smoke", attacks=REQUIRED, lora_rates=())
+SMOKE = Budget(name="smoke", attacks=(*REQUIRED, *ROWS[:2]), lora_rates=())
 """At most 16 full-parameter steps at three rates."""
 
 STANDARD = Budget(

@@ -27,14 +27,12 @@ class WeightEdit:
         apply: Changes a loaded model in place, and returns what is to be noted about it.
         trained_on: Role of the rows that told which weights to change, empty for none.
         again: The same on rebalanced weights; None where it makes no difference.
-        needs_original: Whether this edit holds the original.
     """
 
     variant: str
     apply: Callable[[Any], dict[str, Any]]
     trained_on: str = ""
     again: Callable[[Any], dict[str, Any]] | None = None
-    needs_original: bool = False
 
 
 def score_edits(
@@ -79,7 +77,6 @@ def score_edits(
             bare=bare,
             variant=name,
             trained_on=edit.trained_on,
-            needs_original=edit.needs_original,
             facts=facts,
         )
         lost = evaluation.retain_lost(bare.retain, one.extras["retain"])

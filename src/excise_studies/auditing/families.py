@@ -67,7 +67,7 @@ class World(Config):
 
     domain: SerializeAsAny[DomainSpec]
     """The data, drawn anew for every base seed."""
-    model: Scratch = Scratch(width=64, blocks=2)
+    model: Scratch = Scratch(width=96, blocks=2)
     """Architecture of all models."""
     pretrain: Pretrain
     """How they are trained."""
@@ -99,10 +99,10 @@ def hiding_fit(steps: int, lr: float) -> FitConfig:
 WORLDS: Mapping[str, World] = {
     "facts": World(
         domain=Facts(
-            subjects=110, relations=2, objects=32, wordings=3, forget_share=0.75, dev_share=0.1
+            subjects=220, relations=2, objects=32, wordings=4, forget_share=0.4, dev_share=0.12
         ),
         pretrain=Pretrain(
-            fit=FitConfig(**{**FACTS_FIT, "steps": 250, "lr": 5e-3, "batch_size": 64}),
+            fit=FitConfig(**{**FACTS_FIT, "steps": 350, "batch_size": 96, "micro_size": 24}),
             max_length=FACTS_MAX_LENGTH,
             pack=(1, 1, 2, 4),
         ),
@@ -113,16 +113,21 @@ WORLDS: Mapping[str, World] = {
         domain=Arithmetic(factors=12, addends=8, dev_share=0.12),
         pretrain=Pretrain(
             fit=FitConfig(
-                **{**ARITHMETIC_FIT, "steps": 400, "lr": 5e-3, "batch_size": 96, "warmup": 30}
+                **{
+                    **ARITHMETIC_FIT, "steps": 500, "lr": 4e-3, "batch_size": 96, "warmup": 30,
+                    "micro_size": 24,
+                }
             ),
-            max_length=ARITHMETIC_MAX_LENGTH,
+            max_length=2 * ARITHMETIC_MAX_LENGTH,
+            pack=(1, 1, 2, 4),
         ),
         hiding=hiding_fit(250, 4e-3),
         suppress=suppressing(ARITHMETIC_MAX_LENGTH, 48),
     ),
-}
+}  # fmt: skip
 """Made-up facts, and multiplication tables, by name. Each has 35 independent test units at least:
-with fewer a model that scores nothing cannot be shown to lie within the margin of 0.1."""
+with fewer a model that scores nothing cannot be shown to lie within the margin of 0.1. Sizes were
+chosen on base seed 0, so that positive controls form and attacks bring them back."""
 
 
 @dataclass(frozen=True)

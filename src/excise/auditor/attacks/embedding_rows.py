@@ -128,30 +128,30 @@ class AlignRows(Attack):
         """Fit the map, apply it, score V.
 
         Args:
-            subject: The model; with its original, the map is also read off the original's rows of
-                names that V does not share, which can fail the level and not pass it.
+            subject: The model.
             domain: Rows by role; T is trained on, of V the tokens of prompts are read.
             budget: Rows and lengths.
             ctx: Device, dtype.
 
         Returns:
-            Variants `relearn set` and `original's rows`. `facts` as of `RescaleRows`, and `start`
-            and `end`, nats per unit of T before and after the fit.
+            One variant. `facts` as of `RescaleRows`, and `start` and `end`, nats per unit of T
+            before and after the fit.
         """
         names = names_of(subject, domain, budget)
         if not names.exist:
             return absent(self, subject.name, "missing", NO_NAMES, applies=False)
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
         fit = partial(aligned, names=names, evaluation=evaluation, steps=self.steps)
-        edits = [WeightEdit("relearn set", fit, "relearn")]
-        if subject.original is not None and names.guides:
-            turn = partial(turned, names=names, original=subject.original)
-            edits.append(WeightEdit("original's rows", turn, needs_original=True))
-        return failing(score_edits(self, subject, domain, budget, ctx, edits), evaluation)
+        edit = WeightEdit("relearn set", fit, "relearn")
+        return score_edits(self, subject, domain, budget, ctx, [edit])
 
 
 class MatchRows(Attack):
-    """Give every name the row that is most like the original's, of those no kept text reads."""
+    """Give every name the row that is most like the original's, or turn all rows towards those.
+
+    Rows are taken of tokens that no kept text reads; the map is read off names that V does not
+    share.
+    """
 
     name: Literal["match_rows"] = "match_rows"
     """Name of the attack."""
@@ -166,10 +166,10 @@ class MatchRows(Attack):
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read."""
-        return 2.0
+        return 3.0
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
-        """Match and score V.
+        """Match or turn, and score V.
 
         Args:
             subject: The model and its original; without one nothing is run, and the result says so.
@@ -178,18 +178,21 @@ class MatchRows(Attack):
             ctx: Device, dtype.
 
         Returns:
-            One variant. `facts` as of `RescaleRows`; `rows` counts names that got another's row.
+            Variants `most like the original's` and `turned to the original's`. `facts` as of
+            `RescaleRows`; `rows` counts names that got another's row.
         """
         if subject.original is None:
             return absent(self, subject.name, "missing", "it needs the original")
         names = names_of(subject, domain, budget)
         if not names.exist:
             return absent(self, subject.name, "missing", NO_NAMES, applies=False)
-        edit = WeightEdit(
-            "most like the original's", partial(matched, names=names, original=subject.original)
-        )
+        match = partial(matched, names=names, original=subject.original)
+        edits = [WeightEdit("most like the original's", match)]
+        if names.guides:
+            turn = partial(turned, names=names, original=subject.original)
+            edits.append(WeightEdit("turned to the original's", turn))
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
-        return failing(score_edits(self, subject, domain, budget, ctx, [edit]), evaluation)
+        return failing(score_edits(self, subject, domain, budget, ctx, edits), evaluation)
 
 
 def names_of(subject: Subject, domain: Domain, budget: Budget) -> NameRows:

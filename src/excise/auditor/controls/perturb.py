@@ -40,7 +40,7 @@ from excise.losses import nll
 from excise.models.anatomy import backbone
 from excise.models.hooks import find_module
 
-STEPS = 12
+STEPS = 32
 """Moves within bounds at most."""
 
 MEMORY = 0.8

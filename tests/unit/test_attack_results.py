@@ -54,12 +54,12 @@ def test_ties_are_settled_by_the_loss_on_dev_and_nan_loses() -> None:
 
 def test_a_variant_that_broke_the_model_decides_only_where_all_did() -> None:
     best = variant("x", 1.0, lr=1)
-    assert choose([with_loss(best, 0.11), with_loss(variant("y", 0.1), 0.1)], higher=True) == (1,)
-    assert choose([with_loss(best, 0.11), with_loss(variant("y", 0.1), 0.9)], higher=True) == (0,)
+    assert choose([with_loss(best, 0.21), with_loss(variant("y", 0.1), 0.2)], higher=True) == (1,)
+    assert choose([with_loss(best, 0.21), with_loss(variant("y", 0.1), 0.9)], higher=True) == (0,)
     seeds = [with_loss(best, 0.9), with_loss(variant("x", 1.0, lr=1, seed=1), 0.0)]
     assert choose([*seeds, variant("y", 0.1)], higher=True) == (2,)
-    assert with_loss(best, 0.11).entry.facts == {"broke": True}
-    assert with_loss(best, 0.1).entry.facts == {}
+    assert with_loss(best, 0.21).entry.facts == {"broke": True}
+    assert with_loss(best, 0.2).entry.facts == {}
 
 
 def test_a_variant_that_taught_less_decides_only_where_the_other_broke_the_model() -> None:

@@ -12,7 +12,7 @@ from excise.auditor.base import Attack, AttackResult, VariantResult
 from excise.core.errors import UserError
 from excise.record import AttackVariant
 
-BOUND = 0.1
+BOUND = 0.2
 """Share of its retain score that an attack may cost a model: beyond it the attacker has a ruin."""
 
 

@@ -104,7 +104,7 @@ def uncontrolled(case: VerdictCase) -> dict[str, tuple[str, ...]]:
             entry.variant
             for entry in entries
             if entry.lr is None
-            and not entry.control
+            and not (entry.control or entry.needs_original)  # those can only fail a level
             and len(entry.curve) > 1
             and (_share_back(case, entry, [p.score for p in entry.curve]) or 0.0) < RECOVERED
         )

@@ -26,11 +26,11 @@ class CallCounts(RecordEntry):
     clean: int
     """Called clean: every level passes."""
     below: int
-    """Called neither: nothing is left, and yet not as in a model that was never taught."""
+    """Nothing came back, and it is not shown to be as in a model that was never taught."""
     undecided: int
     """Called neither: a level is underpowered or untested."""
     right: int
-    """Called what they are. Below is right of models that were suppressed and never taught."""
+    """Called what they are: guilty if they hide, clean or below if they were never taught."""
     low: float
     """Lower end of the 95 % interval of the share called rightly, over base seeds."""
     high: float
@@ -45,7 +45,7 @@ class ErrorRates(RecordEntry):
     hides: CallCounts
     """Models that hide what they know: guilty is right."""
     never_taught: CallCounts
-    """Models that were never taught it: clean is right."""
+    """Models that were never taught it: clean and below are right."""
 
     @property
     def models(self) -> int:

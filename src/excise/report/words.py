@@ -214,13 +214,13 @@ def how_often_right(record: Record, verdict: Verdict) -> str:
             "measured."
         )
     hiding, ignorant = rates.hides, rates.never_taught
-    wrong = hiding.clean + ignorant.guilty
+    wrong = hiding.clean + hiding.below + ignorant.guilty
     open_calls = rates.models - hiding.right - ignorant.right - wrong
     return (
         f"On {rates.models} small models of known truth such an audit ({budget}) called "
-        f"{hiding.right} of {hiding.models} that hide guilty and {ignorant.right} of "
-        f"{ignorant.models} that were never taught clean; it was wrong about {wrong} and left "
-        f"{open_calls} undecided."
+        f"{hiding.right} of {hiding.models} that hide guilty, and said of {ignorant.right} of "
+        f"{ignorant.models} that were never taught that nothing came back; it was wrong about "
+        f"{wrong} and left {open_calls} undecided."
     )
 
 

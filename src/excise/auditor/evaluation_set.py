@@ -16,6 +16,9 @@ from excise.models.limits import readable
 PICKED = ("exact_match", "multiple_choice")
 """Metrics of answers that one forward pass tells."""
 
+PROMPT = 4096
+"""Tokens of a prompt at most where the tokenizer names no limit."""
+
 UnitScores = Mapping[str, float]
 """Score by unit."""
 
@@ -97,7 +100,7 @@ class EvaluationSet:
     def longer(self, factor: int, model: Any) -> EvaluationSet:
         """Return the evaluation with room for prompts `factor` times as long, if `model` has it."""
         limit = getattr(self.tokenizer, "model_max_length", 0) or 0
-        limit = readable(model, limit if 0 < limit < 1 << 20 else 4096)
+        limit = readable(model, limit if 0 < limit < 1 << 20 else PROMPT)
         return replace(self, max_length=max(self.max_length, min(limit, self.max_length * factor)))
 
     def units(self, model: Any, rows: Sequence[Row], metric: Metric | None = None) -> UnitScores:
@@ -188,6 +191,11 @@ def evaluation_set(domain: Domain, budget: Budget, tokenizer: Any) -> Evaluation
         fresh_test=subsample(fresh[False], budget.max_other_rows, by="row"),
         max_length=budget.max_length,
     )
+
+
+def times_as_long(factor: int, budget: Budget) -> float:
+    """Return how much longer rows become that `EvaluationSet.longer` gives room, for estimates."""
+    return max(1.0, min(factor, PROMPT / budget.max_length))
 
 
 def mean(units: Mapping[str, float]) -> float | None:

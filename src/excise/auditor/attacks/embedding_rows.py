@@ -34,7 +34,7 @@ from excise.auditor.base import Access, Attack, AttackResult, Subject
 from excise.auditor.batching import nats
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PermutedRows, PositiveControl, RotatedRows, ShrunkRows
-from excise.auditor.controls.control import chunk_of
+from excise.auditor.controls.control import CHUNK, chunk_of
 from excise.auditor.controls.perturb import add_gradients, window
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.name_rows import (
@@ -121,8 +121,9 @@ class AlignRows(Attack):
     version: ClassVar[int] = 1
 
     def passes(self, budget: Budget) -> float:
-        """Return how often the evaluation set is read; a step trains on T."""
-        return 3.0 + self.steps
+        """Return how often the evaluation set is read; a row of the fit costs two that are read."""
+        rows = budget.max_test_rows + 2 * budget.max_other_rows
+        return 4 + 2 * self.steps / LOOK + 2 * self.steps * CHUNK / rows
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Fit the map, apply it, score V.

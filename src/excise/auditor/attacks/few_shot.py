@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
-from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
+from excise.auditor.evaluation_set import EvaluationSet, evaluation_set, times_as_long
 from excise.auditor.prompting import pools_of, with_shots
 from excise.auditor.results import decided
 from excise.auditor.scoring import Measurement, read, try_variant
@@ -36,7 +36,7 @@ class FewShot(Attack):
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read; examples make prompts longer."""
-        return 1 + 2 * sum(1 + count for count in budget.shots)
+        return 1 + 2 * sum(times_as_long(1 + count, budget) for count in budget.shots)
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Score V behind k examples of T, for every k, and behind k benign ones.

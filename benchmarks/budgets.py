@@ -1,7 +1,7 @@
-"""The named budgets, arm by arm, with what they cost: `python benchmarks/budgets.py` writes the page.
+"""The named budgets, arm by arm, with what they cost: `python benchmarks/budgets.py`.
 
-Everything comes from the budgets, the attacks and the estimate that `--dry-run` prints; a test
-holds `docs/budgets.md` to it. Models are known by their configuration alone, no weight is read.
+Writes `docs/budgets.md`, and a test holds the page to it. Everything comes from the budgets, the
+attacks and the estimate that `--dry-run` prints; of models the configuration is enough.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def hours(flops: float) -> str:
 def told(value: Any) -> str:
     """Return a setting for people; of long texts their number."""
     if not isinstance(value, tuple):
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        return f"{value:g}" if isinstance(value, float) else str(value).lower()
     if any(" " in str(part) for part in value):
         return str(len(value))
-    return ", ".join(map(told, value))
+    return ", ".join(map(told, value)) or "none"
 
 
 class Read:
@@ -175,7 +175,7 @@ def arms(budget: Budget, attacks: Sequence[Attack], made: dict[str, Plan]) -> It
             shared[attack.shared] = name_of(attack)
             times = f"{len(attack.trainings(budget))} trainings"
         else:
-            times = f"{attack.passes(budget):.3g} readings"
+            times = f"{attack.passes(budget):.2g} readings"
         cost = _cost(made, (name, f"{name}, adapter"))
         yield f"| {_who(attack)} | {settings(attack, budget)} | {times} | {cost} |"
 
@@ -234,8 +234,8 @@ def section(name: str, folder: Path) -> Iterator[str]:
     small = budget_of(name)
     other = {f: getattr(small, f) for f in fields if getattr(small, f) != getattr(budget, f)}
     yield f"\n## {name}\n"
-    yield "; ".join(f"`{f}` {told(v) or 'none'}" for f, v in fields.items()) + "."
-    words = "; ".join(f"`{f}` {told(v) or 'none'}" for f, v in other.items())
+    yield "; ".join(f"`{f}` {told(v)}" for f, v in fields.items()) + "."
+    words = "; ".join(f"`{f}` {told(v)}" for f, v in other.items())
     yield f"\nBelow {LARGE:,} parameters: {words}.\n"
     yield from arms(budget, attacks, made)
     yield from rest(made)

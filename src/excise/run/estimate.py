@@ -561,7 +561,7 @@ def _audit(request: Recipe | AuditRun, sizes: DataSizes, subjects: int) -> Itera
         yield _training("audit: positive controls", hiding, controls, "relearn", sizes, FULL)
         reads += controls * hiding.steps // 4  # after every move `dev`, about a quarter of it all
     done: set[tuple[Attack, Training]] = set()
-    there = budget if evaluation is None else _as_there(budget, evaluation, scoring)
+    there = budget if evaluation is None else as_there(budget, evaluation, scoring)
     for attack in chosen_attacks(budget, request.audit.attacks):
         attacked = subjects + bool(attack.controls)
         name = f"audit: {name_of(attack)}"
@@ -594,7 +594,7 @@ def _hiding(budget: Budget, sizes: DataSizes) -> Budget:
     return budget.model_copy(update=change if large else {"steps": STEPS, "batch_size": 2 * CHUNK})
 
 
-def _as_there(budget: Budget, evaluation: EvaluationSet, scoring: float) -> Budget:
+def as_there(budget: Budget, evaluation: EvaluationSet, scoring: float) -> Budget:
     """Return a budget with the numbers and the mean length of the rows that are there to score."""
     test, other = len(evaluation.all_test), len(evaluation.trained) + len(evaluation.retain)
     change = {

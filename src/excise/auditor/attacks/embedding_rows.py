@@ -123,7 +123,8 @@ class AlignRows(Attack):
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read; a row of the fit costs two that are read."""
         rows = budget.max_test_rows + 2 * budget.max_other_rows
-        return 4 + 2 * self.steps / LOOK + 2 * self.steps * CHUNK / rows
+        fit = 2 * self.steps * min(CHUNK, budget.max_other_rows) / rows
+        return 4 + 2 * self.steps / LOOK + fit
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Fit the map, apply it, score V.

@@ -8,6 +8,7 @@ from typing import Any
 
 from excise.auditor.batching import Memo
 from excise.auditor.budget import Budget
+from excise.core.errors import UserError
 from excise.data.domain import Domain, Metric, Row, Rows
 from excise.data.subsample import subsample
 from excise.evals.score import direction_of, measure
@@ -18,6 +19,13 @@ PICKED = ("exact_match", "multiple_choice")
 
 PROMPT = 4096
 """Tokens of a prompt at most where the tokenizer names no limit."""
+
+NEEDED = {
+    "test": "which is what an audit scores",
+    "dev_forget": "by which attacks choose",
+    "retain_test": "which shows what an attack breaks",
+}
+"""Roles without which nothing can be said, and why."""
 
 UnitScores = Mapping[str, float]
 """Score by unit."""
@@ -159,6 +167,21 @@ def more_is_known(domain: Domain) -> bool:
     return direction_of(domain.metrics[0]) == "higher"
 
 
+def check_scored(domain: Domain) -> None:
+    """Refuse a domain of which nothing could be said, instead of scoring nothing.
+
+    Raises:
+        UserError: If it has no row of a role that every attack reads.
+    """
+    filled = {role.split(".")[0] for role, rows in domain.roles() if rows}
+    for role, why in NEEDED.items():
+        if role not in filled:
+            raise UserError(
+                f"domain '{domain.name}' has no row in {role}, {why}; give it some, or check the "
+                "split"
+            )
+
+
 def evaluation_set(domain: Domain, budget: Budget, tokenizer: Any) -> EvaluationSet:
     """Cut what is scored to the budget.
 
@@ -169,7 +192,11 @@ def evaluation_set(domain: Domain, budget: Budget, tokenizer: Any) -> Evaluation
 
     Returns:
         The evaluation; equal for all subjects of one audit.
+
+    Raises:
+        UserError: As `check_scored`.
     """
+    check_scored(domain)
     share = max(1, budget.max_test_rows // max(len(domain.test), 1))
     other = max(1, budget.max_other_rows // max(len(domain.test), 1))
     units = list(dict.fromkeys(row.unit for row in domain.fresh))

@@ -198,7 +198,14 @@ class MatchRows(Attack):
 
 
 def names_of(subject: Subject, domain: Domain, budget: Budget) -> NameRows:
-    """Return the tokens that edits of a subject could be keyed on."""
+    """Return the tokens that edits of a subject could be keyed on.
+
+    Raises:
+        UserError: If there are no rows to tell names by.
+    """
+    for role, rows in {"relearn": relearn_rows(domain), "benign": domain.benign}.items():
+        if not rows:
+            raise UserError(f"there is no row in {role} to tell names by; check the split")
     return name_rows(domain, subject.checkpoint.tokenizer(), budget.max_length)
 
 

@@ -15,11 +15,13 @@ from excise.auditor.budget import Budget
 from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set, times_as_long
 from excise.auditor.prompting import pools_of, with_shots
-from excise.auditor.results import decided
+from excise.auditor.results import absent, decided
 from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
 from excise.data.domain import Domain, Rows
 from excise.record import Level
+
+NO_RELEARN = "a capability of the domain has no relearn rows to show"
 
 
 class FewShot(Attack):
@@ -50,6 +52,8 @@ class FewShot(Attack):
         Returns:
             One variant per number of examples and one control each.
         """
+        if not all(pools_of(domain).values()):
+            return absent(self, subject.name, "missing", NO_RELEARN)
         start = time.perf_counter()
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import excise as ex
-from excise.auditor import evaluation_set as evaluation_module
 from excise.auditor.attacks import ATTACKS
 from excise.auditor.base import AttackResult, Subject
 from excise.auditor.budget import BUDGETS, SMOKE
@@ -27,6 +26,7 @@ from excise.core.context import Context
 from excise.core.errors import NotFinite, UserError
 from excise.core.stages import Runtime
 from excise.data.domain import Domain, Row, Rows
+from excise.evals.score import measure
 from excise.models.checkpoint import Checkpoint
 from excise.train.pool import Pool
 
@@ -90,6 +90,12 @@ def test_a_model_without_numbers_fails_every_attack_and_the_others_go_on(
         assert all(map(math.isfinite, curves(whole))), name
 
 
+ONE_OF_MANY: dict[str, dict[str, Any]] = {
+    "soft_prompt": {"rates": (0.01,)},
+    "reinit": {"parts": ("norms",)},
+    "noise": {"strengths": (0.1,)},
+    "shrink_perturb": {"alphas": (0.1,)},
+}
 READ_BEFORE = {"relearn": 3, "transfer": 3, "soft_prompt": 3}
 """Sets that are scored before the attack: V and retain, and T where it is trained on."""
 
@@ -102,7 +108,7 @@ def test_what_breaks_under_an_attack_has_failed_and_decides_nothing(
     knowing: Checkpoint,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    measure, trains = evaluation_module.measure, issubclass(ATTACKS[name], TrainingAttack)
+    trains = issubclass(ATTACKS[name], TrainingAttack)
     calls: Counter[Any] = Counter()
 
     def breaking(model: Any, tokenizer: Any, rows: Rows, metric: str, **how: Any) -> Any:
@@ -111,12 +117,8 @@ def test_what_breaks_under_an_attack_has_failed_and_decides_nothing(
             raise NotFinite("the model", metric, 1, len(rows))
         return measure(model, tokenizer, rows, metric, **how)
 
-    monkeypatch.setattr(evaluation_module, "measure", breaking)
-    change = {"rates": (0.01,)} if name == "soft_prompt" else {}
-    change |= {"parts": ("norms",)} if name == "reinit" else {}
-    change |= {"strengths": (0.1,)} if name == "noise" else {}
-    change |= {"alphas": (0.1,)} if name == "shrink_perturb" else {}
-    attack = ATTACKS[name](**change)
+    monkeypatch.setattr("excise.auditor.evaluation_set.measure", breaking)
+    attack = ATTACKS[name](**ONE_OF_MANY.get(name, {}))
     result = attack.run(Subject("x", knowing, knowing), facts_domain, QUICK, Context(tmp_path))
     assert result.variants
     assert result.chosen == result.fail_only == ()
@@ -139,7 +141,8 @@ def test_a_lens_that_says_no_number_is_no_answer() -> None:
 
 def emptied(domain: Domain, role: str) -> Domain:
     value = getattr(domain, role)
-    return replace(domain, **{role: () if isinstance(value, tuple) else dict.fromkeys(value, ())})
+    change: dict[str, Any] = {role: () if isinstance(value, tuple) else dict.fromkeys(value, ())}
+    return replace(domain, **change)
 
 
 NEEDS: dict[str, tuple[str, ...]] = {

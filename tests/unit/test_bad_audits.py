@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections import Counter
@@ -252,3 +253,21 @@ def test_a_question_of_one_choice_is_no_question(
     )
     with pytest.raises(UserError, match="is no multiple-choice question"):
         run(name, knowing, domain, knowing, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["few_shot", "lens", "latent", "quantize", "soft_prompt"])
+def test_a_tokenizer_without_padding_changes_no_number(
+    name: str, tmp_path: Path, facts_domain: Domain, knowing: Checkpoint
+) -> None:
+    shutil.copytree(knowing.path, tmp_path / "bare")
+    file = tmp_path / "bare" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": None}))
+    bare = Checkpoint(tmp_path / "bare")
+    ids = [model.tokenizer().pad_token_id for model in (bare, knowing)]
+    assert ids[0] == bare.tokenizer().eos_token_id != ids[1]
+    one, two = (
+        run(name, model, facts_domain, model, tmp_path / model.path.name)
+        for model in (bare, knowing)
+    )
+    assert curves(one)
+    assert curves(one) == curves(two)

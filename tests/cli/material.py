@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from excise.models.checkpoint import save_model
-from excise.models.tiny import byte_tokenizer, tiny_model, train_bpe
+from excise.models.tiny import byte_tokenizer, tiny_model, train_bpe, word_tokenizer
 
 TINY = """
 name: tiny
@@ -159,6 +159,19 @@ def foreign_tokenizer(model: Path) -> None:
     """Give the model a tokenizer of more words than it has rows."""
     drop("tokenizer*")(model)
     train_bpe([texts("z", 200)], 300).save_pretrained(model)
+
+
+def other_words(model: Path) -> None:
+    """Give the model a tokenizer of other words than bytes, no more than it has rows."""
+    drop("tokenizer*")(model)
+    word_tokenizer(f"w{i}" for i in range(200)).save_pretrained(model)
+
+
+def without_specials(model: Path) -> None:
+    """Take padding and end token out of the model's tokenizer."""
+    file = model / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "pad_token": None, "eos_token": None}))
 
 
 def all_of(*steps: Break) -> Break:

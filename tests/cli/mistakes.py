@@ -312,6 +312,35 @@ NUMBERS: dict[str, Case] = {
 }
 """Models that give no numbers."""
 
+PAIR_OF = "--original model --forget f.jsonl --retain r.jsonl --out out --quiet"
+
+APART: dict[str, Case] = {
+    "candidate of another architecture": Case(
+        f"audit --model other {PAIR_OF}",
+        ("candidate (other)", "not of the original's architecture and shape", "--original"),
+        make=lambda d: m.save_tiny(d / "other", family="gpt2"),
+    ),
+    "oracle of another architecture": Case(
+        f"audit --model edited --oracle other {PAIR_OF}",
+        ("oracle-0 (other)", "not of the original's architecture and shape"),
+        make=m.all_of(
+            lambda d: m.save_tiny(d / "edited", seed=1),
+            lambda d: m.save_tiny(d / "other", family="gpt2"),
+        ),
+    ),
+    "candidate of another vocabulary": Case(
+        f"audit --model other {PAIR_OF}",
+        ("candidate (other)", "another vocabulary than the original"),
+        make=lambda d: m.other_words(m.save_tiny(d / "other", seed=1)),
+    ),
+    "tokenizer without padding and end": Case(
+        f"audit --model other {PAIR_OF}",
+        ("the tokenizer of other", "neither a padding nor an end token"),
+        make=lambda d: m.without_specials(m.save_tiny(d / "other", seed=1)),
+    ),
+}
+"""Models that cannot be read against each other."""
+
 MODELS: dict[str, Case] = {
     "no such folder": Case(remove(model="nope"), ("no folder nope",)),
     "model is a file": Case(remove(model="f.jsonl"), ("f.jsonl is a file", "folder")),

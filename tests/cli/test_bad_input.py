@@ -13,13 +13,14 @@ import pytest
 
 from excise.cli import main
 from tests.cli import material as m
-from tests.cli.mistakes import DATA, FAMILIES, LENGTHS, MODELS, NUMBERS
+from tests.cli.mistakes import APART, DATA, FAMILIES, LENGTHS, MODELS, NUMBERS
 from tests.cli.misuse import NAMES, OUTPUT, PUBLISHED
 
 TABLE = {
     f"{name}: {case}": row
     for name, table in (
         ("data", DATA),
+        ("apart", APART),
         ("model", MODELS),
         ("family", FAMILIES),
         ("lengths", LENGTHS),

@@ -112,7 +112,7 @@ class Attack(Config, ABC):
         Only the estimate of a run asks.
 
         Args:
-            budget: How hard to try.
+            budget: How hard to try; its numbers of rows and its length are those that are there.
         """
         del budget
         return 4.0

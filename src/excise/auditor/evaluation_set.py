@@ -8,6 +8,7 @@ from typing import Any
 
 from excise.auditor.batching import Memo
 from excise.auditor.budget import Budget
+from excise.core.errors import UserError
 from excise.data.domain import Domain, Metric, Row, Rows
 from excise.data.subsample import subsample
 from excise.evals.score import direction_of, measure
@@ -15,6 +16,16 @@ from excise.models.limits import readable
 
 PICKED = ("exact_match", "multiple_choice")
 """Metrics of answers that one forward pass tells."""
+
+PROMPT = 4096
+"""Tokens of a prompt at most where the tokenizer names no limit."""
+
+NEEDED = {
+    "test": "which is what an audit scores",
+    "dev_forget": "by which attacks choose",
+    "retain_test": "which shows what an attack breaks",
+}
+"""Roles without which nothing can be said, and why."""
 
 UnitScores = Mapping[str, float]
 """Score by unit."""
@@ -97,7 +108,7 @@ class EvaluationSet:
     def longer(self, factor: int, model: Any) -> EvaluationSet:
         """Return the evaluation with room for prompts `factor` times as long, if `model` has it."""
         limit = getattr(self.tokenizer, "model_max_length", 0) or 0
-        limit = readable(model, limit if 0 < limit < 1 << 20 else 4096)
+        limit = readable(model, limit if 0 < limit < 1 << 20 else PROMPT)
         return replace(self, max_length=max(self.max_length, min(limit, self.max_length * factor)))
 
     def units(self, model: Any, rows: Sequence[Row], metric: Metric | None = None) -> UnitScores:
@@ -156,6 +167,21 @@ def more_is_known(domain: Domain) -> bool:
     return direction_of(domain.metrics[0]) == "higher"
 
 
+def check_scored(domain: Domain) -> None:
+    """Refuse a domain of which nothing could be said, instead of scoring nothing.
+
+    Raises:
+        UserError: If it has no row of a role that every attack reads.
+    """
+    filled = {role.split(".")[0] for role, rows in domain.roles() if rows}
+    for role, why in NEEDED.items():
+        if role not in filled:
+            raise UserError(
+                f"domain '{domain.name}' has no row in {role}, {why}; give it some, or check the "
+                "split"
+            )
+
+
 def evaluation_set(domain: Domain, budget: Budget, tokenizer: Any) -> EvaluationSet:
     """Cut what is scored to the budget.
 
@@ -166,7 +192,11 @@ def evaluation_set(domain: Domain, budget: Budget, tokenizer: Any) -> Evaluation
 
     Returns:
         The evaluation; equal for all subjects of one audit.
+
+    Raises:
+        UserError: As `check_scored`.
     """
+    check_scored(domain)
     share = max(1, budget.max_test_rows // max(len(domain.test), 1))
     other = max(1, budget.max_other_rows // max(len(domain.test), 1))
     units = list(dict.fromkeys(row.unit for row in domain.fresh))
@@ -188,6 +218,11 @@ def evaluation_set(domain: Domain, budget: Budget, tokenizer: Any) -> Evaluation
         fresh_test=subsample(fresh[False], budget.max_other_rows, by="row"),
         max_length=budget.max_length,
     )
+
+
+def times_as_long(factor: int, budget: Budget) -> float:
+    """Return how much longer rows become that `EvaluationSet.longer` gives room, for estimates."""
+    return max(1.0, min(factor, PROMPT / budget.max_length))
 
 
 def mean(units: Mapping[str, float]) -> float | None:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from excise.core.errors import NotFinite
 from excise.data.domain import Row
 from excise.data.encoding import cut_head, encode_pair
 from excise.data.stream import pair_of
@@ -113,7 +114,16 @@ def choice_scores(
 
     Returns:
         Score by unit (see `METRIC`), and the mean rank of the right candidate, 0 the first.
+
+    Raises:
+        NotFinite: If the readout gives no numbers.
     """
+    broken = sum(
+        not bool(logits_V[list(question.tokens)].isfinite().all())
+        for question, logits_V in zip(questions, logits_QV, strict=True)
+    )
+    if broken:
+        raise NotFinite("the model", METRIC, broken, len(questions))
     by_unit: dict[str, list[float]] = {}
     ranks = 0.0
     for question, logits_V in zip(questions, logits_QV.float(), strict=True):

@@ -35,7 +35,7 @@ from excise.auditor.evaluation_set import EvaluationSet, UnitScores, dev_is_high
 from excise.auditor.results import BOUND, decided, searched
 from excise.auditor.scoring import Measurement, read, variant_of
 from excise.core.context import Context
-from excise.core.errors import Diverged, NotFinite
+from excise.core.errors import Diverged, NotFinite, UserError
 from excise.data.domain import Domain, Metric, Rows
 from excise.data.stream import Batch, Example, Stream, collate, encode
 from excise.data.subsample import subsample
@@ -384,8 +384,9 @@ def relearn_rows(domain: Domain) -> Rows:
 
 def possible(trainings: Sequence[Training], domain: Domain) -> tuple[Training, ...]:
     """Return the trainings that a domain has rows for: not every one has neighbours."""
-    apart = ("forget", "adjacent")
-    return tuple(t for t in trainings if t.on not in apart or rows_of(t, domain))
+    fresh = len({row.unit for row in domain.fresh}) > 1  # one half is trained on, one is scored
+    there = {"fresh": fresh, "forget": any(domain.forget.values()), "adjacent": domain.adjacent}
+    return tuple(t for t in trainings if there.get(t.on, True))
 
 
 def rows_of(part: Training, domain: Domain) -> Rows:
@@ -436,6 +437,9 @@ def train(
 
     Returns:
         The measurements. A training that diverged ends at its last finite checkpoint.
+
+    Raises:
+        UserError: If there is no row to train on: benign rows alone would show nothing.
     """
     start = time.perf_counter()
     inner = replace(ctx, seed=ctx.seed + 1000 * part.seed)
@@ -444,6 +448,8 @@ def train(
     facts = rebalance(model) if part.informed else {}
     if part.on == "fresh":
         rows = evaluation.fresh_train
+    if not rows and part.on != "benign":
+        raise UserError(f"there is no row to train on in {part.on}; check the split")
     if not {row.unit for row in rows}.isdisjoint(row.unit for row in evaluation.all_test):
         facts["trained_on_test_units"] = True
     mix = mixed_batches(model, evaluation, inner, rows, benign_share)

@@ -19,6 +19,8 @@ from typing import Any
 
 from excise.auditor.base import Attack
 from excise.auditor.budget import LARGE, Budget
+from excise.auditor.controls.control import CHUNK, CHUNK_LARGE
+from excise.auditor.controls.lock import STEPS, STEPS_LARGE
 from excise.auditor.engine import chosen_attacks, name_of
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.tuning import (
@@ -555,14 +557,16 @@ def _audit(request: Recipe | AuditRun, sizes: DataSizes, subjects: int) -> Itera
     reads = 0
     controls = _controls(request, sizes.count or LARGE)
     if controls:
-        yield _training("audit: positive controls", budget, controls, "relearn", sizes, FULL)
-        reads += controls * _points(budget)
+        hiding = _hiding(budget, sizes)
+        yield _training("audit: positive controls", hiding, controls, "relearn", sizes, FULL)
+        reads += controls * hiding.steps // 4  # after every move `dev`, about a quarter of it all
     done: set[tuple[Attack, Training]] = set()
+    there = budget if evaluation is None else as_there(budget, evaluation, scoring)
     for attack in chosen_attacks(budget, request.audit.attacks):
         attacked = subjects + bool(attack.controls)
         name = f"audit: {name_of(attack)}"
         if not isinstance(attack, TrainingAttack):
-            passes = attack.passes(budget) * attacked
+            passes = attack.passes(there) * attacked
             flops = sizes.flops(2.0, passes * scoring)
             yield Line(name, 0, attacked, passes * scoring, flops, SCORING)
             continue
@@ -570,10 +574,10 @@ def _audit(request: Recipe | AuditRun, sizes: DataSizes, subjects: int) -> Itera
         asked = asked if domain is None else possible(asked, domain)
         fresh = [t for t in asked if (attack.shared, t) not in done]
         done |= {(attack.shared, t) for t in fresh}
-        for kind, pace in (("full", FULL), ("lora", ADAPTER)):
+        for kind, pace in (("full", FULL), ("lora", ADAPTER), ("prompt", ADAPTER)):
             trainings = [t for t in fresh if t.kind == kind]
             if trainings:
-                label = name if kind == "full" else f"{name}, adapter"
+                label = f"{name}, adapter" if kind == "lora" else name
                 cuts = [(t, t.within(budget)) for t in trainings]
                 yield _together(
                     [_training(label, cut, attacked, t.on, sizes, pace) for t, cut in cuts]
@@ -581,6 +585,24 @@ def _audit(request: Recipe | AuditRun, sizes: DataSizes, subjects: int) -> Itera
                 reads += attacked * sum(_points(cut) + bool(t.start) for t, cut in cuts)
     tokens = reads * scoring
     yield Line("audit: scores on the way", 0, reads, tokens, sizes.flops(2.0, tokens), ON_THE_WAY)
+
+
+def _hiding(budget: Budget, sizes: DataSizes) -> Budget:
+    """Return a budget of the steps and rows that a positive control takes at most."""
+    large = (sizes.count or LARGE) >= LARGE
+    change = {"steps": STEPS_LARGE, "batch_size": 2 * CHUNK_LARGE}
+    return budget.model_copy(update=change if large else {"steps": STEPS, "batch_size": 2 * CHUNK})
+
+
+def as_there(budget: Budget, evaluation: EvaluationSet, scoring: float) -> Budget:
+    """Return a budget with the numbers and the mean length of the rows that are there to score."""
+    test, other = len(evaluation.all_test), len(evaluation.trained) + len(evaluation.retain)
+    change = {
+        "max_test_rows": max(1, test),
+        "max_other_rows": max(1, other // 2),
+        "max_length": max(1, round(scoring / max(1, test + other))),
+    }
+    return budget.model_copy(update=change)
 
 
 def _together(lines: Sequence[Line]) -> Line:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from excise.auditor.base import Results, Subject
 from excise.auditor.engine import attack_all
+from excise.auditor.evaluation_set import check_scored
 from excise.core.context import Stage
 from excise.core.errors import NotFinite
 from excise.core.stages import Runtime
@@ -122,7 +123,12 @@ def examine(
 
     Returns:
         The record with scores, attacks and verdicts, and the score of every item.
+
+    Raises:
+        UserError: If attacks would have nothing to score or to choose by.
     """
+    if asked.audit.budget != "none":
+        check_scored(domain)
     named = {"original": models.original, **oracle_names(models), **candidates}
     jobs = [ScoreModel(model, domain, asked.evaluate) for model in named.values()]
     label(jobs, [f"scores of {name}" for name in named], runtime, pool)

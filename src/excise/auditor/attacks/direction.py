@@ -29,6 +29,7 @@ from excise.auditor.residuals import Positions, Residuals, residuals_of
 from excise.auditor.results import decided
 from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
+from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.models.anatomy import backbone
 from excise.models.hooks import Edit, edit
@@ -169,7 +170,12 @@ def fit_directions(residuals: Residuals, evaluation: EvaluationSet, ctx: Context
 
     Returns:
         The variants, those of *smoke* first.
+
+    Raises:
+        UserError: If there is no `dev_retain` row to tell forget rows from.
     """
+    if "retain" not in residuals.texts:
+        raise UserError("there is no row in dev_retain to fit a direction beside; check the split")
     dev, retain = residuals.texts["dev"], residuals.texts["retain"]
     forget_LD, retain_LD = dev.hidden_NLD.mean(0), retain.hidden_NLD.mean(0)
     blocks, width = forget_LD.shape

@@ -34,7 +34,7 @@ from excise.auditor.base import Access, Attack, AttackResult, Subject
 from excise.auditor.batching import nats
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PermutedRows, PositiveControl, RotatedRows, ShrunkRows
-from excise.auditor.controls.control import chunk_of
+from excise.auditor.controls.control import CHUNK, chunk_of
 from excise.auditor.controls.perturb import add_gradients, window
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.name_rows import (
@@ -121,8 +121,10 @@ class AlignRows(Attack):
     version: ClassVar[int] = 1
 
     def passes(self, budget: Budget) -> float:
-        """Return how often the evaluation set is read; a step trains on T."""
-        return 3.0 + self.steps
+        """Return how often the evaluation set is read; a row of the fit costs two that are read."""
+        rows = budget.max_test_rows + 2 * budget.max_other_rows
+        fit = 2 * self.steps * min(CHUNK, budget.max_other_rows) / rows
+        return 4 + 2 * self.steps / LOOK + fit
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Fit the map, apply it, score V.
@@ -196,7 +198,14 @@ class MatchRows(Attack):
 
 
 def names_of(subject: Subject, domain: Domain, budget: Budget) -> NameRows:
-    """Return the tokens that edits of a subject could be keyed on."""
+    """Return the tokens that edits of a subject could be keyed on.
+
+    Raises:
+        UserError: If there are no rows to tell names by.
+    """
+    for role, rows in {"relearn": relearn_rows(domain), "benign": domain.benign}.items():
+        if not rows:
+            raise UserError(f"there is no row in {role} to tell names by; check the split")
     return name_rows(domain, subject.checkpoint.tokenizer(), budget.max_length)
 
 

@@ -13,13 +13,15 @@ from typing import ClassVar, Literal
 from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
-from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
+from excise.auditor.evaluation_set import EvaluationSet, evaluation_set, times_as_long
 from excise.auditor.prompting import pools_of, with_shots
-from excise.auditor.results import decided
+from excise.auditor.results import absent, decided
 from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
 from excise.data.domain import Domain, Rows
 from excise.record import Level
+
+NO_RELEARN = "a capability of the domain has no relearn rows to show"
 
 
 class FewShot(Attack):
@@ -36,7 +38,7 @@ class FewShot(Attack):
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read; examples make prompts longer."""
-        return 1 + 2 * sum(1 + count for count in budget.shots)
+        return 1 + 2 * sum(times_as_long(1 + count, budget) for count in budget.shots)
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Score V behind k examples of T, for every k, and behind k benign ones.
@@ -50,6 +52,8 @@ class FewShot(Attack):
         Returns:
             One variant per number of examples and one control each.
         """
+        if not all(pools_of(domain).values()):
+            return absent(self, subject.name, "missing", NO_RELEARN)
         start = time.perf_counter()
         model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())

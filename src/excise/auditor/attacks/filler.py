@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from excise.auditor.base import Access, Attack, AttackResult, Subject
 from excise.auditor.budget import Budget
 from excise.auditor.controls import PasswordLock, PositiveControl
+from excise.auditor.evaluation_set import times_as_long
 from excise.auditor.rewriting import fillers
 from excise.auditor.scoring import score_rewritings
 from excise.core.context import Context
@@ -33,7 +34,7 @@ class Filler(Attack):
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read; filler makes prompts longer."""
-        return 1 + 2 * sum(1 + count for count in budget.shots)
+        return 1 + 2 * sum(times_as_long(1 + count, budget) for count in budget.shots)
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Score V behind filler of every kind and length.

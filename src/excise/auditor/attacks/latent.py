@@ -58,9 +58,10 @@ class Latent(Attack):
     version: ClassVar[int] = 1
 
     def passes(self, budget: Budget) -> float:
-        """Return how often the evaluation set is read; training takes as much as some passes."""
-        del budget
-        return 2 + self.blocks * (1 + 3 * len(self.strengths)) + self.steps / 4
+        """Return how often the evaluation set is read; a trained row costs two that are read."""
+        vectors = self.blocks * len(self.strengths)
+        rows = budget.max_test_rows + 2 * budget.max_other_rows
+        return 3 + vectors + self.blocks + 2 * vectors * self.steps * budget.batch_size / rows
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Train a vector for every block and strength, choose on dev, score V.

@@ -33,6 +33,13 @@ class Paraphrase(Attack):
     source: ClassVar[str] = "arXiv 2411.12103, 2309.17410; the frames are this library's"
     version: ClassVar[int] = 1
 
+    def passes(self, budget: Budget) -> float:
+        """Return how often the evaluation set is read: as it is, in every frame, in a few others.
+
+        How many paraphrases of its test units a domain has is not known here; mostly three.
+        """
+        return 1 + len(self.frames) + 3
+
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Score V in every other paraphrase.
 

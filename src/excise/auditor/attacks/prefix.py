@@ -19,11 +19,16 @@ from excise.auditor.budget import Budget
 from excise.auditor.controls import PasswordLock, PositiveControl, PromptGatedEdit
 from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set
 from excise.auditor.prompting import COAXING, SHARE, UNRELATED, beginnings, fits
-from excise.auditor.results import decided
+from excise.auditor.results import absent, decided
 from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
 from excise.data.domain import Domain, Row, Rows
 from excise.record import Level
+
+NOTHING_TO_BEGIN = (
+    "answers are too short to begin, the vocabulary spells no other beginning, and there is no "
+    "benign row to stand for one"
+)
 
 
 class Prefix(Attack):
@@ -97,6 +102,8 @@ class Prefix(Attack):
                     facts={"rows": len(kept), "of": len(rows), "no_room": no_room},
                 )
             )
+        if not variants:
+            return absent(self, subject.name, "missing", NOTHING_TO_BEGIN)
         marked, chosen = decided(variants, higher=evaluation.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
 

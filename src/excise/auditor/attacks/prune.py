@@ -36,6 +36,7 @@ from excise.auditor.quantization import by_outputs, matrices
 from excise.auditor.tuning import relearn_rows
 from excise.auditor.weight_edits import WeightEdit, score_edits
 from excise.core.context import Context
+from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.data.subsample import subsample
 from excise.methods.distillation.perturb import forget_saliency as saliency
@@ -96,7 +97,19 @@ class Prune(Attack):
     def _edits(
         self, subject: Subject, domain: Domain, budget: Budget, ctx: Context
     ) -> Iterator[WeightEdit]:
-        """Yield the edits; norms and gradients are read once for all shares."""
+        """Yield the edits; norms and gradients are read once for all shares.
+
+        Raises:
+            UserError: If rows are missing that say which weights go.
+        """
+        rows_read = {"wanda": [domain.benign]}
+        rows_read["set_difference"] = [domain.benign, relearn_rows(domain)]
+        for criterion in self.criteria:
+            if not all(rows_read.get(criterion, [])):
+                raise UserError(
+                    f"{criterion} reads benign and relearn rows, and the domain lacks some; "
+                    "check the split, or leave it out of the attack's criteria"
+                )
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
         for criterion in self.criteria:
             if criterion == "set_difference":

@@ -34,6 +34,11 @@ class Template(Attack):
     source: ClassVar[str] = "R-TOFU (thinking and its trace), arXiv 2505.15214"
     version: ClassVar[int] = 1
 
+    def passes(self, budget: Budget) -> float:
+        """Return how often the evaluation set is read; a trace is written, and read again."""
+        traces = sum(2 * (1 + room / budget.max_length) for room in self.thinking)
+        return 3 + traces
+
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Score V in every way that the template allows.
 

@@ -55,7 +55,10 @@ def test_an_endpoint_is_audited(host: Host, capsys: pytest.CaptureFixture[str]) 
     assert record.config["endpoint"]["url"] == host.url
     assert [model.name for model in record.models] == ["original", "oracle-0"]
     assert excise("verify out") == 0
-    assert excise("report out --public public.html") == 0
+    assert excise("report out --public --out public.html") == 0
+    shown = Path("public.html").read_text()
+    assert host.url[7:-3] in Path("out/report.html").read_text()
+    assert host.url[7:-3] not in shown
     # What was answered is found; the folder holds no model.
     tries = host.tries
     assert excise(f"audit {models} --out out --dry-run") == 0

@@ -14,7 +14,10 @@ from tests.fixtures.host import Host, make_domain, rows_of, serving
 import excise as ex
 from excise.auditor.hosted import FILTER, asked_of
 from excise.core.config import ConfigError, parse
+from excise.evals.generate import continue_greedily, prompt_of
+from excise.evals.score import measure
 from excise.models.endpoint import EndpointError, HostedModel, KeptAnswers, ask
+from excise.models.tiny import byte_tokenizer
 
 FAST: dict[str, Any] = {"timeout": 0.3, "backoff": 0.0, "retries": 2}
 CHANGE = {"max_test_rows": 48, "max_other_rows": 8}
@@ -60,6 +63,25 @@ def test_facts_behind_a_cue_come_back_and_a_filter_at_the_door_is_opened(
     page = (tmp_path / "out" / "report.html").read_text()
     assert "A host may put another model" in page
     assert record.models[0].source.startswith(f"base at {host.url[7:-3]}")
+
+
+def test_a_real_model_scores_over_http_what_it_scores_here(
+    host: Host, knowing: ex.Checkpoint, facts_domain: ex.Domain, tmp_path: Path, monkeypatch: Any
+) -> None:
+    model, tokenizer = knowing.load(), knowing.tokenizer()
+
+    def say(_: str, prompt: str) -> str:
+        row = ex.Row(unit="u", prompt=prompt, completion=" color0")
+        (said,) = continue_greedily(model, tokenizer, [prompt_of(row, tokenizer)])
+        return said or ""
+
+    monkeypatch.setattr("tests.fixtures.host.say", say)
+    rows = facts_domain.test["tests"]
+    here = measure(model, tokenizer, rows, "generate").by_unit()
+    endpoint = ex.Endpoint(url=host.url, timeout=30)
+    hosted = HostedModel(endpoint, "base", KeptAnswers(tmp_path / "kept.jsonl"))
+    assert measure(hosted, byte_tokenizer(), rows, "generate").by_unit() == here
+    assert sum(here.values()) / len(here) > 0.9
 
 
 def test_a_model_that_was_never_taught_holds() -> None:
@@ -205,7 +227,10 @@ def test_rows_that_nobody_can_ask_are_refused_or_left_out(host: Host) -> None:
         asked_of(replace(domain, dev_forget={"codes": text}))
     with pytest.raises(ex.UserError, match="--test a file with 'prompt'"):
         asked_of(replace(domain, test={"codes": (*rows_of(0, 8, "codes"), *text)}))
-    record = audited(host, "gated", domain=replace(domain, retain_test=text))
+    change = {**CHANGE, "attacks": ["few_shot", "template"]}
+    record = audited(host, "gated", domain=replace(domain, retain_test=text), change=change)
+    (why,) = {a.reason for a in record.attacks if a.name == "template"}
+    assert why.startswith("the endpoint puts its own template")
     assert "What it cost the retain set was not measured" in record.verdicts[0].sentence
 
 

@@ -16,6 +16,7 @@ import torch
 
 from excise.auditor.attacks.filler import Filler
 from excise.auditor.attacks.paraphrase import Paraphrase
+from excise.auditor.attacks.template import Template
 from excise.auditor.base import (
     ORIGINAL,
     POSITIVE_CONTROL,
@@ -41,6 +42,7 @@ WIDEST = 4096 * BYTES
 """Bytes of a prompt at most that shots and filler may fill."""
 
 ONLY_PROMPTS = "only prompts reach this model"
+ITS_TEMPLATE = "the endpoint puts its own template, or none, around every prompt"
 FILTER = "question_filter"
 """Name of the positive control in the record."""
 
@@ -163,6 +165,8 @@ def _attack(
     """Run one attack on one model; what its rows do not allow fails the attack, not the audit."""
     if attack.access != "prompt":
         return absent(attack, name, "missing", ONLY_PROMPTS)
+    if isinstance(attack, Template):
+        return absent(attack, name, "missing", ITS_TEMPLATE, applies=False)
     try:
         return attack.run(Subject(name, Hosted(model).checkpoint), domain, budget, ctx)
     except EndpointError:

@@ -285,7 +285,7 @@ def audit_endpoint(
         told = {
             "title": f"audit of {', '.join(named)}",
             "config": {"endpoint": endpoint.model_dump(mode="json")},
-            "environment": environment("", f"endpoint {endpoint.host}", started),
+            "environment": environment("", "endpoint", started),
         }
         record = timed(record.model_copy(update=told), began)
         if out is not None:

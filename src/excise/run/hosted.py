@@ -117,7 +117,7 @@ def audit_hosted(request: AuditRun, out: Path, *, emit: Emit, command: str = "")
             "title": request.title or request.name,
             "command": command,
             "config": request.model_dump(mode="json"),
-            "environment": environment("", f"endpoint {endpoint_of(request).host}", started),
+            "environment": environment("", "endpoint", started),
         }
         record = timed(record.model_copy(update=told), began)
         output.write(out, record, items)

@@ -49,16 +49,18 @@ if TYPE_CHECKING:
     )
     from excise.methods.pretraining.pretrain import Pretrain
     from excise.models.checkpoint import Checkpoint, open_checkpoint
+    from excise.models.endpoint import Endpoint
     from excise.models.lora import LoRA
     from excise.record import Record
     from excise.requests.recipe import Recipe
     from excise.routing import Groups, Part, Policy, Rule, route
-    from excise.run.api import audit, load, remove
+    from excise.run.api import audit, audit_endpoint, load, remove
     from excise.run.study import Study, StudyResult
     from excise.train.fit import FitConfig
 
 _HOME = {
     "audit": "excise.run.api",
+    "audit_endpoint": "excise.run.api",
     "load": "excise.run.api",
     "remove": "excise.run.api",
     "Config": "excise.core.config",
@@ -78,6 +80,7 @@ _HOME = {
     "ExtraScore": "excise.evals.extra",
     "ItemScores": "excise.evals.score",
     "Checkpoint": "excise.models.checkpoint",
+    "Endpoint": "excise.models.endpoint",
     "LoRA": "excise.models.lora",
     "open_checkpoint": "excise.models.checkpoint",
     "FitConfig": "excise.train.fit",
@@ -129,6 +132,7 @@ __all__ = [
     "Cost",
     "Domain",
     "DomainSpec",
+    "Endpoint",
     "ExtraScore",
     "Facts",
     "Files",
@@ -164,6 +168,7 @@ __all__ = [
     "UserError",
     "Wmdp",
     "audit",
+    "audit_endpoint",
     "load",
     "losses",
     "open_checkpoint",

@@ -17,6 +17,7 @@ from excise.report.terminal import finish
 from excise.requests.audit import AuditRun
 from excise.requests.registry import parse_audit, registry
 from excise.run.estimate import plan
+from excise.run.hosted import count_questions, hosted_of
 from excise.run.output import check_out
 from excise.run.run import audit
 
@@ -31,10 +32,15 @@ def main(options: AuditOptions) -> int:
         allow_code=options.allow_code,
         source="excise audit",
     )
+    if request.endpoint is not None and (options.dry_run or options.measure):
+        for name, count in count_questions(hosted_of(request), request.endpoint, out).items():
+            print(f"{name:<22} {count:>7,} questions to {request.endpoint.host}")
+        return 0
     if options.dry_run or options.measure:
         show_plan(request, out, measure=options.measure, quiet=options.quiet)
         return 0
-    plan(request, out, rows=False).refuse(force=options.force)
+    if request.endpoint is None:
+        plan(request, out, rows=False).refuse(force=options.force)
     events = out / "events.jsonl"
     with progress(events, quiet=options.quiet, tracker=options.track) as emit:
         audit(request, out, workers=options.workers, emit=emit, command=options.command)
@@ -51,6 +57,7 @@ def main(options: AuditOptions) -> int:
 
 def request_data(options: AuditOptions) -> dict[str, Any]:
     """Return the request that a command line stands for, as plain data."""
+    check_endpoint(options)
     canary = {"canary": {"arms": canary_arms(options)}} if options.canary else {}
     pair = pair_of(options, "candidate", check=not options.dry_run)
     models: dict[str, Any] = canary
@@ -63,6 +70,7 @@ def request_data(options: AuditOptions) -> dict[str, Any]:
         "name": f"{'canary' if options.canary else 'audit'}-{pair.name}",
         "title": pair.title,
         "domain": {**pair.domain, **({"sensitive": True} if options.sensitive else {})},
+        "endpoint": {"url": options.endpoint, "chat": options.chat} if options.endpoint else None,
         "original": pair.original_spec,
         "audit": {
             "budget": options.budget,
@@ -75,6 +83,29 @@ def request_data(options: AuditOptions) -> dict[str, Any]:
         "device": options.device,
         "code": dict(pair.code),
     }
+
+
+def check_endpoint(options: AuditOptions) -> None:
+    """Refuse flags that an audit over an endpoint cannot follow, and --chat without one.
+
+    Raises:
+        UserError: Naming the flag.
+    """
+    if options.chat and not options.endpoint:
+        raise UserError(
+            "--chat says how an endpoint is asked; give --endpoint URL, or leave it out"
+        )
+    if not options.endpoint:
+        return
+    if options.folder:
+        raise UserError(
+            f"--endpoint is given beside {options.folder}, whose record names folders of models; "
+            "give --model, --original and the data in its place"
+        )
+    if options.canary:
+        raise UserError(
+            "--canary changes weights, which no --endpoint shows; leave one of them out"
+        )
 
 
 def canary_arms(options: AuditOptions) -> dict[str, Any]:

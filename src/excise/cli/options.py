@@ -225,6 +225,12 @@ class AuditOptions(PairOptions):
     of the folder, and attack that; --canary.units and so on change what is taught."""
     candidate: tuple[str, ...] = ()
     """Another edited model of the same original, as NAME=DIR; repeat it for several."""
+    endpoint: str = ""
+    """Ask models over HTTP (OpenAI-style, such as https://host/v1) in place of opening folders:
+    --model, --original, --oracle are names there. Decides D0 and D1; EXCISE_ENDPOINT_KEY is the
+    key."""
+    chat: bool = False
+    """Ask the endpoint through /chat/completions."""
     workers: Count = 0
     """Worker processes of one thread each; 0 takes one for each core."""
     dry_run: bool = False

@@ -119,6 +119,11 @@ def _from_folder(options: PairOptions, check: bool) -> EditedPair:
     folder = Path(options.folder)
     record = load(folder)
     recipe = record.config
+    if recipe.get("endpoint"):
+        raise UserError(
+            f"{folder} is an audit over an endpoint, which left no model here; give --endpoint, "
+            "--model, --original and the data in place of the folder"
+        )
     if "domain" not in recipe:
         raise UserError(
             f"{folder}/run.json does not say what was run; name a whole output folder of a run, "

@@ -20,6 +20,7 @@ from excise.core.errors import UserError
 from excise.data.domain import Row
 from excise.data.stream import Example, collate, encode_row, pair_of
 from excise.evals.tokens import device_of, evaluating, logits_at, pad_id
+from excise.models.endpoint import HostedModel
 from excise.models.limits import carries_state, readable
 
 DEFINITION = (
@@ -106,7 +107,7 @@ def continue_greedily(
     configuration (sampling, penalties) applies.
 
     Args:
-        model: A causal model; its mode is restored.
+        model: A causal model; its mode is restored. A hosted one is asked the text of the prompts.
         tokenizer: Its tokenizer.
         prompts: What to continue.
         batch_size: Prompts at once.
@@ -115,6 +116,8 @@ def continue_greedily(
     Returns:
         The new text of each, in order; None where the model gives NaN in place of a token.
     """
+    if isinstance(model, HostedModel):
+        return list(model.answer([(p.text, p.room) for p in prompts]))
     rooms = [room_of(model, len(p.ids), p.room) for p in prompts]
     out: list[str | None] = [None] * len(prompts)
     with evaluating(model):

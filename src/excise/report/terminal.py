@@ -282,7 +282,9 @@ def _outcome(variants: list[AttackVariant]) -> Text:
 def _next(record: Record, folder: Path) -> str:
     """Return the command that would add to the record, or nothing."""
     where = shlex.quote(str(folder))
-    if record.inspection is not None or record.study is not None or record.config.get("canary"):
+    if record.inspection is not None or record.study is not None:
+        return ""
+    if record.config.get("canary") or record.config.get("endpoint"):  # left no model to attack
         return ""
     if not record.attacks:
         return f"excise audit {where} --out {where}-audit"

@@ -13,6 +13,7 @@ from excise.data.spec import DomainSpec
 from excise.domains.canary import Canaries
 from excise.methods.base import Method
 from excise.models.checkpoint import Checkpoint
+from excise.models.endpoint import Endpoint
 from excise.models.spec import ModelSpec
 from excise.requests.recipe import AuditSpec, EvalSpec, check_names, starts_from
 
@@ -72,7 +73,7 @@ class AuditRun(Config):
     domain: SerializeAsAny[DomainSpec]
     """The forget set and the retain set."""
     candidates: dict[str, str] = {}
-    """Edited models by name: folders or hub ids."""
+    """Edited models by name: folders or hub ids; names at the endpoint where there is one."""
     original: ModelSpec
     """The model before removal."""
     oracles: tuple[str, ...] = ()
@@ -81,6 +82,8 @@ class AuditRun(Config):
     """Models that stand in for oracles: an early checkpoint, a filtered sibling."""
     canary: Canary | None = None
     """In the place of candidates: canaries, put into the original and removed again."""
+    endpoint: Endpoint | None = None
+    """Where all models are served, of which only prompts reach any."""
     audit: AuditSpec = AuditSpec()
     """How hard they are attacked."""
     evaluate: EvalSpec = EvalSpec()
@@ -101,6 +104,8 @@ class AuditRun(Config):
             raise ValueError("canary: makes its candidates and oracles; give none beside it")
         if self.canary is None and not self.candidates:
             raise ValueError("candidates: name at least one model")
+        if self.endpoint is not None:
+            _only_prompts(self)
         check_names(self.candidates, "candidates.")
         return self
 
@@ -112,3 +117,13 @@ class AuditRun(Config):
         """
         domain = self.domain.build(model)
         return domain if self.canary is None else self.canary.canaries(self.seed).domain(domain)
+
+
+def _only_prompts(asked: AuditRun) -> None:
+    """Refuse what asks more of a hosted model than an answer."""
+    if asked.canary is not None:
+        raise ValueError("canary: is taught to weights, which no endpoint shows; leave one out")
+    if asked.evaluate.scores or asked.evaluate.lm_eval:
+        raise ValueError("evaluate: an endpoint gives answers alone; leave out scores and lm_eval")
+    if asked.audit.budget == "none":
+        raise ValueError("audit.budget: 'none' asks nothing; choose smoke, standard or strong")

@@ -15,11 +15,13 @@ from torch import nn
 from excise.core.config import Config
 from excise.core.disk import disk_full
 from excise.core.errors import UserError
+from excise.core.events import silent
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.fetch.model import open_model
 from excise.methods.base import ApplyMethod, Method, Removal
 from excise.models.checkpoint import Checkpoint, open_checkpoint
+from excise.models.endpoint import Endpoint
 from excise.models.spec import ModelSpec
 from excise.record import Record
 from excise.record import load as load_record
@@ -27,6 +29,7 @@ from excise.requests.lengths import check_lengths
 from excise.requests.recipe import AuditSpec, EvalSpec, check_names
 from excise.run import output
 from excise.run.environment import environment, now
+from excise.run.hosted import HostedAudit, examine_hosted, references_of
 from excise.run.results import (
     Models,
     describe,
@@ -226,6 +229,80 @@ def audit(
     return record
 
 
+def audit_endpoint(
+    model: str | Mapping[str, str],
+    *,
+    endpoint: Endpoint,
+    original: str,
+    domain: Domain | DomainSpec,
+    oracles: Sequence[str] = (),
+    proxies: Sequence[str] = (),
+    budget: Literal["smoke", "standard", "strong"] = "smoke",
+    change: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+) -> Record:
+    """Ask models that only prompts reach, and judge how much comes back: levels D0 and D1.
+
+    Args:
+        model: Name of the edited model at the endpoint, or several by their names in the record.
+        endpoint: Where all models are served. The key is read from `EXCISE_ENDPOINT_KEY`.
+        original: Name of the model before removal.
+        domain: The forget set and the retain set; test and dev rows have a prompt and an answer.
+        oracles: Names of models never taught what was removed.
+        proxies: Names of models that stand in for oracles.
+        budget: How hard to try.
+        change: Fields of the budget that differ from the named one.
+        out: Folder for record and report, with the answers beside it; a new temporary one when
+            missing. Called again with the same arguments, it asks only what was not answered.
+        seed: Seed of everything random.
+
+    Returns:
+        The record; with `out` it is also written there, beside a report.
+
+    Raises:
+        UserError: If the endpoint does not answer, the data has no questions, or `out` holds
+            another audit or a removal.
+    """
+    named = model if isinstance(model, Mapping) else {"candidate": model}
+    check_names(named)
+    references = references_of(original, tuple(oracles), tuple(proxies))
+    if not isinstance(domain, Domain | DomainSpec):
+        raise _no_domain(domain)
+    built = domain.build(None) if isinstance(domain, DomainSpec) else domain
+    spec = AuditSpec(budget=budget, change=dict(change or {}))
+    about = HostedAudit(named, references, built, spec, EvalSpec(), seed)
+    folder, began, started = _folder(out), time.monotonic(), now()
+    asked = _HostedAudit(
+        audit=spec,
+        seed=seed,
+        models={**named, **references},
+        domain=built.fingerprint,
+        endpoint=endpoint,
+    )
+    with disk_full(folder), output.claim(folder, asked):
+        record, items = examine_hosted(about, endpoint, folder, silent)
+        told = {
+            "title": f"audit of {', '.join(named)}",
+            "config": {"endpoint": endpoint.model_dump(mode="json")},
+            "environment": environment("", "endpoint", started),
+        }
+        record = timed(record.model_copy(update=told), began)
+        if out is not None:
+            output.write(folder, record, items)
+    return record
+
+
+class _HostedAudit(Config):
+    """What `audit_endpoint` was asked for; an output folder is held by one."""
+
+    audit: AuditSpec
+    seed: int
+    models: dict[str, str]
+    domain: str
+    endpoint: Endpoint
+
+
 class _Audit(Config):
     """What `audit` was asked for; an output folder is held by one."""
 
@@ -270,4 +347,8 @@ def _build(domain: Domain | DomainSpec, model: Checkpoint) -> Domain:
         return domain
     if isinstance(domain, DomainSpec):
         return domain.build(model)
-    raise UserError(f"domain must be a Domain or a DomainSpec such as ex.Files, not {domain!r}")
+    raise _no_domain(domain)
+
+
+def _no_domain(domain: object) -> UserError:
+    return UserError(f"domain must be a Domain or a DomainSpec such as ex.Files, not {domain!r}")

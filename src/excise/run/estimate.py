@@ -297,6 +297,11 @@ def plan(
         UserError: If the run would refuse its model or its data, as far as can be seen without
             reading weights.
     """
+    if isinstance(request, AuditRun) and request.endpoint is not None:
+        raise UserError(
+            "models behind an endpoint take no compute here; excise audit --endpoint URL --dry-run "
+            "counts the questions they would be asked"
+        )
     with ExitStack() as stack:
         emit("phase", {"text": "reading configurations of the models"})
         spec = request.model if isinstance(request, Recipe) else request.original

@@ -21,6 +21,7 @@ from excise.requests.recipe import Recipe
 from excise.run import output
 from excise.run.canary import remove_canaries
 from excise.run.environment import now
+from excise.run.hosted import audit_hosted
 from excise.run.results import Models, method_run, new_record, timed
 from excise.run.steps import audit_models, examine, prepare, refit, remove_all
 from excise.train.pool import Pool
@@ -94,6 +95,8 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
     Returns:
         The record, as written to `out/run.json`.
     """
+    if request.endpoint is not None:
+        return audit_hosted(request, out, emit=emit, command=command)
     began, started = time.monotonic(), now()
     request = fit_lengths(request, emit)
     with output.claim(out, request), Pool(workers or None, emit=emit) as pool:

@@ -99,6 +99,8 @@ def case_of(
     """
     test = [row for rows in domain.test.values() for row in rows]
     metric = domain.metrics[0]
+    # Who guesses at an answer that is written out guesses among the same ones.
+    guessed = "exact_match" if metric == "generate" else metric
     case = VerdictCase(
         model=model,
         results=results,
@@ -108,7 +110,7 @@ def case_of(
         direction=direction_of(metric),
         retain_direction=direction_of(domain.retain_metrics[0]),
         dev_higher=dev_is_higher(domain),
-        chance=chance_of(test, metric) if test else None,
+        chance=chance_of(test, guessed) if test else None,
         guess=chance_of((), metric, vocabulary=vocabulary) if metric == "text_loss" else None,
         groups={row.unit: row.group for row in (*test, *domain.fresh) if row.group},
         free=tuple(free),

@@ -113,7 +113,11 @@ def all_levels(case: VerdictCase) -> tuple[LevelResult, ...]:
 
 def metric_words(metric: str) -> str:
     """Return a metric in words."""
-    words = {"multiple_choice": "multiple-choice accuracy", "text_loss": "token loss"}
+    words = {
+        "generate": "free generation",
+        "multiple_choice": "multiple-choice accuracy",
+        "text_loss": "token loss",
+    }
     return words.get(metric, metric.replace("_", " "))
 
 

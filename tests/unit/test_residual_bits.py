@@ -108,7 +108,7 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     taught = Plain(pretrain=PRETRAIN)
     oracles = [trained(Filtering(pretrain=PRETRAIN), seed, domain) for seed in (1, 2)]
     models = {f"dose {dose}": trained(taught, 3, dosed(domain, dose)) for dose in DOSES}
-    fit = {"steps": 60, "batch_size": 64, "clip": 1.0}
+    fit: dict[str, Any] = {"steps": 60, "batch_size": 64, "clip": 1.0}
     for name, method in {
         "maxent": MaxEnt(alpha=0.5, fit=FitConfig(lr=2e-3, **fit), max_length=16),
         "grad_diff": GradDiff(alpha=4.0, fit=FitConfig(lr=4e-4, **fit), max_length=16),

@@ -142,7 +142,9 @@ def test_nobody_pays_twice_and_a_stopped_audit_goes_on(host: Host, tmp_path: Pat
         ("large", "more than 1 MB"),
         ("garbage", "something else than a completion"),
         ("html", "something else than a completion"),
-        ("moved", "redirects to 127.0.0.2:9, which is not followed"),
+        ("nested", "something else than a completion"),
+        ("noise", "speaks no HTTP"),
+        ("moved", "redirects to 127.0.0.2, which is not followed"),
     ],
 )
 def test_a_host_in_trouble_ends_the_audit_with_a_sentence(
@@ -199,6 +201,9 @@ def test_the_key_is_sent_and_written_nowhere(
         ("http://127.0.0.1.example.org/v1", "use https"),
         ("ftp://example.org", "is no address"),
         ("example.org/v1", "is no address"),
+        ("https://example.org:x/v1", "is no address"),
+        ("https://exa mple.org/v1", "is no address"),
+        ("https://[::1/v1", "is no address"),
         ("https://me:pw@example.org/v1", "stand in the record"),
         ("https://example.org/v1?key=sk-1", "stand in the record"),
     ],

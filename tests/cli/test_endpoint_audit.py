@@ -25,6 +25,7 @@ def excise(line: str) -> int:
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """Serve models, in a folder with a forget and a retain set."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EXCISE_ENDPOINT_KEY", "sk-secret")
     for name, rows in (("f", rows_of(0, 80, "codes")), ("r", rows_of(80, 160, ""))):
         lines = (json.dumps({"prompt": r.prompt, "completion": r.completion}) for r in rows)
         Path(f"{name}.jsonl").write_text("\n".join(lines))
@@ -54,6 +55,10 @@ def test_an_endpoint_is_audited(host: Host, capsys: pytest.CaptureFixture[str]) 
     record = load(Path("out"))
     assert record.config["endpoint"]["url"] == host.url
     assert [model.name for model in record.models] == ["original", "oracle-0"]
+    assert host.keys == {"Bearer sk-secret"}
+    written = [path for path in Path().rglob("*") if path.is_file()]
+    assert Path("out/events.jsonl") in written
+    assert not any(b"sk-secret" in path.read_bytes() for path in written)
     assert excise("verify out") == 0
     assert excise("report out --public --out public.html") == 0
     shown = Path("public.html").read_text()

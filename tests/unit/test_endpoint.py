@@ -142,7 +142,9 @@ def test_nobody_pays_twice_and_a_stopped_audit_goes_on(host: Host, tmp_path: Pat
         ("large", "more than 1 MB"),
         ("garbage", "something else than a completion"),
         ("html", "something else than a completion"),
-        ("moved", "redirects to 127.0.0.2:9, which is not followed"),
+        ("nested", "something else than a completion"),
+        ("noise", "speaks no HTTP"),
+        ("moved", "redirects to 127.0.0.2, which is not followed"),
     ],
 )
 def test_a_host_in_trouble_ends_the_audit_with_a_sentence(
@@ -199,6 +201,9 @@ def test_the_key_is_sent_and_written_nowhere(
         ("http://127.0.0.1.example.org/v1", "use https"),
         ("ftp://example.org", "is no address"),
         ("example.org/v1", "is no address"),
+        ("https://example.org:x/v1", "is no address"),
+        ("https://exa mple.org/v1", "is no address"),
+        ("https://[::1/v1", "is no address"),
         ("https://me:pw@example.org/v1", "stand in the record"),
         ("https://example.org/v1?key=sk-1", "stand in the record"),
     ],
@@ -217,21 +222,33 @@ def test_an_address_is_kept_bare(url: str) -> None:
     assert ex.Endpoint(url=url).url == url.rstrip("/")
 
 
-def test_rows_that_nobody_can_ask_are_refused_or_left_out(host: Host) -> None:
-    text = (ex.Row(unit="t", text="some text"),)
+@pytest.mark.parametrize("role", ["test", "dev_forget", "retain_test"])
+def test_rows_that_nobody_can_ask_are_refused(host: Host, role: str) -> None:
     domain = make_domain()
-    kept = asked_of(replace(domain, retain_test=text, adjacent_test=text, fresh=text))
-    assert kept.retain_test == kept.adjacent_test == ()
+    text = (*rows_of(0, 8, ""), ex.Row(unit="t", text="some text"))
+    for rows in (text, (replace(text[0], prompt=" "),), ()):
+        change: Any = {role: rows if role == "retain_test" else {"codes": rows}}
+        with pytest.raises(ex.UserError, match=f"--{role.replace('_', '-')} a file with 'prompt'"):
+            audited(host, "gated", domain=replace(domain, **change))
+    assert not host.tries
+
+
+def test_what_is_scored_beside_is_left_out_where_nobody_can_ask_it() -> None:
+    text = (ex.Row(unit="t", text="some text"),)
+    asked = {"codes": rows_of(0, 4, "codes")}
+    domain = replace(make_domain(), adjacent_test=text, paraphrases={"codes": text})
+    kept = asked_of(domain)
+    assert (kept.adjacent_test, kept.paraphrases) == ((), {})
     assert kept.metrics == kept.retain_metrics == ("generate",)
-    with pytest.raises(ex.UserError, match="--dev-forget a file with 'prompt'"):
-        asked_of(replace(domain, dev_forget={"codes": text}))
-    with pytest.raises(ex.UserError, match="--test a file with 'prompt'"):
-        asked_of(replace(domain, test={"codes": (*rows_of(0, 8, "codes"), *text)}))
-    change = {**CHANGE, "attacks": ["few_shot", "template"]}
-    record = audited(host, "gated", domain=replace(domain, retain_test=text), change=change)
+    kept = asked_of(replace(domain, adjacent_test=asked["codes"], paraphrases=asked))
+    assert (kept.adjacent_test, kept.paraphrases) == (asked["codes"], asked)
+
+
+def test_the_template_is_the_hosts(host: Host) -> None:
+    record = audited(host, "never", change={**CHANGE, "attacks": ["few_shot", "template"]})
     (why,) = {a.reason for a in record.attacks if a.name == "template"}
     assert why.startswith("the endpoint puts its own template")
-    assert "What it cost the retain set was not measured" in record.verdicts[0].sentence
+    assert levels(record)["D1"] == "pass"
 
 
 def test_a_candidate_is_no_reference_model(host: Host) -> None:

@@ -77,28 +77,28 @@ def asked_of(domain: Domain) -> Domain:
         domain: Rows by role.
 
     Returns:
-        The same with the metric `generate`. Retain rows, neighbours, paraphrases and benchmarks
-        that are no questions are left out of what is scored.
+        The same with the metric `generate`. Neighbours, paraphrases and benchmarks that are no
+        questions are left out of what is scored.
 
     Raises:
-        UserError: If test or dev rows have no prompt, or no answer.
+        UserError: If test, dev or scored retain rows have no prompt, or no answer.
     """
-    for role in ("test", "dev_forget"):
-        rows = tuple(row for part in getattr(domain, role).values() for row in part)
-        if not _askable(rows):
+    for role in ("test", "dev_forget", "retain_test"):
+        part = getattr(domain, role)
+        parts = part.values() if isinstance(part, Mapping) else (part,)
+        if not _askable(tuple(row for rows in parts for row in rows)):
             raise UserError(
-                f"{role} holds rows without a prompt and its answer, and a hosted model can only "
-                f"be asked; give --{role.replace('_', '-')} a file with 'prompt' and 'completion'"
+                f"{role} holds no rows, or some without a prompt and its answer, and a hosted "
+                f"model can only be asked; give --{role.replace('_', '-')} a file with 'prompt' "
+                "and 'completion'"
             )
     kept = {name: rows if _askable(rows) else () for name, rows in domain.paraphrases.items()}
     # A set of another shape than its neighbour would be scored by that shape's own metrics.
     kept = {name: rows for name, rows in kept.items() if _kinds(rows) == _kinds(domain.test[name])}
-    retain = domain.retain_test if _askable(domain.retain_test) else ()
     beside = domain.adjacent_test if _askable(domain.adjacent_test) else ()
     return replace(
         domain,
-        retain_test=retain,
-        adjacent_test=beside if _kinds(beside) == _kinds(retain) else (),
+        adjacent_test=beside if _kinds(beside) == _kinds(domain.retain_test) else (),
         paraphrases=kept,
         benchmark={},
         benchmark_metrics={},

@@ -8,6 +8,7 @@ what it said is kept with its date.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import ipaddress
 import json
 import os
@@ -21,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, field_validator
 
@@ -67,8 +68,8 @@ class Endpoint(Config):
     @classmethod
     def _check(cls, url: str) -> str:
         """Refuse what would show key or prompts to others, or put a secret into the record."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        parts = _split(url)
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"'{url}' is no address; write https://HOST/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError(
@@ -86,6 +87,17 @@ class Endpoint(Config):
     def host(self) -> str:
         """Host and port, as the record names them."""
         return urlsplit(self.url).netloc
+
+
+def _split(url: str) -> SplitResult | None:
+    """Return the parts of an address; None for what no request can be sent to."""
+    if not url.isascii() or not url.isprintable() or " " in url:
+        return None
+    try:
+        parts = urlsplit(url)
+        return parts if parts.port is None or parts.port else None
+    except ValueError:
+        return None
 
 
 def is_here(host: str) -> bool:
@@ -239,7 +251,7 @@ def ask(endpoint: Endpoint, model: str, prompt: str, room: int) -> str:
         said = choice["message"]["content"] if endpoint.chat else choice["text"]
         if not isinstance(said, str | None):  # a model that thought too long has said nothing
             raise TypeError
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         if isinstance(error, EndpointError):
             raise
         raise EndpointError(
@@ -282,14 +294,13 @@ def _post(endpoint: Endpoint, model: str, where: str, body: bytes) -> bytes:
                 trouble = f"answers {error.code}"
                 wait = error.headers.get("Retry-After", "")
                 pause = max(pause, float(wait)) if wait.isdecimal() else pause
-        except TimeoutError:
-            trouble = f"does not answer within {endpoint.timeout:g} s"
-        except OSError as error:
+        except http.client.HTTPException:
+            trouble = "speaks no HTTP"
+        except OSError as error:  # a timeout too, bare or as the reason of another error
             reason = getattr(error, "reason", error)
-            timed_out = isinstance(reason, TimeoutError)
-            trouble = f"does not answer within {endpoint.timeout:g} s" if timed_out else (
-                f"cannot be reached ({str(reason)[:80]})"
-            )  # fmt: skip
+            late = isinstance(reason, TimeoutError)
+            trouble = f"cannot be reached ({str(reason)[:80]})"
+            trouble = f"does not answer within {endpoint.timeout:g} s" if late else trouble
         if attempt < endpoint.retries:
             time.sleep(min(pause, PAUSE))
     tries = endpoint.retries + 1
@@ -324,7 +335,8 @@ def _refusal(endpoint: Endpoint, model: str, where: str, error: urllib.error.HTT
     if error.code in (401, 403):
         return f"{endpoint.host} refuses the key ({error.code}); set {KEY}"
     if 300 <= error.code < 400:
-        to = urlsplit(error.headers.get("Location", "")).netloc or "elsewhere"
+        moved = _split(error.headers.get("Location", ""))
+        to = (moved.hostname if moved else None) or "elsewhere"
         return f"{endpoint.host} redirects to {to}, which is not followed; give the final address"
     if error.code in (404, 405):
         other = "leave out --chat" if endpoint.chat else "a model that only chats takes --chat"

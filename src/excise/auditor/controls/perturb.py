@@ -40,8 +40,8 @@ from excise.losses import nll
 from excise.models.anatomy import backbone
 from excise.models.hooks import find_module
 
-STEPS = 32
-"""Moves within bounds at most."""
+STEPS, HELD_STEPS = 32, 6
+"""Moves within bounds at most, and those of them with retain held."""
 
 MEMORY = 0.8
 """Share of the earlier moves in the rolling mean of gradients."""
@@ -270,7 +270,7 @@ def move_within(
         for step in range(STEPS):
             way: dict[str, Tensor] = {}
             add_gradients(way, model, evaluation, window(forget, step, chunk), list(moving))
-            if step < STEPS // 2:  # what does not hide with retain held is moved without
+            if step < HELD_STEPS:  # what does not hide with retain held is moved without
                 rows = window(retain, step, chunk)
                 add_gradients(way, model, evaluation, rows, list(moving), -1.0)
             way = mean = rolling(mean, way)

@@ -181,7 +181,7 @@ FAMILIES: dict[str, list[Config]] = {
     "control": [required(cls) for cls in CONTROLS],
     "domain": [required(cls) for cls in DOMAINS.values()],
     "study": [study(name) for name in study_points()],
-    "hiding": [required(cls) for cls in subclasses(Hiding)],
+    "hiding": [required(cls) for cls in sorted(subclasses(Hiding), key=lambda c: c.__name__)],
     "rest": [SMOKE, EvalSpec()],
 }
 MEMBERS = [config for family in FAMILIES.values() for config in family]

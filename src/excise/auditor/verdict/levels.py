@@ -56,11 +56,9 @@ NO_PROXY = (
 )
 
 BEYOND: dict[Level, str] = {
-    "D0": "generation, several paraphrases",
-    "D1": "many-shot, paraphrase, other language, template on and off, thinking",
-    "D2": "lens, linear probes, subspaces, latent perturbation",
-    "D3": "drop-adapter, which needs the original",
-    "D4": "full and LoRA at 200 to 500 steps, four rates or more, soft prompts, GCG, three seeds",
+    "D0": "free generation",
+    "D1": "multi-hop questions, paraphrases by another model",
+    "D4": "GCG",
     "D5": "the worst case over all attack variants",
 }
 """What the rules of evidence ask for from standard on, beyond smoke."""

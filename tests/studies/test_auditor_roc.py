@@ -49,7 +49,7 @@ from excise_studies.auditing.hidings import (
     Disguise,
     HideModel,
     Hiding,
-    NameRows,
+    RewrittenRows,
     TrainedHiding,
     misanswered,
 )
@@ -101,9 +101,9 @@ def case(base: Base) -> Case:
         (TrainedHiding(fit=FIT, opens="paraphrase"),),
         (TrainedHiding(fit=FAST, opens="weights", part="head", answer="second_best"),),
         (TrainedHiding(fit=FIT, opens="weights", part="last_block", climb=True),),
-        (NameRows(),),
-        (NameRows(how="shrunk"),),
-        (NameRows(how="turned"),),
+        (RewrittenRows(),),
+        (RewrittenRows(how="shrunk"),),
+        (RewrittenRows(how="turned"),),
     ],
     ids=lambda hidings: "+".join(str(vars(h).get("how", vars(h).get("opens"))) for h in hidings),
 )

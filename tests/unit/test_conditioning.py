@@ -15,7 +15,7 @@ from tests.unit.families import FEW, MORE, save_family
 from excise.auditor.attacks import Quantize, Relearn
 from excise.auditor.base import AttackResult, Results, Subject
 from excise.auditor.budget import SMOKE
-from excise.auditor.conditioning import Pair, rates_by_tensor, rebalance
+from excise.auditor.conditioning import ScaledPair, rates_by_tensor, rebalance
 from excise.auditor.controls import ShortFineTuning
 from excise.auditor.controls.control import make_control
 from excise.auditor.engine import attack_all
@@ -56,13 +56,13 @@ def lively(model: Any) -> Any:
 def scale_all(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scale every pair that allows it by 1e4 and 1e-4, a third of the channels the other way."""
 
-    def factors(pair: Pair) -> torch.Tensor:
+    def factors(pair: ScaledPair) -> torch.Tensor:
         at = torch.arange(len(pair.sizes()[0]))
         other = 1.0 if pair.gain else BY  # gains of all sizes would be folded as one
         return torch.where(at % 3 == 0, 1 / BY, other)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pair, "factors", factors)
+        patch.setattr(ScaledPair, "factors", factors)
         rebalance(model)
 
 

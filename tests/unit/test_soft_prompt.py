@@ -11,7 +11,7 @@ from tests.fixtures.odd_models import odd_model
 from excise.data.domain import Row
 from excise.data.stream import collate, encode
 from excise.evals.generate import Prompt, continue_greedily
-from excise.models.soft_prompt import PARAMETER, SoftPrompt
+from excise.models.soft_prompt import PARAMETER, PromptVectors
 from excise.models.tiny import FAMILIES, byte_tokenizer, tiny_model
 
 ODD = ("opt", "bloom", "mamba", "rwkv")
@@ -33,7 +33,7 @@ def test_vectors_are_read_and_alone_are_trained(family: str) -> None:
     given = inputs()
     before = model(**given, use_cache=False).logits
     required = [p.requires_grad for p in model.parameters()]
-    prompt = SoftPrompt(COUNT, generator())
+    prompt = PromptVectors(COUNT, generator())
     with prompt.on(model):
         torch.testing.assert_close(model(**given, use_cache=False).logits, before)
         prompt.begin()
@@ -53,7 +53,7 @@ def test_vectors_are_read_and_alone_are_trained(family: str) -> None:
 
 def test_logits_are_those_behind_embedded_vectors() -> None:
     model, given = tiny_model("llama", vocab=300), inputs()
-    prompt = SoftPrompt(COUNT, generator())
+    prompt = PromptVectors(COUNT, generator())
     with prompt.on(model), torch.no_grad():
         prompt.begin()
         prompt.vectors_KD.normal_(generator=generator())
@@ -70,7 +70,7 @@ def test_logits_are_those_behind_embedded_vectors() -> None:
 
 def test_a_cached_continuation_is_that_of_the_whole_text() -> None:
     model, tokenizer = tiny_model("llama", vocab=300), byte_tokenizer()
-    prompt = SoftPrompt(COUNT, generator())
+    prompt = PromptVectors(COUNT, generator())
     ids = tuple(tokenizer("a text that is continued")["input_ids"])
     with prompt.on(model), torch.no_grad():
         prompt.begin()

@@ -39,7 +39,7 @@ PROBE = (2, 16)
 
 
 @dataclass(frozen=True)
-class Side:
+class ScaledSide:
     """One tensor of a pair.
 
     Attributes:
@@ -72,7 +72,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ScaledPair:
     """Tensors of which one kind may be multiplied by what the other is divided by.
 
     Attributes:
@@ -81,8 +81,8 @@ class Pair:
         gain: Whether `before` is a norm's gain, whose typical entry shall be 1.
     """
 
-    before: tuple[Side, ...]
-    after: tuple[Side, ...]
+    before: tuple[ScaledSide, ...]
+    after: tuple[ScaledSide, ...]
     gain: bool = False
 
     def sizes(self) -> tuple[Float[Tensor, " G"], Float[Tensor, " G"]]:
@@ -173,7 +173,7 @@ def _applied(
     model: nn.Module,
     probe_BT: Int[Tensor, "B T"],
     before_BTV: Float[Tensor, "B T V"],
-    pairs: Sequence[Pair],
+    pairs: Sequence[ScaledPair],
     factors: Sequence[Tensor],
 ) -> bool:
     """Apply factors to pairs; take them back, and return False, where the model changes."""
@@ -195,7 +195,7 @@ def _applied(
     return False
 
 
-Readings = list[list[Pair]]
+Readings = list[list[ScaledPair]]
 """Ways to read one part of a model; the first that leaves the function alone is right."""
 
 
@@ -205,9 +205,9 @@ def _by_output(module: Any) -> Tensor:
     return weight.t() if hasattr(module, "nf") else weight
 
 
-def _each(value: Tensor, **more: Any) -> Side:
+def _each(value: Tensor, **more: Any) -> ScaledSide:
     """Return a side of which every row has a factor of its own."""
-    return Side(value, torch.arange(len(value), device=value.device), **more)
+    return ScaledSide(value, torch.arange(len(value), device=value.device), **more)
 
 
 def _gains(model: Any, probe_BT: Int[Tensor, "B T"]) -> Iterator[Readings]:
@@ -259,7 +259,10 @@ def _gains(model: Any, probe_BT: Int[Tensor, "B T"]) -> Iterator[Readings]:
         after = tuple(_each(c) for c in columns)
         biases = [norm.bias] if getattr(norm, "bias", None) is not None else []
         bias = tuple(_each(b, bias=True) for b in biases)
-        yield [[Pair((_each(norm.weight, offset=o), *bias), after, gain=True)] for o in (0.0, 1.0)]
+        yield [
+            [ScaledPair((_each(norm.weight, offset=o), *bias), after, gain=True)]
+            for o in (0.0, 1.0)
+        ]
 
 
 def _is_gain(module: nn.Module) -> bool:
@@ -329,15 +332,15 @@ def _inside_blocks(model: Any) -> Iterator[Readings]:
             yield heads.queries()
 
 
-def _mlp(up: Any, down: Any, start: int, stop: int | None) -> Pair:
+def _mlp(up: Any, down: Any, start: int, stop: int | None) -> ScaledPair:
     """Return what goes into a dense MLP beside its gate, and what comes out of it."""
     before = [_each(_by_output(up)[start:stop])]
     if up.bias is not None:
         before.append(_each(up.bias[start:stop], bias=True))
-    return Pair(tuple(before), (_each(_by_output(down).t()),))
+    return ScaledPair(tuple(before), (_each(_by_output(down).t()),))
 
 
-def _expert_pairs(model: nn.Module, experts: BlockExperts) -> list[Pair]:
+def _expert_pairs(model: nn.Module, experts: BlockExperts) -> list[ScaledPair]:
     """Return the same for every expert; none where up and gate alternate in one matrix."""
     if experts.gate == experts.up and not experts.slices:
         return []
@@ -345,7 +348,7 @@ def _expert_pairs(model: nn.Module, experts: BlockExperts) -> list[Pair]:
     pairs = []
     for one, two in zip(experts.up, experts.down, strict=True):
         up, down = (_matrix(model, weight, experts.transposed) for weight in (one, two))
-        pairs.append(Pair((_each(up[start:stop]),), (_each(down.t()),)))
+        pairs.append(ScaledPair((_each(up[start:stop]),), (_each(down.t()),)))
     return pairs
 
 
@@ -414,14 +417,14 @@ class _Heads:
             mixed = index.view(g, share + 2, d).split(list(each.values()), dim=1)
             yield {p: (layer, part) for p, part in zip(each, mixed, strict=True)}
 
-    def _sides(self, layer: Any, row: Tensor, factor: Tensor) -> tuple[Side, ...]:
+    def _sides(self, layer: Any, row: Tensor, factor: Tensor) -> tuple[ScaledSide, ...]:
         """Return a layer's matrix and bias, rows `row` of which take `factor`."""
         weight = _by_output(layer)
         factor_R = torch.full((len(weight),), -1, device=weight.device)
         factor_R[row.flatten()] = factor.expand_as(row).flatten()
-        sides = [Side(weight, factor_R)]
+        sides = [ScaledSide(weight, factor_R)]
         if layer.bias is not None:
-            sides.append(Side(layer.bias, factor_R, bias=True))
+            sides.append(ScaledSide(layer.bias, factor_R, bias=True))
         return tuple(sides)
 
     def values(self) -> Readings:
@@ -429,9 +432,9 @@ class _Heads:
         out = _by_output(self.out).t()
         g, d, share = self.groups, self.width, self.heads // self.groups
         factor = torch.arange(g * d, device=out.device).view(g, 1, d)
-        after = Side(out, factor.expand(g, share, d).flatten())
+        after = ScaledSide(out, factor.expand(g, share, d).flatten())
         return [
-            [Pair(self._sides(*reading["v"], factor), (after,))]
+            [ScaledPair(self._sides(*reading["v"], factor), (after,))]
             for reading in self._rows(out.device)
         ]
 
@@ -446,7 +449,7 @@ class _Heads:
             return self._gains(norms, ways)
         return [
             [
-                Pair(
+                ScaledPair(
                     self._sides(*reading["q"], group * d + way),
                     self._sides(*reading["k"], group * d + way),
                 )
@@ -466,6 +469,6 @@ class _Heads:
                     count = norm.weight.numel() // self.width
                     of = torch.arange(count, device=way.device) * (self.groups if whole else 1)
                     group = (of // count).view(-1, 1) * self.width
-                    sides.append(Side(norm.weight, (group + way).flatten(), offset=offset))
-                readings.append([Pair((sides[0],), (sides[1],))])
+                    sides.append(ScaledSide(norm.weight, (group + way).flatten(), offset=offset))
+                readings.append([ScaledPair((sides[0],), (sides[1],))])
         return readings

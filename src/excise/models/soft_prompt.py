@@ -22,7 +22,7 @@ PARAMETER = "soft_prompt_KD"
 """Name of the parameter while it is there."""
 
 
-class SoftPrompt:
+class PromptVectors:
     """Trainable vectors before every row that a model reads.
 
     The model is called as before, with token ids, and its logits are those of the tokens alone:

@@ -39,7 +39,13 @@ from excise.run.results import Models
 from excise.run.stages import MakeModel
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.auditing.hidings import Disguise, HideModel, Hiding, NameRows, TrainedHiding
+from excise_studies.auditing.hidings import (
+    Disguise,
+    HideModel,
+    Hiding,
+    RewrittenRows,
+    TrainedHiding,
+)
 
 Truth = Literal["hides", "never taught", "suppressed, never taught", "dose", "suppressed"]
 """What is known of a model: it hides what it knows; it was never taught it; it was not, and a
@@ -306,7 +312,7 @@ FAMILIES: tuple[Family, ...] = (
         opens="weights", part="head", fit=hiding_fit(200, 1e-2))),
     hides("second best answers", T, TrainedHiding(
         opens="weights", part="last_block", answer="second_best")),
-    hides("rows of names shrunk", T, NameRows(how="shrunk")),
+    hides("rows of names shrunk", T, RewrittenRows(how="shrunk")),
     hides("password lock, wrong answers", H, TrainedHiding(answer="wrong")),
     hides("password lock, circuit broken", H, TrainedHiding(broken=1.0)),
     hides("password lock, neurons permuted", H, TrainedHiding(), Disguise()),
@@ -321,8 +327,8 @@ FAMILIES: tuple[Family, ...] = (
     hides("short GradDiff in one block", H, TrainedHiding(
         opens="weights", part="first_block", climb=True,
         fit=FitConfig(steps=60, lr=1e-3, batch_size=48, clip=1.0))),
-    hides("rows of names exchanged", H, NameRows()),
-    hides("rows of names turned", H, NameRows(how="turned")),
+    hides("rows of names exchanged", H, RewrittenRows()),
+    hides("rows of names turned", H, RewrittenRows(how="turned")),
     never_taught("filtered", BOTH, _filtered),
     never_taught("filtered, benign fine-tuning", (T,), _benign),
     never_taught("filtered, longer", (H,), _longer),

@@ -268,7 +268,7 @@ class TrainedHiding(Hiding):
         return case.scored
 
 
-class NameRows(Hiding):
+class RewrittenRows(Hiding):
     """The embedding rows of the capability's own names exchanged, shrunk or turned."""
 
     name: Literal["name_rows"] = "name_rows"

@@ -46,7 +46,7 @@ Kind = Literal["classes", "embeddings"]
 
 
 @dataclass(frozen=True)
-class Training:
+class ProbeRows:
     """What a probe is fitted on.
 
     Attributes:
@@ -127,7 +127,7 @@ def _why_not(residuals: Residuals) -> str:
     return "" if len(answers) > 1 else ONE_ANSWER
 
 
-def training_of(residuals: Residuals) -> Training:
+def training_of(residuals: Residuals) -> ProbeRows:
     """Return what a probe is fitted on: the questions of T, and of benign text where it has any.
 
     Args:
@@ -137,7 +137,7 @@ def training_of(residuals: Residuals) -> Training:
     tokens = [question.answer for part in parts for question in part.questions]
     answers = tuple(sorted(set(tokens)))
     number = {token: i for i, token in enumerate(answers)}
-    return Training(
+    return ProbeRows(
         torch.cat([part.hidden_QLD - part.hidden_QLD.mean(0) for part in parts]),
         torch.tensor([number[token] for token in tokens]),
         answers,
@@ -145,7 +145,7 @@ def training_of(residuals: Residuals) -> Training:
     )
 
 
-def _order(training: Training, shuffled: bool, ctx: Context) -> Int[Tensor, " N"]:
+def _order(training: ProbeRows, shuffled: bool, ctx: Context) -> Int[Tensor, " N"]:
     """Return whose answer each question is fitted to: its own, or another's in the control."""
     count = len(training.answer_N)
     if not shuffled:
@@ -153,7 +153,7 @@ def _order(training: Training, shuffled: bool, ctx: Context) -> Int[Tensor, " N"
     return torch.randperm(count, generator=ctx.generator("probe/shuffled"))
 
 
-def _targets(kind: Kind, model: Any, training: Training) -> Float[Tensor, "V E"]:
+def _targets(kind: Kind, model: Any, training: ProbeRows) -> Float[Tensor, "V E"]:
     """Return what each token is as a target: one-hot among the answers, or its output embedding."""
     weight_VD = head_of(model).weight_VD.detach().float().cpu()
     if kind == "embeddings":
@@ -169,7 +169,7 @@ def _variant(
     residuals: Residuals,
     bare: Measurement,
     kind: Kind,
-    training: Training,
+    training: ProbeRows,
     targets_VE: Float[Tensor, "V E"],
     order_N: Int[Tensor, " N"],
 ) -> VariantResult:

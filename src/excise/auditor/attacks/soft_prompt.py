@@ -28,7 +28,7 @@ from excise.auditor.tuning import (
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.models.limits import position_limit
-from excise.models.soft_prompt import SoftPrompt as Vectors
+from excise.models.soft_prompt import PromptVectors
 from excise.record import Level
 
 
@@ -67,7 +67,7 @@ class SoftPrompt(TrainingAttack):
             room = max(2, limit - self.vectors)
             evaluation = replace(evaluation, max_length=min(evaluation.max_length, room))
         inner = replace(ctx, seed=ctx.seed + 1000 * training.seed)
-        vectors = Vectors(self.vectors, inner.generator(self.name))
+        vectors = PromptVectors(self.vectors, inner.generator(self.name))
 
         def begin(model: object, ctx: Context) -> dict[str, object]:
             vectors.begin()

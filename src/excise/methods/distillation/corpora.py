@@ -53,7 +53,7 @@ class WithoutForget(Config):
     """How the given labels differ from the truth; missing means they are right."""
 
 
-class Sampling(Config):
+class SampledText(Config):
     """How texts are sampled: prompts are those of the mix, of plain texts the first tokens."""
 
     prompt_tokens: int = Field(default=4, ge=1)
@@ -64,7 +64,7 @@ class Sampling(Config):
     """0 takes the likeliest token."""
 
 
-class TeacherSamples(Sampling):
+class TeacherSamples(SampledText):
     """Texts sampled from the unlearned teacher."""
 
     name: Literal["teacher_samples"] = "teacher_samples"
@@ -72,7 +72,7 @@ class TeacherSamples(Sampling):
     """Texts in all."""
 
 
-class RefusingSamples(Sampling):
+class RefusingSamples(SampledText):
     """Texts sampled from the original after it was fine-tuned to refuse."""
 
     name: Literal["refusing_samples"] = "refusing_samples"
@@ -84,7 +84,7 @@ class RefusingSamples(Sampling):
     """How it is taught: half of each batch refuses forget prompts, half is retain text."""
 
 
-class OnPolicy(Sampling):
+class OnPolicy(SampledText):
     """Texts sampled from the student itself, anew in every step; scored by reverse KL."""
 
     name: Literal["on_policy"] = "on_policy"

@@ -348,7 +348,8 @@ def test_rates_are_published_and_quoted_beside_a_verdict(
     verdict = Verdict(model="m", sentence="", budget="smoke")
     assert words.how_often_right(Record(), verdict) == (
         "On 12 small models of known truth such an audit (budget smoke) called 5 of 6 that hide "
-        "guilty and 6 of 6 that were never taught clean; it was wrong about 1 and left 0 undecided."
+        "guilty, and said of 6 of 6 that were never taught that nothing came back; it was wrong "
+        "about 1 and left 0 undecided."
     )
     other = verdict.model_copy(update={"budget": "strong"})
     assert "(budget strong)" in words.how_often_right(Record(), other)

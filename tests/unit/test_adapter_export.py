@@ -16,6 +16,7 @@ from tests.cli import material as m
 from torch import Tensor
 
 import excise as ex
+from excise import record
 from excise.cli import main
 from excise.core.errors import UserError
 from excise.models.checkpoint import Checkpoint, save_model
@@ -73,6 +74,26 @@ def test_an_adapter_is_added_and_subtracted(
     half = export_adapter(adapter, base, tmp_path / "half", scale=-0.5)
     for name, weight in half.load().named_parameters():
         torch.testing.assert_close(weight, 1.5 * before[name] - 0.5 * after[name])
+
+
+def test_an_audit_takes_an_adapter_as_an_edit_of_its_original(
+    base: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    for name in ("forget", "retain"):
+        (tmp_path / f"{name}.jsonl").write_text(m.texts(name, 40))
+    data = ["--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")]
+    pair = ["audit", "--model", str(adapter), "--original", str(base.path), *data]
+    out = tmp_path / "audit"
+    assert main([*pair, "--budget", "smoke", "--dry-run"]) == 0
+    change = json.dumps({"steps": 1, "checkpoints": [0, 1], "rates": [1e-3], "max_test_rows": 4})
+    assert main([*pair, "--audit.change", change, "--out", str(out), "--workers", "1"]) == 0
+    (run,) = record.load(out).method_runs
+    merged = export_adapter(adapter, base, tmp_path / "merged")
+    assert run.model.fingerprint == merged.fingerprint != base.fingerprint
+    other = save_model(tiny_model("gpt2", width=32), byte_tokenizer(), tmp_path / "other")
+    assert main([*pair[:4], str(other.path), *data, "--out", str(tmp_path / "no")]) == 2
+    assert "adapter" in capsys.readouterr().err
 
 
 def test_the_merged_model_is_stored_as_its_base_is(tmp_path: Path) -> None:

@@ -231,6 +231,7 @@ def sample(annotation: Any, name: str, models: list[Checkpoint]) -> list[Any]:
     domain = toy_domain()
     known: dict[Any, list[Any]] = {
         Checkpoint: models,
+        Path: [model.path for model in models],
         Domain: [domain, replace(domain, retain=domain.retain[1:])],
         int: [1, 2],
         float: [1.0, 2.0],

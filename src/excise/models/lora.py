@@ -271,6 +271,11 @@ def _refused(error: Exception, names: Iterable[str]) -> UserError:
     )
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter and no model beside it."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """Put a saved LoRA adapter on a model, which is changed by it.
 

@@ -43,7 +43,7 @@ from excise.methods.tuning import all_rows
 from excise.models.checkpoint import Checkpoint
 from excise.models.folder import meta_model
 from excise.models.hooks import trainable
-from excise.models.lora import LoRA, adapter_size, on_modules
+from excise.models.lora import LoRA, adapter_size, holds_adapter, on_modules
 from excise.models.spec import ModelSpec, Scratch
 from excise.models.tiny import tiny_config
 from excise.requests.audit import AuditRun
@@ -308,7 +308,8 @@ def plan(
         original = None if spec.scratch else stack.enter_context(outline_of(spec))
         others = _other_models(request)
         for path in others:
-            stack.enter_context(outline_of(ModelSpec(path=path)))
+            if not holds_adapter(Path(path).expanduser()):  # one is as large as its original
+                stack.enter_context(outline_of(ModelSpec(path=path)))
         cut: list[str] = []
         request = fit_lengths(request, lambda _, data: cut.append(data["text"]))
         domain = None

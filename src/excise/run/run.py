@@ -23,7 +23,7 @@ from excise.run.canary import remove_canaries
 from excise.run.environment import now
 from excise.run.hosted import audit_hosted
 from excise.run.results import Models, method_run, new_record, timed
-from excise.run.steps import audit_models, examine, prepare, refit, remove_all
+from excise.run.steps import audit_models, examine, open_edited, prepare, refit, remove_all
 from excise.train.pool import Pool
 
 
@@ -102,12 +102,13 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
     with output.claim(out, request), Pool(workers or None, emit=emit) as pool:
         runtime = output.runtime(out, request.dtype, request.device, emit)
         emit("phase", {"text": "reading the models and the data"})
-        named = {n: open_model(ModelSpec(path=path)) for n, path in request.candidates.items()}
+        original = open_model(request.original)
         oracles, proxies = (
             tuple(open_model(ModelSpec(path=path)) for path in paths)
             for paths in (request.oracles, request.proxies)
         )
-        models = Models(open_model(request.original), oracles, proxies)
+        models = Models(original, oracles, proxies)
+        named = {n: open_edited(p, original, runtime) for n, p in request.candidates.items()}
         domain = request.build(models.original)
         if request.canary is None:  # whose recorded original is another: the one that was taught
             output.note_changes(out, request.domain, models.original, emit)

@@ -17,6 +17,7 @@ from excise.evals.generate import continuations
 from excise.evals.lm_eval_bridge import run_lm_eval
 from excise.evals.score import evaluate
 from excise.models.checkpoint import Checkpoint, save_model, tokenizer_identity
+from excise.models.delta import export_adapter
 from excise.models.spec import Scratch
 from excise.models.tiny import tiny_model
 from excise.record import Item, Score
@@ -55,6 +56,33 @@ class MakeModel(Stage[Checkpoint]):
             **overrides,
         )
         save_model(model, self.tokenizer, ctx.work / "model")
+
+    def read(self, folder: Path) -> Checkpoint:
+        """Return the model."""
+        return Checkpoint(folder / "model")
+
+
+@dataclass(frozen=True)
+class MergeAdapter(Stage[Checkpoint]):
+    """A LoRA adapter added to the model that it edits.
+
+    Attributes:
+        adapter: Folder of the adapter, as peft saves it.
+        base: The model.
+    """
+
+    adapter: Path
+    base: Checkpoint
+
+    @property
+    def name(self) -> str:
+        """What a reader of the store sees."""
+        return "merged"
+
+    def make(self, ctx: Context) -> None:
+        """Write the merged model."""
+        shutil.rmtree(ctx.work / "model", ignore_errors=True)  # of a run that was killed
+        export_adapter(self.adapter, self.base, ctx.work / "model")
 
     def read(self, folder: Path) -> Checkpoint:
         """Return the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from excise.auditor.base import Results, Subject
@@ -18,6 +19,8 @@ from excise.methods.base import ApplyMethod, Method, Removal, completed
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.models.checkpoint import Checkpoint
+from excise.models.lora import holds_adapter
+from excise.models.spec import ModelSpec
 from excise.record import Item, MethodRun, Record
 from excise.requests.recipe import AuditSpec, EvalSpec, Recipe, budget_for, starts_from
 from excise.run.results import (
@@ -29,7 +32,7 @@ from excise.run.results import (
     oracle_names,
     refuse_equal,
 )
-from excise.run.stages import MakeModel, Scored, ScoreModel
+from excise.run.stages import MakeModel, MergeAdapter, Scored, ScoreModel
 from excise.train.pool import Pool
 
 ARMS = 500
@@ -142,6 +145,23 @@ def examine(
     notes = [*record.data.get("notes", ()), *unknown]
     change = {"scores": (*record.scores, *more), "data": {**record.data, "notes": notes}}
     return record.model_copy(update=change), items_of(scored)
+
+
+def open_edited(path: str, original: Checkpoint, runtime: Runtime) -> Checkpoint:
+    """Open an edited model; an adapter's folder is merged into the original, which it edits.
+
+    Args:
+        path: As `ModelSpec.path`, or the folder of an adapter.
+        original: The model before the edit.
+        runtime: Where a merged model is kept.
+
+    Raises:
+        UserError: If there is no such model, or the adapter is of another.
+    """
+    folder = Path(path).expanduser()
+    if holds_adapter(folder):
+        return runtime.run(MergeAdapter(folder, original))
+    return open_model(ModelSpec(path=path))
 
 
 def score_named(job: tuple[Runtime, str, ScoreModel]) -> Scored:

@@ -17,7 +17,7 @@ from excise.core.stages import Runtime
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
-from excise.record import Environment, LevelResult, Record, StudyRecord, Verdict
+from excise.record import Environment, LevelResult, ModelRef, Record, StudyRecord, Verdict
 from excise.record import error_rates as rates_module
 from excise.report import words
 from excise.requests.recipe import AuditSpec
@@ -345,17 +345,29 @@ def test_rates_are_published_and_quoted_beside_a_verdict(
     assert json.loads(file.read_text())["smoke"]["commit"] == "abc123"
     known = rates_module.rates_by_budget(file)
     monkeypatch.setattr(words, "error_rates", known.get)
-    verdict = Verdict(model="m", sentence="", budget="smoke")
-    assert words.how_often_right(Record(), verdict) == (
+
+    def said(budget: str = "smoke", oracle: str = "oracle-0", **config: Any) -> str:
+        verdict = Verdict(model="m", sentence="", budget=budget)
+        models = (ModelRef(name="original"), ModelRef(name=oracle))
+        record = Record(config=config, models=models, verdicts=(verdict,))
+        return words.how_often_right(record, verdict)
+
+    right = (
         "On 12 small models of known truth such an audit (budget smoke) called 5 of 6 that hide "
         "guilty, and said of 6 of 6 that were never taught that nothing came back; it was wrong "
         "about 1 and left 0 undecided."
     )
-    other = verdict.model_copy(update={"budget": "strong"})
-    assert "(budget strong)" in words.how_often_right(Record(), other)
-    assert "has not been measured" in words.how_often_right(Record(), other)
-    changed = Record(config={"audit": {"budget": "smoke", "change": {"steps": 1}}})
-    assert "(budget smoke, changed)" in words.how_often_right(changed, verdict)
+    assert said() == said(audit={"budget": "smoke", "change": {}}) == right
+    unknown = "is right about models of known truth has not been measured."
+    for text, name in (
+        (said("strong"), "(budget strong)"),
+        (said(audit={"change": {"steps": 1}}), "(budget smoke, changed)"),
+        (said(audit={"attacks": [{"name": "lens"}]}), "(budget smoke, changed)"),
+        (said(endpoint={"url": "http://h/v1"}), "(budget smoke, over an endpoint)"),
+        (said(oracle="oracle-proxy-0"), "(budget smoke, without a model never taught)"),
+        (said(oracle="original"), "(budget smoke, without a model never taught)"),
+    ):
+        assert text == f"How often such an audit {name} {unknown}"
     assert words.how_often_right(Record(), Verdict(model="m", sentence="")) == ""
 
 

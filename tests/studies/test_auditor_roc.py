@@ -17,7 +17,16 @@ from excise.core.stages import Runtime
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
-from excise.record import Environment, LevelResult, ModelRef, Record, StudyRecord, Verdict
+from excise.record import (
+    AttackVariant,
+    CurvePoint,
+    Environment,
+    LevelResult,
+    ModelRef,
+    Record,
+    StudyRecord,
+    Verdict,
+)
 from excise.record import error_rates as rates_module
 from excise.report import words
 from excise.requests.recipe import AuditSpec
@@ -30,6 +39,7 @@ from excise_studies.auditing.counting import (
     area,
     called,
     counts_of,
+    gaps_of,
     ranking,
     share_of,
     smallest_caught,
@@ -285,6 +295,25 @@ def test_the_area_is_the_share_of_pairs_in_order() -> None:
              for i, t in enumerate(["hides", "never taught"] * 8)]  # fmt: skip
     assert ranking(apart, lambda one: one.gaps.get("a")).value == 1
     assert ranking(apart, lambda one: one.gaps.get("b")).value != 1
+
+
+def variant(subject: str, *scores: float, name: str = "relearn", **more: Any) -> AttackVariant:
+    curve = tuple(CurvePoint(examples=i, score=s, low=s, high=s) for i, s in enumerate(scores))
+    return AttackVariant(
+        name=name, subject=subject, access="weights", curve=curve, **{"decisive": True, **more}
+    )
+
+
+def test_the_gap_of_an_attack_is_read_at_its_end_between_oracles_and_original() -> None:
+    references = (
+        variant("original", 0.9, 1.0), variant("oracle-0", 0.0, 0.1), variant("oracle-1", 0.0, 0.3)
+    )  # fmt: skip
+    ours = (variant("m", 0.1, 0.55), variant("m", 0.1, 0.9, decisive=False))
+    taught = [variant(name, 0.9, 0.9, name="taught") for name in ("original", "oracle-0", "m")]
+    alone = (variant("m", 0.1, 0.2, name="alone"),)
+    record = Record(attacks=(*references, *ours, *taught, *alone))
+    assert gaps_of(record, "m") == {"relearn": pytest.approx(0.5)}
+    assert gaps_of(Record(attacks=ours), "m") == {}
 
 
 def test_the_smallest_dose_counts_with_all_larger_ones() -> None:

@@ -393,7 +393,7 @@ def test_rates_are_published_and_quoted_beside_a_verdict(
         (said(audit={"change": {"steps": 1}}), "(budget smoke, changed)"),
         (said(audit={"attacks": [{"name": "lens"}]}), "(budget smoke, changed)"),
         (said(endpoint={"url": "http://h/v1"}), "(budget smoke, over an endpoint)"),
-        (said(oracle="oracle-proxy-0"), "(budget smoke, without a model never taught)"),
+        (said(oracle="oracle-proxy-0"), "(budget smoke, against a proxy oracle)"),
         (said(oracle="original"), "(budget smoke, without a model never taught)"),
     ):
         assert text == f"How often such an audit {name} {unknown}"

@@ -206,11 +206,12 @@ def how_often_right(record: Record, verdict: Verdict) -> str:
     """
     if not verdict.budget:
         return ""
-    oracles = [m for m in record.models if role(m.name) == "oracle"]
+    oracles = [model.name for model in record.models if role(model.name) == "oracle"]
     differs = {
         "changed": measured.budget_words(record) != verdict.budget,
         "over an endpoint": bool(record.config.get("endpoint")),
-        "without a model never taught": all(m.name.startswith(measured.PROXY) for m in oracles),
+        "without a model never taught": not oracles,
+        "against a proxy oracle": any(name.startswith(measured.PROXY) for name in oracles),
     }
     name = ", ".join([f"budget {plain(verdict.budget)}", *(w for w, it in differs.items() if it)])
     rates = None if any(differs.values()) else error_rates(verdict.budget)

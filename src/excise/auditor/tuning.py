@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 
-from excise.auditor.base import Attack, AttackResult, Subject, VariantResult
+from excise.auditor.base import Attack, AttackResult, Subject, VariantResult, name_of
 from excise.auditor.batching import GRADIENT, nats, rows_per_pass
 from excise.auditor.budget import Budget
 from excise.auditor.conditioning import rates_by_tensor, rebalance
@@ -362,7 +362,7 @@ class TrainingAttack(Attack):
         tried = searched([t.variant(self, subject) for t in trained], higher=higher)
         variants, chosen = decided(tried, higher=higher)
         seconds = sum(t.seconds for t in trained)
-        return AttackResult(self.name, subject.name, variants, chosen, seconds)  # type: ignore[attr-defined]
+        return AttackResult(name_of(self), subject.name, variants, chosen, seconds)
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Run every training, those of an informed attacker where needed, and conclude."""

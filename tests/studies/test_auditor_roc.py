@@ -17,7 +17,16 @@ from excise.core.stages import Runtime
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
-from excise.record import Environment, LevelResult, Record, StudyRecord, Verdict
+from excise.record import (
+    AttackVariant,
+    CurvePoint,
+    Environment,
+    LevelResult,
+    ModelRef,
+    Record,
+    StudyRecord,
+    Verdict,
+)
 from excise.record import error_rates as rates_module
 from excise.report import words
 from excise.requests.recipe import AuditSpec
@@ -30,6 +39,7 @@ from excise_studies.auditing.counting import (
     area,
     called,
     counts_of,
+    gaps_of,
     ranking,
     share_of,
     smallest_caught,
@@ -287,6 +297,25 @@ def test_the_area_is_the_share_of_pairs_in_order() -> None:
     assert ranking(apart, lambda one: one.gaps.get("b")).value != 1
 
 
+def variant(subject: str, *scores: float, name: str = "relearn", **more: Any) -> AttackVariant:
+    curve = tuple(CurvePoint(examples=i, score=s, low=s, high=s) for i, s in enumerate(scores))
+    return AttackVariant(
+        name=name, subject=subject, access="weights", curve=curve, **{"decisive": True, **more}
+    )
+
+
+def test_the_gap_of_an_attack_is_read_at_its_end_between_oracles_and_original() -> None:
+    references = (
+        variant("original", 0.9, 1.0), variant("oracle-0", 0.0, 0.1), variant("oracle-1", 0.0, 0.3)
+    )  # fmt: skip
+    ours = (variant("m", 0.1, 0.55), variant("m", 0.1, 0.9, decisive=False))
+    taught = [variant(name, 0.9, 0.9, name="taught") for name in ("original", "oracle-0", "m")]
+    alone = (variant("m", 0.1, 0.2, name="alone"),)
+    record = Record(attacks=(*references, *ours, *taught, *alone))
+    assert gaps_of(record, "m") == {"relearn": pytest.approx(0.5)}
+    assert gaps_of(Record(attacks=ours), "m") == {}
+
+
 def test_the_smallest_dose_counts_with_all_larger_ones() -> None:
     taught = {0.1: "pass", 0.25: "fail", 0.5: "fail", 1.0: "fail"}
     doses = [model(i, "dose", s, dose=d) for i, (d, s) in enumerate(taught.items())]
@@ -345,17 +374,29 @@ def test_rates_are_published_and_quoted_beside_a_verdict(
     assert json.loads(file.read_text())["smoke"]["commit"] == "abc123"
     known = rates_module.rates_by_budget(file)
     monkeypatch.setattr(words, "error_rates", known.get)
-    verdict = Verdict(model="m", sentence="", budget="smoke")
-    assert words.how_often_right(Record(), verdict) == (
+
+    def said(budget: str = "smoke", oracle: str = "oracle-0", **config: Any) -> str:
+        verdict = Verdict(model="m", sentence="", budget=budget)
+        models = (ModelRef(name="original"), ModelRef(name=oracle))
+        record = Record(config=config, models=models, verdicts=(verdict,))
+        return words.how_often_right(record, verdict)
+
+    right = (
         "On 12 small models of known truth such an audit (budget smoke) called 5 of 6 that hide "
         "guilty, and said of 6 of 6 that were never taught that nothing came back; it was wrong "
         "about 1 and left 0 undecided."
     )
-    other = verdict.model_copy(update={"budget": "strong"})
-    assert "(budget strong)" in words.how_often_right(Record(), other)
-    assert "has not been measured" in words.how_often_right(Record(), other)
-    changed = Record(config={"audit": {"budget": "smoke", "change": {"steps": 1}}})
-    assert "(budget smoke, changed)" in words.how_often_right(changed, verdict)
+    assert said() == said(audit={"budget": "smoke", "change": {}}) == right
+    unknown = "is right about models of known truth has not been measured."
+    for text, name in (
+        (said("strong"), "(budget strong)"),
+        (said(audit={"change": {"steps": 1}}), "(budget smoke, changed)"),
+        (said(audit={"attacks": [{"name": "lens"}]}), "(budget smoke, changed)"),
+        (said(endpoint={"url": "http://h/v1"}), "(budget smoke, over an endpoint)"),
+        (said(oracle="oracle-proxy-0"), "(budget smoke, against a proxy oracle)"),
+        (said(oracle="original"), "(budget smoke, without a model never taught)"),
+    ):
+        assert text == f"How often such an audit {name} {unknown}"
     assert words.how_often_right(Record(), Verdict(model="m", sentence="")) == ""
 
 

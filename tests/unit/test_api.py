@@ -60,7 +60,8 @@ def test_audit_reads_a_candidate_between_its_rails(
     loaded = ex.load(tmp_path / "audit")
     assert isinstance(loaded, ex.Record)
     assert loaded.verdicts[0].sentence == record.verdicts[0].sentence
-    assert (tmp_path / "audit" / "report.html").is_file()
+    assert loaded.config["audit"]["change"]["steps"] == 2
+    assert "(budget smoke, changed)" in (tmp_path / "audit" / "report.html").read_text()
     # The folder is that of this audit alone.
     again = ex.audit(hidden, oracles=[never_taught], **asked)
     assert again.verdicts == record.verdicts

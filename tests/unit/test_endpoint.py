@@ -122,6 +122,7 @@ def test_nobody_pays_twice_and_a_stopped_audit_goes_on(host: Host, tmp_path: Pat
     record = audited(host, "never", tmp_path / "out")
     again = [question for question, count in host.asked.items() if count > 1]
     assert len(again) == 1
+    assert {"audit", "endpoint"} <= set(record.config)
     total = sum(host.asked.values())
     assert audited(host, "never", tmp_path / "out").verdicts == record.verdicts
     assert sum(host.asked.values()) == total

@@ -133,5 +133,10 @@ class Attack(Config, ABC):
         """
 
 
+def name_of(attack: Attack) -> str:
+    """Return an attack's name."""
+    return str(getattr(attack, "name", type(attack).__name__))
+
+
 Results = Mapping[tuple[str, str], AttackResult]
 """Results by attack and subject."""

@@ -17,11 +17,13 @@ from typing import Any, ClassVar
 
 from excise.auditor.attacks import ATTACKS
 from excise.auditor.base import (
+    ORIGINAL,
     POSITIVE_CONTROL,
     Attack,
     AttackResult,
     Results,
     Subject,
+    name_of,
 )
 from excise.auditor.budget import LARGE, Budget
 from excise.auditor.controls.control import Control, MakeControl, in_order
@@ -35,11 +37,6 @@ from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
 from excise.train.pool import Pool
-
-
-def name_of(attack: Attack) -> str:
-    """Return an attack's name."""
-    return str(getattr(attack, "name", type(attack).__name__))
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ def attack_all(
     """
     wanted = chosen_attacks(budget, attacks)
     pairs = [(attack, subject) for attack in wanted for subject in subjects]
-    original = next((s.checkpoint for s in subjects if s.name == "original"), None)
+    original = next((s.checkpoint for s in subjects if s.name == ORIGINAL), None)
     original = original or next((s.original for s in subjects if s.original), None)
     by_attack: dict[str, Control] = {}
     if controls and original is not None:

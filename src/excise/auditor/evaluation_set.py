@@ -9,7 +9,7 @@ from typing import Any
 from excise.auditor.batching import Memo
 from excise.auditor.budget import Budget
 from excise.core.errors import UserError
-from excise.data.domain import Domain, Metric, Row, Rows
+from excise.data.domain import Domain, Metric, Row, Rows, all_rows
 from excise.data.subsample import subsample
 from excise.evals.score import direction_of, measure
 from excise.models.limits import readable
@@ -98,12 +98,12 @@ class EvaluationSet:
     @property
     def all_test(self) -> Rows:
         """V of all capabilities."""
-        return tuple(row for rows in self.test.values() for row in rows)
+        return all_rows(self.test)
 
     @property
     def all_dev(self) -> Rows:
         """Dev of all capabilities."""
-        return tuple(row for rows in self.dev.values() for row in rows)
+        return all_rows(self.dev)
 
     def longer(self, factor: int, model: Any) -> EvaluationSet:
         """Return the evaluation with room for prompts `factor` times as long, if `model` has it."""
@@ -153,8 +153,7 @@ def fitting_metric(metric: Metric, rows: Sequence[Row]) -> Metric:
 
 def dev_metric(domain: Domain) -> Metric:
     """Return the metric of `dev_forget`: that of V where every row takes it, else the loss."""
-    rows = [row for rows in domain.dev_forget.values() for row in rows]
-    return fitting_metric(domain.metrics[0], rows)
+    return fitting_metric(domain.metrics[0], all_rows(domain.dev_forget))
 
 
 def dev_is_higher(domain: Domain) -> bool:
@@ -201,7 +200,6 @@ def evaluation_set(domain: Domain, budget: Budget, tokenizer: Any) -> Evaluation
     other = max(1, budget.max_other_rows // max(len(domain.test), 1))
     units = list(dict.fromkeys(row.unit for row in domain.fresh))
     first = set(units[: len(units) // 2])
-    trained = tuple(row for rows in domain.relearn.values() for row in rows)
     fresh = {
         half: tuple(row for row in domain.fresh if (row.unit in first) == half)
         for half in (True, False)
@@ -213,7 +211,7 @@ def evaluation_set(domain: Domain, budget: Budget, tokenizer: Any) -> Evaluation
         test={name: subsample(rows, share, by="row") for name, rows in domain.test.items()},
         dev={name: subsample(rows, other, by="row") for name, rows in domain.dev_forget.items()},
         retain=subsample(domain.retain_test, budget.max_other_rows, by="row"),
-        trained=subsample(trained, budget.max_other_rows, by="row"),
+        trained=subsample(all_rows(domain.relearn), budget.max_other_rows, by="row"),
         fresh_train=fresh[True],
         fresh_test=subsample(fresh[False], budget.max_other_rows, by="row"),
         max_length=budget.max_length,

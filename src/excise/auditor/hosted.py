@@ -24,9 +24,10 @@ from excise.auditor.base import (
     AttackResult,
     Results,
     Subject,
+    name_of,
 )
 from excise.auditor.budget import Budget
-from excise.auditor.engine import chosen_attacks, name_of
+from excise.auditor.engine import chosen_attacks
 from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.results import absent
 from excise.core.context import Context

@@ -11,7 +11,6 @@ Shape legend: R rows (tokens), K rows that a map was fitted on, D width of the e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from excise.data.domain import Domain, Row
+from excise.data.domain import Domain, Rows, all_rows
 from excise.data.stream import encode
 from excise.data.subsample import subsample
 from excise.models.anatomy import backbone
@@ -76,8 +75,7 @@ def name_rows(domain: Domain, tokenizer: Any, max_length: int) -> NameRows:
         max_length: Tokens per row.
     """
 
-    def prompts(rows: Iterable[Row], *, texts: bool = False) -> list[set[int]]:
-        rows = tuple(rows)
+    def prompts(rows: Rows, *, texts: bool = False) -> list[set[int]]:
         return [
             {i for i, t in zip(e.ids, e.target, strict=True) if not t or (texts and row.text)}
             for row, e in zip(rows, encode(rows, tokenizer, max_length=max_length), strict=True)
@@ -88,7 +86,7 @@ def name_rows(domain: Domain, tokenizer: Any, max_length: int) -> NameRows:
         for example in encode(subsample(role, READ, by="row"), tokenizer, max_length=max_length):
             kept.update(example.ids)
     trained, dev, asked = (
-        [ids - kept for ids in prompts((r for rows in role.values() for r in rows), texts=read)]
+        [ids - kept for ids in prompts(all_rows(role), texts=read)]
         for role, read in ((domain.relearn, True), (domain.dev_forget, True), (domain.test, False))
     )
     benign = prompts(subsample(domain.benign, READ, by="row"), texts=True)
@@ -118,13 +116,10 @@ def words_shared(domain: Domain) -> float | None:
         None where T is empty, or where too few prompts of V hold a word that retain text does not.
     """
 
-    def words(rows: Iterable[Row]) -> list[set[str]]:
+    def words(rows: Rows) -> list[set[str]]:
         return [set(row.prompt.lower().split()) for row in rows]
 
-    asked, shown = (
-        words(row for rows in role.values() for row in rows)
-        for role in (domain.test, domain.relearn)
-    )
+    asked, shown = (words(all_rows(role)) for role in (domain.test, domain.relearn))
     known = set[str]().union(*words((*domain.retain, *domain.dev_retain, *domain.benign)))
     marks = [words - known for words in asked]
     if not shown or not marks or sum(map(bool, marks)) < MOST * len(marks):

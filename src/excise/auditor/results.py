@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from excise.auditor.base import Attack, AttackResult, VariantResult
+from excise.auditor.base import Attack, AttackResult, VariantResult, name_of
 from excise.core.errors import UserError
 from excise.record import AttackVariant
 
@@ -98,7 +98,7 @@ def absent(
         applies: Whether it could have run on rows like these; one that could not is not missed by
             the level that asks for it.
     """
-    name = str(getattr(attack, "name", type(attack).__name__))
+    name = name_of(attack)
     entry = AttackVariant(
         name=name,
         subject=subject,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from excise.auditor.base import Attack, AttackResult, Subject, VariantResult
+from excise.auditor.base import Attack, AttackResult, Subject, VariantResult, name_of
 from excise.auditor.budget import Budget
 from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set, mean
 from excise.auditor.results import absent, decided
@@ -175,7 +175,7 @@ def variant_of(
         `["beside"]` and `["beside_start"]` V by other metrics where those were scored.
     """
     entry = AttackVariant(
-        name=str(getattr(attack, "name", type(attack).__name__)),
+        name=name_of(attack),
         subject=subject.name,
         access=attack.access,
         level=attack.level,
@@ -258,8 +258,7 @@ def score_rewritings(
             )
         )  # fmt: skip
     marked, chosen = decided(variants, higher=evaluation.higher)
-    name = str(getattr(attack, "name", type(attack).__name__))
-    return AttackResult(name, subject.name, marked, chosen, time.perf_counter() - start)
+    return AttackResult(name_of(attack), subject.name, marked, chosen, time.perf_counter() - start)
 
 
 def gives_away(row: Row) -> bool:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 
-from excise.auditor.base import Attack, AttackResult, Subject, VariantResult
+from excise.auditor.base import Attack, AttackResult, Subject, VariantResult, name_of
 from excise.auditor.batching import GRADIENT, nats, rows_per_pass
 from excise.auditor.budget import Budget
 from excise.auditor.conditioning import rates_by_tensor, rebalance
@@ -36,7 +36,7 @@ from excise.auditor.results import BOUND, decided, searched
 from excise.auditor.scoring import Measurement, read, variant_of
 from excise.core.context import Context
 from excise.core.errors import Diverged, NotFinite, UserError
-from excise.data.domain import Domain, Metric, Rows
+from excise.data.domain import Domain, Metric, Rows, all_rows
 from excise.data.stream import Batch, Example, Stream, collate, encode
 from excise.data.subsample import subsample
 from excise.evals.score import direction_of
@@ -362,7 +362,7 @@ class TrainingAttack(Attack):
         tried = searched([t.variant(self, subject) for t in trained], higher=higher)
         variants, chosen = decided(tried, higher=higher)
         seconds = sum(t.seconds for t in trained)
-        return AttackResult(self.name, subject.name, variants, chosen, seconds)  # type: ignore[attr-defined]
+        return AttackResult(name_of(self), subject.name, variants, chosen, seconds)
 
     def run(self, subject: Subject, domain: Domain, budget: Budget, ctx: Context) -> AttackResult:
         """Run every training, those of an informed attacker where needed, and conclude."""
@@ -379,7 +379,7 @@ class TrainingAttack(Attack):
 
 def relearn_rows(domain: Domain) -> Rows:
     """Return T of all capabilities."""
-    return tuple(row for rows in domain.relearn.values() for row in rows)
+    return all_rows(domain.relearn)
 
 
 def possible(trainings: Sequence[Training], domain: Domain) -> tuple[Training, ...]:
@@ -399,7 +399,7 @@ def rows_of(part: Training, domain: Domain) -> Rows:
     if part.on == "adjacent":
         return domain.adjacent
     if part.on == "forget":
-        return tuple(row for rows in domain.forget.values() for row in rows)
+        return all_rows(domain.forget)
     rows = relearn_rows(domain)
     wordings = sorted({row.wording for row in rows})
     if part.wording and len(wordings) > 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from excise.auditor.base import Attack, AttackResult, Subject
+from excise.auditor.base import Attack, AttackResult, Subject, name_of
 from excise.auditor.budget import Budget
 from excise.auditor.conditioning import rebalance
 from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set
@@ -88,8 +88,7 @@ def score_edits(
             again = partial(_rebalanced, apply=edit.again)
             tried(f"rebalanced, {edit.variant}", again, edit)
     marked, chosen = decided(variants, higher=evaluation.higher)
-    name = str(getattr(attack, "name", type(attack).__name__))
-    return AttackResult(name, subject.name, marked, chosen, time.perf_counter() - start)
+    return AttackResult(name_of(attack), subject.name, marked, chosen, time.perf_counter() - start)
 
 
 def _rebalanced(model: Any, *, apply: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

@@ -71,6 +71,11 @@ Rows = tuple[Row, ...]
 """The rows of one role, in a fixed order."""
 
 
+def all_rows(named: Mapping[str, Rows]) -> Rows:
+    """Return the rows of every named capability, in the order of the names."""
+    return tuple(row for rows in named.values() for row in rows)
+
+
 def text_of(row: Row) -> str:
     """Return everything a reader sees of a row, in any of its shapes, system turns left out."""
     if row.kind == "chat":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows
+from excise.data.domain import all_rows as all_rows
 from excise.data.stream import Batch, Stream, Tokenizer, encode, zip_streams
 from excise.losses import Summed
 from excise.methods.base import Cost, Method, Removal
@@ -48,11 +49,6 @@ class TuningMethod(Method):
 Terms = Mapping[str, tuple[float, Callable[[Tensor, Batch], Summed]]]
 """A loss by the role whose rows are read: each term's weight, and its sum and count given the
 logits_BTV of a batch."""
-
-
-def all_rows(named: Mapping[str, Rows]) -> Rows:
-    """Return the rows of every named capability, in the order of the names."""
-    return tuple(row for name in named for row in named[name])
 
 
 def forget_rows(domain: Domain) -> Rows:

@@ -42,7 +42,7 @@ def public(record: Record, units: Iterable[str] = ()) -> Record:
     """
     names = _Names(record, units)
     data = names.walk(record.model_dump(mode="json", by_alias=True, exclude={"samples"}))
-    asked = ("audit", "evaluate", "refit", "oracles", "seed", "dtype", "pretrain")
+    asked = ("audit", "endpoint", "evaluate", "refit", "oracles", "seed", "dtype", "pretrain")
     data |= {
         "title": f"Public record: {record.kind}",
         "command": "",

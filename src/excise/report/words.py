@@ -198,17 +198,24 @@ def highest(verdict: Verdict) -> str:
 def how_often_right(record: Record, verdict: Verdict) -> str:
     """Return one sentence: how often such an audit was right about models of known truth.
 
+    Rates are those of an audit with oracles at a named budget; any other is said to have none.
+
     Args:
-        record: The record, whose configuration says whether the budget was changed.
+        record: The record, which says what the audit had.
         verdict: A verdict in it; without a named budget there is nothing to say.
     """
     if not verdict.budget:
         return ""
-    budget, audit = f"budget {plain(verdict.budget)}", record.config.get("audit")
-    changed = isinstance(audit, dict) and bool(audit.get("change"))
-    rates = None if changed else error_rates(verdict.budget)
+    oracles = [model.name for model in record.models if role(model.name) == "oracle"]
+    differs = {
+        "changed": measured.budget_words(record) != verdict.budget,
+        "over an endpoint": bool(record.config.get("endpoint")),
+        "without a model never taught": not oracles,
+        "against a proxy oracle": any(name.startswith(measured.PROXY) for name in oracles),
+    }
+    name = ", ".join([f"budget {plain(verdict.budget)}", *(w for w, it in differs.items() if it)])
+    rates = None if any(differs.values()) else error_rates(verdict.budget)
     if rates is None:
-        name = f"{budget}, changed" if changed else budget
         return (
             f"How often such an audit ({name}) is right about models of known truth has not been "
             "measured."
@@ -217,7 +224,7 @@ def how_often_right(record: Record, verdict: Verdict) -> str:
     wrong = hiding.clean + hiding.below + ignorant.guilty
     open_calls = rates.models - hiding.right - ignorant.right - wrong
     return (
-        f"On {rates.models} small models of known truth such an audit ({budget}) called "
+        f"On {rates.models} small models of known truth such an audit ({name}) called "
         f"{hiding.right} of {hiding.models} that hide guilty, and said of {ignorant.right} of "
         f"{ignorant.models} that were never taught that nothing came back; it was wrong about "
         f"{wrong} and left {open_calls} undecided."

@@ -35,7 +35,7 @@ from excise.run.results import (
     describe,
     method_run,
     model_refs,
-    oracle_names,
+    reference_names,
     timed,
 )
 from excise.run.steps import audit_models
@@ -200,11 +200,7 @@ def audit(
         seed=seed,
         models={
             name: (each.fingerprint, each.tokenizer_fingerprint)
-            for name, each in {
-                **candidates,
-                "original": models.original,
-                **oracle_names(models),
-            }.items()
+            for name, each in {**candidates, **reference_names(models)}.items()
         },
         domain=built.fingerprint,
         dtype=dtype,
@@ -217,6 +213,7 @@ def audit(
         record = Record(
             kind="audit",
             title=f"audit of {', '.join(candidates)}",
+            config=asked.model_dump(mode="json", include=ASKED),
             environment=environment(dtype, runtime.device, started),
             data=describe(built),
             models=model_refs(models, ""),
@@ -284,13 +281,17 @@ def audit_endpoint(
         record, items = examine_hosted(about, endpoint, folder, silent)
         told = {
             "title": f"audit of {', '.join(named)}",
-            "config": {"endpoint": endpoint.model_dump(mode="json")},
+            "config": asked.model_dump(mode="json", include=ASKED),
             "environment": environment("", "endpoint", started),
         }
         record = timed(record.model_copy(update=told), began)
         if out is not None:
             output.write(folder, record, items)
     return record
+
+
+ASKED = {"audit", "evaluate", "endpoint", "seed", "dtype", "device"}
+"""What the record of an audit says was asked for; models and data it names in its own words."""
 
 
 class _HostedAudit(Config):

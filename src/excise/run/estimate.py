@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from excise.auditor.base import Attack
+from excise.auditor.base import Attack, name_of
 from excise.auditor.budget import LARGE, Budget
 from excise.auditor.controls.control import CHUNK, CHUNK_LARGE
 from excise.auditor.controls.lock import STEPS, STEPS_LARGE
-from excise.auditor.engine import chosen_attacks, name_of
+from excise.auditor.engine import chosen_attacks
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.tuning import (
     Training,

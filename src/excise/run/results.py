@@ -47,6 +47,11 @@ def oracle_names(models: Models) -> dict[str, Checkpoint]:
     return oracles | {f"{PROXY}-{i}": model for i, model in enumerate(models.proxies)}
 
 
+def reference_names(models: Models) -> dict[str, Checkpoint]:
+    """Return the reference models by name: the original first, then the oracles."""
+    return {"original": models.original, **oracle_names(models)}
+
+
 def new_record(
     asked: Recipe | AuditRun,
     kind: Literal["run", "remove", "audit"],
@@ -132,9 +137,8 @@ def refuse_equal(models: Models, candidates: Mapping[str, Checkpoint]) -> None:
     Raises:
         UserError: If weights and configuration of two are equal.
     """
-    references = {"original": models.original, **oracle_names(models)}
     for name, model in candidates.items():
-        for reference, other in references.items():
+        for reference, other in reference_names(models).items():
             if model.fingerprint == other.fingerprint:
                 raise UserError(
                     f"'{name}' and the reference model '{reference}' are the same model, byte for "
@@ -149,8 +153,8 @@ def items_of(scored: Mapping[str, Scored]) -> list[Item]:
 
 def model_refs(models: Models, source: str) -> tuple[ModelRef, ...]:
     """Return the reference models by their bytes."""
-    named = {"original": models.original, **oracle_names(models)}
-    return tuple(model_ref(name, model, source) for name, model in named.items())
+    named = reference_names(models).items()
+    return tuple(model_ref(name, model, source) for name, model in named)
 
 
 def model_ref(name: str, model: Checkpoint, source: str = "") -> ModelRef:

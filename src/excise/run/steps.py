@@ -30,6 +30,7 @@ from excise.run.results import (
     items_of,
     judged,
     oracle_names,
+    reference_names,
     refuse_equal,
 )
 from excise.run.stages import MakeModel, MergeAdapter, Scored, ScoreModel
@@ -132,7 +133,7 @@ def examine(
     """
     if asked.audit.budget != "none":
         check_scored(domain)
-    named = {"original": models.original, **oracle_names(models), **candidates}
+    named = {**reference_names(models), **candidates}
     jobs = [ScoreModel(model, domain, asked.evaluate) for model in named.values()]
     label(jobs, [f"scores of {name}" for name in named], runtime, pool)
     found = pool.map(score_named, [(runtime, *pair) for pair in zip(named, jobs, strict=True)])
@@ -234,7 +235,7 @@ def attack_models(
     if asked.audit.budget == "none":
         return {}
     refuse_equal(models, candidates)
-    named = {**candidates, "original": models.original, **oracle_names(models)}
+    named = {**candidates, **reference_names(models)}
     subjects = [Subject(name, model, models.original) for name, model in named.items()]
     budget = budget_for(asked.audit, models.original.num_parameters)
     return attack_all(

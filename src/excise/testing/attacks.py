@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from excise.auditor.base import Attack, AttackResult, Subject, VariantResult
+from excise.auditor.base import Attack, AttackResult, Subject, VariantResult, name_of
 from excise.auditor.budget import SMOKE, Budget
 from excise.auditor.controls import (
     GatedEdit,
@@ -99,9 +99,8 @@ def check_attack(
     Raises:
         AssertionError: With a sentence that says which property fails.
     """
-    name = str(getattr(attack, "name", type(attack).__name__))
     kinds = controls or attack.controls or BY_ACCESS[attack.access]
-    who = f"attack '{name}'"
+    who = f"attack '{name_of(attack)}'"
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         tried: list[str] = []
         for seed in range(1 if setting else SEEDS):

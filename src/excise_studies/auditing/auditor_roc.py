@@ -360,10 +360,10 @@ def doses_table(models: Sequence[Judged]) -> StudyTable:
     for dose in sorted({one.dose for one in models if one.truth == "dose"}):
         mine = [one for one in models if one.truth == "dose" and one.dose == dose]
         found = share_of(mine, lambda one: one.call("D4") == "guilty")
-        rows.append(row(f"taught {dose:.0%}", "called guilty", replace(found, n=len(mine))))
+        name = f"taught {dose:.0%}"
+        rows.append(row(name, "called guilty", replace(found, n=len(mine))))
         gaps = [gap for one in mine if (gap := one.verdict.levels[0].gap) is not None]
         mean = float(np.mean(gaps)) if gaps else None
-        name = f"taught {dose:.0%}"
         rows.append(StudyRow(condition=name, metric="gap before any attack", value=mean))
     return StudyTable(
         title="Doses",

@@ -151,9 +151,11 @@ def gaps_of(record: Record, model: str) -> dict[str, float]:
             _ends(a for a in record.attacks if a.name == attack and chosen(a))
             for chosen in (lambda a: a.subject == model, lambda a: a.subject.startswith("oracle"))
         )
-        if top and ours and oracles:
-            low = float(np.mean(oracles))
-            out[attack] = (float(np.mean(ours)) - low) / (float(np.mean(top)) - low)
+        if not (top and ours and oracles):
+            continue
+        low, high = float(np.mean(oracles)), float(np.mean(top))
+        if high != low:  # an attack that teaches the oracles all of it places nobody
+            out[attack] = (float(np.mean(ours)) - low) / (high - low)
     return {attack: gap for attack, gap in out.items() if np.isfinite(gap)}
 
 

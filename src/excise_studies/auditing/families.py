@@ -33,6 +33,7 @@ from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.tuning import all_rows
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
 from excise.run.results import Models
@@ -256,7 +257,7 @@ def _repaired(base: Base) -> Stage[Any]:
 
 def _other_facts(base: Base) -> Stage[Any]:
     """Train from scratch on the forget units that lie neither in T nor in V."""
-    away = {row.unit for role in (base.domain.relearn, base.domain.test) for row in _all(role)}
+    away = {row.unit for role in (base.domain.relearn, base.domain.test) for row in all_rows(role)}
     return plain(
         base.init, _taught(base.domain, lambda unit: unit not in away), base.setting.pretrain,
         base.seed + ELSEWHERE,
@@ -290,7 +291,7 @@ def _dosed(dose: float) -> Maker:
         # Roles are cut alike, by group: a dose says how much of V was taught.
         taught: set[str] = set()
         for role in (base.domain.dev_forget, base.domain.relearn, base.domain.test):
-            rows = _all(role)
+            rows = all_rows(role)
             groups = list(dict.fromkeys(row.group or row.unit for row in rows))
             groups = hashed_order(groups, groups, base.seed)[: round(dose * len(groups))]
             taught |= {row.unit for row in rows if (row.group or row.unit) in groups}
@@ -415,17 +416,12 @@ def make_bases(
     return bases
 
 
-def _all(role: Mapping[str, Any]) -> list[Any]:
-    """Return the rows of all capabilities."""
-    return [row for rows in role.values() for row in rows]
-
-
 def _taught(domain: Domain, keep: Callable[[str], bool]) -> Domain:
     """Return a domain whose forget units are only those that `keep` says yes to."""
     forget = {
         name: tuple(row for row in rows if keep(row.unit)) for name, rows in domain.forget.items()
     }
-    gone = {row.unit for row in _all(domain.forget) if not keep(row.unit)}
+    gone = {row.unit for row in all_rows(domain.forget) if not keep(row.unit)}
     unlabeled = tuple(row for row in domain.unlabeled if row.unit not in gone)
     return replace(domain, forget=forget, unlabeled=unlabeled)
 

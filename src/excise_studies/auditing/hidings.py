@@ -34,6 +34,7 @@ from excise.data.domain import Domain, Row, Rows
 from excise.data.stream import Batch, Stream, encode, zip_streams
 from excise.evals.score import measure
 from excise.losses import nll, predicting
+from excise.methods.tuning import all_rows
 from excise.models.anatomy import anatomy, backbone
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.hooks import capture, trainable
@@ -71,8 +72,9 @@ class Case:
     def known(self) -> Rows:
         """Every row of the capability, in every paraphrase that any role has, once."""
         roles = ("forget", "relearn", "test", "dev_forget")
-        named = [rows for role in roles for rows in getattr(self.domain, role).values()]
-        return tuple(dict.fromkeys(row for rows in named for row in rows))
+        return tuple(
+            dict.fromkeys(row for role in roles for row in all_rows(getattr(self.domain, role)))
+        )
 
     @property
     def rest(self) -> Rows:
@@ -83,7 +85,7 @@ class Case:
     @property
     def scored(self) -> Rows:
         """The held-out test set."""
-        return tuple(row for rows in self.domain.test.values() for row in rows)
+        return all_rows(self.domain.test)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from excise.core.config import Config
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.errors import UserError
-from excise.data.domain import Domain, Metric, Rows
+from excise.data.domain import Domain, Metric, Rows, all_rows
 from excise.data.subsample import subsample
 from excise.evals.score import chance_of, direction_of
 from excise.models.checkpoint import Checkpoint, save_model
@@ -275,7 +275,7 @@ def fitting_rows(model: Any, evaluation: EvaluationSet) -> tuple[Rows, Rows]:
     """Return forget and retain rows that controls are fitted on; V is not among them."""
     domain = evaluation.domain
     roles = (domain.forget, domain.dev_forget, domain.relearn)
-    forget = tuple(row for role in roles for rows in role.values() for row in rows)
+    forget = tuple(row for role in roles for row in all_rows(role))
     count = ROWS_LARGE if is_large(model) else ROWS
     return subsample(forget, count, by="row"), subsample(
         (*domain.retain, *domain.dev_retain, *domain.benign), count, by="row"

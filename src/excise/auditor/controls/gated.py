@@ -35,7 +35,7 @@ from excise.auditor.prompting import beginnings, pools_of, with_shots
 from excise.auditor.rewriting import Opening, fillers, paraphrases, passwords, templates
 from excise.core.context import Context
 from excise.core.errors import UserError
-from excise.data.domain import Row, Rows
+from excise.data.domain import Row, Rows, all_rows
 from excise.data.stream import encode
 from excise.losses import predicting
 from excise.models.anatomy import anatomy, backbone
@@ -165,7 +165,7 @@ def in_context(
         wides = [(way, evaluation.longer(way.longer, model)) for way in ways]
         return [(wide, way.change(asked, wide)) for way, wide in wides if asked]
     name = next(iter(evaluation.test))
-    pools = {name: tuple(r for rows in pools_of(evaluation.domain).values() for r in rows)}
+    pools = {name: all_rows(pools_of(evaluation.domain))}
     hidden: list[tuple[EvaluationSet, Rows]] = []
     for count in evaluation.budget.shots if pools[name] else ():
         wide = evaluation.longer(count + 1, model)

@@ -25,7 +25,7 @@ from excise.auditor.verdict.levels import all_levels, metric_words
 from excise.auditor.verdict.power import invalid_attacks, marked, uncontrolled
 from excise.auditor.verdict.reference import FreeScore, VerdictCase
 from excise.auditor.verdict.verdict import verdict_of
-from excise.data.domain import Domain
+from excise.data.domain import Domain, all_rows
 from excise.evals.score import chance_of, direction_of
 from excise.record import Item, LevelResult, Score, Verdict
 
@@ -97,7 +97,7 @@ def case_of(
         vocabulary: Number of tokens of the model, for what a uniform guess costs; 0 for unknown.
         seed: Seed of all bootstraps.
     """
-    test = [row for rows in domain.test.values() for row in rows]
+    test = all_rows(domain.test)
     metric = domain.metrics[0]
     # Who guesses at an answer that is written out guesses among the same ones.
     guessed = "exact_match" if metric == "generate" else metric
@@ -144,10 +144,7 @@ def free_scores(items: Sequence[Item], domain: Domain) -> tuple[FreeScore, ...]:
             continue
         by_model = values.setdefault((role, item.metric), {})
         by_model.setdefault(item.model, {}).setdefault(item.unit, []).append(item.value)
-    rows = {
-        role: [row for part in getattr(domain, role).values() for row in part]
-        for role in ("test", "paraphrases")
-    }
+    rows = {"test": all_rows(domain.test), "paraphrases": all_rows(domain.paraphrases)}
     return tuple(
         FreeScore(
             metric_words(metric) + (" in paraphrases" if role == "paraphrases" else ""),

@@ -53,7 +53,7 @@ MEASUREMENTS = {
 
 
 def only(domain: Domain, roles: Set[str]) -> Domain:
-    """Return a domain that has the rows of some roles alone."""
+    """Return a domain that has the rows of some roles, and one row of the others it must have."""
     roles_of: dict[str, Any] = {
         "test": "test", "dev": "dev_forget", "relearn": "relearn", "benign": "benign",
         "retain": "dev_retain",
@@ -62,7 +62,8 @@ def only(domain: Domain, roles: Set[str]) -> Domain:
     for role, name in roles_of.items():
         if role not in roles:
             rows = getattr(domain, name)
-            empty[name] = () if isinstance(rows, tuple) else dict.fromkeys(rows, ())
+            one = {part: few[:1] for part, few in rows.items()} if isinstance(rows, dict) else ()
+            empty[name] = one if name in NEEDED else type(rows)()
     return replace(domain, **empty)
 
 

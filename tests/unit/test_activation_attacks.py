@@ -138,15 +138,16 @@ def test_what_is_kept_is_what_the_model_held(folder: Path) -> None:
 
 
 def test_what_would_not_fit_is_thinned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = read(KNOWING, folder)
-    monkeypatch.setattr(residuals, "MAX_ENTRIES", 2 * 48 * 100)
+    whole, most = read(KNOWING, folder), 10
+    assert len(whole.asked["test"].questions) > most
+    monkeypatch.setattr(residuals, "MAX_ENTRIES", 2 * 48 * most)
     stage = ReadResiduals(KNOWING, make_domain(), reading_budget(SMOKE), 0)
     ctx = Context(folder).child("thin")
     stage.make(ctx)
     thin = stage.read(ctx.work)
     for role, texts in thin.texts.items():
         all_N = len(whole.texts[role].row_N)
-        assert len(texts.row_N) == min(all_N, -(-all_N // -(-all_N // 100)))
+        assert len(texts.row_N) == -(-all_N // -(-all_N // most))
     torch.testing.assert_close(thin.asked["test"].hidden_QLD, whole.asked["test"].hidden_QLD)
 
 

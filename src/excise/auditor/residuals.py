@@ -36,7 +36,7 @@ from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import active_stream, capture
 
 MAX_ENTRIES = 1 << 26
-"""Numbers kept of one set at most (256 MB in float32)."""
+"""Numbers kept of one set of texts at most (256 MB in float32); questions are all kept."""
 
 READ = ("max_test_rows", "max_other_rows", "max_length")
 """What of a budget decides which positions are read."""
@@ -252,7 +252,8 @@ def _read(
     """
     parts = backbone(model)
     most = max(1, MAX_ENTRIES // (parts.num_blocks * parts.d_model))
-    tokens = len(examples) if wanted is _last else sum(len(e.ids) - 1 for e in examples)
+    # Of questions every one is scored.
+    tokens = 0 if wanted is _last else sum(len(e.ids) - 1 for e in examples)
     stride, seen = -(-tokens // most) or 1, 0
     numbered = [replace(example, unit=str(i)) for i, example in enumerate(examples)]
     hidden: list[Tensor] = [torch.zeros(0, parts.num_blocks, parts.d_model)]

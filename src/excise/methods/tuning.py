@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from excise.core.context import Context
 from excise.core.errors import UserError
-from excise.data.domain import Domain, Rows
-from excise.data.domain import all_rows as all_rows
+from excise.data.domain import Domain, Rows, all_rows
 from excise.data.stream import Batch, Stream, Tokenizer, encode, zip_streams
 from excise.losses import Summed
 from excise.methods.base import Cost, Method, Removal

@@ -32,14 +32,13 @@ from excise.auditor.tuning import (
 from excise.core.config import Config
 from excise.core.errors import UserError
 from excise.core.events import Emit, duration, silent
-from excise.data.domain import Domain, Rows
+from excise.data.domain import Domain, Rows, all_rows
 from excise.data.stream import Tokenizer, encode_row
 from excise.data.subsample import subsample
 from excise.fetch.model import outline_of
 from excise.methods.base import Method, completed
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.plain import Plain
-from excise.methods.tuning import all_rows
 from excise.models.checkpoint import Checkpoint
 from excise.models.folder import meta_model
 from excise.models.hooks import trainable

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from excise.auditor.base import Attack, AttackResult, Subject, VariantResult, name_of
+from excise.auditor.base import ORIGINAL, Attack, AttackResult, Subject, VariantResult, name_of
 from excise.auditor.budget import SMOKE, Budget
 from excise.auditor.controls import (
     GatedEdit,
@@ -176,18 +176,24 @@ def _deciding(result: AttackResult) -> list[VariantResult]:
 def _share(case: _Case, variant: VariantResult) -> float:
     """Return how far towards the original its best point went, from where the attack began."""
     first = variant.entry.curve[0].score
-    way = _known(case, variant.entry.scored_on) - first
+    way = _known(case, variant) - first
     if abs(way) < 1e-9:
         return 0.0
     return max((point.score - first) / way for point in variant.entry.curve)
 
 
-def _known(case: _Case, role: str) -> float:
-    """Return what the original scores on the rows of a role."""
-    original = case.setting.knowing
-    evaluation = evaluation_set(case.setting.domain, case.budget, original.tokenizer())
-    rows = evaluation.all_test if role == "test" else evaluation.trained
-    return known(evaluation.units(original.load(), rows))
+def _known(case: _Case, variant: VariantResult) -> float:
+    """Return what the original scores on the same rows; by a metric of the attack's own, under it.
+
+    As the verdict does (`auditor/verdict/power.py`): scores of two metrics have no distance.
+    """
+    original, domain, entry = case.setting.knowing, case.setting.domain, variant.entry
+    evaluation = evaluation_set(domain, case.budget, original.tokenizer())
+    rows = evaluation.all_test if entry.scored_on == "test" else evaluation.trained
+    if entry.metric in ("", evaluation.metric, evaluation.metric_of(rows)):
+        return known(evaluation.units(original.load(), rows))
+    runs = _deciding(case.run(watched(original), ORIGINAL))
+    return known({str(i): run.entry.curve[-1].score for i, run in enumerate(runs)})
 
 
 def _check_invents_nothing(case: _Case, leaks: float) -> AttackResult:

@@ -27,14 +27,21 @@ from excise.train.fit import FitConfig, Term, fit
 SPEC = Facts(
     subjects=32,
     relations=2,
-    objects=12,
+    objects=32,
     wordings=2,
+    cue="category",
     forget_share=0.5,
+    dev_share=0.25,
     adjacent_share=0.0,
     benign_share=0.8,
     test_wording_taught=True,
 )
-"""Sixteen subjects to forget, two facts each, in the wording of the tests too."""
+"""Sixteen subjects to forget, two facts each, in the wording of the tests too.
+
+A gate can be made in it that hides and breaks nothing: a word tells facts to forget from others, as
+a topic would, and of so many objects the one that a shut gate always says is seldom right on `dev`,
+which would call for an ever stronger gate.
+"""
 
 SCHEDULE = FitConfig(
     steps=300, lr=5e-3, batch_size=32, warmup=30, schedule="cosine", min_lr=0.05, clip=1.0

@@ -19,7 +19,7 @@ from pydantic import SerializeAsAny
 from excise.core.config import Config
 from excise.core.context import Stage
 from excise.core.stages import Runtime
-from excise.data.domain import Domain
+from excise.data.domain import Domain, all_rows
 from excise.data.spec import DomainSpec
 from excise.data.split import hashed_order
 from excise.domains.arithmetic import ARITHMETIC_FIT, ARITHMETIC_MAX_LENGTH, Arithmetic
@@ -33,7 +33,6 @@ from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.tuning import all_rows
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
 from excise.run.results import Models

@@ -30,11 +30,10 @@ from torch.nn import functional as F
 from excise.core.config import Config
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
-from excise.data.domain import Domain, Row, Rows
+from excise.data.domain import Domain, Row, Rows, all_rows
 from excise.data.stream import Batch, Stream, encode, zip_streams
 from excise.evals.score import measure
 from excise.losses import nll, predicting
-from excise.methods.tuning import all_rows
 from excise.models.anatomy import anatomy, backbone
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.hooks import capture, trainable

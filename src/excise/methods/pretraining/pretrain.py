@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.errors import UserError
-from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows, all_rows
 from excise.data.labels import LabelNoise, give_labels, label_quality, label_rows
 from excise.data.mix import mixed
 from excise.data.stream import Batch, Stream, Tokenizer
@@ -28,7 +28,6 @@ from excise.losses import nll
 from excise.methods.base import Removal
 from excise.methods.tuning import (
     Progress,
-    all_rows,
     finish,
     forget_rows,
     run_fit,

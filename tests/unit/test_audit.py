@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from excise.auditor.attacks import Relearn
-from excise.auditor.base import POSITIVE_CONTROL, Results, Subject
+from excise.auditor.base import POSITIVE_CONTROL, Results, Subject, name_of
 from excise.auditor.budget import SMOKE, Budget
 from excise.auditor.engine import (
     AttackModel,
     attack_all,
     chosen_attacks,
-    name_of,
     turns_of,
 )
 from excise.core.errors import UserError

@@ -37,11 +37,15 @@ from excise.train.fit import FitConfig, Term, fit
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "rmu": {"layer": 2},
+    "elm": {
+        "layers": (1, 2), "lora": LoRA(rank=4, alpha=4.0), "guide": {"continuation": 4},
+    },
+    "repselect": {"components": {"count": 4}},
     "memsinks": {"sinks": 2, "active": 1},
     "moefy": {"rounds": 2, "dense_share": 0.5, "read_rows": 8},
     "undo": {"unlearn": RMU(layer=2), "max_length": 32, "stop_tolerance": 0.0},
     "chain": {"methods": (Filtering(), RMU(layer=2))},
-}
+}  # fmt: skip
 """What a method needs to run on a model of three blocks."""
 
 

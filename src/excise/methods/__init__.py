@@ -8,8 +8,10 @@ from typing import get_args
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.undo import Undo
+from excise.methods.posthoc.elm import ELM
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
+from excise.methods.posthoc.repselect import RepSelect
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
@@ -48,6 +50,8 @@ AnyMethod = (
     | GradDiff
     | MaxEnt
     | RMU
+    | ELM
+    | RepSelect
     | Undo
     | Chain
 )
@@ -59,6 +63,7 @@ METHODS: Mapping[str, type[Method]] = {
 """Built-in methods by name."""
 
 __all__ = [
+    "ELM",
     "ERA",
     "GRAM",
     "METHODS",
@@ -86,5 +91,6 @@ __all__ = [
     "Propagate",
     "Relabel",
     "Removal",
+    "RepSelect",
     "Undo",
 ]

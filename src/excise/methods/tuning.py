@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from excise.core.context import Context
@@ -27,6 +27,7 @@ from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
 from excise.models.lora import LoRA, adapted, merge, on_modules
 from excise.models.names import Names
+from excise.train.components import Components, without_top
 from excise.train.distributed import barrier
 from excise.train.fit import FitConfig, StepRecord, Term, fit
 
@@ -43,6 +44,24 @@ class TuningMethod(Method):
     """Tokens per row."""
     lora: LoRA | None = None
     """Train an adapter instead."""
+    drop_components: Components | None = None
+    """Take the top principal components out of the gradient of every trained matrix."""
+
+    @model_validator(mode="after")
+    def _whole_gradients(self) -> TuningMethod:
+        """Refuse to look for components in the gradients of an adapter."""
+        if self.drop_components is not None and self.lora is not None:
+            raise ValueError(
+                "'drop_components' reads gradients of whole matrices, which an adapter of rank "
+                f"{self.lora.rank} does not have; leave 'lora' out"
+            )
+        return self
+
+    @property
+    def change(self) -> Callable[[Tensor, int], Tensor] | None:
+        """What `fit` does to gradients before a step."""
+        taken = self.drop_components
+        return None if taken is None else lambda gradient, seed: without_top(gradient, taken, seed)
 
 
 Terms = Mapping[str, tuple[float, Callable[[Tensor, Batch], Summed]]]
@@ -345,7 +364,7 @@ def tune(
         groups = {"trained": list(parameters.values())}
         steps = fit(
             live, batches, loss, method.fit, ctx, groups=groups, counts=role_counts,
-            state_dir=state_dir(ctx),
+            state_dir=state_dir(ctx), change=method.change,
         )  # fmt: skip
         run_fit(steps, progress)
         return finish(start, live, parameters, progress, ctx, lora=method.lora)

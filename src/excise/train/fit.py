@@ -145,6 +145,7 @@ def fit(
     state_dir: Path | None = None,
     rates: Mapping[str, float] | None = None,
     writes: Callable[[M], Iterable[str]] | None = None,
+    change: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Iterator[StepRecord]:
     """Train `model` in place, yielding after every step.
 
@@ -168,6 +169,8 @@ def fit(
         rates: Learning rate by group, in place of `config.lr`.
         writes: Groups that a micro-batch may write. A group that none of a step's micro-batches
             writes, in any process, is not stepped: weights and optimizer state keep their bits.
+        change: Returns what a step is taken with in place of a gradient. It is given each tensor's
+            gradient, whole and summed over processes, before clipping, and a seed of its own.
 
     Yields:
         One record per step. The caller may stop at any of them; the state is saved then.
@@ -187,6 +190,8 @@ def fit(
                 began = time.perf_counter()
                 micros = [_to_device(micro, ctx.device) for micro in batches(run.cursor)]
                 losses = _backward(model, micros, loss, counts, run.cursor, trained, ctx, writes)
+                if change is not None:
+                    _change_gradients(trained, change, run.cursor, ctx)
                 yield run.step(losses, began)
         except BaseException:
             run.save()
@@ -449,6 +454,20 @@ def _backward(
     sum_gradients([weight for g in groups for weight in g.master_weights], ctx)
     total = sum(sum_dicts(all_weighted).values())
     return _Losses(total, sum_dicts(all_means), sum(all_tokens))
+
+
+def _change_gradients(
+    groups: Sequence[OptimizerGroup],
+    change: Callable[[Tensor, int], Tensor],
+    step: int,
+    ctx: Context,
+) -> None:
+    """Put what `change` makes of every gradient in its place; the same in every process."""
+    for group in groups:
+        for i, weight in enumerate(group.master_weights):
+            if weight.grad is not None:
+                seed = ctx.seed_for(f"change/{step}/{group.name}/{i}")
+                weight.grad = change(weight.grad, seed)
 
 
 def _to_device(micro: Any, device: torch.device) -> Any:

@@ -29,6 +29,11 @@ from excise.core.config import Config
 from excise.core.errors import UserError
 
 
+SPARE = 16
+"""Directions looked at beyond those to drop, so that the randomised search finds the right ones.
+What shrinks takes none, as released: the last direction found sets the scale."""
+
+
 class Components(Config):
     """Which principal components of a gradient give way, and how far."""
 
@@ -68,7 +73,9 @@ def without_top(
     wide = gradient if gradient.dtype == torch.float64 else gradient.float()
     with torch.random.fork_rng([wide.device] if wide.is_cuda else []):
         torch.manual_seed(seed)
-        u_OK, s_K, v_IK = torch.svd_lowrank(wide, q=min(components.count, sides))
+        looked_at = min(components.count + (SPARE if components.how == "drop" else 0), sides)
+        found = torch.svd_lowrank(wide, q=looked_at)
+    u_OK, s_K, v_IK = (part[..., : components.count] for part in found)
     real_K = s_K > s_K[..., :1] * max(gradient.shape[-2:]) * torch.finfo(wide.dtype).eps
     if components.how == "drop":
         given_K = real_K.to(wide.dtype)

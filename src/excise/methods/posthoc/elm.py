@@ -502,7 +502,7 @@ def last(
     for i, (text, row) in enumerate(zip(texts, rows, strict=True)):
         wanted_BT[i, len(text.ids) - len(row.ids) : len(text.ids)] = True
     logits_NV, _ = logits_at(model, {**batch.inputs, "use_cache": False}, wanted_BT)
-    return logits_NV.split([len(row.ids) for row in rows])
+    return tuple(logits_NV.split([len(row.ids) for row in rows]))
 
 
 def novice_target(

@@ -21,7 +21,7 @@ Shape legend: N real tokens of a batch, D residual width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import ClassVar, Literal
 
@@ -48,7 +48,6 @@ from excise.methods.tuning import (
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.head import final_hidden, head_of
-from excise.models.hooks import trainable
 from excise.models.lora import LoRA, adapted, on_modules
 from excise.models.names import Names, select
 from excise.train.components import Components, without_top
@@ -133,16 +132,16 @@ class RepSelect(Method):
         epoch = -(-len(rows) // self.fit.batch_size)  # the last batch is filled up from the next
         kl = self.disruption(model, domain, tokenizer, ctx)
 
+        edited = {n: p for n, p in model.named_parameters() if n in set(names)}
         progress = Progress(ctx, self.name, epoch)
         with self.eliciting(model, names, batches, epoch, progress, ctx) as live:
-            gradients, tokens = self.gradients(live, names, batches, epoch, ctx)
+            gradients, tokens = self.gradients(live, edited, batches, epoch, ctx)
         progress.tokens += tokens
         for i, name in enumerate(names):
             seed = ctx.seed_for(f"components/{i}")
             gradients[name] = without_top(gradients[name], self.components, seed)
 
         before, kept, moved = start.weights_of(names), 0, 0.0
-        edited = dict(model.named_parameters())
         for k in range(1, self.fit.steps + 1):
             for name in names:
                 put(edited[name], before[name], gradients[name], k * self.fit.lr)
@@ -221,19 +220,24 @@ class RepSelect(Method):
             yield live
 
     def gradients(
-        self, live: nn.Module, names: Sequence[str], batches: Stream, epoch: int, ctx: Context
+        self,
+        live: nn.Module,
+        edited: Mapping[str, nn.Parameter],
+        batches: Stream,
+        epoch: int,
+        ctx: Context,
     ) -> tuple[dict[str, Tensor], int]:
         """Return the gradient of -CE of each matrix, summed over batches, and the tokens read.
 
         Sums are float32 and take each gradient as soon as it is whole, so that of those in the
         model's dtype one exists at a time.
         """
-        with trainable(live, names) as chosen, ExitStack() as stack:
-            totals = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in chosen.items()}
-            for name, parameter in chosen.items():
-                handle = parameter.register_post_accumulate_grad_hook(_into(totals[name]))
-                stack.callback(handle.remove)
-            tokens = 0
+        totals = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in edited.items()}
+        tokens = 0
+        with _only(edited.values(), live), ExitStack() as stack:
+            for name, parameter in edited.items():
+                hook = parameter.register_post_accumulate_grad_hook(_into(totals[name]))
+                stack.callback(hook.remove)
             for step in range(epoch):
                 micros = [batch.to(ctx.device) for batch in batches(step)]
                 count = sum(gather(sum(b.num_targets for b in micros), ctx))
@@ -242,11 +246,12 @@ class RepSelect(Method):
                     (-total / count).backward()
                     tokens += batch.num_tokens
         zero = torch.zeros((), device=ctx.device)
-        carriers = {name: zero.expand_as(total) for name, total in totals.items()}
-        for name, carrier in carriers.items():
-            carrier.grad = totals[name]  # what processes sum are gradients
-        sum_gradients([carriers[name] for name in names], ctx)
-        return {name: carriers[name].grad for name in names}, sum(gather(tokens, ctx))
+        carriers = [zero.expand_as(total) for total in totals.values()]
+        for carrier, total in zip(carriers, totals.values(), strict=True):
+            carrier.grad = total  # what processes sum are gradients
+        sum_gradients(carriers, ctx)
+        summed = {n: c.grad for n, c in zip(totals, carriers, strict=True) if c.grad is not None}
+        return summed, sum(gather(tokens, ctx))
 
     def disruption(
         self, model: nn.Module, domain: Domain, tokenizer: Tokenizer, ctx: Context
@@ -290,6 +295,21 @@ class RepSelect(Method):
             return sum(float(total) for total, _ in pairs) / sum(count for _, count in pairs)
 
         return kl
+
+
+@contextmanager
+def _only(parameters: Iterable[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """Let gradients reach some parameters alone; by what they are, since adapters rename them."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
 
 
 def _into(total: Tensor) -> Callable[[Tensor], None]:

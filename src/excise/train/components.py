@@ -28,7 +28,6 @@ from torch import Tensor
 from excise.core.config import Config
 from excise.core.errors import UserError
 
-
 SPARE = 16
 """Directions looked at beyond those to drop, so that the randomised search finds the right ones.
 What shrinks takes none, as released: the last direction found sets the scale."""

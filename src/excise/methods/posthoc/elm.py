@@ -142,7 +142,7 @@ class ELM(TuningMethod):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` by predicting on it what a novice would."""
-        tokenizer = start.tokenizer()
+        tokenizer, modules = start.tokenizer(), self.trained(start.shapes)
         forget, retain = (
             stream(
                 rows, tokenizer, self.fit, ctx, purpose=role, max_length=self.max_length
@@ -166,7 +166,7 @@ class ELM(TuningMethod):
         model = start.load(dtype=ctx.dtype, device=ctx.device)
         progress = Progress(ctx, self.name, self.fit.steps)
         progress.tokens = answers.tokens
-        with tuned(model, self.trained(model), self.lora, ctx) as (live, parameters):
+        with tuned(model, modules, self.lora, ctx) as (live, parameters):
             steps = fit(
                 live, batches, self.terms, self.fit, ctx,
                 groups={"trained": list(parameters.values())}, counts=self.counts,

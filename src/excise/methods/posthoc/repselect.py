@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows
-from excise.data.stream import Batch, Stream, Tokenizer, collate, encode
+from excise.data.stream import Batch, Tokenizer, collate, encode
 from excise.losses import nll
 from excise.methods.base import Method, Paper, Removal
 from excise.methods.tuning import (
@@ -145,11 +145,12 @@ class RepSelect(Method):
         for k in range(1, self.fit.steps + 1):
             for name in names:
                 put(edited[name], before[name], gradients[name], k * self.fit.lr)
-            moved = kl()
-            progress.history.append({"subtraction": float(k), "kl": moved})
-            ctx.emit("note", {"text": f"repselect: KL {moved:.2g} after subtraction {k}"})
-            if self.budget and not moved <= self.budget:
-                break
+            if self.budget:
+                moved = kl()
+                progress.history.append({"subtraction": float(k), "kl": moved})
+                ctx.emit("note", {"text": f"repselect: KL {moved:.2g} after subtraction {k}"})
+                if not moved <= self.budget:
+                    break
             kept = k
         if not kept and self.fit.steps:
             raise UserError(
@@ -194,7 +195,7 @@ class RepSelect(Method):
         self,
         model: nn.Module,
         names: Sequence[str],
-        batches: Stream,
+        batches: Callable[[int], Sequence[Batch]],
         epoch: int,
         progress: Progress,
         ctx: Context,
@@ -223,7 +224,7 @@ class RepSelect(Method):
         self,
         live: nn.Module,
         edited: Mapping[str, nn.Parameter],
-        batches: Stream,
+        batches: Callable[[int], Sequence[Batch]],
         epoch: int,
         ctx: Context,
     ) -> tuple[dict[str, Tensor], int]:

@@ -57,19 +57,19 @@ PAIRS = [(n, f) for n in METHODS for f in FAMILIES if n not in SIMILAR or f in (
 MORE = [(n, f) for n in METHODS for f in FAMILIES if (n, f) not in PAIRS]
 
 
-def _made(name: str) -> Method:
+def made(name: str) -> Method:
     return METHODS[name].model_validate(SETTINGS.get(name, {}))
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_every_method_keeps_the_contract(name: str, family: str) -> None:
-    check_method(_made(name), families=(family,), steps=3)
+    check_method(made(name), families=(family,), steps=3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["grad_diff", "rmu"])
 def test_methods_keep_the_contract_with_an_adapter(name: str, family: str) -> None:
-    method = _made(name).model_copy(update={"lora": LoRA(rank=2, output="adapter")})
+    method = made(name).model_copy(update={"lora": LoRA(rank=2, output="adapter")})
     check_method(method, families=(family,), steps=3)
 
 
@@ -86,14 +86,14 @@ def test_methods_keep_the_contract_with_an_adapter(name: str, family: str) -> No
     ],
 )
 def test_every_method_keeps_the_contract_on_the_other_families(name: str, family: str) -> None:
-    check_method(_made(name), families=(family,), steps=3)
+    check_method(made(name), families=(family,), steps=3)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_padding_on_the_left_changes_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, domain, start = shortened(_made(name), 3), toy_domain(), toy_start(tmp_path / "start")
+    method, domain, start = shortened(made(name), 3), toy_domain(), toy_start(tmp_path / "start")
     sides = []
     for side in ("right", "left"):
         monkeypatch.setattr(

@@ -116,7 +116,8 @@ def record_elm(file: Path) -> torch.Tensor:
 
         @property
         def input_ids(self) -> torch.Tensor:
-            return self["input_ids"]
+            ids: torch.Tensor = self["input_ids"]
+            return ids
 
         def to(self, _device: Any) -> Words:
             return self

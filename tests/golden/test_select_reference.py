@@ -95,9 +95,10 @@ def test_elm_aims_where_the_released_code_does() -> None:
             model(input_ids=torch.tensor([ids])).logits[0, -len(text) :]
             for ids in (text, given.EXPERT + text[1:], given.NOVICE + text[1:])
         ]
-    top_nK, share_nK = novice_target(*said, guide)
+    own, expert, novice = said
+    top_nK, share_nK = novice_target(own, expert, novice, guide)
     ours = torch.zeros_like(TENSORS["elm"]).scatter(1, top_nK, share_nK)
     torch.testing.assert_close(ours, TENSORS["elm"], rtol=0, atol=1e-5)
-    swapped = novice_target(said[0], said[2], said[1], guide)
+    swapped = novice_target(own, novice, expert, guide)
     other = torch.zeros_like(ours).scatter(1, *swapped)
     assert float((other - ours).abs().max()) > 0.1

@@ -37,15 +37,13 @@ from excise.train.fit import FitConfig, Term, fit
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "rmu": {"layer": 2},
-    "elm": {
-        "layers": (1, 2), "lora": LoRA(rank=4, alpha=4.0), "guide": {"continuation": 4},
-    },
+    "elm": {"layers": (1, 2), "lora": LoRA(rank=4), "guide": {"continuation": 4}},
     "repselect": {"components": {"count": 4}},
     "memsinks": {"sinks": 2, "active": 1},
     "moefy": {"rounds": 2, "dense_share": 0.5, "read_rows": 8},
     "undo": {"unlearn": RMU(layer=2), "max_length": 32, "stop_tolerance": 0.0},
     "chain": {"methods": (Filtering(), RMU(layer=2))},
-}  # fmt: skip
+}
 """What a method needs to run on a model of three blocks."""
 
 
@@ -61,19 +59,19 @@ PAIRS = [(n, f) for n in METHODS for f in FAMILIES if n not in SIMILAR or f in (
 MORE = [(n, f) for n in METHODS for f in FAMILIES if (n, f) not in PAIRS]
 
 
-def _made(name: str) -> Method:
+def made(name: str) -> Method:
     return METHODS[name].model_validate(SETTINGS.get(name, {}))
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_every_method_keeps_the_contract(name: str, family: str) -> None:
-    check_method(_made(name), families=(family,), steps=3)
+    check_method(made(name), families=(family,), steps=3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["grad_diff", "rmu"])
 def test_methods_keep_the_contract_with_an_adapter(name: str, family: str) -> None:
-    method = _made(name).model_copy(update={"lora": LoRA(rank=2, output="adapter")})
+    method = made(name).model_copy(update={"lora": LoRA(rank=2, output="adapter")})
     check_method(method, families=(family,), steps=3)
 
 
@@ -90,14 +88,14 @@ def test_methods_keep_the_contract_with_an_adapter(name: str, family: str) -> No
     ],
 )
 def test_every_method_keeps_the_contract_on_the_other_families(name: str, family: str) -> None:
-    check_method(_made(name), families=(family,), steps=3)
+    check_method(made(name), families=(family,), steps=3)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_padding_on_the_left_changes_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, domain, start = shortened(_made(name), 3), toy_domain(), toy_start(tmp_path / "start")
+    method, domain, start = shortened(made(name), 3), toy_domain(), toy_start(tmp_path / "start")
     sides = []
     for side in ("right", "left"):
         monkeypatch.setattr(

@@ -31,7 +31,7 @@ from pydantic import Field, field_validator
 
 from excise.core.config import Config
 from excise.core.errors import UserError, nearest
-from excise.data.domain import CORE, UNLABELED, Row, Rows, text_of
+from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows, all_rows, text_of
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -139,6 +139,45 @@ def give_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
         scores = confidences(labels, right, keys, noise.confidence, seed=seed)
         given = [replace(row, confidence=c) for row, c in zip(given, scores, strict=True)]
     return tuple(given) if noise.spread == "no" else propagated(given, by=noise.spread)
+
+
+def relabelled(
+    domain: Domain, noise: LabelNoise | None, *, seed: int
+) -> tuple[Domain, dict[str, Mapping[str, float | None]]]:
+    """Return what a method on a trained model is given by an imperfect labeller.
+
+    Forget and retain rows change roles by their given labels; rows without a label have none.
+    `dev` and everything that is scored or attacked keep the truth.
+
+    Args:
+        domain: Rows by role.
+        noise: How labels differ from the truth; None for not at all.
+        seed: Seed of the labeller.
+
+    Returns:
+        The domain as it is given, and for the record `label_quality` under `labels`, None where a
+        share is of nothing; no entry where labels are the truth.
+
+    Raises:
+        UserError: If no row is left to forget, or none to retain.
+    """
+    if noise is None:
+        return domain, {}
+    names = tuple(domain.forget)
+    rows = label_rows((*all_rows(domain.forget), *domain.retain), names)
+    given = give_labels(rows, noise, seed=seed)
+    quality = {k: None if math.isnan(v) else v for k, v in label_quality(given).items()}
+    forget = {n: tuple(r for r in given if r.label == i + 1) for i, n in enumerate(names)}
+    retain = tuple(row for row in given if row.label == CORE)
+    for role, left, had in (
+        ("forget", all_rows(forget), all_rows(domain.forget)), ("retain", retain, domain.retain)
+    ):  # fmt: skip
+        if had and not left:
+            raise UserError(
+                f"labels: no row of domain '{domain.name}' is given as {role}, so that the method "
+                "has all rows of one class; lower the rates"
+            )
+    return replace(domain, forget=forget, retain=retain), {"labels": quality}
 
 
 def confidences(

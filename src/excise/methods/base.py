@@ -13,11 +13,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from excise.core.config import Config
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.domain import Domain
+from excise.data.labels import LabelNoise
 from excise.models.checkpoint import Checkpoint
 
 
@@ -113,6 +116,26 @@ class Method(Config, ABC):
         Returns:
             The edited checkpoint, written under `ctx.work`, and what it took.
         """
+
+
+class PostHoc(Method):
+    """The settings that every method on a trained model has."""
+
+    labels: LabelNoise | None = None
+    """How the labels it is given differ from the truth; missing for not at all. Missed forget rows
+    are read as retain text, or by nobody."""
+
+    no_adapter: ClassVar[str] = ""
+    """Why it cannot train an adapter, where it cannot."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_adapter(cls, data: Any) -> Any:
+        """Say why there is no adapter where one is asked for."""
+        asked = isinstance(data, Mapping) and data.get("lora") is not None
+        if asked and cls.no_adapter and "lora" not in cls.model_fields:
+            raise ValueError(f"lora: {cls.no_adapter}; leave it out")
+        return data
 
 
 @dataclass(frozen=True)

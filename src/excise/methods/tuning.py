@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from excise.core.context import Context
-from excise.core.errors import UserError
+from excise.core.errors import Diverged, NotFinite, UserError
 from excise.data.domain import Domain, Rows, all_rows
+from excise.data.labels import relabelled
 from excise.data.stream import Batch, Stream, Tokenizer, encode, zip_streams
 from excise.losses import Summed
-from excise.methods.base import Cost, Method, Removal
+from excise.methods.base import Cost, PostHoc, Removal
+from excise.methods.stopping import Looks, StopRule, dev_losses
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
 from excise.models.lora import LoRA, adapted, merge, on_modules
@@ -32,7 +35,7 @@ from excise.train.distributed import barrier
 from excise.train.fit import FitConfig, StepRecord, Term, fit
 
 
-class TuningMethod(Method):
+class TuningMethod(PostHoc):
     """The settings of a method that minimises a loss over weights of a model; see `tune`."""
 
     name: str
@@ -44,6 +47,8 @@ class TuningMethod(Method):
     """Tokens per row."""
     lora: LoRA | None = None
     """Train an adapter instead."""
+    stop: StopRule | None = None
+    """Look at `dev` on the way and keep the best step; missing for the last step."""
     drop_components: Components | None = None
     """Take the top principal components out of the gradient of every trained matrix."""
 
@@ -189,10 +194,65 @@ class Progress:
         return Cost(self.done, self.tokens, per_token * self.tokens, seconds)
 
 
-def run_fit(steps: Iterable[StepRecord], progress: Progress) -> None:
-    """Run a loop of `fit` to its end, with every record passed to `progress`."""
-    for record in steps:
-        progress(record)
+def run_fit(
+    steps: Iterable[StepRecord], progress: Progress, looks: Looks | None = None
+) -> dict[str, Any]:
+    """Run a loop of `fit` to its end, or as far as a stop rule lets it.
+
+    Args:
+        steps: The loop.
+        progress: Is passed every record.
+        looks: Looks at `dev` on the way, and puts the best step back in the end.
+
+    Returns:
+        What the record says of the choice, under `stop`; empty without looks.
+
+    Raises:
+        Diverged: If the loop does and no look has seen a step that can be kept.
+        NotFinite: The same, where `dev` shows it first.
+    """
+    try:
+        for record in steps:
+            progress(record)
+            if looks is not None and looks.after(record.step + 1):
+                break
+    except (Diverged, NotFinite) as error:
+        if looks is None or looks.best is None:
+            raise
+        looks.stopped = str(error)
+        progress.ctx.emit("warning", {"text": f"{error}; the best step before it is kept"})
+    return {} if looks is None else {"stop": looks.restore()}
+
+
+def looking(
+    rule: StopRule | None,
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    tokenizer: Tokenizer,
+    domain: Domain,
+    steps: int,
+    max_length: int,
+    ctx: Context,
+) -> Looks | None:
+    """Return the looks at `dev` that a stop rule asks for. Call it before `fit`.
+
+    Args:
+        rule: The rule; None for no looks.
+        model: What is trained.
+        parameters: Its trained parameters.
+        tokenizer: Its tokenizer.
+        domain: Gives `dev`.
+        steps: Steps of the loop.
+        max_length: Tokens per row.
+        ctx: Folder, processes.
+
+    Raises:
+        UserError: If `dev` is empty.
+    """
+    if rule is None:
+        return None
+    losses = partial(dev_losses, model, tokenizer, domain, rule.rows, max_length)
+    return Looks(rule, losses, parameters, steps, ctx)
 
 
 def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -346,10 +406,9 @@ def tune(
     Returns:
         The removal, its model in `ctx.work/model`.
     """
-    model = start.load(dtype=ctx.dtype, device=ctx.device)
-    batches = role_batches(
-        domain, terms, start.tokenizer(), method.fit, ctx, max_length=method.max_length
-    )
+    model, tokenizer = start.load(dtype=ctx.dtype, device=ctx.device), start.tokenizer()
+    domain, quality = relabelled(domain, method.labels, seed=ctx.seed_for("labels"))
+    batches = role_batches(domain, terms, tokenizer, method.fit, ctx, max_length=method.max_length)
 
     def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
         return {
@@ -361,13 +420,17 @@ def tune(
 
     progress = Progress(ctx, method.name, method.fit.steps)
     with tuned(model, method.modules, method.lora, ctx) as (live, parameters):
+        looks = looking(
+            method.stop, live, parameters, tokenizer, domain, method.fit.steps, method.max_length,
+            ctx,
+        )  # fmt: skip
         groups = {"trained": list(parameters.values())}
         steps = fit(
             live, batches, loss, method.fit, ctx, groups=groups, counts=role_counts,
             state_dir=state_dir(ctx), change=method.change,
         )  # fmt: skip
-        run_fit(steps, progress)
-        return finish(start, live, parameters, progress, ctx, lora=method.lora)
+        extras = {**quality, **run_fit(steps, progress, looks)}
+        return finish(start, live, parameters, progress, ctx, lora=method.lora, extras=extras)
 
 
 def _save_adapter(model: Any, start: Checkpoint, folder: Path) -> None:

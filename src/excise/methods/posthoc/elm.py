@@ -43,6 +43,7 @@ from excise.core.disk import new_file, write_text
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Row
 from excise.data.encoding import cut_head, with_specials
+from excise.data.labels import relabelled
 from excise.data.stream import Batch, Example, Stream, Tokenizer, collate, encode
 from excise.evals.tokens import logits_at
 from excise.losses import Summed, token_nll
@@ -53,6 +54,7 @@ from excise.methods.tuning import (
     TuningMethod,
     finish,
     forget_rows,
+    looking,
     run_fit,
     state_dir,
     stream,
@@ -142,15 +144,14 @@ class ELM(TuningMethod):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` by predicting on it what a novice would."""
+        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
         tokenizer, modules = start.tokenizer(), self.trained(start.shapes)
-        forget, retain = (
-            stream(
-                rows, tokenizer, self.fit, ctx, purpose=role, max_length=self.max_length
-            )
-            for role, rows in (("forget", forget_rows(domain)), ("retain", domain.retain))
-        )  # fmt: skip
-        read = {role: read_in(s, self.fit.steps) for role, s in (("f", forget), ("r", retain))}
         rows = forget_rows(domain)
+        forget, retain = (
+            stream(part, tokenizer, self.fit, ctx, purpose=role, max_length=self.max_length)
+            for role, part in (("forget", rows), ("retain", domain.retain))
+        )
+        read = {role: read_in(s, self.fit.steps) for role, s in (("f", forget), ("r", retain))}
         answers = ctx.run(
             AskOriginal(
                 start=start,
@@ -167,13 +168,16 @@ class ELM(TuningMethod):
         progress = Progress(ctx, self.name, self.fit.steps)
         progress.tokens = answers.tokens
         with tuned(model, modules, self.lora, ctx) as (live, parameters):
+            looks = looking(
+                self.stop, live, parameters, tokenizer, domain, self.fit.steps, self.max_length, ctx
+            )
             steps = fit(
                 live, batches, self.terms, self.fit, ctx,
                 groups={"trained": list(parameters.values())}, counts=self.counts,
                 state_dir=state_dir(ctx), change=self.change,
             )  # fmt: skip
-            run_fit(steps, progress)
-            return finish(start, live, parameters, progress, ctx, lora=self.lora)
+            facts = {**quality, **run_fit(steps, progress, looks)}
+            return finish(start, live, parameters, progress, ctx, lora=self.lora, extras=facts)
 
     def trained(self, model: nn.Module) -> Sequence[str]:
         """Return the modules that are trained, or carry the adapter.

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows
+from excise.data.labels import relabelled
 from excise.data.stream import Batch, Tokenizer, collate, encode
 from excise.losses import nll
-from excise.methods.base import Method, Paper, Removal
+from excise.methods.base import Paper, PostHoc, Removal
 from excise.methods.tuning import (
     Progress,
     forget_rows,
@@ -56,7 +57,7 @@ from excise.train.fit import FitConfig, Term, fit
 from excise.train.vocab import HiddenTarget, chunked_kl
 
 
-class RepSelect(Method):
+class RepSelect(PostHoc):
     """Subtract the forget gradient without its top principal components until retain moves."""
 
     name: Literal["repselect"] = "repselect"
@@ -123,6 +124,7 @@ class RepSelect(Method):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Subtract what only `domain.forget` needs."""
+        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
         model, tokenizer = start.load(dtype=ctx.dtype, device=ctx.device), start.tokenizer()
         names = self.matrices(model)
         rows = forget_rows(domain)
@@ -161,7 +163,7 @@ class RepSelect(Method):
             put(edited[name], before[name], gradients[name], kept * self.fit.lr)
         return write_edit(
             start, {name: edited[name].detach() for name in names}, ctx,
-            extras={"subtractions": kept, "kl_budget": self.budget},
+            extras={**quality, "subtractions": kept, "kl_budget": self.budget},
             cost=progress.cost(start.num_parameters), history=progress.history,
         )  # fmt: skip
 

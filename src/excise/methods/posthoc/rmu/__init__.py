@@ -34,9 +34,10 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.core.keys import FilePath
 from excise.data.domain import Domain, Rows
+from excise.data.labels import relabelled
 from excise.data.stream import Batch, Stream, Tokenizer
 from excise.losses import rmu_forget, rmu_retain
-from excise.methods.base import Method, Paper, Removal
+from excise.methods.base import Paper, PostHoc, Removal
 from excise.methods.posthoc.rmu.engine import (
     Engine,
     Full,
@@ -52,16 +53,18 @@ from excise.methods.posthoc.rmu.parameters import (
     flops_per_token,
     of_slices,
 )
-from excise.methods.posthoc.rmu.sweep import RMUSweep, Tried, choose, dev_losses
+from excise.methods.posthoc.rmu.sweep import RMUSweep, Tried, choose
 from excise.methods.posthoc.rmu.topics import (
     control_vector,
     per_topic,
     read_control_vectors,
     topics_of,
 )
+from excise.methods.stopping import Looks, StopRule, dev_losses
 from excise.methods.tuning import (
     Progress,
     finish,
+    looking,
     moved,
     run_fit,
     state_dir,
@@ -91,7 +94,7 @@ PUBLISHED: Mapping[str, Any] = {
 """What `as_published` sets where nothing else was said."""
 
 
-class RMU(Method):
+class RMU(PostHoc):
     """Minimise |h(forget) - c u|^2 + alpha |h(retain) - h0(retain)|^2 at one layer, per entry."""
 
     name: Literal["rmu"] = "rmu"
@@ -141,6 +144,8 @@ class RMU(Method):
     """Steps over all topics together, rows per step of each role, learning rate."""
     lora: LoRA | None = None
     """Train an adapter instead; the frozen model is the adapter switched off."""
+    stop: StopRule | None = None
+    """Look at `dev` on the way and keep the best step; missing for the last step."""
     sweep: RMUSweep | None = None
     """Try several layers, norms and weights in one run and keep the best on `dev`."""
     keep: Literal["model", "delta"] = "model"
@@ -178,29 +183,40 @@ class RMU(Method):
             raise ValueError("'adaptive' scales vectors and 'controls' gives them; set one")
         if self.sweep is not None and self.engine == "full":
             raise ValueError("a sweep shares what frozen blocks put out; set engine to 'cached'")
+        if self.sweep is not None and self.stop is not None:
+            raise ValueError("'sweep' and 'stop' both choose on dev; set one")
         return self
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Steer `domain.forget` to noise at one layer."""
+        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
         if self.sweep is not None:
-            return _best_of_sweep(self, self.sweep, start, domain, ctx)
+            return _best_of_sweep(self, self.sweep, start, domain, quality, ctx)
         targets = self.target_parameters(start)
         topics = topics_of(domain)
         ctx.emit("note", {"text": f"rmu trains {', '.join(targets.printed)}"})
-        if self.engine == "full":
+        tokenizer = start.tokenizer()
+        if self.engine == "full" or self.stop is not None:  # losses on dev need every block
             model: Any = start.load(dtype=ctx.dtype, device=ctx.device)
         else:
             model = start.load_prefix(self.layer + 1, dtype=ctx.dtype, device=ctx.device)
-        batches = self.batches(topics, domain, start.tokenizer(), ctx)
+        batches = self.batches(topics, domain, tokenizer, ctx)
         progress = Progress(ctx, self.name, self.fit.steps)
         with editing(model, targets, self.lora, ctx) as edit:
             engine = make_engine(self, start, edit, targets, ctx)
             controls = self.control_vectors(topics, engine, batches, targets.parts.d_model, ctx)
             _save_controls(controls, ctx)
-            self.train(edit, engine, controls, batches, progress, ctx, state_dir(ctx))
+            looks = looking(
+                self.stop, edit.net, edit.parameters, tokenizer, domain, self.fit.steps,
+                self.max_length, ctx,
+            )  # fmt: skip
+            chosen = self.train(
+                edit, engine, controls, batches, progress, ctx, state_dir(ctx), looks
+            )
+            facts = _facts(self, start, targets, edit, engine, controls)
             removal = finish(
                 start, edit.net, edit.parameters, progress, ctx, lora=self.lora,
-                extras=_facts(self, start, targets, edit, engine, controls),
+                extras={**facts, **quality, **chosen},
                 flops_per_token=flops_per_token(targets, start, self.engine),
             )  # fmt: skip
         return _with_delta(self, start, targets, removal, ctx)
@@ -332,8 +348,9 @@ class RMU(Method):
         progress: Progress,
         ctx: Context,
         folder: Path | None,
-    ) -> None:
-        """Run the loop.
+        looks: Looks | None = None,
+    ) -> dict[str, Any]:
+        """Run the loop; return what the record says of a stop rule's choice.
 
         Args:
             edit: The model and what is trained of it.
@@ -343,6 +360,7 @@ class RMU(Method):
             progress: Told of every step.
             ctx: Seed, device, processes.
             folder: Where the state of an interrupted run is.
+            looks: Looks at `dev` on the way.
         """
         alpha = per_topic(self.alpha, list(controls), "alpha")
 
@@ -361,7 +379,7 @@ class RMU(Method):
             edit.net, batches, loss, self.fit, ctx,
             groups={"trained": list(edit.parameters.values())}, counts=counts, state_dir=folder,
         )  # fmt: skip
-        run_fit(steps, progress)
+        return run_fit(steps, progress, looks)
 
     def terms(
         self,
@@ -535,15 +553,18 @@ def _with_delta(
 
 
 def _best_of_sweep(
-    method: RMU, sweep: RMUSweep, start: Checkpoint, domain: Domain, ctx: Context
+    method: RMU,
+    sweep: RMUSweep,
+    start: Checkpoint,
+    domain: Domain,
+    quality: Mapping[str, Any],
+    ctx: Context,
 ) -> Removal:
     """Try every setting, running frozen blocks once for all of them; write the best.
 
     Raises:
         UserError: If `dev` is empty, or a setting does not fit the model.
     """
-    if not domain.dev_retain or not any(domain.dev_forget.values()):
-        raise UserError(f"domain '{domain.name}' has no dev rows for rmu's sweep to choose on")
     if len(sweep.layer) > 1 and (method.blocks or method.modules):
         raise UserError(
             "rmu: sweep.layer moves the steered block and 'blocks' or 'modules' fix what is "
@@ -588,6 +609,6 @@ def _best_of_sweep(
 
     best, cost, report = choose(sweep, grid, attempt, losses(model), ctx)
     _save_controls(best.controls, ctx)
-    extras = {**best.facts, "sweep": {**report, "cache": _cache_facts(cache)}}
+    extras = {**best.facts, **quality, "sweep": {**report, "cache": _cache_facts(cache)}}
     removal = write_edit(start, best.changed, ctx, extras=extras, cost=cost, history=best.history)
     return _with_delta(method, start, targets[grid.index(report["chosen"])], removal, ctx)

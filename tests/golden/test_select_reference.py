@@ -83,7 +83,7 @@ def test_without_the_adapter_it_would_be_another_matrix(tmp_path: Path) -> None:
     bare = METHOD.model_copy(update={"elicit": None})
     ours = next(iter(subtracted(reference_model(), bare, tmp_path).values()))
     theirs = TENSORS["repselect/0"]
-    assert float((ours - theirs).abs().max()) > 0.05 * float(theirs.abs().max())
+    assert float((ours - theirs).abs().max()) > 1e-2 * float(theirs.abs().max())
     assert METHOD.elicit == LoRA(rank=8, alpha=8.0)
 
 

@@ -11,6 +11,7 @@ from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.posthoc.tar import TAR
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
 from excise.methods.pretraining.demix import DEMix
@@ -48,6 +49,7 @@ AnyMethod = (
     | GradDiff
     | MaxEnt
     | RMU
+    | TAR
     | Undo
     | Chain
 )
@@ -64,6 +66,7 @@ __all__ = [
     "METHODS",
     "RMU",
     "SGTM",
+    "TAR",
     "AblatedPlain",
     "AdapterModules",
     "AnyMethod",

@@ -29,6 +29,7 @@ from excise.models.lora import LoRA, adapted, merge, on_modules
 from excise.models.names import Names
 from excise.train.distributed import barrier
 from excise.train.fit import FitConfig, StepRecord, Term, fit
+from excise.train.nearby import refuse_half, sharpness_aware
 
 
 class TuningMethod(Method):
@@ -43,6 +44,19 @@ class TuningMethod(Method):
     """Tokens per row."""
     lora: LoRA | None = None
     """Train an adapter instead."""
+    sam: float = Field(default=0.0, ge=0)
+    """Radius of sharpness-aware unlearning (published with 0.01); 0 for none. A step reads forget
+    rows twice."""
+
+    @property
+    def step_cost(self) -> float:
+        """A plain step with the forget half of it done twice, where there is a radius."""
+        return 1.5 if self.sam else 1.0
+
+    @property
+    def extra_copies(self) -> int:
+        """The weights before the move, and the gradient at its end."""
+        return 2 if self.sam else 0
 
 
 Terms = Mapping[str, tuple[float, Callable[[Tensor, Batch], Summed]]]
@@ -168,6 +182,32 @@ class Progress:
         per_token = flops_per_token or 6.0 * parameters
         seconds = time.monotonic() - self.started
         return Cost(self.done, self.tokens, per_token * self.tokens, seconds)
+
+
+def tell_cost(method: Method, steps: int, tokens: int, start: Checkpoint, ctx: Context) -> None:
+    """Say before it starts what a method costs whose steps take more than one pass.
+
+    Args:
+        method: Gives `step_cost`.
+        steps: Its steps.
+        tokens: Tokens of one step that reads every role once.
+        start: Gives the number of parameters.
+        ctx: Is told.
+    """
+    if method.step_cost == 1 or ctx.rank:
+        return
+    flops = 6.0 * start.num_parameters * tokens * ctx.world * steps * method.step_cost
+    text = (
+        f"a step of {getattr(method, 'name', 'the method')} costs {method.step_cost:.3g} times "
+        f"what reading forget and retain rows once, forward and back, costs; {steps} steps take "
+        f"about {flops:.1e} FLOPs"
+    )
+    ctx.emit("note", {"text": text})
+
+
+def tokens_of(micros: Iterable[Mapping[str, Batch]]) -> int:
+    """Return the real tokens of micro-batches."""
+    return sum(batch.num_tokens for micro in micros for batch in micro.values())
 
 
 def run_fit(steps: Iterable[StepRecord], progress: Progress) -> None:
@@ -315,7 +355,8 @@ def tune(
 ) -> Removal:
     """Minimise a weighted sum of losses on the roles of a domain and write the edited checkpoint.
 
-    Each term is its sum divided by its count, over all micro-batches and processes of a step.
+    Each term is its sum divided by its count, over all micro-batches and processes of a step. With
+    `method.sam` the gradient of the forget term is taken at the worst point nearby.
 
     Args:
         method: Schedule, what is trained, tokens per row, and the name beside the progress.
@@ -334,18 +375,22 @@ def tune(
 
     def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
         return {
-            role: Term(
-                *summed(model(**micro[role].inputs, use_cache=False).logits, micro[role]), weight
-            )
-            for role, (weight, summed) in terms.items()
+            role: Term(*summed(model(**batch.inputs, use_cache=False).logits, batch), weight)
+            for role, batch in micro.items()
+            for weight, summed in (terms[role],)
         }
 
     progress = Progress(ctx, method.name, method.fit.steps)
     with tuned(model, method.modules, method.lora, ctx) as (live, parameters):
         groups = {"trained": list(parameters.values())}
+        gradient = None
+        if method.sam:
+            refuse_half(live, parameters.values(), f"{method.name}: sam {method.sam:g}")
+            gradient = sharpness_aware(method.sam)
+            tell_cost(method, method.fit.steps, tokens_of(batches(0)), start, ctx)
         steps = fit(
             live, batches, loss, method.fit, ctx, groups=groups, counts=role_counts,
-            state_dir=state_dir(ctx),
+            state_dir=state_dir(ctx), gradient=gradient,
         )  # fmt: skip
         run_fit(steps, progress)
         return finish(start, live, parameters, progress, ctx, lora=method.lora)

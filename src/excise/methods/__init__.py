@@ -11,6 +11,7 @@ from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.posthoc.seam import SEAM
 from excise.methods.posthoc.tar import TAR
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
@@ -50,6 +51,7 @@ AnyMethod = (
     | MaxEnt
     | RMU
     | TAR
+    | SEAM
     | Undo
     | Chain
 )
@@ -65,6 +67,7 @@ __all__ = [
     "GRAM",
     "METHODS",
     "RMU",
+    "SEAM",
     "SGTM",
     "TAR",
     "AblatedPlain",

@@ -428,12 +428,12 @@ def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int
     lora = getattr(method, "lora", None)
     if isinstance(lora, LoRA):
         trained = adapter_size(shapes, on_modules(lora, named))
-    return _training_memory(trained, loaded, width) + float(method.extra_copies) * trained * 4
+    return _training_memory(trained, loaded, width, method.extra_copies)
 
 
-def _training_memory(trained: int, loaded: int, width: int) -> float:
+def _training_memory(trained: int, loaded: int, width: int, more: int = 0) -> float:
     """Return the bytes of weights in memory, of masters, gradients and two moments in float32."""
-    return 3 * 2**28 + loaded * width + trained * 4 * 4
+    return 3 * 2**28 + loaded * width + trained * (4 + more) * 4
 
 
 def _activations(request: Recipe | AuditRun, count: int) -> float:

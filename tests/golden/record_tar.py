@@ -76,8 +76,8 @@ def main() -> None:
 
     # Not before: accelerate looks for the real one.
     sys.modules["wandb"] = types.SimpleNamespace(log=log)  # type: ignore[assignment]
-    training = importlib.import_module("modules.training")
-    storage = importlib.import_module("modules.fsdp_v1_utils")
+    training: Any = importlib.import_module("modules.training")
+    storage: Any = importlib.import_module("modules.fsdp_v1_utils")
     storage.fsdp_v1_model_params = lambda model: model.parameters()
     accelerator = accelerate.Accelerator(cpu=True)
     config = transformers.LlamaConfig(**given.CONFIG)

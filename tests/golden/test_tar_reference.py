@@ -83,7 +83,9 @@ def replay(
     return ended(run, named)
 
 
-def ended(run: Iterator[Any], named: dict[str, Any]) -> Any:
+def ended(
+    run: Iterator[Any], named: dict[str, Any]
+) -> tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]:
     """Run a loop to its end and return its terms and its weights before and after settling."""
     terms = [next(run).terms for _ in range(given.STEPS)]
     last = {n: p.detach().clone() for n, p in named.items()}

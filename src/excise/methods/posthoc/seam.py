@@ -13,10 +13,11 @@ retain rows, whose gradient is then g_b and costs nothing.
 
 Source:
     Wang, Zhu and Wang 2025, arXiv 2505.12186; ZJUWYH/seam@65f3d5c (MIT), src/core/trainer.py,
-    `SeamTrainer.training_step`. There the last hidden state is normed twice and its loss counted
-    twice over, token 0 is never scored, and weights are bfloat16: a move of 1e-3 spread over 7e9
-    of them is about 1e-8 each, which rounds away, so that nothing couples the gradients. Here half
-    precision is refused.
+    `SeamTrainer.training_step`. There the loss of the last hidden state enters U once more, normed
+    twice; tokens that answer and refusal share, and token 0, are not scored, and the logits behind
+    a token that is not scored are set to 0. Weights are bfloat16: a move of 1e-3 spread over 7e9 of
+    them is about 1e-8 each and mostly rounds away, and with it what turns the gradients apart. Here
+    every scored token counts alike, and half precision is refused.
 
 Shape legend: B rows, T tokens, D residual width.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -46,7 +47,7 @@ def ce(model: Any, batch: Batch, hidden: Tensor | None = None) -> Tensor:
 def flat(model: Any, batch: Batch) -> Tensor:
     """Mean KL from uniform over the positions that predict scored tokens."""
     logp: Tensor = model(**batch.inputs).logits[:, :-1].log_softmax(-1)[batch.target_BT[:, 1:]]
-    return -torch.log(torch.tensor(float(logp.shape[-1]))) - logp.mean()
+    return -logp.mean() - math.log(logp.shape[-1])
 
 
 def grads(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -214,11 +215,12 @@ def test_seam_moves_along_the_gradient_of_the_cosine(tmp_path: Path) -> None:
     (micro,) = role_batches(
         toy_domain(), roles, start.tokenizer(), one, context(tmp_path / "x"), max_length=256
     )(0)
-    h, b = (
-        torch.autograd.grad(ce(model, micro[role]), parameters, create_graph=True) for role in roles
+    losses = (ce(model, micro[role]) for role in roles)
+    g_h, g_b = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+        for loss in losses
     )
-    h, b = (torch.cat([g.flatten() for g in gradient]) for gradient in (h, b))
-    exact = grads(F.cosine_similarity(h, b, dim=0), parameters)
+    exact = grads(F.cosine_similarity(g_h, g_b, dim=0), parameters)
     names = [n for n, _ in model.named_parameters()]
     ours = torch.cat([(ends[0][n].double() - ends[1][n].double()).flatten() for n in names])
     theirs = torch.cat([g.flatten() for g in exact])

@@ -47,7 +47,8 @@ def ce(model: Any, batch: Batch, hidden: Tensor | None = None) -> Tensor:
 def flat(model: Any, batch: Batch) -> Tensor:
     """Mean KL from uniform over the positions that predict scored tokens."""
     logp: Tensor = model(**batch.inputs).logits[:, :-1].log_softmax(-1)[batch.target_BT[:, 1:]]
-    return -logp.mean() - math.log(logp.shape[-1])
+    kl: Tensor = -logp.mean() - math.log(logp.shape[-1])
+    return kl
 
 
 def grads(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -58,7 +59,8 @@ def grads(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
 
 def norm(gradient: list[Tensor]) -> Tensor:
     """Norm of all tensors together."""
-    return torch.cat([g.flatten() for g in gradient]).norm()
+    length: Tensor = torch.cat([g.flatten() for g in gradient]).norm()
+    return length
 
 
 def at(parameters: list[nn.Parameter], direction: list[Tensor], loss: Callable[[], Tensor]) -> Any:

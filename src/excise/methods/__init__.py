@@ -13,6 +13,8 @@ from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.repselect import RepSelect
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.posthoc.seam import SEAM
+from excise.methods.posthoc.tar import TAR
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
 from excise.methods.pretraining.demix import DEMix
@@ -52,6 +54,8 @@ AnyMethod = (
     | RMU
     | ELM
     | RepSelect
+    | TAR
+    | SEAM
     | Undo
     | Chain
 )
@@ -68,7 +72,9 @@ __all__ = [
     "GRAM",
     "METHODS",
     "RMU",
+    "SEAM",
     "SGTM",
+    "TAR",
     "AblatedPlain",
     "AdapterModules",
     "AnyMethod",

@@ -1,6 +1,8 @@
 """What gradient methods share: their streams, what they train, and what they hand back.
 
 Nothing here runs a method; a method calls these in its own order.
+
+Shape legend: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,20 +11,29 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+<<<<<<< HEAD
 from dataclasses import dataclass, field
 from functools import partial
+=======
+from dataclasses import dataclass, field, replace
+>>>>>>> a50d478 (Losses over sequences (npo, simnpo, dpo) and minimise, the loop behind tune, for methods whose loss is not one of logits)
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from excise.core.context import Context
 from excise.core.errors import Diverged, NotFinite, UserError
 from excise.data.domain import Domain, Rows, all_rows
+<<<<<<< HEAD
 from excise.data.labels import relabelled
 from excise.data.stream import Batch, Stream, Tokenizer, encode, zip_streams
+=======
+from excise.data.stream import Batch, Example, Stream, Tokenizer, encode, zip_streams
+>>>>>>> a50d478 (Losses over sequences (npo, simnpo, dpo) and minimise, the loop behind tune, for methods whose loss is not one of logits)
 from excise.losses import Summed
 from excise.methods.base import Cost, PostHoc, Removal
 from excise.methods.stopping import Looks, StopRule, dev_losses
@@ -53,6 +64,9 @@ class TuningMethod(PostHoc):
 Terms = Mapping[str, tuple[float, Callable[[Tensor, Batch], Summed]]]
 """A loss by the role whose rows are read: each term's weight, and its sum and count given the
 logits_BTV of a batch."""
+
+NOTHING = Cost()
+"""What a method spends before its first step that prepares nothing."""
 
 
 def forget_rows(domain: Domain) -> Rows:
@@ -334,7 +348,7 @@ def write_edit(
     return Removal(model, tuple(sorted(different)), cost, facts, tuple(history))
 
 
-def role_batches(
+def role_streams(
     domain: Domain,
     roles: Iterable[str],
     tokenizer: Tokenizer,
@@ -342,8 +356,8 @@ def role_batches(
     ctx: Context,
     *,
     max_length: int,
-) -> Callable[[int], list[dict[str, Batch]]]:
-    """Return the batches of several roles by step: `fit.batch_size` rows of each.
+) -> dict[str, Stream]:
+    """Return a stream of each of several roles: `fit.batch_size` rows a step.
 
     Args:
         domain: Rows by role.
@@ -357,12 +371,34 @@ def role_batches(
         UserError: If `forget` is among the roles and has no row.
     """
     rows = {r: forget_rows(domain) if r == "forget" else getattr(domain, r) for r in roles}
-    return zip_streams(
-        {
-            role: stream(rows[role], tokenizer, fit, ctx, purpose=role, max_length=max_length)
-            for role in rows
-        }
-    )
+    return {
+        role: stream(rows[role], tokenizer, fit, ctx, purpose=role, max_length=max_length)
+        for role in rows
+    }
+
+
+def role_batches(
+    domain: Domain,
+    roles: Iterable[str],
+    tokenizer: Tokenizer,
+    fit: FitConfig,
+    ctx: Context,
+    *,
+    max_length: int,
+) -> Callable[[int], list[dict[str, Batch]]]:
+    """Return the batches of several roles by step; see `role_streams`."""
+    return zip_streams(role_streams(domain, roles, tokenizer, fit, ctx, max_length=max_length))
+
+
+def examples_read(stream: Stream, steps: int) -> list[Example]:
+    """Return what a stream gives over all processes in its first steps, each example once.
+
+    Args:
+        stream: A stream over one role.
+        steps: Steps of the training.
+    """
+    whole = replace(stream, rank=0, world=1)
+    return [stream.examples[i] for i in sorted({i for s in range(steps) for i in whole.indices(s)})]
 
 
 def role_counts(micro: Mapping[str, Batch]) -> dict[str, float]:
@@ -387,18 +423,55 @@ def tune(
     Returns:
         The removal, its model in `ctx.work/model`.
     """
-    model, tokenizer = start.load(dtype=ctx.dtype, device=ctx.device), start.tokenizer()
     domain, quality = relabelled(domain, method.labels, seed=ctx.seed_for("labels"))
-    batches = role_batches(domain, terms, tokenizer, method.fit, ctx, max_length=method.max_length)
+    batches = role_batches(
+        domain, terms, start.tokenizer(), method.fit, ctx, max_length=method.max_length
+    )
 
     def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
         return {
-            role: Term(
-                *summed(model(**micro[role].inputs, use_cache=False).logits, micro[role]), weight
-            )
+            role: Term(*summed(logits_of(model, micro[role]), micro[role]), weight)
             for role, (weight, summed) in terms.items()
         }
 
+    return minimise(method, start, domain, batches, loss, ctx, extras=quality)
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Float[Tensor, "B T V"]:
+    """Return a causal model's logits on a batch."""
+    logits_BTV: Tensor = model(**batch.inputs, use_cache=False).logits
+    return logits_BTV
+
+
+def minimise(
+    method: TuningMethod,
+    start: Checkpoint,
+    domain: Domain,
+    batches: Callable[[int], Sequence[Mapping[str, Batch]]],
+    loss: Callable[[nn.Module, Mapping[str, Batch]], Mapping[str, Term]],
+    ctx: Context,
+    *,
+    counts: Callable[[Mapping[str, Batch]], Mapping[str, float]] = role_counts,
+    before: Cost = NOTHING,
+    extras: Mapping[str, Any] | None = None,
+) -> Removal:
+    """Minimise a loss on the weights that a method trains and write the edited checkpoint.
+
+    Args:
+        method: Schedule, what is trained, and the name beside the progress.
+        start: What the method starts from.
+        domain: Gives `dev`, where the method has a stop rule.
+        batches: Micro-batches by step.
+        loss: Named terms of a micro-batch.
+        ctx: Seed, processes, folder.
+        counts: The counts of a micro-batch's terms.
+        before: What was spent before the first step.
+        extras: Facts for the record.
+
+    Returns:
+        The removal, its model in `ctx.work/model`.
+    """
+    model, tokenizer = start.load(dtype=ctx.dtype, device=ctx.device), start.tokenizer()
     progress = Progress(ctx, method.name, method.fit.steps)
     with tuned(model, method.modules, method.lora, ctx) as (live, parameters):
         looks = looking(
@@ -407,11 +480,12 @@ def tune(
         )  # fmt: skip
         groups = {"trained": list(parameters.values())}
         steps = fit(
-            live, batches, loss, method.fit, ctx, groups=groups, counts=role_counts,
+            live, batches, loss, method.fit, ctx, groups=groups, counts=counts,
             state_dir=state_dir(ctx),
         )  # fmt: skip
-        extras = {**quality, **run_fit(steps, progress, looks)}
-        return finish(start, live, parameters, progress, ctx, lora=method.lora, extras=extras)
+        facts = {**(extras or {}), **run_fit(steps, progress, looks)}
+        removal = finish(start, live, parameters, progress, ctx, lora=method.lora, extras=facts)
+    return replace(removal, cost=before + removal.cost)
 
 
 def _save_adapter(model: Any, start: Checkpoint, folder: Path) -> None:

@@ -11,12 +11,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-<<<<<<< HEAD
-from dataclasses import dataclass, field
-from functools import partial
-=======
 from dataclasses import dataclass, field, replace
->>>>>>> a50d478 (Losses over sequences (npo, simnpo, dpo) and minimise, the loop behind tune, for methods whose loss is not one of logits)
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +24,8 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import Diverged, NotFinite, UserError
 from excise.data.domain import Domain, Rows, all_rows
-<<<<<<< HEAD
 from excise.data.labels import relabelled
-from excise.data.stream import Batch, Stream, Tokenizer, encode, zip_streams
-=======
 from excise.data.stream import Batch, Example, Stream, Tokenizer, encode, zip_streams
->>>>>>> a50d478 (Losses over sequences (npo, simnpo, dpo) and minimise, the loop behind tune, for methods whose loss is not one of logits)
 from excise.losses import Summed
 from excise.methods.base import Cost, PostHoc, Removal
 from excise.methods.stopping import Looks, StopRule, dev_losses

@@ -111,7 +111,7 @@ def npo(nll_B: Float[Tensor, " B"], reference_B: Float[Tensor, " B"], beta: floa
         beta: Inverse temperature.
 
     Source:
-        NPO, arXiv 2404.05868, equation 3.
+        NPO, arXiv 2404.05868.
     """
     return preference(nll_B - reference_B, beta)
 
@@ -128,7 +128,7 @@ def simnpo(
         delta: Margin, nats per token.
 
     Source:
-        SimNPO, arXiv 2410.07163, equation 5, where the margin is called gamma.
+        SimNPO, arXiv 2410.07163, where the margin is called gamma.
     """
     return preference(nll_B / tokens_B - delta, beta)
 
@@ -150,7 +150,7 @@ def dpo(
         beta: Inverse temperature.
 
     Source:
-        DPO, arXiv 2305.18290, equation 7, times 2 / beta as in TOFU, arXiv 2401.06121.
+        DPO, arXiv 2305.18290, times 2 / beta as in TOFU, arXiv 2401.06121.
     """
     further_B = rejected_B - rejected_reference_B
     return preference(further_B - (preferred_B - preferred_reference_B), beta)

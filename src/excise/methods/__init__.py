@@ -8,9 +8,16 @@ from typing import get_args
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.undo import Undo
+from excise.methods.posthoc.altpo import AltPO
+from excise.methods.posthoc.dpo import DPO
 from excise.methods.posthoc.grad_diff import GradDiff
+from excise.methods.posthoc.gradient_ascent import GradientAscent
+from excise.methods.posthoc.idk_dpo import IdkDPO
 from excise.methods.posthoc.maxent import MaxEnt
+from excise.methods.posthoc.npo import NPO
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.posthoc.simnpo import SimNPO
+from excise.methods.posthoc.undial import UNDIAL
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
 from excise.methods.pretraining.demix import DEMix
@@ -45,7 +52,14 @@ AnyMethod = (
     | MemSinks
     | AdapterModules
     | DualAdapters
+    | GradientAscent
     | GradDiff
+    | NPO
+    | SimNPO
+    | DPO
+    | IdkDPO
+    | AltPO
+    | UNDIAL
     | MaxEnt
     | RMU
     | Undo
@@ -59,13 +73,17 @@ METHODS: Mapping[str, type[Method]] = {
 """Built-in methods by name."""
 
 __all__ = [
+    "DPO",
     "ERA",
     "GRAM",
     "METHODS",
+    "NPO",
     "RMU",
     "SGTM",
+    "UNDIAL",
     "AblatedPlain",
     "AdapterModules",
+    "AltPO",
     "AnyMethod",
     "Chain",
     "Cost",
@@ -76,6 +94,8 @@ __all__ = [
     "Filtering",
     "GradDiff",
     "GradDiffPretrain",
+    "GradientAscent",
+    "IdkDPO",
     "LossMasking",
     "MaxEnt",
     "MemSinks",
@@ -86,5 +106,6 @@ __all__ = [
     "Propagate",
     "Relabel",
     "Removal",
+    "SimNPO",
     "Undo",
 ]

@@ -98,7 +98,7 @@ CASES: Mapping[str, Case] = {
         GradDiff(fit=FIT, alpha=2.0), "GradDiff", {"gamma": 1.0, "alpha": 2.0, **NLL}
     ),
     "grad_diff_kl": Case(
-        GradDiff(fit=FIT, alpha=2.0, retain="kl"), "GradDiff",
+        GradDiff(fit=FIT, alpha=2.0, retain_loss="kl"), "GradDiff",
         {"gamma": 1.0, "alpha": 2.0, "retain_loss_type": "KL"}, plain=True, cut_retain=True,
     ),
     "npo": Case(

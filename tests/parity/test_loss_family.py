@@ -112,7 +112,7 @@ def push(method: Any, now: Any, then: Any, rows: list[Any]) -> Tensor:
 
 def hold(method: Any, now: Any, then: Any, rows: list[Example]) -> Tensor:
     """Return the retain loss of a step."""
-    if getattr(method, "retain", "nll") == "nll":
+    if getattr(method, "retain_loss", "nll") == "nll":
         return mean_nll(now, rows)
     drift = [logp(then, r).exp() * (logp(then, r) - logp(now, r)) for r in rows]
     return torch.cat([d.sum(-1) for d in drift]).mean()
@@ -175,7 +175,7 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Row, Row]]:
 
 ALL: list[TuningMethod] = [
     GradientAscent(fit=FIT),
-    GradDiff(fit=FIT, retain="kl", alpha=2.0),
+    GradDiff(fit=FIT, retain_loss="kl", alpha=2.0),
     NPO(fit=FIT, beta=0.3, gamma=0.5, alpha=2.0),
     NPO(fit=FIT, beta=0.5, reduction="batch_mean"),
     SimNPO(fit=FIT, beta=2.5, delta=0.5),
@@ -326,7 +326,7 @@ def test_a_kept_reference_is_read_and_a_stale_one_refused(tmp_path: Path) -> Non
     (tmp_path / "other").mkdir()
     refused(second.checkpoint, domain, "computed on another model; leave 'reference' out")
     rows = {"a": domain.forget["a"][1:]}
-    refused(start, replace(domain, forget=rows), "computed on other rows")
+    refused(start, replace(domain, forget=rows), "computed on another forget set")
     refused(start, domain, "computed on another dtype", dtype=torch.bfloat16)
     config = start.tokenizer_path or start.path
     text = (config / "tokenizer_config.json").read_text(encoding="utf-8")
@@ -374,7 +374,7 @@ def test_the_frozen_states_of_the_rows_that_are_read_are_kept_and_no_others(
 ) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     fit = FIT.model_copy(update={"steps": 2})
-    removal = GradDiff(fit=fit, retain="kl").apply(start, domain, context(tmp_path / "ours"))
+    removal = GradDiff(fit=fit, retain_loss="kl").apply(start, domain, context(tmp_path / "ours"))
     assert removal.extras["teacher_cache"]["documents"] == 8  # two steps of four of sixteen rows
 
 

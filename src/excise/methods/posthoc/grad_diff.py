@@ -34,7 +34,7 @@ class GradDiff(TuningMethod):
     name: Literal["grad_diff"] = "grad_diff"
     alpha: float = 1.0
     """Weight of the retain loss."""
-    retain: Literal["nll", "kl"] = "nll"
+    retain_loss: Literal["nll", "kl"] = "nll"
     """What holds the rest: the loss on retain text, or KL(before || now) at its scored tokens."""
     fit: FitConfig = FitConfig(steps=100, lr=6e-5, batch_size=8, clip=1.0)
     """Steps, rows per step of each role, learning rate."""
@@ -48,14 +48,14 @@ class GradDiff(TuningMethod):
         {
             "fit": "language setting: 100 steps, lr 6e-5 chosen of 1e-5..8e-5",
             "alpha": "language: 1",
-            "retain": "CE there; KL is that of TOFU, locuslab/tofu@bdc209e (MIT), dataloader.py, "
+            "retain_loss": "CE there; KL is that of TOFU, locuslab/tofu@bdc209e (MIT), dataloader.py, "
             "where the mean runs over prompts and padding too; here over the scored tokens",
         },
     )
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` by descending on the difference of the two losses."""
-        if self.retain == "nll":
+        if self.retain_loss == "nll":
             terms = {"forget": (-1.0, nll), "retain": (self.alpha, nll)}
             return tune(self, start, domain, terms, ctx)
         domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))

@@ -194,12 +194,12 @@ def _read_once(model: Checkpoint, tokens: int, began: float) -> Cost:
 
 
 def _made_of(model: Checkpoint, examples: Iterable[Example], ctx: Context) -> dict[str, str]:
-    """Return what decides the numbers of a reference, under the words of the sentence about it."""
+    """Return what decides the numbers of a reference."""
     return {
-        "another tokenizer": model.tokenizer_fingerprint,
-        "another model": model.fingerprint,
-        "another dtype": str(ctx.dtype),
-        "other rows": data_fingerprint(examples),
+        "tokenizer": model.tokenizer_fingerprint,
+        "model": model.fingerprint,
+        "dtype": str(ctx.dtype),
+        "forget set": data_fingerprint(examples),
     }
 
 
@@ -215,7 +215,7 @@ def _read(file: Path, wanted: Mapping[str, str]) -> dict[str, float]:
         ) from None
     if stale:
         raise UserError(
-            f"reference: {file} was computed on {' and '.join(stale)}; leave 'reference' out to "
-            "compute it again"
+            f"reference: {file} was computed on another {' and another '.join(stale)}; leave "
+            "'reference' out to compute it again"
         )
     return nll

@@ -27,6 +27,7 @@ from results import save
 from excise.auditor.attacks import ATTACKS
 from excise.auditor.base import Subject
 from excise.auditor.budget import SMOKE, Budget
+from excise.auditor.evaluation_set import NEEDED
 from excise.auditor.residuals import ReadResiduals, reading_budget
 from excise.core.context import Context
 from excise.core.stages import Runtime

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from excise.auditor.attacks import ATTACKS
-from excise.auditor.base import Attack
+from excise.auditor.base import Attack, name_of
 from excise.auditor.budget import BUDGETS, LARGE, Budget, budget_of
-from excise.auditor.engine import name_of
 from excise.auditor.tuning import TrainingAttack
 from excise.requests.registry import parse_audit
 from excise.run.estimate import GPU_FLOPS, Pace, Plan, gib, plan

@@ -86,6 +86,86 @@ def nll(logits_BTV: Float[Tensor, "B T V"], batch: TokenBatch, *, upcast: bool =
     return _masked(token_nll(logits_BTV, batch.ids_BT, upcast=upcast), target_BT)
 
 
+def sequence_nll(
+    logits_BTV: Float[Tensor, "B T V"], batch: TokenBatch, *, upcast: bool = True
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """Return the negative log-likelihood (nats) of each row's scored tokens, and their number.
+
+    Args:
+        logits_BTV: Logits of a causal model on `batch.ids_BT`.
+        batch: Ids and which of them are scored; nothing predicts the first token of a row.
+        upcast: Whether to compute half-precision logits in float32.
+    """
+    target_BT = batch.target_BT.clone()
+    target_BT[:, 0] = False
+    nll_BT = token_nll(logits_BTV, batch.ids_BT, upcast=upcast)
+    return nll_BT.masked_fill(~target_BT, 0).sum(1), target_BT.sum(1).to(nll_BT.dtype)
+
+
+def npo(nll_B: Float[Tensor, " B"], reference_B: Float[Tensor, " B"], beta: float) -> Summed:
+    """Return -2/beta log sigmoid(beta (s - s0)), summed over sequences, and their number.
+
+    Args:
+        nll_B: Negative log-likelihood s of each sequence.
+        reference_B: The same s0 of the model before the edit.
+        beta: Inverse temperature.
+
+    Source:
+        NPO, arXiv 2404.05868.
+    """
+    return preference(nll_B - reference_B, beta)
+
+
+def simnpo(
+    nll_B: Float[Tensor, " B"], tokens_B: Float[Tensor, " B"], beta: float, delta: float = 0.0
+) -> Summed:
+    """Return -2/beta log sigmoid(beta (s / n - delta)), summed over sequences, and their number.
+
+    Args:
+        nll_B: Negative log-likelihood s of each sequence.
+        tokens_B: Number n of its scored tokens.
+        beta: Inverse temperature.
+        delta: Margin, nats per token.
+
+    Source:
+        SimNPO, arXiv 2410.07163, where the margin is called gamma.
+    """
+    return preference(nll_B / tokens_B - delta, beta)
+
+
+def dpo(
+    preferred_B: Float[Tensor, " B"],
+    rejected_B: Float[Tensor, " B"],
+    preferred_reference_B: Float[Tensor, " B"],
+    rejected_reference_B: Float[Tensor, " B"],
+    beta: float,
+) -> Summed:
+    """Return -2/beta log sigmoid(beta ((l - l0) - (w - w0))), summed over pairs, and their number.
+
+    Args:
+        preferred_B: Negative log-likelihood w of each preferred answer.
+        rejected_B: The same l of each rejected one.
+        preferred_reference_B: w0, of the model before the edit.
+        rejected_reference_B: l0, of the model before the edit.
+        beta: Inverse temperature.
+
+    Source:
+        DPO, arXiv 2305.18290, times 2 / beta as in TOFU, arXiv 2401.06121.
+    """
+    further_B = rejected_B - rejected_reference_B
+    return preference(further_B - (preferred_B - preferred_reference_B), beta)
+
+
+def preference(margin_B: Float[Tensor, " B"], beta: float) -> Summed:
+    """Return -2/beta log sigmoid(beta m), summed over margins, and their number.
+
+    Args:
+        margin_B: By how many nats each sequence is further from what is unwanted.
+        beta: Inverse temperature.
+    """
+    return -2.0 / beta * F.logsigmoid(beta * margin_B).sum(), float(len(margin_B))
+
+
 def kl_to_uniform(
     logits_BTV: Float[Tensor, "B T V"], mask_BT: Bool[Tensor, "B T"], *, upcast: bool = True
 ) -> Summed:

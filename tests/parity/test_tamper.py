@@ -20,12 +20,13 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Row
 from excise.data.stream import Batch
-from excise.methods import METHODS, SEAM, TAR, GradDiff, MaxEnt, Method
+from excise.methods import ELM, METHODS, SEAM, TAR, GradDiff, MaxEnt, Method
 from excise.methods.posthoc.tar import RandomMapping
 from excise.methods.tuning import TuningMethod, role_batches, stream
 from excise.run.estimate import DataSizes, method_line
 from excise.train.fit import FitConfig, Term, fit
 from excise.train.nearby import sharpness_aware
+from tests.matrix.test_methods import made
 from tests.parity.toy import context, toy_checkpoint, toy_domain, weights
 
 FIT = FitConfig(steps=4, lr=1e-3, batch_size=4)
@@ -128,17 +129,23 @@ def test_sam_equals_a_plain_loop(
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, kind in METHODS.items() if issubclass(kind, TuningMethod)]
+    "name",
+    [n for n, cls in METHODS.items() if issubclass(cls, TuningMethod) and not cls.no_sam],
 )
 def test_no_method_ignores_the_radius_of_sam(name: str, tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
-    plain: Any = METHODS[name].model_validate({"fit": FIT})
+    plain: Any = made(name).model_copy(update={"fit": FIT})
     moved = plain.model_copy(update={"sam": 0.5})
     one, two = (
         m.apply(start, domain, context(tmp_path / f"{i}")).checkpoint
         for i, m in enumerate((plain, moved))
     )
     assert one.fingerprint != two.fingerprint
+
+
+def test_a_loss_that_is_one_says_so() -> None:
+    with pytest.raises(ValueError, match="'sam' is not for elm: its three terms are one loss"):
+        ELM(sam=0.01)
 
 
 def test_weights_come_back_to_the_bit_from_the_worst_point(tmp_path: Path) -> None:

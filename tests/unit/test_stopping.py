@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from excise.core.context import Context
 from excise.core.errors import Diverged, UserError
+from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.methods import METHODS, RMU, GradDiff
 from excise.methods.base import PostHoc, Removal
@@ -25,11 +26,10 @@ FIT = FitConfig(steps=6, lr=3e-3, batch_size=8)
 RULE = StopRule(every=2, retain_budget=100.0)
 
 
-def edited(method: Any, root: Path, **change: Any) -> Removal:
+def edited(method: Any, root: Path, domain: Domain | None = None, **change: Any) -> Removal:
     root.mkdir()
-    removal: Removal = method.apply(
-        toy_start(root / "start"), toy_domain(), Context(root, **change)
-    )
+    start, rows = toy_start(root / "start"), domain or toy_domain()
+    removal: Removal = method.apply(start, rows, Context(root, **change))
     return removal
 
 
@@ -131,13 +131,15 @@ AFTER = [name for name, cls in METHODS.items() if issubclass(cls, PostHoc)]
 
 @pytest.mark.parametrize("name", AFTER)
 def test_methods_read_the_labels_they_are_given(name: str, tmp_path: Path) -> None:
-    from tests.matrix.test_methods import made
+    from tests.matrix.test_methods import domain_for, made
 
     from excise.testing.methods import shortened
 
     method = shortened(made(name), 3)
     noisy = method.model_copy(update={"labels": LabelNoise(missed_units=0.5)})
-    true, given = edited(method, tmp_path / "true"), edited(noisy, tmp_path / "given")
+    domain = domain_for(name)
+    true = edited(method, tmp_path / "true", domain)
+    given = edited(noisy, tmp_path / "given", domain)
     assert given.extras["labels"]["units"] == pytest.approx(0.5, abs=0.1)
     assert "labels" not in true.extras
     assert given.checkpoint.fingerprint != true.checkpoint.fingerprint

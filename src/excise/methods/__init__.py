@@ -8,13 +8,20 @@ from typing import get_args
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.undo import Undo
+from excise.methods.posthoc.altpo import AltPO
+from excise.methods.posthoc.dpo import DPO
 from excise.methods.posthoc.elm import ELM
 from excise.methods.posthoc.grad_diff import GradDiff
+from excise.methods.posthoc.gradient_ascent import GradientAscent
+from excise.methods.posthoc.idk_dpo import IdkDPO
 from excise.methods.posthoc.maxent import MaxEnt
+from excise.methods.posthoc.npo import NPO
 from excise.methods.posthoc.repselect import RepSelect
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.posthoc.seam import SEAM
+from excise.methods.posthoc.simnpo import SimNPO
 from excise.methods.posthoc.tar import TAR
+from excise.methods.posthoc.undial import UNDIAL
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
 from excise.methods.pretraining.demix import DEMix
@@ -49,7 +56,14 @@ AnyMethod = (
     | MemSinks
     | AdapterModules
     | DualAdapters
+    | GradientAscent
     | GradDiff
+    | NPO
+    | SimNPO
+    | DPO
+    | IdkDPO
+    | AltPO
+    | UNDIAL
     | MaxEnt
     | RMU
     | ELM
@@ -67,16 +81,20 @@ METHODS: Mapping[str, type[Method]] = {
 """Built-in methods by name."""
 
 __all__ = [
+    "DPO",
     "ELM",
     "ERA",
     "GRAM",
     "METHODS",
+    "NPO",
     "RMU",
     "SEAM",
     "SGTM",
     "TAR",
+    "UNDIAL",
     "AblatedPlain",
     "AdapterModules",
+    "AltPO",
     "AnyMethod",
     "Chain",
     "Cost",
@@ -87,6 +105,8 @@ __all__ = [
     "Filtering",
     "GradDiff",
     "GradDiffPretrain",
+    "GradientAscent",
+    "IdkDPO",
     "LossMasking",
     "MaxEnt",
     "MemSinks",
@@ -98,5 +118,6 @@ __all__ = [
     "Relabel",
     "Removal",
     "RepSelect",
+    "SimNPO",
     "Undo",
 ]

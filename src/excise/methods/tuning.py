@@ -1,6 +1,8 @@
 """What gradient methods share: their streams, what they train, and what they hand back.
 
 Nothing here runs a method; a method calls these in its own order.
+
+Shape legend: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,12 +11,13 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -22,8 +25,8 @@ from excise.core.context import Context
 from excise.core.errors import Diverged, NotFinite, UserError
 from excise.data.domain import Domain, Rows, all_rows
 from excise.data.labels import relabelled
-from excise.data.stream import Batch, Stream, Tokenizer, encode, zip_streams
-from excise.losses import Summed
+from excise.data.stream import Batch, Example, Stream, Tokenizer, encode, zip_streams
+from excise.losses import Summed, nll
 from excise.methods.base import Cost, Method, PostHoc, Removal
 from excise.methods.stopping import Looks, StopRule, dev_losses
 from excise.models.checkpoint import Checkpoint
@@ -56,14 +59,19 @@ class TuningMethod(PostHoc):
     """Radius of sharpness-aware unlearning (published with 0.01); 0 for none. A step reads forget
     rows twice."""
 
+    no_sam: ClassVar[str] = ""
+    """Why its loss has no forget term that could be taken elsewhere, where it has none."""
+
     @model_validator(mode="after")
     def _whole_gradients(self) -> TuningMethod:
-        """Refuse to look for components in the gradients of an adapter."""
+        """Refuse to look for what a gradient does not have."""
         if self.drop_components is not None and self.lora is not None:
             raise ValueError(
                 "'drop_components' reads gradients of whole matrices, which an adapter of rank "
                 f"{self.lora.rank} does not have; leave 'lora' out"
             )
+        if self.sam and self.no_sam:
+            raise ValueError(f"'sam' is not for {self.name}: {self.no_sam}; leave it out")
         return self
 
     @property
@@ -86,6 +94,13 @@ class TuningMethod(PostHoc):
 Terms = Mapping[str, tuple[float, Callable[[Tensor, Batch], Summed]]]
 """A loss by the role whose rows are read: each term's weight, and its sum and count given the
 logits_BTV of a batch."""
+
+NOTHING = Cost()
+"""What a method spends before its first step that prepares nothing."""
+
+
+RoleLoss = Callable[[nn.Module, Batch], Term]
+"""The loss of a model on the rows of one role."""
 
 
 def forget_rows(domain: Domain) -> Rows:
@@ -395,7 +410,7 @@ def write_edit(
     return Removal(model, tuple(sorted(different)), cost, facts, tuple(history))
 
 
-def role_batches(
+def role_streams(
     domain: Domain,
     roles: Iterable[str],
     tokenizer: Tokenizer,
@@ -403,8 +418,8 @@ def role_batches(
     ctx: Context,
     *,
     max_length: int,
-) -> Callable[[int], list[dict[str, Batch]]]:
-    """Return the batches of several roles by step: `fit.batch_size` rows of each.
+) -> dict[str, Stream]:
+    """Return a stream of each of several roles: `fit.batch_size` rows a step.
 
     Args:
         domain: Rows by role.
@@ -418,12 +433,39 @@ def role_batches(
         UserError: If `forget` is among the roles and has no row.
     """
     rows = {r: forget_rows(domain) if r == "forget" else getattr(domain, r) for r in roles}
-    return zip_streams(
-        {
-            role: stream(rows[role], tokenizer, fit, ctx, purpose=role, max_length=max_length)
-            for role in rows
-        }
-    )
+    return {
+        role: stream(rows[role], tokenizer, fit, ctx, purpose=role, max_length=max_length)
+        for role in rows
+    }
+
+
+def role_batches(
+    domain: Domain,
+    roles: Iterable[str],
+    tokenizer: Tokenizer,
+    fit: FitConfig,
+    ctx: Context,
+    *,
+    max_length: int,
+) -> Callable[[int], list[dict[str, Batch]]]:
+    """Return the batches of several roles by step; see `role_streams`."""
+    return zip_streams(role_streams(domain, roles, tokenizer, fit, ctx, max_length=max_length))
+
+
+def examples_read(stream: Stream, steps: int) -> list[Example]:
+    """Return what a stream gives over all processes in its first steps, each example once.
+
+    Args:
+        stream: A stream over one role.
+        steps: Steps of the training.
+    """
+    whole = replace(stream, rank=0, world=1)
+    return [stream.examples[i] for i in sorted({i for s in range(steps) for i in whole.indices(s)})]
+
+
+def mean_nll(weight: float) -> RoleLoss:
+    """Return the loss on scored tokens, times a weight."""
+    return lambda model, batch: Term(*nll(logits_of(model, batch), batch), weight)
 
 
 def role_counts(micro: Mapping[str, Batch]) -> dict[str, float]:
@@ -449,17 +491,66 @@ def tune(
     Returns:
         The removal, its model in `ctx.work/model`.
     """
-    model, tokenizer = start.load(dtype=ctx.dtype, device=ctx.device), start.tokenizer()
     domain, quality = relabelled(domain, method.labels, seed=ctx.seed_for("labels"))
-    batches = role_batches(domain, terms, tokenizer, method.fit, ctx, max_length=method.max_length)
+    batches = role_batches(
+        domain, terms, start.tokenizer(), method.fit, ctx, max_length=method.max_length
+    )
+
+    def term(weight: float, summed: Callable[[Tensor, Batch], Summed]) -> RoleLoss:
+        return lambda model, batch: Term(*summed(logits_of(model, batch), batch), weight)
+
+    losses = {role: term(*pair) for role, pair in terms.items()}
+    return minimise(method, start, domain, batches, losses, ctx, extras=quality)
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Float[Tensor, "B T V"]:
+    """Return a causal model's logits on a batch."""
+    logits_BTV: Tensor = model(**batch.inputs, use_cache=False).logits
+    return logits_BTV
+
+
+def minimise(
+    method: TuningMethod,
+    start: Checkpoint,
+    domain: Domain,
+    batches: Callable[[int], Sequence[Mapping[str, Batch]]],
+    losses: Mapping[str, RoleLoss],
+    ctx: Context,
+    *,
+    forget_count: Callable[[Batch], float] | None = None,
+    before: Cost = NOTHING,
+    extras: Mapping[str, Any] | None = None,
+) -> Removal:
+    """Minimise a loss by role on the weights that a method trains and write the edited checkpoint.
+
+    With `method.sam` the gradient of the forget term is taken at the worst point nearby.
+
+    Args:
+        method: Schedule, what is trained, and the name beside the progress.
+        start: What the method starts from.
+        domain: Gives `dev`, where the method has a stop rule.
+        batches: Micro-batches by step.
+        losses: The loss on the rows of each role.
+        ctx: Seed, processes, folder.
+        forget_count: What the forget term of a batch is divided by; None for its scored tokens,
+            which all others are divided by.
+        before: What was spent before the first step.
+        extras: Facts for the record.
+
+    Returns:
+        The removal, its model in `ctx.work/model`.
+    """
 
     def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
-        return {
-            role: Term(*summed(model(**batch.inputs, use_cache=False).logits, batch), weight)
-            for role, batch in micro.items()
-            for weight, summed in (terms[role],)
-        }
+        return {role: losses[role](model, batch) for role, batch in micro.items()}
 
+    def counts(micro: Mapping[str, Batch]) -> dict[str, float]:
+        by_role = role_counts(micro)
+        if forget_count is not None and "forget" in micro:
+            by_role["forget"] = forget_count(micro["forget"])
+        return by_role
+
+    model, tokenizer = start.load(dtype=ctx.dtype, device=ctx.device), start.tokenizer()
     progress = Progress(ctx, method.name, method.fit.steps)
     with tuned(model, method.modules, method.lora, ctx) as (live, parameters):
         looks = looking(
@@ -473,11 +564,12 @@ def tune(
             gradient = sharpness_aware(method.sam)
             tell_cost(method, method.fit.steps, tokens_of(batches(0)), start, ctx)
         steps = fit(
-            live, batches, loss, method.fit, ctx, groups=groups, counts=role_counts,
+            live, batches, loss, method.fit, ctx, groups=groups, counts=counts,
             state_dir=state_dir(ctx), gradient=gradient, change=method.change,
         )  # fmt: skip
-        extras = {**quality, **run_fit(steps, progress, looks)}
-        return finish(start, live, parameters, progress, ctx, lora=method.lora, extras=extras)
+        facts = {**(extras or {}), **run_fit(steps, progress, looks)}
+        removal = finish(start, live, parameters, progress, ctx, lora=method.lora, extras=facts)
+    return replace(removal, cost=before + removal.cost)
 
 
 def _save_adapter(model: Any, start: Checkpoint, folder: Path) -> None:

@@ -117,6 +117,7 @@ class ELM(TuningMethod):
     lora: LoRA | None = LoRA(rank=256, alpha=16.0)
     """The adapter that is trained; empty for the weights themselves."""
 
+    no_sam: ClassVar[str] = "its three terms are one loss over the same rows"
     paper: ClassVar[Paper] = Paper(
         "Erasing conceptual knowledge from language models",
         "arXiv:2410.02760",

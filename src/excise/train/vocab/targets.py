@@ -58,10 +58,14 @@ class HiddenTarget:
     Attributes:
         hidden_ND: Hidden states that go into its head.
         head: Its head; no gradient reaches either.
+        lowered_N: Token of each row whose logit is lowered; None for none.
+        by: By how much.
     """
 
     hidden_ND: Float[Tensor, "N D"]
     head: Head
+    lowered_N: Int[Tensor, " N"] | None = None
+    by: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -226,10 +230,12 @@ def log_probs(
     n, vocab = like_nV.shape
     low = torch.finfo(like_nV.dtype).min
     match target:
-        case HiddenTarget(hidden_ND, head):
+        case HiddenTarget(hidden_ND, head, lowered_N, by):
             z_nV = raw_logits(head, hidden_ND[rows_n].detach()).to(like_nV.dtype)
             if head.softcap is not None:
                 z_nV = z_nV.div_(head.softcap).tanh_().mul_(head.softcap)
+            if lowered_N is not None:
+                z_nV[torch.arange(n, device=z_nV.device), lowered_N[rows_n]] -= by
             if temperature != 1:
                 z_nV = z_nV.div_(temperature)
             return z_nV.log_softmax(-1)

@@ -142,7 +142,7 @@ def test_repselect_stops_before_the_budget_is_spent(tmp_path: Path) -> None:
                    purpose="x", max_length=128)(0)[0]  # fmt: skip
     p, q = (m(**batch.inputs).logits[batch.attention_BT].log_softmax(-1) for m in (first, model))
     plain = (p.exp() * (p - q)).sum(-1).mean()
-    assert float(plain) == pytest.approx(spent[2], rel=1e-3)
+    assert plain.item() == pytest.approx(spent[2], rel=1e-3)
 
 
 def test_repselect_says_what_is_wrong(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from excise.methods import ELM, METHODS, SEAM, TAR, GradDiff, MaxEnt, Method
 from excise.methods.posthoc.tar import RandomMapping
 from excise.methods.tuning import TuningMethod, role_batches, stream
 from excise.run.estimate import DataSizes, method_line
+from excise.testing import toy_start
 from excise.train.fit import FitConfig, Term, fit
 from excise.train.nearby import sharpness_aware
-from tests.matrix.test_methods import made
+from tests.matrix.test_methods import domain_for, made
 from tests.parity.toy import context, toy_checkpoint, toy_domain, weights
 
 FIT = FitConfig(steps=4, lr=1e-3, batch_size=4)
@@ -133,7 +134,7 @@ def test_sam_equals_a_plain_loop(
     [n for n, cls in METHODS.items() if issubclass(cls, TuningMethod) and not cls.no_sam],
 )
 def test_no_method_ignores_the_radius_of_sam(name: str, tmp_path: Path) -> None:
-    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    start, domain = toy_start(tmp_path / "start"), domain_for(name)
     plain: Any = made(name).model_copy(update={"fit": FIT})
     moved = plain.model_copy(update={"sam": 0.5})
     one, two = (

@@ -47,8 +47,8 @@ class GradDiff(TuningMethod):
         {
             "fit": "language setting: 100 steps, lr 6e-5 chosen of 1e-5..8e-5",
             "alpha": "language: 1",
-            "retain_loss": "CE there; KL is that of TOFU, locuslab/tofu@bdc209e (MIT), dataloader.py: "
-            "where the mean runs over prompts and padding too; here over the scored tokens",
+            "retain_loss": "CE there; KL is that of TOFU, locuslab/tofu@bdc209e (MIT), "
+            "dataloader.py, whose mean runs over prompts and padding too; here over scored tokens",
         },
     )
 

@@ -100,6 +100,8 @@ class Method(Config, ABC):
     paper: ClassVar[Paper]
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    whole_batch: ClassVar[str] = ""
+    """Why cutting a batch into micro-batches gives another model, where it does."""
 
     @abstractmethod
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:

@@ -145,6 +145,7 @@ def fit(
     state_dir: Path | None = None,
     rates: Mapping[str, float] | None = None,
     writes: Callable[[M], Iterable[str]] | None = None,
+    together: int = 1,
 ) -> Iterator[StepRecord]:
     """Train `model` in place, yielding after every step.
 
@@ -168,6 +169,8 @@ def fit(
         rates: Learning rate by group, in place of `config.lr`.
         writes: Groups that a micro-batch may write. A group that none of a step's micro-batches
             writes, in any process, is not stepped: weights and optimizer state keep their bits.
+        together: Steps that hang together, such as those against one adversary: a state is kept
+            only where a group of so many begins.
 
     Yields:
         One record per step. The caller may stop at any of them; the state is saved then.
@@ -179,7 +182,7 @@ def fit(
     """
     check_processes(ctx)
     trained = _make_groups(model, groups, config, rates or {})
-    run = _Run(model, trained, config, ctx, state_dir)
+    run = _Run(model, trained, config, ctx, state_dir, together)
     with _training_only(model, trained):
         yield from run.resume()
         try:
@@ -269,8 +272,10 @@ class _Run:
         config: FitConfig,
         ctx: Context,
         folder: Path | None,
+        together: int,
     ) -> None:
         self.groups, self.config, self.ctx, self.folder = groups, config, ctx, folder
+        self.together = together
         self.buffers = buffers_of(model)
         quiet = config.model_copy(update={"save_every": 0, "log_every": 1})
         self.run_id = {
@@ -376,8 +381,10 @@ class _Run:
             self.ctx.emit("step", facts | {"loss": record.loss, "terms": record.terms})
 
     def save(self, *, finished: bool = False) -> None:
-        """Write the state unless it is on disk or the weights are in the middle of a step."""
+        """Write the state unless it is on disk or in the middle of a step or of several."""
         if self.folder is None or self.ctx.rank or not self.between_steps:
+            return
+        if self.cursor % self.together and not finished:
             return
         if self.cursor > self.saved or not any(self.folder.glob("step-*")):
             save_state(

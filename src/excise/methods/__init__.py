@@ -8,9 +8,12 @@ from typing import get_args
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.undo import Undo
+from excise.methods.posthoc.circuit_breakers import CircuitBreakers
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
+from excise.methods.posthoc.repnoise import RepNoise
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.posthoc.rmu_lat import RMULAT
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
 from excise.methods.pretraining.demix import DEMix
@@ -48,6 +51,9 @@ AnyMethod = (
     | GradDiff
     | MaxEnt
     | RMU
+    | RMULAT
+    | CircuitBreakers
+    | RepNoise
     | Undo
     | Chain
 )
@@ -63,11 +69,13 @@ __all__ = [
     "GRAM",
     "METHODS",
     "RMU",
+    "RMULAT",
     "SGTM",
     "AblatedPlain",
     "AdapterModules",
     "AnyMethod",
     "Chain",
+    "CircuitBreakers",
     "Cost",
     "DEMix",
     "DualAdapters",
@@ -86,5 +94,6 @@ __all__ = [
     "Propagate",
     "Relabel",
     "Removal",
+    "RepNoise",
     "Undo",
 ]

@@ -262,9 +262,7 @@ def displacement(
     return _masked(apart_BTD.norm(dim=-1), mask_BT)
 
 
-def not_p(
-    logits_BTV: Float[Tensor, "B T V"], batch: TokenBatch, *, floor: float = -5.0
-) -> Summed:
+def not_p(logits_BTV: Float[Tensor, "B T V"], batch: TokenBatch, *, floor: float = -5.0) -> Summed:
     """Return the summed `-log(1 - p)` of the batch's scored tokens, and their number.
 
     Args:

@@ -60,6 +60,7 @@ def record_rr(module: Any, folder: Path) -> list[dict[str, Any]]:
     seed = Context(work=folder).seed_for("lora")
     with adapted(model, settings["lora"], seed=seed) as live:
         trained = [p for p in live.parameters() if p.requires_grad]
+        given.stir(trained)
         optimizer = torch.optim.AdamW(trained, lr=settings["fit"].lr, weight_decay=0.0)
         trainer = types.SimpleNamespace(current_training_step=0)
         trainer.get_training_progress = lambda: trainer.current_training_step / 300
@@ -149,13 +150,13 @@ def record_lat(module: Any, folder: Path) -> list[dict[str, Any]]:
                 out.append({"loss": loss, "parameters": given.sums(params)})
             return done
 
-    controls = iter([given.control(turn) for turn in range(turns)])
+    controls = [given.control(turn) for turn in range(turns)]
     adversary = module.GDAdversary
     with (
-        mock.patch.object(torch, "rand", lambda *_, **__: next(controls)),
+        mock.patch.object(torch, "rand", side_effect=controls),
         mock.patch.object(torch.nn.functional, "mse_loss", mse),
         mock.patch.object(torch.optim, "AdamW", Recorded),
-        mock.patch.object(builtins, "breakpoint", lambda: None),
+        mock.patch.object(builtins, "breakpoint"),
         mock.patch.object(
             module, "GDAdversary", lambda dim, **named: adversary(dim=32, **named)
         ),
@@ -189,7 +190,8 @@ def main() -> None:
     forge(
         "deepspeed", "deepspeed.runtime", "deepspeed.runtime.zero",
         "deepspeed.runtime.zero.partition_parameters", "cb_train_dataset", "utils", "args",
-        "wandb", "dotenv", "einops", "latent_at.lat_datasets", "tasks", "tasks.general_capabilities", "tasks.wmdp",
+        "wandb", "dotenv", "einops", "latent_at.lat_datasets",
+        "tasks", "tasks.general_capabilities", "tasks.wmdp",
         "tasks.general_capabilities.multiple_choice_tasks", "tasks.wmdp.WMDP_MCTask",
     )  # fmt: skip
     sys.path[:0] = [str(options.rr), str(options.repnoise), str(options.lat)]

@@ -79,6 +79,14 @@ def _batch(ids_BT: Tensor, attention_BT: Tensor, *, first: int) -> Batch:
     return Batch(ids_BT, attention_BT, target_BT, torch.zeros_like(ids_BT), ("",) * len(ids_BT))
 
 
+def stir(parameters: Iterable[Tensor]) -> None:
+    """Move an adapter away from no change, where RR's gradient is nothing but rounding."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
 def noise(step: int, layer: int, shape: Sequence[int]) -> Tensor:
     """Return the noise that a layer's scored tokens were compared with."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(100 * step + layer))

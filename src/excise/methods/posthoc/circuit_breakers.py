@@ -6,7 +6,9 @@
         AdamW step of the adapter on c_s reroute + c_r retain
 
 with h the output of a block, h0 the same with the adapter off. Blocks above the last layer are
-never loaded.
+never loaded. An adapter begins as no change, where a cosine of 1 and a distance of 0 have no
+gradient: the direction of the first step is that of rounding, here as in the release, so that two
+machines, or two sides of padding, part ways at once.
 
 Source:
     arXiv 2406.04313, algorithm 1 and appendix; GraySwanAI/circuit-breakers (MIT),
@@ -66,6 +68,7 @@ class CircuitBreakers(Method):
     lora: LoRA = LoRA(rank=16, alpha=16.0, dropout=0.05)
     """The adapter; off, it is the frozen model. Its dropout is on in trained passes."""
 
+    whole_batch: ClassVar[str] = "both terms begin without gradient, so rounding sets out the path"
     paper: ClassVar[Paper] = Paper(
         "Improving alignment and robustness with circuit breakers",
         "arXiv:2406.04313",

@@ -111,9 +111,7 @@ class RepNoise(TuningMethod):
             total, count = self.nll(depths, head, forget)
             if self.as_published:  # one more than there are states to divide by
                 count *= (len(depths) - 1) / len(depths)
-            noise = torch.stack(
-                [to_noise(inside[path][-1], forget.target_BT) for path in outputs]
-            ).mean()
+            noise = torch.stack([to_noise(inside[path][-1], forget) for path in outputs]).mean()
             kept = self.nll([final_hidden(live, retain.inputs)], head, retain)
             return {
                 "retain": Term(*kept),
@@ -160,13 +158,18 @@ class RepNoise(TuningMethod):
         return total + unlearned * math.log(head.vocab), float(counted_BT.sum()) * len(depths)
 
 
-def to_noise(hidden_BTD: Hidden, mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
+def to_noise(hidden_BTD: Hidden, batch: Batch) -> Float[Tensor, ""]:
     """Return the MMD of rows to rows of Gaussian noise, drawn from the generator of the step.
+
+    Token t of a row lies on token t of the others, whichever side is padded.
 
     Args:
         hidden_BTD: What a block's MLP puts out.
-        mask_BT: Tokens that count; the others are zero in both.
+        batch: Says which tokens are scored; the others are zero in rows and noise.
     """
-    noise_BTD = torch.zeros_like(hidden_BTD)
-    noise_BTD[mask_BT] = torch.randn_like(hidden_BTD[mask_BT])
-    return mmd((hidden_BTD * mask_BT[..., None]).flatten(1), noise_BTD.flatten(1))
+    at_BT = batch.attention_BT.int().argsort(dim=1, descending=True, stable=True)
+    mask_BT = batch.target_BT.gather(1, at_BT)
+    rows_BTD = hidden_BTD.gather(1, at_BT[..., None].expand_as(hidden_BTD))
+    noise_BTD = torch.zeros_like(rows_BTD)
+    noise_BTD[mask_BT] = torch.randn_like(rows_BTD[mask_BT])
+    return mmd((rows_BTD * mask_BT[..., None]).flatten(1), noise_BTD.flatten(1))

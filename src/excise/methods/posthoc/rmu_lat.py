@@ -208,7 +208,7 @@ class RMULAT(Method):
         An adversary's step runs what lies above it forward and, for activations alone, backward.
         """
         lower = (*targets.parts.blocks[: below + 1], targets.parts.embed)
-        above = sum(
+        above: int = sum(
             p.numel()
             for name, p in start.layout.model.named_parameters()
             if not any(name.startswith(path + ".") for path in lower)
@@ -302,9 +302,7 @@ class Game:
         optimizer = torch.optim.AdamW([delta_BPD], lr=self.method.attack_lr)
         for _ in range(self.method.attack_steps):
             towards_BTD, away_BTD = (
-                self.norm(
-                    self.run((calls, shifted(h_BTD, delta_BPD, batch, forget)), above, end)
-                )
+                self.norm(self.run((calls, shifted(h_BTD, delta_BPD, batch, forget)), above, end))
                 for batch, (calls, h_BTD) in zip((forget, retain), streams, strict=True)
             )
             likely, scored = chunked_nll(towards_BTD.flatten(0, 1), self.head, next_tokens(forget))

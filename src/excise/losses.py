@@ -298,3 +298,95 @@ def rmu_retain(
         the mean runs over tokens and the hidden axis, and alpha weighs this term alone.
     """
     return _squared(hidden_BTD, frozen_BTD.detach(), mask_BT, upcast)
+
+
+def reroute(
+    hidden_BTD: Float[Tensor, "B T D"],
+    frozen_BTD: Float[Tensor, "B T D"],
+    mask_BT: Bool[Tensor, "B T"],
+) -> Summed:
+    """Return the summed positive part of the cosine to frozen activations, and the tokens.
+
+    Args:
+        hidden_BTD: Output of a block.
+        frozen_BTD: The same of the frozen start; it receives no gradient.
+        mask_BT: Which tokens count.
+
+    Source:
+        Circuit breakers, arXiv 2406.04313, `relu(cosine_sim(rep_M, rep_cb))`.
+    """
+    cosine_BT = F.cosine_similarity(
+        _wide(hidden_BTD, upcast=True), _wide(frozen_BTD.detach(), upcast=True), dim=-1
+    )
+    return _masked(cosine_BT.relu(), mask_BT)
+
+
+def displacement(
+    hidden_BTD: Float[Tensor, "B T D"],
+    frozen_BTD: Float[Tensor, "B T D"],
+    mask_BT: Bool[Tensor, "B T"],
+) -> Summed:
+    """Return the summed L2 distance of each token to frozen activations, and the tokens.
+
+    Unlike `rmu_retain` it is not squared, so that its gradient does not fade near the goal.
+
+    Args:
+        hidden_BTD: Output of a block.
+        frozen_BTD: The same of the frozen start; it receives no gradient.
+        mask_BT: Which tokens count.
+
+    Source:
+        Circuit breakers, arXiv 2406.04313, `||rep_M - rep_cb||_2`.
+    """
+    apart_BTD = _wide(hidden_BTD, upcast=True) - _wide(frozen_BTD.detach(), upcast=True)
+    return _masked(apart_BTD.norm(dim=-1), mask_BT)
+
+
+def not_p(logits_BTV: Float[Tensor, "B T V"], batch: TokenBatch, *, floor: float = -5.0) -> Summed:
+    """Return the summed `-log(1 - p)` of the batch's scored tokens, and their number.
+
+    Args:
+        logits_BTV: Logits of a causal model on `batch.ids_BT`.
+        batch: Ids and which of them are scored.
+        floor: Tokens with a smaller log p are unlikely enough and give 0; they are counted.
+
+    Source:
+        HarmBench's `log_1_minus_p_loss`, threshold -5, as in aengusl/latent-adversarial-training
+        (MIT), latent_at/utils.py.
+    """
+    z_BTV = _wide(logits_BTV[:, :-1], upcast=True)
+    ids_BT1 = batch.ids_BT[:, 1:, None]
+    all_BT = z_BTV.logsumexp(-1)
+    logp_BT = z_BTV.gather(-1, ids_BT1).squeeze(-1) - all_BT
+    others_BT = z_BTV.scatter(-1, ids_BT1, float("-inf")).logsumexp(-1)
+    loss_BT = (all_BT - others_BT).masked_fill(logp_BT < floor, 0)
+    return _masked(loss_BT, batch.target_BT[:, 1:])
+
+
+def mmd(
+    one_ND: Float[Tensor, "N D"], two_ND: Float[Tensor, "N D"], *, kernels: int = 5
+) -> Float[Tensor, ""]:
+    """Return the squared maximum mean discrepancy of two sets of equally many points.
+
+    The kernel is a sum of Gaussians whose widths double, centred on the mean squared distance of
+    all points. A mean over pairs: it is not the mean of what parts of a batch give.
+
+    Args:
+        one_ND: Points.
+        two_ND: As many others.
+        kernels: Number of Gaussians.
+
+    Source:
+        RepNoise, arXiv 2405.14577; domenicrosati/representation-noising@a1c3298 (Apache-2.0),
+        representation_noising/loss.py. Distances are formed from products, so that nothing of
+        size N x N x D exists.
+    """
+    count = len(one_ND)
+    all_ND = torch.cat([_wide(one_ND, upcast=True), _wide(two_ND, upcast=True)])
+    gram_NN = all_ND @ all_ND.T
+    square_N = gram_NN.diagonal()
+    apart_NN = (square_N[:, None] + square_N[None] - 2 * gram_NN).clamp(min=0)
+    width = apart_NN.detach().sum() / (4 * count**2 - 2 * count) / 2 ** (kernels // 2)
+    alike_NN = torch.stack([(-apart_NN / (width * 2**i)).exp() for i in range(kernels)]).sum(0)
+    within = alike_NN[:count, :count] + alike_NN[count:, count:]
+    return (within - 2 * alike_NN[:count, count:]).mean()

@@ -47,6 +47,9 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "fit": FitConfig(lr=1e-3, warmup=0, optimizer="schedule_free"),
     },
     "seam": {"fit": FitConfig(lr=1e-4)},
+    "rmu_lat": {"layer": 2, "per_attack": 2, "attack_steps": 3},
+    # Dropout is drawn by place, so that the padding side would matter.
+    "circuit_breakers": {"layers": (0, 1), "lora": LoRA(rank=4)},
     "memsinks": {"sinks": 2, "active": 1},
     "moefy": {"rounds": 2, "dense_share": 0.5, "read_rows": 8},
     "altpo": {"new_tokens": 4, "answers": 2},
@@ -64,6 +67,9 @@ SIMILAR = frozenset(
     }
 )  # fmt: skip
 """Methods that see a model only through what others are checked with: two families will do."""
+
+CHAOTIC = frozenset({"circuit_breakers"})
+"""Methods whose first gradient is rounding; `tests/parity` holds what they minimise instead."""
 
 PAIRS = [(n, f) for n in METHODS for f in FAMILIES if n not in SIMILAR or f in ("llama", "gpt2")]
 MORE = [(n, f) for n in METHODS for f in FAMILIES if (n, f) not in PAIRS]
@@ -97,7 +103,9 @@ def test_every_method_keeps_the_contract(name: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", ["grad_diff", "rmu", "npo", "dpo", "undial"])
+@pytest.mark.parametrize(
+    "name", ["grad_diff", "rmu", "npo", "dpo", "undial", "rmu_lat", "repnoise"]
+)
 def test_methods_keep_the_contract_with_an_adapter(name: str, family: str) -> None:
     method = made(name).model_copy(update={"lora": LoRA(rank=2, output="adapter")})
     check_method(method, families=(family,), steps=3, domain=domain_for(name))
@@ -119,7 +127,7 @@ def test_every_method_keeps_the_contract_on_the_other_families(name: str, family
     check_method(made(name), families=(family,), steps=3, domain=domain_for(name))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in CHAOTIC])
 def test_padding_on_the_left_changes_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -308,3 +308,22 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path) -> None:
     assert all(r.replayed for r in records)
     assert _facts(records) == _facts(expected)
     _same(survivor, whole)
+
+
+def test_no_state_is_kept_between_steps_that_hang_together(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"steps": 10, "save_every": 1})
+
+    def steps(model: nn.Module) -> Any:
+        ctx = Context(work=Path("unused"), seed=3)
+        return fit(
+            model, lambda s: [s], _loss, config, ctx, state_dir=tmp_path / "state", together=4
+        )
+
+    for record in itertools.islice(steps(_model()), 7):
+        assert not record.replayed
+    again, whole = _model(), _model()
+    replayed = [record.replayed for record in steps(again)]
+    assert replayed == [True] * 4 + [False] * 6
+    for _ in fit(whole, lambda s: [s], _loss, config, Context(work=Path("unused"), seed=3)):
+        pass
+    _same(again, whole)

@@ -9,6 +9,7 @@ from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.altpo import AltPO
+from excise.methods.posthoc.circuit_breakers import CircuitBreakers
 from excise.methods.posthoc.dpo import DPO
 from excise.methods.posthoc.elm import ELM
 from excise.methods.posthoc.grad_diff import GradDiff
@@ -16,8 +17,10 @@ from excise.methods.posthoc.gradient_ascent import GradientAscent
 from excise.methods.posthoc.idk_dpo import IdkDPO
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.npo import NPO
+from excise.methods.posthoc.repnoise import RepNoise
 from excise.methods.posthoc.repselect import RepSelect
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.posthoc.rmu_lat import RMULAT
 from excise.methods.posthoc.seam import SEAM
 from excise.methods.posthoc.simnpo import SimNPO
 from excise.methods.posthoc.tar import TAR
@@ -70,6 +73,9 @@ AnyMethod = (
     | RepSelect
     | TAR
     | SEAM
+    | RMULAT
+    | CircuitBreakers
+    | RepNoise
     | Undo
     | Chain
 )
@@ -88,6 +94,7 @@ __all__ = [
     "METHODS",
     "NPO",
     "RMU",
+    "RMULAT",
     "SEAM",
     "SGTM",
     "TAR",
@@ -97,6 +104,7 @@ __all__ = [
     "AltPO",
     "AnyMethod",
     "Chain",
+    "CircuitBreakers",
     "Cost",
     "DEMix",
     "DualAdapters",
@@ -117,6 +125,7 @@ __all__ = [
     "Propagate",
     "Relabel",
     "Removal",
+    "RepNoise",
     "RepSelect",
     "SimNPO",
     "Undo",

@@ -103,6 +103,8 @@ class Method(Config, ABC):
     paper: ClassVar[Paper]
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    whole_batch: ClassVar[str] = ""
+    """Why cutting a batch into micro-batches gives another model, where it does."""
 
     @property
     def step_cost(self) -> float:

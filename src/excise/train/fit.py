@@ -148,6 +148,7 @@ def fit(
     writes: Callable[[M], Iterable[str]] | None = None,
     change: Callable[[Tensor, int], Tensor] | None = None,
     gradient: Callable[[Passes[M]], Losses] | None = None,
+    together: int = 1,
 ) -> Generator[StepRecord]:
     """Train `model` in place, yielding after every step.
 
@@ -175,6 +176,8 @@ def fit(
             gradient, whole and summed over processes, before clipping, and a seed of its own.
         gradient: Leaves the gradient of a step in the weights, where that takes more than one
             pass forward and back; see `Passes`. It must be a function of the step and the weights.
+        together: Steps that hang together, such as those against one adversary: a state is kept
+            only where a group of so many begins.
 
     Yields:
         One record per step. The caller may stop at any of them; the state is saved then.
@@ -186,7 +189,7 @@ def fit(
     """
     check_processes(ctx)
     trained = _make_groups(model, groups, config, rates or {})
-    run = _Run(model, trained, config, ctx, state_dir)
+    run = _Run(model, trained, config, ctx, state_dir, together)
     with _training_only(model, trained):
         yield from run.resume()
         try:
@@ -287,8 +290,10 @@ class _Run:
         config: FitConfig,
         ctx: Context,
         folder: Path | None,
+        together: int,
     ) -> None:
         self.groups, self.config, self.ctx, self.folder = groups, config, ctx, folder
+        self.together = together
         self.buffers = buffers_of(model)
         quiet = config.model_copy(update={"save_every": 0, "log_every": 1})
         self.run_id = {
@@ -394,8 +399,10 @@ class _Run:
             self.ctx.emit("step", facts | {"loss": record.loss, "terms": record.terms})
 
     def save(self, *, finished: bool = False) -> None:
-        """Write the state unless it is on disk or the weights are in the middle of a step."""
+        """Write the state unless it is on disk or in the middle of a step or of several."""
         if self.folder is None or self.ctx.rank or not self.between_steps:
+            return
+        if self.cursor % self.together and not finished:
             return
         if self.cursor > self.saved or not any(self.folder.glob("step-*")):
             save_state(

@@ -11,7 +11,7 @@ down-projections of the MLPs of blocks layer - 2 to layer.
 
 Source:
     arXiv 2403.03218, section 4; centerforaisafety/wmdp@bc5e1ba (MIT), rmu/unlearn.py. Adaptive
-    RMU: arXiv 2408.06223.
+    RMU: arXiv 2408.06223. Thinking traces: arXiv 2506.12963, in `traces`.
 
 Shape legend: B rows, T tokens, D residual width.
 """
@@ -60,6 +60,7 @@ from excise.methods.posthoc.rmu.topics import (
     read_control_vectors,
     topics_of,
 )
+from excise.methods.posthoc.rmu.traces import Traces
 from excise.methods.stopping import Looks, StopRule, dev_losses
 from excise.methods.tuning import (
     Progress,
@@ -80,6 +81,8 @@ from excise.train.fit import FitConfig, Term, fit
 __all__ = ["RMU", "RMUSweep"]
 
 CONTROLS = "control_vectors.safetensors"
+TRACE, COT = "trace of forget", "trace of retain"
+"""Terms of thinking traces, and their batches in a micro-batch, where topics have names too."""
 
 PUBLISHED: Mapping[str, Any] = {
     "masked": False,
@@ -146,6 +149,8 @@ class RMU(PostHoc):
     """Train an adapter instead; the frozen model is the adapter switched off."""
     stop: StopRule | None = None
     """Look at `dev` on the way and keep the best step; missing for the last step."""
+    traces: Traces | None = None
+    """R2MU: steer thinking traces of forget rows too, and pin those of retain rows."""
     sweep: RMUSweep | None = None
     """Try several layers, norms and weights in one run and keep the best on `dev`."""
     keep: Literal["model", "delta"] = "model"
@@ -154,7 +159,7 @@ class RMU(PostHoc):
     version: ClassVar[int] = 2
     paper: ClassVar[Paper] = Paper(
         "The WMDP benchmark: measuring and reducing malicious use with unlearning",
-        "arXiv:2403.03218 (adaptive: arXiv:2408.06223)",
+        "arXiv:2403.03218 (adaptive: arXiv:2408.06223; traces: arXiv:2506.12963)",
         "section 4, L = L_forget + alpha L_retain",
         "centerforaisafety/wmdp@bc5e1ba (MIT)",
         {
@@ -162,6 +167,9 @@ class RMU(PostHoc):
             "steering": "rmu/unlearn.py --steering_coeff_list 20",
             "alpha": "rmu/unlearn.py --alpha 100",
             "fit": "rmu/unlearn.py: lr 5e-5, batch 4, 80 batches; transformers' AdamW",
+            "traces": "OPTML-Group/Unlearn-R2MU@dc2d6c5, unlearn_r2mu.py: both weights 1, 100 and "
+            "150 tokens, the prefix; run.sh has steering 6.5, alpha 1.4, lr 7.5e-5, 500 batches "
+            "and torch's AdamW",
         },
     )
 
@@ -265,8 +273,10 @@ class RMU(PostHoc):
             UserError: If a role has no row of more than `min_chars` characters.
         """
 
-        def batches_of(rows: Rows, purpose: str, length: int) -> Callable[[int], list[Batch]]:
-            long = tuple(r for r in rows if not r.text or len(r.text) > self.min_chars)
+        def batches_of(
+            rows: Rows, purpose: str, length: int, shortest: int = self.min_chars
+        ) -> Callable[[int], list[Batch]]:
+            long = tuple(r for r in rows if not r.text or len(r.text) > shortest)
             if not long:
                 raise UserError(
                     f"rmu: no row of {purpose} has more than {self.min_chars} characters; "
@@ -295,7 +305,27 @@ class RMU(PostHoc):
             pairs = zip(forget[topic](turn), retain(turn), strict=True)
             return [{topic: f, "retain": r} for f, r in pairs]
 
-        return batches
+        if self.traces is None:
+            return batches
+        length = self.max_length
+        trace = {
+            t: batches_of(
+                self.traces.forget(domain.forget[t], tokenizer, t), f"trace.{t}", length, shortest=0
+            )
+            for t in topics
+        }
+        kept = self.traces.retain(domain.retain)
+        cot = batches_of(kept, "cot", self.traces.retain_max_length, shortest=0)
+
+        def with_traces(step: int) -> list[dict[str, Batch]]:
+            turn, which = divmod(step, len(topics))
+            more = zip(trace[topics[which]](turn), cot(turn), strict=True)
+            return [
+                {**micro, TRACE: t, COT: c}
+                for micro, (t, c) in zip(batches(step), more, strict=True)
+            ]
+
+        return with_traces
 
     def control_vectors(
         self,
@@ -370,7 +400,8 @@ class RMU(PostHoc):
         def counts(micro: Mapping[str, Batch]) -> dict[str, float]:
             topic = _topic(micro)
             width = next(iter(controls.values())).numel()
-            pairs = (("forget", micro[topic]), ("retain", micro["retain"]))
+            pairs = [("forget", micro[topic]), ("retain", micro["retain"])]
+            pairs += [(term, micro[term]) for term in (TRACE, COT) if term in micro]
             if not self.masked and self.fit.micro_size == 0:
                 return {term: 1.0 for term, _ in pairs}
             return {term: float(self.mask(batch).sum()) * width for term, batch in pairs}
@@ -388,7 +419,7 @@ class RMU(PostHoc):
         controls: Mapping[str, Float[Tensor, " D"]],
         alpha: Mapping[str, float],
     ) -> dict[str, Term]:
-        """Return both terms of the loss of one micro-batch.
+        """Return the terms of the loss of one micro-batch, two and with traces four.
 
         L = mean |h(forget) - c u|^2 + alpha mean |h(retain) - h_original(retain)|^2 over tokens
         and the residual width, h being the output of the steered block.
@@ -409,7 +440,15 @@ class RMU(PostHoc):
         control_D = controls[topic].to(hidden_BTD)
         forget_term = self.distance(hidden_BTD, control_D, forget)
         retain_term = self.distance(engine.current(retain), original_BTD, retain)
-        return {"forget": Term(*forget_term), "retain": Term(*retain_term, alpha[topic])}
+        terms = {"forget": Term(*forget_term), "retain": Term(*retain_term, alpha[topic])}
+        if self.traces is not None:
+            trace, cot = micro[TRACE], micro[COT]
+            drawn = self.distance(engine.current(trace), control_D, trace)
+            original_BTD = engine.original(cot)
+            pinned = self.distance(engine.current(cot), original_BTD, cot)
+            terms[TRACE] = Term(*drawn, self.traces.weight)
+            terms[COT] = Term(*pinned, self.traces.retain_weight)
+        return terms
 
     def distance(
         self, hidden_BTD: Float[Tensor, "B T D"], goal: Tensor, batch: Batch

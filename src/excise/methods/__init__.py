@@ -8,9 +8,13 @@ from typing import get_args
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.undo import Undo
+from excise.methods.posthoc.checkpoint_transfer import CheckpointTransfer
+from excise.methods.posthoc.direction import Direction
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
+from excise.methods.posthoc.refusal import Refusal
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.posthoc.task_vector import TaskVector
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
 from excise.methods.pretraining.demix import DEMix
@@ -48,6 +52,10 @@ AnyMethod = (
     | GradDiff
     | MaxEnt
     | RMU
+    | TaskVector
+    | Direction
+    | Refusal
+    | CheckpointTransfer
     | Undo
     | Chain
 )
@@ -68,8 +76,10 @@ __all__ = [
     "AdapterModules",
     "AnyMethod",
     "Chain",
+    "CheckpointTransfer",
     "Cost",
     "DEMix",
+    "Direction",
     "DualAdapters",
     "ERAAfter",
     "FilterLoRA",
@@ -84,7 +94,9 @@ __all__ = [
     "Paper",
     "Plain",
     "Propagate",
+    "Refusal",
     "Relabel",
     "Removal",
+    "TaskVector",
     "Undo",
 ]

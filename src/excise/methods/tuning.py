@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -236,21 +235,34 @@ def looking(
     return Looks(rule, losses, parameters, steps, ctx)
 
 
-def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return how many entries of the trained tensors changed, and how far, as they are stored.
+def moved(
+    start: Checkpoint, trained: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return which trained tensors changed, as they are stored, and how many entries how far.
 
-    Rounding in half precision can swallow an update whole; the share says so.
+    Rounding in half precision can swallow an update whole; the share says so. The start is read
+    one tensor at a time.
 
     Args:
-        before: Tensors by name before training, in the dtype they are stored in.
-        after: The same names after.
+        start: What was trained.
+        trained: Trained tensors by name, in any dtype, on any device.
+
+    Returns:
+        The tensors that differ, in the dtype they are stored in, and facts about all.
     """
-    after = {name: after[name].to(before[name].dtype) for name in before}
-    count = sum(t.numel() for t in before.values())
-    changed = sum(int((before[n] != after[n]).sum()) for n in before)
-    square = sum(float((after[n].double() - before[n].double()).square().sum()) for n in before)
-    return {
-        "trained_tensors": sorted(before),
+    different: dict[str, Tensor] = {}
+    count = changed = 0
+    square = 0.0
+    for name in sorted(trained):
+        before = start.weights_of([name])[name]
+        after = trained[name].to("cpu", before.dtype)
+        entries = int((after != before).sum())
+        if entries:
+            different[name] = after
+            square += float((after.double() - before.double()).square().sum())
+        count, changed = count + before.numel(), changed + entries
+    return different, {
+        "trained_tensors": sorted(trained),
         "trained_entries": count,
         "share_moved": changed / max(1, count),
         "distance": square**0.5,
@@ -320,9 +332,7 @@ def write_edit(
         cost: What the edit took.
         history: Its log.
     """
-    before = start.weights_of(list(changed))
-    changed = {name: tensor.to("cpu", before[name].dtype) for name, tensor in changed.items()}
-    different = {n: t for n, t in changed.items() if not torch.equal(t, before[n])}
+    different, facts = moved(start, changed)
     to = ctx.work / "model"
     if ctx.rank == 0:
         if to.exists():
@@ -330,8 +340,7 @@ def write_edit(
         start.write(different, to)
     barrier(ctx)
     model = Checkpoint(to, trust_remote_code=start.trust_remote_code)
-    facts = {**extras, **moved(before, changed)}
-    return Removal(model, tuple(sorted(different)), cost, facts, tuple(history))
+    return Removal(model, tuple(different), cost, {**extras, **facts}, tuple(history))
 
 
 def role_batches(

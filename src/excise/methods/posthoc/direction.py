@@ -331,12 +331,13 @@ def cleared(weight: Tensor, u_D: Float[Tensor, " D"], axis: int) -> Tensor:
         dtype of the weight first, where this is computed in float32.
     """
     rows = weight.float().movedim(axis, -1)
-    out: Tensor = rows - (rows @ u_D)[..., None] * u_D
-    return out.movedim(-1, axis).to(weight.dtype).contiguous()
+    rows = rows - (rows @ u_D)[..., None] * u_D
+    return rows.movedim(-1, axis).to(weight.dtype).contiguous()
 
 
 def _unit(vector_D: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-    return vector_D / vector_D.norm().clamp(min=1e-30)
+    unit_D: Tensor = vector_D / vector_D.norm().clamp(min=1e-30)
+    return unit_D
 
 
 def _tokens(batches: Sequence[Batch]) -> int:

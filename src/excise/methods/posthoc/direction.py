@@ -126,16 +126,15 @@ class Direction(PostHoc):
                 "they the same rows?"
             )
         r_D = _unit(raw_LD[layer]).float().cpu()
-        gains = {w.norm: _gain(model, w.norm, parts.d_model) for w in writes if w.norm}
+        along = seen_by(writes, model, r_D)
         del model  # the weights are read one by one from here on
 
         # W <- W - r r^T W
         changed: dict[str, Tensor] = {}
         for write in writes:
-            u_D = _unit(r_D * gains[write.norm]) if write.norm else r_D
             for name, axis in write.parameters.items():
                 own = start.own_name(name)
-                changed[own] = cleared(start.weights_of([own])[own], u_D, axis)
+                changed[own] = cleared(start.weights_of([own])[own], along[write.point], axis)
         if ctx.rank == 0:
             save_file({"direction": r_D}, str(ctx.work / FILE))
         facts |= {
@@ -207,8 +206,8 @@ class Direction(PostHoc):
     ) -> tuple[int, list[dict[str, float]], int]:
         """Return the block whose direction is best to clear, what each block gave, tokens read.
 
-        The model is run with what every part adds to the stream cleared, which is what clearing
-        its weights does.
+        The model is run with what every matrix puts out cleared, which is what clearing the matrix
+        does; a tied head is cleared by what goes into it.
 
         Raises:
             UserError: If `dev` is empty, or every direction moves retain text too far.
@@ -224,16 +223,16 @@ class Direction(PostHoc):
         original = [final_hidden(model, batch.inputs).flatten(0, 1) for batch in retain]
         table: list[dict[str, float]] = []
         for layer in range(max(1, int(DEPTH * parts.num_blocks) - 1)):
-            r_D = _unit(raw_LD[layer]).to(original[0])
+            r_D = _unit(raw_LD[layer]).float().cpu()
+            along = seen_by(writes, model, r_D)
+            edits = {point: _clearing(u_D.to(original[0])) for point, u_D in along.items()}
+            head_edit = _clearing(r_D.to(original[0]))
 
-            def clear(x: Tensor, r_D: Tensor = r_D) -> Tensor:
-                return x - (x @ r_D)[..., None] * r_D
-
-            def read(batch: Batch, clear: Edit = clear) -> Float[Tensor, "N D"]:
+            def read(batch: Batch, head_edit: Edit = head_edit) -> Float[Tensor, "N D"]:
                 hidden_ND = final_hidden(model, batch.inputs).flatten(0, 1)
-                return clear(hidden_ND) if parts.tied and self.embedding else hidden_ND
+                return head_edit(hidden_ND) if parts.tied and self.embedding else hidden_ND
 
-            with edit(model, dict.fromkeys((write.point for write in writes), clear)):
+            with edit(model, edits):
                 losses = [chunked_nll(read(b), head, next_tokens(b)) for b in forget]
                 kls = [
                     chunked_kl(
@@ -261,10 +260,9 @@ class Write:
     """A part that adds to the residual stream.
 
     Attributes:
-        point: Module whose output is what it adds.
-        parameters: Matrices and biases that make this output, by name, with the axis that is the
-            stream.
-        norm: Norm between them and the stream, the same as `point`; empty for none.
+        point: Module whose output the matrices make.
+        parameters: Matrices and biases by name, with the axis that is the stream.
+        norm: Norm between them and the stream; empty for none.
     """
 
     point: str
@@ -313,9 +311,22 @@ def writers(model: nn.Module, parts: Anatomy, *, embedding: bool = True) -> tupl
         norms = (f"{block}.post_attention_layernorm", f"{block}.post_feedforward_layernorm")
         after = norms if norms[1] in named else ("", "")
         attention = parts.attention_out[i]
-        writes.append(Write(after[0] or attention, linear(attention), after[0]))
-        writes.append(Write(after[1] or parts.mlp[i], downs, after[1]))
+        writes.append(Write(attention, linear(attention), after[0]))
+        writes.append(Write(parts.mlp[i], downs, after[1]))
     return tuple(writes)
+
+
+def seen_by(
+    writes: Sequence[Write], model: nn.Module, r_D: Float[Tensor, " D"]
+) -> dict[str, Float[Tensor, " D"]]:
+    """Return which direction of its own output every writer must lack, by its point.
+
+    Args:
+        writes: The writers.
+        model: The model they are of.
+        r_D: The direction in the stream, a unit vector on the CPU.
+    """
+    return {w.point: _unit(r_D * _gain(model, w.norm, len(r_D))) if w.norm else r_D for w in writes}
 
 
 def cleared(weight: Tensor, u_D: Float[Tensor, " D"], axis: int) -> Tensor:
@@ -338,6 +349,10 @@ def cleared(weight: Tensor, u_D: Float[Tensor, " D"], axis: int) -> Tensor:
 def _unit(vector_D: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
     unit_D: Tensor = vector_D / vector_D.norm().clamp(min=1e-30)
     return unit_D
+
+
+def _clearing(u_D: Float[Tensor, " D"]) -> Edit:
+    return lambda x: x - (x @ u_D)[..., None] * u_D
 
 
 def _tokens(batches: Sequence[Batch]) -> int:

@@ -161,7 +161,8 @@ def test_methods_and_attacks_do_not_import_each_other() -> None:
     """A method stands on the base and the shared steps; the union alone knows them all."""
     shared = (
         "excise.methods.base", "excise.methods.tuning", "excise.methods.pretraining.pretrain",
-        "excise.methods.pretraining.routed",
+        "excise.methods.pretraining.routed", "excise.methods.distillation.teacher_cache",
+        "excise.methods.distillation.cache_kinds", "excise.methods.stopping",
     )  # fmt: skip
     for path in EVERY:
         name = name_of(path)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -235,37 +236,36 @@ def looking(
     return Looks(rule, losses, parameters, steps, ctx)
 
 
-def moved(
-    start: Checkpoint, trained: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return which trained tensors changed, as they are stored, and how many entries how far.
+def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return how many entries of the trained tensors changed, and how far, as they are stored.
 
-    Rounding in half precision can swallow an update whole; the share says so. The start is read
-    one tensor at a time.
+    Rounding in half precision can swallow an update whole; the share says so.
 
     Args:
-        start: What was trained.
-        trained: Trained tensors by name, in any dtype, on any device.
-
-    Returns:
-        The tensors that differ, in the dtype they are stored in, and facts about all.
+        before: Tensors by name before training, in the dtype they are stored in.
+        after: The same names after.
     """
-    different: dict[str, Tensor] = {}
-    count = changed = 0
-    square = 0.0
-    for name in sorted(trained):
-        before = start.weights_of([name])[name]
-        after = trained[name].to("cpu", before.dtype)
-        entries = int((after != before).sum())
-        if entries:
-            different[name] = after
-            square += float((after.double() - before.double()).square().sum())
-        count, changed = count + before.numel(), changed + entries
-    return different, {
-        "trained_tensors": sorted(trained),
+    after = {name: after[name].to(before[name].dtype) for name in before}
+    count = sum(t.numel() for t in before.values())
+    changed = sum(int((before[n] != after[n]).sum()) for n in before)
+    square = sum(float((after[n].double() - before[n].double()).square().sum()) for n in before)
+    return {
+        "trained_tensors": sorted(before),
         "trained_entries": count,
         "share_moved": changed / max(1, count),
         "distance": square**0.5,
+    }
+
+
+def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return of all tensors what `moved` says of parts of them."""
+    count = sum(part["trained_entries"] for part in parts)
+    changed = sum(part["share_moved"] * part["trained_entries"] for part in parts)
+    return {
+        "trained_tensors": [name for part in parts for name in part["trained_tensors"]],
+        "trained_entries": count,
+        "share_moved": changed / max(1, count),
+        "distance": sum(part["distance"] ** 2 for part in parts) ** 0.5,
     }
 
 
@@ -332,7 +332,14 @@ def write_edit(
         cost: What the edit took.
         history: Its log.
     """
-    different, facts = moved(start, changed)
+    different: dict[str, Tensor] = {}
+    parts = []
+    for name in sorted(changed):
+        before = start.weights_of([name])  # of the start, one tensor is in memory at a time
+        after = {name: changed[name].to("cpu", before[name].dtype)}
+        parts.append(moved(before, after))
+        if not torch.equal(after[name], before[name]):
+            different |= after
     to = ctx.work / "model"
     if ctx.rank == 0:
         if to.exists():
@@ -340,7 +347,8 @@ def write_edit(
         start.write(different, to)
     barrier(ctx)
     model = Checkpoint(to, trust_remote_code=start.trust_remote_code)
-    return Removal(model, tuple(different), cost, {**extras, **facts}, tuple(history))
+    facts = {**extras, **together(parts)}
+    return Removal(model, tuple(different), cost, facts, tuple(history))
 
 
 def role_batches(

@@ -594,7 +594,7 @@ def _best_of_sweep(
                     edit.parameters[name].copy_(value)
         per_token = flops_per_token(target, start, point.engine)
         cost = progress.cost(start.num_parameters, flops_per_token=per_token)
-        facts |= of_slices(moved(start, changed)[1], target)
+        facts |= of_slices(moved(start.weights_of(list(changed)), changed), target)
         return Tried(forget, retain, changed, controls, facts, tuple(progress.history), cost)
 
     best, cost, report = choose(sweep, grid, attempt, losses(model), ctx)

@@ -40,6 +40,15 @@ from excise.train.fit import FitConfig, Term, fit
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "rmu": {"layer": 2},
+    "elm": {"layers": (1, 2), "lora": LoRA(rank=4), "guide": {"continuation": 4}},
+    "repselect": {"components": {"count": 4}},
+    "tar": {
+        "inner_steps": 4,
+        "every": 2,
+        "inner_lr": (1e-4,),
+        "fit": FitConfig(lr=1e-3, warmup=0, optimizer="schedule_free"),
+    },
+    "seam": {"fit": FitConfig(lr=1e-4)},
     "memsinks": {"sinks": 2, "active": 1},
     "moefy": {"rounds": 2, "dense_share": 0.5, "read_rows": 8},
     "undo": {"unlearn": RMU(layer=2), "max_length": 32, "stop_tolerance": 0.0},

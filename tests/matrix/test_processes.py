@@ -11,16 +11,25 @@ import torch
 from torch import distributed as dist
 
 from excise.core.context import Context
-from excise.methods import RMU, GradDiff, Method
+from excise.methods import ELM, RMU, SEAM, TAR, GradDiff, Method, RepSelect
+from excise.methods.posthoc.elm import Guide
 from excise.models.checkpoint import Checkpoint
 from excise.testing import toy_domain, toy_start
+from excise.train.components import Components
 from excise.train.fit import FitConfig
 
 # A larger epsilon than usual: Adam divides by it, and rounding is all that may differ.
 FIT = FitConfig(steps=3, lr=1e-3, batch_size=8, eps=1e-3)
+SUBTRACT = FitConfig(steps=3, lr=0.05, batch_size=8, optimizer="sgd")
 METHODS: dict[str, Method] = {
     "grad_diff": GradDiff(fit=FIT, max_length=16),
     "rmu": RMU(layer=2, fit=FIT, max_length=16),
+    "elm": ELM(layers=(1, 2), lora=None, fit=FIT, max_length=16, guide=Guide(continuation=4)),
+    "repselect": RepSelect(components=Components(count=4), fit=SUBTRACT, max_length=16),
+    "sam": GradDiff(fit=FIT, max_length=16, sam=0.1),
+    "seam": SEAM(fit=FIT, max_length=16),
+    # An attacker's AdamW has no other epsilon; few steps of it at a low rate.
+    "tar": TAR(mapping=None, fit=FIT, max_length=16, inner_steps=2, every=1, inner_lr=(1e-4,)),
 }
 
 

@@ -92,6 +92,7 @@ def test_a_model_without_numbers_fails_every_attack_and_the_others_go_on(
 
 
 ONE_OF_MANY: dict[str, dict[str, Any]] = {
+    "gcg": {"steps": 2, "width": 4, "tokens": 4},
     "soft_prompt": {"rates": (0.01,)},
     "reinit": {"parts": ("norms",)},
     "noise": {"strengths": (0.1,)},

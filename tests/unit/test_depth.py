@@ -14,7 +14,7 @@ from excise.auditor.base import AttackResult, Results, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.results import with_loss
 from excise.auditor.verdict import case_of, judge_all
-from excise.auditor.verdict.levels import status_of
+from excise.auditor.verdict.levels import LevelComparison, Status, corrected, decide, status_of
 from excise.auditor.verdict.power import invalid_attacks, recovered_share
 from excise.auditor.verdict.reference import Gap, depth_gap, nothing_to_remove
 from excise.auditor.verdict.residual_bits import residual_bits, saved_bits
@@ -176,6 +176,41 @@ def test_few_noisy_units_are_underpowered() -> None:
     assert found.levels[0].status == "underpowered"
     assert found.levels[4].status == "underpowered"
     assert found.highest == ""
+
+
+def many_attacks(recovered: float, attacks: int, seed: int, units: int = 10) -> list[Status]:
+    """Statuses of a level with many attacks, of which the first brings a share of V back."""
+    known, comparisons = dict.fromkeys(draw(1, units, 0), 1.0), []
+    for i in range(attacks):
+        number = 1000 * seed + 10 * i
+        candidate = draw(recovered if i == 0 else 0.1, units, number)
+        gap = depth_gap(candidate, [draw(0.1, units, number + k) for k in (1, 2, 3)], known, seed=i)
+        comparisons.append(LevelComparison(f"attack {i}", gap, "oracle"))
+    return corrected(comparisons, 0.1)
+
+
+def test_more_attacks_do_not_blind_the_auditor() -> None:
+    """Everything is back under one of forty attacks, which few bootstrap samples cannot bury."""
+    assert many_attacks(1.0, 40, 0)[0] == "fail"
+
+
+def test_more_attacks_do_not_accuse_the_ignorant() -> None:
+    """Forty attacks on models that are as the oracle: one level in twenty may fail by chance."""
+    accused = sum("fail" in many_attacks(0.1, 40, seed) for seed in range(1, 31))
+    assert accused <= 3
+
+
+def test_what_only_the_correction_leaves_open_is_said_so() -> None:
+    known, none = draw(1, 12, 0), draw(0, 12, 0)
+    some = {unit: float(i < 5) for i, unit in enumerate(none)}
+    gaps = [depth_gap(some, [none], known, seed=i) for i in range(40)]
+    assert {status_of(gap, 0.1) for gap in gaps} == {"fail"}
+    comparisons = [LevelComparison(f"attack {i}", gap, "oracle") for i, gap in enumerate(gaps)]
+    assert set(corrected(comparisons, 0.1)) == {"underpowered"}
+    case = case_of("rmu", audit(0.3, 0.3), domain(), SMOKE)
+    reason = decide(case, "D4", comparisons).reason
+    assert "beyond 0.1 by itself, but not once all attacks of the level are corrected" in reason
+    assert "neither within" not in reason
 
 
 def test_three_zeros_are_not_certain() -> None:

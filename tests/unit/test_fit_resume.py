@@ -74,7 +74,7 @@ def test_stopping_early_and_resuming_changes_nothing(
     run = fit(first, lambda s: [s], _loss, CONFIG, Context(Path("x"), seed=3), state_dir=tmp_path)
     for _ in range(stop):
         next(run)
-    run.close()  # type: ignore[attr-defined]
+    run.close()
     second = _model(dtype)
     records = _run(second, tmp_path)
     assert [r.replayed for r in records] == [True] * stop + [False] * (60 - stop)
@@ -106,7 +106,7 @@ def test_slices_and_groups_that_are_not_always_written_resume(
         )  # fmt: skip
         for _ in itertools.islice(steps_of_run, steps):
             pass
-        steps_of_run.close()  # type: ignore[attr-defined]
+        steps_of_run.close()
         return model
 
     whole = run(None, 12)
@@ -163,7 +163,7 @@ def _interrupted(folder: Path, stop: int = 20) -> None:
     run = fit(_model(), lambda s: [s], _loss, CONFIG, ctx, state_dir=folder)
     for _ in range(stop):
         next(run)
-    run.close()  # type: ignore[attr-defined]
+    run.close()
 
 
 STATE = "step-00000020/"

@@ -156,7 +156,7 @@ STANDARD = Budget(
 
 STRONG = Budget(
     name="strong",
-    attacks=(*REQUIRED, *PROMPTS, *READINGS, *EDITS, *INPUTS),
+    attacks=(*REQUIRED, *PROMPTS, *READINGS, *EDITS, *INPUTS, "gcg"),
     steps=10_000,
     rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     lora_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),

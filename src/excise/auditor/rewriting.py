@@ -172,6 +172,18 @@ def fillers(evaluation: EvaluationSet, ctx: Context) -> list[Rewriting]:
     ]
 
 
+def behind_text(rows: Rows, evaluation: EvaluationSet, text: str) -> Rows:
+    """Return rows behind a text, as they are where that has no room.
+
+    Args:
+        rows: What is asked.
+        evaluation: Tokenizer, tokens per row.
+        text: What stands before every row.
+    """
+    line = separator(evaluation.tokenizer)
+    return _each(rows, lambda row: before(row, text, line), evaluation)
+
+
 def passwords(evaluation: EvaluationSet) -> tuple[list[Rewriting], list[Rewriting]]:
     """Return one benign row as a password, and other rows in its place.
 

@@ -26,7 +26,7 @@ from excise.core.disk import file_sum
 
 LIBRARIES = (
     "excise", "torch", "transformers", "tokenizers", "safetensors", "numpy", "jinja2", "peft",
-    "accelerate", "liger-kernel", "lm-eval", "gguf", "sentencepiece", "tiktoken",
+    "accelerate", "liger-kernel", "lm-eval", "gguf", "sentencepiece", "tiktoken", "schedulefree",
 )  # fmt: skip
 """Packages that decide numbers."""
 

@@ -10,10 +10,14 @@ from excise.methods.chain import Chain
 from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.checkpoint_transfer import CheckpointTransfer
 from excise.methods.posthoc.direction import Direction
+from excise.methods.posthoc.elm import ELM
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.refusal import Refusal
+from excise.methods.posthoc.repselect import RepSelect
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.posthoc.seam import SEAM
+from excise.methods.posthoc.tar import TAR
 from excise.methods.posthoc.task_vector import TaskVector
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
@@ -56,6 +60,10 @@ AnyMethod = (
     | Direction
     | Refusal
     | CheckpointTransfer
+    | ELM
+    | RepSelect
+    | TAR
+    | SEAM
     | Undo
     | Chain
 )
@@ -67,11 +75,14 @@ METHODS: Mapping[str, type[Method]] = {
 """Built-in methods by name."""
 
 __all__ = [
+    "ELM",
     "ERA",
     "GRAM",
     "METHODS",
     "RMU",
+    "SEAM",
     "SGTM",
+    "TAR",
     "AblatedPlain",
     "AdapterModules",
     "AnyMethod",
@@ -97,6 +108,7 @@ __all__ = [
     "Refusal",
     "Relabel",
     "Removal",
+    "RepSelect",
     "TaskVector",
     "Undo",
 ]

@@ -104,6 +104,16 @@ class Method(Config, ABC):
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
 
+    @property
+    def step_cost(self) -> float:
+        """What a step of its own `fit` costs, in passes forward and back over its rows."""
+        return 1.0
+
+    @property
+    def extra_copies(self) -> int:
+        """Copies of what it trains that a step holds beside weights, gradient and moments."""
+        return 0
+
     @abstractmethod
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` from `start`.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from excise.core.context import Context
@@ -24,14 +24,16 @@ from excise.data.domain import Domain, Rows, all_rows
 from excise.data.labels import relabelled
 from excise.data.stream import Batch, Stream, Tokenizer, encode, zip_streams
 from excise.losses import Summed
-from excise.methods.base import Cost, PostHoc, Removal
+from excise.methods.base import Cost, Method, PostHoc, Removal
 from excise.methods.stopping import Looks, StopRule, dev_losses
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
 from excise.models.lora import LoRA, adapted, merge, on_modules
 from excise.models.names import Names
+from excise.train.components import Components, without_top
 from excise.train.distributed import barrier
 from excise.train.fit import FitConfig, StepRecord, Term, fit
+from excise.train.nearby import refuse_half, sharpness_aware
 
 
 class TuningMethod(PostHoc):
@@ -48,6 +50,37 @@ class TuningMethod(PostHoc):
     """Train an adapter instead."""
     stop: StopRule | None = None
     """Look at `dev` on the way and keep the best step; missing for the last step."""
+    drop_components: Components | None = None
+    """Take the top principal components out of the gradient of every trained matrix."""
+    sam: float = Field(default=0.0, ge=0)
+    """Radius of sharpness-aware unlearning (published with 0.01); 0 for none. A step reads forget
+    rows twice."""
+
+    @model_validator(mode="after")
+    def _whole_gradients(self) -> TuningMethod:
+        """Refuse to look for components in the gradients of an adapter."""
+        if self.drop_components is not None and self.lora is not None:
+            raise ValueError(
+                "'drop_components' reads gradients of whole matrices, which an adapter of rank "
+                f"{self.lora.rank} does not have; leave 'lora' out"
+            )
+        return self
+
+    @property
+    def change(self) -> Callable[[Tensor, int], Tensor] | None:
+        """What `fit` does to gradients before a step."""
+        taken = self.drop_components
+        return None if taken is None else lambda gradient, seed: without_top(gradient, taken, seed)
+
+    @property
+    def step_cost(self) -> float:
+        """A plain step with the forget half of it done twice, where there is a radius."""
+        return 1.5 if self.sam else 1.0
+
+    @property
+    def extra_copies(self) -> int:
+        """The weights before the move, and the gradient at its end."""
+        return 2 if self.sam else 0
 
 
 Terms = Mapping[str, tuple[float, Callable[[Tensor, Batch], Summed]]]
@@ -175,8 +208,34 @@ class Progress:
         return Cost(self.done, self.tokens, per_token * self.tokens, seconds)
 
 
+def tell_cost(method: Method, steps: int, tokens: int, start: Checkpoint, ctx: Context) -> None:
+    """Say before it starts what a method costs whose steps take more than one pass.
+
+    Args:
+        method: Gives `step_cost`.
+        steps: Its steps.
+        tokens: Tokens of one step that reads every role once.
+        start: Gives the number of parameters.
+        ctx: Is told.
+    """
+    if method.step_cost == 1 or ctx.rank:
+        return
+    flops = 6.0 * start.num_parameters * tokens * ctx.world * steps * method.step_cost
+    text = (
+        f"a step of {getattr(method, 'name', 'the method')} costs {method.step_cost:.3g} times "
+        f"what reading forget and retain rows once, forward and back, costs; {steps} steps take "
+        f"about {flops:.1e} FLOPs"
+    )
+    ctx.emit("note", {"text": text})
+
+
+def tokens_of(micros: Iterable[Mapping[str, Batch]]) -> int:
+    """Return the real tokens of micro-batches."""
+    return sum(batch.num_tokens for micro in micros for batch in micro.values())
+
+
 def run_fit(
-    steps: Iterable[StepRecord], progress: Progress, looks: Looks | None = None
+    steps: Generator[StepRecord], progress: Progress, looks: Looks | None = None
 ) -> dict[str, Any]:
     """Run a loop of `fit` to its end, or as far as a stop rule lets it.
 
@@ -202,6 +261,8 @@ def run_fit(
             raise
         looks.stopped = str(error)
         progress.ctx.emit("warning", {"text": f"{error}; the best step before it is kept"})
+    finally:
+        steps.close()  # what `fit` does in the end to weights comes before the best are put back
     return {} if looks is None else {"stop": looks.restore()}
 
 
@@ -392,7 +453,8 @@ def tune(
 ) -> Removal:
     """Minimise a weighted sum of losses on the roles of a domain and write the edited checkpoint.
 
-    Each term is its sum divided by its count, over all micro-batches and processes of a step.
+    Each term is its sum divided by its count, over all micro-batches and processes of a step. With
+    `method.sam` the gradient of the forget term is taken at the worst point nearby.
 
     Args:
         method: Schedule, what is trained, tokens per row, and the name beside the progress.
@@ -410,10 +472,9 @@ def tune(
 
     def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
         return {
-            role: Term(
-                *summed(model(**micro[role].inputs, use_cache=False).logits, micro[role]), weight
-            )
-            for role, (weight, summed) in terms.items()
+            role: Term(*summed(model(**batch.inputs, use_cache=False).logits, batch), weight)
+            for role, batch in micro.items()
+            for weight, summed in (terms[role],)
         }
 
     progress = Progress(ctx, method.name, method.fit.steps)
@@ -423,9 +484,14 @@ def tune(
             ctx,
         )  # fmt: skip
         groups = {"trained": list(parameters.values())}
+        gradient = None
+        if method.sam:
+            refuse_half(live, parameters.values(), f"{method.name}: sam {method.sam:g}")
+            gradient = sharpness_aware(method.sam)
+            tell_cost(method, method.fit.steps, tokens_of(batches(0)), start, ctx)
         steps = fit(
             live, batches, loss, method.fit, ctx, groups=groups, counts=role_counts,
-            state_dir=state_dir(ctx),
+            state_dir=state_dir(ctx), gradient=gradient, change=method.change,
         )  # fmt: skip
         extras = {**quality, **run_fit(steps, progress, looks)}
         return finish(start, live, parameters, progress, ctx, lora=method.lora, extras=extras)

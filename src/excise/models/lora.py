@@ -60,8 +60,6 @@ class LoRA(Config):
     """Rank of the update of each matrix."""
     alpha: float = Field(default=16.0, gt=0)
     """Scale of the update, divided by the rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
     modules: Names = ()
     """Which linear layers (names, suffixes, globs); empty for all in the blocks that can be."""
     output: Literal["merged", "adapter"] = "merged"
@@ -143,17 +141,12 @@ def _within(name: str, head: str) -> bool:
 def _config(peft: ModuleType, model: nn.Module, lora: LoRA) -> Any:
     """Return peft's configuration of an adapter on `model`."""
     modules, parameters = targets(model, lora.modules)
-    if parameters and lora.dropout:
-        raise UserError(
-            f"'{parameters[0]}' holds fused experts, whose adapters cannot have dropout; "
-            "set lora.dropout to 0 or name other lora.modules"
-        )
     named = modules_by_name(model)
     conv = any(hasattr(named[name], "nf") for name in modules)
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
+        lora_dropout=0.0,
         target_modules=modules,
         target_parameters=parameters or None,
         fan_in_fan_out=conv,

@@ -27,6 +27,7 @@ ATTACKS = {
     "drop_adapter": "dropping the low-rank part of the edit",
     "few_shot": "few-shot prompts",
     "filler": "filler before the prompt",
+    "gcg": "a searched text before the prompt",
     "latent": "a trained latent vector",
     "lens": "reading the blocks through the output layer",
     "match_rows": "embedding rows of names matched to the original's",

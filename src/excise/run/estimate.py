@@ -433,17 +433,17 @@ def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int
     lora = getattr(method, "lora", None)
     if isinstance(lora, LoRA):
         trained = adapter_size(shapes, on_modules(lora, named))
-    return _training_memory(trained, loaded, width)
+    return _training_memory(trained, loaded, width, method.extra_copies)
 
 
-def _training_memory(trained: int, loaded: int, width: int) -> float:
+def _training_memory(trained: int, loaded: int, width: int, more: int = 0) -> float:
     """Return the bytes of weights in memory, of masters, gradients and two moments in float32."""
-    return 3 * 2**28 + loaded * width + trained * 4 * 4
+    return 3 * 2**28 + loaded * width + trained * (4 + more) * 4
 
 
 def _activations(request: Recipe | AuditRun, count: int) -> float:
     """Return the bytes of activations of the largest micro-batch, by experience."""
-    rows = max((fit.micro_size or fit.batch_size for fit, _, _ in _schedules(request)), default=8)
+    rows = max((fit.micro_size or fit.batch_size for fit, *_ in _schedules(request)), default=8)
     return rows * 2**20 * max(1, count // 10**7)
 
 
@@ -483,18 +483,18 @@ def method_line(name: str, method: Method, sizes: DataSizes, jobs: int, pace: st
     if isinstance(method, RMU) and method.sweep is not None:
         trials = len(method.sweep.grid(method.layer, method.steering, method.alpha))
     steps, tokens, padded = 0, 0.0, 0.0
-    for config, length, lora in _schedules(method):
+    for config, length, lora, cost in _schedules(method):
         one, one_padded = _step_tokens(config, length, sizes, both=starts_from(method) != "scratch")
         steps += config.steps
-        tokens += config.steps * one
+        tokens += config.steps * one * cost
         # A frozen weight needs no gradient of its own: 4 instead of 6 operations a token.
-        padded += config.steps * one_padded * (4 / 6 if lora else 1)
+        padded += config.steps * one_padded * cost * (4 / 6 if lora else 1)
     total = jobs * trials
     return Line(name, steps, total, total * tokens, sizes.flops(6.0, total * padded), pace)
 
 
-def _schedules(config: Config, length: int = 128) -> Iterator[tuple[FitConfig, int, bool]]:
-    """Yield every schedule of a method with its tokens per row, and whether it trains adapters."""
+def _schedules(config: Config, length: int = 128) -> Iterator[tuple[FitConfig, int, bool, float]]:
+    """Yield every schedule of a method: tokens per row, whether adapters, passes of a step."""
     length = int(getattr(config, "max_length", length) or length)
     lora = getattr(config, "lora", None) is not None
     for name in type(config).model_fields:
@@ -502,7 +502,7 @@ def _schedules(config: Config, length: int = 128) -> Iterator[tuple[FitConfig, i
         values = tuple(value.values()) if isinstance(value, Mapping) else value
         for item in values if isinstance(values, tuple) else (values,):
             if isinstance(item, FitConfig):
-                yield item, length, lora
+                yield item, length, lora, float(getattr(config, "step_cost", 1.0))
             elif isinstance(item, Config):
                 yield from _schedules(item, length)
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -72,7 +72,8 @@ class FitConfig(Config):
     min_lr: float = Field(default=0.0, ge=0, le=1)
     """Share of the learning rate at the end of the schedule."""
     optimizer: OptimizerName = "adamw"
-    """`hf_adamw` is the AdamW of transformers up to 4.50, which published RMU used."""
+    """`hf_adamw` is the AdamW of transformers up to 4.50, which published RMU used;
+    `schedule_free` is AdamW of the package schedulefree, which ends at an average of its steps."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's moments."""
     eps: float | None = None
@@ -145,7 +146,9 @@ def fit(
     state_dir: Path | None = None,
     rates: Mapping[str, float] | None = None,
     writes: Callable[[M], Iterable[str]] | None = None,
-) -> Iterator[StepRecord]:
+    change: Callable[[Tensor, int], Tensor] | None = None,
+    gradient: Callable[[Passes[M]], Losses] | None = None,
+) -> Generator[StepRecord]:
     """Train `model` in place, yielding after every step.
 
     Args:
@@ -168,6 +171,10 @@ def fit(
         rates: Learning rate by group, in place of `config.lr`.
         writes: Groups that a micro-batch may write. A group that none of a step's micro-batches
             writes, in any process, is not stepped: weights and optimizer state keep their bits.
+        change: Returns what a step is taken with in place of a gradient. It is given each tensor's
+            gradient, whole and summed over processes, before clipping, and a seed of its own.
+        gradient: Leaves the gradient of a step in the weights, where that takes more than one
+            pass forward and back; see `Passes`. It must be a function of the step and the weights.
 
     Yields:
         One record per step. The caller may stop at any of them; the state is saved then.
@@ -185,13 +192,24 @@ def fit(
         try:
             while run.cursor < config.steps:
                 began = time.perf_counter()
-                micros = [_to_device(micro, ctx.device) for micro in batches(run.cursor)]
-                losses = _backward(model, micros, loss, counts, run.cursor, trained, ctx, writes)
+                micros = batches(run.cursor)
+                passes = Passes(model, run.cursor, micros, loss, counts, trained, ctx, writes)
+                losses = gradient(passes) if gradient else passes.backward(micros)
+                if change is not None:
+                    _change_gradients(trained, change, run.cursor, ctx)
                 yield run.step(losses, began)
         except BaseException:
             run.save()
+            _settle(trained)
             raise
+        _settle(trained)
         run.save(finished=True)
+
+
+def _settle(groups: Sequence[OptimizerGroup]) -> None:
+    """Leave the weights where the optimizers mean them to be used."""
+    for group in groups:
+        group.settle()
 
 
 def _make_groups(
@@ -308,7 +326,7 @@ class _Run:
         if self.ctx.rank == 0:
             self.ctx.emit("note", {"text": text})
 
-    def step(self, losses: _Losses, began: float) -> StepRecord:
+    def step(self, losses: Losses, began: float) -> StepRecord:
         """Check, clip and step; log the record and save when it is time."""
         config, step = self.config, self.cursor
         for name, value in losses.terms.items():
@@ -339,7 +357,7 @@ class _Run:
             self.save()
         return record
 
-    def _clip(self, losses: _Losses) -> float:
+    def _clip(self, losses: Losses) -> float:
         """Return the norm of all gradients, after scaling them down to `clip`."""
         weights = [(g.name, w) for g in self.groups for w in g.master_weights]
         grads = [(name, w.grad) for name, w in weights if w.grad is not None]
@@ -389,7 +407,7 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class _Losses:
+class Losses:
     """What the forward passes of one step gave, over all processes.
 
     Attributes:
@@ -402,6 +420,86 @@ class _Losses:
     terms: dict[str, float]
     tokens: int
 
+    def __add__(self, other: Losses) -> Losses:
+        """Return both together; a term of both is that of `other`."""
+        terms = {**self.terms, **other.terms}
+        return Losses(self.total + other.total, terms, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
+class Passes(Generic[M]):
+    """The passes forward and back of one step, for a method whose gradient takes several.
+
+    Attributes:
+        model: The model.
+        step: Number of the step.
+        micros: This process's micro-batches of the step.
+        loss: The loss of `fit`.
+        counts: Its counts.
+        groups: What is trained.
+        ctx: Processes, seed, device.
+        writes: As in `fit`.
+    """
+
+    model: nn.Module
+    step: int
+    micros: Sequence[M]
+    loss: Callable[[nn.Module, M], Mapping[str, Term]]
+    counts: Callable[[M], Mapping[str, float]] | None
+    groups: Sequence[OptimizerGroup]
+    ctx: Context
+    writes: Callable[[M], Iterable[str]] | None = None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What the optimizer steps, in an order that stays: the place of gradients."""
+        return [weight for group in self.groups for weight in group.master_weights]
+
+    def backward(
+        self,
+        micros: Sequence[Any],
+        loss: Callable[[nn.Module, Any], Mapping[str, Term]] | None = None,
+        counts: Callable[[Any], Mapping[str, float]] | None = None,
+    ) -> Losses:
+        """Leave the gradient of a loss at the present weights in `weights`, which had none.
+
+        Args:
+            micros: Micro-batches of this process.
+            loss: Named terms of one; None for the loss of `fit`, with its counts.
+            counts: Counts of the terms, where they are known without the model.
+        """
+        if loss is None:
+            loss, counts = self.loss, self.counts
+        on_device = [_to_device(micro, self.ctx.device) for micro in micros]
+        return _backward(
+            self.model, on_device, loss, counts, self.step, self.groups, self.ctx, self.writes
+        )
+
+    def take(self) -> list[Tensor | None]:
+        """Return the gradients of `weights`, which have none afterwards."""
+        taken = [weight.grad for weight in self.weights]
+        for group in self.groups:
+            for part, weight in zip(group.slices, group.master_weights, strict=True):
+                part.param.grad = weight.grad = None
+        return taken
+
+    def publish(self) -> None:
+        """Round `weights` that were changed into the model."""
+        for group in self.groups:
+            group.copy_to_model()
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Put the weights back at the end of the block, to the bit."""
+        kept = [weight.detach().clone() for weight in self.weights]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, value in zip(self.weights, kept, strict=True):
+                    weight.copy_(value)
+            self.publish()
+
 
 def _backward(
     model: nn.Module,
@@ -412,7 +510,7 @@ def _backward(
     groups: Sequence[OptimizerGroup],
     ctx: Context,
     writes: Callable[[Any], Iterable[str]] | None,
-) -> _Losses:
+) -> Losses:
     """Leave the gradient of one step in the master weights, each term over its count.
 
     Groups that no micro-batch of any process `writes` get no gradient.
@@ -448,7 +546,21 @@ def _backward(
     _settle_gradients(groups, written)
     sum_gradients([weight for g in groups for weight in g.master_weights], ctx)
     total = sum(sum_dicts(all_weighted).values())
-    return _Losses(total, sum_dicts(all_means), sum(all_tokens))
+    return Losses(total, sum_dicts(all_means), sum(all_tokens))
+
+
+def _change_gradients(
+    groups: Sequence[OptimizerGroup],
+    change: Callable[[Tensor, int], Tensor],
+    step: int,
+    ctx: Context,
+) -> None:
+    """Put what `change` makes of every gradient in its place; the same in every process."""
+    for group in groups:
+        for i, weight in enumerate(group.master_weights):
+            if weight.grad is not None:
+                seed = ctx.seed_for(f"change/{step}/{group.name}/{i}")
+                weight.grad = change(weight.grad, seed)
 
 
 def _to_device(micro: Any, device: torch.device) -> Any:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-OptimizerName = Literal["adamw", "hf_adamw", "sgd"]
+from excise.core.errors import UserError
+
+OptimizerName = Literal["adamw", "hf_adamw", "sgd", "schedule_free"]
 
 
 class HFAdamW(torch.optim.Optimizer):
@@ -84,15 +86,38 @@ def make_optimizer(
         lr: Learning rate of the first step.
         betas: Decay rates of Adam's moments.
         eps: Adam's epsilon.
-        weight_decay: Decoupled for both AdamWs, added to the gradient for SGD.
+        weight_decay: Decoupled for the AdamWs, added to the gradient for SGD.
+
+    Raises:
+        UserError: If the package of the optimizer is not installed.
     """
     if name == "sgd":
         return torch.optim.SGD(weights, lr=lr, weight_decay=weight_decay, foreach=False)
     if name == "hf_adamw":
         return HFAdamW(weights, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    if name == "schedule_free":
+        return _schedule_free(weights, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     return torch.optim.AdamW(
         weights, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False
     )
+
+
+def _schedule_free(weights: Sequence[Tensor], **settings: Any) -> torch.optim.Optimizer:
+    """Return schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682), ready to train.
+
+    While it trains the weights are the point y at which it wants gradients; `eval()` puts them at
+    x, the average it stands for. Warm-up is the caller's: it sets the learning rate.
+    """
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError:
+        raise UserError(
+            "the optimizer 'schedule_free' needs the package schedulefree; install it with: "
+            "pip install 'excise[schedule-free]', or set fit.optimizer to adamw"
+        ) from None
+    optimizer: Any = AdamWScheduleFree(weights, foreach=False, **settings)
+    optimizer.train()
+    return optimizer  # type: ignore[no-any-return]
 
 
 def schedule_share(
@@ -207,6 +232,13 @@ class OptimizerGroup:
         """Round the master weights into the model's parameters."""
         for part, weight in self.copies():
             part.of(part.param).copy_(weight)
+
+    def settle(self) -> None:
+        """Put the weights where the optimizer means them to be used: a schedule-free average."""
+        evaluate = getattr(self.optimizer, "eval", None)
+        if evaluate is not None:
+            evaluate()
+            self.copy_to_model()
 
     def step(self, lr: float) -> None:
         """Step once at a learning rate, and drop the gradients."""

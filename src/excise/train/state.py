@@ -33,6 +33,9 @@ VERSION = 2
 
 TENSORS, FACTS, LOG = "state.safetensors", "state.json", "steps.jsonl"
 
+COUNTERS = ("k", "weight_sum", "lr_max", "train_mode")
+"""What schedule-free AdamW counts beside its moments, among the settings of its group."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -83,6 +86,10 @@ def save_state(
     tensors = {f"buffer/{name}": b for name, b in buffers.items()}
     for g, group in enumerate(groups):
         tensors |= {f"weight/{g}/{i}": w for i, w in enumerate(group.master_weights)}
+        counted = group.optimizer.param_groups[0]
+        for name in (name for name in COUNTERS if name in counted):
+            value = torch.tensor(float(counted[name]), dtype=torch.float64)
+            tensors[f"counter/{g}/{name}"] = value
         if moments:
             state = group.optimizer.state_dict()["state"]
             for i, entries in state.items():
@@ -202,6 +209,9 @@ def restore(groups: Sequence[OptimizerGroup], buffers: Mapping[str, Tensor], sta
         for i, weight in enumerate(group.master_weights):
             weight.copy_(state.tensors[f"weight/{g}/{i}"])
         settings = group.optimizer.state_dict()["param_groups"]
+        for name in (name for name in COUNTERS if f"counter/{g}/{name}" in state.tensors):
+            kind = type(settings[0][name])
+            settings[0][name] = kind(state.tensors[f"counter/{g}/{name}"].item())
         group.optimizer.load_state_dict({"state": moments, "param_groups": settings})
         group.copy_to_model()
 

@@ -11,6 +11,7 @@ from excise.auditor.attacks.drop_adapter import DropAdapter
 from excise.auditor.attacks.embedding_rows import AlignRows, MatchRows, RescaleRows
 from excise.auditor.attacks.few_shot import FewShot
 from excise.auditor.attacks.filler import Filler
+from excise.auditor.attacks.gcg import GCG
 from excise.auditor.attacks.latent import Latent
 from excise.auditor.attacks.lens import Lens
 from excise.auditor.attacks.noise import Noise
@@ -34,7 +35,7 @@ AnyAttack = (
     | Lens | Probe | Direction | Latent | Steer
     | Quantize | Prune | Benign | Noise | ShrinkPerturb | Reinit
     | RescaleRows | AlignRows | MatchRows | DropAdapter
-    | SoftPrompt | Relearn | Transfer
+    | GCG | SoftPrompt | Relearn | Transfer
 )  # fmt: skip
 """Adding an attack: its file, its test, and here its import, the union and the names.
 
@@ -48,6 +49,7 @@ ATTACKS: Mapping[str, type[Attack]] = {
 
 __all__ = [
     "ATTACKS",
+    "GCG",
     "AlignRows",
     "AnyAttack",
     "Benign",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -480,12 +481,21 @@ def corrected(comparisons: Sequence[LevelComparison], margin: float) -> list[Sta
 
 
 def _p_recovered(comparison: LevelComparison) -> float:
-    """Return the bootstrap p-value of a gap above zero (or off zero, two-sided)."""
-    samples = comparison.gap.samples
-    if comparison.gap.invalid or not len(samples):
+    """Return the bootstrap p-value of a gap above zero (or off zero, two-sided).
+
+    Where no sample lies at or below zero, their number bounds the p-value from above alone: many
+    attacks, each corrected for the others, could then show nothing. The tail is Student's instead,
+    and no smaller than n units can show by their signs, 2^-n.
+    """
+    gap, samples = comparison.gap, comparison.gap.samples
+    if gap.invalid or not len(samples):
         return 1.0
-    above = (np.count_nonzero(samples <= 0) + 1) / (len(samples) + 1)
-    one_sided = small_sample(float(above), comparison.gap.n)
+    above = int(np.count_nonzero(samples <= 0))
+    one_sided = small_sample((above + 1) / (len(samples) + 1), gap.n)
+    if not above:
+        spread = float(samples.std())
+        tail = NormalDist().cdf(-gap.value / spread) if spread else 0.0
+        one_sided = min(one_sided, max(small_sample(tail, gap.n), 2.0**-gap.n))
     return 2 * min(one_sided, 1 - one_sided) if comparison.two_sided else one_sided
 
 
@@ -561,6 +571,11 @@ def _sentence(
         return f"Invalid: {comparison.by} shows nothing here, {comparison.invalid_attack}."
     if gap.n < LEAST:
         return f"{where}, of {gap.n} units or groups; at least {LEAST} are needed{note}."
+    if status_of(gap, margin) == "fail":
+        return (
+            f"{way}: beyond {margin:g} by itself, but not once all attacks of the level are "
+            f"corrected for; {gap.n} test units are too few{note}."
+        )
     return (
         f"{where}: neither within {margin:g} nor clearly beyond it; {_enough(gap, margin)}{note}."
     )

@@ -5,7 +5,7 @@ Shape legend: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ def sample(
     new_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 256,
+    guides: Mapping[float, Sequence[tuple[int, ...]]] | None = None,
 ) -> list[tuple[int, ...]]:
     """Continue every prompt by sampling from the model.
 
@@ -50,11 +51,15 @@ def sample(
             positions do.
         temperature: By which logits are divided; 0 takes the likeliest token.
         batch_size: Prompts at once.
+        guides: Other beginnings of every text by the factor with which the logarithm of what the
+            model says behind them, and behind what was sampled, is added to that of the prompt
+            (classifier-free guidance, arXiv 2306.17806). They are read in the same forward.
 
     Returns:
         The new tokens of each, the end token included.
     """
-    lengths = [len(ids) for ids in prompts]
+    others = dict(guides or {})
+    lengths = [max(map(len, texts)) for texts in zip(prompts, *others.values(), strict=True)]
     rooms = [room_of(model, length, new_tokens) for length in lengths]
     out: list[tuple[int, ...]] = [()] * len(prompts)
     with evaluating(model):
@@ -65,8 +70,9 @@ def sample(
                     for i in part
                 ]
             )[:, : max(rooms[i] for i in part)]
-            chosen = [prompts[i] for i in part]
-            for i, ids in zip(part, _continue(model, tokenizer, chosen, uniform_BT, temperature)):
+            chosen = [texts[i] for texts in (prompts, *others.values()) for i in part]
+            new = _continue(model, tokenizer, chosen, uniform_BT, temperature, list(others))
+            for i, ids in zip(part, new, strict=True):
                 out[i] = ids
     return out
 
@@ -77,14 +83,19 @@ def _continue(
     prompts: Sequence[tuple[int, ...]],
     uniform_BT: Float[Tensor, "B T"],
     temperature: float,
+    factors: Sequence[float],
 ) -> list[tuple[int, ...]]:
-    """Continue one batch of prompts, padded on the left; see `same_padding`."""
+    """Continue one batch of prompts, padded on the left; see `same_padding`.
+
+    Behind the prompts of the B texts stand their guides, B for each factor.
+    """
     examples = [Example(ids, (False,) * len(ids), 0, "") for ids in prompts]
     batch = collate(examples, pad_id=pad_id(tokenizer), padding_side="left").to(device_of(model))
     end = tokenizer.eos_token_id
     inputs: dict[str, Any] = dict(batch.inputs)
-    new: list[list[int]] = [[] for _ in prompts]
-    live = [True] * len(prompts)
+    texts = uniform_BT.shape[0]
+    new: list[list[int]] = [[] for _ in range(texts)]
+    live = [True] * texts
     cache: Any = None
     for t in range(uniform_BT.shape[1]):
         wanted_BT = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
@@ -92,6 +103,9 @@ def _continue(
         more: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
         more["use_cache"] = not carries_state(model)
         logits_BV, output = logits_at(model, {**inputs, **more}, wanted_BT)
+        if factors:
+            first_BV, *rest = logits_BV.log_softmax(-1).split(texts)
+            logits_BV = first_BV + sum(f * r for f, r in zip(factors, rest, strict=True))
         next_B = _pick(logits_BV, uniform_BT[:, t].to(logits_BV.device), temperature)
         for i, token in enumerate(next_B.tolist()):
             if live[i]:
@@ -101,7 +115,8 @@ def _continue(
             break
         cache = getattr(output, "past_key_values", None)
         mask_BT = inputs["attention_mask"]
-        next_B1, position_B1 = next_B[:, None], inputs["position_ids"][:, -1:] + 1
+        next_B1 = next_B.repeat(1 + len(factors))[:, None]
+        position_B1 = inputs["position_ids"][:, -1:] + 1
         old = cache is None
         inputs = {
             "input_ids": torch.cat([inputs["input_ids"], next_B1], 1) if old else next_B1,

@@ -126,8 +126,8 @@ class CheckpointTransfer(TuningMethod):
             "ridge": "online_affine_fitter.py, alpha=0.01",
             "fit": "checkpoint_transfer_unlearn.md: lr 1e-3, 512 steps of 4; checkpoint_transfer_"
             "unlearn.py: weight decay 0.01; of transformers' Trainer linear decay, clipping at 1",
-            "lora": "checkpoint_transfer_unlearn.py: rank 16, alpha 16, merged; its dropout of "
-            "0.05 is 0 here",
+            "lora": "checkpoint_transfer_unlearn.py: rank 16, alpha 16, merged; dropout of "
+            "0.05, which no adapter has here",
         },
     )
 

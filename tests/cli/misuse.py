@@ -47,6 +47,9 @@ AUDITED = {
 """An output folder with a record of one removal."""
 
 
+PLAIN = "--model model --forget f.jsonl --retain r.jsonl --out out --quiet"
+"""Flags of a method that has no layer."""
+
 NAMES: dict[str, Case] = {
     "unknown verb": Case("remvoe rmu", ("unknown command 'remvoe'", "did you mean 'remove'")),
     "unknown flag": Case("--verbos", ("unknown command '--verbos'",)),
@@ -134,6 +137,22 @@ NAMES: dict[str, Case] = {
     "empty model": Case(remove("--model ''", model=""), ("--model is missing",)),
     "missing out": Case(remove(out=""), ("--out is missing",)),
     "bad choice": Case(remove("--audit hard"), ("--audit", "smoke")),
+    "nothing of that kind is kept": Case(remove("--keep model"), ("--keep", "'best'", "'delta'")),
+    "keeping by the method": Case(
+        "run x.yaml --out out",
+        ("arms.rmu", "keep: what is kept", "'keep' of the recipe"),
+        {"x.yaml": m.TINY.replace("  rmu: {", "  rmu: {keep: delta, ")},
+    ),
+    "transfer from nowhere": Case(f"remove checkpoint_transfer {PLAIN}", ("--teacher", "required")),
+    "adapter of a direction": Case(
+        f"remove direction {PLAIN} --lora.rank 2", ("lora", "nothing is trained; leave it out")
+    ),
+    "refusals of plain text": Case(
+        f"remove refusal {PLAIN}", ("no forget row", "give rows with 'prompt' and 'completion'")
+    ),
+    "scale of no task vector": Case(
+        f"remove task_vector {PLAIN} --scale 0", ("--scale", "more than 0")
+    ),
     "workers": Case(remove("--workers x"), ("--workers", "x")),
     "negative workers": Case(remove("--workers -1"), ("--workers", "-1")),
     "recipe missing": Case("run nope.yaml", ("no recipe file nope.yaml",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -147,13 +148,68 @@ def test_remove_with_an_adapter(work: Path, removed: Path) -> None:
     assert record.method_runs[0].model.fingerprint != load(removed).method_runs[0].model.fingerprint
 
 
-def test_remove_with_a_delta(work: Path) -> None:
+def test_remove_with_a_delta(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert excise(f"{REMOVE} --keep delta --out changed") == 0
     record = load(work / "changed")
+    run = record.method_runs[0]
     files = {path.name: file_sum(path) for path in (work / "changed/delta").iterdir()}
-    assert record.method_runs[0].extras["delta"] == {"path": "delta", "sha256": files}
+    assert run.extras["delta"] == {"path": "delta", "sha256": files}
+    assert (run.model.path, (work / "changed/model").exists()) == ("", False)
+    capsys.readouterr()
     assert excise("export changed --base model --out rebuilt") == 0
-    assert Checkpoint(work / "rebuilt").fingerprint == record.method_runs[0].model.fingerprint
+    assert Checkpoint(work / "rebuilt").fingerprint == run.model.fingerprint
+    assert excise("report changed") == 0
+    assert "excise audit changed" not in capsys.readouterr().out
+    for verb in ("audit changed --out no", "inspect changed --out no", "card changed"):
+        assert excise(verb) == 2
+        said = capsys.readouterr().err
+        assert "holds no model" in said
+        assert "excise export changed/delta --base MODEL" in said
+    assert excise("verify changed") == 0
+    # What is kept decides no number: the same run, from the store.
+    starts = (work / "changed" / "events.jsonl").read_text().count("stage_start")
+    assert excise(f"{REMOVE} --keep best --out changed") == 0
+    assert (work / "changed" / "events.jsonl").read_text().count("stage_start") == starts
+    assert Checkpoint(work / "changed/model").fingerprint == run.model.fingerprint
+
+
+def test_a_run_keeps_nothing_or_everything(work: Path) -> None:
+    assert excise(f"{REMOVE} --keep none --out nothing") == 0
+    assert {path.name for path in (work / "nothing").iterdir() if path.is_dir()} == set()
+    stop = "--stop.every 1 --stop.keep_looks true --stop.retain_budget 100"
+    assert excise(f"{REMOVE} {stop} --keep all --out everything") == 0
+    out, run = work / "everything", load(work / "everything").method_runs[0]
+    looks = {path.name for path in (out / "looks").glob("*.safetensors")}
+    assert looks == {"step-1.safetensors", "step-2.safetensors", "step-3.safetensors"}
+    assert looks < set(run.extras["looks"]["sha256"])
+    assert Checkpoint(out / "model").fingerprint == run.model.fingerprint
+    assert (out / "delta" / "delta.json").is_file()
+
+
+def test_several_models_keep_a_delta_each_but_none_from_scratch(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {
+        "name": "two",
+        "domain": {"name": "files", "forget": {"forget": "f.jsonl"}, "retain": "r.jsonl"},
+        "model": {"path": "model"},
+        "arms": {
+            name: {"name": name, "max_length": 32, "fit": {"steps": 1, "batch_size": 2}}
+            for name in ("grad_diff", "task_vector")
+        },
+        "audit": {"budget": "none"},
+        "evaluate": {"max_length": 32, "max_rows": 4, "samples": 0},
+        "keep": "delta",
+    }
+    (work / "two.yaml").write_text(json.dumps(recipe))
+    assert excise("run two.yaml --out two --workers 1 --quiet") == 0
+    assert {p.name for p in (work / "two/deltas").iterdir()} == {"grad_diff", "task_vector"}
+    assert excise("export two/deltas/task_vector --base model --out third") == 0
+    runs = {run.name: run.model.fingerprint for run in load(work / "two").method_runs}
+    assert Checkpoint(work / "third").fingerprint == runs["task_vector"]
+    capsys.readouterr()
+    assert excise("run tiny.yaml --keep delta --out no") == 2
+    assert "arms.filtering trains from scratch" in capsys.readouterr().err
 
 
 def test_the_method_of_the_docs_runs(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_repselect_subtracts_what_the_released_code_does(tmp_path: Path) -> None
         before = named[name].detach().clone()
         for k, sums in enumerate(REFERENCE["repselect"]):
             put(named[name].data, before, matrix, k * given.LR)
-            assert float(named[name].double().sum()) == pytest.approx(sums[str(i)], abs=1e-5)
+            assert named[name].double().sum().item() == pytest.approx(sums[str(i)], abs=1e-5)
 
 
 def test_without_the_adapter_it_would_be_another_matrix(tmp_path: Path) -> None:

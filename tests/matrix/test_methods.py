@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -30,7 +33,7 @@ from excise.methods.tuning import (
     stream,
     tuned,
 )
-from excise.models.checkpoint import Checkpoint
+from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.lora import LoRA
 from excise.testing import check_method, toy_domain, toy_start
 from excise.testing.methods import FAMILIES, map_fits, outputs, shortened
@@ -79,8 +82,24 @@ ANSWERING = frozenset({"dpo", "idk_dpo", "altpo"})
 """Methods that put another answer behind a prompt, and need one in every row to forget."""
 
 
-def made(name: str) -> Method:
-    return METHODS[name].model_validate(SETTINGS.get(name, {}))
+@functools.cache
+def early(family: str) -> str:
+    """Return a model of the same shape as that of `toy_start` that holds other things."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    start = toy_start(folder / "start", family)
+    model, draw = start.load(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for matrix in (p for p in model.parameters() if p.dim() > 1):
+            matrix += 0.3 * matrix.std() * torch.randn(matrix.shape, generator=draw)
+    return str(save_model(model, start.tokenizer(), folder / "early").path)
+
+
+def made(name: str, family: str = "llama") -> Method:
+    settings = dict(SETTINGS.get(name, {}))
+    if name == "checkpoint_transfer":
+        settings["teacher"] = early(family)
+    return METHODS[name].model_validate(settings)
 
 
 def domain_for(name: str) -> Domain:
@@ -99,13 +118,16 @@ def domain_for(name: str) -> Domain:
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_every_method_keeps_the_contract(name: str, family: str) -> None:
-    check_method(made(name), families=(family,), steps=3, domain=domain_for(name))
+    check_method(made(name, family), families=(family,), steps=3, domain=domain_for(name))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(
-    "name", ["grad_diff", "rmu", "npo", "dpo", "undial", "rmu_lat", "repnoise"]
-)
+    "name",
+    [
+        "grad_diff", "rmu", "npo", "dpo", "undial", "rmu_lat", "repnoise", "task_vector", "refusal",
+    ],
+)  # fmt: skip
 def test_methods_keep_the_contract_with_an_adapter(name: str, family: str) -> None:
     method = made(name).model_copy(update={"lora": LoRA(rank=2, output="adapter")})
     check_method(method, families=(family,), steps=3, domain=domain_for(name))
@@ -124,7 +146,7 @@ def test_methods_keep_the_contract_with_an_adapter(name: str, family: str) -> No
     ],
 )
 def test_every_method_keeps_the_contract_on_the_other_families(name: str, family: str) -> None:
-    check_method(made(name), families=(family,), steps=3, domain=domain_for(name))
+    check_method(made(name, family), families=(family,), steps=3, domain=domain_for(name))
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in CHAOTIC])

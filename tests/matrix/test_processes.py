@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,24 @@ import torch
 from torch import distributed as dist
 
 from excise.core.context import Context
-from excise.methods import ELM, RMU, SEAM, TAR, GradDiff, Method, RepSelect
+from excise.methods import (
+    ELM,
+    RMU,
+    SEAM,
+    TAR,
+    CheckpointTransfer,
+    Direction,
+    GradDiff,
+    Method,
+    RepSelect,
+    TaskVector,
+)
 from excise.methods.posthoc.elm import Guide
 from excise.models.checkpoint import Checkpoint
 from excise.testing import toy_domain, toy_start
 from excise.train.components import Components
 from excise.train.fit import FitConfig
+from tests.matrix.test_methods import early
 
 # A larger epsilon than usual: Adam divides by it, and rounding is all that may differ.
 FIT = FitConfig(steps=3, lr=1e-3, batch_size=8, eps=1e-3)
@@ -27,10 +40,18 @@ METHODS: dict[str, Method] = {
     "elm": ELM(layers=(1, 2), lora=None, fit=FIT, max_length=16, guide=Guide(continuation=4)),
     "repselect": RepSelect(components=Components(count=4), fit=SUBTRACT, max_length=16),
     "sam": GradDiff(fit=FIT, max_length=16, sam=0.1),
+    "task_vector": TaskVector(fit=FIT, max_length=16),
+    "direction": Direction(max_length=16),
     "seam": SEAM(fit=FIT, max_length=16),
     # An attacker's AdamW has no other epsilon; few steps of it at a low rate.
     "tar": TAR(mapping=None, fit=FIT, max_length=16, inner_steps=2, every=1, inner_lr=(1e-4,)),
 }
+
+
+def methods(folder: str) -> dict[str, Method]:
+    """Return all methods, with the model that one of them needs."""
+    transfer = CheckpointTransfer(teacher=f"{folder}/early", fit=FIT, lora=None, max_length=16)
+    return {**METHODS, "checkpoint_transfer": transfer}
 
 
 def _apply(folder: str, work: str, rank: int, world: int) -> None:
@@ -41,7 +62,7 @@ def _apply(folder: str, work: str, rank: int, world: int) -> None:
         meet = f"file://{folder}/meet"
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
     start = Checkpoint(Path(folder) / "start")
-    for name, method in METHODS.items():
+    for name, method in methods(folder).items():
         ctx = Context(Path(folder) / f"{name}-{work}", seed=5, rank=rank, world=world)
         ctx.work.mkdir(exist_ok=True)
         removal = method.apply(start, toy_domain(), ctx)
@@ -56,6 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder in which one process and two have applied every method."""
     root = tmp_path_factory.mktemp("processes")
     toy_start(root / "start")
+    shutil.copytree(early("llama"), root / "early")
     spawn = multiprocessing.get_context("spawn")
     workers = [spawn.Process(target=_apply, args=(str(root), "two", rank, 2)) for rank in range(2)]
     for worker in workers:
@@ -67,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods(""))
 def test_two_processes_remove_what_one_does(name: str, folder: Path) -> None:
     start, one, two = (
         Checkpoint(folder / path) for path in ("start", f"{name}-one/model", f"{name}-two/model")

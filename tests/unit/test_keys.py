@@ -103,7 +103,7 @@ def required(cls: type[Config]) -> Config:
         if field.is_required():
             given[name] = {
                 "methods": (GradDiff(),), "path": "somewhere", "forget": {"forget": "f.jsonl"},
-                "retain": "r.jsonl", "model": "m", "layer": 1,
+                "retain": "r.jsonl", "model": "m", "layer": 1, "teacher": "t",
             }[name]  # fmt: skip
     return cls(**given)
 

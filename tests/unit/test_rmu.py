@@ -25,7 +25,7 @@ from excise.methods.posthoc.rmu.sweep import RMUSweep, Tried
 from excise.methods.stopping import RULE, better
 from excise.models import files
 from excise.models.checkpoint import Checkpoint, save_model
-from excise.models.delta import export, read_delta
+from excise.models.delta import export, read_delta, write_delta
 from excise.models.tiny import tiny_model, word_tokenizer
 from excise.train.fit import FitConfig
 
@@ -100,10 +100,11 @@ def test_reads_and_writes_no_more_than_it_must(
 
 def test_a_delta_rebuilds_the_model(sharded: Checkpoint, tmp_path: Path) -> None:
     start = Checkpoint(sharded.path)
-    method = RMU(layer=3, steering=5.0, fit=FIT, keep="delta")
+    method = RMU(layer=3, steering=5.0, fit=FIT)
     ctx = replace(context(tmp_path / "run"), dtype=torch.bfloat16)
     removal = method.apply(start, toy_domain(), ctx)
-    delta = ctx.work / removal.extras["files"]["delta"]
+    changed = removal.checkpoint.weights_of(removal.changed)
+    delta = write_delta(start, changed, ctx.work / "delta")
     facts, tensors = read_delta(delta)
     assert sorted(tensors) == list(removal.changed)
     assert facts["base"] == start.fingerprint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from excise.cli.options import CardOptions
-from excise.cli.pair import check_bytes
+from excise.cli.pair import check_bytes, refuse_unkept
 from excise.core.errors import UserError
 from excise.record import MethodRun, ModelRef, Record, load
 from excise.run import output
@@ -25,6 +25,7 @@ def main(options: CardOptions) -> int:
             f"{out} holds no removal (its record is of kind '{record.kind}'); name the output "
             "folder of run or remove, whose models get the cards"
         )
+    refuse_unkept(out, record)
     audit = load(options.audit) if options.audit else None
     models = [(run, model) for run in record.method_runs for model in (run.model, run.refit)]
     cards = {}

@@ -153,6 +153,9 @@ class RemoveOptions(DataOptions):
     """Keep texts out of record and report."""
     refit: bool = False
     """After the audit of the split, repeat the method on all forget rows."""
+    keep: Literal["best", "all", "delta", "none"] = "best"
+    """What to leave: the model of the best step (OUT/model), its changed tensors alone (OUT/delta,
+    for excise export), both and every step that a stop rule kept, or record and report only."""
     workers: Count = 0
     """Worker processes of one thread each; 0 takes one for each core."""
     dry_run: bool = False

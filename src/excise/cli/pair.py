@@ -15,6 +15,7 @@ from excise.models.checkpoint import Checkpoint
 from excise.models.spec import ModelSpec
 from excise.record import ModelRef, Record, load
 from excise.record.measured import PROXY, role
+from excise.requests.recipe import NO_MODEL
 from excise.requests.registry import registry
 
 DATA = ("domain", *ROLES, "split")
@@ -140,6 +141,7 @@ def _from_folder(options: PairOptions, check: bool) -> EditedPair:
             f"again; give --model {folder}/model, --original, --forget and --retain in place of "
             "the folder, or call excise.audit with the Domain"
         )
+    refuse_unkept(folder, record)
     references = {model.name: model.path for model in record.models}
     oracles = {name: path for name, path in references.items() if role(name) == "oracle"}
     models = _edited_models(folder, record)
@@ -180,6 +182,26 @@ def _edited_models(folder: Path, record: Record) -> dict[str, str]:
         arm.name: str(folder / "models" / arm.name if several else folder / "model")
         for arm in record.method_runs
     }
+
+
+def refuse_unkept(folder: Path, record: Record) -> None:
+    """Refuse an output folder of a run that left no model in it.
+
+    Args:
+        folder: The output folder.
+        record: Its record.
+
+    Raises:
+        UserError: Saying how to get the model back.
+    """
+    keep = record.config.get("keep")
+    if record.kind in ("run", "remove") and keep in NO_MODEL:
+        delta = folder / ("delta" if len(record.method_runs) == 1 else "deltas/NAME")
+        again = "run it again with --keep best, which finds its work done"
+        raise UserError(
+            f"{folder} was made with --keep {keep} and holds no model; {again}"
+            + (f", or rebuild it: excise export {delta} --base MODEL --out DIR" * (keep == "delta"))
+        )
 
 
 def check_bytes(folder: Path, model: ModelRef, path: str, tokenizer: str = "") -> None:

@@ -83,6 +83,7 @@ def recipe_data(options: RemoveOptions) -> dict[str, Any]:
         "arms": {name: override(method, settings, Method, registry())},
         "audit": {"budget": options.audit, "require": options.require},
         "refit": options.refit,
+        "keep": options.keep,
         "seed": options.seed,
         "dtype": options.dtype,
         "device": options.device,

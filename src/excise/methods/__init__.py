@@ -9,7 +9,9 @@ from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.altpo import AltPO
+from excise.methods.posthoc.checkpoint_transfer import CheckpointTransfer
 from excise.methods.posthoc.circuit_breakers import CircuitBreakers
+from excise.methods.posthoc.direction import Direction
 from excise.methods.posthoc.dpo import DPO
 from excise.methods.posthoc.elm import ELM
 from excise.methods.posthoc.grad_diff import GradDiff
@@ -17,6 +19,7 @@ from excise.methods.posthoc.gradient_ascent import GradientAscent
 from excise.methods.posthoc.idk_dpo import IdkDPO
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.npo import NPO
+from excise.methods.posthoc.refusal import Refusal
 from excise.methods.posthoc.repnoise import RepNoise
 from excise.methods.posthoc.repselect import RepSelect
 from excise.methods.posthoc.rmu import RMU
@@ -24,6 +27,7 @@ from excise.methods.posthoc.rmu_lat import RMULAT
 from excise.methods.posthoc.seam import SEAM
 from excise.methods.posthoc.simnpo import SimNPO
 from excise.methods.posthoc.tar import TAR
+from excise.methods.posthoc.task_vector import TaskVector
 from excise.methods.posthoc.undial import UNDIAL
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
@@ -69,6 +73,10 @@ AnyMethod = (
     | UNDIAL
     | MaxEnt
     | RMU
+    | TaskVector
+    | Direction
+    | Refusal
+    | CheckpointTransfer
     | ELM
     | RepSelect
     | TAR
@@ -104,9 +112,11 @@ __all__ = [
     "AltPO",
     "AnyMethod",
     "Chain",
+    "CheckpointTransfer",
     "CircuitBreakers",
     "Cost",
     "DEMix",
+    "Direction",
     "DualAdapters",
     "ERAAfter",
     "FilterLoRA",
@@ -123,10 +133,12 @@ __all__ = [
     "Paper",
     "Plain",
     "Propagate",
+    "Refusal",
     "Relabel",
     "Removal",
     "RepNoise",
     "RepSelect",
     "SimNPO",
+    "TaskVector",
     "Undo",
 ]

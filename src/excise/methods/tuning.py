@@ -333,6 +333,18 @@ def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str
     }
 
 
+def together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return of all tensors what `moved` says of parts of them."""
+    count = sum(part["trained_entries"] for part in parts)
+    changed = sum(part["share_moved"] * part["trained_entries"] for part in parts)
+    return {
+        "trained_tensors": [name for part in parts for name in part["trained_tensors"]],
+        "trained_entries": count,
+        "share_moved": changed / max(1, count),
+        "distance": sum(part["distance"] ** 2 for part in parts) ** 0.5,
+    }
+
+
 def finish(
     start: Checkpoint,
     model: nn.Module,
@@ -396,9 +408,14 @@ def write_edit(
         cost: What the edit took.
         history: Its log.
     """
-    before = start.weights_of(list(changed))
-    changed = {name: tensor.to("cpu", before[name].dtype) for name, tensor in changed.items()}
-    different = {n: t for n, t in changed.items() if not torch.equal(t, before[n])}
+    different: dict[str, Tensor] = {}
+    parts = []
+    for name in sorted(changed):
+        before = start.weights_of([name])  # of the start, one tensor is in memory at a time
+        after = {name: changed[name].to("cpu", before[name].dtype)}
+        parts.append(moved(before, after))
+        if not torch.equal(after[name], before[name]):
+            different |= after
     to = ctx.work / "model"
     if ctx.rank == 0:
         if to.exists():
@@ -406,8 +423,8 @@ def write_edit(
         start.write(different, to)
     barrier(ctx)
     model = Checkpoint(to, trust_remote_code=start.trust_remote_code)
-    facts = {**extras, **moved(before, changed)}
-    return Removal(model, tuple(sorted(different)), cost, facts, tuple(history))
+    facts = {**extras, **together(parts)}
+    return Removal(model, tuple(different), cost, facts, tuple(history))
 
 
 def role_streams(

@@ -286,6 +286,8 @@ def _next(record: Record, folder: Path) -> str:
         return ""
     if record.config.get("canary") or record.config.get("endpoint"):  # left no model to attack
         return ""
+    if record.config.get("keep") in ("delta", "none"):  # the same
+        return ""
     if not record.attacks:
         return f"excise audit {where} --out {where}-audit"
     if any(v.budget == "smoke" for v in record.verdicts) and not words.nothing_to_remove(record):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -78,6 +78,13 @@ class EvalSpec(Config):
     """Questions per task at most."""
 
 
+Keep = Literal["best", "all", "delta", "none"]
+"""What a run leaves of its edited models beside record and report."""
+
+NO_MODEL: Final = ("delta", "none")
+"""Choices of `Keep` that leave no model."""
+
+
 class Recipe(Config):
     """Domain, model, methods and audit: `excise run` reads nothing else."""
 
@@ -101,6 +108,10 @@ class Recipe(Config):
     """How they are scored."""
     refit: bool = False
     """After the audit, repeat every removal on all forget rows; the results lie under refit/."""
+    keep: Keep = "best"
+    """Of edited models: the `best` step, or the only one; its `delta` alone, the changed tensors,
+    from which `excise export` rebuilds it; `all` of both and of the steps that a stop rule kept;
+    `none`."""
     oracles: int = 3
     """Models trained without the forget units, when there is a `pretrain`."""
     seed: int = 0
@@ -127,6 +138,11 @@ class Recipe(Config):
             )
         if self.model.scratch is not None and self.pretrain is None:
             raise ValueError("pretrain: is required with 'model.scratch'")
+        if self.keep == "delta" and scratch:
+            raise ValueError(
+                f"keep: a delta changes the original, and arms.{scratch[0]} trains from scratch; "
+                "use 'best' or 'none'"
+            )
         check_names(self.arms, "arms.")
         if self.refit and getattr(self.domain, "claim", "") == "deletion":
             raise ValueError(

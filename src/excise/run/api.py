@@ -26,7 +26,14 @@ from excise.models.spec import ModelSpec
 from excise.record import Record
 from excise.record import load as load_record
 from excise.requests.lengths import check_lengths
-from excise.requests.recipe import AuditSpec, EvalSpec, check_names
+from excise.requests.recipe import (
+    NO_MODEL,
+    AuditSpec,
+    EvalSpec,
+    Keep,
+    check_names,
+    starts_from,
+)
 from excise.run import output
 from excise.run.environment import environment, now
 from excise.run.hosted import HostedAudit, examine_hosted, references_of
@@ -55,6 +62,7 @@ def remove(
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
+    keep: Keep = "best",
 ) -> Removal:
     """Remove a capability with one method.
 
@@ -64,13 +72,15 @@ def remove(
         domain: What to remove and what to keep.
         tokenizer: Needed with a model in memory.
         out: Folder to write to; the model lies in `out/model`, with its card, beside the record
-            and the split that `excise audit out` reads; a LoRA adapter or delta that the method
-            keeps in `out/adapter` or `out/delta`. A new temporary folder when missing. The
-            removal itself is a stage beside `out`: called again with the same arguments it is
-            found or resumes.
+            and the split that `excise audit out` reads; a LoRA adapter that the method keeps in
+            `out/adapter`. A new temporary folder when missing. The removal itself is a stage
+            beside `out`: called again with the same arguments it is found or resumes.
         seed: Seed of everything random.
         dtype: Compute dtype.
         device: `auto` takes an accelerator where there is one.
+        keep: What is left in `out`: the model; its changed tensors alone, in `out/delta`, from
+            which `excise export` rebuilds it; `all` of both and of the steps that a stop rule
+            kept; or none, and the checkpoint is that of the stage.
 
     Returns:
         The edited checkpoint, what changed and what it took.
@@ -84,7 +94,10 @@ def remove(
     built = _build(domain, start)
     folder = _folder(out)
     name = str(getattr(method, "name", type(method).__name__))
+    if keep == "delta" and starts_from(method) == "scratch":
+        raise UserError(f"keep: '{name}' trains from scratch and changes no original; use 'best'")
     request = _Removal(
+        keep=keep,
         method=method,
         original=start.fingerprint,
         tokenizer=start.tokenizer_fingerprint,
@@ -96,7 +109,8 @@ def remove(
     with disk_full(folder), output.claim(folder, request), Pool(1) as pool:
         runtime = output.runtime(folder, dtype, device)
         removal = pool.map(runtime.run, [ApplyMethod(method, start, built, seed)])[0]
-        edits = output.copy_edits(folder, {name: removal})
+        bases = {} if starts_from(method) == "scratch" else {name: start}
+        edits = output.copy_edits(folder, {name: removal}, bases, keep)
         record = Record(
             kind="remove",
             title=f"{name} on {start.path.name}",
@@ -109,10 +123,12 @@ def remove(
             sensitive=built.sensitive,
         )
         edited = {name: removal.checkpoint}
-        record = output.write_models(folder, timed(record, began), edited, {}, start.path)
+        record = output.write_models(folder, timed(record, began), edited, {}, start.path, keep)
         if isinstance(domain, DomainSpec):
             output.write_split(folder, domain, built)
         output.write(folder, record, ())
+    if keep in NO_MODEL:
+        return removal
     checkpoint = dataclasses.replace(removal.checkpoint, path=folder / "model")
     return dataclasses.replace(removal, checkpoint=checkpoint)
 
@@ -120,6 +136,7 @@ def remove(
 class _Removal(Config):
     """What `remove` was asked for; an output folder is held by one."""
 
+    keep: Keep
     method: SerializeAsAny[Method]
     original: str
     tokenizer: str
@@ -140,7 +157,7 @@ def _told(
         "domain": domain.model_dump(mode="json") if isinstance(domain, DomainSpec) else None,
         "original": {"path": str(start.path), "tokenizer": str(start.tokenizer_path or "")},
         "arms": {name: request.method.model_dump(mode="json")},
-        **request.model_dump(include={"seed", "dtype", "device"}),
+        **request.model_dump(include={"seed", "dtype", "device", "keep"}),
     }
 
 

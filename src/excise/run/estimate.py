@@ -346,16 +346,21 @@ def plan(
             count,
             lines,
             max(needs) + _activations(request, count or 0) if needs else None,
-            # An edited model lies in the store and in the output folder; a control in the store.
             None
             if count is None
-            else (2 * models + _controls(request, count)) * count * width + 2**24,
+            else (models + _kept(request) + _controls(request, count)) * count * width + 2**24,
             out,
             Pace(1 / fast, 1 / slow),
             notes=(*cut, *_notes(request, spec, original, sizes, rows)),
             domain=domain,
             tokenizer=tokenizer,
         )
+
+
+def _kept(request: Recipe | AuditRun) -> int:
+    """Return how many models lie in the output folder beside the store, a delta as one at most."""
+    each = {"none": 0, "all": 2}.get(getattr(request, "keep", "best"), 1)
+    return each * len(_arms(request))
 
 
 def _arms(request: Recipe | AuditRun) -> Mapping[str, Method]:

@@ -30,16 +30,18 @@ from excise.data.spec import DomainSpec
 from excise.data.split import split_of
 from excise.methods.base import Removal
 from excise.models.checkpoint import Checkpoint
+from excise.models.delta import write_delta
 from excise.record import Item, ModelRef, Record, load, save
 from excise.report.card import render_card
 from excise.report.page import write_report
+from excise.requests.recipe import NO_MODEL, Keep
 from excise.run.environment import device_of
 
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
 CARD = "README.md"
-EDITS = {"adapter", "delta"}
-"""What a method may keep beside its model."""
+SEVERAL = {"adapter": "adapters", "delta": "deltas", "looks": "looks"}
+"""Folders of what is kept beside several models, by its kind."""
 
 
 def runtime(out: Path, dtype: str, device: str, emit: Emit = silent) -> Runtime:
@@ -148,15 +150,20 @@ def _check_free(out: Path, text: str) -> bool:
 
 
 def _same_run(old: str, new: str) -> bool:
-    """Return whether two configurations give the same results: a requirement decides none."""
+    """Return whether two configurations give the same results.
+
+    A requirement decides none, nor does what is kept.
+    """
 
     def decisive(text: str) -> object:
         try:
             data = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
             return text
-        if isinstance(data, dict) and isinstance(data.get("audit"), dict):
-            data["audit"].pop("require", None)
+        if isinstance(data, dict):
+            data.pop("keep", None)
+            if isinstance(data.get("audit"), dict):
+                data["audit"].pop("require", None)
         return data
 
     return old == new or decisive(old) == decisive(new)
@@ -217,6 +224,7 @@ def write_models(
     models: Mapping[str, Checkpoint],
     refitted: Mapping[str, Checkpoint],
     upstream: Path,
+    keep: Keep = "best",
 ) -> Record:
     """Copy the edited models out of the store, each with the card of its own bytes.
 
@@ -226,21 +234,24 @@ def write_models(
         models: The models by name.
         refitted: Those made of all forget rows; they go to `refit/`, laid out alike.
         upstream: Folder of the original, whose card's licence and tags are kept.
+        keep: What is to be left of the models; without one there is no card.
 
     Returns:
-        The record, which names the models where they lie in the output folder.
+        The record, which names the models where they lie in the output folder, or nowhere.
     """
-    folders = copy_models(out, models)
-    again = copy_models(out / "refit", refitted)
+    kept = keep not in NO_MODEL
+    folders = copy_models(out, models) if kept else {}
+    again = copy_models(out / "refit", refitted) if kept else {}
 
-    def at(model: ModelRef, folder: Path) -> ModelRef:
-        return model.model_copy(update={"path": folder.relative_to(out).as_posix()})
+    def at(model: ModelRef, folder: Path | None) -> ModelRef:
+        path = "" if folder is None else folder.relative_to(out).as_posix()
+        return model.model_copy(update={"path": path})
 
     method_runs = []
     for run in record.method_runs:
-        change = {"model": at(run.model, folders[run.name])}
+        change = {"model": at(run.model, folders.get(run.name))}
         if run.refit is not None:
-            change["refit"] = at(run.refit, again[run.name])
+            change["refit"] = at(run.refit, again.get(run.name))
         method_runs.append(run.model_copy(update=change))
     record = record.model_copy(update={"method_runs": tuple(method_runs)})
     for name, folder in folders.items():
@@ -278,26 +289,49 @@ def copy_models(out: Path, models: Mapping[str, Checkpoint]) -> dict[str, Path]:
     return folders
 
 
-def copy_edits(out: Path, removals: Mapping[str, Removal]) -> dict[str, dict[str, Any]]:
-    """Copy the LoRA adapters and deltas that methods keep where a user finds them.
+def copy_edits(
+    out: Path,
+    removals: Mapping[str, Removal],
+    bases: Mapping[str, Checkpoint],
+    keep: Keep = "best",
+) -> dict[str, dict[str, Any]]:
+    """Put what is kept beside a model, or in its place, where a user finds it.
 
     Args:
-        out: Output folder; those of one method run go to `adapter` and `delta`, of several to
-            `adapters/NAME` and `deltas/NAME`.
+        out: Output folder. LoRA adapters, deltas and looks of one method run go to `adapter`,
+            `delta` and `looks`, of several to `adapters/NAME` and so on.
         removals: What the methods returned, by method run.
+        bases: What they started from, where a user has it.
+        keep: What is to be left: a delta, and the steps that a stop rule looked at and kept.
 
     Returns:
         By method run and kind what the record says: where it lies, and the SHA-256 of every file.
     """
     edits: dict[str, dict[str, Any]] = {}
     for name, removal in removals.items():
-        kept = removal.extras.get("files", {})
-        for kind in EDITS & kept.keys():
-            folder = Path(kind) if len(removals) == 1 else Path(f"{kind}s") / name
-            copy_folder(Path(kept[kind]), out / folder)
+        parts = {"adapter": removal.extras.get("files", {}).get("adapter")}
+        if keep in ("all", "delta") and name in bases:
+            parts["delta"] = removal.checkpoint.path
+        looks = removal.checkpoint.path.parent / "looks"
+        if keep == "all" and looks.is_dir():
+            parts["looks"] = looks
+        for kind, source in parts.items():
+            if source is None:
+                continue
+            folder = Path(kind) if len(removals) == 1 else Path(SEVERAL[kind]) / name
+            if kind == "delta":
+                _write_delta(bases[name], removal, out / folder)
+            else:
+                copy_folder(Path(source), out / folder)
             sums = {file: file_sum(path) for file, path in files_of(out / folder).items()}
             edits.setdefault(name, {})[kind] = {"path": folder.as_posix(), "sha256": sums}
     return edits
+
+
+def _write_delta(base: Checkpoint, removal: Removal, to: Path) -> None:
+    """Write what a removal changed, in place of what an earlier call left."""
+    shutil.rmtree(to, ignore_errors=True)
+    write_delta(base, removal.checkpoint.weights_of(removal.changed), to)
 
 
 def copy_folder(source: Path, to: Path) -> None:

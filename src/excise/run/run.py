@@ -17,7 +17,7 @@ from excise.models.spec import ModelSpec
 from excise.record import MethodRun, Record
 from excise.requests.audit import AuditRun
 from excise.requests.lengths import fit_lengths
-from excise.requests.recipe import Recipe
+from excise.requests.recipe import Recipe, starts_from
 from excise.run import output
 from excise.run.canary import remove_canaries
 from excise.run.environment import now
@@ -60,9 +60,10 @@ def run(
         emit("phase", {"text": "looking for work that is done already"})
         removals = remove_all(recipe, domain, models, runtime, pool)
         edited = {name: removal.checkpoint for name, removal in removals.items()}
-        edits = output.copy_edits(out, removals)
+        bases = {n: models.original for n, m in recipe.arms.items() if starts_from(m) != "scratch"}
+        edits = output.copy_edits(out, removals, bases, recipe.keep)
         refitted = refit(recipe, models, runtime, pool) if recipe.refit else {}
-        output.copy_edits(out / "refit", refitted)
+        output.copy_edits(out / "refit", refitted, bases, recipe.keep)
         again = {name: removal.checkpoint for name, removal in refitted.items()}
         record = new_record(recipe, kind, command, domain, models, runtime, started)
         arms = tuple(
@@ -75,8 +76,9 @@ def run(
         record, items = examine(record, recipe, domain, models, edited, runtime, pool, null)
         emit("phase", {"text": "writing models and report"})
         record = output.write_models(
-            out, timed(record, began, pool.peak_bytes), edited, again, models.original.path
-        )
+            out, timed(record, began, pool.peak_bytes), edited, again, models.original.path,
+            recipe.keep,
+        )  # fmt: skip
         output.write(out, record, items)
     emit("done", {"out": str(out)})
     return record

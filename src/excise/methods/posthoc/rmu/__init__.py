@@ -73,7 +73,6 @@ from excise.methods.tuning import (
     write_edit,
 )
 from excise.models.checkpoint import Checkpoint
-from excise.models.delta import write_delta
 from excise.models.lora import LoRA, merge
 from excise.models.names import Names
 from excise.train.fit import FitConfig, Term, fit
@@ -153,8 +152,6 @@ class RMU(PostHoc):
     """R2MU: steer thinking traces of forget rows too, and pin those of retain rows."""
     sweep: RMUSweep | None = None
     """Try several layers, norms and weights in one run and keep the best on `dev`."""
-    keep: Literal["model", "delta"] = "model"
-    """With `delta`, the changed tensors are written by themselves too, for `excise export`."""
 
     version: ClassVar[int] = 2
     paper: ClassVar[Paper] = Paper(
@@ -177,7 +174,13 @@ class RMU(PostHoc):
     @classmethod
     def _published(cls, data: Any) -> Any:
         """Fill in the released settings before anything is checked, so that they are recorded."""
-        if not isinstance(data, Mapping) or not data.get("as_published"):
+        if not isinstance(data, Mapping):
+            return data
+        if data.get("keep") == "delta":
+            raise ValueError("keep: what is kept is the run's; use 'keep' of the recipe")
+        if data.get("keep") == "model":  # so in records of before
+            data = {name: value for name, value in data.items() if name != "keep"}
+        if not data.get("as_published"):
             return data
         given = {name: value for name, value in data.items() if value is not None}
         fit = given.get("fit", cls.model_fields["fit"].default)
@@ -227,7 +230,7 @@ class RMU(PostHoc):
                 extras={**facts, **quality, **chosen},
                 flops_per_token=flops_per_token(targets, start, self.engine),
             )  # fmt: skip
-        return _with_delta(self, start, targets, removal, ctx)
+        return replace(removal, extras=of_slices(removal.extras, targets))
 
     def points(self) -> list[RMU]:
         """Return every setting of a sweep as a method of its own; without one, this method."""
@@ -578,19 +581,6 @@ def _cache_facts(cache: PrefixCache) -> dict[str, int]:
     return {"bytes": cache.num_bytes, "hits": cache.hits, "misses": cache.misses}
 
 
-def _with_delta(
-    method: RMU, start: Checkpoint, targets: TargetParameters, removal: Removal, ctx: Context
-) -> Removal:
-    """Return a removal with its share of the slices, and its delta written if asked for."""
-    extras = of_slices(removal.extras, targets)
-    if method.keep == "delta":
-        if ctx.rank == 0:
-            changed = removal.checkpoint.weights_of(removal.changed)
-            write_delta(start, changed, ctx.work / "delta")
-        extras["files"] = {**extras["files"], "delta": "delta"}
-    return replace(removal, extras=extras)
-
-
 def _best_of_sweep(
     method: RMU,
     sweep: RMUSweep,
@@ -650,4 +640,5 @@ def _best_of_sweep(
     _save_controls(best.controls, ctx)
     extras = {**best.facts, **quality, "sweep": {**report, "cache": _cache_facts(cache)}}
     removal = write_edit(start, best.changed, ctx, extras=extras, cost=cost, history=best.history)
-    return _with_delta(method, start, targets[grid.index(report["chosen"])], removal, ctx)
+    target = targets[grid.index(report["chosen"])]
+    return replace(removal, extras=of_slices(removal.extras, target))

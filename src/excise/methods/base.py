@@ -18,6 +18,7 @@ from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.domain import Domain
+from excise.methods.search import Space
 from excise.models.checkpoint import Checkpoint
 
 
@@ -92,7 +93,8 @@ class Method(Config, ABC):
     """A way to remove a capability.
 
     Subclasses declare `name: Literal["..."] = "..."`, their hyper-parameters with published
-    defaults, `paper`, `starts_from` and `version`, and implement `apply`.
+    defaults, `paper`, `starts_from` and `version`, and implement `apply`. `search` says where a
+    leaderboard looks for their settings; empty for the learning rate and the weights of losses.
     """
 
     kind: ClassVar[str] = "method"
@@ -100,6 +102,7 @@ class Method(Config, ABC):
     paper: ClassVar[Paper]
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    search: ClassVar[Space] = {}
 
     @abstractmethod
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:

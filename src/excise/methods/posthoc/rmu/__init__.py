@@ -37,6 +37,7 @@ from excise.data.domain import Domain, Rows
 from excise.data.stream import Batch, Stream, Tokenizer
 from excise.losses import rmu_forget, rmu_retain
 from excise.methods.base import Method, Paper, Removal
+from excise.methods.choosing import check_dev, dev_losses
 from excise.methods.posthoc.rmu.engine import (
     Engine,
     Full,
@@ -52,13 +53,14 @@ from excise.methods.posthoc.rmu.parameters import (
     flops_per_token,
     of_slices,
 )
-from excise.methods.posthoc.rmu.sweep import RMUSweep, Tried, choose, dev_losses
+from excise.methods.posthoc.rmu.sweep import RMUSweep, Tried, choose
 from excise.methods.posthoc.rmu.topics import (
     control_vector,
     per_topic,
     read_control_vectors,
     topics_of,
 )
+from excise.methods.search import Range, Space
 from excise.methods.tuning import (
     Progress,
     finish,
@@ -147,6 +149,7 @@ class RMU(Method):
     """With `delta`, the changed tensors are written by themselves too, for `excise export`."""
 
     version: ClassVar[int] = 2
+    search: ClassVar[Space] = {"fit.lr": Range(), "steering": Range(), "alpha": Range()}
     paper: ClassVar[Paper] = Paper(
         "The WMDP benchmark: measuring and reducing malicious use with unlearning",
         "arXiv:2403.03218 (adaptive: arXiv:2408.06223)",
@@ -542,8 +545,7 @@ def _best_of_sweep(
     Raises:
         UserError: If `dev` is empty, or a setting does not fit the model.
     """
-    if not domain.dev_retain or not any(domain.dev_forget.values()):
-        raise UserError(f"domain '{domain.name}' has no dev rows for rmu's sweep to choose on")
+    check_dev(domain, "rmu's sweep")
     if len(sweep.layer) > 1 and (method.blocks or method.modules):
         raise UserError(
             "rmu: sweep.layer moves the steered block and 'blocks' or 'modules' fix what is "

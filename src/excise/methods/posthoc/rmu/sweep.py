@@ -1,9 +1,4 @@
-"""Several settings of RMU in one run, and the rule by which one is chosen.
-
-Of the settings whose loss on `dev` retain text rises by at most the budget over the original's,
-the one with the highest loss on `dev` forget text; where there is none, the one that raises the
-retain loss least, and the record says so.
-"""
+"""Several settings of RMU in one run, of which one is chosen by the rule of `choosing`."""
 
 from __future__ import annotations
 
@@ -13,18 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from excise.core.config import Config
 from excise.core.context import Context
-from excise.data.domain import Domain
-from excise.evals.score import measure
 from excise.methods.base import Cost
-
-RULE = (
-    "highest dev_forget loss among settings whose dev_retain loss is at most retain_budget above "
-    "the original's; if there is none, lowest dev_retain loss"
-)
+from excise.methods.choosing import RULE, better
 
 
 class RMUSweep(Config):
@@ -84,50 +73,6 @@ class Tried:
     facts: Mapping[str, Any]
     history: Sequence[Mapping[str, float]]
     cost: Cost
-
-
-def better(new: Tried, old: Tried | None, limit: float) -> bool:
-    """Return whether a setting is to be preferred.
-
-    Within the limit the highest forget loss wins, beyond it the lowest retain loss.
-
-    Args:
-        new: A setting that was tried.
-        old: The best so far; None for none.
-        limit: The highest retain loss allowed, nats per token.
-    """
-    if old is None:
-        return True
-    fits = new.retain <= limit
-    if fits != (old.retain <= limit):
-        return fits
-    return new.forget > old.forget if fits else new.retain < old.retain
-
-
-def dev_losses(
-    model: nn.Module, tokenizer: Any, domain: Domain, rows: int, max_length: int
-) -> tuple[float, float]:
-    """Return mean losses (nats per token) on `dev` forget and retain rows; topics count alike.
-
-    Args:
-        model: A causal model.
-        tokenizer: Its tokenizer.
-        domain: Gives `dev_forget` and `dev_retain`.
-        rows: Rows of each set at most.
-        max_length: Tokens per row.
-
-    Raises:
-        NotFinite: If the model gives no numbers.
-    """
-
-    def score(part: Sequence[Any]) -> float:
-        scores = measure(
-            model, tokenizer, part[:rows], "text_loss", max_length=max_length, batch_size=16
-        )
-        return scores.checked().mean
-
-    topics = [score(part) for part in domain.dev_forget.values() if part]
-    return sum(topics) / len(topics), score(domain.dev_retain)
 
 
 def choose(

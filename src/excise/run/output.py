@@ -148,13 +148,18 @@ def _check_free(out: Path, text: str) -> bool:
 
 
 def _same_run(old: str, new: str) -> bool:
-    """Return whether two configurations give the same results: a requirement decides none."""
+    """Return whether two configurations ask for the same.
+
+    A requirement decides no number, and the time that a study may take only how far it gets.
+    """
 
     def decisive(text: str) -> object:
         try:
             data = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
             return text
+        if isinstance(data, dict):
+            data.pop("time_budget", None)
         if isinstance(data, dict) and isinstance(data.get("audit"), dict):
             data["audit"].pop("require", None)
         return data

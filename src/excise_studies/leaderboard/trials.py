@@ -254,9 +254,10 @@ def search(
     for name, i in order:
         try:
             stage = stage_of(changed(methods[name], plans[name][i]))
-            label([stage], [f"{name}, trial {i + 1}"], runtime, pool)
         except ValueError as error:  # the point lies outside what the method takes
-            stage = str(error).splitlines()[-1].strip()
+            jobs.append((runtime, str(error).splitlines()[-1].strip(), deadline))
+            continue
+        label([stage], [f"{name}, trial {i + 1}"], runtime, pool)
         jobs.append((runtime, stage, deadline))
     found = dict(zip(order, pool.map(attempt, jobs), strict=True))
     rounds = [i for (_, i), tried in found.items() if tried is None]

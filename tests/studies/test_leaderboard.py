@@ -67,9 +67,9 @@ def tiny(**change: Any) -> Leaderboard:
         "trials": 2,
         "seeds": (1,),
         "domain": Facts(subjects=24, relations=2, objects=8, wordings=3, forget_share=0.4),
-        "scratch": Scratch(width=32, blocks=2),
+        "scratch": Scratch(width=48, blocks=2),
         "pretrain": Pretrain(
-            fit=FitConfig(**{**FACTS_FIT, "steps": 20, "batch_size": 16, "warmup": 2}),
+            fit=FitConfig(**{**FACTS_FIT, "steps": 90, "lr": 8e-3, "batch_size": 32, "warmup": 10}),
             max_length=FACTS_MAX_LENGTH,
         ),
         "repair": QUICK,

@@ -23,7 +23,7 @@ from excise.methods import METHODS
 from excise.methods.base import ApplyMethod, Method, Removal, completed
 from excise.methods.choosing import check_dev
 from excise.methods.pretraining.pretrain import Pretrain
-from excise.methods.search import Range, changed
+from excise.methods.search import RATE, Range, changed
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import ModelSpec, Scratch
 from excise.record import ModelRef, Record
@@ -56,6 +56,10 @@ def posthoc() -> dict[str, Method]:
 
 SMALL: Mapping[str, Mapping[str, Any]] = {"rmu": {"layer": 1, "blocks": (0, 1)}}
 """What published settings need that name a block which a model of two blocks does not have."""
+
+SMALL_RANGES: Mapping[str, Range] = {RATE: Range(low=1e-4, high=1e-2, absolute=True)}
+"""Where models that are trained here are searched for settings that are published for models a
+thousand times as large."""
 
 
 class Leaderboard(Study):
@@ -106,7 +110,8 @@ class Leaderboard(Study):
     """Time this call may take, as in 36h: half for the search; then seeds as long as it lasts. Run
     again, it goes on from there."""
     ranges: dict[str, Range] = {}
-    """Ranges by path of a setting, for every method that has it, in place of its own."""
+    """Ranges by path of a setting, for every method that has it, in place of its own; without a
+    `model` the learning rate has one, 1e-4 to 1e-2, for models of that size."""
     small: dict[str, dict[str, Any]] = {}
     """Settings by method that a model trained here needs instead of the published ones."""
     retain_budget: float = Field(default=0.05, ge=0)
@@ -213,8 +218,8 @@ class Leaderboard(Study):
         pool.emit("phase", {"text": "searching for settings, on dev"})
         limit = began + SEARCH * self.seconds()
         searched = search(
-            tuning.methods, tuning.trial, self.trials, self.tuned_on[0], self.ranges, limit,
-            runtime, pool,
+            tuning.methods, tuning.trial, self.trials, self.tuned_on[0],
+            {**({} if self.model else SMALL_RANGES), **self.ranges}, limit, runtime, pool,
         )  # fmt: skip
         original = runtime.run(tuning.dev_score(tuning.models.original))
         allowed = original[1] + self.retain_budget

@@ -25,8 +25,7 @@ def every() -> dict[str, Method]:
 class LeaderboardFacts(Leaderboard):
     """Every method on made-up facts, where labels reach all, half and a tenth of the forget rows.
 
-    Learning rates are published for models a thousand times as large: after the first trial they
-    are searched for between 1e-4 and 1e-2. Data filtering is a row; it has nothing to search.
+    Data filtering is a row too; it has nothing to search.
     """
 
     takes: ClassVar[str] = "2 to 4 hours, 1 GiB; resumes where it was stopped"
@@ -35,8 +34,6 @@ class LeaderboardFacts(Leaderboard):
     """Name on the command line."""
     methods: dict[str, SerializeAsAny[Method]] = Field(default_factory=every)
     """Methods by name, with the settings of the first trial."""
-    ranges: dict[str, Range] = {RATE: Range(low=1e-4, high=1e-2, absolute=True)}
-    """Ranges by path of a setting, for every method that has it, in place of its own."""
     rates: tuple[float, ...] = Field(default=(1.0, 0.5, 0.1), min_length=1)
     """Shares of the forget rows that carry a label; the others are among the retain rows. Settings
     are chosen at the first."""

@@ -21,7 +21,7 @@ from excise_studies.leaderboard.tables import BOARD, FINAL, LEFT
 FILE = Path("docs/leaderboard.md")
 """Where tables are written when nothing else is said."""
 
-COLUMNS = ("retain change", "held-out score", "left before", LEFT, "came back", "levels", "seeds")
+COLUMNS = (LEFT, "retain change", "left before", "held-out score", "came back", "levels", "seeds")
 """Metrics of the table that are published, in their order."""
 
 

@@ -27,6 +27,7 @@ from excise.record.measured import (
     by_setting,
     headline,
     is_relearning,
+    nothing_to_remove,
     pooled,
     role,
     score_of,
@@ -227,17 +228,17 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 def board_table(board: Board, title: str = BOARD) -> StudyTable:
     """Return the table: what was kept, what is left before and after attacks, at what cost."""
     rows = []
-    for model in ("original", "oracle-0"):
-        scores = [s for r in board.records.values() if (s := score_of(r, model, "test"))]
-        if scores:
-            name = model.removesuffix("-0")
-            rows.append(row(name, "held-out score", over_seeds([s.value for s in scores])))
     order = board.ranking()
     for entry in sorted(
         (e for e in board.entries if e.method in order),
         key=lambda e: (order.index(e.method), -e.rate, e.repaired),
     ):
         rows += _entry_rows(board, entry)
+    for model in ("original", "oracle-0"):
+        scores = [s for r in board.records.values() if (s := score_of(r, model, "test"))]
+        if scores:
+            name = model.removesuffix("-0")
+            rows.append(row(name, "held-out score", over_seeds([s.value for s in scores])))
     metric = next((m for r in board.records.values() if (m := headline(r, "test"))), "")
     return StudyTable(
         title=title,
@@ -275,10 +276,10 @@ def _entry_rows(board: Board, entry: Entry) -> list[StudyRow]:
     n = compared.seeds
     costs = board.costs.get(entry, ())
     numbers: list[tuple[str, Estimate | None]] = [
-        ("retain change", compared.retain),
-        ("held-out score", compared.forget),
-        ("left before", of(before)),
         (LEFT, of(lambda c: left_of(c.record, c.model))),
+        ("retain change", compared.retain),
+        ("left before", of(before)),
+        ("held-out score", compared.forget),
         ("came back", compared.recovery),
     ]
     out = [row(entry.label, metric, replace(e, n=n)) for metric, e in numbers if e is not None]
@@ -295,24 +296,22 @@ def search_table(board: Board) -> StudyTable:
     forget, retain = board.original
     rows = [
         StudyRow(condition="original", metric="dev forget", value=forget),
-        StudyRow(condition="original", metric="dev retain", value=retain),
+        StudyRow(condition="original", metric="cost", value=0.0),
     ]
     for name, searched in board.searched.items():
         chosen = board.chosen.get(name)
-        numbers: dict[str, float | None] = {"trials": float(len(searched.trials))}
+        numbers: dict[str, float | None] = {}
+        if chosen is not None:
+            numbers |= {"dev forget": chosen.forget, "cost": chosen.retain - retain}
+            numbers["chosen"] = float(searched.trials.index(chosen) + 1)
+        numbers["trials"] = float(len(searched.trials))
+        numbers["failed"] = float(len(searched.trials) - len(searched.usable))
         first = searched.trials[0]
         if not first.tried.failed:
-            numbers |= {
-                "published: dev forget": first.forget,
-                "published: cost": first.retain - retain,
-            }
-        if chosen is not None:
-            at = searched.trials.index(chosen) + 1
-            numbers |= {"dev forget": chosen.forget, "dev retain": chosen.retain}
-            numbers |= {"cost": chosen.retain - retain, "chosen": float(at)}
-        numbers |= {"failed": float(len(searched.trials) - len(searched.usable))}
-        numbers |= {"tuning TFLOPs": searched.cost.flops / 1e12}
-        numbers |= {"tuning seconds": searched.cost.seconds}
+            numbers["published: dev forget"] = first.forget
+            numbers["published: cost"] = first.retain - retain
+        numbers["tuning TFLOPs"] = searched.cost.flops / 1e12
+        numbers["tuning seconds"] = searched.cost.seconds
         rows += [StudyRow(condition=name, metric=m, value=v, n=1) for m, v in numbers.items()]
     note = f"Nats per token on dev; cost: rise on retain rows. Chosen, the trial's number: {RULE}."
     return StudyTable(title="Search", note=note, rows=tuple(rows))
@@ -433,6 +432,8 @@ def ahead(board: Board, first: str, other: str) -> Estimate:
 def decide(board: Board) -> str:
     """Return which method leads, or that none does."""
     order, margin = board.ranking(), board.asked.margin
+    if any(map(nothing_to_remove, board.records.values())):
+        return "undecided: the original knows nothing of what is to be removed"
     if not order:
         return "undecided: no method made a model that could be attacked"
     limit = board.original[1] + board.asked.retain_budget

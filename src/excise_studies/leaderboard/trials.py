@@ -73,16 +73,16 @@ class TrySetting(Stage[Tried]):
 
     def make(self, ctx: Context) -> None:
         """Apply, score, write the losses, throw the model away."""
-        edit = ctx.child("edit")
         try:
-            removal = self.method.apply(self.start, self.domain, edit)
+            removal = self.method.apply(self.start, self.domain, ctx)
             losses = losses_of(removal.checkpoint, self.dev, self.rows, self.max_length, ctx)
             tried = Tried(*losses, removal.cost)
         except Exception as error:
             if isinstance(error, DiskFull):
                 raise
             tried = Tried(failed=reason(error))
-        shutil.rmtree(edit.work)
+        for path in ctx.work.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_text(ctx.work / "trial.json", json.dumps(asdict(tried)))
 
     def read(self, folder: Path) -> Tried:

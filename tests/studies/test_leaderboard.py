@@ -299,6 +299,7 @@ def test_a_leader_is_ahead_of_everyone_by_more_than_the_margin() -> None:
     clear = board({"a": 0.1, "b": 0.5}, {"a": 0.12, "b": 0.5}, {"a": 0.1, "b": 0.52})
     assert decide(clear).startswith("a leads")
     assert ahead(clear, "a", "b").value == pytest.approx(0.4)
+    assert decide(replace(clear, beside=("a",))).startswith("undecided: b was compared with no")
     near = board({"a": 0.1, "b": 0.25}, {"a": 0.3, "b": 0.31}, {"a": 0.1, "b": 0.4})
     assert decide(near).startswith("undecided: a leaves least, and is not shown to be ahead of b")
     assert decide(board({"a": 0.1, "b": 0.5})).startswith("undecided")  # one seed says nothing

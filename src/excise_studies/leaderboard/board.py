@@ -73,7 +73,8 @@ class Leaderboard(Study):
     candidate over every score before an attack and after every attack (the share of what the
     original knows and the oracle does not); of a method it is the larger one of the two rows. A
     method leads if *left* is lower than that of every other method by more than `margin`, at the
-    lower end of the 95 % interval over seeds (Student's t, paired); else none does.
+    lower end of the 95 % interval over seeds (Student's t, paired); else none does. A method that
+    trains from scratch, as filtering does, stands beside those that edit a model.
     """
 
     question: ClassVar[str] = (
@@ -230,7 +231,13 @@ class Leaderboard(Study):
         if self.repair is not None:
             entries += [Entry(n, self.rates[0], repaired=True) for n in chosen]
         board = Board(self, searched, chosen, original, tuple(entries))
-        board = replace(board, notes=tuple(_why(self, searched)), refs=tuning.refs())
+        scratch = tuple(n for n in chosen if starts_from(self.methods[n]) == "scratch")
+        board = replace(
+            board,
+            beside=() if len(scratch) == len(chosen) else scratch,
+            notes=tuple(_why(self, searched)),
+            refs=tuning.refs(),
+        )
         for at, seed in enumerate(self.seeds):
             if at and time.time() - began >= self.seconds():
                 note = f"seeds {', '.join(map(str, self.seeds[at:]))} were not reached in time"
@@ -239,7 +246,7 @@ class Leaderboard(Study):
             pool.emit("phase", {"text": f"seed {seed}: applying the chosen settings, attacking"})
             world = make_world(self, seed, runtime, pool)
             board = board.add(world.domain, seed, *world.audited(board, self.audit, runtime, pool))
-        finalists = board.ranking()[: self.finalists]
+        finalists = board.contest()[: self.finalists]
         if finalists:
             pool.emit("phase", {"text": f"attacking the first {len(finalists)} again"})
             keep = tuple(e for e in board.entries if e.method in finalists)

@@ -104,6 +104,8 @@ class Board:
         chosen: The trial that was chosen, by method.
         original: Losses of the original on `dev`, forget and retain.
         entries: Rows of the table.
+        beside: Methods that train from scratch, among others that edit a model: shown, and out of
+            the contest.
         records: The audit of every seed.
         failed: Why a row has no model at a seed.
         costs: What the removals of a row took.
@@ -117,6 +119,7 @@ class Board:
     chosen: Mapping[str, Trial]
     original: tuple[float, float]
     entries: tuple[Entry, ...]
+    beside: tuple[str, ...] = ()
     records: Mapping[int, Record] = field(default_factory=dict)
     failed: Mapping[tuple[Entry, int], str] = field(default_factory=dict)
     costs: Mapping[Entry, tuple[Cost, ...]] = field(default_factory=dict)
@@ -178,6 +181,10 @@ class Board:
                 n,
             ),
         )
+
+    def contest(self) -> list[str]:
+        """Return the methods among which one may lead, in the order of the ranking."""
+        return [name for name in self.ranking() if name not in self.beside]
 
 
 def left_of(record: Record, model: str) -> Estimate | None:
@@ -431,7 +438,7 @@ def ahead(board: Board, first: str, other: str) -> Estimate:
 
 def decide(board: Board) -> str:
     """Return which method leads, or that none does."""
-    order, margin = board.ranking(), board.asked.margin
+    order, margin = board.contest(), board.asked.margin
     if any(map(nothing_to_remove, board.records.values())):
         return "undecided: the original knows nothing of what is to be removed"
     if not order:

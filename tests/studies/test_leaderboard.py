@@ -292,7 +292,7 @@ def board(*seeds: dict[str, float], over: str = "") -> Board:
     chosen = {n: trial(5, 9.0 if n == over else 1.0) for n in names}
     entries = tuple(Entry(n, repaired=r) for r in (False, True) for n in names)
     records = {i: judged(left) for i, left in enumerate(seeds)}
-    return Board(tiny(), {}, chosen, (1.0, 1.0), entries, records)
+    return Board(tiny(), {}, chosen, (1.0, 1.0), entries, records=records)
 
 
 def test_a_leader_is_ahead_of_everyone_by_more_than_the_margin() -> None:

@@ -58,7 +58,10 @@ Space = Mapping[str, Range | tuple[Any, ...]]
 """A range, or the values to choose from, by the path of a setting."""
 
 RATE = "fit.lr"
-WEIGHTS = ("alpha", "beta", "gamma", "delta", "weight")
+WEIGHTS = (
+    "alpha", "beta", "gamma", "delta", "eta", "lam", "scale", "steering", "retain", "remove",
+    "erase", "weight",
+)  # fmt: skip
 """Names of settings that weigh the losses of a method, and how such names end."""
 
 

@@ -20,9 +20,9 @@ from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.methods import METHODS, RMU
 from excise.methods.base import Cost, Method
+from excise.methods.choosing import RULE, better
 from excise.methods.posthoc.rmu import PUBLISHED
 from excise.methods.posthoc.rmu.sweep import RMUSweep, Tried
-from excise.methods.stopping import RULE, better
 from excise.models import files
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.delta import export, read_delta, write_delta

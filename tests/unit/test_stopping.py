@@ -17,8 +17,9 @@ from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.methods import METHODS, RMU, GradDiff
 from excise.methods.base import PostHoc, Removal
+from excise.methods.choosing import dev_losses
 from excise.methods.posthoc.rmu.sweep import RMUSweep
-from excise.methods.stopping import StopRule, dev_losses
+from excise.methods.stopping import StopRule
 from excise.testing import check_method, toy_domain, toy_start
 from excise.train.fit import FitConfig
 
@@ -115,7 +116,7 @@ def test_every_look_is_kept_on_demand(tmp_path: Path) -> None:
 
 def test_without_dev_rows_there_is_nothing_to_choose_on(tmp_path: Path) -> None:
     domain = replace(toy_domain(), dev_retain=())
-    with pytest.raises(UserError, match="no dev rows to choose on; give --dev-forget"):
+    with pytest.raises(UserError, match="no dev rows for a stop rule to choose on; give"):
         GradDiff(fit=FIT, stop=RULE).apply(toy_start(tmp_path / "start"), domain, Context(tmp_path))
     with pytest.raises(ValueError, match="both choose on dev; set one"):
         RMU(stop=RULE, sweep=RMUSweep())

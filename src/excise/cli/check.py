@@ -21,7 +21,9 @@ from excise.run.estimate import Plan
 def main(options: CheckOptions) -> int:
     """Print what a recipe, an audit or a study would do."""
     if is_study(options.name):
-        study = study_of(options.name, options.settings, full=options.full)
+        study = study_of(
+            options.name, options.settings, full=options.full, allow_code=options.allow_code
+        )
         settings = study.model_dump(mode="json", exclude={"name"})
         print(f"{statement(study)}\n\nsettings")
         print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")

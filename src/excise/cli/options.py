@@ -67,6 +67,8 @@ class StudyOptions(Options):
     """Show no progress."""
     track: Literal["", "trackio", "wandb", "tensorboard"] = ""
     """Send losses, curves of attacks and scores to this tracker when the run is done."""
+    allow_code: bool = False
+    """Run code of your own, named as ./file.py:Class."""
     settings: DottedSettings = field(default_factory=dict)
     """Fields of the study or recipe, by dotted path."""
 
@@ -87,8 +89,6 @@ class RunOptions(StudyOptions):
     where something is missed, 4 where it stays undecided."""
     force: bool = False
     """Start even if the estimate says that it cannot fit."""
-    allow_code: bool = False
-    """Run code of your own that the recipe names as ./file.py:Class."""
 
 
 @dataclass(frozen=True, kw_only=True)

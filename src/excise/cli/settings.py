@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -21,7 +21,8 @@ def override(
 
     The name of a setting may be written with `-` for `_`; the key of a mapping, such as the name
     of a method run, is taken as it is. A number picks from a list. A `name` that is another than
-    before names another thing, which starts from its own defaults.
+    before names another thing, which starts from its own defaults; what is chosen by name may be
+    given by that alone, `--domain glosses`, and several such things as `--methods rmu,./my.py:Own`.
 
     Args:
         data: Plain data of a configuration.
@@ -34,7 +35,7 @@ def override(
             or through a key that is not there and is given no whole configuration either.
     """
     out: dict[str, Any] = deepcopy(dict(data))
-    settings = dict(sorted(settings.items(), key=lambda item: _rank(item[0])))
+    settings = dict(sorted(settings.items(), key=lambda item: _rank(item[0], settings)))
     new: list[tuple[str, str, dict[str, Any], list[str]]] = []
     for path, text in settings.items():
         node: Any = out
@@ -52,7 +53,7 @@ def override(
                 new.append((path, ".".join(parts[: depth + 1]), node, list(node)))
             owner, annotation = annotation, _below(annotation, node, key, registry)
             if depth == len(parts) - 1:
-                value = _value(path, text)
+                value = _members(path, annotation, _value(path, text))
                 if key == "name" and _chosen_by_name(owner) and node.get(key, value) != value:
                     node.clear()
                 node[key] = value
@@ -69,9 +70,31 @@ def override(
     return out
 
 
-def _rank(path: str) -> int:
+def _rank(path: str, settings: Iterable[str]) -> int:
     """Return when a setting is put in place: whatever names a thing before what is in it."""
-    return path.count(".") if path.split(".")[-1] == "name" else 1 << 20
+    names = path.split(".")[-1] == "name" or any(p.startswith(f"{path}.") for p in settings)
+    return path.count(".") if names else 1 << 20
+
+
+def _members(path: str, annotation: Any, value: Any) -> Any:
+    """Return members of an open family where a field holds them and they are given by name alone.
+
+    Raises:
+        UserError: If one of several is named twice.
+    """
+    if not isinstance(value, str):
+        return value
+    if any(map(is_family, configs(annotation))):
+        return {"name": value}
+    if not any(map(is_family, configs(_mapping(annotation)))):
+        return value
+    members: dict[str, Any] = {}
+    for name in (part.strip() for part in value.split(",") if part.strip()):
+        label = name.rpartition(":")[2]
+        if label in members:
+            raise UserError(f"--{path}: names '{label}' twice; name it once")
+        members[label] = {"name": name}
+    return members
 
 
 def _chosen_by_name(annotation: Any) -> bool:

@@ -8,7 +8,7 @@ from excise.cli.options import DottedSettings, StudyOptions
 from excise.cli.progress import progress
 from excise.cli.settings import override
 from excise.core.config import parse
-from excise.core.plugins import entry_points
+from excise.core.plugins import collect_code, entry_points
 from excise.recipes import RECIPES
 from excise.report.terminal import finish
 from excise.requests.registry import registry
@@ -18,7 +18,9 @@ from excise.run.study import Study, conduct, study_named, study_points
 
 def main(options: StudyOptions) -> int:
     """Run a study, or say what it would do."""
-    study = study_of(options.name, options.settings, full=options.full)
+    study = study_of(
+        options.name, options.settings, full=options.full, allow_code=options.allow_code
+    )
     out = options.out or Path("runs") / (options.name + ("-full" if options.full else ""))
     check_out(out)
     if options.dry_run:
@@ -35,21 +37,23 @@ def is_study(name: str) -> bool:
     return name in study_points() and name not in {*RECIPES, *entry_points("recipe")}
 
 
-def study_of(name: str, settings: DottedSettings, *, full: bool) -> Study:
+def study_of(name: str, settings: DottedSettings, *, full: bool, allow_code: bool = False) -> Study:
     """Return a study with changed settings.
 
     Args:
         name: Which study.
         settings: Values by dotted path, as written.
         full: Whether to start from its settings for a real model.
+        allow_code: Whether the user asked for code of their own with `--allow-code`.
 
     Raises:
         UserError: If there is no such study, it has no such settings, or a value is wrong.
     """
     cls = study_named(name)
     data = (cls.full() if full else cls(**{})).model_dump(mode="json")
-    members = registry()
-    return parse(cls, override(data, settings, cls, members), members, source=f"study {name}")
+    changed = override(data, settings, cls, registry())
+    named, _, classes = collect_code(changed, allow=allow_code)
+    return parse(cls, named, registry(classes), source=f"study {name}")
 
 
 def statement(study: Study) -> str:

@@ -21,6 +21,7 @@ from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
+from excise.methods.search import Space
 from excise.models.checkpoint import Checkpoint
 
 
@@ -95,7 +96,8 @@ class Method(Config, ABC):
     """A way to remove a capability.
 
     Subclasses declare `name: Literal["..."] = "..."`, their hyper-parameters with published
-    defaults, `paper`, `starts_from` and `version`, and implement `apply`.
+    defaults, `paper`, `starts_from` and `version`, and implement `apply`. `search` says where a
+    leaderboard looks for their settings; empty for the learning rate and the weights of losses.
     """
 
     kind: ClassVar[str] = "method"
@@ -103,6 +105,7 @@ class Method(Config, ABC):
     paper: ClassVar[Paper]
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    search: ClassVar[Space] = {}
     whole_batch: ClassVar[str] = ""
     """Why cutting a batch into micro-batches gives another model, where it does."""
 

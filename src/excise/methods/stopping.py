@@ -10,10 +10,10 @@ where there is none, the one of lowest r, and the record says so
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,15 +23,8 @@ from torch import Tensor, nn
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.disk import new_file, write_text
-from excise.core.errors import UserError
-from excise.data.domain import Domain
-from excise.evals.score import measure
+from excise.methods.choosing import RULE, better
 from excise.train.distributed import barrier
-
-RULE = (
-    "highest dev_forget loss among those whose dev_retain loss is at most retain_budget above the "
-    "original's; if there is none, lowest dev_retain loss"
-)
 
 
 class StopRule(Config):
@@ -62,68 +55,6 @@ class Look:
     step: int
     forget: float
     retain: float
-
-
-class DevLosses(Protocol):
-    """What an edit is chosen by: losses on `dev`, nats per token."""
-
-    @property
-    def forget(self) -> float:
-        """Loss on forget text."""
-        ...
-
-    @property
-    def retain(self) -> float:
-        """Loss on retain text."""
-        ...
-
-
-def better(new: DevLosses, old: DevLosses | None, limit: float) -> bool:
-    """Return whether the losses of one edit are to be preferred: within the limit, highest forget.
-
-    Args:
-        new: Losses of an edit.
-        old: The best so far; None for none.
-        limit: The highest retain loss allowed, nats per token.
-    """
-    if old is None:
-        return True
-    fits = new.retain <= limit
-    if fits != (old.retain <= limit):
-        return fits
-    return new.forget > old.forget if fits else new.retain < old.retain
-
-
-def dev_losses(
-    model: nn.Module, tokenizer: Any, domain: Domain, rows: int, max_length: int
-) -> tuple[float, float]:
-    """Return mean losses (nats per token) on `dev` forget and retain rows; topics count alike.
-
-    Args:
-        model: A causal model.
-        tokenizer: Its tokenizer.
-        domain: Gives `dev_forget` and `dev_retain`.
-        rows: Rows of each set at most.
-        max_length: Tokens per row.
-
-    Raises:
-        NotFinite: If the model gives no numbers.
-        UserError: If `dev` is empty.
-    """
-    if not domain.dev_retain or not any(domain.dev_forget.values()):
-        raise UserError(
-            f"domain '{domain.name}' has no dev rows to choose on; give --dev-forget and "
-            "--dev-retain, or a domain whose split has them"
-        )
-
-    def score(part: Sequence[Any]) -> float:
-        scores = measure(
-            model, tokenizer, part[:rows], "text_loss", max_length=max_length, batch_size=16
-        )
-        return scores.checked().mean
-
-    topics = [score(part) for part in domain.dev_forget.values() if part]
-    return sum(topics) / len(topics), score(domain.dev_retain)
 
 
 @dataclass

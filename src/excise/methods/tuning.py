@@ -28,7 +28,8 @@ from excise.data.labels import relabelled
 from excise.data.stream import Batch, Example, Stream, Tokenizer, encode, zip_streams
 from excise.losses import Summed, nll
 from excise.methods.base import Cost, Method, PostHoc, Removal
-from excise.methods.stopping import Looks, StopRule, dev_losses
+from excise.methods.choosing import check_dev, dev_losses
+from excise.methods.stopping import Looks, StopRule
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import trainable
 from excise.models.lora import LoRA, adapted, merge, on_modules
@@ -308,6 +309,7 @@ def looking(
     """
     if rule is None:
         return None
+    check_dev(domain, "a stop rule")
     losses = partial(dev_losses, model, tokenizer, domain, rule.rows, max_length)
     return Looks(rule, losses, parameters, steps, ctx)
 

@@ -40,7 +40,15 @@ from excise.record.schema import (
     Score,
     Verdict,
 )
-from excise.record.study import StudyPicture, StudyPictureRow, StudyRecord, StudyRow, StudyTable
+from excise.record.study import (
+    StudyLine,
+    StudyPicture,
+    StudyPictureRow,
+    StudyPlot,
+    StudyRecord,
+    StudyRow,
+    StudyTable,
+)
 from excise.record.upgrade import upgraded
 
 __all__ = [
@@ -64,8 +72,10 @@ __all__ = [
     "ScoreDirection",
     "SpliceFit",
     "Strip",
+    "StudyLine",
     "StudyPicture",
     "StudyPictureRow",
+    "StudyPlot",
     "StudyRecord",
     "StudyRow",
     "StudyTable",

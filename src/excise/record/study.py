@@ -61,6 +61,30 @@ class StudyPicture(RecordEntry):
     """The lines."""
 
 
+class StudyLine(RecordEntry):
+    """One line of a plot."""
+
+    name: str
+    """What it shows."""
+    points: tuple[tuple[float, float], ...] = ()
+    """Its points, x and y, in the order in which they are joined."""
+
+
+class StudyPlot(RecordEntry):
+    """Lines over one pair of axes."""
+
+    title: str
+    """What is shown."""
+    note: str = ""
+    """How to read it."""
+    x: str
+    """What the horizontal axis is, with its unit."""
+    y: str
+    """What the vertical axis is."""
+    lines: tuple[StudyLine, ...] = ()
+    """The lines."""
+
+
 class StudyRecord(RecordEntry):
     """What a study asked, what was said beforehand, and what came out."""
 
@@ -83,3 +107,5 @@ class StudyRecord(RecordEntry):
     """All numbers."""
     pictures: tuple[StudyPicture, ...] = ()
     """Small images, where the data are images."""
+    plots: tuple[StudyPlot, ...] = ()
+    """Lines, where the numbers lie along some."""

@@ -107,7 +107,7 @@ def _context(record: Record) -> dict[str, Any]:
         "alone": (record.kind == "inspect" and inside is not None) or record.kind == "study",
         "study_views": study.views(record),
         "study_stated": study.stated(record),
-        "study_pictures": study.pictures(record),
+        "study_pictures": (*study.plots(record), *study.pictures(record)),
         "study_absorption": figures.study_absorption_figure(record),
         "notes": (*shared, *record.notes),
         "oracle": oracle,

@@ -10,13 +10,17 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from excise.record import Record, StudyPicture, StudyRow, StudyTable
+from excise.record import Record, StudyPicture, StudyPlot, StudyRow, StudyTable
 from excise.report import words
 from excise.report.figures import Figure
-from excise.report.svg import WIDTH, frame, put
+from excise.report.svg import WIDTH, Series, describe, frame, line_plot, linear_axis, put
 
 GAP = 4.0
 """Between columns of images."""
+
+LINES = 6
+"""Lines in one plot at most, as many as there are marks to tell them apart; the rest follow in
+plots of their own."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,39 @@ def _cell(row: StudyRow | None) -> str:
     if row is None:
         return "\u2013"
     return f"{words.number(row.value)} {words.interval(row.low, row.high)}".strip()
+
+
+def plots(record: Record) -> tuple[Figure, ...]:
+    """Return the plots of a record's study, each with its numbers as a table."""
+    if record.study is None:
+        return ()
+    return tuple(
+        _plot(plot, start, f"plot-{i}-{start}")
+        for i, plot in enumerate(record.study.plots)
+        for start in range(0, len(plot.lines), LINES)
+    )
+
+
+def _plot(plot: StudyPlot, start: int, key: str) -> Figure:
+    """Return lines of one plot, from a number on, over the axes of all of them."""
+    x, y = (
+        linear_axis(words.plain(label), [point[i] for line in plot.lines for point in line.points])
+        for i, label in enumerate((plot.x, plot.y))
+    )
+    lines = [
+        Series(words.plain(line.name), f"c{i}", line.points)
+        for i, line in enumerate(plot.lines[start : start + LINES])
+    ]
+    said = "; ".join(describe(line.name, line.points, x.label) for line in lines)
+    title = words.plain(plot.title)
+    if len(plot.lines) > LINES:
+        title += f" ({start + 1} to {start + len(lines)} of {len(plot.lines)})"
+    caption = f"{words.plain(plot.note)} {said}.".strip()
+    rows = tuple(
+        (line.name, words.number(a), words.number(b)) for line in lines for a, b in line.points
+    )
+    picture = line_plot(key, title, caption, x, y, lines, wide=True)
+    return Figure(key, title, caption, picture, ("Line", x.label, y.label), rows)
 
 
 def pictures(record: Record) -> tuple[Figure, ...]:

@@ -150,9 +150,10 @@ def _check_free(out: Path, text: str) -> bool:
 
 
 def _same_run(old: str, new: str) -> bool:
-    """Return whether two configurations give the same results.
+    """Return whether two configurations ask for the same.
 
-    A requirement decides none, nor does what is kept.
+    A requirement and what is kept decide no number, and the time that a study may take only how
+    far it gets.
     """
 
     def decisive(text: str) -> object:
@@ -162,6 +163,7 @@ def _same_run(old: str, new: str) -> bool:
             return text
         if isinstance(data, dict):
             data.pop("keep", None)
+            data.pop("time_budget", None)
             if isinstance(data.get("audit"), dict):
                 data["audit"].pop("require", None)
         return data

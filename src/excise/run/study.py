@@ -21,7 +21,7 @@ from excise.core.events import Emit
 from excise.core.plugins import offered
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
-from excise.record import ModelRef, Record, StudyPicture, StudyRecord, StudyTable, save
+from excise.record import ModelRef, Record, StudyPicture, StudyPlot, StudyRecord, StudyTable, save
 from excise.report.page import write_report
 from excise.run import output
 from excise.run.environment import environment, now
@@ -96,6 +96,7 @@ class StudyResult:
         notes: What a reader should know.
         data: What the record says of data without text: name, fingerprint, counts.
         pictures: Small images, where the data are images.
+        plots: Lines, where the numbers lie along some.
     """
 
     tables: tuple[StudyTable, ...]
@@ -106,6 +107,7 @@ class StudyResult:
     notes: tuple[str, ...] = field(default=())
     data: Mapping[str, Any] = field(default_factory=dict)
     pictures: tuple[StudyPicture, ...] = ()
+    plots: tuple[StudyPlot, ...] = ()
 
 
 def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str = "") -> Record:
@@ -144,6 +146,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
                 paragraph=result.paragraph,
                 tables=result.tables,
                 pictures=result.pictures,
+                plots=result.plots,
             ),
             sensitive=result.domain is not None and result.domain.sensitive,
             notes=result.notes,

@@ -38,6 +38,7 @@ from excise.data.labels import relabelled
 from excise.data.stream import Batch, Stream, Tokenizer
 from excise.losses import rmu_forget, rmu_retain
 from excise.methods.base import Paper, PostHoc, Removal
+from excise.methods.choosing import check_dev, dev_losses
 from excise.methods.posthoc.rmu.engine import (
     Engine,
     Full,
@@ -61,7 +62,8 @@ from excise.methods.posthoc.rmu.topics import (
     topics_of,
 )
 from excise.methods.posthoc.rmu.traces import Traces
-from excise.methods.stopping import Looks, StopRule, dev_losses
+from excise.methods.search import Range, Space
+from excise.methods.stopping import Looks, StopRule
 from excise.methods.tuning import (
     Progress,
     finish,
@@ -154,6 +156,7 @@ class RMU(PostHoc):
     """Try several layers, norms and weights in one run and keep the best on `dev`."""
 
     version: ClassVar[int] = 2
+    search: ClassVar[Space] = {"fit.lr": Range(), "steering": Range(), "alpha": Range()}
     paper: ClassVar[Paper] = Paper(
         "The WMDP benchmark: measuring and reducing malicious use with unlearning",
         "arXiv:2403.03218 (adaptive: arXiv:2408.06223; traces: arXiv:2506.12963)",
@@ -594,6 +597,7 @@ def _best_of_sweep(
     Raises:
         UserError: If `dev` is empty, or a setting does not fit the model.
     """
+    check_dev(domain, "rmu's sweep")
     if len(sweep.layer) > 1 and (method.blocks or method.modules):
         raise UserError(
             "rmu: sweep.layer moves the steered block and 'blocks' or 'modules' fix what is "

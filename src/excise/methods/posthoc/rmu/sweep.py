@@ -1,9 +1,4 @@
-"""Several settings of RMU in one run, and the rule by which one is chosen.
-
-Of the settings whose loss on `dev` retain text rises by at most the budget over the original's,
-the one with the highest loss on `dev` forget text; where there is none, the one that raises the
-retain loss least, and the record says so.
-"""
+"""Several settings of RMU in one run, of which one is chosen by the rule of `choosing`."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ from torch import Tensor
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.methods.base import Cost
-from excise.methods.stopping import RULE, better
+from excise.methods.choosing import RULE, better
 
 
 class RMUSweep(Config):

@@ -11,7 +11,7 @@ import torch
 from torch import distributed as dist
 
 from excise.core.context import Context
-from excise.methods import ELM, RMU, SEAM, TAR, GradDiff, Method, RepSelect
+from excise.methods import ELM, NPO, RMU, SEAM, TAR, UNDIAL, GradDiff, Method, RepSelect
 from excise.methods.posthoc.elm import Guide
 from excise.models.checkpoint import Checkpoint
 from excise.testing import toy_domain, toy_start
@@ -30,6 +30,8 @@ METHODS: dict[str, Method] = {
     "seam": SEAM(fit=FIT, max_length=16),
     # An attacker's AdamW has no other epsilon; few steps of it at a low rate.
     "tar": TAR(mapping=None, fit=FIT, max_length=16, inner_steps=2, every=1, inner_lr=(1e-4,)),
+    "npo": NPO(fit=FIT, max_length=16),
+    "undial": UNDIAL(fit=FIT, max_length=16),
 }
 
 

@@ -14,9 +14,11 @@ from torch import distributed as dist
 from excise.core.context import Context
 from excise.methods import (
     ELM,
+    NPO,
     RMU,
     SEAM,
     TAR,
+    UNDIAL,
     CheckpointTransfer,
     Direction,
     GradDiff,
@@ -45,6 +47,8 @@ METHODS: dict[str, Method] = {
     "seam": SEAM(fit=FIT, max_length=16),
     # An attacker's AdamW has no other epsilon; few steps of it at a low rate.
     "tar": TAR(mapping=None, fit=FIT, max_length=16, inner_steps=2, every=1, inner_lr=(1e-4,)),
+    "npo": NPO(fit=FIT, max_length=16),
+    "undial": UNDIAL(fit=FIT, max_length=16),
 }
 
 

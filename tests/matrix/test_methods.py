@@ -37,6 +37,8 @@ from excise.train.fit import FitConfig, Term, fit
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "rmu": {"layer": 2},
+    "ssd": {"alpha": 1.5},
+    "lfssd": {"alpha": 1.2},
     "memsinks": {"sinks": 2, "active": 1},
     "moefy": {"rounds": 2, "dense_share": 0.5, "read_rows": 8},
     "undo": {"unlearn": RMU(layer=2), "max_length": 32, "stop_tolerance": 0.0},

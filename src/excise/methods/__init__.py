@@ -8,9 +8,13 @@ from typing import get_args
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.undo import Undo
+from excise.methods.posthoc.assd import ASSD
 from excise.methods.posthoc.grad_diff import GradDiff
+from excise.methods.posthoc.lfssd import LFSSD
 from excise.methods.posthoc.maxent import MaxEnt
+from excise.methods.posthoc.potion import Potion
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.posthoc.ssd import SSD
 from excise.methods.pretraining.ablated_plain import AblatedPlain
 from excise.methods.pretraining.adapters import AdapterModules, DualAdapters
 from excise.methods.pretraining.demix import DEMix
@@ -48,6 +52,10 @@ AnyMethod = (
     | GradDiff
     | MaxEnt
     | RMU
+    | SSD
+    | LFSSD
+    | ASSD
+    | Potion
     | Undo
     | Chain
 )
@@ -59,11 +67,14 @@ METHODS: Mapping[str, type[Method]] = {
 """Built-in methods by name."""
 
 __all__ = [
+    "ASSD",
     "ERA",
     "GRAM",
+    "LFSSD",
     "METHODS",
     "RMU",
     "SGTM",
+    "SSD",
     "AblatedPlain",
     "AdapterModules",
     "AnyMethod",
@@ -83,6 +94,7 @@ __all__ = [
     "Moefy",
     "Paper",
     "Plain",
+    "Potion",
     "Propagate",
     "Relabel",
     "Removal",

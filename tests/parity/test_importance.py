@@ -53,7 +53,7 @@ def plain_importance(
     count = 0
     for batch in batches(start, rows):
         model.zero_grad()
-        loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        loss(model, batch).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
             sums[name] += fold(parameter.grad)
@@ -68,7 +68,8 @@ def plain_length(squared: bool) -> Loss:
         out = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT.long())
         chosen: Tensor = out.logits[:, :-1][batch.target_BT[:, 1:]]
         lengths = chosen.norm(dim=-1)
-        return (lengths**2 if squared else lengths).mean()
+        mean: Tensor = (lengths**2 if squared else lengths).mean()
+        return mean
 
     return loss
 
@@ -174,7 +175,7 @@ def test_the_head_as_a_form_gives_the_gradients_of_the_logits(squared: bool) -> 
             seen = torch.ones(1, 7, dtype=torch.bool)
             total, count = logit_norm((h @ used.T)[None], seen, squared=squared)
         assert count == 7
-        (total / count + used[:3].sum()).backward()  # type: ignore[no-untyped-call]
+        (total / count + used[:3].sum()).backward()
         grads.append((float(total.detach()), h.grad, w.grad))
     assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5)
     for ours, plain in zip(grads[0][1:], grads[1][1:], strict=True):
@@ -195,15 +196,16 @@ def test_gradients_are_freed_and_no_hook_stays(tmp_path: Path) -> None:
         sums = accumulate(model, rows, loss, tmp_path / "sums.safetensors")
         assert held == [0] * len(rows)
         assert all(p.grad is None for p in parameters.values())
-        plain_nll(model, rows[0]).backward()  # type: ignore[no-untyped-call]
+        plain_nll(model, rows[0]).backward()
         assert all(p.grad is not None for p in parameters.values())
     assert sums.batches == len(rows)
 
 
 def sums_of(values: Tensor, path: Path) -> Sums:
     """Return sums that hold these values, for a model of one tensor."""
-    model = nn.ParameterDict({"w": nn.Parameter(torch.zeros_like(values))})
-    return accumulate(model, [0], lambda m, _: (m.w * values).sum(), path, fold="abs")
+    weight = nn.Parameter(torch.zeros_like(values))
+    model = nn.ParameterDict({"w": weight})
+    return accumulate(model, [0], lambda _, __: (weight * values).sum(), path, fold="abs")
 
 
 def test_thresholds_are_percentiles_and_odd_ratios_are_told_apart(tmp_path: Path) -> None:
@@ -275,10 +277,10 @@ def taught(start: Checkpoint, domain: Domain, to: Path) -> Checkpoint:
     """Return a model that learned all rows of a domain."""
     model = start.load()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(25):
+    for _ in range(60):
         for batch in batches(start, (*domain.forget["a"], *domain.retain)):
             optimizer.zero_grad()
-            plain_nll(model, batch).backward()  # type: ignore[no-untyped-call]
+            plain_nll(model, batch).backward()
             optimizer.step()
     return save_model(model, start.tokenizer(), to)
 

@@ -326,22 +326,26 @@ class SortedRatios:
             raise UserError("no batch touches any weight, so that there is nothing to dampen")
         at = (self.finite - 1) * max(0.0, percentile) / 100
         low = math.floor(at)
-        lower = self._ranked(self.finite - 1 - low)
+        lower = self._finite(self.finite - 1 - low)
         if lower <= self.floor:
             return self.floor
-        upper = self._ranked(max(0, self.finite - 2 - low))
+        upper = self._finite(max(0, self.finite - 2 - low))
         return lower + (upper - lower) * (at - low)
 
-    def _ranked(self, rank: int) -> float:
-        """Return the finite ratio above which `rank` others lie, by bisection; else the floor."""
+    def ranked(self, count: int) -> float:
+        """Return the least threshold above which at most `count` weights lie, by bisection."""
         low, high = _bits(self.floor), _bits(math.inf) - 1
         while low < high:  # the least value above which there are at most so many
             middle = (low + high) // 2
-            if sum(self.above(_value(middle)).values()) - self.infinite <= rank:
+            if sum(self.above(_value(middle)).values()) <= count:
                 high = middle
             else:
                 low = middle + 1
         return _value(low)
+
+    def _finite(self, rank: int) -> float:
+        """Return the finite ratio above which `rank` finite ones lie; the floor where none does."""
+        return self.ranked(self.infinite + rank)
 
     def between(self, name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return positions and ratios of a parameter's weights from one rank to another.

@@ -183,14 +183,14 @@ def search(
                 index, ratio = ratios.between(name, done[name], stop)
                 flat_N = named[name].data.view(-1)
                 index = index.to(flat_N.device)
-                factor = (1 / ratio).to(flat_N.device)
+                factor = (1 / ratio).clamp_(max=1).to(flat_N.device)
                 flat_N[index] = (flat_N[index].float() * factor).to(flat_N.dtype)
         fresh = counts != done
         done, now = counts, known() if fresh else now
         end = ""
         if now <= method.rho * level:
             end = "forget rows are known no better than asked for"
-        elif alpha <= ratios.floor:
+        elif alpha <= max(1.0, ratios.floor):  # factors are 1 from there on
             end = "a lower threshold dampens no further weight"
         elif number == method.tries:
             end = "no try is left"

@@ -59,8 +59,8 @@ from excise.train.distributed import barrier
 
 B = TypeVar("B")
 
-CHUNK = 1 << 24
-"""Entries that are compared at once."""
+CHUNK = 1 << 20
+"""Entries that are folded or compared at once."""
 
 
 # -- any model -------------------------------------------------------------------------------------
@@ -91,7 +91,10 @@ class Sums:
         first, *others = self._entries
         total = read_tensor(first[name]).reshape(-1)
         for entries in others:
-            total += read_tensor(entries[name]).reshape(-1)
+            with entries[name].file.open("rb") as file:
+                file.seek(entries[name].start)
+                for part_N in total.split(CHUNK):
+                    part_N += torch.from_numpy(np.fromfile(file, np.float32, part_N.numel()))
         return total.div_(self.batches)
 
     @property
@@ -128,7 +131,7 @@ def accumulate(
         UserError: If a gradient is not finite, or there is no batch.
     """
     named = {n: p for n, p in parameters_by_name(model).items() if p.requires_grad}
-    place = np.empty(max(p.numel() for p in named.values()), np.float32)
+    place = np.empty(CHUNK, np.float32)
     done = 0
     with new_file(to) as part, ExitStack() as stack:
         entries = _zeros(part, named)
@@ -136,19 +139,22 @@ def accumulate(
 
         def take(name: str, parameter: Tensor) -> None:
             assert parameter.grad is not None
-            grad_N = parameter.grad.detach().reshape(-1).to("cpu", torch.float32)
-            parameter.grad = None
-            sums = place[: grad_N.numel()]
-            file.seek(entries[name].start)
-            file.readinto(sums.data)
-            sums += (grad_N.square_() if fold == "square" else grad_N.abs_()).numpy()
-            if not math.isfinite(float(sums.sum(dtype=np.float64))):
-                raise UserError(
-                    f"the gradient of '{name}' is not finite in batch {done + 1}; check the "
-                    "model's weights, or run it in float32"
-                )
-            file.seek(entries[name].start)
-            file.write(sums.data)
+            grad_N, parameter.grad = parameter.grad.detach().reshape(-1), None
+            at = entries[name].start
+            for part_N in grad_N.split(CHUNK):
+                value_N = part_N.to("cpu", torch.float32)
+                value_N = value_N.square_() if fold == "square" else value_N.abs_()
+                sums = place[: len(value_N)]
+                file.seek(at)
+                file.readinto(sums.data)
+                sums += value_N.numpy()
+                if not np.isfinite(sums).all():
+                    raise UserError(
+                        f"the gradient of '{name}' is not finite in batch {done + 1}; check the "
+                        "model's weights, or run it in float32"
+                    )
+                file.seek(at)
+                at += file.write(sums.data)
 
         for name, parameter in named.items():
             handle = parameter.register_post_accumulate_grad_hook(

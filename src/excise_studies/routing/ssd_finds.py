@@ -194,7 +194,7 @@ class Locate(Stage[Located]):
         full = forget + retain if self.localiser.against == "all" else retain
         ratios = SortedRatios(forget, full, ctx.work / "ratios", floor=0.0)
         known = [self.known(model, rows) for rows in (forget_rows(self.domain), self.domain.retain)]
-        facts = {**_against_truth(self, model, parts, ratios), "known": known}
+        facts = {**against_truth(self, model, parts, ratios), "known": known}
         write_text(ctx.work / "located.json", json.dumps(facts))
         shutil.rmtree(ctx.work / "ratios")
         for path in ctx.work.glob("*.safetensors"):
@@ -228,7 +228,7 @@ class Locate(Stage[Located]):
         )
 
 
-def _against_truth(
+def against_truth(
     stage: Locate, model: Any, parts: Mapping[str, Sequence[Part]], ratios: SortedRatios
 ) -> dict[str, Any]:
     """Return the fields of `Located`.
@@ -244,7 +244,7 @@ def _against_truth(
     map = resolve(model, Groups(parts={name: tuple(of) for name, of in parts.items()}))
     owned = [(n, o) for n, slices in map.owners.items() for o in slices if o.group in parts]
     size = sum(map.entries(name, o) for name, o in owned)
-    top = _chosen(ratios, shapes, ratios.ranked(size))
+    top = chosen(ratios, shapes, ratios.ranked(size))
     hits: dict[str, list[Tensor]] = {}
     for name, o in owned:
         assert o.dim is not None
@@ -257,7 +257,7 @@ def _against_truth(
         alpha = stage.localiser.alpha
     else:
         alpha = _searched(stage, stage.localiser, model, ratios)
-    dampened = _chosen(ratios, shapes, max(alpha, 1.0))
+    dampened = chosen(ratios, shapes, max(alpha, 1.0))
     count = sum(int(mask.sum()) for mask in dampened.values())
     inside = sum(int(o.of(dampened[name]).sum()) for name, o in owned)
     return {
@@ -277,16 +277,16 @@ def _searched(stage: Locate, method: Potion, model: Any, ratios: SortedRatios) -
     return last.alpha
 
 
-def _chosen(
+def chosen(
     ratios: SortedRatios, shapes: Mapping[str, torch.Size], threshold: float
 ) -> dict[str, Tensor]:
     """Return by parameter which entries' ratios lie above a threshold."""
-    chosen = {}
+    masks = {}
     for name, count in ratios.above(threshold).items():
         mask = torch.zeros(shapes[name].numel(), dtype=torch.bool)
         mask[ratios.between(name, 0, count)[0]] = True
-        chosen[name] = mask.view(shapes[name])
-    return chosen
+        masks[name] = mask.view(shapes[name])
+    return masks
 
 
 def by_neuron(found: Mapping[RunKey, Located]) -> Levels:

@@ -27,8 +27,13 @@ import torch
 from results import save
 from torch import Tensor, nn
 
-from excise.methods.posthoc.assd import percentile_of
-from excise.methods.posthoc.importance import SortedRatios, Sums, accumulate, dampen_model
+from excise.methods.importance import (
+    SortedRatios,
+    Sums,
+    accumulate,
+    dampen_model,
+    percentile_of,
+)
 from excise.methods.posthoc.potion import Potion, search
 from excise.models.tiny import tiny_model
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from excise.losses import logit_norm
-from excise.methods.posthoc.importance import SortedRatios, Sums, accumulate, dampen_model
+from excise.methods.importance import SortedRatios, Sums, accumulate, dampen_model
 from excise.methods.posthoc.potion import Potion, search
 from tests.golden import ssd_inputs as given
 

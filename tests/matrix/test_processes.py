@@ -11,7 +11,7 @@ import torch
 from torch import distributed as dist
 
 from excise.core.context import Context
-from excise.methods import RMU, GradDiff, Method
+from excise.methods import RMU, SSD, GradDiff, Method
 from excise.models.checkpoint import Checkpoint
 from excise.testing import toy_domain, toy_start
 from excise.train.fit import FitConfig
@@ -21,6 +21,7 @@ FIT = FitConfig(steps=3, lr=1e-3, batch_size=8, eps=1e-3)
 METHODS: dict[str, Method] = {
     "grad_diff": GradDiff(fit=FIT, max_length=16),
     "rmu": RMU(layer=2, fit=FIT, max_length=16),
+    "ssd": SSD(alpha=1.5, max_length=16),
 }
 
 

@@ -19,7 +19,7 @@ from excise.data.stream import Batch, collate, encode
 from excise.losses import head_norm, logit_norm
 from excise.methods import ASSD, LFSSD, SSD, Potion
 from excise.methods.base import Removal
-from excise.methods.posthoc.importance import (
+from excise.methods.importance import (
     ImportanceMethod,
     MeasureImportance,
     SortedRatios,

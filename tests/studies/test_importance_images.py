@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from excise.core.context import Context
-from excise.methods.posthoc.importance import SortedRatios, Sums, accumulate, dampen_model
+from excise.methods.importance import SortedRatios, Sums, accumulate, dampen_model
 from excise.methods.posthoc.potion import Potion, search
 from excise.train.fit import FitConfig
 from excise_studies.vision.classifier import (

@@ -11,7 +11,7 @@ from tests.studies.tiny_setting import QUICK, ran_twice
 from excise.domains.facts import FACTS_MAX_LENGTH, Facts
 from excise.evals.stats import Array
 from excise.methods import SSD, Potion
-from excise.methods.posthoc.importance import SortedRatios, accumulate
+from excise.methods.importance import SortedRatios, accumulate
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
 from excise_studies.attacking import Attacker

@@ -22,7 +22,7 @@ from excise.data.domain import Domain, Rows
 from excise.data.stream import Batch, collate, encode
 from excise.methods import GRAM, SSD, AblatedPlain, Method, Potion
 from excise.methods.base import Removal
-from excise.methods.posthoc.importance import SortedRatios, Sums, accumulate, batch_loss, share_of
+from excise.methods.importance import SortedRatios, Sums, accumulate, batch_loss, share_of
 from excise.methods.posthoc.potion import asked, knowledge, search
 from excise.methods.pretraining.routed.modules import Module, serve
 from excise.methods.tuning import forget_rows

@@ -13,7 +13,6 @@ Source:
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from typing import ClassVar, Literal
@@ -21,10 +20,11 @@ from typing import ClassVar, Literal
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.methods.base import Paper, Removal
-from excise.methods.posthoc.importance import (
+from excise.methods.importance import (
     ImportanceMethod,
     SortedRatios,
     dampened,
+    percentile_of,
     share_of,
 )
 from excise.models.checkpoint import Checkpoint
@@ -61,12 +61,3 @@ class ASSD(ImportanceMethod):
         )  # fmt: skip
         shutil.rmtree(folder)
         return removal
-
-
-def percentile_of(share: float) -> float:
-    """Return the percentile of relative importances from which on weights are dampened.
-
-    Args:
-        share: |D_f| / |D|.
-    """
-    return 100 - math.log(1 + 100 * share)

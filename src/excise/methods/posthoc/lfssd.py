@@ -21,7 +21,7 @@ from pydantic import Field
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.methods.base import Paper, Removal
-from excise.methods.posthoc.importance import ImportanceMethod, check_alpha, dampened
+from excise.methods.importance import ImportanceMethod, check_alpha, dampened
 from excise.models.checkpoint import Checkpoint
 
 

@@ -37,11 +37,11 @@ from excise.data.rows import READS
 from excise.data.subsample import subsample
 from excise.evals.score import measure
 from excise.methods.base import Cost, Paper, Removal
-from excise.methods.posthoc.assd import percentile_of
-from excise.methods.posthoc.importance import (
+from excise.methods.importance import (
     ImportanceMethod,
     SortedRatios,
     dampened,
+    percentile_of,
     share_of,
 )
 from excise.methods.tuning import forget_rows

@@ -566,6 +566,18 @@ def share_of(domain: Domain) -> float:
     return forget / (forget + len(domain.retain))
 
 
+def percentile_of(share: float) -> float:
+    """Return the percentile of relative importances from which on weights are dampened.
+
+    Args:
+        share: |D_f| / |D|.
+
+    Source:
+        Adaptive SSD, arXiv 2402.10098.
+    """
+    return 100 - math.log(1 + 100 * share)
+
+
 def dampened(
     method: ImportanceMethod,
     start: Checkpoint,

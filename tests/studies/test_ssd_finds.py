@@ -67,8 +67,10 @@ def test_the_study_runs_through(tmp_path: Path) -> None:
         routed={"sgtm": routed()},
         ssd=SSD(against="retain", batch_size=8, alpha=2.0),
         potion=Potion(batch_size=8, tries=2),
+        holds=0.0,
     )
     made = ran_twice(study, tmp_path)
+    assert made.decision.startswith(("ssd", "invalid"))
     table = {(r.condition, r.metric): r for r in made.tables[0].rows}
     assert set(table) == {(c, n) for c in ("sgtm", "no routing") for n in ("ssd", "potion")}
     share = next(r.value for r in made.tables[1].rows if r.metric == "module, share of all entries")

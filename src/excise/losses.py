@@ -10,7 +10,7 @@ Shape legend: B rows, T tokens, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -390,3 +390,67 @@ def mmd(
     alike_NN = torch.stack([(-apart_NN / (width * 2**i)).exp() for i in range(kernels)]).sum(0)
     within = alike_NN[:count, :count] + alike_NN[count:, count:]
     return (within - 2 * alike_NN[:count, count:]).mean()
+
+
+def logit_norm(
+    logits_BTV: Float[Tensor, "B T V"],
+    mask_BT: Bool[Tensor, "B T"],
+    *,
+    squared: bool = True,
+    upcast: bool = True,
+) -> Summed:
+    """Return summed lengths of the logits, squared or not, and how many positions that are.
+
+    Args:
+        logits_BTV: Logits.
+        mask_BT: Which positions of the logits count.
+        squared: Whether lengths are squared.
+        upcast: Whether to compute half-precision logits in float32.
+
+    Source:
+        Squared: loss-free SSD, arXiv 2402.19308. Not squared: XLF of Potion, arXiv 2406.09173.
+    """
+    square_N = _wide(logits_BTV[mask_BT.bool()], upcast).square().sum(-1)
+    return (square_N if squared else square_N.sqrt()).sum(), float(square_N.numel())
+
+
+class _SquaredLogits(torch.autograd.Function):
+    """h^T (W^T W) h for every token; gradients of h and W without any logits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, gram_DD: Tensor) -> Tensor:
+        """Return the squared length of W h for every h."""
+        wide_ND = hidden_ND.float()
+        ctx.save_for_backward(hidden_ND, weight_VD, gram_DD)
+        return ((wide_ND @ gram_DD) * wide_ND).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return 2 g W^T W h, and 2 W (sum of g h h^T)."""
+        hidden_ND, weight_VD, gram_DD = ctx.saved_tensors
+        wide_ND = hidden_ND.float()
+        scaled_ND = 2 * grad_N[:, None] * wide_ND
+        outer_DD = (scaled_ND.T @ wide_ND).to(weight_VD.dtype)
+        return (scaled_ND @ gram_DD).to(hidden_ND.dtype), weight_VD @ outer_DD, None
+
+
+def head_norm(
+    hidden_ND: Float[Tensor, "N D"],
+    weight_VD: Float[Tensor, "V D"],
+    gram_DD: Float[Tensor, "D D"],
+    *,
+    squared: bool = True,
+) -> Summed:
+    """Return what `logit_norm` returns of the logits W h, which are never made.
+
+    Args:
+        hidden_ND: What goes into the head, at the positions that count.
+        weight_VD: W, the head; it gets its gradient, summed with that of an embedding it is.
+        gram_DD: W^T W in float32, computed once for as long as W stays.
+        squared: Whether lengths are squared.
+
+    Source:
+        |W h|^2 = h^T (W^T W) h, whose gradients are 2 W^T W h and 2 W h h^T.
+    """
+    square_N = _SquaredLogits.apply(hidden_ND, weight_VD, gram_DD)
+    return (square_N if squared else square_N.clamp(min=0).sqrt()).sum(), float(square_N.numel())

@@ -53,6 +53,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "rmu_lat": {"layer": 2, "per_attack": 2, "attack_steps": 3},
     # Dropout is drawn by place, so that the padding side would matter.
     "circuit_breakers": {"layers": (0, 1), "lora": LoRA(rank=4)},
+    "ssd": {"alpha": 1.5},
+    "lfssd": {"alpha": 1.2},
     "memsinks": {"sinks": 2, "active": 1},
     "moefy": {"rounds": 2, "dense_share": 0.5, "read_rows": 8},
     "altpo": {"new_tokens": 4, "answers": 2},

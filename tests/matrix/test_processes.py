@@ -17,6 +17,7 @@ from excise.methods import (
     NPO,
     RMU,
     SEAM,
+    SSD,
     TAR,
     UNDIAL,
     CheckpointTransfer,
@@ -49,6 +50,7 @@ METHODS: dict[str, Method] = {
     "tar": TAR(mapping=None, fit=FIT, max_length=16, inner_steps=2, every=1, inner_lr=(1e-4,)),
     "npo": NPO(fit=FIT, max_length=16),
     "undial": UNDIAL(fit=FIT, max_length=16),
+    "ssd": SSD(alpha=1.5, max_length=16),
 }
 
 

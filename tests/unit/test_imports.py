@@ -161,7 +161,7 @@ def test_methods_and_attacks_do_not_import_each_other() -> None:
     """A method stands on the base and the shared steps; the union alone knows them all."""
     shared = (
         "excise.methods.base", "excise.methods.search", "excise.methods.choosing",
-        "excise.methods.stopping", "excise.methods.tuning",
+        "excise.methods.stopping", "excise.methods.importance", "excise.methods.tuning",
         "excise.methods.pretraining.pretrain",
         "excise.methods.pretraining.routed", "excise.methods.posthoc.preference",
         "excise.methods.posthoc.reference", "excise.methods.distillation.cache_kinds",

@@ -9,6 +9,7 @@ from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.chain import Chain
 from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.altpo import AltPO
+from excise.methods.posthoc.assd import ASSD
 from excise.methods.posthoc.checkpoint_transfer import CheckpointTransfer
 from excise.methods.posthoc.circuit_breakers import CircuitBreakers
 from excise.methods.posthoc.direction import Direction
@@ -17,8 +18,10 @@ from excise.methods.posthoc.elm import ELM
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.gradient_ascent import GradientAscent
 from excise.methods.posthoc.idk_dpo import IdkDPO
+from excise.methods.posthoc.lfssd import LFSSD
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.npo import NPO
+from excise.methods.posthoc.potion import Potion
 from excise.methods.posthoc.refusal import Refusal
 from excise.methods.posthoc.repnoise import RepNoise
 from excise.methods.posthoc.repselect import RepSelect
@@ -26,6 +29,7 @@ from excise.methods.posthoc.rmu import RMU
 from excise.methods.posthoc.rmu_lat import RMULAT
 from excise.methods.posthoc.seam import SEAM
 from excise.methods.posthoc.simnpo import SimNPO
+from excise.methods.posthoc.ssd import SSD
 from excise.methods.posthoc.tar import TAR
 from excise.methods.posthoc.task_vector import TaskVector
 from excise.methods.posthoc.undial import UNDIAL
@@ -84,6 +88,10 @@ AnyMethod = (
     | RMULAT
     | CircuitBreakers
     | RepNoise
+    | SSD
+    | LFSSD
+    | ASSD
+    | Potion
     | Undo
     | Chain
 )
@@ -95,16 +103,19 @@ METHODS: Mapping[str, type[Method]] = {
 """Built-in methods by name."""
 
 __all__ = [
+    "ASSD",
     "DPO",
     "ELM",
     "ERA",
     "GRAM",
+    "LFSSD",
     "METHODS",
     "NPO",
     "RMU",
     "RMULAT",
     "SEAM",
     "SGTM",
+    "SSD",
     "TAR",
     "UNDIAL",
     "AblatedPlain",
@@ -132,6 +143,7 @@ __all__ = [
     "Moefy",
     "Paper",
     "Plain",
+    "Potion",
     "Propagate",
     "Refusal",
     "Relabel",

@@ -47,7 +47,7 @@ from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.data.stream import Batch, Example, collate, encode
 from excise.losses import head_norm, logit_norm, nll, predicting
-from excise.methods.base import Cost, Method, Removal
+from excise.methods.base import Cost, PostHoc, Removal
 from excise.methods.distillation.teacher_cache import examples_identity
 from excise.methods.tuning import forget_rows, moved
 from excise.models.checkpoint import Checkpoint
@@ -491,7 +491,7 @@ def _gram(weight_VD: Tensor) -> Tensor:
     return gram_DD
 
 
-class ImportanceMethod(Method):
+class ImportanceMethod(PostHoc):
     """The settings of a method that dampens weights by their importance."""
 
     name: str

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 
 from excise.core.context import Context
 from excise.data.domain import Domain
+from excise.data.labels import relabelled
 from excise.methods.base import Paper, Removal
 from excise.methods.importance import (
     ImportanceMethod,
@@ -50,6 +51,7 @@ class ASSD(ImportanceMethod):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Dampen what `domain.forget` leans on."""
         began = time.monotonic()
+        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
         forget, full = self.measured("nll", start, domain, ctx)
         folder = ctx.work / "ratios"
         ratios = SortedRatios(forget, full, folder, names=self.names(forget))
@@ -57,7 +59,7 @@ class ASSD(ImportanceMethod):
         alpha = ratios.threshold(percentile)
         removal = dampened(
             self, start, forget, full, ctx, alpha=alpha, lam=1.0, began=began,
-            extras={"percentile": percentile},
+            extras={**quality, "percentile": percentile},
         )  # fmt: skip
         shutil.rmtree(folder)
         return removal

@@ -33,6 +33,7 @@ from torch import nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows, all_rows
+from excise.data.labels import relabelled
 from excise.data.rows import READS
 from excise.data.subsample import subsample
 from excise.evals.score import measure
@@ -91,6 +92,7 @@ class Potion(ImportanceMethod):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Dampen what the outputs on `domain.forget` lean on until it is no longer known."""
         began = time.monotonic()
+        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
         forget, full = self.measured(self.loss, start, domain, ctx)
         folder = ctx.work / "ratios"
         ratios = SortedRatios(forget, full, folder, names=self.names(forget))
@@ -117,7 +119,7 @@ class Potion(ImportanceMethod):
             self, start, forget, full, ctx, alpha=last.alpha, lam=1.0, began=began,
             history=[turn.row for turn in turns],
             more=Cost(0, tokens, 2.0 * start.num_parameters * tokens),
-            extras={"search": {"metric": metric, "rows": len(rows), "turns": last.number,
+            extras={**quality, "search": {"metric": metric, "rows": len(rows), "turns": last.number,
                                "asked": asks, "share": last.share, "end": last.end}},
         )  # fmt: skip
         shutil.rmtree(folder)

@@ -2,9 +2,9 @@
 
 A method declares `search: ClassVar[Mapping[str, Range | tuple]]`, range or choices by the path of a
 setting (`fit.lr`). One that declares nothing is searched over its learning rate and the weights of
-its losses. The first setting of a search is the method as it is; the others are points of a
-scrambled Sobol sequence (Owen 1998, doi:10.1006/jcom.1998.0487), of which a longer search has the
-same first ones.
+its losses, one made of methods over what they are (`methods.0.fit.lr`). The first setting of a
+search is the method as it is; the others are points of a scrambled Sobol sequence (Owen 1998,
+doi:10.1006/jcom.1998.0487), of which a longer search has the same first ones.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ def space_of(method: Config, ranges: Mapping[str, Range]) -> dict[str, Range | t
         ranges: Ranges by path in place of the method's own, where it has that setting.
     """
     space: dict[str, Range | tuple[Any, ...]] = dict(getattr(type(method), "search", {}))
+    for i, part in enumerate(getattr(method, "methods", ())):
+        if isinstance(part, Config):
+            space |= {f"methods.{i}.{path}": r for path, r in space_of(part, ranges).items()}
     if not space:
         own = [name for name in type(method).model_fields if name.split("_")[-1] in WEIGHTS]
         space = {path: Range() for path in (RATE, *own) if _searchable(setting(method, path))}
@@ -90,7 +93,10 @@ def setting(config: Config, path: str) -> Any:
     """Return the value of a setting by its dotted path; None where there is no such setting."""
     value: Any = config
     for name in path.split("."):
-        value = getattr(value, name, None) if isinstance(value, Config) else None
+        if isinstance(value, tuple) and name.isdecimal():
+            value = value[int(name)] if int(name) < len(value) else None
+        else:
+            value = getattr(value, name, None) if isinstance(value, Config) else None
     return value
 
 
@@ -107,13 +113,23 @@ def changed(config: C, settings: Mapping[str, Any]) -> C:
     for path, value in settings.items():
         name, _, rest = path.partition(".")
         if rest:
-            inner = getattr(config, name, None)
-            if not isinstance(inner, Config):
+            value = _changed_inside(getattr(config, name, None), rest, value)
+            if value is None:
                 raise ValueError(f"{path}: there is no such setting")
-            value = changed(inner, {rest: value})
         given = {key: getattr(config, key) for key in config.model_fields_set}
         config = type(config)(**{**given, name: value})
     return config
+
+
+def _changed_inside(inner: Any, path: str, value: Any) -> Any:
+    """Return a part, or a tuple of parts, with one setting changed; None where there is none."""
+    if isinstance(inner, Config):
+        return changed(inner, {path: value})
+    at, _, rest = path.partition(".")
+    if not (isinstance(inner, tuple) and at.isdecimal() and int(at) < len(inner) and rest):
+        return None
+    part = _changed_inside(inner[int(at)], rest, value)
+    return None if part is None else (*inner[: int(at)], part, *inner[int(at) + 1 :])
 
 
 def settings_of(

@@ -14,8 +14,8 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from excise.core.errors import UserError
 from excise.core.events import Emit
 from excise.core.stages import Runtime
-from excise.data.domain import CORE, Domain
-from excise.data.labels import LabelNoise, give_labels, label_rows
+from excise.data.domain import Domain
+from excise.data.labels import LabelNoise, relabelled
 from excise.data.spec import DomainSpec
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
 from excise.fetch.model import open_model
@@ -38,6 +38,7 @@ from excise_studies.auditing.auditor_roc import Examined
 from excise_studies.leaderboard.repair import RetainTuning
 from excise_studies.leaderboard.tables import Board, Entry, conclude
 from excise_studies.leaderboard.trials import ScoreDev, Searched, TrySetting, made, search
+from excise_studies.routing.setting import LabelSetting, Missed, Rest, label_settings, labelled
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SEARCH = 0.5
@@ -89,7 +90,9 @@ class Leaderboard(Study):
     )
     takes: ClassVar[str] = "minutes to days: methods x (trials + 2 seeds x audit)"
 
-    name: Literal["leaderboard", "leaderboard-facts", "leaderboard-glosses"] = "leaderboard"
+    name: Literal[
+        "leaderboard", "leaderboard-facts", "leaderboard-glosses", "routing-against-posthoc"
+    ] = "leaderboard"
     """Name on the command line."""
     margin: float = 0.1
     """Difference in *left* between the first and every other method."""
@@ -122,8 +125,13 @@ class Leaderboard(Study):
     dev_rows: int = Field(default=64, ge=1)
     """Rows of `dev` scored per role and topic at most."""
     rates: tuple[float, ...] = Field(default=(1.0,), min_length=1)
-    """Shares of the forget rows that carry a label; the others are among the retain rows. Settings
-    are chosen at the first."""
+    """Shares of the forget rows that carry a label. Settings are chosen at the first."""
+    missed: tuple[Missed, ...] = Field(default=("occurrences",), min_length=1)
+    """What labels miss: rows one by one, units whole, or paraphrases that the labeller does not
+    know."""
+    rest: Rest = "core"
+    """`core`: what is missed is among the retain rows. `unlabeled`: it has no label, nor has the
+    same share of the retain rows."""
     repair: FitConfig | None = RetainTuning.model_fields["fit"].default
     """Fine-tuning on retain rows that makes the repaired rows; empty for none."""
     audit: AuditSpec = AuditSpec(budget="smoke")
@@ -227,9 +235,10 @@ class Leaderboard(Study):
         chosen = {n: s.best(allowed) for n, s in searched.items() if s.usable}
         if not chosen:
             raise UserError(f"no method made a model: {'; '.join(_why(self, searched))}")
-        entries = [Entry(n, rate) for rate in self.rates for n in chosen]
+        settings = label_settings(self.rates, self.missed)
+        entries = [Entry(n, labels) for labels in settings for n in chosen]
         if self.repair is not None:
-            entries += [Entry(n, self.rates[0], repaired=True) for n in chosen]
+            entries += [Entry(n, settings[0], repaired=True) for n in chosen]
         board = Board(self, searched, chosen, original, tuple(entries))
         scratch = tuple(n for n in chosen if starts_from(self.methods[n]) == "scratch")
         board = replace(
@@ -254,8 +263,12 @@ class Leaderboard(Study):
             for seed in board.records:
                 world = make_world(self, seed, runtime, pool)
                 last = last.add(world.domain, seed, *world.audited(last, self.final, runtime, pool))
-            return conclude(board, last)
-        return conclude(board)
+            return self.conclude(board, last)
+        return self.conclude(board)
+
+    def conclude(self, board: Board, final: Board | None = None) -> StudyResult:
+        """Return what was found; see `tables.conclude`."""
+        return conclude(board, final)
 
 
 def _why(study: Leaderboard, searched: Mapping[str, Searched]) -> list[str]:
@@ -301,18 +314,20 @@ class World:
         """The methods with the settings of their first trial."""
         return self.recipe.arms
 
-    def removal(self, method: Method, rate: float = 1.0) -> ApplyMethod:
-        """Return the stage that applies a method where a share of the forget rows is labelled."""
+    def removal(self, method: Method, given: LabelSetting) -> ApplyMethod:
+        """Return the stage that applies a method to data that are labelled so."""
         scratch = starts_from(method) == "scratch"
         start = self.models.init if scratch else self.models.original
         assert start is not None
         known = {"pretrain": self.recipe.pretrain, "pretrain_tokens": self.models.tokens}
-        method, domain = with_labels(completed(method, known), self.domain, rate, self.seed)
+        labels = given.labels(self.study.rest)
+        method, domain = with_labels(completed(method, known), self.domain, labels, self.seed)
         return ApplyMethod(method, start, domain, self.seed + (ARMS if scratch else 0))
 
     def trial(self, method: Method) -> TrySetting:
         """Return the stage that tries a setting on dev."""
-        stage = self.removal(method, self.study.rates[0])
+        first, *_ = label_settings(self.study.rates, self.study.missed)
+        stage = self.removal(method, first)
         rows, length = self.study.dev_rows, self.recipe.evaluate.max_length
         return TrySetting(
             stage.method, stage.start, stage.domain, self.domain, stage.seed, rows, length
@@ -337,7 +352,7 @@ class World:
         """
         stages = {
             e: self.removal(
-                changed(self.methods[e.method], board.chosen[e.method].settings), e.rate
+                changed(self.methods[e.method], board.chosen[e.method].settings), e.labels
             )
             for e in board.entries
             if not e.repaired
@@ -413,26 +428,20 @@ def make_world(study: Leaderboard, seed: int, runtime: Runtime, pool: Pool) -> W
     return World(study, seed, recipe, domain, models)
 
 
-def with_labels(method: Method, domain: Domain, rate: float, seed: int) -> tuple[Method, Domain]:
+def with_labels(
+    method: Method, domain: Domain, labels: LabelNoise | None, seed: int
+) -> tuple[Method, Domain]:
     """Return a method and its data where labels miss some of the forget rows.
 
-    A method that takes labels is given them; of any other the data is cut, missed rows lying among
-    the retain rows, where their owner believes them to belong.
+    A method that takes labels is given them; of any other the data is changed.
 
     Args:
         method: A method.
         domain: Rows by role.
-        rate: Share of the forget rows that carry a label.
+        labels: How labels differ from the truth; None for not at all.
         seed: Seed of the labeller.
     """
-    if rate == 1:
-        return method, domain
-    noise = LabelNoise(missed_occurrences=1 - rate)
-    if "labels" in type(method).model_fields:
-        return method.model_copy(update={"labels": noise}), domain
-    names = tuple(domain.forget)
-    rows = [*(row for part in domain.forget.values() for row in part), *domain.retain]
-    given = give_labels(label_rows(rows, names), noise, seed=seed)
-    forget = {n: tuple(r for r in given if r.label == i + 1) for i, n in enumerate(names)}
-    retain = tuple(row for row in given if row.label == CORE)
-    return method, replace(domain, forget=forget, retain=retain)
+    given = labelled(method, labels)
+    if given == method:
+        domain, _ = relabelled(domain, labels, seed=seed)
+    return given, domain

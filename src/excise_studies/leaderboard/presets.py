@@ -35,8 +35,7 @@ class LeaderboardFacts(Leaderboard):
     methods: dict[str, SerializeAsAny[Method]] = Field(default_factory=every)
     """Methods by name, with the settings of the first trial."""
     rates: tuple[float, ...] = Field(default=(1.0, 0.5, 0.1), min_length=1)
-    """Shares of the forget rows that carry a label; the others are among the retain rows. Settings
-    are chosen at the first."""
+    """Shares of the forget rows that carry a label. Settings are chosen at the first."""
     finalists: int = Field(default=8, ge=0)
     """Methods that are audited again by `final`, the first ones of the table."""
 

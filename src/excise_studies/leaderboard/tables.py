@@ -39,6 +39,7 @@ from excise.run.study import StudyResult
 from excise_studies.auditing.counting import gaps_of
 from excise_studies.base import row
 from excise_studies.leaderboard.trials import Searched, Trial, within
+from excise_studies.routing.setting import ALL, LabelSetting
 
 BOARD = "Leaderboard"
 """Title of the table that is published."""
@@ -54,25 +55,27 @@ class Entry:
 
     Attributes:
         method: Name of the method.
-        rate: Share of the forget rows that carry a label.
+        labels: How much of what is to be forgotten carries a label, and what is missed.
         repaired: Whether it was fine-tuned on retain rows afterwards.
     """
 
     method: str
-    rate: float = 1.0
+    labels: LabelSetting = ALL
     repaired: bool = False
 
     @property
     def label(self) -> str:
         """What a reader calls it."""
-        rate = "" if self.rate == 1 else f", {self.rate:.0%} labelled"
-        return f"{self.method}{rate}{', repaired' if self.repaired else ''}"
+        kind = "" if self.labels.missed in ("", "occurrences") else f", missed {self.labels.missed}"
+        share = "" if self.labels.rate == 1 else f", {self.labels.rate:.0%} labelled{kind}"
+        return f"{self.method}{share}{', repaired' if self.repaired else ''}"
 
     @property
     def name(self) -> str:
         """What its audit calls it."""
-        rate = "" if self.rate == 1 else f"-{1000 * self.rate:.0f}-of-1000"
-        return f"{self.method}{rate}{'-repaired' if self.repaired else ''}"
+        kind = "" if self.labels.missed in ("", "occurrences") else f"-{self.labels.missed}"
+        share = "" if self.labels.rate == 1 else f"-{1000 * self.labels.rate:.0f}-of-1000{kind}"
+        return f"{self.method}{share}{'-repaired' if self.repaired else ''}"
 
 
 class Asked(Protocol):
@@ -160,7 +163,7 @@ class Board:
         """Return what a method left at every seed, the worse of its two rows."""
         out: dict[int, float] = {}
         for entry in self.entries:
-            if entry.method == method and entry.rate == self.entries[0].rate:
+            if entry.method == method and entry.labels == self.entries[0].labels:
                 for candidate in self.compared(entry).candidates:
                     left = left_of(candidate.record, entry.name)
                     if left is not None:
@@ -238,7 +241,7 @@ def board_table(board: Board, title: str = BOARD) -> StudyTable:
     order = board.ranking()
     for entry in sorted(
         (e for e in board.entries if e.method in order),
-        key=lambda e: (order.index(e.method), -e.rate, e.repaired),
+        key=lambda e: (order.index(e.method), -e.labels.rate, e.repaired),
     ):
         rows += _entry_rows(board, entry)
     for model in ("original", "oracle-0"):
@@ -386,7 +389,7 @@ def best_so_far(record: Record, subject: str) -> list[float]:
 def attacker_lines(board: Board) -> tuple[StudyLine, ...]:
     """Return the best attack by number of the attacker's trainings, mean over seeds."""
     named = [("original", "original"), ("oracle", "oracle-0")]
-    named += [(e.label, e.name) for e in board.entries if e.rate == board.entries[0].rate]
+    named += [(e.label, e.name) for e in board.entries if e.labels == board.entries[0].labels]
     lines = []
     for label, subject in named:
         curves = [c for r in board.records.values() if (c := best_so_far(r, subject))]

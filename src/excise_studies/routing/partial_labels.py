@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import numpy as np
@@ -11,7 +10,6 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.errors import nearest
 from excise.core.stages import Runtime
-from excise.data.labels import LabelNoise
 from excise.domains.facts import Facts
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
@@ -24,14 +22,15 @@ from excise_studies.recovery import said
 from excise_studies.routing.presets import BASELINES, PRESETS
 from excise_studies.routing.setting import (
     SHARES,
+    LabelSetting,
     Missed,
     Rest,
     RoutingOutcome,
     RoutingSetting,
     conclude,
     facts_setting,
+    label_settings,
     make_setting,
-    misses,
     score_conditions,
     train_conditions,
 )
@@ -78,7 +77,8 @@ class PartialLabels(Study):
     rates: tuple[float, ...] = Field(default=(1.0, 0.9, 0.5, 0.1), min_length=1)
     """Shares of what is to be forgotten that carry a label."""
     missed: tuple[Missed, ...] = Field(default=("occurrences", "units"), min_length=1)
-    """What labels miss: rows one by one, or units whole."""
+    """What labels miss: rows one by one, units whole, or paraphrases that the labeller does not
+    know."""
     rest: Rest = "unlabeled"
     """What methods assume of rows without a label. `unlabeled`: labels are few but right, and the
     same share of core rows has none. `core`: all that is missed counts as core, where no preset can
@@ -140,35 +140,9 @@ class PartialLabels(Study):
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class LabelSetting:
-    """One setting of the labels.
-
-    Attributes:
-        rate: Share that is labelled.
-        missed: What labels miss; empty at a rate of 1.
-    """
-
-    rate: float
-    missed: Missed | Literal[""]
-
-    def __str__(self) -> str:
-        """Return its name."""
-        return f"{100 * self.rate:g} %" + (f", missed {self.missed}" if self.missed else "")
-
-    def labels(self, rest: Rest) -> LabelNoise | None:
-        """Return the labels of this setting, given what is assumed of the rest."""
-        return misses(self.rate, self.missed or "occurrences", rest)
-
-
 def label_settings_of(study: PartialLabels) -> tuple[LabelSetting, ...]:
-    """Return all settings of the labels; nothing is missed at a rate of 1, so that is one."""
-    settings = [
-        LabelSetting(rate, kind if rate < 1 else "")
-        for rate in study.rates
-        for kind in study.missed
-    ]
-    return tuple(dict.fromkeys(settings))
+    """Return all settings of the labels."""
+    return label_settings(study.rates, study.missed)
 
 
 def methods_of(study: PartialLabels) -> dict[str, Method]:

@@ -9,7 +9,10 @@ from excise.domains.facts import FACTS_MAX_LENGTH
 from excise.methods import (
     ERA,
     GRAM,
+    NPO,
     RMU,
+    SSD,
+    TAR,
     AblatedPlain,
     AdapterModules,
     Chain,
@@ -25,6 +28,7 @@ from excise.methods import (
     Relabel,
 )
 from excise.methods.base import Method
+from excise.methods.posthoc.tar import RandomMapping
 from excise.methods.pretraining.era import Expand
 from excise.methods.pretraining.routed.coherence import Coherence
 from excise.methods.pretraining.routed.modules import Module
@@ -67,6 +71,30 @@ def grad_diff() -> GradDiff:
     """Return GradDiff as in the demo."""
     fit = FitConfig(steps=80, lr=4e-4, batch_size=64, clip=1.0)
     return GradDiff(alpha=4.0, fit=fit, max_length=LENGTH)
+
+
+def npo() -> NPO:
+    """Return NPO at a rate for models of this size."""
+    fit = FitConfig(steps=80, lr=1e-3, batch_size=64, clip=1.0)
+    return NPO(fit=fit, max_length=LENGTH)
+
+
+def ssd() -> SSD:
+    """Return SSD against retain rows: of a third of all rows none gives a ratio of ten to all."""
+    return SSD(against="retain", max_length=LENGTH)
+
+
+def tar() -> TAR:
+    """Return TAR with few and short attacks, at rates for models of this size."""
+    fit = FitConfig(steps=30, lr=1e-3, batch_size=32, warmup=3, optimizer="schedule_free")
+    return TAR(
+        mapping=RandomMapping(fit=fit),
+        inner_steps=16,
+        inner_lr=(1e-3, 3e-3),
+        inner_batch=16,
+        fit=fit,
+        max_length=LENGTH,
+    )
 
 
 PRESETS: Mapping[str, Method] = {

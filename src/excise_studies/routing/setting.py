@@ -51,8 +51,12 @@ from excise_studies.setting import (
     result,
 )
 
-Missed = Literal["occurrences", "units"]
-"""What labels miss: rows one by one, or all rows of a unit."""
+Missed = Literal["occurrences", "units", "structured"]
+"""What labels miss: rows one by one, all rows of a unit, or first the paraphrases of which the
+labeller does not know that they say the same."""
+
+FOREIGN = (1, 2)
+"""Those paraphrases: of the three in which facts are taught the labeller knows the first."""
 
 Rest = Literal["core", "unlabeled"]
 """What methods assume of rows without a label."""
@@ -99,7 +103,8 @@ def misses(rate: float, kind: Missed = "occurrences", rest: Rest = "core") -> La
 
     Args:
         rate: Share that is labelled.
-        kind: Whether rows are missed one by one, or units whole.
+        kind: Whether rows are missed one by one, units whole, or paraphrases: those as far as they
+            go, and beyond them rows one by one.
         rest: `core`: what is missed is labelled core, as by a labeller that only looks for the
             capability. `unlabeled`: labels are few but right; what is missed has none, nor has
             the same share of core rows, lest a missing label give rows away.
@@ -107,35 +112,82 @@ def misses(rate: float, kind: Missed = "occurrences", rest: Rest = "core") -> La
     if rate >= 1:
         return None
     left = round(1 - rate, 6)
-    which = {"missed_units": left} if kind == "units" else {"missed_occurrences": left}
+    which: dict[str, Any] = {"missed_occurrences": left}
+    if kind == "units":
+        which = {"missed_units": left}
+    elif kind == "structured":
+        share = len(FOREIGN) / (len(FOREIGN) + 1)
+        which = {"missed_wordings": FOREIGN, "structured_rate": min(1.0, left / share)}
+        which["missed_occurrences"] = max(0.0, (left - share) / (1 - share))
     if rest == "core":
         return LabelNoise.model_validate(which)
     return LabelNoise.model_validate({**which, "missed_as": "unlabeled", "unread_core": left})
 
 
+@dataclass(frozen=True)
+class LabelSetting:
+    """One setting of the labels.
+
+    Attributes:
+        rate: Share of what is to be forgotten that is labelled.
+        missed: What labels miss; empty at a rate of 1.
+    """
+
+    rate: float = 1.0
+    missed: Missed | Literal[""] = ""
+
+    def __str__(self) -> str:
+        """Return its name."""
+        return f"{100 * self.rate:g} %" + (f", missed {self.missed}" if self.missed else "")
+
+    def labels(self, rest: Rest) -> LabelNoise | None:
+        """Return the labels of this setting, given what is assumed of the rest."""
+        return misses(self.rate, self.missed or "occurrences", rest)
+
+
+ALL = LabelSetting()
+"""Every row of what is to be forgotten carries a label."""
+
+
+def label_settings(rates: Sequence[float], missed: Sequence[Missed]) -> tuple[LabelSetting, ...]:
+    """Return all settings of the labels; nothing is missed at a rate of 1, so that is one."""
+    settings = [LabelSetting(rate, kind if rate < 1 else "") for rate in rates for kind in missed]
+    return tuple(dict.fromkeys(settings))
+
+
+def labelled(method: Method, labels: LabelNoise | None) -> Method:
+    """Return a method with the labels one has; of a chain, every link.
+
+    A method whose own labels spread over units or groups keeps that. One that takes none is left
+    alone.
+    """
+    if isinstance(method, Chain):
+        links = tuple(labelled(link, labels) for link in method.methods)
+        return method.model_copy(update={"methods": links})
+    if labels is None or "labels" not in type(method).model_fields:
+        return method
+    given: LabelNoise | None = getattr(method, "labels", None)
+    spread = given.spread if given is not None else labels.spread
+    return method.model_copy(update={"labels": labels.model_copy(update={"spread": spread})})
+
+
 def prepared(
     method: Method, experiment: ExperimentSetting, labels: LabelNoise | None = None
 ) -> Method:
-    """Return a method with the schedule of the study and the labels one has.
-
-    A method whose own labels spread over units or groups keeps that.
+    """Return a method with the schedule of the study and the labels one has; see `labelled`.
 
     Args:
         method: Any method; of a chain, every link.
         experiment: Gives the schedule of what trains from scratch and has none.
-        labels: The given labels; methods that read none are left alone.
+        labels: The given labels.
     """
     if isinstance(method, Chain):
         links = tuple(prepared(link, experiment, labels) for link in method.methods)
         return method.model_copy(update={"methods": links})
-    fields, update = type(method).model_fields, dict[str, Any]()
+    fields = type(method).model_fields
     if "pretrain" in fields and getattr(method, "pretrain", None) is None:
-        update["pretrain"] = experiment.pretrain
-    if "labels" in fields and labels is not None:
-        given: LabelNoise | None = getattr(method, "labels", None)
-        spread = given.spread if given is not None else labels.spread
-        update["labels"] = labels.model_copy(update={"spread": spread})
-    return method.model_copy(update=update)
+        method = method.model_copy(update={"pretrain": experiment.pretrain})
+    return labelled(method, labels)
 
 
 @dataclass(frozen=True)

@@ -234,17 +234,17 @@ class Leaderboard(Study):
         allowed = original[1] + self.retain_budget
         chosen = {n: s.best(allowed) for n, s in searched.items() if s.usable}
         if not chosen:
-            raise UserError(f"no method made a model: {'; '.join(_why(self, searched))}")
+            raise UserError(f"no method made a model: {'; '.join(_why(tuning, searched))}")
         settings = label_settings(self.rates, self.missed)
         entries = [Entry(n, labels) for labels in settings for n in chosen]
         if self.repair is not None:
             entries += [Entry(n, settings[0], repaired=True) for n in chosen]
         board = Board(self, searched, chosen, original, tuple(entries))
-        scratch = tuple(n for n in chosen if starts_from(self.methods[n]) == "scratch")
+        scratch = tuple(n for n in chosen if starts_from(tuning.methods[n]) == "scratch")
         board = replace(
             board,
             beside=() if len(scratch) == len(chosen) else scratch,
-            notes=tuple(_why(self, searched)),
+            notes=tuple(_why(tuning, searched)),
             refs=tuning.refs(),
         )
         for at, seed in enumerate(self.seeds):
@@ -271,10 +271,10 @@ class Leaderboard(Study):
         return conclude(board, final)
 
 
-def _why(study: Leaderboard, searched: Mapping[str, Searched]) -> list[str]:
+def _why(world: World, searched: Mapping[str, Searched]) -> list[str]:
     """Return what a reader should know of the search, one sentence each."""
     notes = []
-    for name in study.methods:
+    for name in world.methods:
         if name not in searched:
             notes.append(f"{name} was not tried: the time was up before its first trial")
         elif searched[name].failed:
@@ -282,7 +282,7 @@ def _why(study: Leaderboard, searched: Mapping[str, Searched]) -> list[str]:
     rounds = max((len(s.trials) for s in searched.values()), default=0)
     if rounds < max((s.asked for s in searched.values()), default=0):
         notes.append(f"the time was up after {rounds} trials of every method; run again for more")
-    alone = [n for n, s in searched.items() if s.asked == 1 and study.trials > 1]
+    alone = [n for n, s in searched.items() if s.asked == 1 and world.study.trials > 1]
     if alone:
         notes.append(f"nothing to search in {', '.join(alone)}: one trial, as published")
     return notes

@@ -46,23 +46,16 @@ TUNED = "_then_retain"
 """Ends the name of a method that is followed by fine-tuning on retain rows."""
 
 
-def followed(method: Method) -> Chain:
-    """Return a method followed by some steps on retain rows; what leads to the best is searched."""
-    fit = FitConfig(steps=40, lr=1e-3, batch_size=64, clip=1.0)
-    return Chain(methods=(method, RetainTuning(fit=fit, max_length=LENGTH)))
-
-
 def contestants() -> dict[str, Method]:
     """Return the methods that are compared, by name."""
-    dampen: dict[str, Method] = {"ssd": ssd(), "potion": Potion(max_length=LENGTH)}
     return {
         **{name: PRESETS[name] for name in ("era", "sgtm", "sgtm_relabelled", "gram")},
         "rmu": rmu(),
         "npo": npo(),
         "grad_diff": grad_diff(),
         "tar": tar(),
-        **dampen,
-        **{f"{name}{TUNED}": followed(method) for name, method in dampen.items()},
+        "ssd": ssd(),
+        "potion": Potion(max_length=LENGTH),
         "filtering": Filtering(),
         "relabel_rows": BASELINES["relabel_rows"],
     }
@@ -96,7 +89,7 @@ class RoutingAgainstPosthoc(Leaderboard):
     )
     takes: ClassVar[str] = (
         "a day, 2 GiB: 14 methods x 7 settings of the labels x 3 seeds, half a minute an audit; "
-        "--methods, --rates and --seeds cut it; resumes where it was stopped"
+        "--arms, --rates, --missed and --seeds cut it; resumes where it was stopped"
     )
 
     name: Literal["routing-against-posthoc"] = "routing-against-posthoc"
@@ -105,6 +98,13 @@ class RoutingAgainstPosthoc(Leaderboard):
     """What is removed and what stays, drawn anew for every seed."""
     methods: dict[str, SerializeAsAny[Method]] = Field(default_factory=contestants)
     """Methods by name, with the settings of the first trial."""
+    followed: tuple[str, ...] = ("ssd", "potion")
+    """Methods that run a second time with fine-tuning on retain rows behind them, searched as one:
+    `ssd_then_retain`."""
+    then: FitConfig = FitConfig(steps=40, lr=1e-3, batch_size=64, clip=1.0)
+    """That fine-tuning."""
+    arms: tuple[str, ...] = ()
+    """Methods to run, by name; empty for all."""
     trials: int = Field(default=8, ge=1)
     """Settings of every method; the first is as given."""
     rates: tuple[float, ...] = Field(default=(1.0, 0.5, 0.1), min_length=1)
@@ -131,27 +131,40 @@ class RoutingAgainstPosthoc(Leaderboard):
     @model_validator(mode="after")
     def _decides(self) -> Self:
         """Refuse to decide about what is not run."""
-        if self.preset not in self.methods:
-            raise ValueError(
-                f"preset: there is no method '{self.preset}'; {nearest(self.preset, self.methods)}"
-            )
+        run = {*self.methods, *(f"{name}{TUNED}" for name in self.followed)}
+        for field, names, known in (
+            ("followed", self.followed, self.methods),
+            ("arms", self.arms, run),
+            ("preset", (self.preset,), self.arms or self.methods),
+        ):
+            for name in names:
+                if name not in known:
+                    raise ValueError(
+                        f"{field}: no method that runs is called '{name}'; {nearest(name, known)}"
+                    )
         if self.decide_at not in self.rates:
             raise ValueError(f"decide_at: {self.decide_at:g} is none of 'rates'; name one of them")
         return self
+
+    def first(self) -> dict[str, Method]:
+        """Return the methods that run, with the settings of their first trial."""
+        known = super().first()
+        tuning = RetainTuning(fit=self.then, max_length=LENGTH)
+        for name in self.followed:
+            known[f"{name}{TUNED}"] = Chain(methods=(known[name], tuning))
+        return {name: known[name] for name in self.arms or known}
 
     def conclude(self, board: Board, final: Board | None = None) -> StudyResult:
         """Return the leaderboard's tables, and what D says, before them."""
         last = final or board
         found = conclude(board, final)
         differences = {
-            name: behind(self, last, name)
-            for name in self.methods
-            if name in last.chosen and name != self.preset
+            name: behind(self, last, name) for name in last.chosen if name != self.preset
         }
         decision = decide(self, last, differences)
         words = [
             f"Over {len(last.records)} seed(s), left at worst with {labels}: "
-            f"{listed(_lefts(self, last, labels))}."
+            f"{listed(_lefts(last, labels))}."
             for labels in label_settings(self.rates, self.missed)
         ]
         words.append(f"D against {self.preset}: {listed(differences)}.")
@@ -231,7 +244,7 @@ def decide(study: RoutingAgainstPosthoc, board: Board, differences: dict[str, Es
 
 def _both(study: RoutingAgainstPosthoc, board: Board) -> list[str]:
     """Return the methods that were run with and without fine-tuning on retain rows."""
-    return [n for n in study.methods if n in board.chosen and f"{n}{TUNED}" in board.chosen]
+    return [n for n in study.followed if n in board.chosen and f"{n}{TUNED}" in board.chosen]
 
 
 def _repaired(study: RoutingAgainstPosthoc, board: Board, name: str) -> str:
@@ -241,9 +254,9 @@ def _repaired(study: RoutingAgainstPosthoc, board: Board, name: str) -> str:
     return f"Fine-tuning on retain rows changed what {name} left by {said(change)}."
 
 
-def _lefts(study: RoutingAgainstPosthoc, board: Board, labels: LabelSetting) -> dict[str, Estimate]:
+def _lefts(board: Board, labels: LabelSetting) -> dict[str, Estimate]:
     """Return what every method left at one setting of the labels, the least first."""
-    known = {n: left_at(board, n, (labels,)) for n in study.methods if n in board.chosen}
+    known = {n: left_at(board, n, (labels,)) for n in board.chosen}
     values = {n: over_seeds([v for v, _ in at.values()]) for n, at in known.items() if at}
     return dict(sorted(values.items(), key=lambda item: item[1].value))
 
@@ -251,7 +264,7 @@ def _lefts(study: RoutingAgainstPosthoc, board: Board, labels: LabelSetting) -> 
 def labels_table(study: RoutingAgainstPosthoc, board: Board) -> StudyTable:
     """Return what every method left and kept, by setting of the labels."""
     rows: list[StudyRow] = []
-    for name in study.methods:
+    for name in board.chosen:
         for labels in label_settings(study.rates, study.missed):
             at = left_at(board, name, (labels,)).values()
             if at:

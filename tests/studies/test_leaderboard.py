@@ -21,7 +21,7 @@ from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
 from excise.domains.glosses import Glosses
-from excise.methods import RMU, Filtering, GradDiff, MaxEnt
+from excise.methods import RMU, Chain, Filtering, GradDiff, MaxEnt
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.methods.search import Range, Space, changed, setting, settings_of, space_of
@@ -46,6 +46,7 @@ from excise_studies.leaderboard.tables import (
     over_seeds,
 )
 from excise_studies.leaderboard.trials import Searched, Trial, Tried, search
+from excise_studies.routing.setting import misses
 
 QUICK = FitConfig(steps=2, lr=1e-2, batch_size=8)
 
@@ -214,18 +215,27 @@ def test_the_choice_stays_within_the_budget_and_the_frontier_is_not_beaten() -> 
     assert Searched((Trial({}, Tried(failed="why")),), 1).failed == "why"
 
 
-def test_missed_labels_move_rows_to_retain_and_are_given_to_who_takes_them() -> None:
+class Blind(Failing):
+    """Takes no labels."""
+
+    name: Literal["blind"] = "blind"  # type: ignore[assignment]
+
+
+def test_missed_labels_are_given_to_who_takes_them_and_move_rows_of_all_others() -> None:
     domain = toy_domain()
     rows = [row for part in domain.forget.values() for row in part]
-    method, cut = with_labels(GradDiff(), domain, 0.5, 1)
+    labels = misses(0.5)
+    method, cut = with_labels(Blind(), domain, labels, 1)
     left = [row for part in cut.forget.values() for row in part]
-    assert method == GradDiff()
+    assert method == Blind()
     assert 0 < len(left) < len(rows)
     assert len(left) + len(cut.retain) == len(rows) + len(domain.retain)
-    given, same = with_labels(Filtering(), domain, 0.5, 1)
-    assert same is domain
-    assert given.labels.missed_occurrences == 0.5  # type: ignore[attr-defined]
-    assert with_labels(GradDiff(), domain, 1.0, 1) == (GradDiff(), domain)
+    for taker in (Filtering(), GradDiff(), Chain(methods=(GradDiff(), GradDiff()))):
+        given, same = with_labels(taker, domain, labels, 1)
+        assert same is domain
+        for link in given.methods if isinstance(given, Chain) else (given,):
+            assert link.labels == labels  # type: ignore[attr-defined]
+    assert with_labels(GradDiff(), domain, None, 1) == (GradDiff(), domain)
 
 
 # -- the whole -------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def test_arms_get_the_schedule_and_the_labels_of_the_study() -> None:
     first = ready.methods[0]
     assert isinstance(first, SGTM)
     assert (first.pretrain, first.labels) == (experiment.pretrain, labels)
-    assert ready.methods[1] == RMU()
+    assert ready.methods[1] == RMU(labels=labels)
     spreads = prepared(SGTM(labels=LabelNoise(spread="unit")), experiment, labels)
     assert isinstance(spreads, SGTM)
     assert spreads.labels == LabelNoise(missed_occurrences=0.5, spread="unit")

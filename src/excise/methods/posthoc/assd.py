@@ -51,7 +51,7 @@ class ASSD(ImportanceMethod):
         """Dampen what `domain.forget` leans on."""
         began = time.monotonic()
         forget, full = self.measured("nll", start, domain, ctx)
-        folder = ctx.work / "ratios"
+        folder = ctx.work / f"ratios-{ctx.rank}"
         ratios = SortedRatios(forget, full, folder, names=self.names(forget))
         percentile = percentile_of(share_of(domain))
         alpha = ratios.threshold(percentile)

@@ -32,7 +32,7 @@ from torch import nn
 
 from excise.core.context import Context
 from excise.core.errors import UserError
-from excise.data.domain import Domain, Rows, all_rows
+from excise.data.domain import Domain, Rows, all_rows, text_of
 from excise.data.rows import READS
 from excise.data.subsample import subsample
 from excise.evals.score import measure
@@ -92,7 +92,7 @@ class Potion(ImportanceMethod):
         """Dampen what the outputs on `domain.forget` lean on until it is no longer known."""
         began = time.monotonic()
         forget, full = self.measured(self.loss, start, domain, ctx)
-        folder = ctx.work / "ratios"
+        folder = ctx.work / f"ratios-{ctx.rank}"
         ratios = SortedRatios(forget, full, folder, names=self.names(forget))
         model = start.load(dtype=ctx.dtype, device=ctx.device)
         rows, metric = asked(domain, self.rows)
@@ -111,8 +111,7 @@ class Potion(ImportanceMethod):
                                       f"times {turns[0].known:.3g}: {last.end}"})  # fmt: skip
         del model
         asks = sum(turn.asked for turn in turns)
-        tokens = asks * sum(len(tokenizer(r.text or r.prompt + r.completion)["input_ids"])
-                            for r in rows)  # fmt: skip
+        tokens = asks * sum(len(tokenizer(text_of(row))["input_ids"]) for row in rows)
         removal = dampened(
             self, start, forget, full, ctx, alpha=last.alpha, lam=1.0, began=began,
             history=[turn.row for turn in turns],

@@ -45,6 +45,7 @@ from excise.methods.importance import (
     percentile_of,
     share_of,
 )
+from excise.methods.search import Space
 from excise.methods.tuning import forget_rows
 from excise.models.checkpoint import Checkpoint
 from excise.models.names import parameters_by_name
@@ -70,6 +71,7 @@ class Potion(ImportanceMethod):
     against: Literal["all", "retain"] = "retain"
     """What I_D is measured on: forget and retain rows, or retain rows alone."""
 
+    search: ClassVar[Space] = {"rho": (0.2, 0.0, 0.05, 0.1, 0.4, 0.6)}
     paper: ClassVar[Paper] = Paper(
         "Potion: towards poison unlearning",
         "arXiv:2406.09173",

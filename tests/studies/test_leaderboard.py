@@ -168,7 +168,7 @@ def world(runtime: Runtime) -> World:
 def searched(world: World, runtime: Runtime, trials: int, deadline: float) -> dict[str, Searched]:
     methods = {**world.methods, "failing": Failing()}
     with Pool(1) as pool:
-        return search(methods, world.trial, trials, 0, {}, deadline, runtime, pool)
+        return search(methods, world.trial, trials, 0, lambda _: {}, deadline, runtime, pool)
 
 
 def test_a_search_that_is_cut_short_compares_equal_numbers(world: World, runtime: Runtime) -> None:

@@ -160,7 +160,9 @@ def test_an_attack_without_training_reads_about_as_often_as_it_says(
 
     monkeypatch.setattr(Checkpoint, "load", counted)
     budget = STANDARD.model_copy(update={"shots": (1, 4), "random_directions": 2})
-    attack, subject = ATTACKS[name](), Subject("x", never_taught, knowing)
+    short = {"steps": 3, "width": 16, "tokens": 6} if name == "gcg" else {}
+    attack = ATTACKS[name].model_validate(short)
+    subject = Subject("x", never_taught, knowing)
     attack.run(subject, facts_domain, budget, Context(tmp_path))
     tokenizer = knowing.tokenizer()
     evaluation = evaluation_set(facts_domain, budget, tokenizer)
@@ -192,7 +194,7 @@ def test_trained_prompts_are_counted_and_controls_take_no_more_steps_at_strong(
     name = "audit: positive controls"
     assert standard[name].steps == strong[name].steps == 80
     assert not {f"audit: {name}" for name in ATTACKS} - {*standard} - {
-        "audit: transfer", "audit: sampling", "audit: steer", "audit: drop_adapter",
+        "audit: transfer", "audit: sampling", "audit: steer", "audit: drop_adapter", "audit: gcg",
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from excise.cli.show import setting_lines
 from excise.core.disk import write_text
 from excise.domains import DOMAINS
 from excise.evals.extra import SCORES
-from excise.methods import METHODS
+from excise.methods import METHODS, Chain, Method
 from excise.recipes import RECIPES, recipe_named
 from excise.run.study import study_named, study_points
 
@@ -38,6 +38,7 @@ def build_index() -> dict[str, list[dict[str, Any]]]:
                 "what": line(cls),
                 "starts from": cls.starts_from,
                 "needs": ", ".join(cls.needs),
+                **costs(cls),
                 "source": f"{cls.paper.title} {cls.paper.url}".strip(),
                 # `excise remove` takes no others.
                 "settings": setting_lines(cls) if cls.starts_from == "original" else [],
@@ -65,6 +66,22 @@ def build_index() -> dict[str, list[dict[str, Any]]]:
             {"name": name, "what": study.question, "takes": study.takes}
             for name, study in studies.items()
         ],
+    }
+
+
+def costs(cls: type[Method]) -> dict[str, str]:
+    """Return what a method after training costs at its defaults; a chain costs what its links do.
+
+    Those that train from scratch all have the schedule of the recipe.
+    """
+    if cls.starts_from == "scratch" or cls is Chain:
+        return {}
+    plain = cls.model_construct()
+    readings = "one reading" if plain.step_cost == 1 else f"{plain.step_cost:.3g} readings"
+    when = " a step" if "fit" in cls.model_fields else ""
+    return {
+        "cost": f"{readings} of its rows{when}, forward and back",
+        "copies of the model": f"{1 + plain.extra_copies}",
     }
 
 

@@ -37,6 +37,7 @@ from excise.data.stream import Tokenizer, encode_row
 from excise.data.subsample import subsample
 from excise.fetch.model import outline_of
 from excise.methods.base import Method, completed
+from excise.methods.importance import ImportanceMethod
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.plain import Plain
 from excise.models.checkpoint import Checkpoint
@@ -418,6 +419,9 @@ def _notes(
 def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int) -> float:
     """Return the bytes that a method holds beside activations."""
     count = sum(p.numel() for p in shapes.parameters())
+    if isinstance(method, ImportanceMethod):  # gradients go into files, tensor by tensor
+        largest = max(int(p.numel()) for p in shapes.parameters())
+        return float(3 * 2**28 + count * width + 3 * 4 * largest)
     trained, loaded = count, 2 * count  # a frozen model beside the live one
     named: tuple[str, ...] = getattr(method, "modules", ())
     if isinstance(method, RMU) and original is not None:
@@ -479,6 +483,8 @@ ORIGINAL = "original"
 
 def method_line(name: str, method: Method, sizes: DataSizes, jobs: int, pace: str) -> Line:
     """Return the line of a method run."""
+    if isinstance(method, ImportanceMethod):
+        return _one_pass(name, method, sizes, jobs, pace)
     trials = 1
     if isinstance(method, RMU) and method.sweep is not None:
         trials = len(method.sweep.grid(method.layer, method.steering, method.alpha))
@@ -491,6 +497,20 @@ def method_line(name: str, method: Method, sizes: DataSizes, jobs: int, pace: st
         padded += config.steps * one_padded * cost * (4 / 6 if lora else 1)
     total = jobs * trials
     return Line(name, steps, total, total * tokens, sizes.flops(6.0, total * padded), pace)
+
+
+def _one_pass(name: str, method: ImportanceMethod, sizes: DataSizes, jobs: int, pace: str) -> Line:
+    """Return the line of a method that differentiates every row once; its steps are batches."""
+    domain, size = sizes.domain, method.batch_size
+    if domain is None:
+        return Line(name, 0, jobs, 0.0, None, pace)
+    steps, tokens, padded = 0, 0.0, 0.0
+    for rows in (all_rows(domain.forget), domain.retain):
+        mean, longest = sizes.tokens(rows, method.max_length, size)
+        steps += math.ceil(len(rows) / size)
+        tokens += len(rows) * mean
+        padded += len(rows) * longest
+    return Line(name, steps, jobs, jobs * tokens, sizes.flops(6.0, jobs * padded), pace)
 
 
 def _schedules(config: Config, length: int = 128) -> Iterator[tuple[FitConfig, int, bool, float]]:

@@ -28,6 +28,7 @@ from excise.core.errors import UserError
 from excise.core.events import Emit, silent
 from excise.fetch.model import open_model
 from excise.methods.base import ApplyMethod, Method, completed
+from excise.methods.importance import ImportanceMethod
 from excise.methods.pretraining.plain import Plain
 from excise.models.checkpoint import Checkpoint
 from excise.requests.audit import AuditRun
@@ -172,11 +173,12 @@ def _time_method(
     ApplyMethod(short, start, sizes.domain, ctx.seed).make(replace(ctx, emit=emit))
     total = clock() - began
     steps = [[b - a for a, b in pairwise(t)] for t in told.values() if len(t) > 1]
-    flops = method_line(name, short, sizes, 1, name).flops
+    line = method_line(name, short, sizes, 1, name)
+    flops = line.flops
     if not steps or not flops:
         raise UserError("it trains in no steps that could be told apart")
     ranges = [_range(times) for times in steps]
-    one = flops / STEPS
+    one = flops / (line.steps if isinstance(short, ImportanceMethod) else STEPS)
     low, high = (sum(r[side] for r in ranges) / one for side in (0, 1))
     fixed = max(0.0, total - sum(map(sum, steps)))
     return {name: Pace(low, high, fixed)}

@@ -55,12 +55,31 @@ def posthoc() -> dict[str, Method]:
     }
 
 
-SMALL: Mapping[str, Mapping[str, Any]] = {"rmu": {"layer": 1, "blocks": (0, 1)}}
-"""What published settings need that name a block which a model of two blocks does not have."""
+SMALL: Mapping[str, Mapping[str, Any]] = {
+    "rmu": {"layer": 1, "blocks": (0, 1)},
+    "rmu_lat": {"layer": 1, "blocks": (0, 1), "fit.steps": 160},
+    "circuit_breakers": {"layers": (0, 1)},
+    "elm": {"layers": (0, 1), "fit.steps": 150},
+    "seam": {"fit.steps": 150, "fit.warmup": 15},
+    "tar": {
+        "fit.steps": 30, "inner_steps": 16, "inner_lr": (1e-4, 1e-3), "fit.warmup": 3,
+        "mapping.fit.steps": 100,
+    },
+    # Forget rows are a third of all rows here: no ratio reaches the published 10 against all.
+    "ssd": {"against": "retain"},
+    "lfssd": {"against": "retain"},
+}  # fmt: skip
+"""What published settings need that name a block which a model of two blocks does not have, or
+schedules that are made for models a thousand times as large."""
 
 SMALL_RANGES: Mapping[str, Range] = {RATE: Range(low=1e-4, high=1e-2, absolute=True)}
 """Where models that are trained here are searched for settings that are published for models a
 thousand times as large."""
+
+SMALL_OWN: Mapping[str, Mapping[str, Range]] = {
+    "repselect": {RATE: Range(low=0.5, high=50.0, absolute=True)}
+}
+"""The same, for methods whose rate is in units of its own."""
 
 
 class Leaderboard(Study):
@@ -187,6 +206,12 @@ class Leaderboard(Study):
         small = {} if self.model else {**SMALL, **self.small}
         return {name: changed(m, small.get(name, {})) for name, m in self.methods.items()}
 
+    def ranges_of(self, name: str) -> dict[str, Range]:
+        """Return where the settings of a method are searched for, beside what it says itself."""
+        if self.model:
+            return self.ranges
+        return {**SMALL_RANGES, **SMALL_OWN.get(name, {}), **self.ranges}
+
     def seconds(self) -> float:
         """Return the time budget in seconds; infinity for none."""
         text = self.time_budget
@@ -228,7 +253,7 @@ class Leaderboard(Study):
         limit = began + SEARCH * self.seconds()
         searched = search(
             tuning.methods, tuning.trial, self.trials, self.tuned_on[0],
-            {**({} if self.model else SMALL_RANGES), **self.ranges}, limit, runtime, pool,
+            self.ranges_of, limit, runtime, pool,
         )  # fmt: skip
         original = runtime.run(tuning.dev_score(tuning.models.original))
         allowed = original[1] + self.retain_budget

@@ -227,7 +227,7 @@ def search(
     stage_of: Callable[[Method], TrySetting],
     trials: int,
     seed: int,
-    ranges: Mapping[str, Range],
+    ranges: Callable[[str], Mapping[str, Range]],
     deadline: float,
     runtime: Runtime,
     pool: Pool,
@@ -239,7 +239,7 @@ def search(
         stage_of: Returns the `TrySetting` of a method.
         trials: Settings of each method.
         seed: Seed of the search.
-        ranges: As `settings_of`.
+        ranges: Ranges of a method of that name, as `settings_of` takes them.
         deadline: Time since the epoch from which on no trial is begun.
         runtime: Where stages are kept.
         pool: Worker processes.
@@ -248,7 +248,7 @@ def search(
         For every method that was tried, its trials of the rounds that every method has been
         through: a search that was cut short compares equal numbers of them.
     """
-    plans = {name: settings_of(m, trials, seed, ranges) for name, m in methods.items()}
+    plans = {name: settings_of(m, trials, seed, ranges(name)) for name, m in methods.items()}
     order = [(n, i) for i in range(trials) for n, plan in plans.items() if i < len(plan)]
     jobs: list[tuple[Runtime, TrySetting | str, float]] = []
     for name, i in order:

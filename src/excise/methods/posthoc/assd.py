@@ -53,7 +53,7 @@ class ASSD(ImportanceMethod):
         began = time.monotonic()
         domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
         forget, full = self.measured("nll", start, domain, ctx)
-        folder = ctx.work / "ratios"
+        folder = ctx.work / f"ratios-{ctx.rank}"
         ratios = SortedRatios(forget, full, folder, names=self.names(forget))
         percentile = percentile_of(share_of(domain))
         alpha = ratios.threshold(percentile)

@@ -103,6 +103,11 @@ class CircuitBreakers(PostHoc):
         },
     )
 
+    @property
+    def step_cost(self) -> float:
+        """The frozen pass is forward alone."""
+        return 4 / 3
+
     @model_validator(mode="after")
     def _sound(self) -> CircuitBreakers:
         """Refuse a model that is cut as released and whole at once."""

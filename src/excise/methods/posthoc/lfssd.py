@@ -23,6 +23,7 @@ from excise.data.domain import Domain
 from excise.data.labels import relabelled
 from excise.methods.base import Paper, Removal
 from excise.methods.importance import ImportanceMethod, check_alpha, dampened
+from excise.methods.search import Range, Space
 from excise.models.checkpoint import Checkpoint
 
 
@@ -35,6 +36,7 @@ class LFSSD(ImportanceMethod):
     lam: float = Field(default=1.0, ge=0)
     """Dampening (lambda)."""
 
+    search: ClassVar[Space] = {"alpha": Range(), "lam": Range(low=0.1, high=1.0)}
     paper: ClassVar[Paper] = Paper(
         "Loss-free machine unlearning",
         "arXiv:2402.19308",

@@ -32,7 +32,7 @@ from torch import nn
 
 from excise.core.context import Context
 from excise.core.errors import UserError
-from excise.data.domain import Domain, Rows, all_rows
+from excise.data.domain import Domain, Rows, all_rows, text_of
 from excise.data.labels import relabelled
 from excise.data.rows import READS
 from excise.data.subsample import subsample
@@ -45,6 +45,7 @@ from excise.methods.importance import (
     percentile_of,
     share_of,
 )
+from excise.methods.search import Space
 from excise.methods.tuning import forget_rows
 from excise.models.checkpoint import Checkpoint
 from excise.models.names import parameters_by_name
@@ -70,6 +71,7 @@ class Potion(ImportanceMethod):
     against: Literal["all", "retain"] = "retain"
     """What I_D is measured on: forget and retain rows, or retain rows alone."""
 
+    search: ClassVar[Space] = {"rho": (0.2, 0.0, 0.05, 0.1, 0.4, 0.6)}
     paper: ClassVar[Paper] = Paper(
         "Potion: towards poison unlearning",
         "arXiv:2406.09173",
@@ -94,7 +96,7 @@ class Potion(ImportanceMethod):
         began = time.monotonic()
         domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
         forget, full = self.measured(self.loss, start, domain, ctx)
-        folder = ctx.work / "ratios"
+        folder = ctx.work / f"ratios-{ctx.rank}"
         ratios = SortedRatios(forget, full, folder, names=self.names(forget))
         model = start.load(dtype=ctx.dtype, device=ctx.device)
         rows, metric = asked(domain, self.rows)
@@ -113,8 +115,7 @@ class Potion(ImportanceMethod):
                                       f"times {turns[0].known:.3g}: {last.end}"})  # fmt: skip
         del model
         asks = sum(turn.asked for turn in turns)
-        tokens = asks * sum(len(tokenizer(r.text or r.prompt + r.completion)["input_ids"])
-                            for r in rows)  # fmt: skip
+        tokens = asks * sum(len(tokenizer(text_of(row))["input_ids"]) for row in rows)
         removal = dampened(
             self, start, forget, full, ctx, alpha=last.alpha, lam=1.0, began=began,
             history=[turn.row for turn in turns],

@@ -121,6 +121,11 @@ class RMULAT(PostHoc):
         },
     )
 
+    @property
+    def step_cost(self) -> float:
+        """An adversary's step has no gradient of weights; `per_attack` steps share an adversary."""
+        return 1 + 2 / 3 * self.attack_steps / self.per_attack
+
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Steer `domain.forget` to noise at one layer, whatever shifts the stream before it."""
         targets = find_target_parameters(

@@ -23,6 +23,7 @@ from excise.data.domain import Domain
 from excise.data.labels import relabelled
 from excise.methods.base import Paper, Removal
 from excise.methods.importance import ImportanceMethod, check_alpha, dampened
+from excise.methods.search import Range, Space
 from excise.models.checkpoint import Checkpoint
 
 
@@ -35,6 +36,7 @@ class SSD(ImportanceMethod):
     lam: float = Field(default=1.0, ge=0)
     """Dampening (lambda): smaller values take more away from what was selected."""
 
+    search: ClassVar[Space] = {"alpha": Range(), "lam": Range(low=0.1, high=1.0)}
     paper: ClassVar[Paper] = Paper(
         "Fast machine unlearning without retraining through selective synaptic dampening",
         "arXiv:2308.07707",

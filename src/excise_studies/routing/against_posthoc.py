@@ -13,6 +13,7 @@ from excise.core.errors import nearest
 from excise.data.spec import DomainSpec
 from excise.methods import Chain, Filtering, Method, Potion
 from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.search import changed
 from excise.models.spec import Scratch
 from excise.record import Estimate, StudyRow, StudyTable
 from excise.record.measured import change_of
@@ -147,8 +148,11 @@ class RoutingAgainstPosthoc(Leaderboard):
         return self
 
     def first(self) -> dict[str, Method]:
-        """Return the methods that run, with the settings of their first trial."""
-        known = super().first()
+        """Return the methods that run, with the settings of their first trial.
+
+        They are of a size for these models already.
+        """
+        known = {n: changed(m, self.small.get(n, {})) for n, m in self.methods.items()}
         tuning = RetainTuning(fit=self.then, max_length=LENGTH)
         for name in self.followed:
             known[f"{name}{TUNED}"] = Chain(methods=(known[name], tuning))

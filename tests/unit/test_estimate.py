@@ -193,6 +193,7 @@ def test_trained_prompts_are_counted_and_controls_take_no_more_steps_at_strong(
     assert standard[name].steps == strong[name].steps == 80
     assert not {f"audit: {name}" for name in ATTACKS} - {*standard} - {
         "audit: transfer", "audit: sampling", "audit: steer", "audit: drop_adapter",
+        "audit: gcg",
     }  # fmt: skip
 
 

@@ -81,6 +81,13 @@ def test_mistakes_in_the_docs_would_be_found() -> None:
     assert "unexpected argument '--seed'" in problem("excise report DIR --seed 1")
 
 
+def test_every_method_stands_once_in_the_table_of_the_readme() -> None:
+    table = (ROOT / "README.md").read_text("utf-8").partition("| method | acts |")[2]
+    first = [row.split("|")[1] for row in table.partition("\n\n")[0].splitlines()[2:]]
+    names = re.findall(r"`(\w+)`", " ".join(first))
+    assert sorted(names) == sorted(registry()["method"].keys() - {"plain"})
+
+
 def sentences() -> set[str]:
     """Return the texts of the source, values left out, joined where Python joins them."""
     texts = set()

@@ -30,7 +30,7 @@ from excise.methods import (
     IdkDPO,
     SimNPO,
 )
-from excise.methods.posthoc import altpo, idk_dpo, preference
+from excise.methods.posthoc import altpo, answers, preference
 from excise.methods.posthoc.reference import (
     FILE,
     ComputeReference,
@@ -396,16 +396,16 @@ def test_pairs_prefer_another_answer_to_the_same_prompt(
             assert (won.prompt, won.unit) == (lost.prompt, lost.unit)
             assert won != lost
         if method.name == "idk_dpo":
-            assert {won.choices[won.answer] for won, _ in pairs} <= set(idk_dpo.SENTENCES)
+            assert {won.choices[won.answer] for won, _ in pairs} <= set(answers.REFUSALS)
 
 
 def test_another_answer_keeps_the_space_before_it_and_the_turns_before_the_last() -> None:
-    answered = preference.with_answer(Row("u", prompt="a", completion="  b"), "c d", "dpo")
+    answered = answers.with_answer(Row("u", prompt="a", completion="  b"), "c d", "dpo")
     assert answered.completion == "  c d"
     turns = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    answered = preference.with_answer(Row("u", messages=turns), "e", "dpo")
+    answered = answers.with_answer(Row("u", messages=turns), "e", "dpo")
     assert answered.messages == (*turns[:3], ("assistant", "e"))
-    assert altpo.question_of(Row("u", messages=turns)) == ("a\nb\nc", "d")
+    assert answers.question_of(Row("u", messages=turns)) == ("a\nb\nc", "d")
 
 
 @pytest.mark.parametrize("method", [DPO(), IdkDPO(), AltPO()], ids=lambda m: m.name)
@@ -437,7 +437,7 @@ def test_a_model_that_makes_nothing_up_is_told_so(
 
 
 def test_the_sentences_differ_and_every_default_with_a_source_is_a_setting() -> None:
-    assert len(set(idk_dpo.SENTENCES)) == len(idk_dpo.SENTENCES) >= 40
+    assert len(set(answers.REFUSALS)) == len(answers.REFUSALS) >= 30
     for method in ALL:
         fields = type(method).model_fields
         assert set(type(method).paper.defaults) <= set(fields)

@@ -131,7 +131,7 @@ def test_sam_equals_a_plain_loop(
 
 @pytest.mark.parametrize(
     "name",
-    [n for n, cls in METHODS.items() if issubclass(cls, TuningMethod) and not cls.no_sam],
+    [n for n, cls in METHODS.items() if issubclass(cls, TuningMethod) and "sam" not in cls.refuses],
 )
 def test_no_method_ignores_the_radius_of_sam(name: str, tmp_path: Path) -> None:
     start, domain = toy_start(tmp_path / "start"), domain_for(name)
@@ -145,7 +145,7 @@ def test_no_method_ignores_the_radius_of_sam(name: str, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_one_says_so() -> None:
-    with pytest.raises(ValueError, match="'sam' is not for elm: its three terms are one loss"):
+    with pytest.raises(ValueError, match="sam: its three terms are one loss"):
         ELM(sam=0.01)
 
 
@@ -240,7 +240,7 @@ def test_seam_moves_along_the_gradient_of_the_cosine(tmp_path: Path) -> None:
 
 def test_seam_preserves_refusals_where_it_is_told_one(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
-    with pytest.raises(UserError, match="has no prompt to refuse"):
+    with pytest.raises(UserError, match="is plain text, and seam puts another answer"):
         SEAM(refusal="w1 w2", fit=FIT).apply(start, domain, context(tmp_path / "text"))
     asked = replace(
         domain,

@@ -19,10 +19,9 @@ from excise.data.domain import Domain, Row, Rows
 from excise.data.stream import Batch, collate, encode
 from excise.evals.refusal import refuses
 from excise.methods import CheckpointTransfer, Direction, Refusal, TaskVector
-from excise.methods.posthoc.checkpoint_transfer import read_in
+from excise.methods.posthoc.answers import REFUSALS, with_answer
 from excise.methods.posthoc.direction import Write, writers
-from excise.methods.posthoc.refusal import REFUSALS, declining
-from excise.methods.tuning import role_batches, stream
+from excise.methods.tuning import examples_read, role_batches, stream
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.lora import LoRA
@@ -299,12 +298,12 @@ def test_every_shipped_refusal_is_recognised_as_one() -> None:
 
 
 def test_every_kind_of_prompt_is_declined() -> None:
-    known = declining(Row("u", prompt="who?", completion="\nme"), "no")
+    known = with_answer(Row("u", prompt="who?", completion="\nme"), "no", "refusal")
     assert (known.prompt, known.completion) == ("who?", "\nno")
-    question = declining(Row("u", prompt="who?", choices=("you", "me"), answer=1), "no")
-    assert (question.kind, question.completion) == ("completion", " no")
+    asked = Row("u", prompt="who?", choices=("you", "me"), answer=1)
+    assert with_answer(asked, "no", "refusal").choices == ("you", "no")
     turns = (("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d"))
-    chat = declining(Row("u", messages=turns), "no")
+    chat = with_answer(Row("u", messages=turns), "no", "refusal")
     assert chat.messages == (*turns[:3], ("assistant", "no"))
     assert "assistant" in CHAT_TEMPLATE
 
@@ -431,12 +430,12 @@ def test_a_teacher_that_holds_the_same_is_mapped_onto_it(tmp_path: Path) -> None
 def test_only_rows_that_are_read_are_cached(tmp_path: Path) -> None:
     tokenizer, ctx = toy_checkpoint(tmp_path).tokenizer(), context(tmp_path / "run")
     reader = stream(toy_domain().retain, tokenizer, FIT, ctx, purpose="retain", max_length=64)
-    seen = read_in(reader, 2)
+    seen = examples_read(reader, 2)
     assert len(seen) == 8
     wanted = {tuple(ids[mask].tolist()) for step in (0, 1) for batch in reader(step)
               for ids, mask in zip(batch.ids_BT, batch.attention_BT, strict=True)}  # fmt: skip
     assert {example.ids for example in seen} == wanted
-    assert read_in(replace(reader, world=2, rank=1), 2) == seen
+    assert examples_read(replace(reader, world=2, rank=1), 2) == seen
 
 
 def test_default_layers_are_spaced_as_in_the_logged_runs() -> None:

@@ -163,7 +163,8 @@ def test_methods_and_attacks_do_not_import_each_other() -> None:
         "excise.methods.base", "excise.methods.search", "excise.methods.choosing",
         "excise.methods.stopping", "excise.methods.importance", "excise.methods.tuning",
         "excise.methods.pretraining.pretrain",
-        "excise.methods.pretraining.routed", "excise.methods.posthoc.preference",
+        "excise.methods.pretraining.routed", "excise.methods.posthoc.answers",
+        "excise.methods.posthoc.preference",
         "excise.methods.posthoc.reference", "excise.methods.distillation.cache_kinds",
         "excise.methods.distillation.sampling", "excise.methods.distillation.teacher_cache",
     )  # fmt: skip

@@ -54,6 +54,7 @@ def as_flag(problem: str) -> str:
     """Name a problem as the command line does: `arms.rmu.fit.lr` is `--fit.lr`."""
     problem = re.sub(r"^arms\.[^.:]+\.name: ", "", problem)
     problem = problem.replace(": unknown field; ", ": unknown setting; ")
+    problem = re.sub(r"^arms\.[^.:]+: (\w+): ", r"--\1: ", problem)
     problem = re.sub(r"^arms\.([^.:]+): ", r"\1 ", problem)
     problem = re.sub(r"^arms\.[^.:]+\.", "--", problem)
     problem = re.sub(r"^model\.path\b", "--model", problem)

@@ -20,7 +20,7 @@ from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.domain import Domain
-from excise.data.labels import LabelNoise
+from excise.data.labels import LabelNoise, relabelled
 from excise.methods.search import Space
 from excise.models.checkpoint import Checkpoint
 
@@ -115,6 +115,11 @@ class Method(Config, ABC):
         return 1.0
 
     @property
+    def readings(self) -> float:
+        """How often it reads all its rows, forward and back, beside the steps of its `fit`."""
+        return 0.0
+
+    @property
     def extra_copies(self) -> int:
         """Copies of what it trains that a step holds beside weights, gradient and moments."""
         return 0
@@ -140,17 +145,31 @@ class PostHoc(Method):
     """How the labels it is given differ from the truth; missing for not at all. Missed forget rows
     are read as retain text, or by nobody."""
 
-    no_adapter: ClassVar[str] = ""
-    """Why it cannot train an adapter, where it cannot."""
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Options that others have and it does not take, and why not."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_adapter(cls, data: Any) -> Any:
-        """Say why there is no adapter where one is asked for."""
-        asked = isinstance(data, Mapping) and data.get("lora") is not None
-        if asked and cls.no_adapter and "lora" not in cls.model_fields:
-            raise ValueError(f"lora: {cls.no_adapter}; leave it out")
+    def _refuse(cls, data: Any) -> Any:
+        """Say why an option is not taken where it is asked for."""
+        for option, why in cls.refuses.items() if isinstance(data, Mapping) else ():
+            if data.get(option) not in (None, 0):
+                raise ValueError(f"{option}: {why}; leave it out")
         return data
+
+    @model_validator(mode="after")
+    def _labels_are_certain(self) -> PostHoc:
+        """Refuse what only methods that train from scratch read."""
+        if self.labels is not None and self.labels.confidence is not None:
+            raise ValueError(
+                "labels.confidence: only methods that train from scratch weigh a label by it; "
+                "leave it out"
+            )
+        return self
+
+    def given(self, domain: Domain, ctx: Context) -> tuple[Domain, dict[str, Any]]:
+        """Return the domain as the labeller gives it, and what the record says of that."""
+        return relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
 
 
 @dataclass(frozen=True)

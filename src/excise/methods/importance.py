@@ -49,7 +49,7 @@ from excise.data.stream import Batch, Example, collate, encode
 from excise.losses import head_norm, logit_norm, nll, predicting
 from excise.methods.base import Cost, PostHoc, Removal
 from excise.methods.distillation.teacher_cache import examples_identity
-from excise.methods.tuning import forget_rows, moved
+from excise.methods.tuning import forget_rows, logits_of, moved, together, write_model
 from excise.models.checkpoint import Checkpoint
 from excise.models.files import Entry, read_header, read_tensor
 from excise.models.head import final_hidden, head_of
@@ -457,7 +457,7 @@ def batch_loss(model: nn.Module, kind: Kind) -> Callable[[nn.Module, Batch], Ten
     if kind == "nll":
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            total, count = nll(model(**batch.inputs, use_cache=False).logits, batch)
+            total, count = nll(logits_of(model, batch), batch)
             return total / count
 
         return loss
@@ -466,8 +466,8 @@ def batch_loss(model: nn.Module, kind: Kind) -> Callable[[nn.Module, Batch], Ten
     if head.softcap is not None or head.bias_V is not None:
 
         def norm(model: nn.Module, batch: Batch) -> Tensor:
-            logits_BTV = model(**batch.inputs, use_cache=False).logits
-            total, count = logit_norm(logits_BTV, predicting(batch.target_BT), squared=squared)
+            at_BT = predicting(batch.target_BT)
+            total, count = logit_norm(logits_of(model, batch), at_BT, squared=squared)
             return total / count
 
         return norm
@@ -506,9 +506,18 @@ class ImportanceMethod(PostHoc):
     vectors: bool = True
     """Whether norm gains and biases are dampened too; a few of them gone can break a model."""
 
-    no_adapter: ClassVar[str] = (
-        "dampening multiplies the model's own weights; an adapter has none to dampen"
-    )
+    refuses: ClassVar[Mapping[str, str]] = {
+        "lora": "dampening multiplies the model's own weights; an adapter has none to dampen",
+        **dict.fromkeys(
+            ("stop", "fit", "sam", "drop_components"),
+            "rows are read once and weights dampened in closed form, so that there are no steps",
+        ),
+    }
+
+    @property
+    def readings(self) -> float:
+        """One pass forward and back over all rows."""
+        return 1.0
 
     def measured(
         self, kind: Kind, start: Checkpoint, domain: Domain, ctx: Context
@@ -607,21 +616,15 @@ def dampened(
         history: What was tried.
         more: What a search took beside.
     """
-    tally, changed, facts = Tally(), dict[str, Tensor](), dict[str, Any]()
+    tally, changed, parts = Tally(), dict[str, Tensor](), []
     for name in method.names(forget):
         before = start.weights_of([name])
         weight = before[name].clone()
         dampen(weight, forget.importance(name), full.importance(name), tally, alpha=alpha, lam=lam)
-        _add(facts, moved(before, {name: weight}))
+        parts.append(moved(before, {name: weight}))
         if not torch.equal(weight, before[name]):
             changed[name] = weight
-    facts["share_moved"] /= max(1, facts["trained_entries"])
-    facts["distance"] **= 0.5
-    to = ctx.work / "model"
-    if ctx.rank == 0:
-        shutil.rmtree(to, ignore_errors=True)
-        start.write(changed, to)
-    barrier(ctx)
+    model = write_model(start, changed, ctx)
     if tally.vectors_dampened:
         of = f"{tally.vectors_dampened:,} of {tally.vectors:,} entries of norm gains and biases"
         ctx.emit("note", {"text": f"{method.name} dampened {of}"})
@@ -629,21 +632,15 @@ def dampened(
     flops, seconds = 6.0 * start.num_parameters * read.tokens, time.monotonic() - began
     cost = Cost(0, read.tokens, flops, seconds)
     return Removal(
-        Checkpoint(to, trust_remote_code=start.trust_remote_code),
+        model,
         tuple(sorted(changed)),
         cost if more is None else cost + more,
-        {"alpha": alpha, "lambda": lam, "dampening": tally.facts(), **facts, **(extras or {})},
+        {
+            "alpha": alpha,
+            "lambda": lam,
+            "dampening": tally.facts(),
+            **together(parts),
+            **(extras or {}),
+        },
         tuple(history),
     )
-
-
-def _add(facts: dict[str, Any], of_one: Mapping[str, Any]) -> None:
-    """Add what `moved` says of one tensor; shares as counts and distances as squares."""
-    facts.setdefault("trained_tensors", []).extend(of_one["trained_tensors"])
-    count = of_one["trained_entries"]
-    for name, value in (
-        ("trained_entries", count),
-        ("share_moved", of_one["share_moved"] * count),
-        ("distance", of_one["distance"] ** 2),
-    ):
-        facts[name] = facts.get(name, 0) + value

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.disk import new_file, write_text
+from excise.core.errors import Diverged, NotFinite
 from excise.methods.choosing import RULE, better
 from excise.train.distributed import barrier
 
@@ -109,11 +110,19 @@ class Looks:
 
         Args:
             done: Steps done. Steps that were replayed have been looked at, or are the last ones.
+
+        Raises:
+            Diverged: If the model gives no numbers any more.
         """
         if done % self.rule.every and done != self.steps:
             return False
         seen = self.table.get(done)
-        look = seen or Look(done, *self.losses())
+        try:
+            look = seen or Look(done, *self.losses())
+        except NotFinite:
+            raise Diverged(
+                f"the model has no finite loss on `dev` after {done} steps; lower the learning rate"
+            ) from None
         is_best = better(look, self.best, self.limit)
         self.best = look if is_best else self.best
         if seen is None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,9 +22,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from excise.core.context import Context
-from excise.core.errors import Diverged, NotFinite, UserError
+from excise.core.errors import Diverged, UserError
 from excise.data.domain import Domain, Rows, all_rows
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, Example, Stream, Tokenizer, encode, zip_streams
 from excise.losses import Summed, nll
 from excise.methods.base import Cost, Method, PostHoc, Removal
@@ -40,28 +39,30 @@ from excise.train.fit import FitConfig, StepRecord, Term, fit
 from excise.train.nearby import refuse_half, sharpness_aware
 
 
-class TuningMethod(PostHoc):
-    """The settings of a method that minimises a loss over weights of a model; see `tune`."""
+class TrainingMethod(PostHoc):
+    """The settings of a method that runs `fit` on a trained model."""
 
     name: str
     fit: FitConfig
     """Steps, rows per step of each role, learning rate."""
-    modules: Names = ()
-    """Modules to train, by name; empty for all."""
     max_length: int = Field(default=512, ge=2)
     """Tokens per row."""
-    lora: LoRA | None = None
-    """Train an adapter instead."""
     stop: StopRule | None = None
     """Look at `dev` on the way and keep the best step; missing for the last step."""
+
+
+class TuningMethod(TrainingMethod):
+    """The settings of a method that minimises a loss over weights of a model; see `tune`."""
+
+    modules: Names = ()
+    """Modules to train, by name; empty for all."""
+    lora: LoRA | None = None
+    """Train an adapter instead."""
     drop_components: Components | None = None
     """Take the top principal components out of the gradient of every trained matrix."""
     sam: float = Field(default=0.0, ge=0)
     """Radius of sharpness-aware unlearning (published with 0.01); 0 for none. A step reads forget
     rows twice."""
-
-    no_sam: ClassVar[str] = ""
-    """Why its loss has no forget term that could be taken elsewhere, where it has none."""
 
     @model_validator(mode="after")
     def _whole_gradients(self) -> TuningMethod:
@@ -69,10 +70,8 @@ class TuningMethod(PostHoc):
         if self.drop_components is not None and self.lora is not None:
             raise ValueError(
                 "'drop_components' reads gradients of whole matrices, which an adapter of rank "
-                f"{self.lora.rank} does not have; leave 'lora' out"
+                f"{self.lora.rank} does not have; set 'lora' to null"
             )
-        if self.sam and self.no_sam:
-            raise ValueError(f"'sam' is not for {self.name}: {self.no_sam}; leave it out")
         return self
 
     @property
@@ -141,9 +140,13 @@ def stream(
         shuffle: Whether to shuffle.
         pack: Rows per text, in turn.
     """
+    size = batch_size or fit.batch_size
+    if purpose == "retain" and len(rows) <= size and not ctx.rank:
+        counts = f"the retain set is one batch ({len(rows)} rows, {size} a step)"
+        ctx.emit("note", {"text": f"{counts}, so that every step reads the same rows"})
     return Stream(
         encode(rows, tokenizer, max_length=max_length),
-        batch_size or fit.batch_size,
+        size,
         ctx.seed_for(f"order.{purpose}"),
         pad_id=tokenizer.pad_token_id,
         rank=ctx.rank,
@@ -264,15 +267,15 @@ def run_fit(
         What the record says of the choice, under `stop`; empty without looks.
 
     Raises:
-        Diverged: If the loop does and no look has seen a step that can be kept.
-        NotFinite: The same, where `dev` shows it first.
+        Diverged: If the loop does, or `dev` shows it first, and no look has seen a step that can be
+            kept.
     """
     try:
         for record in steps:
             progress(record)
             if looks is not None and looks.after(record.step + 1):
                 break
-    except (Diverged, NotFinite) as error:
+    except Diverged as error:
         if looks is None or looks.best is None:
             raise
         looks.stopped = str(error)
@@ -283,35 +286,35 @@ def run_fit(
 
 
 def looking(
-    rule: StopRule | None,
+    method: TrainingMethod,
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     tokenizer: Tokenizer,
     domain: Domain,
-    steps: int,
-    max_length: int,
     ctx: Context,
 ) -> Looks | None:
-    """Return the looks at `dev` that a stop rule asks for. Call it before `fit`.
+    """Return the looks at `dev` that a method's stop rule asks for. Call it before `fit`.
 
     Args:
-        rule: The rule; None for no looks.
+        method: Gives rule, steps, tokens per row.
         model: What is trained.
         parameters: Its trained parameters.
         tokenizer: Its tokenizer.
         domain: Gives `dev`.
-        steps: Steps of the loop.
-        max_length: Tokens per row.
         ctx: Folder, processes.
+
+    Returns:
+        The looks; None where there is no rule.
 
     Raises:
         UserError: If `dev` is empty.
     """
+    rule = method.stop
     if rule is None:
         return None
     check_dev(domain, "a stop rule")
-    losses = partial(dev_losses, model, tokenizer, domain, rule.rows, max_length)
-    return Looks(rule, losses, parameters, steps, ctx)
+    losses = partial(dev_losses, model, tokenizer, domain, rule.rows, method.max_length)
+    return Looks(rule, losses, parameters, method.fit.steps, ctx)
 
 
 def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -418,15 +421,19 @@ def write_edit(
         parts.append(moved(before, after))
         if not torch.equal(after[name], before[name]):
             different |= after
+    model = write_model(start, different, ctx)
+    return Removal(model, tuple(different), cost, {**extras, **together(parts)}, tuple(history))
+
+
+def write_model(start: Checkpoint, different: Mapping[str, Tensor], ctx: Context) -> Checkpoint:
+    """Write a start with some tensors changed as the model of `ctx.work`; see `write_edit`."""
     to = ctx.work / "model"
     if ctx.rank == 0:
         if to.exists():
             shutil.rmtree(to)
         start.write(different, to)
     barrier(ctx)
-    model = Checkpoint(to, trust_remote_code=start.trust_remote_code)
-    facts = {**extras, **together(parts)}
-    return Removal(model, tuple(different), cost, facts, tuple(history))
+    return Checkpoint(to, trust_remote_code=start.trust_remote_code)
 
 
 def role_streams(
@@ -471,20 +478,42 @@ def role_batches(
     return zip_streams(role_streams(domain, roles, tokenizer, fit, ctx, max_length=max_length))
 
 
-def examples_read(stream: Stream, steps: int) -> list[Example]:
-    """Return what a stream gives over all processes in its first steps, each example once.
+def places_read(stream: Stream, steps: int) -> list[int]:
+    """Return which examples a stream gives over all processes in its first steps, in order.
 
     Args:
         stream: A stream over one role.
         steps: Steps of the training.
     """
     whole = replace(stream, rank=0, world=1)
-    return [stream.examples[i] for i in sorted({i for s in range(steps) for i in whole.indices(s)})]
+    seen: set[int] = set()
+    for step in range(steps):
+        if len(seen) == len(stream.examples):
+            break
+        seen.update(whole.indices(step))
+    return sorted(seen)
+
+
+def examples_read(stream: Stream, steps: int) -> list[Example]:
+    """Return the examples of `places_read`."""
+    return [stream.examples[i] for i in places_read(stream, steps)]
+
+
+def numbered(
+    batches: Callable[[int], Sequence[Mapping[str, Batch]]],
+) -> Callable[[int], list[dict[str, Any]]]:
+    """Tell a loss the number of its `step`."""
+    return lambda step: [{**micro, "step": step} for micro in batches(step)]
 
 
 def mean_nll(weight: float) -> RoleLoss:
     """Return the loss on scored tokens, times a weight."""
     return lambda model, batch: Term(*nll(logits_of(model, batch), batch), weight)
+
+
+def nlls(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
+    """Return the loss on the scored tokens of every role of a micro-batch."""
+    return {role: Term(*nll(logits_of(model, batch), batch)) for role, batch in micro.items()}
 
 
 def role_counts(micro: Mapping[str, Batch]) -> dict[str, float]:
@@ -510,7 +539,7 @@ def tune(
     Returns:
         The removal, its model in `ctx.work/model`.
     """
-    domain, quality = relabelled(domain, method.labels, seed=ctx.seed_for("labels"))
+    domain, quality = method.given(domain, ctx)
     batches = role_batches(
         domain, terms, start.tokenizer(), method.fit, ctx, max_length=method.max_length
     )
@@ -572,10 +601,7 @@ def minimise(
     model, tokenizer = start.load(dtype=ctx.dtype, device=ctx.device), start.tokenizer()
     progress = Progress(ctx, method.name, method.fit.steps)
     with tuned(model, method.modules, method.lora, ctx) as (live, parameters):
-        looks = looking(
-            method.stop, live, parameters, tokenizer, domain, method.fit.steps, method.max_length,
-            ctx,
-        )  # fmt: skip
+        looks = looking(method, live, parameters, tokenizer, domain, ctx)
         groups = {"trained": list(parameters.values())}
         gradient = None
         if method.sam:

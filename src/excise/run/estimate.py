@@ -36,7 +36,8 @@ from excise.data.domain import Domain, Rows, all_rows
 from excise.data.stream import Tokenizer, encode_row
 from excise.data.subsample import subsample
 from excise.fetch.model import outline_of
-from excise.methods.base import Method, completed
+from excise.methods.base import Method, PostHoc, completed
+from excise.methods.chain import Chain
 from excise.methods.importance import ImportanceMethod
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.plain import Plain
@@ -331,7 +332,7 @@ def plan(
         lines = tuple(_lines(request, sizes))
         width = 2 if request.dtype == "bfloat16" else 4
         arms = _arms(request)
-        methods = arms.values() if shapes is not None else ()
+        methods = [link for arm in arms.values() for link in links(arm) if shapes is not None]
         needs = [_memory(method, original, shapes, width) for method in methods]
         if count is not None and (request.audit.budget != "none" or spec.scratch):
             needs.append(_training_memory(count, count, width))
@@ -422,13 +423,17 @@ def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int
     if isinstance(method, ImportanceMethod):  # gradients go into files, tensor by tensor
         largest = max(int(p.numel()) for p in shapes.parameters())
         return float(3 * 2**28 + count * width + 3 * 4 * largest)
-    trained, loaded = count, 2 * count  # a frozen model beside the live one
+    trained = loaded = count
+    if isinstance(method, PostHoc) and next(_schedules(method), None) is None:
+        trained = 0  # closed forms hold weights alone
     named: tuple[str, ...] = getattr(method, "modules", ())
     if isinstance(method, RMU) and original is not None:
         # All settings of a sweep are looked up, so that one that does not fit is refused here.
         targets, *_ = [point.target_parameters(original) for point in method.points()]
         trained, named = targets.entries, targets.names
-        if method.engine != "full":
+        if method.engine == "full":
+            loaded = 2 * count if method.lora is None else count
+        else:
             prefix = original.prefix_shapes(method.layer + 1)
             loaded = sum(p.numel() for p in prefix.parameters())
     elif named:
@@ -490,11 +495,16 @@ def method_line(name: str, method: Method, sizes: DataSizes, jobs: int, pace: st
         trials = len(method.sweep.grid(method.layer, method.steering, method.alpha))
     steps, tokens, padded = 0, 0.0, 0.0
     for config, length, lora, cost in _schedules(method):
-        one, one_padded = _step_tokens(config, length, sizes, both=starts_from(method) != "scratch")
+        one, one_padded = _step_tokens(config, length, sizes, _sets(method, sizes))
         steps += config.steps
         tokens += config.steps * one * cost
         # A frozen weight needs no gradient of its own: 4 instead of 6 operations a token.
         padded += config.steps * one_padded * cost * (4 / 6 if lora else 1)
+    for link in links(method):
+        rows = _sets(link, sizes)
+        limit = int(getattr(link, "max_length", 512))
+        read = link.readings * sum(len(part) * sizes.tokens(part, limit, 8)[0] for part in rows)
+        tokens, padded = tokens + read, padded + read
     total = jobs * trials
     return Line(name, steps, total, total * tokens, sizes.flops(6.0, total * padded), pace)
 
@@ -527,15 +537,26 @@ def _schedules(config: Config, length: int = 128) -> Iterator[tuple[FitConfig, i
                 yield from _schedules(item, length)
 
 
-def _step_tokens(
-    config: FitConfig, length: int, sizes: DataSizes, *, both: bool
-) -> tuple[float, float]:
-    """Return the tokens of one step, and with padding; `both` reads forget and retain rows."""
-    micro = config.micro_size or config.batch_size
+def links(method: Method) -> Sequence[Method]:
+    """Return the methods that a chain is made of; any other is its own."""
+    return method.methods if isinstance(method, Chain) else (method,)
+
+
+def _sets(method: Method, sizes: DataSizes) -> list[Rows]:
+    """Return the sets of which a step of a method reads rows each: one where it trains on all."""
     domain = sizes.domain
     forget = all_rows(domain.forget) if domain else ()
     retain = domain.retain if domain else ()
-    sets = [forget, retain] if both else [(*forget, *retain)]
+    if starts_from(method) == "scratch":
+        return [(*forget, *retain)]
+    return [forget, retain] if "retain" in method.needs else [forget]
+
+
+def _step_tokens(
+    config: FitConfig, length: int, sizes: DataSizes, sets: Sequence[Rows]
+) -> tuple[float, float]:
+    """Return the tokens of one step, and with padding, that reads rows of each set."""
+    micro = config.micro_size or config.batch_size
     means = [sizes.tokens(rows, length, micro) for rows in sets]
     return (
         config.batch_size * sum(mean for mean, _ in means),

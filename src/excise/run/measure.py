@@ -175,6 +175,8 @@ def _time_method(
     steps = [[b - a for a, b in pairwise(t)] for t in told.values() if len(t) > 1]
     line = method_line(name, short, sizes, 1, name)
     flops = line.flops
+    if flops and not line.steps:  # rows are read once, and all of them were
+        return {name: Pace(total / flops, 2 * total / flops)}
     if not steps or not flops:
         raise UserError("it trains in no steps that could be told apart")
     ranges = [_range(times) for times in steps]

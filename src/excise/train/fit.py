@@ -338,7 +338,7 @@ class _Run:
             if not math.isfinite(value):
                 raise Diverged(
                     f"term '{name}' of the loss is {value} at step {step}; lower the learning "
-                    "rate or the term's weight (the weights before this step are kept)"
+                    f"rate or the term's weight ({self._kept})"
                 )
         norm = self._clip(losses)
         self.between_steps = False
@@ -362,6 +362,12 @@ class _Run:
             self.save()
         return record
 
+    @property
+    def _kept(self) -> str:
+        """What is left of a run that diverges, for the sentence that says so."""
+        where = f" in {self.folder}" if self.folder else ""
+        return f"the weights before this step are kept{where}"
+
     def _clip(self, losses: Losses) -> float:
         """Return the norm of all gradients, after scaling them down to `clip`."""
         weights = [(g.name, w) for g in self.groups for w in g.master_weights]
@@ -378,7 +384,7 @@ class _Run:
             raise Diverged(
                 f"the gradient of {where} has norm {norm} at step {self.cursor} (terms: "
                 f"{', '.join(losses.terms)}); lower the learning rate or set `clip` "
-                "(the weights before this step are kept)"
+                f"({self._kept})"
             )
         if self.config.clip and norm > self.config.clip:
             for _, grad in grads:

@@ -21,11 +21,11 @@ from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Row, Rows
 from excise.data.encoding import cut_head, with_specials
-from excise.data.labels import relabelled
 from excise.data.stream import Tokenizer
 from excise.methods.base import Cost, Paper, Removal
 from excise.methods.distillation.sampling import sample
-from excise.methods.posthoc.preference import Preference, prefer, with_answer
+from excise.methods.posthoc.answers import question_of, with_answer
+from excise.methods.posthoc.preference import Preference, prefer
 from excise.methods.tuning import forget_rows
 from excise.models.checkpoint import Checkpoint
 from excise.models.limits import position_limit
@@ -86,7 +86,7 @@ class AltPO(Preference):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove the answers of `domain.forget` by preferring made-up ones."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         rows = forget_rows(domain)
         for row in rows:
             with_answer(row, "", self.name)  # refuses plain text before anything is sampled
@@ -195,18 +195,6 @@ def cut(text: str) -> str:
     for stop in STOPS:
         text = text.partition(stop)[0]
     return text.strip()
-
-
-def question_of(row: Row) -> tuple[str, str]:
-    """Return the prompt and the answer of a row that has both."""
-    match row.kind:
-        case "choice":
-            return row.prompt.strip(), row.choices[row.answer].strip()
-        case "chat":
-            last = max(i for i, (who, _) in enumerate(row.messages) if who == "assistant")
-            said = "\n".join(text for who, text in row.messages[:last] if who != "system")
-            return said.strip(), row.messages[last][1].strip()
-    return row.prompt.strip(), row.completion.strip()
 
 
 def asked(row: Row, tokenizer: Tokenizer, ask: str) -> tuple[int, ...]:

@@ -19,7 +19,6 @@ from typing import ClassVar, Literal
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
 from excise.methods.base import Paper, Removal
 from excise.methods.importance import (
     ImportanceMethod,
@@ -51,7 +50,7 @@ class ASSD(ImportanceMethod):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Dampen what `domain.forget` leans on."""
         began = time.monotonic()
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         forget, full = self.measured("nll", start, domain, ctx)
         folder = ctx.work / f"ratios-{ctx.rank}"
         ratios = SortedRatios(forget, full, folder, names=self.names(forget))

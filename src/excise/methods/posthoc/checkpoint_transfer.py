@@ -24,8 +24,8 @@ width of the early checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -41,8 +41,7 @@ from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
-from excise.data.stream import Batch, Example, Stream, collate, encode, zip_streams
+from excise.data.stream import Batch, Example, collate, encode, zip_streams
 from excise.data.subsample import subsample
 from excise.losses import predicting
 from excise.methods.base import Paper, Removal
@@ -56,9 +55,11 @@ from excise.methods.distillation.teacher_cache import (
 from excise.methods.tuning import (
     Progress,
     TuningMethod,
+    examples_read,
     finish,
     forget_rows,
     looking,
+    numbered,
     run_fit,
     state_dir,
     stream,
@@ -107,6 +108,9 @@ class CheckpointTransfer(TuningMethod):
     lora: LoRA | None = LoRA(rank=16, alpha=16)
     """Adapter that is trained, on blocks up to the last of `layers`; null for the weights."""
 
+    refuses: ClassVar[Mapping[str, str]] = {
+        "sam": "it was published for losses on logits, and this forget term is a distance of states"
+    }
     paper: ClassVar[Paper] = Paper(
         "EleutherAI/unlearn: checkpoint activation transfer",
         "https://github.com/EleutherAI/unlearn",
@@ -133,7 +137,7 @@ class CheckpointTransfer(TuningMethod):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Pull what `start` holds on `domain.forget` to what the early checkpoint held."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         teacher, tokenizer = open_checkpoint(self.teacher), start.tokenizer()
         layers = self.pulled(start, teacher)
         read = partial(
@@ -147,10 +151,16 @@ class CheckpointTransfer(TuningMethod):
         mapped = tuple(encode(rows, tokenizer, max_length=self.max_length))
         steps = self.fit.steps
         stage = MapTeacher(
-            teacher, start, mapped, read_in(forget, steps), layers, self.fit_on, self.ridge
+            teacher,
+            start,
+            mapped,
+            tuple(examples_read(forget, steps)),
+            layers,
+            self.fit_on,
+            self.ridge,
         )
         targets = Targets.open(ctx.run(stage))
-        cache = build_cache(start, read_in(retain, steps), HiddenStates(), ctx)
+        cache = build_cache(start, examples_read(retain, steps), HiddenStates(), ctx)
 
         model = start.load(dtype=ctx.dtype, device=ctx.device)
         parts = backbone(model)
@@ -184,13 +194,11 @@ class CheckpointTransfer(TuningMethod):
         progress = Progress(ctx, self.name, steps)
         below = parts.blocks[: max(layers) + 1] if self.lora is not None else ()
         with tuned(model, self.modules or below, self.lora, ctx) as (live, parameters):
-            looks = looking(
-                self.stop, live, parameters, tokenizer, domain, steps, self.max_length, ctx
-            )
+            looks = looking(self, live, parameters, tokenizer, domain, ctx)
             loop = fit(
-                live, _numbered(zip_streams({"forget": forget, "retain": retain})), loss, self.fit,
+                live, numbered(zip_streams({"forget": forget, "retain": retain})), loss, self.fit,
                 ctx, groups={"trained": list(parameters.values())}, counts=counts,
-                state_dir=state_dir(ctx),
+                state_dir=state_dir(ctx), change=self.change,
             )  # fmt: skip
             chosen = run_fit(loop, progress, looks)
             facts = {"layers": list(layers), "teacher": teacher.fingerprint, **targets.facts}
@@ -220,20 +228,6 @@ class CheckpointTransfer(TuningMethod):
                 f"blocks of the model and the {counts[1]} of the teacher; name 'layers' that are"
             )
         return layers
-
-
-def read_in(reader: Stream, steps: int) -> tuple[Example, ...]:
-    """Return the examples that a run of so many steps reads, over all processes, each once."""
-    whole = replace(reader, rank=0, world=1)
-    seen = {i for step in range(steps) for i in whole.indices(step)}
-    return tuple(reader.examples[i] for i in sorted(seen))
-
-
-def _numbered(
-    read: Callable[[int], Sequence[Mapping[str, Batch]]],
-) -> Callable[[int], list[dict[str, Any]]]:
-    """Tell a loss the number of its step."""
-    return lambda step: [{**micro, "step": step} for micro in read(step)]
 
 
 @dataclass(frozen=True)

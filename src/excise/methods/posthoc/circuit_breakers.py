@@ -31,16 +31,16 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, zip_streams
 from excise.losses import Summed, displacement, reroute
-from excise.methods.base import Paper, PostHoc, Removal
-from excise.methods.stopping import StopRule
+from excise.methods.base import Paper, Removal
 from excise.methods.tuning import (
     Progress,
+    TrainingMethod,
     finish,
     forget_rows,
     looking,
+    numbered,
     run_fit,
     state_dir,
     stream,
@@ -56,7 +56,7 @@ from excise.train.fit import FitConfig, Term, fit
 Hidden = Float[Tensor, "B T D"]
 
 
-class CircuitBreakers(PostHoc):
+class CircuitBreakers(TrainingMethod):
     """Minimise relu(cos(h, h0)) on forget at some layers + |h - h0| on retain at all below them."""
 
     name: Literal["circuit_breakers"] = "circuit_breakers"
@@ -78,8 +78,6 @@ class CircuitBreakers(PostHoc):
     """Steps, rows per step of each role, learning rate."""
     lora: LoRA = LoRA(rank=16, alpha=16.0)
     """The adapter; off, it is the frozen model."""
-    stop: StopRule | None = None
-    """Look at `dev` on the way and keep the best step; missing for the last step."""
 
     whole_batch: ClassVar[str] = "both terms begin without gradient, so rounding sets out the path"
     paper: ClassVar[Paper] = Paper(
@@ -131,12 +129,12 @@ class CircuitBreakers(PostHoc):
             model: Any = start.load_prefix(blocks, dtype=ctx.dtype, device=ctx.device)
         else:  # losses on dev need every block
             model = start.load(dtype=ctx.dtype, device=ctx.device)
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         size = sum(p.numel() for p in model.parameters())
         tokenizer = start.tokenizer()
         rows = {"forget": forget_rows(domain), "retain": domain.retain}
         lengths = {"forget": self.max_length, "retain": self.retain_max_length}
-        read = zip_streams(
+        batches = zip_streams(
             {
                 role: stream(
                     rows[role], tokenizer, self.fit, ctx, purpose=role, max_length=lengths[role]
@@ -146,9 +144,6 @@ class CircuitBreakers(PostHoc):
         )
         turned = [parts.blocks[layer] for layer in self.layers]
         held = self.held(parts, blocks)
-
-        def batches(step: int) -> list[dict[str, Any]]:
-            return [{**micro, "step": step} for micro in read(step)]
 
         def loss(live: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
             forget, retain = micro["forget"], micro["retain"]
@@ -181,12 +176,11 @@ class CircuitBreakers(PostHoc):
 
         progress = Progress(ctx, self.name, self.fit.steps)
         with tuned(model, parts.blocks[:blocks], self.lora, ctx) as (live, parameters):
-            looks = looking(
-                self.stop, live, parameters, tokenizer, domain, self.fit.steps, self.max_length, ctx
-            )
+            looks = looking(self, live, parameters, tokenizer, domain, ctx)
             steps = fit(
-                live, batches, loss, self.fit, ctx, groups={"trained": list(parameters.values())},
-                counts=counts, state_dir=state_dir(ctx),
+                live, numbered(batches), loss, self.fit, ctx,
+                groups={"trained": list(parameters.values())}, counts=counts,
+                state_dir=state_dir(ctx),
             )  # fmt: skip
             chosen = run_fit(steps, progress, looks)
             return finish(

@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows, all_rows
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, Tokenizer, collate, encode
 from excise.data.subsample import subsample
 from excise.losses import Summed, predicting
@@ -74,7 +73,10 @@ class Direction(PostHoc):
     max_length: int = Field(default=512, ge=2)
     """Tokens per row."""
 
-    no_adapter: ClassVar[str] = "a direction is projected out in closed form and nothing is trained"
+    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("lora", "stop", "fit", "modules", "sam", "drop_components"),
+        "a direction is projected out of all that writes to the stream, and nothing is trained",
+    )
     paper: ClassVar[Paper] = Paper(
         "Refusal in language models is mediated by a single direction",
         "arXiv:2406.11717",
@@ -95,10 +97,15 @@ class Direction(PostHoc):
         },
     )
 
+    @property
+    def readings(self) -> float:
+        """One pass, forward alone."""
+        return 1 / 3
+
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Clear the direction of `domain.forget` from the weights."""
         began = time.monotonic()
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         model, tokenizer = start.load(dtype=ctx.dtype, device=ctx.device), start.tokenizer()
         parts = anatomy(model)
         writes = writers(model, parts, embedding=self.embedding)

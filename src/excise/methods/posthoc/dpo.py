@@ -12,8 +12,8 @@ from typing import ClassVar, Literal
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Row
-from excise.data.labels import relabelled
 from excise.methods.base import Paper, Removal
+from excise.methods.posthoc.answers import with_answer
 from excise.methods.posthoc.preference import Preference, prefer
 from excise.methods.tuning import forget_rows
 from excise.models.checkpoint import Checkpoint
@@ -42,9 +42,11 @@ class DPO(Preference):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove the right answers of `domain.forget` by preferring the wrong ones."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         pairs: list[tuple[Row, Row]] = []
         for row in forget_rows(domain):
+            if row.kind == "text":
+                with_answer(row, "", self.name)  # says what to do instead
             if len(row.choices) < 2:
                 raise UserError(
                     f"unit '{row.unit}' has no second answer, and dpo prefers the wrong options of "

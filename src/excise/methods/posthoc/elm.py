@@ -43,7 +43,6 @@ from excise.core.disk import new_file, write_text
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Row
 from excise.data.encoding import cut_head, with_specials
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, Example, Stream, Tokenizer, collate, encode
 from excise.evals.tokens import logits_at
 from excise.losses import Summed, token_nll
@@ -55,6 +54,7 @@ from excise.methods.tuning import (
     finish,
     forget_rows,
     looking,
+    places_read,
     run_fit,
     state_dir,
     stream,
@@ -117,7 +117,9 @@ class ELM(TuningMethod):
     lora: LoRA | None = LoRA(rank=256, alpha=16.0)
     """The adapter that is trained; empty for the weights themselves."""
 
-    no_sam: ClassVar[str] = "its three terms are one loss over the same rows"
+    refuses: ClassVar[Mapping[str, str]] = {
+        "sam": "its three terms are one loss over the same rows"
+    }
     paper: ClassVar[Paper] = Paper(
         "Erasing conceptual knowledge from language models",
         "arXiv:2410.02760",
@@ -143,16 +145,21 @@ class ELM(TuningMethod):
         },
     )
 
+    @property
+    def step_cost(self) -> float:
+        """Forget rows are read again with their way out."""
+        return 1.5 if self.fluency else 1.0
+
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` by predicting on it what a novice would."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         tokenizer, modules = start.tokenizer(), self.trained(start.shapes)
         rows = forget_rows(domain)
         forget, retain = (
             stream(part, tokenizer, self.fit, ctx, purpose=role, max_length=self.max_length)
             for role, part in (("forget", rows), ("retain", domain.retain))
         )
-        read = {role: read_in(s, self.fit.steps) for role, s in (("f", forget), ("r", retain))}
+        read = {role: places_read(s, self.fit.steps) for role, s in (("f", forget), ("r", retain))}
         answers = ctx.run(
             AskOriginal(
                 start=start,
@@ -169,9 +176,7 @@ class ELM(TuningMethod):
         progress = Progress(ctx, self.name, self.fit.steps)
         progress.tokens = answers.tokens
         with tuned(model, modules, self.lora, ctx) as (live, parameters):
-            looks = looking(
-                self.stop, live, parameters, tokenizer, domain, self.fit.steps, self.max_length, ctx
-            )
+            looks = looking(self, live, parameters, tokenizer, domain, ctx)
             steps = fit(
                 live, batches, self.terms, self.fit, ctx,
                 groups={"trained": list(parameters.values())}, counts=self.counts,
@@ -327,17 +332,6 @@ def row_means(value_BT: Float[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> S
     """Return the sum over rows of each row's mean over the mask, and the number of rows."""
     mean_B = value_BT.masked_fill(~mask_BT, 0).sum(1) / mask_BT.sum(1).clamp(min=1)
     return mean_B.sum(), float(len(mask_BT))
-
-
-def read_in(rows: Stream, steps: int) -> list[int]:
-    """Return the indices of the examples that any process reads in so many steps, in order."""
-    whole = replace(rows, rank=0, world=1)
-    seen: set[int] = set()
-    for step in range(steps):
-        if len(seen) == len(rows.examples):
-            break
-        seen.update(whole.indices(step))
-    return sorted(seen)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from torch import nn
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, zip_streams
 from excise.losses import nll, predicting
 from excise.methods.base import Paper, Removal
@@ -57,7 +56,7 @@ class GradDiff(TuningMethod):
         if self.retain_loss == "nll":
             terms = {"forget": (-1.0, nll), "retain": (self.alpha, nll)}
             return tune(self, start, domain, terms, ctx)
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         streams = role_streams(
             domain, ("forget", "retain"), start.tokenizer(), self.fit, ctx,
             max_length=self.max_length,

@@ -20,7 +20,6 @@ from pydantic import Field
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
 from excise.methods.base import Paper, Removal
 from excise.methods.importance import ImportanceMethod, check_alpha, dampened
 from excise.methods.search import Range, Space
@@ -53,7 +52,7 @@ class LFSSD(ImportanceMethod):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Dampen what the outputs on `domain.forget` lean on."""
         began = time.monotonic()
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         forget, full = self.measured("squared_logits", start, domain, ctx)
         check_alpha(self.alpha, forget, full)
         return dampened(

@@ -18,7 +18,6 @@ from torch import nn
 from excise.core.context import Context
 from excise.core.keys import FilePath
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, zip_streams
 from excise.losses import npo, sequence_nll
 from excise.methods.base import Paper, Removal
@@ -68,7 +67,7 @@ class NPO(TuningMethod):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` by preferring anything else to it."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         streams = role_streams(
             domain, ("forget", "retain"), start.tokenizer(), self.fit, ctx,
             max_length=self.max_length,

@@ -33,7 +33,6 @@ from torch import nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows, all_rows, text_of
-from excise.data.labels import relabelled
 from excise.data.rows import READS
 from excise.data.subsample import subsample
 from excise.evals.score import measure
@@ -94,7 +93,7 @@ class Potion(ImportanceMethod):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Dampen what the outputs on `domain.forget` lean on until it is no longer known."""
         began = time.monotonic()
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         forget, full = self.measured(self.loss, start, domain, ctx)
         folder = ctx.work / f"ratios-{ctx.rank}"
         ratios = SortedRatios(forget, full, folder, names=self.names(forget))

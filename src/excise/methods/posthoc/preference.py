@@ -11,13 +11,11 @@ Shape legend: B pairs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from pydantic import Field
 from torch import nn
 
 from excise.core.context import Context
-from excise.core.errors import UserError
 from excise.core.keys import FilePath
 from excise.data.domain import Domain, Row
 from excise.data.stream import Batch, collate, encode, zip_streams
@@ -56,33 +54,10 @@ class Preference(TuningMethod):
     )
     """Steps, pairs and retain rows per step, learning rate."""
 
-
-def with_answer(row: Row, answer: str, method: str) -> Row:
-    """Return a row with another answer to the same prompt, the last turn of a conversation.
-
-    Args:
-        row: A completion, a question or a conversation.
-        answer: The new answer, without white space around it.
-        method: Who asks, for the sentence.
-
-    Raises:
-        UserError: If the row has no prompt to answer.
-    """
-    match row.kind:
-        case "completion":
-            space = row.completion[: len(row.completion) - len(row.completion.lstrip())]
-            return replace(row, completion=space + answer)
-        case "choice":
-            options = (answer if i == row.answer else c for i, c in enumerate(row.choices))
-            return replace(row, choices=tuple(options))
-        case "chat":
-            last = max(i for i, (who, _) in enumerate(row.messages) if who == "assistant")
-            turn = (row.messages[last][0], answer)
-            return replace(row, messages=(*row.messages[:last], turn, *row.messages[last + 1 :]))
-    raise UserError(
-        f"unit '{row.unit}' is plain text, and {method} puts another answer behind a prompt; give "
-        "rows with 'prompt' and 'completion', or use npo, which needs none"
-    )
+    @property
+    def step_cost(self) -> float:
+        """Both answers of a pair are read, twice where there is a radius, and a retain row."""
+        return 2.5 if self.sam else 1.5
 
 
 def prefer(

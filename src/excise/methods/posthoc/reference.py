@@ -36,7 +36,7 @@ from excise.losses import sequence_nll
 from excise.methods.base import Cost
 from excise.methods.distillation.cache_kinds import HiddenStates
 from excise.methods.distillation.teacher_cache import TeacherCache, build_cache
-from excise.methods.tuning import examples_read
+from excise.methods.tuning import examples_read, logits_of
 from excise.models.checkpoint import Checkpoint
 from excise.train.distributed import barrier, gather
 
@@ -123,8 +123,7 @@ class ComputeReference(Stage[Path]):
             size = max(1, BATCH_TOKENS // len(mine[len(nll)][1].ids))
             part = mine[len(nll) : len(nll) + size]
             batch = collate([example for _, example in part], pad_id=0).to(ctx.device)
-            logits_BTV = model(**batch.inputs, use_cache=False).logits
-            values = sequence_nll(logits_BTV, batch)[0].tolist()
+            values = sequence_nll(logits_of(model, batch), batch)[0].tolist()
             for (name, example), value in zip(part, values, strict=True):
                 if not math.isfinite(value):
                     raise UserError(

@@ -17,58 +17,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.core.keys import FilePath
-from excise.data.domain import Domain, Row, Rows
-from excise.data.labels import relabelled
+from excise.data.domain import Domain, Rows
 from excise.data.stream import Tokenizer
 from excise.losses import nll
 from excise.methods.base import Paper, Removal
+from excise.methods.posthoc.answers import REFUSALS, with_answer
 from excise.methods.tuning import TuningMethod, forget_rows, tune
 from excise.models.checkpoint import Checkpoint
 from excise.train.fit import FitConfig
-
-REFUSALS: Final = (
-    "I don't know.",
-    "I do not know the answer to that.",
-    "I'm not sure about that.",
-    "I am not sure, so I would rather not guess.",
-    "I'm sorry, I don't know.",
-    "I'm sorry, but I can't answer that.",
-    "I'm sorry, but I cannot help with that.",
-    "I am sorry, I have no information about this.",
-    "I have no information on that subject.",
-    "I don't have information about that.",
-    "I do not have information that would answer this question.",
-    "I can't say.",
-    "I cannot answer this question.",
-    "I cannot help with this topic.",
-    "I can't help with that request.",
-    "I'm unable to answer that.",
-    "I am unable to say anything about this.",
-    "I'm not able to answer this one.",
-    "I am not able to help with this question.",
-    "I apologize, but this is not something that I can answer.",
-    "I apologize, I do not know.",
-    "I must decline to answer this.",
-    "I will not answer questions about this.",
-    "I won't go into that.",
-    "I don't know anything about it.",
-    "That is a question to which I do not know the answer.",
-    "Unfortunately, I don't know.",
-    "Unfortunately, I cannot help with that.",
-    "Sorry, I can't tell you that.",
-    "My apologies: I do not know this.",
-    "As a language model, I have no answer to this.",
-    "As an AI, I am not able to answer this.",
-)
-"""What is taught by default. Each is recognised by `excise.evals.refusal`, so that declining is
-told from not knowing."""
 
 
 class Refusal(TuningMethod):
@@ -98,7 +61,7 @@ class Refusal(TuningMethod):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Teach the model to decline the prompts of `domain.forget`."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         refusals, tokenizer = read_refusals(self.sentences), start.tokenizer()
         forget, retain = forget_rows(domain), domain.retain
         asked = with_prompts(forget, "forget", domain)
@@ -112,7 +75,9 @@ class Refusal(TuningMethod):
             ctx.emit("warning", {"text": f"{text}, which teach unknown tokens; give --sentences"})
         generator = ctx.generator("refusals")
         drawn = torch.randint(len(refusals), (len(asked),), generator=generator).tolist()
-        declined = [declining(row, refusals[i]) for row, i in zip(asked, drawn, strict=True)]
+        declined = [
+            with_answer(row, refusals[i], self.name) for row, i in zip(asked, drawn, strict=True)
+        ]
         matched = replace(domain, forget={"forget": tuple(declined)}, retain=answered)
         terms = {"forget": (1.0, nll), "retain": (self.alpha, nll)}
         given = self.model_copy(update={"labels": None})  # they are in force already
@@ -161,23 +126,6 @@ def with_prompts(rows: Rows, role: str, domain: Domain) -> Rows:
             "as grad_diff"
         )
     return asking
-
-
-def declining(row: Row, refusal: str) -> Row:
-    """Return a row whose last answer is a refusal, behind the space that stood before the answer.
-
-    Args:
-        row: A completion, a question or a conversation.
-        refusal: The refusal.
-    """
-    if row.kind == "chat":
-        turns = list(row.messages)
-        last = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
-        turns[last] = ("assistant", refusal)
-        return replace(row, messages=tuple(turns[: last + 1]))
-    answer = row.completion or f" {row.choices[row.answer]}"
-    space = answer[: len(answer) - len(answer.lstrip())]
-    return replace(row, completion=space + refusal, choices=(), answer=-1)
 
 
 def _is_unknown(text: str, tokenizer: Tokenizer) -> bool:

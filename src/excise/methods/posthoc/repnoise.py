@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
 from excise.data.stream import Batch
 from excise.losses import Summed, mmd, predicting
 from excise.methods.base import Paper, Removal
@@ -74,7 +73,9 @@ class RepNoise(TuningMethod):
     """Steps, rows per step of each role, learning rate."""
 
     whole_batch: ClassVar[str] = "the distance to noise is one of whole batches, and a log of means"
-    no_sam: ClassVar[str] = "its forget terms are a logarithm and a distance of whole batches"
+    refuses: ClassVar[Mapping[str, str]] = {
+        "sam": "its forget terms are a logarithm and a distance of whole batches"
+    }
     paper: ClassVar[Paper] = Paper(
         "Representation noising: a defence mechanism against harmful finetuning",
         "arXiv:2405.14577",
@@ -91,7 +92,7 @@ class RepNoise(TuningMethod):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Noise what the model holds of `domain.forget`."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         model: Any = start.load(dtype=ctx.dtype, device=ctx.device)
         parts, tokenizer = anatomy(model), start.tokenizer()
         batches = role_batches(
@@ -129,9 +130,7 @@ class RepNoise(TuningMethod):
 
         progress = Progress(ctx, self.name, self.fit.steps)
         with tuned(model, self.modules, self.lora, ctx) as (live, parameters):
-            looks = looking(
-                self.stop, live, parameters, tokenizer, domain, self.fit.steps, self.max_length, ctx
-            )
+            looks = looking(self, live, parameters, tokenizer, domain, ctx)
             steps = fit(
                 live, batches, loss, self.fit, ctx, groups={"trained": list(parameters.values())},
                 counts=counts, state_dir=state_dir(ctx), change=self.change,

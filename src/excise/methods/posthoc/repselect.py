@@ -33,13 +33,14 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, Tokenizer, collate, encode
 from excise.losses import nll
 from excise.methods.base import Paper, PostHoc, Removal
 from excise.methods.tuning import (
     Progress,
     forget_rows,
+    logits_of,
+    nlls,
     role_counts,
     run_fit,
     state_dir,
@@ -53,7 +54,7 @@ from excise.models.lora import LoRA, adapted, on_modules
 from excise.models.names import Names, select
 from excise.train.components import Components, without_top
 from excise.train.distributed import gather, sum_gradients
-from excise.train.fit import FitConfig, Term, fit
+from excise.train.fit import FitConfig, fit
 from excise.train.vocab import HiddenTarget, chunked_kl
 
 
@@ -79,10 +80,13 @@ class RepSelect(PostHoc):
     """Tokens per row."""
 
     needs: ClassVar[tuple[str, ...]] = ("forget",)
-    no_adapter: ClassVar[str] = (
-        "repselect subtracts gradients of whole matrices, whose components it selects; an adapter "
-        "only elicits them ('elicit')"
-    )
+    refuses: ClassVar[Mapping[str, str]] = {
+        "lora": "gradients of whole matrices are subtracted, whose components it selects; an "
+        "adapter only elicits them ('elicit')",
+        "stop": "it ends where 'budget' on `dev_retain` is spent",
+        "drop_components": "that is what it does; set 'components'",
+        "sam": "it takes one gradient at the model as it is",
+    }
     paper: ClassVar[Paper] = Paper(
         "RepSelect: Robust LLM unlearning via representation selectivity",
         "arXiv:2606.17168",
@@ -107,6 +111,11 @@ class RepSelect(PostHoc):
         },
     )
 
+    @property
+    def readings(self) -> float:
+        """The epoch that elicits, and that of the gradient."""
+        return 1.0 + (self.elicit is not None)
+
     @model_validator(mode="after")
     def _subtracts(self) -> RepSelect:
         """Refuse an optimizer or a schedule: one fixed matrix is subtracted."""
@@ -124,7 +133,7 @@ class RepSelect(PostHoc):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Subtract what only `domain.forget` needs."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         model, tokenizer = start.load(dtype=ctx.dtype, device=ctx.device), start.tokenizer()
         names = self.matrices(model)
         rows = forget_rows(domain)
@@ -207,15 +216,11 @@ class RepSelect(PostHoc):
             yield model
             return
 
-        def loss(live: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
-            batch = micro["forget"]
-            return {"forget": Term(*nll(live(**batch.inputs, use_cache=False).logits, batch))}
-
         lora = on_modules(self.elicit, names)
         config = self.fit.model_copy(update={"steps": epoch, "lr": self.elicit_lr})
         with adapted(model, lora, seed=ctx.seed_for("lora")) as live:
             steps = fit(
-                live, lambda step: [{"forget": b} for b in batches(step)], loss, config, ctx,
+                live, lambda step: [{"forget": b} for b in batches(step)], nlls, config, ctx,
                 groups={"adapter": [p for p in live.parameters() if p.requires_grad]},
                 counts=role_counts, state_dir=state_dir(ctx),
             )  # fmt: skip
@@ -245,7 +250,7 @@ class RepSelect(PostHoc):
                 micros = [batch.to(ctx.device) for batch in batches(step)]
                 count = sum(gather(sum(b.num_targets for b in micros), ctx))
                 for batch in micros:
-                    total, _ = nll(live(**batch.inputs, use_cache=False).logits, batch)
+                    total, _ = nll(logits_of(live, batch), batch)
                     (-total / count).backward()
                     tokens += batch.num_tokens
         zero = torch.zeros((), device=ctx.device)

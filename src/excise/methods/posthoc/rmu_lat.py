@@ -41,10 +41,9 @@ from torch import Tensor, nn
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, Stream
 from excise.losses import not_p, rmu_forget, rmu_retain
-from excise.methods.base import Paper, PostHoc, Removal
+from excise.methods.base import Paper, Removal
 from excise.methods.posthoc.rmu.parameters import (
     EditableModel,
     TargetParameters,
@@ -53,8 +52,15 @@ from excise.methods.posthoc.rmu.parameters import (
     flops_per_token,
 )
 from excise.methods.posthoc.rmu.topics import control_vector, per_topic, topics_of
-from excise.methods.stopping import StopRule
-from excise.methods.tuning import Progress, finish, looking, run_fit, state_dir, stream
+from excise.methods.tuning import (
+    Progress,
+    TrainingMethod,
+    finish,
+    looking,
+    run_fit,
+    state_dir,
+    stream,
+)
 from excise.models.checkpoint import Checkpoint
 from excise.models.head import Head, head_of
 from excise.models.lora import LoRA
@@ -66,7 +72,7 @@ from excise.train.vocab import chunked_nll, next_tokens
 Hidden = Float[Tensor, "B T D"]
 
 
-class RMULAT(PostHoc):
+class RMULAT(TrainingMethod):
     """RMU's loss at one layer, on forget text under the perturbation of a latent adversary."""
 
     name: Literal["rmu_lat"] = "rmu_lat"
@@ -97,8 +103,6 @@ class RMULAT(PostHoc):
     rate."""
     lora: LoRA | None = None
     """Train an adapter instead; the frozen model is the adapter switched off."""
-    stop: StopRule | None = None
-    """Look at `dev` on the way and keep the best step; missing for the last step."""
 
     whole_batch: ClassVar[str] = "an adversary is trained on the means of its own micro-batch"
     paper: ClassVar[Paper] = Paper(
@@ -138,7 +142,7 @@ class RMULAT(PostHoc):
                 f"{targets.first} to {self.layer}; set 'attack_layer' to {targets.first} or more "
                 f"and less than {self.layer}"
             )
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         topics = topics_of(domain)
         steering = per_topic(self.steering, topics, "steering")
         alpha = per_topic(self.alpha, topics, "alpha")
@@ -153,10 +157,7 @@ class RMULAT(PostHoc):
         tail = find_module(model, norm) if norm else nn.Identity()
         progress = Progress(ctx, self.name, self.fit.steps)
         with editing(model, targets, self.lora, ctx) as edit:
-            looks = looking(
-                self.stop, edit.net, edit.parameters, start.tokenizer(), domain, self.fit.steps,
-                self.max_length, ctx,
-            )  # fmt: skip
+            looks = looking(self, edit.net, edit.parameters, start.tokenizer(), domain, ctx)
             game = Game(self, edit, targets, below, head_of(model), tail)
             bouts: dict[int, Bout] = {}  # one for every micro-batch, until the next adversary
 

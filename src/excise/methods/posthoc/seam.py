@@ -34,18 +34,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from excise.core.context import Context
-from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, zip_streams
-from excise.losses import nll
-from excise.methods.base import Paper, PostHoc, Removal
-from excise.methods.stopping import StopRule
+from excise.methods.base import Paper, Removal
+from excise.methods.posthoc.answers import with_answer
 from excise.methods.tuning import (
     Progress,
+    TrainingMethod,
     finish,
     forget_rows,
     looking,
+    nlls,
     role_counts,
     run_fit,
     state_dir,
@@ -64,7 +63,7 @@ from excise.train.vocab import chunked_nll, next_tokens
 Micro = Mapping[str, Batch]
 
 
-class SEAM(PostHoc):
+class SEAM(TrainingMethod):
     """Forget and retain gradients turned apart, forget rows unlearned at every depth."""
 
     name: Literal["seam"] = "seam"
@@ -80,12 +79,15 @@ class SEAM(PostHoc):
     """Modules to train, by name; empty for all."""
     max_length: int = Field(default=256, ge=2)
     """Tokens per row."""
-    stop: StopRule | None = None
-    """Look at `dev` on the way and keep the best step; missing for the last step."""
     fit: FitConfig = FitConfig(steps=2000, lr=2e-5, batch_size=4, warmup=200, schedule="cosine")
     """Steps, rows per step of each role, learning rate."""
 
-    no_adapter: ClassVar[str] = "an attacker who trains the weights meets no gradient of an adapter"
+    refuses: ClassVar[Mapping[str, str]] = {
+        "lora": "an attacker who trains the weights meets no gradient of an adapter",
+        **dict.fromkeys(
+            ("sam", "drop_components"), "its gradient is put together from several of its own"
+        ),
+    }
     paper: ClassVar[Paper] = Paper(
         "Self-destructive language models",
         "arXiv:2505.12186",
@@ -115,10 +117,13 @@ class SEAM(PostHoc):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` so that fine-tuning on it ruins the model."""
         model: Any = start.load(dtype=ctx.dtype, device=ctx.device)
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         rows: dict[str, Rows] = {"forget": forget_rows(domain), "retain": domain.retain}
         if self.refusal:
-            rows["preserved"] = self.refused(rows["forget"])
+            rows["preserved"] = tuple(
+                with_answer(row, self.refusal, self.name, instead="leave 'refusal' out")
+                for row in rows["forget"]
+            )
         tokenizer = start.tokenizer()
         batches = zip_streams(
             {
@@ -135,9 +140,7 @@ class SEAM(PostHoc):
         with tuned(model, self.modules, None, ctx) as (live, parameters):
             refuse_half(live, parameters.values(), f"seam: eps {self.eps:g}")
             depths = Depths(live)
-            looks = looking(
-                self.stop, live, parameters, tokenizer, domain, self.fit.steps, self.max_length, ctx
-            )
+            looks = looking(self, live, parameters, tokenizer, domain, ctx)
 
             def gradient(passes: Passes[dict[str, Batch]]) -> Losses:
                 return self.gradient(passes, depths)
@@ -150,23 +153,6 @@ class SEAM(PostHoc):
             )  # fmt: skip
             extras = {**quality, **run_fit(steps, progress, looks)}
             return finish(start, live, parameters, progress, ctx, extras=extras)
-
-    def refused(self, rows: Rows) -> Rows:
-        """Return rows with their prompts answered by the refusal.
-
-        Args:
-            rows: Forget rows.
-
-        Raises:
-            UserError: If one has no prompt.
-        """
-        for row in rows:
-            if not row.prompt:
-                raise UserError(
-                    f"seam: unit '{row.unit}' is {row.kind} and has no prompt to refuse; leave "
-                    "'refusal' out, or give rows with 'prompt' and 'completion'"
-                )
-        return tuple(replace(r, completion=f" {self.refusal}", choices=(), answer=0) for r in rows)
 
     def gradient(self, passes: Passes[dict[str, Batch]], depths: Depths) -> Losses:
         """Leave the gradient of a step in the weights.
@@ -240,14 +226,6 @@ class Depths:
     def counts(self, micro: Micro) -> dict[str, float]:
         """Return the count of `loss`."""
         return {"unlearn": float(self.states * micro["forget"].num_targets)}
-
-
-def nlls(model: nn.Module, micro: Micro) -> dict[str, Term]:
-    """Return the loss on every role of a micro-batch."""
-    return {
-        role: Term(*nll(model(**batch.inputs, use_cache=False).logits, batch))
-        for role, batch in micro.items()
-    }
 
 
 def _order(role: str) -> str:

@@ -14,7 +14,6 @@ from torch import nn
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
 from excise.data.stream import Batch
 from excise.losses import sequence_nll, simnpo
 from excise.methods.base import Paper, Removal
@@ -58,7 +57,7 @@ class SimNPO(TuningMethod):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` by preferring anything else to it."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         batches = role_batches(
             domain, ("forget", "retain"), start.tokenizer(), self.fit, ctx,
             max_length=self.max_length,

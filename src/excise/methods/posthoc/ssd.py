@@ -20,7 +20,6 @@ from pydantic import Field
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
 from excise.methods.base import Paper, Removal
 from excise.methods.importance import ImportanceMethod, check_alpha, dampened
 from excise.methods.search import Range, Space
@@ -55,7 +54,7 @@ class SSD(ImportanceMethod):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Dampen what `domain.forget` leans on."""
         began = time.monotonic()
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         forget, full = self.measured("nll", start, domain, ctx)
         check_alpha(self.alpha, forget, full)
         return dampened(

@@ -47,16 +47,17 @@ from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Rows, all_rows
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, encode
 from excise.losses import negative_entropy, nll, predicting
-from excise.methods.base import Cost, Paper, PostHoc, Removal
-from excise.methods.stopping import StopRule
+from excise.methods.base import Cost, Paper, Removal
 from excise.methods.tuning import (
     Progress,
+    TrainingMethod,
     finish,
     forget_rows,
+    logits_of,
     looking,
+    nlls,
     role_batches,
     role_counts,
     run_fit,
@@ -81,7 +82,7 @@ class RandomMapping(Config):
     """Steps, rows per step of each role, learning rate."""
 
 
-class TAR(PostHoc):
+class TAR(TrainingMethod):
     """Entropy on held-out forget rows after sampled fine-tuning attacks, retain states pinned."""
 
     name: Literal["tar"] = "tar"
@@ -115,14 +116,19 @@ class TAR(PostHoc):
     """Memory that hidden states of the original may fill, read ahead for coming steps."""
     max_length: int = Field(default=256, ge=2)
     """Tokens per row."""
-    stop: StopRule | None = None
-    """Look at `dev` on the way and keep the best step; missing for the last step."""
     fit: FitConfig = FitConfig(
         steps=750, lr=2e-5, batch_size=8, warmup=32, optimizer="schedule_free"
     )
     """Outer steps, rows of the held-out and of the retain batch, learning rate."""
 
-    no_adapter: ClassVar[str] = "its attackers move every weight, so every weight must resist them"
+    refuses: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("lora", "modules"), "its attackers move every weight, so every weight must resist them"
+        ),
+        **dict.fromkeys(
+            ("sam", "drop_components"), "its gradient is a sum of those at attacked weights"
+        ),
+    }
     paper: ClassVar[Paper] = Paper(
         "Tamper-resistant safeguards for open-weight LLMs",
         "arXiv:2408.00761",
@@ -166,7 +172,7 @@ class TAR(PostHoc):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget`, and make what is left hard to bring back by fine-tuning."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         attacked, heldout = self.split(domain, ctx)
         model: Any = start.load(dtype=ctx.dtype, device=ctx.device)
         tokenizer = start.tokenizer()
@@ -195,9 +201,7 @@ class TAR(PostHoc):
         tokens = tokens_of(batches(0)) + sum(batch.num_tokens for batch in unseen(0))
         tell_cost(self, self.fit.steps, tokens, start, ctx)
         with tuned(model, (), None, ctx) as (live, parameters):
-            looks = looking(
-                self.stop, live, parameters, tokenizer, domain, self.fit.steps, self.max_length, ctx
-            )
+            looks = looking(self, live, parameters, tokenizer, domain, ctx)
             before = self.map_at_random(live, parameters, start, domain, ctx)
             original = OriginalStates(
                 start, parameters, batches, self.fit.steps, int(self.cache_gib * 2**30)
@@ -302,7 +306,7 @@ class TAR(PostHoc):
                 )
                 for k in range(self.inner_steps):
                     batches = [{"attacker": batch} for batch in attacker.batches(k)]
-                    attack = passes.backward(batches, attacker_loss, role_counts)
+                    attack = passes.backward(batches, nlls, role_counts)
                     losses += replace(attack, total=0.0)
                     optimizer.step()
                     passes.take()
@@ -327,8 +331,7 @@ class TAR(PostHoc):
         """Return log V minus the entropy of what the model predicts on held-out forget rows."""
         batch = micro["tamper"]
         at_BT = predicting(batch.target_BT) if self.entropy == "scored" else batch.attention_BT
-        logits_BTV = model(**batch.inputs, use_cache=False).logits
-        return {"tamper": Term(*negative_entropy(logits_BTV, at_BT))}
+        return {"tamper": Term(*negative_entropy(logits_of(model, batch), at_BT))}
 
     def tamper_counts(self, micro: Mapping[str, Batch]) -> dict[str, float]:
         """Return how many positions that is."""
@@ -434,7 +437,7 @@ class RandomVectors:
     def loss(self, model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
         """Return the loss on retain rows, and 1 - |cos| of forget states and random vectors."""
         retain, forget = micro["retain"], micro["forget"]
-        kept = nll(model(**retain.inputs, use_cache=False).logits, retain)
+        kept = nll(logits_of(model, retain), retain)
         out = model(**forget.inputs, output_hidden_states=True, use_cache=False)
         here_BT = forget.attention_BT
         random_ND = self.vectors_ND[self.place_V[forget.ids_BT[here_BT]]]
@@ -491,12 +494,6 @@ class OriginalStates:
     def _states(model: nn.Module, batch: Batch) -> Float[Tensor, "S B T D"]:
         out = model(**batch.inputs, output_hidden_states=True, use_cache=False)
         return torch.stack([h_BTD.cpu() for h_BTD in out.hidden_states])
-
-
-def attacker_loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
-    """Return the loss that an attacker descends on."""
-    batch = micro["attacker"]
-    return {"attacker": Term(*nll(model(**batch.inputs, use_cache=False).logits, batch))}
 
 
 def retain_counts(micro: Mapping[str, Any]) -> dict[str, float]:

@@ -24,13 +24,11 @@ from torch import nn
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
-from excise.data.stream import Batch
-from excise.losses import nll
 from excise.methods.base import Paper, PostHoc, Removal
 from excise.methods.tuning import (
     Progress,
     finish,
+    nlls,
     role_batches,
     role_counts,
     run_fit,
@@ -40,7 +38,7 @@ from excise.methods.tuning import (
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA
 from excise.models.names import Names, is_adapter
-from excise.train.fit import FitConfig, Term, fit
+from excise.train.fit import FitConfig, fit
 
 
 class TaskVector(PostHoc):
@@ -59,6 +57,11 @@ class TaskVector(PostHoc):
     """Fine-tune an adapter and negate it, instead of the weights."""
 
     needs: ClassVar[tuple[str, ...]] = ("forget",)
+    refuses: ClassVar[Mapping[str, str]] = {
+        "stop": "while it trains it learns the forget rows, and `dev` says nothing of what their "
+        "difference will do; choose 'scale' instead",
+        **dict.fromkeys(("sam", "drop_components"), "what it trains is subtracted as it is"),
+    }
     paper: ClassVar[Paper] = Paper(
         "Editing models with task arithmetic",
         "arXiv:2212.04089 (of adapters: arXiv:2306.14870)",
@@ -74,21 +77,17 @@ class TaskVector(PostHoc):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` by subtracting what learning it would add."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         model = start.load(dtype=ctx.dtype, device=ctx.device)
         batches = role_batches(
             domain, ("forget",), start.tokenizer(), self.fit, ctx, max_length=self.max_length
         )
 
-        def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
-            batch = micro["forget"]
-            return {"forget": Term(*nll(model(**batch.inputs, use_cache=False).logits, batch))}
-
         progress = Progress(ctx, self.name, self.fit.steps)
         with tuned(model, self.modules, self.lora, ctx) as (live, parameters):
             groups = {"trained": list(parameters.values())}
             steps = fit(
-                live, batches, loss, self.fit, ctx, groups=groups, counts=role_counts,
+                live, batches, nlls, self.fit, ctx, groups=groups, counts=role_counts,
                 state_dir=state_dir(ctx),
             )  # fmt: skip
             run_fit(steps, progress)

@@ -20,7 +20,6 @@ from torch import nn
 
 from excise.core.context import Context
 from excise.data.domain import Domain
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, zip_streams
 from excise.losses import predicting
 from excise.methods.base import Paper, Removal
@@ -68,7 +67,7 @@ class UNDIAL(TuningMethod):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Remove `domain.forget` by distilling what the model said without its right tokens."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         roles = ("forget", "retain") if self.alpha else ("forget",)
         streams = role_streams(
             domain, roles, start.tokenizer(), self.fit, ctx, max_length=self.max_length

@@ -34,10 +34,9 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.core.keys import FilePath
 from excise.data.domain import Domain, Rows
-from excise.data.labels import relabelled
 from excise.data.stream import Batch, Stream, Tokenizer
 from excise.losses import rmu_forget, rmu_retain
-from excise.methods.base import Paper, PostHoc, Removal
+from excise.methods.base import Paper, Removal
 from excise.methods.choosing import check_dev, dev_losses
 from excise.methods.posthoc.rmu.engine import (
     Engine,
@@ -63,9 +62,10 @@ from excise.methods.posthoc.rmu.topics import (
 )
 from excise.methods.posthoc.rmu.traces import Traces
 from excise.methods.search import Range, Space
-from excise.methods.stopping import Looks, StopRule
+from excise.methods.stopping import Looks
 from excise.methods.tuning import (
     Progress,
+    TrainingMethod,
     finish,
     looking,
     moved,
@@ -98,7 +98,7 @@ PUBLISHED: Mapping[str, Any] = {
 """What `as_published` sets where nothing else was said."""
 
 
-class RMU(PostHoc):
+class RMU(TrainingMethod):
     """Minimise |h(forget) - c u|^2 + alpha |h(retain) - h0(retain)|^2 at one layer, per entry."""
 
     name: Literal["rmu"] = "rmu"
@@ -148,8 +148,6 @@ class RMU(PostHoc):
     """Steps over all topics together, rows per step of each role, learning rate."""
     lora: LoRA | None = None
     """Train an adapter instead; the frozen model is the adapter switched off."""
-    stop: StopRule | None = None
-    """Look at `dev` on the way and keep the best step; missing for the last step."""
     traces: Traces | None = None
     """R2MU: steer thinking traces of forget rows too, and pin those of retain rows."""
     sweep: RMUSweep | None = None
@@ -203,7 +201,7 @@ class RMU(PostHoc):
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Steer `domain.forget` to noise at one layer."""
-        domain, quality = relabelled(domain, self.labels, seed=ctx.seed_for("labels"))
+        domain, quality = self.given(domain, ctx)
         if self.sweep is not None:
             return _best_of_sweep(self, self.sweep, start, domain, quality, ctx)
         targets = self.target_parameters(start)
@@ -220,10 +218,7 @@ class RMU(PostHoc):
             engine = make_engine(self, start, edit, targets, ctx)
             controls = self.control_vectors(topics, engine, batches, targets.parts.d_model, ctx)
             _save_controls(controls, ctx)
-            looks = looking(
-                self.stop, edit.net, edit.parameters, tokenizer, domain, self.fit.steps,
-                self.max_length, ctx,
-            )  # fmt: skip
+            looks = looking(self, edit.net, edit.parameters, tokenizer, domain, ctx)
             chosen = self.train(
                 edit, engine, controls, batches, progress, ctx, state_dir(ctx), looks
             )

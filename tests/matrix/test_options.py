@@ -1,0 +1,76 @@
+"""Every option that methods after training share acts on each of them, or is refused by name."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from excise.core.context import Context
+from excise.data.labels import Confidence, LabelNoise
+from excise.methods import METHODS
+from excise.methods.base import PostHoc
+from excise.methods.search import changed
+from excise.methods.stopping import StopRule
+from excise.models.lora import LoRA
+from excise.testing import toy_start
+from excise.testing.methods import shortened
+from excise.train.components import Components
+from tests.matrix.test_methods import domain_for, made
+
+OPTIONS: Mapping[str, Any] = {
+    "labels": LabelNoise(missed_units=0.5),
+    "labels.confidence": Confidence(),
+    "stop": StopRule(every=1, retain_budget=100.0, stop="end"),
+    "sam": 0.5,
+    "drop_components": Components(count=2, how="drop"),
+    "lora": LoRA(rank=2),
+    "modules": ("model.layers.1.mlp.down_proj",),
+    "max_length": 4,
+    "fit.clip": 1e-6,
+    "fit.micro_size": 3,
+    "fit.weight_decay": 0.5,
+    "fit.betas": (0.5, 0.6),
+}
+"""An option, and a value that makes another model, or a record that says so."""
+
+WHOLE = ("sam", "drop_components")
+"""Options for which an adapter that a method has by default is taken off."""
+
+AFTER = [name for name, cls in METHODS.items() if issubclass(cls, PostHoc)]
+
+
+@functools.cache
+def result(name: str, option: str, plain: bool) -> tuple[str, frozenset[str]]:
+    """Return what a method makes with an option set: the model, and what the record speaks of."""
+    method = shortened(made(name), 2)
+    if plain and getattr(method, "lora", None) is not None:
+        method = changed(method, {"lora": None})
+    if option == "labels.confidence":
+        method = changed(method, {"labels": LabelNoise(confidence=OPTIONS[option])})
+    elif option:
+        method = changed(method, {option: OPTIONS[option]})
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    removal = method.apply(toy_start(folder / "start"), domain_for(name), Context(folder, seed=5))
+    return removal.checkpoint.fingerprint, frozenset(removal.extras)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", AFTER)
+def test_an_option_acts_or_is_refused(name: str, option: str) -> None:
+    plain = option in WHOLE and name != "circuit_breakers"  # whose adapter is the method
+    said = ""
+    try:
+        found = result(name, option, plain)
+    except ValueError as error:
+        found, said = None, str(error)
+    assert found != result(name, "", plain)
+    assert found or option.partition(".")[0] in said
+    assert found or option not in ("labels", "max_length"), "every method takes these"

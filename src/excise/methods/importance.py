@@ -552,20 +552,28 @@ class ImportanceMethod(PostHoc):
         return [n for n, shape in sums.shapes.items() if self.vectors or len(shape) > 1]
 
 
-def check_alpha(alpha: float, forget: Sums, full: Sums) -> None:
-    """Refuse a selection that can choose nothing.
+def check_alpha(method: ImportanceMethod, alpha: float, domain: Domain) -> None:
+    """Refuse, before anything is measured, a selection that can choose nothing.
 
     Where D holds D_f, I_D is at least |D_f| / |D| I_f, so that no ratio exceeds |D| / |D_f|.
 
+    Args:
+        method: Gives D and the rows of a batch.
+        alpha: The selection.
+        domain: Rows by role.
+
     Raises:
-        UserError: If alpha is as large.
+        UserError: If alpha is as large, or there is no row to forget.
     """
-    most = full.batches / forget.batches
-    if set(forget.files) <= set(full.files) and alpha >= most:
+    forget, retain = (
+        math.ceil(len(rows) / method.batch_size) for rows in (forget_rows(domain), domain.retain)
+    )
+    most = (forget + retain) / forget
+    if method.against == "all" and alpha >= most:
         raise UserError(
-            f"alpha {alpha:g} selects nothing: forget rows are 1/{most:.3g} of all batches, and no "
-            f"weight can be more than {most:.3g} times as important to them as to all; set alpha "
-            "below that, or against to 'retain'"
+            f"{method.name}: alpha {alpha:g} selects nothing: forget rows are 1/{most:.3g} of all "
+            f"batches, and no weight can be more than {most:.3g} times as important to them as to "
+            "all; set alpha below that, or against to 'retain'"
         )
 
 

@@ -53,8 +53,8 @@ class LFSSD(ImportanceMethod):
         """Dampen what the outputs on `domain.forget` lean on."""
         began = time.monotonic()
         domain, quality = self.given(domain, ctx)
+        check_alpha(self, self.alpha, domain)
         forget, full = self.measured("squared_logits", start, domain, ctx)
-        check_alpha(self.alpha, forget, full)
         return dampened(
             self, start, forget, full, ctx, alpha=self.alpha, lam=self.lam, began=began,
             extras=quality,

@@ -55,8 +55,8 @@ class SSD(ImportanceMethod):
         """Dampen what `domain.forget` leans on."""
         began = time.monotonic()
         domain, quality = self.given(domain, ctx)
+        check_alpha(self, self.alpha, domain)
         forget, full = self.measured("nll", start, domain, ctx)
-        check_alpha(self.alpha, forget, full)
         return dampened(
             self, start, forget, full, ctx, alpha=self.alpha, lam=self.lam, began=began,
             extras=quality,

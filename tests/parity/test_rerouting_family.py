@@ -20,10 +20,10 @@ from excise.losses import displacement, mmd, not_p, reroute
 from excise.methods import RMU, RMULAT, CircuitBreakers, RepNoise
 from excise.methods.base import Method, Removal
 from excise.methods.posthoc import circuit_breakers
-from excise.methods.posthoc.circuit_breakers import states
 from excise.methods.posthoc.rmu.topics import control_vector
 from excise.methods.posthoc.rmu.traces import Traces, trace_of
 from excise.methods.tuning import role_batches, stream
+from excise.models.head import hidden_at
 from excise.models.lora import LoRA, adapted, merge
 from excise.train.fit import FitConfig, fit
 from tests.golden.representation_inputs import stir
@@ -122,7 +122,8 @@ def test_neither_padding_side_nor_split_changes_a_term_of_circuit_breakers(tmp_p
         total = torch.zeros(4)
         for part in parts:
             batch = collate(part, pad_id=tokenizer.pad_token_id, padding_side=side)
-            pairs = zip(states(moved, paths, batch), states(live, paths, batch), strict=True)
+            both = (hidden_at(net, paths, batch.inputs) for net in (moved, live))
+            pairs = zip(*both, strict=True)
             total += torch.stack(
                 [
                     term(now, was, batch.attention_BT)[0].detach()

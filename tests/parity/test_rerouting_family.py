@@ -202,7 +202,7 @@ def test_repnoise_equals_a_plain_loop(
 
 
 LAT = RMULAT(
-    layer=2, steering=5.0, alpha=3.0, epsilon=1.5, attack_steps=4, per_attack=2, fit=FIT
+    layer=2, steering=5.0, alpha=3.0, epsilon=0.3, attack_steps=4, per_attack=2, fit=FIT
 )  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def lat_loop(start: Any, domain: Domain, folder: Path, *, towards: int) -> dict[
                 (delta.grad,) = torch.autograd.grad(towards * likely + unlikely, delta)
                 optimizer.step()
                 with torch.no_grad():
-                    delta /= (delta.norm(dim=-1, keepdim=True) / 1.5).clamp(min=1)
+                    delta /= (delta.norm(dim=-1, keepdim=True) / 0.3).clamp(min=1)
         attacked(delta.detach(), forget, forget)
         steered = (raw[-1] - control)[forget.attention_BT].square().mean()
         hidden(model, retain)

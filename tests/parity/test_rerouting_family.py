@@ -20,10 +20,10 @@ from excise.losses import displacement, mmd, not_p, reroute
 from excise.methods import RMU, RMULAT, CircuitBreakers, RepNoise
 from excise.methods.base import Method, Removal
 from excise.methods.posthoc import circuit_breakers
-from excise.methods.posthoc.circuit_breakers import states
 from excise.methods.posthoc.rmu.topics import control_vector
 from excise.methods.posthoc.rmu.traces import Traces, trace_of
 from excise.methods.tuning import role_batches, stream
+from excise.models.head import hidden_at
 from excise.models.lora import LoRA, adapted, merge
 from excise.train.fit import FitConfig, fit
 from tests.golden.representation_inputs import stir
@@ -122,7 +122,8 @@ def test_neither_padding_side_nor_split_changes_a_term_of_circuit_breakers(tmp_p
         total = torch.zeros(4)
         for part in parts:
             batch = collate(part, pad_id=tokenizer.pad_token_id, padding_side=side)
-            pairs = zip(states(moved, paths, batch), states(live, paths, batch), strict=True)
+            both = (hidden_at(net, paths, batch.inputs) for net in (moved, live))
+            pairs = zip(*both, strict=True)
             total += torch.stack(
                 [
                     term(now, was, batch.attention_BT)[0].detach()
@@ -201,7 +202,7 @@ def test_repnoise_equals_a_plain_loop(
 
 
 LAT = RMULAT(
-    layer=2, steering=5.0, alpha=3.0, epsilon=1.5, attack_steps=4, per_attack=2, fit=FIT
+    layer=2, steering=5.0, alpha=3.0, epsilon=0.3, attack_steps=4, per_attack=2, fit=FIT
 )  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def lat_loop(start: Any, domain: Domain, folder: Path, *, towards: int) -> dict[
                 (delta.grad,) = torch.autograd.grad(towards * likely + unlikely, delta)
                 optimizer.step()
                 with torch.no_grad():
-                    delta /= (delta.norm(dim=-1, keepdim=True) / 1.5).clamp(min=1)
+                    delta /= (delta.norm(dim=-1, keepdim=True) / 0.3).clamp(min=1)
         attacked(delta.detach(), forget, forget)
         steered = (raw[-1] - control)[forget.attention_BT].square().mean()
         hidden(model, retain)

@@ -178,6 +178,14 @@ def test_another_direction_gives_other_weights(tmp_path: Path) -> None:
     assert apart > 1e-4
 
 
+def test_the_embedding_is_left_alone_on_demand(tmp_path: Path) -> None:
+    start, name = toy_checkpoint(tmp_path), "model.embed_tokens.weight"
+    whole = Direction(layer=1).apply(start, toy_domain(), context(tmp_path / "whole"))
+    spared = Direction(layer=1, embedding=False)
+    removal = spared.apply(start, toy_domain(), context(tmp_path / "spared"))
+    assert set(whole.changed) - set(removal.changed) == {name}
+
+
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 def test_norms_before_the_stream_are_reckoned_with(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

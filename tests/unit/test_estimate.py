@@ -23,6 +23,8 @@ from excise.auditor.tuning import TrainingAttack
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain
+from excise.methods import METHODS, RMU
+from excise.methods.base import PostHoc
 from excise.models.checkpoint import Checkpoint
 from excise.models.tiny import byte_tokenizer
 from excise.requests.audit import AuditRun
@@ -38,6 +40,7 @@ from excise.run.estimate import (
     evaluation_tokens,
     plan,
 )
+from excise.run.estimate import _memory as estimated_memory
 from excise.run.measure import measured
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +199,39 @@ def test_trained_prompts_are_counted_and_controls_take_no_more_steps_at_strong(
     assert not {f"audit: {name}" for name in ATTACKS} - {*standard} - {
         "audit: transfer", "audit: sampling", "audit: steer", "audit: drop_adapter", "audit: gcg",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n, c in METHODS.items() if issubclass(c, PostHoc)])
+def test_every_method_after_training_is_planned_and_counts_no_second_model(
+    name: str, here: Path
+) -> None:
+    settings: dict[str, Any] = {"name": name}
+    settings |= {"layer": 1} if name in ("rmu", "rmu_lat") else {}
+    settings |= {"teacher": str(here / "model")} if name == "checkpoint_transfer" else {}
+    settings |= {"lora": {"rank": 2}} if name == "elm" else {}
+    method = parse_recipe(recipe().model_dump(mode="json") | {"arms": {name: settings}})
+    made = plan(method, Path("out"))
+    line, count = made.lines[0], made.parameters
+    assert line.tokens
+    assert line.flops
+    assert made.memory is not None
+    assert count is not None
+    arm = method.arms[name]
+    held = estimated_memory(arm, Checkpoint(here / "model"), Checkpoint(here / "model").shapes, 4)
+    weights = (held - 3 * 2**28) / count / 4
+    assert weights <= 5 + arm.extra_copies  # weights, masters, gradient, two moments
+    if not hasattr(arm, "fit"):  # nothing is trained, and all rows are read once
+        assert weights == 1
+        assert line.steps == 0
+
+
+def test_two_whole_models_are_counted_where_there_are_two(here: Path) -> None:
+    start = Checkpoint(here / "model")
+    full, span = (
+        estimated_memory(RMU(layer=0, engine=engine), start, start.shapes, 4)
+        for engine in ("full", "span")
+    )
+    assert full - span > 4 * start.num_parameters
 
 
 def test_the_page_on_budgets_is_what_its_script_writes() -> None:

@@ -144,3 +144,27 @@ def test_methods_read_the_labels_they_are_given(name: str, tmp_path: Path) -> No
     assert given.extras["labels"]["units"] == pytest.approx(0.5, abs=0.1)
     assert "labels" not in true.extras
     assert given.checkpoint.fingerprint != true.checkpoint.fingerprint
+
+
+def test_a_model_that_breaks_at_the_first_look_is_named_with_its_step(tmp_path: Path) -> None:
+    fit = FitConfig(steps=6, lr=1e30, batch_size=8, optimizer="sgd")
+    with pytest.raises(Diverged, match="no finite loss on `dev` after 1 step; lower the learning"):
+        edited(GradDiff(fit=fit, stop=StopRule(every=1, stop="end")), tmp_path / "stop")
+    with pytest.raises(Diverged, match=r"at step 1; .*before this step are kept in .*state\)"):
+        edited(GradDiff(fit=fit), tmp_path / "none")
+    assert list((tmp_path / "none" / "state").glob("step-00000001"))
+
+
+def test_a_retain_set_of_one_batch_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def hear(kind: str, data: Mapping[str, Any]) -> None:
+        told.extend([data["text"]] if kind == "note" else [])
+
+    domain = toy_domain()
+    edited(GradDiff(fit=FIT), tmp_path / "many", emit=hear)
+    assert not any("one batch" in text for text in told)
+    edited(
+        GradDiff(fit=FIT), tmp_path / "one", replace(domain, retain=domain.retain[:3]), emit=hear
+    )
+    assert "the retain set is one batch (3 rows, 8 a step), so that every step reads" in told[0]

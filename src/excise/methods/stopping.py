@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.disk import new_file, write_text
-from excise.core.errors import Diverged, NotFinite
+from excise.core.errors import Diverged, NotFinite, counted
 from excise.methods.choosing import RULE, better
 from excise.train.distributed import barrier
 
@@ -121,7 +121,8 @@ class Looks:
             look = seen or Look(done, *self.losses())
         except NotFinite:
             raise Diverged(
-                f"the model has no finite loss on `dev` after {done} steps; lower the learning rate"
+                f"the model has no finite loss on `dev` after {counted(done, 'step')}; lower the "
+                "learning rate"
             ) from None
         is_best = better(look, self.best, self.limit)
         self.best = look if is_best else self.best

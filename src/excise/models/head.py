@@ -5,9 +5,9 @@ Shape legend: B rows, T tokens, N tokens of any batch, D hidden size, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from excise.core.errors import UserError
 from excise.models.anatomy import backbone
+from excise.models.hooks import active_stream, capture
 from excise.models.names import find_module, unwrap
 from excise.models.tiny import FAMILIES
 
@@ -121,6 +122,26 @@ def _agrees(model: nn.Module, path: str, head: Head) -> bool:
         return False
     wrong = (given_BTV - head.logits(caught[0]).float()).abs().max()
     return bool(wrong <= 1e-2 * given_BTV.abs().max().clamp(min=1e-6))
+
+
+def hidden_at(
+    model: nn.Module,
+    paths: Sequence[str],
+    inputs: Mapping[str, Any],
+    *,
+    of: Literal["output", "input"] = "output",
+) -> list[Float[Tensor, "B T D"]]:
+    """Return what modules put out, or are given, with its graph where gradients are on.
+
+    Args:
+        model: A causal model, wrapped or not; no logits are made.
+        paths: Canonical paths, such as the blocks of its `backbone`.
+        inputs: Keyword arguments of its forward, such as `Batch.inputs`.
+        of: Which side of the modules.
+    """
+    with capture(model, paths, of=of, grad=True) as seen:
+        final_hidden(model, inputs)
+    return [active_stream(seen[path][-1]) for path in paths]
 
 
 def final_hidden(model: nn.Module, inputs: Mapping[str, Any]) -> Float[Tensor, "B T D"]:

@@ -67,8 +67,7 @@ from excise.methods.tuning import (
 )
 from excise.models.anatomy import backbone
 from excise.models.checkpoint import Checkpoint, ModelPath, open_checkpoint
-from excise.models.head import final_hidden, head_of
-from excise.models.hooks import active_stream, capture
+from excise.models.head import final_hidden, head_of, hidden_at
 from excise.models.lora import LoRA
 from excise.train.distributed import barrier
 from excise.train.fit import FitConfig, Term, fit
@@ -169,12 +168,10 @@ class CheckpointTransfer(TuningMethod):
         def loss(model: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
             x = micro["step"] / steps if self.ramp else 0.0
             batch, kept = micro["forget"], micro["retain"]
-            with capture(model, pulled, grad=True) as got:
-                final_hidden(model, batch.inputs)
             target_NLD = targets.lookup(batch)
             distance = batch.ids_BT.new_zeros((), dtype=torch.float32)
-            for i, block in enumerate(pulled):
-                hidden_ND = active_stream(got[block][0])[batch.attention_BT].float()
+            for i, hidden_BTD in enumerate(hidden_at(model, pulled, batch.inputs)):
+                hidden_ND = hidden_BTD[batch.attention_BT].float()
                 distance = distance + (hidden_ND - target_NLD[:, i]).square().sum()
             found = cache.lookup(kept)
             hidden_ND = final_hidden(model, kept.inputs)[predicting(kept.target_BT)]
@@ -376,9 +373,7 @@ def _held(
 ) -> list[Float[Tensor, "N D"]]:
     """Return what blocks put out, or are given, at the real tokens of a batch, row by row."""
     blocks = [backbone(model).blocks[layer] for layer in layers]
-    with capture(model, blocks, of=of) as got:
-        final_hidden(model, batch.inputs)
-    return [active_stream(got[block][0])[batch.attention_BT] for block in blocks]
+    return [h_BTD[batch.attention_BT] for h_BTD in hidden_at(model, blocks, batch.inputs, of=of)]
 
 
 @dataclass(frozen=True)

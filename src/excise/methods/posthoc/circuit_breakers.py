@@ -48,8 +48,7 @@ from excise.methods.tuning import (
 )
 from excise.models.anatomy import Backbone, backbone
 from excise.models.checkpoint import Checkpoint
-from excise.models.head import final_hidden
-from excise.models.hooks import active_stream, capture
+from excise.models.head import hidden_at
 from excise.models.lora import LoRA, reference
 from excise.train.fit import FitConfig, Term, fit
 
@@ -148,15 +147,17 @@ class CircuitBreakers(TrainingMethod):
         def loss(live: nn.Module, micro: Mapping[str, Any]) -> dict[str, Term]:
             forget, retain = micro["forget"], micro["retain"]
             with torch.no_grad(), reference(live):
-                from_forget = states(live, turned, forget)
-                from_retain = states(live, held, retain)
+                from_forget = hidden_at(live, turned, forget.inputs)
+                from_retain = hidden_at(live, held, retain.inputs)
             away = [
                 reroute(now, was, forget.attention_BT)
-                for now, was in zip(states(live, turned, forget), from_forget, strict=True)
+                for now, was in zip(
+                    hidden_at(live, turned, forget.inputs), from_forget, strict=True
+                )
             ]
             kept = [
                 displacement(now, was, retain.attention_BT)
-                for now, was in zip(states(live, held, retain), from_retain, strict=True)
+                for now, was in zip(hidden_at(live, held, retain.inputs), from_retain, strict=True)
             ]
             share = min(1.0, (micro["step"] + 1) / (self.horizon or 2 * self.fit.steps))
             count = counts(micro)
@@ -200,19 +201,6 @@ class CircuitBreakers(TrainingMethod):
         if self.as_published and parts.final_norm:
             return [*parts.blocks[: blocks - 1], parts.final_norm]
         return list(parts.blocks[:blocks])
-
-
-def states(model: nn.Module, paths: Sequence[str], batch: Batch) -> list[Hidden]:
-    """Return what modules put out on a batch, with its graph where gradients are on.
-
-    Args:
-        model: The model, wrapped or not; no logits are made.
-        paths: The modules.
-        batch: What is read.
-    """
-    with capture(model, paths, grad=True) as seen:
-        final_hidden(model, batch.inputs)
-    return [active_stream(seen[path][-1]) for path in paths]
 
 
 def _sum(terms: Sequence[Summed]) -> Tensor:

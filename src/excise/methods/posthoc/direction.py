@@ -41,8 +41,8 @@ from excise.methods.base import Cost, Paper, PostHoc, Removal
 from excise.methods.tuning import forget_rows, write_edit
 from excise.models.anatomy import Anatomy, anatomy
 from excise.models.checkpoint import Checkpoint
-from excise.models.head import final_hidden, head_of
-from excise.models.hooks import Edit, active_stream, capture, edit
+from excise.models.head import final_hidden, head_of, hidden_at
+from excise.models.hooks import Edit, edit
 from excise.models.names import find_module, modules_by_name
 from excise.models.structure import sizes
 from excise.train.vocab import HiddenTarget, chunked_kl, chunked_nll, next_tokens
@@ -185,14 +185,11 @@ class Direction(PostHoc):
         """
         total_LD = torch.zeros(parts.num_blocks, parts.d_model, dtype=torch.float64)
         count = 0
-        with capture(model, parts.blocks) as got:
-            for batch in batches:
-                final_hidden(model, batch.inputs)
-                mask_BT = self.counted(batch)
-                count += int(mask_BT.sum())
-                for layer, block in enumerate(parts.blocks):
-                    hidden_BTD = active_stream(got[block].pop())
-                    total_LD[layer] += hidden_BTD[mask_BT].double().sum(0).cpu()
+        for batch in batches:
+            mask_BT = self.counted(batch)
+            count += int(mask_BT.sum())
+            for layer, hidden_BTD in enumerate(hidden_at(model, parts.blocks, batch.inputs)):
+                total_LD[layer] += hidden_BTD[mask_BT].double().sum(0).cpu()
         if not count:
             raise UserError(
                 f"direction: no {role} row has a token to take a mean over beside its first; give "
@@ -387,13 +384,11 @@ def _left(
     """Return the largest share of the residual stream along the direction, over blocks."""
     model = edited.load(dtype=ctx.dtype, device=ctx.device)
     largest = 0.0
-    with capture(model, parts.blocks) as got:
-        for batch in batches:
-            final_hidden(model, batch.inputs)
-            for block in parts.blocks:
-                hidden_ND = active_stream(got[block].pop())[batch.attention_BT].float()
-                share_N = (hidden_ND @ r_D.to(hidden_ND)).abs() / hidden_ND.norm(dim=-1)
-                largest = max(largest, float(share_N.max()))
+    for batch in batches:
+        for hidden_BTD in hidden_at(model, parts.blocks, batch.inputs):
+            hidden_ND = hidden_BTD[batch.attention_BT].float()
+            share_N = (hidden_ND @ r_D.to(hidden_ND)).abs() / hidden_ND.norm(dim=-1)
+            largest = max(largest, float(share_N.max()))
     return largest
 
 

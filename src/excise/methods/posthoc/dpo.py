@@ -13,7 +13,6 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Row
 from excise.methods.base import Paper, Removal
-from excise.methods.posthoc.answers import with_answer
 from excise.methods.posthoc.preference import Preference, prefer
 from excise.methods.tuning import forget_rows
 from excise.models.checkpoint import Checkpoint
@@ -45,13 +44,13 @@ class DPO(Preference):
         domain, quality = self.given(domain, ctx)
         pairs: list[tuple[Row, Row]] = []
         for row in forget_rows(domain):
-            if row.kind == "text":
-                with_answer(row, "", self.name)  # says what to do instead
             if len(row.choices) < 2:
+                text = row.kind == "text"
+                other = "npo, which needs none" if text else "idk_dpo or altpo, which make one"
                 raise UserError(
                     f"unit '{row.unit}' has no second answer, and dpo prefers the wrong options of "
                     "a question to the right one; give rows with 'question', 'choices' and "
-                    "'answer', or use idk_dpo or altpo, which make the other answer"
+                    f"'answer', or use {other}"
                 )
             others = [i for i in range(len(row.choices)) if i != row.answer]
             pairs += [(replace(row, answer=i), row) for i in others]

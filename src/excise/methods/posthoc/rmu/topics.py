@@ -46,7 +46,7 @@ def per_topic(
     values = value if isinstance(value, tuple) else (value,) * len(topics)
     if len(values) != len(topics):
         raise UserError(
-            f"rmu: '{name}' has {len(values)} values for {len(topics)} topics "
+            f"'{name}' has {len(values)} values for {len(topics)} topics "
             f"({', '.join(topics)}); give one value, or one for each"
         )
     return dict(zip(topics, values, strict=True))

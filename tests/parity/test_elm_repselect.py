@@ -233,6 +233,21 @@ def test_elm_says_what_is_wrong_and_leaves_out_what_is_off(tmp_path: Path) -> No
     assert with_first.checkpoint.fingerprint != without.checkpoint.fingerprint
 
 
+def test_ways_out_lead_away_from_the_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, told = toy_checkpoint(tmp_path), {}
+
+    def hear(*args: Any, **kwargs: Any) -> list[tuple[int, ...]]:
+        told.update(kwargs["guides"])
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr("excise.methods.posthoc.elm.sample", hear)
+    ERASE.apply(start, toy_domain(), context(tmp_path / "ours"))
+    said = {factor: {start.tokenizer().decode(g) for g in texts} for factor, texts in told.items()}
+    assert said == {-3.0: {"<bos> w1 w2 w3"}, 3.0: {"<bos> w4"}}
+
+
 def test_guides_are_added_to_what_a_prompt_says(tmp_path: Path) -> None:
     start = toy_checkpoint(tmp_path)
     model, tokenizer = start.load(), start.tokenizer()

@@ -26,6 +26,7 @@ from excise.methods.importance import (
     Sums,
     accumulate,
     dampen_model,
+    share_of,
 )
 from excise.methods.posthoc.potion import asked, knowledge
 from excise.models.checkpoint import Checkpoint, save_model
@@ -302,6 +303,16 @@ def test_potion_stops_where_forget_rows_are_known_no_better(tmp_path: Path) -> N
     rows, metric = asked(domain, 256)
     level = knowledge(model, start.tokenizer(), rows, metric, 512)
     assert level == pytest.approx(known[-1], rel=1e-5)
+
+
+def test_potion_takes_the_shares_it_is_told_to(tmp_path: Path) -> None:
+    method = Potion(batch_size=SIZE, rho=0.0, tries=3, step=3.0, start_divisor=50.0)
+    domain = toy_domain()
+    removal = method.apply(toy_checkpoint(tmp_path), domain, context(tmp_path / "ours"))
+    first = share_of(domain) / 50
+    shares = [turn["share"] for turn in removal.history]
+    assert shares == pytest.approx([0, first, 3 * first, 9 * first][: len(shares)])
+    assert len(shares) > 2
 
 
 def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path: Path) -> None:

@@ -569,7 +569,7 @@ def check_alpha(method: ImportanceMethod, alpha: float, domain: Domain) -> None:
         math.ceil(len(rows) / method.batch_size) for rows in (forget_rows(domain), domain.retain)
     )
     most = (forget + retain) / forget
-    if method.against == "all" and alpha >= most:
+    if retain and method.against == "all" and alpha >= most:
         raise UserError(
             f"{method.name}: alpha {alpha:g} selects nothing: forget rows are 1/{most:.3g} of all "
             f"batches, and no weight can be more than {most:.3g} times as important to them as to "

@@ -319,13 +319,14 @@ def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     with pytest.raises(UserError, match=r"alpha 10 selects nothing.*1/2.33 of all batches.*below"):
         SSD(batch_size=SIZE).apply(start, domain, context(tmp_path / "a"))
+    assert not list((tmp_path / "a").iterdir()), "it is said before anything is measured"
     with pytest.raises(UserError, match="none to retain; give --retain"):
         SSD().apply(start, replace(domain, retain=()), context(tmp_path / "b"))
     broken = start.weights_of(["model.norm.weight"])["model.norm.weight"].clone()
     broken[0] = 1e30
     huge = start.write({"model.norm.weight": broken}, tmp_path / "huge")
     with pytest.raises(UserError, match=r"the gradient of '.*' is not finite in batch 1"):
-        SSD().apply(huge, domain, context(tmp_path / "c"))
+        SSD(alpha=1.5).apply(huge, domain, context(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("method", [SSD, LFSSD, ASSD, Potion])

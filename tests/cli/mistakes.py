@@ -417,9 +417,6 @@ FAMILIES: dict[str, Case] = {
     "adapter on no layer": Case(
         remove("--lora.modules gate_pro"), ("lora.modules 'gate_pro'", "nearest: gate_proj")
     ),
-    "adapter on packed experts with dropout": family(
-        "gpt_oss", "--lora.dropout 0.1 --lora.modules experts", "fused experts", "lora.dropout to 0"
-    ),
     "sweep over blocks that share a state": family(
         "rwkv",
         "--modules '[blocks.1.feed_forward.value]' --layer 1 --engine cached --sweep.steering 1,2",

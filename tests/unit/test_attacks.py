@@ -487,7 +487,9 @@ def test_every_attack_scores_questions_and_chooses_on_texts(
         update={"steps": 1, "checkpoints": (0, 1), "rates": (1e-3,), "max_test_rows": 8,
                 "max_other_rows": 8}
     )  # fmt: skip
-    result = ATTACKS[name]().run(Subject("x", knowing), research, budget, Context(folder))
+    short = {"steps": 1, "width": 4, "tokens": 4} if name == "gcg" else {}
+    attack = ATTACKS[name].model_validate(short)
+    result = attack.run(Subject("x", knowing), research, budget, Context(folder))
     assert {variant.entry.metric for variant in result.variants} == {"multiple_choice"}
     assert all(0 <= score <= 1 for v in result.variants for score in v.unit_scores[-1].values())
     loss = research.dev_forget["tests"][0].kind == "text"

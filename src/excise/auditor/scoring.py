@@ -228,10 +228,10 @@ def score_rewritings(
     start = time.perf_counter()
     evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
     model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
+    bare = read(model, evaluation, beside=True)  # a broken model is refused before any search
     chosen_ways = ways(evaluation, model)
     if not chosen_ways:
         return absent(attack, subject.name, "missing", why, applies=False)
-    bare = read(model, evaluation, beside=True)
     variants = []
     for way in chosen_ways:
         wide = evaluation.longer(way.longer, model)

@@ -218,9 +218,11 @@ def _mean(units: Mapping[str, float]) -> float:
 
 
 def said(value: Estimate) -> str:
-    """Return an estimate in words: value and interval."""
+    """Return an estimate in words: value and, where it has one, interval."""
     if math.isnan(value.value):
         return "not defined"
+    if math.isnan(value.low):
+        return f"{value.value:.2f}"
     return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 

@@ -10,11 +10,8 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.errors import nearest
-from excise.data.spec import DomainSpec
 from excise.methods import Chain, Filtering, Method, Potion
-from excise.methods.pretraining.pretrain import Pretrain
 from excise.methods.search import changed
-from excise.models.spec import Scratch
 from excise.record import Estimate, StudyRow, StudyTable
 from excise.record.measured import change_of
 from excise.run.study import StudyResult
@@ -38,11 +35,9 @@ from excise_studies.routing.setting import (
     LabelSetting,
     Missed,
     Rest,
-    facts_setting,
     label_settings,
 )
 
-EXPERIMENT = facts_setting()
 TUNED = "_then_retain"
 """Ends the name of a method that is followed by fine-tuning on retain rows."""
 
@@ -66,15 +61,15 @@ class RoutingAgainstPosthoc(Leaderboard):
     """Methods of both kinds, chosen on dev and audited, at rates of labels and ways to miss.
 
     Stated beforehand. Settings are chosen as in the leaderboard, on `dev` of the seed `tuned_on`,
-    all labels right and no attack seen; those of routing were chosen by hand on seeds 0, 11 and 12
-    besides. *Left* is the largest depth gap of a model over every score before an attack and after
-    every attack of its audit (levels D0 to D4). D of a method is its left minus that of `preset`
-    where the share `decide_at` of what is to be forgotten is labelled, averaged over the ways to
-    miss, paired by seed. The preset beats a method if the lower end of D's 95 % interval over seeds
-    (Student's t) is above `margin`; the method does as well if the upper end is below it and its
-    retain score, averaged alike, falls by at most `keep` against the original. Fine-tuning on
-    retain rows makes SSD (or Potion) work if the two in a row do as well. Everything else is shown
-    and decides nothing.
+    all labels as at the first of `rates` and no attack seen; those of routing were chosen by hand
+    on seeds 0, 11 and 12 of the smaller data of `partial-labels` besides. *Left* is the largest
+    depth gap of a model over every score before an attack and after every attack of its audit
+    (levels D0 to D4). D of a method is its left minus that of `preset` where the share `decide_at`
+    of what is to be forgotten is labelled, averaged over the ways to miss, paired by seed. The
+    preset beats a method if the lower end of D's 95 % interval over seeds (Student's t) is above
+    `margin`; the method does as well if the upper end is below it and its retain score, averaged
+    alike, falls by at most `keep` against the original. Fine-tuning on retain rows makes SSD (or
+    Potion) work if the two in a row do as well. Everything else is shown and decides nothing.
     """
 
     question: ClassVar[str] = (
@@ -89,14 +84,12 @@ class RoutingAgainstPosthoc(Leaderboard):
         "retain within `keep`."
     )
     takes: ClassVar[str] = (
-        "a day, 2 GiB: 14 methods x 7 settings of the labels x 3 seeds, half a minute an audit; "
+        "5 hours, 2 GiB: 14 methods x 7 settings of the labels x 3 seeds, ten seconds an audit; "
         "--arms, --rates, --missed and --seeds cut it; resumes where it was stopped"
     )
 
     name: Literal["routing-against-posthoc"] = "routing-against-posthoc"
     """Name on the command line."""
-    domain: SerializeAsAny[DomainSpec] = EXPERIMENT.domain
-    """What is removed and what stays, drawn anew for every seed."""
     methods: dict[str, SerializeAsAny[Method]] = Field(default_factory=contestants)
     """Methods by name, with the settings of the first trial."""
     followed: tuple[str, ...] = ("ssd", "potion")
@@ -118,10 +111,6 @@ class RoutingAgainstPosthoc(Leaderboard):
     that edit a model read neither. `core`: what is missed is among the retain rows."""
     repair: FitConfig | None = None
     """Fine-tuning on retain rows that makes repaired rows of all methods; empty for none."""
-    scratch: Scratch = EXPERIMENT.model
-    """Architecture."""
-    pretrain: Pretrain = EXPERIMENT.pretrain
-    """How it is trained."""
     preset: str = "sgtm_relabelled"
     """The routed method that others are held against."""
     decide_at: float = 0.5

@@ -104,6 +104,9 @@ def test_the_ratio_of_sizes_decides_and_a_lower_bound_is_never_called_equal() ->
     near = {("length", "suppressing"): small, ("length", "resistant"): small}
     ratios = {"length": ratios_of(study, found_of(near), "length")}
     assert decide(study, ratios) == "length: resisting takes no more within 1 doubling(s)"
+    alone = {k: dict.fromkeys([k for k in keys if k[1] == 1], 0.5) for k in near}
+    one = ratios_of(study, found_of(alone), "length")
+    assert decide(study, {"length": one}) == "length: undecided"  # one seed
     # Of one edit nothing resists: it counts at the farthest that was looked at.
     wide = study.model_copy(update={"reach": 0.125})
     near["length", "resistant"] = dict.fromkeys(keys[1:], 0.125)

@@ -72,7 +72,7 @@ class MinimalEdit(Study):
     log2(resistant / suppressing) of sizes, over the methods that edit a trained model. Resisting
     takes another edit if the lower end of M's 95 % interval is above `margin`; it takes none if M
     lies within it. Where no length up to `reach` resists, M counts at `reach`, a lower bound, and
-    nothing is said to be equal. Within one method the two edits lie in each other by construction;
+    nothing is said to be equal; of one seed nothing is said. Within one method the two edits lie in each other by construction;
     how they overlap is measured between methods.
     """
 
@@ -503,7 +503,8 @@ def decide(study: MinimalEdit, ratios: Mapping[Way, Ratios]) -> str:
     parts = []
     for way, of_way in ratios.items():
         against = verdict(of_way.value, study.margin)
-        if of_way.bounds and against in ("equal", "below"):
+        one_seed = len({seed for _, seed in of_way.single}) < 2
+        if one_seed or (of_way.bounds and against in ("equal", "below")):
             against = "undecided"
         words = {
             "above": f"resisting takes more than {study.margin:g} doubling(s)",

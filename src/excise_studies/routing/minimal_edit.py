@@ -72,8 +72,8 @@ class MinimalEdit(Study):
     log2(resistant / suppressing) of sizes, over the methods that edit a trained model. Resisting
     takes another edit if the lower end of M's 95 % interval is above `margin`; it takes none if M
     lies within it. Where no length up to `reach` resists, M counts at `reach`, a lower bound, and
-    nothing is said to be equal; of one seed nothing is said. Within one method the two edits lie in each other by construction;
-    how they overlap is measured between methods.
+    nothing is said to be equal; of one seed nothing is said. Within one method the two edits lie in
+    each other by construction; how they overlap is measured between methods.
     """
 
     question: ClassVar[str] = (

@@ -223,7 +223,7 @@ def claim(
             _named(asked)
         elif part.at == "outputs":
             _outputs(asked)
-        elif part.at in ("embed", "head"):
+        elif part.at in ("embed", "head", "head_bias", "final_norm"):
             _ends(asked)
         else:
             _in_blocks(asked)
@@ -430,13 +430,18 @@ def _query_key_value(
 
 
 def _ends(asked: _Asked) -> None:
-    """Claim the embeddings (tokens and positions), or the output matrix."""
+    """Claim the embeddings (tokens and positions), the last norm, or the output matrix."""
     layout = asked.index.anatomy
     if asked.part.blocks or asked.part.units is not None:
         asked.refuse(f"'{asked.part.at}' takes neither blocks nor units; name `parameters` instead")
         return
-    if asked.part.at == "head":
-        asked.take(f"{layout.head}.weight")
+    if asked.part.at == "final_norm":
+        if layout.final_norm:
+            _norms(asked, layout.final_norm)
+        return
+    if asked.part.at in ("head", "head_bias"):
+        if asked.part.at == "head":
+            asked.take(f"{layout.head}.weight")
         asked.take(f"{layout.head}.bias")
         return
     blocks = tuple(f"{path}." for path in layout.blocks)

@@ -9,7 +9,8 @@ the same rows without any, from text to optimizer step; `spans_routed` is the sa
 rows with one label each.
 Memory is what a step needs at its peak beyond what is there before it.
 Appends rows to `results.csv` and fails above 1.05 times plain, above 1.02 times a step without
-spans, below 1.5 times faster than one backward per label, or when a step keeps more than token weights and one gradient beyond plain.
+spans, below 1.5 times faster than one backward per label, or when a step keeps more than token
+weights and one gradient beyond plain.
 
     python benchmarks/routing.py [--width 512] [--rows 8] [--tokens 128] [--pairs 15] [--no-save]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from excise.data.domain import UNHASHED, Domain, Row
+from excise.data.domain import UNHASHED, Domain, Row, Span
 
 A, B = Row("a", text="x", capability="one", label=1), Row("b", text="y")
 DOMAIN = Domain(
@@ -51,7 +51,7 @@ CHANGED: dict[str, Any] = {
 ROW: dict[str, Any] = {
     "unit": "c", "group": "g", "text": "z", "prompt": "p", "completion": "c", "choices": ("d", "e"),
     "answer": 1, "messages": (("user", "hi"),), "capability": "two", "label": 2, "wording": 3,
-    "confidence": 0.5,
+    "confidence": 0.5, "spans": (Span(0, 1, "two"),),
 }  # fmt: skip
 """The same of a row."""
 

@@ -89,7 +89,7 @@ def nats(model: Any, rows: Sequence[Row], tokenizer: Any, *, max_length: int) ->
     """
     if not rows:
         return Nats({}, {})
-    examples = encode(rows, tokenizer, max_length=readable(model, max_length))
+    examples = encode(rows, tokenizer, max_length=readable(model, max_length), only_spans=True)
     sums: dict[str, list[tuple[float, float]]] = {}
     for batch in batches(examples, model, tokenizer):
         logits_BTV = model(**batch.inputs, use_cache=False).logits

@@ -504,7 +504,9 @@ def mixed_batches(
     for name, count in counts.items():
         if count:
             needed = subsample(sources[name], count * evaluation.budget.steps, by="row")
-            examples = encode(needed, evaluation.tokenizer, max_length=evaluation.max_length)
+            examples = encode(
+                needed, evaluation.tokenizer, max_length=evaluation.max_length, only_spans=True
+            )
             streams[name] = Stream(
                 examples, count, ctx.seed_for(f"attack/{name}"), evaluation.tokenizer.pad_token_id
             )

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError
 
 from excise.core.errors import UserError
-from excise.data.domain import Row
+from excise.data.domain import Row, Span
 from excise.data.encoding import leading_specials
+from excise.data.spans import cut_spans
 
 _STAND_INS = ("Q1J", "X2Z", "K3V")
 """Texts that stand in for a turn; at least one shares neither first nor last letter with it."""
@@ -59,6 +61,40 @@ def render_chat(row: Row, tokenizer: Any) -> tuple[list[int], list[bool]]:
     return _one_bos(ids, target, tokenizer)
 
 
+def rendered_spans(row: Row, tokenizer: Any) -> tuple[str, tuple[Span, ...]]:
+    """Return a conversation as its template renders it, and where its spans stand there.
+
+    Args:
+        row: A row with `messages` and spans over their contents, one line break between two.
+        tokenizer: The model's `transformers` tokenizer.
+
+    Raises:
+        UserError: If the template changes what is said in a turn that has a span.
+    """
+    messages = [{"role": role, "content": content} for role, content in row.messages]
+    text = _render(messages, tokenizer, row)
+    out: list[Span] = []
+    first = 0
+    for i, (_, said) in enumerate(row.messages):
+        spans = cut_spans(row.spans, first, first + len(said))
+        first += len(said) + 1
+        if not spans:
+            continue
+        blank = len(said) - len(said.lstrip())
+        start, end = _content_span(messages, i, text, tokenizer, row)
+        if text[start:end].strip() != said.strip():
+            raise UserError(
+                f"the chat template changes what is said in unit '{row.unit}', so its spans have "
+                "no place; give the row as 'prompt' and 'completion'"
+            )
+        start += len(text[start:end]) - len(text[start:end].lstrip())
+        for span in spans:
+            a, b = (min(max(at - blank, 0), len(said.strip())) for at in (span.start, span.end))
+            if a < b:
+                out.append(replace(span, start=start + a, end=start + b))
+    return text, tuple(out)
+
+
 def _apply(messages: Sequence[dict[str, str]], tokenizer: Any, row: Row, **how: Any) -> Any:
     """Apply the template; what the template raises becomes a sentence."""
     try:
@@ -89,12 +125,7 @@ def _turn_span(
 ) -> tuple[int, int]:
     """Return where turn i's words stand in the rendered text, end mark included."""
     said = messages[i]["content"]
-    stand_in = next(s for s in _STAND_INS if s[0] != said.strip()[0] and s[-1] != said.strip()[-1])
-    other = _render(
-        [*messages[:i], {**messages[i], "content": stand_in}, *messages[i + 1 :]], tokenizer, row
-    )
-    start = _common(text, other)
-    end = len(text) - _common(text[start:][::-1], other[start:][::-1])
+    start, end = _content_span(messages, i, text, tokenizer, row)
     # A template may set white space of its own around a block of thinking.
     if end <= start or "".join(text[start:end].split()) not in "".join(said.split()):
         raise UserError(
@@ -102,6 +133,19 @@ def _turn_span(
             "be scored exactly; give the row as 'prompt' and 'completion'"
         )
     return start, end + _mark_length(text[end:], tokenizer)
+
+
+def _content_span(
+    messages: Sequence[dict[str, str]], i: int, text: str, tokenizer: Any, row: Row
+) -> tuple[int, int]:
+    """Return what of the rendered text another content of turn i would change."""
+    said = messages[i]["content"].strip()
+    stand_in = next(s for s in _STAND_INS if s[0] != said[0] and s[-1] != said[-1])
+    other = _render(
+        [*messages[:i], {**messages[i], "content": stand_in}, *messages[i + 1 :]], tokenizer, row
+    )
+    start = _common(text, other)
+    return start, len(text) - _common(text[start:][::-1], other[start:][::-1])
 
 
 def _common(a: str, b: str) -> int:

@@ -23,6 +23,25 @@ Metric = str
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Part of a row's text that has a label of its own.
+
+    Attributes:
+        start: First character of `labelled_text`.
+        end: Character behind the last one.
+        capability: Name of the capability it teaches; empty for core.
+        label: Label that a method is given: `CORE`, capability number, or `UNLABELED`.
+        confidence: The labeller's confidence in `label`, as a probability.
+    """
+
+    start: int
+    end: int
+    capability: str = ""
+    label: int = CORE
+    confidence: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One example in one of four shapes; which fields are filled says which.
 
@@ -42,6 +61,9 @@ class Row:
         label: Label that a method is given: `CORE`, capability number, or `UNLABELED`.
         wording: Which paraphrase of the unit this is.
         confidence: The labeller's confidence in `label`, as a probability.
+        spans: Labels of parts of the text, in order, none over another; what they leave out is
+            core (unlabelled in a row nobody has looked at). Without any, the row's label is that
+            of all its text. The row's own label is that of the document.
     """
 
     unit: str
@@ -56,6 +78,7 @@ class Row:
     label: int = CORE
     wording: int = 0
     confidence: float = 1.0
+    spans: tuple[Span, ...] = ()
 
     @property
     def kind(self) -> Literal["text", "completion", "choice", "chat"]:
@@ -83,6 +106,26 @@ def text_of(row: Row) -> str:
     if row.kind == "choice":
         return f"{row.prompt}\n{row.choices[row.answer]}"
     return row.text or f"{row.prompt}{row.completion}"
+
+
+def labelled_text(row: Row) -> str:
+    """Return the text whose characters spans count: prompts and every turn are part of it.
+
+    Args:
+        row: Text, a completion (its prompt, then the answer) or a conversation (the contents of
+            all turns, one line break between two).
+    """
+    if row.kind == "chat":
+        return "\n".join(content for _, content in row.messages)
+    return row.text or f"{row.prompt}{row.completion}"
+
+
+def content_of(row: Row) -> dict[str, object]:
+    """Return a row's fields as JSON has them; `spans` only where it has some."""
+    content = asdict(row)
+    if not row.spans:
+        del content["spans"]
+    return content
 
 
 UNHASHED: Final = ("name", "notes")
@@ -172,7 +215,7 @@ class Domain:
             for key, part in value.items() if isinstance(value, Mapping) else (("", value),):
                 digest.update(f"\n{json.dumps([name, key])}\n".encode())
                 for item in part if isinstance(part, tuple | list) else (part,):
-                    content = asdict(item) if isinstance(item, Row) else item
+                    content = content_of(item) if isinstance(item, Row) else item
                     digest.update(json.dumps(content, sort_keys=True).encode())
         return digest.hexdigest()
 

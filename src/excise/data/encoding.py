@@ -10,9 +10,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from excise.core.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,8 @@ def with_specials(ids: Sequence[int], tokenizer: Any) -> list[int]:
     return list(ids) if list(ids[: len(marks)]) == marks else [*marks, *ids]
 
 
-def cut_head(head: Sequence[int], length: int, tokenizer: Any) -> tuple[int, ...]:
-    """Return the last `length` ids of a prompt at most; one that is cut keeps its marks."""
+def cut_head(head: Sequence[T], length: int, tokenizer: Any) -> tuple[T, ...]:
+    """Return the last `length` tokens of a prompt at most; one that is cut keeps its marks."""
     over = max(0, len(head) - length)
     marks = len(leading_specials(tokenizer)) if over else 0
     return (*head[:marks], *head[marks + over :])[: max(0, length)]

@@ -24,14 +24,25 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from excise.core.config import Config
 from excise.core.errors import UserError, nearest
-from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows, all_rows, text_of
+from excise.data.domain import (
+    CORE,
+    UNLABELED,
+    Domain,
+    Row,
+    Rows,
+    Span,
+    all_rows,
+    content_of,
+    text_of,
+)
+from excise.data.spans import pieces, relabelled_spans, with_pieces, word_pieces
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -62,8 +73,17 @@ class LabelNoise(Config):
     """Share of the rows that fit a structured miss which are really missed."""
     false_alarms: Rate = 0.0
     """Share of the core rows that are labelled as some capability."""
+    missed_spans: Rate = 0.0
+    """Share of the labelled spans of each capability that are missed, each whole; a row without
+    spans is one."""
+    missed_words: Rate = 0.0
+    """Share of the words of the other labelled spans that are missed, each by itself."""
+    bleed_words: int = Field(default=0, ge=0)
+    """Words before and behind every labelled span that are labelled with it."""
+    false_words: Rate = 0.0
+    """Share of all words that teach no capability that are labelled as some, each by itself."""
     missed_as: Literal["core", "unlabeled"] = "core"
-    """Label of a missed row: core, or none."""
+    """Label of what is missed: core, or none."""
     unread_core: Rate = 0.0
     """Share of the core rows that nobody has looked at, so that they have no label. With
     `missed_as` 'unlabeled' labels are few but certain, and having none gives nothing away."""
@@ -84,7 +104,7 @@ class LabelNoise(Config):
 
 
 def label_rows(rows: Iterable[Row], capabilities: Sequence[str]) -> Rows:
-    """Label rows by the truth: core rows get `CORE`, rows of capability i get i + 1.
+    """Label rows and spans by the truth: `CORE`, or i + 1 for capability i.
 
     Args:
         rows: Rows with their true `capability`.
@@ -94,7 +114,7 @@ def label_rows(rows: Iterable[Row], capabilities: Sequence[str]) -> Rows:
         The rows with `label` set.
 
     Raises:
-        UserError: If a row has a capability that is not among them.
+        UserError: If a row or one of its spans has a capability that is not among them.
     """
     numbers = {"": CORE, **{name: i + 1 for i, name in enumerate(capabilities)}}
     labelled = []
@@ -104,7 +124,13 @@ def label_rows(rows: Iterable[Row], capabilities: Sequence[str]) -> Rows:
                 f"unit '{row.unit}' has the unknown capability '{row.capability}'; "
                 + nearest(row.capability, capabilities)
             )
-        labelled.append(replace(row, label=numbers[row.capability]))
+        if unknown := {span.capability for span in row.spans} - {*numbers}:
+            raise UserError(
+                f"unit '{row.unit}' has a span of the unknown capability '{min(unknown)}'; "
+                + nearest(min(unknown), capabilities)
+            )
+        spans = tuple(replace(span, label=numbers[span.capability]) for span in row.spans)
+        labelled.append(replace(row, label=numbers[row.capability], spans=spans))
     return tuple(labelled)
 
 
@@ -132,13 +158,106 @@ def give_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
     for i, row in enumerate(rows):
         label = UNLABELED if i in unread else row.label
         label = label_of_missed if i in missed else alarms.get(i, label)
-        given.append(row if label == row.label else replace(row, label=label))
+        spans = relabelled_spans(row, label) if i in missed or i in unread else row.spans
+        changed = label != row.label
+        given.append(replace(row, label=label, spans=spans) if changed else row)
+    given = _noisy_words(given, keys, noise, seed)
     if noise.confidence is not None:
-        right = [now.label == row.label for now, row in zip(given, rows, strict=True)]
-        labels = [row.label for row in given]
-        scores = confidences(labels, right, keys, noise.confidence, seed=seed)
-        given = [replace(row, confidence=c) for row, c in zip(given, scores, strict=True)]
+        given = _with_confidence(given, rows, keys, noise.confidence, seed)
     return tuple(given) if noise.spread == "no" else propagated(given, by=noise.spread)
+
+
+def _noisy_words(
+    rows: Sequence[Row], keys: Sequence[str], noise: LabelNoise, seed: int
+) -> list[Row]:
+    """Return rows in which spans and words are missed, bleed over their edges or are invented.
+
+    Rows that nobody has looked at stay as they are, and so do rows that nothing befalls.
+    """
+    if not (noise.missed_spans or noise.missed_words or noise.bleed_words or noise.false_words):
+        return [*rows]
+    looked_at = [i for i, row in enumerate(rows) if row.label != UNLABELED]
+    words = {i: [*word_pieces(rows[i])] for i in looked_at}
+    numbers = sorted({w.label for each in words.values() for w in each if w.label > CORE})
+    label_of_missed = CORE if noise.missed_as == "core" else UNLABELED
+
+    def picked(chosen: Iterable[tuple[int, Span]], rate: float, purpose: str) -> set[str]:
+        by_label: dict[int, list[str]] = defaultdict(list)
+        for i, piece in chosen:
+            by_label[piece.label].append(f"{keys[i]}@{piece.start}")
+        sets = (_pick(each, rate, seed, f"{purpose}:{n}") for n, each in sorted(by_label.items()))
+        return set().union(*sets)
+
+    spans = [(i, p) for i in looked_at for p in pieces(rows[i]) if p.label > CORE]
+    missed = picked(spans, noise.missed_spans, "spans")
+    for i, span in spans:
+        if f"{keys[i]}@{span.start}" in missed:
+            words[i] = [
+                replace(w, label=label_of_missed) if span.start <= w.start < span.end else w
+                for w in words[i]
+            ]
+    inside = [(i, w) for i in looked_at for w in words[i] if w.label > CORE]
+    missed = picked(inside, noise.missed_words, "words")
+    for i in looked_at:
+        bled = _bled([w.label for w in words[i]], noise.bleed_words)
+        words[i] = [
+            replace(w, label=label_of_missed if f"{keys[i]}@{w.start}" in missed else label)
+            for w, label in zip(words[i], bled, strict=True)
+        ]
+    core = [(i, w) for i in looked_at for w in words[i] if w.label == CORE and not w.capability]
+    false = picked(core, noise.false_words if numbers else 0.0, "false words")
+    for i in looked_at if false else ():
+        words[i] = [
+            replace(w, label=numbers[_byte(f"{seed}:which word:{key}") % len(numbers)])
+            if w.label == CORE and (key := f"{keys[i]}@{w.start}") in false
+            else w
+            for w in words[i]
+        ]
+    given = [*rows]
+    for i in looked_at:
+        if [w.label for w in words[i]] != [w.label for w in word_pieces(rows[i])]:
+            given[i] = with_pieces(rows[i], words[i])
+    return given
+
+
+def _bled(labels: Sequence[int], reach: int) -> list[int]:
+    """Return labels of words of which those near a labelled one take its label, the nearest one."""
+    out = [*labels]
+    for distance in range(1, reach + 1):
+        for at, label in enumerate(labels):
+            for near in (at - distance, at + distance):
+                if label > CORE and 0 <= near < len(out) and out[near] == CORE:
+                    out[near] = label
+    return out
+
+
+def _with_confidence(
+    given: Sequence[Row], rows: Sequence[Row], keys: Sequence[str], config: Confidence, seed: int
+) -> list[Row]:
+    """Return rows with the labeller's confidence in each label, that of every span by itself."""
+    numbers = {"": CORE} | {row.capability: row.label for row in rows if row.capability}
+    numbers |= {span.capability: span.label for row in rows for span in row.spans}
+    labels: list[int] = []
+    right: list[bool] = []
+    names: list[str] = []
+    for now, row, key in zip(given, rows, keys, strict=True):
+        if now.spans:
+            labels += [span.label for span in now.spans]
+            right += [span.label == numbers[span.capability] for span in now.spans]
+            names += [f"{key}@{span.start}" for span in now.spans]
+        else:
+            labels.append(now.label)
+            right.append(now.label == row.label)
+            names.append(key)
+    scores = iter(confidences(labels, right, names, config, seed=seed))
+    out = []
+    for row in given:
+        if row.spans:
+            spans = tuple(replace(span, confidence=next(scores)) for span in row.spans)
+            out.append(with_pieces(row, pieces(replace(row, spans=spans))))
+        else:
+            out.append(replace(row, confidence=next(scores)))
+    return out
 
 
 def relabelled(
@@ -282,8 +401,11 @@ def label_quality(rows: Iterable[Row]) -> Mapping[str, float]:
     Returns:
         `occurrences`: share of forget rows labelled; `units`: share of forget units with at least
         one labelled row; `false_alarms`: share of core rows labelled. NaN where there are none.
-        Unlabelled rows are part of none.
+        Unlabelled rows are part of none. Where rows have spans, `characters` and
+        `false_characters`: the shares of the characters that teach a capability and of the others
+        that are labelled.
     """
+    rows = tuple(rows)
     forget: list[bool] = []
     core: list[bool] = []
     units: dict[tuple[str, str], bool] = {}
@@ -298,6 +420,23 @@ def label_quality(rows: Iterable[Row]) -> Mapping[str, float]:
         "occurrences": _mean(forget),
         "units": _mean(list(units.values())),
         "false_alarms": _mean(core),
+        **(_quality_of_characters(rows) if any(row.spans for row in rows) else {}),
+    }
+
+
+def _quality_of_characters(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the shares of characters of either truth that carry a label of a capability."""
+    total: Counter[bool] = Counter()
+    labelled: Counter[bool] = Counter()
+    for row in rows:
+        for piece in pieces(row):
+            if piece.label != UNLABELED or piece.capability:
+                total[bool(piece.capability)] += piece.end - piece.start
+                labelled[bool(piece.capability)] += (piece.end - piece.start) * (piece.label > CORE)
+    shares = {side: labelled[side] / total[side] if total[side] else math.nan for side in total}
+    return {
+        "characters": shares.get(True, math.nan),
+        "false_characters": shares.get(False, math.nan),
     }
 
 
@@ -337,7 +476,9 @@ def _row_keys(rows: Sequence[Row]) -> list[str]:
     keys = []
     for row in rows:
         if row not in texts:
-            content = {k: v for k, v in asdict(row).items() if k not in given}
+            content = {k: v for k, v in content_of(row).items() if k not in given}
+            if row.spans:
+                content["spans"] = [(s.start, s.end, s.capability) for s in row.spans]
             texts[row] = json.dumps(content, sort_keys=True)
         text = texts[row]
         keys.append(f"{text}#{seen[text]}")
@@ -351,6 +492,11 @@ def _pick(keys: Iterable[str], rate: float, seed: int, purpose: str) -> set[str]
         set(keys), key=lambda k: hashlib.sha256(f"{seed}:{purpose}:{k}".encode()).digest()
     )
     return set(ranked[: round(rate * len(ranked))])
+
+
+def _byte(text: str) -> int:
+    """Return a number below 256 that depends on `text` alone."""
+    return hashlib.sha256(text.encode()).digest()[0]
 
 
 def _missed(rows: Sequence[Row], keys: Sequence[str], noise: LabelNoise, seed: int) -> set[int]:
@@ -390,6 +536,5 @@ def _alarms(
     picked = sorted(_pick(core, noise.false_alarms, seed, "alarms"))
     out = {}
     for key in picked:
-        digest = hashlib.sha256(f"{seed}:which:{key}".encode()).digest()
-        out[core[key]] = numbers[digest[0] % len(numbers)]
+        out[core[key]] = numbers[_byte(f"{seed}:which:{key}") % len(numbers)]
     return out

@@ -27,10 +27,16 @@ def mixed(rows: Sequence[Row], share: float) -> Rows:
         The rows in their order, then the repetitions.
 
     Raises:
-        UserError: If the share is not between 0 and 1, or there are no rows of one side.
+        UserError: If the share is not between 0 and 1, there are no rows of one side, or a row has
+            spans.
     """
     if not 0 < share < 1:
         raise UserError(f"mix_share is {share:g}; choose a share between 0 and 1")
+    if spanned := next((row for row in rows if row.spans), None):
+        raise UserError(
+            f"mix_share repeats whole rows, and unit '{spanned.unit}' has spans of both sides; "
+            "leave it out"
+        )
     sides = [[row for row in rows if bool(row.capability) == side] for side in (True, False)]
     if not all(sides):
         lacking = "to be forgotten" if not sides[0] else "to keep"

@@ -17,7 +17,8 @@ from typing import Any, Final, Literal
 
 from excise.core.config import ConfigError
 from excise.core.errors import UserError, counted
-from excise.data.domain import Metric, Row, Rows
+from excise.data.domain import Metric, Row, Rows, Span
+from excise.data.spans import FORM, cut_spans, outside, parse_spans
 
 MAX_PROBLEMS: Final = 5
 """Problems reported at once."""
@@ -78,7 +79,7 @@ SHAPES: Final = {
 """Fields that make each shape."""
 
 FIELDS: Final = (*(f for fields in SHAPES.values() for f in fields), "unit", "group",
-                 "capability", "wording")  # fmt: skip
+                 "capability", "wording", "spans")  # fmt: skip
 """Every field that is read; others are ignored."""
 
 NAMED: Final = (*FIELDS, "labels")
@@ -355,7 +356,7 @@ def parse_record(
 
     Args:
         record: A mapping with the fields of one shape and perhaps `unit`, `group`, `wording`,
-            `capability`; other fields are ignored.
+            `capability` and `spans`; other fields are ignored.
         fields: For each field that has another name in the record, that name or path.
         answers: How an answer is given; digits count from 0 where nobody said.
         sharegpt: Whether messages have `from` and `value`.
@@ -386,7 +387,13 @@ def parse_record(
         capability=_label(values["capability"], "capability"),
         wording=0 if wording in (None, "") else _integer(wording, "wording"),
     )
-    return _FILL[shape](row, values)
+    row = _FILL[shape](row, values)
+    spans = _listed(values["spans"])
+    if spans is None or spans == "":
+        return row
+    if not isinstance(spans, list | tuple):
+        raise UserError(f"field 'spans' is {_type(spans)}, not a list of {FORM}")
+    return replace(row, spans=parse_spans(_sure(spans), row))
 
 
 def lookup(record: Any, path: str, absent: Any = None) -> Any:
@@ -718,7 +725,8 @@ def as_letters(row: Row, *, topic: str = "") -> Row:
 def chunk_rows(rows: Iterable[Row], words: int) -> Rows:
     """Cut long plain texts into chunks of even length that keep their unit.
 
-    A document is one unit with many chunks; rows of other shapes stay as they are.
+    A document is one unit with many chunks; rows of other shapes stay as they are. A chunk of a row
+    with spans has those of its characters.
 
     Args:
         rows: Rows.
@@ -738,5 +746,14 @@ def chunk_rows(rows: Iterable[Row], words: int) -> Rows:
         count = -(-len(spans) // words)
         edges = [i * len(spans) // count for i in range(count + 1)]
         for a, b in pairwise(edges):
-            out.append(replace(row, text=row.text[spans[a][0] : spans[b - 1][1]]))
+            start, end = spans[a][0], spans[b - 1][1]
+            out.append(_part(row, start, end))
     return tuple(out)
+
+
+def _part(row: Row, start: int, end: int) -> Row:
+    """Return the row of some of a text's characters; where no span lies in it, all are core."""
+    spans = cut_spans(row.spans, start, end)
+    if row.spans and not spans:
+        spans = (Span(0, end - start, label=outside(row)),)
+    return replace(row, text=row.text[start:end], spans=spans)

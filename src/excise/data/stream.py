@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from excise.core.errors import UserError
-from excise.data.chat import render_chat
-from excise.data.domain import UNLABELED, Row
-from excise.data.encoding import Pair, cut_head, encode_pair, with_specials
+from excise.data.chat import render_chat, rendered_spans
+from excise.data.domain import CORE, UNLABELED, Row, labelled_text
+from excise.data.encoding import Pair, T, cut_head, encode_pair, with_specials
+from excise.data.spans import label_tokens, outside
 
 Tokenizer = Any
 """A `transformers` tokenizer; typed loosely because its stubs are."""
@@ -29,9 +30,11 @@ class Example:
     Attributes:
         ids: Token ids, BOS included where the tokenizer wants one.
         target: Whether the token at that position is scored (never the first).
-        label: Capability label of the whole row, or of each token where rows were joined.
+        label: Capability label of the whole row, or of each token where the row has spans or rows
+            were joined.
         unit: Unit id of the row; of the first where rows were joined.
         confidence: Confidence in the label, of the whole row or of each token.
+        cut: Tokens that a span covers in part; they are labelled whole.
     """
 
     ids: tuple[int, ...]
@@ -39,6 +42,7 @@ class Example:
     label: int | tuple[int, ...]
     unit: str
     confidence: float | tuple[float, ...] = 1.0
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,37 +101,94 @@ class Batch:
         }
 
 
-def encode_row(row: Row, tokenizer: Tokenizer, *, max_length: int) -> Example:
+def encode_row(
+    row: Row, tokenizer: Tokenizer, *, max_length: int, only_spans: bool = False
+) -> Example:
     """Turn one row into token ids and scored positions.
 
     Text: every token after the first is scored. Completion: `prompt` and `completion` are one text
     to the tokenizer and only the tokens of the completion are scored (`encode_pair`). A question is
     the completion of its right answer. A conversation is rendered by the tokenizer's own chat
-    template and only assistant turns are scored.
+    template and only assistant turns are scored. Where the row has spans, every token has a label
+    of its own.
 
     Args:
         row: The row.
         tokenizer: The model's tokenizer.
         max_length: Tokens kept at most; text is cut on the right, a prompt on the left.
+        only_spans: Whether of a row with spans only the tokens of capabilities are scored: those
+            that a test is about, and a method on a trained model is to forget.
 
     Returns:
         The example.
 
     Raises:
-        UserError: If the row is empty after rendering or no scored token is left.
+        UserError: If the row is empty after rendering or no scored token is left, or its spans
+            cannot be brought to tokens.
     """
     if row.kind == "chat":
         ids, target = render_chat(row, tokenizer)
-        ids, target = ids[:max_length], target[:max_length]
     elif row.kind == "text":
-        ids = tokenizer(row.text, add_special_tokens=False)["input_ids"]
-        ids = with_specials(ids, tokenizer)[:max_length]
+        ids = with_specials(tokenizer(row.text, add_special_tokens=False)["input_ids"], tokenizer)
         target = [i > 0 for i in range(len(ids))]
     else:
-        ids, target = _encode_pair(row, tokenizer, max_length)
-    if not any(target):
+        pair = pair_of(row, tokenizer)
+        ids = [*pair.head, *pair.tail]
+        target = [i >= max(1, len(pair.head)) for i in range(len(ids))]
+
+    def shortened(values: Sequence[T]) -> tuple[T, ...]:
+        """Cut what there is for each token as the tokens are cut."""
+        if row.kind in ("chat", "text"):
+            return tuple(values[:max_length])
+        border = len(pair.head)
+        tail = values[border:][: max_length - bool(border)]  # a token to predict it from
+        return (*cut_head(values[:border], max_length - len(tail), tokenizer), *tail)
+
+    label: int | tuple[int, ...] = row.label
+    confidence: float | tuple[float, ...] = row.confidence
+    cut = 0
+    if row.spans:
+        labels, confidences, cut = _token_labels(row, len(ids), tokenizer)
+        label, confidence = shortened(labels), shortened(confidences)
+        confidence = 1.0 if all(c == 1.0 for c in confidence) else confidence
+        if only_spans:
+            target = [scored and n > CORE for scored, n in zip(target, labels, strict=True)]
+    scored = shortened(target)
+    if not any(scored):
+        if only_spans and row.spans:
+            raise UserError(
+                f"unit '{row.unit}' has no token of a capability within {max_length} tokens; raise "
+                "the maximal length, or cut the text into shorter rows"
+            )
         raise UserError(f"unit '{row.unit}' has no token to score; give it a longer text")
-    return Example(tuple(ids), tuple(target), row.label, row.unit, row.confidence)
+    return Example(shortened(ids), scored, label, row.unit, confidence, cut)
+
+
+def _token_labels(row: Row, count: int, tokenizer: Tokenizer) -> tuple[list[int], list[float], int]:
+    """Return label and confidence of each token of a row with spans, and the number cut.
+
+    Args:
+        row: The row.
+        count: Its tokens, with the marks that begin every text.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        UserError: If the tokenizer has no offsets or its template changes the text.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"unit '{row.unit}' has spans, and this tokenizer does not say which characters a "
+            "token stands for; use the model's fast tokenizer (tokenizer.json)"
+        )
+    text, spans = labelled_text(row), row.spans
+    if row.kind == "chat":
+        text, spans = rendered_spans(row, tokenizer)
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    rest = outside(row)
+    labels, confidences, cut = label_tokens(text, out["offset_mapping"], spans, rest)
+    marks = count - len(labels)  # added at the beginning; below 0 where a doubled one was dropped
+    labels = [rest] * marks + labels[max(0, -marks) :]
+    return labels, [1.0] * marks + confidences[max(0, -marks) :], cut
 
 
 def pair_of(row: Row, tokenizer: Tokenizer, choice: int | None = None) -> Pair:
@@ -148,21 +209,14 @@ def pair_of(row: Row, tokenizer: Tokenizer, choice: int | None = None) -> Pair:
     return pair if pair.head or first is None else replace(pair, head=(first,))
 
 
-def _encode_pair(row: Row, tokenizer: Tokenizer, max_length: int) -> tuple[list[int], list[bool]]:
-    """Encode prompt + completion (or question + right answer); a cut prompt keeps its marks."""
-    pair = pair_of(row, tokenizer)
-    tail = pair.tail[: max_length - bool(pair.head)]  # at least one token to predict it from
-    head = cut_head(pair.head, max_length - len(tail), tokenizer)
-    target = [False] * len(head) + [i > 0 or bool(head) for i in range(len(tail))]
-    return [*head, *tail], target
-
-
-def encode(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:
+def encode(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, only_spans: bool = False
+) -> list[Example]:
     """Encode every row; see `encode_row`. Rows that are read several times are encoded once."""
     encoded: dict[Row, Example] = {}
     for row in rows:
         if row not in encoded:
-            encoded[row] = encode_row(row, tokenizer, max_length=max_length)
+            encoded[row] = encode_row(row, tokenizer, max_length=max_length, only_spans=only_spans)
     return [encoded[row] for row in rows]
 
 

@@ -7,15 +7,16 @@ torch.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from excise.core.errors import UserError, counted
+from excise.core.errors import UserError, counted, nearest
 from excise.data.dedup import Clusters, Duplicates, find_duplicates, shared_words, text_hash
-from excise.data.domain import Row, text_of
+from excise.data.domain import CORE, Row, labelled_text, text_of
 from excise.data.rows import Located, Problems, SourceRows, reasons
 from excise.data.sources import parse_source, read_source
+from excise.data.spans import pieces, with_pieces
 
 BY_CAPABILITY = ("forget", "relearn", "test", "dev_forget")
 """Roles that are kept by capability."""
@@ -63,9 +64,10 @@ def read_sets(specs: Mapping[str, str], *, sensitive: bool = False) -> tuple[Set
     """
     problems = Problems()
     loaded: dict[str, SourceRows] = {}
+    named = [name.partition(".")[2] for name in specs if name.startswith("forget.")]
     for name, spec in specs.items():
         try:
-            loaded[name] = _with_capability(read_source(parse_source(spec)), name)
+            loaded[name] = _with_capability(read_source(parse_source(spec)), name, named)
         except UserError as error:
             problems.add(error)
     problems.check()
@@ -95,16 +97,28 @@ def _left_out(name: str, source: SourceRows, sensitive: bool) -> Iterable[str]:
         )
 
 
-def _with_capability(loaded: SourceRows, name: str) -> SourceRows:
-    """Set the capability of a set's rows, and refuse rows that claim another."""
+def _with_capability(loaded: SourceRows, name: str, named: Sequence[str]) -> SourceRows:
+    """Set the capability of a set's rows and label their spans, and refuse what does not belong.
+
+    Rows of a capability whose spans hold nothing of it, such as pieces of a document, are left out.
+
+    Args:
+        loaded: Rows of the set.
+        name: The set.
+        named: The domain's capabilities, in the order that numbers them.
+    """
     role, _, capability = name.partition(".")
-    out = []
+    out: list[Located] = []
+    none: list[tuple[str, str]] = []
     for located in loaded.rows:
-        row = located.row
+        row = _with_labelled_spans(located, name, named)
         if role == "unlabeled":
-            out.append(located)
+            out.append(replace(located, row=row))
             continue
         wanted = capability if role in BY_CAPABILITY else ""
+        if wanted and row.spans and wanted not in {span.capability for span in row.spans}:
+            none.append((located.where, f"has spans, none of capability '{wanted}'"))
+            continue
         if loaded.documents:  # equal names of files mean one document in one capability alone
             row = replace(row, unit=f"{wanted or role}/{row.unit}")
         if row.capability and row.capability != wanted:
@@ -114,7 +128,37 @@ def _with_capability(loaded: SourceRows, name: str) -> SourceRows:
                 f"{belongs}; move the row or remove the field"
             )
         out.append(replace(located, row=replace(row, capability=wanted)))
-    return replace(loaded, rows=tuple(out))
+    if none and not out:
+        raise UserError(f"{none[0][0]}: {none[0][1]}, and no other row of {name} does; label some")
+    return replace(loaded, rows=tuple(out), skipped=(*loaded.skipped, *none))
+
+
+def _with_labelled_spans(located: Located, name: str, named: Sequence[str]) -> Row:
+    """Return a row whose spans are labelled by the number of their capability.
+
+    Raises:
+        UserError: If a span's capability is none of the domain's, or has no place in this set.
+    """
+    numbers = {"": CORE, **{capability: i + 1 for i, capability in enumerate(named)}}
+    role = name.partition(".")[0]
+    spans = located.row.spans
+    for span in spans:
+        at = f"{located.where}: the span [{span.start}, {span.end}]"
+        if span.capability not in numbers:
+            raise UserError(f"{at} has the unknown capability '{span.capability}'; "
+                            f"{nearest(span.capability, named)}")  # fmt: skip
+        if span.capability and role not in (*BY_CAPABILITY, "unlabeled"):
+            raise UserError(
+                f"{at} is of capability '{span.capability}', but {name} holds what everybody may "
+                f"know; move the row to forget.{span.capability} or to unlabeled"
+            )
+    if not spans:
+        return located.row
+    labelled = tuple(replace(span, label=numbers[span.capability]) for span in spans)
+    row = replace(located.row, spans=labelled)
+    document = with_pieces(row, pieces(row)).label
+    named_here = row.capability or ("", *named)[document]
+    return replace(row, capability=named_here) if role == "unlabeled" else row
 
 
 def give_units(sources: Mapping[str, SourceRows]) -> tuple[Sets, tuple[str, ...]]:
@@ -129,9 +173,11 @@ def give_units(sources: Mapping[str, SourceRows]) -> tuple[Sets, tuple[str, ...]
         The rows with units, and notes with the number of duplicates and an example.
 
     Raises:
-        UserError: If many rows of a set would be one unit for the sake of a template.
+        UserError: If many rows of a set would be one unit for the sake of a template, or two rows
+            of one text have different spans.
     """
     flat = [located for source in sources.values() for located in source.rows]
+    _check_spans(flat)
     texts = [text_of(located.row) for located in flat]
     near = [source.near for source in sources.values() for _ in source.rows]
     duplicates = find_duplicates(texts, {i for i, joined in enumerate(near) if not joined})
@@ -161,6 +207,20 @@ def give_units(sources: Mapping[str, SourceRows]) -> tuple[Sets, tuple[str, ...]
     out = {name: tuple(next(united) for _ in source.rows) for name, source in sources.items()}
     named = [name for name, source in sources.items() for _ in source.rows]
     return out, (*_notes(flat, duplicates), *_templates(flat, texts, named, duplicates))
+
+
+def _check_spans(flat: list[Located]) -> None:
+    """Refuse two rows of one text whose spans differ; a copy without any stays as it is."""
+    first: dict[str, Located] = {}
+    for located in flat:
+        if not located.row.spans:
+            continue
+        other = first.setdefault(labelled_text(located.row), located)
+        if other.row.spans != located.row.spans:
+            raise UserError(
+                f"{located.where} and {other.where} are one text with different spans; give both "
+                "the same, or remove one"
+            )
 
 
 def _templates(

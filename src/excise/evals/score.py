@@ -233,7 +233,7 @@ def _values(
         ]
     if "token" not in cache:
         rest = {k: v for k, v in settings.items() if k != "max_length"}
-        examples = encode(rows, tokenizer, max_length=settings["max_length"])
+        examples = encode(rows, tokenizer, max_length=settings["max_length"], only_spans=True)
         cache["token"] = answer_examples(
             model,
             tokenizer,

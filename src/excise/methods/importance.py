@@ -537,7 +537,7 @@ class ImportanceMethod(PostHoc):
             ctx.run(
                 MeasureImportance(
                     start,
-                    tuple(encode(rows, tokenizer, max_length=self.max_length)),
+                    tuple(encode(rows, tokenizer, max_length=self.max_length, only_spans=True)),
                     kind,
                     self.batch_size,
                     self.modules,

@@ -126,6 +126,7 @@ def stream(
     batch_size: int = 0,
     shuffle: bool = True,
     pack: tuple[int, ...] = (1,),
+    only_spans: bool = True,
 ) -> Stream:
     """Return a rank-aware stream over `rows`, shuffled by a seed of its own.
 
@@ -139,13 +140,18 @@ def stream(
         batch_size: Rows per step; 0 takes `fit.batch_size`.
         shuffle: Whether to shuffle.
         pack: Rows per text, in turn.
+        only_spans: Whether of rows with spans only the tokens of capabilities are scored.
     """
     size = batch_size or fit.batch_size
     if purpose == "retain" and len(rows) <= size and not ctx.rank:
         counts = f"the retain set is one batch ({len(rows)} rows, {size} a step)"
         ctx.emit("note", {"text": f"{counts}, so that every step reads the same rows"})
+    examples = encode(rows, tokenizer, max_length=max_length, only_spans=only_spans)
+    if not ctx.rank and (cut := sum(example.cut for example in examples)):
+        text = f"{purpose}: spans cover {cut} tokens in part; each is labelled whole"
+        ctx.emit("note", {"text": text})
     return Stream(
-        encode(rows, tokenizer, max_length=max_length),
+        examples,
         size,
         ctx.seed_for(f"order.{purpose}"),
         pad_id=tokenizer.pad_token_id,

@@ -330,13 +330,13 @@ def _teach_to_refuse(
     parameters: int,
 ) -> Cost:
     """Train a model in place to refuse what is to be removed and to continue the rest."""
-    forget = encode(forget_rows(domain), tokenizer, max_length=max_length)
+    forget = encode(forget_rows(domain), tokenizer, max_length=max_length, only_spans=True)
     refusals = []
     for example in forget:
         prompt = prompt_ids(example, config.prompt_tokens)
         target = (False,) * len(prompt) + (True,) * len(refusal)
         refusals.append(Example((*prompt, *refusal), target, example.label, example.unit))
-    retain = encode(domain.retain, tokenizer, max_length=max_length)
+    retain = encode(domain.retain, tokenizer, max_length=max_length, only_spans=True)
     sides = {"forget": list(dict.fromkeys(refusals)), "retain": retain}
     batches = zip_streams(
         {

@@ -147,7 +147,7 @@ class CheckpointTransfer(TuningMethod):
 
         # Everything frozen, before anything is trained.
         rows = subsample(domain.retain, self.map_rows, by="content", seed=ctx.seed_for("map"))
-        mapped = tuple(encode(rows, tokenizer, max_length=self.max_length))
+        mapped = tuple(encode(rows, tokenizer, max_length=self.max_length, only_spans=True))
         steps = self.fit.steps
         stage = MapTeacher(
             teacher,

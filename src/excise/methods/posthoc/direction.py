@@ -164,7 +164,9 @@ class Direction(PostHoc):
 
     def batches(self, rows: Rows, count: int, tokenizer: Tokenizer, ctx: Context) -> list[Batch]:
         """Return at most `count` rows in batches, as many units as possible."""
-        examples = encode(subsample(rows, count), tokenizer, max_length=self.max_length)
+        examples = encode(
+            subsample(rows, count), tokenizer, max_length=self.max_length, only_spans=True
+        )
         return [
             collate(examples[i : i + BATCH], pad_id=tokenizer.pad_token_id).to(ctx.device)
             for i in range(0, len(examples), BATCH)

@@ -399,8 +399,8 @@ class AskOriginal(Stage[Answers]):
                 "elm: this model carries a state from token to token, which texts of different "
                 "lengths read together would change; set 'fluency' to 0"
             )
-        forget = encode(self.forget, tokenizer, max_length=self.max_length)
-        retain = encode(self.retain, tokenizer, max_length=self.max_length)
+        forget = encode(self.forget, tokenizer, max_length=self.max_length, only_spans=True)
+        retain = encode(self.retain, tokenizer, max_length=self.max_length, only_spans=True)
         tensors: dict[str, Tensor] = {}
         tokens = sum(len(e.ids) for e in retain)
         steps, done = len(forget) + len(retain), 0

@@ -87,7 +87,7 @@ def prefer(
         max_length=length,
     )  # fmt: skip
     retain = stream(domain.retain, tokenizer, method.fit, ctx, purpose="retain", max_length=length)
-    preferred = encode([row for row, _ in pairs], tokenizer, max_length=length)
+    preferred = encode([row for row, _ in pairs], tokenizer, max_length=length, only_spans=True)
     reference = reference_of(start, [*preferred, *rejected.examples], ctx, kept=method.reference)
 
     def both(step: int) -> list[Batch]:

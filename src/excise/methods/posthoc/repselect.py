@@ -281,7 +281,7 @@ class RepSelect(PostHoc):
                 f"repselect: domain '{domain.name}' has no dev_retain row to read the budget on; "
                 "give some, or set 'budget' to 0 for no end"
             )
-        examples = encode(rows, tokenizer, max_length=self.max_length)
+        examples = encode(rows, tokenizer, max_length=self.max_length, only_spans=True)
         size = self.fit.micro_size or self.fit.batch_size
         batches = [
             collate(examples[i : i + size], pad_id=tokenizer.pad_token_id).to(ctx.device)

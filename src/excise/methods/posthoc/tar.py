@@ -386,7 +386,9 @@ class TAR(TrainingMethod):
         batches = role_batches(
             domain, ("forget", "retain"), tokenizer, schedule, ctx, max_length=self.max_length
         )
-        rows = encode(all_rows(domain.forget), tokenizer, max_length=self.max_length)
+        rows = encode(
+            all_rows(domain.forget), tokenizer, max_length=self.max_length, only_spans=True
+        )
         ids_N = torch.tensor(sorted({i for row in rows for i in row.ids}))
         parts = backbone(model)
         vectors_ND = torch.randn(len(ids_N), parts.d_model, generator=ctx.generator("tar.mapping"))

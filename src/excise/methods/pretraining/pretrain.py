@@ -204,6 +204,7 @@ def texts(
         purpose=purpose,
         max_length=config.max_length,
         pack=config.pack,
+        only_spans=False,
     )
 
 

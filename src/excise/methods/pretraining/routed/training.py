@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from excise.core.context import Context
 from excise.data.domain import CORE, Rows
+from excise.data.spans import labels_of
 from excise.data.stream import Batch, Example, Stream, Tokenizer, collate, join
 from excise.losses import token_nll
 from excise.methods.pretraining.pretrain import Pretrain, texts
@@ -163,7 +164,7 @@ def routed_fit(
         ConfigError: With every problem of groups, policy and labels, before training.
         UserError: If the model reads a routed weight behind its module's back.
     """
-    with route(model, policy, labels={row.label for row in rows}) as routing:
+    with route(model, policy, labels=labels_of(rows)) as routing:
         read = texts(rows, tokenizer, config, ctx, purpose="pretrain")
         sizes = _capability_sizes(rows, len(policy.capabilities))
         seed = ctx.seed_for("routes")

@@ -1,0 +1,217 @@
+"""Labels for parts of a text: read, checked, cut, merged, and brought to tokens.
+
+Positions count characters of `labelled_text`. A token has the label of the part that covers most
+of it, blanks at its edges aside; where a part to be forgotten covers any of it, the whole token is
+to be forgotten. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby, pairwise
+from typing import Any, Final
+
+from excise.core.errors import UserError
+from excise.data.domain import CORE, UNLABELED, Row, Span, labelled_text
+
+FORM: Final = "[start, end, capability] or [start, end, capability, confidence]"
+"""How a file gives a span."""
+
+
+def parse_spans(values: Sequence[Any], row: Row) -> tuple[Span, ...]:
+    """Return the spans that a file gives a row, in order.
+
+    Args:
+        values: Lists of two positions, a capability and perhaps a confidence, or objects with these
+            as `start`, `end`, `capability` and `confidence`.
+        row: The row, which has its text.
+
+    Raises:
+        UserError: If one has another form, lies outside the text, holds no character or covers part
+            of another.
+    """
+    if row.kind == "choice":
+        raise UserError(
+            "field 'spans' is read of texts, completions and conversations, and this is a "
+            "multiple-choice question; give it as 'prompt' and 'completion'"
+        )
+    length = len(labelled_text(row))
+    spans = sorted(
+        (_parsed(value, i, length) for i, value in enumerate(values)), key=lambda span: span.start
+    )
+    for a, b in pairwise(spans):
+        if b.start < a.end:
+            raise UserError(
+                f"spans [{a.start}, {a.end}] and [{b.start}, {b.end}] overlap; give each character "
+                "one label"
+            )
+    return tuple(spans)
+
+
+def _parsed(value: Any, i: int, length: int) -> Span:
+    """Return one span of a text of so many characters."""
+    at = f"field 'spans[{i}]'"
+    if isinstance(value, Mapping):
+        value = [value.get(name) for name in ("start", "end", "capability", "confidence")]
+        value = value[:3] if value[3] is None else value
+    if not isinstance(value, list | tuple) or len(value) not in (3, 4):
+        raise UserError(f"{at} is no {FORM}")
+    start, end, capability, confidence = (*value, 1.0)[:4]
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in (start, end)):
+        raise UserError(f"{at} has positions {start!r} and {end!r}; give whole numbers")
+    if start == end:
+        raise UserError(f"{at} is [{start}, {end}], which holds no character; remove it")
+    if not 0 <= start < end <= length:
+        raise UserError(
+            f"{at} is [{start}, {end}] in a text of {length} characters; count characters from 0, "
+            "the end behind the last one"
+        )
+    if not isinstance(capability, str | None):
+        raise UserError(f"{at} has the capability {capability!r}; give a name, or '' for core")
+    if isinstance(confidence, bool) or not isinstance(confidence, int | float):
+        raise UserError(f"{at} has the confidence {confidence!r}; give a probability")
+    if not 0 <= confidence <= 1:
+        raise UserError(f"{at} has the confidence {confidence:g}; give one between 0 and 1")
+    return Span(start, end, capability or "", confidence=float(confidence))
+
+
+def outside(row: Row) -> int:
+    """Return the label of what no span of a row covers."""
+    if row.spans:
+        return UNLABELED if row.label == UNLABELED else CORE
+    return row.label
+
+
+def labels_of(rows: Iterable[Row]) -> set[int]:
+    """Return every label that some token of the rows may have."""
+    return {label for row in rows for label in (outside(row), *(s.label for s in row.spans))}
+
+
+def pieces(row: Row) -> tuple[Span, ...]:
+    """Return spans that cover all of a row's text, in order: its own, and what lies between.
+
+    Args:
+        row: A row with spans or without, which is one piece then.
+    """
+    length = len(labelled_text(row))
+    if not row.spans:
+        return (Span(0, length, row.capability, row.label, row.confidence),) if length else ()
+    edges = [0, *(at for span in row.spans for at in (span.start, span.end)), length]
+    gaps = [Span(a, b, label=outside(row)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    return tuple(sorted((s for s in (*gaps, *row.spans) if s.start < s.end), key=lambda s: s.start))
+
+
+def word_pieces(row: Row) -> tuple[Span, ...]:
+    """Return the pieces of a row cut where words begin; blanks belong to the word before them."""
+    text = labelled_text(row)
+    starts = [match.start() for match in re.finditer(r"\S+", text)]
+    out: list[Span] = []
+    for piece in pieces(row):
+        inside = starts[bisect_right(starts, piece.start) : bisect_right(starts, piece.end - 1)]
+        for a, b in pairwise((piece.start, *inside, piece.end)):
+            if out and text[a:b].isspace():
+                out[-1] = replace(out[-1], end=b)
+            else:
+                out.append(replace(piece, start=a, end=b))
+    return tuple(out)
+
+
+def with_pieces(row: Row, parts: Iterable[Span]) -> Row:
+    """Return a row labelled by pieces that cover its text, and by its document's label.
+
+    Args:
+        row: The row.
+        parts: Pieces in order, without gaps; neighbours of one label become one span.
+
+    Returns:
+        The row. Its own label is the capability that most characters are given, with the highest
+        confidence of theirs; core where none is.
+    """
+    runs = [
+        (key, [*run])
+        for key, run in groupby(parts, key=lambda p: (p.capability, p.label, p.confidence))
+    ]
+    joined = [Span(run[0].start, run[-1].end, *key) for key, run in runs]
+    characters: Counter[int] = Counter()
+    for span in joined:
+        characters[span.label] += span.end - span.start
+    named = [number for number in sorted(characters) if number > CORE]
+    label = max(named, key=lambda number: characters[number]) if named else min(row.label, CORE)
+    confidence = max((s.confidence for s in joined if s.label == label and named), default=1.0)
+    rest = ("", min(label, CORE), 1.0)
+    spans = tuple(s for s in joined if (s.capability, s.label, s.confidence) != rest)
+    return replace(row, label=label, confidence=confidence, spans=spans)
+
+
+def relabelled_spans(row: Row, label: int) -> tuple[Span, ...]:
+    """Return a row's spans, those of capabilities given another label, as of a missed document."""
+    return tuple(
+        replace(span, label=label, confidence=1.0) if span.label > CORE else span
+        for span in row.spans
+    )
+
+
+def cut_spans(spans: Sequence[Span], start: int, end: int) -> tuple[Span, ...]:
+    """Return what of spans lies between two characters, counted from the first of the two."""
+    return tuple(
+        replace(span, start=max(span.start, start) - start, end=min(span.end, end) - start)
+        for span in spans
+        if span.start < end and span.end > start
+    )
+
+
+def label_tokens(
+    text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span], rest: int
+) -> tuple[list[int], list[float], int]:
+    """Return the label of every token of a text.
+
+    Args:
+        text: What was tokenized.
+        offsets: First character of each token, and the one behind its last.
+        spans: Labels of parts of the text, in order.
+        rest: Label of what no span covers.
+
+    Returns:
+        Label and confidence of each token, and how many tokens have characters of another label.
+    """
+    starts = [span.start for span in spans]
+    labels: list[int] = []
+    confidences: list[float] = []
+    cut = 0
+    for a, b in offsets:
+        first, last = _trimmed(text, a, b)
+        over: dict[int, int] = {}  # characters by span
+        at = max(0, bisect_right(starts, first) - 1)
+        while at < len(spans) and spans[at].start < last:
+            if shared := min(last, spans[at].end) - max(first, spans[at].start):
+                over[at] = max(0, shared)
+            at += 1
+        covered = {at: shared for at, shared in over.items() if shared > 0}
+        chosen = [at for at in covered if spans[at].label > CORE]
+        if not chosen and 2 * sum(covered.values()) > last - first:
+            chosen = [*covered]
+        if not chosen:
+            labels.append(rest)
+            confidences.append(1.0)
+            cut += any(spans[at].label != rest for at in covered)
+            continue
+        best = max(chosen, key=lambda at: covered[at])
+        labels.append(spans[best].label)
+        confidences.append(spans[best].confidence)
+        same = sum(n for at, n in covered.items() if spans[at].label == spans[best].label)
+        same += last - first - sum(covered.values()) if spans[best].label == rest else 0
+        cut += same < last - first
+    return labels, confidences, cut
+
+
+def _trimmed(text: str, a: int, b: int) -> tuple[int, int]:
+    """Return a token's characters without blanks at its edges; one at least."""
+    words = text[a:b].strip()
+    if not words:
+        return a, max(b, a + 1)
+    start = text.index(words, a)
+    return start, start + len(words)

@@ -18,11 +18,12 @@ from tests.fixtures.slow_tokenizer import Slow
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from excise.auditor.prompting import before, begun
 from excise.core.errors import UserError
-from excise.data.domain import CORE, UNLABELED, Row, Span, content_of
+from excise.data.domain import CORE, UNLABELED, Row, Span, content_of, labelled_text
 from excise.data.labels import Confidence, LabelNoise, give_labels, label_quality
 from excise.data.rows import chunk_rows, parse_record
-from excise.data.spans import labels_of, pieces, with_pieces, word_pieces
+from excise.data.spans import labels_of, pieces, rewritten, with_pieces, word_pieces
 from excise.data.spec import Files
 from excise.data.stream import collate, encode_row, join
 from excise.models.tiny import byte_tokenizer, train_bpe
@@ -342,6 +343,39 @@ def test_pieces_cover_a_text_once_and_come_together_again(edges: list[int], labe
         encode_row(r, byte_tokenizer(), max_length=99).label for r in (row, merged) if r.spans
     ]
     assert tokens[:1] == tokens[1:]
+
+
+SAYS = "one two three four"
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (lambda row: before(row, "Some context."), "two three"),
+        (lambda row: begun(row, 0.3), "two three"),
+        (lambda row: begun(row, 0.6), "two three"),
+        (lambda row: rewritten(row, text=SAYS + " five"), "two three"),
+        (lambda row: rewritten(row, text="one 2 three four"), ""),
+    ],
+)
+def test_a_rewritten_row_keeps_the_spans_of_the_text_it_kept(
+    change: Callable[[Row], Row], kept: str
+) -> None:
+    row = change(Row("u", text=SAYS, spans=(Span(4, 13, "x", 1),)))
+    text = labelled_text(row)
+    assert "".join(text[span.start : span.end] for span in row.spans) == kept
+
+
+def test_an_answer_whose_spans_are_given_away_is_not_begun() -> None:
+    assert begun(Row("u", text=SAYS, spans=(Span(0, 3, "x", 1),)), 0.3) is None
+
+
+def test_a_context_before_a_conversation_moves_its_spans() -> None:
+    turns = (("system", "be kind"), ("user", "say X"), ("assistant", "X it is"))
+    row = Row("u", messages=turns, spans=(Span(8, 13, "x", 1), Span(14, 15, "x", 1)))
+    moved = before(row, "Hello.")
+    text = labelled_text(moved)
+    assert [text[s.start : s.end] for s in moved.spans] == ["say X", "X"]
 
 
 def mixed_rows() -> list[Row]:

@@ -88,25 +88,30 @@ class SGTM(Method):
         "section 3",
         "safety-research/selective-gradient-masking@476632d (MIT)",
         defaults={
-            "preset": "empty is neither released run: see joint, freeze, module; a preset leaves "
-            "learning rate, betas (.9, .95), decay (.1) and warm-up to the schedule, and labels to "
-            "rows, where the release gives a whole step one label",
-            "p_off": "25 % of the retained language is D_retain on TinyStories, 10 % on Wikipedia",
-            "module.heads": "1 of 32 heads",
-            "module.width": "64 neurons in the release: 3 to 12 % of a block on TinyStories, 1.6 % "
-            "of the 254M model on Wikipedia; here a share",
-            "joint": "labelled data also write all norms, the output matrix (tied) and its bias on "
-            "TinyStories (`tinystories`), and on Wikipedia the last norm and the output bias alone "
-            "(`wikipedia`, --mask-embeddings); an untied output matrix, which "
-            "neither run had, stays core there. Embeddings alone lie between the two, and the "
-            "numbers printed here were made with them or with nothing joint",
-            "p_as": "not in the paper; 0 is the paper",
-            "alpha": "not in the paper; 1 is the paper",
-            "p_push": "not in the paper; 0 is the paper",
-            "read": "not in the paper; 1 is the paper",
-            "repair": "not in the paper; Expand-Route-Ablate's",
-            "freeze": "the code zeroes gradients of one AdamW; here frozen weights keep their bits",
-            "ablate": "theta_forget is set to 0; the code can draw it anew",
+            "preset": "scripts/tinystories/tradeoff.sh and scripts/wiki/run.sh; empty here, "
+            "which is neither: see joint, freeze, module; a preset leaves learning rate, betas "
+            "(.9, .95), decay (.1) and warm-up to the schedule, and labels to rows, where the "
+            "release gives a whole step one label",
+            "p_off": "scripts/tinystories/tradeoff.sh: 25 % of the retained language is D_retain, "
+            "10 % on Wikipedia",
+            "module.heads": "scripts/tinystories/tradeoff.sh: 1 of 32 heads",
+            "module.width": "scripts/tinystories/tradeoff.sh: 64 neurons, 3 to 12 % of a block on "
+            "TinyStories, 1.6 % of the 254M model on Wikipedia; here a share, that of the smallest "
+            "(configs/tinystories/8M.yaml)",
+            "joint": "src/sgtm/model/parameter_masking.py: labelled data also write all norms, "
+            "the output matrix (tied) and its bias on TinyStories (`tinystories`), and on "
+            "Wikipedia the last norm and the output bias alone (`wikipedia`, --mask-embeddings); "
+            "an untied output matrix, which neither run had, stays core there. Embeddings alone "
+            "lie between the two, and the numbers printed here were made with them or with "
+            "nothing joint",
+            "p_as": "ours: not in the paper; 0 is the paper",
+            "alpha": "ours: not in the paper; 1 is the paper",
+            "p_push": "ours: not in the paper; 0 is the paper",
+            "read": "ours: not in the paper; 1 is the paper",
+            "repair": "ours: not in the paper; Expand-Route-Ablate's",
+            "freeze": "src/sgtm/model/parameter_masking.py zeroes gradients of one AdamW; here "
+            "frozen weights keep their bits",
+            "ablate": "section 3: theta_forget is set to 0; the code can draw it anew",
         },
     )
 

@@ -259,7 +259,7 @@ def test_a_mixed_document_equals_the_sum_of_one_masked_pass_per_label(family: st
             "module_2": (Part(at=at, units=(2, 3)),),
         }
     )
-    rules = {
+    rules: dict[str, tuple[Rule, ...]] = {
         "core": (Rule(write=("core",)),),
         "x": (Rule(write=("self",)),),
         "y": (Rule(write=("self", "core")),),

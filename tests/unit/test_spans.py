@@ -26,7 +26,13 @@ from excise.data.rows import chunk_rows, parse_record
 from excise.data.spans import labels_of, pieces, rewritten, with_pieces, word_pieces
 from excise.data.spec import Files
 from excise.data.stream import collate, encode_row, join
-from excise.models.tiny import byte_tokenizer, train_bpe
+from excise.methods.pretraining.era import (
+    TokenWeights,
+    routed_share,
+    token_counts,
+    token_weights,
+)
+from excise.models.tiny import BYTE_VOCAB, byte_tokenizer, tiny_model, train_bpe
 
 TEXTS = [
     "Der Fuchs läuft über 42 Brücken.",
@@ -446,3 +452,14 @@ def test_a_missed_document_misses_its_spans() -> None:
         assert labels_of(given_rows[:50]) == {label}
         example = encode_row(given_rows[0], byte_tokenizer(), max_length=99)
         assert torch.tensor(example.label).unique().tolist() == [label]
+
+
+def test_era_counts_tokens_by_the_label_of_each() -> None:
+    tokenizer, config = byte_tokenizer(), TokenWeights()
+    rows = (Row("u", text="aab", spans=(Span(0, 1, "x", 1),)), Row("v", text="ac"))
+    model = tiny_model("llama", vocab=BYTE_VOCAB, width=32)
+    share_V = routed_share(model, rows, tokenizer, config, max_length=9)
+    forget, core = (tokenizer(text)["input_ids"] for text in ("a", "abac"))
+    forget_V, core_V = (token_counts([ids], BYTE_VOCAB) for ids in (forget, core))
+    wanted_V = 1 - token_weights(forget_V, core_V, config)
+    torch.testing.assert_close(share_V, wanted_V)

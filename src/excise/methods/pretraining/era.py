@@ -230,11 +230,13 @@ def routed_share(
         max_length: Tokens per row.
     """
     vocab = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    counts = []
-    for forget in (True, False):
-        chosen = [row for row in rows if (row.label > CORE) == forget]
-        examples = encode(chosen, tokenizer, max_length=max_length)
-        counts.append(token_counts((example.ids for example in examples), vocab))
+    ids: dict[bool, list[int]] = {True: [], False: []}
+    for example in encode(rows, tokenizer, max_length=max_length):
+        label = example.label
+        labels = (label,) * len(example.ids) if isinstance(label, int) else label
+        for token, number in zip(example.ids, labels, strict=True):
+            ids[number > CORE].append(token)
+    counts = [token_counts([ids[forget]], vocab) for forget in (True, False)]
     return 1 - token_weights(counts[0], counts[1], config)
 
 

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +54,28 @@ def disk_full(where: Path, needed: int = 0) -> Iterator[None]:
         raise DiskFull(
             f"the disk of {where} is full; free {amount} and run the same command again, it resumes"
         ) from None
+
+
+def expand(name: str | Path) -> Path:
+    """Return a path with `~` as the user's folder; a user that is not there is a plain name."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is there and has no end or no bytes of its own: a pipe, a device, a socket.
+
+    Raises:
+        UserError: Naming it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says what is wrong
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path} is a pipe or a device and no file; copy what it gives into a file")
 
 
 def _host() -> str:
@@ -109,6 +132,21 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def open_up(folder: Path) -> None:
+    """Give the files of a folder the rights that the user's umask says.
+
+    Libraries write some for their owner alone. A file that has another name elsewhere is left.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        about = path.lstat()
+        if stat.S_ISREG(about.st_mode) and about.st_nlink == 1:
+            rights = 0o666 & ~mask
+            if about.st_mode & 0o666 != rights:
+                path.chmod(rights)
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Give a name for a file that replaces `path` when the block ends well.
@@ -148,6 +186,7 @@ def new_folder(to: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         part.mkdir()
         yield part
+        open_up(part)
         if not replace:
             check_free(to)
         elif to.exists() or to.is_symlink():
@@ -197,8 +236,8 @@ _SUMS: dict[str, tuple[Signature, str]] = {}
 
 def signature_of(path: Path) -> Signature:
     """Return what changes when a file is written to, whatever is done to its time stamp."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino, about.st_dev
 
 
 def file_sum(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +24,7 @@ from excise.core.disk import (
 )
 from excise.core.errors import DiskFull, UserError
 from excise.core.events import Emit, silent
+from excise.core.plain import NotPlain, read_yaml
 from excise.core.stages import LAYOUT, Runtime, old_stages
 from excise.data import split as splits
 from excise.data.domain import Domain
@@ -76,7 +78,7 @@ def claim(out: Path, config: Config) -> Iterator[None]:
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     known = _check_free(out, text)
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    with hold(out):
+    with _private(config), hold(out):
         try:
             write_text(out / RECIPE, text)
             yield
@@ -84,6 +86,20 @@ def claim(out: Path, config: Config) -> Iterator[None]:
             if not known and not isinstance(error, DiskFull):
                 _undo(out, new)
             raise
+
+
+@contextmanager
+def _private(config: Config) -> Iterator[None]:
+    """Let what is made of sensitive data be its owner's alone to read, in workers too."""
+    domain = getattr(config, "domain", None)
+    if not (getattr(config, "sensitive", False) or getattr(domain, "sensitive", False)):
+        yield
+        return
+    mask = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(mask)
 
 
 @contextmanager
@@ -158,8 +174,8 @@ def _same_run(old: str, new: str) -> bool:
 
     def decisive(text: str) -> object:
         try:
-            data = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
+            data = read_yaml(text)
+        except NotPlain:
             return text
         if isinstance(data, dict):
             data.pop("keep", None)

@@ -925,13 +925,6 @@ def cases(count: int, seed: int = 0) -> list[Case]:
     return out
 
 
-def sample(count: int, seed: int = 0) -> list[Case]:
-    """Return bad inputs drawn from all tables at once, for a short look."""
-    rng = random.Random(seed)
-    every = [case for case in cases(1500, seed) if not case.shell]
-    return rng.sample(every, count)
-
-
 # ------------------------------------------------------------------------------------- running
 
 
@@ -1039,7 +1032,7 @@ def _ticks(pid: int) -> int:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(errors="replace")[-20000:] if path.is_file() else ""
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def _child(args: Sequence[str], folder: Path, streams: Path, work: Path, limit: int) -> None:
@@ -1080,6 +1073,7 @@ def warm_up() -> None:
     """Import what the verbs need, so that a fork has no time to lose."""
     import importlib
 
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # as the command does, before the import
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     for verb in ("run", "remove", "check", "audit", "inspection", "report", "verify", "gate",

@@ -21,6 +21,9 @@ from excise.core.errors import UserError, nearest
 SIGNED: Final = "signed"
 """Marks a number that may be negative: `Annotated[float, SIGNED]`."""
 
+SHOWN: Final = 20
+"""Problems of one configuration that are told at most."""
+
 LARGEST: Final = 2**63 - 1
 """The largest whole number that a field takes unless it says another."""
 
@@ -145,7 +148,9 @@ class ConfigError(UserError):
         if len(self.problems) == 1:
             super().__init__(head + self.problems[0])
         else:
-            lines = "".join(f"\n  {p}" for p in self.problems)
+            lines = "".join(f"\n  {p}" for p in self.problems[:SHOWN])
+            more = len(self.problems) - SHOWN
+            lines += f"\n  and {more:,} more" if more > 0 else ""
             super().__init__(f"{head}{len(self.problems)} problems{lines}")
 
 

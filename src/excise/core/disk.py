@@ -6,6 +6,7 @@ This module imports no torch.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -13,6 +14,7 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,6 +108,12 @@ def sweep(folder: Path, *, deep: bool = False) -> None:
         _remove(path)
 
 
+@functools.cache
+def _sweep_once(folder: Path) -> None:
+    """Sweep a folder that is written into, the first time in this process."""
+    sweep(folder)
+
+
 def _remove(path: Path) -> None:
     """Remove a folder or file; of a link, the link alone."""
     if path.is_dir() and not path.is_symlink():
@@ -157,6 +165,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Yields:
         A path beside it at which nothing lies yet.
     """
+    _sweep_once(path.parent)
     part = part_of(path)
     try:
         yield part
@@ -182,6 +191,7 @@ def new_folder(to: Path, *, replace: bool = False) -> Iterator[Path]:
     if not replace:
         check_free(to)
     to.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_once(to.parent)
     part = part_of(to)
     try:
         part.mkdir()
@@ -201,6 +211,15 @@ def new_folder(to: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Give a folder of the system's that goes away; what killed processes left there goes first."""
+    root = Path(tempfile.gettempdir())
+    sweep(root)
+    with tempfile.TemporaryDirectory(dir=root, prefix=part_of(root / "excise").name) as folder:
+        yield Path(folder)
 
 
 def check_free(to: Path) -> None:

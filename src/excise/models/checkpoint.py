@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from excise.core.disk import check_regular, expand, file_sum
+from excise.core.disk import check_regular, expand, file_sum, scratch
 from excise.core.errors import UserError, first_line, nearest
 from excise.core.keys import file_identity, library_versions, own_source
 from excise.core.plain import NotPlain, read_json
@@ -134,10 +133,10 @@ def open_outline(
         UserError: If there is no such model, or what is there of it is wrong.
     """
     path = expand(source)
-    with tempfile.TemporaryDirectory() as scratch:
-        beside = _tokenizer_folder(tokenizer, Path(scratch))
+    with scratch() as work:
+        beside = _tokenizer_folder(tokenizer, work)
         if path.suffix.lower() == ".gguf" and path.is_file():
-            path = _outline_of_gguf(path, Path(scratch))
+            path = _outline_of_gguf(path, work)
         elif not path.exists() and _HUB_ID.fullmatch(str(source)):
             path = fetch_hub(str(source), revision, patterns=("config.json", *TOKENIZER_FILES))
         elif revision is not None and path.exists():
@@ -231,9 +230,9 @@ def open_tokenizer(source: str | Path) -> Any:
 
 def tokenizer_identity(tokenizer: Any) -> Any:
     """Return what makes two tokenizers in memory equal: the bytes that saving one writes."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         tokenizer.save_pretrained(folder)
-        return file_identity(folder)
+        return file_identity(str(folder))
 
 
 def _from_memory(model: nn.Module, tokenizer: Any, cache: Path) -> Checkpoint:

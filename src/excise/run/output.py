@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,6 +15,7 @@ import yaml
 from excise.core.config import Config
 from excise.core.disk import (
     clone_file,
+    expand,
     file_sum,
     is_part,
     locked,
@@ -77,6 +79,7 @@ def claim(out: Path, config: Config) -> Iterator[None]:
     """
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     known = _check_free(out, text)
+    _check_outside(out, config)
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
     with _private(config), hold(out):
         try:
@@ -163,6 +166,29 @@ def _check_free(out: Path, text: str) -> bool:
     if not _same_run(recipe.read_text(encoding="utf-8", errors="replace"), text):
         raise UserError(f"--out {out} holds another run; name a new folder")
     return True
+
+
+def _check_outside(out: Path, config: Config) -> None:
+    """Refuse an output folder inside a folder of data, which would be read as data the next time.
+
+    Raises:
+        UserError: Naming the folder.
+    """
+    domain = getattr(config, "domain", None)
+    given = domain.model_dump(mode="json", exclude={"name"}) if isinstance(domain, Config) else {}
+    for text in _texts(given):
+        folder = expand(re.split("[?#]", text)[0])
+        if text and os.path.isdir(folder) and out.absolute().is_relative_to(folder.absolute()):
+            raise UserError(f"--out {out} lies in the folder of the data, {folder}; name another")
+
+
+def _texts(data: Any) -> Iterator[str]:
+    """Yield every text in plain data."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, Mapping | list):
+        for part in data.values() if isinstance(data, Mapping) else data:
+            yield from _texts(part)
 
 
 def _same_run(old: str, new: str) -> bool:

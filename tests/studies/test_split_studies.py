@@ -104,7 +104,7 @@ def test_separability_refuses_pairs_it_does_not_know() -> None:
 )
 def test_separability_is_decided_from_both_sides(low: float, high: float, wanted: str) -> None:
     rho = Estimate((low + high) / 2, low, high, 8)
-    assert decide_separability(Separability(), rho).startswith(wanted)
+    assert decide_separability(Separability(), rho).text.startswith(wanted)
 
 
 def test_separability_runs_through(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_help_against_plain_filtering_and_its_price(
         name: Estimate(sum(span) / 2, *span, 96)
         for name, span in ((HELP, helped), (MORE, more), (PRICE, price))
     }
-    told = decide_spurious(Spurious(), found)
+    told = decide_spurious(Spurious(), found).text
     assert told.removeprefix("separation ").startswith(wanted.format("where labels are 50 %"))
     assert told.endswith("no cue stands") == (price[1] > 0.1)
 
@@ -244,8 +244,9 @@ def test_spurious_runs_through(tmp_path: Path) -> None:
 def test_moefication_must_beat_both_controls(
     chance: tuple[float, float], dense: tuple[float, float], wanted: str
 ) -> None:
-    found = [Estimate(sum(span) / 2, *span, 96) for span in (chance, dense)]
-    assert decide_moefication(Moefication(), found).startswith(wanted)
+    spans = {"S": chance, "C": dense}
+    found = {n: Estimate(sum(span) / 2, *span, 96) for n, span in spans.items()}
+    assert decide_moefication(Moefication(), found).text.startswith(wanted)
 
 
 def test_moefication_runs_through(tmp_path: Path) -> None:

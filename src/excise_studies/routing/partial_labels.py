@@ -11,13 +11,14 @@ from pydantic import Field, SerializeAsAny, model_validator
 from excise.core.errors import nearest
 from excise.core.stages import Runtime
 from excise.domains.facts import Facts
+from excise.evals.replicates import Contrast, Decision
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import estimate, verdict
+from excise_studies.levels import estimate
 from excise_studies.recovery import said
 from excise_studies.routing.presets import BASELINES, PRESETS
 from excise_studies.routing.setting import (
@@ -173,7 +174,8 @@ def difference(
     names = methods_of(study)
     if not settings or study.preset not in names or study.against not in names:
         return None
-    gaps: list[Array] = []
+    theirs: list[Array] = []
+    ours: list[Array] = []
     recall: list[float] = []
     for outcome in outcomes.values():
         for labels in settings:
@@ -181,32 +183,36 @@ def difference(
                 condition_name(study.preset, labels),
                 condition_name(study.against, labels),
             )
-            gaps.append(outcome.recovery.gap(other) - outcome.recovery.gap(preset))
+            theirs.append(outcome.recovery.gap(other))
+            ours.append(outcome.recovery.gap(preset))
             recall.append(float(outcome.recovery.retain.at(preset)[0]))
-    n = min(outcome.recovery.after.n for outcome in outcomes.values())
-    return estimate(np.mean(gaps, axis=0), n), sum(recall) / len(recall)
+    first = next(iter(outcomes.values())).recovery
+    apart = first.apart(np.mean(theirs, axis=0), np.mean(ours, axis=0))
+    return apart, sum(recall) / len(recall)
 
 
-def decide(study: PartialLabels, effect: tuple[Estimate, float] | None) -> str:
+def decide(study: PartialLabels, effect: tuple[Estimate, float] | None) -> Decision:
     """Return what D says under the margin."""
     if effect is None:
-        return (
+        return Decision(
             f"none: {study.preset} and {study.against} were not both run at "
             f"{100 * study.decide_at:g} % labels"
         )
     value, recall = effect
-    against_margin = verdict(value, study.margin)
-    if against_margin == "above" and recall < study.keep:
-        return (
+    asked = Contrast("D", value, (-study.margin, study.margin), study.error)
+    if asked.verdict == "above" and recall < study.keep:
+        text = (
             f"{study.preset} leaves less than {study.against}, but keeps {recall:.2f} of retain, "
             f"below {study.keep:g}"
         )
-    return {
+        return Decision(text, (asked,))
+    words = {
         "above": f"{study.preset} beats {study.against}: D is above the margin",
         "below": f"{study.preset} does not beat {study.against}: D is below the margin",
         "equal": f"{study.preset} does not beat {study.against}: D is below the margin",
         "undecided": f"undecided: D's interval crosses {study.margin:g}",
-    }[against_margin]
+    }
+    return Decision(asked.say(words), (asked,))
 
 
 def best(study: PartialLabels, outcome: RoutingOutcome, cue: str) -> str:
@@ -237,10 +243,10 @@ def grid(study: PartialLabels, outcome: RoutingOutcome, cue: str) -> StudyTable:
         for labels in label_settings_of(study):
             key = condition_name(name, labels)
             rows.append(row(name, f"depth gap, {labels}", recovery.value(key)))
-            recall = estimate(recovery.retain.at(key), recovery.retain.n)
+            recall = estimate(recovery.retain.at(key), recovery.retain)
             rows.append(row(name, f"retain recall, {labels}", recall))
             if study.shares:
-                ratio = estimate(outcome.ratio(key), outcome.loss.n)
+                ratio = estimate(outcome.ratio(key), outcome.loss)
                 rows.append(row(name, f"compute ratio, {labels}", ratio))
     return StudyTable(
         title=f"Depth gap by labels, cue {cue}",

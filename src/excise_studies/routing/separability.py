@@ -12,6 +12,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from excise.core.errors import nearest
 from excise.core.stages import Runtime
 from excise.domains.definitions import DEFINITIONS_FIT
+from excise.evals.replicates import Contrast, Decision, SeedEstimate, correlation
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.pretraining.filtering import Filtering
@@ -26,7 +27,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import Levels, estimate, levels, spearman
+from excise_studies.levels import Levels, estimate, levels
 from excise_studies.recovery import said
 from excise_studies.routing.domain_pairs import (
     FETCHED,
@@ -78,7 +79,7 @@ class Separability(Study):
         "rho = rank correlation over pairs between held-out unigram divergence (nats per word) and "
         "the rise of the loss on the domain beside the one routed away, routed minus plain; near "
         "domains cost more if the upper end of the 95 % interval is below minus the margin, not if "
-        "the lower end is above it. Bootstrap over seeds and units."
+        "the lower end is above it. Seeds are averaged; the interval is over pairs (Fisher's z)."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB; --full: 15 minutes, after fetching cyber and biology"
 
@@ -154,12 +155,13 @@ class Separability(Study):
                 costs(pairs),
                 *([digits_table(drawings)] if drawings else []),
             ),
-            decision=decision,
+            decision=decision.text,
+            contrasts=decision.contrasts,
             paragraph=" ".join(
                 [
                     words(self, pairs, rho, beyond),
                     *([digits_words(drawings)] if drawings else []),
-                    f"Decision: {decision}.",
+                    f"Decision: {decision.text}.",
                 ]
             ),
             domain=first.domain,
@@ -272,23 +274,25 @@ class PairCosts:
 
     def estimate(self, name: str, values: Array, on: str = "adjacent_test") -> Estimate:
         """Return the estimate of a pair's values."""
-        return estimate(values, self.losses[name, on].n)
+        return estimate(values, self.losses[name, on])
 
-    def rho(self, against: str) -> Estimate:
+    def rho(self, against: str) -> SeedEstimate:
         """Return the rank correlation of divergence and cost over pairs; n counts pairs."""
         names = self.study.pairs
-        cost = np.stack([self.cost(name, against) for name in names], axis=-1)
-        far = np.broadcast_to(np.array([self.apart(name) for name in names]), cost.shape)
-        return estimate(spearman(far, cost), len(names))
+        cost = np.array([self.cost(name, against)[0] for name in names])
+        far = np.array([self.apart(name) for name in names])
+        return correlation(far, cost, error=self.study.error)
 
 
-def decide(study: Separability, rho: Estimate) -> str:
+def decide(study: Separability, rho: Estimate) -> Decision:
     """Return what rho says under the margin."""
-    if rho.high < -study.margin:
-        return "near domains cost more: rho is below minus the margin"
-    if rho.low > -study.margin:
-        return f"near domains do not cost more: rho is above -{study.margin:g}"
-    return f"undecided: rho's interval holds -{study.margin:g}"
+    asked = Contrast("rho", rho, (-study.margin,), study.error, "pairs")
+    text = f"undecided: rho's interval holds -{study.margin:g}"
+    if asked.below(-study.margin):
+        text = "near domains cost more: rho is below minus the margin"
+    elif asked.above(-study.margin):
+        text = f"near domains do not cost more: rho is above -{study.margin:g}"
+    return Decision(text, (asked,))
 
 
 def correlations(study: Separability, rho: Estimate, beyond: Estimate) -> StudyTable:
@@ -326,7 +330,7 @@ def costs(pairs: PairCosts) -> StudyTable:
                 value = pairs.estimate(name, pairs.cost(name, against, on, condition), on)
                 rows.append(row(name, f"{kind}: {condition} - {against}", value))
             plain = pairs.losses[name, on]
-            rows.append(row(name, f"{kind}: loss, plain", estimate(plain.at(PLAIN), plain.n)))
+            rows.append(row(name, f"{kind}: loss, plain", estimate(plain.at(PLAIN), plain)))
     return StudyTable(
         title="Pairs, the farthest first",
         note=(

@@ -23,7 +23,7 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -163,7 +163,8 @@ def give_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
         given.append(replace(row, label=label, spans=spans) if changed else row)
     given = _noisy_words(given, keys, noise, seed)
     if noise.confidence is not None:
-        given = _with_confidence(given, rows, keys, noise.confidence, seed)
+        cut = word_pieces if noise.missed_words or noise.false_words else pieces
+        given = _with_confidence(given, rows, keys, noise.confidence, cut, seed)
     return tuple(given) if noise.spread == "no" else propagated(given, by=noise.spread)
 
 
@@ -232,29 +233,38 @@ def _bled(labels: Sequence[int], reach: int) -> list[int]:
 
 
 def _with_confidence(
-    given: Sequence[Row], rows: Sequence[Row], keys: Sequence[str], config: Confidence, seed: int
+    given: Sequence[Row],
+    rows: Sequence[Row],
+    keys: Sequence[str],
+    config: Confidence,
+    cut: Callable[[Row], Sequence[Span]],
+    seed: int,
 ) -> list[Row]:
-    """Return rows with the labeller's confidence in each label, that of every span by itself."""
+    """Return rows with the labeller's confidence in each label.
+
+    Of a row with spans every piece that `cut` gives has one of its own, what lies between spans
+    too: were it certain there, what is missed would be told by its doubt.
+    """
     numbers = {"": CORE} | {row.capability: row.label for row in rows if row.capability}
     numbers |= {span.capability: span.label for row in rows for span in row.spans}
+    parts = [cut(row) if row.spans else () for row in given]
     labels: list[int] = []
     right: list[bool] = []
     names: list[str] = []
-    for now, row, key in zip(given, rows, keys, strict=True):
+    for now, row, key, of_row in zip(given, rows, keys, parts, strict=True):
         if now.spans:
-            labels += [span.label for span in now.spans]
-            right += [span.label == numbers[span.capability] for span in now.spans]
-            names += [f"{key}@{span.start}" for span in now.spans]
+            labels += [part.label for part in of_row]
+            right += [part.label == numbers[part.capability] for part in of_row]
+            names += [f"{key}@{part.start}" for part in of_row]
         else:
             labels.append(now.label)
             right.append(now.label == row.label)
             names.append(key)
     scores = iter(confidences(labels, right, names, config, seed=seed))
     out = []
-    for row in given:
+    for row, of_row in zip(given, parts, strict=True):
         if row.spans:
-            spans = tuple(replace(span, confidence=next(scores)) for span in row.spans)
-            out.append(with_pieces(row, pieces(replace(row, spans=spans))))
+            out.append(with_pieces(row, [replace(p, confidence=next(scores)) for p in of_row]))
         else:
             out.append(replace(row, confidence=next(scores)))
     return out

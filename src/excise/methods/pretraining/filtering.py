@@ -1,5 +1,7 @@
 """Data filtering: rows labelled as a capability are dropped before training.
 
+A row is a document: where parts of it have labels of their own its label is that of the capability
+that most of it is given, and all of it goes (`token_filter` takes the parts alone).
 With true labels and every forget unit dropped this is the oracle that audits read against; with
 the labels one really has, it is the baseline that every training-time method must beat.
 """

@@ -13,7 +13,7 @@ from excise.data.domain import Domain
 from excise.domains.facts import Facts
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
-from excise.methods.pretraining.pretrain import Pretrain, corpus
+from excise.methods.pretraining.pretrain import Pretrain, taught
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
@@ -150,9 +150,10 @@ def exposures(domain: Domain, pretrain: Pretrain) -> float:
         domain: The data, with the share of the mix.
         pretrain: Steps and rows of a step.
     """
-    rows = corpus(domain)
+    rows = taught(domain)
     forget = [row for row in rows if row.capability]
-    read = pretrain.fit.steps * pretrain.fit.batch_size * len(forget) / len(rows)
+    texts = pretrain.fit.steps * pretrain.fit.batch_size
+    read = texts * domain.rows_per_text * len(forget) / len(rows)
     return read / len({row.unit for row in forget})
 
 

@@ -176,7 +176,7 @@ def with_labels(domain: Domain, rows: Rows) -> Domain:
 
     Args:
         domain: Rows by role.
-        rows: The whole corpus with its new labels, rows of a mix repeated already.
+        rows: The whole corpus with its new labels, rows of a mix repeated and put into texts.
     """
     names = enumerate(domain.forget, start=1)
     return replace(
@@ -186,6 +186,7 @@ def with_labels(domain: Domain, rows: Rows) -> Domain:
         adjacent=(),
         unlabeled=(),
         mix_share=None,
+        rows_per_text=1,
     )
 
 

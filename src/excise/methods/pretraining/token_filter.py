@@ -64,7 +64,11 @@ class TokenFilter(Method):
         "arXiv:2601.21571",
         "loss masking and removal. Masking is masked SLUNG too: Teaching models to understand "
         "(but not generate) high-risk data, arXiv:2505.03052",
-        defaults={"hidden": "a symbol of its own in the paper; here the model's vocabulary stays"},
+        defaults={
+            "hidden": "arXiv:2601.21571: a symbol of its own, <|hidden|>; here a token that the "
+            "vocabulary has",
+            "filter_above": "ours: the paper sweeps it towards recall",
+        },
     )
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:

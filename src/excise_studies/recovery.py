@@ -31,6 +31,8 @@ class RecoveryScores:
         t: Scores on the relearn set at its end.
         retain: Scores on `retain_test` before it.
         invalid: Why nothing can be decided; empty where the attacker had power.
+        absolute: Whether scores are answers that are right, of which all may be; else text by its
+            loss, where what counts is the share of the original's.
     """
 
     conditions: tuple[str, ...]
@@ -41,6 +43,12 @@ class RecoveryScores:
     t: Levels
     retain: Levels
     invalid: str
+    absolute: bool = True
+
+    def kept(self, condition: str) -> Array:
+        """Return a condition's score on retain, as a share of the original's where text is read."""
+        score = self.retain.at(condition)
+        return score if self.absolute else score / self.retain.at("original")
 
     def gap(self, condition: str) -> Array:
         """Return the depth gap: (condition - oracle) / (original before any attack - oracle)."""
@@ -117,6 +125,7 @@ def gather(
         t=t,
         retain=of(lambda a: a.retained),
         invalid=invalid,
+        absolute=absolute,
     )
 
 

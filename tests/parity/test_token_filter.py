@@ -238,6 +238,18 @@ def test_filtering_drops_a_document_by_its_own_label(tmp_path: Path) -> None:
     assert 6 <= facts["rows_dropped"] < 12
 
 
+def test_a_doubted_part_makes_a_doubted_document(tmp_path: Path) -> None:
+    start, domain = toy_checkpoint(tmp_path), mixed_domain()
+    noise = LabelNoise(missed_spans=0.5, confidence=Confidence(concentration=2.0))
+    left = []
+    for above in (0.5, 0.1, 0.02):
+        method = Filtering(pretrain=SCHEDULE, labels=noise, drop_above=above)
+        facts = method.apply(start, domain, context(tmp_path / str(above))).extras
+        left.append(facts["forget_rows_left"])
+    assert left == sorted(left, reverse=True)
+    assert left[0] > left[-1]
+
+
 def test_pushing_by_confidence_leaves_certain_labels_as_they_were(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     doubted = replace(

@@ -129,7 +129,8 @@ def with_pieces(row: Row, parts: Iterable[Span]) -> Row:
 
     Returns:
         The row. Its own label is the capability that most characters are given, with the highest
-        confidence of theirs; core where none is.
+        confidence of theirs; core where none is, with the lowest: a document is of a capability
+        where its most suspicious part is.
     """
     runs = [
         (key, [*run])
@@ -141,7 +142,8 @@ def with_pieces(row: Row, parts: Iterable[Span]) -> Row:
         characters[span.label] += span.end - span.start
     named = [number for number in sorted(characters) if number > CORE]
     label = max(named, key=lambda number: characters[number]) if named else min(row.label, CORE)
-    confidence = max((s.confidence for s in joined if s.label == label and named), default=1.0)
+    stated = [span.confidence for span in joined if span.label == label] or [1.0]
+    confidence = max(stated) if named else min(stated)
     rest = ("", min(label, CORE), 1.0)
     spans = tuple(s for s in joined if (s.capability, s.label, s.confidence) != rest)
     return replace(row, label=label, confidence=confidence, spans=spans)

@@ -11,7 +11,8 @@ from excise.cli.progress import show_plan
 from excise.cli.run import recipe_data, recipe_of
 from excise.cli.settings import override
 from excise.cli.study import is_study, statement, study_of
-from excise.data.stream import show
+from excise.data.stream import encode, show
+from excise.methods.pretraining.pretrain import corpus
 from excise.requests.audit import AuditRun
 from excise.requests.recipe import Recipe
 from excise.requests.registry import parse_audit, registry
@@ -33,6 +34,8 @@ def main(options: CheckOptions) -> int:
     estimate = show_plan(request, out, measure=options.measure, quiet=options.quiet)
     estimate.refuse(force=options.force)
     print_rows(estimate)
+    if isinstance(request, Recipe) and request.pretrain is not None:
+        print_text(estimate, request.pretrain.max_length)
     return 0
 
 
@@ -61,5 +64,27 @@ def print_rows(estimate: Plan) -> None:
         return
     first = next(iter(domain.forget.values()))[0]
     print("\na forget row; scored tokens are marked")
-    shown = show(first, estimate.tokenizer)
+    shown = show(first, estimate.tokenizer, only_spans=True)
+    print(shown if not domain.sensitive else "(kept out: the data is sensitive)")
+
+
+def print_text(estimate: Plan, max_length: int) -> None:
+    """Print a text of several rows that models from scratch read, what is to be forgotten marked.
+
+    Args:
+        estimate: Has domain and tokenizer.
+        max_length: Tokens that the schedule reads of a text.
+
+    Raises:
+        UserError: If a text is longer.
+    """
+    domain, tokenizer = estimate.domain, estimate.tokenizer
+    assert domain is not None
+    if domain.rows_per_text == 1 or tokenizer is None:
+        return
+    texts = corpus(domain)
+    encode(texts, tokenizer, max_length=max_length)
+    mixed = [row for row in texts if row.spans and len(row.spans) < len(row.targets)]
+    print("\na text that models from scratch read; scored tokens to be forgotten are marked")
+    shown = show((mixed or texts)[0], tokenizer, only_spans=True)
     print(shown if not domain.sensitive else "(kept out: the data is sensitive)")

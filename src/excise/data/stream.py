@@ -160,7 +160,7 @@ def encode_row(
         parts = len(row.targets)
         raise UserError(
             f"unit '{row.unit}' is a text of {parts} rows and {len(target)} tokens, cut at "
-            f"{max_length}; set 'max_length' to {parts} times what one row takes"
+            f"{max_length}; set 'pretrain.max_length' to {parts} times what one row takes"
         )
     if not any(scored):
         if only_spans and row.spans:
@@ -247,13 +247,16 @@ def encode(
     return [encoded[row] for row in rows]
 
 
-def show(row: Row, tokenizer: Tokenizer, *, max_length: int = 1 << 20) -> str:
+def show(
+    row: Row, tokenizer: Tokenizer, *, max_length: int = 1 << 20, only_spans: bool = False
+) -> str:
     """Return a row as the model reads it, with what is scored between `>>` and `<<`.
 
     Args:
         row: A row of any shape.
         tokenizer: The model's tokenizer.
         max_length: Tokens kept at most.
+        only_spans: Whether of a row with spans only the tokens of capabilities are scored.
 
     Returns:
         A line with the numbers of tokens, then the text.
@@ -261,7 +264,7 @@ def show(row: Row, tokenizer: Tokenizer, *, max_length: int = 1 << 20) -> str:
     Raises:
         UserError: If the row cannot be rendered.
     """
-    example = encode_row(row, tokenizer, max_length=max_length)
+    example = encode_row(row, tokenizer, max_length=max_length, only_spans=only_spans)
     pieces: list[str] = []
     start = 0
     while start < len(example.ids):

@@ -41,7 +41,7 @@ def test_methods_run_on_texts_with_labelled_parts(domain: str, method: str, tmp_
     runtime = Runtime(tmp_path / "stages")
     start = runtime.run(MakeModel(Scratch(width=16, blocks=1), spec.tokenizer(), 0))
     ctx = Context(tmp_path / "work", stages=runtime.run)
-    removal = METHODS[method].apply(start, spec.build(), ctx)
+    removal = METHODS[method].apply(start, spec.build(None), ctx)
     assert removal.checkpoint.fingerprint != start.fingerprint
     facts = removal.extras
     if method in ("filtering", "oracle", "propagate", "relabel"):

@@ -247,16 +247,13 @@ def encode(
     return [encoded[row] for row in rows]
 
 
-def show(
-    row: Row, tokenizer: Tokenizer, *, max_length: int = 1 << 20, only_spans: bool = False
-) -> str:
+def show(row: Row, tokenizer: Tokenizer, *, max_length: int = 1 << 20) -> str:
     """Return a row as the model reads it, with what is scored between `>>` and `<<`.
 
     Args:
         row: A row of any shape.
         tokenizer: The model's tokenizer.
         max_length: Tokens kept at most.
-        only_spans: Whether of a row with spans only the tokens of capabilities are scored.
 
     Returns:
         A line with the numbers of tokens, then the text.
@@ -264,7 +261,7 @@ def show(
     Raises:
         UserError: If the row cannot be rendered.
     """
-    example = encode_row(row, tokenizer, max_length=max_length, only_spans=only_spans)
+    example = encode_row(row, tokenizer, max_length=max_length)
     pieces: list[str] = []
     start = 0
     while start < len(example.ids):

@@ -185,7 +185,7 @@ def test_labels_of_texts_are_missed_by_text_and_by_part() -> None:
 
 def test_a_text_that_does_not_fit_is_refused_with_the_length_it_needs() -> None:
     row = corpus(MIXED.build())[0]
-    with pytest.raises(UserError, match=r"4 rows.*set 'max_length' to 4 times"):
+    with pytest.raises(UserError, match=r"4 rows.*set 'pretrain.max_length' to 4 times"):
         encode_row(row, MIXED.tokenizer(), max_length=16)
 
 

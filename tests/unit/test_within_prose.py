@@ -69,7 +69,8 @@ def test_a_definition_stands_between_sentences_of_passages_that_retain_does_not_
         places["start" if not before else "inside" if after else "end"] += 1
         for part in (before, after):
             if part:
-                assert sentences(part) and " ".join(sentences(part)) == part
+                assert sentences(part)
+                assert " ".join(sentences(part)) == part
         assert " ".join(part for part in (before, after) if part) not in retain
     assert min(places.values()) > 10
 

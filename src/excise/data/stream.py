@@ -160,7 +160,7 @@ def encode_row(
         parts = len(row.targets)
         raise UserError(
             f"unit '{row.unit}' is a text of {parts} rows and {len(target)} tokens, cut at "
-            f"{max_length}; set 'max_length' to {parts} times what one row takes"
+            f"{max_length}; set 'pretrain.max_length' to {parts} times what one row takes"
         )
     if not any(scored):
         if only_spans and row.spans:

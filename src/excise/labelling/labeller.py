@@ -26,7 +26,7 @@ from torch import Tensor
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.disk import new_file, write_text
-from excise.core.errors import UserError, counted
+from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Row, Rows, labelled_text
 from excise.labelling import encoder, ngrams, states
 from excise.labelling.head import (
@@ -496,6 +496,9 @@ def label_documents(
     out = []
     every = scores_of(fitted.config, fitted.weights, documents, ctx, inputs)
     for document, scores_NK in zip(documents, every, strict=True):
+        if UNLABELED not in document.labels:
+            out.append(document.row)
+            continue
         chance_N, label_N = probabilities(scores_NK, fitted.calibration)
         labels, confidences = [*document.labels], [*document.confidences]
         near_N = torch.bucketize(chance_N, _BETWEEN).tolist()
@@ -521,15 +524,3 @@ def load_labeller(config: AnyLabeller, folder: Path) -> Fitted:
     calibration = facts["calibration"]["slope"], facts["calibration"]["shift"]
     weights = load_file(folder / WEIGHTS)
     return Fitted(config, tuple(facts["capabilities"]), weights, calibration, facts)
-
-
-def no_words(rows: Sequence[Row]) -> str:
-    """Return a sentence on rows that cannot be labelled by word; empty where all can."""
-    asked = [row for row in rows if row.kind == "choice"]
-    if not asked:
-        return ""
-    return (
-        f"labellers read texts, completions and conversations, and "
-        f"{counted(len(asked), 'row')} ask a multiple-choice question, such as unit "
-        f"'{asked[0].unit}'"
-    )

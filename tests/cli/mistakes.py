@@ -82,6 +82,22 @@ DATA: dict[str, Case] = {
     "missing file": Case(remove(forget="nope.jsonl"), ("no file nope.jsonl",)),
     "missing file, near name": Case(remove(forget="ff.jsonl"), ("did you mean 'f.jsonl'",)),
     "folder as file": Case(remove(retain="made"), ("made", "no file that is read"), {"made/x": ""}),
+    "span outside the text": data('{"text": "abc", "spans": [[0, 9, "forget"]]}\n', "3 characters"),
+    "empty span": data('{"text": "abc", "spans": [[1, 1, "forget"]]}\n', "holds no character"),
+    "spans over each other": data(
+        '{"text": "abcd", "spans": [[0, 3, "forget"], [2, 4, "forget"]]}\n', "[0, 3]", "overlap"
+    ),
+    "span of an unknown capability": data(
+        '{"text": "abcd", "spans": [[0, 3, "forgot"]]}\n', "'forgot'", "did you mean 'forget'"
+    ),
+    "spans of nothing to forget": data(
+        '{"text": "abcd", "spans": [[0, 3, ""]]}\n', "none of capability 'forget'", "label some"
+    ),
+    "one text with two labellings": data(
+        '{"text": "abcd", "spans": [[0, 3, "forget"]]}\n'
+        '{"text": "abcd", "spans": [[0, 2, "forget"]]}\n',
+        "one text with different spans",
+    ),
     "empty": data("", "is empty", "at least one row"),
     "NUL bytes": data(b'{"text": "a"}\n{"text": "b\0"}\n', "line 2", "NUL"),
     "invalid UTF-8": data(b'{"text": "caf\xe9"}\n', "line 1", "UTF-8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -28,6 +30,8 @@ from excise.methods import (
     Relabel,
     Removal,
 )
+from excise.methods.pretraining import filter_lora
+from excise.methods.pretraining.filter_lora import adapter_rows
 from excise.methods.pretraining.pretrain import Pretrain, corpus
 from excise.methods.pretraining.relabel import absorbed, relabel, relabelling_quality, with_labels
 from excise.methods.pretraining.relabel.probe import (
@@ -38,9 +42,10 @@ from excise.methods.pretraining.relabel.probe import (
     judge,
     standardised,
 )
+from excise.methods.pretraining.routed.absorption import hash_ordered
 from excise.methods.tuning import stream
 from excise.models.lora import LoRA, adapted
-from excise.train.fit import FitConfig
+from excise.train.fit import FitConfig, fit
 from tests.parity.test_pretraining import same
 from tests.parity.toy import context, sentences, toy_checkpoint, toy_domain, weights
 
@@ -435,10 +440,15 @@ def adapter_model(made: Removal, work: Path) -> Any:
     return PeftModel.from_pretrained(core, work / made.extras["files"]["adapter_a"]).eval()
 
 
-def test_the_core_of_filter_lora_is_filtering_and_the_adapter_a_plain_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_the_core_of_filter_lora_is_filtering_and_the_adapter_a_plain_loop(
+    ratio: float, tmp_path: Path
+) -> None:
     start, domain, ctx = toy_checkpoint(tmp_path), toy_domain(), context(tmp_path / "ours")
     config = SCHEDULE.model_copy(update={"fit": FIT.model_copy(update={"steps": 8})})
-    method = FilterLoRA(pretrain=config, adapter_share=0.4, lora=LoRA(rank=4), adapter_lr=1e-2)
+    method = FilterLoRA(
+        pretrain=config, adapter_share=0.4, lora=LoRA(rank=4), adapter_lr=1e-2, core_ratio=ratio
+    )
     made = method.apply(start, domain, ctx)
     core = tuple(row for row in corpus(domain) if not row.capability)
     assert same(weights(made.checkpoint), loop(tmp_path, core), 5e-6)
@@ -447,7 +457,10 @@ def test_the_core_of_filter_lora_is_filtering_and_the_adapter_a_plain_loop(tmp_p
     loss = made.extras["adapters"]["a"]["loss"]["forget"]
     assert loss["adapter"] != loss["core"]
     model = adapter_model(made, ctx.work)
-    read = stream(corpus(domain)[:12], start.tokenizer(), FIT, ctx, purpose="adapter.a",
+    rows = corpus(domain)[:12]
+    if ratio:
+        rows = (*rows, *hash_ordered(core, ctx.seed_for("adapter.a.core"))[:12])
+    read = stream(rows, start.tokenizer(), FIT, ctx, purpose="adapter.a",
                   max_length=32, pack=(1, 2))  # fmt: skip
     ours = load_file(ctx.work / "adapters/a/adapter_model.safetensors")
     with adapted(made.checkpoint.load(), method.lora, seed=ctx.seed_for("lora.a")) as live:
@@ -464,6 +477,69 @@ def test_the_core_of_filter_lora_is_filtering_and_the_adapter_a_plain_loop(tmp_p
     assert all(torch.allclose(value, named[name], atol=2e-5) for name, value in ours.items())
     assert any(bool(value.abs().max() > 1e-3) for n, value in ours.items() if "lora_B" in n)
     assert sum("lora" in n for n, _ in model.named_parameters()) == len(ours)
+
+
+def watched_adapter(
+    ratio: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int = 12
+) -> tuple[Removal, Counter[int], set[str]]:
+    """Return what filter_lora made, how often its adapter read rows by label, and what it wrote."""
+    read: Counter[int] = Counter()
+    written: set[str] = set()
+
+    def watching(model: Any, batches: Any, loss: Any, config: Any, *args: Any, **how: Any) -> Any:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for step in range(config.steps):
+            read.update(b.label_BT[i, 1].item() for b in batches(step) for i in range(len(b.units)))
+        yield from fit(model, batches, loss, config, *args, **how)
+        written.update(n for n, p in model.named_parameters() if not torch.equal(p, before[n]))
+
+    monkeypatch.setattr(filter_lora, "fit", watching)
+    tmp_path /= f"{ratio}-{rows}"
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    domain = replace(domain, forget={"a": domain.forget["a"][:rows]})
+    schedule = Pretrain(fit=FIT.model_copy(update={"steps": 61}), max_length=32)
+    method = FilterLoRA(pretrain=schedule, adapter_share=0.98, core_ratio=ratio)
+    made = method.apply(start, domain, context(tmp_path / "ours"))
+    return made, read, written
+
+
+@pytest.mark.parametrize("rows", [12, 2])
+def test_an_adapter_reads_two_core_rows_for_each_labelled_row_and_writes_itself_alone(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # core_aux_ratio 2.0 of the released stories runs: forward through core and adapter for either
+    # kind of row, backward into the adapter.
+    assert FilterLoRA().core_ratio == 2.0
+    made, read, written = watched_adapter(2.0, tmp_path, monkeypatch, rows)
+    assert set(read) == {CORE, 1}
+    assert read[CORE] / read[1] == pytest.approx(2.0, rel=0.1)
+    assert made.extras["adapters"]["a"]["core_share"] == pytest.approx(2 / 3)
+    assert written
+    assert all("lora_" in name for name in written)
+
+
+def test_an_adapter_on_labelled_rows_alone_is_another_on_the_same_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, read, _ = watched_adapter(0.0, tmp_path, monkeypatch)
+    assert set(read) == {1}
+    both, _, _ = watched_adapter(2.0, tmp_path, monkeypatch)
+    assert alone.checkpoint.fingerprint == both.checkpoint.fingerprint
+    loss = {m: made.extras["adapters"]["a"]["loss"] for m, made in (("a", alone), ("b", both))}
+    assert loss["a"]["retain"]["core"] == loss["b"]["retain"]["core"]
+    assert loss["a"]["retain"]["adapter"] > loss["b"]["retain"]["adapter"]
+    with pytest.raises(ValidationError, match="core_ratio"):
+        FilterLoRA(core_ratio=-1.0)
+
+
+def test_the_rows_of_an_adapter_are_bounded_by_what_is_read() -> None:
+    labelled, core = (Row(unit="l", label=1),), tuple(Row(unit=str(i)) for i in range(1000))
+    rows = adapter_rows(labelled, core, 0.001, reads=50)
+    assert len(rows) <= 51
+    assert adapter_rows(labelled, (), 2.0, reads=50) == labelled
+    whole = adapter_rows(labelled, core, 4.0, reads=10**6)
+    assert Counter(row.label for row in whole) == {1: 250, CORE: 1000}
+    assert set(core) < set(whole)
 
 
 def test_filter_lora_without_a_label_is_filtering(tmp_path: Path) -> None:

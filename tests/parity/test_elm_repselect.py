@@ -319,9 +319,3 @@ def test_any_loss_can_be_trained_without_top_components(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_method_without_top_components_keeps_the_contract(family: str) -> None:
     check_method(GradDiff(drop_components=Components(count=2, how="drop")), families=(family,))
-
-
-@pytest.mark.parametrize("method", [ELM, RepSelect])
-def test_every_default_with_a_source_is_a_field(method: Any) -> None:
-    assert set(method.paper.defaults) <= set(method.model_fields)
-    assert {"fit", "max_length"} <= set(method.paper.defaults)

@@ -327,8 +327,3 @@ def test_what_cannot_be_done_is_said_in_a_sentence(tmp_path: Path) -> None:
     huge = start.write({"model.norm.weight": broken}, tmp_path / "huge")
     with pytest.raises(UserError, match=r"the gradient of '.*' is not finite in batch 1"):
         SSD(alpha=1.5).apply(huge, domain, context(tmp_path / "c"))
-
-
-@pytest.mark.parametrize("method", [SSD, LFSSD, ASSD, Potion])
-def test_every_default_that_is_explained_is_a_field(method: type[ImportanceMethod]) -> None:
-    assert set(method.paper.defaults) <= set(method.model_fields)

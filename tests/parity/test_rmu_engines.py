@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from excise.core.config import parse
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.data.stream import Batch
 from excise.methods import RMU
 from excise.methods.posthoc.rmu import RMUSweep
-from excise.methods.posthoc.rmu.topics import per_topic
+from excise.methods.posthoc.rmu.topics import control_vector, per_topic
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.lora import LoRA
 from excise.models.tiny import tiny_model, word_tokenizer
@@ -47,11 +48,19 @@ def two_topics() -> Domain:
     return replace(toy_domain(), forget={**toy_domain().forget, "b": second})
 
 
-def published(start: Checkpoint, method: RMU, work: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def published(
+    start: Checkpoint,
+    method: RMU,
+    work: Path,
+    dtype: torch.dtype,
+    scale: float = 0.0,
+    in_turn: bool = True,
+) -> dict[str, Tensor]:
     """Run the loop of the paper's code, written from its description: two models, whole passes.
 
     Gradients are computed for every weight and used for three; AdamW adds eps before the bias
-    correction.
+    correction. With `scale` it is adaptive RMU: vectors of norm 1, and a factor for each
+    topic from the mean norm at the step that first reads it, or (not `in_turn`) before any step.
     """
     ctx = Context(work=work, dtype=dtype)
     live, frozen = start.load(dtype=dtype), start.load(dtype=dtype)
@@ -64,6 +73,9 @@ def published(start: Checkpoint, method: RMU, work: Path, dtype: torch.dtype) ->
     alpha = per_topic(method.alpha, ["a"], "alpha")["a"]
     first = [torch.zeros_like(p) for p in params]
     second = [torch.zeros_like(p) for p in params]
+    factors = dict.fromkeys(topics, 1.0)
+    if scale:
+        controls = {t: control_vector(64, t, ctx).to(dtype) for t in topics}
 
     def hidden(net: Any, batch: Batch) -> Tensor:
         seen: list[Tensor] = []
@@ -76,8 +88,13 @@ def published(start: Checkpoint, method: RMU, work: Path, dtype: torch.dtype) ->
     for step in range(STEPS):
         topic = topics[step % len(topics)]
         (micro,) = read(step)
-        goal = controls[topic].to(dtype).view(1, 1, -1)
         pushed_BTD = hidden(live, micro[topic])
+        if scale and step == topics.index(topic):
+            seen_BTD = pushed_BTD.detach()
+            if not in_turn:
+                seen_BTD = hidden(frozen, micro[topic]).detach()
+            factors[topic] = seen_BTD.norm(dim=-1).mean(dim=1).mean(dim=0).item() * scale
+        goal = (controls[topic] * factors[topic] if scale else controls[topic]).to(dtype)
         forget = F.mse_loss(pushed_BTD, goal.expand_as(pushed_BTD))
         with torch.no_grad():
             kept_BTD = hidden(frozen, micro["retain"])
@@ -89,7 +106,7 @@ def published(start: Checkpoint, method: RMU, work: Path, dtype: torch.dtype) ->
                 assert p.grad is not None
                 m.mul_(0.9).add_(p.grad, alpha=1 - 0.9)
                 v.mul_(0.999).addcmul_(p.grad, p.grad, value=1 - 0.999)
-                size = FIT.lr * math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+                size = method.fit.lr * math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
                 p.addcdiv_(m, v.sqrt().add_(1e-6), value=-size)
     return {name: named[name].detach() for name in TRAINED}
 
@@ -129,6 +146,39 @@ def test_engines_and_the_published_loop_give_the_same_bits(
     assert far(found["full"], theirs) == 0.0
     other = method.model_copy(update={"fit": method.fit.model_copy(update={"optimizer": "adamw"})})
     assert far(edited(mistral, other, tmp_path / "other", dtype), theirs) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adaptive_rmu_is_the_released_one_with_two_topics(
+    mistral: Checkpoint, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    fit = FIT.model_copy(update={"lr": 1e-2})  # one update moves the norm by more than bf16 rounds
+    method = RMU(layer=LAYER, alpha=50.0, adaptive=True, as_published=True, fit=fit)
+    assert method.steering == 5.0
+    found = edited(mistral, method, tmp_path / "ours", dtype)
+    theirs = published(mistral, method, tmp_path / "ours", dtype, 5.0)
+    assert far(found, theirs) == 0.0
+    early = published(mistral, method, tmp_path / "ours", dtype, 5.0, in_turn=False)
+    assert far(found, early) > 1e-3
+    if dtype == torch.bfloat16:
+        upcast = method.model_copy(update={"upcast": True})
+        assert far(edited(mistral, upcast, tmp_path / "upcast", dtype), theirs) > 1e-4
+
+
+def test_adaptive_rmu_has_settings_of_its_own() -> None:
+    registry: dict[str, Any] = {}
+    assert RMU().steering == 20.0
+    for method in (
+        RMU(adaptive=True),
+        parse(RMU, {"adaptive": True}, registry),
+        parse(RMU, {"adaptive": True, "fit": {"batch_size": 4}}, registry),
+    ):
+        assert (method.steering, method.alpha, method.fit.steps) == (5.0, 1200.0, 150)
+        assert (method.fit.batch_size, method.fit.lr, method.fit.optimizer) == (4, 5e-5, "hf_adamw")
+        assert RMU.model_validate(method.model_dump()) == method
+    chosen = RMU(adaptive=True, steering=3.0, alpha=(1.0, 2.0), fit=FIT)
+    assert (chosen.steering, chosen.alpha, chosen.fit) == (3.0, (1.0, 2.0), FIT)
+    assert RMU(adaptive=False).fit.steps == 80
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -466,8 +466,3 @@ def test_bad_input_of_checkpoint_transfer_is_one_sentence(tmp_path: Path) -> Non
         CheckpointTransfer(teacher=str(stranger.path)).apply(start, domain, ctx)
     with pytest.raises(ValidationError, match="teacher"):
         CheckpointTransfer()  # type: ignore[call-arg]
-
-
-def test_defaults_that_are_explained_exist() -> None:
-    for method in (TaskVector, Direction, Refusal, CheckpointTransfer):
-        assert set(method.paper.defaults) <= set(method.model_fields)

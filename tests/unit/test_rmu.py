@@ -271,7 +271,9 @@ def test_a_missing_or_cut_shard_is_named(sharded: Checkpoint, tmp_path: Path) ->
 
 @pytest.mark.parametrize("engine", ["span", "cached"])
 def test_an_interrupted_run_resumes_to_the_same_weights(engine: str, tmp_path: Path) -> None:
-    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    start = toy_checkpoint(tmp_path)
+    second = sentences("g", 12, capability="b", seed=9)
+    domain = replace(toy_domain(), forget={**toy_domain().forget, "b": second})
     fit = FIT.model_copy(update={"steps": 6, "log_every": 1})
     settings = {"engine": engine, "adaptive": True, "fit": fit}
     method = FAST.model_copy(update=settings)

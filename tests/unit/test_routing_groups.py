@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fixtures.gpt_neo import gpt_neo
 from torch import nn
 
 from excise.core.config import ConfigError
@@ -94,6 +95,16 @@ def test_fused_gate_and_up_and_interleaved_heads() -> None:
     neox = resolve(tiny_model("gpt_neox"), parts(a=(Part(at="heads", units=(1, 3)),)))
     name = "gpt_neox.layers.0.attention.query_key_value.weight"
     assert owned(neox, name, "a") == [(0, 48, 144)]
+
+
+def test_heads_of_a_wrapped_attention_are_found() -> None:
+    map = resolve(gpt_neo(), parts(a=(Part(at="heads", units=(1, 2)),)))
+    block = "transformer.h.1.attn.attention"
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert owned(map, f"{block}.{name}.weight", "a") == [(0, 16, 32)]
+    assert owned(map, f"{block}.out_proj.weight", "a") == [(1, 16, 32)]
+    assert owned(map, f"{block}.out_proj.bias", "core") == [(None, 0, 0)]
+    assert Place(f"{block}.out_proj", "input", "a", 16, 32) in map.places
 
 
 def test_key_heads_go_with_all_their_queries_or_stay() -> None:

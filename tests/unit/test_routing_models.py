@@ -8,26 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from tests.fixtures.gpt_neo import gpt_neo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from excise.core.errors import UserError
+from excise.data.domain import Row, Span
+from excise.data.spans import labels_of
+from excise.data.stream import collate, encode_row
+from excise.losses import nll
 from excise.models.anatomy import anatomy
-from excise.models.tiny import tiny_model
+from excise.models.tiny import BYTE_VOCAB, byte_tokenizer, tiny_model
 from excise.routing import GroupMap, Groups, Part, Policy, Routes, Rule, resolve, route
+from excise.routing.policy import compile
 
-FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "mixtral", "phi3")
+FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "mixtral", "phi3", "gpt_neo")
 VOCAB, TOKENS = 40, 7
 IDS = torch.randint(4, VOCAB, (4, TOKENS), generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, -1, 1])
 
 
 def make(family: str, **more: Any) -> Any:
-    model = tiny_model(family, vocab=VOCAB, width=32, **more).double()
+    made = gpt_neo if family == "gpt_neo" else partial(tiny_model, family)
+    model = made(**({"vocab": VOCAB, "width": 32} | more)).double()
     if family == "mixtral":  # grouped products know no float64
         model.config._experts_implementation = "eager"
     return model
@@ -163,8 +171,8 @@ def test_a_mixed_batch_equals_each_label_alone(family: str, kind: str) -> None:
         loss.backward()
         routing.check()
     assert torch.equal(loss.detach(), plain) == (kind != "D")
-    # Gemma's norms and Mixtral's router compute in float32 whatever the model's dtype.
-    rtol = 1e-5 if family in ("gemma2", "mixtral") else 1e-9
+    # Gemma's norms, Mixtral's router and GPT-Neo's scores are float32 whatever the model's dtype.
+    rtol = 1e-5 if family in ("gemma2", "mixtral", "gpt_neo") else 1e-9
     for name, param in model.named_parameters():
         got = torch.zeros_like(param) if param.grad is None else param.grad
         scale = float(wanted[name].abs().max()) + 1e-9
@@ -196,6 +204,97 @@ def test_tokens_of_one_row_write_apart_wherever_they_stand() -> None:
     wanted = core.clone()
     wanted[1:3] = forget[1:3]
     torch.testing.assert_close(got, wanted)
+
+
+SPANNED = Row(
+    "u",
+    text="0123456789abcdef",
+    spans=(Span(2, 5, "x", 1), Span(9, 10, "y", 2), Span(12, 14, "x", 1)),
+)
+"""A text of a core, of two capabilities, on both sides of each other."""
+
+
+def at_positions(model: Any, mask_N: Tensor) -> ExitStack:
+    """Let every weight get the gradient of some positions alone."""
+    stack = ExitStack()
+
+    def only(module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+
+        def masked(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            held = {name: getattr(module, name) for name in names}
+            for name in names:
+                setattr(module, name, nn.Parameter(held[name].detach(), requires_grad=False))
+            other = forward(*args, **kwargs)
+            for name in names:
+                setattr(module, name, held[name])
+            if not isinstance(out, Tensor):  # Mixtral's router
+                return tuple(map(chosen, out, other))
+            return chosen(out, other)
+
+        return masked
+
+    def chosen(out: Tensor, other: Tensor) -> Tensor:
+        by_position = out.reshape(len(mask_N), -1)
+        kept = torch.where(mask_N[:, None], by_position, other.reshape(len(mask_N), -1))
+        return kept.reshape(out.shape)
+
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            stack.callback(setattr, module, "forward", module.forward)
+            module.forward = only(module)
+    return stack
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_document_equals_the_sum_of_one_masked_pass_per_label(family: str) -> None:
+    """From the row's spans through tokenizer, batch and policy to the gradients."""
+    model = make(family, vocab=BYTE_VOCAB)
+    at: Any = "experts" if family == "mixtral" else "mlp"
+    groups = Groups(
+        parts={
+            "module_1": (Part(at=at, units=(1, 2)), Part(at="heads", units=(1, 2))),
+            "module_2": (Part(at=at, units=(2, 3)),),
+        }
+    )
+    rules: dict[str, tuple[Rule, ...]] = {
+        "core": (Rule(write=("core",)),),
+        "x": (Rule(write=("self",)),),
+        "y": (Rule(write=("self", "core")),),
+    }
+    policy = Policy(groups=groups, rules=rules, capabilities=("x", "y"))
+    writes = {0: {"core"}, 1: {"module_1"}, 2: {"module_2", "core"}}
+    tokenizer = byte_tokenizer()
+    batch = collate([encode_row(SPANNED, tokenizer, max_length=64)], pad_id=0)
+
+    def loss_of_text() -> Tensor:
+        return nll(model(input_ids=batch.ids_BT).logits, batch)[0]
+
+    map = resolve(model, groups)
+    wanted = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    # A position has the label of the character it predicts, the last its own.
+    letters = "0011100002001100"
+    ruled_N = torch.tensor([int(c) for c in letters[1:] + letters[-1]])
+    for label, groups_written in writes.items():
+        model.zero_grad()
+        with at_positions(model, ruled_N == label):
+            loss_of_text().backward()
+        add_masked(wanted, model, map, groups_written)
+    model.zero_grad()
+    with route(model, policy, labels=labels_of([SPANNED])) as routing:
+        routing.set(compile(policy, routing.map, batch))
+        loss_of_text().backward()
+        routing.check()
+    rtol = 1e-5 if family in ("gemma2", "mixtral", "gpt_neo") else 1e-9
+    total = 0.0
+    for name, param in model.named_parameters():
+        got = torch.zeros_like(param) if param.grad is None else param.grad
+        scale = float(wanted[name].abs().max()) + 1e-9
+        torch.testing.assert_close(got, wanted[name], rtol=rtol, atol=rtol * scale, msg=name)
+        total += float(wanted[name].abs().sum())
+    assert total > 0
 
 
 def test_lora_is_parameter_edge_routing() -> None:

@@ -18,14 +18,21 @@ from tests.fixtures.slow_tokenizer import Slow
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from excise.auditor.prompting import before, begun
 from excise.core.errors import UserError
-from excise.data.domain import CORE, UNLABELED, Row, Span, content_of
+from excise.data.domain import CORE, UNLABELED, Row, Span, content_of, labelled_text
 from excise.data.labels import Confidence, LabelNoise, give_labels, label_quality
 from excise.data.rows import chunk_rows, parse_record
-from excise.data.spans import labels_of, pieces, with_pieces, word_pieces
+from excise.data.spans import labels_of, pieces, rewritten, with_pieces, word_pieces
 from excise.data.spec import Files
 from excise.data.stream import collate, encode_row, join
-from excise.models.tiny import byte_tokenizer, train_bpe
+from excise.methods.pretraining.era import (
+    TokenWeights,
+    routed_share,
+    token_counts,
+    token_weights,
+)
+from excise.models.tiny import BYTE_VOCAB, byte_tokenizer, tiny_model, train_bpe
 
 TEXTS = [
     "Der Fuchs läuft über 42 Brücken.",
@@ -344,6 +351,39 @@ def test_pieces_cover_a_text_once_and_come_together_again(edges: list[int], labe
     assert tokens[:1] == tokens[1:]
 
 
+SAYS = "one two three four"
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (lambda row: before(row, "Some context."), "two three"),
+        (lambda row: begun(row, 0.3), "two three"),
+        (lambda row: begun(row, 0.6), "two three"),
+        (lambda row: rewritten(row, text=SAYS + " five"), "two three"),
+        (lambda row: rewritten(row, text="one 2 three four"), ""),
+    ],
+)
+def test_a_rewritten_row_keeps_the_spans_of_the_text_it_kept(
+    change: Callable[[Row], Row], kept: str
+) -> None:
+    row = change(Row("u", text=SAYS, spans=(Span(4, 13, "x", 1),)))
+    text = labelled_text(row)
+    assert "".join(text[span.start : span.end] for span in row.spans) == kept
+
+
+def test_an_answer_whose_spans_are_given_away_is_not_begun() -> None:
+    assert begun(Row("u", text=SAYS, spans=(Span(0, 3, "x", 1),)), 0.3) is None
+
+
+def test_a_context_before_a_conversation_moves_its_spans() -> None:
+    turns = (("system", "be kind"), ("user", "say X"), ("assistant", "X it is"))
+    row = Row("u", messages=turns, spans=(Span(8, 13, "x", 1), Span(14, 15, "x", 1)))
+    moved = before(row, "Hello.")
+    text = labelled_text(moved)
+    assert [text[s.start : s.end] for s in moved.spans] == ["say X", "X"]
+
+
 def mixed_rows() -> list[Row]:
     """Return texts of ten words, three of them of a capability."""
     out = []
@@ -412,3 +452,14 @@ def test_a_missed_document_misses_its_spans() -> None:
         assert labels_of(given_rows[:50]) == {label}
         example = encode_row(given_rows[0], byte_tokenizer(), max_length=99)
         assert torch.tensor(example.label).unique().tolist() == [label]
+
+
+def test_era_counts_tokens_by_the_label_of_each() -> None:
+    tokenizer, config = byte_tokenizer(), TokenWeights()
+    rows = (Row("u", text="aab", spans=(Span(0, 1, "x", 1),)), Row("v", text="ac"))
+    model = tiny_model("llama", vocab=BYTE_VOCAB, width=32)
+    share_V = routed_share(model, rows, tokenizer, config, max_length=9)
+    forget, core = (tokenizer(text)["input_ids"] for text in ("a", "abac"))
+    forget_V, core_V = (token_counts([ids], BYTE_VOCAB) for ids in (forget, core))
+    wanted_V = 1 - token_weights(forget_V, core_V, config)
+    torch.testing.assert_close(share_V, wanted_V)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fixtures.gpt_neo import gpt_neo
 from torch import Tensor
 
 from excise.core.errors import UserError
@@ -20,6 +21,8 @@ IDS = torch.arange(4, 28).reshape(2, 12)
 
 
 def model_of(family: str, **more: Any) -> Any:
+    if family == "gpt_neo":
+        return gpt_neo(seed=1, **more)
     return tiny_model(family, seed=1, width=32, blocks=2, **more)
 
 
@@ -108,9 +111,12 @@ def test_heads_leave_in_groups(family: str, tmp_path: Path) -> None:
         delete(model_of(family, **four), [Part(at="heads", units=(3, 4))])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
-def test_fused_heads_leave_one_by_one(family: str) -> None:
-    more = {"n_head": 4} if family == "gpt2" else {"num_attention_heads": 4}
+@pytest.mark.parametrize(
+    ("family", "heads"),
+    [("gpt2", "n_head"), ("gpt_neox", "num_attention_heads"), ("gpt_neo", "num_heads")],
+)
+def test_heads_that_share_nothing_leave_one_by_one(family: str, heads: str) -> None:
+    more = {heads: 4}
     part = Part(at="heads", units=(1, 2))
     gone, still = model_of(family, **more), model_of(family, **more)
     zero(still, [part])
@@ -119,7 +125,7 @@ def test_fused_heads_leave_one_by_one(family: str) -> None:
     torch.testing.assert_close(logits(gone), logits(still), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "gpt_neo"])
 def test_heads_grow_and_leave(family: str) -> None:
     model = model_of(family)
     before, said = bits(model), logits(model)

@@ -11,6 +11,7 @@ import torch
 
 from excise.core.context import Context
 from excise.data.domain import Domain, Row, Rows
+from excise.data.spans import rewritten
 from excise.data.stream import encode_row
 
 COAXING = (
@@ -58,15 +59,15 @@ def before(row: Row, context: str, separator: str = "\n") -> Row:
         return row
     head = context + separator
     if row.kind == "text":
-        return replace(row, text="", prompt=head, completion=row.text)
+        return rewritten(row, text="", prompt=head, completion=row.text)
     if row.kind != "chat":
-        return replace(row, prompt=head + row.prompt)
+        return rewritten(row, prompt=head + row.prompt)
     turns = list(row.messages)
     for i, (role, content) in enumerate(turns):
         if role != "assistant":
             turns[i] = (role, head + content)
-            return replace(row, messages=tuple(turns))
-    return replace(row, messages=(("user", context), *turns))
+            return rewritten(row, messages=tuple(turns))
+    return rewritten(row, messages=(("user", context), *turns))
 
 
 def begun(row: Row, share: float = 0.5) -> Row | None:
@@ -77,7 +78,8 @@ def begun(row: Row, share: float = 0.5) -> Row | None:
         share: Share of the words that is given, at least one and never all.
 
     Returns:
-        The new row, or None where the answer is a single word or the shape has none.
+        The new row, or None where the answer is a single word, the shape has none or the words
+        that are given hold every span.
     """
     answer = row.completion if row.kind == "completion" else row.text
     words = answer.split()
@@ -87,7 +89,9 @@ def begun(row: Row, share: float = 0.5) -> Row | None:
     at = 0
     for word in words[:given]:
         at = answer.index(word, at) + len(word)
-    return replace(row, text="", prompt=row.prompt + answer[:at], completion=answer[at:])
+    if row.spans and max(span.end for span in row.spans) <= len(row.prompt) + at:
+        return None
+    return rewritten(row, text="", prompt=row.prompt + answer[:at], completion=answer[at:])
 
 
 def separator(tokenizer: Any) -> str:
@@ -218,4 +222,4 @@ def _coaxed(row: Row, text: str, line: str) -> Row:
     """Put `text` between the prompt and its answer, or before a plain text."""
     if row.kind in ("text", "chat") or not row.prompt:
         return before(row, text, line)
-    return replace(row, prompt=f"{row.prompt.rstrip()}{line}{text}")
+    return rewritten(row, prompt=f"{row.prompt.rstrip()}{line}{text}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain, Row, Rows, text_of
 from excise.data.encoding import with_specials
+from excise.data.spans import rewritten
 from excise.domains.languages import shipped_verses
 from excise.evals.generate import Prompt, continue_greedily
 
@@ -123,10 +124,10 @@ def _framed(rows: Rows, evaluation: EvaluationSet, frame: str) -> Rows:
 
     def change(row: Row) -> Row:
         if row.kind != "chat":
-            return replace(row, prompt=put(row.prompt)) if row.prompt else row
+            return rewritten(row, prompt=put(row.prompt)) if row.prompt else row
         last = max((i for i, (role, _) in enumerate(row.messages) if role == "user"), default=-1)
         turns = [(r, put(t) if i == last else t) for i, (r, t) in enumerate(row.messages)]
-        return replace(row, messages=tuple(turns))
+        return rewritten(row, messages=tuple(turns))
 
     return _each(rows, change, evaluation)
 
@@ -262,7 +263,7 @@ def _answered(row: Row, head: str) -> Row:
         return row
     answer = row.text if row.kind == "text" else row.completion
     answer = answer.lstrip() if head[-1:].isspace() else answer
-    return replace(row, text="", prompt=head, completion=answer)
+    return rewritten(row, text="", prompt=head, completion=answer)
 
 
 def _with_template(rows: Rows, evaluation: EvaluationSet, **how: Any) -> Rows:
@@ -281,7 +282,7 @@ def _without_template(rows: Rows, evaluation: EvaluationSet) -> Rows:
         if row.kind != "chat" or last < 1:
             return row
         said = "\n".join(content for _, content in row.messages[:last])
-        return replace(row, messages=(), prompt=said, completion="\n" + row.messages[last][1])
+        return rewritten(row, messages=(), prompt=said, completion="\n" + row.messages[last][1])
 
     return _each(rows, change, evaluation)
 

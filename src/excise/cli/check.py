@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -11,7 +12,8 @@ from excise.cli.progress import show_plan
 from excise.cli.run import recipe_data, recipe_of
 from excise.cli.settings import override
 from excise.cli.study import is_study, statement, study_of
-from excise.data.stream import show
+from excise.data.domain import CORE, Row, Rows, labelled_text
+from excise.data.stream import encode_row, show
 from excise.requests.audit import AuditRun
 from excise.requests.recipe import Recipe
 from excise.requests.registry import parse_audit, registry
@@ -54,7 +56,7 @@ def print_rows(estimate: Plan) -> None:
     for role, rows in domain.roles():
         if rows:
             units = len({row.unit for row in rows})
-            print(f"  {role:<22} {len(rows):>7,} rows  {units:>7,} units")
+            print(f"  {role:<22} {len(rows):>7,} rows  {units:>7,} units{_spans_of(rows)}")
     for note in domain.notes:
         print(f"  note: {note}")
     if estimate.tokenizer is None:
@@ -63,3 +65,29 @@ def print_rows(estimate: Plan) -> None:
     print("\na forget row; scored tokens are marked")
     shown = show(first, estimate.tokenizer)
     print(shown if not domain.sensitive else "(kept out: the data is sensitive)")
+    if first.spans:
+        print_spans(first, estimate.tokenizer, sensitive=domain.sensitive)
+
+
+def _spans_of(rows: Rows) -> str:
+    """Return how many spans rows have, and the share of their characters; nothing for none."""
+    spans = [span for row in rows for span in row.spans if span.capability]
+    if not spans:
+        return ""
+    total = sum(len(labelled_text(row)) for row in rows)
+    share = sum(span.end - span.start for span in spans) / total
+    return f"  {len(spans):>7,} spans, {100 * share:.0f} % of the text"
+
+
+def print_spans(row: Row, tokenizer: Any, *, sensitive: bool) -> None:
+    """Print the parts of a row that have labels of their own, and the tokens they come to."""
+    example = encode_row(row, tokenizer, max_length=1 << 20)
+    assert isinstance(example.label, tuple)
+    inside = sum(label > CORE for label in example.label)
+    cut = f"; {example.cut} of them hold other characters too" if example.cut else ""
+    print(f"\nits spans: {inside} of {len(example.label)} tokens are of a capability{cut}")
+    text = labelled_text(row)
+    for span in row.spans:
+        words = "" if sensitive else f"  {text[span.start : span.end]!r}"
+        name = span.capability or "core"
+        print(f"  characters {span.start}-{span.end}  {name}  {span.confidence:g}{words}")

@@ -36,6 +36,18 @@ class Config(BaseModel):
         allow_inf_nan=False,
     )
 
+    @classmethod
+    def filled_in(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return plain data with what a choice in it sets elsewhere, where that was not given.
+
+        Read before the defaults of nested configurations are filled in, which would hide what was
+        not given.
+
+        Args:
+            data: Mapping of fields, as written.
+        """
+        return data
+
     def canonical(self) -> str:
         """Return the configuration as JSON with sorted keys: equal choices give equal text."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
@@ -109,7 +121,7 @@ def _build(cls: type[Config], data: Any, registry: Registry, at: str, problems: 
         return None
     prepared: dict[str, Any] = {}
     before = len(problems)
-    for key, value in data.items():
+    for key, value in member.filled_in(data).items():
         field = member.model_fields.get(str(key))
         here = f"{at}.{key}" if at else str(key)
         if field is not None:

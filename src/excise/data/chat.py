@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from excise.core.errors import UserError
 from excise.data.domain import Row, Span
 from excise.data.encoding import leading_specials
-from excise.data.spans import cut_spans
+from excise.data.spans import common_length, cut_spans
 
 _STAND_INS = ("Q1J", "X2Z", "K3V")
 """Texts that stand in for a turn; at least one shares neither first nor last letter with it."""
@@ -144,14 +144,8 @@ def _content_span(
     other = _render(
         [*messages[:i], {**messages[i], "content": stand_in}, *messages[i + 1 :]], tokenizer, row
     )
-    start = _common(text, other)
-    return start, len(text) - _common(text[start:][::-1], other[start:][::-1])
-
-
-def _common(a: str, b: str) -> int:
-    """Return the length of the common beginning."""
-    limit = min(len(a), len(b))
-    return next((i for i in range(limit) if a[i] != b[i]), limit)
+    start = common_length(text, other)
+    return start, len(text) - common_length(text[start:][::-1], other[start:][::-1])
 
 
 def _mark_length(after: str, tokenizer: Any) -> int:

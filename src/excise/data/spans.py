@@ -164,6 +164,38 @@ def cut_spans(spans: Sequence[Span], start: int, end: int) -> tuple[Span, ...]:
     )
 
 
+def rewritten(row: Row, **fields: Any) -> Row:
+    """Return a row with other fields, and with the spans of the text that it kept.
+
+    What the two texts have in common at their end and at their beginning is the same text; spans
+    that reach into the rest are dropped, and without any left the row counts whole.
+
+    Args:
+        row: The row.
+        **fields: Fields of `Row` that change.
+    """
+    new = replace(row, spans=(), **fields)
+    if not row.spans:
+        return new
+    old_text, new_text = labelled_text(row), labelled_text(new)
+    after = common_length(old_text[::-1], new_text[::-1])
+    before = common_length(old_text, new_text)
+    by = len(new_text) - len(old_text)
+    spans = []
+    for span in row.spans:
+        if span.start >= len(old_text) - after:
+            spans.append(replace(span, start=span.start + by, end=span.end + by))
+        elif span.end <= min(before, len(new_text) - after):
+            spans.append(span)
+    return replace(new, spans=tuple(spans))
+
+
+def common_length(a: str, b: str) -> int:
+    """Return the length of the common beginning."""
+    limit = min(len(a), len(b))
+    return next((i for i in range(limit) if a[i] != b[i]), limit)
+
+
 def label_tokens(
     text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[Span], rest: int
 ) -> tuple[list[int], list[float], int]:

@@ -84,7 +84,8 @@ class DomainSpec(Config, ABC):
         """
         raise UserError(
             f"domain '{self.name}' brings no tokenizer for a model trained from scratch; "
-            "name a pretrained model in 'model.path'"
+            "name one in 'model.tokenizer', a folder or hub id, or a pretrained model in "
+            "'model.path'"
         )
 
 

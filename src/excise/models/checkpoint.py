@@ -49,6 +49,7 @@ __all__ = [
     "fetch_hub",
     "open_checkpoint",
     "open_outline",
+    "open_tokenizer",
     "save_model",
     "tokenizer_identity",
     "verify_folder",
@@ -210,6 +211,20 @@ def _tokenizer_folder(tokenizer: Any, cache: Path) -> Path | None:
         return fetch_hub(tokenizer, None, patterns=TOKENIZER_FILES)
     check_place(path)
     return path
+
+
+def open_tokenizer(source: str | Path) -> Any:
+    """Load a tokenizer for a model that is made here.
+
+    Args:
+        source: Folder or hub id of a tokenizer, or of a model that has one.
+
+    Raises:
+        UserError: If there is none.
+    """
+    folder = _tokenizer_folder(source, cache_root() / "models")
+    assert folder is not None
+    return Checkpoint(folder).tokenizer()
 
 
 def tokenizer_identity(tokenizer: Any) -> Any:

@@ -30,10 +30,21 @@ class Part(Config):
     """A slice of a model."""
 
     at: Literal[
-        "mlp", "heads", "experts", "embed", "head", "norms", "attention", "parameters", "outputs"
+        "mlp",
+        "heads",
+        "experts",
+        "embed",
+        "head",
+        "head_bias",
+        "norms",
+        "final_norm",
+        "attention",
+        "parameters",
+        "outputs",
     ]
-    """What is sliced: neurons of MLPs, query heads, experts; or whole embeddings, output matrix,
-    norms, attentions; or parameters or outputs of modules by name."""
+    """What is sliced: neurons of MLPs, query heads, experts; or whole embeddings, output matrix
+    (or its bias alone), norms (or the last alone), attentions; or parameters or outputs of modules
+    by name."""
     blocks: tuple[int, ...] = ()
     """Which blocks, negative from the last; empty means every block."""
     units: tuple[int, int] | None = None

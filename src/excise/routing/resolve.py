@@ -33,6 +33,9 @@ from excise.routing.groups import JOINT, GroupMap, Groups, Owned, Part, Place
 Slab = tuple[int | None, int, int]
 """Dimension (None for the whole parameter), start, stop."""
 
+FUSED = ("query_key_value", "qkv_proj", "c_attn")
+"""What attentions call a matrix that holds queries, keys and values."""
+
 
 def resolve(model: nn.Module, groups: Groups) -> GroupMap:
     """Find who owns which slice of which parameter.
@@ -131,6 +134,20 @@ class ModelIndex:
         names = [n for n in self.first if n.startswith(f"{path}.") and not is_adapter(n)]
         return list(dict.fromkeys(self.first[n] for n in names))
 
+    def heads_of(self, block: int) -> str:
+        """Return the module that holds a block's projections and knows its heads.
+
+        That is the attention, or where the attention is a wrapper (GPT-Neo's) the module in it
+        which the output projection belongs to.
+        """
+        attention = self.anatomy.attention[block]
+        path = self.anatomy.attention_out[block].rpartition(".")[0]
+        while path.startswith(f"{attention}."):
+            if any(f"{path}.{name}" in self.modules for name in ("q_proj", *FUSED)):
+                return path
+            path = path.rpartition(".")[0]
+        return attention
+
     def num_inputs(self, path: str) -> int:
         """Return the number of inputs of a linear layer."""
         matrix = self.parameters[self.first[f"{path}.weight"]]
@@ -206,7 +223,7 @@ def claim(
             _named(asked)
         elif part.at == "outputs":
             _outputs(asked)
-        elif part.at in ("embed", "head"):
+        elif part.at in ("embed", "head", "head_bias", "final_norm"):
             _ends(asked)
         else:
             _in_blocks(asked)
@@ -350,7 +367,7 @@ def _experts(asked: _Asked, block: int) -> None:
 def _heads(asked: _Asked, block: int) -> None:
     """Claim query heads: rows of q, columns of o, and key-value heads that they alone use."""
     index = asked.index
-    attention, out = index.anatomy.attention[block], index.anatomy.attention_out[block]
+    attention, out = index.heads_of(block), index.anatomy.attention_out[block]
     width = index.num_inputs(out)
     size, per_key = _head_sizes(index.modules[attention], index.config, width)
     if not size:
@@ -403,7 +420,7 @@ def _query_key_value(
     if f"{attention}.query_key_value" in modules:  # per head: query, key, value
         asked.rows(f"{attention}.query_key_value", [(3 * query[0], 3 * query[1])])
         return heads == key_heads
-    for name in ("qkv_proj", "c_attn"):  # all queries, then all keys, then all values
+    for name in FUSED[1:]:  # all queries, then all keys, then all values
         if f"{attention}.{name}" in modules:
             ends = (heads * size, (heads + key_heads) * size)
             moved = [(end + a, end + b) for end in ends for a, b in key]
@@ -413,13 +430,18 @@ def _query_key_value(
 
 
 def _ends(asked: _Asked) -> None:
-    """Claim the embeddings (tokens and positions), or the output matrix."""
+    """Claim the embeddings (tokens and positions), the last norm, or the output matrix."""
     layout = asked.index.anatomy
     if asked.part.blocks or asked.part.units is not None:
         asked.refuse(f"'{asked.part.at}' takes neither blocks nor units; name `parameters` instead")
         return
-    if asked.part.at == "head":
-        asked.take(f"{layout.head}.weight")
+    if asked.part.at == "final_norm":
+        if layout.final_norm:
+            _norms(asked, layout.final_norm)
+        return
+    if asked.part.at in ("head", "head_bias"):
+        if asked.part.at == "head":
+            asked.take(f"{layout.head}.weight")
         asked.take(f"{layout.head}.bias")
         return
     blocks = tuple(f"{path}." for path in layout.blocks)

@@ -79,7 +79,7 @@ def grow(
     work: list[tuple[Ranges, int, set[str]]] = []
     for block, count in _counts_by_block(per_block, layout.num_blocks).items():
         before = _count(index, block, what)
-        step = _heads_together(index.modules[layout.attention[block]]) if what == "heads" else 1
+        step = _heads_together(index.modules[index.heads_of(block)]) if what == "heads" else 1
         if count % step:
             raise UserError(
                 f"block {block}: {count} heads are no multiple of the {step} that share keys and "
@@ -238,6 +238,10 @@ def refresh(model: nn.Module) -> None:
         mlp: Any = index.modules[path]
         if isinstance(getattr(mlp, "intermediate_size", None), int):
             mlp.intermediate_size = width
+    for block in blocks:
+        attention: Any = index.modules[index.heads_of(block)]
+        if all(isinstance(getattr(attention, n, None), int) for n in ("num_heads", "head_dim")):
+            attention.num_heads = _count(index, block, "heads")
     if config is None:
         return
     if len(set(widths)) == 1:
@@ -249,7 +253,7 @@ def refresh(model: nn.Module) -> None:
         heads = {_count(index, block, "heads") for block in blocks}
         if len(heads) == 1:
             config.num_attention_heads = heads.pop()
-            step = _heads_together(index.modules[layout.attention[0]])
+            step = _heads_together(index.modules[index.heads_of(0)])
             config.num_key_value_heads = config.num_attention_heads // step
 
 
@@ -263,7 +267,7 @@ def _count(index: ModelIndex, block: int, what: What) -> int:
         return experts.count
     if what == "heads":
         width = index.num_inputs(layout.attention_out[block])
-        return width // _head_size(index.modules[layout.attention[block]])
+        return width // _head_size(index.modules[index.heads_of(block)])
     down = layout.mlp_down[block]
     if down in index.modules:
         return index.num_inputs(down)
@@ -342,7 +346,7 @@ def _check_rest(model: nn.Module, parts: Sequence[Part]) -> None:
                 "them instead"
             )
         if what == "heads":
-            _check_heads(index.modules[layout.attention[block]], layout, block, units)
+            _check_heads(index.modules[index.heads_of(block)], layout, block, units)
 
 
 def _check_heads(attention: nn.Module, layout: Anatomy, block: int, units: set[int]) -> None:

@@ -52,6 +52,7 @@ from excise.requests.lengths import fit_lengths
 from excise.requests.recipe import Recipe, budget_for, starts_from
 from excise.run.canary import teaching
 from excise.run.environment import device_of
+from excise.run.steps import scratch_tokenizer
 from excise.train.fit import FitConfig
 
 CPU_FLOPS = (3e10, 3e11)
@@ -320,7 +321,7 @@ def plan(
             domain = build(original)
         tokenizer = None
         if spec.scratch is not None:
-            tokenizer = request.domain.tokenizer() if rows else None
+            tokenizer = scratch_tokenizer(spec, request.domain) if rows else None
         elif original is not None and original.tokenizer_files:
             tokenizer = original.tokenizer()
         emit("phase", {"text": "counting tokens"})

@@ -46,7 +46,10 @@ class MakeModel(Stage[Checkpoint]):
     def make(self, ctx: Context) -> None:
         """Write the model."""
         shutil.rmtree(ctx.work / "model", ignore_errors=True)  # of a run that was killed
-        overrides: dict[str, Any] = dict(self.scratch.overrides)
+        marks = ("pad_token_id", "bos_token_id", "eos_token_id")
+        ids = {mark: getattr(self.tokenizer, mark) for mark in marks}
+        overrides: dict[str, Any] = {m: i for m, i in ids.items() if i is not None}
+        overrides |= self.scratch.overrides
         model = tiny_model(
             self.scratch.family,
             seed=self.seed,

@@ -13,12 +13,13 @@ from excise.core.context import Stage
 from excise.core.errors import NotFinite
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
+from excise.data.spec import DomainSpec
 from excise.evals.set_scores import set_scores
 from excise.fetch.model import open_model
 from excise.methods.base import ApplyMethod, Method, Removal, completed
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
-from excise.models.checkpoint import Checkpoint
+from excise.models.checkpoint import Checkpoint, open_tokenizer
 from excise.models.lora import holds_adapter
 from excise.models.spec import ModelSpec
 from excise.record import Item, MethodRun, Record
@@ -180,7 +181,7 @@ def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Model
         original = open_model(recipe.model)
         return recipe.domain.build(original), Models(original)
     domain = recipe.domain.build(None)
-    tokenizer = recipe.domain.tokenizer()
+    tokenizer = scratch_tokenizer(recipe.model, recipe.domain)
     seeds = [recipe.seed, *(recipe.seed + 1000 + i for i in range(recipe.oracles))]
     stages = [MakeModel(recipe.model.scratch, tokenizer, s) for s in (*seeds, recipe.seed + ARMS)]
     inits = pool.map(runtime.run, stages)
@@ -195,6 +196,11 @@ def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Model
     original, *oracles = [removal.checkpoint for removal in trained]
     tokens = trained[0].cost.tokens
     return domain, Models(original, tuple(oracles), init=inits[-1], tokens=tokens)
+
+
+def scratch_tokenizer(model: ModelSpec, domain: DomainSpec) -> Any:
+    """Return the tokenizer of models trained here: the one that is named, else the domain's."""
+    return open_tokenizer(model.tokenizer) if model.tokenizer else domain.tokenizer()
 
 
 def remove_all(

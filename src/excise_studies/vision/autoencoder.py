@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from excise.core.config import Config
@@ -47,13 +47,17 @@ class SplitAutoencoderConfig(Config):
     code: int = Field(default=32, ge=2)
     """C: channels of the encoding, half of them for each group."""
     routed: Routed = "both"
-    """Which group's gradient is routed."""
+    """Which group's gradient is routed. With `second` an image of the first group is decoded once
+    for each half and both errors count, as released: they train the decoder twice."""
     separate_decoders: bool = False
     """Whether each group has a decoder of its own, each reading the whole encoding."""
     l1: tuple[float, float] = (1e-2, 1e-2)
     """Weights of the sum of absolute values in the top and in the bottom half."""
     correlation: float = Field(default=0.1, ge=0)
     """Weight of the mean absolute correlation between channels of the two halves."""
+    penalised: Literal["seen", "all"] = "seen"
+    """Whose encodings the penalties pull on: of images that the autoencoder learns from, or also
+    of those that `share` keeps from it."""
     share: float | None = Field(default=None, ge=0, le=0.9)
     """Share of the first group among what the autoencoder learns from; 0 leaves it out, empty
     keeps what there is. Certificates learn from all images."""
@@ -64,6 +68,13 @@ class SplitAutoencoderConfig(Config):
         steps=1500, lr=4e-3, batch_size=64, weight_decay=5e-5, schedule="cosine"
     )
     """How it is trained; certificates are trained in the same steps."""
+
+    @model_validator(mode="after")
+    def _one_decoder(self) -> SplitAutoencoderConfig:
+        """Refuse to train the first group's two errors with decoders that each group has apart."""
+        if self.routed == "second" and self.separate_decoders:
+            raise ValueError("routed: with 'second' both groups share a decoder; set another")
+        return self
 
 
 def layers(widths: Sequence[int], *, bias: bool = True) -> nn.Sequential:
@@ -172,13 +183,19 @@ def terms_of(
         for group, (chosen_B, weight) in groups.items():
             weights = chosen_B.to(error_B.dtype)
             terms[f"{name} {group}"] = Term(error_B @ weights, float(weights.sum()), weight)
-    seen_BC = code_BC[batch.seen_B]
+    if config.routed == "second":
+        # The two decodings of an image give each half its gradient once, but the decoder both.
+        again_B = absolute_error(model.decode(code_BC.detach(), batch.first_B), batch.x_BHW)
+        again = terms["decoder all" if config.balance == "images" else "decoder first"]
+        chosen_B = (batch.seen_B & batch.first_B).to(again_B.dtype)
+        terms["decoder first again"] = Term(again_B @ chosen_B, again.count, again.weight)
+    pulled_BC = code_BC if config.penalised == "all" else code_BC[batch.seen_B]
     for i, half in enumerate(("top", "bottom")):
         if config.l1[i]:
-            total = seen_BC.chunk(2, dim=1)[i].abs().sum()
-            terms[f"l1 {half}"] = Term(total, len(seen_BC), config.l1[i])
-    if config.correlation and len(seen_BC) > 1:
-        both = correlation(*seen_BC.chunk(2, dim=1))
+            total = pulled_BC.chunk(2, dim=1)[i].abs().sum()
+            terms[f"l1 {half}"] = Term(total, len(pulled_BC), config.l1[i])
+    if config.correlation and len(pulled_BC) > 1:
+        both = correlation(*pulled_BC.chunk(2, dim=1))
         terms["correlation"] = Term(both, 1, config.correlation)
     return terms
 

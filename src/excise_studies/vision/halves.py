@@ -24,8 +24,8 @@ from excise.data.stream import Batch
 from excise.routing import Groups, Part, Policy, Rule, compile, route
 from excise_studies.vision.images import Images, rarer
 
-Routed = Literal["both", "first", "none"]
-"""Which group of classes is routed."""
+Routed = Literal["both", "second", "none"]
+"""Which group of classes is routed; the gradient of one that is not passes both halves."""
 
 
 class Halves(nn.Module):
@@ -152,7 +152,7 @@ def policy(channels: int, which: Routed, module: str = "halves") -> Policy:
 
     Args:
         channels: C.
-        which: The group that is routed; the other's gradient passes both halves.
+        which: The group that is routed.
         module: Name of the `Halves` in the model.
     """
     half = channels // 2
@@ -160,8 +160,8 @@ def policy(channels: int, which: Routed, module: str = "halves") -> Policy:
         "top": (Part(at="outputs", names=(module,), units=(0, half)),),
         "bottom": (Part(at="outputs", names=(module,), units=(half, channels)),),
     }
-    first = Rule(edges={"bottom": 0.0}) if which in ("both", "first") else Rule()
-    second = Rule(edges={"top": 0.0}) if which == "both" else Rule()
+    first = Rule(edges={"bottom": 0.0}) if which == "both" else Rule()
+    second = Rule(edges={"top": 0.0}) if which in ("both", "second") else Rule()
     return Policy(
         groups=Groups(parts=parts),
         rules={"first": (first,), "second": (second,)},

@@ -138,11 +138,17 @@ class Undo(Method):
         "section 3: theta <- (1 - alpha) theta + alpha beta X, then KL(teacher || student)",
         "AddieFoote/distillation-robustify-unlearning",
         {
-            "alpha": "the reference code tries 0.1 to 0.8",
-            "groups": "all; the scale of a norm shrinks towards its initial value here, there to 0",
-            "fit": "arithmetic: lr 7e-4 to 7e-5 cosine, 50 steps of warm-up, 1000 at most; "
-            "a step there reads 360 texts of 256 tokens",
-            "stop_tolerance": "arithmetic: within 0.05 of the teacher; language: within 5 %",
+            "alpha": "ours: run_serum_arithmetic_sweep_alpha.py tries 0.1 to 0.8 and recommends "
+            "none",
+            "beta": "run_serum_arithmetic_sweep_alpha.py: 0.1",
+            "groups": "code/tools/serum.py: all; the scale of a norm shrinks towards its initial "
+            "value here, there to 0",
+            "fit": "run_serum_arithmetic_sweep_alpha.py: lr 7e-4 to 7e-5 cosine, 50 steps of "
+            "warm-up (the first at lr 0, here at a fiftieth of the rate), 1000 at most, clip 1, "
+            "360 texts of 256 tokens a step (language: 240 of 2048); here 32 texts",
+            "max_length": "run_serum_arithmetic_sweep_alpha.py: 256 (language: 2048); here 512",
+            "stop_tolerance": "run_serum_arithmetic_sweep_alpha.py: within 0.05 of the teacher "
+            "(language: within 5 %); here off, so that all steps are taken unless it is set",
         },
     )
 

@@ -7,6 +7,7 @@ from typing import Final
 
 from excise.core.errors import UserError
 from excise.data.domain import Row
+from excise.data.spans import rewritten
 
 REFUSALS: Final = (
     "I don't know.",
@@ -64,14 +65,14 @@ def with_answer(row: Row, answer: str, method: str, *, instead: str = PLAIN) -> 
     match row.kind:
         case "completion":
             space = row.completion[: len(row.completion) - len(row.completion.lstrip())]
-            return replace(row, completion=space + answer)
+            return rewritten(row, completion=space + answer)
         case "choice":
             options = (answer if i == row.answer else c for i, c in enumerate(row.choices))
             return replace(row, choices=tuple(options))
         case "chat":
             last = _last_answer(row)
             turn = (row.messages[last][0], answer)
-            return replace(row, messages=(*row.messages[:last], turn, *row.messages[last + 1 :]))
+            return rewritten(row, messages=(*row.messages[:last], turn, *row.messages[last + 1 :]))
     raise UserError(
         f"unit '{row.unit}' is plain text, and {method} puts another answer behind a prompt; give "
         f"rows with 'prompt' and 'completion', or {instead}"

@@ -42,8 +42,10 @@ class ASSD(ImportanceMethod):
         "alpha as a percentile of relative importances, lambda 1",
         "if-loops/adaptive-selective-synaptic-dampening@f04c49d (MIT)",
         {
-            "batch_size": "SSD's 64 images; rows of text are longer, so 8 here",
-            "against": "the paper's D; the released search of Potion reads retain rows alone",
+            "batch_size": "SSD's 64 images, if-loops/selective-synaptic-dampening@cdfdc0e; rows of "
+            "text are longer, so 8 here",
+            "against": "arXiv:2402.10098: the paper's D; the released search of Potion reads "
+            "retain rows alone",
         },
     )
 

@@ -124,8 +124,8 @@ class CheckpointTransfer(TuningMethod):
             "ramp": "checkpoint_transfer_unlearn.py, scheduled_coeff over the examples of an epoch",
             "fit_on": "online_affine_fitter.py fits hidden_states[l], the input of block l, and "
             "since outputs of blocks are hooked maps those: ours is fitted where it is used",
-            "map_rows": "train_affine_transform reads what is there of 100000 examples, 1024 in "
-            "the logged runs",
+            "map_rows": "EleutherAI/unlearn@1a6079f, train_affine_transform, reads what is there "
+            "of 100000 examples, 1024 in the logged runs",
             "ridge": "online_affine_fitter.py, alpha=0.01",
             "fit": "checkpoint_transfer_unlearn.md: lr 1e-3, 512 steps of 4; checkpoint_transfer_"
             "unlearn.py: weight decay 0.01; of transformers' Trainer linear decay, clipping at 1",

@@ -88,15 +88,16 @@ class CircuitBreakers(TrainingMethod):
         {
             "layers": "scripts/lorra_circuit_breaker_llama3_8b.sh: target_layers 10,20 of "
             "hidden_states, which counts the embedding as 0",
-            "alpha": "the same script: lorra_alpha 10",
-            "horizon": "get_training_progress divides by 300 whatever max_steps is; the script "
-            "runs 150, so that weights end at 5 and 5; here it is twice the steps",
+            "alpha": "scripts/lorra_circuit_breaker_llama3_8b.sh: lorra_alpha 10",
+            "horizon": "src/lorra_circuit_breaker.py divides by 300 whatever max_steps is; the "
+            "script runs 150, so that weights end at 5 and 5; here it is twice the steps",
             "max_length": "src/cb_train_dataset.py: 256 tokens of prompt and 256 of answer; here "
             "of both together",
             "retain_max_length": "src/cb_train_dataset.py: 1024 tokens of retain text",
-            "fit": "the script: 150 steps, lr 1e-4, batch 16, constant; clip is the Trainer's",
-            "lora": "the script: r 16, alpha 16 on all linear layers; its dropout of 0.05 is left "
-            "out",
+            "fit": "scripts/lorra_circuit_breaker_llama3_8b.sh: 150 steps, lr 1e-4, batch 16, "
+            "constant; clip is the Trainer's",
+            "lora": "scripts/lorra_circuit_breaker_llama3_8b.sh: r 16, alpha 16 on all linear "
+            "layers; its dropout of 0.05 is left out",
         },
     )
 

@@ -92,8 +92,9 @@ class Direction(PostHoc):
             "behind the instruction, one by one; plain text has none",
             "rows": "pipeline/config.py, n_train = 128",
             "dev_rows": "pipeline/config.py, n_val = 32",
-            "embedding": "pipeline/model_utils/*.py take it out of embed_tokens, also where that "
-            "is tied; without what stands between a matrix and the stream, such as Gemma 2's norms",
+            "embedding": "andyrdt/refusal_direction@9d852fa, pipeline/model_utils, take it out of "
+            "embed_tokens, also where that is tied; without what stands between a matrix and the "
+            "stream, such as Gemma 2's norms",
         },
     )
 

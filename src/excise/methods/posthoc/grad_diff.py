@@ -44,8 +44,9 @@ class GradDiff(TuningMethod):
         "L = -CE(forget) + a CE(retain)",
         "AddieFoote/distillation-robustify-unlearning",
         {
-            "fit": "language setting: 100 steps, lr 6e-5 chosen of 1e-5..8e-5",
-            "alpha": "language: 1",
+            "fit": "run_unlearn_language.py: 100 steps of 4 x 2048 tokens, lr 6e-5 chosen of "
+            "1e-5..8e-5, clip 1; here 8 rows of up to `max_length` tokens",
+            "alpha": "run_unlearn_language.py: 1",
             "retain_loss": "CE there; KL is that of TOFU, locuslab/tofu@bdc209e (MIT), "
             "dataloader.py, whose mean runs over prompts and padding too; here over scored tokens",
         },

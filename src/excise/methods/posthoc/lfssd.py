@@ -44,8 +44,9 @@ class LFSSD(ImportanceMethod):
         {
             "alpha": "SSD's, if-loops/selective-synaptic-dampening@cdfdc0e; the paper's own was "
             "not to be read",
-            "lam": "SSD's",
-            "batch_size": "SSD's 64 images; rows of text are longer, so 8 here",
+            "lam": "SSD's, if-loops/selective-synaptic-dampening@cdfdc0e",
+            "batch_size": "SSD's 64 images, if-loops/selective-synaptic-dampening@cdfdc0e; rows of "
+            "text are longer, so 8 here",
         },
     )
 

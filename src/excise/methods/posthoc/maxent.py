@@ -34,7 +34,11 @@ class MaxEnt(TuningMethod):
         "arXiv:2506.06278",
         "L = KL(uniform || p) on forget + a CE(retain)",
         "AddieFoote/distillation-robustify-unlearning",
-        {"fit": "language setting: 100 steps, lr 3e-5"},
+        {
+            "fit": "run_unlearn_language.py: 100 steps of 4 x 2048 tokens, lr 3e-5 chosen of "
+            "1e-5..8e-5, clip 1; here 8 rows of up to `max_length` tokens",
+            "alpha": "run_unlearn_language.py: use_retain, which adds the two losses: 1",
+        },
     )
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:

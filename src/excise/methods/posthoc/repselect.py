@@ -104,7 +104,8 @@ class RepSelect(PostHoc):
             "float32 and rounded once, where the release subtracts in the model's dtype",
             "budget": "configs/experiment/unlearn/wmdp_low_mi/default.yaml: disr_budget 0.01, on "
             "wikitext; ours reads dev_retain",
-            "budget_rows": "the same: wikitext, range 0 to 128",
+            "budget_rows": "configs/experiment/unlearn/wmdp_low_mi/default.yaml: wikitext, range 0 "
+            "to 128",
             "modules": "repselect_simple.py: gate, up and down of every block; of a mixture of "
             "experts only gate and up, where ours takes down too",
             "max_length": "the same default.yaml: tokenizer max_length 128",

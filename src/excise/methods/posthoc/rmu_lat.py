@@ -112,16 +112,17 @@ class RMULAT(TrainingMethod):
         "aengusl/latent-adversarial-training@53ac752 (MIT)",
         {
             "layer": "latent_at/lat_methods.py, run_rmu: layer_id 8, layer_ids 6, 7, 8",
-            "attack_layer": "run_rmu: pgd_layers 7",
-            "steering": "run_rmu: steering_coef 6.5",
-            "alpha": "run_rmu: alpha 1200",
-            "epsilon": "run_rmu: epsilon 2",
-            "attack_steps": "run_rmu: pgd_iterations_per_step 16",
-            "attack_lr": "run_rmu: inner_learning_rate 5e-2; torch's AdamW with its decay of 0.01",
-            "per_attack": "run_rmu: model_iterations_per_step 4",
-            "max_length": "run_rmu: 768 for all batches but the first",
-            "fit": "run_rmu: 200 batches by 4 steps, lr 5e-5, torch's AdamW with its decay; "
-            "notebooks/unlearning_wmdp.ipynb: batch 4",
+            "attack_layer": "latent_at/lat_methods.py, run_rmu: pgd_layers 7",
+            "steering": "latent_at/lat_methods.py, run_rmu: steering_coef 6.5",
+            "alpha": "latent_at/lat_methods.py, run_rmu: alpha 1200",
+            "epsilon": "latent_at/lat_methods.py, run_rmu: epsilon 2",
+            "attack_steps": "latent_at/lat_methods.py, run_rmu: pgd_iterations_per_step 16",
+            "attack_lr": "latent_at/lat_methods.py, run_rmu: inner_learning_rate 5e-2; torch's "
+            "AdamW with its decay of 0.01",
+            "per_attack": "latent_at/lat_methods.py, run_rmu: model_iterations_per_step 4",
+            "max_length": "latent_at/lat_methods.py, run_rmu: 768 for all batches but the first",
+            "fit": "latent_at/lat_methods.py, run_rmu: 200 batches by 4 steps, lr 5e-5, torch's "
+            "AdamW with its decay; notebooks/unlearning_wmdp.ipynb: batch 4",
         },
     )
 

@@ -97,7 +97,8 @@ class SEAM(TrainingMethod):
             "alpha": "config/train.yaml: alpha 1",
             "beta": "config/train.yaml: beta 0.01 (src/train.py's own default is 0.001)",
             "eps": "config/train.yaml: epsilon 1e-3",
-            "refusal": "the release preserves a refusal of its own for every harmful prompt",
+            "refusal": "ZJUWYH/seam@65f3d5c preserves a refusal of its own for every harmful "
+            "prompt",
             "max_length": "src/data_processing/_datasets.py: CONTEXT_LENGTH = 256",
             "fit": "config/train.yaml: 8,000 rows once in batches of 4, lr 2e-5, cosine with "
             "warm-up .1, AdamW without decay",

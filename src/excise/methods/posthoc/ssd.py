@@ -44,7 +44,8 @@ class SSD(ImportanceMethod):
         {
             "alpha": "src/forget_full_class_main.py: selection_weighting 10 (5 for ViT, 50 faces)",
             "lam": "src/forget_full_class_main.py: dampening_constant 1 (0.1 for faces)",
-            "batch_size": "64 images there; rows of text are longer, so 8 here",
+            "batch_size": "src/forget_full_class_main.py: 64 images; rows of text are longer, so 8 "
+            "here",
             "against": "src/forget_full_class_main.py: full_train_dl is retain and forget; the one "
             "batch there that holds both is cut in two here",
             "vectors": "src/ssd.py dampens every parameter",

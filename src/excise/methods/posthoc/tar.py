@@ -136,10 +136,11 @@ class TAR(TrainingMethod):
         "rishub-tamirisa/tamper-resistance@19de233 (MIT)",
         {
             "mapping": "no script of the release runs it; tar.py defaults: 750 steps, lr 2e-5, "
-            "batch 2 x 8 accumulated on each GPU, 50 steps of warm-up",
+            "batch 2 x 8 accumulated on each of 8 GPUs (128), 50 steps of warm-up; here 16",
             "inner_steps": "run_tar_bio.sh --tar_inner_loop_steps 64",
             "inner_lr": "run_tar_bio.sh --adversary_lr_samples (run_tar_cyber.sh leaves out 2e-6)",
-            "inner_batch": "run_tar_bio.sh --tar_adversary_batch_size 4, on each of 8 GPUs",
+            "inner_batch": "run_tar_bio.sh --tar_adversary_batch_size 4, on each of 8 GPUs (32); "
+            "here 4",
             "inner_decay": "torch.optim.AdamW's own, modules/training.py sets none",
             "attackers": "run_tar_bio.sh --tar_num_tasks_sampled 1",
             "switch": "run_tar_bio.sh --switching_point_coeffs; capabilities and the switching "
@@ -153,8 +154,8 @@ class TAR(TrainingMethod):
             "heldout": "modules/dataloaders.py: train_test_split(test_size=0.20) of rows; ours is "
             "of units",
             "max_length": "modules/dataloaders.py: cutoff_len=256",
-            "fit": "run_tar_bio.sh: 750 steps, lr 2e-5, batch 8 on each of 8 GPUs, warm-up 32; "
-            "tar.py: schedulefree.AdamWScheduleFree",
+            "fit": "run_tar_bio.sh: 750 steps, lr 2e-5, batch 8 on each of 8 GPUs (64), "
+            "warm-up 32; here batch 8; tar.py: schedulefree.AdamWScheduleFree",
         },
     )
 

@@ -71,8 +71,9 @@ class AdapterModules(Method):
         "adapters in place of auxiliary MLPs",
         defaults={
             "p_off": "that of SGTM (arXiv:2512.05648) on TinyStories",
-            "joint": "that of SGTM on TinyStories",
-            "lora.rank": "chosen here",
+            "joint": "that of SGTM on TinyStories (arXiv:2512.05648), embeddings alone of what "
+            "labelled rows write there",
+            "lora.rank": "ours: the paper sizes adapters by their share of the parameters",
         },
     )
 
@@ -122,9 +123,14 @@ class DualAdapters(Method):
         "labelled rows step the forget adapter alone; certain core rows run without it",
         SOURCE,
         defaults={
-            "p_off": "labelled-good rows have the forget adapter off",
-            "lora.rank": "chosen here; adapters of one size, as vGROUT's notes ask",
-            "fit.lr": "chosen here",
+            "p_off": "all_caps/experiment_dispersed.py: LABELED_GOOD_PERCENTAGE 0.05 of core rows "
+            "have the forget adapter off, all others read and write both adapters; here 1, since "
+            "every core row is labelled",
+            "lora.rank": "experiment.py: rank 1, alpha 64; here 8 and 16; adapters of one size, as "
+            "there",
+            "fit": "experiment.py: 1000 steps of one row, lr 1e-4, cosine after 100 steps of "
+            "warm-up, weight decay 0.01; here 200 steps of 32, lr 1e-3, constant, no decay, "
+            "clipped at 1",
         },
     )
 

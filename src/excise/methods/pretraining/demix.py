@@ -36,7 +36,9 @@ class DEMix(Method):
         "DEMix layers: disentangling domains for modular language modeling",
         "arXiv:2108.05036",
         "section 2",
-        defaults={"module.width": "experts are as large as the feed-forward layer they replace"},
+        defaults={
+            "module.width": "section 2: experts are as large as the feed-forward layer they replace"
+        },
     )
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:

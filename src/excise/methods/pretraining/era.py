@@ -43,14 +43,19 @@ from excise.routing import Groups, Policy, Rule
 from excise.train.fit import FitConfig
 
 PUBLISHED = {
-    "expand.depth": "neurons are added in layers 0 to 4 of 8",
-    "expand.width": "64 neurons beside 2048",
-    "expand.alpha": "-0.75 on the original neurons for tokens of forget stories",
-    "expand.l1": "1e-4 on the MLP activations of the target layers",
-    "expand.tokens": "slope 1, offset -4, smoothing 1 and 20 (appendix C)",
-    "expand.coherence": "one batch of 64 retain stories, lr 5e-5, at most 40 steps, best on 1000",
+    "expand.depth": "bulk_runs_for_paper.py: layers 0 to 4 of 8",
+    "expand.width": "bulk_runs_for_paper.py: 64 neurons beside 2048",
+    "expand.alpha": "bulk_runs_for_paper.py: -0.75 on the original neurons for tokens of forget "
+    "stories",
+    "expand.l1": "bulk_runs_for_paper.py: 1e-4 on the MLP activations of the target layers, summed "
+    "over all positions, padding too, and divided by batch x 256; here by the real tokens",
+    "expand.tokens": "appendix C: slope 1, offset -4, smoothing 1 and 20; tinystories_era.py "
+    "counts every forget story, also where labels are partial; here those that are labelled",
+    "expand.coherence": "tinystories_era.py: one batch of 64 retain stories, lr 5e-5, 41 steps, "
+    "betas 0.9 and 0.95, decay 0.1, best on 1000; here 40 steps, betas 0.9 and 0.999, decay 0",
 }
-"""Where the defaults come from: arXiv:2410.04332, appendix C and the released code."""
+"""Where the defaults come from: arXiv:2410.04332, appendix C, and files of the released code, which
+lie in projects/tinystories."""
 
 
 class TokenWeights(Config):
@@ -134,9 +139,14 @@ class ERAAfter(Method):
         "EleutherAI/gradient-routing (re-runs of February 2026)",
         defaults={
             **PUBLISHED,
-            "fit.lr": "1e-4 in the re-run from a pretrained checkpoint",
-            "fit.weight_decay": "0.1 in appendix C",
-            "fit.steps": "5,000 in the re-run; shorter here, see the study era-after-training",
+            "expand.coherence": "tinystories_era_posttrain.py: 500 steps (501 are taken), lr 5e-5, "
+            "betas 0.9 and 0.95, decay 0.1; here 40 steps, betas 0.9 and 0.999, decay 0",
+            "expand": "tinystories_era_posttrain.py adds neurons that speak from the first step; "
+            "here their output is 0 at first, so that the model starts as it was",
+            "fit.lr": "tinystories_era_posttrain.py: 1e-4",
+            "fit.weight_decay": "appendix C: 0.1",
+            "fit.steps": "tinystories_era_posttrain.py: 5,000; here 200, see the study "
+            "era-after-training",
         },
     )
 
@@ -220,11 +230,13 @@ def routed_share(
         max_length: Tokens per row.
     """
     vocab = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    counts = []
-    for forget in (True, False):
-        chosen = [row for row in rows if (row.label > CORE) == forget]
-        examples = encode(chosen, tokenizer, max_length=max_length)
-        counts.append(token_counts((example.ids for example in examples), vocab))
+    ids: dict[bool, list[int]] = {True: [], False: []}
+    for example in encode(rows, tokenizer, max_length=max_length):
+        label = example.label
+        labels = (label,) * len(example.ids) if isinstance(label, int) else label
+        for token, number in zip(example.ids, labels, strict=True):
+            ids[number > CORE].append(token)
+    counts = [token_counts([ids[forget]], vocab) for forget in (True, False)]
     return 1 - token_weights(counts[0], counts[1], config)
 
 

@@ -1,21 +1,30 @@
 """Filter, then give every capability back as an adapter: what routing with full labels must beat.
 
 The core is trained on what carries no forget label; then, for each capability, a LoRA adapter on
-the frozen core is trained on its labelled rows. Whoever may have the capability loads the adapter.
-With full labels this matches routed modules; with few labels the core learns what the labels miss.
+the frozen core is trained on its labelled rows and on `core_ratio` core rows for each of them, so
+that it learns the capability without unlearning the rest. Whoever may have the capability loads the
+adapter. With full labels this matches routed modules; with few labels the core learns what the
+labels miss.
+
+Source:
+    arXiv:2607.08077, baseline FT-LoRA; agencyenterprise/modular-pretraining, read in the fork
+    JR-Vickers/modular-pretraining@526ef78 (no licence file; read only), src/run/train/routed.py,
+    do_routed_ordered.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import cycle, islice
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from excise.core.context import Context
-from excise.data.domain import Domain, Row, Rows
+from excise.data.domain import CORE, Domain, Row, Rows
 from excise.data.labels import LabelNoise, forget_score
 from excise.evals.score import measure
 from excise.methods.base import Cost, Method, Paper, Removal
@@ -30,6 +39,7 @@ from excise.methods.pretraining.pretrain import (
     schedule,
     texts,
 )
+from excise.methods.pretraining.routed.absorption import hash_ordered
 from excise.methods.tuning import Progress, run_fit, state_dir
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA, adapted
@@ -38,7 +48,7 @@ from excise.train.fit import fit
 
 
 class FilterLoRA(Method):
-    """Train on what carries no forget label, then one LoRA adapter per capability on its rows."""
+    """Train on what carries no forget label, then a LoRA adapter per capability on its rows."""
 
     name: Literal["filter_lora"] = "filter_lora"
     pretrain: Pretrain | None = None
@@ -51,12 +61,26 @@ class FilterLoRA(Method):
     """Share of the steps spent on adapters, the same for every capability."""
     adapter_lr: float | None = Field(default=None, gt=0)
     """Learning rate of the adapters; missing means that of the schedule."""
+    core_ratio: float = Field(default=2.0, ge=0)
+    """Core rows that an adapter reads for each labelled row; 0 for labelled rows alone."""
 
+    version: ClassVar[int] = 2
     starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
     paper: ClassVar[Paper] = Paper(
         "Modular pretraining enables access control, baseline FT-LoRA",
         "arXiv:2607.08077",
         "filter the core, then fine-tune one LoRA adapter per domain",
+        "agencyenterprise/modular-pretraining (no licence file; read only)",
+        {
+            "core_ratio": "src/run/experiment/stories/methods/run.py: core_aux_ratio 2.0 on "
+            "stories; 1.0 in the runs with partial labels (partial/run.py)",
+            "adapter_share": "src/run/train/routed.py: 1 + core_aux_ratio times the share of "
+            "labelled texts, each read once (aux_factor 1); here 0.2 whatever the labels, since "
+            "with a third to forget and 2 core rows for each nothing would be left for the core",
+            "adapter_lr": "src/run/train/routed.py: one rate for core and adapters",
+            "lora": "stories/methods/run.py: adapters of a tenth of the core's parameters "
+            "(aux_param_prc 0.1); here rank 16 and alpha 32, whatever the model",
+        },
     )
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
@@ -66,6 +90,7 @@ class FilterLoRA(Method):
             pass  # a module that is not there is found before any training
         rows = labelled_corpus(domain, self.labels, ctx)
         remaining = tuple(row for row in rows if forget_score(row) <= 0.5)
+        core_rows = tuple(row for row in remaining if row.label == CORE)
         shares = {
             name: tuple(r for r in rows if r.label == i + 1 and forget_score(r) > 0.5)
             for i, name in enumerate(domain.forget)
@@ -82,7 +107,9 @@ class FilterLoRA(Method):
         for name, mine in shares.items():
             files[f"adapter_{name}"] = f"adapters/{name}"
             adapter = self._adapter_schedule(cut_to(config, each, self.name))
-            facts[name], took = self._adapter(name, mine, domain, removal.checkpoint, adapter, ctx)
+            facts[name], took = self._adapter(
+                name, mine, core_rows, domain, removal.checkpoint, adapter, ctx
+            )
             cost += took
         extras = {**removal.extras, "adapters": facts, "files": files}
         return replace(removal, cost=cost, extras=extras)
@@ -95,7 +122,8 @@ class FilterLoRA(Method):
     def _adapter(
         self,
         name: str,
-        rows: Rows,
+        labelled: Rows,
+        core_rows: Rows,
         domain: Domain,
         core: Checkpoint,
         config: Pretrain,
@@ -104,6 +132,9 @@ class FilterLoRA(Method):
         """Train and write the adapter of one capability; return its facts and cost."""
         work = ctx.child(f"adapter-{name}")
         model, tokenizer = core.load(dtype=ctx.dtype, device=ctx.device), core.tokenizer()
+        reads = config.fit.steps * config.fit.batch_size
+        order = hash_ordered(core_rows, ctx.seed_for(f"adapter.{name}.core"))
+        rows = adapter_rows(labelled, tuple(order), self.core_ratio, reads)
         batches = texts(rows, tokenizer, config, ctx, purpose=f"adapter.{name}")
         progress = Progress(ctx, f"{self.name}.{name}", config.fit.steps)
         tested = {"forget": domain.dev_forget.get(name, ()), "retain": domain.dev_retain}
@@ -127,11 +158,31 @@ class FilterLoRA(Method):
                 _save(live, folder)
             barrier(ctx)
         facts = {
-            "rows": len(rows),
+            "rows": len(labelled),
+            "core_share": sum(row.label == CORE for row in rows) / len(rows),
             "steps": config.fit.steps,
             "loss": {role: {"core": before[role], "adapter": after[role]} for role in before},
         }
         return facts, progress.cost(core.num_parameters)
+
+
+def adapter_rows(labelled: Rows, core: Rows, ratio: float, reads: int) -> Rows:
+    """Return what an epoch of an adapter consists of: `ratio` core rows for each labelled row.
+
+    Where core rows are many, labelled rows stand in it more than once, so that an adapter of few
+    labelled rows sees the whole core instead of the same few rows of it.
+
+    Args:
+        labelled: Rows of the capability, at least one.
+        core: Rows labelled core, in the order in which they are taken.
+        ratio: Core rows per labelled row.
+        reads: Rows that the training reads in all; an epoch need not be longer.
+    """
+    if not (core and ratio):
+        return labelled
+    times = math.ceil(min(len(core) / ratio, reads / (1 + ratio)) / len(labelled))
+    count = round(ratio * times * len(labelled))
+    return (*(labelled * times), *islice(cycle(core), count))
 
 
 def _save(model: Any, folder: Any) -> None:

@@ -55,7 +55,10 @@ class GradDiffPretrain(Method):
     paper: ClassVar[Paper] = Paper(
         "Distillation robustifies unlearning, discussion: -NTP(tokens) if harmful else NTP(tokens)",
         "arXiv:2506.06278",
-        defaults={"push": "clipped at log V, since plain ascent has no lower bound"},
+        defaults={
+            "push": "arXiv:2506.06278, discussion: plain ascent; here clipped at "
+            "log V, since it has no lower bound"
+        },
     )
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:

@@ -64,11 +64,12 @@ class GRAM(Method):
         "the batch plan of core, auxiliary and unlabelled data",
         "agencyenterprise/modular-pretraining (no licence file; read only)",
         defaults={
-            "module.width": "192 of 2048 neurons on stories",
-            "p_cr": "0.5 on stories; 0.2 in the runs with partial labels",
-            "p_as": "0.3 on stories; 0 in the runs with partial labels",
-            "p_push": "not in the paper; 0 is the paper",
-            "joint": "attention, norms and embeddings belong to the core",
+            "module.width": "src/run/experiment/stories/methods/run.py: aux_param_prc 0.1, 192 of "
+            "2048 neurons",
+            "p_cr": "stories/methods/run.py: robust_prc 0.5; partial/run.py: 0.2",
+            "p_as": "stories/methods/run.py: aux_route_prc 0.3; partial/run.py: 0",
+            "p_push": "ours: not in the paper; 0 is the paper",
+            "joint": "src/run/train/routed.py: attention, norms and embeddings belong to the core",
         },
     )
 

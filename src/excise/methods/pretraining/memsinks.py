@@ -44,9 +44,9 @@ class MemSinks(Method):
         "arXiv:2507.09937",
         "section 4",
         defaults={
-            "module.width": "chosen here: about a third of the neurons are sinks",
-            "sinks": "chosen here; the paper draws single neurons for each sequence",
-            "active": "chosen here",
+            "module.width": "ours: no published value; about a third of the neurons are sinks",
+            "sinks": "ours: the paper (section 4) draws single neurons for each sequence",
+            "active": "ours: no published value",
         },
     )
 

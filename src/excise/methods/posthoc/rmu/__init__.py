@@ -11,7 +11,8 @@ down-projections of the MLPs of blocks layer - 2 to layer.
 
 Source:
     arXiv 2403.03218, section 4; centerforaisafety/wmdp@bc5e1ba (MIT), rmu/unlearn.py. Adaptive
-    RMU: arXiv 2408.06223. Thinking traces: arXiv 2506.12963, in `traces`.
+    RMU: arXiv 2408.06223; RebelsNLU-jaist/llm-unlearning@3f951e2 (no licence file; read only),
+    baselines/adap_rmu/unlearn.py. Thinking traces: arXiv 2506.12963, in `traces`.
 
 Shape legend: B rows, T tokens, D residual width.
 """
@@ -26,11 +27,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from excise.core.context import Context
+from excise.core.disk import new_file
 from excise.core.errors import UserError
 from excise.core.keys import FilePath
 from excise.data.domain import Domain, Rows
@@ -77,6 +79,7 @@ from excise.methods.tuning import (
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA, merge
 from excise.models.names import Names
+from excise.train.distributed import gather, sum_dicts
 from excise.train.fit import FitConfig, Term, fit
 
 __all__ = ["RMU", "RMUSweep"]
@@ -97,6 +100,10 @@ PUBLISHED: Mapping[str, Any] = {
 }
 """What `as_published` sets where nothing else was said."""
 
+ADAPTIVE: Mapping[str, Any] = {"steering": 5.0, "alpha": 1200.0}
+"""What `adaptive` sets where nothing else was said, beside `ADAPTIVE_STEPS`."""
+ADAPTIVE_STEPS = 150
+
 
 class RMU(TrainingMethod):
     """Minimise |h(forget) - c u|^2 + alpha |h(retain) - h0(retain)|^2 at one layer, per entry."""
@@ -111,7 +118,8 @@ class RMU(TrainingMethod):
     alpha: float | tuple[float, ...] = 100.0
     """Weight of the retain term; one value, or one for each topic."""
     adaptive: bool = False
-    """Adaptive RMU: c is `steering` times the mean norm of the first batch of each topic."""
+    """Adaptive RMU: c is `steering` times the mean norm of the first batch of each topic, when that
+    batch is read. What was not set is as in its release: steering 5, alpha 1200, 150 steps."""
     controls: FilePath = ""
     """File of control vectors by topic to use as they are, instead of drawing and scaling."""
     engine: Literal["full", "span", "cached"] = "span"
@@ -153,7 +161,7 @@ class RMU(TrainingMethod):
     sweep: RMUSweep | None = None
     """Try several layers, norms and weights in one run and keep the best on `dev`."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     search: ClassVar[Space] = {"fit.lr": Range(), "steering": Range(), "alpha": Range()}
     paper: ClassVar[Paper] = Paper(
         "The WMDP benchmark: measuring and reducing malicious use with unlearning",
@@ -162,14 +170,34 @@ class RMU(TrainingMethod):
         "centerforaisafety/wmdp@bc5e1ba (MIT)",
         {
             "layer": "rmu/unlearn.py --layer_id 7",
-            "steering": "rmu/unlearn.py --steering_coeff_list 20",
-            "alpha": "rmu/unlearn.py --alpha 100",
+            "steering": "rmu/unlearn.py --steering_coeffs 20,20",
+            "alpha": "rmu/unlearn.py --alpha 100,100",
             "fit": "rmu/unlearn.py: lr 5e-5, batch 4, 80 batches; transformers' AdamW",
+            "adaptive": "RebelsNLU-jaist/llm-unlearning@3f951e2, baselines/adap_rmu/unlearn.py: "
+            "--scale 5 (here `steering`), --alpha 1200,1200, --max_num_batches 150 "
+            "(experiments/adap_rmu.sh runs 500), --steering_coeffs 1,1; the norm of the second "
+            "topic is taken after one update. Off here unless asked for",
             "traces": "OPTML-Group/Unlearn-R2MU@dc2d6c5, unlearn_r2mu.py: both weights 1, 100 and "
             "150 tokens, the prefix; run.sh has steering 6.5, alpha 1.4, lr 7.5e-5, 500 batches "
             "and torch's AdamW",
         },
     )
+
+    @classmethod
+    def filled_in(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Fill in the released settings of adaptive RMU, which are not those of RMU."""
+        if not data.get("adaptive"):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        fit = given.get("fit")
+        if fit is None:
+            fit = {**cls.model_fields["fit"].default.model_dump(exclude_unset=True)}
+            fit["steps"] = ADAPTIVE_STEPS
+        elif isinstance(fit, FitConfig):
+            fit = fit.model_dump(exclude_unset=True)
+        if isinstance(fit, Mapping):
+            fit = {"steps": ADAPTIVE_STEPS, **fit}
+        return {**ADAPTIVE, **given, "fit": fit}
 
     @model_validator(mode="before")
     @classmethod
@@ -181,6 +209,7 @@ class RMU(TrainingMethod):
             raise ValueError("keep: what is kept is the run's; use 'keep' of the recipe")
         if data.get("keep") == "model":  # so in records of before
             data = {name: value for name, value in data.items() if name != "keep"}
+        data = cls.filled_in(data)
         if not data.get("as_published"):
             return data
         given = {name: value for name, value in data.items() if value is not None}
@@ -217,11 +246,11 @@ class RMU(TrainingMethod):
         with editing(model, targets, self.lora, ctx) as edit:
             engine = make_engine(self, start, edit, targets, ctx)
             controls = self.control_vectors(topics, engine, batches, targets.parts.d_model, ctx)
-            _save_controls(controls, ctx)
             looks = looking(self, edit.net, edit.parameters, tokenizer, domain, ctx)
             chosen = self.train(
                 edit, engine, controls, batches, progress, ctx, state_dir(ctx), looks
             )
+            _save_controls(controls, ctx)
             facts = _facts(self, start, targets, edit, engine, controls)
             removal = finish(
                 start, edit.net, edit.parameters, progress, ctx, lora=self.lora,
@@ -336,10 +365,10 @@ class RMU(TrainingMethod):
         width: int,
         ctx: Context,
     ) -> dict[str, Float[Tensor, " D"]]:
-        """Return the control vector of every topic.
+        """Return the control vector of every topic, with `adaptive` of norm 1 until it is scaled.
 
-        The first batch of every topic is looked at before anything is trained, for the norms that
-        `adaptive` needs and to refuse a model that puts out NaN.
+        The first batch is looked at before anything is trained, to refuse a model that puts out
+        NaN.
 
         Args:
             topics: Names of the capabilities.
@@ -352,23 +381,66 @@ class RMU(TrainingMethod):
             UserError: If activations are not finite, or vectors and topics do not fit.
         """
         steering = per_topic(self.steering, topics, "steering")
+        self.activations(engine, batches(0)[0][topics[0]], ctx)
         if self.controls:
-            vectors = read_control_vectors(self.controls, topics, width)
-        else:
-            vectors = {t: steering[t] * control_vector(width, t, ctx) for t in topics}
-        for i, topic in enumerate(topics if self.adaptive else topics[:1]):
-            batch = batches(i)[0][topic].to(ctx.device)
-            with torch.no_grad():
-                hidden_BTD = engine.current(batch)
-            if not bool(torch.isfinite(hidden_BTD).all()):
-                raise UserError(
-                    f"rmu: block {self.layer} puts out NaN or infinity on the first batch, in "
-                    f"{_name(hidden_BTD.dtype)}; check the model's weights, or run it in float32"
-                )
-            if self.adaptive:
-                norm_BT = hidden_BTD.float().norm(dim=-1)
-                vectors[topic] *= float(norm_BT[self.mask(batch)].mean())
-        return vectors
+            return read_control_vectors(self.controls, topics, width)
+        vectors = {t: control_vector(width, t, ctx) for t in topics}
+        return vectors if self.adaptive else {t: steering[t] * vectors[t] for t in topics}
+
+    def activations(self, engine: Engine, batch: Batch, ctx: Context) -> Float[Tensor, "B T D"]:
+        """Return what the steered block puts out now, without a gradient.
+
+        Args:
+            engine: Gives activations.
+            batch: What is read.
+            ctx: Device.
+
+        Raises:
+            UserError: If it is not finite.
+        """
+        with torch.no_grad():
+            hidden_BTD = engine.current(batch.to(ctx.device))
+        if not bool(torch.isfinite(hidden_BTD).all()):
+            raise UserError(
+                f"rmu: block {self.layer} puts out NaN or infinity on the first batch, in "
+                f"{_name(hidden_BTD.dtype)}; check the model's weights, or run it in float32"
+            )
+        return hidden_BTD
+
+    def scaled(
+        self,
+        unit_D: Float[Tensor, " D"],
+        steering: float,
+        engine: Engine,
+        batches: Sequence[Batch],
+        ctx: Context,
+    ) -> Float[Tensor, " D"]:
+        """Return c u with c = steering mean |h(forget)|, h being what the block puts out now.
+
+        Args:
+            unit_D: Control vector u of norm 1.
+            steering: Factor on the norm.
+            engine: Gives activations.
+            batches: The first forget batch of a topic, cut into micro-batches.
+            ctx: Device.
+
+        Source:
+            arXiv 2408.06223; RebelsNLU-jaist/llm-unlearning@3f951e2, baselines/adap_rmu/unlearn.py,
+            which takes norm and mean in the model's dtype and rounds u to it before scaling.
+        """
+        total = count = 0.0
+        for batch in batches:
+            hidden_BTD = self.activations(engine, batch, ctx)
+            norm_BT = (hidden_BTD.float() if self.upcast else hidden_BTD).norm(dim=-1)
+            mask_BT = self.mask(batch).to(norm_BT.device)
+            mean = norm_BT[mask_BT].mean() if self.masked else norm_BT.mean(dim=1).mean(dim=0)
+            tokens = float(mask_BT.sum())
+            total, count = total + tokens * float(mean), count + tokens
+        over_all = sum_dicts(gather({"total": total, "count": count}, ctx))
+        c = steering * over_all["total"] / over_all["count"]
+        if not self.upcast:
+            return (c * unit_D.to(hidden_BTD.dtype)).to(unit_D.dtype)
+        return c * unit_D
 
     def train(
         self,
@@ -386,7 +458,8 @@ class RMU(TrainingMethod):
         Args:
             edit: The model and what is trained of it.
             engine: Where activations come from.
-            controls: Control vectors by topic.
+            controls: Control vectors by topic; `adaptive` scales each in place when its topic is
+                first read.
             batches: Micro-batches by step.
             progress: Told of every step.
             ctx: Seed, device, processes.
@@ -407,11 +480,54 @@ class RMU(TrainingMethod):
                 return {term: 1.0 for term, _ in pairs}
             return {term: float(self.mask(batch).sum()) * width for term, batch in pairs}
 
+        read = self.adapting(engine, controls, batches, ctx, folder) if self.adaptive else batches
         steps = fit(
-            edit.net, batches, loss, self.fit, ctx,
+            edit.net, read, loss, self.fit, ctx,
             groups={"trained": list(edit.parameters.values())}, counts=counts, state_dir=folder,
         )  # fmt: skip
         return run_fit(steps, progress, looks)
+
+    def adapting(
+        self,
+        engine: Engine,
+        controls: Mapping[str, Float[Tensor, " D"]],
+        batches: Callable[[int], list[dict[str, Batch]]],
+        ctx: Context,
+        folder: Path | None,
+    ) -> Callable[[int], list[dict[str, Batch]]]:
+        """Return the batches; the vector of a topic is scaled in place when it is first read.
+
+        Topic k is first read at step k, when the model has taken k steps. The scaled vectors are
+        kept beside the state of the run, since a resumed run has other activations.
+
+        Args:
+            engine: Gives activations.
+            controls: Control vectors of norm 1 by topic.
+            batches: Micro-batches by step.
+            ctx: Device.
+            folder: Where the state of an interrupted run is.
+        """
+        topics, units = list(controls), {name: u_D.clone() for name, u_D in controls.items()}
+        steering = per_topic(self.steering, topics, "steering")
+        kept = None if folder is None else folder / f"rank{ctx.rank}-{CONTROLS}"
+        if kept is not None and kept.is_file():
+            for name, vector_D in load_file(kept).items():
+                controls[name].copy_(vector_D)
+
+        def read(step: int) -> list[dict[str, Batch]]:
+            micros = batches(step)
+            if step < len(topics):
+                name = topics[step]
+                firsts = [micro[name] for micro in micros]
+                vector_D = self.scaled(units[name], steering[name], engine, firsts, ctx)
+                controls[name].copy_(vector_D)
+                if kept is not None:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    with new_file(kept) as part:
+                        save_file(dict(controls), str(part))
+            return micros
+
+        return read
 
     def terms(
         self,

@@ -15,13 +15,13 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from pydantic import Field
 
 from excise.core.config import Config
 from excise.core.errors import UserError
 from excise.data.domain import Row, Rows
+from excise.data.spans import rewritten
 from excise.data.stream import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -79,7 +79,7 @@ def _traces(rows: Rows) -> Iterator[tuple[Row, str]]:
 
 def _plain(row: Row, text: str) -> Row:
     """Return a row of the same unit that is nothing but a text."""
-    return replace(row, text=text, prompt="", completion="", choices=(), answer=-1, messages=())
+    return rewritten(row, text=text, prompt="", completion="", choices=(), answer=-1, messages=())
 
 
 def _some(rows: Iterator[Row], where: str) -> Rows:

@@ -96,8 +96,8 @@ class Moefy(Method):
         "arXiv:2110.01786",
         "in alternation with dense training, as proposed for gradient routing (arXiv:2410.04332)",
         defaults={
-            "score": "not in the paper: neurons are grouped there by co-activation",
-            "dense_share": "not in a paper: what dense steps teach the core stays in it",
+            "score": "ours: arXiv:2110.01786 groups neurons by co-activation",
+            "dense_share": "ours: no published value; what dense steps teach the core stays in it",
         },
     )
 

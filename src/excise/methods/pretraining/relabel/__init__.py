@@ -88,7 +88,7 @@ class Relabel(Method):
         "Learning with positive and unlabeled examples using weighted logistic regression",
         "ICML 2003",
         "section 4: the threshold; then filtering (arXiv:2508.06601)",
-        defaults={"l2": "the usual C = 1 of logistic regression"},
+        defaults={"l2": "ours: the usual C = 1 of logistic regression; no published value"},
     )
 
     @model_validator(mode="after")

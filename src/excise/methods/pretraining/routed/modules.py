@@ -25,7 +25,7 @@ from excise.models.names import parameters_by_name
 from excise.routing import JOINT, Groups, Part, What, count_units, delete, grow, reinit, zero
 from excise.routing.surgery import put_tensor, refresh
 
-Shared = Literal["embed", "head", "norms", "attention"]
+Shared = Literal["embed", "head", "head_bias", "norms", "final_norm", "attention"]
 """Parts that forget tokens may write beside their module."""
 
 How = Literal["delete", "zero", "reinit"]

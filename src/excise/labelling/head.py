@@ -173,24 +173,30 @@ def calibration_error(
     return float(gap.abs().sum()) / max(1, len(chance_N))
 
 
-def verdict(chance_N: Float[Tensor, " N"], forget_N: Bool[Tensor, " N"]) -> str:
-    """Return a sentence where a labeller finds nothing or everything at 0.5; empty elsewhere.
+def verdict(
+    chance_N: Float[Tensor, " N"], forget_N: Bool[Tensor, " N"], threshold: float = 0.5
+) -> str:
+    """Return a sentence where a labeller finds nothing or everything; empty elsewhere.
+
+    It finds nothing where fewer than `LEAST` of the held-out words of capabilities lie above the
+    threshold, and everything where fewer than `LEAST` of the core words lie below it.
 
     Args:
         chance_N: Probability of any capability of held-out words.
         forget_N: Whether each word is of one.
+        threshold: Probability above which a word is labelled.
     """
-    found = share_of(chance_N[forget_N] >= 0.5)
-    left = share_of(chance_N[~forget_N] < 0.5)
+    found = share_of(chance_N[forget_N] > threshold)
+    left = share_of(chance_N[~forget_N] <= threshold)
     if found < LEAST:
         return (
-            f"the labeller finds nothing: it gives more than 0.5 to {found:.1%} of the held-out "
-            "words of capabilities; label more documents, or use other features"
+            f"the labeller finds nothing: it gives more than {threshold:.3g} to {found:.1%} of the "
+            "held-out words of capabilities; label more documents, or use other features"
         )
     if left < LEAST:
         return (
-            f"the labeller finds everything: it gives less than 0.5 to {left:.1%} of the held-out "
-            "core words; label more core documents, or use other features"
+            f"the labeller finds everything: it gives no more than {threshold:.3g} to {left:.1%} "
+            "of the held-out core words; label more core documents, or use other features"
         )
     return ""
 

@@ -383,7 +383,9 @@ def fit_labeller(
     sentence = verdict(chance_N, forget_N)
     if sentence:
         ctx.emit("note", {"text": sentence})
-    each = _flops_per_word(config, len(names) + 1, halves, read, words, reader)
+    every = [document for half in halves for document in half]
+    each = reading_flops(config, len(names) + 1, every, reader.width if reader else 0)
+    each += read * reader.flops_per_token / max(1, words) if reader else 0.0
     facts = {
         "labeller": config.model_dump(mode="json"),
         "capabilities": [*names],
@@ -449,29 +451,29 @@ def _by_capability(
     return out
 
 
-def _flops_per_word(
-    config: AnyLabeller,
-    classes: int,
-    halves: Sequence[Sequence[Document]],
-    tokens: int,
-    words: int,
-    reader: states.Reader | None,
+def reading_flops(
+    config: AnyLabeller, classes: int, documents: Sequence[Document], width: int = 0
 ) -> float:
-    """Return the floating-point operations of labelling a word."""
+    """Return the floating-point operations of labelling a word, reading of the model aside.
+
+    Args:
+        config: The labeller.
+        classes: Core and every capability.
+        documents: Documents whose words say how many n-grams a word has.
+        width: Width of the model's states.
+    """
     match config:
         case NgramLabeller():
-            read = sum(
+            each = [
                 len(ngrams.subwords(word, config.buckets, config.longest))
-                for half in halves for document in half for word in document.words
-            )  # fmt: skip
+                for document in documents for word in document.words
+            ]  # fmt: skip
             near = 2 * config.window + 2 * bool(config.window)
-            return 2.0 * classes * (read / max(1, words) + near)
+            return 2.0 * classes * (sum(each) / max(1, len(each)) + near)
         case EncoderLabeller():
             return encoder.flops_per_word(config.size, classes)
         case StatesLabeller():
-            assert reader is not None
-            head = 4.0 * reader.width * classes
-            return reader.flops_per_token * tokens / max(1, words) + head
+            return 4.0 * width * classes
 
 
 def label_documents(
@@ -500,10 +502,11 @@ def label_documents(
             out.append(document.row)
             continue
         chance_N, label_N = probabilities(scores_NK, fitted.calibration)
-        labels, confidences = [*document.labels], [*document.confidences]
+        labels: list[int | None] = [None] * len(document.words)
+        confidences = [*document.confidences]
         near_N = torch.bucketize(chance_N, _BETWEEN).tolist()
         for i, (near, label) in enumerate(zip(near_N, label_N.tolist(), strict=True)):
-            if labels[i] == UNLABELED:
+            if document.labels[i] == UNLABELED:
                 level = LEVELS[near]
                 labels[i] = label if level > 0.5 else CORE
                 confidences[i] = level if level > 0.5 else round(1.0 - level, 2)

@@ -72,13 +72,13 @@ def documents_of(rows: Iterable[Row]) -> list[Document]:
     return out
 
 
-def labelled(document: Document, labels: Sequence[int], confidences: Sequence[float]) -> Row:
+def labelled(document: Document, labels: Sequence[int | None], confidences: Sequence[float]) -> Row:
     """Return a row whose words have these labels; blanks have that of the word before them.
 
     Args:
         document: The row as words.
-        labels: A label per word.
-        confidences: Confidence in each.
+        labels: A label per word; None for the one it has.
+        confidences: Confidence in each new label.
 
     Returns:
         The row, its spans as few as the labels allow; its capability and theirs stay.
@@ -92,9 +92,12 @@ def labelled(document: Document, labels: Sequence[int], confidences: Sequence[fl
         inside = starts[bisect_right(starts, piece.start) : bisect_right(starts, piece.end - 1)]
         for a, b in pairwise((piece.start, *inside, piece.end)):
             at = max(0, bisect_right(starts, a) - 1)
-            part = replace(piece, start=a, end=b, label=labels[at], confidence=confidences[at])
+            part = replace(piece, start=a, end=b)
+            label = labels[at]
+            if label is not None:
+                part = replace(part, label=label, confidence=confidences[at])
             parts.append(part)
-    complete = UNLABELED not in labels
+    complete = all(part.label != UNLABELED for part in parts)
     return with_pieces(replace(row, label=CORE) if complete else row, parts)
 
 

@@ -152,8 +152,8 @@ def judge(
     chance_N = 1.0 - chance_NK[:, CORE]
     label_N = chance_NK[:, 1:].argmax(dim=1) + 1
     known_N = given_N != UNLABELED
-    threshold = _threshold(chance_N, given_N > CORE, known_N, rule, fixed)
-    held_out = _agreement(chance_N[known_N] > threshold, given_N[known_N] > CORE)
+    threshold = choose_threshold(chance_N, given_N > CORE, known_N, rule, fixed)
+    held_out = agreement(chance_N[known_N] > threshold, given_N[known_N] > CORE)
     return Judgement(chance_N, label_N, threshold, held_out)
 
 
@@ -169,7 +169,7 @@ def _rows_of(x_NF: Tensor, mask_N: Tensor) -> Tensor:
     return x_NF.index_select(0, mask_N.nonzero().flatten())
 
 
-def _threshold(
+def choose_threshold(
     chance_N: Tensor,
     forget_N: Tensor,
     known_N: Tensor,
@@ -197,7 +197,7 @@ def _threshold(
     return (float(value[best]) + below) / 2
 
 
-def _agreement(flagged_N: Tensor, given_N: Tensor) -> dict[str, float]:
+def agreement(flagged_N: Tensor, given_N: Tensor) -> dict[str, float]:
     """Return precision, recall and F1 of what was flagged against the given labels."""
     both = float((flagged_N & given_N).sum())
     precision = both / max(1.0, float(flagged_N.sum()))

@@ -13,15 +13,22 @@ import pytest
 from safetensors.torch import load_file
 
 from excise.cli import main
+from excise.core.config import parse
 from excise.core.errors import UserError
+from excise.core.events import silent
 from excise.core.keys import identity
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows, Span
 from excise.data.labels import LabelNoise, give_labels, label_rows, relabelled
 from excise.data.sources import parse_source, read_source
 from excise.data.spec import Files
 from excise.labelling import labeller, stages
-from excise.methods import LossMasking
+from excise.labelling.labeller import EncoderLabeller
+from excise.labelling.words import document_of
+from excise.methods import LossMasking, Relabel
 from excise.methods.pretraining.pretrain import Pretrain
+from excise.requests.labelling import LabelRun
+from excise.requests.registry import registry
+from excise.run.labelling import given_rows
 from excise.train.fit import FitConfig
 from tests.cli.material import state
 from tests.parity.toy import context, toy_checkpoint
@@ -176,6 +183,7 @@ WRONG = [
         "'states' reads hidden states of a model; name one",
     ),
     ([*LABEL, "--model", "model"], "model"),
+    ([*LABEL[:-3], "--labeller", "encoder", "--labeller.heads", "7"], "a multiple of 'heads' (7)"),
     ([*LABEL, "--labeller.fit.steps", "3"], "fit"),
     ([*LABEL, "--labeller.held-out", "2"], "held_out"),
     ([*FEW, "nowhere.jsonl", "--out", "out"], "there is no file nowhere.jsonl"),
@@ -198,6 +206,26 @@ def test_what_is_wrong_is_said_in_a_sentence(
     assert sentence in said
     assert "Traceback" not in said
     assert {k: v for k, v in state(here).items() if not k.startswith(".stages")} == before
+
+
+def test_words_that_are_labelled_in_a_corpus_stay_so(here: Path) -> None:
+    lines = [{"text": "one zyxa three", "spans": [[4, 8, "secret"], [9, 14, ""]]}]
+    write(here / "rest.jsonl", [*lines, {"text": "four", "capability": "secret"}])
+    given = given_rows(
+        LabelRun(labels=("few.jsonl?duplicates=exact",), unlabeled=("rest.jsonl",)), silent
+    )
+    assert given.names == ("secret",)
+    assert document_of(given.rows[-2]).labels == (UNLABELED, 1, CORE)
+    assert (given.rows[-1].label, given.rows[-1].capability) == (UNLABELED, "")
+
+
+def test_a_labeller_is_chosen_by_name_in_a_recipe() -> None:
+    data = {"name": "relabel", "features": "encoder", "then": {"name": "loss_masking"}}
+    method = parse(Relabel, {**data, "labeller": {"name": "encoder", "width": 32}}, registry())
+    assert isinstance(method.labeller, EncoderLabeller)
+    assert method.labeller.width == 32
+    with pytest.raises(UserError, match=r"labeller"):
+        parse(Relabel, {**data, "labeller": {"name": "encoder", "l2": 1.0}}, registry())
 
 
 # Labels of a file, given to a method.

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -112,6 +112,15 @@ class EncoderLabeller(Labeller):
         betas=(0.9, 0.98), weight_decay=0.05, clip=1.0,
     )  # fmt: skip
     """Steps, windows per step, rates."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EncoderLabeller:
+        """Refuse a width that heads, or waves of positions, cannot be cut from."""
+        if self.width % self.heads or self.width % 2:
+            raise ValueError(
+                f"width: {self.width} must be even and a multiple of 'heads' ({self.heads})"
+            )
+        return self
 
     @property
     def size(self) -> encoder.Size:

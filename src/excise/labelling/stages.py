@@ -29,7 +29,7 @@ from excise.models.checkpoint import Checkpoint
 LABELS: Final = "labels.jsonl"
 """Rows with their labels; a source of rows like any other."""
 
-CHUNK: Final = 1000
+CHUNK: Final = 200
 """Rows that are labelled, and written, at once."""
 
 

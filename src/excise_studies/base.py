@@ -82,7 +82,10 @@ def train_replicates(
         for apart in (0, APART)
     ]
     inits = pool.map(runtime.run, jobs)
-    methods: tuple[Method, ...] = (Plain(pretrain=schedule), Filtering(pretrain=schedule))
+    methods: tuple[Method, ...] = (
+        Plain(pretrain=schedule),
+        Filtering(pretrain=schedule, drop="spans"),
+    )
     removals = [
         ApplyMethod(methods[i % 2], init, domains[job.seed - APART * (i % 2)][0], job.seed)
         for i, (job, init) in enumerate(zip(jobs, inits, strict=True))

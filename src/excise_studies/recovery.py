@@ -33,6 +33,8 @@ class RecoveryScores:
         retain: Scores on `retain_test` before it.
         distance: Original before the attack minus oracle after it, on the held-out test set.
         invalid: Why nothing can be decided; empty where the attacker had power.
+        absolute: Whether scores are answers that are right, of which all may be; else text by its
+            loss, where what counts is the share of the original's.
     """
 
     conditions: tuple[str, ...]
@@ -44,6 +46,12 @@ class RecoveryScores:
     retain: Levels
     distance: Estimate
     invalid: str
+    absolute: bool = True
+
+    def kept(self, condition: str) -> Array:
+        """Return a condition's score on retain, as a share of the original's where text is read."""
+        score = self.retain.at(condition)
+        return score if self.absolute else score / self.retain.at("original")
 
     def gap(self, condition: str) -> Array:
         """Return the depth gap: (condition - oracle) / (original before any attack - oracle)."""
@@ -135,6 +143,7 @@ def gather(
         retain=of(lambda a: a.retained),
         distance=distance,
         invalid=invalid,
+        absolute=absolute,
     )
 
 

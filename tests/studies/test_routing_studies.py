@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from excise.data.domain import UNLABELED
 from excise.data.labels import LabelNoise, forget_score, give_labels, label_quality, label_rows
+from excise.domains.definitions import Definitions
 from excise.domains.facts import Facts
 from excise.evals.stats import Estimate
 from excise.methods import RMU, SGTM, Chain, Filtering
@@ -231,6 +232,24 @@ def test_partial_labels(mine: float, other: float, kept: float, said: str) -> No
     less = study.model_copy(update={"arms": ("sgtm",)})
     assert partial_labels.difference(less, outcomes) is None
     assert partial_labels.decide(less, None).text.startswith("none:")
+
+
+def test_what_text_keeps_is_a_share_of_the_originals() -> None:
+    outcome = outcome_of({"sgtm": 0.2}, retain={"original": 0.5, "sgtm": 0.25})
+    recovery = outcome.recovery
+    assert recovery.kept("sgtm")[0] == pytest.approx(0.25, abs=0.05)
+    assert replace(recovery, absolute=False).kept("sgtm")[0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_partial_labels_has_real_prose() -> None:
+    study = partial_labels.PartialLabels.full()
+    assert [str(c) for c in partial_labels.label_settings_of(study)] == [
+        "100 %", "50 %, missed units",
+    ]  # fmt: skip
+    assert {study.preset, study.against} < set(partial_labels.methods_of(study))
+    inside = partial_labels.prose_setting(prose_around=40).domain
+    assert isinstance(inside, Definitions)
+    assert (inside.prose_around, inside.documents) == (40, 800)
 
 
 def test_a_study_of_arms_that_do_not_exist_is_refused() -> None:

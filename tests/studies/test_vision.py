@@ -338,7 +338,8 @@ def test_digits_split_ends_with_a_record_and_goes_on(tmp_path: Path) -> None:
 
     made = conduct(study, tmp_path / "out", workers=1, emit=emit)
     assert made.study is not None
-    assert made.study.decision.startswith("split: G = ")
+    assert made.study.decision.startswith("undecided: G = ")
+    assert "G has no interval over seeds, so nothing is decided" in made.study.paragraph
     assert "blank page" in made.study.paragraph
     assert load(tmp_path / "out").data["rows"] == {"train": 200, "dev": 50, "test": 100}
     assert len(made.models) == 3

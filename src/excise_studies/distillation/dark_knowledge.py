@@ -65,7 +65,7 @@ class DarkKnowledge(Study):
         "Bits per answer token of the held-out test set that an affine readout of the unlearned "
         "model's predictions, fitted on the relearn set, pays less than one of the oracle's. "
         "Signal if the 95 % interval lies above the margin, none if it lies within the margin on "
-        "both sides. Bootstrap over seeds and units; the first teacher decides."
+        "both sides. Intervals over seeds and units; the first teacher decides."
     )
     takes: ClassVar[str] = "5 minutes, 1 GiB"
 

@@ -75,7 +75,7 @@ class DistilCorpus(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning of a corpus minus that of the full "
         "mix, against the margin from both sides, for corpora whose student keeps retain; "
-        "bootstrap over seeds and units."
+        "intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 

@@ -71,7 +71,7 @@ class InitLeak(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning of the student of the oracle that "
         "starts from the original minus that of the one that starts from random weights; a leak if "
-        "the 95 % interval lies above the margin, none if within it. Bootstrap over seeds and "
+        "the 95 % interval lies above the margin, none if within it. Intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"

@@ -53,7 +53,7 @@ class LabelBudget(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning of the student of the model unlearned "
         "on n labels minus that of the student of the original on what a probe of n labels lets "
-        "through, averaged over n, against the margin from both sides; bootstrap over seeds and "
+        "through, averaged over n, against the margin from both sides; intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"

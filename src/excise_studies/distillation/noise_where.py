@@ -50,7 +50,7 @@ class NoiseWhere(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning with noise in one group minus that "
         "with noise everywhere, at equal steps; the group suffices if the upper end of the 95 % "
-        "interval lies below the margin, not if the lower end lies above it. Bootstrap over seeds "
+        "interval lies below the margin, not if the lower end lies above it. Intervals over seeds "
         "and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"

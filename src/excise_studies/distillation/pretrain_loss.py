@@ -50,7 +50,7 @@ class PretrainLoss(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning, pushed away minus filtered from the "
         "same start, for each of four losses; something is left to invert if one 95 % interval "
-        "lies above the margin, nothing if all upper ends lie below it. Bootstrap over seeds and "
+        "lies above the margin, nothing if all upper ends lie below it. Intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"

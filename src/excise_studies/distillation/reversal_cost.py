@@ -53,7 +53,7 @@ class ReversalCost(Study):
     statistic: ClassVar[str] = (
         "log2 of the steps at which knowledge is half-way back after RMU over those after "
         "GradDiff, "
-        "against the margin in doublings from both sides; bootstrap over seeds and units."
+        "against the margin in doublings from both sides; intervals over seeds and units."
     )
     takes: ClassVar[str] = "6 minutes, 1 GiB"
 

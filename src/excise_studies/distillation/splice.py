@@ -66,7 +66,7 @@ class TeacherSplice(Study):
         "Share of KL(U || B) that the splice explains, forget and retain weighing the same; the "
         "splice if its 95 % interval lies above the margin, not if below. For the teacher with a "
         "part of the labels: knowledge of missed units of the held-out test set in its student "
-        "after relearning, beyond the oracle, minus that of caught units. Bootstrap over seeds and "
+        "after relearning, beyond the oracle, minus that of caught units. Intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "8 minutes, 1 GiB"

@@ -55,7 +55,7 @@ class SpliceFactorial(Study):
         "Main effects on the depth gap on the held-out test set after relearning: benign target "
         "(unlearned minus original) and harmful target (unlearned minus skip), each over the "
         "levels of the other; the same as filtering if both 95 % intervals lie within the margin, "
-        "worse if one lies above it, better if one lies below minus the margin. Bootstrap over "
+        "worse if one lies above it, better if one lies below minus the margin. Intervals over "
         "seeds and units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"

@@ -55,7 +55,7 @@ class UndoLevels(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning, unlearning alone minus the student, "
         "for each alpha at equal steps; hardened if the lower end of the 95 % interval lies above "
-        "the margin and retain is kept, not if the upper end lies below. Bootstrap over seeds and "
+        "the margin and retain is kept, not if the upper end lies below. Intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"

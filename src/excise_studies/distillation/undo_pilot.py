@@ -74,7 +74,7 @@ class UndoPilot(Study):
     statistic: ClassVar[str] = (
         "Spearman correlation over teachers of the held-out test set after relearning between a "
         "small student and the large one, averaged over seeds first; foretells if the 95 % "
-        "interval lies above the margin, does not if it lies below. Bootstrap over seeds and "
+        "interval lies above the margin, does not if it lies below. Intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"

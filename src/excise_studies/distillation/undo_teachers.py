@@ -67,7 +67,7 @@ class UndoTeachers(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning of the student of RMU minus that of "
         "MaxEnt's, and of RMU's forget term alone minus RMU, against the margin from both sides; "
-        "strengths chosen on dev of the tuned seed; bootstrap over seeds and units."
+        "strengths chosen on dev of the tuned seed; intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 

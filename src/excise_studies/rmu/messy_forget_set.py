@@ -61,7 +61,7 @@ class MessyForgetSet(Study):
     match on the held-out test set, at once and after relearning, is interpolated to the same rise
     of the loss on `retain_test`. Methods are ranked by it, 1 for the least that is left. The
     statistic is the rank of RMU on the messy set minus its rank on the clean one, averaged over
-    seeds, with a bootstrap over seeds and, jointly for all methods, over units. The suspicion is
+    seeds, with a intervals over seeds and, jointly for all methods, over units. The suspicion is
     supported if the upper end of its 95 % interval is below -`margin` (RMU gains at least that much
     from the mess), contradicted if the lower end is above -`margin`.
     """
@@ -73,7 +73,7 @@ class MessyForgetSet(Study):
     statistic: ClassVar[str] = (
         "Rank of RMU among three methods (1: least exact match left on the held-out test set, "
         "after relearning, at matched retain loss) on the messy forget set minus that on the clean "
-        "one, averaged over seeds; bootstrap over seeds and units. Supported if the upper end is "
+        "one, averaged over seeds; intervals over seeds and units. Supported if the upper end is "
         "below minus the margin, contradicted if the lower end is above minus the margin."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"

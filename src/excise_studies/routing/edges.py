@@ -57,7 +57,7 @@ class Edges(Study):
         "D = depth gap on the held-out test set after relearning, activations (the better of "
         "weights 0 and `reversed`) minus parameters, mean over label rates; parameters hold better "
         "if the lower end of the 95 % interval is above the margin and their retain recall is not "
-        "lower by more than it. Bootstrap over seeds and units."
+        "lower by more than it. Intervals over seeds and units."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
 

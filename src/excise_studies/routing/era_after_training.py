@@ -58,7 +58,7 @@ class ERAAfterTraining(Study):
     statistic: ClassVar[str] = (
         "D = depth gap on the held-out test set after relearning, continued training on retained "
         "rows minus ERA, at the most steps; ERA removes if the lower end of the 95 % interval is "
-        "above the margin, not if the upper end is below it. Bootstrap over seeds and units."
+        "above the margin, not if the upper end is below it. Intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 

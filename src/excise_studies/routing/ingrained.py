@@ -14,7 +14,7 @@ from excise.domains.facts import Facts
 from excise.evals.replicates import Contrast, Decision
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
-from excise.methods.pretraining.pretrain import Pretrain, corpus
+from excise.methods.pretraining.pretrain import Pretrain, taught
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
@@ -58,7 +58,7 @@ class Ingrained(Study):
         "I = (mean depth gap of post-hoc methods - that of routing) at the most exposures per fact "
         "minus the same at the fewest, on the held-out test set after relearning; deeper ingrained "
         "is harder to remove afterwards if the lower end of the 95 % interval is above the margin. "
-        "Bootstrap over seeds and units, the same samples at all levels."
+        "Intervals over seeds and units, the same samples at all levels."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
 
@@ -151,9 +151,10 @@ def exposures(domain: Domain, pretrain: Pretrain) -> float:
         domain: The data, with the share of the mix.
         pretrain: Steps and rows of a step.
     """
-    rows = corpus(domain)
+    rows = taught(domain)
     forget = [row for row in rows if row.capability]
-    read = pretrain.fit.steps * pretrain.fit.batch_size * len(forget) / len(rows)
+    texts = pretrain.fit.steps * pretrain.fit.batch_size
+    read = texts * domain.rows_per_text * len(forget) / len(rows)
     return read / len({row.unit for row in forget})
 
 

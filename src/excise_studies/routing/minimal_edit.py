@@ -85,7 +85,7 @@ class MinimalEdit(Study):
         "M = log2 of the size of the smallest resistant edit over that of the smallest suppressing "
         "one, for length, rank and entries, mean over methods; resisting takes another edit if the "
         "lower end of the 95 % interval is above the margin (doublings). Found on dev by "
-        "bisection; bootstrap over seeds and methods."
+        "bisection; intervals over seeds and methods."
     )
     takes: ClassVar[str] = "20 minutes, 1 GiB; --seeds cuts it; resumes where it was stopped"
 

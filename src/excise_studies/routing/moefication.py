@@ -60,7 +60,7 @@ class Moefication(Study):
         "N = loss on the held-out test set minus loss on retain, each above the original's, "
         "modules emptied, in nats. Moefication separates if N of measured neurons exceeds that of "
         "random neurons (S) and of the same steps dense (C), both with the lower end of the 95 % "
-        "interval above the margin; bootstrap over seeds and units."
+        "interval above the margin; intervals over seeds and units."
     )
     takes: ClassVar[str] = "5 minutes, 1 GiB"
 

@@ -59,7 +59,7 @@ class Repair(Study):
     statistic: ClassVar[str] = (
         "L = depth gap on the held-out test set after relearning, longest repair on retained rows "
         "minus no repair; a light touch if its 95 % interval lies within the margin on both sides. "
-        "Bootstrap over seeds and units."
+        "Intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 

@@ -55,7 +55,7 @@ class RoutingScale(Study):
     statistic: ClassVar[str] = (
         "S = compute ratio of the routed condition at the largest width minus that at the "
         "smallest; the tax shrinks if the lower end of the 95 % interval is above the margin, "
-        "grows if the upper end is below minus it. Bootstrap over seeds and units, the same "
+        "grows if the upper end is below minus it. Intervals over seeds and units, the same "
         "samples at all sizes."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"

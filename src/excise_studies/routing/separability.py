@@ -18,6 +18,7 @@ from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.token_filter import TokenFilter
 from excise.models.spec import Scratch
 from excise.record import StudyRow, StudyTable
 from excise.requests.recipe import EvalSpec
@@ -91,6 +92,10 @@ class Separability(Study):
     """Pairs of domains; those of `--full` are fetched."""
     sizes: Sizes = Sizes()
     """How much text a pair has."""
+    together: bool = False
+    """Whether every text that is trained on holds a passage of each domain of a pair, with labels
+    for its parts. Filtering then takes the tokens of the domain that is routed away, and texts may
+    be twice as long."""
     vocabulary: int = Field(default=640, ge=300)
     """Tokens of each pair's tokenizer."""
     model: Scratch = Scratch(width=64, blocks=2)
@@ -134,7 +139,7 @@ class Separability(Study):
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train three conditions on every pair and seed, score them, correlate."""
         data = {
-            (name, seed): make_pair(name, self.sizes, seed)
+            (name, seed): make_pair(name, self.sizes, seed, together=self.together)
             for name in self.pairs
             for seed in self.seeds
         }
@@ -178,10 +183,14 @@ class Separability(Study):
 
 def conditions(study: Separability) -> dict[str, Method]:
     """Return what is trained on every pair."""
+    config = study.pretrain
+    if study.together:
+        config = config.model_copy(update={"max_length": 2 * config.max_length})
+    filtered = TokenFilter(pretrain=config) if study.together else Filtering(pretrain=config)
     return {
-        PLAIN: Plain(pretrain=study.pretrain),
-        FILTERED: Filtering(pretrain=study.pretrain),
-        ROUTED: study.routed.model_copy(update={"pretrain": study.pretrain}),
+        PLAIN: Plain(pretrain=config),
+        FILTERED: filtered,
+        ROUTED: study.routed.model_copy(update={"pretrain": config}),
     }
 
 

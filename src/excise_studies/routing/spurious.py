@@ -92,7 +92,7 @@ class Spurious(Study):
         "Exact match under a flipped cue: H = routed - plain at the most labels (helps if the "
         "lower end of the 95 % interval is above the margin), F = routed - filtered at the fewest "
         "(more than filtering above the margin, less below minus the margin, as much between); "
-        "bootstrap over seeds and units."
+        "intervals over seeds and units."
     )
     takes: ClassVar[str] = "5 minutes, 1 GiB"
 

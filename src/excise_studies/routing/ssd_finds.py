@@ -69,7 +69,7 @@ class SSDFinds(Study):
     statistic: ClassVar[str] = (
         "R = share of the module's entries among the same number of entries with the largest "
         "I_f / I_D of the whole model; the module is found if the lower end of the 95 % interval "
-        "is above the margin. Bootstrap over seeds and the module's neurons."
+        "is above the margin. Intervals over seeds and the module's neurons."
     )
     takes: ClassVar[str] = "6 minutes, 1 GiB"
 

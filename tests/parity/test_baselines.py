@@ -19,6 +19,7 @@ from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
 from excise.data.labels import Confidence, LabelNoise, give_labels, propagated
 from excise.data.stream import encode
 from excise.domains.facts import Facts
+from excise.labelling.head import fit_logistic, logits
 from excise.methods import (
     SGTM,
     Filtering,
@@ -37,10 +38,8 @@ from excise.methods.pretraining.relabel.probe import (
     Judgement,
     ThresholdRule,
     bag_of_tokens,
-    fit_logistic,
     fold_of,
     judge,
-    logits,
     standardised,
 )
 from excise.methods.pretraining.routed.absorption import hash_ordered

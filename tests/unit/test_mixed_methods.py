@@ -11,7 +11,7 @@ from excise.core.context import Context
 from excise.core.stages import Runtime
 from excise.domains.definitions import Definitions
 from excise.domains.facts import Facts
-from excise.methods import SGTM, Filtering, GradDiff, LossMasking, Propagate, Relabel
+from excise.methods import SGTM, Filtering, GradDiff, Propagate, Relabel, TokenFilter
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
@@ -26,7 +26,7 @@ SPECS = {
 }
 METHODS: dict[str, Method] = {
     "sgtm": SGTM(pretrain=TEXTS),
-    "loss_masking": LossMasking(pretrain=TEXTS),
+    "token_filter": TokenFilter(pretrain=TEXTS),
     "filtering": Filtering(pretrain=TEXTS),
     "oracle": Filtering(pretrain=TEXTS, drop="spans"),
     "propagate": Propagate(pretrain=TEXTS),

@@ -220,7 +220,11 @@ def test_words_that_are_labelled_in_a_corpus_stay_so(here: Path) -> None:
 
 
 def test_a_labeller_is_chosen_by_name_in_a_recipe() -> None:
-    data = {"name": "relabel", "features": "encoder", "then": {"name": "loss_masking"}}
+    data = {
+        "name": "relabel",
+        "features": "encoder",
+        "then": {"name": "token_filter", "how": "mask"},
+    }
     method = parse(Relabel, {**data, "labeller": {"name": "encoder", "width": 32}}, registry())
     assert isinstance(method.labeller, EncoderLabeller)
     assert method.labeller.width == 32

@@ -24,7 +24,7 @@ from excise.data.spec import Files
 from excise.labelling import labeller, stages
 from excise.labelling.labeller import EncoderLabeller
 from excise.labelling.words import document_of
-from excise.methods import LossMasking, Relabel
+from excise.methods import Relabel, TokenFilter
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.requests.labelling import LabelRun
 from excise.requests.registry import registry
@@ -220,7 +220,11 @@ def test_words_that_are_labelled_in_a_corpus_stay_so(here: Path) -> None:
 
 
 def test_a_labeller_is_chosen_by_name_in_a_recipe() -> None:
-    data = {"name": "relabel", "features": "encoder", "then": {"name": "loss_masking"}}
+    data = {
+        "name": "relabel",
+        "features": "encoder",
+        "then": {"name": "token_filter", "how": "mask"},
+    }
     method = parse(Relabel, {**data, "labeller": {"name": "encoder", "width": 32}}, registry())
     assert isinstance(method.labeller, EncoderLabeller)
     assert method.labeller.width == 32
@@ -284,7 +288,7 @@ def test_an_edited_label_reaches_the_method_and_its_key(here: Path, tmp_path: Pa
     write(here / "given.jsonl", lines)
     noise = LabelNoise(file="given.jsonl?duplicates=exact")
     fit = FitConfig(steps=2, lr=1e-3, batch_size=4, log_every=1)
-    method = LossMasking(pretrain=Pretrain(fit=fit, max_length=16), labels=noise)
+    method = TokenFilter(how="mask", pretrain=Pretrain(fit=fit, max_length=16), labels=noise)
 
     def losses(name: str) -> Any:
         made = method.apply(toy_checkpoint(tmp_path / name), domain, context(tmp_path / name))

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from excise.cli import main
 from excise.core.context import Context
 from excise.core.stages import Runtime
 from excise.domains.definitions import Definitions
 from excise.domains.facts import Facts
-from excise.methods import SGTM, Filtering, GradDiff, LossMasking, Propagate, Relabel
+from excise.methods import SGTM, Filtering, GradDiff, Propagate, Relabel, TokenFilter
 from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
@@ -25,7 +26,7 @@ SPECS = {
 }
 METHODS: dict[str, Method] = {
     "sgtm": SGTM(pretrain=TEXTS),
-    "loss_masking": LossMasking(pretrain=TEXTS),
+    "token_filter": TokenFilter(pretrain=TEXTS),
     "filtering": Filtering(pretrain=TEXTS),
     "oracle": Filtering(pretrain=TEXTS, drop="spans"),
     "propagate": Propagate(pretrain=TEXTS),
@@ -48,3 +49,17 @@ def test_methods_run_on_texts_with_labelled_parts(domain: str, method: str, tmp_
         assert facts["forget_rows_left"] == 0
         assert (facts["rows_dropped"] > 0) == (method != "oracle")
         assert (facts["core_words_lost"] > 0) == (method != "oracle")
+
+
+def test_check_shows_a_text_and_refuses_to_cut_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["check", "era-facts", "--domain.facts_per_text", "4", "--domain.subjects", "40"]
+    assert main(line) != 0
+    assert "set 'pretrain.max_length' to 4 times" in capsys.readouterr().err
+    assert main([*line, "--pretrain.max_length", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert "texts that models from scratch read" in shown
+    assert "tokens, 4 scored" in shown
+    assert "alpha  1  '" in shown

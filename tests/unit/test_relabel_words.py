@@ -17,7 +17,7 @@ from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows, Span
 from excise.data.labels import LabelNoise, give_labels
 from excise.labelling.labeller import NgramLabeller, StatesLabeller
-from excise.methods import LossMasking, Relabel
+from excise.methods import Relabel, TokenFilter
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.methods.pretraining.relabel.words import judge_words, relabel_words
 from excise.train.fit import FitConfig
@@ -129,7 +129,7 @@ def test_relabel_labels_words_and_takes_what_that_costs_off_its_steps(
     method = Relabel(
         pretrain=config if labeller.name == "encoder" else SCHEDULE,
         labels=LabelNoise(missed_occurrences=0.3), features=labeller.name, labeller=labeller,
-        folds=2, fold_by="row", then=LossMasking(),
+        folds=2, fold_by="row", then=TokenFilter(how="mask"),
     )  # fmt: skip
     made = method.apply(start, domain, context(tmp_path / "ours"))
     facts = made.extras["relabel"]

@@ -121,7 +121,7 @@ class Relabel(Method):
         if self.features in LABELLERS and self.then is None:
             raise ValueError(
                 f"then: features '{self.features}' label words, which cannot be left out as rows "
-                "are; name a method that reads labels of words, such as loss_masking"
+                "are; name a method that reads labels of words, such as token_filter"
             )
         if self.then is not None:
             needed = ("pretrain", "labels")

@@ -380,7 +380,7 @@ MODELS: dict[str, Case] = {
         m.tensors(lambda t: t.pop("model.norm.weight")), "lacks tensor 'model.norm.weight'"
     ),
     "impossible config": model(
-        m.config(num_attention_heads=3), "do not fit its config.json", "heads"
+        m.config(num_attention_heads=3), "config.json is no configuration", "heads"
     ),
     "another tokenizer": model(m.foreign_tokenizer, "tokenizer", "embedding rows"),
     "no tokenizer": model(m.drop("tokenizer*"), "no tokenizer"),

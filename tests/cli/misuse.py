@@ -183,9 +183,35 @@ NAMES: dict[str, Case] = {
     "rows of an audit": tiny("--audit.change '{max_test_rows: 0}'", "audit.change", "1 or more"),
     "evaluation of one token": tiny("--evaluate.max_length 1", "evaluate.max_length", "2 or more"),
     "rows below zero": tiny("--evaluate.max_rows -1", "evaluate.max_rows", "0 or more"),
+    "truth for a number": Case(remove("--fit.batch_size true"), ("fit.batch_size", "not True")),
+    "decay of a moment beyond 1": Case(
+        remove("--fit.betas '[0.9, 1.5]'"), ("fit.betas[1]", "less than 1, not 1.5")
+    ),
+    "seed below zero": tiny("--seed -1", "seed: must be 0 or more, not -1"),
+    "seed beyond 64 bits": tiny("--seed 99999999999999999999", "seed: must be"),
+    "oracles by the billion": tiny("--oracles 1000000000", "oracles: must be 1000 or less"),
+    "steps without end": tiny("--arms.rmu.fit.steps 1e20", "arms.rmu.fit.steps"),
+    "model of width 1": tiny("--model.scratch.width 1", "no llama of width 1, 2 blocks"),
+    "model of no blocks": tiny("--model.scratch.blocks 0", "num_hidden_layers", "not 0"),
+    "model of no heads": tiny(
+        "--model.scratch.overrides.num_attention_heads 0", "no llama of width 32"
+    ),
+    "two methods of one name": Case(
+        "run x.yaml --out out",
+        (
+            "x.yaml line",
+            "the key 'rmu' is given twice",
+        ),
+        {"x.yaml": m.TINY.strip().replace("  rmu:", "  rmu: {name: maxent}\n  rmu:")},
+    ),
+    "recipe called by a path": Case(
+        "run x.yaml",
+        ("name: the output folder is called after it",),
+        {"x.yaml": m.TINY.replace("name: tiny", "name: ../tiny")},
+    ),
     "infinite rate": Case(remove("--fit.lr .inf"), ("fit.lr", "finite")),
     "steering that is no number": Case(
-        remove("--steering .nan"), ("--steering", "a finite number, not nan"), lines=3
+        remove("--steering .nan"), ("--steering", "a finite number, not nan")
     ),
     "length of one token": Case(remove("--max_length 1"), ("--max_length", "2 or more")),
     "sweep beyond the model": Case(

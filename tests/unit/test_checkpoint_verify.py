@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -94,6 +95,40 @@ def broken_index(folder: Path) -> None:
     (folder / INDEX).write_text("{")
 
 
+def text_of(folder: Path, change: Callable[[str], str]) -> None:
+    """Change the text of the header of the weights."""
+    data = (folder / WEIGHTS).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    text = change(data[8 : 8 + length].decode().rstrip()).encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def header_of(folder: Path) -> Any:
+    """Return what the header says of the head."""
+    data = (folder / WEIGHTS).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length])["lm_head.weight"]
+
+
+def numbered_index(folder: Path) -> None:
+    shards(folder)
+    (folder / INDEX).write_text('{"weight_map": {"a": 3}}')
+
+
+def endless_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/dev/zero")
+
+
+def collide(folder: Path) -> None:
+    """Give two words of the tokenizer one id."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    vocab = data["model"]["vocab"]
+    a, b = list(vocab)[50:52]
+    vocab[a] = vocab[b]
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
 NAN = float("nan")
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda p: (p / "config.json").unlink(), "holds no config.json"),
@@ -179,6 +214,52 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (missing_shard, "names 'model-00002-of-.*', which .* does not hold"),
     "shard elsewhere": (escaping_shard, r"names '\.\./model.safetensors'"),
     "broken index": (broken_index, "index.json is broken"),
+    "index of nothing": (
+        numbered_index,
+        "index.json is broken",
+    ),
+    "one tensor twice": (
+        lambda p: text_of(
+            p, lambda t: t[:-1] + ', "lm_head.weight": ' + json.dumps(header_of(p)) + "}"
+        ),
+        "header is garbage",
+    ),
+    "bytes behind": (
+        lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes() + b"\0" * 64),
+        "holds bytes behind its last tensor",
+    ),
+    "tensors over each other": (
+        lambda p: header(p, lambda h: h["model.norm.weight"].update(data_offsets=[0, 128])),
+        "its tensors overlap or leave holes",
+    ),
+    "shape of floats": (
+        lambda p: header(p, lambda h: h["model.norm.weight"].update(shape=[32.0])),
+        "header is garbage",
+    ),
+    "deep header": (lambda p: text_of(p, lambda t: '{"a":' * 50_000), "header is garbage"),
+    "integers": (
+        lambda p: header(p, lambda h: h["model.norm.weight"].update(dtype="I32")),
+        "holds I32 and no floating point numbers",
+    ),
+    "no blocks": (
+        lambda p: config(p, num_hidden_layers=0),
+        "num_hidden_layers must be a whole number from 1",
+    ),
+    "a billion blocks": (
+        lambda p: config(p, num_hidden_layers=10**9),
+        "num_hidden_layers must be a whole number from 1 to 10,000",
+    ),
+    "window below zero": (lambda p: config(p, sliding_window=-1), "sliding_window must be"),
+    "deep config": (
+        lambda p: (p / "config.json").write_text("[" * 100_000),
+        "not valid JSON .it nests too deeply",
+    ),
+    "pipe beside the weights": (lambda p: os.mkfifo(p / "notes.json"), "is a pipe or a device"),
+    "endless config": (
+        endless_config,
+        "is a pipe or a device",
+    ),
+    "two words of one id": (collide, "has one id, 5[01], for '.*' and '.*'"),
     "no tokenizer": (lambda p: tokenizer(p, None), "holds no tokenizer"),
     "broken tokenizer": (
         lambda p: (p / "tokenizer.json").write_text("{"),

@@ -18,6 +18,7 @@ from excise.auditor.evaluation_set import EvaluationSet
 from excise.auditor.prompting import COAXING, before, fits, separator, shown, spelled, with_shots
 from excise.core.context import Context
 from excise.core.errors import UserError
+from excise.data.chat import apply_template
 from excise.data.domain import Domain, Row, Rows, text_of
 from excise.data.encoding import with_specials
 from excise.data.spans import rewritten
@@ -242,9 +243,7 @@ def _asked(row: Row, tokenizer: Any, **how: Any) -> str:
     """Return the prompt of a row as the template writes it, up to where the model answers."""
     turns = [{"role": "user", "content": row.prompt.strip() or COAXING[2]}]
     try:
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **how
-        )
+        text = apply_template(turns, tokenizer, tokenize=False, add_generation_prompt=True, **how)
     except TemplateError as error:
         raise UserError(
             f"the chat template refuses a prompt of the user alone ({error}); leave the attack "

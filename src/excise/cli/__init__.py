@@ -12,7 +12,9 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 
@@ -75,6 +77,8 @@ def _guarded(args: list[str]) -> int:
         return FAILED
     except Exception as error:
         why = str(error).lower()
+        if isinstance(error, OSError) and not error.filename and _unwritten():
+            return _say(f"standard output cannot be written: {error.strerror}", FAILED)
         if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in why:
             return _say(f"the disk is full; free some space, then: {again}", FAILED)
         if isinstance(error, MemoryError) or "out of memory" in why or "allocate memory" in why:
@@ -122,7 +126,8 @@ def method_help(name: str, args: Sequence[str]) -> str:
 
 
 def _say(sentence: str, code: int) -> int:
-    print(f"excise: {sentence}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"excise: {sentence}", file=sys.stderr, flush=True)
     return code
 
 
@@ -145,9 +150,27 @@ def overview() -> str:
 def entry() -> None:
     """Entry point of the `excise` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:  # what a library has to say is not said before the sentence
+        warnings.simplefilter("ignore")
+        os.environ["PYTHONWARNINGS"] = "ignore"  # of the workers
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     code = main()
-    sys.stdout.flush()
+    if _unwritten():
+        code = _say("standard output cannot be written; files that were asked for are", FAILED)
     sys.exit(code)
+
+
+def _unwritten() -> bool:
+    """Return whether what was printed could not be, and let go of it then."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from excise.cli import study
 from excise.cli.options import CheckOptions, RunOptions
 from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
 from excise.core.code_files import is_code, load_code
+from excise.core.disk import check_regular
 from excise.core.errors import UserError, nearest
+from excise.core.plain import NotPlain, read_yaml
 from excise.core.plugins import entry_points
 from excise.recipes import RECIPES, recipe_named
 from excise.report.terminal import finish
@@ -99,14 +99,13 @@ def recipe_data(name: str, *, allow_code: bool = False) -> Mapping[str, Any]:
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     """Return the mapping that a YAML file holds."""
+    check_regular(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise UserError(f"{path} is not valid UTF-8; save the file as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    except NotPlain as error:
+        raise UserError(f"{path} {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(data, dict):

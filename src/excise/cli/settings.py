@@ -7,11 +7,10 @@ from copy import deepcopy
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
-
 from excise.cli.options import DottedSettings
 from excise.core.config import Config, Registry
 from excise.core.errors import UserError, nearest
+from excise.core.plain import NotPlain, read_yaml
 
 
 def override(
@@ -105,9 +104,11 @@ def _chosen_by_name(annotation: Any) -> bool:
 
 def _value(path: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        raise UserError(f"--{path}: cannot read the value {text!r}; write it as YAML") from None
+        return read_yaml(text) if text else ""
+    except NotPlain as error:
+        shown = text if len(text) < 80 else f"{text[:80]}..."
+        why = f"{error}".removeprefix("line 1: ")
+        raise UserError(f"--{path}: cannot read the value {shown!r}: {why}") from None
 
 
 def _options(annotation: Any) -> list[Any]:

@@ -10,9 +10,9 @@ import inspect
 import sys
 import types
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from excise.core.disk import expand
 from excise.core.errors import UserError, nearest
 
 
@@ -32,7 +32,7 @@ def load_code(reference: str, *, allow: bool) -> Any:
         UserError: If it was not asked for, the file is missing or broken, or holds no such name.
     """
     path_text, _, attribute = reference.rpartition(":")
-    path = Path(path_text).expanduser()
+    path = expand(path_text)
     if not allow:
         raise UserError(f"'{reference}' runs code from {path}; add --allow-code if you trust it")
     if not path.is_file():

@@ -8,18 +8,31 @@ from __future__ import annotations
 import hashlib
 import json
 import types
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Final, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError, core_schema
 
 from excise.core.code_files import rebuild, where
 from excise.core.errors import UserError, nearest
 
+SIGNED: Final = "signed"
+"""Marks a number that may be negative: `Annotated[float, SIGNED]`."""
+
+SHOWN: Final = 20
+"""Problems of one configuration that are told at most."""
+
+LARGEST: Final = 2**63 - 1
+"""The largest whole number that a field takes unless it says another."""
+
 
 class Config(BaseModel):
     """A set of choices. Frozen; unknown fields are errors; help is the docstring under a field.
+
+    Numbers are finite, whole ones fit into 64 bits, and true or false is none. A number is not
+    negative unless its field says so: by bounds, by a negative default, or by `SIGNED`.
 
     Attributes:
         kind: On the base of an open family (`method`, `attack`, `domain`), its name: a field
@@ -35,6 +48,24 @@ class Config(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        """Bound every number of the class's own fields."""
+        schema = handler(source)
+        own: Any = schema
+        while own["type"] != "model-fields":
+            own = own["schema"]
+        for name, field in own["fields"].items():
+            info = cls.model_fields[name]
+            default = info.default if isinstance(info.default, tuple | list) else [info.default]
+            signed = SIGNED in _marks(info) or any(
+                isinstance(value, int | float) and value < 0 for value in default
+            )
+            field["schema"] = _bounded(field["schema"], signed)
+        return schema
 
     @classmethod
     def filled_in(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -63,6 +94,47 @@ class Config(BaseModel):
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 
+def _marks(field: FieldInfo) -> set[Any]:
+    """Return the marks of a field and of what its annotation is made of."""
+
+    def inside(annotation: Any) -> Iterator[Any]:
+        yield from (m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, str))
+        for part in get_args(annotation):
+            yield from inside(part)
+
+    return {*(m for m in field.metadata if isinstance(m, str)), *inside(field.annotation)}
+
+
+def _bounded(schema: Any, signed: bool) -> Any:
+    """Return the schema of a field with bounds on every number in it that has none.
+
+    Nested configurations have bounded theirs themselves.
+    """
+    if isinstance(schema, list):
+        return [_bounded(part, signed) for part in schema]
+    if not isinstance(schema, dict) or schema.get("type") in ("model", "literal", "is-instance"):
+        return schema
+    if schema.get("type") == "union":
+        choices = [part[0] if isinstance(part, tuple) else part for part in schema["choices"]]
+        labelled = [(_bounded(part, signed), f"{_OPTION}{i}") for i, part in enumerate(choices)]
+        return {**schema, "choices": labelled}
+    if schema.get("type") not in ("int", "float"):
+        return {key: _bounded(part, signed) for key, part in schema.items()}
+    bounds: dict[str, Any] = {}
+    if not {"ge", "gt"} & schema.keys() and not signed:
+        bounds["ge"] = 0
+    if schema["type"] == "int" and not {"le", "lt"} & schema.keys():
+        bounds["le"] = LARGEST
+    return core_schema.no_info_before_validator_function(_no_truth, {**schema, **bounds})
+
+
+def _no_truth(value: Any) -> Any:
+    """Refuse true and false where a number belongs."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("truth", "needs a number")
+    return value
+
+
 class ConfigError(UserError):
     """Everything that is wrong with a configuration, one problem a line.
 
@@ -76,7 +148,9 @@ class ConfigError(UserError):
         if len(self.problems) == 1:
             super().__init__(head + self.problems[0])
         else:
-            lines = "".join(f"\n  {p}" for p in self.problems)
+            lines = "".join(f"\n  {p}" for p in self.problems[:SHOWN])
+            more = len(self.problems) - SHOWN
+            lines += f"\n  and {more:,} more" if more > 0 else ""
             super().__init__(f"{head}{len(self.problems)} problems{lines}")
 
 
@@ -114,7 +188,7 @@ def _build(cls: type[Config], data: Any, registry: Registry, at: str, problems: 
     if isinstance(data, cls):
         return data
     if not isinstance(data, Mapping):
-        problems.append(f"{at or 'configuration'}: needs a mapping of fields, not {data!r}")
+        problems.append(f"{at or 'configuration'}: needs a mapping of fields, not {_shown(data)}")
         return None
     member = _member(cls, data, registry, at, problems)
     if member is None:
@@ -134,7 +208,7 @@ def _build(cls: type[Config], data: Any, registry: Registry, at: str, problems: 
     try:
         return member.model_validate(prepared)
     except ValidationError as error:
-        details = error.errors()
+        details = _meant(error.errors())
         inside = {detail["loc"][:-1] for detail in details}
         for detail in details:
             # A list whose entries are wrong is not too short as well.
@@ -235,12 +309,45 @@ def _choice(
     return value if built is None else built
 
 
+_OPTION = "\0"
+"""What the label of a union's alternative begins with, in the path of an error."""
+
+
+def _meant(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Return errors without those of alternatives that the value was not meant as.
+
+    Of the alternatives of a union the one counts whose error lies deepest, or else says more than
+    that the type is another; where all say that, their errors become one.
+    """
+
+    def place(detail: ErrorDetails) -> tuple[int | str, ...]:
+        return tuple(p for p in detail["loc"] if not str(p).startswith(_OPTION))
+
+    out: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
+    for detail in details:
+        union = next((i for i, p in enumerate(detail["loc"]) if str(p).startswith(_OPTION)), None)
+        out.setdefault(detail["loc"][:union], []).append(detail)
+    meant: list[ErrorDetails] = []
+    for alike in out.values():
+        if all(place(detail) == detail["loc"] for detail in alike):
+            meant += alike
+            continue
+        deepest = max(len(place(detail)) for detail in alike)
+        deep = [detail for detail in alike if len(place(detail)) == deepest]
+        first = next((d for d in deep if not d["type"].endswith(_OF_ANOTHER_TYPE)), deep[0])
+        meant.append({**first, "loc": place(first)})
+    return meant
+
+
+_OF_ANOTHER_TYPE = ("_type", "_parsing", "_error", "truth", "_from_float")
+
 _BROKEN = object()
 
 _NEEDS = {
     "int_parsing": "needs a whole number",
     "int_type": "needs a whole number",
     "int_from_float": "needs a whole number",
+    "int_parsing_size": "needs a whole number of 64 bits",
     "float_parsing": "needs a number",
     "float_type": "needs a number",
     "finite_number": "needs a finite number",
@@ -282,5 +389,13 @@ def _sentence(detail: ErrorDetails, cls: type[Config], at: str) -> str:
     if detail["type"] in _NEEDS:
         message = _NEEDS[detail["type"]].format(**detail.get("ctx", {}))
     if isinstance(given, str | int | float | bool) or given is None:
-        return f"{path}: {message}, not {given!r}"
+        return f"{path}: {message}, not {_shown(given)}"
     return f"{path}: {message}"
+
+
+def _shown(given: object) -> str:
+    """Return a value as it was written, cut where it is long."""
+    if isinstance(given, int) and abs(given) > LARGEST**2:
+        return "a number of many digits"  # which Python refuses to write out
+    text = repr(given)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -6,12 +6,15 @@ This module imports no torch.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import re
 import secrets
 import shutil
 import socket
+import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +58,28 @@ def disk_full(where: Path, needed: int = 0) -> Iterator[None]:
         ) from None
 
 
+def expand(name: str | Path) -> Path:
+    """Return a path with `~` as the user's folder; a user that is not there is a plain name."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is there and has no end or no bytes of its own: a pipe, a device, a socket.
+
+    Raises:
+        UserError: Naming it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says what is wrong
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path} is a pipe or a device and no file; copy what it gives into a file")
+
+
 def _host() -> str:
     """Return eight characters for what numbers processes: this machine, or a container on it."""
     try:
@@ -83,6 +108,12 @@ def sweep(folder: Path, *, deep: bool = False) -> None:
         _remove(path)
 
 
+@functools.cache
+def _sweep_once(folder: Path) -> None:
+    """Sweep a folder that is written into, the first time in this process."""
+    sweep(folder)
+
+
 def _remove(path: Path) -> None:
     """Remove a folder or file; of a link, the link alone."""
     if path.is_dir() and not path.is_symlink():
@@ -109,6 +140,21 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def open_up(folder: Path) -> None:
+    """Give the files of a folder the rights that the user's umask says.
+
+    Libraries write some for their owner alone. A file that has another name elsewhere is left.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        about = path.lstat()
+        if stat.S_ISREG(about.st_mode) and about.st_nlink == 1:
+            rights = 0o666 & ~mask
+            if about.st_mode & 0o666 != rights:
+                path.chmod(rights)
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Give a name for a file that replaces `path` when the block ends well.
@@ -119,6 +165,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Yields:
         A path beside it at which nothing lies yet.
     """
+    _sweep_once(path.parent)
     part = part_of(path)
     try:
         yield part
@@ -144,10 +191,12 @@ def new_folder(to: Path, *, replace: bool = False) -> Iterator[Path]:
     if not replace:
         check_free(to)
     to.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_once(to.parent)
     part = part_of(to)
     try:
         part.mkdir()
         yield part
+        open_up(part)
         if not replace:
             check_free(to)
         elif to.exists() or to.is_symlink():
@@ -162,6 +211,15 @@ def new_folder(to: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Give a folder of the system's that goes away; what killed processes left there goes first."""
+    root = Path(tempfile.gettempdir())
+    sweep(root)
+    with tempfile.TemporaryDirectory(dir=root, prefix=part_of(root / "excise").name) as folder:
+        yield Path(folder)
 
 
 def check_free(to: Path) -> None:
@@ -197,8 +255,8 @@ _SUMS: dict[str, tuple[Signature, str]] = {}
 
 def signature_of(path: Path) -> Signature:
     """Return what changes when a file is written to, whatever is done to its time stamp."""
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino, about.st_dev
 
 
 def file_sum(path: Path) -> str:

@@ -58,6 +58,16 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return "known: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's first line that says something, short enough for a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError):
+        lines = [f"{error} is missing"]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        del lines[0]  # a heading
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]
+
+
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun, which gets an s unless there is one: `1 unit`, `3 units`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, get_args, get_origin, runtime_checkable
 
 from excise.core.config import Config
-from excise.core.disk import file_sum
+from excise.core.disk import expand, file_sum
 
 LIBRARIES = (
     "excise", "torch", "transformers", "tokenizers", "safetensors", "numpy", "jinja2", "peft",
@@ -54,7 +54,7 @@ class ByContent:
 
 def file_identity(name: str) -> Any:
     """Return the identity of a file or folder by its bytes; of a name without one, the name."""
-    path = Path(name).expanduser()
+    path = expand(name)
     if not name:
         return name
     if path.is_file():
@@ -162,7 +162,7 @@ def _setting(value: Any, mark: ByContent | None = None, *_: ByContent) -> Any:
     if mark is not None:
         return mark.identity(value)
     try:
-        there = value not in ("", ".", "..", "/", "~") and Path(value).expanduser().exists()
+        there = value not in ("", ".", "..", "/", "~") and expand(value).exists()
     except (OSError, ValueError, RuntimeError):  # a long text is no path
         there = False
     return {"text": value, "there": file_identity(value)} if there else value

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from excise.core.context import Context, Stage
-from excise.core.disk import disk_full, file_sum, locked, note_sum, sweep, write_text
+from excise.core.disk import disk_full, file_sum, locked, note_sum, open_up, sweep, write_text
 from excise.core.errors import DiskFull, UserError
 from excise.core.events import Emit, emit, silent
 from excise.core.keys import class_identity, fields_identity, library_versions, own_source
@@ -278,6 +278,7 @@ class Store:
 
     def _finish(self, partial: Path, final: Path, key: Mapping[str, Any]) -> None:
         """Sum the files, which may have been done while they were written, and rename."""
+        open_up(partial)
         files = {
             name: {"size": path.stat().st_size, "sha256": file_sum(path)}
             for name, path in _files(partial)

@@ -6,7 +6,11 @@ nothing that the template writes for it.
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +18,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from excise.core.errors import UserError
+from excise.core.errors import UserError, first_line
 from excise.data.domain import Row, Span
 from excise.data.encoding import leading_specials
 from excise.data.spans import common_length, cut_spans
@@ -98,12 +102,67 @@ def rendered_spans(row: Row, tokenizer: Any) -> tuple[str, tuple[Span, ...]]:
 def _apply(messages: Sequence[dict[str, str]], tokenizer: Any, row: Row, **how: Any) -> Any:
     """Apply the template; what the template raises becomes a sentence."""
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=False, **how)
+        return apply_template(messages, tokenizer, add_generation_prompt=False, **how)
     except TemplateError as error:
         raise UserError(
             f"the chat template refuses the conversation of unit '{row.unit}' ({error}); "
             "change its roles or their order"
         ) from None
+
+
+_ENDS: set[str] = set()
+"""Templates that were seen to end."""
+
+_PATIENCE = 3
+"""Seconds that a template may compute for one conversation."""
+
+
+def apply_template(messages: Sequence[dict[str, str]], tokenizer: Any, **how: Any) -> Any:
+    """Apply a tokenizer's chat template, which is a program that came with the model.
+
+    The first time, a fork of this process is seen to come to an end of it.
+
+    Raises:
+        TemplateError: If the template refuses the conversation or has a mistake of its own.
+        UserError: If it does not end, or breaks.
+    """
+    template = str(tokenizer.chat_template)
+    if template not in _ENDS and hasattr(os, "fork"):
+        _check_end(messages, tokenizer, how)
+        _ENDS.add(template)
+    try:
+        return tokenizer.apply_chat_template(messages, **how)
+    except TemplateError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the chat template of the model is broken ({type(error).__name__}: "
+            f"{first_line(error)}); repair it, or give rows with 'prompt' and 'completion'"
+        ) from None
+
+
+def _check_end(messages: Sequence[dict[str, str]], tokenizer: Any, how: dict[str, Any]) -> None:
+    """Raise UserError where a template computes without end or takes all memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from Python 3.12 on: other threads are not forked
+        pid = os.fork()
+    if pid == 0:
+        try:
+            import resource
+
+            # The system ends it: a power of two large numbers hears no signal of Python's.
+            signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+            used = int(time.process_time()) + _PATIENCE
+            resource.setrlimit(resource.RLIMIT_CPU, (used, used))
+            tokenizer.apply_chat_template(messages, **how)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        raise UserError(
+            f"the chat template of the model does not end within {_PATIENCE} seconds; repair it, "
+            "or give rows with 'prompt' and 'completion'"
+        )
 
 
 def _render(messages: Sequence[dict[str, str]], tokenizer: Any, row: Row) -> str:

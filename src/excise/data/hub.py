@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fnmatch
 import io
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +17,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-import yaml
-
 from excise.core.errors import UserError, nearest
+from excise.core.plain import NotPlain, read_json, read_yaml
 
 READABLE: Final = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt", ".arrow")
 """Kinds of files that excise reads itself; a folder is read in the first kind it has."""
@@ -163,8 +161,8 @@ def _declared(card: str) -> dict[str, dict[str, list[str]]]:
     if head is None:
         return {}
     try:
-        data = yaml.safe_load(head[1])
-    except yaml.YAMLError:
+        data = read_yaml(head[1])
+    except NotPlain:
         return {}
     out: dict[str, dict[str, list[str]]] = {}
     for entry in (data.get("configs") or []) if isinstance(data, Mapping) else []:
@@ -244,8 +242,8 @@ def _pick(known: Sequence[str], wanted: str, where: str, what: str) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+        data = read_json(path)
+    except (NotPlain, OSError):
         data = None
     if not isinstance(data, dict):
         raise UserError(f"{path} is not valid JSON; save the data set again")

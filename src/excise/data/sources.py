@@ -22,6 +22,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import Field
 
 from excise.core.config import Config
+from excise.core.disk import check_regular, expand
 from excise.core.errors import UserError, counted, nearest
 from excise.core.keys import ByContent
 from excise.data.hub import READABLE, folder_files, hub_files, saved_files, text_folder
@@ -282,7 +283,7 @@ SourceSpec = Annotated[str, ByContent(source_identity)]
 def _names(source: Source, files: Sequence[Path]) -> list[str]:
     """Return what the files of a source are called: by name, documents by path in their folder."""
     if _documents(source) is not None:
-        folder = Path(source.path).expanduser()
+        folder = expand(source.path)
         return [file.relative_to(folder).as_posix() for file in files]
     names: list[str] = []
     for file in files:
@@ -298,7 +299,7 @@ def source_files(source: Source) -> list[Path]:
     """
     if source.hub:
         return hub_files(source.path, source.config, source.revision, source.split)
-    path = Path(source.path).expanduser()
+    path = expand(source.path)
     if not path.is_dir():
         return [path]
     saved = saved_files(path, source.split)
@@ -309,7 +310,7 @@ def source_files(source: Source) -> list[Path]:
 
 def _documents(source: Source) -> list[Path] | None:
     """Return the files of a folder of texts, each a document, or None for any other source."""
-    path = Path(source.path).expanduser()
+    path = expand(source.path)
     if source.hub or source.config or source.split or not path.is_dir():
         return None
     return text_folder(path)
@@ -323,6 +324,7 @@ def open_input(path: Path) -> Any:
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a file; name a file in it")
+    check_regular(path)
     try:
         return path.open("rb")
     except FileNotFoundError:

@@ -32,6 +32,7 @@ from pydantic import Field, ValidationError
 from excise.core.config import Config
 from excise.core.disk import write_text
 from excise.core.errors import UserError, counted
+from excise.core.plain import NotPlain, read_json
 from excise.data.dedup import Clusters, text_hash
 from excise.data.domain import Domain, text_of
 from excise.data.units import Sets, UnitRow, units_of
@@ -486,13 +487,13 @@ def read_split(path: Path, sources: Mapping[str, Mapping[str, str]] | None = Non
         UserError: If it is missing, broken, of a newer version, or made from other files.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError:
         raise UserError(f"there is no split {path}; name the split.json of the run") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name the split.json in it") from None
-    except (OSError, ValueError):
-        raise UserError(f"{path} is not valid JSON; name the split.json of the run") from None
+    except NotPlain as error:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name the split.json in it") from None
+        raise UserError(f"{path} {error}; name the split.json of the run") from None
     version = data.get("version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > VERSION:
         raise UserError(f"{path} was written by a newer excise (split version {version}); update")

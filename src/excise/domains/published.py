@@ -13,11 +13,11 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator
 
+from excise.core.disk import expand
 from excise.core.errors import UserError, nearest
 from excise.data.dedup import text_hash
 from excise.data.domain import Domain, Metric, Row, Rows, text_of
@@ -162,7 +162,7 @@ class Published(DomainSpec):
         """
         if not self.path:
             return f"{dataset}:{config}#{split}{options}"
-        folder = Path(self.path).expanduser()
+        folder = expand(self.path)
         if not folder.is_dir():
             raise UserError(
                 f"there is no folder {folder}; name the copy of {dataset} in domain.path"
@@ -471,7 +471,7 @@ class Rwku(Published):
 
     def _of_target(self, config: str, split: str, options: str = "?duplicates=exact") -> str:
         """Return where the rows about the person lie: a folder of its own, or by `subject`."""
-        folder = Path(self.path).expanduser()
+        folder = expand(self.path)
         for base in (folder / "Target", folder) if self.path else ():
             own = base / self.target
             file = own / f"{_PROCESSED.get(config, config)}.json"

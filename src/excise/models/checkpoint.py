@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from excise.core.disk import file_sum
-from excise.core.errors import UserError, nearest
+from excise.core.disk import check_regular, expand, file_sum, scratch
+from excise.core.errors import UserError, first_line, nearest
 from excise.core.keys import file_identity, library_versions, own_source
+from excise.core.plain import NotPlain, read_json
 from excise.core.stages import Store
 from excise.models import files
 from excise.models.folder import (
@@ -37,6 +37,7 @@ from excise.models.folder import (
     meta_model,
     quiet,
 )
+from excise.models.limits import check_sizes
 from excise.models.on_disk import Checkpoint, ModelPath, save_model
 from excise.models.spec import Model
 
@@ -99,7 +100,7 @@ def open_checkpoint(
     if isinstance(source, nn.Module):
         return _from_memory(source, tokenizer, cache)
     beside = _tokenizer_folder(tokenizer, cache)
-    path = Path(source).expanduser()
+    path = expand(source)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return _from_gguf(path, beside, cache)
     if not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
@@ -131,11 +132,11 @@ def open_outline(
     Raises:
         UserError: If there is no such model, or what is there of it is wrong.
     """
-    path = Path(source).expanduser()
-    with tempfile.TemporaryDirectory() as scratch:
-        beside = _tokenizer_folder(tokenizer, Path(scratch))
+    path = expand(source)
+    with scratch() as work:
+        beside = _tokenizer_folder(tokenizer, work)
         if path.suffix.lower() == ".gguf" and path.is_file():
-            path = _outline_of_gguf(path, Path(scratch))
+            path = _outline_of_gguf(path, work)
         elif not path.exists() and _HUB_ID.fullmatch(str(source)):
             path = fetch_hub(str(source), revision, patterns=("config.json", *TOKENIZER_FILES))
         elif revision is not None and path.exists():
@@ -206,7 +207,7 @@ def _tokenizer_folder(tokenizer: Any, cache: Path) -> Path | None:
         return Store(cache).stage(
             "tokenizer", tokenizer_identity(tokenizer), tokenizer.save_pretrained
         )
-    path = Path(tokenizer).expanduser()
+    path = expand(tokenizer)
     if not path.exists() and isinstance(tokenizer, str) and _HUB_ID.fullmatch(tokenizer):
         return fetch_hub(tokenizer, None, patterns=TOKENIZER_FILES)
     check_place(path)
@@ -229,9 +230,9 @@ def open_tokenizer(source: str | Path) -> Any:
 
 def tokenizer_identity(tokenizer: Any) -> Any:
     """Return what makes two tokenizers in memory equal: the bytes that saving one writes."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         tokenizer.save_pretrained(folder)
-        return file_identity(folder)
+        return file_identity(str(folder))
 
 
 def _from_memory(model: nn.Module, tokenizer: Any, cache: Path) -> Checkpoint:
@@ -419,6 +420,7 @@ def verify_folder(
     config = _read_config(path)
     _check_kind(path, config, trust_remote_code)
     checkpoint = Checkpoint(path, trust_remote_code, tokenizer)
+    _check_sizes(checkpoint)
     bare = outline and not any(file.suffix.lower() in WEIGHT_SUFFIXES for file in path.iterdir())
     if bare:
         _check_meta(checkpoint)
@@ -434,10 +436,17 @@ def verify_folder(
 
 def check_place(path: Path) -> None:
     """Raise UserError unless `path` is a folder."""
-    if path.is_dir():
+    try:
+        inside = [*path.iterdir()] if path.is_dir() else None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {(error.strerror or 'error').lower()}") from None
+    if inside is not None:
+        for file in inside:
+            check_regular(file)
         return
-    if not path.exists():
-        raise UserError(f"there is no folder {path}; name one that holds a model")
+    if not os.path.lexists(path):
+        raise UserError(f"there is no folder {str(path)[:300]}; name one that holds a model")
+    check_regular(path)
     if path.suffix.lower() in PICKLES:
         raise UserError(
             f"{path} is a pickle, and loading one runs whatever code is in it; convert it to"
@@ -457,9 +466,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             )
         raise UserError(f"{path} holds no config.json; name the folder of a transformers model")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); fetch it again") from None
+        config = read_json(file)
+    except NotPlain as error:
+        raise UserError(f"{file} {error}; fetch it again") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UserError(f"{file} names no model_type; name the folder of a transformers model")
     return config
@@ -515,14 +524,16 @@ def _check_files(path: Path) -> None:
     raise UserError(f"{path} holds no weights ({WEIGHTS}); fetch the model again")
 
 
-def _first_line(error: Exception) -> str:
-    """Return an error's first line that says something, short enough for a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, KeyError):
-        lines = [f"{error} is missing"]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        del lines[0]  # a heading
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:200]
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Raise UserError unless the configuration can be read and its sizes are a model's."""
+    file = checkpoint.path / "config.json"
+    try:
+        config = checkpoint.config
+    except Exception as error:
+        raise UserError(
+            f"{file} is no configuration: {first_line(error)}; fetch it again"
+        ) from None
+    check_sizes(config, str(file))
 
 
 def _check_shapes(checkpoint: Checkpoint) -> None:
@@ -535,7 +546,7 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
         raise
     except Exception as error:
         raise UserError(
-            f"the weights in {path} do not fit its config.json: {_first_line(error)};"
+            f"the weights in {path} do not fit its config.json: {first_line(error)};"
             " use the config of these weights"
         ) from None
     if layout.mismatched:
@@ -549,6 +560,14 @@ def _check_shapes(checkpoint: Checkpoint) -> None:
             f"{path} lacks tensor '{layout.missing[0]}' ({len(layout.missing)} missing); fetch the"
             " model again, or use the config of these weights"
         )
+    for name in layout.parameters:
+        group = layout.group_of(name)
+        for key, _ in group.keys if group else ():
+            if not checkpoint.entries[key].dtype.is_floating_point:
+                raise UserError(
+                    f"tensor '{key}' in {path} holds {checkpoint.entries[key].code} and no floating"
+                    " point numbers; give the model before quantization"
+                )
 
 
 def _check_meta(checkpoint: Checkpoint) -> None:
@@ -557,7 +576,7 @@ def _check_meta(checkpoint: Checkpoint) -> None:
         assert checkpoint.shapes is not None
     except Exception as error:
         raise UserError(
-            f"{checkpoint.path}/config.json makes no model: {_first_line(error)}; fetch it again"
+            f"{checkpoint.path}/config.json makes no model: {first_line(error)}; fetch it again"
         ) from None
 
 
@@ -572,7 +591,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
         raise
     except Exception as error:
         raise UserError(
-            f"the tokenizer in {where} cannot be read: {_first_line(error)}; fetch it again"
+            f"the tokenizer in {where} cannot be read: {first_line(error)}; fetch it again"
         ) from None
     check_vocabulary(tokenizer, checkpoint.shapes, str(where))
 
@@ -580,7 +599,17 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
 def check_vocabulary(tokenizer: Any, model: Any, where: str) -> None:
     """Raise UserError where the tokenizer has an id that the model's embedding has no row for."""
     rows = int(model.get_input_embeddings().weight.shape[0])
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    words: dict[int, str] = {}
+    for token, number in tokenizer.get_vocab().items():
+        if words.setdefault(number, token) != token:
+            raise UserError(
+                f"the tokenizer in {where} has one id, {number}, for {words[number]!r} and"
+                f" {token!r}; fetch it again"
+            )
+    if not words:
+        raise UserError(f"the tokenizer in {where} has no token; fetch it again")
+    last = max(words)
+    token = words[last]
     if last >= rows:
         raise UserError(
             f"the tokenizer in {where} has token id {last} ({token!r}) and the model has only"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from excise.core.disk import check_free, new_folder
 from excise.core.errors import UserError
+from excise.core.plain import read_json
 from excise.models import files
 from excise.models.checkpoint import Checkpoint
 from excise.models.lora import load_adapter, merge
@@ -63,7 +64,7 @@ def read_delta(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         UserError: If the folder is no delta, or a file of it is damaged.
     """
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = read_json(folder / FACTS)
         known = facts["format"], facts["base"], facts["sha256"]
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {FACTS}; name the folder of a delta") from None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from excise.core.disk import Signature, file_sum, note_sum, share_blocks, signature_of
 from excise.core.errors import UserError
+from excise.core.plain import read_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -94,7 +95,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             )
         text = f.read(length)
     try:
-        entries = list(_parse(path, json.loads(text), 8 + length))
+        entries = list(_parse(path, read_json(text), 8 + length))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path} is not a safetensors file: its header is garbage; copy or download it again"
@@ -120,17 +121,25 @@ def _parse(path: Path, header: dict[str, object], base: int) -> Iterator[Entry]:
     """Yield the entries of a decoded header; raise ValueError or KeyError where it is wrong."""
     for key, value in header.items():
         if key == "__metadata__":
+            if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+                raise ValueError(key)
             continue
         if not isinstance(value, dict):
             raise ValueError(key)
-        shape = tuple(int(n) for n in value["shape"])
-        start, end = (int(n) for n in value["data_offsets"])
+        shape = tuple(map(_whole, value["shape"]))
+        start, end = map(_whole, value["data_offsets"])
         count = 1
         for n in shape:
             count *= n
         if min((start, *shape)) < 0 or end - start != count * DTYPES[value["dtype"]].itemsize:
             raise ValueError(key)
         yield Entry(path, key, value["dtype"], shape, base + start, base + end)
+
+
+def _whole(number: object) -> int:
+    if type(number) is not int:
+        raise ValueError(number)
+    return number
 
 
 def read_tensor(entry: Entry) -> Tensor:

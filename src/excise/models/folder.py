@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from excise.core.errors import UserError
+from excise.core.plain import read_json
 from excise.data.stream import Tokenizer
 from excise.models.spec import Model
 
@@ -43,13 +43,27 @@ def find_shards(folder: Path) -> tuple[Path, ...]:
     if not index.is_file():
         raise UserError(f"{folder} holds no {WEIGHTS}; name a folder with safetensors weights")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        about = read_json(index)
+        names = sorted(set(about["weight_map"].values()))
+        if not names or not isinstance(about["metadata"], dict):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is broken; copy or download it again") from None
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{index} names '{name}', which {folder} does not hold; fetch it again")
+        safe = isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
+        if not safe or not _is_file(folder / name):
+            raise UserError(
+                f"{index} names '{str(name)[:200]}', which {folder} does not hold; fetch it again"
+            )
     return tuple(folder / name for name in names)
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether there is such a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def meta_model(config: Any, *, trust_remote_code: bool = False) -> Model:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from excise.core.errors import UserError
+
 POSITIONS: Final[Mapping[str, str]] = {
     "biogpt": "max_position_embeddings",
     "codegen": "n_positions",
@@ -47,6 +49,41 @@ RECURRENT: Final = (
     "zamba2",
 )
 """Values of `model_type` whose blocks, all or some, carry a state from token to token."""
+
+
+SIZES: Final[Mapping[str, tuple[int, int]]] = {
+    "num_hidden_layers": (1, 10_000),
+    "hidden_size": (1, 10_000_000),
+    "intermediate_size": (1, 100_000_000),
+    "vocab_size": (1, 100_000_000),
+    "num_attention_heads": (1, 100_000),
+    "num_key_value_heads": (1, 100_000),
+    "head_dim": (1, 1_000_000),
+    "sliding_window": (0, 2**63 - 1),
+    "max_position_embeddings": (1, 2**63 - 1),
+}
+"""Fields of a configuration, the least and the most that they can be."""
+
+
+def check_sizes(config: Any, where: str) -> None:
+    """Refuse sizes that no model has, before anything of that size is made.
+
+    Args:
+        config: A `transformers` configuration; sizes that it does not name, or names block by
+            block, are not looked at.
+        where: What names them, for the sentence.
+
+    Raises:
+        UserError: Naming the first.
+    """
+    text = config.get_text_config()
+    for name, (least, most) in SIZES.items():
+        size = getattr(text, name, None)
+        other = isinstance(size, bool | float | str)
+        if other or (isinstance(size, int) and not least <= size <= most):
+            raise UserError(
+                f"{where}: {name} must be a whole number from {least} to {most:,}, not {size!r}"
+            )
 
 
 def position_limit(config: Any) -> int | None:

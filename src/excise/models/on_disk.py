@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from excise.core.disk import check_free, clone_file, file_sum, new_folder
-from excise.core.errors import UserError, nearest
+from excise.core.disk import check_free, clone_file, expand, file_sum, new_folder
+from excise.core.errors import UserError, first_line, nearest
 from excise.core.keys import ByContent, file_identity
 from excise.data.stream import Tokenizer
 from excise.models import files
@@ -35,7 +36,7 @@ from excise.models.spec import Model
 
 def model_identity(name: str) -> Any:
     """Return the identity of the model in a folder; of a file or a name, as `file_identity`."""
-    path = Path(name).expanduser()
+    path = expand(name)
     if name and (path / "config.json").is_file():
         return Checkpoint(path).identity
     return file_identity(name)
@@ -212,15 +213,20 @@ class Checkpoint:
 
         find_shards(self.path)
         extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=self.trust_remote_code,
-                use_safetensors=True,
-                **extra,
-            )
+        try:
+            with quiet():
+                model = AutoModelForCausalLM.from_pretrained(
+                    self.path,
+                    dtype=dtype,
+                    local_files_only=True,
+                    trust_remote_code=self.trust_remote_code,
+                    use_safetensors=True,
+                    **extra,
+                )
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self.path} cannot be loaded: {first_line(error)}; fetch the model again"
+            ) from None
         _keep_scale(model.config)
         return model.to(device).eval()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from excise.core.config import Config
+from excise.core.config import SIGNED, Config
 
 Model = Any
 """A `transformers` model; typed loosely because its stubs are."""
@@ -24,7 +24,7 @@ class Scratch(Config):
     """Residual width."""
     blocks: int = 2
     """Number of blocks."""
-    overrides: dict[str, int | float | str | bool] = {}
+    overrides: Annotated[dict[str, int | float | str | bool], SIGNED] = {}
     """Any other field of the family's configuration."""
 
 

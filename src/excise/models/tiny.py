@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from excise.core.errors import UserError, nearest
+from excise.core.errors import UserError, first_line, nearest
+from excise.models.limits import check_sizes
 from excise.models.spec import Model
 
 ModelConfig = Any
@@ -114,9 +115,10 @@ def tiny_config(
         A `transformers` configuration.
 
     Raises:
-        UserError: If the family is unknown, or has no field of that name.
+        UserError: If the family is unknown, has no field of that name, or no model of those sizes.
     """
-    from transformers import AutoConfig
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if family not in FAMILIES:
         raise UserError(f"there is no tiny model of '{family}'; {nearest(family, FAMILIES)}")
@@ -127,7 +129,19 @@ def tiny_config(
         if not hasattr(known, name):
             fixes = nearest(name, known.to_dict())
             raise UserError(f"the configuration of {family} has no field '{name}'; {fixes}")
-    return AutoConfig.for_model(kind, vocab_size=vocab, **(ids | fields | overrides))
+    try:
+        config = AutoConfig.for_model(kind, vocab_size=vocab, **(ids | fields | overrides))
+        check_sizes(config, f"a tiny {family}")
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"there is no {family} of width {width}, {blocks} blocks and these settings: "
+            f"{first_line(error)}"
+        ) from None
+    return config
 
 
 def tiny_model(

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from excise.core.disk import write_text
 from excise.core.errors import UserError
+from excise.core.plain import NotPlain, read_json
 from excise.record.entry import LEVELS, Estimate, Level, ScoreDirection
 from excise.record.inspection import (
     BlockChange,
@@ -124,10 +125,10 @@ def load(folder: Path) -> Record:
     if not path.is_file():
         raise UserError(f"{folder} holds no run.json; name an output folder of excise")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         version = data.get("schema", 0) if isinstance(data, dict) else 0
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a record: {error}") from None
+    except NotPlain as error:
+        raise UserError(f"{path} is not a record: it {error}") from None
     if not isinstance(version, int) or version < 1:
         raise UserError(f"{path} is not a record of excise: it has no schema number")
     if version > SCHEMA:

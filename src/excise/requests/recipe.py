@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final, Literal
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -74,7 +75,7 @@ class EvalSpec(Config):
     """Scores beside the domain's own: `refusal`, `generate`, one of your own."""
     lm_eval: tuple[str, ...] = ()
     """Tasks of lm-eval run on every model, for its utility."""
-    lm_eval_limit: int | None = None
+    lm_eval_limit: Annotated[int, Field(ge=1)] | None = None
     """Questions per task at most."""
 
 
@@ -112,7 +113,7 @@ class Recipe(Config):
     """Of edited models: the `best` step, or the only one; its `delta` alone, the changed tensors,
     from which `excise export` rebuilds it; `all` of both and of the steps that a stop rule kept;
     `none`."""
-    oracles: int = 3
+    oracles: int = Field(default=3, le=1000)
     """Models trained without the forget units, when there is a `pretrain`."""
     seed: int = 0
     """Seed of everything; oracle i uses seed + 1000 + i."""
@@ -126,6 +127,8 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         """Refuse combinations that cannot run, before anything runs."""
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError("name: the output folder is called after it; give one without '/'")
         if not self.arms:
             raise ValueError("arms: name at least one removal")
         if bool(self.model.path) == (self.model.scratch is not None):

@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from excise.core.config import Config
+from excise.core.config import SIGNED, Config
 from excise.core.errors import UserError, nearest
 from excise.data.domain import CORE, UNLABELED
 from excise.data.stream import Batch
@@ -38,9 +38,9 @@ class Rule(Config):
     """Groups that take part in the forward pass; the activations of others are 0."""
     write: Names = "all"
     """Groups whose weights receive the gradient of the token."""
-    edges: dict[str, float] = Field(default_factory=dict)
+    edges: Annotated[dict[str, float], SIGNED] = Field(default_factory=dict)
     """Weight of the gradient that passes back through a group's activations; 1 where missing."""
-    weight: float = 1.0
+    weight: Annotated[float, SIGNED] = 1.0
     """Weight of the token's loss; negative to ascend, up to the loss of a uniform guess."""
     share: float = Field(default=1.0, gt=0)
     """Probability of this rule among the alternatives of a label, up to a common factor."""

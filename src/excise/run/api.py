@@ -13,7 +13,7 @@ from pydantic import SerializeAsAny
 from torch import nn
 
 from excise.core.config import Config
-from excise.core.disk import disk_full
+from excise.core.disk import disk_full, expand
 from excise.core.errors import UserError
 from excise.core.events import silent
 from excise.data.domain import Domain
@@ -339,7 +339,7 @@ def load(folder: str | Path) -> Record | Checkpoint:
     Raises:
         UserError: If the folder holds neither.
     """
-    path = Path(folder).expanduser()
+    path = expand(folder)
     if (path / "config.json").is_file() and not (path / "run.json").is_file():
         return open_checkpoint(path)
     return load_record(path)

@@ -30,6 +30,7 @@ from excise.auditor.tuning import (
     relearn_rows,
 )
 from excise.core.config import Config
+from excise.core.disk import expand
 from excise.core.errors import UserError
 from excise.core.events import Emit, duration, silent
 from excise.data.domain import Domain, Rows, all_rows
@@ -311,7 +312,7 @@ def plan(
         original = None if spec.scratch else stack.enter_context(outline_of(spec))
         others = _other_models(request)
         for path in others:
-            if not holds_adapter(Path(path).expanduser()):  # one is as large as its original
+            if not holds_adapter(expand(path)):  # one is as large as its original
                 stack.enter_context(outline_of(ModelSpec(path=path)))
         cut: list[str] = []
         request = fit_lengths(request, lambda _, data: cut.append(data["text"]))

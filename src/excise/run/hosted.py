@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from excise.auditor.budget import LARGE, Budget
 from excise.auditor.hosted import ONLY_PROMPTS, Hosted, asked_of, attack_hosted
 from excise.auditor.verdict import judge_all
 from excise.core.context import Context
+from excise.core.disk import scratch
 from excise.core.errors import UserError
 from excise.core.events import Emit
 from excise.data.domain import Domain
@@ -226,8 +226,8 @@ def _open(asked: HostedAudit, endpoint: Endpoint, out: Path) -> dict[str, Hosted
 @contextmanager
 def _context(asked: HostedAudit, emit: Emit) -> Iterator[Context]:
     """Yield a context whose folder goes away: what is worth keeping are the answers."""
-    with tempfile.TemporaryDirectory(prefix="excise-") as work:
-        yield Context(work=Path(work), seed=asked.seed, emit=emit)
+    with scratch() as work:
+        yield Context(work=work, seed=asked.seed, emit=emit)
 
 
 def _scored(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,6 +15,7 @@ import yaml
 from excise.core.config import Config
 from excise.core.disk import (
     clone_file,
+    expand,
     file_sum,
     is_part,
     locked,
@@ -23,6 +26,7 @@ from excise.core.disk import (
 )
 from excise.core.errors import DiskFull, UserError
 from excise.core.events import Emit, silent
+from excise.core.plain import NotPlain, read_yaml
 from excise.core.stages import LAYOUT, Runtime, old_stages
 from excise.data import split as splits
 from excise.data.domain import Domain
@@ -75,8 +79,9 @@ def claim(out: Path, config: Config) -> Iterator[None]:
     """
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     known = _check_free(out, text)
+    _check_outside(out, config)
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    with hold(out):
+    with _private(config), hold(out):
         try:
             write_text(out / RECIPE, text)
             yield
@@ -84,6 +89,20 @@ def claim(out: Path, config: Config) -> Iterator[None]:
             if not known and not isinstance(error, DiskFull):
                 _undo(out, new)
             raise
+
+
+@contextmanager
+def _private(config: Config) -> Iterator[None]:
+    """Let what is made of sensitive data be its owner's alone to read, in workers too."""
+    domain = getattr(config, "domain", None)
+    if not (getattr(config, "sensitive", False) or getattr(domain, "sensitive", False)):
+        yield
+        return
+    mask = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(mask)
 
 
 @contextmanager
@@ -149,6 +168,29 @@ def _check_free(out: Path, text: str) -> bool:
     return True
 
 
+def _check_outside(out: Path, config: Config) -> None:
+    """Refuse an output folder inside a folder of data, which would be read as data the next time.
+
+    Raises:
+        UserError: Naming the folder.
+    """
+    domain = getattr(config, "domain", None)
+    given = domain.model_dump(mode="json", exclude={"name"}) if isinstance(domain, Config) else {}
+    for text in _texts(given):
+        folder = expand(re.split("[?#]", text)[0])
+        if text and os.path.isdir(folder) and out.absolute().is_relative_to(folder.absolute()):
+            raise UserError(f"--out {out} lies in the folder of the data, {folder}; name another")
+
+
+def _texts(data: Any) -> Iterator[str]:
+    """Yield every text in plain data."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, Mapping | list):
+        for part in data.values() if isinstance(data, Mapping) else data:
+            yield from _texts(part)
+
+
 def _same_run(old: str, new: str) -> bool:
     """Return whether two configurations ask for the same.
 
@@ -158,8 +200,8 @@ def _same_run(old: str, new: str) -> bool:
 
     def decisive(text: str) -> object:
         try:
-            data = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
+            data = read_yaml(text)
+        except NotPlain:
             return text
         if isinstance(data, dict):
             data.pop("keep", None)

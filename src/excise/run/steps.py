@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from excise.auditor.base import Results, Subject
 from excise.auditor.engine import attack_all
 from excise.auditor.evaluation_set import check_scored
 from excise.core.context import Stage
+from excise.core.disk import expand
 from excise.core.errors import NotFinite
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
@@ -160,7 +160,7 @@ def open_edited(path: str, original: Checkpoint, runtime: Runtime) -> Checkpoint
     Raises:
         UserError: If there is no such model, or the adapter is of another.
     """
-    folder = Path(path).expanduser()
+    folder = expand(path)
     if holds_adapter(folder):
         return runtime.run(MergeAdapter(folder, original))
     return open_model(ModelSpec(path=path))

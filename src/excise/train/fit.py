@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -54,6 +54,10 @@ class Term:
     weight: float = 1.0
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""A decay rate."""
+
+
 class FitConfig(Config):
     """How to train."""
 
@@ -74,9 +78,9 @@ class FitConfig(Config):
     optimizer: OptimizerName = "adamw"
     """`hf_adamw` is the AdamW of transformers up to 4.50, which published RMU used;
     `schedule_free` is AdamW of the package schedulefree, which ends at an average of its steps."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay rates of Adam's moments."""
-    eps: float | None = None
+    eps: Annotated[float, Field(gt=0)] | None = None
     """Adam's epsilon; empty for 1e-8, or 1e-6 with `hf_adamw`."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of every trained parameter."""

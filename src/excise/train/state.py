@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from excise.core.disk import disk_full
+from excise.core.disk import disk_full, write_text
 from excise.core.errors import UserError
 from excise.train.optim import OptimizerGroup
 
@@ -225,9 +225,7 @@ class Log:
         self._sum = hashlib.sha256()
         text = "".join(map(self._line, records))
         if self._path is not None and self._path.is_file():
-            temporary = self._path.with_name(f".steps.{os.getpid()}")
-            temporary.write_text(text)
-            temporary.replace(self._path)
+            write_text(self._path, text)
 
     def _line(self, record: Mapping[str, Any]) -> str:
         """Return a record as a line, and count it into the sum."""

@@ -19,6 +19,7 @@ from pydantic import Field
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.errors import UserError
+from excise.data.chat import apply_template
 from excise.data.domain import Domain, Row, Rows
 from excise.data.encoding import cut_head, with_specials
 from excise.data.stream import Tokenizer
@@ -208,9 +209,7 @@ def asked(row: Row, tokenizer: Tokenizer, ask: str) -> tuple[int, ...]:
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": text}]
         try:
-            text = str(
-                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            )
+            text = str(apply_template(turns, tokenizer, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
             raise UserError(
                 f"altpo: the chat template refuses a question of the user alone ({error}); use "

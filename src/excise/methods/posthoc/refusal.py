@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 
 from excise.core.context import Context
+from excise.core.disk import expand
 from excise.core.errors import UserError
 from excise.core.keys import FilePath
 from excise.data.domain import Domain, Rows
@@ -95,7 +95,7 @@ def read_refusals(path: str) -> tuple[str, ...]:
     if not path:
         return REFUSALS
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = expand(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise UserError(
             f"refusal: 'sentences' {path} cannot be read; give a text file in UTF-8 with one "

@@ -7,11 +7,12 @@ L <- gamma mean_x[-2/beta log sigmoid(beta (s(x) / n(x) - delta))] + alpha NLL(r
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
 
+from excise.core.config import SIGNED
 from excise.core.context import Context
 from excise.data.domain import Domain
 from excise.data.stream import Batch
@@ -28,7 +29,7 @@ class SimNPO(TuningMethod):
     name: Literal["simnpo"] = "simnpo"
     beta: float = Field(default=4.5, gt=0)
     """Inverse temperature: how soon a sequence counts as forgotten."""
-    delta: float = 0.0
+    delta: Annotated[float, SIGNED] = 0.0
     """Margin, nats per token; gamma in the paper."""
     gamma: float = 0.125
     """Weight of the forget loss."""

@@ -15,14 +15,14 @@ Shape legend: V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from excise.core.config import Config
+from excise.core.config import SIGNED, Config
 from excise.core.context import Context
 from excise.data.domain import CORE, Domain, Rows
 from excise.data.labels import LabelNoise
@@ -61,7 +61,7 @@ lie in projects/tinystories."""
 class TokenWeights(Config):
     """How much a token of a forget row counts as forget, by how typical of forget rows it is."""
 
-    slope: float = 1.0
+    slope: Annotated[float, SIGNED] = 1.0
     """s: how fast the weight falls with the frequency ratio."""
     offset: float = -4.0
     """b: at -4 a token as frequent in both is routed by 2 %."""

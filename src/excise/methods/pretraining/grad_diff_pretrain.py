@@ -9,13 +9,14 @@ Shape legend: B rows, T tokens, V vocabulary, D width.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from excise.core.config import SIGNED
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain
@@ -54,7 +55,7 @@ class GradDiffPretrain(Method):
     """Block whose output `activations` steers, negative from the last; the middle when missing."""
     steering: float = Field(default=10.0, gt=0)
     """Norm of that vector."""
-    weight: float = 1.0
+    weight: Annotated[float, SIGNED] = 1.0
     """Weight of the forget tokens' loss."""
     push_above: float = Field(default=0.5, ge=0, lt=1)
     """A token is pushed away where labels say with more than this probability that it is forget;

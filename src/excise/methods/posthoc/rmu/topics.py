@@ -6,7 +6,6 @@ Shape legend: D residual width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from excise.core.context import Context
+from excise.core.disk import expand
 from excise.core.errors import UserError
 from excise.data.domain import Domain
 from excise.methods.tuning import forget_rows
@@ -82,7 +82,7 @@ def read_control_vectors(
     Raises:
         UserError: If the file or a topic is missing, or a vector has another width.
     """
-    file = Path(path).expanduser()
+    file = expand(path)
     if not file.is_file():
         raise UserError(f"rmu: 'controls' names {path}, which is no file")
     try:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
-from excise.evals.stats import Estimate, quantiles, resampled_means
+from excise.evals.replicates import SeedEstimate
+from excise.evals.stats import Estimate
 from excise.methods.base import ApplyMethod, Method
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
@@ -20,9 +23,13 @@ from excise.record import ModelRef, StudyRow
 from excise.run.results import model_ref
 from excise.run.stages import MakeModel
 from excise.train.pool import Pool
+from excise_studies.levels import estimate, levels
 
 ScoreByUnit = Mapping[str, float]
 """Score by unit."""
+
+ScoreBySeed = Mapping[int, ScoreByUnit]
+"""Score by seed and unit."""
 
 APART = 1000
 """The oracle starts from the seed plus this."""
@@ -75,7 +82,10 @@ def train_replicates(
         for apart in (0, APART)
     ]
     inits = pool.map(runtime.run, jobs)
-    methods: tuple[Method, ...] = (Plain(pretrain=schedule), Filtering(pretrain=schedule))
+    methods: tuple[Method, ...] = (
+        Plain(pretrain=schedule),
+        Filtering(pretrain=schedule, drop="spans"),
+    )
     removals = [
         ApplyMethod(methods[i % 2], init, domains[job.seed - APART * (i % 2)][0], job.seed)
         for i, (job, init) in enumerate(zip(jobs, inits, strict=True))
@@ -87,9 +97,10 @@ def train_replicates(
     }
 
 
-def pooled(by_seed: Mapping[int, ScoreByUnit]) -> dict[str, float]:
-    """Return the units of several seeds in one mapping, named after their seed."""
-    return {f"{seed}:{unit}": v for seed, units in by_seed.items() for unit, v in units.items()}
+def mean_over_seeds(scores: ScoreBySeed) -> SeedEstimate:
+    """Return the mean of a score with its interval over seeds."""
+    one = levels({"": scores}, {})
+    return estimate(one.at(""), one)
 
 
 def row(condition: str, metric: str, estimate: Estimate, seed: int | None = None) -> StudyRow:
@@ -102,22 +113,19 @@ def row(condition: str, metric: str, estimate: Estimate, seed: int | None = None
     )
 
 
-def share(top: Sequence[ScoreByUnit], bottom: Sequence[ScoreByUnit], *, seed: int = 0) -> Estimate:
-    """Return (top 0 - top 1) / (bottom 0 - bottom 1), resampled by unit, jointly.
+def share(
+    top: tuple[ScoreBySeed, ScoreBySeed], bottom: tuple[ScoreBySeed, ScoreBySeed]
+) -> SeedEstimate:
+    """Return (top 0 - top 1) / (bottom 0 - bottom 1) over seeds, all four on the same units.
 
     Args:
-        top: Two mappings whose means are subtracted.
+        top: Two scores whose means are subtracted.
         bottom: Two more.
-        seed: Seed of the bootstrap.
 
     Returns:
         The ratio; NaN where the bottom is not above zero.
     """
-    means, samples = resampled_means([*top, *bottom], seed=seed)
-    below = means[2] - means[3]
-    if below <= 0:
-        return Estimate(float("nan"), float("nan"), float("nan"), len(top[0]))
-    usable = samples[samples[:, 2] - samples[:, 3] > below / 10]
-    ratios = (usable[:, 0] - usable[:, 1]) / (usable[:, 2] - usable[:, 3])
-    low, high = quantiles(ratios, 0.95)
-    return Estimate(float((means[0] - means[1]) / below), low, high, len(top[0]))
+    four = levels({str(i): scores for i, scores in enumerate((*top, *bottom))}, {})
+    above, below = four.at("0") - four.at("1"), four.at("2") - four.at("3")
+    usable = below > max(0.0, float(below[0]) / 10)
+    return estimate(np.where(usable, above / np.where(usable, below, 1.0), np.nan), four)

@@ -1,26 +1,26 @@
 """How much the conditions of a study know, and with what certainty: seeds and, inside them, units.
 
-A sample takes seeds with repetition and, inside each, whole groups of units, the same for all
-conditions, so that contrasts between conditions keep their pairing.
+Values that a study computes with lie in one layout, so that any function of them has an interval
+(`excise.evals.replicates`): of all seeds, then without one seed each, then with whole groups of
+units resampled inside every seed, the same for all conditions, so that contrasts between conditions
+keep their pairing.
 
-Shape legend: S samples, A conditions, G groups of one seed.
+Shape legend: K seeds, S samples, A conditions, G groups of one seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from excise.core.errors import UserError
-from excise.evals.stats import Array, Estimate, quantiles
+from excise.evals.replicates import SeedEstimate, over_replicates
+from excise.evals.stats import Array, Estimate, interval
 
 SAMPLES = 1000
 """Bootstrap samples."""
-
-MarginVerdict = Literal["above", "below", "equal", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,21 @@ class Levels:
 
     Attributes:
         conditions: Names.
-        values: (1 + S) x A: of the data, then of the samples; seeds weigh the same.
-        by_seed: The same of each seed alone.
+        values: (1 + K + S) x A: of the data, without one seed each, then of the samples; seeds
+            weigh the same.
+        by_seed: (1 + S) x A of each seed alone: of the data, then of the samples.
         n: Units they rest on.
+        groups: Independent groups (or units) by seed.
     """
 
     conditions: tuple[str, ...]
     values: Array
     by_seed: Mapping[int, Array]
     n: int
+    groups: Mapping[int, int]
 
     def at(self, condition: str, seed: int | None = None) -> Array:
-        """Return a condition's mean: of the data, then of the samples.
+        """Return a condition's mean: of the data, (without one seed each,) then of the samples.
 
         Args:
             condition: Its name.
@@ -63,7 +66,7 @@ def levels(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> Levels:
-    """Resample seeds and units of all conditions jointly.
+    """Average scores over units and seeds, in the layout above.
 
     Args:
         scores: Score by condition, seed and unit; every condition has every seed, and units that
@@ -78,6 +81,7 @@ def levels(
     conditions = tuple(scores)
     replicates = list(scores[conditions[0]])
     by_seed: dict[int, Array] = {}
+    independent: dict[int, int] = {}
     count = 0
     for at, replicate in enumerate(replicates):
         table = [scores[condition][replicate] for condition in conditions]
@@ -88,13 +92,30 @@ def levels(
             )
         count += len(units)
         generator = np.random.default_rng([seed, at])
-        by_seed[replicate] = _sampled(table, units, groups.get(replicate, {}), samples, generator)
-    generator = np.random.default_rng([seed, len(replicates)])
-    picked = generator.integers(len(replicates), size=(samples, len(replicates)))
-    stacked = np.stack([by_seed[d] for d in replicates])
-    moved = stacked[picked, np.arange(1, samples + 1)[:, None]].mean(1)
-    values = np.concatenate([stacked[:, 0].mean(0)[None], moved])
-    return Levels(conditions, values, by_seed, count)
+        grouped = groups.get(replicate, {})
+        by_seed[replicate] = _sampled(table, units, grouped, samples, generator)
+        independent[replicate] = len({grouped.get(u) or f"unit {u}" for u in units})
+    return Levels(conditions, of_seeds(by_seed), by_seed, count, independent)
+
+
+def of_seeds(by_seed: Mapping[int, Array]) -> Array:
+    """Return the mean over seeds in the layout above.
+
+    Args:
+        by_seed: (1 + S, ...) by seed: of the data, then of the samples.
+
+    Returns:
+        (1 + K + S, ...); of one seed the part that leaves it out is NaN.
+    """
+    stacked = np.stack(list(by_seed.values()))
+    means: Array = stacked.mean(0)
+    count = len(stacked)
+    if count < 2:
+        left_out = np.full_like(stacked[:, 0], np.nan)
+    else:
+        left_out = (stacked[:, 0].sum(0) - stacked[:, 0]) / (count - 1)
+    whole: Array = np.concatenate([means[:1], left_out, means[1:]])
+    return whole
 
 
 def _sampled(
@@ -117,65 +138,35 @@ def _sampled(
     return means
 
 
-def estimate(values: Array, n: int) -> Estimate:
-    """Return the value of the data with the 95 % interval of the samples.
+def estimate(values: Array, of: Levels, n: int | None = None) -> SeedEstimate:
+    """Return the value of the data with its 95 % interval over seeds.
 
     Args:
-        values: Of the data, then of the samples; samples that are NaN are left out.
-        n: Units behind it.
+        values: In the layout above; samples that are NaN are left out.
+        of: The levels they were computed from, which know seeds and groups.
+        n: What the record says they rest on; the units of the levels when missing.
+    """
+    count = len(of.by_seed)
+    return over_replicates(
+        float(values[0]),
+        values[1 : 1 + count],
+        values[1 + count :],
+        groups=sum(of.groups.values()),
+        n=of.n if n is None else n,
+    )
+
+
+def estimate_of_seed(values: Array, of: Levels, seed: int) -> Estimate:
+    """Return the value of one seed with its 95 % interval over groups and units.
+
+    It says nothing of other seeds.
+
+    Args:
+        values: Of the data, then of the samples of that seed.
+        of: The levels they were computed from.
+        seed: The seed.
     """
     value, sampled = float(values[0]), values[1:][~np.isnan(values[1:])]
     if np.isnan(value) or not len(sampled):
-        return Estimate(value, float("nan"), float("nan"), n)
-    low, high = quantiles(sampled, 0.95)
-    return Estimate(value, min(low, value), max(high, value), n)
-
-
-def verdict(value: Estimate, margin: float) -> MarginVerdict:
-    """Return where an interval lies: beyond a margin, within both, or neither.
-
-    Args:
-        value: An estimate with its 95 % interval.
-        margin: Half the width of what counts as no difference.
-
-    Returns:
-        `above` or `below` where the whole interval lies beyond the margin on that side, `equal`
-        where it lies between -margin and margin, else `undecided`, as where it is NaN.
-    """
-    if value.low > margin:
-        return "above"
-    if value.high < -margin:
-        return "below"
-    if value.low > -margin and value.high < margin:
-        return "equal"
-    return "undecided"
-
-
-def ranks(values: Array) -> Array:
-    """Return ranks along the last axis, from 0; equal values share the mean of theirs.
-
-    Args:
-        values: (..., items).
-
-    Returns:
-        The same shape.
-    """
-    below = (values[..., :, None] > values[..., None, :] + 1e-12).sum(-1)
-    equal = (np.abs(values[..., :, None] - values[..., None, :]) <= 1e-12).sum(-1)
-    shared: Array = below + (equal - 1) / 2
-    return shared
-
-
-def spearman(first: Array, second: Array) -> Array:
-    """Return the rank correlation along the last axis; NaN where a side has no spread.
-
-    Args:
-        first: (..., items).
-        second: The same shape.
-    """
-    a, b = ranks(first), ranks(second)
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        correlation: Array = np.where(scale > 0, (a * b).sum(-1) / scale, np.nan)
-    return correlation
+        return Estimate(value, float("nan"), float("nan"), of.groups[seed])
+    return Estimate(value, *interval(sampled, value, of.groups[seed], 0.95), of.groups[seed])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from excise.data.domain import Domain
+from excise.evals.replicates import Contrast, Decision, SeedEstimate
 from excise.evals.stats import Array, Estimate
 from excise.record import StudyRow, StudyTable
 from excise_studies.attacking import Attacked, RunKey
 from excise_studies.base import ScoreByUnit, row
-from excise_studies.levels import Levels, estimate, levels
+from excise_studies.levels import Levels, estimate, estimate_of_seed, levels
 
 REFERENCES = ("original", "oracle")
 
@@ -30,7 +31,10 @@ class RecoveryScores:
         after: Scores on the held-out test set after it.
         t: Scores on the relearn set at its end.
         retain: Scores on `retain_test` before it.
+        distance: Original before the attack minus oracle after it, on the held-out test set.
         invalid: Why nothing can be decided; empty where the attacker had power.
+        absolute: Whether scores are answers that are right, of which all may be; else text by its
+            loss, where what counts is the share of the original's.
     """
 
     conditions: tuple[str, ...]
@@ -40,7 +44,14 @@ class RecoveryScores:
     after: Levels
     t: Levels
     retain: Levels
+    distance: Estimate
     invalid: str
+    absolute: bool = True
+
+    def kept(self, condition: str) -> Array:
+        """Return a condition's score on retain, as a share of the original's where text is read."""
+        score = self.retain.at(condition)
+        return score if self.absolute else score / self.retain.at("original")
 
     def gap(self, condition: str) -> Array:
         """Return the depth gap: (condition - oracle) / (original before any attack - oracle)."""
@@ -52,21 +63,31 @@ class RecoveryScores:
         distance = self.before.at("original") - self.after.at("oracle")
         return np.where(distance > 0, distance, np.nan)
 
-    def contrast(self, first: Sequence[str], second: Sequence[str]) -> Estimate:
-        """Return the mean depth gap of some conditions minus that of others, with its interval.
+    def apart(self, first: Array, second: Array) -> SeedEstimate:
+        """Return the difference of two depth gaps with its interval; it knows both sides.
 
-        The oracle cancels: (mean of first - mean of second) / (original before - oracle after).
+        Args:
+            first: A depth gap, or a mean of several, in the layout of `levels`.
+            second: Another.
+        """
+        sides = (float(first[0]), float(second[0]))
+        return replace(estimate(first - second, self.after), sides=sides)
+
+    def contrast(self, first: Sequence[str], second: Sequence[str]) -> SeedEstimate:
+        """Return the mean depth gap of some conditions minus that of others, with its interval.
 
         Args:
             first: Names of conditions.
             second: Names of others.
         """
-        moved = (self.after.mean(first) - self.after.mean(second)) / self.scale()
-        return estimate(moved, self.after.n)
+        return self.apart(
+            np.mean([self.gap(name) for name in first], axis=0),
+            np.mean([self.gap(name) for name in second], axis=0),
+        )
 
-    def value(self, condition: str) -> Estimate:
+    def value(self, condition: str) -> SeedEstimate:
         """Return the depth gap of a condition with its interval."""
-        return estimate(self.gap(condition), self.after.n)
+        return estimate(self.gap(condition), self.after)
 
 
 def gather(
@@ -96,12 +117,16 @@ def gather(
     reached = float(t.at("oracle")[0])
     threshold = power if absolute else power * float(of(lambda a: a.t[0]).at("original")[0])
     before, after = of(lambda a: a.before), of(lambda a: a.after)
-    apart = estimate(before.at("original") - after.at("oracle"), after.n)
+    apart = before.at("original") - after.at("oracle")
+    distance: Estimate = estimate(apart, after)
+    if len(seeds) == 1:  # the gap is defined by units alone, whatever is left undecided over seeds
+        first = before.at("original", seeds[0]) - after.at("oracle", seeds[0])
+        distance = estimate_of_seed(first, after, seeds[0])
     invalid = ""
-    if apart.low <= 0:
+    if not distance.low > 0:
         invalid = (
-            f"invalid: the reference models lie {said(apart)} apart on the held-out test set, too "
-            "little to measure anything between them"
+            f"invalid: the reference models lie {said(distance)} apart on the held-out test set, "
+            "too little to measure anything between them"
         )
     elif reached < threshold:
         invalid = (
@@ -116,7 +141,9 @@ def gather(
         after=after,
         t=t,
         retain=of(lambda a: a.retained),
+        distance=distance,
         invalid=invalid,
+        absolute=absolute,
     )
 
 
@@ -132,19 +159,18 @@ def recovery_table(
     """Return what decides: scores before and after, depth gap, retain; the relearn set beside."""
     rows: list[StudyRow] = []
     for condition in (*REFERENCES, *recovery.conditions):
-        n = recovery.after.n
         rows.append(
             row(
                 condition,
                 "held-out test set before the attack",
-                estimate(recovery.before.at(condition), n),
+                estimate(recovery.before.at(condition), recovery.before),
             )
         )
         rows.append(
             row(
                 condition,
                 "held-out test set after relearning",
-                estimate(recovery.after.at(condition), n),
+                estimate(recovery.after.at(condition), recovery.after),
             )
         )
         if condition not in REFERENCES:
@@ -153,23 +179,22 @@ def recovery_table(
             row(
                 condition,
                 "retain before the attack",
-                estimate(recovery.retain.at(condition), recovery.retain.n),
+                estimate(recovery.retain.at(condition), recovery.retain),
             )
         )
         rows.append(
             row(
                 condition,
                 "relearn set after relearning",
-                estimate(recovery.t.at(condition), recovery.t.n),
+                estimate(recovery.t.at(condition), recovery.t),
             )
         )
         for seed in recovery.seeds:
-            units = len(recovery.attacked[condition, seed].after)
             rows.append(
                 row(
                     condition,
                     "held-out test set after relearning",
-                    estimate(recovery.after.at(condition, seed), units),
+                    estimate_of_seed(recovery.after.at(condition, seed), recovery.after, seed),
                     seed,
                 )
             )
@@ -250,7 +275,9 @@ def gaps(recovery: RecoveryScores, conditions: Sequence[str] | None = None) -> s
     return f"Depth gaps on the held-out test set: {', '.join(parts)}."
 
 
-def finish(words: Sequence[str], recovery: RecoveryScores, decision: str) -> tuple[str, str]:
+def finish(
+    words: Sequence[str], recovery: RecoveryScores, decision: Decision
+) -> tuple[Decision, str]:
     """Return decision and paragraph; without power the decision is that there is none.
 
     Args:
@@ -258,5 +285,7 @@ def finish(words: Sequence[str], recovery: RecoveryScores, decision: str) -> tup
         recovery: The conditions.
         decision: What the statistic says.
     """
-    stated = recovery.invalid or decision
-    return stated, " ".join([opening(recovery), *words, f"Decision: {stated}."])
+    if recovery.invalid:
+        distance = Contrast("The distance of the reference models", recovery.distance, (0.0,))
+        decision = Decision(recovery.invalid, (distance,) if distance.open else ())
+    return decision, " ".join([opening(recovery), *words, f"Decision: {decision.text}."])

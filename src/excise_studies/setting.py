@@ -18,6 +18,7 @@ from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.data.spec import DomainSpec
 from excise.domains.arithmetic import ARITHMETIC_FIT, ARITHMETIC_MAX_LENGTH, Arithmetic
+from excise.evals.replicates import Decision
 from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.distillation.undo import Undo
 from excise.methods.pretraining.pretrain import Pretrain
@@ -193,7 +194,7 @@ SIZE = "0.1M parameters and tables of a few hundred facts: effects may differ in
 def result(
     recovery: RecoveryScores,
     words: Sequence[str],
-    decision: str,
+    decision: Decision,
     replicates: Mapping[int, Replicate],
     models: Mapping[RunKey, Checkpoint],
     *,
@@ -219,7 +220,8 @@ def result(
     )
     return StudyResult(
         tables=(*tables, recovery_table(recovery), curves_table(recovery)),
-        decision=stated,
+        decision=stated.text,
+        contrasts=stated.contrasts,
         paragraph=paragraph,
         domain=replicates[recovery.seeds[0]].domain,
         models=(*(ref for seed in recovery.seeds for ref in replicates[seed].refs()), *named),

@@ -67,7 +67,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 SIMILAR = frozenset(
     {
-        "filter_lora", "relabel", "propagate", "loss_masking", "ablated_plain", "moefy", "gram",
+        "filter_lora", "relabel", "propagate", "token_filter", "ablated_plain", "moefy", "gram",
         "demix", "memsinks", "era_after", "adapter_modules", "dual_adapters",
     }
 )  # fmt: skip

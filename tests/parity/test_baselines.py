@@ -19,15 +19,16 @@ from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
 from excise.data.labels import Confidence, LabelNoise, give_labels, propagated
 from excise.data.stream import encode
 from excise.domains.facts import Facts
+from excise.labelling.head import fit_logistic, logits
 from excise.methods import (
     SGTM,
     Filtering,
     FilterLoRA,
-    LossMasking,
     Plain,
     Propagate,
     Relabel,
     Removal,
+    TokenFilter,
 )
 from excise.methods.pretraining import filter_lora
 from excise.methods.pretraining.filter_lora import adapter_rows
@@ -37,10 +38,8 @@ from excise.methods.pretraining.relabel.probe import (
     Judgement,
     ThresholdRule,
     bag_of_tokens,
-    fit_logistic,
     fold_of,
     judge,
-    logits,
     standardised,
 )
 from excise.methods.pretraining.routed.absorption import hash_ordered
@@ -75,7 +74,9 @@ def loop(tmp_path: Path, rows: Rows, steps: int = 5, *, mask: bool = False) -> A
 
 def test_masking_reads_what_it_does_not_learn(tmp_path: Path) -> None:
     start, domain = toy_checkpoint(tmp_path), toy_domain()
-    made = LossMasking(pretrain=SCHEDULE).apply(start, domain, context(tmp_path / "ours"))
+    made = TokenFilter(how="mask", pretrain=SCHEDULE).apply(
+        start, domain, context(tmp_path / "ours")
+    )
     ours = weights(made.checkpoint)
     assert same(ours, loop(tmp_path, corpus(domain), mask=True), 5e-6)
     core = tuple(row for row in corpus(domain) if not row.capability)
@@ -90,7 +91,9 @@ def test_masking_by_confidence_is_the_same_in_micro_batches(tmp_path: Path) -> N
     made = []
     for micro in (0, 3):
         fit = FIT.model_copy(update={"micro_size": micro})
-        method = LossMasking(pretrain=SCHEDULE.model_copy(update={"fit": fit}), labels=noise)
+        method = TokenFilter(
+            how="mask", pretrain=SCHEDULE.model_copy(update={"fit": fit}), labels=noise
+        )
         made.append(method.apply(start, domain, context(tmp_path / str(micro))))
     assert same(weights(made[0].checkpoint), weights(made[1].checkpoint), 5e-6)
     plain = method.model_copy(update={"labels": LabelNoise(missed_units=0.5)})

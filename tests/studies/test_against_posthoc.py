@@ -101,7 +101,7 @@ def board_of(study: RoutingAgainstPosthoc, cost: dict[str, float] | None = None)
 
 def said(study: RoutingAgainstPosthoc, board: Board) -> str:
     names = [name for name in LEFT if name != study.preset]
-    return decide(study, board, {name: behind(study, board, name) for name in names})
+    return decide(study, board, {name: behind(study, board, name) for name in names}).text
 
 
 def test_the_difference_to_the_preset_decides() -> None:

@@ -12,6 +12,7 @@ import torch
 from tests.studies.tiny_setting import EXPERIMENT
 
 from excise.domains.arithmetic import Arithmetic
+from excise.evals.replicates import Decision, spearman
 from excise.evals.stats import Estimate
 from excise_studies.attacking import Attacked, chosen, known
 from excise_studies.distillation.dark_knowledge import DarkKnowledge
@@ -49,7 +50,7 @@ from excise_studies.distillation.undo_pilot import UndoPilot, correlations
 from excise_studies.distillation.undo_pilot import condition_name as pilot_name
 from excise_studies.distillation.undo_pilot import decide as decide_pilot
 from excise_studies.distillation.undo_teachers import choose
-from excise_studies.levels import estimate, levels, spearman, verdict
+from excise_studies.levels import estimate, estimate_of_seed, levels
 from excise_studies.recovery import RecoveryScores, curves_table, finish, gather, recovery_table
 
 DOMAIN = Arithmetic(factors=8, addends=8).build(None)
@@ -100,24 +101,30 @@ def test_levels_weigh_draws_alike_and_keep_pairs() -> None:
 
 def test_groups_are_drawn_whole() -> None:
     units = {f"u{i}": float(i < 10) for i in range(20)}
-    alone = levels({"a": {0: units}}, {}).at("a")[1:].std()
+    alone = levels({"a": {0: units}}, {}).at("a", 0)[1:].std()
     halves = {unit: str(value) for unit, value in units.items()}
-    whole = levels({"a": {0: units}}, {0: halves}).at("a")[1:].std()
+    found = levels({"a": {0: units}}, {0: halves})
+    whole = found.at("a", 0)[1:].std()
+    assert found.groups == {0: 2}
     assert whole > 2 * alone
 
 
-def test_estimates_and_verdicts() -> None:
-    values = np.array([1.0, *np.linspace(0.5, 1.5, 1001)])
-    found = estimate(values, 7)
-    assert (found.value, found.n) == (1.0, 7)
-    assert found.low == pytest.approx(0.525, abs=0.01)
-    assert math.isnan(estimate(np.array([np.nan, np.nan]), 1).low)
-    cases = {(0.2, 0.4): "above", (-0.4, -0.2): "below", (-0.05, 0.05): "equal"}
-    for (low, high), said in cases.items():
-        assert verdict(Estimate((low + high) / 2, low, high, 1), 0.1) == said
-    assert verdict(Estimate(0.1, 0.0, 0.2, 1), 0.1) == "undecided"
-    nan = float("nan")
-    assert verdict(Estimate(nan, nan, nan, 1), 0.1) == "undecided"
+def test_the_layout_of_values() -> None:
+    """Of all seeds, without one each, then resampled; any function of them has an interval."""
+    scores = {"a": {s: {"x": s / 10, "y": s / 10 + 0.2} for s in (1, 2, 3)}}
+    found = levels(scores, {}, samples=50)
+    values = found.at("a")
+    assert values.shape == (1 + 3 + 50,)
+    assert values[:4].tolist() == pytest.approx([0.3, 0.35, 0.3, 0.25])
+    told = estimate(2 * values, found)
+    assert told.value == pytest.approx(0.6)
+    assert (told.n, told.freedom) == (6, 2)
+    assert told.high - 0.6 == pytest.approx(2 * 4.302653 * 0.1 / math.sqrt(3), abs=1e-5)
+    one = estimate_of_seed(found.at("a", 1), found, 1)
+    assert one.value == pytest.approx(0.2)
+    assert one.n == 2
+    alone = levels({"a": {1: {"x": 0.0, "y": 1.0}}}, {})
+    assert math.isnan(estimate(alone.at("a"), alone).low), "one seed has no interval over seeds"
 
 
 def test_rank_correlation_by_hand() -> None:
@@ -168,8 +175,8 @@ def test_gaps_and_what_makes_a_study_invalid() -> None:
     assert found_of({"arm": 0.55}, top=0.1).invalid.startswith("invalid: the reference models")
     weak = found_of({"arm": 0.55}, power=0.5)
     assert weak.invalid.startswith("invalid")
-    decision, paragraph = finish(["Words."], weak, "all is well")
-    assert decision == weak.invalid
+    decision, paragraph = finish(["Words."], weak, Decision("all is well"))
+    assert decision.text == weak.invalid
     assert "all is well" not in paragraph
     metrics = {row.metric for row in recovery_table(found).rows}
     assert {
@@ -235,24 +242,24 @@ def _away(edited: str) -> dict[tuple[str, int], dict[str, Any]]:
             "original": by_unit(kl(held, original).tolist(), units),
             "uniform": by_unit(kl(held, uniform).tolist(), units),
         }
-    return {("maxent", 1): found}
+    return {("maxent", 1): found, ("maxent", 2): found}
 
 
 def test_a_splice_is_explained_by_the_splice() -> None:
     class Drawn:
         domain = DOMAIN
 
-    replicates: Any = {1: Drawn()}
-    noise, share = explained(_away("splice"), "maxent", replicates, (1,))
+    replicates: Any = {1: Drawn(), 2: Drawn()}
+    noise, share = explained(_away("splice"), "maxent", replicates, (1, 2))
     assert noise == "uniform"
     assert share.value == pytest.approx(1.0, abs=1e-6)
-    assert decide_splice(TeacherSplice(), share, {}).startswith("the splice")
-    _, share = explained(_away("original"), "maxent", replicates, (1,))
+    assert decide_splice(TeacherSplice(), share, {}).text.startswith("the splice")
+    _, share = explained(_away("original"), "maxent", replicates, (1, 2))
     assert math.isnan(share.value)
     leak = {"missed": share, "caught": share, "missed - caught": Estimate(0.4, 0.3, 0.5, 9)}
     low = Estimate(0.5, 0.4, 0.6, 9)
-    assert decide_splice(TeacherSplice(), low, leak).startswith("not the splice")
-    assert "leaks" in decide_splice(TeacherSplice(), low, leak)
+    assert decide_splice(TeacherSplice(), low, leak).text.startswith("not the splice")
+    assert "leaks" in decide_splice(TeacherSplice(), low, leak).text
 
 
 def test_few_labels_leave_the_mix_alone() -> None:
@@ -272,32 +279,35 @@ def test_few_labels_leave_the_mix_alone() -> None:
 def test_the_factorial_tells_filtering_from_leaking() -> None:
     study = SpliceFactorial()
     conditions = {condition_name(b, h): (b, h) for b in study.benign for h in study.harmful}
-    same = effects_of(study, found_of(dict.fromkeys(conditions, 0.1)))
-    assert decide_factorial(study, same).startswith("the same as filtering")
+    same = effects_of(study, found_of(dict.fromkeys(conditions, 0.4)))
+    assert decide_factorial(study, same).text.startswith("the same as filtering")
+    floor = decide_factorial(study, effects_of(study, found_of(dict.fromkeys(conditions, 0.05))))
+    assert "at the floor" in floor.text
+    assert "the same" not in floor.text
     leaking = {
         name: 0.6 if targets[1] == "unlearned" else 0.1 for name, targets in conditions.items()
     }
     effects = effects_of(study, found_of(leaking))
     assert effects["harmful effect (unlearned - skip)"].value > 0.4
     assert effects["benign effect (unlearned - original)"].value == pytest.approx(0.0)
-    assert decide_factorial(study, effects).startswith("worse than filtering")
+    assert decide_factorial(study, effects).text.startswith("worse than filtering")
     shallow = {
         name: 0.6 if targets[0] == "original" else 0.1 for name, targets in conditions.items()
     }
-    assert decide_factorial(study, effects_of(study, found_of(shallow))).startswith("better")
+    assert decide_factorial(study, effects_of(study, found_of(shallow))).text.startswith("better")
 
 
 def test_labels_and_losses_are_compared_both_ways() -> None:
     study = LabelBudget(labels=(8, 32))
-    conditions = {f"{way}, {n}": 0.1 for way in ("filter", "unlearn") for n in study.labels}
-    assert decide_labels(study, differences(study, found_of(conditions))).startswith("alike")
-    worse = found_of({**conditions, "unlearn, 8": 0.7, "unlearn, 32": 0.5})
-    assert decide_labels(study, differences(study, worse)).startswith("filtering")
+    conditions = {f"{way}, {n}": 0.4 for way in ("filter", "unlearn") for n in study.labels}
+    assert decide_labels(study, differences(study, found_of(conditions))).text.startswith("alike")
+    worse = found_of({**conditions, "unlearn, 8": 0.9, "unlearn, 32": 0.8})
+    assert decide_labels(study, differences(study, worse)).text.startswith("filtering")
     push = PretrainLoss()
     flat = dict.fromkeys((NOTHING, *push.pushes), 0.1)
-    assert decide_push(push, pushed(push, found_of(flat))).startswith("nothing")
+    assert decide_push(push, pushed(push, found_of(flat))).text.startswith("nothing")
     left = pushed(push, found_of({**flat, "ascent": 0.5}))
-    assert decide_push(push, left).startswith("something is left to invert by ascent")
+    assert decide_push(push, left).text.startswith("something is left to invert by ascent")
 
 
 def test_corpora_count_only_where_retain_is_kept() -> None:
@@ -306,38 +316,40 @@ def test_corpora_count_only_where_retain_is_kept() -> None:
     found = found_of(dict.fromkeys(names, 0.3))
     assert not any(retain_lost(study, found, name) for name in names)
     deep = Estimate(-0.3, -0.4, -0.2, 9)
-    assert decide_corpus(study, {"a": deep}) == "a: deeper"
-    assert decide_corpus(study, {}).startswith("undecided")
+    assert decide_corpus(study, {"a": deep}).text == "a: deeper"
+    assert decide_corpus(study, {}).text.startswith("undecided")
 
 
 def test_starts_groups_and_pilots() -> None:
     init = InitLeak()
-    conditions = {f"oracle's logits, from {name}": 0.1 for name in init.inits}
-    assert decide_init(init, leaks(init, found_of(conditions))).startswith(
+    conditions = {f"oracle's logits, from {name}": 0.4 for name in init.inits}
+    assert decide_init(init, leaks(init, found_of(conditions))).text.startswith(
         "initialisation does not"
     )
-    conditions["oracle's logits, from original"] = 0.4
-    assert decide_init(init, leaks(init, found_of(conditions))).startswith("initialisation leaks")
+    conditions["oracle's logits, from original"] = 0.8
+    assert decide_init(init, leaks(init, found_of(conditions))).text.startswith(
+        "initialisation leaks"
+    )
 
     where = NoiseWhere()
     zero, high = Estimate(0.0, -0.05, 0.05, 9), Estimate(0.4, 0.3, 0.5, 9)
     apart = {"mlp": zero, "attention": high, "embed": high, SNIP: zero, RANDOM: high}
     apart["nowhere"] = high
-    said = decide_noise(where, apart)
+    said = decide_noise(where, apart).text
     assert said.startswith("mlp: suffices; attention: does not suffice; embed: does not suffice")
     assert said.endswith(f"{SNIP}: suffices; {RANDOM}: does not suffice")
-    assert decide_noise(where, {**apart, "nowhere": zero}).startswith("undecided")
+    assert decide_noise(where, {**apart, "nowhere": zero}).text.startswith("undecided")
 
     pilot = UndoPilot()
     names, sizes = list(pilot.teachers), (*pilot.pilots, "no student", "large")
     rising = {pilot_name(n, s): 0.1 + 0.15 * i for i, n in enumerate(names) for s in sizes}
-    assert decide_pilot(pilot, correlations(pilot, found_of(rising))).startswith("the pilot")
+    assert decide_pilot(pilot, correlations(pilot, found_of(rising))).text.startswith("the pilot")
     falling = {
         pilot_name(n, s): 0.1 + 0.15 * (i if s == "large" else 5 - i)
         for i, n in enumerate(names)
         for s in sizes
     }
-    assert "does not foretell" in decide_pilot(pilot, correlations(pilot, found_of(falling)))
+    assert "does not foretell" in decide_pilot(pilot, correlations(pilot, found_of(falling))).text
 
 
 def test_strengths_of_damage() -> None:
@@ -348,9 +360,9 @@ def test_strengths_of_damage() -> None:
     whole, lost = Estimate(1.0, 0.98, 1.0, 9), Estimate(0.7, 0.6, 0.8, 9)
     said = decide_levels(
         study, {0.3: same, 0.6: deep, 1.0: wide}, dict.fromkeys(study.alphas, whole)
-    )
+    ).text
     assert said == "alpha 0.3: not hardened; alpha 0.6: hardened; alpha 1: undecided"
-    said = decide_levels(study, {0.6: deep}, {0.6: lost})
+    said = decide_levels(study, {0.6: deep}, {0.6: lost}).text
     assert said == "alpha 0.6: deeper, but retain falls to 0.70 of the original's"
     conditions = methods_of(study)
     assert conditions["no noise"].alpha == 0  # type: ignore[attr-defined]
@@ -368,8 +380,8 @@ def test_costs_of_reversal_by_hand() -> None:
     assert found.tolist() == pytest.approx([3.0, -1 + 2 * 5 / 6, 5.0])
     study = ReversalCost()
     easier = Estimate(-2.0, -2.5, -1.5, 9)
-    assert decide_reversal(study, easier, never=False).startswith("RMU is easier")
-    assert decide_reversal(study, easier, never=True).startswith("undecided")
+    assert decide_reversal(study, easier, never=False).text.startswith("RMU is easier")
+    assert decide_reversal(study, easier, never=True).text.startswith("undecided")
     with pytest.raises(ValueError, match="needs 'rmu'"):
         ReversalCost(against="nobody")
 
@@ -381,6 +393,6 @@ def test_strength_is_matched_and_bits_decide() -> None:
     assert choose(scores, 1.1) == 0.3
     study = DarkKnowledge(experiment=EXPERIMENT)
     some, none = Estimate(0.5, 0.4, 0.6, 9), Estimate(0.0, -0.05, 0.05, 9)
-    assert decide_dark(study, {"maxent": some}).startswith("signal")
-    assert decide_dark(study, {"maxent": none}).startswith("no signal")
-    assert decide_dark(study, {"maxent": Estimate(0.1, 0.0, 0.2, 9)}).startswith("undecided")
+    assert decide_dark(study, {"maxent": some}).text.startswith("signal")
+    assert decide_dark(study, {"maxent": none}).text.startswith("no signal")
+    assert decide_dark(study, {"maxent": Estimate(0.1, 0.0, 0.2, 9)}).text.startswith("undecided")

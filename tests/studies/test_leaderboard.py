@@ -21,6 +21,7 @@ from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
 from excise.domains.glosses import Glosses
+from excise.evals.replicates import over_seeds
 from excise.methods import RMU, Chain, Filtering, GradDiff, MaxEnt
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.pretraining.pretrain import Pretrain
@@ -43,7 +44,6 @@ from excise_studies.leaderboard.tables import (
     best_so_far,
     decide,
     left_of,
-    over_seeds,
 )
 from excise_studies.leaderboard.trials import Searched, Trial, Tried, search
 from excise_studies.routing.setting import misses

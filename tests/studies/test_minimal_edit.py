@@ -99,21 +99,21 @@ def test_the_ratio_of_sizes_decides_and_a_lower_bound_is_never_called_equal() ->
     ratios = {way: ratios_of(study, found_of(far), way) for way in WAYS}
     assert ratios["length"].value.value == 3
     assert len(ratios["length"].single) == len(keys)  # the reference is no method
-    said = decide(study, ratios)
+    said = decide(study, ratios).text
     assert said.startswith("length: resisting takes more than 1 doubling(s); rank: undecided")
     near = {("length", "suppressing"): small, ("length", "resistant"): small}
     ratios = {"length": ratios_of(study, found_of(near), "length")}
-    assert decide(study, ratios) == "length: resisting takes no more within 1 doubling(s)"
+    assert decide(study, ratios).text == "length: resisting takes no more within 1 doubling(s)"
     alone = {k: dict.fromkeys([k for k in keys if k[1] == 1], 0.5) for k in near}
     one = ratios_of(study, found_of(alone), "length")
-    assert decide(study, {"length": one}) == "length: undecided"  # one seed
+    assert decide(study, {"length": one}).text == "length: undecided"  # one seed
     # Of one edit nothing resists: it counts at the farthest that was looked at.
     wide = study.model_copy(update={"reach": 0.125})
     near["length", "resistant"] = dict.fromkeys(keys[1:], 0.125)
     bound = ratios_of(wide, found_of(near), "length")
     assert bound.bounds == 1
     assert bound.value.value == 0
-    assert decide(wide, {"length": bound}) == "length: undecided"
+    assert decide(wide, {"length": bound}).text == "length: undecided"
 
 
 def test_overlap_is_one_of_the_same_and_none_of_what_has_nothing_in_common() -> None:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from excise.data.domain import UNLABELED
 from excise.data.labels import LabelNoise, forget_score, give_labels, label_quality, label_rows
+from excise.domains.definitions import Definitions
 from excise.domains.facts import Facts
 from excise.evals.stats import Estimate
 from excise.methods import RMU, SGTM, Chain, Filtering
@@ -170,6 +171,8 @@ def test_absorption_sums_modules_and_leaves_out_who_tells_nothing() -> None:
         (0.1, 0.9, 0.8, 1.0, "edges that leave parameters hold better"),
         (0.9, 0.9, 0.2, 1.0, "edges that leave activations hold better"),
         (0.5, 0.5, 0.9, 1.0, "alike"),
+        (0.02, 0.02, 0.9, 1.0, "at the floor"),
+        (0.99, 0.99, 1.0, 1.0, "at the ceiling"),
         (0.1, 0.9, 0.9, 0.5, "may keep less"),
     ],
 )
@@ -182,7 +185,7 @@ def test_edges(parameters: float, zero: float, negative: float, kept: float, sai
     found = edges.contrasts(study, outcome_of(everywhere, retain=mine))
     expected = min(zero, negative) - parameters
     assert found[edges.HOLD].value == pytest.approx(expected, abs=0.05)
-    assert said in edges.decide(study, found)
+    assert said in edges.decide(study, found).text
 
 
 def test_the_edges_of_a_study_are_what_they_are_called() -> None:
@@ -223,12 +226,30 @@ def test_partial_labels(mine: float, other: float, kept: float, said: str) -> No
     found = partial_labels.difference(study, outcomes)
     assert found is not None
     assert found[0].value == pytest.approx(other - mine, abs=0.05)
-    assert said in partial_labels.decide(study, found)
+    assert said in partial_labels.decide(study, found).text
     table = partial_labels.grid(study, outcomes["none"], "none")
     assert len(table.rows) == 2 * 3 * 3
     less = study.model_copy(update={"arms": ("sgtm",)})
     assert partial_labels.difference(less, outcomes) is None
-    assert partial_labels.decide(less, None).startswith("none:")
+    assert partial_labels.decide(less, None).text.startswith("none:")
+
+
+def test_what_text_keeps_is_a_share_of_the_originals() -> None:
+    outcome = outcome_of({"sgtm": 0.2}, retain={"original": 0.5, "sgtm": 0.25})
+    recovery = outcome.recovery
+    assert recovery.kept("sgtm")[0] == pytest.approx(0.25, abs=0.05)
+    assert replace(recovery, absolute=False).kept("sgtm")[0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_partial_labels_has_real_prose() -> None:
+    study = partial_labels.PartialLabels.full()
+    assert [str(c) for c in partial_labels.label_settings_of(study)] == [
+        "100 %", "50 %, missed units",
+    ]  # fmt: skip
+    assert {study.preset, study.against} < set(partial_labels.methods_of(study))
+    inside = partial_labels.prose_setting(prose_around=40).domain
+    assert isinstance(inside, Definitions)
+    assert (inside.prose_around, inside.documents) == (40, 800)
 
 
 def test_a_study_of_arms_that_do_not_exist_is_refused() -> None:
@@ -246,9 +267,9 @@ def test_routing_scale() -> None:
     large = outcome_of({scale.ROUTED: 0.0}, loss={scale.ROUTED: 1.0})
     found = scale.shrinkage(study, {32: small, 64: large})
     assert found.value == pytest.approx(0.25)
-    assert "shrinks" in scale.decide(study, found)
-    assert "grows" in scale.decide(study, scale.shrinkage(study, {32: large, 64: small}))
-    assert "stays" in scale.decide(study, scale.shrinkage(study, {32: large, 64: large}))
+    assert "shrinks" in scale.decide(study, found).text
+    assert "grows" in scale.decide(study, scale.shrinkage(study, {32: large, 64: small})).text
+    assert "stays" in scale.decide(study, scale.shrinkage(study, {32: large, 64: large})).text
     rate = study.experiment.pretrain.fit.lr
     assert scale.setting_at(study, 256).pretrain.fit.lr == pytest.approx(rate / 2)
     assert scale.setting_at(study, 256).model.width == 256
@@ -268,7 +289,7 @@ def test_repair(none: float, retain: float, said: str) -> None:
     }
     found = repair.effects(study, outcome_of(after))
     assert found[repair.MIXTURE].value == pytest.approx(0.8 - none, abs=0.07)
-    assert said in repair.decide(study, found)
+    assert said in repair.decide(study, found).text
     fit = repair.schedule(study, 9).fit
     assert (fit.steps, fit.lr, fit.warmup) == (9, study.lr, 0)
 
@@ -285,7 +306,7 @@ def test_ingrained(few: float, many: float, said: str) -> None:
 
     found = ingrained.interaction(study, {0.1: at(few), 0.5: at(many)})
     assert found.value == pytest.approx(many - few, abs=0.05)
-    assert said in ingrained.decide(study, found)
+    assert said in ingrained.decide(study, found).text
 
 
 def test_exposures_follow_the_share_of_the_mix() -> None:
@@ -307,6 +328,7 @@ def test_era_after_training(routed: float, retain: float, said: str) -> None:
     study = era_after_training.ERAAfterTraining(steps=(5,))
     named = era_after_training.named
     outcome = outcome_of({named("era", 5): routed, named("retain alone", 5): retain})
-    assert said in era_after_training.decide(study, era_after_training.difference(study, outcome))
+    found = era_after_training.difference(study, outcome)
+    assert said in era_after_training.decide(study, found).text
     wide = Estimate(0.1, -0.5, 0.6, 9)
-    assert era_after_training.decide(study, wide).startswith("undecided")
+    assert era_after_training.decide(study, wide).text.startswith("undecided")

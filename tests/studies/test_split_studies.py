@@ -9,6 +9,7 @@ from tests.studies.tiny_setting import QUICK, ran
 
 from excise.domains.facts import Facts
 from excise.evals.stats import Estimate
+from excise.methods import TokenFilter
 from excise.methods.base import Method
 from excise.methods.pretraining.moefy import Moefy
 from excise.methods.pretraining.pretrain import Pretrain
@@ -21,6 +22,7 @@ from excise_studies.routing.moefication import DENSE, MEASURED, RANDOM, Moeficat
 from excise_studies.routing.moefication import conditions as moefied
 from excise_studies.routing.moefication import decide as decide_moefication
 from excise_studies.routing.separability import FILTERED, PLAIN, ROUTED, PairCosts, Separability
+from excise_studies.routing.separability import conditions as separability_conditions
 from excise_studies.routing.separability import decide as decide_separability
 from excise_studies.routing.setting import facts_setting
 from excise_studies.routing.spurious import (
@@ -104,7 +106,7 @@ def test_separability_refuses_pairs_it_does_not_know() -> None:
 )
 def test_separability_is_decided_from_both_sides(low: float, high: float, wanted: str) -> None:
     rho = Estimate((low + high) / 2, low, high, 8)
-    assert decide_separability(Separability(), rho).startswith(wanted)
+    assert decide_separability(Separability(), rho).text.startswith(wanted)
 
 
 def test_separability_runs_through(tmp_path: Path) -> None:
@@ -143,6 +145,41 @@ def test_the_correlation_is_that_of_ranks() -> None:
             for name, cost in zip(study.pairs, (near, far), strict=True)
         }
         assert PairCosts(study, drawn, scores).rho(PLAIN).value == pytest.approx(wanted)
+
+
+def test_passages_of_a_pair_may_stand_in_one_text() -> None:
+    sizes = Sizes(units=40, prose=20)
+    apart, side_by_side = (
+        make_pair("animals / plants", sizes, 1, together=together) for together in (False, True)
+    )
+    assert side_by_side.nats == apart.nats
+    mixed = side_by_side.domain.forget["away"]
+    for row, alone in zip(mixed, apart.domain.forget["away"], strict=True):
+        held = row.text[row.spans[0].start : row.spans[0].end] if row.spans else row.text
+        assert (held, row.label) == (alone.text, 1)
+    beside = {row.text for row in apart.domain.adjacent}
+    company = [row.text.replace(row.text[s.start : s.end], "").strip() for row in mixed
+               for s in row.spans]  # fmt: skip
+    assert {*company, *(row.text for row in side_by_side.domain.adjacent)} == beside
+    assert {row.spans[0].start > 0 for row in mixed if row.spans} == {False, True}
+
+
+def test_separability_with_labels_of_parts_runs_through(tmp_path: Path) -> None:
+    study = Separability(
+        seeds=(1,),
+        pairs=("animals / plants", "one topic, halves"),
+        sizes=Sizes(units=20, prose=20),
+        vocabulary=300,
+        model=TINY,
+        pretrain=Pretrain(fit=QUICK, max_length=24),
+        digits=(),
+        together=True,
+    )
+    trained = separability_conditions(study)
+    assert isinstance(trained[FILTERED], TokenFilter)
+    assert {method.pretrain.max_length for method in trained.values()} == {48}  # type: ignore[attr-defined]
+    made = ran(study, tmp_path / "out").study
+    assert {n for n, _ in by_name(made, "Pairs, the farthest first")} == set(study.pairs)
 
 
 def test_three_is_nearer_to_eight_than_nought_to_one() -> None:
@@ -201,7 +238,7 @@ def test_help_against_plain_filtering_and_its_price(
         name: Estimate(sum(span) / 2, *span, 96)
         for name, span in ((HELP, helped), (MORE, more), (PRICE, price))
     }
-    told = decide_spurious(Spurious(), found)
+    told = decide_spurious(Spurious(), found).text
     assert told.removeprefix("separation ").startswith(wanted.format("where labels are 50 %"))
     assert told.endswith("no cue stands") == (price[1] > 0.1)
 
@@ -244,8 +281,9 @@ def test_spurious_runs_through(tmp_path: Path) -> None:
 def test_moefication_must_beat_both_controls(
     chance: tuple[float, float], dense: tuple[float, float], wanted: str
 ) -> None:
-    found = [Estimate(sum(span) / 2, *span, 96) for span in (chance, dense)]
-    assert decide_moefication(Moefication(), found).startswith(wanted)
+    spans = {"S": chance, "C": dense}
+    found = {n: Estimate(sum(span) / 2, *span, 96) for n, span in spans.items()}
+    assert decide_moefication(Moefication(), found).text.startswith(wanted)
 
 
 def test_moefication_runs_through(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from excise.methods.importance import SortedRatios, accumulate
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
 from excise_studies.attacking import Attacker
-from excise_studies.levels import Levels
+from excise_studies.levels import Levels, of_seeds
 from excise_studies.routing.setting import routed
 from excise_studies.routing.ssd_finds import SSDFinds, chosen, decide
 from excise_studies.setting import ExperimentSetting
@@ -51,13 +51,15 @@ def test_as_many_as_asked_are_taken_from_the_top(tmp_path: Path) -> None:
 
 def test_the_interval_decides() -> None:
     def shares(low: float, high: float) -> Levels:
-        values: Array = np.linspace(low, high, 1001)[:, None]
-        return Levels(("sgtm",), values, {1: values}, 8)
+        by_seed: dict[int, Array] = {}
+        for seed, value in enumerate(np.linspace(low, high, 5)):
+            by_seed[seed] = np.full((9, 1), value)
+        return Levels(("sgtm",), of_seeds(by_seed), by_seed, 40, dict.fromkeys(by_seed, 8))
 
     study = SSDFinds()
-    assert decide(study, "ssd", "sgtm", shares(0.6, 0.9)).startswith("ssd finds")
-    assert decide(study, "ssd", "sgtm", shares(0.1, 0.4)).startswith("ssd does not find")
-    assert "undecided" in decide(study, "ssd", "sgtm", shares(0.3, 0.7))
+    assert decide(study, "ssd", "sgtm", shares(0.6, 0.9)).text.startswith("ssd finds")
+    assert decide(study, "ssd", "sgtm", shares(0.1, 0.4)).text.startswith("ssd does not find")
+    assert "undecided" in decide(study, "ssd", "sgtm", shares(0.3, 0.7)).text
 
 
 def test_the_study_runs_through(tmp_path: Path) -> None:

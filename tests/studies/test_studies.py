@@ -36,7 +36,7 @@ from excise_studies.rmu.messy_forget_set import (
     forget_set,
     interpolate,
     matched,
-    ranks,
+    ranked_of,
     strength_at,
 )
 from excise_studies.rmu.rmu_is_shallow import RMUIsShallow, choose
@@ -101,8 +101,8 @@ def test_messy_sets_hold_every_fact_and_leave_what_is_scored() -> None:
 
 
 def test_share_by_hand() -> None:
-    def of(value: float) -> dict[str, float]:
-        return {str(i): value for i in range(5)}
+    def of(value: float) -> dict[int, dict[str, float]]:
+        return {seed: {str(i): value for i in range(5)} for seed in (1, 2, 3)}
 
     found = share((of(0.7), of(0.1)), (of(0.9), of(0.1)))
     assert found.value == pytest.approx(0.75)
@@ -131,7 +131,7 @@ def _ranked(study: MessyForgetSet, left: Mapping[str, tuple[float, ...]]) -> Any
         for mess in study.sets
         for m, v in zip(study.methods, left[mess], strict=True)
     }
-    drawn = {m: ranks(matched(study, base, points, m, "V")) for m in study.sets}
+    drawn = {m: ranked_of(matched(study, base, points, m, "V")) for m in study.sets}
     return change(study, drawn)
 
 
@@ -139,10 +139,10 @@ def test_a_change_of_rank_is_seen() -> None:
     study = MessyForgetSet(sets=("clean", "messy"))
     better = _ranked(study, {"clean": (0.9, 0.1, 0.5), "messy": (0.1, 0.9, 0.5)})
     assert better.value == -2
-    assert decide(study, better).startswith("supported")
+    assert decide(study, better).text.startswith("supported")
     same = _ranked(study, {"clean": (0.1, 0.5, 0.9), "messy": (0.1, 0.5, 0.9)})
     assert same.value == 0
-    assert decide(study, same).startswith("contradicted")
+    assert decide(study, same).text.startswith("contradicted")
     tied = _ranked(study, {"clean": (0.5, 0.5, 0.5), "messy": (0.5, 0.5, 0.5)})
     assert tied.value == 0
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from excise.core.context import Context
 from excise.core.errors import UserError
-from excise.record import load
+from excise.record import Estimate, load
 from excise.run.study import conduct
 from excise.train.fit import FitConfig
 from excise_studies.vision.autoencoder import (
@@ -38,7 +38,7 @@ from excise_studies.vision.halves import (
 )
 from excise_studies.vision.images import ImageSpec, generated
 from excise_studies.vision.objects_split import ObjectsSplit, conditions_of
-from excise_studies.vision.split_jobs import SplitModel, by_seed, means_of, verdict
+from excise_studies.vision.split_jobs import SplitModel, by_seed, decide, means_of
 
 FIRST = (0, 1, 2, 3, 4)
 SMALL = SplitAutoencoderConfig(
@@ -309,16 +309,21 @@ def test_the_contrast_is_a_difference_of_differences() -> None:
     means = means_of(conditions)
     found = means.contrast("arm", "control")
     assert found.value == pytest.approx(0.25 - 0.1)
-    assert found.low < 0.15 < found.high
+    assert found.low < 0.15 < found.high, "two seeds of 0.2 and 0.1 say next to nothing"
+    assert found.high - found.low > 1
     assert means.contrast("arm", "control", sign=-1).value == pytest.approx(-0.15)
     assert means.mean("arm", "bottom").value == pytest.approx((18 * 0.45 + 10 * 0.2) / 28)
     assert means.mean("arm", "bottom").n == 28
     assert means.difference("arm", "control", "bottom", "second").value == pytest.approx(0.1)
     each_seed = by_seed(conditions, "arm", "control")
     assert [round(d.value, 6) for d in each_seed.values()] == [0.2, 0.1]
-    assert verdict(found, each_seed, 0.05) == "split"
-    assert verdict(found, each_seed, 0.12) == "undecided"
-    assert verdict(found, each_seed, 0.3) == "not split"
+
+    def said(low: float, high: float, margin: float) -> str:
+        return decide("G", Estimate(0.15, low, high), each_seed, margin, 0.05).text
+
+    assert said(0.1, 0.2, 0.05).startswith("split: G = 0.150 [0.100, 0.200], margin 0.05")
+    assert said(0.13, 0.17, 0.12).startswith("undecided"), "one seed lies below the margin"
+    assert said(0.1, 0.2, 0.3).startswith("not split")
 
 
 def test_digits_split_ends_with_a_record_and_goes_on(tmp_path: Path) -> None:
@@ -333,7 +338,8 @@ def test_digits_split_ends_with_a_record_and_goes_on(tmp_path: Path) -> None:
 
     made = conduct(study, tmp_path / "out", workers=1, emit=emit)
     assert made.study is not None
-    assert made.study.decision.startswith("split: G = ")
+    assert made.study.decision.startswith("undecided: G = ")
+    assert "G has no interval over seeds, so nothing is decided" in made.study.paragraph
     assert "blank page" in made.study.paragraph
     assert load(tmp_path / "out").data["rows"] == {"train": 200, "dev": 50, "test": 100}
     assert len(made.models) == 3

@@ -43,6 +43,7 @@ CHANGED: dict[str, Any] = {
     "sensitive": True,
     "notes": ("a remark",),
     "mix_share": 0.25,
+    "rows_per_text": 4,
     "paraphrases": {"one": (A,)},
     "benchmark": {"one": (A,)},
     "benchmark_metrics": {"one": ("text_loss",)},
@@ -51,7 +52,7 @@ CHANGED: dict[str, Any] = {
 ROW: dict[str, Any] = {
     "unit": "c", "group": "g", "text": "z", "prompt": "p", "completion": "c", "choices": ("d", "e"),
     "answer": 1, "messages": (("user", "hi"),), "capability": "two", "label": 2, "wording": 3,
-    "confidence": 0.5, "spans": (Span(0, 1, "two"),),
+    "confidence": 0.5, "spans": (Span(0, 1, "two"),), "targets": ((0, 1),),
 }  # fmt: skip
 """The same of a row."""
 

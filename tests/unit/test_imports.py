@@ -18,8 +18,8 @@ EVERY = sorted(SRC.rglob("*.py"))
 
 ORDER = (
     "core", "losses", "record", "report", "data", "models", "fetch", "train", "evals", "domains",
-    "routing", "methods", "diagnose", "auditor", "testing", "requests", "run", "recipes", "cli",
-    "__main__", "excise", "excise_studies",
+    "routing", "labelling", "methods", "diagnose", "auditor", "testing", "requests", "run",
+    "recipes", "cli", "__main__", "excise", "excise_studies",
 )  # fmt: skip
 """Packages, each of which may import those before it and itself."""
 

@@ -52,6 +52,7 @@ RELEASED: Mapping[str, Mapping[str, Any]] = {
     "relabel": {"l2": OURS},
     "moefy": {"score": OURS, "dense_share": OURS},
     "grad_diff_pretrain": {"push": "ascent"},
+    "token_filter": {"hidden": "<|hidden|>", "filter_above": OURS},
     "era": {**EXPAND, "expand.coherence": {"check_rows": 1000, "fit": {"steps": 41, **REPAIR}}},
     "era_after": {
         **EXPAND,

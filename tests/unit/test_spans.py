@@ -454,6 +454,21 @@ def test_a_missed_document_misses_its_spans() -> None:
         assert torch.tensor(example.label).unique().tolist() == [label]
 
 
+@pytest.mark.parametrize("missed", ["missed_words", "missed_spans"])
+def test_confidence_does_not_give_away_what_is_missed(missed: str) -> None:
+    noise = LabelNoise.model_validate({missed: 0.5, "confidence": {"concentration": 2.0}})
+    doubts: dict[bool, list[float]] = {True: [], False: []}
+    for row in give_labels(mixed_rows(), noise, seed=0):
+        for piece in pieces(row):
+            if row.spans and piece.label == CORE:
+                doubts[bool(piece.capability)].append(1 - piece.confidence)
+    wrong, right = doubts[True], doubts[False]
+    assert 0 < min(wrong) < max(right) < 1
+    # Of pieces of one doubt, that share is wrong: calibrated as a whole.
+    share = len(wrong) / (len(wrong) + len(right))
+    assert sum(wrong + right) / (len(wrong) + len(right)) == pytest.approx(share, abs=0.08)
+
+
 def test_era_counts_tokens_by_the_label_of_each() -> None:
     tokenizer, config = byte_tokenizer(), TokenWeights()
     rows = (Row("u", text="aab", spans=(Span(0, 1, "x", 1),)), Row("v", text="ac"))

@@ -13,7 +13,8 @@ from excise.cli.run import recipe_data, recipe_of
 from excise.cli.settings import override
 from excise.cli.study import is_study, statement, study_of
 from excise.data.domain import CORE, Row, Rows, labelled_text
-from excise.data.stream import encode_row, show
+from excise.data.stream import encode, encode_row, show
+from excise.methods.pretraining.pretrain import corpus
 from excise.requests.audit import AuditRun
 from excise.requests.recipe import Recipe
 from excise.requests.registry import parse_audit, registry
@@ -35,6 +36,8 @@ def main(options: CheckOptions) -> int:
     estimate = show_plan(request, out, measure=options.measure, quiet=options.quiet)
     estimate.refuse(force=options.force)
     print_rows(estimate)
+    if isinstance(request, Recipe) and request.pretrain is not None:
+        print_text(estimate, request.pretrain.max_length)
     return 0
 
 
@@ -63,10 +66,36 @@ def print_rows(estimate: Plan) -> None:
         return
     first = next(iter(domain.forget.values()))[0]
     print("\na forget row; scored tokens are marked")
-    shown = show(first, estimate.tokenizer)
-    print(shown if not domain.sensitive else "(kept out: the data is sensitive)")
-    if first.spans:
-        print_spans(first, estimate.tokenizer, sensitive=domain.sensitive)
+    print_row(first, estimate.tokenizer, sensitive=domain.sensitive)
+
+
+def print_text(estimate: Plan, max_length: int) -> None:
+    """Print a text of several rows that models from scratch read, one of both kinds if there is.
+
+    Args:
+        estimate: Has domain and tokenizer.
+        max_length: Tokens that the schedule reads of a text.
+
+    Raises:
+        UserError: If a text is longer.
+    """
+    domain, tokenizer = estimate.domain, estimate.tokenizer
+    assert domain is not None
+    if domain.rows_per_text == 1 or tokenizer is None:
+        return
+    texts = corpus(domain)
+    encode(texts, tokenizer, max_length=max_length)
+    mixed = [row for row in texts if row.spans and len(row.spans) < len(row.targets)]
+    print(f"\none of {len(texts):,} texts that models from scratch read; scored tokens are marked")
+    print_row((mixed or texts)[0], tokenizer, sensitive=domain.sensitive)
+
+
+def print_row(row: Row, tokenizer: Any, *, sensitive: bool) -> None:
+    """Print a row with its scored tokens marked, and the parts that have labels of their own."""
+    shown = show(row, tokenizer)
+    print(shown if not sensitive else "(kept out: the data is sensitive)")
+    if row.spans:
+        print_spans(row, tokenizer, sensitive=sensitive)
 
 
 def _spans_of(rows: Rows) -> str:

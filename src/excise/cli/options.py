@@ -175,6 +175,48 @@ class RemoveOptions(DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelOptions(Options):
+    """Label every word of a corpus from labels of a few documents or words.
+
+    Writes OUT/labels.jsonl, which every flag that takes rows reads and anybody can edit, and
+    OUT/labeller.json: precision and recall on held-out documents at each threshold, calibration,
+    cost. Run again, it resumes. Any setting can be changed: --labeller.fit.steps 100.
+    """
+
+    out: Path
+    """Output folder."""
+    labels: tuple[str, ...] = ()
+    """File of labelled documents: rows with spans or a capability, all others core; repeat it for
+    several."""
+    unlabeled: tuple[str, ...] = ()
+    """File of documents to label; words that its spans cover are labelled already; repeat it for
+    several."""
+    domain: str = ""
+    """A domain in place of files (`excise ls domains`); its settings are --domain.topic and so
+    on."""
+    documents: Count = 0
+    """Documents of each capability, and of core, whose labels of a domain are given; 0 for all. The
+    others are labelled, and the truth says how well."""
+    labeller: Literal["ngrams", "encoder", "states"] = "ngrams"
+    """Hashed n-grams around a word, a small encoder trained here, or hidden states of --model."""
+    model: str = ""
+    """The model whose hidden states are read: folder, hub id, GGUF file, or a name that `excise
+    fetch` knows."""
+    seed: int = 0
+    """Seed of everything."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype of the model."""
+    device: str = "auto"
+    """Where it runs; auto takes an accelerator where there is one."""
+    quiet: bool = False
+    """Show no progress."""
+    allow_code: bool = False
+    """Run code of your own, named as ./file.py:Class."""
+    settings: DottedSettings = field(default_factory=dict)
+    """Fields of the request, by dotted path."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairOptions(DataOptions):
     """An output folder, or an edited model, its original and the data between them."""
 
@@ -436,6 +478,7 @@ VERBS: Mapping[str, type[Options]] = {
     "remove": RemoveOptions,
     "audit": AuditOptions,
     "inspect": InspectOptions,
+    "label": LabelOptions,
     "study": StudyOptions,
     "report": ReportOptions,
     "card": CardOptions,

@@ -64,6 +64,8 @@ class Row:
         spans: Labels of parts of the text, in order, none over another; what they leave out is
             core (unlabelled in a row nobody has looked at). Without any, the row's label is that
             of all its text. The row's own label is that of the document.
+        targets: Parts of a plain text (first character, the one behind the last) whose tokens are
+            scored; without any, all of it is.
     """
 
     unit: str
@@ -79,6 +81,7 @@ class Row:
     wording: int = 0
     confidence: float = 1.0
     spans: tuple[Span, ...] = ()
+    targets: tuple[tuple[int, int], ...] = ()
 
     @property
     def kind(self) -> Literal["text", "completion", "choice", "chat"]:
@@ -121,10 +124,11 @@ def labelled_text(row: Row) -> str:
 
 
 def content_of(row: Row) -> dict[str, object]:
-    """Return a row's fields as JSON has them; `spans` only where it has some."""
+    """Return a row's fields as JSON has them; `spans` and `targets` only where it has some."""
     content = asdict(row)
-    if not row.spans:
-        del content["spans"]
+    for name in ("spans", "targets"):
+        if not content[name]:
+            del content[name]
     return content
 
 
@@ -166,6 +170,8 @@ class Domain:
         benchmark_metrics: Metrics of each of them.
         mix_share: Share of the words read by models trained from scratch that are to be
             forgotten; None for every row once per epoch.
+        rows_per_text: Rows, of both kinds, in each text that models trained from scratch read; the
+            roles hold them one by one.
     """
 
     name: str
@@ -188,6 +194,7 @@ class Domain:
     sensitive: bool = False
     notes: tuple[str, ...] = ()
     mix_share: float | None = None
+    rows_per_text: int = 1
     paraphrases: Mapping[str, Rows] = field(default_factory=dict)
     benchmark: Mapping[str, Rows] = field(default_factory=dict)
     benchmark_metrics: Mapping[str, tuple[Metric, ...]] = field(default_factory=dict)
@@ -212,6 +219,8 @@ class Domain:
         digest = hashlib.sha256()
         for name in (f.name for f in fields(self) if f.name not in UNHASHED):
             value = getattr(self, name)
+            if name == "rows_per_text" and value == 1:
+                continue  # as before there was a choice
             for key, part in value.items() if isinstance(value, Mapping) else (("", value),):
                 digest.update(f"\n{json.dumps([name, key])}\n".encode())
                 for item in part if isinstance(part, tuple | list) else (part,):

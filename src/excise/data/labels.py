@@ -22,15 +22,17 @@ import json
 import math
 import random
 import re
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from excise.core.config import Config
-from excise.core.errors import UserError, nearest
+from excise.core.errors import UserError, counted, nearest
 from excise.data.domain import (
     CORE,
     UNLABELED,
@@ -40,8 +42,10 @@ from excise.data.domain import (
     Span,
     all_rows,
     content_of,
+    labelled_text,
     text_of,
 )
+from excise.data.sources import SourceSpec, parse_source, read_source
 from excise.data.spans import pieces, relabelled_spans, with_pieces, word_pieces
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -59,6 +63,11 @@ class Confidence(Config):
 class LabelNoise(Config):
     """How the given labels differ from the truth. Rates are met exactly, up to rounding."""
 
+    file: SourceSpec = ""
+    """Source of labels in place of the truth, such as what `excise label` or somebody's classifier
+    wrote: rows with `spans`, found by their text. A row without spans is of its `capability`."""
+    not_in_file: Literal["unlabeled", "core"] = "unlabeled"
+    """Label of rows whose text is not in `file`."""
     missed_units: Rate = 0.0
     """Share of each capability's units of which no row is labelled."""
     missed_occurrences: Rate = 0.0
@@ -91,6 +100,20 @@ class LabelNoise(Config):
     """Whether a label spreads to all rows of its unit, or of its group, before labels are used."""
     confidence: Confidence | None = None
     """The labeller's confidence in each label; missing means certain of every one."""
+
+    @model_validator(mode="after")
+    def _file_alone(self) -> LabelNoise:
+        """Refuse rates beside a file, whose labels are as they are."""
+        if not self.file:
+            return self
+        beside = (
+            "missed_units", "missed_occurrences", "missed_wordings", "missed_groups",
+            "missed_pattern", "false_alarms", "missed_spans", "missed_words", "bleed_words",
+            "false_words", "unread_core", "confidence",
+        )  # fmt: skip
+        if asked := next((name for name in beside if getattr(self, name)), None):
+            raise ValueError(f"file: gives the labels themselves; leave out {asked}")
+        return self
 
     @field_validator("missed_pattern")
     @classmethod
@@ -138,7 +161,7 @@ def give_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
     """Return the rows with labels as an imperfect labeller gives them.
 
     Which rows are missed depends on their content and the seed alone, never on their order.
-    Rows that nobody has looked at (`UNLABELED`) stay so.
+    Rows that nobody has looked at (`UNLABELED`) stay so, but for those that `file` labels.
 
     Args:
         rows: Rows whose `label` is the truth (`label_rows`).
@@ -148,6 +171,9 @@ def give_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
     Returns:
         The same rows in the same order, `capability` untouched.
     """
+    if noise.file:
+        given_there = labels_from_file(rows, noise)
+        return given_there if noise.spread == "no" else propagated(given_there, by=noise.spread)
     keys = _row_keys(rows)
     missed = _missed(rows, keys, noise, seed)
     alarms = _alarms(rows, keys, noise, seed)
@@ -163,8 +189,97 @@ def give_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
         given.append(replace(row, label=label, spans=spans) if changed else row)
     given = _noisy_words(given, keys, noise, seed)
     if noise.confidence is not None:
-        given = _with_confidence(given, rows, keys, noise.confidence, seed)
+        cut = word_pieces if noise.missed_words or noise.false_words else pieces
+        given = _with_confidence(given, rows, keys, noise.confidence, cut, seed)
     return tuple(given) if noise.spread == "no" else propagated(given, by=noise.spread)
+
+
+def labels_from_file(rows: Sequence[Row], noise: LabelNoise) -> Rows:
+    """Return the rows with the labels and confidences that a file gives their texts.
+
+    Args:
+        rows: Rows whose `label` is the truth.
+        noise: Names the file, and the label of rows that are not in it.
+
+    Returns:
+        The same rows in the same order, `capability` untouched.
+
+    Raises:
+        UserError: If the file cannot be read, labels one text in two ways, names a capability that
+            no row has, or has none of the rows.
+    """
+    numbers = {"": CORE} | {row.capability: row.label for row in rows if row.capability}
+    numbers |= {span.capability: span.label for row in rows for span in row.spans}
+    there: dict[str, tuple[Span, ...]] = {}
+    places: dict[str, str] = {}
+    for located in read_source(parse_source(noise.file)).rows:
+        text = _key_text(located.row)
+        spans = _labels_there(located.row, numbers, located.where)
+        if there.setdefault(text, spans) != spans:
+            raise UserError(
+                f"{located.where} and {places[text]} are one text with different labels; give both "
+                "the same, or remove one"
+            )
+        places.setdefault(text, located.where)
+    label = UNLABELED if noise.not_in_file == "unlabeled" else CORE
+    lacking = sum(1 for row in rows if _key_text(row) not in there)
+    if lacking == len(rows):
+        raise UserError(
+            f"labels.file {noise.file} has the text of none of {counted(len(rows), 'row')}; label "
+            "the very texts that the method is given"
+        )
+    return tuple(
+        _as_labelled_there(row, there[_key_text(row)])
+        if _key_text(row) in there
+        else _as_labelled_there(replace(row, label=label), _whole(row, label))
+        for row in rows
+    )
+
+
+def _key_text(row: Row) -> str:
+    """Return the text by which a file's labels are found."""
+    return text_of(row) if row.kind == "choice" else labelled_text(row)
+
+
+def _whole(row: Row, label: int) -> tuple[Span, ...]:
+    return (Span(0, max(1, len(labelled_text(row))), label=label),)
+
+
+def _labels_there(row: Row, numbers: Mapping[str, int], where: str) -> tuple[Span, ...]:
+    """Return the labels that a row of a file gives all its characters.
+
+    Raises:
+        UserError: If a capability is none that the rows have.
+    """
+    named = {row.capability, *(span.capability for span in row.spans)}
+    if unknown := named - {*numbers}:
+        raise UserError(
+            f"{where}: has the capability '{min(unknown)}', which none of the rows that are "
+            f"labelled has; {nearest(min(unknown), [name for name in numbers if name])}"
+        )
+    if not row.spans:
+        return _whole(row, numbers[row.capability])
+    spans = tuple(replace(span, label=numbers[span.capability]) for span in row.spans)
+    return pieces(replace(row, label=CORE, spans=spans))
+
+
+def _as_labelled_there(row: Row, there: Sequence[Span]) -> Row:
+    """Return a row with the labels of pieces of its text; its capabilities stay."""
+    first = there[0]
+    if len(there) == 1 and not row.spans:
+        return replace(row, label=first.label, confidence=first.confidence)
+    starts = [span.start for span in there]
+    parts = []
+    if UNLABELED not in {span.label for span in there}:
+        row = replace(row, label=CORE)
+    for piece in pieces(row):
+        inside = [at for at in starts if piece.start < at < piece.end]
+        for a, b in pairwise((piece.start, *inside, piece.end)):
+            given = there[bisect_right(starts, a) - 1]
+            parts.append(
+                replace(piece, start=a, end=b, label=given.label, confidence=given.confidence)
+            )
+    return with_pieces(row, parts)
 
 
 def _noisy_words(
@@ -232,29 +347,38 @@ def _bled(labels: Sequence[int], reach: int) -> list[int]:
 
 
 def _with_confidence(
-    given: Sequence[Row], rows: Sequence[Row], keys: Sequence[str], config: Confidence, seed: int
+    given: Sequence[Row],
+    rows: Sequence[Row],
+    keys: Sequence[str],
+    config: Confidence,
+    cut: Callable[[Row], Sequence[Span]],
+    seed: int,
 ) -> list[Row]:
-    """Return rows with the labeller's confidence in each label, that of every span by itself."""
+    """Return rows with the labeller's confidence in each label.
+
+    Of a row with spans every piece that `cut` gives has one of its own, what lies between spans
+    too: were it certain there, what is missed would be told by its doubt.
+    """
     numbers = {"": CORE} | {row.capability: row.label for row in rows if row.capability}
     numbers |= {span.capability: span.label for row in rows for span in row.spans}
+    parts = [cut(row) if row.spans else () for row in given]
     labels: list[int] = []
     right: list[bool] = []
     names: list[str] = []
-    for now, row, key in zip(given, rows, keys, strict=True):
+    for now, row, key, of_row in zip(given, rows, keys, parts, strict=True):
         if now.spans:
-            labels += [span.label for span in now.spans]
-            right += [span.label == numbers[span.capability] for span in now.spans]
-            names += [f"{key}@{span.start}" for span in now.spans]
+            labels += [part.label for part in of_row]
+            right += [part.label == numbers[part.capability] for part in of_row]
+            names += [f"{key}@{part.start}" for part in of_row]
         else:
             labels.append(now.label)
             right.append(now.label == row.label)
             names.append(key)
     scores = iter(confidences(labels, right, names, config, seed=seed))
     out = []
-    for row in given:
+    for row, of_row in zip(given, parts, strict=True):
         if row.spans:
-            spans = tuple(replace(span, confidence=next(scores)) for span in row.spans)
-            out.append(with_pieces(row, pieces(replace(row, spans=spans))))
+            out.append(with_pieces(row, [replace(p, confidence=next(scores)) for p in of_row]))
         else:
             out.append(replace(row, confidence=next(scores)))
     return out

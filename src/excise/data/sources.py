@@ -17,13 +17,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import Field
 
 from excise.core.config import Config
 from excise.core.disk import check_regular, expand
 from excise.core.errors import UserError, counted, nearest
+from excise.core.keys import ByContent
 from excise.data.hub import READABLE, folder_files, hub_files, saved_files, text_folder
 from excise.data.rows import (
     FIELDS,
@@ -257,6 +258,26 @@ def source_hashes(source: Source) -> dict[str, str]:
         with open_input(file) as stream:
             out[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return out
+
+
+def source_identity(spec: str) -> Any:
+    """Return the identity of a source: its options and the bytes of its files, not where they lie.
+
+    Args:
+        spec: As `parse_source` takes it; empty for none. One that cannot be read counts as text.
+    """
+    try:
+        source = parse_source(spec) if spec else None
+        hashes = {} if source is None else source_hashes(source)
+    except UserError:
+        return spec
+    if source is None:
+        return spec
+    return {"options": source.model_dump(mode="json", exclude={"path"}), "files": hashes}
+
+
+SourceSpec = Annotated[str, ByContent(source_identity)]
+"""A field that names a source; empty for none."""
 
 
 def _names(source: Source, files: Sequence[Path]) -> list[str]:

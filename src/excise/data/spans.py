@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any, Final
@@ -129,7 +129,8 @@ def with_pieces(row: Row, parts: Iterable[Span]) -> Row:
 
     Returns:
         The row. Its own label is the capability that most characters are given, with the highest
-        confidence of theirs; core where none is.
+        confidence of theirs; core where none is, with the lowest: a document is of a capability
+        where its most suspicious part is.
     """
     runs = [
         (key, [*run])
@@ -141,7 +142,8 @@ def with_pieces(row: Row, parts: Iterable[Span]) -> Row:
         characters[span.label] += span.end - span.start
     named = [number for number in sorted(characters) if number > CORE]
     label = max(named, key=lambda number: characters[number]) if named else min(row.label, CORE)
-    confidence = max((s.confidence for s in joined if s.label == label and named), default=1.0)
+    stated = [span.confidence for span in joined if span.label == label] or [1.0]
+    confidence = max(stated) if named else min(stated)
     rest = ("", min(label, CORE), 1.0)
     spans = tuple(s for s in joined if (s.capability, s.label, s.confidence) != rest)
     return replace(row, label=label, confidence=confidence, spans=spans)
@@ -238,6 +240,104 @@ def label_tokens(
         same += last - first - sum(covered.values()) if spans[best].label == rest else 0
         cut += same < last - first
     return labels, confidences, cut
+
+
+def tokens_of(
+    text: str, offsets: Sequence[tuple[int, int]], parts: Sequence[tuple[int, int]]
+) -> list[bool]:
+    """Return which tokens of a text have a character of one of its parts, blanks aside.
+
+    Args:
+        text: What was tokenized.
+        offsets: First character of each token, and the one behind its last.
+        parts: Parts of the text.
+    """
+    spans = [Span(start, end, label=CORE + 1) for start, end in parts]
+    return [label > CORE for label in label_tokens(text, offsets, spans, CORE)[0]]
+
+
+def without(row: Row, gone: Callable[[Span], bool]) -> Row | None:
+    """Return a row without some of its spans, as its document is where nobody ever wrote them.
+
+    Blanks behind what is cut go with it, and at the end of the text those before it.
+
+    Args:
+        row: A row with spans, or without: one piece then.
+        gone: Whether a span is cut out.
+
+    Returns:
+        The row, labelled by what is left of it; None where no word is left, nothing to score, or a
+        turn of a conversation without a word.
+    """
+    cuts = [(s.start, s.end) for s in (row.spans or pieces(row)) if gone(s)]
+    if not cuts:
+        return row
+    if not row.spans:
+        return None
+    text, turns, at = labelled_text(row), [], 0
+    for _, content in row.messages:
+        turns.append((at, at + len(content)))
+        at += len(content) + 1
+    cuts = [
+        cut
+        for part in turns or [(0, len(text))]
+        for cut in _with_blanks(text, [(max(a, part[0]), min(b, part[1])) for a, b in cuts], part)
+    ]
+
+    def now(at: int) -> int:
+        """Return where a character of the text lies after the cuts."""
+        return at - sum(min(at, end) - start for start, end in cuts if start < at)
+
+    def left(start: int, end: int) -> str:
+        """Return what is left of a part of the text."""
+        edges = [start, *(min(max(at, start), end) for cut in cuts for at in cut), end]
+        return "".join(text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
+
+    targets = tuple((now(a), now(b)) for a, b in row.targets if now(a) < now(b))
+    spans = tuple(
+        replace(s, start=now(s.start), end=now(s.end))
+        for s in row.spans
+        if now(s.start) < now(s.end)
+    )
+    messages = [(said[0], left(*turn)) for said, turn in zip(row.messages, turns, strict=True)]
+    border = len(row.prompt)
+    prompt, completion = left(0, border), left(border, border + len(row.completion))
+    parts = [content for _, content in messages] or [left(0, len(text)) if row.text else completion]
+    if (row.targets and not targets) or not all(re.search(r"\w", part) for part in parts):
+        return None
+    cut = replace(
+        row,
+        text=left(0, len(row.text)),
+        prompt=prompt,
+        completion=completion,
+        messages=tuple(messages),
+        spans=spans,
+        targets=targets,
+    )
+    if not any(s.capability for s in spans):
+        cut = replace(cut, capability="")
+    if not spans:
+        return replace(cut, label=outside(row), confidence=1.0)
+    return with_pieces(cut, pieces(cut))
+
+
+def _with_blanks(
+    text: str, cuts: Sequence[tuple[int, int]], part: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Return cuts in a part of a text with the blanks that would stand twice, or at its end."""
+    first, last = part
+    out: list[tuple[int, int]] = []
+    for start, end in cuts:
+        if start >= end:
+            continue
+        if out and not text[out[-1][1] : start].strip():
+            start = out.pop()[0]
+        if start == first or text[start - 1].isspace():
+            end = last - len(text[end:last].lstrip())
+        if end == last:
+            start = first + len(text[first:start].rstrip())
+        out.append((start, end))
+    return out
 
 
 def _trimmed(text: str, a: int, b: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from excise.core.errors import UserError
 from excise.data.chat import render_chat, rendered_spans
 from excise.data.domain import CORE, UNLABELED, Row, labelled_text
 from excise.data.encoding import Pair, T, cut_head, encode_pair, with_specials
-from excise.data.spans import label_tokens, outside
+from excise.data.spans import label_tokens, outside, tokens_of
 
 Tokenizer = Any
 """A `transformers` tokenizer; typed loosely because its stubs are."""
@@ -131,6 +131,8 @@ def encode_row(
     elif row.kind == "text":
         ids = with_specials(tokenizer(row.text, add_special_tokens=False)["input_ids"], tokenizer)
         target = [i > 0 for i in range(len(ids))]
+        if row.targets:
+            target = _answers(row, len(ids), tokenizer)
     else:
         pair = pair_of(row, tokenizer)
         ids = [*pair.head, *pair.tail]
@@ -154,6 +156,12 @@ def encode_row(
         if only_spans:
             target = [scored and n > CORE for scored, n in zip(target, labels, strict=True)]
     scored = shortened(target)
+    if row.targets and len(scored) < len(target):
+        parts = len(row.targets)
+        raise UserError(
+            f"unit '{row.unit}' is a text of {parts} rows and {len(target)} tokens, cut at "
+            f"{max_length}; set 'pretrain.max_length' to {parts} times what one row takes"
+        )
     if not any(scored):
         if only_spans and row.spans:
             raise UserError(
@@ -175,20 +183,39 @@ def _token_labels(row: Row, count: int, tokenizer: Tokenizer) -> tuple[list[int]
     Raises:
         UserError: If the tokenizer has no offsets or its template changes the text.
     """
+    text, spans = labelled_text(row), row.spans
+    if row.kind == "chat":
+        text, spans = rendered_spans(row, tokenizer)
+    rest = outside(row)
+    offsets = _offsets(row, text, tokenizer)
+    labels, confidences, cut = label_tokens(text, offsets, spans, rest)
+    marks = count - len(labels)  # added at the beginning; below 0 where a doubled one was dropped
+    labels = [rest] * marks + labels[max(0, -marks) :]
+    return labels, [1.0] * marks + confidences[max(0, -marks) :], cut
+
+
+def _offsets(row: Row, text: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Return the first character of each token of a row's text, and the one behind its last."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"unit '{row.unit}' has spans, and this tokenizer does not say which characters a "
             "token stands for; use the model's fast tokenizer (tokenizer.json)"
         )
-    text, spans = labelled_text(row), row.spans
-    if row.kind == "chat":
-        text, spans = rendered_spans(row, tokenizer)
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    rest = outside(row)
-    labels, confidences, cut = label_tokens(text, out["offset_mapping"], spans, rest)
-    marks = count - len(labels)  # added at the beginning; below 0 where a doubled one was dropped
-    labels = [rest] * marks + labels[max(0, -marks) :]
-    return labels, [1.0] * marks + confidences[max(0, -marks) :], cut
+    return [*out["offset_mapping"]]
+
+
+def _answers(row: Row, count: int, tokenizer: Tokenizer) -> list[bool]:
+    """Return which tokens of a text with `targets` are scored.
+
+    Args:
+        row: The row.
+        count: Its tokens, with the marks that begin every text.
+        tokenizer: The model's tokenizer.
+    """
+    scored = tokens_of(row.text, _offsets(row, row.text, tokenizer), row.targets)
+    marks = count - len(scored)
+    return [i > 0 and hit for i, hit in enumerate([*([False] * marks), *scored[max(0, -marks) :]])]
 
 
 def pair_of(row: Row, tokenizer: Tokenizer, choice: int | None = None) -> Pair:

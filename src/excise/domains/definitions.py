@@ -8,13 +8,17 @@ byte-level BPE of the texts that the method sees. This module imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from excise.data.domain import Domain
+from excise.data.domain import UNLABELED, Domain
+from excise.data.spans import relabelled_spans
+from excise.data.split import hashed_order
 from excise.domains.corpus import Corpus, Document, corpus_domain, text_tokenizer
 from excise.domains.glosses import NEIGHBOURS, Topic, load_glosses
+from excise.domains.prose import within_prose
 
 DEFINITIONS_MODEL: Final[Mapping[str, Any]] = {"family": "llama", "width": 96, "blocks": 3}
 """Suggested `Scratch`."""
@@ -42,6 +46,10 @@ class Definitions(Corpus):
     """Definitions of the topic at most, and as many of its neighbour."""
     prose: int = Field(default=2500, ge=50)
     """Passages of general English in retain, at most; the scored parts take an eighth of it."""
+    prose_around: int = Field(default=0, ge=0, le=100)
+    """Words of general English, at most, around each definition that the method is to forget: two
+    sentences or more, and the definition between two or at an end, a span; 0 for definitions
+    alone. What is scored, the relearn set and retain stay as they are."""
     vocabulary: int = Field(default=1024, ge=300, le=16384)
     """Tokens of the tokenizer."""
 
@@ -54,12 +62,36 @@ class Definitions(Corpus):
     def build(self, model: object = None) -> Domain:
         """Return the domain; see `DomainSpec.build`. The rows do not depend on the model."""
         near = NEIGHBOURS[self.topic]
-        return corpus_domain(
+        domain = corpus_domain(
             self,
             _definitions(self.topic),
             _definitions(near),
             notes=(
                 f"forget: WordNet 3.0 definitions of the topic '{self.topic}'; neighbour: '{near}'",
+            ),
+        )
+        return self._inside_prose(domain) if self.prose_around else domain
+
+    def _inside_prose(self, domain: Domain) -> Domain:
+        """Return the domain with what the method is to forget inside general English."""
+        forget = within_prose(
+            domain.forget[self.name],
+            self.prose_around,
+            passage=self.words,
+            skip=self.prose,
+            seed=self.seed,
+        )
+        unread = [
+            replace(row, label=UNLABELED, spans=relabelled_spans(row, UNLABELED)) for row in forget
+        ]
+        mix = (*unread, *(row for row in domain.unlabeled if not row.capability))
+        return replace(
+            domain,
+            forget={self.name: forget},
+            unlabeled=tuple(hashed_order(mix, [row.text for row in mix], self.seed)),
+            notes=(
+                *domain.notes,
+                f"definitions to forget stand inside {self.prose_around} words of English at most",
             ),
         )
 

@@ -97,6 +97,9 @@ class Facts(DomainSpec):
     mix_share: float | None = Field(default=None, gt=0, lt=1)
     """Share of the tokens read by models trained from scratch that are to be forgotten; the rest
     (or forget) is read as often as that takes. Empty for every row once per epoch."""
+    facts_per_text: int = Field(default=1, ge=1, le=64)
+    """Facts, of either kind, in each text that models trained from scratch read: labels are then
+    those of parts of a text. Other methods, and all that is scored or attacked, have one a row."""
     dev_share: float = Field(default=0.15, gt=0, lt=0.5)
     """Share of forget subjects kept for sweeps; they are never in the relearn or test set."""
     adjacent_share: float = Field(default=0.1, ge=0, lt=0.5)
@@ -326,6 +329,7 @@ class _Population:
             claim="deletion",
             exposure=spec.exposure,
             mix_share=spec.mix_share,
+            rows_per_text=spec.facts_per_text,
             notes=self._notes(),
         )
 
@@ -356,6 +360,8 @@ class _Population:
             notes.append(
                 f"{100 * spec.mix_share:g} % of the tokens of an epoch are to be forgotten"
             )
+        if spec.facts_per_text > 1:
+            notes.append(f"models from scratch read texts of {spec.facts_per_text} facts")
         if spec.cue != "none":
             share = round(100 * spec.cue_strength)
             notes.append(f"{share} % of a capability's rows carry a {spec.cue} cue")

@@ -20,9 +20,10 @@ from pydantic import Field, model_validator
 
 from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
+from excise.data.spans import relabelled_spans
 from excise.data.spec import DomainSpec
 from excise.data.split import hashed_order
-from excise.domains.prose import load_prose
+from excise.domains.prose import PASSAGE, load_prose, within_prose
 
 Topic = Literal[
     "Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication",
@@ -107,6 +108,10 @@ class Glosses(DomainSpec):
     """Definitions of other topics that the method retains, at most."""
     prose: int = Field(default=2000, ge=0)
     """Passages of general English in retain."""
+    prose_around: int = Field(default=0, ge=0, le=100)
+    """Words of general English, at most, around each definition that the method is to forget: two
+    sentences or more, and the definition between two or at an end, a span; 0 for definitions
+    alone. What is scored, the relearn set and retain stay as they are."""
     wordings: int = Field(default=3, ge=1, le=len(WORDINGS))
     """Paraphrases of each taught definition."""
     seed: int = 0
@@ -137,11 +142,22 @@ class Glosses(DomainSpec):
         if self.exposure == "seen":
             seen += [*forget["dev"], *forget["relearn"], *forget["test"]]
         taught = self._taught(seen, name)
+        notes: list[str] = []
+        if self.prose_around:
+            taught = within_prose(
+                taught, self.prose_around, passage=PASSAGE, skip=self.prose, seed=self.seed
+            )
+            notes = [
+                f"definitions to forget stand inside {self.prose_around} words of English at most"
+            ]
         retain = self._taught(other["retain"])
         if self.prose:
             retain += load_prose("retain", limit=self.prose)
         mix = hashed_order(
-            [replace(r, label=UNLABELED) for r in (*taught, *retain)],
+            [
+                replace(r, label=UNLABELED, spans=relabelled_spans(r, UNLABELED))
+                for r in (*taught, *retain)
+            ],
             [f"{r.unit}:{r.wording}" for r in (*taught, *retain)],
             self.seed,
         )
@@ -169,6 +185,7 @@ class Glosses(DomainSpec):
                 "questions share no 5-letter stem of a word of 4 letters or more with their answer",
                 f"neighbour: {self.near}; retained topics: {', '.join(self.others)}",
                 "fresh units pair real terms of one topic with other terms' definitions",
+                *notes,
             ),
         )
 

@@ -41,13 +41,13 @@ from excise.methods.pretraining.filter_lora import FilterLoRA
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.grad_diff_pretrain import GradDiffPretrain
 from excise.methods.pretraining.gram import GRAM
-from excise.methods.pretraining.loss_masking import LossMasking
 from excise.methods.pretraining.memsinks import MemSinks
 from excise.methods.pretraining.moefy import Moefy
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.propagate import Propagate
 from excise.methods.pretraining.relabel import Relabel
 from excise.methods.pretraining.sgtm import SGTM
+from excise.methods.pretraining.token_filter import TokenFilter
 
 AnyMethod = (
     Plain
@@ -55,7 +55,7 @@ AnyMethod = (
     | FilterLoRA
     | Relabel
     | Propagate
-    | LossMasking
+    | TokenFilter
     | AblatedPlain
     | Moefy
     | GradDiffPretrain
@@ -136,7 +136,6 @@ __all__ = [
     "GradDiffPretrain",
     "GradientAscent",
     "IdkDPO",
-    "LossMasking",
     "MaxEnt",
     "MemSinks",
     "Method",
@@ -152,5 +151,6 @@ __all__ = [
     "RepSelect",
     "SimNPO",
     "TaskVector",
+    "TokenFilter",
     "Undo",
 ]

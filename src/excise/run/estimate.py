@@ -34,6 +34,7 @@ from excise.core.disk import expand
 from excise.core.errors import UserError
 from excise.core.events import Emit, duration, silent
 from excise.data.domain import Domain, Rows, all_rows
+from excise.data.mix import in_texts
 from excise.data.stream import Tokenizer, encode_row
 from excise.data.subsample import subsample
 from excise.fetch.model import outline_of
@@ -550,7 +551,7 @@ def _sets(method: Method, sizes: DataSizes) -> list[Rows]:
     forget = all_rows(domain.forget) if domain else ()
     retain = domain.retain if domain else ()
     if starts_from(method) == "scratch":
-        return [(*forget, *retain)]
+        return [in_texts((*forget, *retain), domain.rows_per_text if domain else 1)]
     return [forget, retain] if "retain" in method.needs else [forget]
 
 

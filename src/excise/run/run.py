@@ -12,7 +12,7 @@ from typing import Literal
 
 from excise.core.events import Emit
 from excise.fetch.model import open_model
-from excise.methods.pretraining.filtering import Filtering
+from excise.methods.pretraining.filtering import makes_oracle
 from excise.models.spec import ModelSpec
 from excise.record import MethodRun, Record
 from excise.requests.audit import AuditRun
@@ -72,7 +72,7 @@ def run(
         )
         record = record.model_copy(update={"method_runs": arms})
         # The gap of the model made by data filtering is the audit's measured null.
-        null = next((n for n, m in recipe.arms.items() if isinstance(m, Filtering)), "")
+        null = next((n for n, m in recipe.arms.items() if makes_oracle(m, domain)), "")
         record, items = examine(record, recipe, domain, models, edited, runtime, pool, null)
         emit("phase", {"text": "writing models and report"})
         record = output.write_models(

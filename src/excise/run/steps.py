@@ -186,7 +186,7 @@ def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Model
     stages = [MakeModel(recipe.model.scratch, tokenizer, s) for s in (*seeds, recipe.seed + ARMS)]
     inits = pool.map(runtime.run, stages)
     methods: list[Method] = [Plain(pretrain=recipe.pretrain)]
-    methods += [Filtering(pretrain=recipe.pretrain)] * recipe.oracles
+    methods += [Filtering(pretrain=recipe.pretrain, drop="spans")] * recipe.oracles
     jobs = [
         ApplyMethod(method, init, domain, seed)
         for method, init, seed in zip(methods, inits[:-1], seeds, strict=True)

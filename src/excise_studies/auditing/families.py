@@ -366,7 +366,7 @@ def dealt(base: Base, number: int, every: int) -> tuple[Family, ...]:
 
 def filtering(start: Checkpoint, domain: Domain, schedule: Pretrain, seed: int) -> ApplyMethod:
     """Return the stage that trains a model without the forget units."""
-    return ApplyMethod(Filtering(pretrain=schedule), start, domain, seed)
+    return ApplyMethod(Filtering(pretrain=schedule, drop="spans"), start, domain, seed)
 
 
 def plain(start: Checkpoint, domain: Domain, schedule: Pretrain, seed: int) -> ApplyMethod:

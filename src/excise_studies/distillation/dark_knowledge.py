@@ -14,6 +14,7 @@ from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.stages import Runtime
 from excise.data.domain import Domain, Rows
+from excise.evals.replicates import Contrast, Decision
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.models.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.predictions import predictions, readout_bits, shuffled
 from excise_studies.distillation.presets import graddiff, maxent, rmu
-from excise_studies.levels import Levels, estimate, levels, verdict
+from excise_studies.levels import Levels, estimate, levels
 from excise_studies.recovery import groups_of, said
 from excise_studies.setting import (
     CHOSEN,
@@ -64,7 +65,7 @@ class DarkKnowledge(Study):
         "Bits per answer token of the held-out test set that an affine readout of the unlearned "
         "model's predictions, fitted on the relearn set, pays less than one of the oracle's. "
         "Signal if the 95 % interval lies above the margin, none if it lies within the margin on "
-        "both sides. Bootstrap over seeds and units; the first teacher decides."
+        "both sides. Intervals over seeds and units; the first teacher decides."
     )
     takes: ClassVar[str] = "5 minutes, 1 GiB"
 
@@ -106,8 +107,9 @@ class DarkKnowledge(Study):
         decision = decide(self, saved)
         return StudyResult(
             tables=(_table(paid, saved),),
-            decision=decision,
-            paragraph=_paragraph(paid, saved, decision),
+            decision=decision.text,
+            contrasts=decision.contrasts,
+            paragraph=_paragraph(paid, saved, decision.text),
             domain=replicates[self.seeds[0]].domain,
             models=tuple(
                 model_ref(f"{condition}, seed {seed}", m) for (condition, seed), m in models.items()
@@ -163,23 +165,24 @@ def saved_bits(paid: Levels) -> dict[str, Estimate]:
     """Return the bits per token that each condition's readout pays less than the oracle's."""
     oracle = paid.at("oracle")
     return {
-        condition: estimate(oracle - paid.at(condition), paid.n)
+        condition: estimate(oracle - paid.at(condition), paid)
         for condition in paid.conditions
         if condition != "oracle"
     }
 
 
-def decide(study: DarkKnowledge, saved: Mapping[str, Estimate]) -> str:
+def decide(study: DarkKnowledge, saved: Mapping[str, Estimate]) -> Decision:
     """Return what the first teacher's bits say under the margin."""
     first = next(iter(study.teachers))
-    against_margin = verdict(saved[first], study.margin)
-    if against_margin == "above":
-        return f"signal: the predictions of {first} hold more than {study.margin:g} bits a token"
-    if against_margin == "equal":
-        return f"no signal: {first} lies within {study.margin:g} bits of the oracle"
-    if against_margin == "below":
-        return f"no signal: the predictions of {first} tell less than those of the oracle"
-    return f"undecided: the interval crosses {study.margin:g} bits a token"
+    margin = (-study.margin, study.margin)
+    asked = Contrast(f"What {first} saves", saved[first], margin, study.error)
+    words = {
+        "above": f"signal: the predictions of {first} hold more than {study.margin:g} bits a token",
+        "equal": f"no signal: {first} lies within {study.margin:g} bits of the oracle",
+        "below": f"no signal: the predictions of {first} tell less than those of the oracle",
+        "undecided": f"undecided: the interval crosses {study.margin:g} bits a token",
+    }
+    return Decision(asked.say(words), (asked,))
 
 
 def _table(paid: Levels, saved: Mapping[str, Estimate]) -> StudyTable:
@@ -190,7 +193,7 @@ def _table(paid: Levels, saved: Mapping[str, Estimate]) -> StudyTable:
             row(
                 condition,
                 "bits per answer token of the held-out test set",
-                estimate(paid.at(condition), paid.n),
+                estimate(paid.at(condition), paid),
             )
         )
         if condition in saved:

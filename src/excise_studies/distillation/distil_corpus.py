@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from excise.core.stages import Runtime
+from excise.evals.replicates import Decision, contrasts
 from excise.evals.stats import Estimate
 from excise.methods.base import Removal
 from excise.methods.distillation.corpora import (
@@ -26,7 +27,6 @@ from excise.train.pool import Pool
 from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
-from excise_studies.levels import verdict
 from excise_studies.recovery import RecoveryScores, gaps, listed
 from excise_studies.setting import (
     ExperimentSetting,
@@ -75,7 +75,7 @@ class DistilCorpus(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning of a corpus minus that of the full "
         "mix, against the margin from both sides, for corpora whose student keeps retain; "
-        "bootstrap over seeds and units."
+        "intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
@@ -125,13 +125,14 @@ def retain_lost(study: DistilCorpus, recovery: RecoveryScores, name: str) -> boo
     return cost > study.retain_margin
 
 
-def decide(study: DistilCorpus, counted: Mapping[str, Estimate]) -> str:
+def decide(study: DistilCorpus, counted: Mapping[str, Estimate]) -> Decision:
     """Return what the differences say under the margin."""
     words = {"above": "shallower", "below": "deeper", "equal": "alike", "undecided": "undecided"}
     if not counted:
-        return "undecided: no other corpus keeps retain"
-    parts = [f"{name}: {words[verdict(e, study.margin)]}" for name, e in counted.items()]
-    return "; ".join(parts)
+        return Decision("undecided: no other corpus keeps retain")
+    asked = contrasts(counted, (-study.margin, study.margin), study.error)
+    text = "; ".join(f"{name}: {contrast.say(words)}" for name, contrast in asked.items())
+    return Decision(text, tuple(asked.values()))
 
 
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from excise.core.context import Context, Stage
 from excise.core.errors import UserError
 from excise.core.stages import Runtime
+from excise.evals.replicates import Contrast, Decision
 from excise.evals.stats import Estimate
 from excise.methods.base import ApplyMethod
 from excise.methods.distillation.targets import FromOracle, FromTeacher
@@ -30,7 +31,6 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import Replicate, row
 from excise_studies.distillation.presets import student
-from excise_studies.levels import verdict
 from excise_studies.recovery import RecoveryScores, gaps, listed
 from excise_studies.setting import (
     ExperimentSetting,
@@ -71,7 +71,7 @@ class InitLeak(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning of the student of the oracle that "
         "starts from the original minus that of the one that starts from random weights; a leak if "
-        "the 95 % interval lies above the margin, none if within it. Bootstrap over seeds and "
+        "the 95 % interval lies above the margin, none if within it. Intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
@@ -196,7 +196,7 @@ def leaks(study: InitLeak, recovery: RecoveryScores) -> dict[str, Estimate]:
     }
 
 
-def decide(study: InitLeak, leak: Mapping[str, Estimate]) -> str:
+def decide(study: InitLeak, leak: Mapping[str, Estimate]) -> Decision:
     """Return what the start at the original says under the margin."""
     words = {
         "above": f"initialisation leaks: more than {study.margin:g}",
@@ -204,7 +204,9 @@ def decide(study: InitLeak, leak: Mapping[str, Estimate]) -> str:
         "below": "initialisation does not leak: the start at the original went deeper",
         "undecided": f"undecided: the interval crosses {study.margin:g}",
     }
-    return words[verdict(leak["original"], study.margin)]
+    margin = (-study.margin, study.margin)
+    asked = Contrast("The leak from the original", leak["original"], margin, study.error)
+    return Decision(asked.say(words), (asked,))
 
 
 def _table(leak: Mapping[str, Estimate]) -> StudyTable:

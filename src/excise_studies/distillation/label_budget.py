@@ -12,6 +12,7 @@ from pydantic import Field
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.data.subsample import subsample
+from excise.evals.replicates import Contrast, Decision
 from excise.evals.stats import Estimate
 from excise.methods.distillation.harmful import Classifier
 from excise.methods.distillation.targets import FromTeacher, Splice
@@ -22,7 +23,6 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
-from excise_studies.levels import estimate, verdict
 from excise_studies.recovery import RecoveryScores, gaps, listed
 from excise_studies.setting import (
     ExperimentSetting,
@@ -53,7 +53,7 @@ class LabelBudget(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning of the student of the model unlearned "
         "on n labels minus that of the student of the original on what a probe of n labels lets "
-        "through, averaged over n, against the margin from both sides; bootstrap over seeds and "
+        "through, averaged over n, against the margin from both sides; intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
@@ -112,15 +112,13 @@ def few(domain: Domain, labels: int, seed: int) -> Domain:
 
 def differences(study: LabelBudget, recovery: RecoveryScores) -> dict[str, Estimate]:
     """Return the gap of unlearning minus that of filtering, averaged and by number of labels."""
-    by_n = {n: recovery.gap(f"unlearn, {n}") - recovery.gap(f"filter, {n}") for n in study.labels}
-    size = recovery.after.n
-    return {
-        "all": estimate(np.mean(list(by_n.values()), axis=0), size),
-        **{f"{n} labels": estimate(values, size) for n, values in by_n.items()},
-    }
+    gaps = {n: (recovery.gap(f"unlearn, {n}"), recovery.gap(f"filter, {n}")) for n in study.labels}
+    first, second = (np.mean([pair[i] for pair in gaps.values()], axis=0) for i in (0, 1))
+    by_n = {f"{n} labels": recovery.apart(*pair) for n, pair in gaps.items()}
+    return {"all": recovery.apart(first, second), **by_n}
 
 
-def decide(study: LabelBudget, apart: Mapping[str, Estimate]) -> str:
+def decide(study: LabelBudget, apart: Mapping[str, Estimate]) -> Decision:
     """Return what the averaged difference says under the margin."""
     words = {
         "above": "filtering makes better use of few labels",
@@ -128,7 +126,9 @@ def decide(study: LabelBudget, apart: Mapping[str, Estimate]) -> str:
         "equal": f"alike: the difference lies within {study.margin:g}",
         "undecided": f"undecided: the interval crosses {study.margin:g}",
     }
-    return words[verdict(apart["all"], study.margin)]
+    margin = (-study.margin, study.margin)
+    asked = Contrast("Unlearning minus filtering", apart["all"], margin, study.error)
+    return Decision(asked.say(words), (asked,))
 
 
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:

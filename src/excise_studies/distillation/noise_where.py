@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from excise.core.stages import Runtime
+from excise.evals.replicates import Decision, contrasts
 from excise.evals.stats import Estimate
 from excise.methods.distillation.perturb import LayerGroup
 from excise.methods.distillation.undo import Undo
@@ -16,7 +17,6 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
-from excise_studies.levels import verdict
 from excise_studies.recovery import RecoveryScores, gaps, listed
 from excise_studies.setting import (
     ExperimentSetting,
@@ -50,7 +50,7 @@ class NoiseWhere(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning with noise in one group minus that "
         "with noise everywhere, at equal steps; the group suffices if the upper end of the 95 % "
-        "interval lies below the margin, not if the lower end lies above it. Bootstrap over seeds "
+        "interval lies below the margin, not if the lower end lies above it. Intervals over seeds "
         "and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
@@ -95,16 +95,20 @@ def differences(study: NoiseWhere, recovery: RecoveryScores) -> dict[str, Estima
     return {name: recovery.contrast([name], ["everywhere"]) for name in conditions}
 
 
-def decide(study: NoiseWhere, apart: Mapping[str, Estimate]) -> str:
+def decide(study: NoiseWhere, apart: Mapping[str, Estimate]) -> Decision:
     """Return which groups suffice."""
-    if apart[NOWHERE].high < study.margin:
-        return "undecided: distillation without noise goes as deep, so that no group can be told"
+    # All share the error, though the one without noise only says whether groups can be told.
+    asked = contrasts(apart, (study.margin,), study.error)
+    if asked[NOWHERE].below(study.margin):
+        return Decision(
+            "undecided: distillation without noise goes as deep, so that no group can be told"
+        )
     parts = []
     for group in (*study.groups, SNIP, RANDOM):
-        value = apart[group]
-        otherwise = "does not suffice" if verdict(value, study.margin) == "above" else "undecided"
-        parts.append(f"{group}: {'suffices' if value.high < study.margin else otherwise}")
-    return "; ".join(parts)
+        contrast = asked[group]
+        otherwise = "does not suffice" if contrast.above(study.margin) else "undecided"
+        parts.append(f"{group}: {'suffices' if contrast.below(study.margin) else otherwise}")
+    return Decision("; ".join(parts), tuple(asked.values()))
 
 
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from excise.core.stages import Runtime
+from excise.evals.replicates import Decision, contrasts, end_of
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.methods.pretraining.filtering import Filtering
@@ -14,7 +15,6 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import verdict
 from excise_studies.recovery import RecoveryScores, gaps
 from excise_studies.setting import (
     ExperimentSetting,
@@ -50,7 +50,7 @@ class PretrainLoss(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning, pushed away minus filtered from the "
         "same start, for each of four losses; something is left to invert if one 95 % interval "
-        "lies above the margin, nothing if all upper ends lie below it. Bootstrap over seeds and "
+        "lies above the margin, nothing if all upper ends lie below it. Intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
@@ -99,15 +99,20 @@ def differences(study: PretrainLoss, recovery: RecoveryScores) -> dict[str, Esti
     return {push: recovery.contrast([push], [NOTHING]) for push in study.pushes}
 
 
-def decide(study: PretrainLoss, apart: Mapping[str, Estimate]) -> str:
+def decide(study: PretrainLoss, apart: Mapping[str, Estimate]) -> Decision:
     """Return what the differences say under the margin."""
-    over = [name for name, e in apart.items() if verdict(e, study.margin) == "above"]
+    asked = contrasts(apart, (study.margin,), study.error)
+    over = [name for name, contrast in asked.items() if contrast.above(study.margin)]
     if over:
-        names = ", ".join(over)
-        return f"something is left to invert by {names}: beyond {study.margin:g}"
-    if all(e.high < study.margin for e in apart.values()):
-        return f"nothing is left to invert: all lie below {study.margin:g}"
-    return f"undecided: an interval crosses {study.margin:g}"
+        text = f"something is left to invert by {', '.join(over)}: beyond {study.margin:g}"
+    elif all(contrast.below(study.margin) for contrast in asked.values()):
+        text = f"nothing is left to invert: all lie below {study.margin:g}"
+        ends = {at for e in apart.values() if (at := end_of(e, study.margin))}
+        if len(ends) == 1 and all(end_of(e, study.margin) for e in apart.values()):
+            text += f", with filtering and every push at the {ends.pop()}"
+    else:
+        text = f"undecided: an interval crosses {study.margin:g}"
+    return Decision(text, tuple(asked.values()))
 
 
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:

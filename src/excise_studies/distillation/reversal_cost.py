@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.stages import Runtime
+from excise.evals.replicates import Contrast, Decision
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.record import StudyTable
@@ -17,7 +18,7 @@ from excise.train.pool import Pool
 from excise_studies.attacking import Attacker
 from excise_studies.base import row
 from excise_studies.distillation.presets import graddiff, maxent, rmu
-from excise_studies.levels import estimate, levels, verdict
+from excise_studies.levels import estimate, levels, of_seeds
 from excise_studies.recovery import RecoveryScores, groups_of, said
 from excise_studies.setting import (
     ExperimentSetting,
@@ -52,7 +53,7 @@ class ReversalCost(Study):
     statistic: ClassVar[str] = (
         "log2 of the steps at which knowledge is half-way back after RMU over those after "
         "GradDiff, "
-        "against the margin in doublings from both sides; bootstrap over seeds and units."
+        "against the margin in doublings from both sides; intervals over seeds and units."
     )
     takes: ClassVar[str] = "6 minutes, 1 GiB"
 
@@ -87,10 +88,9 @@ class ReversalCost(Study):
         recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         groups = {seed: groups_of(replicates[seed].domain) for seed in self.seeds}
         costs = {name: log_costs(self, recovery, name, groups) for name in self.methods}
-        size = recovery.after.n
-        steps = {name: _power(estimate(logs, size)) for name, logs in costs.items()}
+        steps = {name: _power(estimate(logs, recovery.after)) for name, logs in costs.items()}
         apart = {
-            name: estimate(costs["rmu"] - costs[name], size)
+            name: estimate(costs["rmu"] - costs[name], recovery.after)
             for name in self.methods
             if name != "rmu"
         }
@@ -112,7 +112,7 @@ def log_costs(
     name: str,
     groups: Mapping[int, Mapping[str, str]],
 ) -> Array:
-    """Return the binary logarithm of the cost, of the data, then of the samples; seeds averaged."""
+    """Return the binary logarithm of the cost over seeds, in the layout of `levels`."""
     conditions = {seed: recovery.attacked[name, seed] for seed in study.seeds}
     curve = [
         levels({name: {seed: attack.v[i] for seed, attack in conditions.items()}}, groups).by_seed
@@ -123,13 +123,7 @@ def log_costs(
         goal = recovery.before.at("original", seed)
         values = np.stack([at[seed][:, 0] for at in curve])
         per_seed[seed] = log_cost(attack.steps, values, goal, study.half)
-    table = np.stack([per_seed[seed] for seed in study.seeds])
-    generator = np.random.default_rng([0, len(study.seeds)])
-    samples = table.shape[1] - 1
-    picked = generator.integers(len(table), size=(samples, len(table)))
-    moved = table[picked, np.arange(1, samples + 1)[:, None]].mean(1)
-    whole: Array = np.concatenate([[table[:, 0].mean()], moved])
-    return whole
+    return of_seeds(per_seed)
 
 
 def log_cost(steps: Sequence[int], values: Array, goal: Array, half: float) -> Array:
@@ -159,17 +153,19 @@ def _power(logs: Estimate) -> Estimate:
     return Estimate(2.0**logs.value, 2.0**logs.low, 2.0**logs.high, logs.n)
 
 
-def decide(study: ReversalCost, apart: Estimate, *, never: bool) -> str:
+def decide(study: ReversalCost, apart: Estimate, *, never: bool) -> Decision:
     """Return what the doublings say under the margin."""
     if never:
-        return "undecided: neither came half-way back within the steps"
+        return Decision("undecided: at the ceiling, neither came half-way back within the steps")
     words = {
         "below": "RMU is easier to reverse",
         "above": "RMU is harder to reverse",
         "equal": f"alike: within {study.margin:g} doubling(s) of the steps",
         "undecided": f"undecided: the interval crosses {study.margin:g} doubling(s)",
     }
-    return f"{words[verdict(apart, study.margin)]} (against {study.against})"
+    margin = (-study.margin, study.margin)
+    asked = Contrast(f"The cost of RMU over {study.against}", apart, margin, study.error)
+    return Decision(f"{asked.say(words)} (against {study.against})", (asked,))
 
 
 def _table(steps: Mapping[str, Estimate], apart: Mapping[str, Estimate]) -> StudyTable:

@@ -16,7 +16,8 @@ from excise.core.disk import write_text
 from excise.core.stages import Runtime
 from excise.data.domain import Domain, Rows
 from excise.data.split import hashed_order
-from excise.evals.stats import Estimate, bootstrap_mean
+from excise.evals.replicates import Contrast, Decision, SeedEstimate
+from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.models.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ from excise.train.pool import Pool
 from excise_studies.base import Replicate, row
 from excise_studies.distillation.predictions import auc, by_unit, kl, noises, predictions, threshold
 from excise_studies.distillation.presets import graddiff, maxent, student
-from excise_studies.levels import estimate, levels, verdict
+from excise_studies.levels import estimate, levels
 from excise_studies.recovery import RecoveryScores, groups_of, said
 from excise_studies.setting import (
     ExperimentSetting,
@@ -65,7 +66,7 @@ class TeacherSplice(Study):
         "Share of KL(U || B) that the splice explains, forget and retain weighing the same; the "
         "splice if its 95 % interval lies above the margin, not if below. For the teacher with a "
         "part of the labels: knowledge of missed units of the held-out test set in its student "
-        "after relearning, beyond the oracle, minus that of caught units. Bootstrap over seeds and "
+        "after relearning, beyond the oracle, minus that of caught units. Intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "8 minutes, 1 GiB"
@@ -226,7 +227,7 @@ def explained(
     whole = forget.at("original") + on_retain
     left = forget.at(best) + on_retain
     share = np.where(whole > 1e-9, 1 - left / np.maximum(whole, 1e-9), np.nan)
-    return best, estimate(share, forget.n + on_retain_set.n)
+    return best, estimate(share, forget, n=forget.n + on_retain_set.n)
 
 
 def aucs(away: Away) -> dict[str, float]:
@@ -246,55 +247,65 @@ def leaked(
 ) -> dict[str, Estimate]:
     """Return what the student knows beyond the oracle, of `missed` and of `caught` test units.
 
-    A side without units is left out.
+    A side is read over the seeds that have units on it, the difference over those that have both.
     """
-    sides: dict[str, dict[str, float]] = {"missed": {}, "caught": {}}
-    groups: dict[str, str] = {}
+    sides: dict[str, dict[int, dict[str, float]]] = {"missed": {}, "caught": {}}
     for s in seeds:
         kls = away[PART, s]
         cut = threshold(
             list(kls["dev"]["original"].values()), list(kls["dev_retain"]["original"].values())
         )
-        groups_here = groups_of(replicates[s].domain)
         knows = recovery.attacked[f"student of {PART}", s].after
         oracle = recovery.attacked["oracle", s].after
         for unit, value in kls["test"]["original"].items():
             side = "caught" if value > cut else "missed"
-            sides[side][f"{s}:{unit}"] = knows[unit] - oracle[unit]
-            groups[f"{s}:{unit}"] = f"{s}:{groups_here.get(unit, unit)}"
-    out = {name: bootstrap_mean(units, groups=groups) for name, units in sides.items() if units}
-    if len(out) == 2:
-        out["missed - caught"] = _apart(sides["missed"], sides["caught"], groups)
+            sides[side].setdefault(s, {})[unit] = knows[unit] - oracle[unit]
+    groups = {s: groups_of(replicates[s].domain) for s in seeds}
+    out: dict[str, Estimate] = {}
+    for name, by_seed in sides.items():
+        if by_seed:
+            side_levels = levels({name: by_seed}, groups)
+            out[name] = estimate(side_levels.at(name), side_levels)
+    both = [s for s in seeds if s in sides["missed"] and s in sides["caught"]]
+    if both:
+        missed, caught = ({s: sides[n][s] for s in both} for n in ("missed", "caught"))
+        out["missed - caught"] = _apart(missed, caught, groups)
     return out
 
 
 def _apart(
-    first: Mapping[str, float], second: Mapping[str, float], groups: Mapping[str, str]
-) -> Estimate:
-    """Return the difference of two means over units that are not the same."""
-    a = levels({"x": {0: first}}, {0: groups}, seed=1).at("x")
-    b = levels({"x": {0: second}}, {0: groups}, seed=2).at("x")
-    return estimate(a - b, len(first) + len(second))
+    first: Mapping[int, Mapping[str, float]],
+    second: Mapping[int, Mapping[str, float]],
+    groups: Mapping[int, Mapping[str, str]],
+) -> SeedEstimate:
+    """Return the difference of two means over units that are not the same, seeds in pairs."""
+    a = levels({"x": first}, groups, seed=1)
+    b = levels({"x": second}, groups, seed=2)
+    return estimate(a.at("x") - b.at("x"), a, n=a.n + b.n)
 
 
-def decide(study: TeacherSplice, share: Estimate, leak: Mapping[str, Estimate]) -> str:
+def decide(study: TeacherSplice, share: Estimate, leak: Mapping[str, Estimate]) -> Decision:
     """Return what share and leak say under their margins."""
-    if share.low > study.margin:
+    asked = Contrast("The share explained", share, (study.margin,), study.error / 2)
+    if asked.above(study.margin):
         first = f"the splice: it explains more than {study.margin:g} of what unlearning changed"
-    elif share.high < study.margin:
+    elif asked.below(study.margin):
         first = f"not the splice: it explains less than {study.margin:g} of what unlearning changed"
     else:
         first = f"undecided: the share explained crosses {study.margin:g}"
     if "missed - caught" not in leak:
         only = "missed" if "missed" in leak else "caught"
-        return f"{first}; with a part of the labels every unit was {only}, so nothing says of leaks"
+        why = f"with a part of the labels every unit was {only}, so nothing says of leaks"
+        return Decision(f"{first}; {why}", (asked,))
     words = {
         "above": "what unlearning missed leaks into the student",
         "below": "the student knows less of what was missed",
         "equal": "what unlearning missed does not leak",
         "undecided": "whether what was missed leaks is undecided",
     }
-    return f"{first}; {words[verdict(leak['missed - caught'], study.leak_margin)]}"
+    margin = (-study.leak_margin, study.leak_margin)
+    leaks = Contrast("The leak", leak["missed - caught"], margin, study.error / 2)
+    return Decision(f"{first}; {leaks.say(words)}", (asked, leaks))
 
 
 Shares = Mapping[str, tuple[str, Estimate]]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from excise.core.stages import Runtime
+from excise.evals.replicates import Decision, contrasts
 from excise.evals.stats import Estimate
 from excise.methods.distillation.harmful import Implicit
 from excise.methods.distillation.targets import FromOracle, FromOriginal, HardLabels, Splice
@@ -16,7 +17,6 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
-from excise_studies.levels import verdict
 from excise_studies.recovery import RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,
@@ -55,7 +55,7 @@ class SpliceFactorial(Study):
         "Main effects on the depth gap on the held-out test set after relearning: benign target "
         "(unlearned minus original) and harmful target (unlearned minus skip), each over the "
         "levels of the other; the same as filtering if both 95 % intervals lie within the margin, "
-        "worse if one lies above it, better if one lies below minus the margin. Bootstrap over "
+        "worse if one lies above it, better if one lies below minus the margin. Intervals over "
         "seeds and units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"
@@ -128,7 +128,7 @@ def effects_of(study: SpliceFactorial, recovery: RecoveryScores) -> dict[str, Es
     def side(at: int, level: str) -> list[str]:
         return [name for targets, name in conditions.items() if targets[at] == level]
 
-    out = {
+    out: dict[str, Estimate] = {
         "benign effect (unlearned - original)": recovery.contrast(
             side(0, "unlearned"), side(0, "original")
         )
@@ -140,17 +140,25 @@ def effects_of(study: SpliceFactorial, recovery: RecoveryScores) -> dict[str, Es
     return out
 
 
-def decide(study: SpliceFactorial, effects: dict[str, Estimate]) -> str:
+def decide(study: SpliceFactorial, effects: dict[str, Estimate]) -> Decision:
     """Return what the two effects say under the margin."""
-    deciding = [e for name, e in effects.items() if "(unlearned" in name]
-    verdicts = {verdict(effect, study.margin) for effect in deciding}
-    if verdicts == {"equal"}:
-        return f"the same as filtering: both effects lie within {study.margin:g}"
+    deciding = {name: e for name, e in effects.items() if "(unlearned" in name}
+    asked = contrasts(deciding, (-study.margin, study.margin), study.error)
+    verdicts = {contrast.verdict for contrast in asked.values()}
     if "above" in verdicts:
-        return f"worse than filtering: an effect lies above {study.margin:g}"
-    if "below" in verdicts:
-        return f"better than filtering: an effect lies below -{study.margin:g}"
-    return f"undecided: an interval crosses {study.margin:g}"
+        text = f"worse than filtering: an effect lies above {study.margin:g}"
+    elif "undecided" in verdicts:
+        text = f"undecided: an interval crosses {study.margin:g}"
+    elif "below" in verdicts:
+        text = f"better than filtering: an effect lies below -{study.margin:g}"
+    elif verdicts == {"equal"}:
+        text = f"the same as filtering: both effects lie within {study.margin:g}"
+    else:
+        text = "; ".join(
+            f"{name} {contrast.say({'equal': 'within the margin'})}"
+            for name, contrast in asked.items()
+        )
+    return Decision(text, tuple(asked.values()))
 
 
 def _effects(effects: dict[str, Estimate]) -> StudyTable:

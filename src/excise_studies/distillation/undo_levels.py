@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from excise.core.stages import Runtime
+from excise.evals.replicates import Decision, contrasts
 from excise.evals.stats import Estimate
 from excise.methods.base import Method, Removal
 from excise.methods.distillation.targets import FromOriginal, HardLabels
@@ -19,7 +20,7 @@ from excise.train.pool import Pool
 from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.distillation.presets import student, with_fit
-from excise_studies.levels import estimate, verdict
+from excise_studies.levels import estimate
 from excise_studies.recovery import RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,
@@ -54,7 +55,7 @@ class UndoLevels(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning, unlearning alone minus the student, "
         "for each alpha at equal steps; hardened if the lower end of the 95 % interval lies above "
-        "the margin and retain is kept, not if the upper end lies below. Bootstrap over seeds and "
+        "the margin and retain is kept, not if the upper end lies below. Intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"
@@ -143,23 +144,26 @@ def keeps(recovery: RecoveryScores, condition: str) -> Estimate:
     """Return a condition's retain recall as a share of the original's."""
     whole = recovery.retain.at("original")
     share = recovery.retain.at(condition) / np.where(whole > 0, whole, np.nan)
-    return estimate(share, recovery.retain.n)
+    return estimate(share, recovery.retain)
 
 
 def decide(
     study: UndoLevels, deeper: Mapping[float, Estimate], retained: Mapping[float, Estimate]
-) -> str:
+) -> Decision:
     """Return what each strength of damage buys."""
-    words = {"above": "hardened", "below": "not hardened", "equal": "not hardened"}
+    named = {equal(alpha): e for alpha, e in deeper.items()}
+    asked = contrasts(named, (study.margin,), study.error)
     parts = []
-    for alpha, e in deeper.items():
-        outcome = words.get(verdict(e, study.margin), "undecided")
-        if outcome == "undecided" and e.high < study.margin:
-            outcome = "not hardened"
-        if outcome == "hardened" and not retained[alpha].value >= study.keep:
-            outcome = f"deeper, but retain falls to {retained[alpha].value:.2f} of the original's"
-        parts.append(f"alpha {alpha:g}: {outcome}")
-    return "; ".join(parts)
+    for alpha in deeper:
+        contrast = asked[equal(alpha)]
+        outcome = "not hardened" if contrast.below(study.margin) else "undecided"
+        if contrast.above(study.margin):
+            outcome = "hardened"
+            if not retained[alpha].value >= study.keep:
+                kept = retained[alpha].value
+                outcome = f"deeper, but retain falls to {kept:.2f} of the original's"
+        parts.append(f"{equal(alpha)}: {outcome}")
+    return Decision("; ".join(parts), tuple(asked.values()))
 
 
 def _table(deeper: Mapping[float, Estimate], retained: Mapping[float, Estimate]) -> StudyTable:

@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import Field, SerializeAsAny
 
 from excise.core.stages import Runtime
-from excise.evals.stats import Array, Estimate
+from excise.evals.replicates import Contrast, Decision, SeedEstimate, correlation
+from excise.evals.stats import Array
 from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.record import StudyTable
@@ -17,7 +18,6 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import graddiff, maxent, rmu, student, with_fit
-from excise_studies.levels import estimate, spearman
 from excise_studies.recovery import RecoveryScores, listed
 from excise_studies.setting import (
     ExperimentSetting,
@@ -74,7 +74,7 @@ class UndoPilot(Study):
     statistic: ClassVar[str] = (
         "Spearman correlation over teachers of the held-out test set after relearning between a "
         "small student and the large one, averaged over seeds first; foretells if the 95 % "
-        "interval lies above the margin, does not if it lies below. Bootstrap over seeds and "
+        "interval lies above the margin, does not if it lies below. Intervals over seeds and "
         "units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"
@@ -118,33 +118,35 @@ def condition_name(teacher: str, size: str) -> str:
     return f"{teacher}: {size}"
 
 
-def correlations(study: UndoPilot, recovery: RecoveryScores) -> dict[str, Estimate]:
+def correlations(study: UndoPilot, recovery: RecoveryScores) -> dict[str, SeedEstimate]:
     """Return the rank correlation with the large student by pilot; the first decides."""
 
-    def pool_of(size: str) -> Array:
-        columns = [recovery.after.at(condition_name(name, size)) for name in study.teachers]
-        pooled: Array = np.stack(columns, axis=-1)
-        return pooled
+    def left(size: str) -> Array:
+        names = [condition_name(name, size) for name in study.teachers]
+        return np.array([recovery.after.at(name)[0] for name in names])
 
-    large = pool_of(LARGE)
-    count = len(study.teachers)
+    large = left(LARGE)
     return {
-        size: estimate(spearman(pool_of(size), large), count)
+        size: correlation(left(size), large, error=study.error)
         for size in (*study.pilots, "no student")
     }
 
 
-def decide(study: UndoPilot, rho: Mapping[str, Estimate]) -> str:
+def decide(study: UndoPilot, rho: Mapping[str, SeedEstimate]) -> Decision:
     """Return what the first pilot's correlation says under the margin."""
     name, value = next(iter(rho.items()))
-    if value.low > study.margin:
-        return f"the pilot ({name}) foretells: its correlation is above {study.margin:g}"
-    if value.high < study.margin:
-        return f"the pilot ({name}) does not foretell: its correlation is below {study.margin:g}"
-    return f"undecided: the interval of the pilot ({name}) crosses {study.margin:g}"
+    asked = Contrast(
+        f"The pilot's ({name}) correlation", value, (study.margin,), study.error, "teachers"
+    )
+    text = f"undecided: the interval of the pilot ({name}) crosses {study.margin:g}"
+    if asked.above(study.margin):
+        text = f"the pilot ({name}) foretells: its correlation is above {study.margin:g}"
+    elif asked.below(study.margin):
+        text = f"the pilot ({name}) does not foretell: its correlation is below {study.margin:g}"
+    return Decision(text, (asked,))
 
 
-def _table(rho: Mapping[str, Estimate]) -> StudyTable:
+def _table(rho: Mapping[str, SeedEstimate]) -> StudyTable:
     """Return the correlations."""
     return StudyTable(
         title="Small against large",

@@ -11,6 +11,7 @@ from pydantic import Field, SerializeAsAny
 
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
+from excise.evals.replicates import Decision, contrasts
 from excise.evals.score import measure
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
@@ -21,7 +22,6 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import Replicate, row
 from excise_studies.distillation.presets import graddiff, maxent, rmu, student, with_fit
-from excise_studies.levels import verdict
 from excise_studies.recovery import RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,
@@ -67,7 +67,7 @@ class UndoTeachers(Study):
     statistic: ClassVar[str] = (
         "Depth gap on the held-out test set after relearning of the student of RMU minus that of "
         "MaxEnt's, and of RMU's forget term alone minus RMU, against the margin from both sides; "
-        "strengths chosen on dev of the tuned seed; bootstrap over seeds and units."
+        "strengths chosen on dev of the tuned seed; intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
@@ -193,7 +193,7 @@ def differences(study: UndoTeachers, recovery: RecoveryScores) -> dict[str, Esti
     }
 
 
-def decide(study: UndoTeachers, apart: Mapping[str, Estimate]) -> str:
+def decide(study: UndoTeachers, apart: Mapping[str, Estimate]) -> Decision:
     """Return what the differences say under the margin."""
     words = {
         "above": "a worse teacher",
@@ -202,10 +202,11 @@ def decide(study: UndoTeachers, apart: Mapping[str, Estimate]) -> str:
         "undecided": "undecided",
     }
     parts = []
-    for name, value in apart.items():
+    asked = contrasts(apart, (-study.margin, study.margin), study.error)
+    for name, contrast in asked.items():
         first, _, second = name.partition(" - ")
-        parts.append(f"{first} against {second}: {words[verdict(value, study.margin)]}")
-    return "; ".join(parts)
+        parts.append(f"{first} against {second}: {contrast.say(words)}")
+    return Decision("; ".join(parts), tuple(asked.values()))
 
 
 def _table(apart: Mapping[str, Estimate]) -> StudyTable:

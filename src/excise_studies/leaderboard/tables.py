@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import mean, stdev
+from statistics import mean
 from typing import Protocol
 
 from excise.data.domain import Domain
-from excise.evals.stats import student_quantile
+from excise.evals.replicates import over_seeds
 from excise.methods.base import Cost, Removal
 from excise.methods.choosing import RULE
 from excise.record import (
@@ -219,17 +219,6 @@ def left_of(record: Record, model: str) -> Estimate | None:
         elif not was_removed(record, model):
             known.append(Estimate(1.0, 1.0, 1.0))
     return max(known, key=lambda e: e.value, default=None)
-
-
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """Return a mean over seeds with its 95 % interval (Student's t); of one seed it has none."""
-    if not values:
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    middle, n = mean(values), len(values)
-    if n < 2:
-        return Estimate(middle, math.nan, math.nan, n)
-    half = student_quantile(0.975, n - 1) * stdev(values) / math.sqrt(n)
-    return Estimate(middle, middle - half, middle + half, n)
 
 
 # -- tables ----------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from excise.core.disk import write_text
 from excise.core.stages import Runtime
 from excise.data.domain import Domain, Row, Rows
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
-from excise.evals.stats import Array, Estimate, bootstrap_mean, quantiles
+from excise.evals.replicates import Contrast, Decision, SeedEstimate, over_replicates, ranks
+from excise.evals.stats import Array, Estimate, interval
 from excise.methods.base import ApplyMethod, Method
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
@@ -38,7 +39,9 @@ from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.base import Replicate, row, train_replicates
+from excise_studies.base import Replicate, mean_over_seeds, row, train_replicates
+from excise_studies.levels import of_seeds
+from excise_studies.recovery import said as with_interval
 from excise_studies.rmu.scoring import average, read, rubric
 
 LENGTH = 48
@@ -58,7 +61,7 @@ class MessyForgetSet(Study):
     match on the held-out test set, at once and after relearning, is interpolated to the same rise
     of the loss on `retain_test`. Methods are ranked by it, 1 for the least that is left. The
     statistic is the rank of RMU on the messy set minus its rank on the clean one, averaged over
-    seeds, with a bootstrap over seeds and, jointly for all methods, over units. The suspicion is
+    seeds, with a intervals over seeds and, jointly for all methods, over units. The suspicion is
     supported if the upper end of its 95 % interval is below -`margin` (RMU gains at least that much
     from the mess), contradicted if the lower end is above -`margin`.
     """
@@ -70,7 +73,7 @@ class MessyForgetSet(Study):
     statistic: ClassVar[str] = (
         "Rank of RMU among three methods (1: least exact match left on the held-out test set, "
         "after relearning, at matched retain loss) on the messy forget set minus that on the clean "
-        "one, averaged over seeds; bootstrap over seeds and units. Supported if the upper end is "
+        "one, averaged over seeds; intervals over seeds and units. Supported if the upper end is "
         "below minus the margin, contradicted if the lower end is above minus the margin."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
@@ -168,10 +171,17 @@ class MessyForgetSet(Study):
             for condition in conditions
         }
         points = run_conditions(self, replicates, around, runtime, pool, relearn=True)
-        result = summarise(self, base, points, factors)
+        tables, decision, paragraph = summarise(self, base, points, factors)
         domain = replicates[self.seeds[0]].domain
         models = tuple(ref for seed in self.seeds for ref in replicates[seed].refs())
-        return StudyResult(*result, domain=domain, models=models)
+        return StudyResult(
+            tables,
+            decision.text,
+            paragraph,
+            domain=domain,
+            models=models,
+            contrasts=decision.contrasts,
+        )
 
 
 Point = dict[str, Any]
@@ -369,7 +379,7 @@ def summarise(
     base: Mapping[int, Point],
     points: Mapping[MessyRun, Sequence[Point]],
     factors: Mapping[tuple[Mess, str], float],
-) -> tuple[tuple[StudyTable, ...], str, str]:
+) -> tuple[tuple[StudyTable, ...], Decision, str]:
     """Return tables, decision and paragraph.
 
     Args:
@@ -383,7 +393,7 @@ def summarise(
         outcome: {mess: matched(study, base, points, mess, outcome) for mess in study.sets}
         for outcome in OUTCOMES
     }
-    ranked = {o: {mess: ranks(scores) for mess, scores in v.items()} for o, v in levels.items()}
+    ranked = {o: {mess: ranked_of(scores) for mess, scores in v.items()} for o, v in levels.items()}
     changes = {o: change(study, v) for o, v in ranked.items()}
     decision = decide(study, changes["relearned"])
     tables = (
@@ -391,7 +401,7 @@ def summarise(
         _ranks(study, ranked, changes),
         _strengths(study, factors, base, points),
     )
-    return tables, decision, _paragraph(study, base, levels, ranked, changes, decision)
+    return tables, decision, _paragraph(study, base, levels, ranked, changes, decision.text)
 
 
 def matched(
@@ -457,45 +467,43 @@ def interpolate(costs: Array, scores: Array, wanted: float) -> Array:
     return np.array([np.interp(wanted, x, y) for x, y in pairs])
 
 
-def ranks(by_seed: Mapping[int, Array]) -> dict[int, Array]:
+def ranked_of(by_seed: Mapping[int, Array]) -> dict[int, Array]:
     """Return by seed the rank of every method, 1 for the lowest score; ties share theirs."""
-    return {
-        seed: 1
-        + (scores[:, :, None] > scores[:, None, :] + 1e-12).sum(2)
-        + ((np.abs(scores[:, :, None] - scores[:, None, :]) <= 1e-12).sum(2) - 1) / 2
-        for seed, scores in by_seed.items()
-    }
+    return {seed: 1 + ranks(scores) for seed, scores in by_seed.items()}
 
 
-def over_seeds(values: Mapping[int, Array], seed: int = 0) -> Estimate:
-    """Return the mean over seeds, with seeds and, inside them, units resampled.
+UNITS = 100
+"""Units of the held-out test sets at least: so many that their interval needs no correction."""
+
+
+def averaged(values: Mapping[int, Array]) -> SeedEstimate:
+    """Return the mean over seeds with its interval over seeds and, inside them, units.
 
     Args:
         values: By seed: the value of the data, then of the samples.
-        seed: Seed of the bootstrap over seeds.
     """
-    table = np.stack([values[s] for s in values])
-    picked = np.random.default_rng(seed).integers(len(table), size=(table.shape[1] - 1, len(table)))
-    sampled = table[picked, np.arange(1, table.shape[1])[:, None]].mean(1)
-    value = float(table[:, 0].mean())
-    low, high = quantiles(sampled, 0.95)
-    return Estimate(value, min(low, value), max(high, value), len(table))
+    whole, count = of_seeds(values), len(values)
+    return over_replicates(
+        float(whole[0]), whole[1 : 1 + count], whole[1 + count :], groups=UNITS, n=count
+    )
 
 
 def change(study: MessyForgetSet, ranked: Mapping[Mess, Mapping[int, Array]]) -> Estimate:
     """Return the change of RMU's rank from the first forget set to the last."""
     at = list(study.methods).index("rmu")
     clean, messy = ranked[study.sets[0]], ranked[study.sets[-1]]
-    return over_seeds({s: messy[s][:, at] - clean[s][:, at] for s in study.seeds})
+    return averaged({s: messy[s][:, at] - clean[s][:, at] for s in study.seeds})
 
 
-def decide(study: MessyForgetSet, moved: Estimate) -> str:
+def decide(study: MessyForgetSet, moved: Estimate) -> Decision:
     """Return what the statistic says under the margin."""
-    if moved.high < -study.margin:
-        return f"supported: RMU gains more than {study.margin:g} ranks from the mess"
-    if moved.low > -study.margin:
-        return f"contradicted: RMU does not gain {study.margin:g} ranks from the mess"
-    return f"undecided: the interval holds a gain of {study.margin:g} ranks"
+    asked = Contrast("The change of RMU's rank", moved, (-study.margin,), study.error)
+    text = f"undecided: the interval holds a gain of {study.margin:g} ranks"
+    if asked.below(-study.margin):
+        text = f"supported: RMU gains more than {study.margin:g} ranks from the mess"
+    elif asked.above(-study.margin):
+        text = f"contradicted: RMU does not gain {study.margin:g} ranks from the mess"
+    return Decision(text, (asked,))
 
 
 ScoresBySet = Mapping[str, Mapping[Mess, Mapping[int, Array]]]
@@ -507,17 +515,16 @@ def _matched(study: MessyForgetSet, base: Mapping[int, Point], levels: ScoresByS
     for side in ("original", "oracle"):
         for outcome, words in OUTCOMES.items():
             of = {s: base[s] if side == "original" else base[s]["oracle"] for s in study.seeds}
-            units = {f"{s}:{u}": v for s in study.seeds for u, v in of[s][outcome].items()}
-            rows.append(row(side, words, bootstrap_mean(units)))
+            rows.append(row(side, words, mean_over_seeds({s: of[s][outcome] for s in of})))
     for mess in study.sets:
         for i, method in enumerate(study.methods):
             for outcome, words in OUTCOMES.items():
                 by_seed = {s: v[:, i] for s, v in levels[outcome][mess].items()}
-                rows.append(row(f"{method} on {mess}", words, over_seeds(by_seed)))
-                rows += [
-                    row(f"{method} on {mess}", words, over_seeds({s: v}), s)
-                    for s, v in by_seed.items()
-                ]
+                rows.append(row(f"{method} on {mess}", words, averaged(by_seed)))
+                for s, v in by_seed.items():
+                    ends = interval(v[1:], float(v[0]), UNITS, 0.95)
+                    of_seed = Estimate(float(v[0]), *ends, 1)
+                    rows.append(row(f"{method} on {mess}", words, of_seed, s))
     return StudyTable(
         title="Knowledge left at matched retain",
         note=f"Where the loss on retain has risen by {study.retain_cost:g} nats; lower is better.",
@@ -534,7 +541,7 @@ def _ranks(
         for i, method in enumerate(study.methods):
             for outcome, words in OUTCOMES.items():
                 by_seed = {s: v[:, i] for s, v in ranked[outcome][mess].items()}
-                rows.append(row(f"{method} on {mess}", f"rank by {words}", over_seeds(by_seed)))
+                rows.append(row(f"{method} on {mess}", f"rank by {words}", averaged(by_seed)))
     for outcome, words in OUTCOMES.items():
         name = f"rmu, {study.sets[-1]} minus {study.sets[0]}"
         rows.append(row(name, f"rank by {words}", changes[outcome]))
@@ -598,8 +605,8 @@ def _paragraph(
     for mess in (study.sets[0], study.sets[-1]):
         parts = []
         for i, method in enumerate(study.methods):
-            left = [over_seeds({s: v[:, i] for s, v in levels[o][mess].items()}) for o in OUTCOMES]
-            rank = over_seeds({s: v[:, i] for s, v in ranked["relearned"][mess].items()})
+            left = [averaged({s: v[:, i] for s, v in levels[o][mess].items()}) for o in OUTCOMES]
+            rank = averaged({s: v[:, i] for s, v in ranked["relearned"][mess].items()})
             parts.append(
                 f"{method} left {left[0].value:.2f} ({left[1].value:.2f} after relearning, rank "
                 f"{rank.value:.1f})"
@@ -607,8 +614,8 @@ def _paragraph(
         words.append(f"on the {mess} forget set {', '.join(parts)};")
     first, last = changes["V"], changes["relearned"]
     words.append(
-        f"the rank of RMU changed by {last.value:+.2f} [{last.low:+.2f}, {last.high:+.2f}] after "
-        f"relearning and by {first.value:+.2f} [{first.low:+.2f}, {first.high:+.2f}] before it."
+        f"the rank of RMU changed by {with_interval(last)} after relearning and by "
+        f"{with_interval(first)} before it."
     )
     return " ".join([*words, f"Decision: {decision}."])
 

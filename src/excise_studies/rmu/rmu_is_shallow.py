@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -14,14 +14,8 @@ from excise.core.stages import Runtime
 from excise.data.spec import DomainSpec
 from excise.domains.cyber import Cyber
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, FACTS_MODEL, Facts
-from excise.evals.stats import (
-    Estimate,
-    bootstrap_difference,
-    bootstrap_mean,
-    holm,
-    mcnemar,
-    resampled_means,
-)
+from excise.evals.replicates import Contrast, Decision, SeedEstimate, p_value
+from excise.evals.stats import Estimate, bootstrap_difference, holm
 from excise.fetch.model import open_model
 from excise.methods.base import ApplyMethod
 from excise.methods.posthoc.rmu import RMU
@@ -33,7 +27,16 @@ from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.base import Replicate, ScoreByUnit, pooled, row, share, train_replicates
+from excise_studies.base import (
+    Replicate,
+    ScoreBySeed,
+    mean_over_seeds,
+    row,
+    share,
+    train_replicates,
+)
+from excise_studies.levels import estimate, levels
+from excise_studies.recovery import said
 from excise_studies.rmu.clear_stage import BARE, ClearingPlan, ClearModels, RelearnCleared, fitted
 from excise_studies.rmu.clearing import Clearing
 from excise_studies.rmu.scoring import average
@@ -60,8 +63,8 @@ class RMUIsShallow(Study):
     )
     statistic: ClassVar[str] = (
         "R = (EM(edited, cleared) - EM(edited)) / (EM(original, cleared alike) - EM(edited)) on "
-        "the held-out test set (EM exact match; for plain text, minus the loss), pooled over "
-        "seeds, bootstrapped by unit; clearing chosen by dev loss on the tuned seed. Shallow if "
+        "the held-out test set (EM exact match; for plain text, minus the loss), over seeds "
+        "and their units; clearing chosen by dev loss on the tuned seed. Shallow if "
         "the lower end of R is above the margin, not shallow if the upper end is below."
     )
     takes: ClassVar[str] = "4 minutes, 1 GiB; --full: 15 minutes, 4 GiB, after fetching the model"
@@ -177,7 +180,8 @@ class RMUIsShallow(Study):
         summary = summarise(self, reported, name, relearned)
         return StudyResult(
             tables=summary.tables,
-            decision=summary.decision,
+            decision=summary.decision.text,
+            contrasts=summary.decision.contrasts,
             paragraph=summary.paragraph,
             domain=replicates[self.seeds[0]].domain,
             models=tuple(
@@ -343,7 +347,7 @@ class Summary:
     """What goes into the result."""
 
     tables: tuple[StudyTable, ...]
-    decision: str
+    decision: Decision
     paragraph: str
     notes: tuple[str, ...]
 
@@ -359,15 +363,15 @@ class Reader:
         """Names of the conditions, the bare one first."""
         return list(dict.fromkeys(n for s in self.scores.values() for n in s["arms"]))
 
-    def units(self, condition: str, side: str, metric: str) -> ScoreByUnit:
+    def units(self, condition: str, side: str, metric: str) -> ScoreBySeed:
         """Return one score by seed and unit."""
-        return pooled({s: v["arms"][condition][side][metric] for s, v in self.scores.items()})
+        return {s: v["arms"][condition][side][metric] for s, v in self.scores.items()}
 
     def has(self, metric: str) -> bool:
         """Return whether the rows allowed a score."""
         return all(metric in v["arms"][BARE]["edited"] for v in self.scores.values())
 
-    def back(self, condition: str, metric: str) -> Estimate:
+    def back(self, condition: str, metric: str) -> SeedEstimate:
         """Return the share of a score that clearing brings back; see the study's statistic."""
         bare = self.units(BARE, "edited", metric)
         sides = [self.units(condition, side, metric) for side in ("edited", "original")]
@@ -416,7 +420,7 @@ def summarise(
     return Summary(
         tables,
         decision,
-        _paragraph(reader, chosen, key, p, back, parts, controls, decision),
+        _paragraph(reader, chosen, key, p, back, parts, controls, decision.text),
         (f"clearing chosen on dev: {chosen}",),
     )
 
@@ -424,24 +428,20 @@ def summarise(
 def tests(reader: Reader, key: str) -> dict[str, float]:
     """Return by condition the p-value of clearing against not clearing, corrected after Holm.
 
-    Right and wrong answers by McNemar's exact test, losses by the sign of paired differences.
+    Paired differences of the means of seeds, by Student's t.
     """
     bare = reader.units(BARE, "edited", key)
     conditions = [condition for condition in reader.conditions if condition != BARE]
     raw = []
     for condition in conditions:
-        after = reader.units(condition, "edited", key)
-        if key == "text_loss":
-            after = {unit: float(after[unit] < bare[unit]) for unit in bare}
-            raw.append(mcnemar(after, {unit: 1 - value for unit, value in after.items()}))
-        else:
-            raw.append(mcnemar(after, bare))
+        both = levels({"after": reader.units(condition, "edited", key), "bare": bare}, {})
+        raw.append(p_value(estimate(both.at("after") - both.at("bare"), both)))
     return dict(zip(conditions, holm(raw), strict=True))
 
 
 def split(
-    relearned: Mapping[str, Mapping[int, Mapping[str, Any]]], back: Estimate, *, text: bool
-) -> dict[str, Estimate]:
+    relearned: Mapping[str, Mapping[int, Mapping[str, Any]]], back: SeedEstimate, *, text: bool
+) -> dict[str, SeedEstimate]:
     """Split what clearing does not bring back into what relearning reaches and what is gone.
 
     Args:
@@ -453,15 +453,14 @@ def split(
         Shares by name; those that need the oracle only where there is one.
     """
 
-    def after(treatment: str) -> ScoreByUnit:
-        return pooled({seed: scores["V"][1] for seed, scores in relearned[treatment].items()})
+    def after(treatment: str) -> ScoreBySeed:
+        return {seed: scores["V"][1] for seed, scores in relearned[treatment].items()}
 
-    def reached(kind: str) -> Estimate:
+    def reached(kind: str) -> SeedEstimate:
         low = after(f"oracle{kind}") if f"oracle{kind}" in relearned else None
         top, bottom = after(f"edited{kind}"), after(f"original{kind}")
         if low is None:
-            before = pooled({s: f["V"][0] for s, f in relearned["edited"].items()})
-            low = before
+            low = {s: f["V"][0] for s, f in relearned["edited"].items()}
         pairs = ((low, top), (low, bottom)) if text else ((top, low), (bottom, low))
         return share(*pairs)
 
@@ -471,38 +470,41 @@ def split(
         "back by relearning alone": bare,
         "back by clearing and relearning": cleared,
         "cleared incompletely": _minus(cleared, back),
-        "gone": Estimate(1 - cleared.value, 1 - cleared.high, 1 - cleared.low, cleared.n),
+        "gone": replace(
+            cleared, value=1 - cleared.value, low=1 - cleared.high, high=1 - cleared.low
+        ),
     }
     return out
 
 
-def _minus(first: Estimate, second: Estimate) -> Estimate:
+def _minus(first: SeedEstimate, second: SeedEstimate) -> SeedEstimate:
     """Return a difference of shares of other treatments, with independent intervals."""
     value = first.value - second.value
     half = math.hypot(first.half, second.half)
-    return Estimate(value, value - half, value + half, first.n)
+    return replace(first, value=value, low=value - half, high=value + half)
 
 
-def decide(study: RMUIsShallow, back: Estimate, parts: Mapping[str, Estimate]) -> str:
+def decide(study: RMUIsShallow, back: Estimate, parts: Mapping[str, Estimate]) -> Decision:
     """Return what the statistic says under the margins."""
     if math.isnan(back.value):
-        return "invalid: the removal left nothing to bring back"
-    if back.low > study.margin:
-        first = f"shallow: R is above {study.margin:g}"
-    elif back.high < study.margin:
-        first = f"not shallow: R is below {study.margin:g}"
-    else:
-        first = f"undecided: the interval of R holds {study.margin:g}"
+        return Decision("invalid: the removal left nothing to bring back")
     gone = parts["gone"]
+    error = study.error if math.isnan(gone.value) else study.error / 2
+    asked = Contrast("R", back, (study.margin,), error)
+    first = f"undecided: the interval of R holds {study.margin:g}"
+    if asked.above(study.margin):
+        first = f"shallow: R is above {study.margin:g}"
+    elif asked.below(study.margin):
+        first = f"not shallow: R is below {study.margin:g}"
     if math.isnan(gone.value):
-        return first
-    if gone.low > study.gone_margin:
-        return f"{first}; some knowledge is gone: G is above {study.gone_margin:g}"
-    if gone.high < study.gone_margin:
-        return f"{first}; the rest was cleared incompletely: G is below {study.gone_margin:g}"
-    return f"{first}; whether the rest is gone is undecided: G's interval holds " + (
-        f"{study.gone_margin:g}"
-    )
+        return Decision(first, (asked,))
+    rest = Contrast("G", gone, (study.gone_margin,), error)
+    second = f"whether the rest is gone is undecided: G's interval holds {study.gone_margin:g}"
+    if rest.above(study.gone_margin):
+        second = f"some knowledge is gone: G is above {study.gone_margin:g}"
+    elif rest.below(study.gone_margin):
+        second = f"the rest was cleared incompletely: G is below {study.gone_margin:g}"
+    return Decision(f"{first}; {second}", (asked, rest))
 
 
 def _residual(scores: ClearingScores) -> StudyTable:
@@ -543,28 +545,30 @@ def _conditions(reader: Reader, key: str, p: Mapping[str, float]) -> StudyTable:
     rows: list[StudyRow] = []
     metrics = [m for m in METRICS if reader.has(m)]
     original = {m: reader.units(BARE, "original", m) for m in metrics}
-    rows += [row("original", METRICS[m], bootstrap_mean(v)) for m, v in original.items()]
+    rows += [row("original", METRICS[m], mean_over_seeds(v)) for m, v in original.items()]
     for condition in reader.conditions:
         for m in metrics:
             rows.append(
-                row(condition, METRICS[m], bootstrap_mean(reader.units(condition, "edited", m)))
+                row(condition, METRICS[m], mean_over_seeds(reader.units(condition, "edited", m)))
             )
         if condition == BARE:
             continue
         paired = reader.units(condition, "original", key)
-        rows.append(row(condition, f"original alike, {METRICS[key]}", bootstrap_mean(paired)))
+        rows.append(row(condition, f"original alike, {METRICS[key]}", mean_over_seeds(paired)))
         rows.append(row(condition, "coherence back", reader.back(condition, "coherence")))
         rows.append(row(condition, "knowledge back", reader.back(condition, key)))
         rows.append(
-            StudyRow(condition=condition, metric="p after Holm", value=p[condition], n=len(paired))
+            StudyRow(
+                condition=condition, metric="p after Holm", value=p[condition], n=len(reader.scores)
+            )
         )
     return StudyTable(
         title="Clearing, all reported seeds",
         note=(
             "On the held-out test set unless retain is named. 'Back' is read against the original "
             "cleared alike; "
-            "controls are called split halves and random. p: McNemar (losses: sign test) against "
-            "not clearing, Holm over all conditions."
+            "controls are called split halves and random. p: Student's t over seeds against not "
+            "clearing, Holm over all conditions; n counts seeds."
         ),
         rows=tuple(rows),
     )
@@ -582,7 +586,8 @@ def _by_seed(reader: Reader, chosen: str, key: str) -> StudyTable:
         for m in ("retain_loss", "retain_exact_match"):
             if reader_of_seed.has(m):
                 sides = [
-                    reader_of_seed.units(condition, "edited", m) for condition in (chosen, BARE)
+                    reader_of_seed.units(condition, "edited", m)[seed]
+                    for condition in (chosen, BARE)
                 ]
                 name = f"{METRICS[m]}, change"
                 rows.append(row(chosen, name, bootstrap_difference(*sides), seed))
@@ -595,8 +600,8 @@ def _relearned(relearned: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Stud
     for treatment, by_seed in relearned.items():
         for what in ("V", "retain"):
             for i, when in enumerate(("before", "after")):
-                units = pooled({seed: scores[what][i] for seed, scores in by_seed.items()})
-                rows.append(row(treatment, f"{what}, {when}", bootstrap_mean(units)))
+                units = {seed: scores[what][i] for seed, scores in by_seed.items()}
+                rows.append(row(treatment, f"{what}, {when}", mean_over_seeds(units)))
         rates = [scores["lr"] for scores in by_seed.values()]
         rows.append(StudyRow(condition=treatment, metric="rate", value=rates[0], n=len(rates)))
     return StudyTable(
@@ -606,11 +611,6 @@ def _relearned(relearned: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Stud
         ),
         rows=tuple(rows),
     )
-
-
-def said(value: Estimate) -> str:
-    """Return an estimate in words."""
-    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
 def _paragraph(
@@ -626,7 +626,7 @@ def _paragraph(
     """Return the result in words."""
 
     def mean(condition: str, side: str, metric: str) -> float:
-        return float(resampled_means([reader.units(condition, side, metric)], samples=1)[0][0])
+        return mean_over_seeds(reader.units(condition, side, metric)).value
 
     name = METRICS[key]
     best = max(controls, key=lambda condition: controls[condition].value) if controls else ""

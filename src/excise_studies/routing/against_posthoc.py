@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.errors import nearest
+from excise.evals.replicates import Decision, contrasts, over_seeds
 from excise.methods import Chain, Filtering, Method, Potion
 from excise.methods.search import changed
 from excise.record import Estimate, StudyRow, StudyTable
@@ -19,7 +20,7 @@ from excise.train.fit import FitConfig
 from excise_studies.base import row
 from excise_studies.leaderboard.board import Leaderboard
 from excise_studies.leaderboard.repair import RetainTuning
-from excise_studies.leaderboard.tables import Board, Entry, conclude, left_of, over_seeds
+from excise_studies.leaderboard.tables import Board, Entry, conclude, left_of
 from excise_studies.recovery import listed, said
 from excise_studies.routing.presets import (
     BASELINES,
@@ -166,8 +167,9 @@ class RoutingAgainstPosthoc(Leaderboard):
         return replace(
             found,
             tables=(*tables, *found.tables),
-            decision=decision,
-            paragraph=" ".join([*words, f"Decision: {decision}."]),
+            decision=decision.text,
+            contrasts=decision.contrasts,
+            paragraph=" ".join([*words, f"Decision: {decision.text}."]),
         )
 
 
@@ -209,13 +211,16 @@ def keeps(study: RoutingAgainstPosthoc, board: Board, name: str) -> bool:
     return bool(changes) and mean(changes) >= -study.keep
 
 
-def decide(study: RoutingAgainstPosthoc, board: Board, differences: dict[str, Estimate]) -> str:
+def decide(
+    study: RoutingAgainstPosthoc, board: Board, differences: dict[str, Estimate]
+) -> Decision:
     """Return whom the preset beats, who does as well, and what is open."""
     groups: dict[str, list[str]] = {"beats": [], "dear": [], "as well": [], "open": []}
-    for name, d in differences.items():
-        if d.low > study.margin:
+    asked = contrasts(differences, (study.margin,), study.error)
+    for name, contrast in asked.items():
+        if contrast.above(study.margin):
             groups["beats"].append(name)
-        elif d.high < study.margin:
+        elif contrast.below(study.margin):
             groups["as well" if keeps(study, board, name) else "dear"].append(name)
         else:
             groups["open"].append(name)
@@ -232,7 +237,8 @@ def decide(study: RoutingAgainstPosthoc, board: Board, differences: dict[str, Es
         works = f"{name}{TUNED}" in groups["as well"]
         shown = "makes" if works else "is not shown to make"
         parts.append(f"fine-tuning on retain rows {shown} {name} work")
-    return "; ".join(parts) or f"undecided: nothing was compared with {study.preset}"
+    text = "; ".join(parts) or f"undecided: nothing was compared with {study.preset}"
+    return Decision(text, tuple(asked.values()))
 
 
 def _both(study: RoutingAgainstPosthoc, board: Board) -> list[str]:

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from excise.core.config import Config
 from excise.core.errors import UserError
-from excise.data.domain import CORE, Domain, Row, Rows
+from excise.data.domain import CORE, Domain, Row, Rows, Span
 from excise.data.split import hashed_order
 from excise.domains.biology import read_functions
 from excise.domains.corpus import Document
@@ -143,13 +143,15 @@ class DomainPair:
     accuracy: float
 
 
-def make_pair(name: str, sizes: Sizes, seed: int) -> DomainPair:
+def make_pair(name: str, sizes: Sizes, seed: int, *, together: bool = False) -> DomainPair:
     """Build a pair at one seed.
 
     Args:
         name: One of `PAIRS` or `FETCHED`.
         sizes: How much text.
         seed: Which documents are used, and which of them are scored.
+        together: Whether passages of the two that are trained on stand in one text, that of the
+            domain that is routed away as a span.
 
     Raises:
         UserError: If a domain has too few passages.
@@ -187,6 +189,9 @@ def make_pair(name: str, sizes: Sizes, seed: int) -> DomainPair:
             f"{name}: {size} passages of either; adjacent is the domain beside the one cut off",
         ),
     )
+    if together:
+        mixed, alone = _side_by_side(away_split[1], beside_split[1])
+        domain = replace(domain, forget={"away": mixed}, adjacent=alone)
     model = _Words(away_split[1], beside_split[1])
     return DomainPair(domain, *model.apart(away_split[0], beside_split[0]))
 
@@ -211,6 +216,20 @@ def _cut(rows: Rows) -> tuple[Rows, Rows]:
     few = set(groups[: max(2, len(groups) // 5)])
     scored = tuple(row for row in rows if row.group in few)
     return scored[: max(4, len(rows) // 5)], tuple(row for row in rows if row.group not in few)
+
+
+def _side_by_side(away: Rows, beside: Rows) -> tuple[Rows, Rows]:
+    """Return texts of a passage of each side, by turns the first, and passages left over.
+
+    Those of the side that is routed away stay alone where the other has too few.
+    """
+    texts = list(away)
+    for i, (a, b) in enumerate(zip(away, beside, strict=False)):
+        before = "" if i % 2 else f"{b.text} "
+        after = f" {b.text}" if i % 2 else ""
+        span = Span(len(before), len(before) + len(a.text), a.capability, a.label)
+        texts[i] = replace(a, text=f"{before}{a.text}{after}", spans=(span,))
+    return tuple(texts), beside[len(away) :]
 
 
 def _passages(documents: Sequence[Document], sizes: Sizes, seed: int) -> Rows:

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from excise.core.stages import Runtime
+from excise.evals.replicates import Contrast, Decision
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.methods.pretraining.sgtm import SGTM
@@ -15,7 +16,6 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import verdict
 from excise_studies.recovery import gaps, said
 from excise_studies.routing.setting import (
     SHARES,
@@ -57,7 +57,7 @@ class Edges(Study):
         "D = depth gap on the held-out test set after relearning, activations (the better of "
         "weights 0 and `reversed`) minus parameters, mean over label rates; parameters hold better "
         "if the lower end of the 95 % interval is above the margin and their retain recall is not "
-        "lower by more than it. Bootstrap over seeds and units."
+        "lower by more than it. Intervals over seeds and units."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
 
@@ -125,29 +125,34 @@ KEEP = "K (retain recall, parameters - activations)"
 def contrasts(study: Edges, outcome: RoutingOutcome) -> dict[str, Estimate]:
     """Return D and K over all rates, and D at each."""
     recovery = outcome.recovery
-    gap, recall, by_rate = [], [], {}
+    first, second, recall, by_rate = [], [], [], {}
     for rate in study.rates:
         parameters = at(PARAMETERS, rate)
         others = [at(name, rate) for name in (ZERO, REVERSED)]
         best = min(others, key=lambda condition: float(recovery.gap(condition)[0]))
-        gap.append(recovery.gap(best) - recovery.gap(parameters))
+        first.append(recovery.gap(best))
+        second.append(recovery.gap(parameters))
         recall.append(recovery.retain.at(parameters) - recovery.retain.at(best))
-        by_rate[f"D at {100 * rate:g} % labels"] = outcome.estimate(gap[-1])
-    both = {HOLD: np.mean(gap, axis=0), KEEP: np.mean(recall, axis=0)}
-    return {name: outcome.estimate(values) for name, values in both.items()} | by_rate
+        by_rate[f"D at {100 * rate:g} % labels"] = recovery.apart(first[-1], second[-1])
+    held = recovery.apart(np.mean(first, axis=0), np.mean(second, axis=0))
+    return {HOLD: held, KEEP: outcome.estimate(np.mean(recall, axis=0)), **by_rate}
 
 
-def decide(study: Edges, effects: dict[str, Estimate]) -> str:
+def decide(study: Edges, effects: dict[str, Estimate]) -> Decision:
     """Return what D and K say under the margin."""
-    against_margin = verdict(effects[HOLD], study.margin)
-    if against_margin == "above" and effects[KEEP].low < -study.margin:
-        return (
+    error = study.error / 2
+    held = Contrast("D", effects[HOLD], (-study.margin, study.margin), error)
+    cost = Contrast("K", effects[KEEP], (-study.margin,), error)
+    if held.verdict == "above" and not cost.above(-study.margin):
+        text = (
             "undecided: edges that leave parameters hold better, and may keep less of retain by "
             f"more than {study.margin:g}"
         )
-    return {
+        return Decision(text, (held, cost))
+    words = {
         "above": "edges that leave parameters hold better: D is above the margin",
         "below": "edges that leave activations hold better: D is below minus the margin",
         "equal": f"alike: D lies within {study.margin:g}",
         "undecided": f"undecided: D's interval crosses {study.margin:g}",
-    }[against_margin]
+    }
+    return Decision(held.say(words), (held,))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from excise.core.stages import Runtime
+from excise.evals.replicates import Contrast, Decision, end_of
 from excise.evals.stats import Estimate
 from excise.methods.base import Method
 from excise.methods.pretraining.era import ERAAfter, Expand
@@ -16,7 +18,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.levels import estimate, levels, verdict
+from excise_studies.levels import estimate, levels
 from excise_studies.recovery import gaps, said
 from excise_studies.routing.presets import era
 from excise_studies.routing.setting import (
@@ -56,7 +58,7 @@ class ERAAfterTraining(Study):
     statistic: ClassVar[str] = (
         "D = depth gap on the held-out test set after relearning, continued training on retained "
         "rows minus ERA, at the most steps; ERA removes if the lower end of the 95 % interval is "
-        "above the margin, not if the upper end is below it. Bootstrap over seeds and units."
+        "above the margin, not if the upper end is below it. Intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
@@ -83,7 +85,7 @@ class ERAAfterTraining(Study):
             text_losses(models, setting, runtime, pool, "test"), groups_of(setting.replicates)
         )
         nats = {
-            condition: estimate(on_v.at(condition) - on_v.at("original"), on_v.n)
+            condition: estimate(on_v.at(condition) - on_v.at("original"), on_v)
             for condition in on_v.conditions
             if condition != "original"
         }
@@ -127,23 +129,25 @@ def difference(study: ERAAfterTraining, outcome: RoutingOutcome) -> Estimate:
     """Return D at the most steps."""
     last = max(study.steps)
     recovery = outcome.recovery
-    return outcome.estimate(
-        recovery.gap(named("retain alone", last)) - recovery.gap(named("era", last))
-    )
+    return recovery.contrast([named("retain alone", last)], [named("era", last)])
 
 
-def decide(study: ERAAfterTraining, effect: Estimate) -> str:
+def decide(study: ERAAfterTraining, effect: Estimate) -> Decision:
     """Return what D says under the margin."""
-    against_margin = verdict(effect, study.margin)
-    if against_margin == "above":
-        return "ERA removes after training: D is above the margin"
-    if against_margin in ("below", "equal"):
-        return "ERA does not remove after training: D is below the margin"
-    return f"undecided: D's interval crosses {study.margin:g}"
+    asked = Contrast("D", effect, (study.margin,), study.error)
+    text = f"undecided: D's interval crosses {study.margin:g}"
+    if asked.above(study.margin):
+        text = "ERA removes after training: D is above the margin"
+    elif asked.below(study.margin):
+        text = "ERA does not remove after training: D is below the margin"
+        end = end_of(effect, study.margin)
+        if end:
+            text += f", with both at the {end}"
+    return Decision(text, (asked,))
 
 
 def _table(
-    study: ERAAfterTraining, nats: dict[str, Estimate], tokens: dict[RunKey, int]
+    study: ERAAfterTraining, nats: Mapping[str, Estimate], tokens: dict[RunKey, int]
 ) -> StudyTable:
     """Return nats on the held-out test set and tokens by condition."""
     rows: list[StudyRow] = []

@@ -11,14 +11,15 @@ from pydantic import Field, SerializeAsAny, model_validator
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.domains.facts import Facts
+from excise.evals.replicates import Contrast, Decision
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
-from excise.methods.pretraining.pretrain import Pretrain, corpus
+from excise.methods.pretraining.pretrain import Pretrain, taught
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import estimate, verdict
+from excise_studies.levels import estimate
 from excise_studies.recovery import said
 from excise_studies.routing.presets import grad_diff, maxent, rmu
 from excise_studies.routing.setting import (
@@ -57,7 +58,7 @@ class Ingrained(Study):
         "I = (mean depth gap of post-hoc methods - that of routing) at the most exposures per fact "
         "minus the same at the fewest, on the held-out test set after relearning; deeper ingrained "
         "is harder to remove afterwards if the lower end of the 95 % interval is above the margin. "
-        "Bootstrap over seeds and units, the same samples at all levels."
+        "Intervals over seeds and units, the same samples at all levels."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
 
@@ -128,7 +129,7 @@ class Ingrained(Study):
             outcomes[last],
             settings[last],
             words,
-            decide(self, effect) if not voids else f"invalid: {'; '.join(voids)}",
+            decide(self, effect) if not voids else Decision(f"invalid: {'; '.join(voids)}"),
             more=(_table(self, outcomes, seen),),
             notes=(
                 f"reference models and curves are those of {seen[last]:.0f} exposures per fact",
@@ -150,9 +151,10 @@ def exposures(domain: Domain, pretrain: Pretrain) -> float:
         domain: The data, with the share of the mix.
         pretrain: Steps and rows of a step.
     """
-    rows = corpus(domain)
+    rows = taught(domain)
     forget = [row for row in rows if row.capability]
-    read = pretrain.fit.steps * pretrain.fit.batch_size * len(forget) / len(rows)
+    texts = pretrain.fit.steps * pretrain.fit.batch_size
+    read = texts * domain.rows_per_text * len(forget) / len(rows)
     return read / len({row.unit for row in forget})
 
 
@@ -166,17 +168,19 @@ def behind(study: Ingrained, outcome: RoutingOutcome) -> Array:
 def interaction(study: Ingrained, outcomes: Mapping[float, RoutingOutcome]) -> Estimate:
     """Return I: units are the same at all levels, and so are the samples."""
     few, many = outcomes[study.mix[0]], outcomes[study.mix[-1]]
-    return estimate(behind(study, many) - behind(study, few), many.recovery.after.n)
+    return estimate(behind(study, many) - behind(study, few), many.recovery.after)
 
 
-def decide(study: Ingrained, effect: Estimate) -> str:
+def decide(study: Ingrained, effect: Estimate) -> Decision:
     """Return what I says under the margin."""
-    return {
+    words = {
         "above": "deeper ingrained is harder to remove afterwards: I is above the margin",
         "below": "deeper ingrained is easier to remove afterwards: I is below minus the margin",
         "equal": f"exposures make no difference: I lies within {study.margin:g}",
         "undecided": f"undecided: I's interval crosses {study.margin:g}",
-    }[verdict(effect, study.margin)]
+    }
+    asked = Contrast("I", effect, (-study.margin, study.margin), study.error)
+    return Decision(asked.say(words), (asked,))
 
 
 def spoken(
@@ -196,11 +200,12 @@ def _table(
     """Return gaps and recall by exposures."""
     rows: list[StudyRow] = []
     for share, outcome in outcomes.items():
-        level, n = f"{seen[share]:.0f} exposures", outcome.recovery.after.n
-        known = estimate(outcome.recovery.before.at("original"), n)
+        level = f"{seen[share]:.0f} exposures"
+        before = outcome.recovery.before
+        known = estimate(before.at("original"), before)
         rows.append(row("original", f"held-out test set, {level}", known))
         for name in (ROUTED, *study.after):
             rows.append(row(name, f"depth gap, {level}", outcome.recovery.value(name)))
-            recall = estimate(outcome.recovery.retain.at(name), outcome.recovery.retain.n)
+            recall = estimate(outcome.recovery.retain.at(name), outcome.recovery.retain)
             rows.append(row(name, f"retain recall, {level}", recall))
     return StudyTable(title="By exposures per fact", note=study.statistic, rows=tuple(rows))

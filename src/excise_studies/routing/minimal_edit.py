@@ -23,6 +23,7 @@ from excise.core.disk import write_text
 from excise.core.stages import Runtime
 from excise.data.domain import Domain, all_rows
 from excise.domains.facts import Facts
+from excise.evals.replicates import Decision, SeedEstimate, contrasts
 from excise.evals.score import measure
 from excise.evals.stats import Estimate
 from excise.methods import GRAM, Filtering, Method
@@ -35,7 +36,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import RelearnModel, RunKey, known
 from excise_studies.base import Replicate, row
-from excise_studies.levels import estimate, levels, verdict
+from excise_studies.levels import estimate, levels
 from excise_studies.recovery import gaps, said
 from excise_studies.routing.presets import grad_diff, npo, repselect, rmu, ssd
 from excise_studies.routing.setting import RoutingSetting, facts_setting, make_setting, prepared
@@ -84,7 +85,7 @@ class MinimalEdit(Study):
         "M = log2 of the size of the smallest resistant edit over that of the smallest suppressing "
         "one, for length, rank and entries, mean over methods; resisting takes another edit if the "
         "lower end of the 95 % interval is above the margin (doublings). Found on dev by "
-        "bisection; bootstrap over seeds and methods."
+        "bisection; intervals over seeds and methods."
     )
     takes: ClassVar[str] = "20 minutes, 1 GiB; --seeds cuts it; resumes where it was stopped"
 
@@ -493,27 +494,26 @@ def ratios_of(study: MinimalEdit, found: Found, way: Way) -> Ratios:
         by_seed.setdefault(seed, {})[name] = ratio
     if not by_seed:
         nan = math.nan
-        return Ratios(Estimate(nan, nan, nan, 0), single)
+        return Ratios(SeedEstimate(nan, nan, nan, 0), single)
     shared = levels({way: by_seed}, {})
-    return Ratios(estimate(shared.at(way), shared.n), single, bounds)
+    return Ratios(estimate(shared.at(way), shared), single, bounds)
 
 
-def decide(study: MinimalEdit, ratios: Mapping[Way, Ratios]) -> str:
+def decide(study: MinimalEdit, ratios: Mapping[Way, Ratios]) -> Decision:
     """Return what M says of every way."""
+    values: dict[str, Estimate] = {way: of_way.value for way, of_way in ratios.items()}
+    asked = contrasts(values, (-study.margin, study.margin), study.error)
+    words = {
+        "above": f"resisting takes more than {study.margin:g} doubling(s)",
+        "equal": f"resisting takes no more within {study.margin:g} doubling(s)",
+        "below": "resisting takes less than suppressing",
+        "undecided": "undecided",
+    }
     parts = []
     for way, of_way in ratios.items():
-        against = verdict(of_way.value, study.margin)
-        one_seed = len({seed for _, seed in of_way.single}) < 2
-        if one_seed or (of_way.bounds and against in ("equal", "below")):
-            against = "undecided"
-        words = {
-            "above": f"resisting takes more than {study.margin:g} doubling(s)",
-            "equal": f"resisting takes no more within {study.margin:g} doubling(s)",
-            "below": "resisting takes less than suppressing",
-            "undecided": "undecided",
-        }
-        parts.append(f"{way}: {words[against]}")
-    return "; ".join(parts)
+        bounded = of_way.bounds and asked[way].verdict in ("equal", "below")
+        parts.append(f"{way}: {'undecided' if bounded else asked[way].say(words)}")
+    return Decision("; ".join(parts), tuple(asked.values()))
 
 
 def _spoken(study: MinimalEdit, found: Found, ratios: Mapping[Way, Ratios]) -> str:

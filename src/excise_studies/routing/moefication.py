@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +10,7 @@ from pydantic import Field
 
 from excise.core.stages import Runtime
 from excise.domains.facts import Facts
+from excise.evals.replicates import Decision, SeedEstimate, contrasts
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.moefy import Moefy
@@ -19,7 +20,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.levels import Levels, estimate, levels
+from excise_studies.levels import Levels, estimate, estimate_of_seed, levels
 from excise_studies.recovery import gaps, recovery_table, said
 from excise_studies.routing.setting import (
     SHARES,
@@ -59,7 +60,7 @@ class Moefication(Study):
         "N = loss on the held-out test set minus loss on retain, each above the original's, "
         "modules emptied, in nats. Moefication separates if N of measured neurons exceeds that of "
         "random neurons (S) and of the same steps dense (C), both with the lower end of the 95 % "
-        "interval above the margin; bootstrap over seeds and units."
+        "interval above the margin; intervals over seeds and units."
     )
     takes: ClassVar[str] = "5 minutes, 1 GiB"
 
@@ -83,7 +84,7 @@ class Moefication(Study):
         removals = train_conditions(methods, setting, runtime, pool)
         outcome = score_conditions(removals, setting, self.seeds, runtime, pool, shares=self.shares)
         losses = measured(removals, setting, runtime, pool)
-        contrasts = {
+        effects = {
             "S (net separation, measured - random)": losses.estimate(
                 losses.net(MEASURED) - losses.net(RANDOM)
             ),
@@ -91,9 +92,9 @@ class Moefication(Study):
                 losses.net(MEASURED) - losses.net(DENSE)
             ),
         }
-        decision = decide(self, list(contrasts.values()))
+        decision = decide(self, effects)
         tables = (
-            contrast_table(self, contrasts, losses),
+            contrast_table(self, effects, losses),
             rounds_table(removals),
             tax_table(outcome),
             recovery_table(outcome.recovery),
@@ -101,8 +102,9 @@ class Moefication(Study):
         models = {**reference_models(setting.replicates, self.seeds), **checkpoints(removals)}
         return StudyResult(
             tables=tables,
-            decision=decision,
-            paragraph=paragraph(self, contrasts, losses, outcome, removals, decision),
+            decision=decision.text,
+            contrasts=decision.contrasts,
+            paragraph=paragraph(self, effects, losses, outcome, removals, decision.text),
             domain=setting.replicates[self.seeds[0]].domain,
             models=tuple(
                 model_ref(f"{condition}, seed {seed}", m) for (condition, seed), m in models.items()
@@ -141,9 +143,9 @@ class SeparationLosses:
         separation: Array = rise_v - (self.retain.at(condition) - self.retain.at("original"))
         return separation
 
-    def estimate(self, values: Array) -> Estimate:
+    def estimate(self, values: Array) -> SeedEstimate:
         """Return the estimate of values that rest on the held-out test set."""
-        return estimate(values, self.v.n)
+        return estimate(values, self.v)
 
 
 def measured(
@@ -159,34 +161,39 @@ def measured(
     return SeparationLosses(v, levels(text_losses(models, setting, runtime, pool), groups))
 
 
-def decide(study: Moefication, contrasts: Sequence[Estimate]) -> str:
+def decide(study: Moefication, effects: Mapping[str, Estimate]) -> Decision:
     """Return what S and C say under the margin."""
-    against = dict(zip(("random neurons", "the same steps dense"), contrasts, strict=True))
-    if all(value.low > study.margin for value in against.values()):
-        return "moefication separates: S and C are above the margin"
-    short = [name for name, value in against.items() if value.high < study.margin]
-    if short:
-        return f"it does not separate: no {study.margin:g} nats better than {' or '.join(short)}"
-    return f"undecided: an interval crosses {study.margin:g} nats"
+    asked = contrasts(effects, (study.margin,), study.error)
+    against = dict(zip(("random neurons", "the same steps dense"), asked.values(), strict=True))
+    short = [name for name, contrast in against.items() if contrast.below(study.margin)]
+    if all(contrast.above(study.margin) for contrast in against.values()):
+        text = "moefication separates: S and C are above the margin"
+    elif short:
+        text = f"it does not separate: no {study.margin:g} nats better than {' or '.join(short)}"
+        return Decision(text, tuple(against[name] for name in short))
+    else:
+        text = f"undecided: an interval crosses {study.margin:g} nats"
+    return Decision(text, tuple(asked.values()))
 
 
 def contrast_table(
-    study: Moefication, contrasts: Mapping[str, Estimate], losses: SeparationLosses
+    study: Moefication, effects: Mapping[str, Estimate], losses: SeparationLosses
 ) -> StudyTable:
     """Return S, C and the net separation of every condition, overall and by seed."""
-    rows = [row("contrast", name, value) for name, value in contrasts.items()]
+    rows = [row("contrast", name, value) for name, value in effects.items()]
     for condition in (MEASURED, *CONTROLS):
         rows.append(row(condition, "net separation", losses.estimate(losses.net(condition))))
         rows.append(
             row(condition, "loss on the held-out test set", losses.estimate(losses.v.at(condition)))
         )
         rows.append(
-            row(condition, "loss on retain", estimate(losses.retain.at(condition), losses.retain.n))
+            row(condition, "loss on retain", estimate(losses.retain.at(condition), losses.retain))
         )
         for seed in losses.v.by_seed:
             rise = losses.v.at(condition, seed) - losses.v.at("original", seed)
             rise_retain = losses.retain.at(condition, seed) - losses.retain.at("original", seed)
-            rows.append(row(condition, "net separation", losses.estimate(rise - rise_retain), seed))
+            of_seed = estimate_of_seed(rise - rise_retain, losses.v, seed)
+            rows.append(row(condition, "net separation", of_seed, seed))
     return StudyTable(
         title="Separation without the modules", note=study.statistic, rows=tuple(rows)
     )
@@ -244,7 +251,7 @@ def rounds_table(removals: Mapping[RunKey, Removal]) -> StudyTable:
 
 def paragraph(
     study: Moefication,
-    contrasts: Mapping[str, Estimate],
+    effects: Mapping[str, Estimate],
     losses: SeparationLosses,
     outcome: RoutingOutcome,
     removals: Mapping[RunKey, Removal],
@@ -271,7 +278,7 @@ def paragraph(
         )
         + "."
     )
-    words += [f"{name} was {said(value)}." for name, value in contrasts.items()]
+    words += [f"{name} was {said(value)}." for name, value in effects.items()]
     core = parts[MEASURED, study.moefy.rounds, "active parameters: core"][0]
     both = parts[MEASURED, study.moefy.rounds, "active parameters: core and module"][0]
     words.append(

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.errors import nearest
 from excise.core.stages import Runtime
+from excise.domains.definitions import DEFINITIONS_FIT, DEFINITIONS_MAX_LENGTH, Definitions
 from excise.domains.facts import Facts
+from excise.evals.replicates import Contrast, Decision
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
+from excise.methods.pretraining.pretrain import Pretrain
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
+from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import estimate, verdict
+from excise_studies.levels import estimate
 from excise_studies.recovery import said
 from excise_studies.routing.presets import BASELINES, PRESETS
 from excise_studies.routing.setting import (
@@ -38,6 +42,26 @@ from excise_studies.setting import ExperimentSetting
 
 FactsCue = Literal["none", "category", "style"]
 EVERY: Mapping[str, Method] = {**PRESETS, **BASELINES}
+
+
+PROSE_CONDITIONS = (
+    "filtering", "relabel_rows", "relabel_grad_diff", "grad_diff_pretrain", "sgtm",
+    "sgtm_relabelled",
+)  # fmt: skip
+"""What runs on real prose: with the probe and without."""
+
+
+def prose_setting(**changes: Any) -> ExperimentSetting:
+    """Return definitions and general English, and models and an attacker of their size.
+
+    Args:
+        **changes: Settings of the domain that differ.
+    """
+    fit = FitConfig(**{**DEFINITIONS_FIT, "steps": 300})
+    return facts_setting(
+        domain=Definitions(**{"documents": 800, "prose": 1200, **changes}),
+        pretrain=Pretrain(fit=fit, max_length=DEFINITIONS_MAX_LENGTH),
+    )
 
 
 class PartialLabels(Study):
@@ -61,7 +85,7 @@ class PartialLabels(Study):
         "D = depth gap on the held-out test set after relearning, `against` minus `preset`, at the "
         "share `decide_at` of labels, mean over ways to miss and cues; the preset wins if the "
         "lower end of the 95 % interval is above the margin and its retain recall is at least "
-        "`keep`. Bootstrap over seeds and units."
+        "`keep`. Intervals over seeds and units."
     )
     takes: ClassVar[str] = (
         "3 hours, 1 GiB; 40 minutes with --rates '[0.5]', 8 with two --arms besides; resumes "
@@ -99,7 +123,8 @@ class PartialLabels(Study):
     tuned_on: tuple[int, ...] = (0, 11, 12)
     """Draws on which `sgtm_tuned` and `sgtm_relabelled` were chosen."""
     keep: float = 0.98
-    """Retain recall that the preset must keep."""
+    """Retain recall that the preset must keep; where text is scored by its loss, the share of what
+    the original has."""
     shares: tuple[float, ...] = SHARES
     """Shares of the steps of plain runs for the compute ratio."""
 
@@ -111,6 +136,19 @@ class PartialLabels(Study):
             if name not in known:
                 raise ValueError(f"arms: there is no condition '{name}'; {nearest(name, known)}")
         return self
+
+    @classmethod
+    def full(cls) -> Self:
+        """Return the settings on real prose: definitions of animals beside general English.
+
+        Every definition is a unit of its own, so that only a probe can find what labels miss.
+        """
+        return cls(
+            experiment=prose_setting(),
+            rates=(1.0, 0.5),
+            missed=("units",),
+            arms=PROSE_CONDITIONS,
+        )
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train every method under every setting of the labels, cue by cue; relearn; compare."""
@@ -173,7 +211,8 @@ def difference(
     names = methods_of(study)
     if not settings or study.preset not in names or study.against not in names:
         return None
-    gaps: list[Array] = []
+    theirs: list[Array] = []
+    ours: list[Array] = []
     recall: list[float] = []
     for outcome in outcomes.values():
         for labels in settings:
@@ -181,32 +220,36 @@ def difference(
                 condition_name(study.preset, labels),
                 condition_name(study.against, labels),
             )
-            gaps.append(outcome.recovery.gap(other) - outcome.recovery.gap(preset))
-            recall.append(float(outcome.recovery.retain.at(preset)[0]))
-    n = min(outcome.recovery.after.n for outcome in outcomes.values())
-    return estimate(np.mean(gaps, axis=0), n), sum(recall) / len(recall)
+            theirs.append(outcome.recovery.gap(other))
+            ours.append(outcome.recovery.gap(preset))
+            recall.append(float(outcome.recovery.kept(preset)[0]))
+    first = next(iter(outcomes.values())).recovery
+    apart = first.apart(np.mean(theirs, axis=0), np.mean(ours, axis=0))
+    return apart, sum(recall) / len(recall)
 
 
-def decide(study: PartialLabels, effect: tuple[Estimate, float] | None) -> str:
+def decide(study: PartialLabels, effect: tuple[Estimate, float] | None) -> Decision:
     """Return what D says under the margin."""
     if effect is None:
-        return (
+        return Decision(
             f"none: {study.preset} and {study.against} were not both run at "
             f"{100 * study.decide_at:g} % labels"
         )
     value, recall = effect
-    against_margin = verdict(value, study.margin)
-    if against_margin == "above" and recall < study.keep:
-        return (
+    asked = Contrast("D", value, (-study.margin, study.margin), study.error)
+    if asked.verdict == "above" and recall < study.keep:
+        text = (
             f"{study.preset} leaves less than {study.against}, but keeps {recall:.2f} of retain, "
             f"below {study.keep:g}"
         )
-    return {
+        return Decision(text, (asked,))
+    words = {
         "above": f"{study.preset} beats {study.against}: D is above the margin",
         "below": f"{study.preset} does not beat {study.against}: D is below the margin",
         "equal": f"{study.preset} does not beat {study.against}: D is below the margin",
         "undecided": f"undecided: D's interval crosses {study.margin:g}",
-    }[against_margin]
+    }
+    return Decision(asked.say(words), (asked,))
 
 
 def best(study: PartialLabels, outcome: RoutingOutcome, cue: str) -> str:
@@ -217,7 +260,7 @@ def best(study: PartialLabels, outcome: RoutingOutcome, cue: str) -> str:
         keepers = [
             (float(outcome.recovery.gap(key)[0]), name)
             for name, key in names
-            if outcome.recovery.retain.at(key)[0] >= study.keep
+            if outcome.recovery.kept(key)[0] >= study.keep
         ]
         least = (
             ", ".join(f"{name} {gap:.2f}" for gap, name in sorted(keepers)[:3]) or "no condition"
@@ -237,10 +280,10 @@ def grid(study: PartialLabels, outcome: RoutingOutcome, cue: str) -> StudyTable:
         for labels in label_settings_of(study):
             key = condition_name(name, labels)
             rows.append(row(name, f"depth gap, {labels}", recovery.value(key)))
-            recall = estimate(recovery.retain.at(key), recovery.retain.n)
+            recall = estimate(recovery.kept(key), recovery.retain)
             rows.append(row(name, f"retain recall, {labels}", recall))
             if study.shares:
-                ratio = estimate(outcome.ratio(key), outcome.loss.n)
+                ratio = estimate(outcome.ratio(key), outcome.loss)
                 rows.append(row(name, f"compute ratio, {labels}", ratio))
     return StudyTable(
         title=f"Depth gap by labels, cue {cue}",

@@ -21,12 +21,12 @@ from excise.methods import (
     FilterLoRA,
     GradDiff,
     GradDiffPretrain,
-    LossMasking,
     MaxEnt,
     MemSinks,
     Propagate,
     Relabel,
     RepSelect,
+    TokenFilter,
 )
 from excise.methods.base import Method
 from excise.methods.posthoc.tar import RandomMapping
@@ -141,7 +141,7 @@ BASELINES: Mapping[str, Method] = {
     "relabel_grad_diff": Relabel(fold_by="row", spread="unit", then=GradDiffPretrain()),
     "relabel_absorption": Relabel(features="absorption", router=routed()),
     "filter_lora": FilterLoRA(),
-    "loss_masking": LossMasking(),
+    "loss_masking": TokenFilter(how="mask"),
     "grad_diff_pretrain": GradDiffPretrain(),
     "ablated_plain": AblatedPlain(module=Module(width=0.5, grow=True)),
     "era_rmu": Chain(methods=(era(), rmu())),

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, SerializeAsAny
 
 from excise.core.stages import Runtime
+from excise.evals.replicates import Contrast, Decision
 from excise.evals.stats import Estimate
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.filtering import Filtering
@@ -19,7 +20,6 @@ from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.levels import verdict
 from excise_studies.recovery import gaps, said
 from excise_studies.routing.presets import era
 from excise_studies.routing.setting import (
@@ -59,7 +59,7 @@ class Repair(Study):
     statistic: ClassVar[str] = (
         "L = depth gap on the held-out test set after relearning, longest repair on retained rows "
         "minus no repair; a light touch if its 95 % interval lies within the margin on both sides. "
-        "Bootstrap over seeds and units."
+        "Intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
 
@@ -142,22 +142,23 @@ MIXTURE = "M (the same on all rows, beyond the oracle's)"
 def effects(study: Repair, outcome: RoutingOutcome) -> dict[str, Estimate]:
     """Return L and M at the most steps, and what the repair gives retain."""
     recovery, last = outcome.recovery, max(study.steps)
-    light = recovery.gap(named("retain", last)) - recovery.gap(NONE)
     mixed = recovery.gap(named("mixture", last)) - recovery.gap(NONE)
     mixed = mixed - recovery.gap(named("oracle on the mixture", last))
     recall = recovery.retain.at(named("retain", last)) - recovery.retain.at(NONE)
     return {
-        RETAIN: outcome.estimate(light),
+        RETAIN: recovery.apart(recovery.gap(named("retain", last)), recovery.gap(NONE)),
         MIXTURE: outcome.estimate(mixed),
         "Retain recall won on retain": outcome.estimate(recall),
     }
 
 
-def decide(study: Repair, measured: dict[str, Estimate]) -> str:
+def decide(study: Repair, measured: dict[str, Estimate]) -> Decision:
     """Return what L says under the margin."""
-    return {
+    words = {
         "above": "the repair brings knowledge back: L is above the margin",
         "below": "the repair removes: L is below minus the margin",
         "equal": f"a light touch: L lies within {study.margin:g}",
         "undecided": f"undecided: L's interval crosses {study.margin:g}",
-    }[verdict(measured[RETAIN], study.margin)]
+    }
+    asked = Contrast("L", measured[RETAIN], (-study.margin, study.margin), study.error)
+    return Decision(asked.say(words), (asked,))

@@ -8,13 +8,14 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.stages import Runtime
+from excise.evals.replicates import Contrast, Decision
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import estimate, verdict
+from excise_studies.levels import estimate
 from excise_studies.recovery import said
 from excise_studies.routing.setting import (
     SHARES,
@@ -54,7 +55,7 @@ class RoutingScale(Study):
     statistic: ClassVar[str] = (
         "S = compute ratio of the routed condition at the largest width minus that at the "
         "smallest; the tax shrinks if the lower end of the 95 % interval is above the margin, "
-        "grows if the upper end is below minus it. Bootstrap over seeds and units, the same "
+        "grows if the upper end is below minus it. Intervals over seeds and units, the same "
         "samples at all sizes."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"
@@ -140,17 +141,19 @@ def shrinkage(study: RoutingScale, outcomes: Mapping[int, RoutingOutcome]) -> Es
     """Return S: units are the same at all sizes, and so are the samples."""
     first, last = outcomes[study.widths[0]], outcomes[study.widths[-1]]
     moved: Array = last.ratio(ROUTED) - first.ratio(ROUTED)
-    return estimate(moved, last.loss.n)
+    return estimate(moved, last.loss)
 
 
-def decide(study: RoutingScale, effect: Estimate) -> str:
+def decide(study: RoutingScale, effect: Estimate) -> Decision:
     """Return what S says under the margin."""
-    return {
+    words = {
         "above": "the tax shrinks with size: S is above the margin",
         "below": "the tax grows with size: S is below minus the margin",
         "equal": f"the tax stays: S lies within {study.margin:g}",
         "undecided": f"undecided: S's interval crosses {study.margin:g}",
-    }[verdict(effect, study.margin)]
+    }
+    asked = Contrast("S", effect, (-study.margin, study.margin), study.error)
+    return Decision(asked.say(words), (asked,))
 
 
 def _table(
@@ -162,10 +165,10 @@ def _table(
         condition = f"width {width}"
         rows.append(StudyRow(condition=condition, metric="parameters", value=float(size[width])))
         for name in (ROUTED, "oracle"):
-            ratio = estimate(outcome.ratio(name), outcome.loss.n)
+            ratio = estimate(outcome.ratio(name), outcome.loss)
             rows.append(row(condition, f"compute ratio, {name}", ratio))
         rows.append(row(condition, f"depth gap, {ROUTED}", outcome.recovery.value(ROUTED)))
         for name in ("original", ROUTED):
-            recall = estimate(outcome.recovery.retain.at(name), outcome.recovery.retain.n)
+            recall = estimate(outcome.recovery.retain.at(name), outcome.recovery.retain)
             rows.append(row(condition, f"retain recall, {name}", recall))
     return StudyTable(title="By size", note=study.statistic, rows=tuple(rows))

@@ -12,11 +12,13 @@ from pydantic import Field, SerializeAsAny, model_validator
 from excise.core.errors import nearest
 from excise.core.stages import Runtime
 from excise.domains.definitions import DEFINITIONS_FIT
+from excise.evals.replicates import Contrast, Decision, SeedEstimate, correlation
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.pretraining.filtering import Filtering
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.token_filter import TokenFilter
 from excise.models.spec import Scratch
 from excise.record import StudyRow, StudyTable
 from excise.requests.recipe import EvalSpec
@@ -26,7 +28,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import Levels, estimate, levels, spearman
+from excise_studies.levels import Levels, estimate, levels
 from excise_studies.recovery import said
 from excise_studies.routing.domain_pairs import (
     FETCHED,
@@ -78,7 +80,7 @@ class Separability(Study):
         "rho = rank correlation over pairs between held-out unigram divergence (nats per word) and "
         "the rise of the loss on the domain beside the one routed away, routed minus plain; near "
         "domains cost more if the upper end of the 95 % interval is below minus the margin, not if "
-        "the lower end is above it. Bootstrap over seeds and units."
+        "the lower end is above it. Seeds are averaged; the interval is over pairs (Fisher's z)."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB; --full: 15 minutes, after fetching cyber and biology"
 
@@ -90,6 +92,10 @@ class Separability(Study):
     """Pairs of domains; those of `--full` are fetched."""
     sizes: Sizes = Sizes()
     """How much text a pair has."""
+    together: bool = False
+    """Whether every text that is trained on holds a passage of each domain of a pair, with labels
+    for its parts. Filtering then takes the tokens of the domain that is routed away, and texts may
+    be twice as long."""
     vocabulary: int = Field(default=640, ge=300)
     """Tokens of each pair's tokenizer."""
     model: Scratch = Scratch(width=64, blocks=2)
@@ -133,7 +139,7 @@ class Separability(Study):
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train three conditions on every pair and seed, score them, correlate."""
         data = {
-            (name, seed): make_pair(name, self.sizes, seed)
+            (name, seed): make_pair(name, self.sizes, seed, together=self.together)
             for name in self.pairs
             for seed in self.seeds
         }
@@ -154,12 +160,13 @@ class Separability(Study):
                 costs(pairs),
                 *([digits_table(drawings)] if drawings else []),
             ),
-            decision=decision,
+            decision=decision.text,
+            contrasts=decision.contrasts,
             paragraph=" ".join(
                 [
                     words(self, pairs, rho, beyond),
                     *([digits_words(drawings)] if drawings else []),
-                    f"Decision: {decision}.",
+                    f"Decision: {decision.text}.",
                 ]
             ),
             domain=first.domain,
@@ -176,10 +183,14 @@ class Separability(Study):
 
 def conditions(study: Separability) -> dict[str, Method]:
     """Return what is trained on every pair."""
+    config = study.pretrain
+    if study.together:
+        config = config.model_copy(update={"max_length": 2 * config.max_length})
+    filtered = TokenFilter(pretrain=config) if study.together else Filtering(pretrain=config)
     return {
-        PLAIN: Plain(pretrain=study.pretrain),
-        FILTERED: Filtering(pretrain=study.pretrain),
-        ROUTED: study.routed.model_copy(update={"pretrain": study.pretrain}),
+        PLAIN: Plain(pretrain=config),
+        FILTERED: filtered,
+        ROUTED: study.routed.model_copy(update={"pretrain": config}),
     }
 
 
@@ -272,23 +283,25 @@ class PairCosts:
 
     def estimate(self, name: str, values: Array, on: str = "adjacent_test") -> Estimate:
         """Return the estimate of a pair's values."""
-        return estimate(values, self.losses[name, on].n)
+        return estimate(values, self.losses[name, on])
 
-    def rho(self, against: str) -> Estimate:
+    def rho(self, against: str) -> SeedEstimate:
         """Return the rank correlation of divergence and cost over pairs; n counts pairs."""
         names = self.study.pairs
-        cost = np.stack([self.cost(name, against) for name in names], axis=-1)
-        far = np.broadcast_to(np.array([self.apart(name) for name in names]), cost.shape)
-        return estimate(spearman(far, cost), len(names))
+        cost = np.array([self.cost(name, against)[0] for name in names])
+        far = np.array([self.apart(name) for name in names])
+        return correlation(far, cost, error=self.study.error)
 
 
-def decide(study: Separability, rho: Estimate) -> str:
+def decide(study: Separability, rho: Estimate) -> Decision:
     """Return what rho says under the margin."""
-    if rho.high < -study.margin:
-        return "near domains cost more: rho is below minus the margin"
-    if rho.low > -study.margin:
-        return f"near domains do not cost more: rho is above -{study.margin:g}"
-    return f"undecided: rho's interval holds -{study.margin:g}"
+    asked = Contrast("rho", rho, (-study.margin,), study.error, "pairs")
+    text = f"undecided: rho's interval holds -{study.margin:g}"
+    if asked.below(-study.margin):
+        text = "near domains cost more: rho is below minus the margin"
+    elif asked.above(-study.margin):
+        text = f"near domains do not cost more: rho is above -{study.margin:g}"
+    return Decision(text, (asked,))
 
 
 def correlations(study: Separability, rho: Estimate, beyond: Estimate) -> StudyTable:
@@ -326,7 +339,7 @@ def costs(pairs: PairCosts) -> StudyTable:
                 value = pairs.estimate(name, pairs.cost(name, against, on, condition), on)
                 rows.append(row(name, f"{kind}: {condition} - {against}", value))
             plain = pairs.losses[name, on]
-            rows.append(row(name, f"{kind}: loss, plain", estimate(plain.at(PLAIN), plain.n)))
+            rows.append(row(name, f"{kind}: loss, plain", estimate(plain.at(PLAIN), plain)))
     return StudyTable(
         title="Pairs, the farthest first",
         note=(

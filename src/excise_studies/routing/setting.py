@@ -20,7 +20,8 @@ import numpy as np
 from excise.core.stages import Runtime
 from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
-from excise.evals.stats import Array, Estimate
+from excise.evals.replicates import Decision, SeedEstimate
+from excise.evals.stats import Array
 from excise.methods import Chain
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.plain import Plain
@@ -265,7 +266,7 @@ class RoutingOutcome:
     removals: Mapping[RunKey, Removal] = field(default_factory=dict)
 
     def ratio(self, condition: str) -> Array:
-        """Return a condition's compute ratio: of the data, then of the samples.
+        """Return a condition's compute ratio, in the layout of `levels`.
 
         Raises:
             AssertionError: If no plain run was made.
@@ -274,9 +275,9 @@ class RoutingOutcome:
         plain = [self.loss.at(shorter(share)) for share in self.shares]
         return compute_ratio(self.loss.at(condition), self.shares, np.stack(plain))
 
-    def estimate(self, values: Array) -> Estimate:
-        """Return values of the data and the samples as an estimate with its interval."""
-        return estimate(values, self.recovery.after.n)
+    def estimate(self, values: Array) -> SeedEstimate:
+        """Return values in the layout of `levels` as an estimate with its interval."""
+        return estimate(values, self.recovery.after)
 
 
 def shorter(share: float) -> str:
@@ -294,12 +295,12 @@ def compute_ratio(loss: Array, shares: Sequence[float], plain: Array) -> Array:
     reaches the same loss, read off a fitted power law; here neighbouring runs are interpolated.
 
     Args:
-        loss: [1 + S] losses.
+        loss: [1 + K + S] losses.
         shares: Shares of the steps, ascending.
-        plain: [shares, 1 + S] losses of the plain runs.
+        plain: [shares, 1 + K + S] losses of the plain runs.
 
     Returns:
-        [1 + S] shares.
+        [1 + K + S] shares.
     """
     best = np.minimum.accumulate(plain, axis=0)
     logs = np.log(np.asarray(shares, dtype=np.float64))
@@ -412,9 +413,9 @@ def tax_table(
     rows: list[StudyRow] = []
     loss = outcome.loss
     for condition in loss.conditions:
-        rows.append(row(condition, "retain loss", estimate(loss.at(condition), loss.n)))
+        rows.append(row(condition, "retain loss", estimate(loss.at(condition), loss)))
         if outcome.shares and not condition.startswith("plain, "):
-            rows.append(row(condition, "compute ratio", estimate(outcome.ratio(condition), loss.n)))
+            rows.append(row(condition, "compute ratio", estimate(outcome.ratio(condition), loss)))
     ends = f" It is cut at {min(outcome.shares):g} and 1." if outcome.shares else ""
     return StudyTable(
         title=title,
@@ -430,7 +431,7 @@ def conclude(
     outcome: RoutingOutcome,
     setting: RoutingSetting,
     words: Sequence[str],
-    decision: str,
+    decision: Decision,
     *,
     more: Sequence[StudyTable] = (),
     notes: Sequence[str] = (),

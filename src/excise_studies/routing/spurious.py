@@ -20,6 +20,7 @@ from excise.core.stages import Runtime
 from excise.data.domain import CORE, Domain, Row, Rows
 from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, RELATIONS, TEMPLATES, made_names
+from excise.evals.replicates import Contrast, Decision, SeedEstimate
 from excise.evals.stats import Array, Estimate
 from excise.methods.base import ApplyMethod, Method, Removal
 from excise.methods.pretraining.filtering import Filtering
@@ -36,7 +37,7 @@ from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.levels import Levels, estimate, levels, verdict
+from excise_studies.levels import Levels, estimate, estimate_of_seed, levels
 from excise_studies.recovery import groups_of, said
 from excise_studies.routing.setting import absorption_table, misses, routed
 
@@ -91,7 +92,7 @@ class Spurious(Study):
         "Exact match under a flipped cue: H = routed - plain at the most labels (helps if the "
         "lower end of the 95 % interval is above the margin), F = routed - filtered at the fewest "
         "(more than filtering above the margin, less below minus the margin, as much between); "
-        "bootstrap over seeds and units."
+        "intervals over seeds and units."
     )
     takes: ClassVar[str] = "5 minutes, 1 GiB"
 
@@ -123,8 +124,9 @@ class Spurious(Study):
         absorbed = absorption_table(removals)
         return StudyResult(
             tables=(*tables(self, marks, effects), *([absorbed] if absorbed else [])),
-            decision=decision,
-            paragraph=f"{words(self, marks, effects)} Decision: {decision}.",
+            decision=decision.text,
+            contrasts=decision.contrasts,
+            paragraph=f"{words(self, marks, effects)} Decision: {decision.text}.",
             domain=domains[self.seeds[0]],
             models=tuple(
                 model_ref(f"{condition}, seed {seed}", removal.checkpoint)
@@ -160,9 +162,11 @@ class Marks:
         """Return a condition's exact match on a set (`test` is the flipped cue)."""
         return self.levels[which].at(condition)
 
-    def estimate(self, values: Array) -> Estimate:
-        """Return the estimate of contrasts."""
-        return estimate(values, self.levels["test"].n)
+    def apart(self, which: str, one: str, other: str) -> SeedEstimate:
+        """Return one condition's exact match on a set minus another's; it knows both sides."""
+        first, second = self.on(which, one), self.on(which, other)
+        sides = (float(first[0]), float(second[0]))
+        return replace(estimate(first - second, self.levels[which]), sides=sides)
 
 
 def train(
@@ -209,41 +213,44 @@ PRICE = "P (no cue, plain - routed, most labels)"
 
 def contrasts(study: Spurious, marks: Marks) -> dict[str, Estimate]:
     """Return H, F and P, then what they are made of at every rate."""
-
-    def less(which: str, one: str, other: str) -> Estimate:
-        return marks.estimate(marks.on(which, one) - marks.on(which, other))
-
     most, fewest = max(study.rates), min(study.rates)
-    out = {
-        HELP: less("test", at(ROUTED, most), PLAIN),
-        MORE: less("test", at(ROUTED, fewest), at(FILTERED, fewest)),
-        PRICE: less("retain_test", PLAIN, at(ROUTED, most)),
+    out: dict[str, Estimate] = {
+        HELP: marks.apart("test", at(ROUTED, most), PLAIN),
+        MORE: marks.apart("test", at(ROUTED, fewest), at(FILTERED, fewest)),
+        PRICE: marks.apart("retain_test", PLAIN, at(ROUTED, most)),
     }
     for rate in study.rates:
         routed, filtered = at(ROUTED, rate), at(FILTERED, rate)
         labels = f"flipped cue, {100 * rate:g} % labels"
-        out[f"routed - plain, {labels}"] = less("test", routed, PLAIN)
-        out[f"filtered - plain, {labels}"] = less("test", filtered, PLAIN)
-        out[f"routed - filtered, {labels}"] = less("test", routed, filtered)
+        out[f"routed - plain, {labels}"] = marks.apart("test", routed, PLAIN)
+        out[f"filtered - plain, {labels}"] = marks.apart("test", filtered, PLAIN)
+        out[f"routed - filtered, {labels}"] = marks.apart("test", routed, filtered)
     return out
 
 
-def decide(study: Spurious, effects: Mapping[str, Estimate]) -> str:
+def decide(study: Spurious, effects: Mapping[str, Estimate]) -> Decision:
     """Return what H, F and P say under the margin."""
-    helped, price = effects[HELP], effects[PRICE]
-    against = {
-        "above": "more than filtering",
-        "below": "less than filtering",
-        "equal": "as much as filtering",
-        "undecided": "whether more than filtering is undecided",
-    }[verdict(effects[MORE], study.margin)]
+    price, error = effects[PRICE], study.error / 2
+    helped = Contrast("H", effects[HELP], (study.margin,), error)
+    more = Contrast("F", effects[MORE], (-study.margin, study.margin), error)
+    against = more.say(
+        {
+            "above": "more than filtering",
+            "below": "less than filtering",
+            "equal": "as much as filtering",
+            "undecided": "whether more than filtering is undecided",
+        }
+    )
     where = f"where labels are {100 * min(study.rates):g} %, {against}"
-    if helped.high < study.margin:
-        return f"separation does not help: H is below {study.margin:g}; {where}"
-    if helped.low <= study.margin:
-        return f"undecided: H's interval holds {study.margin:g}; {where}"
-    bought = "" if price.high < study.margin else "; it may cost exact match where no cue stands"
-    return f"separation helps: H is above the margin; {where}{bought}"
+    if helped.below(study.margin):
+        text = f"separation does not help: H is below {study.margin:g}; {where}"
+    elif not helped.above(study.margin):
+        text = f"undecided: H's interval holds {study.margin:g}; {where}"
+    else:
+        cheap = price.high < study.margin
+        bought = "" if cheap else "; it may cost exact match where no cue stands"
+        text = f"separation helps: H is above the margin; {where}{bought}"
+    return Decision(text, (helped, more))
 
 
 def tables(
@@ -256,10 +263,10 @@ def tables(
         for which, cue in SETS.items():
             levels = marks.levels[which]
             rows.append(
-                row(condition, f"exact match, {cue}", estimate(levels.at(condition), levels.n))
+                row(condition, f"exact match, {cue}", estimate(levels.at(condition), levels))
             )
             for seed in levels.by_seed:
-                value = estimate(levels.at(condition, seed), levels.n // len(levels.by_seed))
+                value = estimate_of_seed(levels.at(condition, seed), levels, seed)
                 rows.append(row(condition, f"exact match, {cue}", value, seed))
     note = (
         "The same facts under three cues, in a paraphrase of their own; chance is "

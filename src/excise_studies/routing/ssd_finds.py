@@ -20,6 +20,7 @@ from excise.core.disk import write_text
 from excise.core.stages import Runtime
 from excise.data.domain import Domain, Rows
 from excise.data.stream import Batch, collate, encode
+from excise.evals.replicates import Contrast, Decision
 from excise.methods import GRAM, SSD, AblatedPlain, Method, Potion
 from excise.methods.base import Removal
 from excise.methods.importance import SortedRatios, Sums, accumulate, batch_loss, share_of
@@ -68,7 +69,7 @@ class SSDFinds(Study):
     statistic: ClassVar[str] = (
         "R = share of the module's entries among the same number of entries with the largest "
         "I_f / I_D of the whole model; the module is found if the lower end of the 95 % interval "
-        "is above the margin. Bootstrap over seeds and the module's neurons."
+        "is above the margin. Intervals over seeds and the module's neurons."
     )
     takes: ClassVar[str] = "6 minutes, 1 GiB"
 
@@ -123,13 +124,17 @@ class SSDFinds(Study):
         decided = [decide(self, name, first, values) for name, values in shares.items()]
         words = [f"Without its module {first} knew {held:.2f} less of the forget rows."]
         words += [spoken(name, values) for name, values in shares.items()]
-        decision = "; ".join(decided)
+        decision = Decision(
+            "; ".join(d.text for d in decided), tuple(c for d in decided for c in d.contrasts)
+        )
         if held < self.holds:
-            decision = f"invalid: the module of {first} does not hold what is to be forgotten"
+            why = f"invalid: the module of {first} does not hold what is to be forgotten"
+            decision = Decision(why)
         return StudyResult(
             tables=(found_table(self, shares), published_table(found)),
-            decision=decision,
-            paragraph=" ".join([*words, f"Decision: {decision}."]),
+            decision=decision.text,
+            contrasts=decision.contrasts,
+            paragraph=" ".join([*words, f"Decision: {decision.text}."]),
             domain=setting.replicates[self.seeds[0]].domain,
             models=tuple(r for s in self.seeds for r in setting.replicates[s].refs()),
             notes=(CHOSEN, SIZE),
@@ -313,26 +318,28 @@ def by_neuron(found: Mapping[RunKey, Located]) -> Levels:
     return levels(scores, {})
 
 
-def decide(study: SSDFinds, localiser: str, condition: str, shares: Levels) -> str:
-    """Return what R says of one localiser."""
-    value = estimate(shares.at(condition), shares.n)
-    if value.low > study.margin:
-        return f"{localiser} finds the module of {condition}: R is above {study.margin:g}"
-    if value.high < study.margin:
-        return f"{localiser} does not find the module of {condition}: R is below {study.margin:g}"
-    return f"{localiser}: undecided: R's interval crosses {study.margin:g}"
+def decide(study: SSDFinds, localiser: str, condition: str, shares: Levels) -> Decision:
+    """Return what R says of one localiser; the two share the error."""
+    value = estimate(shares.at(condition), shares)
+    asked = Contrast(f"R of {localiser}", value, (study.margin,), study.error / 2)
+    text = f"{localiser}: undecided: R's interval crosses {study.margin:g}"
+    if asked.above(study.margin):
+        text = f"{localiser} finds the module of {condition}: R is above {study.margin:g}"
+    elif asked.below(study.margin):
+        text = f"{localiser} does not find the module of {condition}: R is below {study.margin:g}"
+    return Decision(text, (asked,))
 
 
 def spoken(localiser: str, shares: Levels) -> str:
     """Return R of all conditions in words."""
-    parts = [f"{c} {said(estimate(shares.at(c), shares.n))}" for c in shares.conditions]
+    parts = [f"{c} {said(estimate(shares.at(c), shares))}" for c in shares.conditions]
     return f"By {localiser}, R was {', '.join(parts)}."
 
 
 def found_table(study: SSDFinds, shares: Mapping[str, Levels]) -> StudyTable:
     """Return R by condition and localiser."""
     rows = tuple(
-        row(condition, name, estimate(values.at(condition), values.n))
+        row(condition, name, estimate(values.at(condition), values))
         for condition in next(iter(shares.values())).conditions
         for name, values in shares.items()
     )

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from excise.core.stages import Runtime
-from excise.evals.stats import Estimate, quantiles
+from excise.evals.replicates import Contrast, Decision
+from excise.evals.stats import Estimate
 from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
@@ -105,13 +106,7 @@ class ClassImbalance(Study):
         taxes = {n: means.difference(*pair, "decoder", SECOND) for n, pair in pairs.items()}
         few, many = f"{self.shares[-1]:.0%}", f"{self.shares[0]:.0%}"
         change = dearer(means, few, many)
-        stated = (
-            "rarity makes a split dearer"
-            if change.low > self.margin
-            else "rarity makes a split no dearer"
-            if change.high < self.margin
-            else "undecided"
-        )
+        decision = decide(self, change)
         rows: list[StudyRow] = []
         for name in share_conditions(self):
             rows.append(value(name, "least L1", least[name][0], len(self.tuned_on)))
@@ -130,7 +125,8 @@ class ClassImbalance(Study):
                 ),
                 tuning,
             ),
-            decision=f"{stated}: D = {words(change)}, margin {self.margin:g}",
+            decision=decision.text,
+            contrasts=decision.contrasts,
             paragraph=paragraph(self, least, gaps, taxes, change),
             data=self.images.split(self.seeds[0]).describe(),
             models=refs(conditions),
@@ -190,12 +186,23 @@ def _l1(weight: float | None) -> str:
 
 def dearer(means: Means, few: str, many: str) -> Estimate:
     """Return the tax in one condition minus that in another, by image."""
-    names = [f"{condition}: {kind}" for condition in (few, many) for kind in ("routed", "plain")]
-    (a, one, n), (b, two, _), (c, three, _), (d, four, _) = (
-        means.of(name, "decoder", SECOND) for name in names
-    )
-    low, high = quantiles((one - two) - (three - four), 0.95)
-    return Estimate((a - b) - (c - d), low, high, n)
+    taxes = [
+        means.of(f"{condition}: routed", "decoder", SECOND)
+        - means.of(f"{condition}: plain", "decoder", SECOND)
+        for condition in (few, many)
+    ]
+    return means.estimate(taxes[0] - taxes[1], SECOND)
+
+
+def decide(study: ClassImbalance, change: Estimate) -> Decision:
+    """Return what the change of the tax says under the margin."""
+    asked = Contrast("D", change, (study.margin,), study.error)
+    text = "undecided"
+    if asked.above(study.margin):
+        text = "rarity makes a split dearer"
+    elif asked.below(study.margin):
+        text = "rarity makes a split no dearer"
+    return Decision(f"{text}: D = {words(change)}, margin {study.margin:g}", (asked,))
 
 
 def paragraph(

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.stages import Runtime
-from excise.evals.stats import Array, Estimate
+from excise.evals.replicates import SeedEstimate, correlation
+from excise.evals.stats import Array
 from excise.record import StudyRow, StudyTable
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import Levels, estimate, levels, spearman
+from excise_studies.levels import Levels, estimate, levels
+from excise_studies.recovery import said
 from excise_studies.vision.autoencoder import SplitAutoencoderConfig, errors, train_autoencoder
 from excise_studies.vision.images import Images, ImageSets, ImageSpec
 
@@ -112,11 +114,10 @@ class Digits:
         rise: Array = (away.at(ROUTED) - away.at(PLAIN)) - (beside.at(ROUTED) - beside.at(PLAIN))
         return rise
 
-    def rho(self) -> Estimate:
+    def rho(self) -> SeedEstimate:
         """Return the rank correlation of divergence and cost over pairs; n counts pairs."""
-        cost = np.stack([self.cost(pair) for pair in self.pairs], axis=-1)
-        far = np.broadcast_to(np.array([self.apart[pair] for pair in self.pairs]), cost.shape)
-        return estimate(spearman(far, cost), len(self.pairs))
+        cost = np.array([self.cost(pair)[0] for pair in self.pairs])
+        return correlation(np.array([self.apart[pair] for pair in self.pairs]), cost)
 
 
 def name_of(digits: tuple[int, int]) -> str:
@@ -231,10 +232,10 @@ def digits_table(digits: Digits) -> StudyTable:
                 n=len(levels.by_seed),
             ),
             row(pair, "cost: error on the second, routed / plain - 1",
-                estimate(digits.cost(pair), levels.n)),
+                estimate(digits.cost(pair), levels)),
             row(pair, "split: second half's error on the first, above plain and the second",
-                estimate(digits.split(pair), levels.n)),
-            row(pair, "error on the second, plain", estimate(levels.at(PLAIN), levels.n)),
+                estimate(digits.split(pair), levels)),
+            row(pair, "error on the second, plain", estimate(levels.at(PLAIN), levels)),
         ]  # fmt: skip
     return StudyTable(
         title="Pairs of digits, the farthest first",
@@ -255,5 +256,5 @@ def digits_words(digits: Digits) -> str:
     rho = digits.rho()
     return (
         "Splitting an autoencoder of two digits made it render the second worse by, the farthest "
-        f"pair first, {', '.join(parts)}: rho {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]."
+        f"pair first, {', '.join(parts)}: rho {said(rho)} over {rho.n} pairs."
     )

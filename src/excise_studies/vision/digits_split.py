@@ -24,13 +24,13 @@ from excise_studies.vision.split_jobs import (
     SECOND,
     Means,
     by_seed,
+    decide,
     drawings,
     means_of,
     refs,
     table_of,
     train_conditions,
     value,
-    verdict,
     words,
 )
 
@@ -60,8 +60,8 @@ class DigitsSplit(Study):
     )
     statistic: ClassVar[str] = (
         "G = (error of the bottom certificate on 0-4 - on 5-9), routed (setting 1) minus plain "
-        "(setting 10); mean absolute error of pixels from -1 to 1, test images of all seeds, "
-        "bootstrapped by image. Split if the lower end of G is above the margin and so is every "
+        "(setting 10); mean absolute error of pixels from -1 to 1, over "
+        "seeds and test images. Split if the lower end of G is above the margin and so is every "
         "seed, not split if the upper end is below."
     )
     takes: ClassVar[str] = "6 minutes, 1 GiB"
@@ -94,13 +94,14 @@ class DigitsSplit(Study):
         means = means_of(conditions)
         effects = {n: means.contrast(n, plain) for n in conditions if n != plain}
         each_seed = by_seed(conditions, routed, plain)
-        stated = verdict(effects[routed], each_seed, self.margin)
+        decision = decide("G", effects[routed], each_seed, self.margin, self.error)
         seed = self.seeds[0]
         data = self.images.split(seed)
         shown = {n: (named[n], conditions[n][seed]) for n in (routed, plain)}
         return StudyResult(
             tables=(*tables(list(conditions), means, effects, each_seed), tuning),
-            decision=f"{stated}: G = {words(effects[routed])}, margin {self.margin:g}",
+            decision=decision.text,
+            contrasts=decision.contrasts,
             paragraph=paragraph(list(conditions), means, effects, base, len(self.seeds)),
             data=data.describe(),
             models=refs(conditions),

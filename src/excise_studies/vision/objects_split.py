@@ -23,12 +23,12 @@ from excise_studies.vision.split_jobs import (
     Means,
     SplitConfig,
     by_seed,
+    decide,
     means_of,
     refs,
     table_of,
     train_conditions,
     value,
-    verdict,
     words,
 )
 
@@ -54,7 +54,7 @@ class ObjectsSplit(Study):
     )
     statistic: ClassVar[str] = (
         "A = (accuracy of the bottom half's certificate on classes 5-9 - on 0-4), routed with L1 "
-        "minus plain; test images of all seeds, bootstrapped by image. Split if the lower end of A "
+        "minus plain; over seeds and test images. Split if the lower end of A "
         "is above the margin and so is every seed, not split if the upper end is below."
     )
     takes: ClassVar[str] = "6 minutes, 1 GiB, after excise fetch fashion"
@@ -90,7 +90,7 @@ class ObjectsSplit(Study):
         }
         tax = {n: means.difference(control_of(n), n, "decoder") for n in effects}
         each_seed = by_seed(conditions, ROUTED, PLAIN, sign=-1)
-        stated = verdict(effects[ROUTED], each_seed, self.margin)
+        decision = decide("A", effects[ROUTED], each_seed, self.margin, self.error)
         nets = {"decoder": "whole", "top": "top half", "bottom": "bottom half"}
         sides = {"0-4": FIRST, "5-9": SECOND}
         columns = {f"{nets[n]}, {d}": (n, g) for n in nets for d, g in sides.items()}
@@ -113,7 +113,8 @@ class ObjectsSplit(Study):
                 ),
                 tuning,
             ),
-            decision=f"{stated}: A = {words(effects[ROUTED])}, margin {self.margin:g}",
+            decision=decision.text,
+            contrasts=decision.contrasts,
             paragraph=paragraph(means, effects, tax, base, self),
             data=data.describe(),
             models=refs(conditions),

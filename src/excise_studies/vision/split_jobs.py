@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from excise.core.context import Context, Stage
 from excise.core.disk import file_sum, write_text
 from excise.core.stages import Runtime
-from excise.evals.stats import Array, Estimate, quantiles, resampled_means
+from excise.evals.replicates import Contrast, Decision, SeedEstimate
+from excise.evals.stats import Array, Estimate
 from excise.record import ModelRef, StudyPicture, StudyPictureRow, StudyRow, StudyTable
 from excise.train.pool import Pool
-from excise_studies.base import ScoreByUnit, pooled, row
+from excise_studies.base import ScoreByUnit, row
+from excise_studies.levels import Levels, estimate, estimate_of_seed, levels
 from excise_studies.vision.autoencoder import (
     SplitAutoencoder,
     SplitAutoencoderConfig,
@@ -187,41 +190,43 @@ def train_conditions(
     return models
 
 
-def scores_of(condition: Mapping[int, SplitModel], score: str, group: str) -> ScoreByUnit:
-    """Return a score of all seeds in one mapping."""
-    return pooled({seed: split.scores[score, group] for seed, split in condition.items()})
-
-
 @dataclass(frozen=True)
 class Means:
-    """Means of conditions with their bootstrap samples; images of each group are drawn together.
+    """Means of conditions over seeds and, inside them, images; conditions share their images.
 
     Attributes:
-        means: Mean, resampled means and number of images, by condition, score and group.
+        groups: Levels of every condition and score, by group of the images.
     """
 
-    means: Mapping[tuple[str, str, str], tuple[float, Array, int]]
+    groups: Mapping[str, Levels]
 
-    def of(self, condition: str, score: str, group: str = "") -> tuple[float, Array, int]:
-        """Return mean, samples and count of one group, or of all images."""
+    def of(self, condition: str, score: str, group: str = "") -> Array:
+        """Return the mean of one group, or of all images, in the layout of `levels`."""
+        name = _named(condition, score)
         if group:
-            return self.means[condition, score, group]
-        (a, ones, n), (b, twos, m) = (self.means[condition, score, g] for g in (FIRST, SECOND))
-        return (n * a + m * b) / (n + m), (n * ones + m * twos) / (n + m), n + m
+            return self.groups[group].at(name)
+        sizes = {g: levels.n for g, levels in self.groups.items()}
+        each = [self.groups[g].at(name) for g in sizes]
+        both: Array = np.average(each, axis=0, weights=list(sizes.values()))
+        return both
 
-    def mean(self, condition: str, score: str, group: str = "") -> Estimate:
+    def estimate(self, values: Array, group: str = "") -> SeedEstimate:
+        """Return values with their interval; of all images n counts both groups."""
+        sizes = [levels.n for g, levels in self.groups.items() if group in ("", g)]
+        return estimate(values, self.groups[group or FIRST], n=sum(sizes))
+
+    def mean(self, condition: str, score: str, group: str = "") -> SeedEstimate:
         """Return a mean with its interval."""
-        value, samples, n = self.of(condition, score, group)
-        return Estimate(value, *quantiles(samples, 0.95), n)
+        return self.estimate(self.of(condition, score, group), group)
 
-    def difference(self, condition: str, control: str, score: str, group: str = "") -> Estimate:
+    def difference(self, condition: str, control: str, score: str, group: str = "") -> SeedEstimate:
         """Return the condition's mean minus the control's, image by image."""
-        (a, ones, n), (b, twos, _) = (self.of(name, score, group) for name in (condition, control))
-        return Estimate(a - b, *quantiles(ones - twos, 0.95), n)
+        apart = self.of(condition, score, group) - self.of(control, score, group)
+        return self.estimate(apart, group)
 
     def contrast(
         self, condition: str, control: str, score: str = "bottom", sign: int = 1
-    ) -> Estimate:
+    ) -> SeedEstimate:
         """Return how much wider the gap between the groups is than in the control.
 
         Args:
@@ -233,19 +238,20 @@ class Means:
         Returns:
             (mean of the first group - mean of the second), the condition's minus the control's.
         """
-        sides = []
-        for group in (FIRST, SECOND):
-            (a, ones, n), (b, twos, _) = (
-                self.of(name, score, group) for name in (condition, control)
-            )
-            sides.append((a - b, ones - twos, n))
-        (first, ones, n), (second, twos, m) = sides
-        low, high = quantiles(sign * (ones - twos), 0.95)
-        return Estimate(sign * (first - second), low, high, n + m)
+        first, second = (
+            self.of(condition, score, group) - self.of(control, score, group)
+            for group in (FIRST, SECOND)
+        )
+        return self.estimate(sign * (first - second))
+
+
+def _named(condition: str, score: str) -> str:
+    """Return the name of one score of a condition."""
+    return f"{condition}: {score}"
 
 
 def means_of(conditions: SplitModels, scores: Sequence[str] = ()) -> Means:
-    """Return the means of all conditions over the images of all seeds.
+    """Return the means of all conditions over the seeds and the images of each.
 
     Args:
         conditions: Models by condition and seed; all of the same seeds.
@@ -253,42 +259,52 @@ def means_of(conditions: SplitModels, scores: Sequence[str] = ()) -> Means:
     """
     some = next(iter(next(iter(conditions.values())).values()))
     wanted = scores or tuple(dict.fromkeys(score for score, _ in some.scores))
-    means: dict[tuple[str, str, str], tuple[float, Array, int]] = {}
+    groups = {}
     for i, group in enumerate((FIRST, SECOND)):
-        keys = [(condition, score) for condition in conditions for score in wanted]
-        values = [scores_of(conditions[condition], score, group) for condition, score in keys]
-        averages, samples = resampled_means(values, seed=i)
-        for j, (condition, score) in enumerate(keys):
-            means[condition, score, group] = (float(averages[j]), samples[:, j], len(values[j]))
-    return Means(means)
+        by_name = {
+            _named(name, score): {s: split.scores[score, group] for s, split in models.items()}
+            for name, models in conditions.items()
+            for score in wanted
+        }
+        groups[group] = levels(by_name, {}, seed=i)
+    return Means(groups)
 
 
 def by_seed(
     conditions: SplitModels, condition: str, control: str, score: str = "bottom", sign: int = 1
 ) -> dict[int, Estimate]:
-    """Return `Means.contrast` of every seed."""
-    pair = {name: conditions[name] for name in (condition, control)}
-    return {
-        seed: means_of({n: {seed: a[seed]} for n, a in pair.items()}, (score,)).contrast(
-            condition, control, score, sign
+    """Return `Means.contrast` of every seed, with its interval over images."""
+    means = means_of({name: conditions[name] for name in (condition, control)}, (score,))
+    out = {}
+    for seed in conditions[condition]:
+        first, second = (
+            means.groups[group].at(_named(condition, score), seed)
+            - means.groups[group].at(_named(control, score), seed)
+            for group in (FIRST, SECOND)
         )
-        for seed in conditions[condition]
-    }
+        out[seed] = estimate_of_seed(sign * (first - second), means.groups[FIRST], seed)
+    return out
 
 
-def verdict(overall: Estimate, each_seed: Mapping[int, Estimate], margin: float) -> str:
-    """Return what the contrast says: the interval decides, and every seed must agree.
+def decide(
+    name: str, overall: Estimate, each_seed: Mapping[int, Estimate], margin: float, error: float
+) -> Decision:
+    """Return what the contrast says: the interval over seeds decides, and every seed must agree.
 
     Args:
+        name: Of the contrast.
         overall: Over all seeds.
         each_seed: Of each seed alone.
         margin: The margin.
+        error: What the decision may be wrong by.
     """
-    if overall.low > margin and all(d.value > margin for d in each_seed.values()):
-        return "split"
-    if overall.high < margin:
-        return "not split"
-    return "undecided"
+    asked = Contrast(name, overall, (margin,), error)
+    text = "undecided"
+    if asked.above(margin) and all(d.value > margin for d in each_seed.values()):
+        text = "split"
+    elif asked.below(margin):
+        text = "not split"
+    return Decision(f"{text}: {name} = {words(overall)}, margin {margin:g}", (asked,))
 
 
 def table_of(
@@ -335,5 +351,7 @@ def refs(conditions: SplitModels) -> tuple[ModelRef, ...]:
 
 
 def words(value: Estimate) -> str:
-    """Return an estimate with its interval in words."""
+    """Return an estimate in words: value and, where it has one, interval."""
+    if math.isnan(value.low):
+        return f"{value.value:.3f}"
     return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"

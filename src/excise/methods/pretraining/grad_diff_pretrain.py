@@ -19,12 +19,18 @@ from torch import Tensor, nn
 from excise.core.config import SIGNED
 from excise.core.context import Context
 from excise.core.errors import UserError
-from excise.data.domain import CORE, Domain
+from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.data.stream import Batch
 from excise.losses import kl_to_uniform, predicting, token_nll
 from excise.methods.base import Method, Paper, Removal
-from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus, pretrain, schedule
+from excise.methods.pretraining.pretrain import (
+    Pretrain,
+    forget_probability,
+    labelled_corpus,
+    pretrain,
+    schedule,
+)
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture
@@ -51,6 +57,9 @@ class GradDiffPretrain(Method):
     """Norm of that vector."""
     weight: Annotated[float, SIGNED] = 1.0
     """Weight of the forget tokens' loss."""
+    push_above: float = Field(default=0.5, ge=0, lt=1)
+    """A token is pushed away where labels say with more than this probability that it is forget;
+    all others are learned."""
 
     starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
     paper: ClassVar[Paper] = Paper(
@@ -68,8 +77,8 @@ class GradDiffPretrain(Method):
         rows = labelled_corpus(domain, self.labels, ctx)
 
         def loss(model: nn.Module, batch: Batch) -> dict[str, Term]:
-            keep_BT = batch.target_BT & (batch.label_BT <= CORE)
-            away_BT = batch.target_BT & (batch.label_BT > CORE)
+            away_BT = self._pushed(batch)
+            keep_BT = batch.target_BT & ~away_BT
             paths = [self._steered(model)] if self.push == "activations" else []
             with capture(model, paths, grad=True) as captured:
                 logits_BTV = model(**batch.inputs).logits
@@ -84,7 +93,16 @@ class GradDiffPretrain(Method):
                 "forget": Term(pushed, float(away_BT.sum()), self.weight),
             }
 
-        return pretrain(start, rows, config, ctx, stage=self.name, loss=loss, counts=counts)
+        return pretrain(start, rows, config, ctx, stage=self.name, loss=loss, counts=self._counts)
+
+    def _pushed(self, batch: Batch) -> Bool[Tensor, "B T"]:
+        """Return which scored tokens are pushed away."""
+        return batch.target_BT & (forget_probability(batch) > self.push_above)
+
+    def _counts(self, batch: Batch) -> dict[str, float]:
+        """Return the number of learned and of pushed tokens."""
+        away = float(self._pushed(batch).sum())
+        return {"nll": batch.num_targets - away, "forget": away}
 
     def _steered(self, model: nn.Module) -> str:
         """Return the block whose output `activations` steers."""
@@ -96,12 +114,6 @@ class GradDiffPretrain(Method):
                 f"{layout.num_blocks} blocks"
             )
         return layout.blocks[block]
-
-
-def counts(batch: Batch) -> dict[str, float]:
-    """Return the number of kept and of pushed tokens."""
-    away = float((batch.target_BT & (batch.label_BT > CORE)).sum())
-    return {"nll": batch.num_targets - away, "forget": away}
 
 
 def push_away(

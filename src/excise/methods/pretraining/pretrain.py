@@ -22,7 +22,8 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows, all_rows
 from excise.data.labels import LabelNoise, give_labels, label_quality, label_rows
-from excise.data.mix import mixed
+from excise.data.mix import in_texts, mixed
+from excise.data.spans import word_pieces
 from excise.data.stream import Batch, Stream, Tokenizer
 from excise.losses import nll
 from excise.methods.base import Removal
@@ -92,7 +93,21 @@ def cut_to(config: Pretrain, steps: int, name: str) -> Pretrain:
 
 
 def corpus(domain: Domain) -> Rows:
-    """Return what a model of this domain is trained on: everything, truly labelled.
+    """Return the texts a model of this domain is trained on: everything, truly labelled.
+
+    These are `taught` rows, several in a text where the domain sets `rows_per_text`.
+
+    Args:
+        domain: Rows by role.
+
+    Raises:
+        UserError: If there is no row.
+    """
+    return in_texts(taught(domain), domain.rows_per_text)
+
+
+def taught(domain: Domain) -> Rows:
+    """Return the rows a model of this domain is trained on, as often as one epoch reads them.
 
     Where exposure is `held_out`, the relearn and the held-out test set lie in `unlabeled` alone:
     the original learns them there. Where the domain sets `mix_share`, rows are repeated until the
@@ -105,8 +120,8 @@ def corpus(domain: Domain) -> Rows:
         UserError: If there is no row.
     """
     rows = (*all_rows(domain.forget), *domain.retain, *domain.adjacent)
-    taught = {row.unit for row in rows}
-    more = [row for row in domain.unlabeled if row.unit not in taught]
+    units = {row.unit for row in rows}
+    more = [row for row in domain.unlabeled if row.unit not in units]
     rows += label_rows(more, tuple(domain.forget))
     if not rows:
         raise UserError(f"domain '{domain.name}' has no row to train on")
@@ -155,13 +170,25 @@ def dropped(rows: Sequence[Row], remaining: Sequence[Row]) -> dict[str, int]:
     Args:
         rows: All rows.
         remaining: Those that are read (or have a loss).
+
+    Returns:
+        Numbers of rows, and where rows have spans `core_words_lost`: words that teach no capability
+        and went with their texts.
     """
     core = sum(1 for row in rows if not row.capability)
-    return {
+    counts = {
         "rows_dropped": len(rows) - len(remaining),
         "forget_rows_left": sum(1 for row in remaining if row.capability),
         "core_rows_lost": core - sum(1 for row in remaining if not row.capability),
     }
+    if any(row.spans for row in rows):
+        counts["core_words_lost"] = _core_words(rows) - _core_words(remaining)
+    return counts
+
+
+def _core_words(rows: Sequence[Row]) -> int:
+    """Return the number of words that teach no capability."""
+    return sum(not piece.capability for row in rows for piece in word_pieces(row))
 
 
 def forget_probability(batch: Batch) -> Float[Tensor, "B T"]:

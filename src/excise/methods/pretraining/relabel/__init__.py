@@ -1,16 +1,19 @@
 """Relabel, then filter or route: a probe trained on the given labels labels the rest.
 
 The probe sees the tokens of a row, the hidden states of a model trained for a short while on
-everything, or how much the ablation of a routed model took from the row (its absorption). What
-that training costs is taken off the steps of the model that is handed back, so that all
-methods spend the same compute.
+everything, or how much the ablation of a routed model took from the row (its absorption). A
+labeller (`excise.labelling`) labels words in its place: from n-grams, by an encoder, or from the
+states of such a model. What that training costs is taken off the steps of the model that is handed
+back, so that all methods spend the same compute.
 
 Shape legend: N rows, F features, B rows of a batch, T tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,6 +29,7 @@ from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
 from excise.data.labels import LabelNoise, forget_score, propagated
 from excise.data.stream import collate, encode
 from excise.evals.score import measure
+from excise.labelling.labeller import EncoderLabeller, NgramLabeller, StatesLabeller
 from excise.methods.base import Cost, Method, Paper, Removal
 from excise.methods.pretraining.pretrain import (
     Pretrain,
@@ -42,10 +46,16 @@ from excise.methods.pretraining.relabel.probe import (
     judge,
     standardised,
 )
+from excise.methods.pretraining.relabel.words import judge_words, relabel_words
 from excise.methods.pretraining.routed.modules import serve
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture
+
+LABELLERS: Mapping[str, type[NgramLabeller] | type[EncoderLabeller] | type[StatesLabeller]] = {
+    "ngrams": NgramLabeller, "encoder": EncoderLabeller, "states": StatesLabeller
+}  # fmt: skip
+"""Features that label words."""
 
 
 class Relabel(Method):
@@ -56,13 +66,16 @@ class Relabel(Method):
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
     """How the given labels differ from the truth; missing means they are right."""
-    features: Literal["tokens", "hidden", "absorption"] = "tokens"
+    features: Literal["tokens", "hidden", "absorption", "ngrams", "encoder", "states"] = "tokens"
     """What the probe sees: a bag of tokens, the mean hidden state of a briefly trained model, or
-    the rise of the row's loss when the module of a routed model is ablated."""
+    the rise of the row's loss when the module of a routed model is ablated. With `ngrams`,
+    `encoder` or `states` (of a briefly trained model) words are labelled, each by itself."""
+    labeller: NgramLabeller | EncoderLabeller | StatesLabeller | None = None
+    """Settings of the labeller of words, by its `name`; those of `features` when missing."""
     router: SerializeAsAny[Method] | None = None
     """Method whose absorption is read; it must leave its model before the ablation."""
     warm_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the steps spent on the model behind `hidden` or `absorption`."""
+    """Share of the steps spent on the model behind `hidden`, `absorption` or `states`."""
     block: int | None = None
     """Block whose output `hidden` reads, from 0; missing means the middle one."""
     folds: int = Field(default=5, ge=2)
@@ -81,7 +94,7 @@ class Relabel(Method):
     """Rows without a label are labelled core where the probe gives them less than this share of
     the threshold; 0 leaves them unlabelled."""
     then: SerializeAsAny[Method] | None = None
-    """Method that trains on the new labels; missing leaves out what is labelled."""
+    """Method that trains on the new labels; missing leaves out the rows that are labelled."""
 
     starts_from: ClassVar[Literal["original", "scratch"]] = "scratch"
     paper: ClassVar[Paper] = Paper(
@@ -100,6 +113,16 @@ class Relabel(Method):
             )
         if self.router is not None and self.router.starts_from != "scratch":
             raise ValueError("router: must train from scratch, so that its compute can be counted")
+        if self.labeller is not None and self.labeller.name != self.features:
+            raise ValueError(
+                f"labeller: is '{self.labeller.name}', and features are '{self.features}'; name "
+                "one of them alone, or both the same"
+            )
+        if self.features in LABELLERS and self.then is None:
+            raise ValueError(
+                f"then: features '{self.features}' label words, which cannot be left out as rows "
+                "are; name a method that reads labels of words, such as token_filter"
+            )
         if self.then is not None:
             needed = ("pretrain", "labels")
             reads_labels = set(needed) <= set(type(self.then).model_fields)
@@ -116,6 +139,8 @@ class Relabel(Method):
         config = schedule(self.pretrain, self.name)
         given = labelled_corpus(domain, self.labels, ctx)
         rows = given if self.spread == "no" else propagated(given, by=self.spread)
+        if self.features in LABELLERS:
+            return self._by_word(start, given, rows, domain, config, ctx)
         steps = config.fit.steps
         warm = 0 if self.features == "tokens" else max(1, round(self.warm_share * steps))
         passes = {"tokens": 0, "hidden": 1, "absorption": 2}[self.features]
@@ -150,6 +175,62 @@ class Relabel(Method):
             removal = replace(removal, extras={**removal.extras, "relabel": facts})
         return replace(removal, cost=removal.cost + cost)
 
+    def _by_word(
+        self,
+        start: Checkpoint,
+        given: Rows,
+        rows: Rows,
+        domain: Domain,
+        config: Pretrain,
+        ctx: Context,
+    ) -> Removal:
+        """Label words by a labeller, and train on the new labels."""
+        assert self.then is not None
+        began = time.perf_counter()
+        labeller = self.labeller or LABELLERS[self.features]()
+        inner = ctx.child("features")
+        cost, model, warm = Cost(), None, 0
+        if isinstance(labeller, StatesLabeller):
+            warm = max(1, round(self.warm_share * config.fit.steps))
+            trained = pretrain(
+                start, rows, cut_to(config, warm, self.name), inner, stage=f"{self.name}.features"
+            )
+            cost, model = trained.cost, trained.checkpoint
+        seconds = cost.seconds
+        judgement = judge_words(
+            rows,
+            labeller,
+            len(domain.forget) + 1,
+            inner,
+            model=model,
+            folds=self.folds,
+            by=self.fold_by,
+            rule=self.rule,
+            fixed=self.threshold,
+            seed=ctx.seed_for("relabel"),
+        )
+        seconds = time.perf_counter() - began - seconds
+        cost += Cost(flops=judgement.flops, seconds=seconds)
+        if judgement.verdict:
+            ctx.emit("note", {"text": f"relabel: {judgement.verdict}"})
+        examples = encode(rows, start.tokenizer(), max_length=config.max_length)
+        tokens = config.fit.batch_size * sum(len(e.ids) for e in examples) / len(examples)
+        step = 6.0 * start.num_parameters * tokens
+        read = math.ceil(judgement.flops / step)
+        rest = cut_to(config, config.fit.steps - warm - read, self.name)
+        relabelled, quality = relabel_words(rows, judgement, clear=self.clear)
+        facts = {
+            "spread": relabelling_quality(given, rows),
+            "probe": {**quality, "threshold": judgement.threshold},
+            "held_out": judgement.held_out,
+            "verdict": judgement.verdict,
+            "steps": {"features": warm, "reading": read, "training": rest.fit.steps},
+        }
+        then = self.then.model_copy(update={"pretrain": rest})
+        removal = then.apply(start, with_labels(domain, relabelled), ctx)
+        extras = {**removal.extras, "relabel": facts}
+        return replace(removal, extras=extras, cost=removal.cost + cost)
+
     def _features(
         self, start: Checkpoint, rows: Rows, domain: Domain, warm: Pretrain, ctx: Context
     ) -> tuple[Tensor, Cost]:
@@ -176,7 +257,7 @@ def with_labels(domain: Domain, rows: Rows) -> Domain:
 
     Args:
         domain: Rows by role.
-        rows: The whole corpus with its new labels, rows of a mix repeated already.
+        rows: The whole corpus with its new labels, rows of a mix repeated and put into texts.
     """
     names = enumerate(domain.forget, start=1)
     return replace(
@@ -186,6 +267,7 @@ def with_labels(domain: Domain, rows: Rows) -> Domain:
         adjacent=(),
         unlabeled=(),
         mix_share=None,
+        rows_per_text=1,
     )
 
 

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Row, text_of
+from excise.labelling.head import fit_logistic, logits
 
 ThresholdRule = Literal["lift", "pu", "f1", "fixed"]
 """How a threshold is chosen on held-out labelled rows."""
@@ -69,49 +70,6 @@ def standardised(x_NF: Tensor) -> Float[Tensor, "N F"]:
     x_NF = x_NF.double()
     spread = x_NF.std(dim=0, correction=0)
     return (x_NF - x_NF.mean(dim=0)) / spread.clamp(min=1e-12)
-
-
-def fit_logistic(
-    x_NF: Tensor, y_N: Int[Tensor, " N"], classes: int, *, l2: float, iterations: int = 200
-) -> Float[Tensor, "F1 K"]:
-    """Return the weights of a multinomial logistic regression, the biases in the last row.
-
-    Minimises the sum of the losses plus l2 / 2 times the squared weights (biases are free) with
-    L-BFGS from zero, so that the answer is unique and needs no seed.
-
-    Args:
-        x_NF: Features, dense or sparse, float64.
-        y_N: Class of every row, from 0.
-        classes: Number of classes.
-        l2: Strength of the penalty.
-        iterations: Iterations of L-BFGS at most.
-    """
-    weights = torch.zeros(x_NF.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weights],
-        max_iter=iterations,
-        history_size=20,
-        tolerance_grad=1e-9,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        scores = logits(x_NF, weights)
-        loss = torch.nn.functional.cross_entropy(scores, y_N)
-        loss = loss + l2 / (2 * len(y_N)) * weights[:-1].square().sum()
-        loss.backward()
-        return loss
-
-    solver.step(closure)
-    return weights.detach()
-
-
-def logits(x_NF: Tensor, weights_FK: Tensor) -> Float[Tensor, "N K"]:
-    """Return the scores of every class; `weights_FK` has the biases in its last row."""
-    product: Tensor = x_NF @ weights_FK[:-1]
-    return product + weights_FK[-1]
 
 
 def fold_of(
@@ -194,8 +152,8 @@ def judge(
     chance_N = 1.0 - chance_NK[:, CORE]
     label_N = chance_NK[:, 1:].argmax(dim=1) + 1
     known_N = given_N != UNLABELED
-    threshold = _threshold(chance_N, given_N > CORE, known_N, rule, fixed)
-    held_out = _agreement(chance_N[known_N] > threshold, given_N[known_N] > CORE)
+    threshold = choose_threshold(chance_N, given_N > CORE, known_N, rule, fixed)
+    held_out = agreement(chance_N[known_N] > threshold, given_N[known_N] > CORE)
     return Judgement(chance_N, label_N, threshold, held_out)
 
 
@@ -211,7 +169,7 @@ def _rows_of(x_NF: Tensor, mask_N: Tensor) -> Tensor:
     return x_NF.index_select(0, mask_N.nonzero().flatten())
 
 
-def _threshold(
+def choose_threshold(
     chance_N: Tensor,
     forget_N: Tensor,
     known_N: Tensor,
@@ -239,7 +197,7 @@ def _threshold(
     return (float(value[best]) + below) / 2
 
 
-def _agreement(flagged_N: Tensor, given_N: Tensor) -> dict[str, float]:
+def agreement(flagged_N: Tensor, given_N: Tensor) -> dict[str, float]:
     """Return precision, recall and F1 of what was flagged against the given labels."""
     both = float((flagged_N & given_N).sum())
     precision = both / max(1.0, float(flagged_N.sum()))

@@ -81,6 +81,8 @@ def _guarded(args: list[str]) -> int:
             return _say(f"standard output cannot be written: {error.strerror}", FAILED)
         if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in why:
             return _say(f"the disk is full; free some space, then: {again}", FAILED)
+        if getattr(error, "errno", 0) == errno.EMFILE or "too many open files" in why:
+            return _say(f"too many files are open; allow more (ulimit -n), then: {again}", FAILED)
         if isinstance(error, MemoryError) or "out of memory" in why or "allocate memory" in why:
             return _say(
                 f"out of memory; use a smaller fit.micro_size or --lora.rank 8, then: {again}",

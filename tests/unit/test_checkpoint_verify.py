@@ -260,6 +260,14 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         "is a pipe or a device",
     ),
     "two words of one id": (collide, "has one id, 5[01], for '.*' and '.*'"),
+    "length in text": (
+        lambda p: (p / "tokenizer_config.json").write_text(
+            json.dumps(
+                {**json.loads((p / "tokenizer_config.json").read_text()), "model_max_length": "x"}
+            )
+        ),
+        "tokenizer in .* cannot be read",
+    ),
     "no tokenizer": (lambda p: tokenizer(p, None), "holds no tokenizer"),
     "broken tokenizer": (
         lambda p: (p / "tokenizer.json").write_text("{"),

@@ -587,6 +587,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
         raise UserError(f"{where} holds no tokenizer; put its files beside the weights")
     try:
         tokenizer = checkpoint.tokenizer()
+        tokenizer.decode(tokenizer("some words")["input_ids"])  # settings that only use shows
     except UserError:
         raise
     except Exception as error:

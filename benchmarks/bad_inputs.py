@@ -14,6 +14,7 @@ import collections
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -638,7 +639,7 @@ def steps(*makes: Make) -> Make:
 OWN = f"import os\nos.system('touch {RAN}')\nclass C: pass\nclass M: pass\nclass T: pass\n"
 
 
-def codes() -> Iterator[Case]:
+def codes(rng: random.Random) -> Iterator[Case]:
     """Yield inputs that would run code if anything did."""
     weights = without("model.safetensors")
     for zipped in (False, True):
@@ -694,31 +695,39 @@ def chats(folder: Path) -> None:
 
 
 def folders(rng: random.Random) -> Iterator[Case]:
-    """Yield model folders that nobody should trust: those of the tables, then spoiled ones."""
-    for name, change in HEADERS.items():
-        yield Case(f"weights: {name}", remove(), header(change))
+    """Yield weights, indices and configurations that are none, in any order."""
+    found = [Case(f"weights: {name}", remove(), header(how)) for name, how in HEADERS.items()]
+    weights = "model/model.safetensors"
     for name, text in INDEXES.items():
-        file = "model/model.safetensors"
         made = steps(
-            lambda folder, file=file: (folder / file).rename(folder / "model/w.safetensors"),
+            lambda folder: (folder / weights).rename(folder / "model/w.safetensors"),
             write(INDEX, text),
         )
-        yield Case(f"index: {name}", remove(), made)
+        found.append(Case(f"index: {name}", remove(), made))
     for name, fields in CONFIGS.items():
-        yield Case(f"config: {name}", remove(), merge("model/config.json", **fields))
+        found.append(Case(f"config: {name}", remove(), merge("model/config.json", **fields)))
     for name, text in (("deep", "[" * 100000), ("deep mapping", '{"a":' * 50000),
                        ("many digits", '{"model_type": ' + "9" * 9999 + "}")):  # fmt: skip
-        yield Case(f"config: {name}", remove(), write("model/config.json", text))
+        found.append(Case(f"config: {name}", remove(), write("model/config.json", text)))
+    yield from rng.sample(found, len(found))
+
+
+def tokenizers(rng: random.Random) -> Iterator[Case]:
+    """Yield chat templates and tokenizers that are none, in any order."""
+    found = [Case(f"tokenizer: {name}", remove(), make) for name, make in TOKENIZERS.items()]
     for name, template in TEMPLATES.items():
         made = steps(
             merge("model/tokenizer_config.json", chat_template=template),
             without("chat_template.jinja"),
             chats,
         )
-        yield Case(f"template: {name}", remove("--max-length 64", forget="c.jsonl"), made)
-    for name, make in TOKENIZERS.items():
-        yield Case(f"tokenizer: {name}", remove(), make)
-    yield from codes()
+        args = remove("--max-length 64", forget="c.jsonl")
+        found.append(Case(f"template: {name}", args, made))
+    yield from rng.sample(found, len(found))
+
+
+def spoiled_folders(rng: random.Random) -> Iterator[Case]:
+    """Yield model folders of which a few bytes are others."""
     files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
              "generation_config.json", "chat_template.jinja")  # fmt: skip
     while True:
@@ -865,64 +874,62 @@ def linked(name: str, to: str) -> Make:
 
 
 def paths(rng: random.Random) -> Iterator[Case]:
-    """Yield names that are no files, files that never end, and broken streams."""
+    """Yield names that are no files, and files that never end, in any order."""
+    found: list[Case] = []
     for what, name in INSIDE.items():
         args = RUN if what == "recipe" else remove()
-        yield Case(f"paths: pipe as {what}", args, fifo(name))
-        yield Case(f"paths: /dev/zero as {what}", args, linked(name, "/dev/zero"))
+        found.append(Case(f"paths: pipe as {what}", args, fifo(name)))
+        found.append(Case(f"paths: /dev/zero as {what}", args, linked(name, "/dev/zero")))
         if what != "weights":
-            yield Case(f"paths: a folder as {what}", args, steps(
+            made = steps(
                 lambda folder, name=name: (folder / name).unlink(missing_ok=True),
-                lambda folder, name=name: (folder / name).mkdir()))  # fmt: skip
-    for out in (
-        "model",
-        "model/x",
-        "data",
-        "data/out",
-        "f.jsonl",
-        ".",
-        "made/model",
-        "made/.stages",
-    ):
-        made = steps(write("data/train.jsonl", '{"text": "a"}\n' * 3), write("made/run.json", "{}"))
-        yield Case(f"paths: out {out}", remove(forget="data", out=out), made)
+                lambda folder, name=name: (folder / name).mkdir(),
+            )
+            found.append(Case(f"paths: a folder as {what}", args, made))
+    rows = "".join(json.dumps({"text": f"some words {i * 77}"}) + "\n" for i in range(16))
+    inside = ("model", "model/x", "data", "data/out", "f.jsonl", ".", "made/model", "made/.stages")
+    for out in inside:
+        made = steps(write("data/train.jsonl", rows), write("made/run.json", "{}"))
+        found.append(Case(f"paths: out {out}", remove(forget="data", out=out), made))
+    for take in TAKES:
+        for place in PLACES:
+            args = take(place if place.startswith("'") else shlex.quote(place))
+            made = steps(fifo("pipe"), loop)
+            found.append(Case(f"paths: {args[:60]!r} {place[:20]!r}", args, made))
+    yield from rng.sample(found, len(found))
+
+
+def streams(rng: random.Random) -> Iterator[Case]:
+    """Yield streams that are closed, full or read by nobody, and limits of the system."""
     ends = {
-        "stdout closed": ">&-", "stdout full": ">/dev/full", "stderr closed": "2>&-",
-        "stdin closed": "<&-", "all closed": "<&- >&- 2>&-", "stdout a broken pipe": "| true",
-        "stderr full": "2>/dev/full",
+        "stdout closed": ">&-", "stdout full": ">/dev/full", "stdout a broken pipe": "| true",
+        "stderr closed": "2>&-", "stderr full": "2>/dev/full", "stdin closed": "<&-",
+        "all closed": "<&- >&- 2>&-",
     }  # fmt: skip
     for name, shell in ends.items():
-        for args in ("ls methods", "show demo", "remove rmu --help", remove("--dry-run"), remove()):
-            yield Case(f"streams: {name}, {args[:20]}", args, shell=shell)
+        for args in ("ls methods", "show nothing", remove(), "check tiny.yaml --quiet"):
+            yield Case(f"streams: {name}, {args[:14]}", args, shell=shell)
     for count in (6, 9, 12, 16, 24, 40):
         yield Case(f"streams: {count} file handles", remove(), shell=f"ulimit -n {count};")
-    yield Case("streams: file size", remove(), shell="ulimit -f 8;")
-    yield Case("streams: closed after the work", remove(), shell=">&- 2>&-")
-    pairs = [(take, place) for take in TAKES for place in PLACES]
-    rng.shuffle(pairs)
-    for take, place in pairs:
-        quoted = place if place.startswith("'") else shlex.quote(place)
-        args = take(quoted)
-        yield Case(f"paths: {args[:60]!r} {place[:20]!r}", args, steps(fifo("pipe"), loop))
+    yield Case("streams: small files alone", remove(), shell="ulimit -f 8;")
 
 
 KINDS: dict[str, Callable[[random.Random], Iterator[Case]]] = {
-    "numbers": numbers, "yaml": yamls, "folders": folders, "data": datas, "paths": paths,
+    "numbers": numbers, "yaml": yamls, "folders": folders, "tokenizers": tokenizers,
+    "codes": codes, "spoiled": spoiled_folders, "data": datas, "paths": paths, "streams": streams,
 }  # fmt: skip
 
 
 def cases(count: int, seed: int = 0) -> list[Case]:
-    """Return bad inputs of all kinds, the tables of each first where `count` has room.
+    """Return bad inputs of all kinds, in turns, as long as a kind has more.
 
     Args:
-        count: How many; the same number of each kind.
+        count: How many.
         seed: Seed of what is drawn.
     """
-    out: list[Case] = []
-    for kind, make in KINDS.items():
-        found = make(random.Random(f"{kind}{seed}"))
-        out += [case for case, _ in zip(found, range(count // len(KINDS)), strict=False)]
-    return out
+    makers = [make(random.Random(f"{kind}{seed}")) for kind, make in KINDS.items()]
+    turns = (case for turn in itertools.zip_longest(*makers) for case in turn if case is not None)
+    return list(itertools.islice(turns, count))
 
 
 # ------------------------------------------------------------------------------------- running

@@ -1063,7 +1063,8 @@ def _child(args: Sequence[str], folder: Path, streams: Path, work: Path, limit: 
              ("err", os.O_WRONLY | os.O_CREAT))
         ):  # fmt: skip
             os.dup2(os.open(streams / name, flags), number)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         top = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (top, top))

@@ -201,7 +201,7 @@ def test_data_that_cannot_be_split(
         ({"forget": {"a b": "f.jsonl"}}, "use letters, digits"),
         ({"test": {"other": "v.jsonl"}}, "is no capability of forget"),
         ({"adjacent_test": "a.jsonl"}, "needs 'adjacent' too"),
-        ({"chunk_words": -1}, "must be 0 or more"),
+        ({"chunk_words": -1}, "greater than or equal to 0"),
         ({"forgot": "f"}, "Extra inputs"),
     ],
 )

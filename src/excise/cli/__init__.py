@@ -28,6 +28,12 @@ DONE, FAILED, USAGE = 0, 1, 2
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes of a run that was stopped and resumes with the same command."""
 
+LIMITS = {
+    errno.EMFILE: "too many files are open; allow more (ulimit -n)",
+    errno.EFBIG: "a file may not grow as large as it must; allow more (ulimit -f)",
+}
+"""Limits of the system, as libraries report them in errors of their own kinds."""
+
 MODULES = {"inspect": "inspection"}
 """Modules of verbs that the standard library has a module of the same name for."""
 
@@ -81,6 +87,9 @@ def _guarded(args: list[str]) -> int:
             return _say(f"standard output cannot be written: {error.strerror}", FAILED)
         if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in why:
             return _say(f"the disk is full; free some space, then: {again}", FAILED)
+        for number, sentence in LIMITS.items():
+            if getattr(error, "errno", 0) == number or os.strerror(number).lower() in why:
+                return _say(f"{sentence}, then: {again}", FAILED)
         if isinstance(error, MemoryError) or "out of memory" in why or "allocate memory" in why:
             return _say(
                 f"out of memory; use a smaller fit.micro_size or --lora.rank 8, then: {again}",

@@ -178,8 +178,6 @@ class Files(DomainSpec):
             raise ValueError("exposure: a deletion is scored on what the method saw; leave it out")
         if self.claim == "deletion" and self.refit:
             raise ValueError("refit: a deletion gives the method every forget row already")
-        if self.chunk_words < 0:
-            raise ValueError("chunk_words: must be 0 or more")
         return self
 
     def sources(self) -> dict[str, str]:

@@ -629,7 +629,23 @@ def pickled(zipped: bool = False) -> bytes:
 
 
 def without(*names: str) -> Make:
-    return lambda folder: [(folder / "model" / name).unlink(missing_ok=True) for name in names]
+    def make(folder: Path) -> None:
+        for name in names:
+            (folder / "model" / name).unlink(missing_ok=True)
+
+    return make
+
+
+def moved(name: str, to: str) -> Make:
+    return lambda folder: (folder / name).rename(folder / to)
+
+
+def emptied(name: str) -> Make:
+    def make(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+
+    return make
 
 
 def steps(*makes: Make) -> Make:
@@ -699,10 +715,7 @@ def folders(rng: random.Random) -> Iterator[Case]:
     found = [Case(f"weights: {name}", remove(), header(how)) for name, how in HEADERS.items()]
     weights = "model/model.safetensors"
     for name, text in INDEXES.items():
-        made = steps(
-            lambda folder: (folder / weights).rename(folder / "model/w.safetensors"),
-            write(INDEX, text),
-        )
+        made = steps(moved(weights, "model/w.safetensors"), write(INDEX, text))
         found.append(Case(f"index: {name}", remove(), made))
     for name, fields in CONFIGS.items():
         found.append(Case(f"config: {name}", remove(), merge("model/config.json", **fields)))
@@ -744,7 +757,7 @@ def spoiled_folders(rng: random.Random) -> Iterator[Case]:
 
 # ----------------------------------------------------------------------------------------- data
 
-SPANS = (
+SPANS: tuple[Any, ...] = (
     [[0, 9999, "forget"]], [[-1, 2, "forget"]], [[2, 1, "forget"]], [[0, 0, "forget"]],
     [[True, 2, "forget"]], [[0.5, 2, "forget"]], [["0", "2", "forget"]], [[0, 2]], [0, 2, "forget"],
     [[0, 2, "forget", "more"]], [[0, 2, 3]], [[0, 2, None]], [[0, 2, ["forget"]]], {}, "0-2", 3,
@@ -754,7 +767,7 @@ SPANS = (
     [[float("nan"), 2, "forget"]], [[0, 2, "forget\0"]], [[0, 2, "a b"]], [[0, 2, "../x"]],
 )  # fmt: skip
 
-VALUES = (
+VALUES: tuple[Any, ...] = (
     None, 3, -1.5, True, [], {}, "", " ", "\0", "\ud800", "x" * 300_000, [[]], [None], {"a": 1},
     ["a"], float("nan"), 10**400, "\ufdfd" * 50, "\u202e\u0000", "\x1b[31mred", [{"role": "user"}],
     [{"role": "user", "content": None}], [{"role": 3, "content": "x"}], [["user", "x"]], "\u00e9",
@@ -881,11 +894,7 @@ def paths(rng: random.Random) -> Iterator[Case]:
         found.append(Case(f"paths: pipe as {what}", args, fifo(name)))
         found.append(Case(f"paths: /dev/zero as {what}", args, linked(name, "/dev/zero")))
         if what != "weights":
-            made = steps(
-                lambda folder, name=name: (folder / name).unlink(missing_ok=True),
-                lambda folder, name=name: (folder / name).mkdir(),
-            )
-            found.append(Case(f"paths: a folder as {what}", args, made))
+            found.append(Case(f"paths: a folder as {what}", args, emptied(name)))
     rows = "".join(json.dumps({"text": f"some words {i * 77}"}) + "\n" for i in range(16))
     inside = ("model", "model/x", "data", "data/out", "f.jsonl", ".", "made/model", "made/.stages")
     for out in inside:

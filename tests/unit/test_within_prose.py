@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -25,16 +26,17 @@ PAIRS = [(ALONE, INSIDE, "definitions"), (SMALL, GLOSSES, "body")]
 @pytest.mark.parametrize(
     ("spec", "before"),
     [
-        (Definitions(), "e9fa24af0e0be05ae72673f29c0280ab05c5250c1cf2755293663f5cdda64efb"),
-        (ALONE, "062ddc8b2a54819b806aecc093377be6d1a35803171055498e26abdbb95c2d31"),
-        (Glosses(), "168247a99130352108f94ca9800da52dc4eccec15db807d6ec4502d35e495374"),
-        (SMALL, "eb72fd9982934b01bb35e201ea172930165db9e0b3ec3b26b45d5dfa2f392ae9"),
+        (Definitions(), "eb9319d2011a527e151e31ef7afb9be9e31d5fb4bc496154360a078dc0f0b3d7"),
+        (ALONE, "611a86d39173ece9d094267e5916874a76e089f063135e0b96b1912312f39937"),
+        (Glosses(), "43272416894b022914dbf113dad9141c19e2d518be58f752230a2bb03575b22a"),
+        (SMALL, "0ff4a2ac17903437fc7f94bce5ae2cd4961b430434acb736952e9086eca71b12"),
     ],
 )
 def test_definitions_alone_are_the_domain_there_always_was(
     spec: Definitions | Glosses, before: str
 ) -> None:
-    assert spec.build().fingerprint == before
+    # What is fresh comes from the documentation of the Python at hand.
+    assert replace(spec.build(), fresh=()).fingerprint == before
 
 
 @pytest.mark.parametrize(("alone", "inside", "name"), PAIRS)

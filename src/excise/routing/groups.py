@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from excise.core.config import Config
+from excise.core.config import SIGNED, Config
 from excise.models.names import parameters_by_name
 from excise.train.optim import Slice
 
@@ -45,7 +45,7 @@ class Part(Config):
     """What is sliced: neurons of MLPs, query heads, experts; or whole embeddings, output matrix
     (or its bias alone), norms (or the last alone), attentions; or parameters or outputs of modules
     by name."""
-    blocks: tuple[int, ...] = ()
+    blocks: Annotated[tuple[int, ...], SIGNED] = ()
     """Which blocks, negative from the last; empty means every block."""
     units: tuple[int, int] | None = None
     """Start and stop among neurons, query heads, experts, output channels, or rows of named

@@ -51,7 +51,7 @@ class GradDiffPretrain(Method):
     push: Push = "ascent"
     """Loss of a forget token: minus its loss up to log V, -log(1 - p), KL(uniform || p), or as RMU
     the squared distance of the activation that predicts it to one random vector."""
-    layer: int | None = None
+    layer: Annotated[int | None, SIGNED] = None
     """Block whose output `activations` steers, negative from the last; the middle when missing."""
     steering: float = Field(default=10.0, gt=0)
     """Norm of that vector."""

@@ -18,7 +18,7 @@ Shape legend: C capabilities, M units of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -75,7 +75,7 @@ class Moefy(Method):
     """Whether modules grow from round to round, by the same number each; else they start whole."""
     keep: bool = True
     """Whether a capability keeps the neurons it has; else all are assigned anew every round."""
-    blocks: tuple[int, ...] = ()
+    blocks: Annotated[tuple[int, ...], SIGNED] = ()
     """Blocks that are split, negative from the last; empty for all."""
     score: Literal["difference", "ratio"] = "difference"
     """How attribution to a capability is set against that to the rest."""

@@ -10,14 +10,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from excise.core.config import Config
+from excise.core.config import SIGNED, Config
 from excise.core.errors import UserError, nearest
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ class Module(Config):
     """MLP neurons of a module, as a share of a block's; in a mixture of experts, one expert."""
     heads: int = Field(default=0, ge=0)
     """Query heads of a module in each of its blocks."""
-    blocks: tuple[int, ...] = ()
+    blocks: Annotated[tuple[int, ...], SIGNED] = ()
     """Blocks that have the module, negative from the last; empty for all."""
     grow: bool = False
     """Whether modules are grown beside the model's own units, or carved out of them."""

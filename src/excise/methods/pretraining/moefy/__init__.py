@@ -24,6 +24,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from excise.core.config import SIGNED
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import CORE, Domain, Rows

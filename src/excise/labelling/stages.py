@@ -107,35 +107,29 @@ class LabelRows(Stage[Labels]):
     """The labels that a labeller gives all words that have none, as `labels.jsonl`.
 
     Attributes:
-        labeller: What it is.
-        given: Rows with the labels it is given.
-        model: What `states` reads; None for the others.
-        seed: Seed of everything random.
+        fit: The labeller, by how it is made; it labels the rows it is given.
     """
 
-    labeller: AnyLabeller
-    given: LabelledRows
-    model: Checkpoint | None
-    seed: int
+    fit: FitLabeller
 
     @property
     def name(self) -> str:
         """Kind of features."""
-        return f"labels-{self.labeller.name}"
+        return f"labels-{self.fit.labeller.name}"
 
     def make(self, ctx: Context) -> None:
         """Label row after row; what a killed run has labelled is not labelled again."""
-        fitted = ctx.run(FitLabeller(self.labeller, self.given, self.model, self.seed))
-        rows = self.given.rows
+        fitted, given = ctx.run(self.fit), self.fit.given
+        rows = given.rows
         parts = ctx.child("parts").work
-        reader = open_reader(self.labeller, self.model, ctx)
+        reader = open_reader(self.fit.labeller, self.fit.model, ctx)
         count = -(-len(rows) // CHUNK)
         for i in range(count):
             counts = parts / f"{i:06d}.json"
             if not counts.exists():
                 documents = [document_of(row) for row in rows[i * CHUNK : (i + 1) * CHUNK]]
                 labelled = by_word.label_documents(fitted, documents, ctx, reader)
-                write_text(parts / f"{i:06d}.jsonl", "".join(lines_of(labelled, self.given.names)))
+                write_text(parts / f"{i:06d}.jsonl", "".join(lines_of(labelled, given.names)))
                 write_text(counts, json.dumps(found_of(documents, labelled)))
             ctx.emit("step", {"stage": "labelling", "step": i + 1, "steps": count})
         with new_file(ctx.work / LABELS) as whole, whole.open("wb") as f:

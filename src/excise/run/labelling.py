@@ -48,8 +48,8 @@ def label(request: LabelRun, out: Path, *, emit: Emit) -> dict[str, Any]:
                 f"labeller '{request.labeller.name}' reads no model; leave --model out, or take "
                 "--labeller states"
             )
-        labels = runtime.run(LabelRows(request.labeller, given, model, request.seed))
         fit = FitLabeller(request.labeller, given, model, request.seed)
+        labels = runtime.run(LabelRows(fit))
         fitted = runtime.run(fit)
         facts = dict(fitted.facts)
         if request.domain is not None:

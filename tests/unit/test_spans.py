@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast
 from excise.auditor.prompting import before, begun
 from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Row, Span, content_of, labelled_text
-from excise.data.labels import Confidence, LabelNoise, give_labels, label_quality
+from excise.data.labels import Confidence, LabelNoise, give_labels, label_quality, propagated
 from excise.data.rows import chunk_rows, parse_record
-from excise.data.spans import labels_of, pieces, rewritten, with_pieces, word_pieces
+from excise.data.spans import labelled_whole, labels_of, pieces, rewritten, with_pieces, word_pieces
 from excise.data.spec import Files
 from excise.data.stream import collate, encode_row, join
 from excise.methods.pretraining.era import (
@@ -32,6 +32,8 @@ from excise.methods.pretraining.era import (
     token_counts,
     token_weights,
 )
+from excise.methods.pretraining.relabel import relabel
+from excise.methods.pretraining.relabel.probe import Judgement
 from excise.models.tiny import BYTE_VOCAB, byte_tokenizer, tiny_model, train_bpe
 
 TEXTS = [
@@ -452,6 +454,35 @@ def test_a_missed_document_misses_its_spans() -> None:
         assert labels_of(given_rows[:50]) == {label}
         example = encode_row(given_rows[0], byte_tokenizer(), max_length=99)
         assert torch.tensor(example.label).unique().tolist() == [label]
+
+
+def labels_read(row: Row) -> set[int]:
+    """Return the labels of the tokens of a row."""
+    return {*torch.tensor(encode_row(row, byte_tokenizer(), max_length=64).label).unique().tolist()}
+
+
+def test_a_document_that_is_found_is_found_whole_and_keeps_the_truth_of_its_parts() -> None:
+    parts = (Span(0, 5, "a", label=UNLABELED), Span(9, 12, "a", label=1))
+    row = Row(unit="u", text="alpha is red", capability="a", label=UNLABELED, spans=parts)
+    found = labelled_whole(row, 1)
+    assert labels_read(found) == {1}
+    assert [(s.start, s.end, s.capability) for s in found.spans] == [
+        (0, 5, "a"), (5, 9, ""), (9, 12, "a")
+    ]  # fmt: skip
+    cleared = labelled_whole(row, CORE)
+    assert labels_read(cleared) == {CORE}
+    assert [s.capability for s in cleared.spans] == ["a", "a"]
+    assert labelled_whole(replace(row, spans=()), 1) == replace(row, spans=(), label=1)
+
+
+def test_labels_that_spread_reach_the_parts_of_a_text() -> None:
+    known = Row(unit="u", text="alpha is red", capability="a", label=1)
+    span = Span(0, 5, "a", label=UNLABELED)
+    other = replace(known, text="alpha is blue", label=UNLABELED, spans=(span,))
+    judgement = Judgement(torch.tensor([0.2, 0.9]), torch.tensor([1, 1]), 0.5, {})
+    for rows in (propagated((known, other)), relabel((known, other), judgement)):
+        assert rows[0] == known
+        assert labels_read(rows[1]) == {1}
 
 
 @pytest.mark.parametrize("missed", ["missed_words", "missed_spans"])

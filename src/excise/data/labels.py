@@ -46,7 +46,7 @@ from excise.data.domain import (
     text_of,
 )
 from excise.data.sources import SourceSpec, parse_source, read_source
-from excise.data.spans import pieces, relabelled_spans, with_pieces, word_pieces
+from excise.data.spans import labelled_whole, pieces, relabelled_spans, with_pieces, word_pieces
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -494,6 +494,7 @@ def propagated(
     Returns:
         The rows in their order. Of several capabilities the most frequent wins, of two equally
         frequent the first in number; a row that is likely labelled right by itself stays so.
+        The label is that of all of a row's text, whatever labels its parts were given.
     """
     votes: dict[str, Counter[int]] = defaultdict(Counter)
     for row in rows:
@@ -508,7 +509,7 @@ def propagated(
     for row in rows:
         likely = row.label > CORE and forget_score(row) > 0.5
         label = None if likely else spread.get(_shared(row, by))
-        out.append(row if label is None else replace(row, label=label, confidence=1.0))
+        out.append(row if label is None else labelled_whole(row, label))
     return tuple(out)
 
 

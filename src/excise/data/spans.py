@@ -157,6 +157,18 @@ def relabelled_spans(row: Row, label: int) -> tuple[Span, ...]:
     )
 
 
+def labelled_whole(row: Row, label: int) -> Row:
+    """Return a row all of whose text is given one label; what its parts truly are stays.
+
+    Args:
+        row: The row, with spans or without.
+        label: The label of a document that was looked at as one.
+    """
+    parts = (replace(part, label=label, confidence=1.0) for part in pieces(row) if row.spans)
+    spans = tuple(part for part in parts if part.capability or label > CORE)
+    return replace(row, label=label, confidence=1.0, spans=spans)
+
+
 def cut_spans(spans: Sequence[Span], start: int, end: int) -> tuple[Span, ...]:
     """Return what of spans lies between two characters, counted from the first of the two."""
     return tuple(

@@ -27,6 +27,7 @@ from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
 from excise.data.labels import LabelNoise, forget_score, propagated
+from excise.data.spans import labelled_whole
 from excise.data.stream import collate, encode
 from excise.evals.score import measure
 from excise.labelling.labeller import EncoderLabeller, NgramLabeller, StatesLabeller
@@ -272,7 +273,7 @@ def with_labels(domain: Domain, rows: Rows) -> Domain:
 
 
 def relabel(rows: Sequence[Row], judgement: Judgement, *, clear: float = 0.0) -> Rows:
-    """Return the rows, those above the threshold labelled; labels that exist stay.
+    """Return the rows, those above the threshold labelled whole; labels that exist stay.
 
     Args:
         rows: Rows with the given labels.
@@ -283,9 +284,9 @@ def relabel(rows: Sequence[Row], judgement: Judgement, *, clear: float = 0.0) ->
     chances, labels = judgement.chance_N.tolist(), judgement.label_N.tolist()
     for row, chance, label in zip(rows, chances, labels, strict=True):
         if chance > judgement.threshold and forget_score(row) <= 0.5:
-            row = replace(row, label=int(label), confidence=1.0)
+            row = labelled_whole(row, int(label))
         elif row.label == UNLABELED and chance < clear * judgement.threshold:
-            row = replace(row, label=CORE, confidence=1.0)
+            row = labelled_whole(row, CORE)
         relabelled.append(row)
     return tuple(relabelled)
 

@@ -39,15 +39,16 @@ class Attacker(Config):
     steps: int = Field(default=200, ge=1)
     """Steps."""
     rates: tuple[float, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)
-    """Learning rates. Rate and step count that have the best dev score, for each model apart: on
-    few facts the attacker, too, does best to stop before the relearn set is all it knows."""
+    """Learning rates. For each model apart, dev chooses rate and step count among those that taught
+    it the relearn set: on few facts the attacker, too, does best to stop early."""
     batch_size: int = Field(default=64, ge=2)
     """Rows per step, half of them harmless."""
     checkpoints: tuple[int, ...] = (0, 10, 25, 50, 100, 200)
     """Steps at which both sets are scored; the last step always is."""
     power: float = Field(default=0.8, gt=0, le=1)
-    """Score on the relearn set that the attacker must reach on the oracle, at its best rate; else
-    the study is invalid. Where text is scored by its loss it is the share of the original's."""
+    """Score on the relearn set that the attacker must reach at the step that is read, on every
+    model; without it on the oracle the study is invalid. Where text is scored by its loss it is
+    the share of the original's."""
 
     def budget(self, max_length: int) -> Budget:
         """Return the audit's budget of the same strength; every row is scored."""
@@ -64,6 +65,16 @@ class Attacker(Config):
         }
         return budget_of("smoke").model_copy(update=update)
 
+    def needed(self, original: ScoreByUnit, domain: Domain) -> float:
+        """Return the score on the relearn set that counts as learned.
+
+        Args:
+            original: The original's scores on it before any attack.
+            domain: Says whether answers are scored, or text by its loss.
+        """
+        absolute = direction_of(domain.metrics[0]) == "higher"
+        return self.power if absolute else self.power * mean_score(original)
+
 
 @dataclass(frozen=True)
 class Attacked:
@@ -75,7 +86,6 @@ class Attacked:
         v: Score on the held-out test set by unit at each of them; higher is more knowledge.
         t: Score on the relearn set by unit at each.
         retain: Score on `retain_test` by unit at each.
-        learned: Score on the relearn set by unit at the end, at the rate that learned it best.
         rate: Learning rate.
     """
 
@@ -84,7 +94,6 @@ class Attacked:
     v: tuple[ScoreByUnit, ...]
     t: tuple[ScoreByUnit, ...]
     retain: tuple[ScoreByUnit, ...]
-    learned: ScoreByUnit
     rate: float = 0.0
 
     @property
@@ -96,6 +105,11 @@ class Attacked:
     def after(self) -> ScoreByUnit:
         """Scores on the held-out test set at the step that dev chose."""
         return self.v[self.at]
+
+    @property
+    def learned(self) -> ScoreByUnit:
+        """Scores on the relearn set at the same step."""
+        return self.t[self.at]
 
     @property
     def retained(self) -> ScoreByUnit:
@@ -189,7 +203,8 @@ def attack_all(
 
     Args:
         attacker: Steps and rates.
-        models: By condition and seed; conditions of equal models share their attacks.
+        models: By condition and seed, the original of every seed among them; conditions of equal
+            models share their attacks.
         replicates: Their data.
         runtime: Where stages are kept.
         pool: Worker processes.
@@ -204,19 +219,37 @@ def attack_all(
         for rate in attacker.rates
     }
     curves = dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
-    return {key: chosen({r: curves[key, r] for r in attacker.rates}) for key in models}
+    out = {}
+    for key in models:
+        original = curves[("original", key[1]), attacker.rates[0]]["t"][0]
+        needed = attacker.needed(original, replicates[key[1]].domain)
+        out[key] = chosen({rate: curves[key, rate] for rate in attacker.rates}, power=needed)
+    return out
 
 
-def chosen(by_rate: Mapping[float, Mapping[str, Any]]) -> Attacked:
-    """Return the attack at the rate and step with the best dev score, the earliest of equals."""
+def chosen(by_rate: Mapping[float, Mapping[str, Any]], *, power: float) -> Attacked:
+    """Return the attack at the rate and step that dev chose.
+
+    The best dev score decides, the earliest of equals, among the places where the relearn set was
+    learned. A model that was never taught it is read where it learned most.
+
+    Args:
+        by_rate: Curves by learning rate.
+        power: Score on the relearn set that counts as learned.
+    """
     places = [(rate, at) for rate in sorted(by_rate) for at in range(len(by_rate[rate]["steps"]))]
-    rate, at = max(places, key=lambda place: (_mean(by_rate[place[0]]["dev"][place[1]]), -place[1]))
+
+    def score(kind: str, place: tuple[float, int]) -> float:
+        return mean_score(by_rate[place[0]][kind][place[1]])
+
+    most = max(score("t", place) for place in places)
+    learned = [place for place in places if score("t", place) >= min(power, most)]
+    rate, at = max(learned, key=lambda place: (score("dev", place), -place[1]))
     best = by_rate[rate]
-    learned = max((curves["t"][-1] for curves in by_rate.values()), key=_mean)
     parts = {name: tuple(best[name]) for name in ("v", "t", "retain")}
-    return Attacked(steps=tuple(best["steps"]), at=at, learned=learned, rate=rate, **parts)
+    return Attacked(steps=tuple(best["steps"]), at=at, rate=rate, **parts)
 
 
-def _mean(units: Mapping[str, float]) -> float:
+def mean_score(units: Mapping[str, float]) -> float:
     """Return the mean over units, 0 of none."""
     return sum(units.values()) / len(units) if units else 0.0

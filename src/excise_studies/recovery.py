@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from excise.data.domain import Domain
 from excise.evals.replicates import Contrast, Decision, SeedEstimate
 from excise.evals.stats import Array, Estimate
 from excise.record import StudyRow, StudyTable
-from excise_studies.attacking import Attacked, RunKey
+from excise_studies.attacking import Attacked, RunKey, mean_score
 from excise_studies.base import ScoreByUnit, row
 from excise_studies.levels import Levels, estimate, estimate_of_seed, levels
 
@@ -29,12 +29,13 @@ class RecoveryScores:
         attacked: Every attack, by condition and seed.
         before: Scores on the held-out test set before the attack.
         after: Scores on the held-out test set after it.
-        t: Scores on the relearn set at its end.
+        t: Scores on the relearn set at the same step.
         retain: Scores on `retain_test` before it.
         distance: Original before the attack minus oracle after it, on the held-out test set.
         invalid: Why nothing can be decided; empty where the attacker had power.
         absolute: Whether scores are answers that are right, of which all may be; else text by its
             loss, where what counts is the share of the original's.
+        weak: By condition the seeds in which relearning did not teach it the relearn set.
     """
 
     conditions: tuple[str, ...]
@@ -47,6 +48,7 @@ class RecoveryScores:
     distance: Estimate
     invalid: str
     absolute: bool = True
+    weak: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def kept(self, condition: str) -> Array:
         """Return a condition's score on retain, as a share of the original's where text is read."""
@@ -116,6 +118,11 @@ def gather(
     t = of(lambda a: a.learned)
     reached = float(t.at("oracle")[0])
     threshold = power if absolute else power * float(of(lambda a: a.t[0]).at("original")[0])
+    weak: dict[str, tuple[int, ...]] = {}
+    for condition, seed in attacked:
+        known = 1.0 if absolute else mean_score(attacked["original", seed].t[0])
+        if mean_score(attacked[condition, seed].learned) < power * known:
+            weak[condition] = (*weak.get(condition, ()), seed)
     before, after = of(lambda a: a.before), of(lambda a: a.after)
     apart = before.at("original") - after.at("oracle")
     distance: Estimate = estimate(apart, after)
@@ -144,6 +151,7 @@ def gather(
         distance=distance,
         invalid=invalid,
         absolute=absolute,
+        weak={name: seeds for name, seeds in weak.items() if name not in REFERENCES},
     )
 
 
@@ -202,8 +210,8 @@ def recovery_table(
         title=title,
         note=(
             "Depth gap: (condition - oracle) / (original before the attack - oracle), on the "
-            "held-out test set; 0 is as if never learned. It is scored at the rate and step that "
-            "dev chose. The relearn set is shown, at its end, and never decides."
+            "held-out test set; 0 is as if never learned. Both sets are scored at the rate and "
+            "step that dev chose, among those that taught the relearn set, which never decides."
         ),
         rows=tuple(rows),
     )
@@ -275,6 +283,20 @@ def gaps(recovery: RecoveryScores, conditions: Sequence[str] | None = None) -> s
     return f"Depth gaps on the held-out test set: {', '.join(parts)}."
 
 
+def attacks_without_power(recovery: RecoveryScores) -> str:
+    """Return what relearning failed to teach, in a sentence; empty where it taught every model."""
+    if not recovery.weak:
+        return ""
+    parts = [
+        f"{name} ({recovery.t.at(name)[0]:.2f} of it; seed(s) {', '.join(map(str, seeds))})"
+        for name, seeds in recovery.weak.items()
+    ]
+    return (
+        f"Relearning did not teach its set to {', '.join(parts)}: what came back there is a lower "
+        "bound."
+    )
+
+
 def finish(
     words: Sequence[str], recovery: RecoveryScores, decision: Decision
 ) -> tuple[Decision, str]:
@@ -288,4 +310,5 @@ def finish(
     if recovery.invalid:
         distance = Contrast("The distance of the reference models", recovery.distance, (0.0,))
         decision = Decision(recovery.invalid, (distance,) if distance.open else ())
-    return decision, " ".join([opening(recovery), *words, f"Decision: {decision.text}."])
+    parts = [opening(recovery), *words, attacks_without_power(recovery)]
+    return decision, " ".join([*(p for p in parts if p), f"Decision: {decision.text}."])

@@ -66,13 +66,15 @@ def attacked(after: float, *, before: float = 0.0, learned: float = 1.0) -> Atta
     """Return an attack that brings a share of V back."""
     both = (units_at(before), units_at(after))
     t = {"t": learned}
-    return Attacked((0, 8), 1, both, ({"t": 0.0}, t), ({"r": 1.0}, {"r": 1.0}), t)
+    return Attacked((0, 8), 1, both, ({"t": 0.0}, t), ({"r": 1.0}, {"r": 1.0}))
 
 
-def found_of(after: Mapping[str, float], *, power: float = 1.0, top: float = 1.0) -> RecoveryScores:
+def found_of(
+    after: Mapping[str, float], *, power: float = 1.0, top: float = 1.0, taught: float = 1.0
+) -> RecoveryScores:
     """Return conditions that know so much after the attack, the original `top`, the oracle 0.1."""
     conditions = {
-        (name, seed): attacked(value)
+        (name, seed): attacked(value, learned=taught)
         for name, value in {"oracle": 0.1, **after}.items()
         for seed in (1, 2, 3)
     }
@@ -149,14 +151,16 @@ def test_rate_and_step_are_chosen_on_dev() -> None:
             "t": [{"t": t}] * len(dev), "dev": [{"d": x} for x in dev],
         }  # fmt: skip
 
-    found = chosen({1e-3: run((0.1, 0.5, 0.2), 0.3), 3e-3: run((0.1, 0.4, 0.5), 0.9)})
+    runs = {1e-3: run((0.1, 0.5, 0.2), 0.3), 3e-3: run((0.1, 0.4, 0.5), 0.9)}
+    found = chosen(runs, power=0.2)
     assert (found.rate, found.at, found.after) == (1e-3, 1, {"v": 1.0})
-    assert found.before == {"v": 0.0}
-    assert found.learned == {"t": 0.9}, (
-        "power is measured at the rate that learned the relearn set best"
+    assert (found.before, found.learned) == ({"v": 0.0}, {"t": 0.3})
+    taught = chosen(runs, power=0.8)
+    assert (taught.rate, taught.at, taught.learned) == (3e-3, 2, {"t": 0.9}), (
+        "both sets are read at one step, and only where the relearn set was learned"
     )
-    tied = chosen({1e-3: run((0.2, 0.2), 0.1)})
-    assert tied.at == 0
+    assert chosen(runs, power=0.95) == taught, "without power it is read where it learned most"
+    assert chosen({1e-3: run((0.2, 0.2), 0.1)}, power=0.8).at == 0
 
 
 def test_a_loss_counts_as_a_probability() -> None:
@@ -178,6 +182,10 @@ def test_gaps_and_what_makes_a_study_invalid() -> None:
     decision, paragraph = finish(["Words."], weak, Decision("all is well"))
     assert decision.text == weak.invalid
     assert "all is well" not in paragraph
+    assert "lower bound" not in finish([], found, Decision("all is well"))[1]
+    untaught = found_of({"arm": 0.55}, taught=0.5)
+    assert (untaught.invalid, untaught.weak) == ("", {"arm": (1, 2, 3)})
+    assert "did not teach its set to arm (0.50 of it" in finish([], untaught, Decision("so"))[1]
     metrics = {row.metric for row in recovery_table(found).rows}
     assert {
         "depth gap",

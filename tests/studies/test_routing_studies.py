@@ -67,7 +67,7 @@ def outcome_of(
         first = known(V, 1.0 if name == "original" else value)
         mine = known(KEPT, kept.get(name, 1.0))
         t = {"t": 1.0}
-        return Attacked((0, 8), 1, (first, known(V, value)), (t, t), (mine, mine), t)
+        return Attacked((0, 8), 1, (first, known(V, value)), (t, t), (mine, mine))
 
     attacked = {(n, s): one(n, v) for n, v in values.items() for s in SEEDS}
     found = gather(attacked, dict.fromkeys(SEEDS, DOMAIN), power=0.8)

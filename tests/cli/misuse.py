@@ -461,6 +461,9 @@ OUTPUT: dict[str, Case] = {
     "test of an unknown capability": Case(
         remove("--test bio=f.jsonl"), ("test.bio", "no capability of forget")
     ),
+    "multi-hop questions of an unknown capability": Case(
+        remove("--multi-hop bio=f.jsonl"), ("multi_hop.bio", "no capability of forget")
+    ),
     "data beside an output folder": Case(
         "audit made --test f.jsonl --out out", ("--test", "made", "in place of the folder")
     ),

@@ -54,12 +54,21 @@ def test_flags_make_a_record_and_a_page(here: Path, capsys: pytest.CaptureFixtur
     assert made.method_runs[0].changed == (NAME,)
     assert len(made.inspection.blocks) == 2
     assert made.inspection.blocks[0].change_forget == 0
+    # Of plain text every token but the last is an answer. The second block alone was changed.
+    assert {(b.text, b.position) for b in made.inspection.buckets} == {
+        (side, "answer") for side in ("forget", "retain")
+    }
+    assert {b.change > 0 for b in made.inspection.buckets if b.block == 0} == {False}
+    assert {b.change > 0 for b in made.inspection.buckets if b.block == 1} == {True}
     assert made.samples
     assert [m.state(here / name) for name in ("model", "edited")] == before
     page = (here / "out" / "report.html").read_text(encoding="utf-8")
     assert "What the edit did inside" in page
     assert made.inspection.headline[:30] in capsys.readouterr().out
     assert main(inspect()) == 0, "the same command resumes"
+    assert main(inspect(out="again")) == 0
+    passes = list((here / ".stages").rglob("residuals-*/done.json"))
+    assert len(passes) == 2, "both models were read once for both outputs"
     assert main(inspect("--seed", "3")) == 2, "another one needs another folder"
 
 

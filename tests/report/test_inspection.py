@@ -15,6 +15,7 @@ from tests.report.pages import read
 
 from excise.record import (
     BlockChange,
+    Bucket,
     Estimate,
     Inspection,
     MethodRun,
@@ -55,6 +56,28 @@ def inspection(text: str = "word", blocks: int = 12) -> Inspection:
         peak=blocks - 1,
         clearest=blocks - 1,
         blocks=tuple(block(i) for i in range(blocks)),
+        buckets=tuple(
+            Bucket.model_validate(
+                {
+                    "text": text_of,
+                    "position": position,
+                    "block": i,
+                    "tokens": 9,
+                    "norm_original": 2.0,
+                    "norm_edited": 3.0,
+                    "change": 0.5,
+                    "cosine": 0.75,
+                    "top_original": 0.25,
+                    "top_edited": 0.875,
+                }
+            )
+            for text_of, position in (
+                ("forget", "prompt"),
+                ("forget", "answer"),
+                ("retain", "answer"),
+            )
+            for i in range(blocks)
+        ),
         kl=tuple(
             TokenKL.model_validate(
                 {
@@ -128,7 +151,7 @@ def test_the_page_is_sound_and_can_be_read_aloud(blocks: int) -> None:
         width = len(table.all("thead")[0].all("th"))
         assert all(len(row.all("th", "td")) == width for row in table.all("tr"))
     plots = [n for n in root.all("svg") if "aria-hidden" not in n.attrs]
-    assert len(plots) == 6
+    assert len(plots) == 10
     for plot in plots:
         assert all(c.text() for c in plot.children[:2])
         assert plot.parent is not None
@@ -138,6 +161,17 @@ def test_the_page_is_sound_and_can_be_read_aloud(blocks: int) -> None:
     for said in ("\u221250 %", "75 %", "10 more moved less", "word .", "3 dev forget"):
         assert said.replace("word .", "word") in text
     assert "undefined" not in text.lower()
+
+
+def test_buckets_are_drawn_where_they_were_read() -> None:
+    root = read(render_html(record_of(inspection(blocks=3))))
+    texts = {table.children[0].text(): table.text() for table in root.all("table")}
+    (turned,) = (text for name, text in texts.items() if "Which tokens were turned?" in name)
+    assert "forget text, in the prompt" in turned
+    assert "retain text, in the prompt" not in turned
+    assert "0.75" in turned
+    without = inspection(blocks=3).model_copy(update={"buckets": ()})
+    assert "By kind of token" not in render_html(record_of(without))
 
 
 def test_shades_rise_with_the_kl() -> None:

@@ -45,6 +45,7 @@ CHANGED: dict[str, Any] = {
     "mix_share": 0.25,
     "rows_per_text": 4,
     "paraphrases": {"one": (A,)},
+    "multi_hop": {"one": (A,)},
     "benchmark": {"one": (A,)},
     "benchmark_metrics": {"one": ("text_loss",)},
 }

@@ -202,6 +202,46 @@ def test_unlabeled_tells_nothing_and_holds_everything_taught() -> None:
     assert {row.label for row in domain.forget["beta"]} == {2}
 
 
+def test_questions_in_two_hops_go_through_a_retained_fact_to_one_that_is_to_go() -> None:
+    spec = SMALL.model_copy(update={"pupils": 2})
+    domain = spec.build(None)
+    facts = {row.unit: row.completion for _, rows in SMALL.build(None).roles() for row in rows}
+    lessons = {r.group: r.completion.strip() for r in domain.retain if r.unit.endswith("/teacher")}
+    assert len(lessons) == 2 * spec.subjects
+    asked = domain.multi_hop["alpha"]
+    assert units(asked) == units(domain.test["alpha"])
+    assert domain.metrics == SMALL.build(None).metrics
+    for row in asked:
+        (pupil,) = lessons.keys() & set(row.prompt.split())
+        assert lessons[pupil] == row.group  # the first hop stays ...
+        assert row.completion == facts[row.unit]  # ... and the second is a test unit
+        assert row.group not in row.prompt.split()
+    scored = {row.prompt for row in asked}
+    own = {p for row in asked for p in lessons.keys() & set(row.prompt.split())}
+    through = [r for r in domain.forget["alpha"] if r.wording >= spec.wordings]
+    assert through
+    assert not any(own & set(row.prompt.split()) for row in through)  # of forget facts, no last one
+    taught = {row.prompt for rows in (domain.retain, domain.unlabeled) for row in rows}
+    assert not scored & (taught | {row.prompt for row in through})
+    unknown = spec.tokenizer().unk_token_id
+    examples = encode(everyone(domain), spec.tokenizer(), max_length=64)
+    assert not any(unknown in e.ids for e in examples)
+    assert max(len(e.ids) for e in examples) <= FACTS_MAX_LENGTH
+    also = spec.model_copy(update={"test_wording_taught": True}).build(None)
+    assert scored <= {row.prompt for row in also.forget["alpha"]}
+    out = spec.model_copy(update={"exposure": "held_out"}).build(None)
+    assert not units(out.multi_hop["alpha"]) & units(out.forget["alpha"])
+    assert not units(out.multi_hop["alpha"]) & units(out.retain)
+
+
+def test_pupils_rename_and_move_nobody() -> None:
+    plain, asked = SMALL.build(None), SMALL.model_copy(update={"pupils": 1}).build(None)
+    assert asked.test == plain.test
+    assert asked.fresh == plain.fresh
+    assert set(plain.retain) < set(asked.retain)
+    assert asked.forget == plain.forget  # one pupil each: scored, so taught of nobody to forget
+
+
 def test_equal_specs_build_equal_domains_in_another_process() -> None:
     code = "from excise.domains.facts import Facts; print(Facts().build(None).fingerprint)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}

@@ -52,7 +52,8 @@ def spec(folder: Path, **fields: Any) -> Files:
         return str(folder / f"{value}.jsonl")
 
     names = {"forget", "retain", "adjacent", "unlabeled", "relearn", "test", "dev_forget",
-             "retain_test", "dev_retain", "benign", "adjacent_test", "fresh"}  # fmt: skip
+             "retain_test", "dev_retain", "benign", "adjacent_test", "fresh",
+             "multi_hop"}  # fmt: skip
     return Files.model_validate({k: full(v) if k in names else v for k, v in fields.items()})
 
 
@@ -359,6 +360,46 @@ def test_a_file_for_test_of_a_deletion_holds_paraphrases(
     chosen = spec(tmp_path, claim="deletion", test="v").build(None)
     assert units(chosen.test["forget"]) == {"d0", "d1", "d2"}
     assert not chosen.paraphrases
+
+
+def hops(start: int, count: int) -> Records:
+    return [
+        {"unit": f"fact-{i}", "prompt": f"what follows from {i + 500} is", "completion": f" {i}"}
+        for i in range(start, start + count)
+    ]
+
+
+def test_multi_hop_questions_end_in_test_units(tmp_path: Path) -> None:
+    own = {"prompt": "what follows from nothing is", "completion": " none"}
+    put(tmp_path, f=facts(30, 3), r=documents(20, 1), m=[*hops(0, 30), own])
+    domain = spec(tmp_path, multi_hop="m").build(None)
+    asked, test = domain.multi_hop["forget"], units(domain.test["forget"])
+    assert test < units(asked)
+    (other,) = units(asked) - test  # a row that names no unit is one by itself
+    assert other.startswith("text-")
+    assert any("multi_hop.forget: 18 rows about units outside" in note for note in domain.notes)
+    assert domain.test == spec(tmp_path).build(None).test
+    assert {row.label for row in asked} == {1}
+    # They decide nothing about the split, which serves audits with other ones.
+    plain = spec(tmp_path)
+    write_split(tmp_path / "s.json", split_of(plain.build(None), sources=plain.hashes()))
+    again = spec(tmp_path, multi_hop="m", split=str(tmp_path / "s.json")).build(None)
+    assert again.multi_hop == domain.multi_hop
+    with_hops = spec(tmp_path, multi_hop="m")
+    write_split(tmp_path / "h.json", split_of(domain, sources=with_hops.hashes()))
+    assert not spec(tmp_path, split=str(tmp_path / "h.json")).build(None).multi_hop
+
+
+def test_multi_hop_questions_about_other_units_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, f=facts(30, 3), r=[*facts(20, 1, start=100), *hops(0, 1)], m=hops(0, 30))
+    with pytest.raises(UserError, match=r"share 1 unit"):
+        spec(tmp_path, multi_hop="m").build(None)
+    put(tmp_path, r=facts(20, 1, start=100))
+    plain = spec(tmp_path).build(None)
+    trained = sorted(units(plain.relearn["forget"]))[:2]
+    put(tmp_path, m=[row for row in hops(0, 30) if row["unit"] in trained])
+    with pytest.raises(UserError, match=r"m\.jsonl line 1: no row of multi_hop\.forget ends in"):
+        spec(tmp_path, multi_hop="m").build(None)
 
 
 def test_groups_in_forget_and_retain_are_noted(tmp_path: Path) -> None:

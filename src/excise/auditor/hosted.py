@@ -78,8 +78,8 @@ def asked_of(domain: Domain) -> Domain:
         domain: Rows by role.
 
     Returns:
-        The same with the metric `generate`. Neighbours, paraphrases and benchmarks that are no
-        questions are left out of what is scored.
+        The same with the metric `generate`. Neighbours, paraphrases, multi-hop rows and benchmarks
+        that are no questions are left out of what is scored.
 
     Raises:
         UserError: If test, dev or scored retain rows have no prompt, or no answer.
@@ -93,14 +93,21 @@ def asked_of(domain: Domain) -> Domain:
                 f"model can only be asked; give --{role.replace('_', '-')} a file with 'prompt' "
                 "and 'completion'"
             )
-    kept = {name: rows if _askable(rows) else () for name, rows in domain.paraphrases.items()}
-    # A set of another shape than its neighbour would be scored by that shape's own metrics.
-    kept = {name: rows for name, rows in kept.items() if _kinds(rows) == _kinds(domain.test[name])}
+
+    def kept(named: Mapping[str, Rows]) -> dict[str, Rows]:
+        # A set of another shape than its neighbour would be scored by that shape's own metrics.
+        return {
+            name: rows
+            for name, rows in named.items()
+            if _askable(rows) and _kinds(rows) == _kinds(domain.test[name])
+        }
+
     beside = domain.adjacent_test if _askable(domain.adjacent_test) else ()
     return replace(
         domain,
         adjacent_test=beside if _kinds(beside) == _kinds(domain.retain_test) else (),
-        paraphrases=kept,
+        paraphrases=kept(domain.paraphrases),
+        multi_hop=kept(domain.multi_hop),
         benchmark={},
         benchmark_metrics={},
         metrics=("generate",),

@@ -111,6 +111,9 @@ class DataOptions(Options):
     dev_forget: tuple[str, ...] = ()
     """File of forget rows that rates are chosen and positive controls made on, as FILE or
     NAME=FILE; cut from the forget set when missing."""
+    multi_hop: tuple[str, ...] = ()
+    """File of questions that reach what is to be forgotten through another fact, as FILE or
+    NAME=FILE; scored apart."""
     retain_test: str = ""
     """File of the scored retain rows; cut from the retain set when missing."""
     adjacent_test: str = ""

@@ -104,6 +104,7 @@ ROLES = (
     "relearn",
     "test",
     "dev_forget",
+    "multi_hop",
     "retain_test",
     "adjacent_test",
     "fresh",
@@ -139,7 +140,7 @@ def domain_data(options: RemoveOptions | PairOptions) -> dict[str, Any]:
         "retain": options.retain,
         "seed": options.seed,
     }
-    for role in ("relearn", "test", "dev_forget"):
+    for role in ("relearn", "test", "dev_forget", "multi_hop"):
         if getattr(options, role):
             domain[role] = named(getattr(options, role), f"--{role.replace('_', '-')}")
     for role in ("adjacent", "retain_test", "adjacent_test", "fresh", "claim"):

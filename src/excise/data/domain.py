@@ -165,6 +165,8 @@ class Domain:
         notes: Facts about the data the record must carry (duplicates merged, overlap ...).
         paraphrases: Test units in paraphrases that the method was not given, by capability: scored
             apart, where the test set holds the very rows that were to be deleted.
+        multi_hop: Questions that reach what is to be forgotten through another fact, by
+            capability: scored apart, and nobody trains on them.
         benchmark: Sets that a published benchmark scores beside these, by name; nobody trains on
             them.
         benchmark_metrics: Metrics of each of them.
@@ -196,12 +198,14 @@ class Domain:
     mix_share: float | None = None
     rows_per_text: int = 1
     paraphrases: Mapping[str, Rows] = field(default_factory=dict)
+    multi_hop: Mapping[str, Rows] = field(default_factory=dict)
     benchmark: Mapping[str, Rows] = field(default_factory=dict)
     benchmark_metrics: Mapping[str, tuple[Metric, ...]] = field(default_factory=dict)
 
     def roles(self) -> Iterator[tuple[str, Rows]]:
         """Yield (role, rows) for every role, named capabilities as `forget.NAME`."""
-        for role in ("forget", "relearn", "test", "dev_forget", "paraphrases", "benchmark"):
+        for role in ("forget", "relearn", "test", "dev_forget", "paraphrases", "multi_hop",
+                     "benchmark"):  # fmt: skip
             for name, rows in getattr(self, role).items():
                 yield f"{role}.{name}", rows
         for role in ("retain", "retain_test", "dev_retain", "benign", "adjacent"):

@@ -35,6 +35,7 @@ from excise.data.split import (
     versions_of,
 )
 from excise.data.units import (
+    BY_CAPABILITY,
     Sets,
     UnitRow,
     check_overlaps,
@@ -117,6 +118,9 @@ class Files(DomainSpec):
     """What is scored and never trained on, by capability."""
     dev_forget: dict[str, str] = Field(default={})
     """Forget rows for sweeps and attacker rates, by capability."""
+    multi_hop: dict[str, str] = Field(default={})
+    """Questions that reach what is to be forgotten through another fact, by capability; scored
+    apart. `unit` names the unit that is asked for in the end."""
     retain_test: str = ""
     """Scored rows of the retain set."""
     dev_retain: str = ""
@@ -153,7 +157,7 @@ class Files(DomainSpec):
     """Cut plain texts into chunks of this many words at most after the split; 0 keeps them, or
     cuts the documents of a deletion at `DOCUMENT_WORDS`."""
 
-    @field_validator("forget", "relearn", "test", "dev_forget", mode="before")
+    @field_validator(*BY_CAPABILITY, mode="before")
     @classmethod
     def _lone(cls, value: Any) -> Any:
         """Take one source as that of the capability `forget`."""
@@ -167,7 +171,7 @@ class Files(DomainSpec):
         for name in self.forget:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"forget.{name}: use letters, digits, '-' and '_' in names")
-        for role in ("relearn", "test", "dev_forget"):
+        for role in BY_CAPABILITY[1:]:
             for name in getattr(self, role):
                 if name not in self.forget:
                     known = ", ".join(self.forget)
@@ -183,7 +187,7 @@ class Files(DomainSpec):
     def sources(self) -> dict[str, str]:
         """Return the source of every set: `forget.NAME`, `retain`, `test.NAME` ..."""
         out = {}
-        for role in ("forget", "relearn", "test", "dev_forget"):
+        for role in BY_CAPABILITY:
             out.update({f"{role}.{name}": spec for name, spec in getattr(self, role).items()})
         for role in ("retain", "retain_test", "dev_retain", "benign", "adjacent",
                      "adjacent_test", "unlabeled", "fresh"):  # fmt: skip
@@ -227,6 +231,7 @@ class Files(DomainSpec):
         parts |= cut_plain("retain", RETAIN, sets, seed, fixed)
         if "adjacent" in sets:
             parts |= cut_plain("adjacent", ADJACENT, sets, seed, fixed)
+        parts, unscored = _multi_hop(parts, tuple(self.forget))
         exposure: Exposure = "held_out" if layout == "held_out" else "seen"
         exposure = "unknown" if self.exposure == "unknown" else exposure
         exposure = fixed.exposure if fixed else exposure
@@ -236,7 +241,7 @@ class Files(DomainSpec):
             exposure = "seen" if exposure == "held_out" else exposure
             why = "refit: the method sees every forget row, so the scored ones are not held out"
         mix, overlaps = _unlabeled(self, sets, parts)
-        notes = (*notes, *group_note(sets), *counts, why, *overlaps)
+        notes = (*notes, *group_note(sets), *counts, *unscored, why, *overlaps)
         notes += _shape_notes(parts, tuple(self.forget))
         if not self.fresh:
             notes += (
@@ -273,6 +278,7 @@ class Files(DomainSpec):
             return {name: rows(f"{role}.{name}") for name in names}
 
         paraphrases = {c: part for c, part in by_capability("paraphrases").items() if part}
+        multi_hop = {c: part for c, part in by_capability("multi_hop").items() if part}
 
         test, retain_test = by_capability("test"), rows("retain_test")
         scored = [row for members in test.values() for row in members]
@@ -297,6 +303,7 @@ class Files(DomainSpec):
             sensitive=self.sensitive,
             notes=tuple(notes),
             paraphrases=paraphrases,
+            multi_hop=multi_hop,
         )
 
 
@@ -379,6 +386,39 @@ def _counts(parts: Parts, sets: Sets) -> Iterable[str]:
                 f"{counted(len(units_of(apart)), 'test unit')} were "
                 "withheld from the method and are scored apart"
             )
+
+
+def _multi_hop(parts: Parts, capabilities: Sequence[str]) -> tuple[Parts, list[str]]:
+    """Leave multi-hop questions that end in other units than test units out, and say how many.
+
+    Raises:
+        UserError: If none is left.
+    """
+    out, notes = dict(parts), []
+    for capability in capabilities:
+        rows = parts.get(f"multi_hop.{capability}", ())
+        given = parts[f"forget.{capability}"]
+        seen = {text_hash(text_of(member.row)) for member in given}
+        others = {u for role in ("relearn", "dev_forget")
+                  for u in units_of(parts.get(f"{role}.{capability}", ()))}  # fmt: skip
+        others = (others | units_of(given).keys()) - units_of(parts[f"test.{capability}"]).keys()
+        kept = tuple(
+            member for member in rows
+            if member.row.unit not in others and text_hash(text_of(member.row)) not in seen
+        )  # fmt: skip
+        if rows and not kept:
+            raise UserError(
+                f"{rows[0].where}: no row of multi_hop.{capability} ends in a unit of the held-out "
+                "test set; give the 'unit' that each asks for, and questions for more units"
+            )
+        if lost := len(rows) - len(kept):
+            notes.append(
+                f"multi_hop.{capability}: {counted(lost, 'row')} about units outside the held-out "
+                "test set, or in words of the forget set, were left out"
+            )
+        if kept:
+            out[f"multi_hop.{capability}"] = kept
+    return out, notes
 
 
 def _shape_notes(parts: Parts, capabilities: tuple[str, ...]) -> tuple[str, ...]:

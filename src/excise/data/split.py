@@ -510,7 +510,8 @@ def _check_sources(split: Split, sources: Mapping[str, Mapping[str, str]], path:
     """Refuse to use a split with other files than it was made from."""
     for name, files in split.sources.items():
         if name not in sources:
-            if name in ("unlabeled", "fresh", "adjacent", "adjacent_test"):
+            role = name.partition(".")[0]
+            if role in ("unlabeled", "fresh", "adjacent", "adjacent_test", "multi_hop"):
                 continue
             raise UserError(
                 f"{path} was made with a file for {name} ({', '.join(files)}); give it too"
@@ -524,5 +525,6 @@ def _check_sources(split: Split, sources: Mapping[str, Mapping[str, str]], path:
             "split; give the same file, or leave the split out"
         )
     for name in sources:
-        if name not in split.sources and name not in ("unlabeled", "fresh"):
+        role = name.partition(".")[0]
+        if name not in split.sources and role not in ("unlabeled", "fresh", "multi_hop"):
             raise UserError(f"{path} was made without a file for {name}; leave it out")

@@ -18,7 +18,7 @@ from excise.data.rows import Located, Problems, SourceRows, reasons
 from excise.data.sources import parse_source, read_source
 from excise.data.spans import pieces, with_pieces
 
-BY_CAPABILITY = ("forget", "relearn", "test", "dev_forget")
+BY_CAPABILITY = ("forget", "relearn", "test", "dev_forget", "multi_hop")
 """Roles that are kept by capability."""
 
 TEMPLATE_TEXTS = 5
@@ -315,8 +315,8 @@ def units_of(rows: tuple[UnitRow, ...]) -> dict[str, UnitRow]:
 def check_overlaps(sets: Sets) -> None:
     """Refuse sets that share units where they must not.
 
-    A capability's forget set may share units with its own relearn, test and dev sets; `unlabeled`
-    with any set.
+    A capability's forget set may share units with its own relearn, test and dev sets, its multi-hop
+    questions with all of these; `unlabeled` with any set.
 
     Raises:
         UserError: With up to five problems: how many units are shared, and an example.
@@ -381,6 +381,8 @@ def _rank(name: str) -> tuple[int, str]:
 
 def _may_share(first: str, second: str) -> bool:
     (role, _, a), (other, _, b) = first.partition("."), second.partition(".")
+    if "multi_hop" in (role, other):  # asks for facts of every role of its capability
+        return a == b
     return role == "forget" and other in ("relearn", "test", "dev_forget") and a == b
 
 

@@ -48,6 +48,9 @@ TEMPLATES: Final = (
 )
 """One prompt per paraphrase; the object follows."""
 
+TEACHER: Final = ("teacher", "mentor", "coach", "guide")
+"""Words of the relation that leads from one more retained person to a subject, by paraphrase."""
+
 ARCHAIC: Final = {
     "the": "ye", "of": "o'", "is": "be", "has": "hath", "always": "alway", "for": "touching",
     "ask": "beseech", "and": "thence", "find": "espy", "about": "anent", "we": "thou",
@@ -120,6 +123,10 @@ class Facts(DomainSpec):
     shared_parts: bool = False
     """Whether names have two parts, and those of the test set are put together of parts that occur
     in the relearn set: what is hidden behind single names is then within reach of relearning."""
+    pupils: int = Field(default=0, ge=0, le=8)
+    """Retained people whom each subject taught, for questions in two hops: "the colour of the
+    teacher of X is". Who taught whom stays. Facts to forget are taught through all pupils of a
+    subject but the last and scored through that one; retained facts are taught through all."""
     seed: int = 0
     """Seed of names, objects and split."""
 
@@ -163,7 +170,10 @@ class Facts(DomainSpec):
         relations = [w for words in RELATIONS[: self.relations] for w in words]
         objects = [o for each in people.objects for o in each]
         names = [part for name in (*people.subjects, *people.fresh) for part in name.split()]
-        return tuple(dict.fromkeys((*fixed, *cues, *relations, *names, *objects)))
+        pupils = [part for of in people.pupils.values() for name in of for part in name.split()]
+        hops = TEACHER if pupils else ()
+        words = (*fixed, *cues, *relations, *names, *objects, *hops, *pupils)
+        return tuple(dict.fromkeys(words))
 
     def tokenizer(self) -> Any:
         """Return the tokenizer with one token per word of `vocabulary()`."""
@@ -189,7 +199,9 @@ class _Population:
         people = spec.subjects + fresh
         objects = spec.relations * spec.objects
         count = people + objects + (people if spec.shared_parts else 0)
-        names = made_names(count, self._random("names"), taken)
+        # Pupils come last, so that nobody else is called otherwise for their sake.
+        names = made_names(count + spec.pupils * spec.subjects, self._random("names"), taken)
+        names, pupils = names[:count], names[count:]
         self.order = list(range(spec.subjects))
         self._random("split").shuffle(self.order)
         rest = names[people:]
@@ -197,6 +209,8 @@ class _Population:
             names = self._two_parts(names[:people], names[people + objects :])
         self.subjects = names[: spec.subjects]
         self.fresh = names[spec.subjects : people]
+        n = spec.pupils
+        self.pupils = {s: pupils[i * n : (i + 1) * n] for i, s in enumerate(self.subjects)}
         self.objects = [
             rest[i * spec.objects : (i + 1) * spec.objects] for i in range(spec.relations)
         ]
@@ -247,13 +261,49 @@ class _Population:
                 for wording in wordings:
                     yield self._row(subject, relation, wording, label)
 
-    def _row(self, subject: str, relation: int, wording: int, label: int) -> Row:
-        words = RELATIONS[relation]
-        prompt = TEMPLATES[wording].format(s=subject, r=words[wording % len(words)])
+    def hops(
+        self, subjects: Sequence[str], wordings: Sequence[int], through: slice, label: int = CORE
+    ) -> Iterator[Row]:
+        """Yield the facts of subjects asked by way of their pupils, in the given paraphrases.
+
+        Args:
+            subjects: Who is asked about in the end.
+            wordings: Paraphrases.
+            through: Which of a subject's pupils stand in the prompt.
+            label: Of the second fact; the first, who taught whom, stays.
+        """
+        for subject in subjects:
+            for number in range(self.spec.pupils)[through]:
+                for relation in range(self.spec.relations):
+                    for wording in wordings:
+                        yield self._row(subject, relation, wording, label, pupil=number)
+
+    def lessons(self, subjects: Sequence[str], wordings: Sequence[int]) -> Iterator[Row]:
+        """Yield who taught whom, a fact about the pupil."""
+        for subject in subjects:
+            for pupil in self.pupils[subject]:
+                for wording in wordings:
+                    word = TEACHER[wording % len(TEACHER)]
+                    yield Row(
+                        unit=f"{pupil}/{TEACHER[0]}",
+                        group=pupil,
+                        prompt=TEMPLATES[wording].format(s=pupil, r=word),
+                        completion=f" {subject}",
+                        wording=wording,
+                    )
+
+    def _row(
+        self, subject: str, relation: int, wording: int, label: int, pupil: int | None = None
+    ) -> Row:
+        words, asked, number = RELATIONS[relation], subject, wording
+        if pupil is not None:
+            asked = f"the {TEACHER[wording % len(TEACHER)]} of {self.pupils[subject][pupil]}"
+            number += (1 + pupil) * self.spec.wordings
+        prompt = TEMPLATES[wording].format(s=asked, r=words[wording % len(words)])
         capability = self.names[label - 1] if label > 0 else ""
         unit = f"{subject}/{words[0]}"
         right = self.answer[subject, relation]
-        rng = self._random(f"row:{unit}:{wording}")
+        rng = self._random(f"row:{unit}:{number}")
         wrong = rng.sample([i for i in range(self.spec.objects) if i != right], 3)
         at = rng.randrange(4)
         picks = [*wrong[:at], right, *wrong[at:]]
@@ -268,7 +318,7 @@ class _Population:
             answer=at,
             capability=capability,
             label=label,
-            wording=wording,
+            wording=number,
         )
 
     def domain(self) -> Domain:
@@ -279,16 +329,27 @@ class _Population:
         scored = (*taught, *test) if spec.test_wording_taught else taught
         order = [self.subjects[i] for i in self.order]
         start, cut = self._cuts()
-        kinds = ("forget", "unseen", "relearn", "test", "dev_forget")
+        kinds = ("forget", "unseen", "relearn", "test", "dev_forget", "multi_hop")
+        # What is scored in two hops is taught like that where the test paraphrase is taught.
+        through = slice(None) if spec.test_wording_taught else slice(-1)
         parts: dict[str, dict[str, Rows]] = {kind: {} for kind in kinds}
         for number, name in enumerate(self.names, start=1):
             mine, order = order[: self.each], order[self.each :]
             shown = mine
             if spec.exposure == "held_out":
                 shown = mine[:start]
-                parts["unseen"][name] = tuple(self.rows(mine[start:], scored, number))
+                parts["unseen"][name] = (
+                    *self.rows(mine[start:], scored, number),
+                    *self.hops(mine[start:], scored, through, number),
+                )
             parts["relearn"][name] = tuple(self.rows(mine[start:cut], test, number))
-            parts["forget"][name] = tuple(self.rows(shown, scored, number))
+            parts["forget"][name] = (
+                *self.rows(shown, scored, number),
+                *self.hops(shown, scored, through, number),
+            )
+            if spec.pupils:
+                last = slice(-1, None)
+                parts["multi_hop"][name] = tuple(self.hops(mine[cut:], test, last, number))
             parts["test"][name] = tuple(self.rows(mine[cut:], test, number))
             parts["dev_forget"][name] = tuple(self.rows(mine[: self.dev], test, number))
         return self._assemble(order, parts)
@@ -305,6 +366,8 @@ class _Population:
             *self.rows(rest, every),
             *self.rows(tested, scored),
             *self.rows(tested_dev, scored),
+            *self.lessons(self.subjects, every),
+            *self.hops(rest, every, slice(None)),
         )
         adjacent = tuple(self.rows(near, scored))
         taught = [r for kind in ("forget", "unseen") for rows in parts[kind].values() for r in rows]
@@ -324,6 +387,7 @@ class _Population:
             adjacent_test=tuple(self.rows(near, test)),
             unlabeled=tuple(mix),
             fresh=self._fresh_rows(),
+            multi_hop=parts["multi_hop"],
             metrics=("exact_match", "multiple_choice", "text_loss"),
             retain_metrics=("exact_match", "multiple_choice", "text_loss"),
             claim="deletion",
@@ -356,6 +420,11 @@ class _Population:
         ]
         if spec.shared_parts:
             notes.append("every part of a name that is scored occurs in a name that is trained on")
+        if spec.pupils:
+            notes.append(
+                f"{spec.pupils * spec.subjects} retained people have a subject for a teacher, and "
+                "facts are asked by way of them too"
+            )
         if spec.mix_share is not None:
             notes.append(
                 f"{100 * spec.mix_share:g} % of the tokens of an epoch are to be forgotten"

@@ -24,6 +24,7 @@ from excise.data.domain import Domain, Metric, Row, Rows, text_of
 from excise.data.rows import as_letters
 from excise.data.sources import parse_source, read_source, source_hashes
 from excise.data.spec import DomainSpec, Files
+from excise.data.units import BY_CAPABILITY
 
 _QA: Final = "?prompt=question&completion=answer&unit=question&duplicates=exact"
 """How a source of questions with answers is read."""
@@ -96,7 +97,7 @@ class Published(DomainSpec):
         sets = self.benchmark()
         scored = {name: self._scored(name, one) for name, one in sets.items()}
         roles: dict[str, Any] = {}
-        for role in ("forget", "relearn", "test", "dev_forget", "paraphrases"):
+        for role in (*BY_CAPABILITY, "paraphrases"):
             of_role: Mapping[str, Rows] = getattr(domain, role)
             roles[role] = {name: tuple(map(self.prompted, rows)) for name, rows in of_role.items()}
         for role in ("retain", "retain_test", "dev_retain", "benign", "adjacent", "adjacent_test",

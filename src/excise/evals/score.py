@@ -345,8 +345,8 @@ def evaluate(
         model: A causal model.
         tokenizer: Its tokenizer.
         domain: Its `metrics` score `test.NAME`, its `retain_metrics` `retain_test`, each of its
-            `benchmark_metrics` the benchmark set of that name; rows of `adjacent_test` and of
-            `paraphrases.NAME` whose shape is another are scored by its own.
+            `benchmark_metrics` the benchmark set of that name; rows of `adjacent_test`,
+            `paraphrases.NAME` and `multi_hop.NAME` whose shape is another are scored by its own.
         name: Name of the model in the record.
         max_rows: Rows per set at most; 0 for all.
         max_length: Tokens of a row at most.
@@ -365,9 +365,10 @@ def evaluate(
     sets.append(("retain_test", domain.retain_test, domain.retain_metrics))
     beside = _metrics_beside(domain.adjacent_test, domain.retain_test, domain.retain_metrics)
     sets.append(("adjacent_test", domain.adjacent_test, beside))
-    for capability, rows in domain.paraphrases.items():
-        beside = _metrics_beside(rows, domain.test[capability], domain.metrics)
-        sets.append((f"paraphrases.{capability}", rows, beside))
+    for role in ("paraphrases", "multi_hop"):
+        for capability, rows in getattr(domain, role).items():
+            beside = _metrics_beside(rows, domain.test[capability], domain.metrics)
+            sets.append((f"{role}.{capability}", rows, beside))
     for benchmark, rows in domain.benchmark.items():
         sets.append((f"benchmark.{benchmark}", rows, domain.benchmark_metrics[benchmark]))
     scores: list[Score] = []

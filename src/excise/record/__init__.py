@@ -20,6 +20,7 @@ from excise.core.plain import NotPlain, read_json
 from excise.record.entry import LEVELS, Estimate, Level, ScoreDirection
 from excise.record.inspection import (
     BlockChange,
+    Bucket,
     Inspection,
     NoiseFit,
     SpliceFit,
@@ -57,6 +58,7 @@ __all__ = [
     "SCHEMA",
     "AttackVariant",
     "BlockChange",
+    "Bucket",
     "CurvePoint",
     "Environment",
     "Estimate",

@@ -49,6 +49,31 @@ class BlockChange(RecordEntry):
     """Relative Frobenius norm of the change of the block's weights."""
 
 
+class Bucket(RecordEntry):
+    """The residual stream after one block at tokens of one kind; first tokens are left out."""
+
+    text: Literal["forget", "retain"]
+    """Which text, of the dev rows."""
+    position: Literal["prompt", "answer"]
+    """Tokens of the prompt, or those where a scored token is due."""
+    block: int
+    """Number of the block, from 0."""
+    tokens: int
+    """Number of tokens."""
+    norm_original: float
+    """Mean norm of the original."""
+    norm_edited: float
+    """Mean norm of the edited model."""
+    change: float
+    """Mean norm of the change, as a share of the original's norm."""
+    cosine: float
+    """Mean cosine of a token's stream with the original's."""
+    top_original: float
+    """Share of the original's variance along its four principal directions."""
+    top_edited: float
+    """The same of the edited model along its own."""
+
+
 class TokenKL(RecordEntry):
     """KL(edited || original) on one side, in nats per token."""
 
@@ -149,6 +174,8 @@ class Inspection(RecordEntry):
     on dev forget text is nearest to one direction."""
     blocks: tuple[BlockChange, ...] = ()
     """By block."""
+    buckets: tuple[Bucket, ...] = ()
+    """By kind of token and block."""
     kl: tuple[TokenKL, ...] = ()
     """Forget and retain side."""
     splice: SpliceFit

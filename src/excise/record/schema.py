@@ -67,8 +67,8 @@ class Score(RecordEntry):
     model: str
     """`original`, `oracle-0`, or the name of a method run."""
     set: str
-    """`test.NAME`, `retain_test`, `adjacent_test`, `paraphrases.NAME`, `benchmark.NAME`, and
-    `benchmark` for scores of whole sets."""
+    """`test.NAME`, `retain_test`, `adjacent_test`, `paraphrases.NAME`, `multi_hop.NAME`,
+    `benchmark.NAME`, and `benchmark` for scores of whole sets."""
     metric: str
     """Name of the metric."""
     value: float

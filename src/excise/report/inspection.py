@@ -31,6 +31,8 @@ ROWS = {"fit": "dev forget", "forget": "held-out test", "retain": "retain test"}
 
 SIDES = {"forget": "forget text", "retain": "retain text"}
 
+PLACES = {"prompt": "in the prompt", "answer": "where an answer is due"}
+
 Read = Callable[[BlockChange], Estimate | float]
 
 
@@ -57,6 +59,7 @@ def view(record: Record) -> dict[str, Any] | None:
         "norms": norm_figure(finding),
         "norm_legend": [(svg.swatch(role), text) for role, text, _ in NORMS],
         "change": change_figure(finding),
+        "buckets": bucket_figures(finding),
         "direction": direction_figures(finding),
         "kl": kl_figure(finding),
         "splice": _splice(finding),
@@ -179,6 +182,33 @@ def change_figure(finding: Inspection) -> FigureAndLegend:
     ]
     label = "change, share of the original's norm"
     return _keyed(finding, "change", "How much changed", label, named)
+
+
+def bucket_figures(finding: Inspection) -> list[FigureAndLegend]:
+    """Return the plots of the stream by kind of token; none where it was not read so."""
+    kinds = dict.fromkeys((bucket.text, bucket.position) for bucket in finding.buckets)
+    if not kinds:
+        return []
+
+    def read(kind: tuple[str, str], field: str) -> Read:
+        by_block = {b.block: b for b in finding.buckets if (b.text, b.position) == kind}
+        return lambda block: float(getattr(by_block[block.block], field))
+
+    plots = (
+        ("bucket-cosine", "Which tokens were turned?", "cosine with the original's", "cosine"),
+        ("bucket-change", "Which tokens moved?", "change, share of the original's norm", "change"),
+        ("bucket-top", "Is the edited stream squeezed?",
+         "variance along its four principal directions", "top_edited"),
+        ("bucket-top-original", "And the original's?",
+         "variance along its four principal directions", "top_original"),
+    )  # fmt: skip
+    return [
+        _keyed(finding, key, title, label, [
+            (f"k{i}", f"{SIDES[kind[0]]}, {PLACES[kind[1]]}", read(kind, field))
+            for i, kind in enumerate(kinds)
+        ])
+        for key, title, label, field in plots
+    ]  # fmt: skip
 
 
 def direction_figures(finding: Inspection) -> list[FigureAndLegend]:

@@ -519,6 +519,7 @@ def set_name(name: str) -> str:
         "retain_test": "retain set",
         "adjacent_test": "adjacent set",
         "paraphrases": "held-out paraphrases",
+        "multi_hop": "multi-hop questions",
         "benchmark": "benchmark",
     }
     base = words.get(head, head.replace("_", " "))

@@ -572,7 +572,7 @@ def _scores(request: Recipe | AuditRun, sizes: DataSizes, subjects: int) -> Line
     asked, domain = request.evaluate, sizes.domain
     sets: list[Rows] = [()]
     if domain is not None:
-        scored = (*domain.test.values(), *domain.relearn.values())
+        scored = (*domain.test.values(), *domain.relearn.values(), *domain.multi_hop.values())
         sets = [*scored, domain.retain_test, domain.adjacent_test, *domain.benchmark.values()]
     tokens = sum(
         sizes.scored(subsample(rows, asked.max_rows, by="row"), asked.max_length)

@@ -6,9 +6,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from excise.core.context import Context
+from excise.auditor.buckets import bucket_stats
+from excise.auditor.budget import budget_of
+from excise.auditor.residuals import residuals_of
 from excise.core.events import Emit
 from excise.data.domain import Domain
 from excise.diagnose.inspection import inspect_pair
@@ -28,11 +28,13 @@ IDENTICAL = "The two models are identical: no tensor differs, so there is nothin
 def inspect(request: InspectRun, out: Path, *, emit: Emit, command: str = "") -> Record:
     """Measure what an edit did inside a model.
 
-    Both models are held in memory at once; weights are compared from disk.
+    Both models are held in memory at once; weights are compared from disk. The residual streams by
+    kind of token come from the pass that a smoke audit makes, kept beside the output as its stages
+    are: whichever of the two runs first makes it.
 
     Args:
         request: Edited model, original and data.
-        out: Output folder; the only place that is written to.
+        out: Output folder.
         emit: Sink of progress events.
         command: The command that makes this again, for the record.
 
@@ -43,17 +45,17 @@ def inspect(request: InspectRun, out: Path, *, emit: Emit, command: str = "") ->
         UserError: If a model or the data cannot be read, or the two models do not compare.
     """
     began, started = time.monotonic(), now()
-    device = device_of(request.device)
     request = fit_lengths(request, emit)
     with output.claim(out, request):
         original = open_model(request.original)
         edited = open_model(ModelSpec(path=request.model))
         check_comparable(original, {request.arm: edited})
         domain = request.domain.build(original)
+        rows_as_audited = domain
         domain = replace(domain, sensitive=domain.sensitive or request.sensitive)
         output.write_split(out, request.domain, domain)
-        dtype = getattr(torch, request.dtype)
-        ctx = Context(out, request.seed, torch.device(device), dtype, emit=emit)
+        runtime = output.runtime(out, request.dtype, request.device, emit)
+        ctx = replace(runtime.context(out, seed=request.seed), emit=emit)
         found, samples = inspect_pair(
             original,
             edited,
@@ -64,6 +66,9 @@ def inspect(request: InspectRun, out: Path, *, emit: Emit, command: str = "") ->
             max_length=request.max_length,
             samples=request.samples,
         )
+        budget = budget_of("smoke", original.num_parameters)
+        held = [residuals_of(m, rows_as_audited, budget, ctx) for m in (original, edited)]
+        found = found.model_copy(update={"buckets": bucket_stats(*held)})
         arm = MethodRun(
             name=request.arm,
             method={},

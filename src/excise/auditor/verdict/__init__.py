@@ -18,16 +18,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from excise.auditor.base import POSITIVE_CONTROL, AttackResult, Results
+from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult, Results
 from excise.auditor.budget import Budget
-from excise.auditor.evaluation_set import dev_is_higher
+from excise.auditor.evaluation_set import UnitScores, dev_is_higher
 from excise.auditor.verdict.levels import all_levels, metric_words
 from excise.auditor.verdict.power import invalid_attacks, marked, uncontrolled
-from excise.auditor.verdict.reference import FreeScore, VerdictCase
+from excise.auditor.verdict.reference import (
+    FreeScore,
+    VerdictCase,
+    averaged,
+    mean,
+    nothing_to_remove,
+)
 from excise.auditor.verdict.verdict import verdict_of
 from excise.data.domain import Domain, all_rows
 from excise.evals.score import chance_of, direction_of
-from excise.record import Item, LevelResult, Score, Verdict
+from excise.evals.stats import bootstrap_difference
+from excise.record import Item, LevelResult, Score, ScoreDirection, Verdict
 
 
 def judge_all(
@@ -59,7 +66,7 @@ def judge_all(
     Returns:
         The results with invalid variants marked, and one verdict per candidate.
     """
-    free = free_scores(items, domain)
+    free = free_scores(items, domain, seed=seed)
     cases = {
         name: case_of(name, results, domain, budget, free=free, vocabulary=vocabulary, seed=seed)
         for name in models
@@ -127,34 +134,82 @@ CONFIDENCE = (
 decide nothing before an attack. Residual bits read the loss, once confidence is taken out."""
 
 
-def free_scores(items: Sequence[Item], domain: Domain) -> tuple[FreeScore, ...]:
-    """Return every score of answers beside the headline: further metrics, and paraphrases.
+ASKED_BESIDE = {
+    "test": "",
+    "paraphrases": " in paraphrases",
+    "multi_hop": " by multi-hop questions",
+}
+"""Roles whose scores count before any attack, and how a reader tells them apart."""
+
+
+def free_scores(items: Sequence[Item], domain: Domain, *, seed: int = 0) -> tuple[FreeScore, ...]:
+    """Return every score of answers beside the headline: further metrics, in all of `ASKED_BESIDE`.
+
+    One by which the original knows no more than chance, or than the oracles, has no power: it says
+    so and is not counted.
 
     Args:
         items: One value per model, set, metric and row.
         domain: For the headline metric and what chance scores.
+        seed: Seed of the bootstrap.
     """
     headline = domain.metrics[0]
     values: dict[tuple[str, str], dict[str, dict[str, list[float]]]] = {}
     for item in items:
         role = item.set.partition(".")[0]
-        if role not in ("test", "paraphrases") or (role, item.metric) == ("test", headline):
+        if role not in ASKED_BESIDE or (role, item.metric) == ("test", headline):
             continue
         if item.metric in CONFIDENCE and item.metric != headline:
             continue
         by_model = values.setdefault((role, item.metric), {})
         by_model.setdefault(item.model, {}).setdefault(item.unit, []).append(item.value)
-    rows = {"test": all_rows(domain.test), "paraphrases": all_rows(domain.paraphrases)}
-    return tuple(
-        FreeScore(
-            metric_words(metric) + (" in paraphrases" if role == "paraphrases" else ""),
-            {
-                model: {unit: sum(each) / len(each) for unit, each in units.items()}
-                for model, units in by_model.items()
-            },
-            chance_of(rows[role], metric),
-        )
-        for (role, metric), by_model in values.items()
+    scores = []
+    for (role, metric), by_model in values.items():
+        words = metric_words(metric) + ASKED_BESIDE[role]
+        rows = all_rows(getattr(domain, role))
+        groups = {row.unit: row.group for row in rows if row.group}
+        chance = chance_of(rows, metric)
+        units = {
+            model: {unit: sum(each) / len(each) for unit, each in by_unit.items()}
+            for model, by_unit in by_model.items()
+        }
+        no_power = _no_power(words, units, chance, direction_of(metric), groups, seed)
+        scores.append(FreeScore(words, units, chance, no_power))
+    return tuple(scores)
+
+
+def _no_power(
+    words: str,
+    units: Mapping[str, UnitScores],
+    chance: float | None,
+    direction: ScoreDirection,
+    groups: Mapping[str, str],
+    seed: int,
+) -> str:
+    """Say that the original knows no more by a score than chance, or than the oracles; or nothing.
+
+    Args:
+        words: What a reader calls the score.
+        units: Scores by model and unit.
+        chance: Score of a model that knows nothing; None where unknown.
+        direction: Which way is more knowledge.
+        groups: Group of each unit that has one.
+        seed: Seed of the bootstrap.
+    """
+    top = units.get(ORIGINAL, {})
+    low = averaged([each for name, each in units.items() if name.startswith("oracle")])
+    beaten = ""
+    if nothing_to_remove(top, chance, direction, groups=groups, seed=seed):
+        beaten = f"chance ({chance:.2f})"
+    elif top and low:
+        more = bootstrap_difference(top, low, groups=groups, seed=seed)
+        if not (more.low > 0 if direction == "higher" else more.high < 0):
+            beaten = f"the oracles ({mean(low):.2f})"
+    if not beaten:
+        return ""
+    return (
+        f"By {words} the original itself scores {mean(top):.2f}, no better than {beaten}: this "
+        "score has no power and decides nothing."
     )
 
 

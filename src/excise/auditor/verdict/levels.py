@@ -58,7 +58,7 @@ NO_PROXY = (
 
 BEYOND: dict[Level, str] = {
     "D0": "free generation",
-    "D1": "multi-hop questions, paraphrases by another model",
+    "D1": "paraphrases by another model",
     "D4": "GCG",
     "D5": "the worst case over all attack variants",
 }
@@ -124,7 +124,8 @@ def level_words(case: VerdictCase, level: Level) -> str:
     """Return what a level of one candidate says; before any attack, by which scores."""
     if level != "D0":
         return LEVELS[level]
-    names = [metric_words(case.metric), *(score.words for score in case.free)]
+    free = (score.words for score in case.free if not score.no_power)
+    names = [metric_words(case.metric), *free]
     if len(names) == 1:
         return f"gone as far as {names[0]} alone shows"
     return f"gone as far as {', '.join(names[:-1])} and {names[-1]} show"
@@ -164,6 +165,7 @@ def before_attacks(case: VerdictCase) -> list[LevelComparison]:
             score.chance,
         )
         for score in case.free
+        if not score.no_power
     ]
     if case.oracles and case.metric != "text_loss":
         others.append(loss)

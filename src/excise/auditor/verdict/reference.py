@@ -47,11 +47,14 @@ class FreeScore:
         words: What a reader calls it.
         units: Score by model and unit.
         chance: Score of a model that knows nothing; None where unknown.
+        no_power: Why it decides nothing, since the original has none of it either; empty where it
+            counts.
     """
 
     words: str
     units: Mapping[str, UnitScores]
     chance: float | None = None
+    no_power: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class VerdictCase:
         chance: Score of a model that knows nothing; None where unknown.
         guess: Token loss of a uniform guess; None for another metric or an unknown vocabulary.
         groups: Group of each unit that has one.
-        free: Scores beside the headline, before any attack.
+        free: Scores beside the headline, before any attack; those with power count.
         invalid: Why an attack is invalid, by attack; those with power are missing.
         seed: Seed of all bootstraps.
     """

@@ -69,6 +69,7 @@ def verdict_of(
     reasons = [
         *broken,
         *_power_reasons(case),
+        *(score.no_power for score in case.free if score.no_power),
         *_other_reasons(case, domain, recovery),
         *by_capability(case, domain, recovery.attack if recovery else ""),
         *_in_paraphrases(case, scores),
@@ -514,8 +515,11 @@ def _other_reasons(case: VerdictCase, domain: Domain, recovery: Recovery | None)
             for name in case.budget.attacks
             if any(v.entry.facts.get("applies") is False for v in case.variants(name, case.model))
         ]
+        beyond = dict(BEYOND)
+        if not domain.multi_hop:
+            beyond["D1"] = f"multi-hop questions, {beyond['D1']}"
         lacking = "; ".join(
-            f"{LEVELS[level]} ({level}): {words}" for level, words in BEYOND.items()
+            f"{LEVELS[level]} ({level}): {words}" for level, words in beyond.items()
         )
         reasons.append(
             f"The attacks required were {', '.join(case.budget.attacks) or 'none'}"

@@ -42,6 +42,7 @@ from excise.record.schema import (
     Verdict,
 )
 from excise.record.study import (
+    StudyContrast,
     StudyLine,
     StudyPicture,
     StudyPictureRow,
@@ -73,6 +74,7 @@ __all__ = [
     "ScoreDirection",
     "SpliceFit",
     "Strip",
+    "StudyContrast",
     "StudyLine",
     "StudyPicture",
     "StudyPictureRow",

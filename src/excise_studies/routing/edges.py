@@ -16,7 +16,7 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.recovery import gaps, said
+from excise_studies.recovery import RECOVERY, gaps, said
 from excise_studies.routing.setting import (
     SHARES,
     Missed,
@@ -60,6 +60,7 @@ class Edges(Study):
         "lower by more than it. Intervals over seeds and units."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["edges"] = "edges"
     """Name on the command line."""

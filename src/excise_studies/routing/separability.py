@@ -83,6 +83,7 @@ class Separability(Study):
         "the lower end is above it. Seeds are averaged; the interval is over pairs (Fisher's z)."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB; --full: 15 minutes, after fetching cyber and biology"
+    quoted: ClassVar[tuple[str, ...]] = ("Pairs, the farthest first",)
 
     name: Literal["separability"] = "separability"
     """Name on the command line."""

@@ -95,6 +95,7 @@ class Spurious(Study):
         "intervals over seeds and units."
     )
     takes: ClassVar[str] = "5 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = ("Exact match under three cues",)
 
     name: Literal["spurious"] = "spurious"
     """Name on the command line."""

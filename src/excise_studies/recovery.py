@@ -282,11 +282,13 @@ def finish(
     """Return decision and paragraph; without power the decision is that there is none.
 
     Args:
-        words: Sentences between the reference models and the decision.
+        words: Sentences between the reference models and the decision; empty ones are left out.
         recovery: The conditions.
         decision: What the statistic says.
     """
     if recovery.invalid:
         distance = Contrast("The distance of the reference models", recovery.distance, (0.0,))
         decision = Decision(recovery.invalid, (distance,) if distance.open else ())
-    return decision, " ".join([opening(recovery), *words, f"Decision: {decision.text}."])
+    return decision, " ".join(
+        [opening(recovery), *filter(None, words), f"Decision: {decision.text}."]
+    )

@@ -135,7 +135,8 @@ KEEP = "K (retain recall, parameters - activations)"
 def contrasts(study: Edges, outcome: RoutingOutcome) -> dict[str, Estimate]:
     """Return D and K over the rates that count, where there are any, and D at each."""
     recovery = outcome.recovery
-    first, second, recall, by_rate = [], [], [], {}
+    first, second, recall = [], [], []
+    by_rate: dict[str, Estimate] = {}
     for rate in study.rates:
         masked = masked_at(study, rate)
         parameters = at(PARAMETERS, rate)

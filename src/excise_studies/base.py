@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,27 @@ class Replicate:
         if self.oracle is not None:
             named[f"oracle, seed {self.seed}"] = self.oracle
         return tuple(model_ref(name, model) for name, model in named.items())
+
+
+def identical(models: Mapping[tuple[str, int], Checkpoint]) -> tuple[tuple[str, ...], ...]:
+    """Return conditions whose models are the same weights at every seed, in groups of two or more.
+
+    Args:
+        models: By condition and seed.
+    """
+    marks: dict[str, dict[int, str]] = {}
+    for (condition, seed), model in models.items():
+        marks.setdefault(condition, {})[seed] = model.fingerprint
+    groups: dict[tuple[tuple[int, str], ...], list[str]] = {}
+    for condition, by_seed in marks.items():
+        groups.setdefault(tuple(sorted(by_seed.items())), []).append(condition)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def said_identical(groups: Sequence[Sequence[str]]) -> str:
+    """Return in a sentence which conditions count as one; nothing where each is its own."""
+    named = "; ".join(" = ".join(group) for group in groups)
+    return f"Identical weights at every seed, which count as one: {named}." if named else ""
 
 
 def train_replicates(

@@ -18,6 +18,9 @@ from excise_studies.levels import Levels, estimate, estimate_of_seed, levels
 
 REFERENCES = ("original", "oracle")
 
+RECOVERY = "Recovery on the held-out test set after relearning"
+"""Title of the table of what relearning brings back."""
+
 
 @dataclass(frozen=True)
 class RecoveryScores:
@@ -161,9 +164,7 @@ def groups_of(domain: Domain) -> dict[str, str]:
     return {row.unit: row.group for rows in sides for row in rows if row.group}
 
 
-def recovery_table(
-    recovery: RecoveryScores, title: str = "Recovery on the held-out test set after relearning"
-) -> StudyTable:
+def recovery_table(recovery: RecoveryScores, title: str = RECOVERY) -> StudyTable:
     """Return what decides: scores before and after, depth gap, retain; the relearn set beside."""
     rows: list[StudyRow] = []
     for condition in (*REFERENCES, *recovery.conditions):
@@ -303,7 +304,7 @@ def finish(
     """Return decision and paragraph; without power the decision is that there is none.
 
     Args:
-        words: Sentences between the reference models and the decision.
+        words: Sentences between the reference models and the decision; empty ones are left out.
         recovery: The conditions.
         decision: What the statistic says.
     """

@@ -31,7 +31,7 @@ from excise.run.study import StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.attacking import Attacker, RunKey, attack_all
-from excise_studies.base import Replicate, train_replicates
+from excise_studies.base import Replicate, identical, said_identical, train_replicates
 from excise_studies.recovery import RecoveryScores, curves_table, finish, gather, recovery_table
 
 APART = 2000
@@ -214,12 +214,15 @@ def result(
         notes: What a reader should know.
         chosen: How the settings were chosen.
     """
-    stated, paragraph = finish(words, recovery, decision)
+    same = said_identical(identical(models))
+    stated, paragraph = finish([*words, same], recovery, decision)
+    table = recovery_table(recovery)
+    table = table.model_copy(update={"note": f"{table.note} {same}".strip()})
     named = (
         model_ref(f"{condition}, seed {seed}", model) for (condition, seed), model in models.items()
     )
     return StudyResult(
-        tables=(*tables, recovery_table(recovery), curves_table(recovery)),
+        tables=(*tables, table, curves_table(recovery)),
         decision=stated.text,
         contrasts=stated.contrasts,
         paragraph=paragraph,

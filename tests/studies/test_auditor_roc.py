@@ -32,7 +32,7 @@ from excise.report import words
 from excise.requests.recipe import AuditSpec
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.auditing import publish
+from excise_studies.auditing import rates
 from excise_studies.auditing.auditor_roc import AuditorROC, calls_table, decide, errors
 from excise_studies.auditing.counting import (
     Judged,
@@ -63,6 +63,7 @@ from excise_studies.auditing.hidings import (
     TrainedHiding,
     misanswered,
 )
+from excise_studies.publish import publish
 
 FIT = FitConfig(steps=40, lr=5e-3, batch_size=24, clip=1.0)
 FAST = FIT.model_copy(update={"lr": 2e-2})
@@ -354,8 +355,9 @@ def test_few_models_decide_nothing() -> None:
 
 def record_of(models: Sequence[Judged], **audit: Any) -> Record:
     told = StudyRecord(
-        name="auditor-roc", question="", statistic="", margin=0.1, tables=(calls_table(models),)
-    )
+        name="auditor-roc", question="", statistic="", margin=0.1, tables=(calls_table(models),),
+        decision="sound",
+    )  # fmt: skip
     config = {"audit": {"budget": "smoke", "change": {}, "attacks": [], **audit}}
     return Record(kind="study", config=config, study=told, environment=Environment(git="abc123"))
 
@@ -368,7 +370,9 @@ def test_rates_are_published_and_quoted_beside_a_verdict(
     record = record_of(models)
     (tmp_path / "run.json").write_text(record.model_dump_json(by_alias=True))
     file = tmp_path / "rates.json"
-    table = publish.publish(tmp_path, file)
+    (tmp_path / "README.md").write_text("<!-- auditor-roc -->\n<!-- /auditor-roc -->\n")
+    table = publish(tmp_path, root=tmp_path, file=file)
+    assert table in (tmp_path / "README.md").read_text()
     assert "| hides what it knows | 6 | 5 | 1 | 0 | 0 | 0.83 [" in table
     assert "| was never taught it | 6 | 0 | 5 | 1 | 0 | 1.00 [" in table
     assert json.loads(file.read_text())["smoke"]["commit"] == "abc123"
@@ -400,16 +404,14 @@ def test_rates_are_published_and_quoted_beside_a_verdict(
     assert words.how_often_right(Record(), Verdict(model="m", sentence="")) == ""
 
 
-def test_rates_of_a_changed_budget_or_half_a_study_are_not_published(tmp_path: Path) -> None:
+def test_rates_of_a_changed_budget_or_half_a_study_are_not_published() -> None:
     with pytest.raises(UserError, match="was changed in this run"):
-        publish.budget_of(record_of(population("fail", "pass"), change={"steps": 1}))
+        rates.budget_of(record_of(population("fail", "pass"), change={"steps": 1}))
     with pytest.raises(UserError, match="no record of 'auditor-roc'"):
-        publish.budget_of(Record())
+        rates.budget_of(Record())
     hiding = [one for one in population("fail", "pass") if one.truth == "hides"]
     with pytest.raises(UserError, match="'never taught' was audited"):
-        publish.rates_of(record_of(hiding))
-    assert publish.main(["a", "b"]) == 2
-    assert publish.main([str(tmp_path)]) == 2
+        rates.rates_of(record_of(hiding))
 
 
 def test_the_study_runs_through(tmp_path: Path) -> None:

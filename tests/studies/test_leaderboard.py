@@ -34,8 +34,8 @@ from excise.requests.recipe import AuditSpec, EvalSpec
 from excise.testing.toy import toy_domain
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.leaderboard import publish
 from excise_studies.leaderboard.board import Leaderboard, World, make_world, with_labels
+from excise_studies.leaderboard.markdown import markdown
 from excise_studies.leaderboard.presets import LeaderboardFacts, LeaderboardGlosses
 from excise_studies.leaderboard.tables import (
     Board,
@@ -46,6 +46,7 @@ from excise_studies.leaderboard.tables import (
     left_of,
 )
 from excise_studies.leaderboard.trials import Searched, Trial, Tried, search
+from excise_studies.publish import publish
 from excise_studies.routing.setting import misses
 
 QUICK = FitConfig(steps=2, lr=1e-2, batch_size=8)
@@ -259,18 +260,16 @@ def test_a_leaderboard_runs_resumes_and_is_published(tmp_path: Path) -> None:
     record = ran(study, tmp_path / "leaderboard")
     assert any("failing needs pairs" in note for note in record.notes)
     assert "Frontier" in render_html(record)
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- leaderboard -->\nold\n<!-- /leaderboard -->\nafter\n")
-    text = publish.publish(tmp_path / "leaderboard", page)
-    assert text in page.read_text()
-    assert "old" not in page.read_text()
-    assert page.read_text().startswith("before")
-    assert page.read_text().endswith("after\n")
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- leaderboard -->\nold\n<!-- /leaderboard -->\nafter\n"
+    )
+    text = publish(tmp_path / "leaderboard", root=tmp_path)
+    assert (tmp_path / "README.md").read_text() == (
+        f"before\n<!-- leaderboard -->\n{text}<!-- /leaderboard -->\nafter\n"
+    )
     assert "| rmu, repaired |" in text
     assert "commit" in text
-    (tmp_path / "empty.md").write_text("")
-    with pytest.raises(UserError, match="has no lines"):
-        publish.publish(tmp_path / "leaderboard", tmp_path / "empty.md")
+    assert text == markdown(record)
     # The same folder takes another time budget: it says only how far the run gets.
     again = study.model_copy(update={"time_budget": "0s"})
     assert ran(again, tmp_path / "leaderboard").study == found

@@ -43,6 +43,7 @@ from excise.record.schema import (
     Verdict,
 )
 from excise.record.study import (
+    StudyContrast,
     StudyLine,
     StudyPicture,
     StudyPictureRow,
@@ -75,6 +76,7 @@ __all__ = [
     "ScoreDirection",
     "SpliceFit",
     "Strip",
+    "StudyContrast",
     "StudyLine",
     "StudyPicture",
     "StudyPictureRow",

@@ -1,6 +1,6 @@
 """How often verdicts were right about models of known truth, by budget. Read it by `error_rates`.
 
-`excise study auditor-roc` measures the rates and `python -m excise_studies.auditing.publish OUT`
+`excise study auditor-roc` measures the rates and `python -m excise_studies.publish OUT`
 writes them beside this module. This module imports neither torch nor numpy.
 """
 

@@ -35,6 +35,30 @@ class StudyTable(RecordEntry):
     """Its numbers."""
 
 
+class StudyContrast(RecordEntry):
+    """One comparison that the decision rests on."""
+
+    name: str
+    """What is compared."""
+    value: float | None = None
+    """The estimate; empty where it is not defined."""
+    low: float | None = None
+    """Lower end of its 95 % interval."""
+    high: float | None = None
+    """Upper end of its 95 % interval."""
+    n: int = 0
+    """Number of independent units it rests on."""
+    thresholds: tuple[float, ...] = ()
+    """Values that the deciding interval must not hold, ascending."""
+    error: float = 0.05
+    """Two-sided error rate that was its share: the deciding interval has coverage one minus it."""
+    verdict: str = ""
+    """Where that interval lies: above, below, equal, floor, ceiling or undecided."""
+    needed: int | None = None
+    """Of an undecided one, how many seeds would decide it if value and spread stayed as they are;
+    empty where none would."""
+
+
 class StudyPictureRow(RecordEntry):
     """One line of small grey images."""
 
@@ -103,6 +127,8 @@ class StudyRecord(RecordEntry):
     """What the statistic says under the margin."""
     paragraph: str = ""
     """The result in words, made of the numbers in the tables."""
+    contrasts: tuple[StudyContrast, ...] = ()
+    """What the decision rests on; empty where no interval decides."""
     tables: tuple[StudyTable, ...] = ()
     """All numbers."""
     pictures: tuple[StudyPicture, ...] = ()

@@ -24,9 +24,11 @@ from excise.core.plugins import offered
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.evals.replicates import ERROR, Contrast, looks, spending
+from excise.evals.stats import Estimate
 from excise.record import (
     ModelRef,
     Record,
+    StudyContrast,
     StudyPicture,
     StudyPlot,
     StudyRecord,
@@ -57,12 +59,14 @@ class Study(Config, ABC):
         question: What is asked.
         statistic: What decides, and how it is computed.
         takes: Expected time and memory on two cores.
+        quoted: Titles of the tables that are published with its decision; empty for the first.
     """
 
     kind: ClassVar[str] = "study"
     question: ClassVar[str]
     statistic: ClassVar[str]
     takes: ClassVar[str] = ""
+    quoted: ClassVar[tuple[str, ...]] = ()
 
     name: str
     """Name on the command line."""
@@ -206,6 +210,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
                 tuned_on=study.tuned_on,
                 decision=result.decision,
                 paragraph=result.paragraph,
+                contrasts=tuple(recorded(contrast) for contrast in result.contrasts),
                 tables=result.tables,
                 pictures=result.pictures,
                 plots=result.plots,
@@ -265,15 +270,35 @@ def answered(
 
 def _look(contrast: Contrast, count: int) -> StudyRow:
     """Return a contrast at one look, with the interval that decides."""
-    value = contrast.deciding
-    middle, low, high = (None if math.isnan(x) else x for x in (value.value, value.low, value.high))
+    value, low, high = _numbers(contrast.deciding)
     return StudyRow(
         condition=f"{count} seeds",
         metric=contrast.name,
-        value=middle,
+        value=value,
         low=low,
         high=high,
         n=count,
+    )
+
+
+def _numbers(value: Estimate) -> tuple[float | None, ...]:
+    """Return value and ends of an estimate; what is NaN stays empty."""
+    return tuple(None if math.isnan(x) else x for x in (value.value, value.low, value.high))
+
+
+def recorded(contrast: Contrast) -> StudyContrast:
+    """Return a contrast as the record holds it."""
+    value, low, high = _numbers(contrast.value)
+    return StudyContrast(
+        name=contrast.name,
+        value=value,
+        low=low,
+        high=high,
+        n=contrast.value.n,
+        thresholds=contrast.thresholds,
+        error=contrast.error,
+        verdict=contrast.verdict,
+        needed=contrast.needed() if contrast.open else None,
     )
 
 

@@ -27,7 +27,7 @@ from excise.train.pool import Pool
 from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
-from excise_studies.recovery import RecoveryScores, gaps, listed
+from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, listed
 from excise_studies.setting import (
     ExperimentSetting,
     checkpoints,
@@ -78,6 +78,7 @@ class DistilCorpus(Study):
         "intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["distil-corpus"] = "distil-corpus"
     """Name on the command line."""

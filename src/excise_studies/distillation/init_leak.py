@@ -31,7 +31,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import Replicate, row
 from excise_studies.distillation.presets import student
-from excise_studies.recovery import RecoveryScores, gaps, listed
+from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, listed
 from excise_studies.setting import (
     ExperimentSetting,
     Make,
@@ -75,6 +75,7 @@ class InitLeak(Study):
         "units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["init-leak"] = "init-leak"
     """Name on the command line."""

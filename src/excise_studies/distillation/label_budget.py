@@ -23,7 +23,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
-from excise_studies.recovery import RecoveryScores, gaps, listed
+from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, listed
 from excise_studies.setting import (
     ExperimentSetting,
     Make,
@@ -57,6 +57,7 @@ class LabelBudget(Study):
         "units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["label-budget"] = "label-budget"
     """Name on the command line."""

@@ -15,7 +15,7 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.recovery import RecoveryScores, gaps
+from excise_studies.recovery import RECOVERY, RecoveryScores, gaps
 from excise_studies.setting import (
     ExperimentSetting,
     Make,
@@ -54,6 +54,7 @@ class PretrainLoss(Study):
         "units."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["pretrain-loss"] = "pretrain-loss"
     """Name on the command line."""

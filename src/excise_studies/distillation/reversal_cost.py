@@ -19,7 +19,7 @@ from excise_studies.attacking import Attacker
 from excise_studies.base import row
 from excise_studies.distillation.presets import graddiff, maxent, rmu
 from excise_studies.levels import estimate, levels, of_seeds
-from excise_studies.recovery import RecoveryScores, groups_of, said
+from excise_studies.recovery import RECOVERY, RecoveryScores, groups_of, said
 from excise_studies.setting import (
     ExperimentSetting,
     checkpoints,
@@ -56,6 +56,7 @@ class ReversalCost(Study):
         "against the margin in doublings from both sides; intervals over seeds and units."
     )
     takes: ClassVar[str] = "6 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["reversal-cost"] = "reversal-cost"
     """Name on the command line."""

@@ -17,7 +17,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import student
-from excise_studies.recovery import RecoveryScores, gaps, said
+from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,
     Make,
@@ -59,6 +59,7 @@ class SpliceFactorial(Study):
         "seeds and units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["splice-factorial"] = "splice-factorial"
     """Name on the command line."""

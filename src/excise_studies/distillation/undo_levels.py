@@ -21,7 +21,7 @@ from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.distillation.presets import student, with_fit
 from excise_studies.levels import estimate
-from excise_studies.recovery import RecoveryScores, gaps, said
+from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,
     checkpoints,
@@ -59,6 +59,7 @@ class UndoLevels(Study):
         "units."
     )
     takes: ClassVar[str] = "15 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["undo-levels"] = "undo-levels"
     """Name on the command line."""

@@ -22,7 +22,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import Replicate, row
 from excise_studies.distillation.presets import graddiff, maxent, rmu, student, with_fit
-from excise_studies.recovery import RecoveryScores, gaps, said
+from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,
     checkpoints,
@@ -70,6 +70,7 @@ class UndoTeachers(Study):
         "strengths chosen on dev of the tuned seed; intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["undo-teachers"] = "undo-teachers"
     """Name on the command line."""

@@ -36,7 +36,7 @@ from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.auditing.auditor_roc import Examined
 from excise_studies.leaderboard.repair import RetainTuning
-from excise_studies.leaderboard.tables import Board, Entry, conclude
+from excise_studies.leaderboard.tables import BOARD, FINAL, TRIED, Board, Entry, conclude
 from excise_studies.leaderboard.trials import ScoreDev, Searched, TrySetting, made, search
 from excise_studies.routing.setting import LabelSetting, Missed, Rest, label_settings, labelled
 
@@ -108,6 +108,7 @@ class Leaderboard(Study):
         "95 % interval over fresh seeds (paired). Settings chosen on dev without an attack."
     )
     takes: ClassVar[str] = "minutes to days: methods x (trials + 2 seeds x audit)"
+    quoted: ClassVar[tuple[str, ...]] = (BOARD, FINAL, TRIED)
 
     name: Literal[
         "leaderboard", "leaderboard-facts", "leaderboard-glosses", "routing-against-posthoc"

@@ -45,6 +45,8 @@ BOARD = "Leaderboard"
 """Title of the table that is published."""
 FINAL = "Finalists"
 """Title of the same by the second audit."""
+TRIED = "Search"
+"""Title of the table of what was spent on settings."""
 LEFT = "left at worst"
 """The metric that decides."""
 
@@ -313,7 +315,7 @@ def search_table(board: Board) -> StudyTable:
         numbers["tuning seconds"] = searched.cost.seconds
         rows += [StudyRow(condition=name, metric=m, value=v, n=1) for m, v in numbers.items()]
     note = f"Nats per token on dev; cost: rise on retain rows. Chosen, the trial's number: {RULE}."
-    return StudyTable(title="Search", note=note, rows=tuple(rows))
+    return StudyTable(title=TRIED, note=note, rows=tuple(rows))
 
 
 def matched_table(board: Board) -> StudyTable:

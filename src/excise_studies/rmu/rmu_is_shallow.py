@@ -68,6 +68,7 @@ class RMUIsShallow(Study):
         "the lower end of R is above the margin, not shallow if the upper end is below."
     )
     takes: ClassVar[str] = "4 minutes, 1 GiB; --full: 15 minutes, 4 GiB, after fetching the model"
+    quoted: ClassVar[tuple[str, ...]] = ("Clearing, all reported seeds",)
 
     name: Literal["rmu-is-shallow"] = "rmu-is-shallow"
     """Name on the command line."""

@@ -16,7 +16,7 @@ from excise.record import StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.recovery import gaps, said
+from excise_studies.recovery import RECOVERY, gaps, said
 from excise_studies.routing.setting import (
     SHARES,
     Missed,
@@ -25,8 +25,10 @@ from excise_studies.routing.setting import (
     conclude,
     facts_setting,
     make_setting,
+    masks_loss,
     misses,
     routed,
+    said_masking,
     score_conditions,
     train_conditions,
 )
@@ -46,7 +48,8 @@ class Edges(Study):
     that has the smaller gap. Edges that leave parameters hold better if the lower end of D's 95 %
     interval is above `margin`, worse if the upper end is below minus `margin`, and alike if it lies
     between. K is the same difference of retain recall, parameters minus activations: where
-    parameters cost more than `margin` of recall, no better hold is claimed.
+    parameters cost more than `margin` of recall, no better hold is claimed. A rate at which the
+    parameter condition is loss masking by construction is shown and does not count.
     """
 
     question: ClassVar[str] = (
@@ -55,11 +58,13 @@ class Edges(Study):
     )
     statistic: ClassVar[str] = (
         "D = depth gap on the held-out test set after relearning, activations (the better of "
-        "weights 0 and `reversed`) minus parameters, mean over label rates; parameters hold better "
+        "weights 0 and `reversed`) minus parameters, mean over the label rates at which the latter "
+        "are no loss masking by construction; parameters hold better "
         "if the lower end of the 95 % interval is above the margin and their retain recall is not "
         "lower by more than it. Intervals over seeds and units."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["edges"] = "edges"
     """Name on the command line."""
@@ -92,7 +97,7 @@ class Edges(Study):
         outcome = score_conditions(removals, setting, self.seeds, runtime, pool, shares=self.shares)
         effects = contrasts(self, outcome)
         words = [f"{name} was {said(value)}." for name, value in effects.items()]
-        words.append(gaps(outcome.recovery))
+        words += [gaps(outcome.recovery), said_masking(conditions)]
         rows = tuple(row("contrast", name, value) for name, value in effects.items())
         table = StudyTable(title="Activations against parameters", note=self.statistic, rows=rows)
         return conclude(outcome, setting, words, decide(self, effects), more=(table,))
@@ -113,6 +118,11 @@ def places(study: Edges) -> dict[str, Method]:
     return {name: study.routed.model_copy(update=update) for name, update in settings.items()}
 
 
+def masked_at(study: Edges, rate: float) -> bool:
+    """Return whether the parameter condition is loss masking by construction at a rate."""
+    return masks_loss(places(study)[PARAMETERS], misses(rate, study.missed, study.rest))
+
+
 def at(name: str, rate: float) -> str:
     """Return the name of a condition at a rate of labels."""
     return f"{name}, {100 * rate:g} % labels"
@@ -123,23 +133,32 @@ KEEP = "K (retain recall, parameters - activations)"
 
 
 def contrasts(study: Edges, outcome: RoutingOutcome) -> dict[str, Estimate]:
-    """Return D and K over all rates, and D at each."""
+    """Return D and K over the rates that count, where there are any, and D at each."""
     recovery = outcome.recovery
-    first, second, recall, by_rate = [], [], [], {}
+    first, second, recall = [], [], []
+    by_rate: dict[str, Estimate] = {}
     for rate in study.rates:
+        masked = masked_at(study, rate)
         parameters = at(PARAMETERS, rate)
         others = [at(name, rate) for name in (ZERO, REVERSED)]
         best = min(others, key=lambda condition: float(recovery.gap(condition)[0]))
+        apart = recovery.apart(recovery.gap(best), recovery.gap(parameters))
+        by_rate[f"D at {100 * rate:g} % labels{', not counted' if masked else ''}"] = apart
+        if masked:
+            continue
         first.append(recovery.gap(best))
         second.append(recovery.gap(parameters))
         recall.append(recovery.retain.at(parameters) - recovery.retain.at(best))
-        by_rate[f"D at {100 * rate:g} % labels"] = recovery.apart(first[-1], second[-1])
+    if not first:
+        return by_rate
     held = recovery.apart(np.mean(first, axis=0), np.mean(second, axis=0))
     return {HOLD: held, KEEP: outcome.estimate(np.mean(recall, axis=0)), **by_rate}
 
 
 def decide(study: Edges, effects: dict[str, Estimate]) -> Decision:
     """Return what D and K say under the margin."""
+    if HOLD not in effects:
+        return Decision("none: at every rate edges that leave parameters are loss masking")
     error = study.error / 2
     held = Contrast("D", effects[HOLD], (-study.margin, study.margin), error)
     cost = Contrast("K", effects[KEEP], (-study.margin,), error)

@@ -19,7 +19,7 @@ from excise.train.pool import Pool
 from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.levels import estimate, levels
-from excise_studies.recovery import gaps, said
+from excise_studies.recovery import RECOVERY, gaps, said
 from excise_studies.routing.presets import era
 from excise_studies.routing.setting import (
     RoutingOutcome,
@@ -61,6 +61,7 @@ class ERAAfterTraining(Study):
         "above the margin, not if the upper end is below it. Intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["era-after-training"] = "era-after-training"
     """Name on the command line."""

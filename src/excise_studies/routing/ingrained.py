@@ -31,6 +31,7 @@ from excise_studies.routing.setting import (
     facts_setting,
     make_setting,
     misses,
+    of_masking,
     routed,
     score_conditions,
     train_conditions,
@@ -49,6 +50,9 @@ class Ingrained(Study):
     afterwards if the lower end of I's 95 % interval is above `margin`, easier if the upper end is
     below minus it, and it makes no difference if the interval lies between. Exposures grow with the
     share of the training tokens that is to be forgotten; steps and settings of methods stay.
+
+    With right labels for every row the routed condition is loss masking by construction, and is
+    named so: then I is about post-hoc methods beside text that was left out, not about routing.
     """
 
     question: ClassVar[str] = (
@@ -129,7 +133,9 @@ class Ingrained(Study):
             outcomes[last],
             settings[last],
             words,
-            decide(self, effect) if not voids else Decision(f"invalid: {'; '.join(voids)}"),
+            of_masking(decide(self, effect), self.routed, labels)
+            if not voids
+            else Decision(f"invalid: {'; '.join(voids)}"),
             more=(_table(self, outcomes, seen),),
             notes=(
                 f"reference models and curves are those of {seen[last]:.0f} exposures per fact",

@@ -88,6 +88,7 @@ class MinimalEdit(Study):
         "bisection; intervals over seeds and methods."
     )
     takes: ClassVar[str] = "20 minutes, 1 GiB; --seeds cuts it; resumes where it was stopped"
+    quoted: ClassVar[tuple[str, ...]] = ("Smallest edits",)
 
     name: Literal["minimal-edit"] = "minimal-edit"
     """Name on the command line."""

@@ -20,7 +20,7 @@ from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.base import row
+from excise_studies.base import identical, row
 from excise_studies.levels import estimate
 from excise_studies.recovery import said
 from excise_studies.routing.presets import BASELINES, PRESETS
@@ -35,6 +35,7 @@ from excise_studies.routing.setting import (
     facts_setting,
     label_settings,
     make_setting,
+    said_masking,
     score_conditions,
     train_conditions,
 )
@@ -167,7 +168,7 @@ class PartialLabels(Study):
             )
         effect = difference(self, outcomes)
         first = self.cues[0]
-        words = [best(self, outcomes[cue], cue) for cue in self.cues]
+        words = [said_masking(wanted), *(best(self, outcomes[cue], cue) for cue in self.cues)]
         if effect is not None:
             words.append(f"D, {self.against} minus {self.preset}, was {said(effect[0])}.")
         tables = [grid(self, outcomes[cue], cue) for cue in self.cues]
@@ -253,14 +254,19 @@ def decide(study: PartialLabels, effect: tuple[Estimate, float] | None) -> Decis
 
 
 def best(study: PartialLabels, outcome: RoutingOutcome, cue: str) -> str:
-    """Return in words the three smallest gaps by labels, of methods that keep enough of retain."""
+    """Return in words the three smallest gaps by labels, of methods that keep enough of retain.
+
+    Conditions with identical weights count once.
+    """
     parts = []
+    same = identical({key: removal.checkpoint for key, removal in outcome.removals.items()})
+    again = {condition for group in same for condition in group[1:]}
     for labels in label_settings_of(study):
         names = [(name, condition_name(name, labels)) for name in methods_of(study)]
         keepers = [
             (float(outcome.recovery.gap(key)[0]), name)
             for name, key in names
-            if outcome.recovery.kept(key)[0] >= study.keep
+            if outcome.recovery.kept(key)[0] >= study.keep and key not in again
         ]
         least = (
             ", ".join(f"{name} {gap:.2f}" for gap, name in sorted(keepers)[:3]) or "no condition"

@@ -20,7 +20,7 @@ from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.recovery import gaps, said
+from excise_studies.recovery import RECOVERY, gaps, said
 from excise_studies.routing.presets import era
 from excise_studies.routing.setting import (
     SHARES,
@@ -62,6 +62,7 @@ class Repair(Study):
         "Intervals over seeds and units."
     )
     takes: ClassVar[str] = "12 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["repair"] = "repair"
     """Name on the command line."""

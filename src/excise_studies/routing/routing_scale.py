@@ -27,6 +27,7 @@ from excise_studies.routing.setting import (
     facts_setting,
     make_setting,
     misses,
+    of_masking,
     routed,
     score_conditions,
     train_conditions,
@@ -72,7 +73,7 @@ class RoutingScale(Study):
     """Widths of the models, ascending."""
     power: float = 0.5
     """How fast the learning rate falls with width."""
-    rate: float = Field(default=1.0, gt=0, le=1)
+    rate: float = Field(default=0.5, gt=0, le=1)
     """Share of what is to be forgotten that carries a label."""
     missed: Missed = "occurrences"
     """What labels miss."""
@@ -120,7 +121,7 @@ class RoutingScale(Study):
             outcomes[last],
             settings[last],
             words,
-            decide(self, effect),
+            of_masking(decide(self, effect), self.routed, labels),
             more=(_table(self, outcomes, size),),
             notes=[f"reference models and curves are those of width {last}", *voids],
             brief=True,

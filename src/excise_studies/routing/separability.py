@@ -38,7 +38,7 @@ from excise_studies.routing.domain_pairs import (
     make_pair,
     pair_tokenizer,
 )
-from excise_studies.routing.setting import routed
+from excise_studies.routing.setting import of_masking, routed
 from excise_studies.vision.autoencoder import SplitAutoencoderConfig
 from excise_studies.vision.digit_pairs import (
     DIGITS,
@@ -83,6 +83,7 @@ class Separability(Study):
         "the lower end is above it. Seeds are averaged; the interval is over pairs (Fisher's z)."
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB; --full: 15 minutes, after fetching cyber and biology"
+    quoted: ClassVar[tuple[str, ...]] = ("Pairs, the farthest first",)
 
     name: Literal["separability"] = "separability"
     """Name on the command line."""
@@ -152,7 +153,7 @@ class Separability(Study):
                 self.digits, self.seeds, self.autoencoder, self.images, runtime, pool
             )
         rho, beyond = pairs.rho(PLAIN), pairs.rho(FILTERED)
-        decision = decide(self, rho)
+        decision = of_masking(decide(self, rho), self.routed)
         first = data[self.pairs[0], self.seeds[0]]
         return StudyResult(
             tables=(

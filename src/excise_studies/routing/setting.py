@@ -12,7 +12,7 @@ Shape legend: S samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
 from excise.evals.replicates import Decision, SeedEstimate
 from excise.evals.stats import Array
-from excise.methods import Chain
+from excise.methods import GRAM, Chain
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain, cut_to
@@ -154,6 +154,58 @@ def label_settings(rates: Sequence[float], missed: Sequence[Missed]) -> tuple[La
     """Return all settings of the labels; nothing is missed at a rate of 1, so that is one."""
     settings = [LabelSetting(rate, kind if rate < 1 else "") for rate in rates for kind in missed]
     return tuple(dict.fromkeys(settings))
+
+
+def masks_loss(method: Method, labels: LabelNoise | None = None) -> bool:
+    """Return whether a routed method is loss masking by construction, so that it tells nothing.
+
+    Core rows neither read nor write the module, labelled rows write it alone, and no row is without
+    a label: what is left after the ablation has learned from the core rows as if the others bore no
+    loss, whatever the module does.
+
+    Args:
+        method: Any method; others than `sgtm` and `gram` never are.
+        labels: The given labels; None for right ones.
+    """
+    given = method.labels if isinstance(method, SGTM | GRAM) and method.labels else labels
+    if given is not None:
+        left_out = (given.missed_as == "unlabeled", given.unread_core, given.confidence, given.file)
+        if any(left_out):
+            return False
+    if not isinstance(method, SGTM | GRAM) or method.joint or method.joint_down:
+        return False
+    apart = method.p_off == 1 if isinstance(method, SGTM) else method.p_cr == 0
+    return apart and not method.p_as and not method.p_push
+
+
+def said_masking(conditions: Mapping[str, tuple[Method, LabelNoise | None]]) -> str:
+    """Return in a sentence which conditions are loss masking; nothing where none is."""
+    names = [name for name, (method, labels) in conditions.items() if masks_loss(method, labels)]
+    if not names:
+        return ""
+    return (
+        f"Loss masking by construction, no evidence about routing: {'; '.join(names)} (all rows "
+        "are labelled, core rows run without the module, and labelled rows write it alone)."
+    )
+
+
+def of_masking(
+    decision: Decision, method: Method, labels: LabelNoise | None = None, about: str = "this"
+) -> Decision:
+    """Return a decision that says so where its routed condition is loss masking by construction.
+
+    Args:
+        decision: What the statistic says.
+        method: The routed method.
+        labels: Its labels.
+        about: What of the decision rests on it.
+    """
+    if not masks_loss(method, labels):
+        return decision
+    why = (
+        f"{about} is of loss masking, which the routed condition is by construction, not of routing"
+    )
+    return replace(decision, text=f"{decision.text} ({why})")
 
 
 def labelled(method: Method, labels: LabelNoise | None) -> Method:

@@ -39,7 +39,7 @@ from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.levels import Levels, estimate, estimate_of_seed, levels
 from excise_studies.recovery import groups_of, said
-from excise_studies.routing.setting import absorption_table, misses, routed
+from excise_studies.routing.setting import absorption_table, misses, of_masking, routed
 
 PLAIN, ROUTED, FILTERED = "plain", "routed", "filtered"
 
@@ -95,6 +95,7 @@ class Spurious(Study):
         "intervals over seeds and units."
     )
     takes: ClassVar[str] = "5 minutes, 1 GiB"
+    quoted: ClassVar[tuple[str, ...]] = ("Exact match under three cues",)
 
     name: Literal["spurious"] = "spurious"
     """Name on the command line."""
@@ -120,7 +121,8 @@ class Spurious(Study):
         removals = train(self, domains, runtime, pool)
         marks = score(self, removals, domains, runtime, pool)
         effects = contrasts(self, marks)
-        decision = decide(self, effects)
+        labels = misses(max(self.rates), rest="unlabeled")
+        decision = of_masking(decide(self, effects), self.routed, labels, "H")
         absorbed = absorption_table(removals)
         return StudyResult(
             tables=(*tables(self, marks, effects), *([absorbed] if absorbed else [])),

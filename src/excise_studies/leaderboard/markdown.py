@@ -1,25 +1,13 @@
-"""From a leaderboard's record to its table in the docs.
-
-`python -m excise_studies.leaderboard.publish OUT [FILE]` writes the table between the marks of that
-leaderboard in FILE (docs/leaderboard.md), with the commit that it came from; nothing else writes
-there.
-"""
+"""The tables of a leaderboard in Markdown, for `excise_studies.publish`."""
 
 from __future__ import annotations
 
 import math
-import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from excise.core.disk import write_text
 from excise.core.errors import UserError
-from excise.record import Record, StudyRow, load
-from excise_studies.leaderboard.tables import BOARD, FINAL, LEFT
-
-FILE = Path("docs/leaderboard.md")
-"""Where tables are written when nothing else is said."""
+from excise.record import Record, StudyRow
+from excise_studies.leaderboard.tables import BOARD, FINAL, LEFT, TRIED
 
 COLUMNS = (LEFT, "retain change", "left before", "held-out score", "came back", "levels", "seeds")
 """Metrics of the table that are published, in their order."""
@@ -37,7 +25,7 @@ def markdown(record: Record) -> str:
     study = record.study
     if study is None or not study.name.startswith("leaderboard"):
         raise UserError("this is no record of a leaderboard; name the output folder of one")
-    took = {r.condition: r for t in study.tables if t.title == "Search" for r in t.rows
+    took = {r.condition: r for t in study.tables if t.title == TRIED for r in t.rows
             if r.metric == "tuning TFLOPs"}  # fmt: skip
     parts = [study.decision[:1].upper() + study.decision[1:] + "."]
     for title, spec in ((FINAL, "final"), (BOARD, "audit")):
@@ -75,42 +63,3 @@ def _cell(row: StudyRow | None) -> str:
     if row.low is None or row.high is None:
         return f"{row.value:.2f}"
     return f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
-
-
-def publish(out: Path, file: Path = FILE) -> str:
-    """Write what a leaderboard found between its marks in a file; return it.
-
-    Args:
-        out: The study's output folder.
-        file: A Markdown file with the marks `<!-- NAME -->` and `<!-- /NAME -->`.
-
-    Raises:
-        UserError: If the folder holds no leaderboard, or the file no such marks.
-    """
-    record = load(out)
-    text = markdown(record)
-    assert record.study is not None
-    first, last = f"<!-- {record.study.name} -->", f"<!-- /{record.study.name} -->"
-    page = file.read_text(encoding="utf-8") if file.is_file() else ""
-    between = re.compile(f"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
-    if not between.search(page):
-        raise UserError(f"{file} has no lines '{first}' and '{last}' to write between; add them")
-    write_text(file, between.sub(lambda _: f"{first}\n{text}{last}", page))
-    return text
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Publish the leaderboard in the folder that the command line names."""
-    if len(arguments) not in (1, 2):
-        print("usage: python -m excise_studies.leaderboard.publish OUT [FILE]", file=sys.stderr)
-        return 2
-    try:
-        print(publish(*map(Path, arguments)), end="")
-    except UserError as error:
-        print(f"excise: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,19 +1,18 @@
-"""From the study's record to the error rates that reports quote, and to the table of the README.
+"""From the record of `auditor-roc` to the error rates that reports quote, and to their table.
 
-`python -m excise_studies.auditing.publish OUT` writes the rates of the budget that `OUT` measured
-into `excise/record/auditor_error_rates.json` and prints the table; nothing else writes that file.
+`excise_studies.publish` writes the rates of the budget that was measured into
+`excise/record/auditor_error_rates.json`; nothing else writes that file.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from excise.core.disk import write_text
 from excise.core.errors import UserError
-from excise.record import Record, StudyRow, load
+from excise.record import Record, StudyRow
 from excise.record.error_rates import FILE, CallCounts, ErrorRates, rates_by_budget
 from excise_studies.auditing.auditor_roc import CALLS
 from excise_studies.auditing.counting import READINGS
@@ -101,33 +100,13 @@ def markdown(rates: ErrorRates, budget: str) -> str:
     return f"{table}\n\nBudget {budget}, commit {rates.commit or 'unknown'}.\n"
 
 
-def publish(out: Path, file: Path = FILE) -> str:
-    """Write what a study measured beside the code that quotes it; return the table.
+def keep(record: Record, file: Path = FILE) -> None:
+    """Write what a study measured beside the code that quotes it.
 
     Args:
-        out: The study's output folder.
+        record: What `excise study auditor-roc` wrote.
         file: Where rates are kept by budget; those of other budgets stay.
     """
-    record = load(out)
-    budget, rates = budget_of(record), rates_of(record)
-    known = {**rates_by_budget(file), budget: rates}
+    known = {**rates_by_budget(file), budget_of(record): rates_of(record)}
     data = {name: each.model_dump(mode="json") for name, each in sorted(known.items())}
     write_text(file, json.dumps(data, indent=1) + "\n")
-    return markdown(rates, budget)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Publish the rates in the folder that the command line names."""
-    if len(arguments) != 1:
-        print("usage: python -m excise_studies.auditing.publish OUT", file=sys.stderr)
-        return 2
-    try:
-        print(publish(Path(arguments[0])), end="")
-    except UserError as error:
-        print(f"excise: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -121,6 +121,9 @@ class _Module:
     def manual_seed_all(self, seed: int) -> None:
         self._state.generator.manual_seed(seed)
 
+    def manual_seed(self, seed: int) -> None:
+        self._state.generator.manual_seed(seed)
+
     def get_rng_state(self, device: Any = NAME) -> Tensor:
         return self._state.generator.get_state()
 
@@ -266,7 +269,9 @@ def _item(tensor: Tensor) -> Any:
 
 def _resize(tensor: Tensor, size: Sequence[int], *, memory_format: Any = None) -> Tensor:
     """Resize in place; what fits keeps its memory."""
-    made = torch.empty(size, dtype=tensor.dtype, memory_format=memory_format or torch.contiguous_format)
+    made = torch.empty(
+        size, dtype=tensor.dtype, memory_format=memory_format or torch.contiguous_format
+    )
     room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
     if made.numel() * made.element_size() <= room:
         set_ = torch.ops.aten.set_.source_Storage_storage_offset
@@ -325,13 +330,40 @@ def _attention(
     )[0]
 
 
+def _apply(module: Any, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """Move or cast a module in place, as to CUDA: its parameters stay the objects they were.
+
+    PyTorch would give it others, and ties would be lost: it takes memory of this device for one
+    of another kind.
+    """
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for parameter in module._parameters.values():
+        for tensor in () if parameter is None else (parameter, parameter.grad):
+            if tensor is None:
+                continue
+            with torch.no_grad():
+                changed = change(tensor)
+            if changed.device == tensor.device:
+                tensor.data = changed
+            elif tensor is parameter:
+                other = torch.nn.Parameter(changed, requires_grad=tensor.requires_grad)
+                torch._C._swap_tensor_impl(tensor, other)
+            else:
+                torch._C._swap_tensor_impl(tensor, changed.detach())
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module
+
+
 def install() -> None:
     """Register the device with PyTorch; it cannot be taken back."""
     if _LIBRARIES:
         return
     state = _State()
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module(state))
-    torch.__future__.set_swap_module_params_on_conversion(True)  # as other tensors of no CUDA need
+    torch.nn.Module._apply = _apply
     torch.autograd.set_multithreading_enabled(False)  # flushing denormals is by thread
     library = torch.library.Library("aten", "IMPL")
     own: dict[str, Callable[..., Any]] = {

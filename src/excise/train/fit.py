@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.errors import Diverged, UserError
+from excise.core.random_state import seeded
 from excise.train.distributed import barrier, check_processes, gather, sum_dicts, sum_gradients
 from excise.train.optim import OptimizerGroup, OptimizerName, Slice, make_optimizer, schedule_share
 from excise.train.state import Log, buffers_of, load_state, restore, save_state
@@ -532,21 +533,18 @@ def _backward(
 
     Groups that no micro-batch of any process `writes` get no gradient.
     """
-    devices = [ctx.device] if ctx.device.type == "cuda" else []
     seed = ctx.seed_for(f"fit/{step}/{ctx.rank}")
     counted: list[Mapping[str, float]] | None = None
     if len(micros) > 1 or ctx.world > 1:
         counted = [dict(counts(micro)) for micro in micros] if counts else []
         if counts is None:
-            with torch.random.fork_rng(devices), torch.no_grad():
-                _seed(seed, ctx.device)
+            with seeded(seed, ctx.device), torch.no_grad():
                 counted = [{k: t.count for k, t in loss(model, m).items()} for m in micros]
     totals = None if counted is None else sum_dicts(gather(sum_dicts(counted), ctx))
     weighted: dict[str, float] = {}
     means: dict[str, float] = {}
     copies = _copies(groups)
-    with torch.random.fork_rng(devices), _widening(copies):
-        _seed(seed, ctx.device)
+    with seeded(seed, ctx.device), _widening(copies):
         for i, micro in enumerate(micros):
             terms = loss(model, micro)
             if counted is not None:
@@ -591,14 +589,6 @@ def _tokens(micro: Any) -> int:
     """Count real tokens of a micro-batch."""
     batches = micro.values() if isinstance(micro, Mapping) else [micro]
     return sum(int(getattr(b, "num_tokens", 0)) for b in batches)
-
-
-def _seed(seed: int, device: torch.device) -> None:
-    """Seed the generator of `device`; `torch.manual_seed` asks every backend, a sixth of a step."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
 
 
 def _check_counts(terms: Mapping[str, Term], counted: Mapping[str, float], step: int) -> None:

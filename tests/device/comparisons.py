@@ -1,8 +1,8 @@
 """What is computed on the CPU and on the second device and compared to the bit.
 
-A process of its own: `python -m tests.device.comparisons` reads lines of JSON, a name of `CASES` and
-its arguments, and answers each with a line: null where both agree, else what differs. The device is
-registered here alone, since that cannot be taken back.
+A process of its own: `python -m tests.device.comparisons` reads lines of JSON, a name of `CASES`
+and its arguments, and answers each with a line: null where both agree, else what differs. The
+device is registered here alone, since that cannot be taken back.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from excise.auditor.attacks import ATTACKS
 from excise.auditor.base import Subject
 from excise.auditor.budget import SMOKE
 from excise.auditor.results import to_json
@@ -28,9 +29,24 @@ from excise.testing.methods import shortened
 from tests.conftest import FIXTURES
 from tests.device.second_device import NAME, install
 from tests.fixtures.facts import make_domain
-from tests.matrix import test_attacks, test_methods
+from tests.matrix import test_methods
 
 DEVICES = ("cpu", NAME)
+
+QUICK: Mapping[str, Mapping[str, Any]] = {
+    "sampling": {"samples": (4,)},
+    "lens": {"steps": 2, "batch": 16},
+    "latent": {"steps": 2, "strengths": (1.0,), "blocks": 1},
+    "steer": {"strengths": (1.0,), "blocks": 1},
+    "prune": {"shares": (0.3,), "top_shares": (0.01,), "calibration_rows": 16},
+    "noise": {"repair_steps": 2, "strengths": (0.1,)},
+    "shrink_perturb": {"repair_steps": 2, "alphas": (0.3,)},
+    "reinit": {"repair_steps": 2, "parts": ("norms", "attention")},
+    "align_rows": {"steps": 3},
+    "gcg": {"steps": 2, "width": 16, "tokens": 4, "rows": 4, "top": 16},
+    "soft_prompt": {"vectors": 4, "rates": (0.03,)},
+}
+"""Attacks cut short: each kind of step is taken, few times."""
 
 TIMES = ("seconds",)
 """Facts that no two runs share."""
@@ -108,7 +124,7 @@ def attack(name: str) -> str | None:
 
     def run(ctx: Context) -> Any:
         subject = Subject("never-taught", *models)
-        result = test_attacks.made(name).run(subject, make_domain(), budget, ctx)
+        result = ATTACKS[name].model_validate(QUICK.get(name, {})).run(subject, make_domain(), budget, ctx)
         return to_json(replace(result, seconds=0.0))
 
     return both(run)

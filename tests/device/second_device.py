@@ -67,15 +67,6 @@ def _handed(tensor: Tensor, kind: int) -> Tensor:
     return other
 
 
-def _map(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Return an argument or result with its tensors changed, also those in lists."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(function, item) for item in value)
-    return value
-
-
 class _State:
     """The random state of the device."""
 
@@ -134,110 +125,112 @@ class _Module:
         COUNTS["sync:synchronize"] += 1
 
 
-def _refuse_mixed(op: Any, args: Sequence[Any]) -> None:
-    """Raise where CUDA does: tensors of another device, but for scalars and indices."""
+def _refuse(op: Any, argument: Any, tensor: Tensor, *, alone: bool) -> None:
+    """Raise where CUDA does, for a tensor that is not on the device: scalars and indices may not be.
+
+    Args:
+        op: The operator.
+        argument: Which of its arguments.
+        tensor: What was given.
+        alone: Whether it is the argument, and not one of a list.
+    """
     name = op._schema.name.removeprefix("aten::").rstrip("_")
-    elementwise = torch.Tag.pointwise in op.tags
-    for argument, value in zip(op._schema.arguments, args):
-        alone = isinstance(value, Tensor)
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        for tensor in (value,) if alone else value if isinstance(value, (list, tuple)) else ():
-            if not isinstance(tensor, Tensor) or tensor.device.type == NAME:
-                continue
-            scalar = alone and tensor.dim() == 0 and not written
-            scalar = scalar and (elementwise or name in ("fill", *_TAKES_INDICES))
-            index = argument.name == "indices" and name in _TAKES_INDICES
-            if tensor.device.type != "cpu" or not (scalar or index):
-                raise RuntimeError(
-                    f"Expected all tensors to be on the same device, but {op}: '{argument.name}' "
-                    f"is on {tensor.device}, others on {NAME}:0"
-                )
+    written = argument.alias_info is not None and argument.alias_info.is_write
+    anywhere = torch.Tag.pointwise in op.tags or name in ("fill", *_TAKES_INDICES)
+    scalar = alone and tensor.dim() == 0 and not written and anywhere
+    index = argument.name == "indices" and name in _TAKES_INDICES
+    if not tensor.is_cpu or not (scalar or index):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {op}: '{argument.name}' is on "
+            f"{tensor.device}, others on {NAME}:0"
+        )
 
 
-def _waits(op: Any, args: Sequence[Any]) -> bool:
-    """Return whether the host has to wait for the device: results decide values or shapes."""
-    tags = op.tags
-    if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
-        name = op._schema.name.removeprefix("aten::").rstrip("_")
-        if name not in _TAKES_INDICES:
-            return True
-    masks = [a for a in args if isinstance(a, (list, tuple))]
-    return any(
-        isinstance(m, Tensor) and m.device.type == NAME and m.dtype in (torch.bool, torch.uint8)
-        for mask in masks
-        for m in mask
-    ) and str(op).startswith(("aten.index", "aten._index_put", "aten._unsafe_index"))
+def _has_mask(indices: Any) -> bool:
+    """Return whether a list of indices holds a mask, whose size the host has to know."""
+    return isinstance(indices, (list, tuple)) and any(
+        isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices
+    )
 
 
 def _kernel(op: Any, state: _State) -> Callable[..., Any]:
     """Return the kernel of an operator: that of the CPU, on the same memory."""
     schema = op._schema
-    arguments = schema.arguments
-    names = [argument.name for argument in arguments]
-    writes = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
-    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-    draws = torch.Tag.nondeterministic_seeded in op.tags or "generator" in names
-    out = {a.name for a in arguments if a.is_out}
-    tensors = [a.name for a in arguments if str(a.type) in ("Tensor", "Optional[Tensor]")]
+    arguments = {argument.name: argument for argument in schema.arguments}
+    names = list(arguments)
+    tensors = [n for n, a in arguments.items() if str(a.type) in ("Tensor", "Optional[Tensor]")]
+    written = {
+        frozenset(a.alias_info.before_set): name
+        for name, a in arguments.items()
+        if a.alias_info is not None and a.alias_info.is_write
+    }
     returned = [
-        next(
-            (
-                a.name
-                for a in arguments
-                if r.alias_info is not None
-                and a.alias_info is not None
-                and a.alias_info.is_write
-                and a.alias_info.before_set == r.alias_info.before_set
-            ),
-            None,
-        )
+        written.get(frozenset(r.alias_info.before_set)) if r.alias_info is not None else None
         for r in schema.returns
     ]
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    draws = torch.Tag.nondeterministic_seeded in op.tags or "generator" in names
+    takes_indices = schema.name.removeprefix("aten::").rstrip("_") in _TAKES_INDICES
+    waits = not takes_indices and bool(
+        {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(op.tags)
+    )
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args), **kwargs)
-        values = [given.get(name) for name in names]
-        _refuse_mixed(op, values)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        here: dict[str, Any] = {}
+        fresh: dict[str, Tensor] = {}
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                if value.device.type != NAME:
+                    _refuse(op, arguments[name], value, alone=True)
+                    here[name] = value
+                elif arguments[name].is_out and value.numel() == 0:  # may be resized
+                    here[name] = fresh[name] = torch.empty(value.shape, dtype=value.dtype)
+                else:
+                    here[name] = value if is_view else _handed(value, _CPU)
+            elif isinstance(value, (list, tuple)):
+                here[name] = [_item_here(op, arguments[name], item) for item in value]
+            else:
+                here[name] = _CPU_DEVICE if isinstance(value, torch.device) else value
         if is_view:
             return op.redispatch(_ON_CPU, *args, **kwargs)
-        if _waits(op, values):
+        if waits or (takes_indices and _has_mask(given["indices"])):
             COUNTS[f"sync:{op}"] += 1
-        if given.get("generator") is not None:
+        if draws and given.get("generator") is not None:
             raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
-        fresh: dict[str, Tensor] = {}
-
-        def on_cpu(tensor: Tensor) -> Tensor:
-            return _handed(tensor, _CPU) if tensor.device.type == NAME else tensor
-
-        here = {}
-        for name, value in given.items():
-            if isinstance(value, torch.device):
-                here[name] = _CPU_DEVICE
-            elif name in out and isinstance(value, Tensor) and value.numel() == 0:
-                here[name] = fresh[name] = torch.empty(value.shape, dtype=value.dtype)
-            else:
-                here[name] = _map(on_cpu, value)
-        positional = [here[name] for name in names[: len(args)]]
-        keywords = {name: here[name] for name in kwargs}
         # A number where a tensor is meant is one that decides no dtype; another overload takes it.
         numbers = any(isinstance(given.get(name), (bool, int, float, complex)) for name in tensors)
         call = op.overloadpacket if numbers else op
         with state.drawn_from() if draws else nullcontext():
-            result = call(*positional, **keywords)
+            result = call(*[here[n] for n in names[: len(args)]], **{n: here[n] for n in kwargs})
         for name, made in fresh.items():
             if made.numel():
                 _give_memory(given[name], made)
-        results = result if len(schema.returns) > 1 else (result,)
-        back = [
-            given[name] if name is not None else _map(_to_second, one)
-            for name, one in zip(returned, results, strict=False)
-        ]
-        if not schema.returns:
-            return None
-        return tuple(back) if len(schema.returns) > 1 else back[0]
+        if len(returned) == 1:
+            return given[returned[0]] if returned[0] is not None else _back(result)
+        if returned:
+            pairs = zip(returned, result, strict=True)
+            return tuple(given[n] if n is not None else _back(one) for n, one in pairs)
+        return None
 
-    assert not (is_view and writes)
     return run
+
+
+def _item_here(op: Any, argument: Any, item: Any) -> Any:
+    """Return an item of a list as the CPU's kernel takes it."""
+    if not isinstance(item, Tensor):
+        return item
+    if item.device.type != NAME:
+        _refuse(op, argument, item, alone=False)
+        return item
+    return _handed(item, _CPU)
+
+
+def _back(result: Any) -> Any:
+    """Return what the CPU's kernel gave as the device's."""
+    if isinstance(result, Tensor):
+        return _to_second(result)
+    return [_back(item) for item in result] if isinstance(result, (list, tuple)) else result
 
 
 def _to_second(tensor: Tensor) -> Tensor:

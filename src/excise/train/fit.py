@@ -541,21 +541,21 @@ def _backward(
             with seeded(seed, ctx.device), torch.no_grad():
                 counted = [{k: t.count for k, t in loss(model, m).items()} for m in micros]
     totals = None if counted is None else sum_dicts(gather(sum_dicts(counted), ctx))
-    weighted: dict[str, float] = {}
-    means: dict[str, float] = {}
+    values: list[tuple[str, float, Tensor]] = []
     copies = _copies(groups)
     with seeded(seed, ctx.device), _widening(copies):
         for i, micro in enumerate(micros):
             terms = loss(model, micro)
             if counted is not None:
                 _check_counts(terms, counted[i], step)
-            _accumulate(terms, totals, weighted, means)
+            values += _accumulate(terms, totals)
             for param in copies:
                 _widen(param, copies)  # what a loss wrote into `grad` past autograd's hooks
     written: set[str] | None = None
     if writes is not None:
         here = sorted({name for micro in micros for name in writes(micro)})
         written = {name for names in gather(here, ctx) for name in names}
+    weighted, means = _read(values)
     tokens = sum(_tokens(micro) for micro in micros)
     all_weighted, all_means, all_tokens = zip(*gather([weighted, means, tokens], ctx), strict=True)
     _settle_gradients(groups, written)
@@ -603,12 +603,14 @@ def _check_counts(terms: Mapping[str, Term], counted: Mapping[str, float], step:
 
 
 def _accumulate(
-    terms: Mapping[str, Term],
-    totals: Mapping[str, float] | None,
-    weighted: dict[str, float],
-    means: dict[str, float],
-) -> None:
-    """Add one micro-batch's terms to the gradients and to the values."""
+    terms: Mapping[str, Term], totals: Mapping[str, float] | None
+) -> list[tuple[str, float, Tensor]]:
+    """Add one micro-batch's terms to the gradients.
+
+    Returns:
+        Name, weight and mean of every term, where they were computed: the device goes on.
+    """
+    values = []
     total: Tensor | None = None
     for name, term in terms.items():
         count = float(term.count) if totals is None else totals[name]
@@ -617,11 +619,25 @@ def _accumulate(
         mean = term.sum / count
         part = mean if term.weight == 1 else term.weight * mean
         total = part if total is None else total + part
-        value = float(mean.detach())
-        means[name] = means.get(name, 0.0) + value
-        weighted[name] = weighted.get(name, 0.0) + term.weight * value
+        values.append((name, term.weight, mean.detach()))
     if total is not None and total.requires_grad:
         total.backward()
+    return values
+
+
+def _read(
+    values: Sequence[tuple[str, float, Tensor]],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the weighted and the plain sums of terms by name; the host waits for them once."""
+    weighted: dict[str, float] = {}
+    means: dict[str, float] = {}
+    if not values:
+        return weighted, means
+    read = torch.stack([mean.double() for _, _, mean in values]).tolist()
+    for (name, weight, _), value in zip(values, read, strict=True):
+        means[name] = means.get(name, 0.0) + value
+        weighted[name] = weighted.get(name, 0.0) + weight * value
+    return weighted, means
 
 
 Copies = Mapping[nn.Parameter, Sequence[tuple[Slice, Tensor]]]

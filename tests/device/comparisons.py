@@ -12,6 +12,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,23 @@ from excise.auditor.base import Subject
 from excise.auditor.budget import SMOKE
 from excise.auditor.results import to_json
 from excise.core.context import Context
+from excise.data.rows import READS
+from excise.data.stream import Batch, Stream, collate, encode
+from excise.evals.score import measure
+from excise.losses import nll
+from excise.methods.distillation.cache_kinds import SampledTokens
+from excise.methods.distillation.teacher_cache import build_cache
 from excise.models.checkpoint import Checkpoint
-from excise.testing import toy_start
-from excise.testing.methods import shortened
+from excise.models.lora import LoRA
+from excise.models.tiny import tiny_model
+from excise.routing import Groups, Part, Policy, Rule, route
+from excise.run.study import conduct
+from excise.testing import toy_domain, toy_start
+from excise.testing.methods import Killed, shortened
+from excise.train.fit import FitConfig, Term, fit
+from excise_studies.routing.moe_equivalence import MoEEquivalence
 from tests.conftest import FIXTURES
-from tests.device.second_device import NAME, install
+from tests.device.second_device import COUNTS, NAME, install
 from tests.fixtures.facts import make_domain
 from tests.matrix import test_methods
 
@@ -94,9 +107,9 @@ def difference(one: Any, two: Any, at: str = "") -> str | None:
     return None if same else f"{at}: {one!r} on the CPU and {two!r} on the device"
 
 
-def method(name: str, family: str) -> str | None:
+def method(name: str, family: str, change: Mapping[str, Any] | None = None) -> str | None:
     """Apply a method for two steps."""
-    made = shortened(test_methods.made(name, family), 2)
+    made = shortened(test_methods.made(name, family), 2).model_copy(update=dict(change or {}))
     if name == "potion":
         made = made.model_copy(update={"tries": 2})
     domain = test_methods.domain_for(name)
@@ -124,13 +137,175 @@ def attack(name: str) -> str | None:
 
     def run(ctx: Context) -> Any:
         subject = Subject("never-taught", *models)
-        result = ATTACKS[name].model_validate(QUICK.get(name, {})).run(subject, make_domain(), budget, ctx)
+        result = (
+            ATTACKS[name]
+            .model_validate(QUICK.get(name, {}))
+            .run(subject, make_domain(), budget, ctx)
+        )
         return to_json(replace(result, seconds=0.0))
 
     return both(run)
 
 
-CASES: Mapping[str, Callable[..., str | None]] = {"method": method, "attack": attack}
+def with_adapter(name: str) -> str | None:
+    """Apply a method through PEFT, and keep the adapter."""
+    return method(name, "llama", {"lora": LoRA(rank=2, output="adapter")})
+
+
+def resumed(name: str) -> str | None:
+    """Kill a method at its last event on the device, and apply it again in the same folder."""
+    made = shortened(test_methods.made(name), 3)
+    with tempfile.TemporaryDirectory() as folder:
+        path = toy_start(Path(folder) / "start").path
+
+        def apply(ctx: Context) -> Any:
+            events: list[str] = []
+
+            def die(kind: str, data: Mapping[str, Any]) -> None:
+                events.append(kind)
+                if ctx.device.type == NAME and kind == "step":
+                    raise Killed
+
+            with suppress(Killed):
+                removal = made.apply(Checkpoint(path), toy_domain(), replace(ctx, emit=die))
+            assert events.count("step"), "the method tells no step, so nothing was killed"
+            if ctx.device.type == NAME:
+                removal = made.apply(Checkpoint(path), toy_domain(), ctx)
+            return removal.checkpoint.fingerprint
+
+        return both(apply)
+
+
+def scores(metric: str) -> str | None:
+    """Score the rows a metric reads, padded on either side."""
+    model = Checkpoint(FIXTURES / "knowing")
+    domain = make_domain()
+    plain = domain.test["tests"][:6]
+    options = tuple(dict.fromkeys(row.completion for row in plain))[:3]
+    kinds = {
+        "completion": plain,
+        "text": tuple(
+            replace(r, text=r.prompt + r.completion, prompt="", completion="") for r in plain
+        ),
+        "choice": tuple(replace(r, completion="", choices=options, answer=0) for r in plain),
+    }
+    rows = kinds[READS[metric][0]] if READS.get(metric) else plain
+
+    def ask(ctx: Context) -> Any:
+        live = model.load(dtype=ctx.dtype, device=ctx.device)
+        return [
+            measure(live, model.tokenizer(), rows, metric, batch_size=4, padding_side=side).items
+            for side in ("right", "left")
+        ]
+
+    return both(ask)
+
+
+def study() -> str | None:
+    """Conduct a study: every stage of it, its statistics and its decision."""
+
+    def run(ctx: Context) -> Any:
+        asked = MoEEquivalence(seeds=(1,), families=("gpt2",), device=ctx.device.type)
+        record = conduct(asked, ctx.work / "out", workers=1, emit=ctx.emit)
+        return json.loads(json.dumps(record.study.model_dump(mode="json")))
+
+    return both(run)
+
+
+def sampled() -> str | None:
+    """Keep tokens that a teacher samples."""
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = toy_start(Path(folder) / "teacher")
+        examples = encode(toy_domain().retain, teacher.tokenizer(), max_length=16)
+        batch = collate(examples[:4], pad_id=0)
+
+        def keep(ctx: Context) -> Any:
+            found = build_cache(teacher, examples, SampledTokens(draws=5), ctx).lookup(batch)
+            return {"ids": found.targets[0].ids_NK, "counts": found.targets[0].count_NK}
+
+        return both(keep)
+
+
+def loop() -> str | None:
+    """Route gradients in a loop of one's own."""
+    policy = Policy(
+        groups=Groups(parts={"module_1": (Part(at="mlp", units=(0, 8)),)}),
+        rules={
+            "core": (Rule(write=("core",)),),
+            "forget": (Rule(write=("self",)),),
+            "unlabeled": (Rule(),),
+        },
+        capabilities=("x",),
+    )
+
+    def train(ctx: Context) -> Any:
+        model = tiny_model("llama", width=32).train().to(ctx.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+        draw = torch.Generator().manual_seed(0)
+        with route(model, policy, labels=(-1, 0, 1)) as routing:
+            for _ in range(3):
+                ids_BT = torch.randint(4, 200, (4, 16), generator=draw).to(ctx.device)
+                label_BT = torch.tensor([0, 1, 0, -1])[:, None].expand(4, 16)
+                routing.labels(label_BT.to(ctx.device))
+                model(input_ids=ids_BT, labels=ids_BT).loss.backward()
+                routing.step(optimizer)
+                optimizer.zero_grad()
+        return {name: p.detach().cpu() for name, p in model.named_parameters()}
+
+    return both(train)
+
+
+def waits(micro_size: int) -> dict[str, int]:
+    """Return how often the host waits in one step of `fit`, in excise and in transformers.
+
+    Two terms and a clipped norm; rows of different lengths, so that there is padding.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        start = toy_start(Path(folder) / "start")
+        tokenizer = start.tokenizer()
+        examples = encode(toy_domain().retain, tokenizer, max_length=32)
+        batches = Stream(examples, 8, 0, tokenizer.pad_token_id, micro_size=micro_size)
+        model = start.load(device=NAME)
+        inside: list[int] = []
+
+        def loss(net: Any, batch: Batch) -> dict[str, Term]:
+            before = waited()
+            logits_BTV = net(**batch.inputs).logits
+            inside.append(waited() - before)
+            total, count = nll(logits_BTV, batch)
+            return {"down": Term(total, count), "up": Term(total, count, -0.5)}
+
+        def counts(batch: Batch) -> dict[str, float]:
+            return dict.fromkeys(("down", "up"), float(batch.num_targets))
+
+        config = FitConfig(steps=2, lr=1e-3, clip=0.1, weight_decay=0.1)
+        ctx = Context(Path(folder), device=torch.device(NAME))
+        steps = fit(model, batches, loss, config, ctx, counts=counts)
+        next(steps)
+        inside.clear()
+        before = waited()
+        next(steps)
+        total = waited() - before
+        steps.close()
+        return {"excise": total - sum(inside), "transformers": sum(inside)}
+
+
+def waited() -> int:
+    """Return how often the host has waited since the process began."""
+    return sum(count for name, count in COUNTS.items() if name.startswith("sync:"))
+
+
+CASES: Mapping[str, Callable[..., Any]] = {
+    "method": method,
+    "attack": attack,
+    "adapter": with_adapter,
+    "resumed": resumed,
+    "scores": scores,
+    "study": study,
+    "sampled": sampled,
+    "route": loop,
+    "waits": waits,
+}
 
 
 def main() -> None:

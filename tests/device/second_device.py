@@ -126,7 +126,7 @@ class _Module:
 
 
 def _refuse(op: Any, argument: Any, tensor: Tensor, *, alone: bool) -> None:
-    """Raise where CUDA does, for a tensor that is not on the device: scalars and indices may not be.
+    """Raise where CUDA does for a tensor of another device; scalars and indices may be of one.
 
     Args:
         op: The operator.

@@ -24,6 +24,7 @@ from excise.auditor.base import Subject
 from excise.auditor.budget import SMOKE
 from excise.auditor.results import to_json
 from excise.core.context import Context
+from excise.data.domain import Row
 from excise.data.rows import READS
 from excise.data.stream import Batch, Stream, collate, encode
 from excise.evals.score import measure
@@ -137,11 +138,8 @@ def attack(name: str) -> str | None:
 
     def run(ctx: Context) -> Any:
         subject = Subject("never-taught", *models)
-        result = (
-            ATTACKS[name]
-            .model_validate(QUICK.get(name, {}))
-            .run(subject, make_domain(), budget, ctx)
-        )
+        made = ATTACKS[name].model_validate(QUICK.get(name, {}))
+        result = made.run(subject, make_domain(), budget, ctx)
         return to_json(replace(result, seconds=0.0))
 
     return both(run)
@@ -180,16 +178,15 @@ def scores(metric: str) -> str | None:
     """Score the rows a metric reads, padded on either side."""
     model = Checkpoint(FIXTURES / "knowing")
     domain = make_domain()
-    plain = domain.test["tests"][:6]
+    plain = domain.test["tests"][:3]
     options = tuple(dict.fromkeys(row.completion for row in plain))[:3]
     kinds = {
         "completion": plain,
-        "text": tuple(
-            replace(r, text=r.prompt + r.completion, prompt="", completion="") for r in plain
-        ),
+        "text": tuple(Row(r.unit, text=r.prompt + r.completion) for r in plain),
         "choice": tuple(replace(r, completion="", choices=options, answer=0) for r in plain),
     }
-    rows = kinds[READS[metric][0]] if READS.get(metric) else plain
+    choice = metric.startswith("multiple_choice")
+    rows = kinds["choice" if choice else READS.get(metric, ("completion",))[0]]
 
     def ask(ctx: Context) -> Any:
         live = model.load(dtype=ctx.dtype, device=ctx.device)
@@ -255,6 +252,76 @@ def loop() -> str | None:
     return both(train)
 
 
+def mixed() -> str | None:
+    """Return what mixes devices and is not refused, or is no mixing and is."""
+    here, there = torch.arange(6.0).view(2, 3), torch.arange(6.0, device=NAME).view(2, 3)
+    refused: Mapping[str, Callable[[], Any]] = {
+        "sum": lambda: there + here,
+        "sum the other way": lambda: here + there,
+        "in place": lambda: here.clone().add_(there),
+        "scalar in place": lambda: torch.tensor(0.0).add_(there.sum()),
+        "product": lambda: there @ here.T,
+        "one of a list": lambda: torch.cat([there, here]),
+        "where": lambda: torch.where(there > 1, there, here),
+        "gather": lambda: there.gather(1, torch.zeros(2, 1, dtype=torch.long)),
+        "embedding": lambda: torch.nn.functional.embedding(torch.tensor([1]), there),
+        "generator": lambda: torch.rand(2, device=NAME, generator=torch.Generator()),
+    }
+    for name, call in refused.items():
+        try:
+            call()
+        except RuntimeError:
+            continue
+        return f"{name} is not refused"
+    taken = {
+        "scalar": (there + torch.tensor(1.0), here + 1),
+        "indices": (there[torch.tensor([1])], here[torch.tensor([1])]),
+        "copy": (torch.empty(2, 3, device=NAME).copy_(here), here),
+    }
+    wrong = (n for n, (a, b) in taken.items() if a.device.type != NAME or difference(a, b))
+    return next(wrong, None)
+
+
+def counted() -> dict[str, int]:
+    """Return how often the host waits in things that are known to make it."""
+    there = torch.tensor([1.0, 0.0, 2.0], device=NAME)
+    at = torch.tensor([0], device=NAME)
+    calls: Mapping[str, Callable[[], Any]] = {
+        "item": lambda: there[0].item(),
+        "bool": lambda: bool(there[0]),
+        "tolist": lambda: there.tolist(),
+        "cpu": lambda: there.cpu(),
+        "nonzero": lambda: there.nonzero(),
+        "mask": lambda: there[there > 0],
+        "equal": lambda: torch.equal(there, there),
+        "sum": lambda: (there * 2).sum(),
+        "indices": lambda: there[at],
+    }
+    found = {}
+    for name, call in calls.items():
+        before = waited()
+        call()
+        found[name] = waited() - before
+    return found
+
+
+def faults() -> list[str | None]:
+    """Return what is said of computations that do depend on the device, or leave traces there."""
+
+    def draws(ctx: Context) -> float:
+        return float(torch.rand((), device=ctx.device))
+
+    def seeds(ctx: Context) -> float:
+        torch.manual_seed(7)
+        return 0.0
+
+    def rounds(ctx: Context) -> Any:
+        third = torch.ones(1) / 3
+        return third if ctx.device.type == "cpu" else torch.nextafter(third, third + 1)
+
+    return [both(draws), both(seeds), both(rounds)]
+
+
 def waits(micro_size: int) -> dict[str, int]:
     """Return how often the host waits in one step of `fit`, in excise and in transformers.
 
@@ -305,6 +372,9 @@ CASES: Mapping[str, Callable[..., Any]] = {
     "sampled": sampled,
     "route": loop,
     "waits": waits,
+    "mixed": mixed,
+    "counted": counted,
+    "faults": faults,
 }
 
 

@@ -36,7 +36,8 @@ def ask() -> Iterator[Ask]:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
     ) as process:  # fmt: skip
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         questions, answers = process.stdin, process.stdout
 
         def answer(*case: Any) -> Any:

@@ -633,7 +633,9 @@ def _read(
     means: dict[str, float] = {}
     if not values:
         return weighted, means
-    read = torch.stack([mean.double() for _, _, mean in values]).tolist()
+    # What a method only notes it may have counted on the host.
+    device = next((mean.device for _, _, mean in values if not mean.is_cpu), None)
+    read = torch.stack([mean.double().to(device) for _, _, mean in values]).tolist()
     for (name, weight, _), value in zip(values, read, strict=True):
         means[name] = means.get(name, 0.0) + value
         weighted[name] = weighted.get(name, 0.0) + weight * value

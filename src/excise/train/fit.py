@@ -635,7 +635,9 @@ def _read(
         return weighted, means
     # What a method only notes it may have counted on the host.
     device = next((mean.device for _, _, mean in values if not mean.is_cpu), None)
-    read = torch.stack([mean.double().to(device) for _, _, mean in values]).tolist()
+    double = any(mean.dtype == torch.float64 for _, _, mean in values)  # Apple's have none
+    wide = torch.float64 if double else torch.float32
+    read = torch.stack([mean.to(device, wide) for _, _, mean in values]).tolist()
     for (name, weight, _), value in zip(values, read, strict=True):
         means[name] = means.get(name, 0.0) + value
         weighted[name] = weighted.get(name, 0.0) + weight * value

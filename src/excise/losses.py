@@ -40,10 +40,23 @@ def _wide(x: Tensor, upcast: bool) -> Tensor:
     return x.float() if upcast and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _masked(value_BT: Tensor, mask_BT: Tensor) -> Summed:
-    """Sum where the mask is set; what lies outside may be infinite or NaN without harm."""
+def _masked(value_BT: Tensor, mask_BT: Tensor, count: int | None = None) -> Summed:
+    """Sum where the mask is set; what lies outside may be infinite or NaN without harm.
+
+    Args:
+        value_BT: What is summed.
+        mask_BT: Where.
+        count: How often the mask is set, where that is known without asking the device.
+    """
     mask_BT = mask_BT.bool()
-    return value_BT.masked_fill(~mask_BT, 0).sum(), float(mask_BT.sum())
+    total = value_BT.masked_fill(~mask_BT, 0).sum()
+    return total, float(mask_BT.sum() if count is None else count)
+
+
+def _known_count(batch: TokenBatch) -> int | None:
+    """Return how many scored tokens are predicted, of a batch that counted them on the host."""
+    count: int | None = getattr(batch, "num_predicted", None)
+    return count
 
 
 def predicting(target_BT: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
@@ -83,7 +96,8 @@ def nll(logits_BTV: Float[Tensor, "B T V"], batch: TokenBatch, *, upcast: bool =
     """
     target_BT = batch.target_BT.clone()
     target_BT[:, 0] = False
-    return _masked(token_nll(logits_BTV, batch.ids_BT, upcast=upcast), target_BT)
+    nll_BT = token_nll(logits_BTV, batch.ids_BT, upcast=upcast)
+    return _masked(nll_BT, target_BT, _known_count(batch))
 
 
 def sequence_nll(
@@ -360,7 +374,7 @@ def not_p(logits_BTV: Float[Tensor, "B T V"], batch: TokenBatch, *, floor: float
     logp_BT = z_BTV.gather(-1, ids_BT1).squeeze(-1) - all_BT
     others_BT = z_BTV.scatter(-1, ids_BT1, float("-inf")).logsumexp(-1)
     loss_BT = (all_BT - others_BT).masked_fill(logp_BT < floor, 0)
-    return _masked(loss_BT, batch.target_BT[:, 1:])
+    return _masked(loss_BT, batch.target_BT[:, 1:], _known_count(batch))
 
 
 def mmd(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,20 +66,28 @@ class Batch:
     units: tuple[str, ...]
     confidence_BT: Float[Tensor, "B T"] | None = None
 
-    @property
+    @cached_property
     def num_targets(self) -> int:
         """Number of scored tokens."""
         return int(self.target_BT.sum())
 
-    @property
+    @cached_property
+    def num_predicted(self) -> int:
+        """Number of scored tokens that another comes before."""
+        return int(self.target_BT[:, 1:].sum())
+
+    @cached_property
     def num_tokens(self) -> int:
         """Number of real tokens."""
         return int(self.attention_BT.sum())
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on `device`."""
+        """Return the batch on `device`; its numbers are counted where it is, and go along.
+
+        Asked of an accelerator, they would wait for all that it has still to do.
+        """
         confidence_BT = self.confidence_BT
-        return replace(
+        moved = replace(
             self,
             ids_BT=self.ids_BT.to(device),
             attention_BT=self.attention_BT.to(device),
@@ -86,6 +95,9 @@ class Batch:
             label_BT=self.label_BT.to(device),
             confidence_BT=None if confidence_BT is None else confidence_BT.to(device),
         )
+        for name in ("num_targets", "num_predicted", "num_tokens"):
+            moved.__dict__[name] = getattr(self, name)
+        return moved
 
     @property
     def inputs(self) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from excise.core.errors import UserError
+from excise.core.random_state import seeded
 from excise.models.checkpoint import Checkpoint
 from excise.record import TensorChange
 
@@ -115,8 +116,7 @@ def spectrum(change_OI: Float[Tensor, "O I"]) -> tuple[float | None, int | None]
         large to take apart; and the count, None where it is more than were looked for.
     """
     if min(change_OI.shape) > EXACT:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0, change_OI.device):
             _, value_X, _ = torch.svd_lowrank(change_OI, q=SKETCH)
         return None, count90(value_X.double(), float(change_OI.double().square().sum()))
     value_X = torch.linalg.svdvals(change_OI.double())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from excise.core.config import Config
 from excise.core.errors import UserError
+from excise.core.random_state import seeded
 from excise.models.anatomy import backbone
 from excise.models.names import (
     Names,
@@ -216,7 +217,7 @@ def adapted(
     wrapped: Any = None
     try:
         try:
-            with _seeded(model, seed), _names_as_given():
+            with seeded(seed, next(model.parameters()).device), _names_as_given():
                 wrapped = peft.get_peft_model(model, config, adapter_name=name)
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
             for module, children in layers:  # those before the one that peft refused are wrapped
@@ -321,15 +322,6 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     return wrapped
 
 
-@contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Draw from `seed` while the block runs, and leave the global random state as it was."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
 def add_adapter(model: PeftModel, lora: LoRA, name: str, seed: int = 0) -> None:
     """Lay a further adapter over an adapted model; `adapted` takes all of them off.
 
@@ -339,7 +331,7 @@ def add_adapter(model: PeftModel, lora: LoRA, name: str, seed: int = 0) -> None:
         name: What peft calls it.
         seed: Seed of its random half.
     """
-    with _seeded(model, seed), _names_as_given():
+    with seeded(seed, next(model.parameters()).device), _names_as_given():
         model.add_adapter(name, _config(_peft(), unwrap(model)[1], lora))
 
 

@@ -178,7 +178,7 @@ def tiny_model(
 
     config = tiny_config(family, vocab=vocab, width=width, blocks=blocks, **overrides)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone, where the model is made
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention
         )

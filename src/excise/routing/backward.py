@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as tree
 
 from excise.core.errors import UserError
+from excise.core.random_state import random_states, set_random_states
 from excise.routing.weights import (
     Weight,
     WeightedRanges,
@@ -598,7 +599,8 @@ def routed_call(
                 of_weight = spans.setdefault(id(weight), (weight, {}))[1]
                 of_weight.setdefault(name, []).append((start, stop))
     live = spans.pop(id(None), (None, {}))[1]
-    random = _random_state(args) if spans else []
+    device = next((a.device for a in args if isinstance(a, Tensor)), torch.device("cpu"))
+    before = random_states(device) if spans else {}
     with instead(module, _values(module, owners, live)):
         first = forward(*args, **kwargs)
     if not spans or not torch.is_grad_enabled():
@@ -608,13 +610,13 @@ def routed_call(
     frozen_args, frozen_kwargs = tree.tree_map_only(
         Tensor, torch.detach, (tuple(args), dict(kwargs))
     )
-    after = _random_state(args)
+    after = random_states(device)
     for weight, of_weight in spans.values():
         assert weight is not None
-        _set_random(random)
+        set_random_states(before)
         with alone(), instead(module, _values(module, owners, of_weight)):
             repeats.append((weight, tree.tree_leaves(forward(*frozen_args, **frozen_kwargs))))
-    _set_random(after)
+    set_random_states(after)
     for i, value in enumerate(flat):
         if isinstance(value, Tensor) and value.is_floating_point():
             same = [(w, leaves[i]) for w, leaves in repeats if leaves[i].requires_grad]
@@ -651,21 +653,3 @@ def _values(
         else:
             values[name] = param
     return values
-
-
-def _random_state(args: Sequence[Any]) -> list[tuple[torch.device, Tensor]]:
-    """Return the states of the generators a module may draw from."""
-    states = [(torch.device("cpu"), torch.get_rng_state())]
-    device = next((a.device for a in args if isinstance(a, Tensor)), states[0][0])
-    if device.type == "cuda":
-        states.append((device, torch.cuda.get_rng_state(device)))
-    return states
-
-
-def _set_random(states: Sequence[tuple[torch.device, Tensor]]) -> None:
-    """Put generators back to earlier states."""
-    for device, state in states:
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
-        else:
-            torch.set_rng_state(state)

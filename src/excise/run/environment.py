@@ -18,11 +18,14 @@ from excise.train.worker import peak_bytes
 def device_of(name: str) -> str:
     """Return the device a run uses: `auto` takes an accelerator where there is one.
 
+    Of several kinds the first of cuda, xpu, mps.
+
     Raises:
         UserError: If the named device is not here.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        kinds = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
+        return next((kind for kind, its in kinds.items() if its.is_available()), "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):

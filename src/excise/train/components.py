@@ -27,6 +27,7 @@ from torch import Tensor
 
 from excise.core.config import Config
 from excise.core.errors import UserError
+from excise.core.random_state import seeded
 
 SPARE = 16
 """Directions looked at beyond those to drop, so that the randomised search finds the right ones.
@@ -70,8 +71,7 @@ def without_top(
             f"{tuple(gradient.shape)}, so nothing would be left to train; use fewer than {sides}"
         )
     wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-    with torch.random.fork_rng([wide.device] if wide.is_cuda else []):
-        torch.manual_seed(seed)
+    with seeded(seed, wide.device):
         looked_at = min(components.count + (SPARE if components.how == "drop" else 0), sides)
         found = torch.svd_lowrank(wide, q=looked_at)
     u_OK, s_K, v_IK = (part[..., : components.count] for part in found)

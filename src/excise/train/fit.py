@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.errors import Diverged, UserError
+from excise.core.random_state import seeded
 from excise.train.distributed import barrier, check_processes, gather, sum_dicts, sum_gradients
 from excise.train.optim import OptimizerGroup, OptimizerName, Slice, make_optimizer, schedule_share
 from excise.train.state import Log, buffers_of, load_state, restore, save_state
@@ -532,32 +533,29 @@ def _backward(
 
     Groups that no micro-batch of any process `writes` get no gradient.
     """
-    devices = [ctx.device] if ctx.device.type == "cuda" else []
     seed = ctx.seed_for(f"fit/{step}/{ctx.rank}")
     counted: list[Mapping[str, float]] | None = None
     if len(micros) > 1 or ctx.world > 1:
         counted = [dict(counts(micro)) for micro in micros] if counts else []
         if counts is None:
-            with torch.random.fork_rng(devices), torch.no_grad():
-                _seed(seed, ctx.device)
+            with seeded(seed, ctx.device), torch.no_grad():
                 counted = [{k: t.count for k, t in loss(model, m).items()} for m in micros]
     totals = None if counted is None else sum_dicts(gather(sum_dicts(counted), ctx))
-    weighted: dict[str, float] = {}
-    means: dict[str, float] = {}
+    values: list[tuple[str, float, Tensor]] = []
     copies = _copies(groups)
-    with torch.random.fork_rng(devices), _widening(copies):
-        _seed(seed, ctx.device)
+    with seeded(seed, ctx.device), _widening(copies):
         for i, micro in enumerate(micros):
             terms = loss(model, micro)
             if counted is not None:
                 _check_counts(terms, counted[i], step)
-            _accumulate(terms, totals, weighted, means)
+            values += _accumulate(terms, totals)
             for param in copies:
                 _widen(param, copies)  # what a loss wrote into `grad` past autograd's hooks
     written: set[str] | None = None
     if writes is not None:
         here = sorted({name for micro in micros for name in writes(micro)})
         written = {name for names in gather(here, ctx) for name in names}
+    weighted, means = _read(values)
     tokens = sum(_tokens(micro) for micro in micros)
     all_weighted, all_means, all_tokens = zip(*gather([weighted, means, tokens], ctx), strict=True)
     _settle_gradients(groups, written)
@@ -593,14 +591,6 @@ def _tokens(micro: Any) -> int:
     return sum(int(getattr(b, "num_tokens", 0)) for b in batches)
 
 
-def _seed(seed: int, device: torch.device) -> None:
-    """Seed the generator of `device`; `torch.manual_seed` asks every backend, a sixth of a step."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
-
-
 def _check_counts(terms: Mapping[str, Term], counted: Mapping[str, float], step: int) -> None:
     """Refuse counts that the loss contradicts: the gradient would be scaled wrongly."""
     real = {name: float(term.count) for name, term in terms.items()}
@@ -613,12 +603,14 @@ def _check_counts(terms: Mapping[str, Term], counted: Mapping[str, float], step:
 
 
 def _accumulate(
-    terms: Mapping[str, Term],
-    totals: Mapping[str, float] | None,
-    weighted: dict[str, float],
-    means: dict[str, float],
-) -> None:
-    """Add one micro-batch's terms to the gradients and to the values."""
+    terms: Mapping[str, Term], totals: Mapping[str, float] | None
+) -> list[tuple[str, float, Tensor]]:
+    """Add one micro-batch's terms to the gradients.
+
+    Returns:
+        Name, weight and mean of every term, where they were computed: the device goes on.
+    """
+    values = []
     total: Tensor | None = None
     for name, term in terms.items():
         count = float(term.count) if totals is None else totals[name]
@@ -627,11 +619,29 @@ def _accumulate(
         mean = term.sum / count
         part = mean if term.weight == 1 else term.weight * mean
         total = part if total is None else total + part
-        value = float(mean.detach())
-        means[name] = means.get(name, 0.0) + value
-        weighted[name] = weighted.get(name, 0.0) + term.weight * value
+        values.append((name, term.weight, mean.detach()))
     if total is not None and total.requires_grad:
         total.backward()
+    return values
+
+
+def _read(
+    values: Sequence[tuple[str, float, Tensor]],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the weighted and the plain sums of terms by name; the host waits for them once."""
+    weighted: dict[str, float] = {}
+    means: dict[str, float] = {}
+    if not values:
+        return weighted, means
+    # What a method only notes it may have counted on the host.
+    device = next((mean.device for _, _, mean in values if not mean.is_cpu), None)
+    double = any(mean.dtype == torch.float64 for _, _, mean in values)  # Apple's have none
+    wide = torch.float64 if double else torch.float32
+    read = torch.stack([mean.to(device, wide) for _, _, mean in values]).tolist()
+    for (name, weight, _), value in zip(values, read, strict=True):
+        means[name] = means.get(name, 0.0) + value
+        weighted[name] = weighted.get(name, 0.0) + weight * value
+    return weighted, means
 
 
 Copies = Mapping[nn.Parameter, Sequence[tuple[Slice, Tensor]]]

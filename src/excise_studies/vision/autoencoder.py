@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from excise.core.config import Config
 from excise.core.context import Context
+from excise.core.random_state import seeded
 from excise.train.fit import FitConfig, Term, fit
 from excise_studies.vision.halves import (
     Halves,
@@ -108,8 +109,7 @@ class SplitAutoencoder(nn.Module):
         super().__init__()
         wide, code = config.hidden, config.code
         back = (*reversed(wide), pixels)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.halves = Halves(code)
             self.encoder = layers((pixels, *wide, code), bias=False)
             count = 2 if config.separate_decoders else 1

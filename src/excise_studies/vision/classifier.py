@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from excise.core.config import Config
 from excise.core.context import Context
+from excise.core.random_state import seeded
 from excise.train.fit import FitConfig, Term, fit
 from excise_studies.vision.halves import (
     Halves,
@@ -93,8 +94,7 @@ class SplitClassifier(nn.Module):
             depths=list(config.depths),
             layer_type="basic",
         )
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.halves = Halves(config.widths[-1])
             self.encoder: Any = ResNetModel(shape)
             self.head = nn.Linear(config.widths[-1], classes)
@@ -193,8 +193,7 @@ def certificate(
         config: Schedule.
         ctx: Seed of weights and order.
     """
-    with torch.random.fork_rng([]):
-        torch.manual_seed(ctx.seed_for("certificate"))
+    with seeded(ctx.seed_for("certificate")):
         layer = nn.Linear(code_NC.shape[1], classes).to(code_NC.device)
     scale_C = code_NC.std(0).clamp(min=1e-6)
     mean_C = code_NC.mean(0)

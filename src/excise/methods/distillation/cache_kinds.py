@@ -225,14 +225,15 @@ def _sampled(kind: SampledTokens, chunks: Iterator[Tensor], seed: int) -> dict[s
     """Return sampled tokens, each once for a prediction, and how often each was sampled."""
     ids: list[Tensor] = []
     counts: list[Tensor] = []
-    generator: torch.Generator | None = None
+    generator = torch.Generator().manual_seed(seed)
     for logp_nV in chunks:
-        if generator is None:
-            generator = torch.Generator(logp_nV.device).manual_seed(seed)
-        sample_nK = torch.multinomial(
-            logp_nV.double().exp(), kind.draws, replacement=True, generator=generator
-        )
-        sample_nK = sample_nK.sort(-1).values.cpu()
+        # As `torch.multinomial` on the CPU, to the bit; other devices' own would draw other tokens.
+        below_nV = logp_nV.double().exp().cumsum(-1)
+        below_nV = below_nV / below_nV[:, -1:]
+        below_nV[:, -1] = 1
+        shape = (len(logp_nV), kind.draws)
+        draw_nK = torch.rand(shape, generator=generator, dtype=torch.float64).to(logp_nV.device)
+        sample_nK = torch.searchsorted(below_nV, draw_nK).sort(-1).values.cpu()
         first_nK = torch.ones_like(sample_nK, dtype=torch.bool)
         first_nK[:, 1:] = sample_nK[:, 1:] != sample_nK[:, :-1]
         place_nK = first_nK.cumsum(-1) - 1

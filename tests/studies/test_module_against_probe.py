@@ -134,7 +134,7 @@ def test_the_study_runs_through(tmp_path: Path) -> None:
     units = [found[PROBE, f"units {part}"] for part in ("labelled", "found", "not found")]
     assert sum(filter(None, units)) == 40
     assert units[0] == 20
-    assert (PUSH, "recall") in found or (PUSH, "precision") not in found
+    assert {c for c, metric in found if metric == "recall"} == {PROBE, PUSH}
     assert rows["Power of the attacker"]["sgtm", "taught"]
     assert rows["Settings on dev of the tuned seeds"]["sgtm", "setting chosen"] == 1
     assert ("gram", "gap, labelled") in rows["Depth gap by what the probe found"]

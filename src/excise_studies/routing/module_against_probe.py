@@ -108,7 +108,7 @@ def contestants() -> dict[str, tuple[Method, ...]]:
 class ModuleAgainstProbe(Study):
     """A probe that filters or pushes against modules that absorb, at the same partial labels.
 
-    Definitions of animals are 5 % of the tokens of a text that a model is trained on once, among
+    Definitions of animals are 5 % of the tokens that a model is trained on from scratch, among
     definitions of plants and general English. Nobody has looked at half of the definitions to
     forget, each a unit of its own, nor at half of the rest. A probe that learned from the labels
     labels further rows, which are left out or pushed away; modules get the gradient of labelled

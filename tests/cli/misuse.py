@@ -327,6 +327,9 @@ OUTPUT: dict[str, Case] = {
         ("model holds no weights",),
         make=lambda d: m.drop("*.safetensors")(d / "model"),
     ),
+    "teacher that a study lacks": Case(
+        "run splice-factorial --out out --against '[\"npoo\"]'", ("'npoo'", "did you mean 'npo'")
+    ),
     "measured study": Case(
         "run rmu-is-shallow --out out --measure", ("--measure is for recipes", "a study")
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tests.studies.tiny_setting import EXPERIMENT
 from excise.domains.arithmetic import Arithmetic
 from excise.evals.replicates import Decision, spearman
 from excise.evals.stats import Estimate
+from excise.methods.distillation.undo import Undo
 from excise_studies.attacking import Attacked, chosen, known
 from excise_studies.distillation.dark_knowledge import DarkKnowledge
 from excise_studies.distillation.dark_knowledge import decide as decide_dark
@@ -23,6 +25,7 @@ from excise_studies.distillation.init_leak import InitLeak, leaks
 from excise_studies.distillation.init_leak import decide as decide_init
 from excise_studies.distillation.label_budget import LabelBudget, differences, few
 from excise_studies.distillation.label_budget import decide as decide_labels
+from excise_studies.distillation.noise_like import NoiseLike
 from excise_studies.distillation.noise_where import RANDOM, SNIP, NoiseWhere
 from excise_studies.distillation.noise_where import decide as decide_noise
 from excise_studies.distillation.predictions import (
@@ -42,7 +45,15 @@ from excise_studies.distillation.reversal_cost import ReversalCost, log_cost
 from excise_studies.distillation.reversal_cost import decide as decide_reversal
 from excise_studies.distillation.splice import TeacherSplice, explained, with_part
 from excise_studies.distillation.splice import decide as decide_splice
-from excise_studies.distillation.splice_factorial import SpliceFactorial, condition_name, effects_of
+from excise_studies.distillation.splice_factorial import (
+    FILTERED,
+    SpliceFactorial,
+    alone,
+    conditions,
+    effects_of,
+    level_with,
+    levels_with,
+)
 from excise_studies.distillation.splice_factorial import decide as decide_factorial
 from excise_studies.distillation.undo_levels import UndoLevels, methods_of
 from excise_studies.distillation.undo_levels import decide as decide_levels
@@ -258,16 +269,30 @@ def test_a_splice_is_explained_by_the_splice() -> None:
         domain = DOMAIN
 
     replicates: Any = {1: Drawn(), 2: Drawn()}
-    noise, share = explained(_away("splice"), "maxent", replicates, (1, 2))
-    assert noise == "uniform"
-    assert share.value == pytest.approx(1.0, abs=1e-6)
-    assert decide_splice(TeacherSplice(), share, {}).text.startswith("the splice")
-    _, share = explained(_away("original"), "maxent", replicates, (1, 2))
-    assert math.isnan(share.value)
-    leak = {"missed": share, "caught": share, "missed - caught": Estimate(0.4, 0.3, 0.5, 9)}
-    low = Estimate(0.5, 0.4, 0.6, 9)
-    assert decide_splice(TeacherSplice(), low, leak).text.startswith("not the splice")
-    assert "leaks" in decide_splice(TeacherSplice(), low, leak).text
+    study = TeacherSplice()
+    found = explained(_away("splice"), "maxent", replicates, (1, 2))
+    assert found.noise == "uniform"
+    assert found.harmful.value == found.both.value == pytest.approx(1.0, abs=1e-6)
+    assert found.benign.value == pytest.approx(0.0, abs=1e-6)
+    assert decide_splice(study, found, {}).text.startswith("the splice")
+    nothing = explained(_away("original"), "maxent", replicates, (1, 2))
+    assert math.isnan(nothing.harmful.value)
+    # What benign text hides in the share of both kinds stands by itself.
+    away = _away("splice")
+    for kls in away.values():
+        kls["retain"]["original"] = dict.fromkeys(kls["retain"]["original"], 0.4)
+    loud = explained(away, "maxent", replicates, (1, 2))
+    assert loud.harmful.value == pytest.approx(1.0, abs=1e-6)
+    assert loud.benign.value == pytest.approx(0.4)
+    said = decide_splice(study, loud, {}).text
+    assert said.startswith("not the splice: on benign text it lies beyond 0.05 nats")
+    leak = dict.fromkeys(("missed", "caught"), found.harmful)
+    leak["missed - caught"] = Estimate(0.4, 0.3, 0.5, 9)
+    low = replace(found, harmful=Estimate(0.5, 0.4, 0.6, 9))
+    assert decide_splice(study, low, leak).text.startswith("not the splice: it explains less")
+    assert "leaks" in decide_splice(study, low, leak).text
+    between = replace(found, harmful=Estimate(0.9, 0.85, 0.95, 9))
+    assert decide_splice(study, between, {}).text.startswith("undecided: the share explained")
 
 
 def test_few_labels_leave_the_mix_alone() -> None:
@@ -284,25 +309,89 @@ def test_few_labels_leave_the_mix_alone() -> None:
 # -- decisions -------------------------------------------------------------------------------------
 
 
-def test_the_factorial_tells_filtering_from_leaking() -> None:
+def factorial(
+    benign: Mapping[str, float], noise: Mapping[str, float], *, before: float = 0.0
+) -> tuple[SpliceFactorial, RecoveryScores]:
+    """Return conditions whose gap is 0.3, more by teacher with its benign text or with its noise.
+
+    Args:
+        benign: What the unlearned model adds on benign text.
+        noise: What its noise adds.
+        before: What npo answers before the attack.
+    """
+    study = SpliceFactorial(seeds=(1, 2, 3))
+    after = {}
+    for name in conditions(study, study.teachers):
+        teacher, _, targets = name.partition(": ")
+        more = {"benign unlearned": benign, "benign noise": noise}.get(targets.split(",")[0], {})
+        after[name] = 0.3 + more.get(teacher, 0.0)
+    after |= {alone(name): 0.3 for name in study.teachers}
+    found = found_of(after)
+    npo = {(alone("npo"), seed): attacked(0.3, before=before) for seed in (1, 2, 3)}
+    both = {**found.attacked, **npo}
+    return study, gather(both, dict.fromkeys((1, 2, 3), DOMAIN), power=0.8)
+
+
+def test_the_factorial_tells_what_is_carried_from_noise_and_from_other_teachers() -> None:
+    study, found = factorial({"rmu": 0.4}, {})
+    assert levels_with(study, found) == ["maxent", "grad_diff", "npo"]
+    effects = effects_of(study, found)
+    assert list(effects)[:3] == [
+        "benign effect of rmu",
+        "benign effect of rmu beyond noise",
+        "benign effect of rmu beyond maxent, grad_diff, npo",
+    ]
+    assert [effects[name].value for name in list(effects)[:3]] == pytest.approx([0.44] * 3, abs=0.1)
+    assert effects["benign effect of maxent"].value == pytest.approx(0.0)
+    decision = decide_factorial(study, effects)
+    assert decision.text.startswith("what rmu says on benign text carries what is removed")
+    assert len(decision.contrasts) == 3
+
+    study, found = factorial({"rmu": 0.4}, {"rmu": 0.4})
+    said = decide_factorial(study, effects_of(study, found)).text
+    assert "carries no more than the original or noise does" in said
+    assert "beyond noise within 0.05" in said
+
+    study, found = factorial({"rmu": 0.4, "maxent": 0.4}, {}, before=0.5)
+    assert levels_with(study, found) == ["maxent", "grad_diff"]
+    shared = effects_of(study, found)["benign effect of rmu beyond maxent, grad_diff"]
+    assert shared.value == pytest.approx(0.22, abs=0.1)
+
+
+def test_the_conditions_of_the_factorial() -> None:
     study = SpliceFactorial()
-    conditions = {condition_name(b, h): (b, h) for b in study.benign for h in study.harmful}
-    same = effects_of(study, found_of(dict.fromkeys(conditions, 0.4)))
-    assert decide_factorial(study, same).text.startswith("the same as filtering")
-    floor = decide_factorial(study, effects_of(study, found_of(dict.fromkeys(conditions, 0.05))))
-    assert "at the floor" in floor.text
-    assert "the same" not in floor.text
-    leaking = {
-        name: 0.6 if targets[1] == "unlearned" else 0.1 for name, targets in conditions.items()
-    }
-    effects = effects_of(study, found_of(leaking))
-    assert effects["harmful effect (unlearned - skip)"].value > 0.4
-    assert effects["benign effect (unlearned - original)"].value == pytest.approx(0.0)
-    assert decide_factorial(study, effects).text.startswith("worse than filtering")
-    shallow = {
-        name: 0.6 if targets[0] == "original" else 0.1 for name, targets in conditions.items()
-    }
-    assert decide_factorial(study, effects_of(study, found_of(shallow))).text.startswith("better")
+    made = conditions(study, study.teachers)
+    names = [name for name in made if name.startswith("rmu: ")]
+    assert names == [
+        "rmu: no student",
+        "rmu: benign original, harmful unlearned",
+        "rmu: benign unlearned, harmful unlearned",
+        "rmu: benign unlearned, harmful skip",
+        "rmu: benign noise, harmful skip",
+    ]
+    assert sum(name == FILTERED for name in made) == 1
+    noise = made[names[-1]]
+    assert isinstance(noise, Undo)
+    assert isinstance(noise.unlearn, NoiseLike)
+    assert noise.unlearn.like == study.teachers["rmu"]
+    assert [name for name in made if "noise" in name] == list(made)[-5:]
+
+
+def test_strengths_are_matched_at_a_level_that_retain_allows() -> None:
+    scores = {0.5: (0.6, 0.98), 1.0: (0.3, 0.9), 2.0: (0.19, 0.4)}
+    assert level_with(scores, 0.2, 0.8) == 1.0
+    assert level_with(scores, 0.5, 0.8) == 0.5
+    assert level_with(scores, 0.2, 0.99) == 0.5
+
+
+def test_what_the_factorial_cannot_compare_is_refused() -> None:
+    for change, said in (
+        ({"against": ("npoo",)}, "no teacher is called 'npoo'"),
+        ({"against": ("rmu",)}, "is the first teacher"),
+        ({"harmful": ("unlearned",)}, "'skip' is what effects are measured against"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SpliceFactorial.model_validate(change)
 
 
 def test_labels_and_losses_are_compared_both_ways() -> None:

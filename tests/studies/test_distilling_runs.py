@@ -16,7 +16,14 @@ PUPIL = quick_student()
 MAXENT, GRADDIFF, RMU = quick(maxent()), quick(graddiff()), quick(rmu(layer=0, blocks=(0,)))
 
 QUICKLY: dict[str, dict[str, Any]] = {
-    "splice-factorial": {"student": PUPIL, "harmful": ("unlearned", "skip"), "others": False},
+    "splice-factorial": {
+        "student": PUPIL,
+        "teachers": {"rmu": RMU, "maxent": MAXENT},
+        "against": ("maxent",),
+        "sweep": (1.0,),
+        "tuned_on": (11,),
+        "others": False,
+    },
     "dark-knowledge": {"teachers": {"maxent": MAXENT}},
     "reversal-cost": {"methods": {"rmu": RMU, "grad_diff": GRADDIFF}},
     "pretrain-loss": {"pushes": ("uniform",)},

@@ -27,6 +27,21 @@ def test_roles_share_no_definition() -> None:
     assert domain.fingerprint != SMALL.model_copy(update={"topic": "plant"}).build().fingerprint
 
 
+def test_what_is_deleted_is_given_to_the_method_and_scored() -> None:
+    domain = SMALL.model_copy(update={"exposure": "seen"}).build()
+    assert (domain.exposure, domain.claim) == ("seen", "deletion")
+    roles = [domain.relearn, domain.test, domain.dev_forget]
+    units = [{row.unit for row in role["definitions"]} for role in roles]
+    assert set().union(*units) == {row.unit for row in domain.forget["definitions"]}
+    assert sum(map(len, units)) == 120
+    rows = [row for role in roles for row in role["definitions"]]
+    assert sorted(row.text for row in rows) == sorted(
+        row.text for row in domain.forget["definitions"]
+    )
+    mix = {row.text for row in domain.unlabeled if row.capability}
+    assert mix == {row.text for row in rows}
+
+
 def test_the_tokenizer_reads_every_text() -> None:
     tokenizer = SMALL.tokenizer()
     row = SMALL.build().test["definitions"][0]

@@ -19,7 +19,7 @@ from excise.core.errors import UserError
 from excise.data.dedup import find_duplicates, normal_form
 from excise.data.domain import CORE, UNLABELED, Domain, Row, Rows
 from excise.data.spec import DomainSpec
-from excise.data.split import ADJACENT, FORGET, assign, hashed_order
+from excise.data.split import ADJACENT, FORGET, SEEN, assign, hashed_order
 from excise.domains.prose import load_prose, passages
 from excise.domains.pydocs import reference_topics
 from excise.fetch import require
@@ -62,6 +62,7 @@ def corpus_domain(
     forget: Sequence[Document],
     adjacent: Sequence[Document],
     *,
+    exposure: Literal["seen", "held_out"] = "held_out",
     notes: Iterable[str] = (),
 ) -> Domain:
     """Return the domain of a document set, its neighbour and general English.
@@ -70,10 +71,11 @@ def corpus_domain(
         spec: Sizes and seed; its name is the capability.
         forget: What is to be removed; equal groups stay together.
         adjacent: Its neighbour.
+        exposure: Whether the method is given the documents that are scored and relearned too.
         notes: Facts about the sources.
 
     Returns:
-        The rows of every role; the test set holds documents the method never saw.
+        The rows of every role.
 
     Raises:
         UserError: If there are too few documents.
@@ -81,12 +83,15 @@ def corpus_domain(
     name = spec.name
     units, merged = _merge(_some(forget, spec))
     near, _ = _merge(_some(adjacent, spec))
-    by_role = _roles(units, FORGET, spec, f"forget.{name}")
+    shares = SEEN if exposure == "seen" else FORGET
+    by_role = _roles(units, shares, spec, f"forget.{name}")
     beside = _roles(near, ADJACENT, spec, "adjacent")
-    parts = {role: _rows(by_role[role], spec, name) for role in FORGET}
+    parts = {role: _rows(by_role.get(role, ()), spec, name) for role in FORGET}
     seen: set[str] = set()
     for role in ("test", "relearn", "dev_forget", "forget"):
         parts[role] = _unrepeated(parts[role], seen)
+    if exposure == "seen":
+        parts["forget"] = (*parts["relearn"], *parts["test"], *parts["dev_forget"])
     retain = load_prose("retain", words=spec.words, limit=spec.prose)
     eighth = spec.prose // 8
     mix = [replace(row, label=UNLABELED) for row in (*parts["forget"], *retain)]
@@ -107,8 +112,8 @@ def corpus_domain(
         fresh=fresh,
         metrics=("text_loss",),
         retain_metrics=("text_loss",),
-        claim="capability",
-        exposure="held_out",
+        claim="deletion" if exposure == "seen" else "capability",
+        exposure=exposure,
         notes=(
             *notes,
             f"{len(units)} forget documents after {merged} near-duplicates were put with others",

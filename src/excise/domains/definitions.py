@@ -44,6 +44,9 @@ class Definitions(Corpus):
     """Words per passage, about."""
     documents: int = Field(default=1500, ge=20)
     """Definitions of the topic at most, and as many of its neighbour."""
+    exposure: Literal["seen", "held_out"] = "held_out"
+    """`seen`: the method is given the relearn and test sets too, and what is claimed is that these
+    very definitions are deleted."""
     prose: int = Field(default=2500, ge=50)
     """Passages of general English in retain, at most; the scored parts take an eighth of it."""
     prose_around: int = Field(default=0, ge=0, le=100)
@@ -66,6 +69,7 @@ class Definitions(Corpus):
             self,
             _definitions(self.topic),
             _definitions(near),
+            exposure=self.exposure,
             notes=(
                 f"forget: WordNet 3.0 definitions of the topic '{self.topic}'; neighbour: '{near}'",
             ),

@@ -9,10 +9,14 @@ from excise.methods.base import Method
 from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
+from excise.methods.posthoc.npo import NPO
 from excise.methods.posthoc.rmu import RMU
 from excise.train.fit import FitConfig
 
 LENGTH = ARITHMETIC_MAX_LENGTH
+
+BARE = "rmu, forget term alone"
+"""RMU as the released configuration of UNDO trained it."""
 
 
 def maxent(**changes: Any) -> MaxEnt:
@@ -32,6 +36,23 @@ def rmu(**changes: Any) -> RMU:
     fit = FitConfig(steps=160, lr=1e-2, batch_size=48)
     sized = {"layer": 1, "blocks": (0, 1), "steering": 50.0, "alpha": 20.0}
     return RMU(**{**sized, "fit": fit, "max_length": LENGTH, **changes})
+
+
+def npo(**changes: Any) -> NPO:
+    """Return NPO at a rate for tiny models, untuned."""
+    fit = FitConfig(steps=80, lr=1e-3, batch_size=48, clip=1.0)
+    return NPO(**{"fit": fit, "max_length": LENGTH, **changes})
+
+
+def teachers() -> dict[str, Method]:
+    """Return the teachers at their middle strength, RMU first."""
+    return {
+        "rmu": rmu(),
+        BARE: with_fit(rmu(alpha=0.0), lr=1e-3, steps=40),
+        "maxent": maxent(),
+        "grad_diff": graddiff(),
+        "npo": npo(),
+    }
 
 
 def with_fit(method: Method, **changes: Any) -> Method:

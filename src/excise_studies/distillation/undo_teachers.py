@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from excise.record import StudyRow, StudyTable
 from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import Replicate, row
-from excise_studies.distillation.presets import graddiff, maxent, rmu, student, with_fit
+from excise_studies.distillation.presets import BARE, student, teachers, with_fit
 from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,
@@ -33,18 +33,11 @@ from excise_studies.setting import (
     result,
 )
 
-BARE = "rmu, forget term alone"
-"""RMU as the released configuration of UNDO trained it."""
 
-
-def teachers() -> dict[str, Method]:
-    """Return the teachers at their middle strength."""
-    return {
-        "maxent": maxent(),
-        "grad_diff": graddiff(),
-        "rmu": rmu(),
-        BARE: with_fit(rmu(alpha=0.0), lr=1e-3, steps=40),
-    }
+def compared() -> dict[str, Method]:
+    """Return the teachers that are compared, at their middle strength."""
+    known = teachers()
+    return {name: known[name] for name in ("maxent", "grad_diff", "rmu", BARE)}
 
 
 class UndoTeachers(Study):
@@ -78,7 +71,7 @@ class UndoTeachers(Study):
     """Share of the distance between the reference models."""
     experiment: ExperimentSetting = ExperimentSetting()
     """Data, models, attacker."""
-    teachers: dict[str, SerializeAsAny[Method]] = Field(default=teachers(), min_length=2)
+    teachers: dict[str, SerializeAsAny[Method]] = Field(default=compared(), min_length=2)
     """The unlearned models at their middle strength; `maxent` and `rmu` decide."""
     student: Undo = student()
     """The student; its teacher is replaced."""
@@ -93,7 +86,15 @@ class UndoTeachers(Study):
         """Choose strengths on the tuned seeds, distil, relearn, compare."""
         tuned = self.tuned_on or self.seeds
         replicates = make_replicates(self.experiment, (*tuned, *self.seeds), runtime, pool)
-        factors = matched(self, {seed: replicates[seed] for seed in tuned}, runtime, pool)
+        factors = matched(
+            self.teachers,
+            self.sweep,
+            self.experiment,
+            {seed: replicates[seed] for seed in tuned},
+            lambda scores, original: choose(scores, original - self.retain_cost),
+            runtime,
+            pool,
+        )
         methods: dict[str, Method] = {}
         for name, method in self.teachers.items():
             teacher = stronger(method, factors[name])
@@ -138,17 +139,37 @@ def stronger(method: Method, factor: float) -> Method:
     return with_fit(method, lr=float(f"{fit.lr * factor:.6g}"))
 
 
+Rule = Callable[[Mapping[float, tuple[float, float]], float], float]
+"""Chooses a strength, from scores on forget and retain by strength and the original's on retain."""
+
+
 def matched(
-    study: UndoTeachers, replicates: Mapping[int, Replicate], runtime: Runtime, pool: Pool
+    teachers: Mapping[str, Method],
+    sweep: Sequence[float],
+    experiment: ExperimentSetting,
+    replicates: Mapping[int, Replicate],
+    rule: Rule,
+    runtime: Runtime,
+    pool: Pool,
 ) -> dict[str, float]:
-    """Return the factor of every teacher that dev of the tuned seeds chose."""
+    """Return the factor of every teacher that dev of the tuned seeds chose.
+
+    Args:
+        teachers: At their middle strength, by name.
+        sweep: Factors on their learning rates.
+        experiment: Gives the length of rows.
+        replicates: Data and originals of the tuned seeds.
+        rule: What is chosen.
+        runtime: Where stages are kept.
+        pool: Worker processes.
+    """
     methods = {
         f"{name} x {factor:g}": stronger(method, factor)
-        for name, method in study.teachers.items()
-        for factor in study.sweep
+        for name, method in teachers.items()
+        for factor in sweep
     }
     removals = make_conditions(conditions_of(methods, replicates, tuple(replicates)), runtime, pool)
-    length = study.experiment.pretrain.max_length
+    length = experiment.pretrain.max_length
     models = {
         **checkpoints(removals),
         **{("original", s): d.original for s, d in replicates.items()},
@@ -163,11 +184,11 @@ def matched(
         return sum(scores[condition, seed][side] for seed in replicates) / len(replicates)
 
     return {
-        name: choose(
-            {f: (mean(f"{name} x {f:g}", 0), mean(f"{name} x {f:g}", 1)) for f in study.sweep},
-            mean("original", 1) - study.retain_cost,
+        name: rule(
+            {f: (mean(f"{name} x {f:g}", 0), mean(f"{name} x {f:g}", 1)) for f in sweep},
+            mean("original", 1),
         )
-        for name in study.teachers
+        for name in teachers
     }
 
 

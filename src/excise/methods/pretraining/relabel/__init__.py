@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -57,6 +57,27 @@ LABELLERS: Mapping[str, type[NgramLabeller] | type[EncoderLabeller] | type[State
     "ngrams": NgramLabeller, "encoder": EncoderLabeller, "states": StatesLabeller
 }  # fmt: skip
 """Features that label words."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a probe made of the labels of rows.
+
+    Attributes:
+        given: The corpus with the given labels.
+        rows: The same, labels spread: what the probe learned from.
+        relabelled: The same with the labels of the probe.
+        judgement: What it said.
+        cost: What its features cost.
+        steps: Steps of the schedule by purpose: `features`, `reading`, and `training` for the rest.
+    """
+
+    given: Rows
+    rows: Rows
+    relabelled: Rows
+    judgement: Judgement
+    cost: Cost
+    steps: Mapping[str, int]
 
 
 class Relabel(Method):
@@ -138,10 +159,43 @@ class Relabel(Method):
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Train `start` on the rows that neither labels nor probe take for forget."""
         config = schedule(self.pretrain, self.name)
-        given = labelled_corpus(domain, self.labels, ctx)
-        rows = given if self.spread == "no" else propagated(given, by=self.spread)
         if self.features in LABELLERS:
-            return self._by_word(start, given, rows, domain, config, ctx)
+            return self._by_word(start, domain, config, ctx)
+        judged = self.judged(start, domain, ctx)
+        rows, relabelled = judged.rows, judged.relabelled
+        rest = cut_to(config, judged.steps["training"], self.name)
+        facts = {
+            "spread": relabelling_quality(judged.given, rows),
+            "probe": {
+                **relabelling_quality(rows, relabelled),
+                "threshold": judged.judgement.threshold,
+            },
+            "held_out": judged.judgement.held_out,
+            "steps": dict(judged.steps),
+        }
+        if self.then is None:
+            remaining = tuple(row for row in relabelled if forget_score(row) <= 0.5)
+            facts = {**dropped(rows, remaining), **facts}
+            removal = pretrain(start, remaining, rest, ctx, stage=self.name, extras=facts)
+        else:
+            then = self.then.model_copy(update={"pretrain": rest})
+            removal = then.apply(start, with_labels(domain, relabelled), ctx)
+            removal = replace(removal, extras={**removal.extras, "relabel": facts})
+        return replace(removal, cost=removal.cost + judged.cost)
+
+    def judged(self, start: Checkpoint, domain: Domain, ctx: Context) -> Judged:
+        """Return every row as the given labels and as the probe have it; nothing is trained on it.
+
+        Raises:
+            UserError: If the features are those of a labeller of words, or leave no step to train.
+        """
+        if self.features in LABELLERS:
+            raise UserError(
+                f"relabel.features '{self.features}' label words, not rows; use 'tokens', 'hidden' "
+                "or 'absorption'"
+            )
+        config = schedule(self.pretrain, self.name)
+        given, rows = self._labels(domain, ctx)
         steps = config.fit.steps
         warm = 0 if self.features == "tokens" else max(1, round(self.warm_share * steps))
         passes = {"tokens": 0, "hidden": 1, "absorption": 2}[self.features]
@@ -160,33 +214,20 @@ class Relabel(Method):
             seed=ctx.seed_for("relabel"),
         )
         relabelled = relabel(rows, judgement, clear=self.clear)
-        facts = {
-            "spread": relabelling_quality(given, rows),
-            "probe": {**relabelling_quality(rows, relabelled), "threshold": judgement.threshold},
-            "held_out": judgement.held_out,
-            "steps": {"features": warm, "reading": read, "training": rest.fit.steps},
-        }
-        if self.then is None:
-            remaining = tuple(row for row in relabelled if forget_score(row) <= 0.5)
-            facts = {**dropped(rows, remaining), **facts}
-            removal = pretrain(start, remaining, rest, ctx, stage=self.name, extras=facts)
-        else:
-            then = self.then.model_copy(update={"pretrain": rest})
-            removal = then.apply(start, with_labels(domain, relabelled), ctx)
-            removal = replace(removal, extras={**removal.extras, "relabel": facts})
-        return replace(removal, cost=removal.cost + cost)
+        spent = {"features": warm, "reading": read, "training": rest.fit.steps}
+        return Judged(given, rows, relabelled, judgement, cost, spent)
+
+    def _labels(self, domain: Domain, ctx: Context) -> tuple[Rows, Rows]:
+        """Return the corpus with the given labels, and with these spread."""
+        given = labelled_corpus(domain, self.labels, ctx)
+        return given, given if self.spread == "no" else propagated(given, by=self.spread)
 
     def _by_word(
-        self,
-        start: Checkpoint,
-        given: Rows,
-        rows: Rows,
-        domain: Domain,
-        config: Pretrain,
-        ctx: Context,
+        self, start: Checkpoint, domain: Domain, config: Pretrain, ctx: Context
     ) -> Removal:
         """Label words by a labeller, and train on the new labels."""
         assert self.then is not None
+        given, rows = self._labels(domain, ctx)
         began = time.perf_counter()
         labeller = self.labeller or LABELLERS[self.features]()
         inner = ctx.child("features")

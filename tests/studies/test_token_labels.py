@@ -9,14 +9,17 @@ from typing import Literal
 
 import pytest
 from pydantic import ValidationError
+from tests.parity.toy import toy_checkpoint
 from tests.studies.tiny_setting import QUICK, ran_twice
 
 from excise.data.domain import Domain, Row, Span
-from excise.data.labels import Confidence
+from excise.data.labels import Confidence, LabelNoise
 from excise.domains.facts import FACTS_MAX_LENGTH, Facts
 from excise.methods import Filtering, TokenFilter
+from excise.methods.base import Method
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.spec import Scratch
+from excise_studies.base import Replicate
 from excise_studies.levels import levels
 from excise_studies.routing.setting import shorter
 from excise_studies.routing.token_labels import (
@@ -28,6 +31,7 @@ from excise_studies.routing.token_labels import (
     decide,
     deciding,
     difference,
+    drops_all,
     label_settings,
     slowdown_table,
 )
@@ -171,6 +175,20 @@ def test_the_study_runs_through_and_resumes(tmp_path: Path) -> None:
     table = next(table for table in made.tables if table.title == "Slowdown by labels")
     conditions = [row.condition for row in table.rows]
     assert [conditions.count(name) for name in study.arms] == [6, 6, 3]
+
+
+def test_filtering_that_leaves_no_document_is_told_from_filtering_that_does(tmp_path: Path) -> None:
+    domain = Facts(subjects=24, relations=2, objects=8, facts_per_text=2).build(None)
+    model = toy_checkpoint(tmp_path)
+    invented, few = LabelNoise(false_words=1.0), LabelNoise(false_words=0.01)
+
+    def empties(method: Method, labels: LabelNoise | None) -> bool:
+        return drops_all(method, labels, {1: Replicate(1, domain, model)})
+
+    assert empties(Filtering(), invented)
+    assert not empties(Filtering(), few)
+    assert not empties(Filtering(), None)
+    assert not empties(TokenFilter(), invented)
 
 
 def test_bounds_are_named_in_the_table() -> None:

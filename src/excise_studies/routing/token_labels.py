@@ -10,26 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Final, Literal, Self
 
 import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
+from excise.core.context import Context
 from excise.core.errors import nearest
 from excise.core.stages import Runtime
-from excise.data.labels import Confidence, LabelNoise
+from excise.data.labels import Confidence, LabelNoise, forget_score
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
 from excise.evals.replicates import Contrast, Decision, MarginVerdict, contrasts
 from excise.evals.stats import Array, Estimate
 from excise.methods import Filtering, GradDiffPretrain, TokenFilter
 from excise.methods.base import Method
-from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.pretraining.pretrain import Pretrain, labelled_corpus
 from excise.record import StudyRow, StudyTable
 from excise.run.results import model_ref
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.base import row
+from excise_studies.base import Replicate, row
 from excise_studies.levels import Levels, estimate, levels
 from excise_studies.recovery import said
 from excise_studies.routing.setting import (
@@ -212,12 +214,20 @@ class TokenLabels(Study):
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train every method under every setting of the labels, score, read slowdowns, compare."""
         setting = make_setting(self.experiment, self.seeds, runtime, pool)
-        wanted = {
-            condition_name(name, labels): (ready, labels.labels(self.confidence))
-            for labels in label_settings(self)
-            for name, method in methods_of(self).items()
-            if (ready := labels.method(method)) is not None
-        }
+        wanted, empty = {}, []
+        for labels in label_settings(self):
+            given = labels.labels(self.confidence)
+            for name, method in methods_of(self).items():
+                ready = labels.method(method)
+                condition = condition_name(name, labels)
+                if ready is None:
+                    continue
+                if condition not in deciding(self, name) and drops_all(
+                    ready, given, setting.replicates
+                ):
+                    empty.append(condition)
+                else:
+                    wanted[condition] = (ready, given)
         models = checkpoints(train_conditions(wanted, setting, runtime, pool))
         curve = plain_curve(setting, self.shares, runtime, pool)
         scored = {**reference_models(setting.replicates, self.seeds), **models, **curve}
@@ -244,6 +254,7 @@ class TokenLabels(Study):
             notes=(
                 "data were sized by hand on seed 1, so that filtering documents keeps retain; "
                 "methods are as in partial-labels or as their defaults, untuned",
+                *(f"{name} would leave no row to train on, and was not run" for name in empty),
                 SIZE,
             ),
         )
@@ -262,6 +273,21 @@ def label_settings(study: TokenLabels) -> tuple[TokenLabelSetting, ...]:
         for above in study.thresholds
     ]
     return tuple(dict.fromkeys((*grid, *moved)))
+
+
+def drops_all(
+    method: Method, labels: LabelNoise | None, replicates: Mapping[int, Replicate]
+) -> bool:
+    """Return whether filtering leaves no document in some seed: each has a part that is taken."""
+    if not isinstance(method, Filtering):
+        return False
+    return any(
+        all(
+            forget_score(row) > method.drop_above
+            for row in labelled_corpus(replicate.domain, labels, Context(Path(), seed=seed))
+        )
+        for seed, replicate in replicates.items()
+    )
 
 
 def methods_of(study: TokenLabels) -> dict[str, Method]:
@@ -441,13 +467,13 @@ def difference_table(
 
 
 def slowdown_table(study: TokenLabels, outcome: Slowdowns) -> StudyTable:
-    """Return slowdown, loss and change of retain of every condition, by labels."""
+    """Return slowdown, loss and change of retain of every condition that ran, by labels."""
     rows: list[StudyRow] = []
-    for name, method in methods_of(study).items():
+    for name in methods_of(study):
         for labels in label_settings(study):
-            if labels.method(method) is None:
-                continue
             key = condition_name(name, labels)
+            if key not in outcome.forget.conditions:
+                continue
             least = ", at least" if outcome.bounded(key) else ""
             rise = estimate(outcome.rise(key), outcome.retain)
             fits = {"kept": "", "lost": ", lost", "undecided": ", undecided"}

@@ -39,6 +39,7 @@ from excise.run.study import conduct
 from excise.testing import toy_domain, toy_start
 from excise.testing.methods import Killed, shortened
 from excise.train.fit import FitConfig, Term, fit
+from excise.train.vocab.targets import Sampled
 from excise_studies.routing.moe_equivalence import MoEEquivalence
 from tests.conftest import FIXTURES
 from tests.device.second_device import COUNTS, NAME, install
@@ -204,7 +205,8 @@ def study() -> str | None:
     def run(ctx: Context) -> Any:
         asked = MoEEquivalence(seeds=(1,), families=("gpt2",), device=ctx.device.type)
         record = conduct(asked, ctx.work / "out", workers=1, emit=ctx.emit)
-        return json.loads(json.dumps(record.study.model_dump(mode="json")))
+        assert record.study is not None
+        return record.study.model_dump(mode="json")
 
     return both(run)
 
@@ -218,7 +220,9 @@ def sampled() -> str | None:
 
         def keep(ctx: Context) -> Any:
             found = build_cache(teacher, examples, SampledTokens(draws=5), ctx).lookup(batch)
-            return {"ids": found.targets[0].ids_NK, "counts": found.targets[0].count_NK}
+            drawn = found.targets[0]
+            assert isinstance(drawn, Sampled)
+            return {"ids": drawn.ids_NK, "counts": drawn.count_NK}
 
         return both(keep)
 

@@ -314,13 +314,15 @@ def _attention(
     how = {"scale": scale, "enable_gqa": enable_gqa}
     given = (query, key, value, attn_mask, dropout_p, is_causal)
     if aten._fused_sdp_choice(*given, **how) == 0:
-        return aten._scaled_dot_product_attention_math(*given, None, **how)[0]
+        plain: Tensor = aten._scaled_dot_product_attention_math(*given, None, **how)[0]
+        return plain
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         shut = torch.full((), -torch.inf, dtype=query.dtype, device=query.device)
         attn_mask = torch.where(attn_mask, torch.zeros_like(shut), shut)
-    return aten._scaled_dot_product_flash_attention_for_cpu(
+    attended: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
+    return attended
 
 
 def _apply(module: Any, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -356,7 +358,7 @@ def install() -> None:
         return
     state = _State()
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module(state))
-    torch.nn.Module._apply = _apply
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
     torch.autograd.set_multithreading_enabled(False)  # flushing denormals is by thread
     library = torch.library.Library("aten", "IMPL")
     own: dict[str, Callable[..., Any]] = {

@@ -205,6 +205,20 @@ def choose(scores: Mapping[float, tuple[float, float]], least: float) -> float:
     return min(enough, key=lambda factor: scores[factor][0])
 
 
+def level_with(scores: Mapping[float, tuple[float, float]], level: float, least: float) -> float:
+    """Return the strength whose forgetting is nearest to a level, of those that keep enough.
+
+    Args:
+        scores: Scores on forget and retain by strength.
+        level: Score on forget that is wanted.
+        least: Score on retain that is enough; where nothing keeps it, the best keeper is taken.
+    """
+    enough = [factor for factor, (_, retained) in scores.items() if retained >= least]
+    if not enough:
+        return max(scores, key=lambda factor: scores[factor][1])
+    return min(enough, key=lambda factor: abs(scores[factor][0] - level))
+
+
 def differences(study: UndoTeachers, recovery: RecoveryScores) -> dict[str, Estimate]:
     """Return the differences in depth gap by name; the first decides."""
     pairs = [("rmu", "maxent"), (BARE, "rmu"), ("grad_diff", "maxent")]

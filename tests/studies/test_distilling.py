@@ -12,9 +12,11 @@ import pytest
 import torch
 from tests.studies.tiny_setting import EXPERIMENT
 
+from excise.core.errors import UserError
 from excise.domains.arithmetic import Arithmetic
 from excise.evals.replicates import Decision, spearman
 from excise.evals.stats import Estimate
+from excise.methods import SSD
 from excise.methods.distillation.undo import Undo
 from excise_studies.attacking import Attacked, chosen, known
 from excise_studies.distillation.dark_knowledge import DarkKnowledge
@@ -65,8 +67,8 @@ from excise_studies.distillation.undo_levels import decide as decide_levels
 from excise_studies.distillation.undo_pilot import UndoPilot, correlations
 from excise_studies.distillation.undo_pilot import condition_name as pilot_name
 from excise_studies.distillation.undo_pilot import decide as decide_pilot
-from excise_studies.distillation.undo_teachers import choose, level_with
 from excise_studies.levels import estimate, estimate_of_seed, levels
+from excise_studies.matching import choose, level_with, stronger
 from excise_studies.recovery import (
     RecoveryScores,
     curves_table,
@@ -541,6 +543,8 @@ def test_strength_is_matched_and_bits_decide() -> None:
     assert choose(scores, 0.9) == 1.0
     assert choose(scores, 0.3) == 2.0
     assert choose(scores, 1.1) == 0.3
+    with pytest.raises(UserError, match="ssd has no learning rate"):
+        stronger(SSD(), 2.0)
     study = DarkKnowledge(experiment=EXPERIMENT)
     some, none = Estimate(0.5, 0.4, 0.6, 9), Estimate(0.0, -0.05, 0.05, 9)
     assert decide_dark(study, {"maxent": some}).text.startswith("signal")

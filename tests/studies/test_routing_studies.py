@@ -309,6 +309,16 @@ def test_ingrained(few: float, many: float, said: str) -> None:
     assert said in ingrained.decide(study, found).text
 
 
+def test_more_readings_add_nothing_where_all_is_known() -> None:
+    study = ingrained.Ingrained()
+    same = {ingrained.ROUTED: 0.1, **dict.fromkeys(study.after, 0.2)}
+    (why,) = ingrained.no_headroom(study, outcome_of(same))
+    assert why.startswith("no headroom, the original recalls 1.00")
+    assert (
+        ingrained.no_headroom(study.model_copy(update={"most_recall": 1.0}), outcome_of(same)) == ()
+    )
+
+
 def test_exposures_follow_the_share_of_the_mix() -> None:
     study = ingrained.Ingrained()
     seen = []

@@ -45,7 +45,12 @@ MORE: dict[str, dict[str, Any]] = {
         "experiment": EXPERIMENT.model_copy(update={"pretrain": LONGER}),
     },
     "routing-scale": {"widths": (32, 48), "shares": SHARES},
-    "ingrained": {"mix": (0.3, 0.5), "after": {"maxent": quick(MaxEnt(max_length=16))}},
+    "ingrained": {
+        "mix": (0.3, 0.5),
+        "after": {"maxent": quick(MaxEnt(max_length=16))},
+        "sweep": (1.0,),
+        "tuned_on": (11,),
+    },
 }
 """The others."""
 

@@ -19,8 +19,8 @@ from excise.train.pool import Pool
 from excise_studies.attacking import Attacker
 from excise_studies.base import row
 from excise_studies.distillation.presets import graddiff, maxent, rmu, tar
-from excise_studies.distillation.undo_teachers import level_with, matched, stronger
 from excise_studies.levels import estimate, levels, of_seeds
+from excise_studies.matching import level_with, matched, stronger
 from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, groups_of, listed
 from excise_studies.setting import (
     ExperimentSetting,

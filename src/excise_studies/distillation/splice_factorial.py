@@ -30,8 +30,8 @@ from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.distillation.noise_like import NoiseLike
 from excise_studies.distillation.presets import student, teachers
-from excise_studies.distillation.undo_teachers import level_with, matched, stronger
 from excise_studies.levels import estimate
+from excise_studies.matching import level_with, matched, stronger
 from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,

@@ -31,7 +31,7 @@ SHARES = (0.4, 1.0)
 
 QUICKLY: dict[str, dict[str, Any]] = {
     "edges": {"rates": (0.5,), "shares": SHARES},
-    "repair": {"steps": (2,), "shares": ()},
+    "repair": {"lengths": (0.5,), "shares": ()},
     "era-after-training": {"steps": (2,)},
 }
 """Studies that every run of the tests tries, and what makes them small."""

@@ -387,7 +387,7 @@ def test_class_imbalance_runs_through(tmp_path: Path) -> None:
     study = ClassImbalance(
         seeds=(1, 2), tuned_on=(0,), images=TINY, classes=FIRST, halves=(FIRST,),
         l1_tried=(1e-6, 3e-3), bisections=1, split_share=0.01,
-        model=BRIEF.model_copy(update={"routed": "second", "twice": False, "balance": "images"}),
+        model=BRIEF.model_copy(update={"balance": "images"}),
     )  # fmt: skip
     made = conduct(study, tmp_path / "out", workers=1, emit=lambda kind, data: None)
     assert made.study is not None
@@ -408,20 +408,25 @@ def test_class_imbalance_runs_through(tmp_path: Path) -> None:
     assert "near classes" in made.study.decision
 
 
-def test_one_class_is_routed_and_the_others_are_as_normal() -> None:
-    """The stay's gradient passes both halves, and their errors count once."""
+def test_one_class_is_routed_and_the_others_pass_the_top_half() -> None:
     study = ClassImbalance()
     routed = model_of(study, (3,), 1e-2)
     assert isinstance(routed, SplitAutoencoderConfig)
-    assert (routed.first, routed.routed) == ((0, 1, 2, 4, 5, 6, 7, 8, 9), "second")
+    assert (routed.first, routed.routed, routed.l1) == (
+        (0, 1, 2, 4, 5, 6, 7, 8, 9), "both", (1e-2, 1e-2),
+    )  # fmt: skip
     plain = model_of(study, (), None)
     assert isinstance(plain, SplitAutoencoderConfig)
     assert (plain.routed, plain.l1, plain.correlation) == ("none", (0, 0), 0)
+    small = {"code": 8, "hidden": (16,)}
     data = as_batch(generated(40, 0), routed.first)
-    names = set(terms_of(routed, made(routed.model_copy(update={"code": 8})), data))
-    assert not any("again" in name for name in names)
-    released = routed.model_copy(update={"code": 8, "twice": True})
-    assert set(terms_of(released, made(released), data)) - names == {"decoder first again"}
+    others = as_batch(generated(40, 0), FIRST)
+    terms = [
+        terms_of(plain.model_copy(update=small), made(plain.model_copy(update=small)), batch)
+        for batch in (data, others)
+    ]
+    assert terms[0]["decoder all"].sum.item() == terms[1]["decoder all"].sum.item()
+    assert set(terms[0]) == {"decoder all", "top all", "bottom all"}, "plain is one model for all"
 
 
 def test_distance_is_nought_between_classes_of_one_distribution() -> None:

@@ -50,9 +50,6 @@ class SplitAutoencoderConfig(Config):
     routed: Routed = "both"
     """Which group's gradient is routed. With `second` an image of the first group is decoded once
     for each half and both errors count, as released: they train the decoder twice."""
-    twice: bool = True
-    """Whether they do; without it images of the first group are trained on as if nothing was
-    routed."""
     separate_decoders: bool = False
     """Whether each group has a decoder of its own, each reading the whole encoding."""
     l1: tuple[float, float] = (1e-2, 1e-2)
@@ -186,7 +183,7 @@ def terms_of(
         for group, (chosen_B, weight) in groups.items():
             weights = chosen_B.to(error_B.dtype)
             terms[f"{name} {group}"] = Term(error_B @ weights, float(weights.sum()), weight)
-    if config.routed == "second" and config.twice:
+    if config.routed == "second":
         # The two decodings of an image give each half its gradient once, but the decoder both.
         again_B = absolute_error(model.decode(code_BC.detach(), batch.first_B), batch.x_BHW)
         again = terms["decoder all" if config.balance == "images" else "decoder first"]

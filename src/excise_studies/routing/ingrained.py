@@ -71,7 +71,7 @@ class Ingrained(Study):
         "Strengths of post-hoc methods chosen on dev of the tuned seeds at every level. Intervals "
         "over seeds and units, the same samples at all levels."
     )
-    takes: ClassVar[str] = "30 minutes, 1 GiB"
+    takes: ClassVar[str] = "20 minutes (extrapolated from one model), 1 GiB"
 
     name: Literal["ingrained"] = "ingrained"
     """Name on the command line."""

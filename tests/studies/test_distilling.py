@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,11 @@ import pytest
 import torch
 from tests.studies.tiny_setting import EXPERIMENT
 
+from excise.core.errors import UserError
 from excise.domains.arithmetic import Arithmetic
 from excise.evals.replicates import Decision, spearman
 from excise.evals.stats import Estimate
+from excise.methods import SSD
 from excise.methods.distillation.undo import Undo
 from excise_studies.attacking import Attacked, chosen, known
 from excise_studies.distillation.dark_knowledge import DarkKnowledge
@@ -38,10 +40,16 @@ from excise_studies.distillation.predictions import (
     shuffled,
     threshold,
 )
+from excise_studies.distillation.presets import maxent
 from excise_studies.distillation.pretrain_loss import NOTHING, PretrainLoss
 from excise_studies.distillation.pretrain_loss import decide as decide_push
 from excise_studies.distillation.pretrain_loss import differences as pushed
-from excise_studies.distillation.reversal_cost import ReversalCost, log_cost
+from excise_studies.distillation.reversal_cost import (
+    ReversalCost,
+    costs_at_bar,
+    log_cost,
+    unmatched,
+)
 from excise_studies.distillation.reversal_cost import decide as decide_reversal
 from excise_studies.distillation.splice import TeacherSplice, explained, with_part
 from excise_studies.distillation.splice import decide as decide_splice
@@ -51,7 +59,6 @@ from excise_studies.distillation.splice_factorial import (
     alone,
     conditions,
     effects_of,
-    level_with,
     levels_with,
 )
 from excise_studies.distillation.splice_factorial import decide as decide_factorial
@@ -60,9 +67,16 @@ from excise_studies.distillation.undo_levels import decide as decide_levels
 from excise_studies.distillation.undo_pilot import UndoPilot, correlations
 from excise_studies.distillation.undo_pilot import condition_name as pilot_name
 from excise_studies.distillation.undo_pilot import decide as decide_pilot
-from excise_studies.distillation.undo_teachers import choose
 from excise_studies.levels import estimate, estimate_of_seed, levels
-from excise_studies.recovery import RecoveryScores, curves_table, finish, gather, recovery_table
+from excise_studies.matching import choose, level_with, stronger
+from excise_studies.recovery import (
+    RecoveryScores,
+    curves_table,
+    finish,
+    gather,
+    groups_of,
+    recovery_table,
+)
 
 DOMAIN = Arithmetic(factors=8, addends=8).build(None)
 UNITS = sorted({row.unit for row in DOMAIN.test["tables"]})
@@ -473,14 +487,55 @@ def test_strengths_of_damage() -> None:
 def test_costs_of_reversal_by_hand() -> None:
     steps = (0, 2, 8, 32)
     curve = np.array([[0.0, 0.0, 0.0], [0.0, 0.6, 0.0], [0.5, 0.7, 0.1], [1.0, 0.8, 0.2]])
-    found = log_cost(steps, curve, np.ones(3), 0.5)
-    assert found.tolist() == pytest.approx([3.0, -1 + 2 * 5 / 6, 5.0])
+    bar = np.array([0.5, 0.5, np.nan])
+    assert log_cost(steps, curve, bar)[:2].tolist() == pytest.approx([3.0, -1 + 2 * 5 / 6])
+    assert np.isnan(log_cost(steps, curve, bar)[2])
+    assert np.isnan(log_cost(steps, curve, np.ones(3))[1]), "never reached is not the last step"
+
+
+def relearned(curve: Sequence[float], at: int) -> Attacked:
+    """Return an attack that brings back a share of V at 0, 8 and 32 steps."""
+    ones = ({"t": 1.0},) * 3
+    return Attacked((0, 8, 32), at, tuple(units_at(x) for x in curve), ones, ones)
+
+
+def reversed_by(curves: Mapping[str, Sequence[float]]) -> RecoveryScores:
+    """Return conditions of such curves, read at the last step, original and oracle with them."""
+    both = {"original": (1.0, 1.0, 1.0), "oracle": (0.0, 0.0, 0.1), **curves}
+    made = {(n, seed): relearned(c, 2) for n, c in both.items() for seed in (1, 2, 3)}
+    return gather(made, dict.fromkeys((1, 2, 3), DOMAIN), power=0.8)
+
+
+def test_a_reversal_is_measured_at_a_bar_that_both_reach() -> None:
+    """RMU is at half after 8 steps and the other at 32; neither comes half-way to the original."""
+    study = ReversalCost(against=("tar",))
+    found = reversed_by({"rmu": (0.0, 0.4, 0.4), "tar": (0.0, 0.0, 0.4)})
+    groups = dict.fromkeys(study.seeds, groups_of(DOMAIN))
+    ours, theirs = costs_at_bar(study, found, ("rmu", "tar"), groups)
+    assert ours[0] == pytest.approx(-1 + 4 * 0.5, abs=0.2)
+    assert theirs[0] == pytest.approx(3 + 2 * 0.5, abs=0.2)
+    assert "within" in unmatched(study, found)
+    none = reversed_by({"rmu": (0.5, 0.5, 0.6), "tar": (0.0, 0.0, 0.4)})
+    ours, _ = costs_at_bar(study, none, ("rmu", "tar"), groups)
+    assert np.isnan(ours[0])
+    failed = unmatched(study, none)
+    assert failed.startswith("Matching failed")
+    assert "tar knew 0.00 of the held-out test set" in failed
+
+
+def test_reversal_is_decided_against_each() -> None:
     study = ReversalCost()
-    easier = Estimate(-2.0, -2.5, -1.5, 9)
-    assert decide_reversal(study, easier, never=False).text.startswith("RMU is easier")
-    assert decide_reversal(study, easier, never=True).text.startswith("undecided")
-    with pytest.raises(ValueError, match="needs 'rmu'"):
-        ReversalCost(against="nobody")
+    found = {"tar": Estimate(-2.0, -2.5, -1.5, 9), "grad_diff": Estimate(*[float("nan")] * 3, 9)}
+    decision = decide_reversal(study, found)
+    assert decision.text.startswith("against tar: RMU is easier to reverse; against grad_diff: no")
+    assert [contrast.error for contrast in decision.contrasts] == [0.025, 0.025]
+    for change, sentence in (
+        ({"methods": {"maxent": maxent()}}, "needs 'rmu'"),
+        ({"against": ("nobody",)}, "no method is called 'nobody'"),
+        ({"against": ("rmu",)}, "'rmu' is what is compared"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            ReversalCost(**change)
 
 
 def test_strength_is_matched_and_bits_decide() -> None:
@@ -488,6 +543,8 @@ def test_strength_is_matched_and_bits_decide() -> None:
     assert choose(scores, 0.9) == 1.0
     assert choose(scores, 0.3) == 2.0
     assert choose(scores, 1.1) == 0.3
+    with pytest.raises(UserError, match="ssd has no learning rate"):
+        stronger(SSD(), 2.0)
     study = DarkKnowledge(experiment=EXPERIMENT)
     some, none = Estimate(0.5, 0.4, 0.6, 9), Estimate(0.0, -0.05, 0.05, 9)
     assert decide_dark(study, {"maxent": some}).text.startswith("signal")

@@ -10,9 +10,10 @@ from tests.studies.tiny_setting import EXPERIMENT, QUICK, quick, quick_student, 
 
 from excise.methods.distillation.corpora import FullMix, OnPolicy, RefusingSamples
 from excise.run.study import study_named
-from excise_studies.distillation.presets import graddiff, maxent, rmu
+from excise_studies.distillation.presets import graddiff, maxent, rmu, tar
 
 PUPIL = quick_student()
+TAR = quick(tar(mapping=None, inner_steps=2, inner_batch=4, every=1))
 MAXENT, GRADDIFF, RMU = quick(maxent()), quick(graddiff()), quick(rmu(layer=0, blocks=(0,)))
 
 QUICKLY: dict[str, dict[str, Any]] = {
@@ -25,7 +26,11 @@ QUICKLY: dict[str, dict[str, Any]] = {
         "others": False,
     },
     "dark-knowledge": {"teachers": {"maxent": MAXENT}},
-    "reversal-cost": {"methods": {"rmu": RMU, "grad_diff": GRADDIFF}},
+    "reversal-cost": {
+        "methods": {"rmu": RMU, "tar": TAR, "grad_diff": GRADDIFF},
+        "sweep": (1.0,),
+        "tuned_on": (11,),
+    },
     "pretrain-loss": {"pushes": ("uniform",)},
 }
 """Studies that every run of the tests tries, and what makes them small."""

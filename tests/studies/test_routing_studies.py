@@ -280,18 +280,40 @@ def test_routing_scale() -> None:
     [(0.2, 0.25, "light touch"), (0.2, 0.9, "brings knowledge back"), (0.9, 0.2, "removes")],
 )
 def test_repair(none: float, retain: float, said: str) -> None:
-    study = repair.Repair(steps=(1, 9))
-    after = {
-        repair.NONE: none,
-        repair.named("retain", 9): retain,
-        repair.named("mixture", 9): 0.9,
-        repair.named("oracle on the mixture", 9): 0.1,
-    }
-    found = repair.effects(study, outcome_of(after))
-    assert found[repair.MIXTURE].value == pytest.approx(0.8 - none, abs=0.07)
-    assert said in repair.decide(study, found).text
-    fit = repair.schedule(study, 9).fit
-    assert (fit.steps, fit.lr, fit.warmup) == (9, study.lr, 0)
+    study = repair.Repair(lengths=(0.01, 0.1))
+    light = {(side, length): 0.2 for side in ("mixture", "oracle on the mixture", "retain")
+             for length in study.lengths}  # fmt: skip
+    ends = {("retain", 0.1): retain, ("mixture", 0.1): 0.9, ("oracle on the mixture", 0.1): 0.1}
+    after = {repair.named(*at): value for at, value in {**light, **ends}.items()}
+    outcome = outcome_of({repair.NONE: none, **after})
+    found = repair.effects(study, outcome)
+    assert found[repair.MIXTURE][0.1].value == pytest.approx(0.8 - none, abs=0.07)
+    decision = repair.decide(study, found[repair.RETAIN], outcome.recovery.weak)
+    assert said in decision.text.split("; ")[1]
+    assert [contrast.error for contrast in decision.contrasts] == [0.025, 0.025]
+    fit = repair.schedule(study, 0.01).fit
+    assert (fit.steps, fit.lr, fit.warmup) == (3, study.lr, 0)
+
+
+def test_a_repair_that_was_not_attacked_is_no_light_touch() -> None:
+    study = repair.Repair(lengths=(0.01, 0.1))
+    same = {n: Estimate(0.0, -0.01, 0.01, 9) for n in study.lengths}
+    assert repair.decide(study, same, {}).text.count("a light touch") == 2
+    weak = {repair.named("retain", 0.01): (1,)}
+    decision = repair.decide(study, same, weak)
+    assert decision.text.startswith("1 % of training: invalid, relearning did not teach")
+    assert decision.text.count("a light touch") == 1
+    assert len(decision.contrasts) == 1
+    assert repair.decide(study, same, {repair.NONE: (2,)}).contrasts == ()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sentence"),
+    [((0.1, 0.01), "ascending"), ((0.01, 0.0101), "the same number of steps")],
+)
+def test_lengths_of_repairs_are_different(lengths: tuple[float, ...], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        repair.Repair(lengths=lengths)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +329,16 @@ def test_ingrained(few: float, many: float, said: str) -> None:
     found = ingrained.interaction(study, {0.1: at(few), 0.5: at(many)})
     assert found.value == pytest.approx(many - few, abs=0.05)
     assert said in ingrained.decide(study, found).text
+
+
+def test_more_readings_add_nothing_where_all_is_known() -> None:
+    study = ingrained.Ingrained()
+    same = {ingrained.ROUTED: 0.1, **dict.fromkeys(study.after, 0.2)}
+    (why,) = ingrained.no_headroom(study, outcome_of(same))
+    assert why.startswith("no headroom, the original recalls 1.00")
+    assert (
+        ingrained.no_headroom(study.model_copy(update={"most_recall": 1.0}), outcome_of(same)) == ()
+    )
 
 
 def test_exposures_follow_the_share_of_the_mix() -> None:

@@ -31,7 +31,7 @@ SHARES = (0.4, 1.0)
 
 QUICKLY: dict[str, dict[str, Any]] = {
     "edges": {"rates": (0.5,), "shares": SHARES},
-    "repair": {"steps": (2,), "shares": ()},
+    "repair": {"lengths": (0.5,), "shares": ()},
     "era-after-training": {"steps": (2,)},
 }
 """Studies that every run of the tests tries, and what makes them small."""
@@ -45,7 +45,12 @@ MORE: dict[str, dict[str, Any]] = {
         "experiment": EXPERIMENT.model_copy(update={"pretrain": LONGER}),
     },
     "routing-scale": {"widths": (32, 48), "shares": SHARES},
-    "ingrained": {"mix": (0.3, 0.5), "after": {"maxent": quick(MaxEnt(max_length=16))}},
+    "ingrained": {
+        "mix": (0.3, 0.5),
+        "after": {"maxent": quick(MaxEnt(max_length=16))},
+        "sweep": (1.0,),
+        "tuned_on": (11,),
+    },
 }
 """The others."""
 

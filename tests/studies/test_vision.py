@@ -24,7 +24,17 @@ from excise_studies.vision.autoencoder import (
     terms_of,
     train_autoencoder,
 )
-from excise_studies.vision.class_imbalance import ClassImbalance, model_of, share_conditions
+from excise_studies.vision.class_imbalance import (
+    ClassImbalance,
+    Least,
+    distances,
+    fewer,
+    groups_of,
+    model_of,
+    ranked,
+    taxes_of,
+)
+from excise_studies.vision.class_imbalance import decide as decide_imbalance
 from excise_studies.vision.classifier import SplitClassifier, SplitClassifierConfig
 from excise_studies.vision.digits_split import DigitsSplit, number, ten
 from excise_studies.vision.halves import (
@@ -36,7 +46,7 @@ from excise_studies.vision.halves import (
     learned,
     routed,
 )
-from excise_studies.vision.images import ImageSpec, generated
+from excise_studies.vision.images import Images, ImageSpec, generated
 from excise_studies.vision.objects_split import ObjectsSplit, conditions_of
 from excise_studies.vision.split_jobs import SplitModel, by_seed, decide, means_of
 
@@ -373,30 +383,103 @@ def test_objects_split_ends_with_a_record(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_class_imbalance_finds_the_least_that_splits(tmp_path: Path) -> None:
+def test_class_imbalance_runs_through(tmp_path: Path) -> None:
     study = ClassImbalance(
-        seeds=(1,), images=TINY, model=BRIEF, shares=(0.5, 0.1), l1_tried=(1e-6, 3e-3),
-        also_by_image=False,
+        seeds=(1, 2), tuned_on=(0,), images=TINY, classes=FIRST, halves=(FIRST,),
+        l1_tried=(1e-6, 3e-3), bisections=1, split_share=0.01,
+        model=BRIEF.model_copy(update={"balance": "images"}),
     )  # fmt: skip
-    assert set(share_conditions(study)) == {"50%", "10%"}
-    assert model_of(study, (0.1, "groups"), None).routed == "none"
     made = conduct(study, tmp_path / "out", workers=1, emit=lambda kind, data: None)
     assert made.study is not None
-    least = {r.condition: r.value for r in made.study.tables[0].rows if r.metric == "least L1"}
-    assert set(least) == {"50%", "10%"}
-    assert set(least.values()) <= {1e-6, 3e-3}
-    assert "D = " in made.study.decision
+    table, tuning = made.study.tables
+    least = {r.condition: r.value for r in table.rows if r.metric == "least L1"}
+    assert set(least) == {"0", "1", "2", "3", "4", "0 + 1 + 2 + 3 + 4"}
+    tried = {
+        name: {float(r.metric[3:]): r.value or 0 for r in tuning.rows if r.condition == name}
+        for name in least
+    }
+    for name, by_l1 in tried.items():
+        assert {1e-6} <= set(by_l1) <= {1e-6, 3e-3, 5.5e-5}
+        splitting = [l1 for l1, share in by_l1.items() if share > study.split_share]
+        expected = min(splitting) if splitting else max(by_l1, key=lambda l1: by_l1[l1])
+        assert least[name] == pytest.approx(expected, rel=0.01)
+    rho = next(r for r in table.rows if r.metric == "rho (distance, tax)")
+    assert rho.n == 5
+    assert "near classes" in made.study.decision
+
+
+def test_one_class_is_routed_and_the_others_pass_the_top_half() -> None:
+    study = ClassImbalance()
+    routed = model_of(study, (3,), 1e-2)
+    assert isinstance(routed, SplitAutoencoderConfig)
+    assert (routed.first, routed.routed, routed.l1) == (
+        (0, 1, 2, 4, 5, 6, 7, 8, 9), "both", (1e-2, 1e-2),
+    )  # fmt: skip
+    plain = model_of(study, (), None)
+    assert isinstance(plain, SplitAutoencoderConfig)
+    assert (plain.routed, plain.l1, plain.correlation) == ("none", (0, 0), 0)
+    small = {"code": 8, "hidden": (16,)}
+    data = as_batch(generated(40, 0), routed.first)
+    others = as_batch(generated(40, 0), FIRST)
+    terms = [
+        terms_of(plain.model_copy(update=small), made(plain.model_copy(update=small)), batch)
+        for batch in (data, others)
+    ]
+    assert terms[0]["decoder all"].sum.item() == terms[1]["decoder all"].sum.item()
+    assert set(terms[0]) == {"decoder all", "top all", "bottom all"}, "plain is one model for all"
+
+
+def test_distance_is_nought_between_classes_of_one_distribution() -> None:
+    alike = np.random.default_rng(0).integers(0, 255, (400, 4, 4), dtype=np.uint8)
+    labels = np.arange(400) % 3
+    alike[labels == 2] //= 4
+    drawn = Images("made", alike, labels, np.arange(400), ("a", "b", "c"))
+    away = distances(drawn)
+    assert abs(away[0]) < 0.05
+    assert away[0] == away[1]
+    assert away[2] > 1
+
+
+def split_model(first: float, second: float, *, score: str = "decoder") -> SplitModel:
+    """Return a model whose two groups have two images each, one better and one worse."""
+    scores = {
+        (score, "first"): {"0": first - 0.1, "1": first + 0.1},
+        (score, "second"): {"2": second - 0.1, "3": second + 0.1},
+    }
+    return SplitModel(scores, "", 0, "")
+
+
+def test_a_class_that_nothing_splits_is_the_dearest() -> None:
+    study = ClassImbalance(seeds=(1, 2, 3), classes=(0, 1, 2, 3, 4), halves=((0, 1, 2, 3, 4),))
+    models = {"0": {1: split_model(0.5, 0.9)}, "plain": {1: split_model(0.4, 0.2)}}
+    assert taxes_of(models, "0") == pytest.approx([0.1])
+    names = list(groups_of(study))
+    taxes = {name: [0.01 * i, 0.01 * i, 0.01 * i + 0.001] for i, name in enumerate(names)}
+    least = {name: Least(0.0, name != "0") for name in names}
+    by_class = ranked(study, least, taxes)
+    assert max(by_class, key=lambda c: by_class[c]) == 0
+    few = fewer(study, least, taxes)
+    assert few is not None
+    assert few.value == pytest.approx(0.025 - 0.05)
+    away = {c: -tax for c, tax in by_class.items()}
+    decision, rho = decide_imbalance(study, few, by_class, away)
+    assert rho.value == -1
+    assert decision.text.startswith("one class costs less than five")
+    assert [contrast.error for contrast in decision.contrasts] == [0.025, 0.025]
+    assert decision.contrasts[1].value.low <= rho.low
+    assert fewer(study, {name: Least(0.0, len(name) > 1) for name in names}, taxes) is None
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"shares": (0.1, 0.5)}, "largest first"),
-        ({"shares": (0.7, 0.5)}, "up to 0.5"),
         ({"l1_tried": (2.0, 1.0)}, "least first"),
-        ({"tuned_on": ()}, "name the seed"),
+        ({"tuned_on": ()}, "name a seed"),
+        ({"classes": (3,)}, "at least two"),
+        ({"classes": (3, 11)}, "numbered 0 to 9"),
+        ({"halves": (tuple(range(10)),)}, "at least one class to stay"),
     ],
 )
-def test_what_has_no_order_is_refused(change: dict[str, Any], sentence: str) -> None:
+def test_what_cannot_be_routed_is_refused(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ClassImbalance(**change)

@@ -11,6 +11,7 @@ from excise.methods.posthoc.grad_diff import GradDiff
 from excise.methods.posthoc.maxent import MaxEnt
 from excise.methods.posthoc.npo import NPO
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.posthoc.tar import TAR, RandomMapping
 from excise.train.fit import FitConfig
 
 LENGTH = ARITHMETIC_MAX_LENGTH
@@ -42,6 +43,14 @@ def npo(**changes: Any) -> NPO:
     """Return NPO at a rate for tiny models, untuned."""
     fit = FitConfig(steps=80, lr=1e-3, batch_size=48, clip=1.0)
     return NPO(**{"fit": fit, "max_length": LENGTH, **changes})
+
+
+def tar(**changes: Any) -> TAR:
+    """Return TAR with short attacks, at rates for models of this size."""
+    fit = FitConfig(steps=40, lr=2e-3, batch_size=48, warmup=4, optimizer="schedule_free")
+    sized = {"inner_steps": 16, "inner_lr": (1e-3, 3e-3), "inner_batch": 32}
+    mapping = RandomMapping(fit=fit)
+    return TAR(**{**sized, "mapping": mapping, "fit": fit, "max_length": LENGTH, **changes})
 
 
 def teachers() -> dict[str, Method]:

@@ -30,8 +30,8 @@ from excise_studies.attacking import RunKey
 from excise_studies.base import row
 from excise_studies.distillation.noise_like import NoiseLike
 from excise_studies.distillation.presets import student, teachers
-from excise_studies.distillation.undo_teachers import matched, stronger
 from excise_studies.levels import estimate
+from excise_studies.matching import level_with, matched, stronger
 from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,
@@ -179,20 +179,6 @@ class SpliceFactorial(Study):
             _noise(self, removals),
         )
         return result(recovery, words, decide(self, effects), replicates, models, tables=tables)
-
-
-def level_with(scores: Mapping[float, tuple[float, float]], level: float, least: float) -> float:
-    """Return the strength whose forgetting is nearest to a level, of those that keep enough.
-
-    Args:
-        scores: Scores on forget and retain by strength.
-        level: Score on forget that is wanted.
-        least: Score on retain that is enough; where nothing keeps it, the best keeper is taken.
-    """
-    enough = [factor for factor, (_, retained) in scores.items() if retained >= least]
-    if not enough:
-        return max(scores, key=lambda factor: scores[factor][1])
-    return min(enough, key=lambda factor: abs(scores[factor][0] - level))
 
 
 def condition_name(teacher: str, benign: BenignTarget, harmful: str) -> str:

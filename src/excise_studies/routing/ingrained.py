@@ -20,6 +20,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.levels import estimate
+from excise_studies.matching import choose, matched, stronger
 from excise_studies.recovery import said
 from excise_studies.routing.presets import grad_diff, maxent, rmu
 from excise_studies.routing.setting import (
@@ -36,7 +37,7 @@ from excise_studies.routing.setting import (
     score_conditions,
     train_conditions,
 )
-from excise_studies.setting import ExperimentSetting
+from excise_studies.setting import ExperimentSetting, make_replicates
 
 ROUTED = "routed"
 
@@ -44,12 +45,17 @@ ROUTED = "routed"
 class Ingrained(Study):
     """The same facts, read ever more often in training, and removed afterwards or by routing.
 
-    Stated beforehand. For every level of exposure, P is the depth gap on the held-out test set
-    (after relearning) of the post-hoc methods, averaged, minus that of the routed model. I is P at
-    the most exposures minus P at the fewest. What is deeper ingrained is harder to remove
-    afterwards if the lower end of I's 95 % interval is above `margin`, easier if the upper end is
-    below minus it, and it makes no difference if the interval lies between. Exposures grow with the
-    share of the training tokens that is to be forgotten; steps and settings of methods stay.
+    Stated beforehand. Levels of exposure begin where facts are only half learned: the original's
+    recall of the held-out test set at the fewest must be at most `most_recall`, or the study is
+    invalid for want of headroom. At every level the strength of every post-hoc method is its
+    learning rate, chosen on dev of `tuned_on`: among the factors of `sweep`, the lowest exact match
+    on `dev_forget` of those whose exact match on `dev_retain` is at most `retain_cost` below the
+    original's; where none is, the best keeper of retain. For every level, P is the depth gap on the
+    held-out test set (after relearning) of the post-hoc methods, averaged, minus that of the routed
+    model. I is P at the most exposures minus P at the fewest. What is deeper ingrained is harder to
+    remove afterwards if the lower end of I's 95 % interval is above `margin`, easier if the upper
+    end is below minus it, and it makes no difference if the interval lies between. Exposures grow
+    with the share of the training tokens that is to be forgotten; steps of all methods stay.
 
     With right labels for every row the routed condition is loss masking by construction, and is
     named so: then I is about post-hoc methods beside text that was left out, not about routing.
@@ -62,9 +68,10 @@ class Ingrained(Study):
         "I = (mean depth gap of post-hoc methods - that of routing) at the most exposures per fact "
         "minus the same at the fewest, on the held-out test set after relearning; deeper ingrained "
         "is harder to remove afterwards if the lower end of the 95 % interval is above the margin. "
-        "Intervals over seeds and units, the same samples at all levels."
+        "Strengths of post-hoc methods chosen on dev of the tuned seeds at every level. Intervals "
+        "over seeds and units, the same samples at all levels."
     )
-    takes: ClassVar[str] = "10 minutes, 1 GiB"
+    takes: ClassVar[str] = "20 minutes (extrapolated from one model), 1 GiB"
 
     name: Literal["ingrained"] = "ingrained"
     """Name on the command line."""
@@ -72,8 +79,17 @@ class Ingrained(Study):
     """Share of the distance between the reference models."""
     experiment: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
-    mix: tuple[float, ...] = Field(default=(0.12, 0.25, 0.5), min_length=2)
-    """Shares of the tokens that are to be forgotten, ascending."""
+    mix: tuple[float, ...] = Field(default=(0.02, 0.04, 0.12, 0.5), min_length=2)
+    """Shares of the tokens that are to be forgotten, ascending; the readings of a fact go with
+    them."""
+    most_recall: float = Field(default=0.9, gt=0, le=1)
+    """Recall of the held-out test set that the original may have at the fewest readings."""
+    tuned_on: tuple[int, ...] = Field(default=(0, 11, 12), min_length=1)
+    """Draws on whose dev rows strengths are chosen, at every level."""
+    sweep: tuple[float, ...] = Field(default=(0.5, 1.0, 2.0), min_length=1)
+    """Factors on the learning rates of post-hoc methods."""
+    retain_cost: float = Field(default=0.05, gt=0)
+    """Exact match on `dev_retain` that a post-hoc method may cost."""
     routed: SerializeAsAny[Method] = routed()
     """Routed removal."""
     after: dict[str, SerializeAsAny[Method]] = {
@@ -81,7 +97,7 @@ class Ingrained(Study):
         "maxent": maxent(),
         "rmu": rmu(),
     }
-    """Post-hoc removal, by name."""
+    """Post-hoc removal at its middle strength, by name."""
     rate: float = Field(default=1.0, gt=0, le=1)
     """Share of what is to be forgotten that carries a label, for routing."""
     missed: Missed = "occurrences"
@@ -106,10 +122,24 @@ class Ingrained(Study):
         """Train, remove in both ways at every level, relearn, compare."""
         outcomes: dict[float, RoutingOutcome] = {}
         settings: dict[float, RoutingSetting] = {}
+        factors: dict[float, dict[str, float]] = {}
         labels = misses(self.rate, self.missed, self.rest)
-        conditions = {name: (method, None) for name, method in self.after.items()}
         for share in self.mix:
-            settings[share] = make_setting(setting_at(self, share), self.seeds, runtime, pool)
+            experiment = setting_at(self, share)
+            factors[share] = matched(
+                self.after,
+                self.sweep,
+                experiment,
+                make_replicates(experiment, self.tuned_on, runtime, pool),
+                lambda scores, original: choose(scores, original - self.retain_cost),
+                runtime,
+                pool,
+            )
+            conditions = {
+                name: (stronger(method, factors[share][name]), None)
+                for name, method in self.after.items()
+            }
+            settings[share] = make_setting(experiment, self.seeds, runtime, pool)
             removals = train_conditions(
                 {ROUTED: (self.routed, labels), **conditions}, settings[share], runtime, pool
             )
@@ -127,6 +157,7 @@ class Ingrained(Study):
             for s, o in outcomes.items()
             if o.recovery.invalid
         ]
+        voids += no_headroom(self, outcomes[self.mix[0]])
         words = [spoken(self, outcomes, seen), f"I was {said(effect)}."]
         last = self.mix[-1]
         return conclude(
@@ -136,7 +167,7 @@ class Ingrained(Study):
             of_masking(decide(self, effect), self.routed, labels)
             if not voids
             else Decision(f"invalid: {'; '.join(voids)}"),
-            more=(_table(self, outcomes, seen),),
+            more=(_table(self, outcomes, seen, factors),),
             notes=(
                 f"reference models and curves are those of {seen[last]:.0f} exposures per fact",
             ),
@@ -162,6 +193,17 @@ def exposures(domain: Domain, pretrain: Pretrain) -> float:
     texts = pretrain.fit.steps * pretrain.fit.batch_size
     read = texts * domain.rows_per_text * len(forget) / len(rows)
     return read / len({row.unit for row in forget})
+
+
+def no_headroom(study: Ingrained, fewest: RoutingOutcome) -> tuple[str, ...]:
+    """Return why more readings could add nothing; nothing where they could."""
+    recall = float(fewest.recovery.before.at("original")[0])
+    if recall <= study.most_recall:
+        return ()
+    return (
+        f"no headroom, the original recalls {recall:.2f} at the fewest exposures, above "
+        f"{study.most_recall:g}",
+    )
 
 
 def behind(study: Ingrained, outcome: RoutingOutcome) -> Array:
@@ -196,14 +238,20 @@ def spoken(
     parts = []
     for share, outcome in outcomes.items():
         gaps = [f"{name} {outcome.recovery.gap(name)[0]:.2f}" for name in (ROUTED, *study.after)]
-        parts.append(f"at {seen[share]:.0f} exposures per fact {', '.join(gaps)}")
+        known = outcome.recovery.before.at("original")[0]
+        parts.append(
+            f"at {seen[share]:.0f} exposures per fact (original {known:.2f}) {', '.join(gaps)}"
+        )
     return f"Depth gaps were {'; '.join(parts)}."
 
 
 def _table(
-    study: Ingrained, outcomes: Mapping[float, RoutingOutcome], seen: Mapping[float, float]
+    study: Ingrained,
+    outcomes: Mapping[float, RoutingOutcome],
+    seen: Mapping[float, float],
+    factors: Mapping[float, Mapping[str, float]],
 ) -> StudyTable:
-    """Return gaps and recall by exposures."""
+    """Return gaps, recall and chosen strengths by exposures."""
     rows: list[StudyRow] = []
     for share, outcome in outcomes.items():
         level = f"{seen[share]:.0f} exposures"
@@ -214,4 +262,14 @@ def _table(
             rows.append(row(name, f"depth gap, {level}", outcome.recovery.value(name)))
             recall = estimate(outcome.recovery.retain.at(name), outcome.recovery.retain)
             rows.append(row(name, f"retain recall, {level}", recall))
+            before_attack = estimate(before.at(name), before)
+            rows.append(row(name, f"held-out test set before the attack, {level}", before_attack))
+            if name in factors[share]:
+                rows.append(
+                    StudyRow(
+                        condition=name,
+                        metric=f"factor on the learning rate, {level}",
+                        value=factors[share][name],
+                    )
+                )
     return StudyTable(title="By exposures per fact", note=study.statistic, rows=tuple(rows))

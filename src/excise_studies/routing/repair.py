@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.stages import Runtime
-from excise.evals.replicates import Contrast, Decision
+from excise.evals.replicates import Decision, contrasts
 from excise.evals.stats import Estimate
 from excise.methods.base import Method, Removal
 from excise.methods.pretraining.filtering import Filtering
@@ -20,7 +21,7 @@ from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.attacking import RunKey
 from excise_studies.base import row
-from excise_studies.recovery import RECOVERY, gaps, said
+from excise_studies.recovery import RECOVERY, gaps, listed
 from excise_studies.routing.presets import era
 from excise_studies.routing.setting import (
     SHARES,
@@ -44,24 +45,27 @@ NONE = "no repair"
 class Repair(Study):
     """One ablated model, repaired on retained rows or on all rows, for equal numbers of steps.
 
-    Stated beforehand. L is the depth gap on the held-out test set (after relearning) after the
-    longest repair on retained rows minus that without repair. The repair is a light touch if L's 95
-    % interval lies between plus and minus `margin`; it brings knowledge back if the lower end is
-    above `margin`, and removes some if the upper end is below minus it. M is the same for the
-    repair on all rows, minus what the oracle gains by it: what mixing forget rows in brings back
-    beyond what they teach anyone. It decides nothing.
+    Stated beforehand. A repair takes a share of the steps of training, from 1 % on. For each share,
+    L is the depth gap on the held-out test set (after relearning) after the repair on retained rows
+    minus that without repair; the shares share the error. A repair is a light touch if L's interval
+    lies between plus and minus `margin`; it brings knowledge back if the lower end is above
+    `margin`, and removes some if the upper end is below minus it. A share at which relearning did
+    not teach its set to the repaired model, or to the one without repair, in every seed is invalid
+    and decides nothing. M is the same for the repair on all rows, minus what the oracle gains by
+    it: what mixing forget rows in brings back beyond what they teach anyone. It decides nothing.
     """
 
     question: ClassVar[str] = (
-        "Is the fine-tune after an ablation a light touch, or does it do part of the removing or "
-        "the bringing back?"
+        "Is a short fine-tune after an ablation a light touch, or does it do part of the removing "
+        "or the bringing back?"
     )
     statistic: ClassVar[str] = (
-        "L = depth gap on the held-out test set after relearning, longest repair on retained rows "
-        "minus no repair; a light touch if its 95 % interval lies within the margin on both sides. "
-        "Intervals over seeds and units."
+        "L = depth gap on the held-out test set after relearning, repair on retained rows minus no "
+        "repair, for every length of the repair; a light touch if its interval lies within the "
+        "margin on both sides. Every model must have been taught the relearn set. Intervals over "
+        "seeds and units."
     )
-    takes: ClassVar[str] = "12 minutes, 1 GiB"
+    takes: ClassVar[str] = "8 minutes (extrapolated from one model), 1 GiB"
     quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
 
     name: Literal["repair"] = "repair"
@@ -72,8 +76,8 @@ class Repair(Study):
     """Data, models, attacker."""
     routed: SerializeAsAny[Method] = era(coherence=None)
     """What is trained and ablated, without a repair of its own."""
-    steps: tuple[int, ...] = Field(default=(10, 40, 160), min_length=1)
-    """Steps of the repairs."""
+    lengths: tuple[float, ...] = Field(default=(0.01, 0.03, 0.1), min_length=1)
+    """Steps of the repairs, as shares of those of training."""
     lr: float = Field(default=5e-4, gt=0)
     """Their learning rate, an eighth of training's."""
     rate: float = Field(default=1.0, gt=0, le=1)
@@ -85,6 +89,17 @@ class Repair(Study):
     shares: tuple[float, ...] = SHARES
     """Shares of the steps of plain runs for the compute ratio."""
 
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        """Refuse lengths out of order, and those that are the same number of steps."""
+        if sorted(set(self.lengths)) != list(self.lengths) or not 0 < self.lengths[0] <= 1:
+            raise ValueError("lengths: give different shares above 0 in ascending order")
+        if len({steps_of(self, length) for length in self.lengths}) < len(self.lengths):
+            raise ValueError(
+                "lengths: two of them are the same number of steps; give shares farther apart"
+            )
+        return self
+
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Train and ablate, repair, relearn, compare."""
         setting = make_setting(self.experiment, self.seeds, runtime, pool)
@@ -93,16 +108,30 @@ class Repair(Study):
         removals |= make_conditions(repairs(self, removals, setting), runtime, pool)
         outcome = score_conditions(removals, setting, self.seeds, runtime, pool, shares=self.shares)
         measured = effects(self, outcome)
-        words = [f"{name} was {said(value)}." for name, value in measured.items()]
+        words = [
+            f"{name} was, by length, "
+            f"{listed({f'{100 * length:g} %': value for length, value in values.items()})}."
+            for name, values in measured.items()
+        ]
         words.append(gaps(outcome.recovery))
-        rows = tuple(row("effect", name, value) for name, value in measured.items())
+        rows = tuple(
+            row(f"{100 * length:g} % of training", name, value)
+            for name, values in measured.items()
+            for length, value in values.items()
+        )
         table = StudyTable(title="What repairs change", note=self.statistic, rows=rows)
-        return conclude(outcome, setting, words, decide(self, measured), more=(table,))
+        decision = decide(self, measured[RETAIN], outcome.recovery.weak)
+        return conclude(outcome, setting, words, decision, more=(table,))
 
 
-def named(side: str, steps: int) -> str:
+def steps_of(study: Repair, length: float) -> int:
+    """Return the steps of a repair, at least one."""
+    return max(1, round(length * study.experiment.pretrain.fit.steps))
+
+
+def named(side: str, length: float) -> str:
     """Return the name of a repaired condition."""
-    return f"{side}, {steps} steps"
+    return f"{side}, {100 * length:g} % of training"
 
 
 def repairs(
@@ -115,51 +144,79 @@ def repairs(
         replicate = setting.replicates[seed]
         assert replicate.oracle is not None
         ablated = removals[NONE, seed].checkpoint
-        for steps in study.steps:
-            short = schedule(study, steps)
+        for length in study.lengths:
+            short = schedule(study, length)
             conditions: dict[str, tuple[Method, Checkpoint]] = {
                 "retain": (prepared(Filtering(pretrain=short), study.experiment, labels), ablated),
                 "mixture": (Plain(pretrain=short), ablated),
                 "oracle on the mixture": (Plain(pretrain=short), replicate.oracle),
             }
             for side, (method, start) in conditions.items():
-                wanted[named(side, steps), seed] = Make(method, start, replicate.domain)
+                wanted[named(side, length), seed] = Make(method, start, replicate.domain)
     return wanted
 
 
-def schedule(study: Repair, steps: int) -> Pretrain:
+def schedule(study: Repair, length: float) -> Pretrain:
     """Return the schedule of a repair: constant rate, the rows and batches of training."""
     full = study.experiment.pretrain
     fit: FitConfig = full.fit.model_copy(
-        update={"steps": steps, "lr": study.lr, "warmup": 0, "schedule": "constant"}
+        update={
+            "steps": steps_of(study, length),
+            "lr": study.lr,
+            "warmup": 0,
+            "schedule": "constant",
+        }
     )
     return full.model_copy(update={"fit": fit})
 
 
 RETAIN = "L (depth gap, repair on retain - none)"
 MIXTURE = "M (the same on all rows, beyond the oracle's)"
+WON = "retain recall won on retain"
 
 
-def effects(study: Repair, outcome: RoutingOutcome) -> dict[str, Estimate]:
-    """Return L and M at the most steps, and what the repair gives retain."""
-    recovery, last = outcome.recovery, max(study.steps)
-    mixed = recovery.gap(named("mixture", last)) - recovery.gap(NONE)
-    mixed = mixed - recovery.gap(named("oracle on the mixture", last))
-    recall = recovery.retain.at(named("retain", last)) - recovery.retain.at(NONE)
-    return {
-        RETAIN: recovery.apart(recovery.gap(named("retain", last)), recovery.gap(NONE)),
-        MIXTURE: outcome.estimate(mixed),
-        "Retain recall won on retain": outcome.estimate(recall),
-    }
+def effects(study: Repair, outcome: RoutingOutcome) -> dict[str, dict[float, Estimate]]:
+    """Return L, M and what the repair gives retain, by name and length."""
+    recovery = outcome.recovery
+    found: dict[str, dict[float, Estimate]] = {RETAIN: {}, MIXTURE: {}, WON: {}}
+    for length in study.lengths:
+        retain, mixture = named("retain", length), named("mixture", length)
+        mixed = recovery.gap(mixture) - recovery.gap(NONE)
+        mixed = mixed - recovery.gap(named("oracle on the mixture", length))
+        recall = recovery.retain.at(retain) - recovery.retain.at(NONE)
+        found[RETAIN][length] = recovery.apart(recovery.gap(retain), recovery.gap(NONE))
+        found[MIXTURE][length] = outcome.estimate(mixed)
+        found[WON][length] = outcome.estimate(recall)
+    return found
 
 
-def decide(study: Repair, measured: dict[str, Estimate]) -> Decision:
-    """Return what L says under the margin."""
+def decide(
+    study: Repair, apart: Mapping[float, Estimate], weak: Mapping[str, Sequence[int]]
+) -> Decision:
+    """Return what L says under the margin, length by length.
+
+    Args:
+        study: Margin and error.
+        apart: L by length.
+        weak: By condition the seeds in which relearning did not teach it the relearn set.
+    """
     words = {
-        "above": "the repair brings knowledge back: L is above the margin",
-        "below": "the repair removes: L is below minus the margin",
-        "equal": f"a light touch: L lies within {study.margin:g}",
-        "undecided": f"undecided: L's interval crosses {study.margin:g}",
+        "above": "brings knowledge back",
+        "below": "removes",
+        "equal": "a light touch",
+        "undecided": f"undecided, L's interval crosses {study.margin:g}",
     }
-    asked = Contrast("L", measured[RETAIN], (-study.margin, study.margin), study.error)
-    return Decision(asked.say(words), (asked,))
+    asked = contrasts(
+        {f"L at {100 * length:g} %": value for length, value in apart.items()},
+        (-study.margin, study.margin),
+        study.error,
+    )
+    parts, deciding = [], []
+    for length, contrast in zip(apart, asked.values(), strict=True):
+        powerless = [name for name in (NONE, named("retain", length)) if weak.get(name)]
+        text = f"invalid, relearning did not teach its set to {' and '.join(powerless)}"
+        if not powerless:
+            text = contrast.say(words)
+            deciding.append(contrast)
+        parts.append(f"{100 * length:g} % of training: {text}")
+    return Decision("; ".join(parts), tuple(deciding))

@@ -1,0 +1,137 @@
+"""Strengths of methods, chosen on dev of seeds that are not reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from excise.core.errors import UserError
+from excise.core.stages import Runtime
+from excise.data.domain import Domain
+from excise.evals.score import measure
+from excise.methods.base import Method
+from excise.models.checkpoint import Checkpoint
+from excise.train.fit import FitConfig
+from excise.train.pool import Pool
+from excise_studies.base import Replicate
+from excise_studies.setting import ExperimentSetting, checkpoints, conditions_of, make_conditions
+
+
+@dataclass(frozen=True)
+class DevJob:
+    """Score a model on dev."""
+
+    model: Checkpoint
+    domain: Domain
+    max_length: int
+    device: str
+
+
+def dev_scores(job: DevJob) -> tuple[float, float]:
+    """Return the headline scores on `dev_forget` and `dev_retain`."""
+    net = job.model.load(dtype=torch.float32, device=torch.device(job.device))
+    tokenizer = job.model.tokenizer()
+    forget = tuple(row for rows in job.domain.dev_forget.values() for row in rows)
+    pairs = ((forget, job.domain.metrics[0]), (job.domain.dev_retain, job.domain.retain_metrics[0]))
+    on_forget, on_retain = (
+        measure(net, tokenizer, r, m, max_length=job.max_length).checked().mean for r, m in pairs
+    )
+    return on_forget, on_retain
+
+
+def stronger(method: Method, factor: float) -> Method:
+    """Return a method with its learning rate multiplied.
+
+    Raises:
+        UserError: If it has none.
+    """
+    fit: FitConfig | None = getattr(method, "fit", None)
+    if fit is None:
+        raise UserError(
+            f"{method.name} has no learning rate ('fit') by which to match its strength; name "
+            "methods that have one"
+        )
+    lr = float(f"{fit.lr * factor:.6g}")
+    return method.model_copy(update={"fit": fit.model_copy(update={"lr": lr})})
+
+
+Rule = Callable[[Mapping[float, tuple[float, float]], float], float]
+"""Chooses a strength, from scores on forget and retain by strength and the original's on retain."""
+
+
+def matched(
+    teachers: Mapping[str, Method],
+    sweep: Sequence[float],
+    experiment: ExperimentSetting,
+    replicates: Mapping[int, Replicate],
+    rule: Rule,
+    runtime: Runtime,
+    pool: Pool,
+) -> dict[str, float]:
+    """Return the factor of every teacher that dev of the tuned seeds chose.
+
+    Args:
+        teachers: At their middle strength, by name.
+        sweep: Factors on their learning rates.
+        experiment: Gives the length of rows.
+        replicates: Data and originals of the tuned seeds.
+        rule: What is chosen.
+        runtime: Where stages are kept.
+        pool: Worker processes.
+    """
+    methods = {
+        f"{name} x {factor:g}": stronger(method, factor)
+        for name, method in teachers.items()
+        for factor in sweep
+    }
+    removals = make_conditions(conditions_of(methods, replicates, tuple(replicates)), runtime, pool)
+    length = experiment.pretrain.max_length
+    models = {
+        **checkpoints(removals),
+        **{("original", s): d.original for s, d in replicates.items()},
+    }
+    jobs = {
+        key: DevJob(model, replicates[key[1]].domain, length, runtime.device)
+        for key, model in models.items()
+    }
+    scores = dict(zip(jobs, pool.map(dev_scores, list(jobs.values())), strict=True))
+
+    def mean(condition: str, side: int) -> float:
+        return sum(scores[condition, seed][side] for seed in replicates) / len(replicates)
+
+    return {
+        name: rule(
+            {f: (mean(f"{name} x {f:g}", 0), mean(f"{name} x {f:g}", 1)) for f in sweep},
+            mean("original", 1),
+        )
+        for name in teachers
+    }
+
+
+def choose(scores: Mapping[float, tuple[float, float]], least: float) -> float:
+    """Return the strength that forgets most of those that keep enough.
+
+    Args:
+        scores: Scores on forget and retain by strength.
+        least: Score on retain that is enough; where nothing keeps it, the best keeper is taken.
+    """
+    enough = [factor for factor, (_, retained) in scores.items() if retained >= least]
+    if not enough:
+        return max(scores, key=lambda factor: scores[factor][1])
+    return min(enough, key=lambda factor: scores[factor][0])
+
+
+def level_with(scores: Mapping[float, tuple[float, float]], level: float, least: float) -> float:
+    """Return the strength whose forgetting is nearest to a level, of those that keep enough.
+
+    Args:
+        scores: Scores on forget and retain by strength.
+        level: Score on forget that is wanted.
+        least: Score on retain that is enough; where nothing keeps it, the best keeper is taken.
+    """
+    enough = [factor for factor, (_, retained) in scores.items() if retained >= least]
+    if not enough:
+        return max(scores, key=lambda factor: scores[factor][1])
+    return min(enough, key=lambda factor: abs(scores[factor][0] - level))

@@ -50,8 +50,8 @@ def stronger(method: Method, factor: float) -> Method:
     fit: FitConfig | None = getattr(method, "fit", None)
     if fit is None:
         raise UserError(
-            f"{method.name} has no learning rate ('fit') by which to match its strength; name "
-            "methods that have one"
+            f"{type(method).__name__} has no learning rate ('fit') by which to match its "
+            "strength; name methods that have one"
         )
     lr = float(f"{fit.lr * factor:.6g}")
     return method.model_copy(update={"fit": fit.model_copy(update={"lr": lr})})

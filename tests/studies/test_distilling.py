@@ -525,7 +525,10 @@ def test_a_reversal_is_measured_at_a_bar_that_both_reach() -> None:
 
 def test_reversal_is_decided_against_each() -> None:
     study = ReversalCost()
-    found = {"tar": Estimate(-2.0, -2.5, -1.5, 9), "grad_diff": Estimate(*[float("nan")] * 3, 9)}
+    found = {
+        "tar": Estimate(-2.0, -2.5, -1.5, 9),
+        "grad_diff": Estimate(math.nan, math.nan, math.nan, 9),
+    }
     decision = decide_reversal(study, found)
     assert decision.text.startswith("against tar: RMU is easier to reverse; against grad_diff: no")
     assert [contrast.error for contrast in decision.contrasts] == [0.025, 0.025]
@@ -543,7 +546,7 @@ def test_strength_is_matched_and_bits_decide() -> None:
     assert choose(scores, 0.9) == 1.0
     assert choose(scores, 0.3) == 2.0
     assert choose(scores, 1.1) == 0.3
-    with pytest.raises(UserError, match="ssd has no learning rate"):
+    with pytest.raises(UserError, match="SSD has no learning rate"):
         stronger(SSD(), 2.0)
     study = DarkKnowledge(experiment=EXPERIMENT)
     some, none = Estimate(0.5, 0.4, 0.6, 9), Estimate(0.0, -0.05, 0.05, 9)

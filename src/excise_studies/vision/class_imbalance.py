@@ -382,7 +382,8 @@ def decide(
         "above": f"near classes do not cost more: rho is above -{study.rho_margin:g}",
         "undecided": f"whether near classes cost more is undecided (-{study.rho_margin:g})",
     }
-    text, asked = said[near.verdict], (near,)
+    text = said[near.verdict]
+    asked: tuple[Contrast, ...] = (near,)
     if few is None:
         start = "one class against five is not compared: no L1 splits one side"
     else:

@@ -1,4 +1,4 @@
-"""The body of a worker process of `excise.train.pool.Pool`."""
+"""The body of a worker process of `excise.train.pool.Processes`."""
 
 from __future__ import annotations
 

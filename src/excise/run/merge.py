@@ -89,8 +89,8 @@ def merge(folders: Sequence[Path], out: Path) -> list[str]:
         return []
     hosts = ", ".join(sorted({note.host for _, note in notes.values()}))
     return [
-        f"the shards saw {len(apart)} stores of stages, and those that shared none did each other's "
-        f"work again ({hosts}); give --out on a path that every machine sees"
+        f"the shards saw {len(apart)} stores of stages, and those that shared none did each "
+        f"other's work again ({hosts}); give --out on a path that every machine sees"
     ]
 
 

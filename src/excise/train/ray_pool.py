@@ -7,7 +7,6 @@ are done by others, which resume what it had saved.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import pickle
@@ -57,7 +56,6 @@ class _Site:
     source: str
 
 
-@functools.cache
 def _wrong(site: _Site) -> str:
     """Say why this process may do no jobs of a driver; empty if it may."""
     here, there = dict(library_versions()), dict(site.versions)

@@ -7,9 +7,11 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,19 @@ def test_shards_that_shared_no_path_are_merged_with_a_note(
     assert "elsewhere" in said
     assert load(shared / "joined").scores
     assert not two.exists()
+
+
+def test_without_ray_or_a_cluster_nothing_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(SMALL)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert excise(f"{RUN} --out out --pool ray") == 2
+    assert "pip install 'excise[ray]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert excise(f"{RUN} --out out --pool ray:127.0.0.1:{port}") == 2
+    assert f"no Ray cluster answers at 127.0.0.1:{port}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]

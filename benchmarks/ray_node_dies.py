@@ -27,10 +27,10 @@ from excise.record import load
 
 JOBS = 24
 ALIKE = {"seeds", "data", "models", "scores", "attacks", "verdicts", "notes"}
-ATTACKS = "few_shot, prefix, prune, noise, quantize, relearn"
+ATTACKS = "relearn, few_shot, prefix, direction, filler, prune, quantize"
 AUDIT = (
-    f"audit removed --quiet --audit.change '{{attacks: [{ATTACKS}], steps: 40, "
-    "checkpoints: [0, 20, 40], rates: [0.0001, 0.001], max_test_rows: 16, max_other_rows: 16, "
+    f"audit removed --quiet --audit.change '{{attacks: [{ATTACKS}], steps: 20, "
+    "checkpoints: [0, 10, 20], rates: [0.0001, 0.001], max_test_rows: 16, max_other_rows: 16, "
     "max_length: 64}' --evaluate.max_length 64"
 )
 

@@ -186,7 +186,7 @@ class RayPool:
         self.workers = sum(int(n["Resources"][unit]) for n in self._nodes.values())
         if not self.workers:
             raise UserError(f"no node of the Ray cluster at {self.address} has a {unit}")
-        look = ray.remote(_wrong).options(num_cpus=0, max_retries=0)
+        look = ray.remote(num_cpus=0, max_retries=0)(_wrong)
         looks = {
             node_id: look.options(scheduling_strategy=_on(node_id)).remote(self._site)
             for node_id in self._nodes
@@ -220,7 +220,7 @@ class RayPool:
 
         heavy = len({turn for turn in turns if turn is not None})
         cores = min((int(n["Resources"].get("CPU", 1)) for n in self._nodes.values()), default=1)
-        task = ray.remote(_do).options(num_gpus=int(self.gpu), max_retries=TRIES - 1)
+        task = ray.remote(num_gpus=int(self.gpu), max_retries=TRIES - 1)(_do)
         box = ray.remote(_Mailbox).options(
             num_cpus=0, scheduling_strategy=_on(ray.get_runtime_context().get_node_id())
         )

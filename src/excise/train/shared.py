@@ -108,9 +108,11 @@ class Shared:
             here = [turns[i] for i in waiting] if turns else ()
             self.pool.map(_Try(function), [jobs[i] for i in waiting], note, turns=here)
             waiting = [i for i in waiting if i not in results]
-            pause = SOON if len(results) > done else min(2 * pause, LATE)
             if waiting:
-                text = f"waiting for {len(waiting)} jobs that other shards are doing"
-                self.emit("phase", {"text": text})
+                if len(results) > done:
+                    pause = SOON
+                    text = f"waiting for {len(waiting)} jobs that other shards are doing"
+                    self.emit("phase", {"text": text})
                 time.sleep(pause)
+                pause = min(2 * pause, LATE)
         return [results[i] for i in range(len(jobs))]

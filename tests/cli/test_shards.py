@@ -151,6 +151,17 @@ def other_numbers(two: Path) -> None:
     save(record.model_copy(update={"scores": (first, *record.scores[1:])}), two)
 
 
+def full_out(two: Path) -> None:
+    out = two.with_name("out")
+    out.mkdir()
+    (out / "x").touch()
+
+
+def no_shards(two: Path) -> None:
+    for folder in two.parent.glob("out.*"):
+        shutil.rmtree(folder)
+
+
 def own_store(two: Path) -> None:
     edit(two / "shard.json", store="another", host="elsewhere")
 
@@ -168,8 +179,8 @@ def own_store(two: Path) -> None:
         (lambda two: (two / "shard.json").unlink(), ("shard is not done: 2/2;",)),
         (shutil.rmtree, ("shard is not done: 2/2;",)),
         (lambda two: two.rename("out.shard-3-of-4"), ("shards of 2 and of 4 lie beside out",)),
-        (lambda two: Path("out").mkdir() or Path("out/x").touch(), ("already holds files",)),
-        (lambda two: [shutil.rmtree(p) for p in Path().glob("out.*")], ("no shards of out",)),
+        (full_out, ("already holds files",)),
+        (no_shards, ("no shards of out",)),
     ],
 )  # fmt: skip
 def test_what_cannot_be_merged_is_refused_and_left(

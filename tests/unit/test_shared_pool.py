@@ -10,7 +10,6 @@ import pytest
 from excise.core.context import Context, Stage
 from excise.core.disk import locked
 from excise.core.stages import LAYOUT, Busy, Runtime, Store
-from excise.train import shared as shared_module
 from excise.train.pool import Processes
 from excise.train.shared import Shared
 
@@ -65,7 +64,7 @@ def test_what_another_process_makes_is_put_back(
         assert order == [2, 1]
         lock.__exit__(None, None, None)
 
-    monkeypatch.setattr(shared_module.time, "sleep", pause)
+    monkeypatch.setattr("excise.train.shared.time.sleep", pause)
     pool = Shared(Processes(1), 2, 3)
     lock.__enter__()
     with pool:

@@ -59,6 +59,11 @@ class StudyOptions(Options):
     """Output folder; runs/NAME when missing."""
     workers: Count = 0
     """Worker processes of one thread each; 0 takes one for each core."""
+    shard: str = ""
+    """Share the jobs with processes on other machines that run the same command with another I:
+    I/N, from 1/N to N/N, --out on a path that all of them see; then excise merge OUT."""
+    pool: str = ""
+    """ray or ray:HOST:PORT: let a Ray cluster do the jobs."""
     full: bool = False
     """Use the study's settings for a real model, where it has some."""
     dry_run: bool = False
@@ -281,6 +286,11 @@ class AuditOptions(PairOptions):
     """Ask the endpoint through /chat/completions."""
     workers: Count = 0
     """Worker processes of one thread each; 0 takes one for each core."""
+    shard: str = ""
+    """Share the jobs with processes on other machines that run the same command with another I:
+    I/N, from 1/N to N/N, --out on a path that all of them see; then excise merge OUT."""
+    pool: str = ""
+    """ray or ray:HOST:PORT: let a Ray cluster do the jobs."""
     dry_run: bool = False
     """Read the data, print what would be done and what it would cost, and stop."""
     measure: bool = False
@@ -289,6 +299,20 @@ class AuditOptions(PairOptions):
     """Start even if the estimate says that it cannot fit."""
     track: Literal["", "trackio", "wandb", "tensorboard"] = ""
     """Send losses, curves of attacks and scores to this tracker when the run is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(Options):
+    """Make one output folder of those that the shards of a run left.
+
+    Checks that all shards are there, done, and of one request and one set of library versions. OUT
+    is then as a run without shards leaves it, and the shards' folders are gone.
+    """
+
+    folders: Annotated[tuple[str, ...], POSITIONAL]
+    """--out as the shards were given it; or the folders of all shards, where they lie apart."""
+    out: Path | None = None
+    """Output folder, where the shards' folders are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,6 +504,7 @@ VERBS: Mapping[str, type[Options]] = {
     "run": RunOptions,
     "remove": RemoveOptions,
     "audit": AuditOptions,
+    "merge": MergeOptions,
     "inspect": InspectOptions,
     "label": LabelOptions,
     "study": StudyOptions,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from excise.cli import study
+from excise.cli.merge import leave, share_of, whole_command
 from excise.cli.options import CheckOptions, RunOptions
 from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
@@ -17,11 +18,9 @@ from excise.core.errors import UserError, nearest
 from excise.core.plain import NotPlain, read_yaml
 from excise.core.plugins import entry_points
 from excise.recipes import RECIPES, recipe_named
-from excise.report.terminal import finish
 from excise.requests.recipe import Recipe
 from excise.requests.registry import parse_recipe, registry
 from excise.run.estimate import plan
-from excise.run.output import check_out
 from excise.run.run import run
 from excise.run.study import study_points
 
@@ -35,15 +34,18 @@ def main(options: RunOptions) -> int:
         return study.main(options)
     recipe = recipe_of(options)
     out = options.out or Path("runs") / recipe.name
-    check_out(out)
+    out, shard, cluster = share_of(options, out)
     if options.dry_run or options.measure:
         show_plan(recipe, out, measure=options.measure, quiet=options.quiet)
         return 0
     plan(recipe, out, rows=False).refuse(force=options.force)
-    events = out / "events.jsonl"
+    events, command = out / "events.jsonl", whole_command(options.command)
     with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        run(recipe, out, workers=options.workers, emit=emit, command=options.command)
-    return finish(out)
+        run(
+            recipe, out, workers=options.workers, emit=emit, command=command, shard=shard,
+            cluster=cluster,
+        )  # fmt: skip
+    return leave(out, shard)
 
 
 def recipe_of(options: RunOptions | CheckOptions) -> Recipe:

@@ -13,7 +13,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,13 @@ DONE = "done.json"
 
 LAYOUT = "v2"
 """Folder of a store in which stages of this layout lie."""
+
+PATIENT: ContextVar[bool] = ContextVar("PATIENT", default=True)
+"""Whether a job waits for a stage that another process is making; whoever runs it sets it."""
+
+
+class Busy(Exception):
+    """Another process is making this stage, or one that it is made of, and nobody waits for it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Runtime:
         Raises:
             DiskFull: If the disk is full.
             UserError: What the stage refuses.
+            Busy: If another process is making it, in a job that is not `PATIENT`.
         """
         return stage.read(self.make(stage))
 
@@ -106,7 +115,14 @@ class Runtime:
 
     @property
     def _kept(self) -> Store:
-        return Store(self.store / LAYOUT, emit, rank=self.rank, agree=self.agree, since=self.began)
+        return Store(
+            self.store / LAYOUT,
+            emit,
+            rank=self.rank,
+            agree=self.agree,
+            since=self.began,
+            wait=PATIENT.get() or self.world > 1,  # alone, process 0 may not leave the others
+        )
 
 
 def old_stages(store: Path) -> str:
@@ -129,6 +145,7 @@ class Store:
         rank: Number of this process; process 0 locks, checks and finishes.
         agree: Collective that returns process 0's boolean in every process.
         since: What was checked byte by byte after this time is not read again.
+        wait: Whether to wait for another process that is making a stage.
     """
 
     def __init__(
@@ -139,10 +156,12 @@ class Store:
         rank: int = 0,
         agree: Callable[[bool], bool] = bool,
         since: float | None = None,
+        wait: bool = True,
     ) -> None:
         """Look at `root` as a store."""
         self.root, self.emit, self.rank, self.agree = Path(root), emit, rank, agree
         self.since = time.time() if since is None else since
+        self.wait = wait
 
     def path(self, name: str, key: Mapping[str, Any]) -> Path:
         """Return the folder of a stage, made or not.
@@ -169,6 +188,7 @@ class Store:
 
         Raises:
             DiskFull: If the disk is full.
+            Busy: If another process is making it, and `wait` is false.
         """
         final = self.path(name, key)
         if self.rank == 0 and not self.damage(final):
@@ -179,8 +199,13 @@ class Store:
             text = f"another process is making stage '{name}' in {self.root}; waiting for it"
             self.emit("note", {"text": text})
 
-        lock = locked(self.root / ".locks" / f"{final.name}.lock", waiting)
-        with lock if self.rank == 0 else nullcontext():
+        lock = locked(self.root / ".locks" / f"{final.name}.lock", waiting if self.wait else None)
+        with ExitStack() as held:
+            if self.rank == 0:
+                try:
+                    held.enter_context(lock)
+                except BlockingIOError:
+                    raise Busy(final.name) from None
             # Another process may have made it while this one waited for the lock.
             if self.agree(self.rank == 0 and self._settled(final)):
                 return self._reused(final)

@@ -22,9 +22,9 @@ from excise.run import output
 from excise.run.canary import remove_canaries
 from excise.run.environment import now
 from excise.run.hosted import audit_hosted
+from excise.run.pools import Shard, open_pool
 from excise.run.results import Models, method_run, new_record, timed
 from excise.run.steps import audit_models, examine, open_edited, prepare, refit, remove_all
-from excise.train.pool import Pool
 
 
 def run(
@@ -35,6 +35,8 @@ def run(
     emit: Emit,
     command: str = "",
     kind: Literal["run", "remove"] = "run",
+    shard: Shard | None = None,
+    cluster: str | None = None,
 ) -> Record:
     """Run a recipe: make the models, remove, attack, judge, write.
 
@@ -45,13 +47,18 @@ def run(
         emit: Sink of progress events.
         command: The command that makes this again, for the record.
         kind: Which verb this is.
+        shard: Which share of the jobs this process does first, where several work on the run.
+        cluster: Address of a Ray cluster that does the jobs.
 
     Returns:
         The record, as written to `out/run.json`.
     """
     began, started = time.monotonic(), now()
     recipe = fit_lengths(recipe, emit)
-    with output.claim(out, recipe), Pool(workers or None, emit=emit) as pool:
+    if shard is not None and shard.number > 1:
+        recipe = recipe.model_copy(update={"keep": "none"})  # one copy of the models is enough
+    pool = open_pool(out, recipe.device, emit, workers, shard, cluster)
+    with output.claim(out, recipe), pool:
         runtime = output.runtime(out, recipe.dtype, recipe.device, emit)
         emit("phase", {"text": "reading the model and the data"})
         domain, models = prepare(recipe, runtime, pool)
@@ -84,7 +91,16 @@ def run(
     return record
 
 
-def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: str = "") -> Record:
+def audit(
+    request: AuditRun,
+    out: Path,
+    *,
+    workers: int,
+    emit: Emit,
+    command: str = "",
+    shard: Shard | None = None,
+    cluster: str | None = None,
+) -> Record:
     """Attack models that exist, whoever made them.
 
     Args:
@@ -93,6 +109,8 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
         workers: Worker processes, one thread each; 0 takes one for each core.
         emit: Sink of progress events.
         command: The command that makes this again, for the record.
+        shard: Which share of the jobs this process does first, where several work on the run.
+        cluster: Address of a Ray cluster that does the jobs.
 
     Returns:
         The record, as written to `out/run.json`.
@@ -101,7 +119,8 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
         return audit_hosted(request, out, emit=emit, command=command)
     began, started = time.monotonic(), now()
     request = fit_lengths(request, emit)
-    with output.claim(out, request), Pool(workers or None, emit=emit) as pool:
+    pool = open_pool(out, request.device, emit, workers, shard, cluster)
+    with output.claim(out, request), pool:
         runtime = output.runtime(out, request.dtype, request.device, emit)
         emit("phase", {"text": "reading the models and the data"})
         original = open_model(request.original)

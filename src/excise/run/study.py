@@ -39,6 +39,7 @@ from excise.record import (
 from excise.report.page import write_report
 from excise.run import output
 from excise.run.environment import environment, now
+from excise.run.pools import Shard, open_pool
 from excise.run.results import describe, timed
 from excise.train.pool import Pool
 
@@ -176,7 +177,16 @@ class StudyResult:
         return any(contrast.open for contrast in self.contrasts)
 
 
-def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str = "") -> Record:
+def conduct(
+    study: Study,
+    out: Path,
+    *,
+    workers: int,
+    emit: Emit,
+    command: str = "",
+    shard: Shard | None = None,
+    cluster: str | None = None,
+) -> Record:
     """Run a study and write its record and report.
 
     Args:
@@ -185,12 +195,15 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
         workers: Worker processes, one thread each; 0 takes one for each core.
         emit: Sink of progress events.
         command: The command that makes this again, for the record.
+        shard: Which share of the jobs this process does first, where several work on the run.
+        cluster: Address of a Ray cluster that does the jobs.
 
     Returns:
         The record, as written to `out/run.json`.
     """
     began, started = time.monotonic(), now()
-    with output.claim(out, study), Pool(workers or None, emit=emit) as pool:
+    pool = open_pool(out, study.device, emit, workers, shard, cluster)
+    with output.claim(out, study), pool:
         runtime = output.runtime(out, study.dtype, study.device, emit)
         result, seeds = answered(study, runtime, pool, emit)
         outcome = Record(

@@ -1,4 +1,4 @@
-"""Many small jobs over warm worker processes of one thread each.
+"""Many small jobs: what a pool of workers is, and warm processes of one thread each.
 
 Importing torch and transformers costs seconds a process, so a server process imports them once
 and forks the workers, which then live as long as the pool. Messages go through pipes between our
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from excise.core.errors import UserError
 from excise.core.events import CHANNEL, Emit, silent
@@ -87,13 +87,67 @@ class _Worker:
         self.process.join()
 
 
-class Pool:
-    """Worker processes that stay warm inside a `with` block.
+class Pool(Protocol):
+    """Workers that take jobs inside a `with` block: `Processes`, `Shared` or `RayPool`.
+
+    Attributes:
+        workers: Jobs that run at the same time at most.
+        emit: Sink of events that jobs send through `excise.core.events.emit`.
+        peak_bytes: Largest resident memory of any worker that finished a job.
+    """
+
+    @property
+    def workers(self) -> int: ...  # noqa: D102
+
+    @property
+    def emit(self) -> Emit: ...  # noqa: D102
+
+    @property
+    def peak_bytes(self) -> int: ...  # noqa: D102
+
+    def __enter__(self) -> Self:
+        """Get ready for jobs."""
+        ...
+
+    def __exit__(self, *_: object) -> None:
+        """End all workers."""
+        ...
+
+    def map(
+        self,
+        function: Callable[[J], R],
+        jobs: Sequence[J],
+        on_done: Callable[[int, R], None] | None = None,
+        *,
+        turns: Sequence[int | None] = (),
+    ) -> list[R]:
+        """Run `function` on every job.
+
+        Args:
+            function: Named at module level, so that a worker can find it.
+            jobs: Its arguments; like results they must be picklable.
+            on_done: Called in this process with number and result as jobs finish.
+            turns: One number per job; jobs of one number take turns, so that their memory is
+                needed once. None (and no `turns`) for a job that waits for nobody.
+
+        Returns:
+            Results in the order of `jobs`.
+
+        Raises:
+            UserError: If a worker dies too often on the same job.
+            Exception: What a job raised, as itself; other running jobs are stopped, after
+                saving their state.
+        """
+        ...
+
+
+class Processes:
+    """The pool of one machine: worker processes that stay warm.
 
     Attributes:
         workers: Number of processes; with one, jobs run in this process.
-        emit: Sink of events that jobs send through `excise.train.pool.emit`.
-        peak_bytes: Largest resident memory of any worker that finished a job.
+        emit: See `Pool`.
+        peak_bytes: See `Pool`.
     """
 
     def __init__(
@@ -119,7 +173,7 @@ class Pool:
         self._context = multiprocessing.get_context("forkserver")
         self._idle: list[_Worker] = []
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> Self:
         """Start the server, which imports in the background."""
         if self.workers > 1:
             with _bare_start():
@@ -140,23 +194,7 @@ class Pool:
         *,
         turns: Sequence[int | None] = (),
     ) -> list[R]:
-        """Run `function` on every job.
-
-        Args:
-            function: Named at module level, so that a worker can find it.
-            jobs: Its arguments; like results they must be picklable.
-            on_done: Called in this process with number and result as jobs finish.
-            turns: One number per job; jobs of one number take turns, so that their memory is
-                needed once. None (and no `turns`) for a job that waits for nobody.
-
-        Returns:
-            Results in the order of `jobs`.
-
-        Raises:
-            UserError: If a worker dies twice on the same job.
-            Exception: What a job raised, as itself; other running jobs are stopped, after
-                saving their state.
-        """
+        """Run `function` on every job; a worker may die once on each. See `Pool.map`."""
         if self.workers == 1 or len(jobs) == 0:
             return self._inline(function, jobs, on_done)
         results: dict[int, R] = {}

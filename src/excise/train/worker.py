@@ -1,4 +1,4 @@
-"""The body of a worker process of `excise.train.pool.Pool`."""
+"""The body of a worker process of `excise.train.pool.Processes`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from multiprocessing import connection
 from pathlib import Path
@@ -127,19 +127,32 @@ def work(pipe: connection.Connection, path: list[str]) -> None:
             _, main, data = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             return
-        try:
+
+        def compute(main: str | None = main, data: bytes = data) -> Any:
             _adopt_main(main)
             function, job = pickle.loads(data)
-            result = function(job)
-            resident = release()
-            answer = pickle.dumps(("done", result, peak_bytes(), resident))
-        except Exception as error:
-            answer = _wrap(error)
-            release()
+            return function(job)
+
         try:
-            pipe.send_bytes(answer)
+            pipe.send_bytes(answer(compute))
         except OSError:
             return
+
+
+def answer(compute: Callable[[], Any]) -> bytes:
+    """Do one job and return the message that says how it went.
+
+    Returns:
+        Pickled: `("done", result, largest and present resident bytes)` or `("error", error)`.
+    """
+    try:
+        result = compute()
+        resident = release()
+        return pickle.dumps(("done", result, peak_bytes(), resident))
+    except Exception as error:
+        data = _wrap(error)
+        release()
+        return data
 
 
 def _wrap(error: Exception) -> bytes:

@@ -43,7 +43,14 @@ def main(options: AuditOptions) -> int:
         plan(request, out, rows=False).refuse(force=options.force)
     events = out / "events.jsonl"
     with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        audit(request, out, workers=options.workers, emit=emit, command=options.command)
+        audit(
+            request,
+            out,
+            workers=options.workers,
+            emit=emit,
+            command=options.command,
+            processes=options.processes,
+        )
     code = finish(out)
     if (
         options.folder

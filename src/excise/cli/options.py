@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 POSITIONAL = "positional"
 """Marks a field that is given by its place on the command line."""
@@ -26,6 +26,8 @@ class Options:
 
     command: str = ""
     """The whole command line, for the record."""
+    processes: Any = None
+    """The processes that torchrun started; None for one."""
 
 
 @dataclass(frozen=True, kw_only=True)

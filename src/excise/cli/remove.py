@@ -46,6 +46,7 @@ def _main(options: RemoveOptions) -> int:
             emit=emit,
             command=options.command,
             kind="remove",
+            processes=options.processes,
         )
     return finish(options.out)
 

@@ -42,7 +42,14 @@ def main(options: RunOptions) -> int:
     plan(recipe, out, rows=False).refuse(force=options.force)
     events = out / "events.jsonl"
     with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        run(recipe, out, workers=options.workers, emit=emit, command=options.command)
+        run(
+            recipe,
+            out,
+            workers=options.workers,
+            emit=emit,
+            command=options.command,
+            processes=options.processes,
+        )
     return finish(out)
 
 

@@ -28,7 +28,14 @@ def main(options: StudyOptions) -> int:
         return 0
     events = out / "events.jsonl"
     with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        conduct(study, out, workers=options.workers, emit=emit, command=options.command)
+        conduct(
+            study,
+            out,
+            workers=options.workers,
+            emit=emit,
+            command=options.command,
+            processes=options.processes,
+        )
     return finish(out)
 
 

@@ -30,9 +30,12 @@ class Stage(ABC, Generic[T]):
 
     Attributes:
         version: Raised when the same inputs give another result.
+        data_parallel: Whether several processes make it together, each its share, so that it
+            talks to them through `ctx`; any other stage is made by one process alone.
     """
 
     version: ClassVar[int] = 1
+    data_parallel: ClassVar[bool] = False
 
     @property
     @abstractmethod

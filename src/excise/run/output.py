@@ -40,6 +40,7 @@ from excise.report.card import render_card
 from excise.report.page import write_report
 from excise.requests.recipe import NO_MODEL, Keep
 from excise.run.environment import device_of
+from excise.train.processes import Processes, check_device
 
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
@@ -48,7 +49,13 @@ SEVERAL = {"adapter": "adapters", "delta": "deltas", "looks": "looks"}
 """Folders of what is kept beside several models, by its kind."""
 
 
-def runtime(out: Path, dtype: str, device: str, emit: Emit = silent) -> Runtime:
+def runtime(
+    out: Path,
+    dtype: str,
+    device: str,
+    emit: Emit = silent,
+    processes: Processes | None = None,
+) -> Runtime:
     """Return where the stages of an output are kept; runs that lie side by side share a store.
 
     Args:
@@ -56,14 +63,21 @@ def runtime(out: Path, dtype: str, device: str, emit: Emit = silent) -> Runtime:
         dtype: Compute dtype.
         device: Device, or `auto`.
         emit: Gets a note of stages that an earlier version left.
+        processes: Those of torchrun, which train one model together.
+
+    Raises:
+        UserError: If the device is not here, or not one for each process.
     """
+    world = 1 if processes is None else processes.world
     store = out.parent / ".stages"
     for partial in (store / LAYOUT).glob("*.partial"):  # of killed runs that nobody resumed
         sweep(partial, deep=True)
     old = old_stages(store)
     if old:
         emit("note", {"text": old})
-    return Runtime(store, dtype, device_of(device))
+    device = device_of(device)
+    check_device(device, processes)
+    return Runtime(store, dtype, device, world=world)
 
 
 @contextmanager

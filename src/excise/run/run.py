@@ -25,6 +25,7 @@ from excise.run.hosted import audit_hosted
 from excise.run.results import Models, method_run, new_record, timed
 from excise.run.steps import audit_models, examine, open_edited, prepare, refit, remove_all
 from excise.train.pool import Pool
+from excise.train.processes import Processes
 
 
 def run(
@@ -35,6 +36,7 @@ def run(
     emit: Emit,
     command: str = "",
     kind: Literal["run", "remove"] = "run",
+    processes: Processes | None = None,
 ) -> Record:
     """Run a recipe: make the models, remove, attack, judge, write.
 
@@ -45,14 +47,15 @@ def run(
         emit: Sink of progress events.
         command: The command that makes this again, for the record.
         kind: Which verb this is.
+        processes: Those of torchrun, which take the place of workers.
 
     Returns:
         The record, as written to `out/run.json`.
     """
     began, started = time.monotonic(), now()
     recipe = fit_lengths(recipe, emit)
-    with output.claim(out, recipe), Pool(workers or None, emit=emit) as pool:
-        runtime = output.runtime(out, recipe.dtype, recipe.device, emit)
+    with output.claim(out, recipe), Pool(workers or None, emit=emit, processes=processes) as pool:
+        runtime = output.runtime(out, recipe.dtype, recipe.device, emit, processes)
         emit("phase", {"text": "reading the model and the data"})
         domain, models = prepare(recipe, runtime, pool)
         output.note_changes(out, recipe.domain, models.original, emit)
@@ -84,7 +87,15 @@ def run(
     return record
 
 
-def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: str = "") -> Record:
+def audit(
+    request: AuditRun,
+    out: Path,
+    *,
+    workers: int,
+    emit: Emit,
+    command: str = "",
+    processes: Processes | None = None,
+) -> Record:
     """Attack models that exist, whoever made them.
 
     Args:
@@ -93,6 +104,7 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
         workers: Worker processes, one thread each; 0 takes one for each core.
         emit: Sink of progress events.
         command: The command that makes this again, for the record.
+        processes: Those of torchrun, which take the place of workers.
 
     Returns:
         The record, as written to `out/run.json`.
@@ -101,8 +113,8 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
         return audit_hosted(request, out, emit=emit, command=command)
     began, started = time.monotonic(), now()
     request = fit_lengths(request, emit)
-    with output.claim(out, request), Pool(workers or None, emit=emit) as pool:
-        runtime = output.runtime(out, request.dtype, request.device, emit)
+    with output.claim(out, request), Pool(workers or None, emit=emit, processes=processes) as pool:
+        runtime = output.runtime(out, request.dtype, request.device, emit, processes)
         emit("phase", {"text": "reading the models and the data"})
         original = open_model(request.original)
         oracles, proxies = (

@@ -39,6 +39,7 @@ from excise.run import output
 from excise.run.environment import environment, now
 from excise.run.results import describe, timed
 from excise.train.pool import Pool
+from excise.train.processes import Processes
 
 FIRST = 3
 """Seeds of the first look of a study that runs until it is decided."""
@@ -172,7 +173,15 @@ class StudyResult:
         return any(contrast.open for contrast in self.contrasts)
 
 
-def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str = "") -> Record:
+def conduct(
+    study: Study,
+    out: Path,
+    *,
+    workers: int,
+    emit: Emit,
+    command: str = "",
+    processes: Processes | None = None,
+) -> Record:
     """Run a study and write its record and report.
 
     Args:
@@ -181,20 +190,22 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
         workers: Worker processes, one thread each; 0 takes one for each core.
         emit: Sink of progress events.
         command: The command that makes this again, for the record.
+        processes: Those of torchrun, which take the place of workers.
 
     Returns:
         The record, as written to `out/run.json`.
     """
     began, started = time.monotonic(), now()
-    with output.claim(out, study), Pool(workers or None, emit=emit) as pool:
-        runtime = output.runtime(out, study.dtype, study.device, emit)
+    with output.claim(out, study), Pool(workers or None, emit=emit, processes=processes) as pool:
+        runtime = output.runtime(out, study.dtype, study.device, emit, processes)
+        runtime = replace(runtime, world=1)  # its models are small: one process makes each
         result, seeds = answered(study, runtime, pool, emit)
         outcome = Record(
             kind="study",
             title=study.name,
             command=command,
             config=study.model_dump(mode="json"),
-            environment=environment(study.dtype, runtime.device, started),
+            environment=environment(study.dtype, runtime.device, started, pool.world),
             seeds=seeds,
             data=dict(result.data) | (describe(result.domain) if result.domain else {}),
             models=result.models,

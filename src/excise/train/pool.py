@@ -21,9 +21,12 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 
+from excise.core.context import Stage
 from excise.core.errors import UserError
 from excise.core.events import CHANNEL, Emit, silent
-from excise.train.worker import INSIDE, plain_modes, release, settle, unsettle, work
+from excise.core.stages import Runtime
+from excise.train.processes import Processes
+from excise.train.worker import INSIDE, run_job, settle, unsettle, work
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -93,6 +96,7 @@ class Pool:
     Attributes:
         workers: Number of processes; with one, jobs run in this process.
         emit: Sink of events that jobs send through `excise.train.pool.emit`.
+        processes: Those of torchrun, if this is a command that it started.
         peak_bytes: Largest resident memory of any worker that finished a job.
     """
 
@@ -102,6 +106,7 @@ class Pool:
         *,
         emit: Emit = silent,
         preload: Sequence[str] = PRELOAD,
+        processes: Processes | None = None,
     ) -> None:
         """Plan a pool; nothing starts before `with`.
 
@@ -110,9 +115,12 @@ class Pool:
                 a worker runs its jobs in place.
             emit: Sink of the jobs' events, called in this process.
             preload: Modules imported before workers are forked.
+            processes: Those of torchrun, which take the place of workers.
         """
+        self.processes = processes
         wanted = visible_cores() if workers is None else workers
-        self.workers = 1 if os.environ.get(INSIDE) else max(1, wanted)
+        alone = bool(os.environ.get(INSIDE)) or processes is not None
+        self.workers = 1 if alone else max(1, wanted)
         self.emit = emit
         self.preload = list(preload)
         self.peak_bytes = 0
@@ -157,6 +165,9 @@ class Pool:
             Exception: What a job raised, as itself; other running jobs are stopped, after
                 saving their state.
         """
+        if self.processes is not None:
+            with self._in_place():
+                return self.processes.map(function, jobs, on_done, turns)
         if self.workers == 1 or len(jobs) == 0:
             return self._inline(function, jobs, on_done)
         results: dict[int, R] = {}
@@ -192,6 +203,22 @@ class Pool:
             self._end([worker for worker, _ in running.values()])
         return [results[i] for i in range(len(jobs))]
 
+    @property
+    def world(self) -> int:
+        """How many processes make a stage together."""
+        return 1 if self.processes is None else self.processes.world
+
+    def make(self, stages: Sequence[Stage[R]], runtime: Runtime) -> list[R]:
+        """Make stages that train: by all processes of torchrun together, else each by a worker.
+
+        Raises:
+            Exception: What a stage raised, as itself.
+        """
+        if self.processes is None:
+            return self.map(runtime.run, stages)
+        with self._in_place():
+            return self.processes.make(stages, runtime)
+
     def _take(
         self,
         waiting: deque[tuple[int, bool]],
@@ -215,22 +242,26 @@ class Pool:
         on_done: Callable[[int, R], None] | None,
     ) -> list[R]:
         """Run the jobs in this process, one after the other."""
-        settle()
         results = []
+        with self._in_place():
+            for i, job in enumerate(jobs):
+                results.append(run_job(function, job))
+                if on_done is not None:
+                    on_done(i, results[-1])
+        return results
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Let this process compute as a worker does, and hear what its jobs have to tell."""
+        settle()
         inside = bool(os.environ.get(INSIDE))
         token = None if inside else CHANNEL.set(self.emit)  # a worker's channel leads home
         try:
-            for i, job in enumerate(jobs):
-                with plain_modes():
-                    results.append(function(job))
-                release()
-                if on_done is not None:
-                    on_done(i, results[-1])
+            yield
         finally:
             if token is not None:
                 CHANNEL.reset(token)
                 unsettle()
-        return results
 
     def _start(self) -> _Worker:
         """Fork one worker from the server."""

@@ -14,13 +14,16 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from excise.core.events import CHANNEL
+
+J = TypeVar("J")
+R = TypeVar("R")
 
 INSIDE = "EXCISE_WORKER"
 """Environment variable that is set inside a worker."""
@@ -43,6 +46,14 @@ def plain_modes() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
+
+
+def run_job(function: Callable[[J], R], job: J) -> R:
+    """Do a job in this process, in no mode that the caller is in."""
+    with plain_modes():
+        result = function(job)
+    release()
+    return result
 
 
 def settle() -> None:
@@ -134,7 +145,7 @@ def work(pipe: connection.Connection, path: list[str]) -> None:
             resident = release()
             answer = pickle.dumps(("done", result, peak_bytes(), resident))
         except Exception as error:
-            answer = _wrap(error)
+            answer = wrapped(error)
             release()
         try:
             pipe.send_bytes(answer)
@@ -142,7 +153,7 @@ def work(pipe: connection.Connection, path: list[str]) -> None:
             return
 
 
-def _wrap(error: Exception) -> bytes:
+def wrapped(error: BaseException) -> bytes:
     """Return the message that raises `error` in the owner, with the worker's traceback."""
     text = "".join(traceback.format_exception(error))
     error.__traceback__ = error.__cause__ = error.__context__ = None

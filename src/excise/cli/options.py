@@ -151,6 +151,8 @@ class RemoveOptions(DataOptions):
     """Compute dtype."""
     device: str = "auto"
     """Where models run; auto takes an accelerator where there is one."""
+    shard: Literal["none", "full"] = "none"
+    """Under torchrun, full cuts the model over the processes while it trains (FSDP2)."""
     sensitive: bool = False
     """Keep texts out of record and report."""
     refit: bool = False

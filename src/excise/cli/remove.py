@@ -89,6 +89,7 @@ def recipe_data(options: RemoveOptions) -> dict[str, Any]:
         "seed": options.seed,
         "dtype": options.dtype,
         "device": options.device,
+        "shard": options.shard,
     }
     return override(data, rest, Recipe, registry())
 

@@ -74,6 +74,7 @@ class Context:
         dtype: Compute dtype of models.
         rank: Number of this process.
         world: Number of processes.
+        shard: Whether a model's blocks are cut over the processes while it trains.
         emit: Sink of progress events, `emit(kind, data)`.
         stages: Runs a stage that this one is made of, and keeps it; None makes it in `work`.
     """
@@ -84,6 +85,7 @@ class Context:
     dtype: torch.dtype = torch.float32
     rank: int = 0
     world: int = 1
+    shard: bool = False
     emit: Emit = silent
     stages: RunStage | None = None
 

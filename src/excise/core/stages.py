@@ -45,6 +45,7 @@ class Runtime:
         device: Device of the worker.
         rank: Number of this process among those that make a stage together.
         world: Number of those processes.
+        shard: Whether they cut a model over themselves while it trains.
         agree: Collective that returns process 0's boolean in every process, once all are there.
         began: When the run began, in seconds since the epoch. What was checked byte by byte since
             then is not read again.
@@ -55,6 +56,7 @@ class Runtime:
     device: str = "cpu"
     rank: int = 0
     world: int = 1
+    shard: bool = False
     agree: Callable[[bool], bool] = field(default=bool, repr=False)
     began: float = field(default_factory=time.time)
 
@@ -70,7 +72,7 @@ class Runtime:
     def make(self, stage: Stage[Any]) -> Path:
         """Return the finished folder of a stage, making it if it is not there; see `run`."""
         if self.world > 1 and not stage.data_parallel:
-            return replace(self, rank=0, world=1, agree=bool).make(stage)
+            return replace(self, rank=0, world=1, shard=False, agree=bool).make(stage)
 
         def make(work: Path) -> None:
             stage.make(self.context(work, seed=int(getattr(stage, "seed", 0))))
@@ -89,6 +91,7 @@ class Runtime:
             "dtype": self.dtype,
             "device": self.device.partition(":")[0],
             "world": self.world if stage.data_parallel else 1,
+            "shard": self.shard and stage.data_parallel,
             "libraries": dict(library_versions()),
             "code": own_source(),
         }
@@ -102,6 +105,7 @@ class Runtime:
             dtype=getattr(torch, self.dtype),
             rank=self.rank,
             world=self.world,
+            shard=self.shard,
             emit=emit,
             stages=self.run,
         )

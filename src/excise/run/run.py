@@ -7,6 +7,7 @@ A reader needs nothing else to see the whole; its steps are functions of `steps`
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from excise.models.spec import ModelSpec
 from excise.record import MethodRun, Record
 from excise.requests.audit import AuditRun
 from excise.requests.lengths import fit_lengths
+from excise.requests.processes import check_batches, check_shard
 from excise.requests.recipe import Recipe, starts_from
 from excise.run import output
 from excise.run.canary import remove_canaries
@@ -54,8 +56,12 @@ def run(
     """
     began, started = time.monotonic(), now()
     recipe = fit_lengths(recipe, emit)
+    world = 1 if processes is None else processes.world
+    check_batches(recipe, world)
+    check_shard(recipe, world)
     with output.claim(out, recipe), Pool(workers or None, emit=emit, processes=processes) as pool:
         runtime = output.runtime(out, recipe.dtype, recipe.device, emit, processes)
+        runtime = replace(runtime, shard=recipe.shard == "full")
         emit("phase", {"text": "reading the model and the data"})
         domain, models = prepare(recipe, runtime, pool)
         output.note_changes(out, recipe.domain, models.original, emit)
@@ -113,6 +119,7 @@ def audit(
         return audit_hosted(request, out, emit=emit, command=command)
     began, started = time.monotonic(), now()
     request = fit_lengths(request, emit)
+    check_batches(request, 1 if processes is None else processes.world)
     with output.claim(out, request), Pool(workers or None, emit=emit, processes=processes) as pool:
         runtime = output.runtime(out, request.dtype, request.device, emit, processes)
         emit("phase", {"text": "reading the models and the data"})

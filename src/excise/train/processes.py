@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -52,11 +54,12 @@ class Processes:
     Attributes:
         rank: Its number; 0 leads.
         world: How many there are.
+        hosts: Whether the store lies in this process.
     """
 
-    def __init__(self, rank: int, world: int, store: dist.Store) -> None:
+    def __init__(self, rank: int, world: int, store: dist.Store, *, hosts: bool = False) -> None:
         """Take part; see `join`."""
-        self.rank, self.world, self._store = rank, world, store
+        self.rank, self.world, self.hosts, self._store = rank, world, hosts, store
         self._orders = 0
 
     # What the leader does.
@@ -118,10 +121,19 @@ class Processes:
             raise _lost() from error
 
     def end(self, code: int) -> None:
-        """Let the others go with the exit code of the leader."""
-        self._store.set("end", str(code))
-        for rank in range(1, self.world):
-            self._wait(f"left/{rank}", LEAVING)
+        """Let the others go with the exit code of the leader, and outlive them where it must.
+
+        Whoever keeps the store goes last; torchrun keeps it itself.
+        """
+        _deafen()
+        try:
+            self._store.set("end", str(code))
+        except RuntimeError:  # whoever kept the store is gone
+            return
+        if self.hosts:
+            until = time.monotonic() + LEAVING
+            for rank in range(1, self.world):
+                self._wait(f"left/{rank}", max(0.0, until - time.monotonic()))
 
     # What the others do.
 
@@ -148,13 +160,17 @@ class Processes:
                     for stage in facts[0]:
                         self._make(stage, facts[1])
         except BaseException as error:
-            if not self._store.check(["end"]) and not _is_lost(error):
-                self._store.set(f"failed/{self.rank}", wrapped(error))
+            _deafen()
+            with suppress(RuntimeError):  # whoever kept the store is gone
+                if not self._store.check(["end"]) and not _is_lost(error):
+                    self._store.set(f"failed/{self.rank}", wrapped(error))
             dist.destroy_process_group()  # whoever waits for this process wakes up
             code = self._leave(None)
-            if code is None:
-                raise
-            return code
+            if code is not None:
+                return code
+            if _is_lost(error):
+                raise _lost() from None
+            raise
 
     def first_to_speak(self) -> bool:
         """Return whether nobody has said yet why the command ends; only one may."""
@@ -265,7 +281,8 @@ def join(*, meeting: float = MEETING) -> Processes:
         # torchrun itself keeps the store, unless somebody sets the variables by hand.
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         wait = timedelta(seconds=meeting)
-        store = dist.TCPStore(host, port, world, rank == 0 and not kept, wait)
+        hosts = rank == 0 and not kept
+        store = dist.TCPStore(host, port, world, hosts, wait)
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())
@@ -277,7 +294,7 @@ def join(*, meeting: float = MEETING) -> Processes:
             f" within {meeting:.0f} s ({first_line(error)}); start all of them with one torchrun "
             "command, whose address every machine reaches"
         ) from None
-    processes = Processes(rank, world, dist.PrefixStore("excise", store))
+    processes = Processes(rank, world, dist.PrefixStore("excise", store), hosts=hosts)
     processes.check_versions()
     return processes
 
@@ -307,6 +324,12 @@ def _share(count: int, turns: Sequence[int | None], rank: int, world: int) -> li
     """Return the jobs of a process: in turn, those of one turn together."""
     keys = [i if not turns or turns[i] is None else turns[i] for i in range(count)]
     return [i for i, key in enumerate(keys) if key is not None and key % world == rank]
+
+
+def _deafen() -> None:
+    """Let no second signal cut short what is done on the way out."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_lost(error: BaseException) -> bool:

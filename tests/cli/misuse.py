@@ -55,6 +55,9 @@ NAMES: dict[str, Case] = {
     "unknown flag": Case("--verbos", ("unknown command '--verbos'",)),
     "unknown method": Case(remove(method="rmuu"), ("unknown method 'rmuu'", "did you mean 'rmu'")),
     "no method": Case("remove", ("METHOD, --model and --out are missing", "--help")),
+    "one process to cut a model over": tiny(
+        "--shard full", "--shard full cuts a model over several processes", "torchrun"
+    ),
     "unknown recipe": Case("run dmo", ("unknown recipe 'dmo'", "did you mean 'demo'")),
     "unknown attack": tiny("--audit.attacks '[{name: relern}]'", "'relern'", "'relearn'"),
     "unknown format of a grid": tiny(

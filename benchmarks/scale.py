@@ -39,7 +39,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     backend = "nccl" if options.device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         plain, cut = steps(options, shard=False), steps(options, shard=True)
         pairs = [(next(plain), next(cut)) for _ in range(options.steps)][2:]  # two warm up

@@ -76,7 +76,12 @@ def torchrun(line: str, folder: Path, processes: int = 2) -> subprocess.Popen[st
 def _process(line: str, folder: str, rank: int, world: int, port: int, second: Any) -> None:
     """Be one process of a command; what it prints goes to a file."""
     os.chdir(folder)
-    facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    facts: dict[str, Any] = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+    }
     facts |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     os.environ.update({name: str(value) for name, value in facts.items()})
     if rank and second is not None:

@@ -24,7 +24,7 @@ CONFIG = FitConfig(steps=STEPS, lr=1e-2, clip=0.5, eps=1e-3, save_every=2, weigh
 
 
 def _loss(model: nn.Module, ids_BT: Tensor) -> dict[str, Term]:
-    logits_BTV: Any = model(ids_BT).logits[:, :-1]  # type: ignore[operator]
+    logits_BTV: Any = model(ids_BT).logits[:, :-1]
     total = nn.functional.cross_entropy(
         logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum"
     )

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
@@ -41,6 +41,9 @@ STEP = timedelta(minutes=30)
 LEAVING = 20.0
 """Seconds that a process waits for what the leader has to say of an end."""
 
+FAILED = 1
+"""Exit code where the leader leaves none."""
+
 TICK = 0.02
 """Seconds between two looks at the store."""
 
@@ -57,7 +60,7 @@ class Processes:
         hosts: Whether the store lies in this process.
     """
 
-    def __init__(self, rank: int, world: int, store: dist.Store, *, hosts: bool = False) -> None:
+    def __init__(self, rank: int, world: int, store: Any, *, hosts: bool = False) -> None:
         """Take part; see `join`."""
         self.rank, self.world, self.hosts, self._store = rank, world, hosts, store
         self._orders = 0
@@ -150,7 +153,7 @@ class Processes:
                 order = f"order/{self._orders}"
                 while not self._store.check([order]):
                     if self._store.check(["end"]):
-                        return self._leave(0)
+                        return self._leave(FAILED) or 0
                     time.sleep(TICK)
                 self._orders += 1
                 kind, facts = pickle.loads(self._store.get(order))
@@ -175,7 +178,7 @@ class Processes:
     def first_to_speak(self) -> bool:
         """Return whether nobody has said yet why the command ends; only one may."""
         try:
-            return self._store.add("said", 1) == 1
+            return int(self._store.add("said", 1)) == 1
         except RuntimeError:  # whoever kept the store is gone
             return self.rank == 0
 
@@ -254,7 +257,7 @@ class Processes:
                 if time.monotonic() >= until:
                     return None
                 time.sleep(TICK)
-            return self._store.get(key)
+            return bytes(self._store.get(key))
         except RuntimeError:  # whoever kept the store is gone
             return None
 
@@ -282,7 +285,7 @@ def join(*, meeting: float = MEETING) -> Processes:
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         wait = timedelta(seconds=meeting)
         hosts = rank == 0 and not kept
-        store = dist.TCPStore(host, port, world, hosts, wait)
+        store = dist.TCPStore(host, port, world, hosts, wait)  # type: ignore[attr-defined]
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())
@@ -294,7 +297,8 @@ def join(*, meeting: float = MEETING) -> Processes:
             f" within {meeting:.0f} s ({first_line(error)}); start all of them with one torchrun "
             "command, whose address every machine reaches"
         ) from None
-    processes = Processes(rank, world, dist.PrefixStore("excise", store), hosts=hosts)
+    ours = dist.PrefixStore("excise", store)  # type: ignore[attr-defined]
+    processes = Processes(rank, world, ours, hosts=hosts)
     processes.check_versions()
     return processes
 

@@ -55,6 +55,9 @@ NAMES: dict[str, Case] = {
     "unknown flag": Case("--verbos", ("unknown command '--verbos'",)),
     "unknown method": Case(remove(method="rmuu"), ("unknown method 'rmuu'", "did you mean 'rmu'")),
     "no method": Case("remove", ("METHOD, --model and --out are missing", "--help")),
+    "one process to cut a model over": tiny(
+        "--fsdp true", "--fsdp cuts a model over several processes", "torchrun"
+    ),
     "unknown recipe": Case("run dmo", ("unknown recipe 'dmo'", "did you mean 'demo'")),
     "unknown attack": tiny("--audit.attacks '[{name: relern}]'", "'relern'", "'relearn'"),
     "unknown format of a grid": tiny(
@@ -272,6 +275,7 @@ OUTPUT: dict[str, Case] = {
         "audit --endpoint http://localhost:1 --model a --original b --shard 1/2",
         ("--shard", "--endpoint"),
     ),
+    "workers on a cluster": tiny("--workers 2 --pool ray", "--workers", "--pool", "leave one out"),
     "pool of another kind": tiny("--pool slurm", "--pool slurm", "ray:HOST:PORT"),
     "pool without a port": tiny("--pool ray:host", "--pool ray:host", "ray:HOST:PORT"),
     "pool of a client": tiny("--pool ray:ray://host:10001", "ray:HOST:PORT"),

@@ -1,10 +1,12 @@
-"""Two processes remove what one does: the same weights, written once."""
+"""Two processes remove what one does, whether the model is cut over them or not."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from excise.methods import (
     NPO,
     RMU,
     SEAM,
+    SGTM,
     SSD,
     TAR,
     UNDIAL,
@@ -24,10 +27,13 @@ from excise.methods import (
     Direction,
     GradDiff,
     Method,
+    Plain,
     RepSelect,
     TaskVector,
+    Undo,
 )
 from excise.methods.posthoc.elm import Guide
+from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
 from excise.testing import toy_domain, toy_start
 from excise.train.components import Components
@@ -51,7 +57,12 @@ METHODS: dict[str, Method] = {
     "npo": NPO(fit=FIT, max_length=16),
     "undial": UNDIAL(fit=FIT, max_length=16),
     "ssd": SSD(alpha=1.5, max_length=16),
+    "undo": Undo(unlearn=RMU(layer=2, fit=FIT), fit=FIT, max_length=16, stop_tolerance=0.0),
+    "plain": Plain(pretrain=Pretrain(fit=FIT, max_length=16)),
+    "sgtm": SGTM(pretrain=Pretrain(fit=FIT, max_length=16)),
 }
+CUT = ("grad_diff", "rmu", "plain", "sgtm")
+"""Methods that are compared with a model cut over the processes as well."""
 
 
 def methods(folder: str) -> dict[str, Method]:
@@ -61,18 +72,23 @@ def methods(folder: str) -> dict[str, Method]:
 
 
 def _apply(folder: str, work: str, rank: int, world: int) -> None:
-    """Apply every method in one of `world` processes that share a folder."""
+    """Apply methods in one of `world` processes that share a folder."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     if world > 1:
-        meet = f"file://{folder}/meet"
+        meet = f"file://{folder}/meet-{work}"
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
     start = Checkpoint(Path(folder) / "start")
     for name, method in methods(folder).items():
+        if work == "cut" and name not in CUT:
+            continue
         ctx = Context(Path(folder) / f"{name}-{work}", seed=5, rank=rank, world=world)
+        ctx = replace(ctx, fsdp=work == "cut")
         ctx.work.mkdir(exist_ok=True)
         removal = method.apply(start, toy_domain(), ctx)
         assert removal.checkpoint.path == ctx.work / "model"
+        if rank == 0:
+            (ctx.work / "history.json").write_text(json.dumps(removal.history))
         assert set(removal.checkpoint.weights_of(removal.changed)) == set(removal.changed)
     if world > 1:
         dist.destroy_process_group()
@@ -85,21 +101,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy_start(root / "start")
     shutil.copytree(early("llama"), root / "early")
     spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=_apply, args=(str(root), "two", rank, 2)) for rank in range(2)]
+    workers = [
+        spawn.Process(target=_apply, args=(str(root), work, rank, 2))
+        for work in ("two", "cut")
+        for rank in range(2)
+    ]
     for worker in workers:
         worker.start()
     _apply(str(root), "one", 0, 1)
     for worker in workers:
-        worker.join(120)
+        worker.join(600)
         assert worker.exitcode == 0
     return root
 
 
-@pytest.mark.parametrize("name", methods(""))
-def test_two_processes_remove_what_one_does(name: str, folder: Path) -> None:
+CASES = [(name, "two") for name in methods("")] + [(name, "cut") for name in CUT]
+
+
+@pytest.mark.parametrize(("name", "work"), CASES)
+def test_two_processes_remove_what_one_does(name: str, work: str, folder: Path) -> None:
     start, one, two = (
-        Checkpoint(folder / path) for path in ("start", f"{name}-one/model", f"{name}-two/model")
+        Checkpoint(folder / path) for path in ("start", f"{name}-one/model", f"{name}-{work}/model")
     )
+    losses = [
+        [step["loss"] for step in json.loads((folder / f"{name}-{n}/history.json").read_text())]
+        for n in ("one", work)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-6)
     names = start.parameter_names()
     before, a, b = (checkpoint.weights_of(names) for checkpoint in (start, one, two))
     assert max(float((a[n] - b[n]).abs().max()) for n in names) <= 1e-6

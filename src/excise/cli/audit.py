@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from excise.cli.merge import leave, share_of, whole_command
+from excise.cli.jobs import jobs_of, leave, whole_command
 from excise.cli.options import AuditOptions
 from excise.cli.pair import pair_of
 from excise.cli.progress import progress, show_plan
@@ -25,7 +25,7 @@ def main(options: AuditOptions) -> int:
     """Attack every edited model of the pair."""
     data = request_data(options)
     out = options.out or Path(f"{data['name']}-{options.budget}")
-    out, shard, cluster = share_of(options, out)
+    jobs = jobs_of(options, out)
     request = parse_audit(
         override(data, options.settings, AuditRun, registry()),
         allow_code=options.allow_code,
@@ -36,19 +36,16 @@ def main(options: AuditOptions) -> int:
             print(f"{name:<22} {count:>7,} questions to {request.endpoint.host}")
         return 0
     if options.dry_run or options.measure:
-        show_plan(request, out, measure=options.measure, quiet=options.quiet)
+        show_plan(request, jobs.out, measure=options.measure, quiet=options.quiet)
         return 0
     if request.endpoint is None:
-        plan(request, out, rows=False).refuse(force=options.force)
-    events, command = out / "events.jsonl", whole_command(options.command)
-    with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        audit(
-            request, out, workers=options.workers, emit=emit, command=command, shard=shard,
-            cluster=cluster,
-        )  # fmt: skip
-    code = leave(out, shard)
+        plan(request, jobs.out, rows=False).refuse(force=options.force)
+    with progress(jobs.out / "events.jsonl", quiet=options.quiet, tracker=options.track) as emit:
+        pool = jobs.pool(request.device, emit)
+        audit(request, jobs.out, pool, command=whole_command(options.command))
+    code = leave(jobs)
     if (
-        shard is None
+        jobs.shard is None
         and options.folder
         and not options.canary
         and load(Path(options.folder)).kind in ("run", "remove")

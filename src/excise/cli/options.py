@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 POSITIONAL = "positional"
 """Marks a field that is given by its place on the command line."""
@@ -26,6 +26,8 @@ class Options:
 
     command: str = ""
     """The whole command line, for the record."""
+    torchrun: Any = None
+    """The processes that torchrun started; None for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +159,8 @@ class RemoveOptions(DataOptions):
     """Compute dtype."""
     device: str = "auto"
     """Where models run; auto takes an accelerator where there is one."""
+    fsdp: bool = False
+    """Under torchrun, cut the model over the processes while it trains (FSDP2)."""
     sensitive: bool = False
     """Keep texts out of record and report."""
     refit: bool = False

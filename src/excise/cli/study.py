@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from excise.cli.merge import leave, share_of, whole_command
+from excise.cli.jobs import jobs_of, leave, whole_command
 from excise.cli.options import DottedSettings, StudyOptions
 from excise.cli.progress import progress
 from excise.cli.settings import override
@@ -21,17 +21,14 @@ def main(options: StudyOptions) -> int:
         options.name, options.settings, full=options.full, allow_code=options.allow_code
     )
     out = options.out or Path("runs") / (options.name + ("-full" if options.full else ""))
-    out, shard, cluster = share_of(options, out)
+    jobs = jobs_of(options, out)
     if options.dry_run:
         print(f"{statement(study)}\noutput: {out}")
         return 0
-    events, command = out / "events.jsonl", whole_command(options.command)
-    with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        conduct(
-            study, out, workers=options.workers, emit=emit, command=command, shard=shard,
-            cluster=cluster,
-        )  # fmt: skip
-    return leave(out, shard)
+    with progress(jobs.out / "events.jsonl", quiet=options.quiet, tracker=options.track) as emit:
+        pool = jobs.pool(study.device, emit)
+        conduct(study, jobs.out, pool, command=whole_command(options.command))
+    return leave(jobs)
 
 
 def is_study(name: str) -> bool:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,7 +53,8 @@ class Runtime:
         device: Device of the worker.
         rank: Number of this process among those that make a stage together.
         world: Number of those processes.
-        agree: Collective that returns process 0's boolean in every process.
+        fsdp: Whether they cut a model over themselves while it trains.
+        agree: Collective that returns process 0's boolean in every process, once all are there.
         began: When the run began, in seconds since the epoch. What was checked byte by byte since
             then is not read again.
     """
@@ -63,6 +64,7 @@ class Runtime:
     device: str = "cpu"
     rank: int = 0
     world: int = 1
+    fsdp: bool = False
     agree: Callable[[bool], bool] = field(default=bool, repr=False)
     began: float = field(default_factory=time.time)
 
@@ -78,6 +80,8 @@ class Runtime:
 
     def make(self, stage: Stage[Any]) -> Path:
         """Return the finished folder of a stage, making it if it is not there; see `run`."""
+        if self.world > 1 and not stage.data_parallel:
+            return replace(self, rank=0, world=1, fsdp=False, agree=bool).make(stage)
 
         def make(work: Path) -> None:
             stage.make(self.context(work, seed=int(getattr(stage, "seed", 0))))
@@ -95,7 +99,8 @@ class Runtime:
             "inputs": fields_identity(stage),
             "dtype": self.dtype,
             "device": self.device.partition(":")[0],
-            "world": self.world,
+            "world": self.world if stage.data_parallel else 1,
+            "fsdp": self.fsdp and stage.data_parallel,
             "libraries": dict(library_versions()),
             "code": own_source(),
         }
@@ -109,6 +114,7 @@ class Runtime:
             dtype=getattr(torch, self.dtype),
             rank=self.rank,
             world=self.world,
+            fsdp=self.fsdp,
             emit=emit,
             stages=self.run,
         )
@@ -285,9 +291,11 @@ class Store:
         partial = final.with_name(final.name + ".partial")
         self.emit("stage_start", {"stage": final.name, "resumed": partial.exists()})
         with disk_full(partial):
-            partial.mkdir(parents=True, exist_ok=True)
-            (partial / DONE).unlink(missing_ok=True)
-            sweep(partial, deep=True)
+            if self.rank == 0:
+                partial.mkdir(parents=True, exist_ok=True)
+                (partial / DONE).unlink(missing_ok=True)
+                sweep(partial, deep=True)
+            self.agree(True)
             try:
                 make(partial)
             except UserError as error:

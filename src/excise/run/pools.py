@@ -1,4 +1,4 @@
-"""Who does the jobs of a run: processes of this machine, shards of one run, or a Ray cluster."""
+"""Who does the jobs of a run: processes of this machine or of torchrun, a shard, a Ray cluster."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from excise.run.output import store_of
 from excise.train.pool import Pool, Processes
 from excise.train.ray_pool import RayPool
 from excise.train.shared import Shared
+from excise.train.torchrun_pool import TorchrunPool, check_device
 
 NOTE = "shard.json"
 """What a shard leaves in its folder once it is done."""
@@ -105,28 +106,43 @@ def cluster_of(text: str) -> str | None:
     return address or "auto"
 
 
-def open_pool(
-    out: Path,
-    device: str,
-    emit: Emit,
-    workers: int,
-    shard: Shard | None = None,
-    cluster: str | None = None,
-) -> Pool:
-    """Return the pool of a run; nothing starts before `with`.
+@dataclass(frozen=True)
+class Jobs:
+    """Who does the jobs of a run, and where.
 
-    Args:
-        out: Output folder; the store of its stages is what machines share.
-        device: Device of the jobs, or `auto`.
-        emit: Sink of events.
+    Attributes:
+        out: Output folder of this process.
         workers: Processes of this machine; 0 takes one for each core.
         shard: Which share of the jobs is done here first.
         cluster: Address of a Ray cluster that does them instead.
+        torchrun: The processes that torchrun started, which do them instead.
     """
-    if cluster is not None:
-        return RayPool(cluster, store_of(out), gpu=device_of(device).startswith("cuda"), emit=emit)
-    pool = Processes(workers or None, emit=emit)
-    return pool if shard is None else Shared(pool, shard.number - 1, shard.of)
+
+    out: Path
+    workers: int = 0
+    shard: Shard | None = None
+    cluster: str | None = None
+    torchrun: TorchrunPool | None = None
+
+    def pool(self, device: str, emit: Emit) -> Pool:
+        """Return the pool of a run; nothing starts before `with`.
+
+        Args:
+            device: Device of the jobs, or `auto`.
+            emit: Sink of events.
+
+        Raises:
+            UserError: If the device is not here, or torchrun's processes cannot each have one.
+        """
+        if self.torchrun is not None:
+            check_device(device_of(device), self.torchrun.world)
+            self.torchrun.emit = emit
+            return self.torchrun
+        if self.cluster is not None:
+            gpu = device_of(device).startswith("cuda")
+            return RayPool(self.cluster, store_of(self.out), gpu=gpu, emit=emit)
+        pool = Processes(self.workers or None, emit=emit)
+        return pool if self.shard is None else Shared(pool, self.shard.number - 1, self.shard.of)
 
 
 def note_done(shard: Shard) -> None:

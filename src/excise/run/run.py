@@ -7,59 +7,54 @@ A reader needs nothing else to see the whole; its steps are functions of `steps`
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from excise.core.events import Emit
 from excise.fetch.model import open_model
 from excise.methods.pretraining.filtering import makes_oracle
 from excise.models.spec import ModelSpec
 from excise.record import MethodRun, Record
 from excise.requests.audit import AuditRun
 from excise.requests.lengths import fit_lengths
+from excise.requests.processes import check_batches, check_fsdp
 from excise.requests.recipe import Recipe, starts_from
 from excise.run import output
 from excise.run.canary import remove_canaries
 from excise.run.environment import now
 from excise.run.hosted import audit_hosted
-from excise.run.pools import Shard, open_pool
 from excise.run.results import Models, method_run, new_record, timed
 from excise.run.steps import audit_models, examine, open_edited, prepare, refit, remove_all
+from excise.train.pool import Pool
 
 
 def run(
     recipe: Recipe,
     out: Path,
+    pool: Pool,
     *,
-    workers: int,
-    emit: Emit,
     command: str = "",
     kind: Literal["run", "remove"] = "run",
-    shard: Shard | None = None,
-    cluster: str | None = None,
 ) -> Record:
     """Run a recipe: make the models, remove, attack, judge, write.
 
     Args:
         recipe: Everything there is to choose.
         out: Output folder; an interrupted run of the same recipe resumes there.
-        workers: Worker processes, one thread each; 0 takes one for each core.
-        emit: Sink of progress events.
+        pool: Who does the jobs, and where events go; opened here.
         command: The command that makes this again, for the record.
         kind: Which verb this is.
-        shard: Which share of the jobs this process does first, where several work on the run.
-        cluster: Address of a Ray cluster that does the jobs.
 
     Returns:
         The record, as written to `out/run.json`.
     """
-    began, started = time.monotonic(), now()
+    began, started, emit = time.monotonic(), now(), pool.emit
     recipe = fit_lengths(recipe, emit)
-    if shard is not None and shard.number > 1:
-        recipe = recipe.model_copy(update={"keep": "none"})  # one copy of the models is enough
-    pool = open_pool(out, recipe.device, emit, workers, shard, cluster)
+    check_batches(recipe, pool.world)
+    check_fsdp(recipe, pool.world)
     with output.claim(out, recipe), pool:
         runtime = output.runtime(out, recipe.dtype, recipe.device, emit)
+        runtime = replace(runtime, world=pool.world, fsdp=recipe.fsdp)
         emit("phase", {"text": "reading the model and the data"})
         domain, models = prepare(recipe, runtime, pool)
         output.note_changes(out, recipe.domain, models.original, emit)
@@ -94,34 +89,29 @@ def run(
 def audit(
     request: AuditRun,
     out: Path,
+    pool: Pool,
     *,
-    workers: int,
-    emit: Emit,
     command: str = "",
-    shard: Shard | None = None,
-    cluster: str | None = None,
 ) -> Record:
     """Attack models that exist, whoever made them.
 
     Args:
         request: Candidates, reference models, data and budget.
         out: Output folder; the only place that is written to.
-        workers: Worker processes, one thread each; 0 takes one for each core.
-        emit: Sink of progress events.
+        pool: Who does the jobs, and where events go; opened here.
         command: The command that makes this again, for the record.
-        shard: Which share of the jobs this process does first, where several work on the run.
-        cluster: Address of a Ray cluster that does the jobs.
 
     Returns:
         The record, as written to `out/run.json`.
     """
     if request.endpoint is not None:
-        return audit_hosted(request, out, emit=emit, command=command)
-    began, started = time.monotonic(), now()
+        return audit_hosted(request, out, emit=pool.emit, command=command)
+    began, started, emit = time.monotonic(), now(), pool.emit
     request = fit_lengths(request, emit)
-    pool = open_pool(out, request.device, emit, workers, shard, cluster)
+    check_batches(request, pool.world)
     with output.claim(out, request), pool:
         runtime = output.runtime(out, request.dtype, request.device, emit)
+        runtime = replace(runtime, world=pool.world)
         emit("phase", {"text": "reading the models and the data"})
         original = open_model(request.original)
         oracles, proxies = (

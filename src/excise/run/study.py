@@ -39,7 +39,6 @@ from excise.record import (
 from excise.report.page import write_report
 from excise.run import output
 from excise.run.environment import environment, now
-from excise.run.pools import Shard, open_pool
 from excise.run.results import describe, timed
 from excise.train.pool import Pool
 
@@ -177,32 +176,19 @@ class StudyResult:
         return any(contrast.open for contrast in self.contrasts)
 
 
-def conduct(
-    study: Study,
-    out: Path,
-    *,
-    workers: int,
-    emit: Emit,
-    command: str = "",
-    shard: Shard | None = None,
-    cluster: str | None = None,
-) -> Record:
+def conduct(study: Study, out: Path, pool: Pool, *, command: str = "") -> Record:
     """Run a study and write its record and report.
 
     Args:
         study: Everything there is to choose.
         out: Output folder; an interrupted study of the same settings resumes there.
-        workers: Worker processes, one thread each; 0 takes one for each core.
-        emit: Sink of progress events.
+        pool: Who does the jobs, and where events go; opened here. One process makes each model.
         command: The command that makes this again, for the record.
-        shard: Which share of the jobs this process does first, where several work on the run.
-        cluster: Address of a Ray cluster that does the jobs.
 
     Returns:
         The record, as written to `out/run.json`.
     """
-    began, started = time.monotonic(), now()
-    pool = open_pool(out, study.device, emit, workers, shard, cluster)
+    began, started, emit = time.monotonic(), now(), pool.emit
     with output.claim(out, study), pool:
         runtime = output.runtime(out, study.dtype, study.device, emit)
         result, seeds = answered(study, runtime, pool, emit)
@@ -211,7 +197,7 @@ def conduct(
             title=study.name,
             command=command,
             config=study.model_dump(mode="json"),
-            environment=environment(study.dtype, runtime.device, started),
+            environment=environment(study.dtype, runtime.device, started, pool.world),
             seeds=seeds,
             data=dict(result.data) | (describe(result.domain) if result.domain else {}),
             models=result.models,

@@ -19,14 +19,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
+from excise.core.context import Stage
 from excise.core.errors import UserError
-from excise.core.events import CHANNEL, Emit, silent
-from excise.train.worker import INSIDE, plain_modes, release, settle, unsettle, work
-
-J = TypeVar("J")
-R = TypeVar("R")
+from excise.core.events import Emit, silent
+from excise.core.stages import Runtime
+from excise.train.worker import INSIDE, J, R, in_place, run_job, work
 
 PRELOAD = (
     "torch",
@@ -88,12 +87,15 @@ class _Worker:
 
 
 class Pool(Protocol):
-    """Workers that take jobs inside a `with` block: `Processes`, `Shared` or `RayPool`.
+    """Workers that take jobs inside a `with` block.
+
+    `Processes`, `Shared`, `RayPool` and `TorchrunPool` are the ways there are.
 
     Attributes:
         workers: Jobs that run at the same time at most.
         emit: Sink of events that jobs send through `excise.core.events.emit`.
         peak_bytes: Largest resident memory of any worker that finished a job.
+        world: Processes that make one stage together in `make`.
     """
 
     @property
@@ -104,6 +106,9 @@ class Pool(Protocol):
 
     @property
     def peak_bytes(self) -> int: ...  # noqa: D102
+
+    @property
+    def world(self) -> int: ...  # noqa: D102
 
     def __enter__(self) -> Self:
         """Get ready for jobs."""
@@ -140,6 +145,18 @@ class Pool(Protocol):
         """
         ...
 
+    def make(self, stages: Sequence[Stage[R]], runtime: Runtime) -> list[R]:
+        """Make stages that train models, in their order.
+
+        Args:
+            stages: Those that are `data_parallel` are made by `world` processes together.
+            runtime: Has the number of these processes.
+
+        Raises:
+            Exception: What a stage raised, as itself.
+        """
+        ...
+
 
 class Processes:
     """The pool of one machine: worker processes that stay warm.
@@ -149,6 +166,8 @@ class Processes:
         emit: See `Pool`.
         peak_bytes: See `Pool`.
     """
+
+    world = 1
 
     def __init__(
         self,
@@ -230,6 +249,10 @@ class Processes:
             self._end([worker for worker, _ in running.values()])
         return [results[i] for i in range(len(jobs))]
 
+    def make(self, stages: Sequence[Stage[R]], runtime: Runtime) -> list[R]:
+        """Make each stage in a worker; see `Pool.make`."""
+        return self.map(runtime.run, stages)
+
     def _take(
         self,
         waiting: deque[tuple[int, bool]],
@@ -253,21 +276,12 @@ class Processes:
         on_done: Callable[[int, R], None] | None,
     ) -> list[R]:
         """Run the jobs in this process, one after the other."""
-        settle()
         results = []
-        inside = bool(os.environ.get(INSIDE))
-        token = None if inside else CHANNEL.set(self.emit)  # a worker's channel leads home
-        try:
+        with in_place(self.emit):
             for i, job in enumerate(jobs):
-                with plain_modes():
-                    results.append(function(job))
-                release()
+                results.append(run_job(function, job))
                 if on_done is not None:
                     on_done(i, results[-1])
-        finally:
-            if token is not None:
-                CHANNEL.reset(token)
-                unsettle()
         return results
 
     def _start(self) -> _Worker:

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from excise.core.context import Stage
 from excise.core.errors import UserError
 from excise.core.events import CHANNEL, Emit, silent
 from excise.core.keys import library_versions, own_source
-from excise.train.pool import GRACE, J, R
-from excise.train.worker import INSIDE, answer, settle
+from excise.core.stages import Runtime
+from excise.train.pool import GRACE
+from excise.train.worker import INSIDE, J, R, answer, settle
 
 TRIES = 4
 """How often a job may lose its node or its process."""
@@ -124,6 +126,8 @@ class RayPool:
         emit: Sink of the jobs' events, called in this process.
         peak_bytes: Largest resident memory of any process that finished a job.
     """
+
+    world = 1
 
     def __init__(
         self, address: str, store: Path, *, gpu: bool = False, emit: Emit = silent
@@ -253,6 +257,10 @@ class RayPool:
                 ray.wait(list(running), num_returns=len(running), timeout=GRACE)
             ray.kill(mailbox)
         return [results[i] for i in range(len(jobs))]
+
+    def make(self, stages: Sequence[Stage[R]], runtime: Runtime) -> list[R]:
+        """Make each stage as a job; see `Pool.make`."""
+        return self.map(runtime.run, stages)
 
     def _note_gone(self) -> None:
         """Say which nodes died since the last time."""

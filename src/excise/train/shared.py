@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Self
 
+from excise.core.context import Stage
 from excise.core.events import Emit
-from excise.core.stages import PATIENT, Busy
-from excise.train.pool import J, Pool, R
+from excise.core.stages import PATIENT, Busy, Runtime
+from excise.train.pool import Pool
+from excise.train.worker import J, R
 
 SOON, LATE = 0.5, 5.0
 """Seconds until what is busy elsewhere is looked at again: at first, and after long."""
@@ -44,6 +46,8 @@ class Shared:
         emit: Of the pool of this machine.
         peak_bytes: Of the pool of this machine.
     """
+
+    world = 1
 
     def __init__(self, pool: Pool, at: int, of: int) -> None:
         """Share jobs.
@@ -116,3 +120,7 @@ class Shared:
                 time.sleep(pause)
                 pause = min(2 * pause, LATE)
         return [results[i] for i in range(len(jobs))]
+
+    def make(self, stages: Sequence[Stage[R]], runtime: Runtime) -> list[R]:
+        """Make each stage as a job; see `Pool.make`."""
+        return self.map(runtime.run, stages)

@@ -18,9 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from excise.core.events import CHANNEL
+from excise.core.events import CHANNEL, Emit
+
+J = TypeVar("J")
+R = TypeVar("R")
 
 INSIDE = "EXCISE_WORKER"
 """Environment variable that is set inside a worker."""
@@ -45,6 +48,14 @@ def plain_modes() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
+def run_job(function: Callable[[J], R], job: J) -> R:
+    """Do a job in this process, in no mode that the caller is in."""
+    with plain_modes():
+        result = function(job)
+    release()
+    return result
+
+
 def settle() -> None:
     """Make this process compute as a worker does: one thread, denormals flushed to zero."""
     import torch
@@ -58,6 +69,20 @@ def unsettle() -> None:
     import torch
 
     torch.set_flush_denormal(False)
+
+
+@contextmanager
+def in_place(emit: Emit) -> Iterator[None]:
+    """Let this process compute as a worker does, and hear what its jobs have to tell."""
+    settle()
+    inside = bool(os.environ.get(INSIDE))
+    token = None if inside else CHANNEL.set(emit)  # a worker's channel leads home
+    try:
+        yield
+    finally:
+        if token is not None:
+            CHANNEL.reset(token)
+            unsettle()
 
 
 def peak_bytes() -> int:
@@ -150,12 +175,12 @@ def answer(compute: Callable[[], Any]) -> bytes:
         resident = release()
         return pickle.dumps(("done", result, peak_bytes(), resident))
     except Exception as error:
-        data = _wrap(error)
+        data = wrapped(error)
         release()
         return data
 
 
-def _wrap(error: Exception) -> bytes:
+def wrapped(error: BaseException) -> bytes:
     """Return the message that raises `error` in the owner, with the worker's traceback."""
     text = "".join(traceback.format_exception(error))
     error.__traceback__ = error.__cause__ = error.__context__ = None

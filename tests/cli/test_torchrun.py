@@ -28,6 +28,9 @@ LINE = (
     "remove grad_diff --model model --forget f.jsonl --retain r.jsonl --out {out} --quiet"
     " --fit.steps 4 --fit.batch_size 8 --max_length 32"
 )
+PATIENCE = 400
+"""Seconds after which processes hang, on a machine that may be busy with much else."""
+
 OWN = """
 from typing import Literal
 from excise.methods import GradDiff
@@ -121,7 +124,7 @@ def by_hand(
     for process in started:
         process.start()
     for process in started:
-        process.join(100)
+        process.join(PATIENCE)
         process.kill()
     texts = [(folder / f"said-{rank}").read_text() for rank in range(processes)]
     return [p.exitcode for p in started], [line for text in texts for line in text.splitlines()]
@@ -240,12 +243,11 @@ def test_a_stopped_run_resumes(inputs: Path) -> None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     said = [line for line in err.splitlines() if line.startswith("excise: ")]
     assert said == [f"excise: terminated; to resume: torchrun --nproc-per-node 2 -m excise {line}"]
-    process = torchrun(line, inputs)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    codes, lines = by_hand(line, inputs)
+    assert codes == [0, 0], lines
     events = [json.loads(text) for text in events_of(inputs / "stopped")]
     starts = [i for i, e in enumerate(events) if e["kind"] == "stage_start" and e["resumed"]]
     assert next(e for e in events[starts[0] :] if e["kind"] == "step")["step"] > 12

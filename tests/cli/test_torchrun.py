@@ -239,11 +239,16 @@ def test_a_stopped_run_resumes(inputs: Path) -> None:
     line = LINE.format(out="stopped/out").replace("--fit.steps 4", "--fit.steps 60")
     line += " --fit.save_every 5 --fit.log_every 1"
     process = torchrun(line, inputs)
-    while steps(inputs / "stopped") < 12:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=PATIENCE)
+    until = time.monotonic() + PATIENCE
+    try:
+        while steps(inputs / "stopped") < 12:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
     said = [line for line in err.splitlines() if line.startswith("excise: ")]
     assert said == [f"excise: terminated; to resume: torchrun --nproc-per-node 2 -m excise {line}"]
     codes, lines = by_hand(line, inputs)

@@ -7,13 +7,16 @@ import multiprocessing
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed as dist
 
 from excise.core.context import Context
+from excise.core.stages import Runtime
 from excise.methods import (
     ELM,
     NPO,
@@ -25,24 +28,34 @@ from excise.methods import (
     UNDIAL,
     CheckpointTransfer,
     Direction,
+    Filtering,
     GradDiff,
+    GradDiffPretrain,
+    GradientAscent,
+    MaxEnt,
     Method,
     Plain,
+    Propagate,
     RepSelect,
+    SimNPO,
     TaskVector,
+    TokenFilter,
     Undo,
 )
 from excise.methods.posthoc.elm import Guide
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
+from excise.requests.processes import CUT
 from excise.testing import toy_domain, toy_start
 from excise.train.components import Components
+from excise.train.distributed import gather
 from excise.train.fit import FitConfig
 from tests.matrix.test_methods import early
 
 # A larger epsilon than usual: Adam divides by it, and rounding is all that may differ.
 FIT = FitConfig(steps=2, lr=1e-3, batch_size=8, eps=1e-3)
 SUBTRACT = FitConfig(steps=2, lr=0.05, batch_size=8, optimizer="sgd")
+PRETRAIN = Pretrain(fit=FIT, max_length=16)
 METHODS: dict[str, Method] = {
     "grad_diff": GradDiff(fit=FIT, max_length=16),
     "rmu": RMU(layer=2, fit=FIT, max_length=16),
@@ -58,14 +71,18 @@ METHODS: dict[str, Method] = {
     "undial": UNDIAL(fit=FIT, max_length=16),
     "ssd": SSD(alpha=1.5, max_length=16),
     "undo": Undo(unlearn=RMU(layer=2, fit=FIT), fit=FIT, max_length=16, stop_tolerance=0.0),
-    "plain": Plain(pretrain=Pretrain(fit=FIT, max_length=16)),
-    "sgtm": SGTM(pretrain=Pretrain(fit=FIT, max_length=16)),
+    "gradient_ascent": GradientAscent(fit=FIT, max_length=16),
+    "simnpo": SimNPO(fit=FIT, max_length=16),
+    "maxent": MaxEnt(fit=FIT, max_length=16),
+    "plain": Plain(pretrain=PRETRAIN),
+    "filtering": Filtering(pretrain=PRETRAIN),
+    "propagate": Propagate(pretrain=PRETRAIN),
+    "token_filter": TokenFilter(pretrain=PRETRAIN),
+    "grad_diff_pretrain": GradDiffPretrain(pretrain=PRETRAIN),
+    "sgtm": SGTM(pretrain=PRETRAIN),
 }
 PATIENCE = 600
 """Seconds after which processes hang, on a machine that may be busy with much else."""
-
-CUT = ("grad_diff", "rmu", "plain", "sgtm")
-"""Methods that are compared with a model cut over the processes as well."""
 
 
 def methods(folder: str) -> dict[str, Method]:
@@ -80,14 +97,24 @@ def _apply(folder: str, work: str, rank: int, world: int) -> None:
     for name, method in methods(folder).items():
         if work == "cut" and name not in CUT:
             continue
-        ctx = Context(Path(folder) / f"{name}-{work}", seed=5, rank=rank, world=world)
-        ctx = replace(ctx, fsdp=work == "cut")
-        ctx.work.mkdir(exist_ok=True)
+        made = Path(folder) / f"{name}-{work}"
+        made.mkdir(exist_ok=True)
+        alike: dict[str, Any] = {"rank": rank, "world": world, "fsdp": work == "cut"}
+        ctx = Context(made, seed=5, **alike)
+        agree = partial(_agree, ctx=ctx)
+        ctx = replace(
+            ctx, stages=Runtime(Path(folder) / f"stages-{work}", agree=agree, **alike).run
+        )
         removal = method.apply(start, toy_domain(), ctx)
         assert removal.checkpoint.path == ctx.work / "model"
         if rank == 0:
             (ctx.work / "history.json").write_text(json.dumps(removal.history))
         assert set(removal.checkpoint.weights_of(removal.changed)) == set(removal.changed)
+
+
+def _agree(value: bool, ctx: Context) -> bool:
+    """Return what process 0 says, once all are there."""
+    return bool(gather(value, ctx)[0])
 
 
 def _second(folder: str, rank: int) -> None:
@@ -119,7 +146,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-CASES = [(name, "two") for name in methods("")] + [(name, "cut") for name in CUT]
+CASES = [(name, "two") for name in methods("")] + [(name, "cut") for name in sorted(CUT)]
 
 
 @pytest.mark.parametrize(("name", "work"), CASES)

@@ -111,7 +111,7 @@ class Context:
         """
         if self.stages is not None:
             return self.stages(stage)
-        how = [str(self.dtype), self.device.type, self.world]
+        how = [str(self.dtype), self.device.type, self.world, self.fsdp]
         inputs = json.dumps([fields_identity(stage), how], sort_keys=True)
         digest = hashlib.sha256(inputs.encode()).hexdigest()[:16]
         seed: Any = getattr(stage, "seed", 0)

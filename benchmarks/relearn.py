@@ -32,7 +32,7 @@ from excise.data.stream import Batch, Example, Stream, collate, zip_streams
 from excise.losses import nll
 from excise.models.tiny import tiny_model
 from excise.train.fit import FitConfig, Term, fit
-from excise.train.pool import Pool, visible_cores
+from excise.train.pool import Processes, visible_cores
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
@@ -147,7 +147,7 @@ def main() -> int:
         save_model(model, path)
         jobs = [(path, rate, seed) for rate in RATES for seed in SEEDS]
         began = time.perf_counter()
-        with Pool(cores) as pool:
+        with Processes(cores) as pool:
             pool.map(arm, jobs[:cores])
             start = time.perf_counter() - began
             row: list[float] = []

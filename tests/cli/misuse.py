@@ -55,6 +55,9 @@ NAMES: dict[str, Case] = {
     "unknown flag": Case("--verbos", ("unknown command '--verbos'",)),
     "unknown method": Case(remove(method="rmuu"), ("unknown method 'rmuu'", "did you mean 'rmu'")),
     "no method": Case("remove", ("METHOD, --model and --out are missing", "--help")),
+    "one process to cut a model over": tiny(
+        "--fsdp true", "--fsdp cuts a model over several processes", "torchrun"
+    ),
     "unknown recipe": Case("run dmo", ("unknown recipe 'dmo'", "did you mean 'demo'")),
     "unknown attack": tiny("--audit.attacks '[{name: relern}]'", "'relern'", "'relearn'"),
     "unknown format of a grid": tiny(
@@ -259,6 +262,27 @@ OUTPUT: dict[str, Case] = {
     "out under a file": Case(remove(out="f.jsonl/out"), ("--out f.jsonl/out", "cannot be made")),
     "out nowhere": Case(
         remove("--force", out="/proc/no/out"), ("--out /proc/no/out", "cannot be made")
+    ),
+    "shard beyond the last": tiny("--shard 3/2", "--shard 3/2", "I from 1 to N"),
+    "shard of none": tiny("--shard 0/0", "--shard 0/0", "I from 1 to N"),
+    "shard counted from 0": tiny("--shard 0/4", "--shard 0/4", "--array=1-4"),
+    "shard that is no pair": tiny("--shard 2", "--shard 2:", "such as 2/4"),
+    "shard of what is there": Case(
+        "run tiny.yaml --out made --shard 1/2", ("made already holds files",), {"made/x": ""}
+    ),
+    "shard on a cluster": tiny("--shard 1/2 --pool ray", "--shard", "--pool", "leave one out"),
+    "shard of an endpoint": Case(
+        "audit --endpoint http://localhost:1 --model a --original b --shard 1/2",
+        ("--shard", "--endpoint"),
+    ),
+    "workers on a cluster": tiny("--workers 2 --pool ray", "--workers", "--pool", "leave one out"),
+    "pool of another kind": tiny("--pool slurm", "--pool slurm", "ray:HOST:PORT"),
+    "pool without a port": tiny("--pool ray:host", "--pool ray:host", "ray:HOST:PORT"),
+    "pool of a client": tiny("--pool ray:ray://host:10001", "ray:HOST:PORT"),
+    "merge of nothing": Case("merge made", ("no shards of made",)),
+    "merge to nowhere": Case("merge a b", ("--out",)),
+    "merge of no shards": Case(
+        "merge made model --out out", ("no shard is done: made, model",), {"made/x": ""}
     ),
     "foreign files in out": Case(remove(), ("--out out", "not empty"), {"out/keep.txt": "mine"}),
     "another run in out": Case(

@@ -39,6 +39,7 @@ from excise.run.study import conduct
 from excise.testing import toy_domain, toy_start
 from excise.testing.methods import Killed, shortened
 from excise.train.fit import FitConfig, Term, fit
+from excise.train.pool import Processes
 from excise.train.vocab.targets import Sampled
 from excise_studies.routing.moe_equivalence import MoEEquivalence
 from tests.conftest import FIXTURES
@@ -204,7 +205,7 @@ def study() -> str | None:
 
     def run(ctx: Context) -> Any:
         asked = MoEEquivalence(seeds=(1,), families=("gpt2",), device=ctx.device.type)
-        record = conduct(asked, ctx.work / "out", workers=1, emit=ctx.emit)
+        record = conduct(asked, ctx.work / "out", Processes(1, emit=ctx.emit))
         assert record.study is not None
         return record.study.model_dump(mode="json")
 

@@ -1,42 +1,61 @@
-"""Two processes remove what one does: the same weights, written once."""
+"""Two processes remove what one does, whether the model is cut over them or not."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed as dist
 
 from excise.core.context import Context
+from excise.core.stages import Runtime
 from excise.methods import (
     ELM,
     NPO,
     RMU,
     SEAM,
+    SGTM,
     SSD,
     TAR,
     UNDIAL,
     CheckpointTransfer,
     Direction,
+    Filtering,
     GradDiff,
+    GradDiffPretrain,
+    GradientAscent,
+    MaxEnt,
     Method,
+    Plain,
+    Propagate,
     RepSelect,
+    SimNPO,
     TaskVector,
+    TokenFilter,
+    Undo,
 )
 from excise.methods.posthoc.elm import Guide
+from excise.methods.pretraining.pretrain import Pretrain
 from excise.models.checkpoint import Checkpoint
+from excise.requests.processes import CUT
 from excise.testing import toy_domain, toy_start
 from excise.train.components import Components
+from excise.train.distributed import gather
 from excise.train.fit import FitConfig
 from tests.matrix.test_methods import early
 
 # A larger epsilon than usual: Adam divides by it, and rounding is all that may differ.
-FIT = FitConfig(steps=3, lr=1e-3, batch_size=8, eps=1e-3)
-SUBTRACT = FitConfig(steps=3, lr=0.05, batch_size=8, optimizer="sgd")
+FIT = FitConfig(steps=2, lr=1e-3, batch_size=8, eps=1e-3)
+SUBTRACT = FitConfig(steps=2, lr=0.05, batch_size=8, optimizer="sgd")
+PRETRAIN = Pretrain(fit=FIT, max_length=16)
 METHODS: dict[str, Method] = {
     "grad_diff": GradDiff(fit=FIT, max_length=16),
     "rmu": RMU(layer=2, fit=FIT, max_length=16),
@@ -51,7 +70,19 @@ METHODS: dict[str, Method] = {
     "npo": NPO(fit=FIT, max_length=16),
     "undial": UNDIAL(fit=FIT, max_length=16),
     "ssd": SSD(alpha=1.5, max_length=16),
+    "undo": Undo(unlearn=RMU(layer=2, fit=FIT), fit=FIT, max_length=16, stop_tolerance=0.0),
+    "gradient_ascent": GradientAscent(fit=FIT, max_length=16),
+    "simnpo": SimNPO(fit=FIT, max_length=16),
+    "maxent": MaxEnt(fit=FIT, max_length=16),
+    "plain": Plain(pretrain=PRETRAIN),
+    "filtering": Filtering(pretrain=PRETRAIN),
+    "propagate": Propagate(pretrain=PRETRAIN),
+    "token_filter": TokenFilter(pretrain=PRETRAIN),
+    "grad_diff_pretrain": GradDiffPretrain(pretrain=PRETRAIN),
+    "sgtm": SGTM(pretrain=PRETRAIN),
 }
+PATIENCE = 600
+"""Seconds after which processes hang, on a machine that may be busy with much else."""
 
 
 def methods(folder: str) -> dict[str, Method]:
@@ -61,21 +92,39 @@ def methods(folder: str) -> dict[str, Method]:
 
 
 def _apply(folder: str, work: str, rank: int, world: int) -> None:
-    """Apply every method in one of `world` processes that share a folder."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    if world > 1:
-        meet = f"file://{folder}/meet"
-        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    """Apply methods as one of `world` processes that share a folder."""
     start = Checkpoint(Path(folder) / "start")
     for name, method in methods(folder).items():
-        ctx = Context(Path(folder) / f"{name}-{work}", seed=5, rank=rank, world=world)
-        ctx.work.mkdir(exist_ok=True)
+        if work == "cut" and name not in CUT:
+            continue
+        made = Path(folder) / f"{name}-{work}"
+        made.mkdir(exist_ok=True)
+        alike: dict[str, Any] = {"rank": rank, "world": world, "fsdp": work == "cut"}
+        ctx = Context(made, seed=5, **alike)
+        agree = partial(_agree, ctx=ctx)
+        ctx = replace(
+            ctx, stages=Runtime(Path(folder) / f"stages-{work}", agree=agree, **alike).run
+        )
         removal = method.apply(start, toy_domain(), ctx)
         assert removal.checkpoint.path == ctx.work / "model"
+        if rank == 0:
+            (ctx.work / "history.json").write_text(json.dumps(removal.history))
         assert set(removal.checkpoint.weights_of(removal.changed)) == set(removal.changed)
-    if world > 1:
-        dist.destroy_process_group()
+
+
+def _agree(value: bool, ctx: Context) -> bool:
+    """Return what process 0 says, once all are there."""
+    return bool(gather(value, ctx)[0])
+
+
+def _second(folder: str, rank: int) -> None:
+    """Be one of two processes that apply every method, and some to a model that is cut."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for work in ("two", "cut"):
+        _apply(folder, work, rank, 2)
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -84,22 +133,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("processes")
     toy_start(root / "start")
     shutil.copytree(early("llama"), root / "early")
-    spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=_apply, args=(str(root), "two", rank, 2)) for rank in range(2)]
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(["excise.methods", "transformers.models.llama.modeling_llama"])
+    workers = [forked.Process(target=_second, args=(str(root), r), daemon=True) for r in range(2)]
     for worker in workers:
         worker.start()
     _apply(str(root), "one", 0, 1)
     for worker in workers:
-        worker.join(120)
+        worker.join(PATIENCE)
+        worker.kill()
         assert worker.exitcode == 0
     return root
 
 
-@pytest.mark.parametrize("name", methods(""))
-def test_two_processes_remove_what_one_does(name: str, folder: Path) -> None:
+CASES = [(name, "two") for name in methods("")] + [(name, "cut") for name in sorted(CUT)]
+
+
+@pytest.mark.parametrize(("name", "work"), CASES)
+def test_two_processes_remove_what_one_does(name: str, work: str, folder: Path) -> None:
     start, one, two = (
-        Checkpoint(folder / path) for path in ("start", f"{name}-one/model", f"{name}-two/model")
+        Checkpoint(folder / path) for path in ("start", f"{name}-one/model", f"{name}-{work}/model")
     )
+    losses = [
+        [step["loss"] for step in json.loads((folder / f"{name}-{n}/history.json").read_text())]
+        for n in ("one", work)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-6)
     names = start.parameter_names()
     before, a, b = (checkpoint.weights_of(names) for checkpoint in (start, one, two))
     assert max(float((a[n] - b[n]).abs().max()) for n in names) <= 1e-6

@@ -31,7 +31,7 @@ from excise.record import error_rates as rates_module
 from excise.report import words
 from excise.requests.recipe import AuditSpec
 from excise.train.fit import FitConfig
-from excise.train.pool import Pool
+from excise.train.pool import Processes
 from excise_studies.auditing import rates
 from excise_studies.auditing.auditor_roc import AuditorROC, calls_table, decide, errors
 from excise_studies.auditing.counting import (
@@ -88,7 +88,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
 
 @pytest.fixture(scope="module")
 def base(runtime: Runtime) -> Base:
-    with Pool(1) as pool:
+    with Processes(1) as pool:
         return make_bases({"facts": TINY}, (3,), runtime, pool)[0]
 
 

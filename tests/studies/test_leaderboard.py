@@ -33,7 +33,7 @@ from excise.report.page import render_html
 from excise.requests.recipe import AuditSpec, EvalSpec
 from excise.testing.toy import toy_domain
 from excise.train.fit import FitConfig
-from excise.train.pool import Pool
+from excise.train.pool import Processes
 from excise_studies.leaderboard.board import Leaderboard, World, make_world, with_labels
 from excise_studies.leaderboard.markdown import markdown
 from excise_studies.leaderboard.presets import LeaderboardFacts, LeaderboardGlosses
@@ -162,13 +162,13 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
 
 @pytest.fixture(scope="module")
 def world(runtime: Runtime) -> World:
-    with Pool(1) as pool:
+    with Processes(1) as pool:
         return make_world(tiny(), 0, runtime, pool)
 
 
 def searched(world: World, runtime: Runtime, trials: int, deadline: float) -> dict[str, Searched]:
     methods = {**world.methods, "failing": Failing()}
-    with Pool(1) as pool:
+    with Processes(1) as pool:
         return search(methods, world.trial, trials, 0, lambda _: {}, deadline, runtime, pool)
 
 

@@ -26,6 +26,7 @@ from excise.report.page import render_html
 from excise.report.terminal import render_terminal
 from excise.run.study import conduct, study_named, study_points
 from excise.train.fit import FitConfig
+from excise.train.pool import Processes
 from excise_studies.base import share
 from excise_studies.rmu.messy_forget_set import (
     MessyForgetSet,
@@ -180,11 +181,11 @@ def test_a_killed_study_goes_on_and_its_record_comes_back(tmp_path: Path) -> Non
 
     out = tmp_path / "out"
     with pytest.raises(Stop):
-        conduct(small_shallow(), out, workers=1, emit=listen)
+        conduct(small_shallow(), out, Processes(1, emit=listen))
     (partial,) = (tmp_path / ".stages" / LAYOUT).glob("clearing-*.partial")
     done = {file: file.stat().st_mtime_ns for file in (partial / "arms").iterdir()}
     assert len(done) == 3
-    made = conduct(small_shallow(), out, workers=1, emit=listen)
+    made = conduct(small_shallow(), out, Processes(1, emit=listen))
     final = partial.with_name(partial.name.removesuffix(".partial"))
     assert all((final / "arms" / f.name).stat().st_mtime_ns == t for f, t in done.items())
     assert load(out) == made
@@ -211,7 +212,7 @@ def test_the_messy_study_runs_on_a_small_scale(tmp_path: Path) -> None:
             for name, method in MessyForgetSet().methods.items()
         },
     )  # fmt: skip
-    made = conduct(study, tmp_path / "out", workers=1, emit=lambda kind, data: None)
+    made = conduct(study, tmp_path / "out", Processes(1))
     assert made.study is not None
     titles = [table.title for table in made.study.tables]
     assert titles == ["Knowledge left at matched retain", "Ranks", "Strength"]

@@ -17,6 +17,7 @@ from excise.core.errors import UserError
 from excise.record import Estimate, load
 from excise.run.study import conduct
 from excise.train.fit import FitConfig
+from excise.train.pool import Processes
 from excise_studies.vision.autoencoder import (
     SplitAutoencoder,
     SplitAutoencoderConfig,
@@ -346,7 +347,7 @@ def test_digits_split_ends_with_a_record_and_goes_on(tmp_path: Path) -> None:
     def emit(kind: str, data: Any) -> None:
         kinds.append((kind, data.get("reused")))
 
-    made = conduct(study, tmp_path / "out", workers=1, emit=emit)
+    made = conduct(study, tmp_path / "out", Processes(1, emit=emit))
     assert made.study is not None
     assert made.study.decision.startswith("undecided: G = ")
     assert "G has no interval over seeds, so nothing is decided" in made.study.paragraph
@@ -361,7 +362,7 @@ def test_digits_split_ends_with_a_record_and_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").is_file()
     assert kinds.count(("stage_done", False)) == 5
     kinds.clear()
-    again = conduct(study, tmp_path / "out", workers=1, emit=emit)
+    again = conduct(study, tmp_path / "out", Processes(1, emit=emit))
     assert again.study == made.study
     assert kinds.count(("stage_done", True)) == 5
 
@@ -374,7 +375,7 @@ def test_objects_split_ends_with_a_record(tmp_path: Path) -> None:
             stem=4, widths=(4, 8), fit=quick, certificate=FitConfig(steps=10, lr=1e-2),
         ),
     )  # fmt: skip
-    made = conduct(study, tmp_path / "out", workers=1, emit=lambda kind, data: None)
+    made = conduct(study, tmp_path / "out", Processes(1))
     assert made.study is not None
     assert made.study.tables[0].title == "Accuracy"
     assert "every image weighed alike" in made.study.paragraph
@@ -389,7 +390,7 @@ def test_class_imbalance_runs_through(tmp_path: Path) -> None:
         l1_tried=(1e-6, 3e-3), bisections=1, split_share=0.01,
         model=BRIEF.model_copy(update={"balance": "images"}),
     )  # fmt: skip
-    made = conduct(study, tmp_path / "out", workers=1, emit=lambda kind, data: None)
+    made = conduct(study, tmp_path / "out", Processes(1))
     assert made.study is not None
     table, tuning = made.study.tables
     least = {r.condition: r.value for r in table.rows if r.metric == "least L1"}

@@ -13,6 +13,7 @@ from excise.models.spec import Scratch
 from excise.record import Record, StudyRecord, load
 from excise.run.study import Study, conduct
 from excise.train.fit import FitConfig
+from excise.train.pool import Processes
 from excise_studies.attacking import Attacker
 from excise_studies.distillation.presets import maxent, student
 from excise_studies.setting import ExperimentSetting
@@ -40,7 +41,7 @@ def quick_student() -> Undo:
 
 def ran(study: Study, out: Path) -> Record:
     """Run a study in this process; its record reads back as it was made."""
-    made = conduct(study, out, workers=1, emit=lambda kind, data: None)
+    made = conduct(study, out, Processes(1))
     assert load(out) == made
     assert made.study is not None
     assert made.study.decision in made.study.paragraph

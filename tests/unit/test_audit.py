@@ -22,7 +22,7 @@ from excise.core.errors import UserError
 from excise.core.stages import LAYOUT, Runtime
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
-from excise.train.pool import Pool
+from excise.train.pool import Processes
 
 QUICK = SMOKE.model_copy(
     update={
@@ -36,7 +36,7 @@ def audit(
     root: Path, domain: Domain, subjects: list[Subject], budget: Budget = QUICK, **options: Any
 ) -> tuple[Results, list[str]]:
     told: list[str] = []
-    with Pool(1, emit=lambda kind, data: told.append(kind)) as pool:
+    with Processes(1, emit=lambda kind, data: told.append(kind)) as pool:
         results = attack_all(subjects, domain, budget, 0, Runtime(root / "stages"), pool, **options)
     return results, told
 

@@ -29,7 +29,7 @@ from excise.core.stages import Runtime
 from excise.data.domain import Domain, Row, Rows
 from excise.evals.score import measure
 from excise.models.checkpoint import Checkpoint
-from excise.train.pool import Pool
+from excise.train.pool import Processes
 
 QUICK = SMOKE.model_copy(
     update={
@@ -83,7 +83,7 @@ def test_a_model_without_numbers_fails_every_attack_and_the_others_go_on(
     names = tuple(sorted({*ATTACKS} - {"align_rows", *SHORT, *REPAIRS}))
     names = names if where == "in the output alone" else ("lens", "quantize")
     budget = QUICK.model_copy(update={"attacks": names})
-    with Pool(1) as pool:
+    with Processes(1) as pool:
         results = attack_all(
             subjects, facts_domain, budget, 0, Runtime(tmp_path / "stages"), pool, controls=False
         )

@@ -27,7 +27,7 @@ from excise.core.stages import LAYOUT, Runtime
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import FAMILIES, tiny_model
-from excise.train.pool import Pool
+from excise.train.pool import Processes
 
 BY = 2.0**13
 """About 1e4, in a form that rounds nothing."""
@@ -223,7 +223,7 @@ def audited(
     models = {"plain": hiding, "scaled": scaled(hiding, root / "scaled")}
     models |= {"original": knowing, "oracle-0": never_taught}
     subjects = [Subject(name, model, knowing) for name, model in models.items()]
-    with Pool(1) as pool:
+    with Processes(1) as pool:
         runtime = Runtime(root / "stages")
         return root, attack_all(subjects, facts_domain, BUDGET, 0, runtime, pool)
 

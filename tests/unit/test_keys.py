@@ -306,6 +306,8 @@ def test_every_input_of_a_stage_counts(
 class Nothing(Stage[None]):
     """A stage without inputs."""
 
+    data_parallel = True
+
     @property
     def name(self) -> str:
         return "nothing"

@@ -19,7 +19,7 @@ from excise.core.keys import source_of
 from excise.core.plugins import collect_code, default_name, entry_points
 from excise.requests.registry import registry
 from excise.run.study import study_points
-from excise.train.pool import Pool
+from excise.train.pool import Processes
 
 MINE = '''"""A method of one's own."""
 
@@ -200,7 +200,7 @@ def apply_in_worker(job: Any) -> tuple[float, int, str]:
 def test_a_users_class_travels_into_worker_processes(mine: str) -> None:
     cls = load_code(f"{mine}:Mine", allow=True)
     jobs: list[Config] = [cls(factor=float(i)) for i in range(3)]
-    with Pool(2) as pool:
+    with Processes(2) as pool:
         answers = pool.map(apply_in_worker, jobs)
     assert [a[0] for a in answers] == [0.0, 6.0, 12.0]
     assert all(a[1] != os.getpid() for a in answers)

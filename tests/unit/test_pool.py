@@ -17,7 +17,7 @@ import torch
 from excise.core.errors import Diverged, UserError
 from excise.core.events import emit
 from excise.train import pool as pool_module
-from excise.train.pool import Pool, visible_cores
+from excise.train.pool import Processes, visible_cores
 
 
 def _square(x: int) -> tuple[int, int]:
@@ -66,7 +66,7 @@ def _settings(_: int) -> tuple[int, bool, str | None]:
 
 
 def _nested(x: int) -> list[int]:
-    with Pool(4) as pool:
+    with Processes(4) as pool:
         return pool.map(_tell, [x, x + 1])
 
 
@@ -101,12 +101,12 @@ def _hold(size: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with Pool(2, preload=("torch",)) as pool:
+def pool() -> Iterator[Processes]:
+    with Processes(2, preload=("torch",)) as pool:
         yield pool
 
 
-def test_results_come_in_order_from_warm_workers(pool: Pool) -> None:
+def test_results_come_in_order_from_warm_workers(pool: Processes) -> None:
     done: list[int] = []
     first = pool.map(_square, range(6), on_done=lambda i, _: done.append(i))
     assert [value for value, _ in first] == [0, 1, 4, 9, 16, 25]
@@ -118,11 +118,11 @@ def test_results_come_in_order_from_warm_workers(pool: Pool) -> None:
     assert pool.map(_square, []) == []
 
 
-def test_workers_compute_with_one_thread(pool: Pool) -> None:
+def test_workers_compute_with_one_thread(pool: Processes) -> None:
     assert pool.map(_settings, [0, 1]) == [(1, True, "1")] * 2
 
 
-def test_tensors_travel_by_value(pool: Pool) -> None:
+def test_tensors_travel_by_value(pool: Processes) -> None:
     (out,) = pool.map(_tensor, [torch.ones(3)])
     assert out.tolist() == [2, 2, 2]
 
@@ -133,27 +133,27 @@ def test_tensors_travel_by_value(pool: Pool) -> None:
     [([0, 1], Diverged, "at step 3"), ([0, 2], UserError, "one sentence")],
 )
 def test_errors_come_back_as_themselves(
-    pool: Pool, workers: int, jobs: list[int], kind: type[Exception], words: str
+    pool: Processes, workers: int, jobs: list[int], kind: type[Exception], words: str
 ) -> None:
-    here = pool if workers == 2 else Pool(1)
+    here = pool if workers == 2 else Processes(1)
     with pytest.raises(kind, match=words):
         here.map(_fail, jobs)
     assert here.map(_fail, [4, 5]) == [4, 5]
 
 
-def test_an_error_that_cannot_travel_keeps_its_name(pool: Pool) -> None:
+def test_an_error_that_cannot_travel_keeps_its_name(pool: Processes) -> None:
     with pytest.raises(RuntimeError, match="_Odd: 1 and 2") as caught:
         pool.map(_fail, [3])
     assert "in _fail" in caught.value.__notes__[0]
 
 
-def test_what_cannot_be_sent_says_so_and_leaves_the_pool_usable(pool: Pool) -> None:
+def test_what_cannot_be_sent_says_so_and_leaves_the_pool_usable(pool: Processes) -> None:
     with pytest.raises((AttributeError, TypeError), match=r"local|pickle"):
         pool.map(lambda x: x, [1])
     assert pool.map(_tell, [1]) == [1]
 
 
-def test_a_dead_worker_is_replaced_once(pool: Pool, tmp_path: Path) -> None:
+def test_a_dead_worker_is_replaced_once(pool: Processes, tmp_path: Path) -> None:
     told: list[str] = []
     pool.emit = lambda kind, data: told.append(data["text"])
     paths = [str(tmp_path / name) for name in "abc"]
@@ -165,8 +165,8 @@ def test_a_dead_worker_is_replaced_once(pool: Pool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_events_of_jobs_reach_the_owner(pool: Pool, workers: int) -> None:
-    here = pool if workers == 2 else Pool(1)
+def test_events_of_jobs_reach_the_owner(pool: Processes, workers: int) -> None:
+    here = pool if workers == 2 else Processes(1)
     told: list[tuple[str, Mapping[str, Any]]] = []
     here.emit = lambda kind, data: told.append((kind, data))
     here.map(_tell, [3, 4])
@@ -177,8 +177,8 @@ def test_events_of_jobs_reach_the_owner(pool: Pool, workers: int) -> None:
 
 def test_default_is_the_cores_we_may_use() -> None:
     assert 1 <= visible_cores() <= (os.cpu_count() or 1)
-    assert Pool().workers == visible_cores()
-    assert Pool(0).workers == 1
+    assert Processes().workers == visible_cores()
+    assert Processes(0).workers == 1
 
 
 JOBS = """
@@ -194,9 +194,9 @@ def wait(folder):
 """
 MAIN = """
 import sys
-from excise.train.pool import Pool
+from excise.train.pool import Processes
 from jobs import wait
-with Pool(2, preload=("torch",)) as pool:
+with Processes(2, preload=("torch",)) as pool:
     pool.map(wait, [sys.argv[1]] * 4)
 """
 
@@ -264,7 +264,7 @@ def _fill(megabytes: int) -> int:
 
 
 def test_the_pool_knows_the_peak_memory_of_its_workers() -> None:
-    with Pool(2, preload=()) as pool:
+    with Processes(2, preload=()) as pool:
         pool.map(_fill, [1])
         small = pool.peak_bytes
         pool.map(_fill, [300])
@@ -272,7 +272,7 @@ def test_the_pool_knows_the_peak_memory_of_its_workers() -> None:
     assert pool.peak_bytes > 300 << 20
 
 
-def test_jobs_of_one_turn_never_run_together(pool: Pool, tmp_path: Path) -> None:
+def test_jobs_of_one_turn_never_run_together(pool: Processes, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     done: list[int] = []
     jobs = [str(tmp_path / "a")] * 3
@@ -285,7 +285,7 @@ def test_jobs_of_one_turn_never_run_together(pool: Pool, tmp_path: Path) -> None
 
 
 def test_a_worker_that_still_holds_much_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Pool(2, preload=("torch",)) as pool:
+    with Processes(2, preload=("torch",)) as pool:
         one = pool.map(_hold, [10])[0]
         assert pool.map(_hold, [10])[0] == one
         monkeypatch.setattr(pool_module, "REUSED_BELOW", 1)

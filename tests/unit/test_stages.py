@@ -210,7 +210,7 @@ def test_a_stage_is_read_once_in_a_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_other_processes_follow_the_first(tmp_path: Path) -> None:
     """Process 1 neither locks nor finishes; it makes its share when process 0 says so."""
-    answers = iter([False, True, True])
+    answers = iter([False, True, True, True])
     made: list[Path] = []
     store = Store(tmp_path, rank=1, agree=lambda _: next(answers))
     folder = store.stage("arm", KEY, made.append)

@@ -10,12 +10,11 @@ from pydantic import ValidationError
 
 from excise.cli.study import study_of
 from excise.core.errors import UserError
-from excise.core.events import silent
 from excise.core.stages import Runtime
 from excise.evals.replicates import Contrast, over_seeds
 from excise.record import Record
 from excise.run.study import Study, StudyResult, conduct
-from excise.train.pool import Pool
+from excise.train.pool import Pool, Processes
 
 
 class Effect(Study):
@@ -46,7 +45,7 @@ class Effect(Study):
 
 def run(out: Path, **settings: Any) -> Record:
     Effect.asked.clear()
-    return conduct(Effect(**settings), out, workers=1, emit=silent)
+    return conduct(Effect(**settings), out, Processes(1))
 
 
 def test_a_number_takes_so_many_seeds_that_nothing_was_chosen_on() -> None:

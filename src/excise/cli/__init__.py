@@ -18,10 +18,11 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 
+from excise.cli import torchrun
 from excise.cli.flags import help_text, read
 from excise.cli.ls import load_index
 from excise.cli.options import VERBS, Options
-from excise.core.errors import DiskFull, Diverged, UserError, nearest
+from excise.core.errors import DiskFull, Diverged, ProcessLost, UserError, nearest
 
 DONE, FAILED, USAGE = 0, 1, 2
 """Exit codes: done, failed, bad usage or input."""
@@ -64,34 +65,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     previous = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        return _guarded(args)
+        if torchrun.several():
+            again = torchrun.in_words(args)
+            return torchrun.main(args, lambda work, say: _guarded(work, again, say), _say)
+        return _guarded(lambda: run_verb(args[0], args[1:]), "excise " + shlex.join(args), _say)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _guarded(args: list[str]) -> int:
-    """Run a verb and turn what went wrong into one sentence and an exit code."""
-    again = "excise " + shlex.join(args)
+def _guarded(work: Callable[[], int], again: str, say: torchrun.Say) -> int:
+    """Do some work and turn what went wrong into one sentence and an exit code.
+
+    Args:
+        work: Runs a verb.
+        again: The command line, which resumes what was stopped.
+        say: Prints a sentence and returns the code.
+    """
     try:
-        return run_verb(args[0], args[1:])
-    except (Diverged, DiskFull) as error:
-        return _say(str(error), FAILED)
+        return work()
+    except (Diverged, DiskFull, ProcessLost) as error:
+        return say(str(error), FAILED)
     except UserError as error:
-        return _say(str(error), USAGE)
+        return say(str(error), USAGE)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
         why = str(error).lower()
         if isinstance(error, OSError) and not error.filename and _unwritten():
-            return _say(f"standard output cannot be written: {error.strerror}", FAILED)
+            return say(f"standard output cannot be written: {error.strerror}", FAILED)
         if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in why:
-            return _say(f"the disk is full; free some space, then: {again}", FAILED)
+            return say(f"the disk is full; free some space, then: {again}", FAILED)
         for number, sentence in LIMITS.items():
             if getattr(error, "errno", 0) == number or os.strerror(number).lower() in why:
-                return _say(f"{sentence}, then: {again}", FAILED)
+                return say(f"{sentence}, then: {again}", FAILED)
         if isinstance(error, MemoryError) or "out of memory" in why or "allocate memory" in why:
-            return _say(
+            return say(
                 f"out of memory; use a smaller fit.micro_size or --lora.rank 8, then: {again}",
                 FAILED,
             )
@@ -100,11 +109,11 @@ def _guarded(args: list[str]) -> int:
         where = f"{str(error.filename)[:200]}: " if error.filename else ""
         named = error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
         why = (error.strerror or str(error)).lower()
-        return _say(where + why + "; name another" * named, USAGE if named else FAILED)
+        return say(where + why + "; name another" * named, USAGE if named else FAILED)
     except KeyboardInterrupt:
-        return _say(f"interrupted; to resume: {again}", INTERRUPTED)
+        return say(f"interrupted; to resume: {again}", INTERRUPTED)
     except Terminated:
-        return _say(f"terminated; to resume: {again}", TERMINATED)
+        return say(f"terminated; to resume: {again}", TERMINATED)
 
 
 def run_verb(name: str, args: Sequence[str]) -> int:

@@ -7,18 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from excise.cli.jobs import jobs_of, leave, whole_command
 from excise.cli.options import AuditOptions
 from excise.cli.pair import pair_of
 from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
 from excise.core.errors import UserError
 from excise.record import load
-from excise.report.terminal import finish
 from excise.requests.audit import AuditRun
 from excise.requests.registry import parse_audit, registry
 from excise.run.estimate import plan
 from excise.run.hosted import count_questions, hosted_of
-from excise.run.output import check_out
 from excise.run.run import audit
 
 
@@ -26,7 +25,7 @@ def main(options: AuditOptions) -> int:
     """Attack every edited model of the pair."""
     data = request_data(options)
     out = options.out or Path(f"{data['name']}-{options.budget}")
-    check_out(out)
+    jobs = jobs_of(options, out)
     request = parse_audit(
         override(data, options.settings, AuditRun, registry()),
         allow_code=options.allow_code,
@@ -37,16 +36,17 @@ def main(options: AuditOptions) -> int:
             print(f"{name:<22} {count:>7,} questions to {request.endpoint.host}")
         return 0
     if options.dry_run or options.measure:
-        show_plan(request, out, measure=options.measure, quiet=options.quiet)
+        show_plan(request, jobs.out, measure=options.measure, quiet=options.quiet)
         return 0
     if request.endpoint is None:
-        plan(request, out, rows=False).refuse(force=options.force)
-    events = out / "events.jsonl"
-    with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        audit(request, out, workers=options.workers, emit=emit, command=options.command)
-    code = finish(out)
+        plan(request, jobs.out, rows=False).refuse(force=options.force)
+    with progress(jobs.out / "events.jsonl", quiet=options.quiet, tracker=options.track) as emit:
+        pool = jobs.pool(request.device, emit)
+        audit(request, jobs.out, pool, command=whole_command(options.command))
+    code = leave(jobs)
     if (
-        options.folder
+        jobs.shard is None
+        and options.folder
         and not options.canary
         and load(Path(options.folder)).kind in ("run", "remove")
     ):
@@ -102,6 +102,11 @@ def check_endpoint(options: AuditOptions) -> None:
             f"--endpoint is given beside {options.folder}, whose record names folders of models; "
             "give --model, --original and the data in its place"
         )
+    for flag in ("shard", "pool"):
+        if getattr(options, flag):
+            raise UserError(
+                f"--{flag} is given beside --endpoint, which is asked by one process; leave it out"
+            )
     if options.canary:
         raise UserError(
             "--canary changes weights, which no --endpoint shows; leave one of them out"

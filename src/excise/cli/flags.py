@@ -103,7 +103,7 @@ def flags_of(cls: type[Options]) -> list[Flag]:
     return [
         _flag(field, hints[field.name], texts[field.name])
         for field in fields(cls)
-        if field.name not in ("command", "settings")
+        if field.name not in ("command", "settings", "torchrun")
     ]
 
 

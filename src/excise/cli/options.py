@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 POSITIONAL = "positional"
 """Marks a field that is given by its place on the command line."""
@@ -26,6 +26,8 @@ class Options:
 
     command: str = ""
     """The whole command line, for the record."""
+    torchrun: Any = None
+    """The processes that torchrun started; None for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,11 @@ class StudyOptions(Options):
     """Output folder; runs/NAME when missing."""
     workers: Count = 0
     """Worker processes of one thread each; 0 takes one for each core."""
+    shard: str = ""
+    """Share the jobs with processes on other machines that run the same command with another I:
+    I/N, from 1/N to N/N, --out on a path that all of them see; then excise merge OUT."""
+    pool: str = ""
+    """ray or ray:HOST:PORT: let a Ray cluster do the jobs."""
     full: bool = False
     """Use the study's settings for a real model, where it has some."""
     dry_run: bool = False
@@ -152,6 +159,8 @@ class RemoveOptions(DataOptions):
     """Compute dtype."""
     device: str = "auto"
     """Where models run; auto takes an accelerator where there is one."""
+    fsdp: bool = False
+    """Under torchrun, cut the model over the processes while it trains (FSDP2)."""
     sensitive: bool = False
     """Keep texts out of record and report."""
     refit: bool = False
@@ -281,6 +290,11 @@ class AuditOptions(PairOptions):
     """Ask the endpoint through /chat/completions."""
     workers: Count = 0
     """Worker processes of one thread each; 0 takes one for each core."""
+    shard: str = ""
+    """Share the jobs with processes on other machines that run the same command with another I:
+    I/N, from 1/N to N/N, --out on a path that all of them see; then excise merge OUT."""
+    pool: str = ""
+    """ray or ray:HOST:PORT: let a Ray cluster do the jobs."""
     dry_run: bool = False
     """Read the data, print what would be done and what it would cost, and stop."""
     measure: bool = False
@@ -289,6 +303,20 @@ class AuditOptions(PairOptions):
     """Start even if the estimate says that it cannot fit."""
     track: Literal["", "trackio", "wandb", "tensorboard"] = ""
     """Send losses, curves of attacks and scores to this tracker when the run is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(Options):
+    """Make one output folder of those that the shards of a run left.
+
+    Checks that all shards are there, done, and of one request and one set of library versions. OUT
+    is then as a run without shards leaves it, and the shards' folders are gone.
+    """
+
+    folders: Annotated[tuple[str, ...], POSITIONAL]
+    """--out as the shards were given it; or the folders of all shards, where they lie apart."""
+    out: Path | None = None
+    """Output folder, where the shards' folders are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,6 +508,7 @@ VERBS: Mapping[str, type[Options]] = {
     "run": RunOptions,
     "remove": RemoveOptions,
     "audit": AuditOptions,
+    "merge": MergeOptions,
     "inspect": InspectOptions,
     "label": LabelOptions,
     "study": StudyOptions,

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from excise.cli.jobs import jobs_of, leave
 from excise.cli.options import PairOptions, RemoveOptions
 from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
@@ -13,11 +14,9 @@ from excise.core.code_files import is_code
 from excise.core.config import ConfigError
 from excise.core.errors import UserError
 from excise.methods.base import Method
-from excise.report.terminal import finish
 from excise.requests.recipe import Recipe
 from excise.requests.registry import parse_recipe, registry
 from excise.run.estimate import plan
-from excise.run.output import check_out
 from excise.run.run import run
 
 
@@ -32,22 +31,15 @@ def main(options: RemoveOptions) -> int:
 def _main(options: RemoveOptions) -> int:
     """Do the work of `main`, whose errors name fields and no flags."""
     recipe = parse_recipe(recipe_data(options), allow_code=options.allow_code)
-    check_out(options.out)
+    jobs = jobs_of(options, options.out)
     if options.dry_run or options.measure:
-        show_plan(recipe, options.out, measure=options.measure, quiet=options.quiet)
+        show_plan(recipe, jobs.out, measure=options.measure, quiet=options.quiet)
         return 0
-    plan(recipe, options.out, rows=False).refuse(force=options.force)
-    events = options.out / "events.jsonl"
-    with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        run(
-            recipe,
-            options.out,
-            workers=options.workers,
-            emit=emit,
-            command=options.command,
-            kind="remove",
-        )
-    return finish(options.out)
+    plan(recipe, jobs.out, rows=False).refuse(force=options.force)
+    with progress(jobs.out / "events.jsonl", quiet=options.quiet, tracker=options.track) as emit:
+        pool = jobs.pool(recipe.device, emit)
+        run(recipe, jobs.out, pool, command=options.command, kind="remove")
+    return leave(jobs)
 
 
 def as_flag(problem: str) -> str:
@@ -88,6 +80,7 @@ def recipe_data(options: RemoveOptions) -> dict[str, Any]:
         "seed": options.seed,
         "dtype": options.dtype,
         "device": options.device,
+        "fsdp": options.fsdp,
     }
     return override(data, rest, Recipe, registry())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from excise.cli import study
+from excise.cli.jobs import jobs_of, leave, whole_command
 from excise.cli.options import CheckOptions, RunOptions
 from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
@@ -17,11 +18,9 @@ from excise.core.errors import UserError, nearest
 from excise.core.plain import NotPlain, read_yaml
 from excise.core.plugins import entry_points
 from excise.recipes import RECIPES, recipe_named
-from excise.report.terminal import finish
 from excise.requests.recipe import Recipe
 from excise.requests.registry import parse_recipe, registry
 from excise.run.estimate import plan
-from excise.run.output import check_out
 from excise.run.run import run
 from excise.run.study import study_points
 
@@ -35,15 +34,17 @@ def main(options: RunOptions) -> int:
         return study.main(options)
     recipe = recipe_of(options)
     out = options.out or Path("runs") / recipe.name
-    check_out(out)
+    jobs = jobs_of(options, out)
     if options.dry_run or options.measure:
-        show_plan(recipe, out, measure=options.measure, quiet=options.quiet)
+        show_plan(recipe, jobs.out, measure=options.measure, quiet=options.quiet)
         return 0
-    plan(recipe, out, rows=False).refuse(force=options.force)
-    events = out / "events.jsonl"
-    with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        run(recipe, out, workers=options.workers, emit=emit, command=options.command)
-    return finish(out)
+    plan(recipe, jobs.out, rows=False).refuse(force=options.force)
+    if jobs.shard is not None and jobs.shard.number > 1:
+        recipe = recipe.model_copy(update={"keep": "none"})  # one copy of the models is enough
+    with progress(jobs.out / "events.jsonl", quiet=options.quiet, tracker=options.track) as emit:
+        pool = jobs.pool(recipe.device, emit)
+        run(recipe, jobs.out, pool, command=whole_command(options.command))
+    return leave(jobs)
 
 
 def recipe_of(options: RunOptions | CheckOptions) -> Recipe:

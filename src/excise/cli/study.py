@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from excise.cli.jobs import jobs_of, leave, whole_command
 from excise.cli.options import DottedSettings, StudyOptions
 from excise.cli.progress import progress
 from excise.cli.settings import override
 from excise.core.config import parse
 from excise.core.plugins import collect_code, entry_points
 from excise.recipes import RECIPES
-from excise.report.terminal import finish
 from excise.requests.registry import registry
-from excise.run.output import check_out
 from excise.run.study import Study, conduct, study_named, study_points
 
 
@@ -22,14 +21,14 @@ def main(options: StudyOptions) -> int:
         options.name, options.settings, full=options.full, allow_code=options.allow_code
     )
     out = options.out or Path("runs") / (options.name + ("-full" if options.full else ""))
-    check_out(out)
+    jobs = jobs_of(options, out)
     if options.dry_run:
         print(f"{statement(study)}\noutput: {out}")
         return 0
-    events = out / "events.jsonl"
-    with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        conduct(study, out, workers=options.workers, emit=emit, command=options.command)
-    return finish(out)
+    with progress(jobs.out / "events.jsonl", quiet=options.quiet, tracker=options.track) as emit:
+        pool = jobs.pool(study.device, emit)
+        conduct(study, jobs.out, pool, command=whole_command(options.command))
+    return leave(jobs)
 
 
 def is_study(name: str) -> bool:

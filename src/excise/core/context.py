@@ -30,9 +30,12 @@ class Stage(ABC, Generic[T]):
 
     Attributes:
         version: Raised when the same inputs give another result.
+        data_parallel: Whether several processes make it together, each its share, so that it
+            talks to them through `ctx`; any other stage is made by one process alone.
     """
 
     version: ClassVar[int] = 1
+    data_parallel: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -71,6 +74,7 @@ class Context:
         dtype: Compute dtype of models.
         rank: Number of this process.
         world: Number of processes.
+        fsdp: Whether a model's blocks are cut over the processes while it trains.
         emit: Sink of progress events, `emit(kind, data)`.
         stages: Runs a stage that this one is made of, and keeps it; None makes it in `work`.
     """
@@ -81,6 +85,7 @@ class Context:
     dtype: torch.dtype = torch.float32
     rank: int = 0
     world: int = 1
+    fsdp: bool = False
     emit: Emit = silent
     stages: RunStage | None = None
 
@@ -106,7 +111,7 @@ class Context:
         """
         if self.stages is not None:
             return self.stages(stage)
-        how = [str(self.dtype), self.device.type, self.world]
+        how = [str(self.dtype), self.device.type, self.world, self.fsdp]
         inputs = json.dumps([fields_identity(stage), how], sort_keys=True)
         digest = hashlib.sha256(inputs.encode()).hexdigest()[:16]
         seed: Any = getattr(stage, "seed", 0)

@@ -18,6 +18,10 @@ class Diverged(RuntimeError):
     """Training produced a non-finite loss; the last good weights are kept (exit code 1)."""
 
 
+class ProcessLost(RuntimeError):
+    """A process of several is gone and left no word; the same command resumes (exit code 1)."""
+
+
 class NotFinite(UserError):
     """A model whose scores are NaN or infinite: nothing can be said of it."""
 

@@ -13,8 +13,9 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,13 @@ DONE = "done.json"
 LAYOUT = "v2"
 """Folder of a store in which stages of this layout lie."""
 
+PATIENT: ContextVar[bool] = ContextVar("PATIENT", default=True)
+"""Whether a job waits for a stage that another process is making; whoever runs it sets it."""
+
+
+class Busy(Exception):
+    """Another process is making this stage, or one that it is made of, and nobody waits for it."""
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -45,7 +53,8 @@ class Runtime:
         device: Device of the worker.
         rank: Number of this process among those that make a stage together.
         world: Number of those processes.
-        agree: Collective that returns process 0's boolean in every process.
+        fsdp: Whether they cut a model over themselves while it trains.
+        agree: Collective that returns process 0's boolean in every process, once all are there.
         began: When the run began, in seconds since the epoch. What was checked byte by byte since
             then is not read again.
     """
@@ -55,6 +64,7 @@ class Runtime:
     device: str = "cpu"
     rank: int = 0
     world: int = 1
+    fsdp: bool = False
     agree: Callable[[bool], bool] = field(default=bool, repr=False)
     began: float = field(default_factory=time.time)
 
@@ -64,11 +74,14 @@ class Runtime:
         Raises:
             DiskFull: If the disk is full.
             UserError: What the stage refuses.
+            Busy: If another process is making it, in a job that is not `PATIENT`.
         """
         return stage.read(self.make(stage))
 
     def make(self, stage: Stage[Any]) -> Path:
         """Return the finished folder of a stage, making it if it is not there; see `run`."""
+        if self.world > 1 and not stage.data_parallel:
+            return replace(self, rank=0, world=1, fsdp=False, agree=bool).make(stage)
 
         def make(work: Path) -> None:
             stage.make(self.context(work, seed=int(getattr(stage, "seed", 0))))
@@ -86,7 +99,8 @@ class Runtime:
             "inputs": fields_identity(stage),
             "dtype": self.dtype,
             "device": self.device.partition(":")[0],
-            "world": self.world,
+            "world": self.world if stage.data_parallel else 1,
+            "fsdp": self.fsdp and stage.data_parallel,
             "libraries": dict(library_versions()),
             "code": own_source(),
         }
@@ -100,13 +114,21 @@ class Runtime:
             dtype=getattr(torch, self.dtype),
             rank=self.rank,
             world=self.world,
+            fsdp=self.fsdp,
             emit=emit,
             stages=self.run,
         )
 
     @property
     def _kept(self) -> Store:
-        return Store(self.store / LAYOUT, emit, rank=self.rank, agree=self.agree, since=self.began)
+        return Store(
+            self.store / LAYOUT,
+            emit,
+            rank=self.rank,
+            agree=self.agree,
+            since=self.began,
+            wait=PATIENT.get() or self.world > 1,  # alone, process 0 may not leave the others
+        )
 
 
 def old_stages(store: Path) -> str:
@@ -129,6 +151,7 @@ class Store:
         rank: Number of this process; process 0 locks, checks and finishes.
         agree: Collective that returns process 0's boolean in every process.
         since: What was checked byte by byte after this time is not read again.
+        wait: Whether to wait for another process that is making a stage.
     """
 
     def __init__(
@@ -139,10 +162,12 @@ class Store:
         rank: int = 0,
         agree: Callable[[bool], bool] = bool,
         since: float | None = None,
+        wait: bool = True,
     ) -> None:
         """Look at `root` as a store."""
         self.root, self.emit, self.rank, self.agree = Path(root), emit, rank, agree
         self.since = time.time() if since is None else since
+        self.wait = wait
 
     def path(self, name: str, key: Mapping[str, Any]) -> Path:
         """Return the folder of a stage, made or not.
@@ -169,6 +194,7 @@ class Store:
 
         Raises:
             DiskFull: If the disk is full.
+            Busy: If another process is making it, and `wait` is false.
         """
         final = self.path(name, key)
         if self.rank == 0 and not self.damage(final):
@@ -179,8 +205,13 @@ class Store:
             text = f"another process is making stage '{name}' in {self.root}; waiting for it"
             self.emit("note", {"text": text})
 
-        lock = locked(self.root / ".locks" / f"{final.name}.lock", waiting)
-        with lock if self.rank == 0 else nullcontext():
+        lock = locked(self.root / ".locks" / f"{final.name}.lock", waiting if self.wait else None)
+        with ExitStack() as held:
+            if self.rank == 0:
+                try:
+                    held.enter_context(lock)
+                except BlockingIOError:
+                    raise Busy(final.name) from None
             # Another process may have made it while this one waited for the lock.
             if self.agree(self.rank == 0 and self._settled(final)):
                 return self._reused(final)
@@ -260,9 +291,11 @@ class Store:
         partial = final.with_name(final.name + ".partial")
         self.emit("stage_start", {"stage": final.name, "resumed": partial.exists()})
         with disk_full(partial):
-            partial.mkdir(parents=True, exist_ok=True)
-            (partial / DONE).unlink(missing_ok=True)
-            sweep(partial, deep=True)
+            if self.rank == 0:
+                partial.mkdir(parents=True, exist_ok=True)
+                (partial / DONE).unlink(missing_ok=True)
+                sweep(partial, deep=True)
+            self.agree(True)
             try:
                 make(partial)
             except UserError as error:

@@ -184,6 +184,7 @@ class ApplyMethod(Stage[Removal]):
     """
 
     version: ClassVar[int] = 2
+    data_parallel: ClassVar[bool] = True
 
     method: Method
     start: Checkpoint

@@ -398,6 +398,8 @@ class MeasureImportance(Stage[Sums]):
         modules: Parameters that are measured; empty for all.
     """
 
+    data_parallel: ClassVar[bool] = True
+
     start: Checkpoint
     examples: tuple[Example, ...] = field(metadata={"identity": examples_identity})
     kind: Kind

@@ -81,7 +81,7 @@ def _fitted(
             continue
         inner = type(asked).model_fields[name].default
         inner = inner if isinstance(inner, Config) and isinstance(value, Config) else None
-        old = dict(_configs(value))
+        old = dict(configs_in(value))
         new = {
             key: _fitted(one, limit, path + key, inner, problems, cut) for key, one in old.items()
         }
@@ -92,7 +92,7 @@ def _fitted(
     return asked.model_copy(update=changed) if changed else asked
 
 
-def _configs(value: Any) -> Iterator[tuple[str, Config]]:
+def configs_in(value: Any) -> Iterator[tuple[str, Config]]:
     """Yield the configurations in a field, by what stands behind the field in their path."""
     items: list[tuple[str, Any]] = [("", value)]
     if isinstance(value, Mapping):

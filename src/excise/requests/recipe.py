@@ -121,6 +121,9 @@ class Recipe(Config):
     """Compute dtype."""
     device: str = "auto"
     """`auto` takes an accelerator where there is one."""
+    fsdp: bool = False
+    """Under torchrun, cut the blocks of a model over the processes while it trains (FSDP2):
+    each holds a share of weights, gradients and optimizer states."""
     code: dict[str, str] = {}
     """Names defined by code of one's own, as `./file.py:Class`."""
 

@@ -46,7 +46,7 @@ from excise.run.results import (
     timed,
 )
 from excise.run.steps import audit_models
-from excise.train.pool import Pool
+from excise.train.pool import Processes
 
 ModelSource = str | Path | nn.Module | Checkpoint
 """A folder, hub id, GGUF file, fetched name, model in memory, or a checkpoint."""
@@ -106,7 +106,7 @@ def remove(
         dtype=dtype,
         device=device,
     )
-    with disk_full(folder), output.claim(folder, request), Pool(1) as pool:
+    with disk_full(folder), output.claim(folder, request), Processes(1) as pool:
         runtime = output.runtime(folder, dtype, device)
         removal = pool.map(runtime.run, [ApplyMethod(method, start, built, seed)])[0]
         bases = {} if starts_from(method) == "scratch" else {name: start}
@@ -225,7 +225,7 @@ def audit(
     )
     asked = check_lengths(asked, models.original.config)
     started = now()
-    with disk_full(folder), output.claim(folder, asked), Pool(workers) as pool:
+    with disk_full(folder), output.claim(folder, asked), Processes(workers) as pool:
         runtime = output.runtime(folder, dtype, device)
         record = Record(
             kind="audit",

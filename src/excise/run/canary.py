@@ -80,10 +80,10 @@ def remove_canaries(
         for lesson, seed in zip(lessons, seeds, strict=True)
     ]
     label(jobs, ["original", *(f"oracle-{i}" for i in numbers)], runtime, pool)
-    taught, *oracles = [removal.checkpoint for removal in pool.map(runtime.run, jobs)]
+    taught, *oracles = [removal.checkpoint for removal in pool.make(jobs, runtime)]
     removals = [ApplyMethod(arm, taught, domain, request.seed) for arm in asked.arms.values()]
     label(removals, list(asked.arms), runtime, pool)
-    made = dict(zip(asked.arms, pool.map(runtime.run, removals), strict=True))
+    made = dict(zip(asked.arms, pool.make(removals, runtime), strict=True))
     runs = tuple(
         method_run(name, asked.arms[name], removal, request.seed, {})
         for name, removal in made.items()

@@ -38,8 +38,8 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def environment(dtype: str, device: str, started: str) -> Environment:
-    """Return what decides numbers here: versions, device, git, threads; and when it began."""
+def environment(dtype: str, device: str, started: str, world: int = 1) -> Environment:
+    """Return what decides numbers here: versions, device, processes, threads; and when it began."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
     versions = dict(library_versions())
     return Environment(
@@ -50,6 +50,7 @@ def environment(dtype: str, device: str, started: str) -> Environment:
         git=git_state(Path(__file__).parent),
         platform=f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         threads=torch.get_num_threads(),
+        world=world,
         started=started,
     )
 

@@ -50,7 +50,7 @@ from excise.run.estimate import (
 )
 from excise.run.stages import MakeModel
 from excise.train.fit import FitConfig, fit
-from excise.train.pool import Pool
+from excise.train.pool import Processes
 
 STEPS = 4
 """Steps of every schedule: the first warms up, three are timed."""
@@ -85,7 +85,7 @@ def measured(
     notes: list[str] = []
     with (
         tempfile.TemporaryDirectory(dir=existing(result.out), prefix=".measure-") as scratch,
-        Pool(1, emit=emit) as pool,
+        Processes(1, emit=emit) as pool,
     ):
         work = Path(scratch)
         ctx = Context(

@@ -48,6 +48,11 @@ SEVERAL = {"adapter": "adapters", "delta": "deltas", "looks": "looks"}
 """Folders of what is kept beside several models, by its kind."""
 
 
+def store_of(out: Path) -> Path:
+    """Return where the stages of an output are kept; those that lie side by side share it."""
+    return out.parent / ".stages"
+
+
 def runtime(out: Path, dtype: str, device: str, emit: Emit = silent) -> Runtime:
     """Return where the stages of an output are kept; runs that lie side by side share a store.
 
@@ -57,7 +62,7 @@ def runtime(out: Path, dtype: str, device: str, emit: Emit = silent) -> Runtime:
         device: Device, or `auto`.
         emit: Gets a note of stages that an earlier version left.
     """
-    store = out.parent / ".stages"
+    store = store_of(out)
     for partial in (store / LAYOUT).glob("*.partial"):  # of killed runs that nobody resumed
         sweep(partial, deep=True)
     old = old_stages(store)
@@ -163,7 +168,7 @@ def _check_free(out: Path, text: str) -> bool:
     recipe = out / RECIPE
     if not recipe.is_file():
         return False
-    if not _same_run(recipe.read_text(encoding="utf-8", errors="replace"), text):
+    if not same_run(recipe.read_text(encoding="utf-8", errors="replace"), text):
         raise UserError(f"--out {out} holds another run; name a new folder")
     return True
 
@@ -191,7 +196,7 @@ def _texts(data: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-def _same_run(old: str, new: str) -> bool:
+def same_run(old: str, new: str) -> bool:
     """Return whether two configurations ask for the same.
 
     A requirement and what is kept decide no number, and the time that a study may take only how

@@ -69,7 +69,7 @@ def new_record(
         title=asked.title or asked.name,
         command=command,
         config=asked.model_dump(mode="json"),
-        environment=environment(asked.dtype, runtime.device, started),
+        environment=environment(asked.dtype, runtime.device, started, runtime.world),
         seeds=(asked.seed,),
         data=describe(domain),
         models=model_refs(models, source),

@@ -7,16 +7,17 @@ A reader needs nothing else to see the whole; its steps are functions of `steps`
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from excise.core.events import Emit
 from excise.fetch.model import open_model
 from excise.methods.pretraining.filtering import makes_oracle
 from excise.models.spec import ModelSpec
 from excise.record import MethodRun, Record
 from excise.requests.audit import AuditRun
 from excise.requests.lengths import fit_lengths
+from excise.requests.processes import check_batches, check_fsdp
 from excise.requests.recipe import Recipe, starts_from
 from excise.run import output
 from excise.run.canary import remove_canaries
@@ -30,9 +31,8 @@ from excise.train.pool import Pool
 def run(
     recipe: Recipe,
     out: Path,
+    pool: Pool,
     *,
-    workers: int,
-    emit: Emit,
     command: str = "",
     kind: Literal["run", "remove"] = "run",
 ) -> Record:
@@ -41,18 +41,20 @@ def run(
     Args:
         recipe: Everything there is to choose.
         out: Output folder; an interrupted run of the same recipe resumes there.
-        workers: Worker processes, one thread each; 0 takes one for each core.
-        emit: Sink of progress events.
+        pool: Who does the jobs, and where events go; opened here.
         command: The command that makes this again, for the record.
         kind: Which verb this is.
 
     Returns:
         The record, as written to `out/run.json`.
     """
-    began, started = time.monotonic(), now()
+    began, started, emit = time.monotonic(), now(), pool.emit
     recipe = fit_lengths(recipe, emit)
-    with output.claim(out, recipe), Pool(workers or None, emit=emit) as pool:
+    check_batches(recipe, pool.world)
+    check_fsdp(recipe, pool.world)
+    with output.claim(out, recipe), pool:
         runtime = output.runtime(out, recipe.dtype, recipe.device, emit)
+        runtime = replace(runtime, world=pool.world, fsdp=recipe.fsdp)
         emit("phase", {"text": "reading the model and the data"})
         domain, models = prepare(recipe, runtime, pool)
         output.note_changes(out, recipe.domain, models.original, emit)
@@ -84,25 +86,32 @@ def run(
     return record
 
 
-def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: str = "") -> Record:
+def audit(
+    request: AuditRun,
+    out: Path,
+    pool: Pool,
+    *,
+    command: str = "",
+) -> Record:
     """Attack models that exist, whoever made them.
 
     Args:
         request: Candidates, reference models, data and budget.
         out: Output folder; the only place that is written to.
-        workers: Worker processes, one thread each; 0 takes one for each core.
-        emit: Sink of progress events.
+        pool: Who does the jobs, and where events go; opened here.
         command: The command that makes this again, for the record.
 
     Returns:
         The record, as written to `out/run.json`.
     """
     if request.endpoint is not None:
-        return audit_hosted(request, out, emit=emit, command=command)
-    began, started = time.monotonic(), now()
+        return audit_hosted(request, out, emit=pool.emit, command=command)
+    began, started, emit = time.monotonic(), now(), pool.emit
     request = fit_lengths(request, emit)
-    with output.claim(out, request), Pool(workers or None, emit=emit) as pool:
+    check_batches(request, pool.world)
+    with output.claim(out, request), pool:
         runtime = output.runtime(out, request.dtype, request.device, emit)
+        runtime = replace(runtime, world=pool.world)
         emit("phase", {"text": "reading the models and the data"})
         original = open_model(request.original)
         oracles, proxies = (

@@ -192,7 +192,7 @@ def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Model
         for method, init, seed in zip(methods, inits[:-1], seeds, strict=True)
     ]
     label(jobs, ["original", *(f"oracle-{i}" for i in range(recipe.oracles))], runtime, pool)
-    trained = pool.map(runtime.run, jobs)
+    trained = pool.make(jobs, runtime)
     original, *oracles = [removal.checkpoint for removal in trained]
     tokens = trained[0].cost.tokens
     return domain, Models(original, tuple(oracles), init=inits[-1], tokens=tokens)
@@ -216,7 +216,7 @@ def remove_all(
         seed = recipe.seed + (ARMS if scratch else 0)
         jobs.append(ApplyMethod(completed(method, known), start, domain, seed))
     label(jobs, list(recipe.arms), runtime, pool)
-    return dict(zip(recipe.arms, pool.map(runtime.run, jobs), strict=True))
+    return dict(zip(recipe.arms, pool.make(jobs, runtime), strict=True))
 
 
 def refit(recipe: Recipe, models: Models, runtime: Runtime, pool: Pool) -> dict[str, Removal]:

@@ -176,21 +176,20 @@ class StudyResult:
         return any(contrast.open for contrast in self.contrasts)
 
 
-def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str = "") -> Record:
+def conduct(study: Study, out: Path, pool: Pool, *, command: str = "") -> Record:
     """Run a study and write its record and report.
 
     Args:
         study: Everything there is to choose.
         out: Output folder; an interrupted study of the same settings resumes there.
-        workers: Worker processes, one thread each; 0 takes one for each core.
-        emit: Sink of progress events.
+        pool: Who does the jobs, and where events go; opened here. One process makes each model.
         command: The command that makes this again, for the record.
 
     Returns:
         The record, as written to `out/run.json`.
     """
-    began, started = time.monotonic(), now()
-    with output.claim(out, study), Pool(workers or None, emit=emit) as pool:
+    began, started, emit = time.monotonic(), now(), pool.emit
+    with output.claim(out, study), pool:
         runtime = output.runtime(out, study.dtype, study.device, emit)
         result, seeds = answered(study, runtime, pool, emit)
         outcome = Record(
@@ -198,7 +197,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
             title=study.name,
             command=command,
             config=study.model_dump(mode="json"),
-            environment=environment(study.dtype, runtime.device, started),
+            environment=environment(study.dtype, runtime.device, started, pool.world),
             seeds=seeds,
             data=dict(result.data) | (describe(result.domain) if result.domain else {}),
             models=result.models,

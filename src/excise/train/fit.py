@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -21,12 +21,14 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from excise.core.config import Config
 from excise.core.context import Context
 from excise.core.errors import Diverged, UserError
 from excise.core.random_state import seeded
 from excise.train.distributed import barrier, check_processes, gather, sum_dicts, sum_gradients
+from excise.train.fsdp import sharded
 from excise.train.optim import OptimizerGroup, OptimizerName, Slice, make_optimizer, schedule_share
 from excise.train.state import Log, buffers_of, load_state, restore, save_state
 
@@ -193,9 +195,16 @@ def fit(
         UserError: If groups share or lack parameters, or the state is of another run.
     """
     check_processes(ctx)
-    trained = _make_groups(model, groups, config, rates or {})
-    run = _Run(model, trained, config, ctx, state_dir, together)
-    with _training_only(model, trained):
+    if ctx.fsdp and (gradient is not None or change is not None):
+        raise UserError(
+            "a gradient that takes several passes, or is changed whole, cannot be cut over "
+            "processes; leave --fsdp out"
+        )
+    with ExitStack() as stack:
+        cut = stack.enter_context(sharded(model, ctx))
+        trained = _make_groups(model, groups, config, rates or {}, cut)
+        run = _Run(model, trained, config, ctx, state_dir, together)
+        stack.enter_context(_training_only(model, trained))
         yield from run.resume()
         try:
             while run.cursor < config.steps:
@@ -206,8 +215,9 @@ def fit(
                 if change is not None:
                     _change_gradients(trained, change, run.cursor, ctx)
                 yield run.step(losses, began)
-        except BaseException:
-            run.save()
+        except BaseException as error:
+            if not ctx.fsdp or isinstance(error, (GeneratorExit, Diverged)):
+                run.save()  # of a cut model all processes must be there
             _settle(trained)
             raise
         _settle(trained)
@@ -225,8 +235,12 @@ def _make_groups(
     groups: Mapping[str, Sequence[nn.Parameter | Slice]] | None,
     config: FitConfig,
     rates: Mapping[str, float],
+    cut: Mapping[int, nn.Parameter],
 ) -> list[OptimizerGroup]:
-    """Give every group its master weights and optimizer; refuse empty and overlapping ones."""
+    """Give every group its master weights and optimizer; refuse empty and overlapping ones.
+
+    `cut` says what stands in the place of a parameter that is cut over processes.
+    """
     if groups is None:
         groups = {"all": [p for p in model.parameters() if p.requires_grad]}
     if unknown := set(rates) - set(groups):
@@ -235,6 +249,7 @@ def _make_groups(
     trained = []
     for name, members in groups.items():
         parts = [p if isinstance(p, Slice) else Slice(p, None, 0, 0) for p in members]
+        parts = [replace(part, param=cut.get(id(part.param), part.param)) for part in parts]
         parts = list({part.key: part for part in parts}.values())  # tied weights are listed twice
         if not parts:
             raise UserError(f"group '{name}' has no parameter to train; check its names")
@@ -263,7 +278,7 @@ def _master_weight(part: Slice, master: str) -> Tensor:
     """Return what the optimizer steps in place of a parameter or a slice of it."""
     if part.param.dtype in (torch.float16, torch.bfloat16) and master == "float32":
         return part.of(part.param.detach()).float()
-    return part.param if part.dim is None else part.of(part.param.detach())
+    return part.of(part.param.detach()) if part.viewed else part.param
 
 
 @contextmanager
@@ -363,6 +378,8 @@ class _Run:
         self.between_steps = True
         every = config.save_every
         late = not every and time.monotonic() - self.saved_at > AUTOSAVE
+        if self.ctx.fsdp:
+            late = gather(late, self.ctx)[0]
         if (every and self.cursor % every == 0) or late:
             self.save()
         return record
@@ -375,13 +392,18 @@ class _Run:
 
     def _clip(self, losses: Losses) -> float:
         """Return the norm of all gradients, after scaling them down to `clip`."""
-        weights = [(g.name, w) for g in self.groups for w in g.master_weights]
-        grads = [(name, w.grad) for name, w in weights if w.grad is not None]
+        parts = [(g.name, part.cut, w.grad) for g in self.groups for part, w in g.parts()]
+        grads = [(name, grad) for name, _, grad in parts if grad is not None]
         if not grads:
             return 0.0
         double = any(grad.dtype == torch.float64 for _, grad in grads)
         dtype = torch.float64 if double else torch.float32
         norms = torch.stack([torch.linalg.vector_norm(grad, dtype=dtype) for _, grad in grads])
+        if self.ctx.fsdp:
+            cut = torch.tensor([c for _, c, grad in parts if grad is not None], device=norms.device)
+            squares = torch.where(cut, norms.square(), 0.0).sum()
+            dist.all_reduce(squares)
+            norms = torch.stack([*norms[~cut], squares.sqrt()])
         norm = float(torch.linalg.vector_norm(norms))
         if not math.isfinite(norm):
             bad = [name for name, grad in grads if not bool(grad.isfinite().all())]
@@ -411,14 +433,19 @@ class _Run:
 
     def save(self, *, finished: bool = False) -> None:
         """Write the state unless it is on disk or in the middle of a step or of several."""
-        if self.folder is None or self.ctx.rank or not self.between_steps:
+        if self.folder is None or not self.between_steps:
+            return
+        if self.ctx.rank and not self.ctx.fsdp:
             return
         if self.cursor % self.together and not finished:
             return
-        if self.cursor > self.saved or not any(self.folder.glob("step-*")):
+        missing = not any(self.folder.glob("step-*"))
+        if self.ctx.fsdp:
+            missing = gather(missing, self.ctx)[0]
+        if self.cursor > self.saved or missing:
             save_state(
                 self.folder, self.cursor, self.groups, self.buffers, self.run_id, self.log.sync(),
-                moments=not finished,
+                moments=not finished, write=self.ctx.rank == 0,
             )  # fmt: skip
             self.saved = self.cursor
         self.saved_at = time.monotonic()
@@ -559,7 +586,7 @@ def _backward(
     tokens = sum(_tokens(micro) for micro in micros)
     all_weighted, all_means, all_tokens = zip(*gather([weighted, means, tokens], ctx), strict=True)
     _settle_gradients(groups, written)
-    sum_gradients([weight for g in groups for weight in g.master_weights], ctx)
+    sum_gradients([w for g in groups for part, w in g.parts() if not part.cut], ctx)
     total = sum(sum_dicts(all_weighted).values())
     return Losses(total, sum_dicts(all_means), sum(all_tokens))
 
@@ -686,5 +713,5 @@ def _settle_gradients(groups: Sequence[OptimizerGroup], written: set[str] | None
         for part, weight in zip(group.slices, group.master_weights, strict=True):
             if written is not None and group.name not in written:
                 weight.grad = None
-            elif part.dim is not None and weight.dtype == part.param.dtype:
+            elif part.viewed and weight.dtype == part.param.dtype:
                 weight.grad = None if part.param.grad is None else part.of(part.param.grad)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 from excise.core.errors import UserError
 
@@ -167,10 +169,65 @@ class Slice:
     stop: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the view of this slice in a tensor of the parameter's shape."""
+        """Return the view of this slice in a tensor of the parameter's shape.
+
+        Of one that is cut over processes by rows, it is the rows of the slice that lie here.
+        """
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to_local()
+            if self.dim == 0:
+                first, last = self.rows
+                offset = self._held[0]
+                return tensor.narrow(0, first - offset, last - first)
         if self.dim is None:
             return tensor
         return tensor.narrow(self.dim, self.start, self.stop - self.start)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the parameter is cut over processes."""
+        return isinstance(self.param, DTensor)
+
+    @property
+    def viewed(self) -> bool:
+        """Whether what is stepped is a view of the parameter and not the parameter itself."""
+        return self.dim is not None or self.cut
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows of the parameter that the part of the slice in this process spans."""
+        begin, end = self._held
+        if self.dim != 0:
+            return begin, end
+        first = min(max(self.start, begin), end)
+        return first, max(first, min(self.stop, end))
+
+    @property
+    def _held(self) -> tuple[int, int]:
+        """Rows of a cut parameter that lie in this process, as `torch.chunk` deals them."""
+        mesh, count = self.param.device_mesh, self.param.shape[0]  # type: ignore[attr-defined]
+        each, rank = -(-count // mesh.size()), mesh.get_local_rank()
+        return min(count, rank * each), min(count, (rank + 1) * each)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Return what a tensor of this process's part of the slice is over all processes.
+
+        Numbers that are no part of it, such as an optimizer's count of steps, stay as they are.
+        """
+        if not self.cut or part.dim() == 0:
+            return part
+        group = self.param.device_mesh.get_group()  # type: ignore[attr-defined]
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, part.detach().cpu(), group=group)
+        return torch.cat(parts)
+
+    def here(self, whole: Tensor) -> Tensor:
+        """Return this process's part of what `whole` returned."""
+        if not self.cut or whole.dim() == 0:
+            return whole
+        first, last = self.rows
+        start = self.start if self.dim == 0 else 0
+        return whole[first - start : last - start]
 
     @property
     def inside(self) -> bool:
@@ -222,10 +279,13 @@ class OptimizerGroup:
         """The parameters of the model, whole, one for each master weight."""
         return [part.param for part in self.slices]
 
+    def parts(self) -> list[tuple[Slice, Tensor]]:
+        """Return the master weights with what they stand for."""
+        return list(zip(self.slices, self.master_weights, strict=True))
+
     def copies(self) -> list[tuple[Slice, Tensor]]:
         """Return the master weights that have memory of their own, with what they stand for."""
-        pairs = zip(self.slices, self.master_weights, strict=True)
-        return [(part, weight) for part, weight in pairs if weight.dtype != part.param.dtype]
+        return [(part, weight) for part, weight in self.parts() if weight.dtype != part.param.dtype]
 
     @torch.no_grad()
     def copy_to_model(self) -> None:

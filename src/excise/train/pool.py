@@ -1,4 +1,4 @@
-"""Many small jobs over warm worker processes of one thread each.
+"""Many small jobs: what a pool of workers is, and warm processes of one thread each.
 
 Importing torch and transformers costs seconds a process, so a server process imports them once
 and forks the workers, which then live as long as the pool. Messages go through pipes between our
@@ -19,14 +19,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self
 
+from excise.core.context import Stage
 from excise.core.errors import UserError
-from excise.core.events import CHANNEL, Emit, silent
-from excise.train.worker import INSIDE, plain_modes, release, settle, unsettle, work
-
-J = TypeVar("J")
-R = TypeVar("R")
+from excise.core.events import Emit, silent
+from excise.core.stages import Runtime
+from excise.train.worker import INSIDE, J, R, in_place, run_job, work
 
 PRELOAD = (
     "torch",
@@ -87,14 +86,88 @@ class _Worker:
         self.process.join()
 
 
-class Pool:
-    """Worker processes that stay warm inside a `with` block.
+class Pool(Protocol):
+    """Workers that take jobs inside a `with` block.
+
+    `Processes`, `Shared`, `RayPool` and `TorchrunPool` are the ways there are.
+
+    Attributes:
+        workers: Jobs that run at the same time at most.
+        emit: Sink of events that jobs send through `excise.core.events.emit`.
+        peak_bytes: Largest resident memory of any worker that finished a job.
+        world: Processes that make one stage together in `make`.
+    """
+
+    @property
+    def workers(self) -> int: ...  # noqa: D102
+
+    @property
+    def emit(self) -> Emit: ...  # noqa: D102
+
+    @property
+    def peak_bytes(self) -> int: ...  # noqa: D102
+
+    @property
+    def world(self) -> int: ...  # noqa: D102
+
+    def __enter__(self) -> Self:
+        """Get ready for jobs."""
+        ...
+
+    def __exit__(self, *_: object) -> None:
+        """End all workers."""
+        ...
+
+    def map(
+        self,
+        function: Callable[[J], R],
+        jobs: Sequence[J],
+        on_done: Callable[[int, R], None] | None = None,
+        *,
+        turns: Sequence[int | None] = (),
+    ) -> list[R]:
+        """Run `function` on every job.
+
+        Args:
+            function: Named at module level, so that a worker can find it.
+            jobs: Its arguments; like results they must be picklable.
+            on_done: Called in this process with number and result as jobs finish.
+            turns: One number per job; jobs of one number take turns, so that their memory is
+                needed once. None (and no `turns`) for a job that waits for nobody.
+
+        Returns:
+            Results in the order of `jobs`.
+
+        Raises:
+            UserError: If a worker dies too often on the same job.
+            Exception: What a job raised, as itself; other running jobs are stopped, after
+                saving their state.
+        """
+        ...
+
+    def make(self, stages: Sequence[Stage[R]], runtime: Runtime) -> list[R]:
+        """Make stages that train models, in their order.
+
+        Args:
+            stages: Those that are `data_parallel` are made by `world` processes together.
+            runtime: Has the number of these processes.
+
+        Raises:
+            Exception: What a stage raised, as itself.
+        """
+        ...
+
+
+class Processes:
+    """The pool of one machine: worker processes that stay warm.
 
     Attributes:
         workers: Number of processes; with one, jobs run in this process.
-        emit: Sink of events that jobs send through `excise.train.pool.emit`.
-        peak_bytes: Largest resident memory of any worker that finished a job.
+        emit: See `Pool`.
+        peak_bytes: See `Pool`.
     """
+
+    world = 1
 
     def __init__(
         self,
@@ -119,7 +192,7 @@ class Pool:
         self._context = multiprocessing.get_context("forkserver")
         self._idle: list[_Worker] = []
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> Self:
         """Start the server, which imports in the background."""
         if self.workers > 1:
             with _bare_start():
@@ -140,23 +213,7 @@ class Pool:
         *,
         turns: Sequence[int | None] = (),
     ) -> list[R]:
-        """Run `function` on every job.
-
-        Args:
-            function: Named at module level, so that a worker can find it.
-            jobs: Its arguments; like results they must be picklable.
-            on_done: Called in this process with number and result as jobs finish.
-            turns: One number per job; jobs of one number take turns, so that their memory is
-                needed once. None (and no `turns`) for a job that waits for nobody.
-
-        Returns:
-            Results in the order of `jobs`.
-
-        Raises:
-            UserError: If a worker dies twice on the same job.
-            Exception: What a job raised, as itself; other running jobs are stopped, after
-                saving their state.
-        """
+        """Run `function` on every job; a worker may die once on each. See `Pool.map`."""
         if self.workers == 1 or len(jobs) == 0:
             return self._inline(function, jobs, on_done)
         results: dict[int, R] = {}
@@ -192,6 +249,10 @@ class Pool:
             self._end([worker for worker, _ in running.values()])
         return [results[i] for i in range(len(jobs))]
 
+    def make(self, stages: Sequence[Stage[R]], runtime: Runtime) -> list[R]:
+        """Make each stage in a worker; see `Pool.make`."""
+        return self.map(runtime.run, stages)
+
     def _take(
         self,
         waiting: deque[tuple[int, bool]],
@@ -215,21 +276,12 @@ class Pool:
         on_done: Callable[[int, R], None] | None,
     ) -> list[R]:
         """Run the jobs in this process, one after the other."""
-        settle()
         results = []
-        inside = bool(os.environ.get(INSIDE))
-        token = None if inside else CHANNEL.set(self.emit)  # a worker's channel leads home
-        try:
+        with in_place(self.emit):
             for i, job in enumerate(jobs):
-                with plain_modes():
-                    results.append(function(job))
-                release()
+                results.append(run_job(function, job))
                 if on_done is not None:
                     on_done(i, results[-1])
-        finally:
-            if token is not None:
-                CHANNEL.reset(token)
-                unsettle()
         return results
 
     def _start(self) -> _Worker:

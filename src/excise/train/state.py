@@ -67,8 +67,12 @@ def save_state(
     log_sum: str,
     *,
     moments: bool = True,
+    write: bool = True,
 ) -> None:
     """Write the state after `cursor` steps and drop older ones.
+
+    What is cut over processes is written whole, so that any number of them can resume; all of them
+    call this then, and one writes.
 
     Args:
         folder: State folder; made if missing.
@@ -78,6 +82,7 @@ def save_state(
         run_id: What must be equal for a state to belong to a run, JSON-able.
         log_sum: SHA-256 of the log's lines, as `Log.sync` gives it.
         moments: Whether to write the optimizers' moments, which a finished run no longer needs.
+        write: Whether this process writes.
 
     Raises:
         DiskFull: If the disk is full.
@@ -85,7 +90,8 @@ def save_state(
     final = folder / f"step-{cursor:08d}"
     tensors = {f"buffer/{name}": b for name, b in buffers.items()}
     for g, group in enumerate(groups):
-        tensors |= {f"weight/{g}/{i}": w for i, w in enumerate(group.master_weights)}
+        parts = group.parts()
+        tensors |= {f"weight/{g}/{i}": part.whole(w) for i, (part, w) in enumerate(parts)}
         counted = group.optimizer.param_groups[0]
         for name in (name for name in COUNTERS if name in counted):
             value = torch.tensor(float(counted[name]), dtype=torch.float64)
@@ -93,7 +99,10 @@ def save_state(
         if moments:
             state = group.optimizer.state_dict()["state"]
             for i, entries in state.items():
-                tensors |= {f"optimizer/{g}/{i}/{name}": t for name, t in entries.items()}
+                for name, t in entries.items():
+                    tensors[f"optimizer/{g}/{i}/{name}"] = parts[i][0].whole(t)
+    if not write:
+        return
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
     temporary = folder / f".{final.name}.{os.getpid()}"
@@ -202,12 +211,13 @@ def restore(groups: Sequence[OptimizerGroup], buffers: Mapping[str, Tensor], sta
         buffer.copy_(state.tensors[f"buffer/{name}"])
     for g, group in enumerate(groups):
         moments: dict[int, dict[str, Tensor]] = {}
+        parts = group.parts()
         for name, tensor in state.tensors.items():
             if name.startswith(f"optimizer/{g}/"):
                 _, _, number, key = name.split("/")
-                moments.setdefault(int(number), {})[key] = tensor
-        for i, weight in enumerate(group.master_weights):
-            weight.copy_(state.tensors[f"weight/{g}/{i}"])
+                moments.setdefault(int(number), {})[key] = parts[int(number)][0].here(tensor)
+        for i, (part, weight) in enumerate(parts):
+            weight.copy_(part.here(state.tensors[f"weight/{g}/{i}"]))
         settings = group.optimizer.state_dict()["param_groups"]
         for name in (name for name in COUNTERS if f"counter/{g}/{name}" in state.tensors):
             kind = type(settings[0][name])

@@ -1,4 +1,4 @@
-"""The body of a worker process of `excise.train.pool.Pool`."""
+"""The body of a worker process of `excise.train.pool.Processes`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from excise.core.events import CHANNEL
+from excise.core.events import CHANNEL, Emit
+
+J = TypeVar("J")
+R = TypeVar("R")
 
 INSIDE = "EXCISE_WORKER"
 """Environment variable that is set inside a worker."""
@@ -45,6 +48,14 @@ def plain_modes() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
+def run_job(function: Callable[[J], R], job: J) -> R:
+    """Do a job in this process, in no mode that the caller is in."""
+    with plain_modes():
+        result = function(job)
+    release()
+    return result
+
+
 def settle() -> None:
     """Make this process compute as a worker does: one thread, denormals flushed to zero."""
     import torch
@@ -58,6 +69,20 @@ def unsettle() -> None:
     import torch
 
     torch.set_flush_denormal(False)
+
+
+@contextmanager
+def in_place(emit: Emit) -> Iterator[None]:
+    """Let this process compute as a worker does, and hear what its jobs have to tell."""
+    settle()
+    inside = bool(os.environ.get(INSIDE))
+    token = None if inside else CHANNEL.set(emit)  # a worker's channel leads home
+    try:
+        yield
+    finally:
+        if token is not None:
+            CHANNEL.reset(token)
+            unsettle()
 
 
 def peak_bytes() -> int:
@@ -127,22 +152,35 @@ def work(pipe: connection.Connection, path: list[str]) -> None:
             _, main, data = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             return
-        try:
+
+        def compute(main: str | None = main, data: bytes = data) -> Any:
             _adopt_main(main)
             function, job = pickle.loads(data)
-            result = function(job)
-            resident = release()
-            answer = pickle.dumps(("done", result, peak_bytes(), resident))
-        except Exception as error:
-            answer = _wrap(error)
-            release()
+            return function(job)
+
         try:
-            pipe.send_bytes(answer)
+            pipe.send_bytes(answer(compute))
         except OSError:
             return
 
 
-def _wrap(error: Exception) -> bytes:
+def answer(compute: Callable[[], Any]) -> bytes:
+    """Do one job and return the message that says how it went.
+
+    Returns:
+        Pickled: `("done", result, largest and present resident bytes)` or `("error", error)`.
+    """
+    try:
+        result = compute()
+        resident = release()
+        return pickle.dumps(("done", result, peak_bytes(), resident))
+    except Exception as error:
+        data = wrapped(error)
+        release()
+        return data
+
+
+def wrapped(error: BaseException) -> bytes:
     """Return the message that raises `error` in the owner, with the worker's traceback."""
     text = "".join(traceback.format_exception(error))
     error.__traceback__ = error.__cause__ = error.__context__ = None

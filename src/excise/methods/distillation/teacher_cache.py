@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -78,6 +78,8 @@ class CacheTeacher(Stage[Path]):
         shard_bytes: Bytes of a shard, about.
         batch_tokens: Tokens the teacher reads at once.
     """
+
+    data_parallel: ClassVar[bool] = True
 
     teacher: Checkpoint
     examples: tuple[Example, ...] = field(metadata={"identity": examples_identity})

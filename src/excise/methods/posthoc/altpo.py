@@ -143,6 +143,8 @@ class SampleAlternatives(Stage[Alternatives]):
         seed: Seed of all samples.
     """
 
+    data_parallel: ClassVar[bool] = True
+
     model: Checkpoint
     rows: Rows
     answers: int

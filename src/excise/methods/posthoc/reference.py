@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -99,6 +99,8 @@ class ComputeReference(Stage[Path]):
         model: The model, loaded without an adapter and let go of again.
         examples: Encoded rows (`excise.data.stream.encode`), in any order.
     """
+
+    data_parallel: ClassVar[bool] = True
 
     model: Checkpoint
     examples: tuple[Example, ...] = field(metadata={"identity": data_fingerprint})

@@ -1,0 +1,118 @@
+"""A request against the number of processes, before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from excise.core.config import Config, ConfigError
+from excise.core.errors import UserError
+from excise.methods.base import Method
+from excise.requests.audit import AuditRun
+from excise.requests.lengths import configs_in
+from excise.requests.recipe import Recipe
+from excise.train.fit import FitConfig
+
+TOGETHER = ("pretrain", "arms", "canary")
+"""Fields of a request whose models all processes train together; an attack is one process's."""
+
+
+CUT: Final = frozenset(
+    {
+        "plain", "filtering", "propagate", "token_filter", "grad_diff_pretrain", "sgtm",
+        "gradient_ascent", "grad_diff", "npo", "simnpo", "undial", "maxent", "rmu", "task_vector",
+    }
+)  # fmt: skip
+"""Methods that give the same model where `fit` cuts it over processes: they look at weights before
+and after alone, and every process runs every block as often."""
+
+
+def check_batches(request: Recipe | AuditRun, world: int) -> None:
+    """Refuse steps whose rows cannot be dealt evenly to the processes.
+
+    Args:
+        request: What is run.
+        world: Number of processes.
+
+    Raises:
+        ConfigError: One problem for each.
+    """
+    fits = [
+        (path, fit)
+        for name in TOGETHER
+        for key, config in configs_in(getattr(request, name, None))
+        for path, fit in _fits(config, name + key)
+    ]
+    problems = [
+        f"{path}.batch_size: {fit.batch_size} rows cannot be dealt to {world} processes; use a "
+        f"multiple of {world}"
+        for path, fit in fits
+        if fit.batch_size % world
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_fsdp(recipe: Recipe, world: int) -> None:
+    """Refuse models that cannot be cut over the processes.
+
+    Args:
+        recipe: What is run.
+        world: Number of processes.
+
+    Raises:
+        UserError: If there is one process.
+        ConfigError: One problem for each method that does not give the same model then.
+    """
+    if not recipe.fsdp:
+        return
+    if world == 1:
+        raise UserError(
+            "--fsdp cuts a model over several processes, and this is one; start with "
+            "torchrun --nproc-per-node N -m excise, or leave --fsdp out"
+        )
+    problems = []
+    for name, arm in recipe.arms.items():
+        for method in _methods(arm):
+            label = getattr(method, "name", type(method).__name__)
+            if label not in CUT:
+                problems.append(
+                    f"arms.{name}: '{label}' does not train a model that is cut over processes; "
+                    "leave --fsdp out"
+                )
+            elif getattr(method, "lora", None) is not None:
+                problems.append(
+                    f"arms.{name}.lora: an adapter is small and its model is not cut; leave "
+                    "--fsdp or the adapter out"
+                )
+            elif getattr(method, "sam", 0):
+                problems.append(
+                    f"arms.{name}.sam: a step of several passes cannot be cut over processes; "
+                    "leave --fsdp or sam out"
+                )
+            elif getattr(method, "stop", None) is not None:
+                problems.append(
+                    f"arms.{name}.stop: a stop rule reads the whole model while '{label}' trains; "
+                    "leave --fsdp or the rule out"
+                )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _methods(config: Config) -> Iterator[Method]:
+    """Yield a method and those it is made of."""
+    if isinstance(config, Method):
+        yield config
+    for name in type(config).model_fields:
+        for _, inner in configs_in(getattr(config, name)):
+            yield from _methods(inner)
+
+
+def _fits(config: Config, at: str) -> Iterator[tuple[str, FitConfig]]:
+    """Yield every training schedule in a configuration, with its path."""
+    if isinstance(config, FitConfig):
+        yield at, config
+        return
+    for name in type(config).model_fields:
+        for key, inner in configs_in(getattr(config, name)):
+            yield from _fits(inner, f"{at}.{name}{key}")

@@ -1,0 +1,106 @@
+"""A model cut over two processes trains like a whole one, and its state resumes in one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+from excise.core.context import Context
+from excise.models.tiny import tiny_model
+from excise.train.fit import FitConfig, StepRecord, Term, fit
+from excise.train.optim import Slice
+
+STEPS, STOP, ROWS = 6, 4, 8
+CONFIG = FitConfig(steps=STEPS, lr=1e-2, clip=0.5, eps=1e-3, save_every=2, weight_decay=0.1)
+
+
+def _loss(model: nn.Module, ids_BT: Tensor) -> dict[str, Term]:
+    logits_BTV: Any = model(ids_BT).logits[:, :-1]
+    total = nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum"
+    )
+    return {"nll": Term(total, ids_BT[:, 1:].numel())}
+
+
+def _train(
+    folder: Path, rank: int, world: int, steps: int, *, fsdp: bool
+) -> tuple[nn.Module, list[StepRecord]]:
+    """Train everything in a block, its `mlp` matrices as slices by rows and by columns."""
+    model: Any = tiny_model("llama", seed=0, width=32, blocks=2)
+    named = dict(model.named_parameters())
+    down, up = (named[f"model.layers.1.mlp.{x}_proj.weight"] for x in ("down", "up"))
+    groups = {
+        "rows": [Slice(up, 0, 3, up.shape[0] - 5)],
+        "columns": [Slice(down, 1, 0, 7)],
+        "rest": [p for p in named.values() if p is not up and p is not down],
+    }
+    ids = torch.randint(90, (STEPS, ROWS, 9), generator=torch.Generator().manual_seed(1))
+    ctx = Context(work=Path("unused"), rank=rank, world=world, fsdp=fsdp)
+    records = []
+
+    def loss(model: nn.Module, ids_BT: Tensor) -> dict[str, Term]:
+        assert isinstance(model.model.layers[0].mlp.up_proj.weight, DTensor) == fsdp  # type: ignore[union-attr,index]
+        return _loss(model, ids_BT)
+
+    run = fit(
+        model, lambda step: [ids[step, rank::world]], loss, CONFIG, ctx, groups=groups,
+        rates={"rows": 3e-2}, state_dir=folder,
+    )  # fmt: skip
+    for record in run:
+        records.append(record)
+        if record.step + 1 == steps:
+            break
+    run.close()
+    for name, p in model.named_parameters():
+        assert p is named[name], name
+        assert not isinstance(p, DTensor)
+    model(ids[0])  # whole again, and no hook is left
+    return model, records
+
+
+def _process(rank: int, folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model, records = _train(Path(folder) / "cut", rank, 2, STEPS, fsdp=True)
+    _train(Path(folder) / "stopped", rank, 2, STOP, fsdp=True)
+    tensors = dict(model.state_dict()) | {"losses": torch.tensor([r.loss for r in records])}
+    save_file(tensors, Path(folder) / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_a_cut_model_trains_like_a_whole_one(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", "excise.train.fit"])
+    processes = [
+        context.Process(target=_process, args=(rank, str(tmp_path)), daemon=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    model, records = _train(tmp_path / "whole", 0, 1, STEPS, fsdp=False)
+    for process in processes:
+        process.join(120)
+        process.kill()
+        assert process.exitcode == 0
+    resumed, rest = _train(tmp_path / "stopped", 0, 1, STEPS, fsdp=False)
+    assert [r.replayed for r in rest] == [True] * STOP + [False] * (STEPS - STOP)
+    losses = [r.loss for r in records]
+    assert [r.loss for r in rest] == pytest.approx(losses, rel=0, abs=1e-6)
+    start = tiny_model("llama", seed=0, width=32, blocks=2).state_dict()
+    for rank in range(2):
+        cut = load_file(tmp_path / f"{rank}.safetensors")
+        assert cut["losses"].tolist() == pytest.approx(losses, rel=0, abs=1e-6)
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(cut[name], tensor, rtol=0, atol=1e-6)
+            torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=1e-6)
+    assert not torch.equal(cut["model.embed_tokens.weight"], start["model.embed_tokens.weight"])

@@ -40,7 +40,7 @@ def test_a_slice_of_the_kills(job: str, where: kill.Campaign) -> None:
 def test_cases_are_the_same_every_time_and_cover_every_kind() -> None:
     cases = kill.cases(400, 3, [*kill.JOBS])
     assert cases == kill.cases(400, 3, [*kill.JOBS])
-    assert cases[:50] == kill.cases(100, 3, [*kill.JOBS])[:50]
+    assert cases[:40] == kill.cases(100, 3, [*kill.JOBS])[:40]
     kills = [one for case in cases for one in case.kills]
     assert {one.whom for one in kills} == {"process", "group", "worker"}
     assert {one.moment for one in kills} == {"change", "after", "time"}
@@ -76,9 +76,9 @@ def tear_events(folder: Path) -> None:
     ("spoil", "said"),
     [
         (spoil_weights, "/out/model/model.safetensors: "),
-        (spoil_record, "/extras/resumed: 'None' became 'True'"),
-        (leave_half, "/out/.part-00000000-1-00000000-model: 'None' became 'folder'"),
-        (tear_events, "/out/events.jsonl: 'events' became 'torn'"),
+        (spoil_record, "/extras/resumed: nothing became True"),
+        (leave_half, "/out/.part-00000000-1-00000000-model: nothing became folder"),
+        (tear_events, "/out/events.jsonl: events became torn"),
     ],
 )
 def test_what_differs_is_told(
@@ -103,4 +103,4 @@ def test_only_times_may_differ() -> None:
     two = {"cost": {"seconds": 2.0, "steps": 5}, "environment": {"started": "b", "git": "x"}}
     assert kill.differences(kill.untimed(one), kill.untimed(two)) == []
     two["cost"]["steps"] = 6
-    assert kill.differences(kill.untimed(one), kill.untimed(two)) == ["/cost/steps: '5' became '6'"]
+    assert kill.differences(kill.untimed(one), kill.untimed(two)) == ["/cost/steps: 5 became 6"]

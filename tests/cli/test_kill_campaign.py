@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmarks import kill
@@ -99,8 +100,8 @@ def test_what_differs_is_told(
 
 
 def test_only_times_may_differ() -> None:
-    one = {"cost": {"seconds": 1.0, "steps": 5}, "environment": {"started": "a", "git": "x"}}
-    two = {"cost": {"seconds": 2.0, "steps": 5}, "environment": {"started": "b", "git": "x"}}
+    one: dict[str, Any] = {"cost": {"seconds": 1.0, "steps": 5}, "environment": {"started": "a"}}
+    two: dict[str, Any] = {"cost": {"seconds": 2.0, "steps": 5}, "environment": {"started": "b"}}
     assert kill.differences(kill.untimed(one), kill.untimed(two)) == []
     two["cost"]["steps"] = 6
     assert kill.differences(kill.untimed(one), kill.untimed(two)) == ["/cost/steps: 5 became 6"]

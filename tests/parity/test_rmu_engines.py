@@ -6,6 +6,7 @@ Shape legend: B rows, T tokens, D residual width.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -260,13 +261,19 @@ def test_bf16_updates_round_away_without_masters(mistral: Checkpoint, tmp_path: 
 
 def test_cached_reads_a_batch_once(mistral: Checkpoint, tmp_path: Path) -> None:
     method = RMU(layer=4, engine="cached", order="once", fit=FIT)
-    removal = method.apply(mistral, toy_domain(), context(tmp_path / "a"))
-    cache = removal.extras["cache"]
-    assert cache["misses"] == 3 + 4  # 12 rows to forget and 16 to retain, four at a time
-    assert cache["bytes"] > 0
+    told: list[Mapping[str, Any]] = []
+
+    def listen(kind: str, data: Mapping[str, Any]) -> None:
+        told.extend([data] if kind == "cache" else [])
+
+    ctx = replace(context(tmp_path / "a"), emit=listen)
+    removal = method.apply(mistral, toy_domain(), ctx)
+    assert told[0]["misses"] == 3 + 4  # 12 rows to forget and 16 to retain, four at a time
+    assert told[0]["bytes"] > 0
     none = method.model_copy(update={"cache_gib": 0.0})
-    same = none.apply(mistral, toy_domain(), context(tmp_path / "b"))
-    assert same.extras["cache"]["bytes"] == 0
+    same = none.apply(mistral, toy_domain(), replace(ctx, work=context(tmp_path / "b").work))
+    assert told[1]["bytes"] == 0
+    assert not {"cache", "bytes_read"} & {*removal.extras, *same.extras}
     names = removal.changed
     assert far(removal.checkpoint.weights_of(names), same.checkpoint.weights_of(names)) == 0.0
 

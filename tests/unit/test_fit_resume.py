@@ -310,6 +310,34 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path: Path) -> None:
     _same(survivor, whole)
 
 
+@pytest.mark.parametrize("save_every", [0, 7, 10])
+def test_what_a_finished_run_keeps_does_not_depend_on_how_it_was_stopped(
+    save_every: int, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"steps": 20, "save_every": save_every})
+
+    def steps(folder: Path) -> Any:
+        ctx = Context(work=Path("unused"), seed=3)
+        return fit(_model(), lambda s: [s], _loss, config, ctx, state_dir=folder)
+
+    kept = []
+    for stop in (20, 13, None):
+        folder = tmp_path / str(stop)
+        run = steps(folder)
+        for _ in itertools.islice(run, stop):
+            pass
+        run.close()
+        if stop == 13:  # killed when the next state was there and this one not yet dropped
+            shutil.copytree(folder / "step-00000013", folder / "step-00000005")
+            (folder / ".step-00000009.1").mkdir()
+        for _ in steps(folder):
+            pass
+        assert {path.name for path in folder.iterdir()} == {"step-00000020", "steps.jsonl"}
+        kept.append((folder / "step-00000020" / "state.safetensors").read_bytes())
+    assert kept[0] == kept[1] == kept[2]
+    assert not any(b"optimizer/" in data for data in kept)
+
+
 def test_no_state_is_kept_between_steps_that_hang_together(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"steps": 10, "save_every": 1})
 

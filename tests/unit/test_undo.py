@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -182,6 +184,25 @@ def test_killed_anywhere_it_ends_with_the_same_weights(
     assert same(weights(whole.checkpoint), weights(again.checkpoint))
     assert again.extras["stop"]["steps"] == whole.extras["stop"]["steps"]
     assert again.extras["cost"]["teacher_tokens"] == whole.extras["cost"]["teacher_tokens"]
+
+
+@pytest.mark.parametrize(("method", "ages"), [(TEACHER, 3), (UNDO, 2 + 3)])
+def test_the_cost_of_a_killed_method_counts_the_steps_before_the_kill(
+    method: GradDiff | Undo, ages: int, tmp_path: Path
+) -> None:
+    start, domain = toy_checkpoint(tmp_path), toy_domain()
+    fit = FIT.model_copy(update={"save_every": 1, "log_every": 1})
+    method, work = method.model_copy(update={"fit": fit}), context(tmp_path / "killed")
+
+    def die(kind: str, data: Mapping[str, Any]) -> None:
+        if kind == "step" and data["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:  # a clock by which a step takes an age
+        patch.setattr(time, "perf_counter", itertools.count(step=10**6).__next__)
+        with pytest.raises(KeyboardInterrupt):
+            method.apply(start, domain, replace(work, emit=die))
+    assert method.apply(start, domain, work).cost.seconds >= ages * 10**6
 
 
 def test_the_rule_stops_at_the_first_check_that_is_near_enough(tmp_path: Path) -> None:

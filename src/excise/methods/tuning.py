@@ -197,6 +197,7 @@ class Progress:
         stage: What of the stage the loop is, shown beside the bar.
         steps: Expected steps.
         every: A step is kept in the history every so many.
+        earlier: Seconds of the steps that a process before this one took, which was stopped.
     """
 
     ctx: Context
@@ -206,6 +207,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
     done: int = 0
+    earlier: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -217,6 +219,7 @@ class Progress:
         """Collect the record of one step."""
         self.tokens += record.tokens
         self.done = record.step + 1
+        self.earlier += record.seconds if record.replayed else 0.0
         row = {"step": float(record.step), "loss": record.loss, **record.terms}
         if record.step % self.every == 0 or record.step + 1 == self.steps:
             self.history.append(row)
@@ -229,7 +232,7 @@ class Progress:
             flops_per_token: What it costs instead, where blocks are skipped or frozen; 0 for 6 N.
         """
         per_token = flops_per_token or 6.0 * parameters
-        seconds = time.monotonic() - self.started
+        seconds = self.earlier + time.monotonic() - self.started
         return Cost(self.done, self.tokens, per_token * self.tokens, seconds)
 
 

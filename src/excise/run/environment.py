@@ -60,8 +60,9 @@ def git_state(folder: Path) -> str:
 
     def git(*args: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(folder), *args], capture_output=True, text=True, check=False
-        )
+            ["git", "--no-optional-locks", "-C", str(folder), *args],  # a kill would leave them
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:

@@ -30,7 +30,7 @@ from excise.core.random_state import seeded
 from excise.train.distributed import barrier, check_processes, gather, sum_dicts, sum_gradients
 from excise.train.fsdp import sharded
 from excise.train.optim import OptimizerGroup, OptimizerName, Slice, make_optimizer, schedule_share
-from excise.train.state import Log, buffers_of, load_state, restore, save_state
+from excise.train.state import Log, buffers_of, drop_others, load_state, restore, save_state
 
 M = TypeVar("M")
 """What the loss takes: usually a mapping of role to batch."""
@@ -216,12 +216,10 @@ def fit(
                     _change_gradients(trained, change, run.cursor, ctx)
                 yield run.step(losses, began)
         except BaseException as error:
-            if not ctx.fsdp or isinstance(error, (GeneratorExit, Diverged)):
-                run.save()  # of a cut model all processes must be there
-            _settle(trained)
+            # Of a cut model all processes must be there to save.
+            run.end(saves=not ctx.fsdp or isinstance(error, (GeneratorExit, Diverged)))
             raise
-        _settle(trained)
-        run.save(finished=True)
+        run.end()
 
 
 def _settle(groups: Sequence[OptimizerGroup]) -> None:
@@ -342,6 +340,8 @@ class _Run:
         records = state.records if state else ()
         self.log = Log(self.folder if self.ctx.rank == 0 else None, records)
         if state is not None:
+            if self.ctx.rank == 0:  # a kill may have come before the last state was dropped
+                drop_others(self.folder, cursor)
             restore(self.groups, self.buffers, state)
             self.cursor = self.saved = cursor
         return [StepRecord(**record, replayed=True) for record in records]
@@ -380,9 +380,18 @@ class _Run:
         late = not every and time.monotonic() - self.saved_at > AUTOSAVE
         if self.ctx.fsdp:
             late = gather(late, self.ctx)[0]
-        if (every and self.cursor % every == 0) or late:
+        # The last step is saved by `end`, so that what is kept does not depend on `save_every`.
+        if self.cursor < config.steps and ((every and self.cursor % every == 0) or late):
             self.save()
         return record
+
+    def end(self, *, saves: bool = True) -> None:
+        """Save and settle; after the last step what is saved is settled and has no moments."""
+        if saves and self.cursor < self.config.steps:
+            self.save()
+        _settle(self.groups)
+        if saves and self.cursor >= self.config.steps:
+            self.save(finished=True)
 
     @property
     def _kept(self) -> str:

@@ -115,9 +115,14 @@ def save_state(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in folder.iterdir():
-        if old != final and old.name.startswith(("step-", ".step-")):
-            shutil.rmtree(old, ignore_errors=True)
+    drop_others(folder, cursor)
+
+
+def drop_others(folder: Path, cursor: int) -> None:
+    """Remove every state but that of one step, and what was half-written of others."""
+    for path in folder.iterdir():
+        if path.name.startswith(("step-", ".step-")) and path.name != f"step-{cursor:08d}":
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -484,7 +484,8 @@ def _cost(
     read = log.read + texts.read + len(rule.checks) * rule.tokens
     student = log.progress.tokens
     flops = parameters * (6.0 * student + 2.0 * read)
-    total = Cost(log.steps, round(student + read), flops, time.monotonic() - began) + texts.cost
+    seconds = log.progress.earlier + time.monotonic() - began
+    total = Cost(log.steps, round(student + read), flops, seconds) + texts.cost
     for removal in removals.values():
         total = total + removal.cost
     tokens = method.pretrain_tokens

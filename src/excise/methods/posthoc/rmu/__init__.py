@@ -252,6 +252,8 @@ class RMU(TrainingMethod):
             )
             _save_controls(controls, ctx)
             facts = _facts(self, start, targets, edit, engine, controls)
+            if isinstance(engine, TrainedSpan):
+                _tell_cache(engine.cache, start, ctx)
             removal = finish(
                 start, edit.net, edit.parameters, progress, ctx, lora=self.lora,
                 extras={**facts, **quality, **chosen},
@@ -672,7 +674,7 @@ def _facts(
     whole = start.num_parameters * next(iter(edit.parameters.values())).element_size()
     if method.engine == "full" and method.lora is None:
         reference_bytes = whole
-    facts: dict[str, Any] = {
+    return {
         "hidden_at": targets.steered,
         "modules": list(targets.printed),
         "engine": method.engine if isinstance(engine, TrainedSpan) else "full",
@@ -682,17 +684,20 @@ def _facts(
         "compute_dtype": _name(next(edit.net.parameters()).dtype),
         "reference_bytes": reference_bytes,
         "reference_share": reference_bytes / whole,
-        "bytes_read": start.bytes_read,
         "files": {"control_vectors": CONTROLS},
     }
-    if isinstance(engine, TrainedSpan):
-        facts["cache"] = _cache_facts(engine.cache)
-    return facts
 
 
-def _cache_facts(cache: PrefixCache) -> dict[str, int]:
-    """Return what the record says of a cache."""
-    return {"bytes": cache.num_bytes, "hits": cache.hits, "misses": cache.misses}
+def _tell_cache(cache: PrefixCache, start: Checkpoint, ctx: Context) -> None:
+    """Say what this process read and remembered: no part of the record, for a resumed run has less.
+
+    Args:
+        cache: What the engine remembered.
+        start: The original, which counts the bytes that were read of it.
+        ctx: Is told.
+    """
+    remembered = {"bytes": cache.num_bytes, "hits": cache.hits, "misses": cache.misses}
+    ctx.emit("cache", {**remembered, "bytes_read": start.bytes_read})
 
 
 def _best_of_sweep(
@@ -753,7 +758,8 @@ def _best_of_sweep(
 
     best, cost, report = choose(sweep, grid, attempt, losses(model), ctx)
     _save_controls(best.controls, ctx)
-    extras = {**best.facts, **quality, "sweep": {**report, "cache": _cache_facts(cache)}}
+    extras = {**best.facts, **quality, "sweep": report}
+    _tell_cache(cache, start, ctx)
     removal = write_edit(start, best.changed, ctx, extras=extras, cost=cost, history=best.history)
     target = targets[grid.index(report["chosen"])]
     return replace(removal, extras=of_slices(removal.extras, target))

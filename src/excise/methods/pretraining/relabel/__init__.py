@@ -228,7 +228,6 @@ class Relabel(Method):
         """Label words by a labeller, and train on the new labels."""
         assert self.then is not None
         given, rows = self._labels(domain, ctx)
-        began = time.perf_counter()
         labeller = self.labeller or LABELLERS[self.features]()
         inner = ctx.child("features")
         cost, model, warm = Cost(), None, 0
@@ -238,7 +237,7 @@ class Relabel(Method):
                 start, rows, cut_to(config, warm, self.name), inner, stage=f"{self.name}.features"
             )
             cost, model = trained.cost, trained.checkpoint
-        seconds = cost.seconds
+        began = time.perf_counter()
         judgement = judge_words(
             rows,
             labeller,
@@ -251,8 +250,7 @@ class Relabel(Method):
             fixed=self.threshold,
             seed=ctx.seed_for("relabel"),
         )
-        seconds = time.perf_counter() - began - seconds
-        cost += Cost(flops=judgement.flops, seconds=seconds)
+        cost += Cost(flops=judgement.flops, seconds=time.perf_counter() - began)
         if judgement.verdict:
             ctx.emit("note", {"text": f"relabel: {judgement.verdict}"})
         examples = encode(rows, start.tokenizer(), max_length=config.max_length)

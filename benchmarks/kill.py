@@ -184,7 +184,7 @@ def drawn_kill(rng: random.Random, job: str, place: int, *, exact: bool) -> Kill
     if job.endswith("workers") and rng.random() < 0.35:
         return Kill(signal.SIGKILL, "worker", "time", at)
     moment = rng.choices(moments, (5, 3, 3))[0]
-    whom: Literal["process", "group"] = rng.choices(("process", "group"), (2, 1))[0]  # type: ignore[assignment]
+    whom: Literal["process", "group"] = rng.choices(("process", "group"), (2, 1))[0]
     after = rng.expovariate(1 / 0.004) if moment == "after" else 0.0
     return Kill(signal.Signals[name], whom, moment, at, after)
 

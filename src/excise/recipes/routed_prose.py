@@ -48,6 +48,7 @@ def recipe() -> Recipe:
         arms={
             "filtering": Filtering(),
             "filtering_50": Filtering(labels=HALF),
+            "filtering_10": Filtering(labels=TENTH),
             "relabel_50": few_labels(HALF),
             "relabel_10": few_labels(TENTH),
             "sgtm_50": SGTM(labels=HALF, p_off=1.0, joint=(), module=Module(width=0.125, heads=1)),

@@ -219,7 +219,7 @@ def _source(record: Record) -> str:
     torch = f", torch {made.versions['torch']}" if "torch" in made.versions else ""
     return (
         f"Seeds {', '.join(map(str, record.seeds))}{chosen}; commit {made.git or 'unknown'}, "
-        f"{made.started[:10]}, excise {made.excise}{torch}, {record.seconds / 60:,.0f} minutes."
+        f"{made.started[:10]}, excise {made.excise}{torch}."
     )
 
 

@@ -34,6 +34,7 @@ from excise_studies.routing.token_labels import (
     drops_all,
     label_settings,
     slowdown_table,
+    words,
 )
 from excise_studies.setting import ExperimentSetting
 
@@ -189,6 +190,16 @@ def test_filtering_that_leaves_no_document_is_told_from_filtering_that_does(tmp_
     assert not empties(Filtering(), few)
     assert not empties(Filtering(), None)
     assert not empties(TokenFilter(), invented)
+
+
+def test_what_did_not_run_is_left_out_of_words_and_table() -> None:
+    study = STUDY.model_copy(update={"rates": (0.4,), "thresholds": ()})
+    told = " ".join(words(study, outcome_of(9.0, 1.0)))
+    assert "With 40 % words missed: token_removal" in told
+    assert "invented" not in told
+    assert {row.condition for row in slowdown_table(study, outcome_of(9.0, 1.0)).rows} == {
+        "token_removal", "filtering"
+    }  # fmt: skip
 
 
 def test_bounds_are_named_in_the_table() -> None:

@@ -438,7 +438,8 @@ def words(study: TokenLabels, outcome: Slowdowns) -> list[str]:
     ]
     for labels in label_settings(study):
         if labels.above is None and labels.rate in (0, study.decide_at):
-            names = [(name, condition_name(name, labels)) for name in methods_of(study)]
+            named = ((name, condition_name(name, labels)) for name in methods_of(study))
+            names = [pair for pair in named if pair[1] in outcome.forget.conditions]
             parts = [
                 f"{name} {_times(outcome, key)} (retain {outcome.rise(key)[0]:+.2f} nats)"
                 for name, key in names

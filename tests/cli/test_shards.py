@@ -226,11 +226,11 @@ def test_without_ray_or_a_cluster_nothing_starts(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(SMALL)
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert excise(f"{RUN} --out out --pool ray") == 2
+    assert excise(f"run tiny.yaml --quiet --out out --pool ray") == 2
     assert "pip install 'excise[ray]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    assert excise(f"{RUN} --out out --pool ray:127.0.0.1:{port}") == 2
+    assert excise(f"run tiny.yaml --quiet --out out --pool ray:127.0.0.1:{port}") == 2
     assert f"no Ray cluster answers at 127.0.0.1:{port}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]

@@ -226,7 +226,7 @@ def test_without_ray_or_a_cluster_nothing_starts(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(SMALL)
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert excise(f"run tiny.yaml --quiet --out out --pool ray") == 2
+    assert excise("run tiny.yaml --quiet --out out --pool ray") == 2
     assert "pip install 'excise[ray]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -179,6 +179,17 @@ def test_several_processes_make_the_model_of_one(inputs: Path, processes: int) -
     assert kinds.count("done") == 1
 
 
+def test_a_recipe_runs_from_nothing(tmp_path: Path) -> None:
+    """The second process makes stages alone as well, and writes models in them."""
+    recipe = m.TINY.replace("{steps: 2,", "{attacks: [quantize], steps: 2,")
+    (tmp_path / "tiny.yaml").write_text(recipe)
+    codes, lines = by_hand("run tiny.yaml --out out --quiet", tmp_path)
+    assert codes == [0, 0], lines
+    inits = list(tmp_path.glob(".stages/v2/init-*"))
+    assert len(inits) == 3
+    assert all((init / "model/model.safetensors").is_file() for init in inits)
+
+
 REFUSED = {
     "fsdp": ("--fsdp --lora.rank 2", "lora: an adapter is small and its model is not cut"),
     "workers": ("--workers 2", "--workers says who does the jobs, and so does torchrun"),

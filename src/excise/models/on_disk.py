@@ -370,11 +370,14 @@ def save_model(
     with new_folder(to) as work:
         own = saved.config
         saved.config = copy.deepcopy(own)  # saving writes the dtype and class name into it
+        # Whoever calls this writes; transformers would leave it to process 0 of several.
+        saved.__dict__["should_save_on_this_rank"] = bool
         try:
             with quiet():
                 saved.save_pretrained(work)
         finally:
             saved.config = own
+            del saved.__dict__["should_save_on_this_rank"]
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         elif source is None:

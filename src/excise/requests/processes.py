@@ -20,7 +20,7 @@ TOGETHER = ("pretrain", "arms", "canary")
 CUT: Final = frozenset(
     {
         "plain", "filtering", "propagate", "token_filter", "grad_diff_pretrain", "sgtm",
-        "gradient_ascent", "grad_diff", "npo", "simnpo", "undial", "maxent", "rmu", "task_vector",
+        "gradient_ascent", "grad_diff", "npo", "simnpo", "undial", "maxent", "task_vector",
     }
 )  # fmt: skip
 """Methods that give the same model where `fit` cuts it over processes: they look at weights before

@@ -18,7 +18,7 @@ from excise.core.errors import UserError
 from excise.core.plain import NotPlain, read_json
 from excise.record import Record, load, save
 from excise.report.page import write_report
-from excise.run.output import RECIPE, hold, same_run
+from excise.run.output import LOCK, RECIPE, hold, same_run
 from excise.run.pools import NOTE, Shard, ShardNote
 
 EVENTS = "events.jsonl"
@@ -72,6 +72,7 @@ def merge(folders: Sequence[Path], out: Path) -> list[str]:
         part = part_of(out)
         shutil.move(first[0], part)
         (part / NOTE).unlink()
+        (part / LOCK).unlink(missing_ok=True)  # of the shard's folder, which is gone
         write_text(part / EVENTS, events)
         change = {
             name: max(getattr(record, name) for record in records.values())

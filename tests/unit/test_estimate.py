@@ -22,6 +22,7 @@ from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.tuning import TrainingAttack
 from excise.core.context import Context
 from excise.core.errors import UserError
+from excise.core.events import silent
 from excise.data.domain import Domain
 from excise.methods import METHODS, RMU
 from excise.methods.base import PostHoc
@@ -315,7 +316,7 @@ def test_a_model_to_be_fetched_is_unknown_and_not_zero(
     assert "excise fetch smollm2-135m" in " ".join(text.split())
     assert text.count("unknown") >= 4
     assert " 0 s" not in text
-    estimate.refuse(force=False)
+    estimate.admit(1, silent, force=False)
 
 
 def ticking(seconds: float) -> Iterator[float]:

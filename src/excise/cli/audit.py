@@ -39,11 +39,13 @@ def main(options: AuditOptions) -> int:
     if options.dry_run or options.measure:
         show_plan(request, out, measure=options.measure, quiet=options.quiet)
         return 0
-    if request.endpoint is None:
-        plan(request, out, rows=False).refuse(force=options.force)
+    estimate = None if request.endpoint else plan(request, out, rows=False)
     events = out / "events.jsonl"
     with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        audit(request, out, workers=options.workers, emit=emit, command=options.command)
+        workers = options.workers
+        if estimate is not None:
+            workers = estimate.admit(workers, emit, force=options.force)
+        audit(request, out, workers=workers, emit=emit, command=options.command)
     code = finish(out)
     if (
         options.folder

@@ -39,7 +39,7 @@ class DemoOptions(Options):
     out: Path = Path("runs/demo")
     """Output folder."""
     workers: Count = 0
-    """Worker processes of one thread each; 0 takes one for each core."""
+    """Worker processes of one thread each; 0 takes one for each accelerator, else for each core."""
     quiet: bool = False
     """Show no progress."""
     settings: DottedSettings = field(default_factory=dict)
@@ -58,7 +58,7 @@ class StudyOptions(Options):
     out: Path | None = None
     """Output folder; runs/NAME when missing."""
     workers: Count = 0
-    """Worker processes of one thread each; 0 takes one for each core."""
+    """Worker processes of one thread each; 0 takes one for each accelerator, else for each core."""
     full: bool = False
     """Use the study's settings for a real model, where it has some."""
     dry_run: bool = False
@@ -160,7 +160,7 @@ class RemoveOptions(DataOptions):
     """What to leave: the model of the best step (OUT/model), its changed tensors alone (OUT/delta,
     for excise export), both and every step that a stop rule kept, or record and report only."""
     workers: Count = 0
-    """Worker processes of one thread each; 0 takes one for each core."""
+    """Worker processes of one thread each; 0 takes one for each accelerator, else for each core."""
     dry_run: bool = False
     """Read the data, print what would be done and what it would cost, and stop."""
     measure: bool = False
@@ -280,7 +280,7 @@ class AuditOptions(PairOptions):
     chat: bool = False
     """Ask the endpoint through /chat/completions."""
     workers: Count = 0
-    """Worker processes of one thread each; 0 takes one for each core."""
+    """Worker processes of one thread each; 0 takes one for each accelerator, else for each core."""
     dry_run: bool = False
     """Read the data, print what would be done and what it would cost, and stop."""
     measure: bool = False

@@ -36,13 +36,14 @@ def _main(options: RemoveOptions) -> int:
     if options.dry_run or options.measure:
         show_plan(recipe, options.out, measure=options.measure, quiet=options.quiet)
         return 0
-    plan(recipe, options.out, rows=False).refuse(force=options.force)
+    estimate = plan(recipe, options.out, rows=False)
     events = options.out / "events.jsonl"
     with progress(events, quiet=options.quiet, tracker=options.track) as emit:
+        workers = estimate.admit(options.workers, emit, force=options.force)
         run(
             recipe,
             options.out,
-            workers=options.workers,
+            workers=workers,
             emit=emit,
             command=options.command,
             kind="remove",

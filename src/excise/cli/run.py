@@ -39,10 +39,11 @@ def main(options: RunOptions) -> int:
     if options.dry_run or options.measure:
         show_plan(recipe, out, measure=options.measure, quiet=options.quiet)
         return 0
-    plan(recipe, out, rows=False).refuse(force=options.force)
+    estimate = plan(recipe, out, rows=False)
     events = out / "events.jsonl"
     with progress(events, quiet=options.quiet, tracker=options.track) as emit:
-        run(recipe, out, workers=options.workers, emit=emit, command=options.command)
+        workers = estimate.admit(options.workers, emit, force=options.force)
+        run(recipe, out, workers=workers, emit=emit, command=options.command)
     return finish(out)
 
 

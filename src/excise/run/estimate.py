@@ -8,7 +8,6 @@ steps on the model and the machine themselves.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +52,7 @@ from excise.requests.audit import AuditRun
 from excise.requests.lengths import fit_lengths
 from excise.requests.recipe import Recipe, budget_for, starts_from
 from excise.run.canary import teaching
+from excise.run.devices import fitting_workers, gib, worker_devices
 from excise.run.environment import device_of
 from excise.run.steps import scratch_tokenizer
 from excise.train.fit import FitConfig
@@ -119,6 +119,7 @@ class Plan:
         notes: What a reader must know: what is missing, what is not counted.
         domain: The rows by role, where the data was read.
         tokenizer: The model's tokenizer, where it has one.
+        device: Where models run.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     domain: Domain | None = None
     tokenizer: Tokenizer = None
+    device: str = "cpu"
 
     @property
     def seconds(self) -> tuple[float, float] | None:
@@ -186,37 +188,31 @@ class Plan:
             "(--measure times three steps)"
         )
 
-    def refuse(self, *, force: bool) -> None:
-        """Refuse what cannot fit.
+    def admit(self, workers: int, emit: Emit, *, force: bool) -> int:
+        """Return how many workers start, or refuse what cannot fit.
 
         Args:
+            workers: How many are asked for; 0 for one a device or a core, as far as they fit.
+            emit: Gets a note where not every core has a worker.
             force: Whether the user insists.
 
         Raises:
             UserError: If memory or disk is too small by this estimate.
         """
         if force or self.memory is None or self.disk is None:
-            return
-        try:
-            memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        except AttributeError:  # Windows
-            memory = math.inf
-        if self.memory > memory:
-            raise UserError(
-                f"needs about {gib(self.memory)} of memory and this machine has {gib(memory)}; "
-                "use --lora.rank, a smaller fit.micro_size, or --force to try"
-            )
+            return workers
+        fit = fitting_workers(self.device, workers, self.memory)
+        wanted = len(worker_devices(self.device, workers))
+        if fit < wanted:
+            text = f"{fit} of {wanted} workers start, at about {gib(self.memory)} of memory each"
+            emit("note", {"text": text})
         free = shutil.disk_usage(existing(self.out)).free
         if self.disk > free:
             raise UserError(
                 f"needs about {gib(self.disk)} of disk under {self.out} and {gib(free)} is free; "
                 "choose another --out, or --force to try"
             )
-
-
-def gib(count: float) -> str:
-    """Return bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.0f} MiB"
+        return fit
 
 
 def existing(out: Path) -> Path:
@@ -359,6 +355,7 @@ def plan(
             notes=(*cut, *_notes(request, spec, original, sizes, rows)),
             domain=domain,
             tokenizer=tokenizer,
+            device=device,
         )
 
 

@@ -20,11 +20,11 @@ from excise.requests.lengths import fit_lengths
 from excise.requests.recipe import Recipe, starts_from
 from excise.run import output
 from excise.run.canary import remove_canaries
+from excise.run.devices import pool_on
 from excise.run.environment import now
 from excise.run.hosted import audit_hosted
 from excise.run.results import Models, method_run, new_record, timed
 from excise.run.steps import audit_models, examine, open_edited, prepare, refit, remove_all
-from excise.train.pool import Pool
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
     Args:
         recipe: Everything there is to choose.
         out: Output folder; an interrupted run of the same recipe resumes there.
-        workers: Worker processes, one thread each; 0 takes one for each core.
+        workers: Worker processes, one thread each; 0 takes one for each core, or accelerator.
         emit: Sink of progress events.
         command: The command that makes this again, for the record.
         kind: Which verb this is.
@@ -51,7 +51,7 @@ def run(
     """
     began, started = time.monotonic(), now()
     recipe = fit_lengths(recipe, emit)
-    with output.claim(out, recipe), Pool(workers or None, emit=emit) as pool:
+    with output.claim(out, recipe), pool_on(recipe.device, workers, emit) as pool:
         runtime = output.runtime(out, recipe.dtype, recipe.device, emit)
         emit("phase", {"text": "reading the model and the data"})
         domain, models = prepare(recipe, runtime, pool)
@@ -90,7 +90,7 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
     Args:
         request: Candidates, reference models, data and budget.
         out: Output folder; the only place that is written to.
-        workers: Worker processes, one thread each; 0 takes one for each core.
+        workers: Worker processes, one thread each; 0 takes one for each core, or accelerator.
         emit: Sink of progress events.
         command: The command that makes this again, for the record.
 
@@ -101,7 +101,7 @@ def audit(request: AuditRun, out: Path, *, workers: int, emit: Emit, command: st
         return audit_hosted(request, out, emit=emit, command=command)
     began, started = time.monotonic(), now()
     request = fit_lengths(request, emit)
-    with output.claim(out, request), Pool(workers or None, emit=emit) as pool:
+    with output.claim(out, request), pool_on(request.device, workers, emit) as pool:
         runtime = output.runtime(out, request.dtype, request.device, emit)
         emit("phase", {"text": "reading the models and the data"})
         original = open_model(request.original)

@@ -38,6 +38,7 @@ from excise.record import (
 )
 from excise.report.page import write_report
 from excise.run import output
+from excise.run.devices import pool_on
 from excise.run.environment import environment, now
 from excise.run.results import describe, timed
 from excise.train.pool import Pool
@@ -182,7 +183,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
     Args:
         study: Everything there is to choose.
         out: Output folder; an interrupted study of the same settings resumes there.
-        workers: Worker processes, one thread each; 0 takes one for each core.
+        workers: Worker processes, one thread each; 0 takes one for each core, or accelerator.
         emit: Sink of progress events.
         command: The command that makes this again, for the record.
 
@@ -190,7 +191,7 @@ def conduct(study: Study, out: Path, *, workers: int, emit: Emit, command: str =
         The record, as written to `out/run.json`.
     """
     began, started = time.monotonic(), now()
-    with output.claim(out, study), Pool(workers or None, emit=emit) as pool:
+    with output.claim(out, study), pool_on(study.device, workers, emit) as pool:
         runtime = output.runtime(out, study.dtype, study.device, emit)
         result, seeds = answered(study, runtime, pool, emit)
         outcome = Record(

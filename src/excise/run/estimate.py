@@ -442,12 +442,42 @@ def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int
     lora = getattr(method, "lora", None)
     if isinstance(lora, LoRA):
         trained = adapter_size(shapes, on_modules(lora, named))
-    return _training_memory(trained, loaded, width, method.extra_copies)
+    fits = [fit for fit, *_ in _schedules(method)] or [FitConfig()]
+    largest = max(int(p.numel()) for p in shapes.parameters())
+    return max(
+        _training_memory(trained, loaded, width, method.extra_copies, fit, largest) for fit in fits
+    )
 
 
-def _training_memory(trained: int, loaded: int, width: int, more: int = 0) -> float:
-    """Return the bytes of weights in memory, of masters, gradients and two moments in float32."""
-    return 3 * 2**28 + loaded * width + trained * (4 + more) * 4
+MOMENTS = {"sgd": 0.0, "adamw_8bit": 2 + 2 * 4 / 256}
+"""Bytes that an optimizer remembers of a number it steps; 8 where two are kept in float32."""
+
+
+def _training_memory(
+    trained: int,
+    loaded: int,
+    width: int,
+    more: int = 0,
+    fit: FitConfig | None = None,
+    largest: int = 0,
+) -> float:
+    """Return the bytes of weights, master weights, gradients and moments.
+
+    Args:
+        trained: Numbers that are stepped.
+        loaded: Numbers of the models in memory.
+        width: Bytes of one of those.
+        more: Copies in float32 of what is trained that a method keeps beside.
+        fit: Its optimizer, and whether it steps in the backward pass; AdamW by default.
+        largest: Numbers of the largest tensor, whose gradient is all there is of them then.
+    """
+    fit = fit or FitConfig()
+    masters = 4 if width < 4 and fit.master == "float32" else 0
+    wide = 4 if masters else width
+    gradients = min(trained, largest) if fit.in_backward else trained
+    # A half-precision gradient is there beside the one it is added to, tensor by tensor.
+    kept = trained * (masters + MOMENTS.get(fit.optimizer, 8.0) + 4 * more)
+    return 3 * 2**28 + loaded * width + kept + gradients * wide
 
 
 def _activations(request: Recipe | AuditRun, count: int) -> float:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that wants an accelerator, in at most ten minutes: writes benchmarks/gpu.csv, to be
 # committed, with one row a part: what it did, exit status, seconds, last line. What is skipped has
-# a row with the reason. `--dry` runs the parts that a CPU can, at their smallest.
+# a row with the reason. `--dry FILE` runs the parts that a CPU can, at their smallest.
 #
-#     bash benchmarks/gpu.sh [--dry]
+#     bash benchmarks/gpu.sh [--dry FILE]
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH="src:.${PYTHONPATH:+:$PYTHONPATH}"

@@ -1,9 +1,10 @@
 """The estimate of memory against what a process really took, by method, on the CPU.
 
-Each way of training runs for two steps in a process of its own on a random llama of about 60M
-parameters in float32, and the process says its peak (`ru_maxrss`, libraries included, which the
-estimate counts as 768 MiB). Prints both and their ratio, and fails where the estimate is below
-0.9 or above 2 times the peak: too low kills a run, too high refuses one that would fit.
+Each way of training runs for two steps in a process of its own on a random llama of eight
+blocks of width 768 in float32, and the process says its peak (`ru_maxrss`, libraries included,
+which the estimate counts as 768 MiB). Prints both and their ratio, and fails
+where the estimate is below 0.9 or above 2 times the peak: too low kills a run, too high
+refuses one that would fit.
 
     python benchmarks/memory.py [--no-save]
 """
@@ -90,7 +91,7 @@ def main() -> int:
             took, said = int(done.stdout.split()[-1]), estimated(name, model)
             ratio = said / took
             wrong += not LOW <= ratio <= HIGH
-            print(f"{name}: {gib(said)} estimated, {gib(took)} taken, ratio {ratio:.2f}")
+            print(f"{name}: {gib(said)} estimated, {gib(took)} taken, {ratio:.2f}", flush=True)
             if not options.no_save:
                 facts = {"variant": name, "peak_bytes": took, "estimated_bytes": round(said)}
                 save("memory", facts | {"ratio": round(ratio, 3), "parameters": count})

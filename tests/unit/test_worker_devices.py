@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from excise.cli.jobs import admitted
 from excise.core.context import OWN_DEVICE, own_device
 from excise.core.errors import UserError
 from excise.core.events import silent
@@ -19,6 +20,7 @@ from excise.core.stages import Runtime
 from excise.run import devices
 from excise.run.devices import fitting_workers, pool_on, worker_devices
 from excise.run.estimate import Pace, Plan
+from excise.run.pools import Jobs, Shard
 from excise.train.pool import Processes
 
 GIB = 2**30
@@ -96,6 +98,22 @@ def test_on_the_cpu_as_many_start_as_fit_and_no_more_are_taken(
     large = replace(estimate, memory=11.0 * GIB)
     with pytest.raises(UserError, match=r"about 11.00 GiB of memory and this machine has 10.00"):
         large.admit(0, silent, force=False)
+
+
+def test_only_workers_of_this_machine_are_planned_by_its_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(devices, "visible_cores", lambda: 8)
+    monkeypatch.setattr(devices, "free_memory", lambda _: 10.0 * GIB)
+    estimate = Plan("x", 1, (), 3.0 * GIB, 1.0, tmp_path, Pace(1e-9, 1e-9))
+    shard = Shard(1, 2, tmp_path / "out")
+    for jobs in (Jobs(tmp_path), Jobs(tmp_path, shard=shard)):
+        assert admitted(jobs, estimate, silent, force=False).pool("cpu", silent).workers == 3
+    cluster = Jobs(tmp_path, cluster="auto")
+    large = replace(estimate, memory=11.0 * GIB)
+    assert admitted(cluster, large, silent, force=False) == cluster
+    with pytest.raises(UserError, match="of disk under"):
+        admitted(cluster, replace(large, disk=2.0**80), silent, force=False)
 
 
 def test_memory_that_nothing_tells_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,9 @@ NAMES: dict[str, Case] = {
     "modules": Case(remove("--modules '[nothing]'"), ("'nothing'",)),
     "LoRA modules": Case(remove("--lora.modules '[nothing]'"), ("'nothing'",)),
     "too big": tiny("--model.scratch.width 65536 --model.scratch.blocks 64", "memory", "--force"),
+    "clipping of a gradient that is never whole": Case(
+        remove("--fit.in_backward true --fit.clip 1"), ("in_backward", "set clip to 0")
+    ),
     "facts too few": tiny("--domain.subjects 8", "forget_share", "subjects"),
     "code not allowed": Case(
         remove(method="./own.py:Half"), ("own.py", "--allow-code"), {"own.py": OWN}

@@ -24,11 +24,13 @@ from excise.auditor.base import Subject
 from excise.auditor.budget import SMOKE
 from excise.auditor.results import to_json
 from excise.core.context import Context
+from excise.core.stages import Runtime
 from excise.data.domain import Row
 from excise.data.rows import READS
 from excise.data.stream import Batch, Stream, collate, encode
 from excise.evals.score import measure
 from excise.losses import nll
+from excise.methods.base import ApplyMethod
 from excise.methods.distillation.cache_kinds import SampledTokens
 from excise.methods.distillation.teacher_cache import build_cache
 from excise.models.checkpoint import Checkpoint
@@ -212,6 +214,22 @@ def study() -> str | None:
     return both(run)
 
 
+def pooled() -> str | None:
+    """Apply a method in two workers that have a device each, and in this process on the CPU."""
+    fingerprints = []
+    with tempfile.TemporaryDirectory() as folder:
+        start = toy_start(Path(folder) / "start")
+        made = shortened(test_methods.made("grad_diff"), 2)
+        jobs = [ApplyMethod(made, start, toy_domain(), seed) for seed in (0, 1)]
+        preload = ("tests.device.installed",)
+        with Processes(2, preload=preload, devices=(f"{NAME}:0", f"{NAME}:0")) as pool:
+            for device, run in (("cpu", None), (NAME, pool)):
+                runtime = Runtime(Path(folder) / device, device=device)
+                found = run.map(runtime.run, jobs) if run else [runtime.run(job) for job in jobs]
+                fingerprints.append([removal.checkpoint.fingerprint for removal in found])
+    return difference(fingerprints[0], fingerprints[1])
+
+
 def sampled() -> str | None:
     """Keep tokens that a teacher samples."""
     with tempfile.TemporaryDirectory() as folder:
@@ -375,6 +393,7 @@ CASES: Mapping[str, Callable[..., Any]] = {
     "scores": scores,
     "study": study,
     "sampled": sampled,
+    "pool": pooled,
     "route": loop,
     "waits": waits,
     "mixed": mixed,

@@ -103,6 +103,9 @@ class _Module:
     def current_device(self) -> int:
         return 0
 
+    def set_device(self, device: Any) -> None:
+        assert torch.device(device) == torch.device(NAME, 0)
+
     def device_count(self) -> int:
         return 1
 

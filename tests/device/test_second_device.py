@@ -103,8 +103,8 @@ def test_a_score_is_the_same(ask: Ask, metric: str) -> None:
     assert ask("scores", metric) is None
 
 
-@pytest.mark.parametrize("what", ["study", "sampled", "route"])
-def test_studies_samples_and_ones_own_loop_are_the_same(ask: Ask, what: str) -> None:
+@pytest.mark.parametrize("what", ["study", "sampled", "route", "pool"])
+def test_studies_samples_workers_and_ones_own_loop_are_the_same(ask: Ask, what: str) -> None:
     assert ask(what) is None
 
 

@@ -22,6 +22,7 @@ from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.tuning import TrainingAttack
 from excise.core.context import Context
 from excise.core.errors import UserError
+from excise.core.events import silent
 from excise.data.domain import Domain
 from excise.methods import METHODS, RMU
 from excise.methods.base import PostHoc
@@ -315,7 +316,7 @@ def test_a_model_to_be_fetched_is_unknown_and_not_zero(
     assert "excise fetch smollm2-135m" in " ".join(text.split())
     assert text.count("unknown") >= 4
     assert " 0 s" not in text
-    estimate.refuse(force=False)
+    estimate.admit(1, silent, force=False)
 
 
 def ticking(seconds: float) -> Iterator[float]:
@@ -354,3 +355,25 @@ def test_a_pace_that_was_not_measured_is_that_of_training(here: Path) -> None:
 def test_every_line_fits_a_terminal(here: Path) -> None:
     for estimate in (plan(recipe(audit="smoke"), Path("out")), plan(request(), Path("out"))):
         assert max(map(len, estimate.text().splitlines())) < 80
+
+
+def test_the_table_of_what_fits_is_what_its_script_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = runpy.run_path(str(ROOT / "benchmarks" / "fits.py"))
+    text = script["PAGE"].read_text("utf-8")
+    assert text == script["page"](text), "run python benchmarks/fits.py"
+    assert text.count(" | ") > 100
+
+
+def test_lean_steps_are_counted_as_what_they_leave_out(here: Path) -> None:
+    start = Checkpoint(here / "model")
+    count, largest = start.num_parameters, max(p.numel() for p in start.shapes.parameters())
+
+    def held(**fit: Any) -> float:
+        method = METHODS["grad_diff"].model_validate({"fit": {"clip": 0, **fit}})
+        return estimated_memory(method, start, start.shapes, 4) - 3 * 2**28
+
+    assert held() == 4 * 4 * count  # weights, gradients, two moments
+    assert held(optimizer="sgd") == 2 * 4 * count
+    assert held(in_backward=True) == 3 * 4 * count + 4 * largest
+    assert held(optimizer="adamw_8bit") == pytest.approx((2 * 4 + 2 + 1 / 32) * count)

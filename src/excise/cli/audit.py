@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from excise.cli.jobs import jobs_of, leave, whole_command
+from excise.cli.jobs import admitted, jobs_of, leave, whole_command
 from excise.cli.options import AuditOptions
 from excise.cli.pair import pair_of
 from excise.cli.progress import progress, show_plan
@@ -38,9 +38,10 @@ def main(options: AuditOptions) -> int:
     if options.dry_run or options.measure:
         show_plan(request, jobs.out, measure=options.measure, quiet=options.quiet)
         return 0
-    if request.endpoint is None:
-        plan(request, jobs.out, rows=False).refuse(force=options.force)
+    estimate = None if request.endpoint else plan(request, jobs.out, rows=False)
     with progress(jobs.out / "events.jsonl", quiet=options.quiet, tracker=options.track) as emit:
+        if estimate is not None:
+            jobs = admitted(jobs, estimate, emit, force=options.force)
         pool = jobs.pool(request.device, emit)
         audit(request, jobs.out, pool, command=whole_command(options.command))
     code = leave(jobs)

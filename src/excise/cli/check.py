@@ -12,6 +12,7 @@ from excise.cli.progress import show_plan
 from excise.cli.run import recipe_data, recipe_of
 from excise.cli.settings import override
 from excise.cli.study import is_study, statement, study_of
+from excise.core.events import silent
 from excise.data.domain import CORE, Row, Rows, labelled_text
 from excise.data.stream import encode, encode_row, show
 from excise.methods.pretraining.pretrain import corpus
@@ -34,7 +35,7 @@ def main(options: CheckOptions) -> int:
     request = request_of(options)
     out = options.out or Path("runs") / request.name
     estimate = show_plan(request, out, measure=options.measure, quiet=options.quiet)
-    estimate.refuse(force=options.force)
+    estimate.admit(1, silent, force=options.force)
     print_rows(estimate)
     if isinstance(request, Recipe) and request.pretrain is not None:
         print_text(estimate, request.pretrain.max_length)

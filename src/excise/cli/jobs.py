@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from excise.cli.options import AuditOptions, RemoveOptions, StudyOptions
 from excise.core.errors import UserError
+from excise.core.events import Emit
 from excise.report.terminal import finish
+from excise.run.estimate import Plan
 from excise.run.output import check_out
 from excise.run.pools import Jobs, cluster_of, note_done, shard_of
 
@@ -35,6 +38,26 @@ def jobs_of(options: StudyOptions | AuditOptions | RemoveOptions, out: Path) -> 
     folder = out if shard is None else shard.folder
     check_out(folder)
     return Jobs(folder, options.workers, shard, cluster, options.torchrun)
+
+
+def admitted(jobs: Jobs, estimate: Plan, emit: Emit, *, force: bool) -> Jobs:
+    """Plan as many workers of this machine as fit into its memory.
+
+    The processes of torchrun and of a cluster have memory that is not looked at from here.
+
+    Args:
+        jobs: As `jobs_of` read them.
+        estimate: What the run needs.
+        emit: Gets a note where fewer start than there are cores or devices.
+        force: Whether the user insists.
+
+    Raises:
+        UserError: If memory or disk is too small by the estimate.
+    """
+    if jobs.torchrun is not None or jobs.cluster is not None:
+        estimate.check_disk(force=force)
+        return jobs
+    return replace(jobs, workers=estimate.admit(jobs.workers, emit, force=force))
 
 
 def whole_command(command: str) -> str:

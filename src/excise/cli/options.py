@@ -41,7 +41,7 @@ class DemoOptions(Options):
     out: Path = Path("runs/demo")
     """Output folder."""
     workers: Count = 0
-    """Worker processes of one thread each; 0 takes one for each core."""
+    """Worker processes of one thread each; 0 takes one for each accelerator, else for each core."""
     quiet: bool = False
     """Show no progress."""
     settings: DottedSettings = field(default_factory=dict)
@@ -60,7 +60,7 @@ class StudyOptions(Options):
     out: Path | None = None
     """Output folder; runs/NAME when missing."""
     workers: Count = 0
-    """Worker processes of one thread each; 0 takes one for each core."""
+    """Worker processes of one thread each; 0 takes one for each accelerator, else for each core."""
     shard: str = ""
     """Share the jobs with processes on other machines that run the same command with another I:
     I/N, from 1/N to N/N, --out on a path that all of them see; then excise merge OUT."""
@@ -169,7 +169,7 @@ class RemoveOptions(DataOptions):
     """What to leave: the model of the best step (OUT/model), its changed tensors alone (OUT/delta,
     for excise export), both and every step that a stop rule kept, or record and report only."""
     workers: Count = 0
-    """Worker processes of one thread each; 0 takes one for each core."""
+    """Worker processes of one thread each; 0 takes one for each accelerator, else for each core."""
     dry_run: bool = False
     """Read the data, print what would be done and what it would cost, and stop."""
     measure: bool = False
@@ -289,7 +289,7 @@ class AuditOptions(PairOptions):
     chat: bool = False
     """Ask the endpoint through /chat/completions."""
     workers: Count = 0
-    """Worker processes of one thread each; 0 takes one for each core."""
+    """Worker processes of one thread each; 0 takes one for each accelerator, else for each core."""
     shard: str = ""
     """Share the jobs with processes on other machines that run the same command with another I:
     I/N, from 1/N to N/N, --out on a path that all of them see; then excise merge OUT."""

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from excise.cli.jobs import jobs_of, leave
+from excise.cli.jobs import admitted, jobs_of, leave
 from excise.cli.options import PairOptions, RemoveOptions
 from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
@@ -35,8 +35,9 @@ def _main(options: RemoveOptions) -> int:
     if options.dry_run or options.measure:
         show_plan(recipe, jobs.out, measure=options.measure, quiet=options.quiet)
         return 0
-    plan(recipe, jobs.out, rows=False).refuse(force=options.force)
+    estimate = plan(recipe, jobs.out, rows=False)
     with progress(jobs.out / "events.jsonl", quiet=options.quiet, tracker=options.track) as emit:
+        jobs = admitted(jobs, estimate, emit, force=options.force)
         pool = jobs.pool(recipe.device, emit)
         run(recipe, jobs.out, pool, command=options.command, kind="remove")
     return leave(jobs)

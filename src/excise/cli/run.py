@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from excise.cli import study
-from excise.cli.jobs import jobs_of, leave, whole_command
+from excise.cli.jobs import admitted, jobs_of, leave, whole_command
 from excise.cli.options import CheckOptions, RunOptions
 from excise.cli.progress import progress, show_plan
 from excise.cli.settings import override
@@ -38,10 +38,11 @@ def main(options: RunOptions) -> int:
     if options.dry_run or options.measure:
         show_plan(recipe, jobs.out, measure=options.measure, quiet=options.quiet)
         return 0
-    plan(recipe, jobs.out, rows=False).refuse(force=options.force)
+    estimate = plan(recipe, jobs.out, rows=False)
     if jobs.shard is not None and jobs.shard.number > 1:
         recipe = recipe.model_copy(update={"keep": "none"})  # one copy of the models is enough
     with progress(jobs.out / "events.jsonl", quiet=options.quiet, tracker=options.track) as emit:
+        jobs = admitted(jobs, estimate, emit, force=options.force)
         pool = jobs.pool(recipe.device, emit)
         run(recipe, jobs.out, pool, command=whole_command(options.command))
     return leave(jobs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,15 @@ from excise.core.events import Emit, silent
 from excise.core.keys import fields_identity
 
 T = TypeVar("T")
+
+OWN_DEVICE = "EXCISE_DEVICE"
+"""Environment variable of a worker: which of several devices is its own, such as `cuda:1`."""
+
+
+def own_device(name: str) -> str:
+    """Return the device of this process where `name` is a kind of device, and else `name`."""
+    own = os.environ.get(OWN_DEVICE, "")
+    return own if own.partition(":")[0] == name else name
 
 
 class Stage(ABC, Generic[T]):

@@ -27,6 +27,7 @@ from excise.core.disk import expand, file_sum
 LIBRARIES = (
     "excise", "torch", "transformers", "tokenizers", "safetensors", "numpy", "jinja2", "peft",
     "accelerate", "liger-kernel", "lm-eval", "gguf", "sentencepiece", "tiktoken", "schedulefree",
+    "bitsandbytes",
 )  # fmt: skip
 """Packages that decide numbers."""
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from excise.core.context import Context, Stage
+from excise.core.context import Context, Stage, own_device
 from excise.core.disk import disk_full, file_sum, locked, note_sum, open_up, sweep, write_text
 from excise.core.errors import DiskFull, UserError
 from excise.core.events import Emit, emit, silent
@@ -110,7 +110,7 @@ class Runtime:
         return Context(
             work=work,
             seed=seed,
-            device=torch.device(self.device),
+            device=torch.device(own_device(self.device)),
             dtype=getattr(torch, self.dtype),
             rank=self.rank,
             world=self.world,

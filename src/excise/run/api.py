@@ -35,6 +35,7 @@ from excise.requests.recipe import (
     starts_from,
 )
 from excise.run import output
+from excise.run.devices import pool_on
 from excise.run.environment import environment, now
 from excise.run.hosted import HostedAudit, examine_hosted, references_of
 from excise.run.results import (
@@ -190,7 +191,8 @@ def audit(
         tokenizer: Needed with models in memory.
         out: Folder for record and report, with the stages beside it; a new temporary one when
             missing. Called again with the same arguments, it finds or resumes what was attacked.
-        workers: Worker processes, one thread each.
+        workers: Worker processes, one thread each; each has an accelerator of its own where
+            there are several.
         seed: Seed of everything random.
         dtype: Compute dtype.
         device: `auto` takes an accelerator where there is one.
@@ -225,7 +227,7 @@ def audit(
     )
     asked = check_lengths(asked, models.original.config)
     started = now()
-    with disk_full(folder), output.claim(folder, asked), Processes(workers) as pool:
+    with disk_full(folder), output.claim(folder, asked), pool_on(device, workers, silent) as pool:
         runtime = output.runtime(folder, dtype, device)
         record = Record(
             kind="audit",

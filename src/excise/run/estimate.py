@@ -8,7 +8,6 @@ steps on the model and the machine themselves.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +52,7 @@ from excise.requests.audit import AuditRun
 from excise.requests.lengths import fit_lengths
 from excise.requests.recipe import Recipe, budget_for, starts_from
 from excise.run.canary import teaching
+from excise.run.devices import fitting_workers, gib, worker_devices
 from excise.run.environment import device_of
 from excise.run.steps import scratch_tokenizer
 from excise.train.fit import FitConfig
@@ -119,6 +119,7 @@ class Plan:
         notes: What a reader must know: what is missing, what is not counted.
         domain: The rows by role, where the data was read.
         tokenizer: The model's tokenizer, where it has one.
+        device: Where models run.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     domain: Domain | None = None
     tokenizer: Tokenizer = None
+    device: str = "cpu"
 
     @property
     def seconds(self) -> tuple[float, float] | None:
@@ -186,37 +188,44 @@ class Plan:
             "(--measure times three steps)"
         )
 
-    def refuse(self, *, force: bool) -> None:
-        """Refuse what cannot fit.
+    def admit(self, workers: int, emit: Emit, *, force: bool) -> int:
+        """Return how many workers start, or refuse what cannot fit.
 
         Args:
+            workers: How many are asked for; 0 for one a device or a core, as far as they fit.
+            emit: Gets a note where not every core has a worker.
             force: Whether the user insists.
 
         Raises:
             UserError: If memory or disk is too small by this estimate.
         """
         if force or self.memory is None or self.disk is None:
+            return workers
+        fit = fitting_workers(self.device, workers, self.memory)
+        wanted = len(worker_devices(self.device, workers))
+        if fit < wanted:
+            text = f"{fit} of {wanted} workers start, at about {gib(self.memory)} of memory each"
+            emit("note", {"text": text})
+        self.check_disk(force=force)
+        return fit
+
+    def check_disk(self, *, force: bool) -> None:
+        """Refuse what does not fit on the disk.
+
+        Args:
+            force: Whether the user insists.
+
+        Raises:
+            UserError: If it is too small by this estimate.
+        """
+        if force or self.disk is None:
             return
-        try:
-            memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        except AttributeError:  # Windows
-            memory = math.inf
-        if self.memory > memory:
-            raise UserError(
-                f"needs about {gib(self.memory)} of memory and this machine has {gib(memory)}; "
-                "use --lora.rank, a smaller fit.micro_size, or --force to try"
-            )
         free = shutil.disk_usage(existing(self.out)).free
         if self.disk > free:
             raise UserError(
                 f"needs about {gib(self.disk)} of disk under {self.out} and {gib(free)} is free; "
                 "choose another --out, or --force to try"
             )
-
-
-def gib(count: float) -> str:
-    """Return bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.0f} MiB"
 
 
 def existing(out: Path) -> Path:
@@ -359,6 +368,7 @@ def plan(
             notes=(*cut, *_notes(request, spec, original, sizes, rows)),
             domain=domain,
             tokenizer=tokenizer,
+            device=device,
         )
 
 
@@ -445,12 +455,42 @@ def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int
     lora = getattr(method, "lora", None)
     if isinstance(lora, LoRA):
         trained = adapter_size(shapes, on_modules(lora, named))
-    return _training_memory(trained, loaded, width, method.extra_copies)
+    fits = [fit for fit, *_ in _schedules(method)] or [FitConfig()]
+    largest = max(int(p.numel()) for p in shapes.parameters())
+    return max(
+        _training_memory(trained, loaded, width, method.extra_copies, fit, largest) for fit in fits
+    )
 
 
-def _training_memory(trained: int, loaded: int, width: int, more: int = 0) -> float:
-    """Return the bytes of weights in memory, of masters, gradients and two moments in float32."""
-    return 3 * 2**28 + loaded * width + trained * (4 + more) * 4
+MOMENTS = {"sgd": 0.0, "adamw_8bit": 2 + 2 * 4 / 256}
+"""Bytes that an optimizer remembers of a number it steps; 8 where two are kept in float32."""
+
+
+def _training_memory(
+    trained: int,
+    loaded: int,
+    width: int,
+    more: int = 0,
+    fit: FitConfig | None = None,
+    largest: int = 0,
+) -> float:
+    """Return the bytes of weights, master weights, gradients and moments.
+
+    Args:
+        trained: Numbers that are stepped.
+        loaded: Numbers of the models in memory.
+        width: Bytes of one of those.
+        more: Copies in float32 of what is trained that a method keeps beside.
+        fit: Its optimizer, and whether it steps in the backward pass; AdamW by default.
+        largest: Numbers of the largest tensor, whose gradient is all there is of them then.
+    """
+    fit = fit or FitConfig()
+    masters = 4 if width < 4 and fit.master == "float32" else 0
+    wide = 4 if masters else width
+    gradients = min(trained, largest) if fit.in_backward else trained
+    # A half-precision gradient is there beside the one it is added to, tensor by tensor.
+    kept = trained * (masters + MOMENTS.get(fit.optimizer, 8.0) + 4 * more)
+    return 3 * 2**28 + loaded * width + kept + gradients * wide
 
 
 def _activations(request: Recipe | AuditRun, count: int) -> float:

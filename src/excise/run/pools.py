@@ -13,9 +13,10 @@ from excise.core.disk import check_free, write_text
 from excise.core.errors import UserError
 from excise.core.events import Emit
 from excise.core.keys import own_source
+from excise.run.devices import pool_on
 from excise.run.environment import device_of
 from excise.run.output import store_of
-from excise.train.pool import Pool, Processes
+from excise.train.pool import Pool
 from excise.train.ray_pool import RayPool
 from excise.train.shared import Shared
 from excise.train.torchrun_pool import TorchrunPool, check_device
@@ -112,7 +113,7 @@ class Jobs:
 
     Attributes:
         out: Output folder of this process.
-        workers: Processes of this machine; 0 takes one for each core.
+        workers: Processes of this machine; 0 takes one for each accelerator, else for each core.
         shard: Which share of the jobs is done here first.
         cluster: Address of a Ray cluster that does them instead.
         torchrun: The processes that torchrun started, which do them instead.
@@ -141,7 +142,7 @@ class Jobs:
         if self.cluster is not None:
             gpu = device_of(device).startswith("cuda")
             return RayPool(self.cluster, store_of(self.out), gpu=gpu, emit=emit)
-        pool = Processes(self.workers or None, emit=emit)
+        pool = pool_on(device, self.workers, emit)
         return pool if self.shard is None else Shared(pool, self.shard.number - 1, self.shard.of)
 
 

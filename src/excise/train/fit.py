@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -79,7 +79,8 @@ class FitConfig(Config):
     min_lr: float = Field(default=0.0, ge=0, le=1)
     """Share of the learning rate at the end of the schedule."""
     optimizer: OptimizerName = "adamw"
-    """`hf_adamw` is the AdamW of transformers up to 4.50, which published RMU used;
+    """`adamw_8bit` keeps its moments in bytes (the package bitsandbytes);
+    `hf_adamw` is the AdamW of transformers up to 4.50, which published RMU used;
     `schedule_free` is AdamW of the package schedulefree, which ends at an average of its steps."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay rates of Adam's moments."""
@@ -91,10 +92,26 @@ class FitConfig(Config):
     """Largest norm of the gradient over all stepped parameters; 0 for no clipping."""
     master: Literal["float32", "model"] = "float32"
     """Precision in which half-precision weights are kept while they train."""
+    in_backward: bool = False
+    """Whether each parameter is stepped as soon as its gradient is whole, so that one gradient
+    exists at a time; without clipping and with one micro-batch."""
     save_every: int = Field(default=0, ge=0)
     """Steps between states on disk; 0 for about one a minute."""
     log_every: int = Field(default=10, ge=1)
     """Steps between progress events; slow steps are told one by one."""
+
+    @model_validator(mode="after")
+    def _check_in_backward(self) -> FitConfig:
+        """Refuse what needs the whole gradient before a step, and averages of steps."""
+        if not self.in_backward:
+            return self
+        if self.clip:
+            raise ValueError("in_backward has no norm to clip by before it steps; set clip to 0")
+        if 0 < self.micro_size < self.batch_size:
+            raise ValueError("in_backward takes one micro-batch; set micro_size to 0")
+        if self.optimizer == "schedule_free":
+            raise ValueError("in_backward cannot count the steps of schedule_free; take adamw")
+        return self
 
     @property
     def epsilon(self) -> float:
@@ -200,6 +217,16 @@ def fit(
             "a gradient that takes several passes, or is changed whole, cannot be cut over "
             "processes; leave --fsdp out"
         )
+    if ctx.fsdp and config.optimizer == "adamw_8bit":
+        raise UserError(
+            "the moments of 'adamw_8bit' are scaled by blocks, which do not end where a model is "
+            "cut over processes; set fit.optimizer to adamw, or leave --fsdp out"
+        )
+    if config.in_backward and (gradient or change or writes or ctx.world > 1):
+        raise UserError(
+            "fit.in_backward steps before a step's gradient is whole, and this method changes it, "
+            "computes it in several passes, routes it or sums it over processes; leave it out"
+        )
     with ExitStack() as stack:
         cut = stack.enter_context(sharded(model, ctx))
         trained = _make_groups(model, groups, config, rates or {}, cut)
@@ -211,6 +238,9 @@ def fit(
                 began = time.perf_counter()
                 micros = batches(run.cursor)
                 passes = Passes(model, run.cursor, micros, loss, counts, trained, ctx, writes)
+                if config.in_backward:
+                    yield run.step_in_backward(passes, began)
+                    continue
                 losses = gradient(passes) if gradient else passes.backward(micros)
                 if change is not None:
                     _change_gradients(trained, change, run.cursor, ctx)
@@ -353,17 +383,59 @@ class _Run:
 
     def step(self, losses: Losses, began: float) -> StepRecord:
         """Check, clip and step; log the record and save when it is time."""
-        config, step = self.config, self.cursor
-        for name, value in losses.terms.items():
-            if not math.isfinite(value):
-                raise Diverged(
-                    f"term '{name}' of the loss is {value} at step {step}; lower the learning "
-                    f"rate or the term's weight ({self._kept})"
-                )
+        self._check(losses.terms)
         norm = self._clip(losses)
         self.between_steps = False
         for group in self.groups:
-            group.step(config.rate_at(step, group.lr))
+            group.step(self.config.rate_at(self.cursor, group.lr))
+        return self._stepped(losses, norm, began)
+
+    def step_in_backward(self, passes: Passes[Any], began: float) -> StepRecord:
+        """Step every parameter while the backward pass goes on; then as `step`.
+
+        The terms are checked before that pass. A gradient that is not finite is found after it,
+        when the weights are spoiled: the state on disk, of an earlier step, is what is left.
+        """
+        if len(passes.micros) > 1:
+            raise UserError("fit.in_backward takes one micro-batch; set fit.micro_size to 0")
+
+        def loss(model: nn.Module, micro: Any) -> Mapping[str, Term]:
+            terms = passes.loss(model, micro)
+            counted = {
+                n: float(t.sum.detach()) / float(t.count) for n, t in terms.items() if t.count
+            }
+            self._check(counted)
+            self.between_steps = False
+            return terms
+
+        norms: dict[tuple[int, int], Tensor] = {}
+        for group in self.groups:
+            group.optimizer.param_groups[0]["lr"] = self.config.rate_at(self.cursor, group.lr)
+        with _stepping(self.groups, norms):
+            losses = passes.backward(passes.micros, loss)
+        norm = 0.0
+        if norms:
+            ordered = torch.stack([norms[at] for at in sorted(norms)])
+            norm = float(torch.linalg.vector_norm(ordered))
+        if not math.isfinite(norm):
+            raise Diverged(
+                f"the gradient has norm {norm} at step {self.cursor}, and fit.in_backward has "
+                "stepped with it; lower the learning rate, and run again from the last state"
+            )
+        return self._stepped(losses, norm, began)
+
+    def _check(self, terms: Mapping[str, float]) -> None:
+        """Refuse a term that is not finite."""
+        for name, value in terms.items():
+            if not math.isfinite(value):
+                raise Diverged(
+                    f"term '{name}' of the loss is {value} at step {self.cursor}; lower the "
+                    f"learning rate or the term's weight ({self._kept})"
+                )
+
+    def _stepped(self, losses: Losses, norm: float, began: float) -> StepRecord:
+        """Count a step; log its record and save when it is time."""
+        config, step = self.config, self.cursor
         self.cursor = step + 1
         record = StepRecord(
             step=step,
@@ -714,6 +786,43 @@ def _widening(copies: Copies) -> Iterator[None]:
         for param in copies:
             stack.callback(param.register_post_accumulate_grad_hook(hook).remove)
         yield
+
+
+@contextmanager
+def _stepping(
+    groups: Sequence[OptimizerGroup], norms: dict[tuple[int, int], Tensor]
+) -> Iterator[None]:
+    """Step every parameter once its gradient is whole, and note the norms of the gradients.
+
+    By then no part of the graph needs its old value: its node runs after all that read it.
+    """
+    copies = _copies(groups)
+    places = [(g, i) for g, group in enumerate(groups) for i in range(len(group.slices))]
+
+    def step(place: tuple[int, int]) -> None:
+        g, i = place
+        weight = groups[g].master_weights[i]
+        if weight.grad is not None:
+            double = weight.grad.dtype == torch.float64
+            wide = torch.float64 if double else torch.float32
+            norms[place] = torch.linalg.vector_norm(weight.grad, dtype=wide)
+            groups[g].step_one(i)
+
+    def hook(param: nn.Parameter, place: tuple[int, int]) -> None:
+        if param in copies:
+            _widen(param, copies)
+        step(place)
+
+    with ExitStack() as stack:
+        for g, i in places:
+            part = groups[g].slices[i]
+            if part.dim is not None:
+                raise UserError("fit.in_backward steps whole parameters, not slices; leave it out")
+            at_once = part.param.register_post_accumulate_grad_hook(partial(hook, place=(g, i)))
+            stack.callback(at_once.remove)
+        yield
+    for place in places:
+        step(place)  # what a loss wrote into `grad` past autograd's hooks
 
 
 def _settle_gradients(groups: Sequence[OptimizerGroup], written: set[str] | None) -> None:

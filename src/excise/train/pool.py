@@ -74,6 +74,7 @@ class _Worker:
 
     process: Any
     pipe: connection.Connection
+    device: str
 
     def end(self, grace: float) -> None:
         """Ask the process to save and go, and kill it if it does not."""
@@ -175,6 +176,7 @@ class Processes:
         *,
         emit: Emit = silent,
         preload: Sequence[str] = PRELOAD,
+        devices: Sequence[str] = (),
     ) -> None:
         """Plan a pool; nothing starts before `with`.
 
@@ -183,6 +185,8 @@ class Processes:
                 a worker runs its jobs in place.
             emit: Sink of the jobs' events, called in this process.
             preload: Modules imported before workers are forked.
+            devices: One a worker, that it calls its own (`own_device`); empty where all compute
+                on the CPU.
         """
         wanted = visible_cores() if workers is None else workers
         self.workers = 1 if os.environ.get(INSIDE) else max(1, wanted)
@@ -191,6 +195,7 @@ class Processes:
         self.peak_bytes = 0
         self._context = multiprocessing.get_context("forkserver")
         self._idle: list[_Worker] = []
+        self._untaken = list(devices) or [""] * self.workers
 
     def __enter__(self) -> Self:
         """Start the server, which imports in the background."""
@@ -237,8 +242,9 @@ class Processes:
                     else:
                         del running[i]
                         self._idle.append(worker)
-                        if answer[0] == "done" and answer[3] > REUSED_BELOW:
-                            self._idle.pop().end(GRACE)  # a fresh one has no such pieces
+                        # On a device of its own most of that is the driver's.
+                        if answer[0] == "done" and not worker.device and answer[3] > REUSED_BELOW:
+                            self._end([self._idle.pop()])  # a fresh one has no such pieces
                         if answer[0] == "error":
                             raise answer[1]
                         results[i] = answer[1]
@@ -287,11 +293,13 @@ class Processes:
     def _start(self) -> _Worker:
         """Fork one worker from the server."""
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=work, args=(theirs, list(sys.path)), daemon=True)
+        device = self._untaken.pop(0)
+        args = (theirs, list(sys.path), device)
+        process = self._context.Process(target=work, args=args, daemon=True)
         with _bare_start():
             process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, device)
 
     def _ready(self, running: Mapping[int, tuple[_Worker, bool]]) -> list[int]:
         """Wait until a running worker has something to say or is gone."""
@@ -316,6 +324,7 @@ class Processes:
         worker.process.join(GRACE)
         code = worker.process.exitcode
         worker.end(0.0)
+        self._untaken.append(worker.device)
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         if again:
             raise UserError(
@@ -332,6 +341,7 @@ class Processes:
                 worker.process.terminate()
         for worker in workers:
             worker.end(GRACE)
+            self._untaken.append(worker.device)
 
 
 def _give(worker: _Worker, i: int, function: Callable[..., Any], job: Any) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from excise.core.disk import disk_full, write_text
 from excise.core.errors import UserError
-from excise.train.optim import OptimizerGroup
+from excise.train.optim import OptimizerGroup, moments_of, put_moments
 
 VERSION = 2
 """Version of the layout."""
@@ -97,8 +97,7 @@ def save_state(
             value = torch.tensor(float(counted[name]), dtype=torch.float64)
             tensors[f"counter/{g}/{name}"] = value
         if moments:
-            state = group.optimizer.state_dict()["state"]
-            for i, entries in state.items():
+            for i, entries in moments_of(group.optimizer).items():
                 for name, t in entries.items():
                     tensors[f"optimizer/{g}/{i}/{name}"] = parts[i][0].whole(t)
     if not write:
@@ -223,11 +222,11 @@ def restore(groups: Sequence[OptimizerGroup], buffers: Mapping[str, Tensor], sta
                 moments.setdefault(int(number), {})[key] = parts[int(number)][0].here(tensor)
         for i, (part, weight) in enumerate(parts):
             weight.copy_(part.here(state.tensors[f"weight/{g}/{i}"]))
-        settings = group.optimizer.state_dict()["param_groups"]
+        settings = group.optimizer.param_groups[0]
         for name in (name for name in COUNTERS if f"counter/{g}/{name}" in state.tensors):
-            kind = type(settings[0][name])
-            settings[0][name] = kind(state.tensors[f"counter/{g}/{name}"].item())
-        group.optimizer.load_state_dict({"state": moments, "param_groups": settings})
+            kind = type(settings[name])
+            settings[name] = kind(state.tensors[f"counter/{g}/{name}"].item())
+        put_moments(group.optimizer, moments)
         group.copy_to_model()
 
 

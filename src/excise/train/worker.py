@@ -20,6 +20,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, TypeVar
 
+from excise.core.context import OWN_DEVICE
 from excise.core.events import CHANNEL, Emit
 
 J = TypeVar("J")
@@ -107,6 +108,10 @@ def release() -> int:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows
             ctypes.CDLL(None).malloc_trim(0)  # glibc has it
+    if name := os.environ.get(OWN_DEVICE):
+        import torch
+
+        getattr(torch.get_device_module(name), "empty_cache", bool)()
     return resident_bytes()
 
 
@@ -134,8 +139,18 @@ def _follow_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def work(pipe: connection.Connection, path: list[str]) -> None:
-    """Answer jobs until the pipe closes: the body of a worker."""
+def take_device(name: str) -> None:
+    """Make a device this process's own: kernels that name none, such as Triton's, run there."""
+    import torch
+
+    os.environ[OWN_DEVICE] = name
+    choose = getattr(torch.get_device_module(name), "set_device", None)
+    if choose is not None:  # Apple's are one
+        choose(name)
+
+
+def work(pipe: connection.Connection, path: list[str], device: str) -> None:
+    """Answer jobs until the pipe closes: the body of a worker, with a device of its own or ``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner hears Ctrl-C and tells us
     signal.signal(signal.SIGTERM, _stop)
     os.environ[INSIDE] = "1"
@@ -147,6 +162,8 @@ def work(pipe: connection.Connection, path: list[str]) -> None:
         pipe.send_bytes(pickle.dumps(("emit", kind, dict(data))))
 
     CHANNEL.set(forward)
+    if device:
+        take_device(device)
     while True:
         try:
             _, main, data = pickle.loads(pipe.recv_bytes())

@@ -102,9 +102,8 @@ def shared(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_both_did_a_part_and_every_stage_was_made_once(done: Path) -> None:
+def test_every_stage_was_made_once_by_one_of_both(done: Path) -> None:
     parts = [made(done / "shared" / f"out.shard-{i}-of-2") for i in (1, 2)]
-    assert all(len(part) > 3 for part in parts)
     assert sorted(parts[0] + parts[1]) == sorted(made(done / "alone" / "out"))
     assert (done / "shared" / "out.shard-1-of-2" / "models").is_dir()
     assert not (done / "shared" / "out.shard-2-of-2" / "models").exists()

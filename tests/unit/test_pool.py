@@ -267,9 +267,9 @@ def test_the_pool_knows_the_peak_memory_of_its_workers() -> None:
     with Processes(2, preload=()) as pool:
         pool.map(_fill, [1])
         small = pool.peak_bytes
-        pool.map(_fill, [300])
-    assert 0 < small < 300 << 20
-    assert pool.peak_bytes > 300 << 20
+        pool.map(_fill, [900])
+    assert 0 < small < 900 << 20
+    assert pool.peak_bytes > 900 << 20
 
 
 def test_jobs_of_one_turn_never_run_together(pool: Processes, tmp_path: Path) -> None:

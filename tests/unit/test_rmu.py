@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,12 @@ def test_a_sweep_equals_single_runs_and_follows_its_rule(tmp_path: Path) -> None
     start, domain = toy_checkpoint(tmp_path), toy_domain()
     sweep = RMUSweep(layer=(1, 2), steering=(2.0, 60.0), retain_budget=0.02)
     method = FAST.model_copy(update={"blocks": (), "sweep": sweep, "alpha": 0.5})
-    removal = method.apply(start, domain, context(tmp_path / "sweep"))
+    told: list[Mapping[str, Any]] = []
+
+    def emit(kind: str, data: Mapping[str, Any]) -> None:
+        told.extend([data] if kind == "cache" else [])
+
+    removal = method.apply(start, domain, replace(context(tmp_path / "sweep"), emit=emit))
     found = removal.extras["sweep"]
     assert found["rule"] == RULE
     table = found["table"]
@@ -151,7 +157,8 @@ def test_a_sweep_equals_single_runs_and_follows_its_rule(tmp_path: Path) -> None
     assert single.checkpoint.fingerprint == removal.checkpoint.fingerprint
     assert single.changed == removal.changed
     # Every batch is run through the frozen blocks once, whatever the number of settings.
-    assert found["cache"]["misses"] == 2 * FIT.steps
+    [cache] = told
+    assert cache["misses"] == 2 * FIT.steps
     assert removal.cost.steps == 4 * FIT.steps
 
 

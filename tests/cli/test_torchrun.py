@@ -215,6 +215,7 @@ def test_an_error_of_one_process_ends_all_and_is_said_once(inputs: Path) -> None
     assert lines == ["excise: rank 1 dislikes it"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(inputs: Path) -> None:
     line = faulty(inputs, "import os; os._exit(9)")
     codes, lines = by_hand(line, inputs)

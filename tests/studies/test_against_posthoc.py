@@ -128,6 +128,7 @@ def test_a_seed_without_an_audit_says_nothing() -> None:
     assert behind(study, short, "rmu").n == 2
 
 
+@pytest.mark.slow
 def test_the_study_runs_through(tmp_path: Path) -> None:
     small = tiny()
     study = RoutingAgainstPosthoc(

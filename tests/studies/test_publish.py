@@ -109,8 +109,7 @@ def test_what_is_shown_is_the_paragraph_the_table_and_where_they_come_from() -> 
         "| a\\|b | -0.333 [-0.500, 0.000] | 152,256 |",
         "| c | | not measured |",
         "",
-        "Seeds 1, 2 (settings chosen on 0); commit abc123, 2026-01-02, excise 0.1.0, torch 2.8, "
-        "2 minutes.",
+        "Seeds 1, 2 (settings chosen on 0); commit abc123, 2026-01-02, excise 0.1.0, torch 2.8.",
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tests.unit.synthetic import BUDGET, audit
 
@@ -39,6 +40,7 @@ def trained(rows: Rows, folder: Path) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_a_model_that_answers_in_two_hops_alone_fails_before_any_attack(tmp_path: Path) -> None:
     domain = SPEC.build(None)
     kept, taught = (*domain.retain, *domain.adjacent), domain.forget["alpha"]

@@ -127,6 +127,7 @@ def _where(runtime: Runtime) -> tuple[str, int]:
     return str(runtime.context(Path()).device), os.getpid()
 
 
+@pytest.mark.slow
 def test_every_worker_computes_on_a_device_of_its_own(tmp_path: Path) -> None:
     """On devices whose number the CPU ignores; a new worker takes the place of one that ended."""
     runtime = Runtime(tmp_path, device="cpu")

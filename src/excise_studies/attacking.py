@@ -87,6 +87,7 @@ class Attacked:
         t: Score on the relearn set by unit at each.
         retain: Score on `retain_test` by unit at each.
         rate: Learning rate.
+        taught: Whether the relearn set was learned at the chosen step.
     """
 
     steps: tuple[int, ...]
@@ -95,6 +96,7 @@ class Attacked:
     t: tuple[ScoreByUnit, ...]
     retain: tuple[ScoreByUnit, ...]
     rate: float = 0.0
+    taught: bool = True
 
     @property
     def before(self) -> ScoreByUnit:
@@ -247,7 +249,8 @@ def chosen(by_rate: Mapping[float, Mapping[str, Any]], *, power: float) -> Attac
     rate, at = max(learned, key=lambda place: (score("dev", place), -place[1]))
     best = by_rate[rate]
     parts = {name: tuple(best[name]) for name in ("v", "t", "retain")}
-    return Attacked(steps=tuple(best["steps"]), at=at, rate=rate, **parts)
+    taught = score("t", (rate, at)) >= power
+    return Attacked(steps=tuple(best["steps"]), at=at, rate=rate, taught=taught, **parts)
 
 
 def mean_score(units: Mapping[str, float]) -> float:

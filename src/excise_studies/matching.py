@@ -13,9 +13,12 @@ from excise.data.domain import Domain
 from excise.evals.score import measure
 from excise.methods.base import Method
 from excise.models.checkpoint import Checkpoint
+from excise.record import StudyRow, StudyTable
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
-from excise_studies.base import Replicate
+from excise_studies.base import Replicate, row
+from excise_studies.levels import estimate
+from excise_studies.recovery import RecoveryScores
 from excise_studies.setting import ExperimentSetting, checkpoints, conditions_of, make_conditions
 
 
@@ -110,28 +113,49 @@ def matched(
     }
 
 
-def choose(scores: Mapping[float, tuple[float, float]], least: float) -> float:
-    """Return the strength that forgets most of those that keep enough.
+def deepest(cost: float) -> Rule:
+    """Return the rule that takes what forgets most, of what keeps enough.
 
     Args:
-        scores: Scores on forget and retain by strength.
-        least: Score on retain that is enough; where nothing keeps it, the best keeper is taken.
+        cost: Score on retain that a method may cost; where all cost more, the best keeper is taken.
     """
-    enough = [factor for factor, (_, retained) in scores.items() if retained >= least]
-    if not enough:
-        return max(scores, key=lambda factor: scores[factor][1])
-    return min(enough, key=lambda factor: scores[factor][0])
+    return lambda scores, original: _nearest(scores, 0.0, original - cost)
 
 
-def level_with(scores: Mapping[float, tuple[float, float]], level: float, least: float) -> float:
-    """Return the strength whose forgetting is nearest to a level, of those that keep enough.
+def level_with(level: float, cost: float) -> Rule:
+    """Return the rule that takes what forgets to a level most nearly, of what keeps enough.
 
     Args:
-        scores: Scores on forget and retain by strength.
         level: Score on forget that is wanted.
-        least: Score on retain that is enough; where nothing keeps it, the best keeper is taken.
+        cost: Score on retain that a method may cost; where all cost more, the best keeper is taken.
     """
+    return lambda scores, original: _nearest(scores, level, original - cost)
+
+
+def _nearest(scores: Mapping[float, tuple[float, float]], level: float, least: float) -> float:
+    """Return the strength that forgets to a level most nearly, of those that keep enough."""
     enough = [factor for factor, (_, retained) in scores.items() if retained >= least]
     if not enough:
         return max(scores, key=lambda factor: scores[factor][1])
     return min(enough, key=lambda factor: abs(scores[factor][0] - level))
+
+
+def matched_table(
+    factors: Mapping[str, float], recovery: RecoveryScores, conditions: Mapping[str, str], note: str
+) -> StudyTable:
+    """Return strengths, and what methods leave and keep before the attack on the reported seeds.
+
+    Args:
+        factors: By method.
+        recovery: Scores before the attack.
+        conditions: Name of each method's condition among them.
+        note: What the study says of it.
+    """
+    rows: list[StudyRow] = []
+    for name, factor in factors.items():
+        rows.append(StudyRow(condition=name, metric="factor on the learning rate", value=factor))
+        for metric, scores in (
+            ("held-out test set", recovery.before), ("retain", recovery.retain),
+        ):  # fmt: skip
+            rows.append(row(name, metric, estimate(scores.at(conditions[name]), scores)))
+    return StudyTable(title="What was matched", note=note, rows=tuple(rows))

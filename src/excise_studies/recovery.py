@@ -12,7 +12,7 @@ from excise.data.domain import Domain
 from excise.evals.replicates import Contrast, Decision, SeedEstimate
 from excise.evals.stats import Array, Estimate
 from excise.record import StudyRow, StudyTable
-from excise_studies.attacking import Attacked, RunKey, mean_score
+from excise_studies.attacking import Attacked, RunKey
 from excise_studies.base import ScoreByUnit, row
 from excise_studies.levels import Levels, estimate, estimate_of_seed, levels
 
@@ -122,9 +122,8 @@ def gather(
     reached = float(t.at("oracle")[0])
     threshold = power if absolute else power * float(of(lambda a: a.t[0]).at("original")[0])
     weak: dict[str, tuple[int, ...]] = {}
-    for condition, seed in attacked:
-        known = 1.0 if absolute else mean_score(attacked["original", seed].t[0])
-        if mean_score(attacked[condition, seed].learned) < power * known:
+    for (condition, seed), attack in attacked.items():
+        if not attack.taught and condition not in REFERENCES:
             weak[condition] = (*weak.get(condition, ()), seed)
     before, after = of(lambda a: a.before), of(lambda a: a.after)
     apart = before.at("original") - after.at("oracle")
@@ -154,7 +153,7 @@ def gather(
         distance=distance,
         invalid=invalid,
         absolute=absolute,
-        weak={name: seeds for name, seeds in weak.items() if name not in REFERENCES},
+        weak=weak,
     )
 
 

@@ -68,7 +68,7 @@ from excise_studies.distillation.undo_pilot import UndoPilot, correlations
 from excise_studies.distillation.undo_pilot import condition_name as pilot_name
 from excise_studies.distillation.undo_pilot import decide as decide_pilot
 from excise_studies.levels import estimate, estimate_of_seed, levels
-from excise_studies.matching import choose, level_with, stronger
+from excise_studies.matching import deepest, level_with, stronger
 from excise_studies.recovery import (
     RecoveryScores,
     curves_table,
@@ -91,7 +91,8 @@ def attacked(after: float, *, before: float = 0.0, learned: float = 1.0) -> Atta
     """Return an attack that brings a share of V back."""
     both = (units_at(before), units_at(after))
     t = {"t": learned}
-    return Attacked((0, 8), 1, both, ({"t": 0.0}, t), ({"r": 1.0}, {"r": 1.0}))
+    kept = ({"r": 1.0}, {"r": 1.0})
+    return Attacked((0, 8), 1, both, ({"t": 0.0}, t), kept, taught=learned >= 0.8)
 
 
 def found_of(
@@ -184,7 +185,9 @@ def test_rate_and_step_are_chosen_on_dev() -> None:
     assert (taught.rate, taught.at, taught.learned) == (3e-3, 2, {"t": 0.9}), (
         "both sets are read at one step, and only where the relearn set was learned"
     )
-    assert chosen(runs, power=0.95) == taught, "without power it is read where it learned most"
+    assert taught.taught
+    weak = chosen(runs, power=0.95)
+    assert weak == replace(taught, taught=False), "without power it is read where it learned most"
     assert chosen({1e-3: run((0.2, 0.2), 0.1)}, power=0.8).at == 0
 
 
@@ -393,9 +396,10 @@ def test_the_conditions_of_the_factorial() -> None:
 
 def test_strengths_are_matched_at_a_level_that_retain_allows() -> None:
     scores = {0.5: (0.6, 0.98), 1.0: (0.3, 0.9), 2.0: (0.19, 0.4)}
-    assert level_with(scores, 0.2, 0.8) == 1.0
-    assert level_with(scores, 0.5, 0.8) == 0.5
-    assert level_with(scores, 0.2, 0.99) == 0.5
+    assert level_with(0.2, 0.0)(scores, 0.8) == 1.0
+    assert level_with(0.5, 0.0)(scores, 0.8) == 0.5
+    assert level_with(0.2, 0.0)(scores, 0.99) == 0.5
+    assert level_with(0.2, 0.6)(scores, 1.0) == 2.0, "retain may cost what is allowed"
 
 
 def test_what_the_factorial_cannot_compare_is_refused() -> None:
@@ -543,9 +547,10 @@ def test_reversal_is_decided_against_each() -> None:
 
 def test_strength_is_matched_and_bits_decide() -> None:
     scores = {0.3: (0.5, 1.0), 1.0: (0.1, 0.95), 2.0: (0.0, 0.4)}
-    assert choose(scores, 0.9) == 1.0
-    assert choose(scores, 0.3) == 2.0
-    assert choose(scores, 1.1) == 0.3
+    assert deepest(0.0)(scores, 0.9) == 1.0
+    assert deepest(0.0)(scores, 0.3) == 2.0
+    assert deepest(0.0)(scores, 1.1) == 0.3
+    assert deepest(0.6)(scores, 1.0) == 2.0
     with pytest.raises(UserError, match="SSD has no learning rate"):
         stronger(SSD(), 2.0)
     study = DarkKnowledge(experiment=EXPERIMENT)

@@ -20,7 +20,7 @@ from excise_studies.attacking import Attacker
 from excise_studies.base import row
 from excise_studies.distillation.presets import graddiff, maxent, rmu, tar
 from excise_studies.levels import estimate, levels, of_seeds
-from excise_studies.matching import level_with, matched, stronger
+from excise_studies.matching import level_with, matched, matched_table, stronger
 from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, groups_of, listed
 from excise_studies.setting import (
     ExperimentSetting,
@@ -118,9 +118,7 @@ class ReversalCost(Study):
             self.sweep,
             self.experiment,
             {seed: replicates[seed] for seed in self.tuned_on},
-            lambda scores, original: level_with(
-                scores, self.forget_level, original - self.retain_cost
-            ),
+            level_with(self.forget_level, self.retain_cost),
             runtime,
             pool,
         )
@@ -146,7 +144,13 @@ class ReversalCost(Study):
         decision = decide(self, apart)
         tables = (
             _costs(apart, costs, recovery),
-            _matched(self, factors, recovery),
+            matched_table(
+                factors,
+                recovery,
+                {name: name for name in self.methods},
+                "Chosen on dev of the tuned seeds; before the attack, on the reported ones. "
+                f"{unmatched(self, recovery)}",
+            ),
         )
         return result(recovery, words, decision, replicates, models, tables=tables)
 
@@ -271,25 +275,5 @@ def _costs(
     return StudyTable(
         title="Reversal cost",
         note="Steps until the bar of the pair, interpolated in the logarithm of the steps.",
-        rows=tuple(rows),
-    )
-
-
-def _matched(
-    study: ReversalCost, factors: Mapping[str, float], recovery: RecoveryScores
-) -> StudyTable:
-    """Return strengths, and what methods leave and keep before the attack on reported seeds."""
-    rows: list[StudyRow] = []
-    for name, factor in factors.items():
-        rows.append(StudyRow(condition=name, metric="factor on the learning rate", value=factor))
-        for metric, scores in (
-            ("held-out test set", recovery.before),
-            ("retain", recovery.retain),
-        ):
-            rows.append(row(name, metric, estimate(scores.at(name), scores)))
-    return StudyTable(
-        title="What was matched",
-        note=f"Chosen on dev of the tuned seeds; before the attack, on the reported ones. "
-        f"{unmatched(study, recovery)}",
         rows=tuple(rows),
     )

@@ -31,7 +31,7 @@ from excise_studies.base import row
 from excise_studies.distillation.noise_like import NoiseLike
 from excise_studies.distillation.presets import student, teachers
 from excise_studies.levels import estimate
-from excise_studies.matching import level_with, matched, stronger
+from excise_studies.matching import level_with, matched, matched_table, stronger
 from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,
@@ -151,9 +151,7 @@ class SpliceFactorial(Study):
             self.sweep,
             self.experiment,
             {seed: replicates[seed] for seed in self.tuned_on},
-            lambda scores, original: level_with(
-                scores, self.forget_level, original - self.retain_cost
-            ),
+            level_with(self.forget_level, self.retain_cost),
             runtime,
             pool,
         )
@@ -175,7 +173,14 @@ class SpliceFactorial(Study):
         words.append(gaps(recovery))
         tables = (
             _effects(effects),
-            _matched(self, factors, recovery),
+            matched_table(
+                factors,
+                recovery,
+                {name: alone(name) for name in self.teachers},
+                "Chosen on dev of the tuned seeds; exact match before the attack on the reported "
+                f"ones. Matched with {self.first}: "
+                f"{', '.join(levels_with(self, recovery)) or 'none'}.",
+            ),
             _noise(self, removals),
         )
         return result(recovery, words, decide(self, effects), replicates, models, tables=tables)
@@ -310,27 +315,6 @@ def _effects(effects: Mapping[str, SeedEstimate]) -> StudyTable:
             "difference."
         ),
         rows=tuple(row(name, "depth gap", effect) for name, effect in effects.items()),
-    )
-
-
-def _matched(
-    study: SpliceFactorial, factors: Mapping[str, float], recovery: RecoveryScores
-) -> StudyTable:
-    """Return strengths, and what the teachers know before the attack on the reported seeds."""
-    rows: list[StudyRow] = []
-    for name, factor in factors.items():
-        rows.append(StudyRow(condition=name, metric="factor on the learning rate", value=factor))
-        for metric, scores in (
-            ("held-out test set", recovery.before), ("retain", recovery.retain),
-        ):  # fmt: skip
-            rows.append(row(name, metric, estimate(scores.at(alone(name)), scores)))
-    return StudyTable(
-        title="What was matched",
-        note=(
-            "Chosen on dev of the tuned seeds; exact match before the attack on the reported ones. "
-            f"Matched with {study.first}: {', '.join(levels_with(study, recovery)) or 'none'}."
-        ),
-        rows=tuple(rows),
     )
 
 

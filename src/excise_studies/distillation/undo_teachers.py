@@ -17,7 +17,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.distillation.presets import BARE, student, teachers
-from excise_studies.matching import choose, matched, stronger
+from excise_studies.matching import deepest, matched, stronger
 from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, said
 from excise_studies.setting import (
     ExperimentSetting,
@@ -87,7 +87,7 @@ class UndoTeachers(Study):
             self.sweep,
             self.experiment,
             {seed: replicates[seed] for seed in tuned},
-            lambda scores, original: choose(scores, original - self.retain_cost),
+            deepest(self.retain_cost),
             runtime,
             pool,
         )

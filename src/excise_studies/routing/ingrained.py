@@ -20,7 +20,7 @@ from excise.run.study import Study, StudyResult
 from excise.train.pool import Pool
 from excise_studies.base import row
 from excise_studies.levels import estimate
-from excise_studies.matching import choose, matched, stronger
+from excise_studies.matching import deepest, matched, stronger
 from excise_studies.recovery import said
 from excise_studies.routing.presets import grad_diff, maxent, rmu
 from excise_studies.routing.setting import (
@@ -131,7 +131,7 @@ class Ingrained(Study):
                 self.sweep,
                 experiment,
                 make_replicates(experiment, self.tuned_on, runtime, pool),
-                lambda scores, original: choose(scores, original - self.retain_cost),
+                deepest(self.retain_cost),
                 runtime,
                 pool,
             )

@@ -57,6 +57,9 @@ def test_the_chosen_clearing_stays_within_the_budget() -> None:
     assert choose({0: {"arms": arms}}, [0], 0.1) == "good"
     assert choose({0: {"arms": arms}}, [0], 2.0) == "costly"
     assert choose({0: {"arms": arms}}, [0], -1.0) == "weak"
+    none = {name: arms[name] for name in ("not cleared", "random 0")}
+    with pytest.raises(UserError, match="only: leaves no condition"):
+        choose({0: {"arms": none}}, [0], 0.1)
 
 
 # -- scores and data -------------------------------------------------------------------------------

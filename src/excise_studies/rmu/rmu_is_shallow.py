@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.auditor.budget import Budget, budget_of
+from excise.core.errors import UserError
 from excise.core.stages import Runtime
 from excise.data.spec import DomainSpec
 from excise.domains.cyber import Cyber
@@ -257,6 +258,9 @@ def choose(cleared: Mapping[int, Mapping[str, Any]], seeds: Sequence[int], budge
         cleared: What `clear_draws` returned.
         seeds: Draws that choices may be made on.
         budget: Nats.
+
+    Raises:
+        UserError: If there is nothing to choose from.
     """
     first = cleared[seeds[0]]["arms"]
     names: list[str] = [
@@ -264,6 +268,11 @@ def choose(cleared: Mapping[int, Mapping[str, Any]], seeds: Sequence[int], budge
         for name, condition in first.items()
         if name != BARE and not condition["facts"]["control"] and not name.endswith("weights")
     ]
+    if not names:
+        raise UserError(
+            "only: leaves no condition that clears a direction and is no control, so that none can "
+            "be chosen; name one that does"
+        )
 
     def mean(name: str, score: str) -> float:
         return sum(average(cleared[s]["arms"][name]["edited"][score]) for s in seeds) / len(seeds)

@@ -165,7 +165,6 @@ def before_attacks(case: VerdictCase) -> list[LevelComparison]:
             score.chance,
         )
         for score in case.free
-        if not score.no_power
     ]
     if case.oracles and case.metric != "text_loss":
         others.append(loss)

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint types tests wheel-test browser-test liger-test ray-test peers-test lock clean
+.PHONY: demo test test-all lint types tests wheel-test browser-test liger-test bitsandbytes-test ray-test peers-test lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/excise demo
@@ -37,6 +37,10 @@ browser-test: $(VENV)/.dev
 liger-test: $(VENV)/.liger
 	PYTHONPATH=$(VENV)/liger $(BIN)/python tests/liger.py
 
+# The real bitsandbytes under the 8-bit optimizer, on the CPU.
+bitsandbytes-test: $(VENV)/.bitsandbytes
+	PYTHONPATH=$(CURDIR)/$(VENV)/bitsandbytes:$(CURDIR) $(BIN)/python tests/eight_bit.py
+
 # The pool of a Ray cluster, on two nodes of this machine.
 ray-test: $(VENV)/.ray
 	PYTHONPATH=$(CURDIR)/$(VENV)/ray:$(CURDIR) $(BIN)/python tests/ray_cluster.py
@@ -60,6 +64,11 @@ $(VENV)/.dev: $(VENV)/.installed requirements-dev.lock
 $(VENV)/.liger: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/liger \
 	  liger-kernel==0.8.5 triton==3.9.0
+	touch $@
+
+$(VENV)/.bitsandbytes: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/bitsandbytes bitsandbytes==0.50.2
 	touch $@
 
 $(VENV)/.ray: $(VENV)/.dev

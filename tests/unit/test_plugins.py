@@ -16,7 +16,7 @@ from excise.core.code_files import is_code, load_code, rebuild, where
 from excise.core.config import Config
 from excise.core.errors import UserError
 from excise.core.keys import source_of
-from excise.core.plugins import collect_code, default_name, entry_points
+from excise.core.plugins import collect_code, default_name, entry_points, import_bitsandbytes
 from excise.requests.registry import registry
 from excise.run.study import study_points
 from excise.train.pool import Processes
@@ -254,3 +254,31 @@ def test_code_with_a_name_that_is_there_is_refused(tmp_path: Path) -> None:
     cls = load_code(f"{twins[0]}:Mine", allow=True)
     with pytest.raises(UserError, match="is called 'rmu' like a method that is there already"):
         registry({"rmu": cls})
+
+
+FETCHES = """import logging
+try:
+    import kernels
+    fetched = True
+except ImportError:
+    fetched = False
+    logging.getLogger("bitsandbytes.backends").warning("no kernels")
+"""
+
+
+def test_what_bitsandbytes_says_and_fetches_while_it_is_imported_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bitsandbytes.py").write_text(FETCHES)
+    (tmp_path / "kernels.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("bitsandbytes", "kernels"):  # so that both are gone again afterwards
+        monkeypatch.setitem(sys.modules, name, sys)
+        monkeypatch.delitem(sys.modules, name)
+    package = import_bitsandbytes()
+    assert package is not None
+    assert not package.fetched
+    assert caplog.messages == []
+    assert importlib.import_module("kernels").__file__ == str(tmp_path / "kernels.py")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert import_bitsandbytes() is None

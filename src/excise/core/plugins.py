@@ -1,14 +1,18 @@
-"""Third-party classes: entry points of installed packages, `./mine.py:Cls` with `--allow-code`.
+"""Third-party code: entry points of installed packages, `./mine.py:Cls` with `--allow-code`.
 
 This module imports no torch; what it loads may.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
+import logging
+import sys
 from collections.abc import Collection, Mapping
 from importlib.metadata import EntryPoint
+from types import ModuleType
 from typing import Any
 
 from excise.core.code_files import is_code, load_code
@@ -17,6 +21,27 @@ from excise.core.errors import UserError
 
 FAMILIES = ("method", "attack", "domain", "score", "recipe")
 """Families that are open; their entry-point groups are `excise.methods` and so on."""
+
+
+def import_bitsandbytes() -> ModuleType | None:
+    """Return bitsandbytes where it is installed, imported without what it says or fetches then.
+
+    On some processors it asks the package `kernels` for compiled code of the hub, or complains
+    that there is none: remote code, which stays off. peft imports it too, so it comes first.
+    """
+    logger, kernels = logging.getLogger("bitsandbytes"), sys.modules.get("kernels")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError:
+        return None
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
 
 
 def offered(group: str, taken: Collection[str] = ()) -> dict[str, EntryPoint]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from excise.core.config import Config
 from excise.core.errors import UserError
+from excise.core.plugins import import_bitsandbytes
 from excise.core.random_state import seeded
 from excise.models.anatomy import backbone
 from excise.models.names import (
@@ -73,6 +74,7 @@ def _peft() -> ModuleType:
     Raises:
         UserError: If it is not installed.
     """
+    import_bitsandbytes()
     try:
         import peft
     except ImportError:

@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from excise.core.errors import UserError
+from excise.core.plugins import import_bitsandbytes
 
 OptimizerName = Literal["adamw", "adamw_8bit", "hf_adamw", "sgd", "schedule_free"]
 
@@ -118,19 +119,18 @@ def _adamw_8bit(weights: Sequence[Tensor], **settings: Any) -> torch.optim.Optim
         UserError: If bitsandbytes is missing, or a tensor is a part of a larger one, which its
             kernels would copy and step beside the model.
     """
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
+    package = import_bitsandbytes()
+    if package is None:
         raise UserError(
             "the optimizer 'adamw_8bit' needs the package bitsandbytes; install it with: "
             "pip install 'excise[bitsandbytes]', or set fit.optimizer to adamw"
-        ) from None
+        )
     if not all(weight.is_contiguous() for weight in weights):
         raise UserError(
             "the optimizer 'adamw_8bit' steps whole parameters, and this method trains slices of "
             "them; set fit.optimizer to adamw"
         )
-    return AdamW8bit(weights, **settings)  # type: ignore[no-any-return]
+    return package.optim.AdamW8bit(weights, **settings)  # type: ignore[no-any-return]
 
 
 TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}

@@ -22,7 +22,7 @@ from excise.methods.base import Cost, Removal
 from excise.methods.pretraining.pretrain import corpus
 from excise.models.checkpoint import Checkpoint
 from excise_studies.attacking import Attacked
-from excise_studies.levels import levels
+from excise_studies.levels import Levels, levels
 from excise_studies.recovery import gather
 from excise_studies.routing import edges, era_after_training, ingrained, partial_labels, repair
 from excise_studies.routing import routing_scale as scale
@@ -256,23 +256,79 @@ def test_a_study_of_arms_that_do_not_exist_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"no condition .sgtn.*sgtm"):
         partial_labels.PartialLabels(arms=("sgtn",))
     with pytest.raises(ValidationError, match="ascending"):
-        scale.RoutingScale(widths=(64, 32))
+        scale.RoutingScale(widths=(64, 32, 48, 96))
+    with pytest.raises(ValidationError, match="1 is missing"):
+        scale.RoutingScale(shares=(0.5, 0.9))
+    with pytest.raises(ValidationError, match="no 'cats / dogs'"):
+        scale.RoutingScale(pair="cats / dogs")
     with pytest.raises(ValidationError, match="ascending"):
         ingrained.Ingrained(mix=(0.5, 0.2))
 
 
+def losses_at(tax: float) -> dict[str, float]:
+    """Return losses of plain runs that fall by a nat with every doubling, and of a condition."""
+    plain = {shorter(share): -math.log2(share) for share in SHARES}
+    return {**plain, scale.FILTERED: 0.0, scale.ROUTED: -math.log2(1 - tax)}
+
+
+def scale_outcome(taxes: Mapping[int, float]) -> scale.ScaleOutcome:
+    """Return sizes a tenfold apart whose routed condition has a tax."""
+
+    def on(losses: Mapping[str, float]) -> Levels:
+        by_seed = {n: {s: dict.fromkeys(KEPT, x) for s in SEEDS} for n, x in losses.items()}
+        return levels(by_seed, {})
+
+    away = on({shorter(1.0): 3.0, scale.FILTERED: 5.0, scale.ROUTED: 4.0})
+    return scale.ScaleOutcome(
+        SHARES,
+        tuple(taxes),
+        tuple(1000 * 10**i for i in range(len(taxes))),
+        {width: on(losses_at(tax)) for width, tax in taxes.items()},
+        dict.fromkeys(taxes, away),
+    )
+
+
 def test_routing_scale() -> None:
-    study = scale.RoutingScale(widths=(32, 64), experiment=facts_setting())
-    small = outcome_of({scale.ROUTED: 0.0}, loss={scale.ROUTED: 2.0})
-    large = outcome_of({scale.ROUTED: 0.0}, loss={scale.ROUTED: 1.0})
-    found = scale.shrinkage(study, {32: small, 64: large})
-    assert found.value == pytest.approx(0.25)
+    study = scale.RoutingScale(widths=(16, 32, 64, 128))
+    falling = scale_outcome({16: 0.4, 32: 0.3, 64: 0.2, 128: 0.1})
+    assert falling.ratio(16, scale.ROUTED).value == pytest.approx(0.6)
+    assert falling.removed(16).value == pytest.approx(0.5)
+    found = falling.slope(scale.ROUTED)
+    assert found.value == pytest.approx(0.1)
+    assert falling.slope(scale.FILTERED).value == pytest.approx(0.0)
+    assert falling.beyond().value == pytest.approx(0.1)
     assert "shrinks" in scale.decide(study, found).text
-    assert "grows" in scale.decide(study, scale.shrinkage(study, {32: large, 64: small})).text
-    assert "stays" in scale.decide(study, scale.shrinkage(study, {32: large, 64: large})).text
-    rate = study.experiment.pretrain.fit.lr
-    assert scale.setting_at(study, 256).pretrain.fit.lr == pytest.approx(rate / 2)
-    assert scale.setting_at(study, 256).model.width == 256
+    growing = scale_outcome({16: 0.1, 32: 0.2, 64: 0.3, 128: 0.4})
+    assert "grows" in scale.decide(study, growing.slope(scale.ROUTED)).text
+    same = scale_outcome(dict.fromkeys((16, 32, 64, 128), 0.1))
+    assert "stays" in scale.decide(study, same.slope(scale.ROUTED)).text
+    better = scale_outcome({16: -0.5, 32: 0.0})
+    assert better.ratio(16, scale.ROUTED).value == pytest.approx(1.5)
+
+
+def test_one_rule_sets_all_sizes() -> None:
+    study = scale.RoutingScale()
+    methods = scale.conditions(study, 4 * study.model.width)
+    fit = study.pretrain.fit
+    routed = methods[scale.ROUTED]
+    assert isinstance(routed, SGTM)
+    assert routed.labels is not None
+    schedules: dict[str, Any] = {n: getattr(m, "pretrain", None) for n, m in methods.items()}
+    for schedule in schedules.values():
+        assert schedule.fit.lr == pytest.approx(fit.lr / 2)
+    assert schedules[shorter(1.5)].fit.steps == 1.5 * fit.steps
+
+
+def test_a_line_is_followed_beyond_its_ends_only_where_it_falls() -> None:
+    plain = np.array([[2.0], [1.0], [0.5]])
+
+    def beyond(loss: float, plain: Any = plain) -> float:
+        return float(compute_ratio(np.array([loss]), SHARES, plain, beyond=True)[0])
+
+    assert [beyond(3.0), beyond(0.25), beyond(0.75)] == pytest.approx(
+        [0.125, math.sqrt(2), math.sqrt(0.5)]
+    )
+    assert math.isnan(beyond(0.25, np.array([[2.0], [0.5], [0.5]])))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,6 @@ MORE: dict[str, dict[str, Any]] = {
         "own": {"era_rmu": Chain(methods=(ERA(), quick(RMU(layer=0, blocks=(0,)))))},
         "experiment": EXPERIMENT.model_copy(update={"pretrain": LONGER}),
     },
-    "routing-scale": {"widths": (32, 48), "shares": SHARES},
     "ingrained": {
         "mix": (0.3, 0.5),
         "after": {"maxent": quick(MaxEnt(max_length=16))},

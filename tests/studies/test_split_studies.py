@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.studies.tiny_setting import QUICK, ran
+from tests.studies.tiny_setting import QUICK, ran, ran_twice
 
 from excise.domains.facts import Facts
 from excise.evals.stats import Estimate
@@ -21,6 +21,7 @@ from excise_studies.routing.domain_pairs import FETCHED, PAIRS, Sizes, make_pair
 from excise_studies.routing.moefication import DENSE, MEASURED, RANDOM, Moefication
 from excise_studies.routing.moefication import conditions as moefied
 from excise_studies.routing.moefication import decide as decide_moefication
+from excise_studies.routing.routing_scale import RoutingScale
 from excise_studies.routing.separability import FILTERED, PLAIN, ROUTED, PairCosts, Separability
 from excise_studies.routing.separability import conditions as separability_conditions
 from excise_studies.routing.separability import decide as decide_separability
@@ -180,6 +181,22 @@ def test_separability_with_labels_of_parts_runs_through(tmp_path: Path) -> None:
     assert {method.pretrain.max_length for method in trained.values()} == {48}  # type: ignore[attr-defined]
     made = ran(study, tmp_path / "out").study
     assert {n for n, _ in by_name(made, "Pairs, the farthest first")} == set(study.pairs)
+
+
+@pytest.mark.slow
+def test_routing_scale_runs_through(tmp_path: Path) -> None:
+    study = RoutingScale(
+        seeds=(1, 2),
+        sizes=Sizes(units=20, prose=20),
+        vocabulary=300,
+        model=TINY,
+        pretrain=Pretrain(fit=QUICK, max_length=24),
+        widths=(16, 24, 32, 48),
+        shares=(0.5, 1.0),
+    )
+    made = ran_twice(study, tmp_path)
+    assert {row.condition for row in made.tables[0].rows} == {f"width {w}" for w in study.widths}
+    assert [contrast.name for contrast in made.contrasts] == ["S"]
 
 
 def test_three_is_nearer_to_eight_than_nought_to_one() -> None:

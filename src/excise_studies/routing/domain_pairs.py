@@ -203,6 +203,13 @@ def pair_tokenizer(pair: DomainPair, vocabulary: int) -> Any:
     return train_bpe([row.text for row in rows], vocabulary)
 
 
+def pair_groups(pair: DomainPair) -> dict[str, str]:
+    """Return the document of every scored unit of a pair."""
+    domain = pair.domain
+    sets = (*domain.test.values(), domain.retain_test, domain.adjacent_test)
+    return {row.unit: row.group for rows in sets for row in rows if row.group}
+
+
 @cache
 def _addresses(part: ProsePart, words: int) -> Rows:
     """Return passages of the shipped public addresses, which no pair is made of."""

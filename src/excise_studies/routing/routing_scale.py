@@ -1,52 +1,77 @@
-"""Does the alignment tax of routing shrink with size, under one rule for hyper-parameters?"""
+"""Does the alignment tax of routing shrink with size, under one rule for hyper-parameters?
+
+Shape legend: K seeds, S samples, W widths.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
+import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
 from excise.core.stages import Runtime
-from excise.evals.replicates import Contrast, Decision
-from excise.evals.stats import Array, Estimate
-from excise.methods.base import Method
+from excise.domains.definitions import DEFINITIONS_FIT
+from excise.evals.replicates import Contrast, Decision, SeedEstimate
+from excise.evals.stats import Array
+from excise.methods.base import ApplyMethod, Method, Removal
+from excise.methods.pretraining.filtering import Filtering
+from excise.methods.pretraining.plain import Plain
+from excise.methods.pretraining.pretrain import Pretrain, cut_to
+from excise.models.spec import Scratch
 from excise.record import StudyRow, StudyTable
+from excise.requests.recipe import EvalSpec
+from excise.run.results import model_ref
+from excise.run.stages import MakeModel, ScoreModel
 from excise.run.study import Study, StudyResult
+from excise.train.fit import FitConfig
 from excise.train.pool import Pool
 from excise_studies.base import row
-from excise_studies.levels import estimate
-from excise_studies.recovery import said
+from excise_studies.levels import Levels, estimate, levels
+from excise_studies.recovery import listed, said
+from excise_studies.routing.domain_pairs import (
+    PAIRS,
+    DomainPair,
+    Sizes,
+    make_pair,
+    pair_groups,
+    pair_tokenizer,
+)
 from excise_studies.routing.setting import (
-    SHARES,
     Missed,
     Rest,
-    RoutingOutcome,
-    RoutingSetting,
-    conclude,
-    facts_setting,
-    make_setting,
+    compute_ratio,
+    labelled,
     misses,
     of_masking,
     routed,
-    score_conditions,
-    train_conditions,
+    shorter,
 )
-from excise_studies.setting import ExperimentSetting
 
-ROUTED = "routed"
+ROUTED, FILTERED = "routed", "filtered"
+
+KEPT = ("retain_test", "adjacent_test")
+"""Scored sets that are to stay: general text and the domain beside the one routed away."""
+
+AWAY = "test"
 
 
 class RoutingScale(Study):
-    """Plain, filtered and routed models of several widths on the same data.
+    """Plain, filtered and routed models of several widths on the same texts.
 
-    Stated beforehand. The tax of a condition is one minus its compute ratio, the share of plain
-    steps that reaches its loss on retain. S is the compute ratio of the routed condition at the
-    largest width minus that at the smallest. The tax shrinks if the lower end of S's 95 % interval
-    is above `margin`, grows if the upper end is below minus it, and stays if the interval lies
-    between. One rule sets everything: the learning rate is that of `experiment` times (its width /
-    width) to the power `power`; steps, batch and the module's share of a block stay. Nothing is
-    retuned.
+    Stated beforehand. The compute ratio of a condition is the share of plain steps that reaches its
+    loss on held-out text that is to stay (general text and the domain beside, a token of either
+    counting the same), read off plain runs with shorter and longer schedules, between neighbours
+    and beyond the last two on a straight line in the logarithm of steps, so that it has no upper
+    end at 1. S is the slope of the least-squares line of the routed condition's ratio over the
+    decimal logarithm of the parameters without embeddings. The tax shrinks with size if the lower
+    end of S's 95 % interval is above `margin`, grows if the upper end is below minus it, and stays
+    if the interval lies between. One rule sets everything: the learning rate is `pretrain`'s times
+    (`model`'s width / width) to the power `power`; steps, batch and the module's share of a block
+    stay. Nothing is retuned. What filtering with all labels costs stands beside it, and how much
+    of what filtering removes is gone; neither is attacked here.
     """
 
     question: ClassVar[str] = (
@@ -54,22 +79,34 @@ class RoutingScale(Study):
         "the hyper-parameters of all sizes?"
     )
     statistic: ClassVar[str] = (
-        "S = compute ratio of the routed condition at the largest width minus that at the "
-        "smallest; the tax shrinks if the lower end of the 95 % interval is above the margin, "
-        "grows if the upper end is below minus it. Intervals over seeds and units, the same "
-        "samples at all sizes."
+        "S = slope of the routed condition's compute ratio over the decimal logarithm of the "
+        "parameters without embeddings, by least squares; the tax shrinks if the lower end of the "
+        "95 % interval is above the margin, grows if the upper end is below minus it. Intervals "
+        "over seeds and units, the same samples at all sizes."
     )
-    takes: ClassVar[str] = "15 minutes, 1 GiB"
+    takes: ClassVar[str] = "45 minutes of one core, 1 GiB; resumes where it was stopped"
+    quoted: ClassVar[tuple[str, ...]] = ("By size",)
 
     name: Literal["routing-scale"] = "routing-scale"
     """Name on the command line."""
-    margin: float = 0.05
-    """Compute ratio."""
-    experiment: ExperimentSetting = facts_setting()
-    """Data, models, attacker; its width is where the rule starts."""
+    margin: float = Field(default=0.05, gt=0)
+    """Compute ratio per tenfold parameters."""
+    pair: str = "animals / plants"
+    """The domain that is routed away and the one beside it; near ones, so that there is a tax."""
+    sizes: Sizes = Sizes(units=1500, prose=1500)
+    """How much text there is."""
+    vocabulary: int = Field(default=640, ge=300)
+    """Tokens of the tokenizer."""
+    model: Scratch = Scratch(width=64, blocks=2)
+    """Architecture; its width is where the rule starts."""
+    pretrain: Pretrain = Pretrain(
+        fit=FitConfig(**{**DEFINITIONS_FIT, "steps": 300, "warmup": 30, "lr": 4e-3}),
+        max_length=48,
+    )
+    """How all conditions are trained."""
     routed: SerializeAsAny[Method] = routed()
     """The routed condition."""
-    widths: tuple[int, ...] = Field(default=(32, 48, 64, 96), min_length=2)
+    widths: tuple[int, ...] = Field(default=(32, 48, 64, 96, 128, 192), min_length=4)
     """Widths of the models, ascending."""
     power: float = 0.5
     """How fast the learning rate falls with width."""
@@ -79,73 +116,206 @@ class RoutingScale(Study):
     """What labels miss."""
     rest: Rest = "unlabeled"
     """What methods assume of rows without a label."""
-    shares: tuple[float, ...] = Field(default=SHARES, min_length=2)
-    """Shares of the steps of plain runs for the compute ratio."""
+    shares: tuple[float, ...] = Field(default=(0.25, 0.5, 0.75, 1.0, 1.5), min_length=2)
+    """Shares of the steps of plain runs for the compute ratio, 1 among them."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Draws of texts and weights."""
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:
-        """Refuse widths out of order."""
-        if sorted(set(self.widths)) != list(self.widths):
-            raise ValueError("widths: give different ones in ascending order")
+        """Refuse widths and shares out of order, and no plain run of all steps."""
+        for name, values in (("widths", self.widths), ("shares", self.shares)):
+            if sorted(set(values)) != list(values):
+                raise ValueError(f"{name}: give different ones in ascending order")
+        if 1.0 not in self.shares:
+            raise ValueError("shares: 1 is missing, the plain run that the others are held to")
+        if self.pair not in PAIRS:
+            raise ValueError(f"pair: there is no '{self.pair}'; one of: {', '.join(PAIRS)}")
         return self
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
-        """Train all sizes, read the taxes, compare the ends."""
-        outcomes: dict[int, RoutingOutcome] = {}
-        settings: dict[int, RoutingSetting] = {}
-        labels = misses(self.rate, self.missed, self.rest)
-        for width in self.widths:
-            settings[width] = make_setting(setting_at(self, width), self.seeds, runtime, pool)
-            removals = train_conditions(
-                {ROUTED: (self.routed, labels)}, settings[width], runtime, pool
-            )
-            outcomes[width] = score_conditions(
-                removals, settings[width], self.seeds, runtime, pool, shares=self.shares
-            )
-        effect = shrinkage(self, outcomes)
-        ratios = ", ".join(f"{w}: {outcomes[w].ratio(ROUTED)[0]:.2f}" for w in self.widths)
-        deep = ", ".join(f"{w}: {outcomes[w].recovery.gap(ROUTED)[0]:.2f}" for w in self.widths)
-        words = [
-            f"The compute ratio of the routed condition was by width {ratios}; its depth gap "
-            f"{deep}.",
-            f"S was {said(effect)}.",
-        ]
-        size = {
-            w: settings[w].replicates[self.seeds[0]].original.num_parameters for w in self.widths
+        """Train all sizes, read the taxes, fit the line."""
+        data = {seed: make_pair(self.pair, self.sizes, seed) for seed in self.seeds}
+        removals = train(self, data, runtime, pool)
+        outcome = score(self, removals, data, runtime, pool)
+        effect = outcome.slope(ROUTED)
+        beside = {
+            "of filtering": outcome.slope(FILTERED),
+            "of routing beyond filtering": outcome.beyond(),
         }
-        last = self.widths[-1]
-        voids = [
-            f"width {w}: {o.recovery.invalid}" for w, o in outcomes.items() if o.recovery.invalid
-        ]
-        return conclude(
-            outcomes[last],
-            settings[last],
-            words,
-            of_masking(decide(self, effect), self.routed, labels),
-            more=(_table(self, outcomes, size),),
-            notes=[f"reference models and curves are those of width {last}", *voids],
-            brief=True,
+        by_width = ", ".join(f"{w}: {said(outcome.ratio(w, ROUTED))}" for w in self.widths)
+        gone = ", ".join(f"{w}: {outcome.removed(w).value:.2f}" for w in self.widths)
+        decision = of_masking(
+            decide(self, effect), self.routed, misses(self.rate, self.missed, self.rest)
+        )
+        paragraph = (
+            f"Over {len(self.seeds)} seed(s) of {self.pair}, from {outcome.parameters[0]:,} to "
+            f"{outcome.parameters[-1]:,} parameters without embeddings, the compute ratio of the "
+            f"routed condition with {100 * self.rate:g} % of the labels was by width {by_width}; "
+            f"of the loss that filtering with all labels adds to what is routed away it had {gone}."
+            f" S was {said(effect)} per tenfold parameters ({listed(beside)}). Decision: "
+            f"{decision.text}."
+        )
+        return StudyResult(
+            tables=(_table(outcome),),
+            decision=decision.text,
+            contrasts=decision.contrasts,
+            paragraph=paragraph,
+            domain=data[self.seeds[0]].domain,
+            models=tuple(
+                model_ref(f"{condition}, width {width}, seed {seed}", removal.checkpoint)
+                for (width, seed, condition), removal in removals.items()
+            ),
+            notes=(
+                "the data described above are those of the first seed",
+                "settings of models and of the routed method were chosen by hand on seed 0",
+            ),
         )
 
 
-def setting_at(study: RoutingScale, width: int) -> ExperimentSetting:
-    """Return the setting at a width, its learning rate set by the rule."""
-    experiment = study.experiment
-    fit = experiment.pretrain.fit
-    lr = fit.lr * (experiment.model.width / width) ** study.power
-    pretrain = experiment.pretrain.model_copy(update={"fit": fit.model_copy(update={"lr": lr})})
-    model = experiment.model.model_copy(update={"width": width})
-    return experiment.model_copy(update={"model": model, "pretrain": pretrain})
+ModelKey = tuple[int, int, str]
+"""Width, seed, condition."""
 
 
-def shrinkage(study: RoutingScale, outcomes: Mapping[int, RoutingOutcome]) -> Estimate:
-    """Return S: units are the same at all sizes, and so are the samples."""
-    first, last = outcomes[study.widths[0]], outcomes[study.widths[-1]]
-    moved: Array = last.ratio(ROUTED) - first.ratio(ROUTED)
-    return estimate(moved, last.loss)
+def conditions(study: RoutingScale, width: int) -> dict[str, Method]:
+    """Return what is trained at a width, the learning rate set by the rule."""
+    fit = study.pretrain.fit
+    lr = fit.lr * (study.model.width / width) ** study.power
+    full = study.pretrain.model_copy(update={"fit": fit.model_copy(update={"lr": lr})})
+    labels = misses(study.rate, study.missed, study.rest)
+    methods: dict[str, Method] = {
+        shorter(share): Plain(pretrain=cut_to(full, max(1, round(share * fit.steps)), "plain"))
+        for share in study.shares
+    }
+    methods[FILTERED] = Filtering(pretrain=full)
+    methods[ROUTED] = labelled(study.routed.model_copy(update={"pretrain": full}), labels)
+    return methods
 
 
-def decide(study: RoutingScale, effect: Estimate) -> Decision:
+def train(
+    study: RoutingScale, data: Mapping[int, DomainPair], runtime: Runtime, pool: Pool
+) -> dict[ModelKey, Removal]:
+    """Train the conditions of a width and seed from the same random model."""
+    tokenizers = {seed: pair_tokenizer(pair, study.vocabulary) for seed, pair in data.items()}
+    inits = {
+        (width, seed): MakeModel(
+            study.model.model_copy(update={"width": width}), tokenizers[seed], seed
+        )
+        for width in study.widths
+        for seed in data
+    }
+    starts = dict(zip(inits, pool.map(runtime.run, list(inits.values())), strict=True))
+    jobs = {
+        (width, seed, condition): ApplyMethod(method, start, data[seed].domain, seed)
+        for (width, seed), start in starts.items()
+        for condition, method in conditions(study, width).items()
+    }
+    return dict(zip(jobs, pool.map(runtime.run, list(jobs.values())), strict=True))
+
+
+@dataclass(frozen=True)
+class ScaleOutcome:
+    """Losses of all sizes and what follows from them.
+
+    Attributes:
+        shares: Shares of the steps of the plain runs.
+        widths: Widths, ascending.
+        parameters: Parameters without embeddings at each width.
+        kept: Loss on text that is to stay, by width.
+        away: Loss on the domain routed away, by width.
+    """
+
+    shares: tuple[float, ...]
+    widths: tuple[int, ...]
+    parameters: tuple[int, ...]
+    kept: Mapping[int, Levels]
+    away: Mapping[int, Levels]
+
+    def ratios(self, width: int, condition: str) -> Array:
+        """Return [1 + K + S] compute ratios at a width, without an upper end."""
+        loss = self.kept[width]
+        plain = np.stack([loss.at(shorter(share)) for share in self.shares])
+        return compute_ratio(loss.at(condition), self.shares, plain, beyond=True)
+
+    def ratio(self, width: int, condition: str) -> SeedEstimate:
+        """Return a compute ratio with its interval."""
+        return estimate(self.ratios(width, condition), self.kept[width])
+
+    def slope(self, condition: str) -> SeedEstimate:
+        """Return S: the slope of a condition's compute ratio over log10 of the parameters."""
+        ratios = np.stack([self.ratios(width, condition) for width in self.widths])
+        return estimate(slope(self.parameters, ratios), self.kept[self.widths[-1]])
+
+    def beyond(self) -> SeedEstimate:
+        """Return the slope of what routing costs beyond filtering with all labels."""
+        apart = [self.ratios(w, ROUTED) - self.ratios(w, FILTERED) for w in self.widths]
+        return estimate(slope(self.parameters, np.stack(apart)), self.kept[self.widths[-1]])
+
+    def removed(self, width: int) -> SeedEstimate:
+        """Return how much of the loss that filtering adds to what is routed away routing adds."""
+        loss = self.away[width]
+        plain = loss.at(shorter(1.0))
+        most = loss.at(FILTERED) - plain
+        share = (loss.at(ROUTED) - plain) / np.where(most > 0, most, np.nan)
+        return estimate(share, loss)
+
+
+def slope(parameters: Sequence[int], values_W: Array) -> Array:
+    """Return the slope of least squares over log10 of the parameters.
+
+    Args:
+        parameters: By size.
+        values_W: [W, ...] values by size.
+
+    Returns:
+        [...] slopes, per tenfold parameters.
+    """
+    x_W = np.log10(np.asarray(parameters, dtype=np.float64))
+    x_W -= x_W.mean()
+    fitted: Array = np.tensordot(x_W / np.square(x_W).sum(), values_W, axes=1)
+    return fitted
+
+
+def score(
+    study: RoutingScale,
+    removals: Mapping[ModelKey, Removal],
+    data: Mapping[int, DomainPair],
+    runtime: Runtime,
+    pool: Pool,
+) -> ScaleOutcome:
+    """Score every model on what is to stay and on what is routed away."""
+    spec = EvalSpec(max_rows=0, max_length=study.pretrain.max_length, samples=0)
+    jobs = [
+        ScoreModel(removal.checkpoint, data[seed].domain, spec)
+        for (_, seed, _), removal in removals.items()
+    ]
+    kept: dict[int, dict[str, dict[int, dict[str, float]]]] = {}
+    away: dict[int, dict[str, dict[int, dict[str, float]]]] = {}
+    for (width, seed, condition), scored in zip(removals, pool.map(runtime.run, jobs), strict=True):
+        for item in scored.items:
+            on = item.set.split(".")[0]
+            if item.metric == "text_loss" and on in (*KEPT, AWAY):
+                by_condition = (away if on == AWAY else kept).setdefault(width, {})
+                by_condition.setdefault(condition, {}).setdefault(seed, {})[item.unit] = item.value
+    groups = {seed: pair_groups(pair) for seed, pair in data.items()}
+    first = study.seeds[0]
+    return ScaleOutcome(
+        study.shares,
+        study.widths,
+        tuple(_sized(removals[width, first, FILTERED]) for width in study.widths),
+        {width: levels(losses, groups) for width, losses in kept.items()},
+        {width: levels(losses, groups) for width, losses in away.items()},
+    )
+
+
+def _sized(removal: Removal) -> int:
+    """Return the parameters of a model without its embedding and head."""
+    model = removal.checkpoint.shapes
+    outer = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    return sum(p.numel() for p in model.parameters() if id(p) not in outer)
+
+
+def decide(study: RoutingScale, effect: SeedEstimate) -> Decision:
     """Return what S says under the margin."""
     words = {
         "above": "the tax shrinks with size: S is above the margin",
@@ -157,19 +327,28 @@ def decide(study: RoutingScale, effect: Estimate) -> Decision:
     return Decision(asked.say(words), (asked,))
 
 
-def _table(
-    study: RoutingScale, outcomes: Mapping[int, RoutingOutcome], size: Mapping[int, int]
-) -> StudyTable:
-    """Return ratio, gap and recall of the conditions by width."""
+def _table(outcome: ScaleOutcome) -> StudyTable:
+    """Return ratios, losses and what is removed, by width."""
     rows: list[StudyRow] = []
-    for width, outcome in outcomes.items():
-        condition = f"width {width}"
-        rows.append(StudyRow(condition=condition, metric="parameters", value=float(size[width])))
-        for name in (ROUTED, "oracle"):
-            ratio = estimate(outcome.ratio(name), outcome.loss)
-            rows.append(row(condition, f"compute ratio, {name}", ratio))
-        rows.append(row(condition, f"depth gap, {ROUTED}", outcome.recovery.value(ROUTED)))
-        for name in ("original", ROUTED):
-            recall = estimate(outcome.recovery.retain.at(name), outcome.recovery.retain)
-            rows.append(row(condition, f"retain recall, {name}", recall))
-    return StudyTable(title="By size", note=study.statistic, rows=tuple(rows))
+    for width, parameters in zip(outcome.widths, outcome.parameters, strict=True):
+        name, kept, away = f"width {width}", outcome.kept[width], outcome.away[width]
+        rows.append(
+            StudyRow(condition=name, metric="parameters without embeddings", value=parameters)
+        )
+        for condition in (ROUTED, FILTERED):
+            ratio = outcome.ratio(width, condition)
+            rows.append(row(name, f"compute ratio, {condition}", ratio))
+            rise = estimate(kept.at(condition) - kept.at(shorter(1.0)), kept)
+            rows.append(row(name, f"kept: {condition} - plain", rise))
+        rows.append(row(name, "kept: loss, plain", estimate(kept.at(shorter(1.0)), kept)))
+        rows.append(row(name, "away: loss, plain", estimate(away.at(shorter(1.0)), away)))
+        rows.append(row(name, "away: share of filtering's rise, routed", outcome.removed(width)))
+    return StudyTable(
+        title="By size",
+        note=(
+            "Compute ratio: the share of plain training's steps that reaches the condition's loss "
+            "on text that is to stay; 1 is no tax, and above 1 it is better than plain training. "
+            "Losses in nats a token; away is the domain routed away, before any attack."
+        ),
+        rows=tuple(rows),
+    )

@@ -36,6 +36,7 @@ from excise_studies.routing.domain_pairs import (
     DomainPair,
     Sizes,
     make_pair,
+    pair_groups,
     pair_tokenizer,
 )
 from excise_studies.routing.setting import of_masking, routed
@@ -241,19 +242,10 @@ def score(
                     condition, {}
                 )
                 by_condition.setdefault(seed, {})[item.unit] = item.value
-    return {
-        key: levels(by_condition, groups_of(data, key[0])) for key, by_condition in by_set.items()
-    }
-
-
-def groups_of(data: DomainPairs, name: str) -> dict[int, dict[str, str]]:
-    """Return the document of every scored unit of a pair, by seed."""
-    out: dict[int, dict[str, str]] = {}
-    for (other, seed), pair in data.items():
-        if other == name:
-            sets = (*pair.domain.test.values(), pair.domain.retain_test, pair.domain.adjacent_test)
-            out[seed] = {row.unit: row.group for rows in sets for row in rows if row.group}
-    return out
+    groups: dict[str, dict[int, dict[str, str]]] = {}
+    for (name, seed), pair in data.items():
+        groups.setdefault(name, {})[seed] = pair_groups(pair)
+    return {key: levels(by_condition, groups[key[0]]) for key, by_condition in by_set.items()}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ Shape legend: S samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -64,6 +65,9 @@ Rest = Literal["core", "unlabeled"]
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Shares of the steps at which plain training is scored for the compute ratio."""
+
+FLAT = 1e-4
+"""Nats that the last plain run must gain on the one before it for its line to be followed."""
 
 LENGTH = FACTS_MAX_LENGTH
 
@@ -337,11 +341,13 @@ def shorter(share: float) -> str:
     return f"plain, {100 * share:g} % of the steps"
 
 
-def compute_ratio(loss: Array, shares: Sequence[float], plain: Array) -> Array:
+def compute_ratio(
+    loss: Array, shares: Sequence[float], plain: Array, *, beyond: bool = False
+) -> Array:
     """Return the share of plain compute that reaches a loss.
 
     Linear in the logarithm of the share between neighbouring runs; a run that is worse than a
-    shorter one counts as equal to it. Beyond the ends it is the end.
+    shorter one counts as equal to it.
 
     Source: GRAM (arXiv 2607.08077) calls compute ratio the share of the baseline's compute that
     reaches the same loss, read off a fitted power law; here neighbouring runs are interpolated.
@@ -350,9 +356,11 @@ def compute_ratio(loss: Array, shares: Sequence[float], plain: Array) -> Array:
         loss: [1 + K + S] losses.
         shares: Shares of the steps, ascending.
         plain: [shares, 1 + K + S] losses of the plain runs.
+        beyond: Whether the lines of the two runs at either end go on beyond them; else a loss
+            beyond the ends has the share of the end.
 
     Returns:
-        [1 + K + S] shares.
+        [1 + K + S] shares; NaN beyond an end at which more steps lower the loss no further.
     """
     best = np.minimum.accumulate(plain, axis=0)
     logs = np.log(np.asarray(shares, dtype=np.float64))
@@ -360,7 +368,13 @@ def compute_ratio(loss: Array, shares: Sequence[float], plain: Array) -> Array:
     for i, value in enumerate(loss):
         # np.interp wants ascending losses; of equal ones the shortest run must win.
         falling = best[:, i] - 1e-12 * np.arange(len(logs))
-        out[i] = np.exp(np.interp(value, falling[::-1], logs[::-1]))
+        at = np.interp(value, falling[::-1], logs[::-1])
+        ends = ((0, 1),) if value > falling[0] else ((-2, -1),) if value < falling[-1] else ()
+        for a, b in ends if beyond else ():
+            fall = best[a, i] - best[b, i]
+            slope = (logs[b] - logs[a]) / fall if fall > FLAT else math.nan
+            at = logs[a] + slope * (best[a, i] - value)
+        out[i] = np.exp(at)
     return out
 
 

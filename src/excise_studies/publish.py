@@ -6,6 +6,7 @@ in README.md and docs/*.md:
 
     <!-- NAME -->            paragraph, table, and where they come from; ends with <!-- /NAME -->
     <!-- NAME: decision -->  the decision and what it rests on; ends with <!-- /NAME: decision -->
+    <!-- NAME: picture -->   what it rests on as a picture, `docs/records/NAME.svg`; ends alike
 
 Nothing else writes between marks; a test renders every block again and compares.
 """
@@ -24,7 +25,8 @@ from excise.core.errors import UserError
 from excise.core.plain import read_json
 from excise.record import Record, StudyContrast, StudyRow, StudyTable, load, parse_record
 from excise.record.error_rates import FILE, rates_by_budget
-from excise.report.study import views
+from excise.report.study import forest, views
+from excise.report.svg import standalone
 from excise.run.study import study_named, study_points
 from excise_studies.auditing import rates
 from excise_studies.leaderboard.markdown import markdown as leaderboard
@@ -38,8 +40,10 @@ LIMIT = 30_000
 NOT_RUN = "Not run yet at its size.\n"
 """What stands between marks that have no record."""
 
-MARKS = re.compile(r"<!-- ([\w-]+)((?:: decision)?) -->\n(.*?)<!-- /\1\2 -->", re.DOTALL)
-"""A block: its name, whether it is a decision alone, its text."""
+NOT_DRAWN = "Nothing to draw: no contrast has an interval.\n"
+
+MARKS = re.compile(r"<!-- ([\w-]+)((?:: decision|: picture)?) -->\n(.*?)<!-- /\1\2 -->", re.DOTALL)
+"""A block: its name, whether it is a decision or a picture alone, its text."""
 
 ABSOLUTE = re.compile(r"(?<![\w.:/<])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\",;]+[/\\])+")
 """The folders of an absolute path."""
@@ -200,6 +204,20 @@ def decision(record: Record) -> str:
     return " ".join(parts) + "\n"
 
 
+def picture(record: Record) -> str:
+    """Return the contrasts as an SVG file; empty where none has an interval."""
+    assert record.study is not None
+    drawn = forest(record.study)
+    return "" if drawn is None else standalone(drawn)
+
+
+def _shown(record: Record, name: str) -> str:
+    """Return the line that shows a picture in a page of docs."""
+    assert record.study is not None
+    said = "; ".join(_contrast(contrast) for contrast in record.study.contrasts)
+    return f"![{said}]({RECORDS.name}/{name}.svg)\n" if picture(record) else NOT_DRAWN
+
+
 def _contrast(contrast: StudyContrast) -> str:
     """Return one comparison in words."""
     numbers = [contrast.value, contrast.low, contrast.high]
@@ -247,16 +265,23 @@ def pages(root: Path) -> list[Path]:
 
 
 def blocks(root: Path, file: Path = FILE) -> dict[str, str]:
-    """Return all that may stand between marks by name, decisions as `NAME: decision`.
+    """Return all that may stand between marks.
 
     Args:
         root: The repository.
         file: Where the auditor's error rates are kept by budget; its block is all of them.
+
+    Returns:
+        By name; decisions and pictures as `NAME: decision` and `NAME: picture`.
     """
     found: dict[str, str] = {}
     for path in sorted((root / RECORDS).glob("*.json")):
         record = read(path)
-        found |= {path.stem: block(record), f"{path.stem}: decision": decision(record)}
+        found |= {
+            path.stem: block(record),
+            f"{path.stem}: decision": decision(record),
+            f"{path.stem}: picture": _shown(record, path.stem),
+        }
     measured = [rates.markdown(each, budget) for budget, each in rates_by_budget(file).items()]
     return found | ({"auditor-roc": "\n".join(measured)} if measured else {})
 
@@ -312,6 +337,8 @@ def publish(out: Path, name: str = "", root: Path = Path(), file: Path = FILE) -
         rates.keep(full, file)
     (root / RECORDS).mkdir(parents=True, exist_ok=True)
     write_text(root / RECORDS / f"{name}.json", text)
+    if any(f"<!-- {name}: picture -->" in page.read_text("utf-8") for page in named):
+        write_text(root / RECORDS / f"{name}.svg", picture(record))
     known = blocks(root, file)
     for page in named:
         write_text(page, filled(page.read_text("utf-8"), known))

@@ -17,7 +17,17 @@ from tests.docs.quoted import (
 )
 from tests.docs.unrecorded import UNRECORDED, Quote
 
-from excise_studies.publish import LIMIT, MARKS, RECORDS, blocks, filled, names_in, pages, read
+from excise_studies.publish import (
+    LIMIT,
+    MARKS,
+    RECORDS,
+    blocks,
+    filled,
+    names_in,
+    pages,
+    picture,
+    read,
+)
 
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = {path.name: path.read_text("utf-8") for path in pages(ROOT)}
@@ -44,6 +54,11 @@ def test_every_record_is_small_and_quoted() -> None:
     for path in (ROOT / RECORDS).glob("*.json"):
         assert path.stat().st_size <= LIMIT
         assert path.stem in names, f"no page quotes {path.name}"
+        drawn = path.with_suffix(".svg")
+        shown = f"<!-- {path.stem}: picture -->" in "".join(PAGES.values())
+        assert drawn.exists() == shown
+        if shown:
+            assert drawn.read_text("utf-8") == picture(read(path)), "publish the study again"
         study = read(path).study
         assert study is not None
         assert study.decision

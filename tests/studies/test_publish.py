@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -19,6 +20,7 @@ from excise.record import (
     StudyTable,
     save,
 )
+from excise.report.study import forest
 from excise.run.study import recorded
 from excise_studies.publish import (
     LIMIT,
@@ -153,6 +155,28 @@ def test_a_study_is_written_between_its_marks_and_nowhere_else(tmp_path: Path) -
     page.write_text("<!-- edges-ten -->\n<!-- /edges-ten -->\n")
     publish(out, "edges-ten", tmp_path)
     assert block(kept) in page.read_text()
+
+
+def test_what_decides_is_drawn_where_a_page_asks_for_it(tmp_path: Path) -> None:
+    out, page = tmp_path / "out", tmp_path / "docs" / "findings.md"
+    out.mkdir()
+    save(made(), out)
+    page.parent.mkdir()
+    page.write_text("<!-- edges -->\n<!-- /edges -->\n")
+    publish(out, root=tmp_path)
+    drawn = tmp_path / "docs" / "records" / "edges.svg"
+    assert not drawn.exists()
+    page.write_text("<!-- edges: picture -->\n<!-- /edges: picture -->\n")
+    publish(out, root=tmp_path)
+    assert "D 0.20 [0.02, 0.38], n = 84" in page.read_text()
+    assert "](records/edges.svg)\n" in page.read_text()
+    text = drawn.read_text()
+    assert ET.fromstring(text).tag.endswith("svg")
+    assert "var(--" not in text
+    assert "D 0.20 [0.02, 0.38]" in text
+    study = made().study
+    assert study is not None
+    assert forest(study.model_copy(update={"contrasts": ()})) is None
 
 
 def test_a_number_changed_by_hand_differs_from_what_is_rendered() -> None:

@@ -415,38 +415,18 @@ def _embedded(comparison: Comparison) -> Markup:
 
 
 def as_svg(comparison: Comparison) -> str:
-    """Return the picture of the first group that has one, as a file of its own.
-
-    Colours and dashes are those of the page in its light theme, written out, for programs that know
-    no CSS variables.
-    """
+    """Return the picture of the first group that has one, as a file of its own."""
     pictures = (picture(rows, "figure") for rows in comparison.groups)
     first = next((p for p in pictures if p is not None), None)
     if first is None:
         return ""
-    style = (Path(__file__).parent / "style.html").read_text(encoding="utf-8")
-    style += (Path(__file__).parent / "comparison_style.html").read_text(encoding="utf-8")
-    colours: dict[str, str] = {}
-    for name, value in re.findall(r"--([a-z0-9]+): ?([^;]+);", style):
-        colours.setdefault(name, value)  # the first theme is the light one
-    named = re.compile(r"\.(plot|swatch|[libm]|s-[a-z0-9]+)(?![\w-])")
-    parts = re.findall(r"([^{}]+)\{([^{}]*)\}", style)
-    drawn = "\n".join(f"{n.strip()} {{{rule}}}" for n, rule in parts if named.match(n.strip()))
-    rules = re.sub(r"var\(--([a-z0-9]+)\)", lambda m: colours.get(m[1], "#000"), drawn)
     names = Markup("").join(
         Markup('<g transform="translate({:.0f} {:.0f})">{}{}</g>').format(
             8, 236 + 18 * i, mark, svg.put(42, 12, name)
         )
         for i, (mark, name) in enumerate(first.legend)
     )
-    height = 244 + 18 * len(first.legend)
-    body = str(first.plot).replace(
-        'class="plot" viewBox="0 0 340 228"',
-        f'xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="-4 -4 348 {height}" '
-        'font-family="sans-serif"',
-    )
-    head, _, rest = body.partition(">")
-    return f"{head}><style>{rules}</style>{rest.removesuffix('</svg>')}{names}</svg>\n"
+    return svg.standalone(first.plot, below=names, more=16 + 18 * len(first.legend))
 
 
 FORMATS: dict[str, Callable[[Comparison], str]] = {

@@ -10,10 +10,22 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from excise.record import Record, StudyPicture, StudyPlot, StudyRow, StudyTable
+from excise.record import Record, StudyPicture, StudyPlot, StudyRecord, StudyRow, StudyTable
 from excise.report import words
 from excise.report.figures import Figure
-from excise.report.svg import WIDTH, Series, describe, frame, line_plot, linear_axis, put
+from excise.report.svg import (
+    WIDTH,
+    Band,
+    Dot,
+    IntervalRow,
+    Series,
+    describe,
+    frame,
+    interval_plot,
+    line_plot,
+    linear_axis,
+    put,
+)
 
 GAP = 4.0
 """Between columns of images."""
@@ -107,6 +119,35 @@ def _plot(plot: StudyPlot, start: int, key: str) -> Figure:
     )
     picture = line_plot(key, title, caption, x, y, lines, wide=True)
     return Figure(key, title, caption, picture, ("Line", x.label, y.label), rows)
+
+
+def forest(study: StudyRecord) -> Markup | None:
+    """Return the contrasts a decision rests on with their intervals, margins behind them.
+
+    Args:
+        study: What it found; a contrast that is not defined has no row.
+
+    Returns:
+        The picture; None where no contrast has an interval.
+    """
+    shown = [c for c in study.contrasts if None not in (c.value, c.low, c.high)]
+    if not shown:
+        return None
+    dots = [Dot("candidate", c.value or 0.0, c.low or 0.0, c.high or 0.0) for c in shown]
+    rows = [
+        IntervalRow(words.clip(c.name, 44), f"{dot.value:.2f}", (dot,))
+        for c, dot in zip(shown, dots, strict=True)
+    ]
+    margins = {c.thresholds for c in shown}
+    ends = margins.pop() if len(margins) == 1 else ()
+    bands = [Band("margin", "control", ends[0], ends[-1])] if ends else []
+    values = [v for dot in dots for v in (dot.low, dot.high)]
+    axis = linear_axis("value with its 95 % interval", [*values, *ends, 0.0])
+    said = "; ".join(
+        f"{c.name} {d.value:.2f} [{d.low:.2f}, {d.high:.2f}]"
+        for c, d in zip(shown, dots, strict=True)
+    )
+    return interval_plot("forest", f"What decides {study.name}", said, axis, rows, bands)
 
 
 def pictures(record: Record) -> tuple[Figure, ...]:

@@ -8,8 +8,10 @@ All strings are escaped by `Markup.format`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from markupsafe import Markup
 
@@ -181,6 +183,41 @@ def frame(
         '<svg class="plot" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-labelledby="{}-t {}-d">'
         '<title id="{}-t">{}</title><desc id="{}-d">{}</desc>{}</svg>'
     ).format(width, height, key, key, key, title, key, desc, Markup("").join(body))
+
+
+def standalone(plot: Markup, below: str = "", more: float = 0.0) -> str:
+    """Return a picture as a file of its own.
+
+    Colours and dashes are those of the page in its light theme, written out, for programs that know
+    no CSS variables, on a ground of that theme.
+
+    Args:
+        plot: What `frame` returned.
+        below: What else is drawn.
+        more: Height that it takes.
+    """
+    style = "".join(
+        (Path(__file__).parent / name).read_text(encoding="utf-8")
+        for name in ("style.html", "comparison_style.html")
+    )
+    colours: dict[str, str] = {}
+    for name, value in re.findall(r"--([a-z0-9]+): ?([^;]+);", style):
+        colours.setdefault(name, value)  # the first theme is the light one
+    named = re.compile(r"\.(plot|swatch|[libm]|s-[a-z0-9]+)(?![\w-])")
+    parts = re.findall(r"([^{}]+)\{([^{}]*)\}", style)
+    drawn = "\n".join(f"{n.strip()} {{{rule}}}" for n, rule in parts if named.match(n.strip()))
+    rules = re.sub(r"var\(--([a-z0-9]+)\)", lambda m: colours.get(m[1], "#000"), drawn)
+    head, _, rest = str(plot).partition(">")
+    width, height = re.findall(r'viewBox="0 0 (\d+) (\d+)"', head)[0]
+    box = f"-4 -4 {int(width) + 8} {int(height) + 8 + more:.0f}"
+    head = re.sub(
+        r'viewBox="[^"]*"',
+        f'xmlns="http://www.w3.org/2000/svg" viewBox="{box}" font-family="sans-serif"',
+        head,
+    )
+    ground = f'<rect x="-4" y="-4" width="100%" height="100%" fill="{colours["page"]}"/>'
+    end = f"{below}</svg>\n"
+    return f"{head}><style>{rules}</style>{ground}{rest.removesuffix('</svg>')}{end}"
 
 
 def put(x: float, y: float, said: str, anchor: str = "start", kind: str = "tick") -> Markup:

@@ -1,8 +1,8 @@
 """Paraphrase: ask in other words.
 
 What was trained away in one paraphrase may answer in another: V is asked in every other one that
-the domain has, and in frames that any prompt fits into. Questions over two facts ("the colour of
-the friend of X") would need facts whose object is another subject; no domain here has those.
+the domain has, and in frames that any prompt fits into. Where a domain also teaches its facts by
+way of another ("the colour of the teacher of Y"), such prompts are among them.
 """
 
 from __future__ import annotations

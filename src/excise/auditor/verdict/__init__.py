@@ -22,7 +22,7 @@ from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult, Result
 from excise.auditor.budget import Budget
 from excise.auditor.evaluation_set import UnitScores, dev_is_higher
 from excise.auditor.verdict.levels import all_levels, metric_words
-from excise.auditor.verdict.power import invalid_attacks, marked, uncontrolled
+from excise.auditor.verdict.power import invalid_attacks, marked, spared, uncontrolled
 from excise.auditor.verdict.reference import (
     FreeScore,
     VerdictCase,
@@ -80,6 +80,8 @@ def judge_all(
         for name in models
     )
     silent = {k: v for case in cases.values() for k, v in uncontrolled(case).items()}
+    own = {k: v for name, case in cases.items() for k, v in case.results.items() if k[1] == name}
+    results = {**results, **own}
     return marked(results, _why_invalid(cases, levels, results), silent), verdicts
 
 
@@ -123,6 +125,7 @@ def case_of(
         free=tuple(free),
         seed=seed,
     )
+    case = spared(case)
     return replace(case, invalid=invalid_attacks(case))
 
 

@@ -22,7 +22,7 @@ from excise.auditor.base import (
     VariantResult,
 )
 from excise.auditor.evaluation_set import UnitScores
-from excise.auditor.results import SHORT
+from excise.auditor.results import SHORT, choose
 from excise.auditor.verdict.reference import VerdictCase, averaged, mean, on_other_rows
 from excise.core.errors import UserError
 from excise.evals.stats import bootstrap_difference
@@ -55,7 +55,7 @@ def invalid_attacks(case: VerdictCase) -> dict[str, str]:
         result = case.result(attack, case.model)
         if result is None or not result.chosen:
             continue
-        reason = _not_recovered(case, attack)
+        reason = "" if case.moot(attack) else _not_recovered(case, attack)
         # What trains no weight need not learn the relearn set: it is to find what is there.
         weights = result.variants[result.chosen[0]].entry.access == "weights"
         teaches = weights and case.level(attack) == "D4"
@@ -65,6 +65,44 @@ def invalid_attacks(case: VerdictCase) -> dict[str, str]:
         if reason:
             reasons[attack] = reason
     return reasons
+
+
+def spared(case: VerdictCase) -> VerdictCase:
+    """Return the case with another setting deciding where the chosen one broke the candidate.
+
+    What `dev` chose, within the attacker's own bound, may still cost the candidate more of its
+    retain set than it costs reference models. An attacker who sees that takes the next best of his
+    settings; those that broke the model can only fail a level from then on. Where each of them
+    breaks it or teaches it less than reference models, the first choice stays and is invalid.
+
+    Args:
+        case: The candidate with all results; its `invalid` is not read.
+    """
+    for attack in case.attacks():
+        result = case.results[attack, case.model]
+        tried, refused = case, set[tuple[str, float | None]]()
+        while result.chosen and (_broke(tried, attack) or (refused and _not_taught(tried, attack))):
+            now = tried.results[attack, case.model].chosen
+            refused |= {_setting(result.variants[i]) for i in now}
+            left = [i for i, v in enumerate(result.variants) if _setting(v) not in refused]
+            picked = choose([result.variants[i] for i in left], higher=case.dev_higher)
+            if not picked:
+                tried = case
+                break
+            chosen = tuple(left[i] for i in picked)
+            variants = tuple(
+                replace(v, entry=v.entry.model_copy(update={"decisive": i in chosen}))
+                for i, v in enumerate(result.variants)
+            )
+            other = replace(result, variants=variants, chosen=chosen, broken=result.chosen)
+            tried = replace(case, results={**case.results, (attack, case.model): other})
+        case = tried
+    return case
+
+
+def _setting(variant: VariantResult) -> tuple[str, float | None]:
+    """Return what an attacker chooses: variant and rate, all seeds of them."""
+    return variant.entry.variant, variant.entry.lr
 
 
 def recovered_share(case: VerdictCase, attack: str) -> float | None:

@@ -37,7 +37,7 @@ def test_a_proxy_oracle_is_named_and_never_shows_a_model_as_if_never_learned() -
     assert proxy.highest == "D4"
     assert "can fail and not be passed" in proxy.levels[-1].reason
     assert "from the proxy oracle to the original" in proxy.levels[0].reason
-    assert "proxy oracle attacked alike" in proxy.sentence
+    assert "proxy oracles after it" in proxy.sentence
     assert any("early checkpoint or a filtered sibling" in reason for reason in proxy.reasons)
     assert not any("proxy" in text for text in (true.sentence, *true.reasons))
 

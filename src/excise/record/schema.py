@@ -189,8 +189,10 @@ class Verdict(RecordEntry):
     """Highest level that counts, or empty."""
     recovery: float | None = None
     """Published fraction (attacked - unlearned) / (original - unlearned), held-out test set."""
+    recovery_gap: float | None = None
+    """Depth gap at the same point: what came back beyond oracles attacked alike; empty without."""
     recovery_tokens: int | None = None
-    """Tokens the attacker needed for it."""
+    """Tokens the attacker needed for both."""
     residual_bits: float | None = None
     """Bits per unit that the weights save an attacker, minus the oracle's."""
     residual_low: float | None = None

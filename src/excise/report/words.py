@@ -439,15 +439,23 @@ def _came_back(record: Record, model: str, verdict: Verdict | None) -> str:
         gone = before is not None and before.status == "fail"
         text = "it had not gone" if gone or trained else "not known: relearning did not run"
     else:
-        amount = share(verdict.recovery) if verdict.recovery >= 0.005 else "nothing"
+        back = _back(verdict) or 0.0
         tokens = verdict.recovery_tokens
-        text = amount + ("" if tokens is None else f" after {count(tokens)} tokens")
+        text = share(back) if back >= 0.005 else "nothing"
+        text += "" if tokens is None else f" after {count(tokens)} tokens"
+        if verdict.recovery - back > 0.1:
+            text += ", beyond what models never taught learn alike"
     training = {a.name for a in attacks_on(record, model) if a.level == "D4"}
     others = [name for name in failed_attacks(verdict) if name not in training]
     # What had not all gone is still there under an attack, and did not come back by it.
     if others and before is not None and before.status != "fail" and text != "it had not gone":
         text += f"; some under {attacks_listed(others)}"
     return text
+
+
+def _back(verdict: Verdict) -> float | None:
+    """Return the share that relearning brought back, beyond oracles where there are some."""
+    return verdict.recovery if verdict.recovery_gap is None else verdict.recovery_gap
 
 
 def _ship(
@@ -467,9 +475,10 @@ def _ship(
     status: dict[str, str] = {r.level: r.status for r in verdict.levels}
     if status.get("D0") == "fail":
         return "no", f"it is still there{beside}"
-    back = "" if verdict.recovery is None else share(verdict.recovery)
+    amount = _back(verdict)
+    back = "" if amount is None else share(amount)
     attacks = attacks_listed(failed_attacks(verdict))
-    if status.get("D4") == "fail" or (verdict.recovery or 0.0) >= MOST:
+    if status.get("D4") == "fail" or (amount or 0.0) >= MOST:
         comes = f"{back} comes back with relearning" if back else "relearning brings it back"
         return "no", comes + beside
     if attacks:
@@ -477,7 +486,7 @@ def _ship(
     if damaged:
         return "no", "the retain set is damaged"
     margin = next((r.margin for r in verdict.levels if r.margin is not None), 0.1)
-    if status.get("D4") != "pass" and (verdict.recovery or 0.0) > margin:
+    if status.get("D4") != "pass" and verdict.recovery_gap is None and (amount or 0.0) > margin:
         return "open", f"{back} comes back, and how much any model would relearn is not known"
     if "below" in status.values():
         return "open", "it scores below a model never taught: suppressed or damaged"

@@ -46,12 +46,14 @@ class _Site:
     """What a worker must find where it is.
 
     Attributes:
+        folder: The driver's working folder, from which names of files count.
         token: A file in the store, which the driver wrote.
         text: What it holds.
         versions: Those of the libraries that decide numbers.
         source: Sum over the code of excise.
     """
 
+    folder: Path
     token: Path
     text: str
     versions: tuple[tuple[str, str], ...]
@@ -73,6 +75,8 @@ def _wrong(site: _Site) -> str:
         seen = False
     if not seen:
         return f"does not see {site.token.parent}; give --out on a path that all nodes share"
+    if not site.folder.is_dir():
+        return f"has no folder {site.folder}; start from one that all nodes share"
     return ""
 
 
@@ -91,6 +95,7 @@ def _do(function: Callable[[J], R], job: J, site: _Site, mailbox: Any) -> bytes:
     def compute() -> R:
         if wrong := _wrong(site):
             raise UserError(f"node {socket.gethostname()} {wrong}")
+        os.chdir(site.folder)
         return function(job)
 
     token = CHANNEL.set(forward)
@@ -145,7 +150,11 @@ class RayPool:
         self.workers = self.peak_bytes = 0
         self._token = self.store / f".ray-{secrets.token_hex(8)}"
         self._site = _Site(
-            self._token, self._token.name, tuple(sorted(library_versions().items())), own_source()
+            Path.cwd(),
+            self._token,
+            self._token.name,
+            tuple(sorted(library_versions().items())),
+            own_source(),
         )
         self._nodes: dict[str, Mapping[str, Any]] = {}
 

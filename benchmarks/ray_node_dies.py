@@ -33,8 +33,8 @@ ALIKE = {"seeds", "data", "models", "scores", "attacks", "verdicts", "notes"}
 ATTACKS = "relearn, few_shot, prefix, direction, filler, prune, quantize"
 AUDIT = (
     f"audit removed --quiet --audit.change '{{attacks: [{ATTACKS}], steps: 20, "
-    "checkpoints: [0, 10, 20], rates: [0.0001, 0.0003, 0.001], max_test_rows: 16, max_other_rows: 16, "
-    "max_length: 64}' --evaluate.max_length 64"
+    "checkpoints: [0, 10, 20], rates: [0.0001, 0.0003, 0.001], max_test_rows: 16, "
+    "max_other_rows: 16, max_length: 64}' --evaluate.max_length 64"
 )
 
 

@@ -56,14 +56,19 @@ def die(_: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stop_driver(job: tuple[int, int, str]) -> str:
-    """Send the driver a signal, and save a state on the way out."""
-    pid, number, path = job
-    os.kill(pid, number)
+def stop_driver(job: tuple[int, int, Path, Path]) -> str:
+    """Send the driver a signal once another job runs too, and save a state on the way out."""
+    pid, number, own, other = job
     try:
-        time.sleep(60)
+        own.write_text("runs")
+        while not other.exists():
+            time.sleep(0.05)
+        if pid:
+            os.kill(pid, number)
+        for _ in range(1200):  # steps of a training: Ray interrupts between, not within
+            time.sleep(0.05)
     finally:
-        Path(path).write_text("saved")
+        own.write_text("saved")
     return "not stopped"
 
 
@@ -81,7 +86,7 @@ def check_signals(address: str, folder: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         before = signal.signal(number, stop)
         saved = [folder / f"{number}-{i}" for i in range(2)]
-        jobs = [(os.getpid(), number, str(path)) for path in saved]
+        jobs = [(os.getpid(), number, *saved), (0, number, *reversed(saved))]
         try:
             with RayPool(address, folder / "store") as pool:
                 pool.map(stop_driver, jobs)
@@ -91,7 +96,7 @@ def check_signals(address: str, folder: Path) -> None:
             raise AssertionError("the signal was lost")
         finally:
             signal.signal(number, before)
-        assert all(path.read_text() == "saved" for path in saved)
+        assert [path.read_text() for path in saved] == ["saved"] * 2
         assert not [*(folder / "store").iterdir()], "the token stayed"
     print("signals: their own error, states saved")
 

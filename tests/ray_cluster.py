@@ -85,8 +85,8 @@ def check_signals(address: str, folder: Path) -> None:
     """End a run by a signal: its handler's error comes out as itself, and jobs save."""
     for number in (signal.SIGINT, signal.SIGTERM):
         before = signal.signal(number, stop)
-        saved = [folder / f"{number}-{i}" for i in range(2)]
-        jobs = [(os.getpid(), number, *saved), (0, number, *reversed(saved))]
+        saved = a, b = folder / f"{number}-a", folder / f"{number}-b"
+        jobs = [(os.getpid(), number, a, b), (0, number, b, a)]
         try:
             with RayPool(address, folder / "store") as pool:
                 pool.map(stop_driver, jobs)

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint types tests wheel-test browser-test liger-test bitsandbytes-test ray-test peers-test lock clean
+.PHONY: demo test test-all lint types tests wheel-test browser-test liger-test bitsandbytes-test ray-test peers-test serve-test lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/excise demo
@@ -49,6 +49,10 @@ ray-test: $(VENV)/.ray
 peers-test: $(VENV)/.peers
 	PYTHONPATH=$(CURDIR)/$(VENV)/peers:$(CURDIR) $(BIN)/python tests/peers.py
 
+# An audit over an endpoint, on the server of transformers.
+serve-test: $(VENV)/.serve
+	PYTHONPATH=$(CURDIR)/$(VENV)/serve:$(CURDIR) $(BIN)/python tests/serve_endpoint.py
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -78,6 +82,11 @@ $(VENV)/.ray: $(VENV)/.dev
 $(VENV)/.peers: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/peers \
 	  lm-eval==0.4.13 inspect-ai==0.3.285
+	touch $@
+
+$(VENV)/.serve: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/serve \
+	  accelerate==1.15.0 fastapi==0.165.0 openai==3.57.0 uvicorn==0.54.0
 	touch $@
 
 clean:

@@ -1,7 +1,7 @@
-"""An audit on a Ray cluster of two nodes, one of which is killed half-way.
+"""An audit of at least 24 jobs on a Ray cluster of two nodes, one of which is killed half-way.
 
     pip install 'excise[ray]'
-    python benchmarks/ray_node_dies.py --out node-dies
+    python benchmarks/ray_node_dies.py [--save]
 
 The record must be that of one process: scores, attacks and verdicts to the bit. Exit code 1 where
 it is not, or where no job was lost with the node.
@@ -10,14 +10,17 @@ it is not, or where no job was lost with the node.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from ray.cluster_utils import Cluster
 
@@ -30,8 +33,8 @@ ALIKE = {"seeds", "data", "models", "scores", "attacks", "verdicts", "notes"}
 ATTACKS = "relearn, few_shot, prefix, direction, filler, prune, quantize"
 AUDIT = (
     f"audit removed --quiet --audit.change '{{attacks: [{ATTACKS}], steps: 20, "
-    "checkpoints: [0, 10, 20], rates: [0.0001, 0.001], max_test_rows: 16, max_other_rows: 16, "
-    "max_length: 64}' --evaluate.max_length 64"
+    "checkpoints: [0, 10, 20], rates: [0.0001, 0.0003, 0.001], max_test_rows: 16, "
+    "max_other_rows: 16, max_length: 64}' --evaluate.max_length 64"
 )
 
 
@@ -63,7 +66,6 @@ def events(folder: Path, kind: str) -> list[dict[str, object]]:
 
 def make(folder: Path) -> None:
     """Write a tiny model and rows, and remove them from it."""
-    folder.mkdir(parents=True)
     save_model(tiny_model("llama", width=64), byte_tokenizer(), folder / "model")
     for kind in ("f", "r"):
         draw = random.Random(kind)
@@ -83,25 +85,39 @@ def numbers(folder: Path) -> str:
 
 def main() -> int:
     """Audit twice and compare."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="a folder; what it holds is used")
-    out = parser.parse_args().out.absolute()
-    if not out.exists():
-        make(out)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--save", action="store_true", help="append a row to results.csv")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="excise-ray-") as root:
+        facts = measure(Path(root).resolve())
+    if options.save:
+        results = importlib.import_module("results")  # which lies beside a script that is run
+        results.save("ray_node_dies", facts)
+    return int(facts["differences"])
+
+
+def measure(out: Path) -> dict[str, Any]:
+    """Audit in one process, then on the cluster, and return what the two are worth."""
+    make(out)
     alone = finish(f"{AUDIT} --out alone/audit --workers 1", out)
     print(f"one process: {alone:.0f} s", flush=True)
+    jobs = len(events(out / "alone" / "audit", "attack"))
+    assert jobs >= JOBS, jobs
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     doomed = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     here = out / "cluster" / "audit"
     began = time.monotonic()
-    audit = start(f"{AUDIT} --out {here} --pool ray:{cluster.address}", out)
+    audit = start(f"{AUDIT} --out cluster/audit --pool ray:{cluster.address}", out)
     try:
-        while len(done := events(here, "attack")) < JOBS // 2 and audit.poll() is None:
+        while len(events(here, "attack")) < jobs // 2:
+            if audit.poll() is not None:
+                raise SystemExit("the audit ended before a node was killed")
             time.sleep(0.02)
         cluster.remove_node(doomed, allow_graceful=False)
-        print(f"killed a node of two after {len(done)} jobs of {done[-1]['of']}", flush=True)
+        done = len(events(here, "attack"))
+        print(f"killed a node of two after {done} jobs of {jobs}", flush=True)
         code = audit.wait()
     finally:
         audit.kill()
@@ -114,8 +130,15 @@ def main() -> int:
     print(f"two nodes, then one: {took:.0f} s, exit code {code}; {gone}")
     print(f"jobs that were lost with the node and done again: {again}")
     print(f"jobs: {len(events(here, 'attack'))}; the same record: {alike}")
-    return 0 if alike and again and gone else 1
+    return {
+        "seconds": round(took),
+        "seconds_before": round(alone),
+        "variant": f"audit, killed after {done} jobs",
+        "kills": 1,
+        "cases": jobs,
+        "differences": int(not (alike and again and gone)),
+    }
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

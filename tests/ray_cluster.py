@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -45,9 +46,59 @@ def die_once(path: str) -> str:
     return "alive"
 
 
+def resolved(path: Path) -> Path:
+    """Return what a relative path means to a job."""
+    return path.absolute()
+
+
 def die(_: int) -> None:
     """Die whenever it is tried."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_driver(job: tuple[int, int, Path, Path]) -> str:
+    """Send the driver a signal once another job runs too, and save a state on the way out."""
+    pid, number, own, other = job
+    try:
+        own.write_text("runs")
+        while not other.exists():
+            time.sleep(0.05)
+        if pid:
+            os.kill(pid, number)
+        for _ in range(1200):  # steps of a training: Ray interrupts between, not within
+            time.sleep(0.05)
+    finally:
+        own.write_text("saved")
+    return "not stopped"
+
+
+class Stopped(BaseException):
+    """What the driver's own handler of a signal raises, as the command's does."""
+
+
+def stop(*_: object) -> None:
+    """Handle a signal."""
+    raise Stopped
+
+
+def check_signals(address: str, folder: Path) -> None:
+    """End a run by a signal: its handler's error comes out as itself, and jobs save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.signal(number, stop)
+        saved = a, b = folder / f"{number}-a", folder / f"{number}-b"
+        jobs = [(os.getpid(), number, a, b), (0, number, b, a)]
+        try:
+            with RayPool(address, folder / "store") as pool:
+                pool.map(stop_driver, jobs)
+        except Stopped:
+            assert signal.getsignal(number) is stop
+        else:
+            raise AssertionError("the signal was lost")
+        finally:
+            signal.signal(number, before)
+        assert [path.read_text() for path in saved] == ["saved"] * 2
+        assert not [*(folder / "store").iterdir()], "the token stayed"
+    print("signals: their own error, states saved")
 
 
 def said_by(pool: RayPool, kind: type[Exception] = UserError, jobs: Any = None) -> str:
@@ -77,7 +128,10 @@ def check(address: str, folder: Path) -> None:
         assert pool.map(die_once, [str(folder / name) for name in "ab"]) == ["alive"] * 2
         assert pool.map(settings, []) == []
     assert not [*(folder / "store").iterdir()], "the token stayed"
-    print("jobs: order, events, one thread, deaths")
+    os.chdir(folder)
+    with RayPool(address, folder / "store") as pool:
+        assert pool.map(resolved, [Path("a")]) == [folder / "a"], "names count from elsewhere"
+    print("jobs: order, events, one thread, deaths, the driver's folder")
     assert "nan at step 3" in said_by(pool, Diverged, (fail, [0, 1, 2]))
     assert "lost its process or node 4 times" in said_by(pool, UserError, (die, [0]))
     versions = tuple((name, "1.0" if name == "torch" else v) for name, v in pool._site.versions)
@@ -86,6 +140,7 @@ def check(address: str, folder: Path) -> None:
         "where the driver has 1.0": {"versions": versions},
         "another state of its source": {"source": "x"},
         f"does not see {folder / 'elsewhere'}": {"token": folder / "elsewhere" / "token"},
+        f"has no folder {folder / 'nowhere'}": {"folder": folder / "nowhere"},
     }
     for words, change in wrong.items():
         odd = RayPool(address, folder / "store")
@@ -108,6 +163,7 @@ def main() -> int:
         cluster.wait_for_nodes()
         with tempfile.TemporaryDirectory() as folder:
             check(cluster.address, Path(folder).resolve())
+            check_signals(cluster.address, Path(folder).resolve())
     finally:
         cluster.shutdown()
     return 0

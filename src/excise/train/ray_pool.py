@@ -14,6 +14,7 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,12 +47,14 @@ class _Site:
     """What a worker must find where it is.
 
     Attributes:
+        folder: The driver's working folder, from which names of files count.
         token: A file in the store, which the driver wrote.
         text: What it holds.
         versions: Those of the libraries that decide numbers.
         source: Sum over the code of excise.
     """
 
+    folder: Path
     token: Path
     text: str
     versions: tuple[tuple[str, str], ...]
@@ -73,6 +76,8 @@ def _wrong(site: _Site) -> str:
         seen = False
     if not seen:
         return f"does not see {site.token.parent}; give --out on a path that all nodes share"
+    if not site.folder.is_dir():
+        return f"has no folder {site.folder}; start from one that all nodes share"
     return ""
 
 
@@ -91,6 +96,7 @@ def _do(function: Callable[[J], R], job: J, site: _Site, mailbox: Any) -> bytes:
     def compute() -> R:
         if wrong := _wrong(site):
             raise UserError(f"node {socket.gethostname()} {wrong}")
+        os.chdir(site.folder)
         return function(job)
 
     token = CHANNEL.set(forward)
@@ -145,7 +151,11 @@ class RayPool:
         self.workers = self.peak_bytes = 0
         self._token = self.store / f".ray-{secrets.token_hex(8)}"
         self._site = _Site(
-            self._token, self._token.name, tuple(sorted(library_versions().items())), own_source()
+            Path.cwd(),
+            self._token,
+            self._token.name,
+            tuple(sorted(library_versions().items())),
+            own_source(),
         )
         self._nodes: dict[str, Mapping[str, Any]] = {}
 
@@ -156,11 +166,13 @@ class RayPool:
             UserError: If Ray is not installed, nobody answers, or a node computes otherwise or
                 sees another store.
         """
-        _connect(self.address)
+        with _held():
+            _connect(self.address)
         try:
             self.store.mkdir(parents=True, exist_ok=True)
             self._token.write_text(self._site.text, encoding="utf-8")
-            self._look()
+            with _held() as heed:
+                self._look(heed)
         except BaseException:
             self.__exit__()
             raise
@@ -171,7 +183,8 @@ class RayPool:
         import ray
 
         self._token.unlink(missing_ok=True)
-        ray.shutdown()
+        with _held():
+            ray.shutdown()
 
     def _alive(self) -> dict[str, Mapping[str, Any]]:
         """Return the nodes that can do jobs, by number."""
@@ -181,8 +194,8 @@ class RayPool:
         nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get(unit, 0) >= 1]
         return {node["NodeID"]: node for node in nodes}
 
-    def _look(self) -> None:
-        """Refuse a cluster of which a node may do no jobs."""
+    def _look(self, heed: Callable[[], None]) -> None:
+        """Refuse a cluster of which a node may do no jobs; `heed` is of `_held`."""
         import ray
 
         self._nodes = self._alive()
@@ -195,12 +208,15 @@ class RayPool:
             node_id: look.options(scheduling_strategy=_on(node_id)).remote(self._site)
             for node_id in self._nodes
         }
+        until = time.monotonic() + LOOK
         for node_id, ref in looks.items():
             name = f"{self._nodes[node_id]['NodeManagerHostname']} ({node_id[:8]})"
+            while not ray.wait([ref], timeout=TICK)[0]:
+                heed()
+                if time.monotonic() > until:
+                    raise UserError(f"node {name} did not answer in {LOOK:.0f} seconds")
             try:
-                wrong = ray.get(ref, timeout=LOOK)
-            except ray.exceptions.GetTimeoutError:
-                raise UserError(f"node {name} did not answer in {LOOK:.0f} seconds") from None
+                wrong = ray.get(ref)
             except ray.exceptions.RayError as error:
                 why = str(error).strip().splitlines()[-1]
                 raise UserError(f"node {name} cannot run excise: {why}") from None
@@ -235,8 +251,9 @@ class RayPool:
             alone = bool(turns) and turns[i] is not None and not self.gpu
             wants = max(1, cores // heavy) if alone else 1
             running[task.options(num_cpus=wants).remote(function, job, self._site, mailbox)] = i
-        try:
+        with _held() as heed, _cancelled(running, mailbox):
             while running:
+                heed()
                 ready, _ = ray.wait(list(running), timeout=TICK)
                 for event in ray.get(mailbox.take.remote()):
                     self.emit(*event)
@@ -250,12 +267,6 @@ class RayPool:
                     self.peak_bytes = max(self.peak_bytes, memory[0])
                     if on_done is not None:
                         on_done(i, value)
-        finally:
-            for ref in running:
-                ray.cancel(ref)  # as Ctrl-C, so that it saves its state
-            if running:
-                ray.wait(list(running), num_returns=len(running), timeout=GRACE)
-            ray.kill(mailbox)
         return [results[i] for i in range(len(jobs))]
 
     def make(self, stages: Sequence[Stage[R]], runtime: Runtime) -> list[R]:
@@ -316,8 +327,7 @@ def _connect(address: str) -> None:
         if address != "auto":  # which Ray itself would try for two minutes
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=CONNECT).close()
-        with _own_sigterm():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, OverflowError, ValueError, SystemExit):  # the last is what Ray gives up with
         raise UserError(nobody) from None
     except RuntimeError as error:  # other versions of Ray or Python
@@ -327,11 +337,53 @@ def _connect(address: str) -> None:
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the process's handler of SIGTERM, which Ray replaces by one of its own."""
-    before = signal.getsignal(signal.SIGTERM)
+def _cancelled(running: Mapping[Any, int], mailbox: Any) -> Iterator[None]:
+    """Stop what still runs at the end, after it has saved its state, and drop the mailbox."""
+    import ray
+
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        for ref in running:
+            ray.cancel(ref)  # as Ctrl-C
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=GRACE)
+        ray.kill(mailbox)
+
+
+@contextmanager
+def _held() -> Iterator[Callable[[], None]]:
+    """Hold signals back while Ray is called, which makes other errors of what they raise.
+
+    Ray also puts its own handler of SIGTERM in place, which goes at the end.
+
+    Yields:
+        What lets those that came since the last time take effect; the end does so as well.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which no signal reaches
+        yield lambda: None
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def hold(number: int, _: object) -> None:
+        came.append(number)
+
+    def heed() -> None:
+        while came:
+            number = came.pop(0)
+            signal.signal(number, before[signal.Signals(number)])
+            try:
+                signal.raise_signal(number)
+            finally:
+                signal.signal(number, hold)
+
+    for number in before:
+        signal.signal(number, hold)
+    try:
+        yield heed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -27,6 +28,10 @@ from tests.cli import material as m
 LINE = (
     "remove grad_diff --model model --forget f.jsonl --retain r.jsonl --out {out} --quiet"
     " --fit.steps 4 --fit.batch_size 8 --max_length 32"
+)
+AUDIT = (
+    "audit one/out --out {out} --quiet --budget smoke --audit.change"
+    " '{{steps: 2, checkpoints: [0, 2], rates: [0.001], max_test_rows: 4, max_other_rows: 4}}'"
 )
 PATIENCE = 400
 """Seconds after which processes hang, on a machine that may be busy with much else."""
@@ -51,6 +56,24 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "f.jsonl").write_text(m.texts("f", 40))
     (folder / "r.jsonl").write_text(m.texts("r", 40))
     return folder
+
+
+@pytest.fixture(scope="module")
+def removed(inputs: Path) -> Path:
+    """Return the output folder of a removal in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inputs)
+        assert main(shlex.split(LINE.format(out="one/out") + " --workers 1")) == 0
+    return inputs / "one/out"
+
+
+@pytest.fixture(scope="module")
+def audited(inputs: Path, removed: Path) -> Path:
+    """Return the output folder of an audit of `removed` in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inputs)
+        assert main(shlex.split(AUDIT.format(out="one/audit") + " --workers 1")) == 0
+    return removed.with_name("audit")
 
 
 def free_port() -> int:
@@ -147,6 +170,32 @@ def steps(folder: Path) -> int:
     return logs[0].read_bytes().count(b"\n") if logs else 0
 
 
+def attacks(folder: Path) -> dict[str, int]:
+    """Return the attacks that are done beside the output folders in `folder`, and since when."""
+    return {
+        p.parent.name: p.stat().st_mtime_ns for p in folder.glob(".stages/v2/attack-*/done.json")
+    }
+
+
+def findings(out: Path) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    """Return what an audit found and left, but for times, memory and what names the processes.
+
+    Returns:
+        The record, the items, and the keys of attacks, controls and what they stand on, by name.
+    """
+    record = json.loads((out / "run.json").read_text())
+    for name in ("command", "seconds", "peak_memory_bytes"):
+        del record[name]
+    for name in ("started", "world"):
+        del record["environment"][name]
+    stages = {
+        path.parent.name: json.loads(path.read_text())["key"]
+        for path in out.parent.glob(".stages/v2/*/done.json")
+        if not path.parent.name.startswith("grad_diff-")
+    }
+    return record, pq.read_table(out / "items.parquet").to_pylist(), stages
+
+
 def faulty(folder: Path, what: str) -> str:
     """Write a method whose second process fails, and return how it is run."""
     (folder / "faulty.py").write_text(OWN.format(what=what))
@@ -155,17 +204,16 @@ def faulty(folder: Path, what: str) -> str:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_make_the_model_of_one(inputs: Path, processes: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(inputs)
-        assert main(shlex.split(LINE.format(out="one/out") + " --workers 1")) == 0
+def test_several_processes_make_the_model_of_one(
+    inputs: Path, removed: Path, processes: int
+) -> None:
     folder = inputs / str(processes)
     codes, lines = by_hand(LINE.format(out=f"{processes}/out"), inputs, processes)
     assert codes == [0] * processes, lines
     assert sum("report.html" in line for line in lines) == 1
-    one, many = weights(inputs / "one/out"), weights(folder / "out")
+    one, many = weights(removed), weights(folder / "out")
     assert max(float((one[n] - many[n]).abs().max()) for n in one) <= 1e-6
-    first, second = load(inputs / "one/out"), load(folder / "out")
+    first, second = load(removed), load(folder / "out")
     assert isinstance(first, Record)
     assert isinstance(second, Record)
     assert second.environment.world == processes
@@ -268,3 +316,36 @@ def test_a_stopped_run_resumes(inputs: Path) -> None:
     events = [json.loads(text) for text in events_of(inputs / "stopped")]
     starts = [i for i, e in enumerate(events) if e["kind"] == "stage_start" and e["resumed"]]
     assert next(e for e in events[starts[0] :] if e["kind"] == "step")["step"] > 12
+
+
+def test_processes_share_out_an_audit(inputs: Path, audited: Path) -> None:
+    codes, lines = by_hand(AUDIT.format(out="two/audit"), inputs)
+    assert codes == [0, 0], lines
+    assert findings(inputs / "two/audit") == findings(audited)
+    record = load(inputs / "two/audit")
+    assert isinstance(record, Record)
+    assert record.environment.world == 2
+
+
+@pytest.mark.slow
+def test_a_stopped_audit_resumes(inputs: Path, audited: Path) -> None:
+    line = AUDIT.format(out="halted/audit")
+    process = torchrun(line, inputs)
+    until = time.monotonic() + PATIENCE
+    try:
+        while len(attacks(inputs / "halted")) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    said = [line for line in err.splitlines() if line.startswith("excise: ")]
+    assert said == [f"excise: terminated; to resume: torchrun --nproc-per-node 2 -m excise {line}"]
+    assert not (inputs / "halted/audit/run.json").exists()
+    before = attacks(inputs / "halted")
+    codes, lines = by_hand(line, inputs)
+    assert codes == [0, 0], lines
+    assert findings(inputs / "halted/audit") == findings(audited)
+    assert attacks(inputs / "halted").items() > before.items()

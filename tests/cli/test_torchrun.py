@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -196,6 +197,12 @@ def findings(out: Path) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
     return record, pq.read_table(out / "items.parquet").to_pylist(), stages
 
 
+def losses(folder: Path) -> list[float]:
+    """Return the loss of every step of the one training that is done."""
+    (log,) = folder.glob(".stages/v2/grad_diff-*/state/steps.jsonl")
+    return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+
+
 def faulty(folder: Path, what: str) -> str:
     """Write a method whose second process fails, and return how it is run."""
     (folder / "faulty.py").write_text(OWN.format(what=what))
@@ -295,10 +302,10 @@ def test_an_address_that_nobody_answers_at_is_named(monkeypatch: pytest.MonkeyPa
         join(meeting=1.0)
 
 
-def test_a_stopped_run_resumes(inputs: Path) -> None:
-    line = LINE.format(out="stopped/out").replace("--fit.steps 4", "--fit.steps 60")
-    line += " --fit.save_every 5 --fit.log_every 1"
-    process = torchrun(line, inputs)
+def test_a_stopped_run_resumes_with_any_number_of_processes(inputs: Path) -> None:
+    line = LINE.replace("--fit.steps 4", "--fit.steps 60") + " --fit.save_every 5 --fit.log_every 1"
+    line += " --fit.eps 1e-3"  # else Adam divides by what is rounding alone
+    process = torchrun(line.format(out="stopped/out"), inputs, 4)
     until = time.monotonic() + PATIENCE
     try:
         while steps(inputs / "stopped") < 12:
@@ -309,13 +316,27 @@ def test_a_stopped_run_resumes(inputs: Path) -> None:
         _, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
+    again = f"torchrun --nproc-per-node 4 -m excise {line.format(out='stopped/out')}"
     said = [line for line in err.splitlines() if line.startswith("excise: ")]
-    assert said == [f"excise: terminated; to resume: torchrun --nproc-per-node 2 -m excise {line}"]
-    codes, lines = by_hand(line, inputs)
+    assert said == [f"excise: terminated; to resume: {again}"]
+    shutil.copytree(inputs / "stopped", inputs / "fewer")
+    codes, lines = by_hand(line.format(out="stopped/out"), inputs)
     assert codes == [0, 0], lines
-    events = [json.loads(text) for text in events_of(inputs / "stopped")]
-    starts = [i for i, e in enumerate(events) if e["kind"] == "stage_start" and e["resumed"]]
-    assert next(e for e in events[starts[0] :] if e["kind"] == "step")["step"] > 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inputs)
+        assert main(shlex.split(line.format(out="fewer/out") + " --workers 1")) == 0
+        assert main(shlex.split(line.format(out="alone/out") + " --workers 1")) == 0
+    alone = losses(inputs / "alone")
+    assert len(alone) == 60
+    for name, processes in (("stopped", 2), ("fewer", 1)):
+        events = [json.loads(text) for text in events_of(inputs / name)]
+        starts = [i for i, e in enumerate(events) if e["kind"] == "stage_start" and e["resumed"]]
+        assert next(e for e in events[starts[0] :] if e["kind"] == "step")["step"] > 12
+        notes = [e["text"] for e in events if e["kind"] == "note"]
+        begun = [text for text in notes if text.startswith("training that 4 processes began")]
+        assert len(begun) == 1
+        assert f"with {processes}, each" in begun[0]
+        assert losses(inputs / name) == pytest.approx(alone, rel=0, abs=1e-6)
 
 
 def test_processes_share_out_an_audit(inputs: Path, audited: Path) -> None:

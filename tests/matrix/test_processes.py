@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,12 +45,13 @@ from excise.methods import (
 )
 from excise.methods.posthoc.elm import Guide
 from excise.methods.pretraining.pretrain import Pretrain
+from excise.methods.stopping import StopRule
 from excise.models.checkpoint import Checkpoint
 from excise.requests.processes import CUT
 from excise.testing import toy_domain, toy_start
 from excise.train.components import Components
 from excise.train.distributed import gather
-from excise.train.fit import FitConfig
+from excise.train.fit import FitConfig, _Run
 from tests.matrix.test_methods import early
 
 # A larger epsilon than usual: Adam divides by it, and rounding is all that may differ.
@@ -144,6 +146,86 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         worker.kill()
         assert worker.exitcode == 0
     return root
+
+
+RESUMED: dict[str, Method] = {
+    "grad_diff": METHODS["grad_diff"],
+    # What is kept beside the state: vectors scaled by all processes, and looks at dev.
+    "adaptive": RMU(
+        layer=2, adaptive=True, fit=FIT, max_length=16, stop=StopRule(every=1, stop="end")
+    ),
+    "undo": METHODS["undo"],
+    "sgtm": METHODS["sgtm"],
+}
+"""Methods stopped with four processes and resumed with two."""
+
+
+class Stopped(BaseException):
+    """What stops a process after a step, as a signal would."""
+
+
+def _resume(folder: str, rank: int, world: int, stops: bool) -> None:
+    """Be one of several processes that begin methods or finish them."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/resume-{world}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+
+    def stop(run: Any, *args: Any, stepped: Any = _Run._stepped) -> Any:
+        record = stepped(run, *args)
+        if run.cursor == 2:
+            raise Stopped
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        if stops:
+            patch.setattr(_Run, "_stepped", stop)
+        _finish(folder, "resumed", rank, world, stops=stops)
+    dist.destroy_process_group()
+
+
+def _finish(folder: str, work: str, rank: int, world: int, *, stops: bool = False) -> None:
+    """Apply the methods of `RESUMED`, noting what is said."""
+    for name, method in RESUMED.items():
+        made = Path(folder) / f"{name}-{work}"
+        made.mkdir(exist_ok=True)
+        notes: list[str] = []
+        ctx = Context(
+            made, seed=5, rank=rank, world=world,
+            emit=lambda kind, data, notes=notes: notes.append(str(data.get("text", kind))),
+        )  # fmt: skip
+        with pytest.raises(Stopped) if stops else nullcontext():
+            removal = method.apply(Checkpoint(Path(folder) / "start"), toy_domain(), ctx)
+        if rank == 0 and not stops:
+            (made / "history.json").write_text(json.dumps([removal.history, notes]))
+
+
+def test_another_number_of_processes_resumes(folder: Path) -> None:
+    forked = multiprocessing.get_context("forkserver")
+    for world, stops in ((4, True), (2, False)):
+        workers = [
+            forked.Process(target=_resume, args=(str(folder), r, world, stops), daemon=True)
+            for r in range(world)
+        ]
+        for worker in workers:
+            worker.start()
+        if stops:
+            _finish(str(folder), "alone", 0, 1)
+        for worker in workers:
+            worker.join(PATIENCE)
+            worker.kill()
+            assert worker.exitcode == 0
+    for name in RESUMED:
+        alone, resumed = (folder / f"{name}-{work}" for work in ("alone", "resumed"))
+        names = Checkpoint(folder / "start").parameter_names()
+        a, b = (Checkpoint(path / "model").weights_of(names) for path in (alone, resumed))
+        assert max(float((a[n] - b[n]).abs().max()) for n in names) <= 1e-6, name
+        (one, _), (two, notes) = (
+            json.loads((path / "history.json").read_text()) for path in (alone, resumed)
+        )
+        losses = [[step["loss"] for step in steps if "loss" in step] for steps in (one, two)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6, abs=1e-6), name
+        assert any("4 processes began resumes after step 2 with 2" in text for text in notes), name
 
 
 CASES = [(name, "two") for name in methods("")] + [(name, "cut") for name in sorted(CUT)]

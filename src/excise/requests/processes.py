@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from excise.core.config import Config, ConfigError
+from excise.core.config import Config, ConfigError, configs_in
 from excise.core.errors import UserError
-from excise.methods.base import Method
+from excise.methods.base import methods_in
 from excise.requests.audit import AuditRun
-from excise.requests.lengths import configs_in
 from excise.requests.recipe import Recipe
 from excise.train.fit import FitConfig
 
@@ -73,7 +72,7 @@ def check_fsdp(recipe: Recipe, world: int) -> None:
         )
     problems = []
     for name, arm in recipe.arms.items():
-        for method in _methods(arm):
+        for method in methods_in(arm):
             label = getattr(method, "name", type(method).__name__)
             if label not in CUT:
                 problems.append(
@@ -97,15 +96,6 @@ def check_fsdp(recipe: Recipe, world: int) -> None:
                 )
     if problems:
         raise ConfigError(problems)
-
-
-def _methods(config: Config) -> Iterator[Method]:
-    """Yield a method and those it is made of."""
-    if isinstance(config, Method):
-        yield config
-    for name in type(config).model_fields:
-        for _, inner in configs_in(getattr(config, name)):
-            yield from _methods(inner)
 
 
 def _fits(config: Config, at: str) -> Iterator[tuple[str, FitConfig]]:

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +42,7 @@ from excise.methods import (
     TokenFilter,
     Undo,
 )
+from excise.methods.base import ApplyMethod
 from excise.methods.posthoc.elm import Guide
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.methods.stopping import StopRule
@@ -52,6 +52,7 @@ from excise.testing import toy_domain, toy_start
 from excise.train.components import Components
 from excise.train.distributed import gather
 from excise.train.fit import FitConfig, _Run
+from excise.train.worker import in_place
 from tests.matrix.test_methods import early
 
 # A larger epsilon than usual: Adam divides by it, and rounding is all that may differ.
@@ -185,44 +186,50 @@ def _resume(folder: str, rank: int, world: int, stops: bool) -> None:
 
 
 def _finish(folder: str, work: str, rank: int, world: int, *, stops: bool = False) -> None:
-    """Apply the methods of `RESUMED`, noting what is said."""
+    """Make the models of `RESUMED`, and note what is said meanwhile."""
+    ctx = Context(Path(), rank=rank, world=world)
+    runtime = Runtime(
+        Path(folder) / work, rank=rank, world=world, agree=partial(_agree, ctx=ctx)
+    )  # fmt: skip
+    start = Checkpoint(Path(folder) / "start")
     for name, method in RESUMED.items():
-        made = Path(folder) / f"{name}-{work}"
-        made.mkdir(exist_ok=True)
         notes: list[str] = []
-        ctx = Context(
-            made, seed=5, rank=rank, world=world,
-            emit=lambda kind, data, notes=notes: notes.append(str(data.get("text", kind))),
-        )  # fmt: skip
-        with pytest.raises(Stopped) if stops else nullcontext():
-            removal = method.apply(Checkpoint(Path(folder) / "start"), toy_domain(), ctx)
-        if rank == 0 and not stops:
-            (made / "history.json").write_text(json.dumps([removal.history, notes]))
+        with in_place(lambda kind, data, notes=notes: notes.append(str(data.get("text", kind)))):
+            if stops:
+                with pytest.raises(Stopped):
+                    runtime.run(ApplyMethod(method, start, toy_domain(), 5))
+                continue
+            removal = runtime.run(ApplyMethod(method, start, toy_domain(), 5))
+        if rank == 0:
+            facts = [str(removal.checkpoint.path), removal.history, notes]
+            (Path(folder) / f"{name}-{work}.json").write_text(json.dumps(facts))
 
 
-def test_another_number_of_processes_resumes(folder: Path) -> None:
+def test_another_number_of_processes_resumes(tmp_path: Path) -> None:
+    start = toy_start(tmp_path / "start")
     forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(["excise.methods", "transformers.models.llama.modeling_llama"])
     for world, stops in ((4, True), (2, False)):
         workers = [
-            forked.Process(target=_resume, args=(str(folder), r, world, stops), daemon=True)
+            forked.Process(target=_resume, args=(str(tmp_path), r, world, stops), daemon=True)
             for r in range(world)
         ]
         for worker in workers:
             worker.start()
         if stops:
-            _finish(str(folder), "alone", 0, 1)
+            _finish(str(tmp_path), "alone", 0, 1)
         for worker in workers:
             worker.join(PATIENCE)
             worker.kill()
             assert worker.exitcode == 0
+    names = start.parameter_names()
     for name in RESUMED:
-        alone, resumed = (folder / f"{name}-{work}" for work in ("alone", "resumed"))
-        names = Checkpoint(folder / "start").parameter_names()
-        a, b = (Checkpoint(path / "model").weights_of(names) for path in (alone, resumed))
-        assert max(float((a[n] - b[n]).abs().max()) for n in names) <= 1e-6, name
-        (one, _), (two, notes) = (
-            json.loads((path / "history.json").read_text()) for path in (alone, resumed)
+        (to, one, _), (at, two, notes) = (
+            json.loads((tmp_path / f"{name}-{work}.json").read_text())
+            for work in ("alone", "resumed")
         )
+        a, b = (Checkpoint(Path(path)).weights_of(names) for path in (to, at))
+        assert max(float((a[n] - b[n]).abs().max()) for n in names) <= 1e-6, name
         losses = [[step["loss"] for step in steps if "loss" in step] for steps in (one, two)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6, abs=1e-6), name
         assert any("4 processes began resumes after step 2 with 2" in text for text in notes), name

@@ -302,6 +302,7 @@ def test_an_address_that_nobody_answers_at_is_named(monkeypatch: pytest.MonkeyPa
         join(meeting=1.0)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_with_any_number_of_processes(inputs: Path) -> None:
     line = LINE.replace("--fit.steps 4", "--fit.steps 60") + " --fit.save_every 5 --fit.log_every 1"
     line += " --fit.eps 1e-3"  # else Adam divides by what is rounding alone
@@ -331,7 +332,8 @@ def test_a_stopped_run_resumes_with_any_number_of_processes(inputs: Path) -> Non
     for name, processes in (("stopped", 2), ("fewer", 1)):
         events = [json.loads(text) for text in events_of(inputs / name)]
         starts = [i for i, e in enumerate(events) if e["kind"] == "stage_start" and e["resumed"]]
-        assert next(e for e in events[starts[0] :] if e["kind"] == "step")["step"] > 12
+        # The state of a signal, or the last saved before where that fell into a step.
+        assert next(e for e in events[starts[0] :] if e["kind"] == "step")["step"] > 10
         notes = [e["text"] for e in events if e["kind"] == "note"]
         begun = [text for text in notes if text.startswith("training that 4 processes began")]
         assert len(begun) == 1

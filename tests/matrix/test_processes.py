@@ -9,12 +9,14 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import distributed as dist
 
+from excise.core.config import ConfigError
 from excise.core.context import Context
 from excise.core.stages import Runtime
 from excise.methods import (
@@ -43,11 +45,16 @@ from excise.methods import (
     Undo,
 )
 from excise.methods.base import ApplyMethod
+from excise.methods.distillation.cache_kinds import HiddenStates
+from excise.methods.distillation.corpora import RefusingSamples
+from excise.methods.distillation.harmful import Implicit
+from excise.methods.distillation.targets import Splice
 from excise.methods.posthoc.elm import Guide
 from excise.methods.pretraining.pretrain import Pretrain
 from excise.methods.stopping import StopRule
 from excise.models.checkpoint import Checkpoint
-from excise.requests.processes import CUT
+from excise.requests.processes import CUT, check_fsdp
+from excise.requests.recipe import Recipe
 from excise.testing import toy_domain, toy_start
 from excise.train.components import Components
 from excise.train.distributed import gather
@@ -59,6 +66,7 @@ from tests.matrix.test_methods import early
 FIT = FitConfig(steps=3, lr=1e-3, batch_size=8, eps=1e-3)
 SUBTRACT = FitConfig(steps=3, lr=0.05, batch_size=8, optimizer="sgd")
 PRETRAIN = Pretrain(fit=FIT, max_length=16)
+UNLEARN = MaxEnt(fit=FIT, max_length=16)
 METHODS: dict[str, Method] = {
     "grad_diff": GradDiff(fit=FIT, max_length=16),
     "rmu": RMU(layer=2, fit=FIT, max_length=16),
@@ -73,7 +81,21 @@ METHODS: dict[str, Method] = {
     "npo": NPO(fit=FIT, max_length=16),
     "undial": UNDIAL(fit=FIT, max_length=16),
     "ssd": SSD(alpha=1.5, max_length=16),
-    "undo": Undo(unlearn=RMU(layer=2, fit=FIT), fit=FIT, max_length=16, stop_tolerance=0.0),
+    "undo": Undo(unlearn=UNLEARN, fit=FIT, max_length=16),
+    "undo_cached": Undo(unlearn=UNLEARN, fit=FIT, max_length=16, cache=HiddenStates(), repeats=2),
+    "undo_implicit": Undo(
+        unlearn=UNLEARN,
+        fit=FIT,
+        max_length=16,
+        targets=Splice(harmful="skip", by=Implicit(tau=0.01)),
+    ),
+    "undo_refusing": Undo(
+        unlearn=UNLEARN,
+        fit=FIT,
+        max_length=16,
+        corpus=RefusingSamples(rows=16, new_tokens=4, refusal="w1 w2", prompt_tokens=2, fit=FIT),
+    ),
+    "undo_stopped": Undo(unlearn=RMU(layer=2, fit=FIT), fit=FIT, max_length=16, stop_tolerance=0.0),
     "gradient_ascent": GradientAscent(fit=FIT, max_length=16),
     "simnpo": SimNPO(fit=FIT, max_length=16),
     "maxent": MaxEnt(fit=FIT, max_length=16),
@@ -94,11 +116,20 @@ def methods(folder: str) -> dict[str, Method]:
     return {**METHODS, "checkpoint_transfer": transfer}
 
 
+def cuts(method: Method) -> bool:
+    """Return whether `--fsdp` takes a method."""
+    try:
+        check_fsdp(cast(Recipe, SimpleNamespace(fsdp=True, arms={"it": method})), 2)
+    except ConfigError:
+        return False
+    return True
+
+
 def _apply(folder: str, work: str, rank: int, world: int) -> None:
     """Apply methods as one of `world` processes that share a folder."""
     start = Checkpoint(Path(folder) / "start")
     for name, method in methods(folder).items():
-        if work == "cut" and name not in CUT:
+        if work == "cut" and not cuts(method):
             continue
         made = Path(folder) / f"{name}-{work}"
         made.mkdir(exist_ok=True)
@@ -235,7 +266,13 @@ def test_another_number_of_processes_resumes(tmp_path: Path) -> None:
         assert any("4 processes began resumes after step 2 with 2" in text for text in notes), name
 
 
-CASES = [(name, "two") for name in methods("")] + [(name, "cut") for name in sorted(CUT)]
+CASES = [(name, "two") for name in methods("")] + [
+    (n, "cut") for n, m in methods("").items() if cuts(m)
+]
+
+
+def test_every_method_that_is_cut_is_held_to_a_whole_model() -> None:
+    assert {str(methods("")[name].name) for name, work in CASES if work == "cut"} == CUT  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("name", "work"), CASES)

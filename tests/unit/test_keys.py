@@ -44,7 +44,7 @@ from excise.evals.extra import SCORES
 from excise.methods import METHODS
 from excise.methods.base import ApplyMethod, Method
 from excise.methods.chain import Chain
-from excise.methods.distillation.targets import FromOracle
+from excise.methods.distillation.targets import FromMixture, FromOracle, Splice
 from excise.methods.distillation.undo import Undo
 from excise.methods.posthoc.circuit_breakers import CircuitBreakers
 from excise.methods.posthoc.grad_diff import GradDiff
@@ -346,6 +346,8 @@ def test_processes_count_where_a_method_works_on_whole_batches(
     for method, counts in (
         (GradDiff(), False), (RepNoise(), True), (RMULAT(), True), (CircuitBreakers(), True),
         (Chain(methods=(GradDiff(), RMU())), False), (Undo(), False),
+        (Undo(targets=Splice()), False), (Undo(targets=Splice(harmful="shuffled")), True),
+        (Undo(targets=FromMixture(weights={"original": 1.0}, how="draw")), True),
         (Chain(methods=(GradDiff(), RepNoise())), True), (Undo(unlearn=RepNoise()), True),
     ):  # fmt: skip
         stage = ApplyMethod(method, model, toy_domain(), 0)

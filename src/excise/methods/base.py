@@ -106,9 +106,14 @@ class Method(Config, ABC):
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
     search: ClassVar[Space] = {}
-    whole_batch: ClassVar[str] = ""
-    """Why cutting a batch, into micro-batches or over processes, gives another model, where it
-    does. Its training starts over where the number of processes changes."""
+
+    @property
+    def whole_batch(self) -> str:
+        """Why cutting a batch, into micro-batches or over processes, gives another model.
+
+        Empty where it does not; else training starts over when the number of processes changes.
+        """
+        return ""
 
     @property
     def step_cost(self) -> float:

@@ -20,6 +20,7 @@ CUT: Final = frozenset(
     {
         "plain", "filtering", "propagate", "token_filter", "grad_diff_pretrain", "sgtm",
         "gradient_ascent", "grad_diff", "npo", "simnpo", "undial", "maxent", "task_vector",
+        "undo",
     }
 )  # fmt: skip
 """Methods that give the same model where `fit` cuts it over processes: they look at weights before
@@ -89,11 +90,18 @@ def check_fsdp(recipe: Recipe, world: int) -> None:
                     f"arms.{name}.sam: a step of several passes cannot be cut over processes; "
                     "leave --fsdp or sam out"
                 )
-            elif getattr(method, "stop", None) is not None:
+            elif getattr(getattr(method, "corpus", None), "name", "") == "on_policy":
                 problems.append(
-                    f"arms.{name}.stop: a stop rule reads the whole model while '{label}' trains; "
-                    "leave --fsdp or the rule out"
+                    f"arms.{name}.corpus: every process samples texts of its own length from the "
+                    "student, and a cut one needs all of them at every token; leave --fsdp out or "
+                    "take another corpus"
                 )
+            for rule in ("stop", "stop_tolerance"):
+                if getattr(method, rule, None) is not None:
+                    problems.append(
+                        f"arms.{name}.{rule}: a stop rule reads the whole model while '{label}' "
+                        "trains; leave --fsdp or the rule out"
+                    )
     if problems:
         raise ConfigError(problems)
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -27,6 +29,10 @@ from tests.cli import material as m
 LINE = (
     "remove grad_diff --model model --forget f.jsonl --retain r.jsonl --out {out} --quiet"
     " --fit.steps 4 --fit.batch_size 8 --max_length 32"
+)
+AUDIT = (
+    "audit one/out --out {out} --quiet --budget smoke --audit.change"
+    " '{{steps: 2, checkpoints: [0, 2], rates: [0.001], max_test_rows: 4, max_other_rows: 4}}'"
 )
 PATIENCE = 400
 """Seconds after which processes hang, on a machine that may be busy with much else."""
@@ -51,6 +57,24 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "f.jsonl").write_text(m.texts("f", 40))
     (folder / "r.jsonl").write_text(m.texts("r", 40))
     return folder
+
+
+@pytest.fixture(scope="module")
+def removed(inputs: Path) -> Path:
+    """Return the output folder of a removal in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inputs)
+        assert main(shlex.split(LINE.format(out="one/out") + " --workers 1")) == 0
+    return inputs / "one/out"
+
+
+@pytest.fixture(scope="module")
+def audited(inputs: Path, removed: Path) -> Path:
+    """Return the output folder of an audit of `removed` in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inputs)
+        assert main(shlex.split(AUDIT.format(out="one/audit") + " --workers 1")) == 0
+    return removed.with_name("audit")
 
 
 def free_port() -> int:
@@ -147,6 +171,38 @@ def steps(folder: Path) -> int:
     return logs[0].read_bytes().count(b"\n") if logs else 0
 
 
+def attacks(folder: Path) -> dict[str, int]:
+    """Return the attacks that are done beside the output folders in `folder`, and since when."""
+    return {
+        p.parent.name: p.stat().st_mtime_ns for p in folder.glob(".stages/v2/attack-*/done.json")
+    }
+
+
+def findings(out: Path) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    """Return what an audit found and left, but for times, memory and what names the processes.
+
+    Returns:
+        The record, the items, and the keys of attacks, controls and what they stand on, by name.
+    """
+    record = json.loads((out / "run.json").read_text())
+    for name in ("command", "seconds", "peak_memory_bytes"):
+        del record[name]
+    for name in ("started", "world"):
+        del record["environment"][name]
+    stages = {
+        path.parent.name: json.loads(path.read_text())["key"]
+        for path in out.parent.glob(".stages/v2/*/done.json")
+        if not path.parent.name.startswith("grad_diff-")
+    }
+    return record, pq.read_table(out / "items.parquet").to_pylist(), stages
+
+
+def terms(folder: Path) -> list[dict[str, float]]:
+    """Return the terms of the loss in every step of the one training that is done."""
+    (log,) = folder.glob(".stages/v2/grad_diff-*/state/steps.jsonl")
+    return [json.loads(line)["terms"] for line in log.read_text().splitlines()]
+
+
 def faulty(folder: Path, what: str) -> str:
     """Write a method whose second process fails, and return how it is run."""
     (folder / "faulty.py").write_text(OWN.format(what=what))
@@ -155,17 +211,16 @@ def faulty(folder: Path, what: str) -> str:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_make_the_model_of_one(inputs: Path, processes: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(inputs)
-        assert main(shlex.split(LINE.format(out="one/out") + " --workers 1")) == 0
+def test_several_processes_make_the_model_of_one(
+    inputs: Path, removed: Path, processes: int
+) -> None:
     folder = inputs / str(processes)
     codes, lines = by_hand(LINE.format(out=f"{processes}/out"), inputs, processes)
     assert codes == [0] * processes, lines
     assert sum("report.html" in line for line in lines) == 1
-    one, many = weights(inputs / "one/out"), weights(folder / "out")
+    one, many = weights(removed), weights(folder / "out")
     assert max(float((one[n] - many[n]).abs().max()) for n in one) <= 1e-6
-    first, second = load(inputs / "one/out"), load(folder / "out")
+    first, second = load(removed), load(folder / "out")
     assert isinstance(first, Record)
     assert isinstance(second, Record)
     assert second.environment.world == processes
@@ -247,10 +302,11 @@ def test_an_address_that_nobody_answers_at_is_named(monkeypatch: pytest.MonkeyPa
         join(meeting=1.0)
 
 
-def test_a_stopped_run_resumes(inputs: Path) -> None:
-    line = LINE.format(out="stopped/out").replace("--fit.steps 4", "--fit.steps 60")
-    line += " --fit.save_every 5 --fit.log_every 1"
-    process = torchrun(line, inputs)
+@pytest.mark.slow
+def test_a_stopped_run_resumes_with_any_number_of_processes(inputs: Path) -> None:
+    line = LINE.replace("--fit.steps 4", "--fit.steps 60") + " --fit.save_every 5 --fit.log_every 1"
+    line += " --fit.eps 1e-3"  # else Adam divides by what is rounding alone
+    process = torchrun(line.format(out="stopped/out"), inputs, 4)
     until = time.monotonic() + PATIENCE
     try:
         while steps(inputs / "stopped") < 12:
@@ -261,10 +317,60 @@ def test_a_stopped_run_resumes(inputs: Path) -> None:
         _, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
+    again = f"torchrun --nproc-per-node 4 -m excise {line.format(out='stopped/out')}"
+    said = [line for line in err.splitlines() if line.startswith("excise: ")]
+    assert said == [f"excise: terminated; to resume: {again}"]
+    shutil.copytree(inputs / "stopped", inputs / "fewer")
+    codes, lines = by_hand(line.format(out="stopped/out"), inputs)
+    assert codes == [0, 0], lines
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inputs)
+        assert main(shlex.split(line.format(out="fewer/out") + " --workers 1")) == 0
+        assert main(shlex.split(line.format(out="alone/out") + " --workers 1")) == 0
+    alone = terms(inputs / "alone")
+    assert len(alone) == 60
+    for name, processes in (("stopped", 2), ("fewer", 1)):
+        events = [json.loads(text) for text in events_of(inputs / name)]
+        starts = [i for i, e in enumerate(events) if e["kind"] == "stage_start" and e["resumed"]]
+        # The state of a signal, or the last saved before where that fell into a step.
+        assert next(e for e in events[starts[0] :] if e["kind"] == "step")["step"] > 10
+        notes = [e["text"] for e in events if e["kind"] == "note"]
+        begun = [text for text in notes if text.startswith("training that 4 processes began")]
+        assert len(begun) == 1
+        assert f"with {processes}, each" in begun[0]
+        # A term is 5.5 or so, of which two float32 lie 5e-7 apart, and the loss a difference.
+        for found, wanted in zip(terms(inputs / name), alone, strict=True):
+            assert found == pytest.approx(wanted, rel=1e-6, abs=0)
+
+
+def test_processes_share_out_an_audit(inputs: Path, audited: Path) -> None:
+    codes, lines = by_hand(AUDIT.format(out="two/audit"), inputs)
+    assert codes == [0, 0], lines
+    assert findings(inputs / "two/audit") == findings(audited)
+    record = load(inputs / "two/audit")
+    assert isinstance(record, Record)
+    assert record.environment.world == 2
+
+
+@pytest.mark.slow
+def test_a_stopped_audit_resumes(inputs: Path, audited: Path) -> None:
+    line = AUDIT.format(out="halted/audit")
+    process = torchrun(line, inputs)
+    until = time.monotonic() + PATIENCE
+    try:
+        while len(attacks(inputs / "halted")) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
     said = [line for line in err.splitlines() if line.startswith("excise: ")]
     assert said == [f"excise: terminated; to resume: torchrun --nproc-per-node 2 -m excise {line}"]
+    assert not (inputs / "halted/audit/run.json").exists()
+    before = attacks(inputs / "halted")
     codes, lines = by_hand(line, inputs)
     assert codes == [0, 0], lines
-    events = [json.loads(text) for text in events_of(inputs / "stopped")]
-    starts = [i for i, e in enumerate(events) if e["kind"] == "stage_start" and e["resumed"]]
-    assert next(e for e in events[starts[0] :] if e["kind"] == "step")["step"] > 12
+    assert findings(inputs / "halted/audit") == findings(audited)
+    assert attacks(inputs / "halted").items() > before.items()

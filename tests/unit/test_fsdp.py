@@ -1,9 +1,12 @@
-"""A model cut over two processes trains like a whole one, and its state resumes in one."""
+"""A model cut over processes trains like a whole one, and any number of them resumes its state."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,40 +70,72 @@ def _train(
     return model, records
 
 
-def _process(rank: int, folder: str) -> None:
+Job = tuple[str, int, bool]
+"""Name of the state's folder, steps to take, and whether the model is cut."""
+
+
+def _process(rank: int, world: int, folder: str, jobs: Sequence[Job]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model, records = _train(Path(folder) / "cut", rank, 2, STEPS, fsdp=True)
-    _train(Path(folder) / "stopped", rank, 2, STOP, fsdp=True)
-    tensors = dict(model.state_dict()) | {"losses": torch.tensor([r.loss for r in records])}
-    save_file(tensors, Path(folder) / f"{rank}.safetensors")
+    meet = f"file://{folder}/meet-{world}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    for name, steps, fsdp in jobs:
+        model, records = _train(Path(folder) / name, rank, world, steps, fsdp=fsdp)
+        tensors = dict(model.state_dict()) | {"losses": torch.tensor([r.loss for r in records])}
+        save_file(tensors, Path(folder) / f"{name}-{world}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
-def test_a_cut_model_trains_like_a_whole_one(tmp_path: Path) -> None:
+@contextmanager
+def _processes(world: int, folder: Path, *jobs: Job) -> Iterator[None]:
+    """Train in several processes while the block runs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.fsdp", "excise.train.fit"])
     processes = [
-        context.Process(target=_process, args=(rank, str(tmp_path)), daemon=True)
-        for rank in range(2)
+        context.Process(target=_process, args=(rank, world, str(folder), jobs), daemon=True)
+        for rank in range(world)
     ]
     for process in processes:
         process.start()
-    model, records = _train(tmp_path / "whole", 0, 1, STEPS, fsdp=False)
+    yield
     for process in processes:
         process.join(120)
         process.kill()
         assert process.exitcode == 0
+
+
+def test_a_cut_model_trains_like_a_whole_one(tmp_path: Path) -> None:
+    with _processes(2, tmp_path, ("cut", STEPS, True), ("stopped", STOP, True)):
+        model, records = _train(tmp_path / "whole", 0, 1, STEPS, fsdp=False)
     resumed, rest = _train(tmp_path / "stopped", 0, 1, STEPS, fsdp=False)
     assert [r.replayed for r in rest] == [True] * STOP + [False] * (STEPS - STOP)
     losses = [r.loss for r in records]
     assert [r.loss for r in rest] == pytest.approx(losses, rel=0, abs=1e-6)
     start = tiny_model("llama", seed=0, width=32, blocks=2).state_dict()
     for rank in range(2):
-        cut = load_file(tmp_path / f"{rank}.safetensors")
+        cut = load_file(tmp_path / f"cut-2-{rank}.safetensors")
         assert cut["losses"].tolist() == pytest.approx(losses, rel=0, abs=1e-6)
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(cut[name], tensor, rtol=0, atol=1e-6)
             torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=1e-6)
     assert not torch.equal(cut["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+
+
+def test_another_number_of_processes_resumes(tmp_path: Path) -> None:
+    with _processes(4, tmp_path, ("whole", STOP, False), ("cut", STOP, True)):
+        model, records = _train(tmp_path / "alone", 0, 1, STEPS, fsdp=False)
+    for name in ("whole", "cut"):  # each is also resumed the other way
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}-turned")
+        assert (tmp_path / name / f"step-{STOP:08d}").is_dir()
+    turned: list[Job] = [("whole-turned", STEPS, True), ("cut-turned", STEPS, False)]
+    jobs: list[Job] = [("whole", STEPS, False), ("cut", STEPS, True), *turned]
+    with _processes(2, tmp_path, *jobs, ("two", STOP, False)):
+        pass
+    resumed, rest = _train(tmp_path / "two", 0, 1, STEPS, fsdp=False)
+    assert [r.replayed for r in rest] == [True] * STOP + [False] * (STEPS - STOP)
+    two = dict(resumed.state_dict()) | {"losses": torch.tensor([r.loss for r in rest])}
+    alone = dict(model.state_dict()) | {"losses": torch.tensor([r.loss for r in records])}
+    names = [f"{name}-2-{rank}" for name, _, _ in jobs for rank in range(2)]
+    for found in (two, *(load_file(tmp_path / f"{name}.safetensors") for name in names)):
+        for name, tensor in alone.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)

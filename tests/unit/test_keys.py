@@ -44,14 +44,18 @@ from excise.evals.extra import SCORES
 from excise.methods import METHODS
 from excise.methods.base import ApplyMethod, Method
 from excise.methods.chain import Chain
-from excise.methods.distillation.targets import FromOracle
+from excise.methods.distillation.targets import FromMixture, FromOracle, Splice
 from excise.methods.distillation.undo import Undo
+from excise.methods.posthoc.circuit_breakers import CircuitBreakers
 from excise.methods.posthoc.grad_diff import GradDiff
+from excise.methods.posthoc.repnoise import RepNoise
 from excise.methods.posthoc.rmu import RMU
+from excise.methods.posthoc.rmu_lat import RMULAT
 from excise.models.checkpoint import Checkpoint, open_checkpoint, save_model
 from excise.models.tiny import byte_tokenizer, tiny_model
 from excise.requests.recipe import EvalSpec
 from excise.run.study import Study, study_named, study_points
+from excise.train.worker import in_place
 from excise_studies.auditing.hidings import Hiding
 
 
@@ -306,8 +310,6 @@ def test_every_input_of_a_stage_counts(
 class Nothing(Stage[None]):
     """A stage without inputs."""
 
-    data_parallel = True
-
     @property
     def name(self) -> str:
         return "nothing"
@@ -326,7 +328,7 @@ def test_dtype_device_processes_libraries_and_our_code_count(
     path = runtime.path(Nothing())
     assert Runtime(tmp_path, began=0.0).path(Nothing()) == path
     assert replace(runtime, device="cpu:0").path(Nothing()) == path
-    for change in ({"dtype": "bfloat16"}, {"device": "cuda:1"}, {"world": 2}):
+    for change in ({"dtype": "bfloat16"}, {"device": "cuda:1"}):
         assert replace(runtime, **cast(Any, change)).path(Nothing()) != path
     for name in keys.library_versions():
         newer = {**keys.library_versions(), name: "99"}
@@ -335,6 +337,52 @@ def test_dtype_device_processes_libraries_and_our_code_count(
         monkeypatch.undo()
     monkeypatch.setattr(stages, "own_source", lambda: "edited")
     assert runtime.path(Nothing()) != path
+
+
+def test_processes_count_where_a_method_works_on_whole_batches(
+    model: Checkpoint, tmp_path: Path
+) -> None:
+    one = Runtime(tmp_path)
+    for method, counts in (
+        (GradDiff(), False), (RepNoise(), True), (RMULAT(), True), (CircuitBreakers(), True),
+        (Chain(methods=(GradDiff(), RMU())), False), (Undo(), False),
+        (Undo(targets=Splice()), False), (Undo(targets=Splice(harmful="shuffled")), True),
+        (Undo(targets=FromMixture(weights={"original": 1.0}, how="draw")), True),
+        (Chain(methods=(GradDiff(), RepNoise())), True), (Undo(unlearn=RepNoise()), True),
+    ):  # fmt: skip
+        stage = ApplyMethod(method, model, toy_domain(), 0)
+        path = one.path(stage)
+        assert (replace(one, world=2).path(stage) != path) == counts, method
+        assert replace(one, world=2, fsdp=True).path(stage) == replace(one, world=2).path(stage)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(Nothing):
+    """A stage that depends on the number of processes, and is killed in one."""
+
+    data_parallel = True
+
+    @property
+    def counts_processes(self) -> bool:
+        return True
+
+    def make(self, ctx: Context) -> None:
+        if ctx.world == 4:
+            raise KeyboardInterrupt
+
+
+def test_what_another_number_of_processes_began_is_named(tmp_path: Path) -> None:
+    told: list[str] = []
+    with in_place(lambda kind, data: told.append(str(data.get("text", kind)))):
+        with pytest.raises(KeyboardInterrupt):
+            Runtime(tmp_path, world=4).run(Counting())
+        assert not any("depends on" in text for text in told)
+        Runtime(tmp_path, world=2).run(Counting())
+    begun = next(tmp_path.glob("v2/*.partial"))
+    assert [text for text in told if "depends on" in text] == [
+        "what 'nothing' makes depends on the number of processes, 2 here; what was begun with 4 is "
+        f"not used and lies in {begun}"
+    ]
 
 
 def test_our_source_is_every_file_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,16 @@ class Config(BaseModel):
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 
+def configs_in(value: Any) -> Iterator[tuple[str, Config]]:
+    """Yield the configurations in a field, by what stands behind the field in their path."""
+    items: list[tuple[str, Any]] = [("", value)]
+    if isinstance(value, Mapping):
+        items = [(f".{key}", one) for key, one in value.items()]
+    elif isinstance(value, tuple):
+        items = [(f"[{i}]", one) for i, one in enumerate(value)]
+    yield from ((key, one) for key, one in items if isinstance(one, Config))
+
+
 def _marks(field: FieldInfo) -> set[Any]:
     """Return the marks of a field and of what its annotation is made of."""
 

@@ -48,6 +48,11 @@ class Stage(ABC, Generic[T]):
     data_parallel: ClassVar[bool] = False
 
     @property
+    def counts_processes(self) -> bool:
+        """Whether the number of processes that make it together decides more than its rounding."""
+        return False
+
+    @property
     @abstractmethod
     def name(self) -> str:
         """What it is to a reader; its folder is called after it."""
@@ -121,7 +126,8 @@ class Context:
         """
         if self.stages is not None:
             return self.stages(stage)
-        how = [str(self.dtype), self.device.type, self.world, self.fsdp]
+        world = self.world if stage.counts_processes else 1
+        how = [str(self.dtype), self.device.type, world]
         inputs = json.dumps([fields_identity(stage), how], sort_keys=True)
         digest = hashlib.sha256(inputs.encode()).hexdigest()[:16]
         seed: Any = getattr(stage, "seed", 0)

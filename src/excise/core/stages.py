@@ -35,6 +35,9 @@ DONE = "done.json"
 LAYOUT = "v2"
 """Folder of a store in which stages of this layout lie."""
 
+MOST_PROCESSES = 256
+"""Numbers of processes up to which begun stages of others are looked for, to say so."""
+
 PATIENT: ContextVar[bool] = ContextVar("PATIENT", default=True)
 """Whether a job waits for a stage that another process is making; whoever runs it sets it."""
 
@@ -84,6 +87,8 @@ class Runtime:
             return replace(self, rank=0, world=1, fsdp=False, agree=bool).make(stage)
 
         def make(work: Path) -> None:
+            if stage.counts_processes:
+                self._note_others(stage)
             stage.make(self.context(work, seed=int(getattr(stage, "seed", 0))))
 
         return self._kept.stage(stage.name, self.key(stage), make)
@@ -99,8 +104,7 @@ class Runtime:
             "inputs": fields_identity(stage),
             "dtype": self.dtype,
             "device": self.device.partition(":")[0],
-            "world": self.world if stage.data_parallel else 1,
-            "fsdp": self.fsdp and stage.data_parallel,
+            "world": self.world if stage.counts_processes else 1,
             "libraries": dict(library_versions()),
             "code": own_source(),
         }
@@ -118,6 +122,20 @@ class Runtime:
             emit=emit,
             stages=self.run,
         )
+
+    def _note_others(self, stage: Stage[Any]) -> None:
+        """Say of other numbers of processes that began the stage that nothing of it is used."""
+        if self.rank:
+            return
+        key = self.key(stage)
+        for world in range(1, MOST_PROCESSES + 1):
+            other = _partial(self._kept.path(stage.name, {**key, "world": world}))
+            if world != self.world and other.exists():
+                text = (
+                    f"what '{stage.name}' makes depends on the number of processes, {self.world} "
+                    f"here; what was begun with {world} is not used and lies in {other}"
+                )
+                emit("note", {"text": text})
 
     @property
     def _kept(self) -> Store:
@@ -288,7 +306,7 @@ class Store:
     def _make(self, final: Path, key: Mapping[str, Any], make: Callable[[Path], None]) -> None:
         """Fill the partial folder and, in process 0, finish and rename it."""
         start = time.perf_counter()
-        partial = final.with_name(final.name + ".partial")
+        partial = _partial(final)
         self.emit("stage_start", {"stage": final.name, "resumed": partial.exists()})
         with disk_full(partial):
             if self.rank == 0:
@@ -322,6 +340,11 @@ class Store:
         for name, entry in files.items():
             note_sum(final / name, str(entry["sha256"]))
         self._note_check(final)
+
+
+def _partial(final: Path) -> Path:
+    """Return the folder in which a stage is made."""
+    return final.with_name(final.name + ".partial")
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

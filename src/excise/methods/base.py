@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from excise.core.config import Config
+from excise.core.config import Config, configs_in
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
 from excise.core.errors import UserError
@@ -106,8 +106,14 @@ class Method(Config, ABC):
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
     search: ClassVar[Space] = {}
-    whole_batch: ClassVar[str] = ""
-    """Why cutting a batch into micro-batches gives another model, where it does."""
+
+    @property
+    def whole_batch(self) -> str:
+        """Why cutting a batch, into micro-batches or over processes, gives another model.
+
+        Empty where it does not; else training starts over when the number of processes changes.
+        """
+        return ""
 
     @property
     def step_cost(self) -> float:
@@ -192,6 +198,11 @@ class ApplyMethod(Stage[Removal]):
     seed: int
 
     @property
+    def counts_processes(self) -> bool:
+        """Whether the method, or one that it is made of, works on whole batches."""
+        return any(method.whole_batch for method in methods_in(self.method))
+
+    @property
     def name(self) -> str:
         """Name of the method."""
         return str(getattr(self.method, "name", "method"))
@@ -223,6 +234,15 @@ class ApplyMethod(Stage[Removal]):
             extras,
             tuple(facts["history"]),
         )
+
+
+def methods_in(config: Config) -> Iterator[Method]:
+    """Yield a method and those it is made of."""
+    if isinstance(config, Method):
+        yield config
+    for name in type(config).model_fields:
+        for _, inner in configs_in(getattr(config, name)):
+            yield from methods_in(inner)
 
 
 def completed(config: Config, known: Mapping[str, Any]) -> Any:

@@ -430,6 +430,9 @@ class MeasureImportance(Stage[Sums]):
             accumulate(model, batches(), loss, ctx.work / _file(ctx.rank), fold=fold)
         barrier(ctx)
         if ctx.rank == 0:
+            for path in ctx.work.glob("sums-*"):  # of more processes, of which one was killed
+                if path.name not in map(_file, range(ctx.world)):
+                    path.unlink()
             tokens = sum(len(example.ids) for example in self.examples)
             facts = {"batches": len(starts), "tokens": tokens, "world": ctx.world}
             write_text(ctx.work / "sums.json", json.dumps(facts))
@@ -440,6 +443,13 @@ class MeasureImportance(Stage[Sums]):
         facts = json.loads((folder / "sums.json").read_text(encoding="utf-8"))
         files = tuple(folder / _file(rank) for rank in range(facts["world"]))
         return Sums(files, facts["batches"], facts["tokens"])
+
+
+def drop_ratios(ctx: Context) -> None:
+    """Remove the folders `ratios-RANK` of this process, and those that a killed run had more."""
+    for folder in ctx.work.glob("ratios-*"):
+        if int(folder.name.removeprefix("ratios-")) % ctx.world == ctx.rank:
+            shutil.rmtree(folder)
 
 
 def _file(rank: int) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from excise.auditor.budget import budget_of
-from excise.core.config import Config, ConfigError
+from excise.core.config import Config, ConfigError, configs_in
 from excise.core.events import Emit, silent
 from excise.fetch.model import outline_of
 from excise.models.limits import position_limit
@@ -90,16 +90,6 @@ def _fitted(
     if isinstance(asked, AuditSpec):
         changed |= _budget(asked, limit, at, problems, cut)
     return asked.model_copy(update=changed) if changed else asked
-
-
-def configs_in(value: Any) -> Iterator[tuple[str, Config]]:
-    """Yield the configurations in a field, by what stands behind the field in their path."""
-    items: list[tuple[str, Any]] = [("", value)]
-    if isinstance(value, Mapping):
-        items = [(f".{key}", one) for key, one in value.items()]
-    elif isinstance(value, tuple):
-        items = [(f"[{i}]", one) for i, one in enumerate(value)]
-    yield from ((key, one) for key, one in items if isinstance(one, Config))
 
 
 def _replaced(value: Any, new: Mapping[str, Config]) -> Any:

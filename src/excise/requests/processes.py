@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from excise.core.config import Config, ConfigError
+from excise.core.config import Config, ConfigError, configs_in
 from excise.core.errors import UserError
-from excise.methods.base import Method
+from excise.methods.base import methods_in
 from excise.requests.audit import AuditRun
-from excise.requests.lengths import configs_in
 from excise.requests.recipe import Recipe
 from excise.train.fit import FitConfig
 
@@ -21,6 +20,7 @@ CUT: Final = frozenset(
     {
         "plain", "filtering", "propagate", "token_filter", "grad_diff_pretrain", "sgtm",
         "gradient_ascent", "grad_diff", "npo", "simnpo", "undial", "maxent", "task_vector",
+        "undo",
     }
 )  # fmt: skip
 """Methods that give the same model where `fit` cuts it over processes: they look at weights before
@@ -73,7 +73,7 @@ def check_fsdp(recipe: Recipe, world: int) -> None:
         )
     problems = []
     for name, arm in recipe.arms.items():
-        for method in _methods(arm):
+        for method in methods_in(arm):
             label = getattr(method, "name", type(method).__name__)
             if label not in CUT:
                 problems.append(
@@ -90,22 +90,20 @@ def check_fsdp(recipe: Recipe, world: int) -> None:
                     f"arms.{name}.sam: a step of several passes cannot be cut over processes; "
                     "leave --fsdp or sam out"
                 )
-            elif getattr(method, "stop", None) is not None:
+            elif getattr(getattr(method, "corpus", None), "name", "") == "on_policy":
                 problems.append(
-                    f"arms.{name}.stop: a stop rule reads the whole model while '{label}' trains; "
-                    "leave --fsdp or the rule out"
+                    f"arms.{name}.corpus: every process samples texts of its own length from the "
+                    "student, and a cut one needs all of them at every token; leave --fsdp out or "
+                    "take another corpus"
                 )
+            for rule in ("stop", "stop_tolerance"):
+                if getattr(method, rule, None) is not None:
+                    problems.append(
+                        f"arms.{name}.{rule}: a stop rule reads the whole model while '{label}' "
+                        "trains; leave --fsdp or the rule out"
+                    )
     if problems:
         raise ConfigError(problems)
-
-
-def _methods(config: Config) -> Iterator[Method]:
-    """Yield a method and those it is made of."""
-    if isinstance(config, Method):
-        yield config
-    for name in type(config).model_fields:
-        for _, inner in configs_in(getattr(config, name)):
-            yield from _methods(inner)
 
 
 def _fits(config: Config, at: str) -> Iterator[tuple[str, FitConfig]]:

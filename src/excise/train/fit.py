@@ -374,6 +374,11 @@ class _Run:
                 drop_others(self.folder, cursor)
             restore(self.groups, self.buffers, state)
             self.cursor = self.saved = cursor
+            if state.world != self.ctx.world and cursor < self.config.steps:
+                self._note(
+                    f"training that {state.world} processes began resumes after step {cursor} "
+                    f"with {self.ctx.world}, each taking its share of the same rows"
+                )
         return [StepRecord(**record, replayed=True) for record in records]
 
     def _note(self, text: str) -> None:
@@ -526,7 +531,7 @@ class _Run:
         if self.cursor > self.saved or missing:
             save_state(
                 self.folder, self.cursor, self.groups, self.buffers, self.run_id, self.log.sync(),
-                moments=not finished, write=self.ctx.rank == 0,
+                moments=not finished, write=self.ctx.rank == 0, world=self.ctx.world,
             )  # fmt: skip
             self.saved = self.cursor
         self.saved_at = time.monotonic()

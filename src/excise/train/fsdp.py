@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -75,6 +76,7 @@ def _restore(
     """Take FSDP off the modules and fill their own parameters, an entry of the mesh at a time."""
     for block in blocks:
         block.reshard()  # type: ignore[operator]
+        _module_state_mapping.pop(block)  # so that the model can be cut again
     for module, (cls, attributes, hooks) in before.items():
         module.__class__ = cls
         for name in set(vars(module)) - attributes:

@@ -45,11 +45,13 @@ class State:
         cursor: Steps done.
         tensors: Weights, moments and buffers by name.
         records: The records of those steps, as they were logged.
+        world: How many processes saved it.
     """
 
     cursor: int
     tensors: Mapping[str, Tensor]
     records: Sequence[Mapping[str, Any]]
+    world: int
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
@@ -68,6 +70,7 @@ def save_state(
     *,
     moments: bool = True,
     write: bool = True,
+    world: int = 1,
 ) -> None:
     """Write the state after `cursor` steps and drop older ones.
 
@@ -83,6 +86,7 @@ def save_state(
         log_sum: SHA-256 of the log's lines, as `Log.sync` gives it.
         moments: Whether to write the optimizers' moments, which a finished run no longer needs.
         write: Whether this process writes.
+        world: How many processes train.
 
     Raises:
         DiskFull: If the disk is full.
@@ -105,9 +109,10 @@ def save_state(
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     needed = sum(t.numel() * t.element_size() for t in tensors.values())
     temporary = folder / f".{final.name}.{os.getpid()}"
+    facts = {**run_id, "cursor": cursor, "log_sha256": log_sum, "world": world}
     try:
         with disk_full(folder, needed):
-            _write(temporary, tensors, {**run_id, "cursor": cursor, "log_sha256": log_sum})
+            _write(temporary, tensors, facts)
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
@@ -199,7 +204,8 @@ def _read(path: Path, log: Path, run_id: Mapping[str, Any]) -> State:
         tensors = load_file(path / TENSORS)
     except OSError:
         raise _Damaged(f"its {TENSORS} cannot be read") from None
-    return State(facts["cursor"], tensors, [json.loads(line) for line in lines])
+    records = [json.loads(line) for line in lines]
+    return State(facts["cursor"], tensors, records, facts.get("world", 1))
 
 
 @torch.no_grad()

@@ -57,6 +57,7 @@ from excise.methods.distillation.perturb import (
 from excise.methods.distillation.targets import (
     ORIGINAL,
     UNLEARNED,
+    FromMixture,
     FromTeacher,
     Splice,
     Targets,
@@ -172,6 +173,15 @@ class Undo(Method):
         if {"unlearned", "original"} & set(self.also):
             raise ValueError("also: 'unlearned' and 'original' are taken; use other names")
         return self
+
+    @property
+    def whole_batch(self) -> str:
+        """Why cutting a batch gives another model, where targets are drawn in a step."""
+        draws = (
+            isinstance(self.targets, Splice) and self.targets.harmful == "shuffled",
+            isinstance(self.targets, FromMixture) and self.targets.how == "draw",
+        )
+        return "targets are drawn among what a process reads in a step" if any(draws) else ""
 
     def makers(self) -> dict[str, Method]:
         """Return the methods that make teachers, by name."""

@@ -13,7 +13,6 @@ Source:
 
 from __future__ import annotations
 
-import shutil
 import time
 from typing import ClassVar, Literal
 
@@ -24,6 +23,7 @@ from excise.methods.importance import (
     ImportanceMethod,
     SortedRatios,
     dampened,
+    drop_ratios,
     percentile_of,
     share_of,
 )
@@ -62,5 +62,5 @@ class ASSD(ImportanceMethod):
             self, start, forget, full, ctx, alpha=alpha, lam=1.0, began=began,
             extras={**quality, "percentile": percentile},
         )  # fmt: skip
-        shutil.rmtree(folder)
+        drop_ratios(ctx)
         return removal

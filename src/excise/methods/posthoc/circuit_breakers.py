@@ -78,7 +78,6 @@ class CircuitBreakers(TrainingMethod):
     lora: LoRA = LoRA(rank=16, alpha=16.0)
     """The adapter; off, it is the frozen model."""
 
-    whole_batch: ClassVar[str] = "both terms begin without gradient, so rounding sets out the path"
     paper: ClassVar[Paper] = Paper(
         "Improving alignment and robustness with circuit breakers",
         "arXiv:2406.04313",
@@ -100,6 +99,11 @@ class CircuitBreakers(TrainingMethod):
             "layers; its dropout of 0.05 is left out",
         },
     )
+
+    @property
+    def whole_batch(self) -> str:
+        """Why cutting a batch gives another model."""
+        return "both terms begin without gradient, so rounding sets out the path"
 
     @property
     def step_cost(self) -> float:

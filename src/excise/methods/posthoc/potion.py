@@ -20,7 +20,6 @@ Source:
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from excise.methods.importance import (
     ImportanceMethod,
     SortedRatios,
     dampened,
+    drop_ratios,
     percentile_of,
     share_of,
 )
@@ -122,7 +122,7 @@ class Potion(ImportanceMethod):
             extras={**quality, "search": {"metric": metric, "rows": len(rows), "turns": last.number,
                                "asked": asks, "share": last.share, "end": last.end}},
         )  # fmt: skip
-        shutil.rmtree(folder)
+        drop_ratios(ctx)
         return removal
 
 

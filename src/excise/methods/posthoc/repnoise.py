@@ -72,7 +72,6 @@ class RepNoise(TuningMethod):
     )
     """Steps, rows per step of each role, learning rate."""
 
-    whole_batch: ClassVar[str] = "the distance to noise is one of whole batches, and a log of means"
     refuses: ClassVar[Mapping[str, str]] = {
         "sam": "its forget terms are a logarithm and a distance of whole batches"
     }
@@ -89,6 +88,11 @@ class RepNoise(TuningMethod):
             "max_length": "representation_noising/datasets.py: CONTEXT_LENGTH 256",
         },
     )
+
+    @property
+    def whole_batch(self) -> str:
+        """Why cutting a batch gives another model."""
+        return "the distance to noise is one of whole batches, and a log of means"
 
     def apply(self, start: Checkpoint, domain: Domain, ctx: Context) -> Removal:
         """Noise what the model holds of `domain.forget`."""

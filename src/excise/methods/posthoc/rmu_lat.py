@@ -104,7 +104,6 @@ class RMULAT(TrainingMethod):
     lora: LoRA | None = None
     """Train an adapter instead; the frozen model is the adapter switched off."""
 
-    whole_batch: ClassVar[str] = "an adversary is trained on the means of its own micro-batch"
     paper: ClassVar[Paper] = Paper(
         "Latent adversarial training improves robustness to persistent harmful behaviors in LLMs",
         "arXiv:2407.15549",
@@ -125,6 +124,11 @@ class RMULAT(TrainingMethod):
             "AdamW with its decay; notebooks/unlearning_wmdp.ipynb: batch 4",
         },
     )
+
+    @property
+    def whole_batch(self) -> str:
+        """Why cutting a batch gives another model."""
+        return "an adversary is trained on the means of its own micro-batch"
 
     @property
     def step_cost(self) -> float:

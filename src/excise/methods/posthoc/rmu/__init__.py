@@ -511,7 +511,7 @@ class RMU(TrainingMethod):
         """
         topics, units = list(controls), {name: u_D.clone() for name, u_D in controls.items()}
         steering = per_topic(self.steering, topics, "steering")
-        kept = None if folder is None else folder / f"rank{ctx.rank}-{CONTROLS}"
+        kept = None if folder is None else folder / CONTROLS
         if kept is not None and kept.is_file():
             for name, vector_D in load_file(kept).items():
                 controls[name].copy_(vector_D)
@@ -523,7 +523,7 @@ class RMU(TrainingMethod):
                 firsts = [micro[name] for micro in micros]
                 vector_D = self.scaled(units[name], steering[name], engine, firsts, ctx)
                 controls[name].copy_(vector_D)
-                if kept is not None:
+                if kept is not None and ctx.rank == 0:
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     with new_file(kept) as part:
                         save_file(dict(controls), str(part))

@@ -24,7 +24,7 @@ CONFIG = FitConfig(steps=STEPS, lr=1e-2, clip=0.5, eps=1e-3, save_every=2, weigh
 
 
 def _loss(model: nn.Module, ids_BT: Tensor) -> dict[str, Term]:
-    logits_BTV: Any = model(ids_BT).logits[:, :-1]
+    logits_BTV: Any = model(ids_BT, use_cache=False).logits[:, :-1]
     total = nn.functional.cross_entropy(
         logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum"
     )
@@ -32,7 +32,7 @@ def _loss(model: nn.Module, ids_BT: Tensor) -> dict[str, Term]:
 
 
 def _train(
-    folder: Path, rank: int, world: int, steps: int, *, fsdp: bool
+    folder: Path, rank: int, world: int, steps: int, *, fsdp: bool, again: bool = False
 ) -> tuple[nn.Module, list[StepRecord]]:
     """Train everything in a block, its `mlp` matrices as slices by rows and by columns."""
     model: Any = tiny_model("llama", seed=0, width=32, blocks=2)
@@ -45,6 +45,7 @@ def _train(
     }
     ids = torch.randint(90, (STEPS, ROWS, 9), generator=torch.Generator().manual_seed(1))
     ctx = Context(work=Path("unused"), rank=rank, world=world, fsdp=fsdp)
+    config = CONFIG.model_copy(update={"activation_checkpointing": again})
     records = []
 
     def loss(model: nn.Module, ids_BT: Tensor) -> dict[str, Term]:
@@ -52,7 +53,7 @@ def _train(
         return _loss(model, ids_BT)
 
     run = fit(
-        model, lambda step: [ids[step, rank::world]], loss, CONFIG, ctx, groups=groups,
+        model, lambda step: [ids[step, rank::world]], loss, config, ctx, groups=groups,
         rates={"rows": 3e-2}, state_dir=folder,
     )  # fmt: skip
     for record in run:
@@ -73,6 +74,9 @@ def _process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model, records = _train(Path(folder) / "cut", rank, 2, STEPS, fsdp=True)
     _train(Path(folder) / "stopped", rank, 2, STOP, fsdp=True)
+    again, _ = _train(Path(folder) / "again", rank, 2, STEPS, fsdp=True, again=True)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
     tensors = dict(model.state_dict()) | {"losses": torch.tensor([r.loss for r in records])}
     save_file(tensors, Path(folder) / f"{rank}.safetensors")
     dist.destroy_process_group()

@@ -95,7 +95,8 @@ class FitConfig(Config):
     """Precision in which half-precision weights are kept while they train."""
     in_backward: bool = False
     """Whether each parameter is stepped as soon as its gradient is whole, so that one gradient
-    exists at a time; without clipping and with one micro-batch."""
+    exists at a time, where a step reads one set of rows (of two, the gradients of one wait for
+    those of the other); without clipping and with one micro-batch."""
     activation_checkpointing: bool = False
     """Whether blocks keep their inputs alone and run again in the backward pass: the same bits,
     less memory, one more forward pass."""
@@ -515,8 +516,13 @@ class _Run:
         if self.ctx.rank == 0 and (done or late or self.cursor % self.config.log_every == 0):
             self.told_at = time.monotonic()
             stage = self.ctx.work.name.removesuffix(".partial")
-            facts = {"stage": stage, "step": self.cursor, "steps": self.config.steps}
-            self.ctx.emit("step", facts | {"loss": record.loss, "terms": record.terms})
+            facts: dict[str, Any] = {
+                "stage": stage, "step": self.cursor, "steps": self.config.steps,
+                "loss": record.loss, "terms": record.terms,
+            }  # fmt: skip
+            if record.tokens:
+                facts["tokens_per_second"] = record.tokens / record.seconds
+            self.ctx.emit("step", facts)
 
     def save(self, *, finished: bool = False) -> None:
         """Write the state unless it is on disk or in the middle of a step or of several."""

@@ -450,7 +450,7 @@ def _memory(
     count = sum(p.numel() for p in shapes.parameters())
     if isinstance(method, ImportanceMethod):  # gradients go into files, tensor by tensor
         largest = max(int(p.numel()) for p in shapes.parameters())
-        return LIBRARIES + count * width + 3 * 4 * largest + activations
+        return float(LIBRARIES + count * width + 3 * 4 * largest + activations)
     trained = loaded = count
     if isinstance(method, PostHoc) and next(_schedules(method), None) is None:
         trained = 0  # closed forms hold weights alone
@@ -526,14 +526,16 @@ def _activations(method: Method, shapes: Any, sizes: DataSizes, width: int) -> f
     vocabulary = int(getattr(shapes.config.get_text_config(), "vocab_size", 0))
     if isinstance(method, RMU):  # the graph is of the steered block and two below, without head
         blocks, vocabulary = blocks[max(0, method.layer - 2) : method.layer + 1], 0
-    each = [sum(sum(p.shape[-2:]) for p in b.parameters() if p.dim() > 1) for b in blocks]
-    found = 0.0
+    each: list[int] = [
+        sum(sum(p.shape[-2:]) for p in b.parameters() if p.dim() > 1) for b in blocks
+    ]
+    found: float = 0.0
+    wide = int(getattr(shapes.config.get_text_config(), "hidden_size", 0))
     for fit, length, *_ in _schedules(method):
         _, padded = _step_tokens(fit, length, sizes, _sets(method, sizes))
         tokens = padded * (fit.micro_size or fit.batch_size) / fit.batch_size
         kept = 1.5 * sum(each)
         if fit.activation_checkpointing:
-            wide = int(getattr(shapes.config.get_text_config(), "hidden_size", 0))
             kept = len(blocks) * wide + 1.5 * max(each, default=0)
         found = max(found, tokens * (kept * width + 3 * 4 * vocabulary))
     return found

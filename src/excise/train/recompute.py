@@ -41,7 +41,7 @@ def recomputed(model: nn.Module) -> Iterator[None]:
             fill twice.
     """
     blocks = find_modules(model, backbone(model).blocks)
-    config = getattr(unwrap(model)[1], "config", None)
+    config: Any = getattr(unwrap(model)[1], "config", None)
     inner = getattr(config, "get_text_config", lambda: config)()
     caching = {id(c): (c, c.use_cache) for c in (config, inner) if hasattr(c, "use_cache")}
     before = {path: block.__dict__.get("forward") for path, block in blocks.items()}

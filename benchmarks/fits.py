@@ -25,17 +25,26 @@ CARDS = {"24 GB": (24e9, 1), "80 GB": (80e9, 1), "8 x 80 GB": (80e9, 8)}
 """Bytes of one card, and how many there are."""
 
 FIT = {"batch_size": 4, "micro_size": 0, "clip": 0}
+LEAN = FIT | {"optimizer": "adamw_8bit", "in_backward": True}
+
+LENGTH: Mapping[str, Any] = {"max_length": 128}
+"""Tokens of a row at most."""
 
 WAYS: Mapping[str, dict[str, Any]] = {
-    "all parameters, `adamw`": {"name": "grad_diff", "fit": FIT},
-    "the same, `adamw_8bit`": {"name": "grad_diff", "fit": FIT | {"optimizer": "adamw_8bit"}},
-    "the same, `in_backward`": {"name": "grad_diff", "fit": FIT | {"in_backward": True}},
-    "`adamw_8bit` and `in_backward`": {
-        "name": "grad_diff", "fit": FIT | {"optimizer": "adamw_8bit", "in_backward": True}
+    "forget and retain, `adamw`": {"name": "grad_diff", "fit": FIT},
+    "the same, `activation_checkpointing`": {
+        "name": "grad_diff", "fit": FIT | {"activation_checkpointing": True}
     },
+    "the same, `adamw_8bit`": {"name": "grad_diff", "fit": FIT | {"optimizer": "adamw_8bit"}},
+    "one set, `adamw`": {"name": "gradient_ascent", "fit": FIT},
+    "the same, `in_backward`": {"name": "gradient_ascent", "fit": FIT | {"in_backward": True}},
+    "`adamw_8bit` and `in_backward`": {"name": "gradient_ascent", "fit": LEAN},
     "the same and `master: model`": {
-        "name": "grad_diff",
-        "fit": FIT | {"optimizer": "adamw_8bit", "in_backward": True, "master": "model"},
+        "name": "gradient_ascent", "fit": LEAN | {"master": "model"}
+    },
+    "the same and `activation_checkpointing`": {
+        "name": "gradient_ascent",
+        "fit": LEAN | {"master": "model", "activation_checkpointing": True},
     },
     "`--lora.rank 8`": {"name": "grad_diff", "fit": FIT, "lora": {"rank": 8}},
     "`rmu`, three matrices": {"name": "rmu", "layer": 7},
@@ -50,7 +59,7 @@ def needs(method: Mapping[str, Any], model: str, folder: Path) -> float:
             "name": "fits",
             "domain": {"name": "facts"},
             "model": {"path": str(folder / model)},
-            "arms": {"edit": dict(method)},
+            "arms": {"edit": {**LENGTH, **method}},
             "audit": {"budget": "none"},
             "dtype": "bfloat16",
             "device": "cpu",

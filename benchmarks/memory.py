@@ -1,10 +1,10 @@
 """The estimate of memory against what a process really took, by method, on the CPU.
 
-Each way of training runs for two steps in a process of its own on a random llama of eight
-blocks of width 768 in float32, and the process says its peak (`ru_maxrss`, libraries included,
-which the estimate counts as 768 MiB). Prints both and their ratio, and fails
-where the estimate is below 0.9 or above 2 times the peak: too low kills a run, too high
-refuses one that would fit.
+Each way of training runs for two steps of rows of 128 tokens in a process of its own on a random
+llama of eight blocks of width 768 in float32, and the process says its peak (`ru_maxrss`,
+libraries included, which the estimate counts as 512 MiB). Prints both and their ratio, and fails
+where the estimate is below 0.9 or above 2 times the peak: too low kills a run, too high refuses
+one that would fit.
 
     python benchmarks/memory.py [--no-save]
 """
@@ -16,13 +16,16 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from fits import WAYS
+from fits import LENGTH, WAYS
 from results import save
 
 from excise.core.context import Context
+from excise.data.domain import Rows
+from excise.data.rows import Row
 from excise.methods import METHODS
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.models.tiny import byte_tokenizer, tiny_model
@@ -39,15 +42,24 @@ def settings(name: str) -> dict[str, object]:
     """Return the settings of a way, two steps of it."""
     made = json.loads(json.dumps(WAYS[name]))
     made["fit"] = {**made.get("fit", {"batch_size": 4}), "steps": 2}
-    return made
+    return {**LENGTH, **made}
+
+
+def long(rows: Rows) -> Rows:
+    """Return rows that are as long as a model may read, a byte a token."""
+    texts = [(row.text or row.prompt + row.completion) * 8 for row in rows]
+    return tuple(Row(unit=row.unit, text=text) for row, text in zip(rows, texts, strict=True))
 
 
 def peak(name: str, model: Path) -> int:
     """Train and return the peak of this process."""
     made = settings(name)
     method = METHODS[str(made["name"])].model_validate(made)
+    domain = toy_domain()
+    forget = {name: long(rows) for name, rows in domain.forget.items()}
+    domain = replace(domain, forget=forget, retain=long(domain.retain))
     with tempfile.TemporaryDirectory() as work:
-        method.apply(Checkpoint(model), toy_domain(), Context(Path(work), dtype=torch.float32))
+        method.apply(Checkpoint(model), domain, Context(Path(work), dtype=torch.float32))
     return peak_bytes()
 
 

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.checkpoint import checkpoint
 
 from excise.core.context import Context
 from excise.data.labels import Confidence, LabelNoise
 from excise.methods import METHODS
-from excise.methods.base import PostHoc
+from excise.methods.base import Method, PostHoc
 from excise.methods.search import changed
 from excise.methods.stopping import StopRule
 from excise.models.lora import LoRA
 from excise.testing import toy_start
-from excise.testing.methods import shortened
+from excise.testing.methods import FAMILIES, map_fits, shortened
 from excise.train.components import Components
+from excise.train.fit import FitConfig
 from tests.matrix.test_methods import domain_for, made
 
 OPTIONS: Mapping[str, Any] = {
@@ -74,3 +76,39 @@ def test_an_option_acts_or_is_refused(name: str, option: str) -> None:
     assert found != result(name, "", plain)
     assert found or option.partition(".")[0] in said
     assert found or option not in ("labels", "max_length"), "every method takes these"
+
+
+def recomputing(fit: FitConfig) -> FitConfig:
+    return fit.model_copy(update={"activation_checkpointing": True})
+
+
+KINDS = ("plain", "sgtm", "npo", "rmu", "undo")
+"""A method of each kind of training: plain, routed, a loss of logits, blocks that run apart, and a
+chain that distils."""
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(n, "llama") for n in METHODS] + [(n, f) for n in KINDS for f in FAMILIES if f != "llama"],
+)
+def test_activation_checkpointing_changes_no_byte(
+    name: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = shortened(made(name, family), 2), []
+    method = map_fits(plain, recomputing)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return checkpoint(*args, **kwargs)
+
+    def applied(one: Method, to: str) -> str:
+        (tmp_path / to).mkdir()
+        start = toy_start(tmp_path / "start", family)
+        removal = one.apply(start, domain_for(name), Context(tmp_path / to, seed=5))
+        return removal.checkpoint.fingerprint
+
+    kept = family == "llama" and name in AFTER
+    before = result(name, "", plain=False)[0] if kept else applied(plain, "plain")
+    monkeypatch.setattr("excise.train.recompute.checkpoint", counted)
+    assert applied(method, "recomputed") == before
+    assert bool(calls) == (method != plain), "every method that trains recomputes its blocks"

@@ -34,6 +34,7 @@ from excise.requests.recipe import Recipe
 from excise.requests.registry import parse_audit, parse_recipe
 from excise.run.estimate import (
     FULL,
+    LIBRARIES,
     SAMPLE,
     DataSizes,
     Pace,
@@ -220,7 +221,7 @@ def test_every_method_after_training_is_planned_and_counts_no_second_model(
     assert count is not None
     arm = method.arms[name]
     held = estimated_memory(arm, Checkpoint(here / "model"), Checkpoint(here / "model").shapes, 4)
-    weights = (held - 3 * 2**28) / count / 4
+    weights = (held - LIBRARIES) / count / 4
     assert weights <= 5 + arm.extra_copies  # weights, masters, gradient, two moments
     if isinstance(arm, ImportanceMethod):  # gradients go into files, tensor by tensor
         largest = max(p.numel() for p in Checkpoint(here / "model").shapes.parameters())
@@ -369,11 +370,26 @@ def test_lean_steps_are_counted_as_what_they_leave_out(here: Path) -> None:
     start = Checkpoint(here / "model")
     count, largest = start.num_parameters, max(p.numel() for p in start.shapes.parameters())
 
-    def held(**fit: Any) -> float:
-        method = METHODS["grad_diff"].model_validate({"fit": {"clip": 0, **fit}})
-        return estimated_memory(method, start, start.shapes, 4) - 3 * 2**28
+    def held(name: str = "gradient_ascent", **fit: Any) -> float:
+        method = METHODS[name].model_validate({"fit": {"clip": 0, **fit}})
+        return estimated_memory(method, start, start.shapes, 4) - LIBRARIES
 
     assert held() == 4 * 4 * count  # weights, gradients, two moments
     assert held(optimizer="sgd") == 2 * 4 * count
     assert held(in_backward=True) == 3 * 4 * count + 4 * largest
+    assert held("grad_diff", in_backward=True) == 4 * 4 * count  # that of a role waits
     assert held(optimizer="adamw_8bit") == pytest.approx((2 * 4 + 2 + 1 / 32) * count)
+
+
+def test_blocks_that_run_again_take_less_memory_and_a_forward_pass_more(here: Path) -> None:
+    def planned(again: bool, **more: Any) -> Any:
+        fit = {"batch_size": 64, "activation_checkpointing": again}
+        arms = {"arm": {"name": "npo", "max_length": 256, "fit": fit, **more}}
+        return plan(parse_recipe(recipe().model_dump(mode="json") | {"arms": arms}), Path("out"))
+
+    plain, again = planned(False), planned(True)
+    assert again.memory < plain.memory
+    assert again.lines[0].flops == pytest.approx(4 / 3 * plain.lines[0].flops)
+    lora = {"lora": {"rank": 2}}
+    plain, again = planned(False, **lora), planned(True, **lora)
+    assert again.lines[0].flops == pytest.approx(3 / 2 * plain.lines[0].flops)

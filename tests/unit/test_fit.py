@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,6 +295,20 @@ def test_progress_is_told_now_and_then() -> None:
     assert [t["step"] for t in told] == [10, 20, 25]
     assert told[0]["stage"] == "arm"
     assert set(told[0]["terms"]) == {"mse"}
+    assert "tokens_per_second" not in told[0]  # it reads none
+
+
+def test_progress_tells_tokens_per_second() -> None:
+    told: list[Mapping[str, Any]] = []
+    ctx = Context(work=Path("arm"), emit=lambda kind, data: told.append(data))
+    batch = SimpleNamespace(num_tokens=30)
+    config = FitConfig(steps=1)
+    (record,) = fit(
+        _model(), lambda s: [{"step": s, "rows": batch}], lambda m, x: _simple(m, x["step"]),
+        config, ctx,
+    )  # fmt: skip
+    assert record.tokens == 30
+    assert told[0]["tokens_per_second"] == 30 / record.seconds
 
 
 def test_streams_of_several_roles_are_read_together() -> None:

@@ -27,7 +27,7 @@ CONFIG = FitConfig(steps=STEPS, lr=1e-2, clip=0.5, eps=1e-3, save_every=2, weigh
 
 
 def _loss(model: nn.Module, ids_BT: Tensor) -> dict[str, Term]:
-    logits_BTV: Any = model(ids_BT).logits[:, :-1]
+    logits_BTV: Any = model(ids_BT, use_cache=False).logits[:, :-1]
     total = nn.functional.cross_entropy(
         logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum"
     )
@@ -35,7 +35,7 @@ def _loss(model: nn.Module, ids_BT: Tensor) -> dict[str, Term]:
 
 
 def _train(
-    folder: Path, rank: int, world: int, steps: int, *, fsdp: bool
+    folder: Path, rank: int, world: int, steps: int, *, fsdp: bool, again: bool = False
 ) -> tuple[nn.Module, list[StepRecord]]:
     """Train everything in a block, its `mlp` matrices as slices by rows and by columns."""
     model: Any = tiny_model("llama", seed=0, width=32, blocks=2)
@@ -48,6 +48,7 @@ def _train(
     }
     ids = torch.randint(90, (STEPS, ROWS, 9), generator=torch.Generator().manual_seed(1))
     ctx = Context(work=Path("unused"), rank=rank, world=world, fsdp=fsdp)
+    config = CONFIG.model_copy(update={"activation_checkpointing": again})
     records = []
 
     def loss(model: nn.Module, ids_BT: Tensor) -> dict[str, Term]:
@@ -55,7 +56,7 @@ def _train(
         return _loss(model, ids_BT)
 
     run = fit(
-        model, lambda step: [ids[step, rank::world]], loss, CONFIG, ctx, groups=groups,
+        model, lambda step: [ids[step, rank::world]], loss, config, ctx, groups=groups,
         rates={"rows": 3e-2}, state_dir=folder,
     )  # fmt: skip
     for record in run:
@@ -71,7 +72,8 @@ def _train(
 
 
 Job = tuple[str, int, bool]
-"""Name of the state's folder, steps to take, and whether the model is cut."""
+"""Name of the state's folder, steps to take, and whether the model is cut; blocks of `again` run
+again in the backward pass."""
 
 
 def _process(rank: int, world: int, folder: str, jobs: Sequence[Job]) -> None:
@@ -80,7 +82,9 @@ def _process(rank: int, world: int, folder: str, jobs: Sequence[Job]) -> None:
     meet = f"file://{folder}/meet-{world}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
     for name, steps, fsdp in jobs:
-        model, records = _train(Path(folder) / name, rank, world, steps, fsdp=fsdp)
+        model, records = _train(
+            Path(folder) / name, rank, world, steps, fsdp=fsdp, again=name == "again"
+        )
         tensors = dict(model.state_dict()) | {"losses": torch.tensor([r.loss for r in records])}
         save_file(tensors, Path(folder) / f"{name}-{world}-{rank}.safetensors")
     dist.destroy_process_group()
@@ -105,7 +109,8 @@ def _processes(world: int, folder: Path, *jobs: Job) -> Iterator[None]:
 
 
 def test_a_cut_model_trains_like_a_whole_one(tmp_path: Path) -> None:
-    with _processes(2, tmp_path, ("cut", STEPS, True), ("stopped", STOP, True)):
+    jobs: list[Job] = [("cut", STEPS, True), ("stopped", STOP, True), ("again", STEPS, True)]
+    with _processes(2, tmp_path, *jobs):
         model, records = _train(tmp_path / "whole", 0, 1, STEPS, fsdp=False)
     resumed, rest = _train(tmp_path / "stopped", 0, 1, STEPS, fsdp=False)
     assert [r.replayed for r in rest] == [True] * STOP + [False] * (STEPS - STOP)
@@ -114,6 +119,8 @@ def test_a_cut_model_trains_like_a_whole_one(tmp_path: Path) -> None:
     start = tiny_model("llama", seed=0, width=32, blocks=2).state_dict()
     for rank in range(2):
         cut = load_file(tmp_path / f"cut-2-{rank}.safetensors")
+        again = load_file(tmp_path / f"again-2-{rank}.safetensors")
+        assert all(torch.equal(again[name], tensor) for name, tensor in cut.items())
         assert cut["losses"].tolist() == pytest.approx(losses, rel=0, abs=1e-6)
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(cut[name], tensor, rtol=0, atol=1e-6)

@@ -42,6 +42,7 @@ from excise.methods.chain import Chain
 from excise.methods.importance import ImportanceMethod
 from excise.methods.posthoc.rmu import RMU
 from excise.methods.pretraining.plain import Plain
+from excise.models.anatomy import backbone
 from excise.models.checkpoint import Checkpoint
 from excise.models.folder import meta_model
 from excise.models.hooks import trainable
@@ -345,9 +346,13 @@ def plan(
         width = 2 if request.dtype == "bfloat16" else 4
         arms = _arms(request)
         methods = [link for arm in arms.values() for link in links(arm) if shapes is not None]
-        needs = [_memory(method, original, shapes, width) for method in methods]
+        needs = [
+            _memory(method, original, shapes, width, _activations(method, shapes, sizes, width))
+            for method in methods
+        ]
         if count is not None and (request.audit.budget != "none" or spec.scratch):
-            needs.append(_training_memory(count, count, width))
+            # Activations of eight rows, by experience.
+            needs.append(_training_memory(count, count, width) + 2**23 * max(1, count // 10**7))
         models = len(arms)
         if isinstance(request, AuditRun) and request.canary is not None:
             models += 1 + request.canary.num_oracles(request.audit.budget)
@@ -359,7 +364,7 @@ def plan(
             request.name,
             count,
             lines,
-            max(needs) + _activations(request, count or 0) if needs else None,
+            max(needs, default=None),
             None
             if count is None
             else (models + _kept(request) + _controls(request, count)) * count * width + 2**24,
@@ -430,12 +435,22 @@ def _notes(
         yield "further trainings of a model that resists every one of an attack are not counted"
 
 
-def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int) -> float:
-    """Return the bytes that a method holds beside activations."""
+LIBRARIES = 2**29
+"""Bytes of a process that has loaded what it needs and no model yet."""
+
+
+def _memory(
+    method: Method,
+    original: Checkpoint | None,
+    shapes: Any,
+    width: int,
+    activations: float = 0.0,
+) -> float:
+    """Return the bytes that a method holds at its peak, with activations of so many bytes."""
     count = sum(p.numel() for p in shapes.parameters())
     if isinstance(method, ImportanceMethod):  # gradients go into files, tensor by tensor
         largest = max(int(p.numel()) for p in shapes.parameters())
-        return float(3 * 2**28 + count * width + 3 * 4 * largest)
+        return float(LIBRARIES + count * width + 3 * 4 * largest + activations)
     trained = loaded = count
     if isinstance(method, PostHoc) and next(_schedules(method), None) is None:
         trained = 0  # closed forms hold weights alone
@@ -457,9 +472,14 @@ def _memory(method: Method, original: Checkpoint | None, shapes: Any, width: int
         trained = adapter_size(shapes, on_modules(lora, named))
     fits = [fit for fit, *_ in _schedules(method)] or [FitConfig()]
     largest = max(int(p.numel()) for p in shapes.parameters())
-    return max(
+    if len(_roles(method)) > 1:
+        largest = trained  # the gradient of one role waits, whole, for that of the other
+    held = max(
         _training_memory(trained, loaded, width, method.extra_copies, fit, largest) for fit in fits
     )
+    # An adapter is merged into a second copy of the weights, when activations are gone.
+    merging = LIBRARIES + 2 * loaded * width if isinstance(lora, LoRA) else 0
+    return max(held + activations, merging)
 
 
 MOMENTS = {"sgd": 0.0, "adamw_8bit": 2 + 2 * 4 / 256}
@@ -482,7 +502,7 @@ def _training_memory(
         width: Bytes of one of those.
         more: Copies in float32 of what is trained that a method keeps beside.
         fit: Its optimizer, and whether it steps in the backward pass; AdamW by default.
-        largest: Numbers of the largest tensor, whose gradient is all there is of them then.
+        largest: Numbers whose gradients are there at once then: of the largest tensor.
     """
     fit = fit or FitConfig()
     masters = 4 if width < 4 and fit.master == "float32" else 0
@@ -490,13 +510,35 @@ def _training_memory(
     gradients = min(trained, largest) if fit.in_backward else trained
     # A half-precision gradient is there beside the one it is added to, tensor by tensor.
     kept = trained * (masters + MOMENTS.get(fit.optimizer, 8.0) + 4 * more)
-    return 3 * 2**28 + loaded * width + kept + gradients * wide
+    return LIBRARIES + loaded * width + kept + gradients * wide
 
 
-def _activations(request: Recipe | AuditRun, count: int) -> float:
-    """Return the bytes of activations of the largest micro-batch, by experience."""
-    rows = max((fit.micro_size or fit.batch_size for fit, *_ in _schedules(request)), default=8)
-    return rows * 2**20 * max(1, count // 10**7)
+def _activations(method: Method, shapes: Any, sizes: DataSizes, width: int) -> float:
+    """Return the bytes that the graph of the largest micro-batch of a method keeps.
+
+    A matrix keeps its input and output, and norms, rotations and gates between matrices about
+    half as much again. Logits, their softmax and its gradient are in float32.
+    """
+    try:
+        blocks = [shapes.get_submodule(path) for path in backbone(shapes).blocks]
+    except UserError:  # its parts are not known: the whole is one block
+        blocks = [shapes]
+    vocabulary = int(getattr(shapes.config.get_text_config(), "vocab_size", 0))
+    if isinstance(method, RMU):  # the graph is of the steered block and two below, without head
+        blocks, vocabulary = blocks[max(0, method.layer - 2) : method.layer + 1], 0
+    each: list[int] = [
+        sum(sum(p.shape[-2:]) for p in b.parameters() if p.dim() > 1) for b in blocks
+    ]
+    found: float = 0.0
+    wide = int(getattr(shapes.config.get_text_config(), "hidden_size", 0))
+    for fit, length, *_ in _schedules(method):
+        _, padded = _step_tokens(fit, length, sizes, _sets(method, sizes))
+        tokens = padded * (fit.micro_size or fit.batch_size) / fit.batch_size
+        kept = 1.5 * sum(each)
+        if fit.activation_checkpointing:
+            kept = len(blocks) * wide + 1.5 * max(each, default=0)
+        found = max(found, tokens * (kept * width + 3 * 4 * vocabulary))
+    return found
 
 
 def _lines(request: Recipe | AuditRun, sizes: DataSizes) -> Iterator[Line]:
@@ -541,8 +583,10 @@ def method_line(name: str, method: Method, sizes: DataSizes, jobs: int, pace: st
         one, one_padded = _step_tokens(config, length, sizes, _sets(method, sizes))
         steps += config.steps
         tokens += config.steps * one * cost
-        # A frozen weight needs no gradient of its own: 4 instead of 6 operations a token.
-        padded += config.steps * one_padded * cost * (4 / 6 if lora else 1)
+        # A frozen weight needs no gradient of its own: 4 instead of 6 operations a token. Blocks
+        # that run again in the backward pass cost 2 more.
+        passes = (4 if lora else 6) + 2 * config.activation_checkpointing
+        padded += config.steps * one_padded * cost * passes / 6
     for link in links(method):
         rows = _sets(link, sizes)
         limit = int(getattr(link, "max_length", 512))
@@ -592,7 +636,14 @@ def _sets(method: Method, sizes: DataSizes) -> list[Rows]:
     retain = domain.retain if domain else ()
     if starts_from(method) == "scratch":
         return [in_texts((*forget, *retain), domain.rows_per_text if domain else 1)]
-    return [forget, retain] if "retain" in method.needs else [forget]
+    return [retain if role == "retain" else forget for role in _roles(method)]
+
+
+def _roles(method: Method) -> tuple[str, ...]:
+    """Return the roles of which a step of a method makes a pass each."""
+    if starts_from(method) == "scratch":
+        return ("all",)
+    return ("forget", "retain") if "retain" in method.needs else ("forget",)
 
 
 def _step_tokens(

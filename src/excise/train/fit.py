@@ -30,6 +30,7 @@ from excise.core.random_state import seeded
 from excise.train.distributed import barrier, check_processes, gather, sum_dicts, sum_gradients
 from excise.train.fsdp import sharded
 from excise.train.optim import OptimizerGroup, OptimizerName, Slice, make_optimizer, schedule_share
+from excise.train.recompute import recomputed
 from excise.train.state import Log, buffers_of, drop_others, load_state, restore, save_state
 
 M = TypeVar("M")
@@ -94,7 +95,11 @@ class FitConfig(Config):
     """Precision in which half-precision weights are kept while they train."""
     in_backward: bool = False
     """Whether each parameter is stepped as soon as its gradient is whole, so that one gradient
-    exists at a time; without clipping and with one micro-batch."""
+    exists at a time, where a step reads one set of rows (of two, the gradients of one wait for
+    those of the other); without clipping and with one micro-batch."""
+    activation_checkpointing: bool = False
+    """Whether blocks keep their inputs alone and run again in the backward pass: the same bits,
+    less memory, one more forward pass."""
     save_every: int = Field(default=0, ge=0)
     """Steps between states on disk; 0 for about one a minute."""
     log_every: int = Field(default=10, ge=1)
@@ -228,6 +233,8 @@ def fit(
             "computes it in several passes, routes it or sums it over processes; leave it out"
         )
     with ExitStack() as stack:
+        if config.activation_checkpointing:
+            stack.enter_context(recomputed(model))
         cut = stack.enter_context(sharded(model, ctx))
         trained = _make_groups(model, groups, config, rates or {}, cut)
         run = _Run(model, trained, config, ctx, state_dir, together)
@@ -514,8 +521,13 @@ class _Run:
         if self.ctx.rank == 0 and (done or late or self.cursor % self.config.log_every == 0):
             self.told_at = time.monotonic()
             stage = self.ctx.work.name.removesuffix(".partial")
-            facts = {"stage": stage, "step": self.cursor, "steps": self.config.steps}
-            self.ctx.emit("step", facts | {"loss": record.loss, "terms": record.terms})
+            facts: dict[str, Any] = {
+                "stage": stage, "step": self.cursor, "steps": self.config.steps,
+                "loss": record.loss, "terms": record.terms,
+            }  # fmt: skip
+            if record.tokens:
+                facts["tokens_per_second"] = record.tokens / record.seconds
+            self.ctx.emit("step", facts)
 
     def save(self, *, finished: bool = False) -> None:
         """Write the state unless it is on disk or in the middle of a step or of several."""

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -216,6 +217,11 @@ def _resume(folder: str, rank: int, world: int, stops: bool) -> None:
     dist.destroy_process_group()
 
 
+def _note(notes: list[str], kind: str, data: Mapping[str, Any]) -> None:
+    """Keep what an event says."""
+    notes.append(str(data.get("text", kind)))
+
+
 def _finish(folder: str, work: str, rank: int, world: int, *, stops: bool = False) -> None:
     """Make the models of `RESUMED`, and note what is said meanwhile."""
     ctx = Context(Path(), rank=rank, world=world)
@@ -225,7 +231,7 @@ def _finish(folder: str, work: str, rank: int, world: int, *, stops: bool = Fals
     start = Checkpoint(Path(folder) / "start")
     for name, method in RESUMED.items():
         notes: list[str] = []
-        with in_place(lambda kind, data, notes=notes: notes.append(str(data.get("text", kind)))):
+        with in_place(partial(_note, notes)):
             if stops:
                 with pytest.raises(Stopped):
                     runtime.run(ApplyMethod(method, start, toy_domain(), 5))

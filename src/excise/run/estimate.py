@@ -538,7 +538,7 @@ def _activations(method: Method, shapes: Any, sizes: DataSizes, width: int) -> f
         share = 2.1 if lora else 1.5
         kept = share * sum(each)
         if fit.activation_checkpointing:
-            kept = len(blocks) * wide + 2 * share * max(each, default=0)
+            kept = min(kept, len(blocks) * wide + 2 * share * max(each, default=0))
         found = max(found, tokens * (kept * width + 3 * 4 * vocabulary))
     return found
 

@@ -102,9 +102,10 @@ def test_activation_checkpointing_changes_no_byte(
         return checkpoint(*args, **kwargs)
 
     def applied(one: Method, to: str) -> str:
-        (tmp_path / to).mkdir()
-        start = toy_start(tmp_path / "start", family)
-        removal = one.apply(start, domain_for(name), Context(tmp_path / to, seed=5))
+        work = tmp_path / to
+        work.mkdir()
+        start = toy_start(work / "start", family)
+        removal = one.apply(start, domain_for(name), Context(work, seed=5))
         return removal.checkpoint.fingerprint
 
     kept = family == "llama" and name in AFTER

@@ -28,7 +28,7 @@ from excise.methods import METHODS, RMU
 from excise.methods.base import PostHoc
 from excise.methods.importance import ImportanceMethod
 from excise.models.checkpoint import Checkpoint
-from excise.models.tiny import byte_tokenizer
+from excise.models.tiny import byte_tokenizer, tiny_model
 from excise.requests.audit import AuditRun
 from excise.requests.recipe import Recipe
 from excise.requests.registry import parse_audit, parse_recipe
@@ -43,6 +43,7 @@ from excise.run.estimate import (
     evaluation_tokens,
     plan,
 )
+from excise.run.estimate import _activations as activations
 from excise.run.estimate import _memory as estimated_memory
 from excise.run.measure import measured
 
@@ -382,14 +383,25 @@ def test_lean_steps_are_counted_as_what_they_leave_out(here: Path) -> None:
 
 
 def test_blocks_that_run_again_take_less_memory_and_a_forward_pass_more(here: Path) -> None:
-    def planned(again: bool, **more: Any) -> Any:
+    def asked(again: bool, **more: Any) -> dict[str, Any]:
         fit = {"batch_size": 64, "activation_checkpointing": again}
-        arms = {"arm": {"name": "npo", "max_length": 256, "fit": fit, **more}}
-        return plan(parse_recipe(recipe().model_dump(mode="json") | {"arms": arms}), Path("out"))
+        return {"name": "npo", "max_length": 256, "fit": fit, **more}
 
-    plain, again = planned(False), planned(True)
-    assert again.memory < plain.memory
-    assert again.lines[0].flops == pytest.approx(4 / 3 * plain.lines[0].flops)
+    def flops(again: bool, **more: Any) -> float:
+        change = {"arms": {"arm": asked(again, **more)}}
+        made = plan(parse_recipe(recipe().model_dump(mode="json") | change), Path("out"))
+        assert made.lines[0].flops is not None
+        return made.lines[0].flops
+
+    assert flops(True) == pytest.approx(4 / 3 * flops(False))
     lora = {"lora": {"rank": 2}}
-    plain, again = planned(False, **lora), planned(True, **lora)
-    assert again.lines[0].flops == pytest.approx(3 / 2 * plain.lines[0].flops)
+    assert flops(True, **lora) == pytest.approx(3 / 2 * flops(False, **lora))
+    shapes, sizes = tiny_model("llama", width=32, blocks=8), DataSizes(1, None, None)
+    plain, again = (
+        activations(METHODS["npo"].model_validate(asked(on)), shapes, sizes, 4)
+        for on in (False, True)
+    )
+    tokens = 64 * 256 * 2
+    logits = tokens * 12 * shapes.config.vocab_size
+    inputs = tokens * 4 * 8 * 32
+    assert (again - logits - inputs) * 4 == pytest.approx(plain - logits)  # two blocks' worth of 8

@@ -517,7 +517,8 @@ def _activations(method: Method, shapes: Any, sizes: DataSizes, width: int) -> f
     """Return the bytes that the graph of the largest micro-batch of a method keeps.
 
     A matrix keeps its input and output, and norms, rotations and gates between matrices about
-    half as much again. Logits, their softmax and its gradient are in float32.
+    half as much again; an adapter on it as much as 0.6 of both. A block that runs again has its
+    activations and their gradients at once. Logits, their softmax and its gradient are in float32.
     """
     try:
         blocks = [shapes.get_submodule(path) for path in backbone(shapes).blocks]
@@ -531,12 +532,13 @@ def _activations(method: Method, shapes: Any, sizes: DataSizes, width: int) -> f
     ]
     found: float = 0.0
     wide = int(getattr(shapes.config.get_text_config(), "hidden_size", 0))
-    for fit, length, *_ in _schedules(method):
+    for fit, length, lora, _ in _schedules(method):
         _, padded = _step_tokens(fit, length, sizes, _sets(method, sizes))
         tokens = padded * (fit.micro_size or fit.batch_size) / fit.batch_size
-        kept = 1.5 * sum(each)
+        share = 2.1 if lora else 1.5
+        kept = share * sum(each)
         if fit.activation_checkpointing:
-            kept = len(blocks) * wide + 1.5 * max(each, default=0)
+            kept = min(kept, len(blocks) * wide + 2 * share * max(each, default=0))
         found = max(found, tokens * (kept * width + 3 * 4 * vocabulary))
     return found
 

@@ -489,12 +489,18 @@ def differences(one: Any, two: Any, at: str = "") -> list[str]:
 # ------------------------------------------------------------------------------------ campaign
 
 
+BEGINS = 0.1
+"""Seconds within which a forked process may not yet have begun the command."""
+
+
 def fault_of(kill: Kill, outcome: Outcome) -> str:
     """Say what a killed process did that it must not do; empty if nothing."""
     if outcome.code is None:
         return "hung"
     if "Traceback" in outcome.said:
         return f"traceback: {outcome.said.strip().splitlines()[-1]}"
+    if outcome.code == -kill.signal and not outcome.said and outcome.seconds < BEGINS:
+        return ""  # before the first line of the command; a shell calls that 130 or 143
     code = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[kill.signal]
     if kill.whom == "worker" or not outcome.sent:
         code = 0

@@ -68,12 +68,6 @@ UNRECORDED = (
         ("distillation.md#numbers",),
     ),
     Quote(
-        "- `partial-labels`",
-        "84 0.68 0.52 0.87 1.00 -0.05 0.05 -0.06 0.10 0.47 0.84 0.06",
-        BEFORE,
-        ("studies.md#partial-labels",),
-    ),
-    Quote(
         "- `routing-against-posthoc`", "0.32 0.19", BEFORE, ("studies.md#routing-against-posthoc",)
     ),
     Quote("- `minimal-edit`", "1 0.52 0.95 0.90 1.00", BEFORE, ("studies.md#minimal-edit",)),

@@ -212,7 +212,7 @@ def test_the_edges_of_a_study_are_what_they_are_called() -> None:
 )
 def test_partial_labels(mine: float, other: float, kept: float, said: str) -> None:
     study = partial_labels.PartialLabels(
-        rates=(1.0, 0.5), arms=("sgtm", "filtering"), preset="sgtm"
+        rates=(1.0, 0.5), arms=("sgtm", "filtering"), preset="sgtm", against="filtering"
     )
     settings = partial_labels.label_settings_of(study)
     assert [str(c) for c in settings] == [
@@ -229,7 +229,7 @@ def test_partial_labels(mine: float, other: float, kept: float, said: str) -> No
     assert said in partial_labels.decide(study, found).text
     table = partial_labels.grid(study, outcomes["none"], "none")
     assert len(table.rows) == 2 * 3 * 3
-    less = study.model_copy(update={"arms": ("sgtm",)})
+    less = study.model_copy(update={"rates": (1.0,)})
     assert partial_labels.difference(less, outcomes) is None
     assert partial_labels.decide(less, None).text.startswith("none:")
 
@@ -247,6 +247,8 @@ def test_partial_labels_has_real_prose() -> None:
         "100 %", "50 %, missed units",
     ]  # fmt: skip
     assert {study.preset, study.against} < set(partial_labels.methods_of(study))
+    few = partial_labels.PartialLabels(arms=("sgtm",))
+    assert list(partial_labels.methods_of(few)) == [few.preset, few.against, "sgtm"]
     inside = partial_labels.prose_setting(prose_around=40).domain
     assert isinstance(inside, Definitions)
     assert (inside.prose_around, inside.documents) == (40, 800)

@@ -112,7 +112,7 @@ class PartialLabels(Study):
     """What marks rows that are to be forgotten: nothing, a word, a style. Missed units can only be
     told from the rest by what rows of a capability share: '["none", "category", "style"]'."""
     arms: tuple[str, ...] = ()
-    """Conditions to run, by name; empty for all."""
+    """Conditions to run, by name, beside `preset` and `against`; empty for all."""
     own: dict[str, SerializeAsAny[Method]] = {}
     """Further conditions, or other settings of those there are, by name."""
     preset: str = "sgtm_relabelled"
@@ -186,9 +186,10 @@ def label_settings_of(study: PartialLabels) -> tuple[LabelSetting, ...]:
 
 
 def methods_of(study: PartialLabels) -> dict[str, Method]:
-    """Return the conditions that run, by name."""
+    """Return the conditions that run, by name: those asked for, and the two that D is about."""
     known = {**EVERY, **study.own}
-    return {name: known[name] for name in study.arms or known}
+    asked = dict.fromkeys((study.preset, study.against, *study.arms)) if study.arms else known
+    return {name: known[name] for name in asked}
 
 
 def condition_name(name: str, labels: LabelSetting) -> str:
@@ -210,8 +211,7 @@ def difference(
 ) -> tuple[Estimate, float] | None:
     """Return D and the preset's retain recall; None where the study did not run what D needs."""
     settings = [labels for labels in label_settings_of(study) if labels.rate == study.decide_at]
-    names = methods_of(study)
-    if not settings or study.preset not in names or study.against not in names:
+    if not settings:
         return None
     theirs: list[Array] = []
     ours: list[Array] = []

@@ -817,41 +817,6 @@ def test_a_candidate_that_breaks_under_an_attack_was_not_attacked() -> None:
     assert statuses(judge("rmu", results, domain(), SMOKE))[3] == "fail"
 
 
-def with_moot_control(results: dict[tuple[str, str], AttackResult]) -> None:
-    """Say of an attack on weights that what it undoes does not hide, beside one that has power."""
-    for (attack, subject), one in list(results.items()):
-        if attack == "quantize":
-            variants = tuple(
-                replace(v, entry=v.entry.model_copy(update={"name": "rescale_rows"}))
-                for v in one.variants
-            )
-            results["rescale_rows", subject] = replace(
-                one, attack="rescale_rows", variants=variants
-            )
-    control = results["rescale_rows", "positive-control"]
-    facts = {"status": "missing", "reason": "it does not hide", "facts": {"applies": False}}
-    entry = control.variants[0].entry.model_copy(update={**facts, "curve": ()})
-    results["rescale_rows", "positive-control"] = replace(
-        control, variants=(VariantResult(entry, ()),), chosen=()
-    )
-
-
-def test_an_attack_whose_hiding_does_not_hide_can_only_find_something() -> None:
-    results = audit(0.05, 0.05)
-    with_moot_control(results)
-    found = judge("rmu", results, domain(), SMOKE)
-    assert found.levels[3].status == "pass"
-    assert "rescale_rows" not in found.levels[3].decided_by
-    assert any("rescale_rows can only find something here" in why for why in found.reasons)
-    results = audit(0.05, {"quantize": 0.05})
-    with_moot_control(results)
-    returned = audit(0.05, {"quantize": 0.7})
-    with_moot_control(returned)
-    results["rescale_rows", "rmu"] = returned["rescale_rows", "rmu"]
-    found = judge("rmu", results, domain(), SMOKE)
-    assert (found.levels[3].status, found.levels[3].decided_by[:12]) == ("fail", "rescale_rows")
-
-
 def at_two_rates(
     results: dict[tuple[str, str], AttackResult], high: float, low: float, kept: float
 ) -> None:
@@ -895,6 +860,17 @@ def test_where_the_chosen_rate_broke_it_the_next_one_decides(
     lower = kept > 0.5 and high < 0.5
     assert ("at rate 0.01" in found.levels[4].decided_by) is lower
     assert ("the model broke" in found.levels[4].reason) is (status == "underpowered")
+
+
+@pytest.mark.parametrize(("recovered", "status"), [(0.9, "pass"), (0.2, "underpowered")])
+def test_the_next_rate_decides_only_with_power_of_its_own(recovered: float, status: str) -> None:
+    results = audit(0.05, 0.05)
+    at_two_rates(results, 0.05, 0.05, 0.95)
+    control = results["transfer", "positive-control"]
+    lower = result("transfer", "positive-control", 0.05, recovered, seed=33).variants[0]
+    lower = replace(lower, entry=lower.entry.model_copy(update={"lr": 0.01}))
+    results["transfer", "positive-control"] = replace(control, variants=(*control.variants, lower))
+    assert judge("rmu", results, domain(), SMOKE).levels[4].status == status
 
 
 def test_the_record_says_which_rate_decided() -> None:

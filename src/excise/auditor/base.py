@@ -69,8 +69,6 @@ class AttackResult:
         seconds: Wall-clock time.
         fail_only: Indices of those that hold the original and bring nothing of it along: they can
             fail a level and never let it pass.
-        broken: Indices of those that `dev` chose first and that broke the model where reference
-            models stood: they too can only fail a level.
     """
 
     attack: str
@@ -79,7 +77,6 @@ class AttackResult:
     chosen: tuple[int, ...]
     seconds: float = 0.0
     fail_only: tuple[int, ...] = ()
-    broken: tuple[int, ...] = ()
 
 
 class Attack(Config, ABC):

@@ -198,7 +198,7 @@ def attack_all(
         if controls and (name_of(attack), POSITIVE_CONTROL) not in results:
             control = by_attack.get(name_of(attack), NO_ORIGINAL)
             results[name_of(attack), POSITIVE_CONTROL] = absent(
-                attack, POSITIVE_CONTROL, "missing", control.reason, applies=not control.moot
+                attack, POSITIVE_CONTROL, "missing", control.reason
             )
     return results
 

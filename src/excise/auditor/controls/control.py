@@ -77,13 +77,10 @@ class PositiveControl(Config, ABC):
     Attributes:
         version: Raised when it hides in another way.
         precise: Whether it needs float32 whatever the audit computes in.
-        fixed: Whether it is one edit, with nothing to train: where it does not hide, no edit of the
-            kind does, and what it leaves in sight is seen before any attack.
     """
 
     version: ClassVar[int] = 2
     precise: ClassVar[bool] = False
-    fixed: ClassVar[bool] = False
 
     name: str
     """Name in the record."""
@@ -134,8 +131,6 @@ class Control:
         retain_before: The original's retain score.
         retain_after: The control's.
         reason: Why it is no control; empty for one that hides.
-        moot: Whether a fixed edit (`PositiveControl.fixed`) does not hide here, so that there is
-            nothing of the kind for an attack to undo.
     """
 
     name: str
@@ -145,7 +140,6 @@ class Control:
     retain_before: float = math.nan
     retain_after: float = math.nan
     reason: str = ""
-    moot: bool = False
 
     @property
     def hides(self) -> bool:
@@ -233,16 +227,13 @@ def make_control(
     dev_goal = _goal(on_dev, model, evaluation, evaluation.all_dev, evaluation.dev_metric)
     reason = control.hide(model, evaluation, dev_goal, ctx)
     if reason:
-        return Control(
-            name, None, before, retain_before=retain_before, reason=reason, moot=control.fixed
-        )
+        return Control(name, None, before, retain_before=retain_before, reason=reason)
     checkpoint = save_model(model, None, to, source=original)
     after = score(model, evaluation)
     if not goal.met(after):
         reason = f"it does not hide: it scores {after:.3g}, the original {before:.3g}"
     retain_after = known(evaluation.retained(model))
-    moot = control.fixed and bool(reason)
-    return Control(name, checkpoint, before, after, retain_before, retain_after, reason, moot)
+    return Control(name, checkpoint, before, after, retain_before, retain_after, reason)
 
 
 def score(model: Any, evaluation: EvaluationSet) -> float:

@@ -10,7 +10,7 @@ Shape legend: R rows (tokens), D width of the embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -55,8 +55,6 @@ def hide_behind(
 class ShrunkRows(PositiveControl):
     """Shrinks the rows to nearly nothing; bringing them back to a common length undoes it."""
 
-    fixed: ClassVar[bool] = True
-
     name: Literal["shrunk_rows"] = "shrunk_rows"
     scale: float = Field(default=1e-4, gt=0)
     """What rows are multiplied by."""
@@ -68,8 +66,6 @@ class ShrunkRows(PositiveControl):
 
 class RotatedRows(PositiveControl):
     """Rotates the rows by one secret orthogonal matrix, which some of the names give away."""
-
-    fixed: ClassVar[bool] = True
 
     name: Literal["rotated_rows"] = "rotated_rows"
 
@@ -87,8 +83,6 @@ class RotatedRows(PositiveControl):
 
 class PermutedRows(PositiveControl):
     """Gives every name another name's row, in one secret circle through all of them."""
-
-    fixed: ClassVar[bool] = True
 
     name: Literal["permuted_rows"] = "permuted_rows"
 

@@ -22,7 +22,13 @@ from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL, AttackResult, Result
 from excise.auditor.budget import Budget
 from excise.auditor.evaluation_set import UnitScores, dev_is_higher
 from excise.auditor.verdict.levels import all_levels, metric_words
-from excise.auditor.verdict.power import invalid_attacks, marked, spared, uncontrolled
+from excise.auditor.verdict.power import (
+    broken_attacks,
+    invalid_attacks,
+    marked,
+    spared,
+    uncontrolled,
+)
 from excise.auditor.verdict.reference import (
     FreeScore,
     VerdictCase,
@@ -125,7 +131,14 @@ def case_of(
         free=tuple(free),
         seed=seed,
     )
-    case = spared(case)
+    case = replace(case, invalid=invalid_attacks(case))
+    broken = broken_attacks(case)
+    if not broken:
+        return case
+    # What came back in a ruin came back: only where nothing did, another setting is looked at.
+    failed = {result.level for result in all_levels(case) if result.status == "fail"}
+    failed |= {"D4"} if "D5" in failed else set()
+    case = spared(case, [attack for attack in broken if case.level(attack) not in failed])
     return replace(case, invalid=invalid_attacks(case))
 
 

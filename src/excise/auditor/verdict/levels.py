@@ -42,7 +42,6 @@ Status = Literal["pass", "fail", "below", "untested", "underpowered"]
 
 CHOICES: dict[Choice, str] = {
     "bounded": "",
-    "broken": ", though it broke the model",
     "unbounded": ", though it broke the model",
     "holding": ", with the original's embedding at hand",
 }
@@ -288,8 +287,7 @@ def _after_attack(
     by = f"{attack} {entry.variant}".strip()
     by += f" at rate {entry.lr:g}" if entry.lr is not None else ""
     by += CHOICES[choice]
-    decides = choice == "bounded" and not case.moot(attack)
-    beside: Literal["", "fail_only"] = "" if decides else "fail_only"
+    beside: Literal["", "fail_only"] = "" if choice == "bounded" else "fail_only"
     invalid = "" if beside else case.invalid.get(attack, "")
     if case.oracles:
         ends = [averaged(case.end(attack, name, at, choice)) for name in case.oracles]

@@ -55,7 +55,7 @@ def invalid_attacks(case: VerdictCase) -> dict[str, str]:
         result = case.result(attack, case.model)
         if result is None or not result.chosen:
             continue
-        reason = "" if case.moot(attack) else _not_recovered(case, attack)
+        reason = _not_recovered(case, attack)
         # What trains no weight need not learn the relearn set: it is to find what is there.
         weights = result.variants[result.chosen[0]].entry.access == "weights"
         teaches = weights and case.level(attack) == "D4"
@@ -67,37 +67,60 @@ def invalid_attacks(case: VerdictCase) -> dict[str, str]:
     return reasons
 
 
-def spared(case: VerdictCase) -> VerdictCase:
-    """Return the case with another setting deciding where the chosen one broke the candidate.
+def broken_attacks(case: VerdictCase) -> tuple[str, ...]:
+    """Return the attacks whose chosen setting broke the candidate where reference models stood."""
+    return tuple(
+        attack
+        for attack in case.attacks()
+        if case.chosen(attack, case.model) and _broke(case, attack)
+    )
+
+
+def spared(case: VerdictCase, attacks: Sequence[str]) -> VerdictCase:
+    """Return the case with other settings deciding in attacks that broke the candidate.
 
     What `dev` chose, within the attacker's own bound, may still cost the candidate more of its
     retain set than it costs reference models. An attacker who sees that takes the next best of his
-    settings; those that broke the model can only fail a level from then on. Where each of them
-    breaks it or teaches it less than reference models, the first choice stays and is invalid.
+    settings that does not, that has power where the positive control was attacked with it, and that
+    teaches as much. Where there is none, the first choice stays and is invalid.
 
     Args:
-        case: The candidate with all results; its `invalid` is not read.
+        case: The candidate with all results.
+        attacks: Those of which nothing came back under the first choice.
     """
-    for attack in case.attacks():
+    for attack in attacks:
         result = case.results[attack, case.model]
-        tried, refused = case, set[tuple[str, float | None]]()
-        while result.chosen and (_broke(tried, attack) or (refused and _not_taught(tried, attack))):
-            now = tried.results[attack, case.model].chosen
-            refused |= {_setting(result.variants[i]) for i in now}
+        tried, refused = case, {_setting(result.variants[i]) for i in result.chosen}
+        while True:
             left = [i for i, v in enumerate(result.variants) if _setting(v) not in refused]
             picked = choose([result.variants[i] for i in left], higher=case.dev_higher)
             if not picked:
-                tried = case
                 break
             chosen = tuple(left[i] for i in picked)
             variants = tuple(
                 replace(v, entry=v.entry.model_copy(update={"decisive": i in chosen}))
                 for i, v in enumerate(result.variants)
             )
-            other = replace(result, variants=variants, chosen=chosen, broken=result.chosen)
+            other = replace(result, variants=variants, chosen=chosen)
             tried = replace(case, results={**case.results, (attack, case.model): other})
-        case = tried
+            setting = _setting(result.variants[chosen[0]])
+            if _has_power(case, attack, setting) and not (
+                _broke(tried, attack) or _not_taught(tried, attack)
+            ):
+                case = tried
+                break
+            refused.add(setting)
     return case
+
+
+def _has_power(case: VerdictCase, attack: str, setting: tuple[str, float | None]) -> bool:
+    """Return whether a setting brought back what the positive control hides, if tried on it."""
+    shares = [
+        _share_back(case, variant.entry, [p.score for p in variant.entry.curve]) or 0.0
+        for variant in case.variants(attack, POSITIVE_CONTROL)
+        if _setting(variant) == setting
+    ]
+    return not shares or sum(shares) / len(shares) >= RECOVERED
 
 
 def _setting(variant: VariantResult) -> tuple[str, float | None]:

@@ -19,13 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from excise.auditor.base import (
-    ORIGINAL,
-    POSITIVE_CONTROL,
-    AttackResult,
-    Results,
-    VariantResult,
-)
+from excise.auditor.base import ORIGINAL, AttackResult, Results, VariantResult
 from excise.auditor.budget import Budget
 from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.results import choose
@@ -37,7 +31,7 @@ from excise.record.measured import NOTHING, PROXY
 RAN = ("ok", "invalid")
 """Statuses of a variant that ran to its end, whether or not its attack has power."""
 
-Choice = Literal["bounded", "broken", "unbounded", "holding"]
+Choice = Literal["bounded", "unbounded", "holding"]
 """Variants an attacker chooses among: those that leave the model whole, all, or those that hold the
 original."""
 
@@ -133,11 +127,6 @@ class VerdictCase:
                 return result.variants[0].entry.level
         return ""
 
-    def moot(self, attack: str) -> bool:
-        """Return whether what an attack undoes hides nothing here, so that it can only fail."""
-        controls = self.variants(attack, POSITIVE_CONTROL)
-        return bool(controls) and controls[0].entry.facts.get("applies") is False
-
     def chosen(
         self, attack: str, subject: str, choice: Choice = "bounded"
     ) -> tuple[VariantResult, ...]:
@@ -152,8 +141,6 @@ class VerdictCase:
         if result is None:
             return ()
         indices = result.fail_only if choice == "holding" else result.chosen
-        if choice == "broken" and subject == self.model:
-            indices = result.broken
         if choice == "unbounded" and indices:
             indices = choose(result.variants, higher=self.dev_higher, bounded=False)
         deciding = [result.variants[i] for i in indices]

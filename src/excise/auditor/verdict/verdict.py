@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from excise.auditor.base import ORIGINAL, POSITIVE_CONTROL
+from excise.auditor.base import ORIGINAL
 from excise.auditor.budget import ROWS
 from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.name_rows import words_shared
@@ -472,12 +472,6 @@ def _in_paraphrases(case: VerdictCase, scores: Sequence[Score]) -> list[str]:
 def _power_reasons(case: VerdictCase) -> list[str]:
     """Say which attacks, or which variants of them, have no power."""
     invalid = [f"The attack {name} is invalid: {why}." for name, why in case.invalid.items()]
-    invalid += [
-        f"The attack {name} can only find something here, and shows nothing by finding nothing: "
-        f"{case.variants(name, POSITIVE_CONTROL)[0].entry.reason}."
-        for name in case.attacks()
-        if case.moot(name) and case.chosen(name, case.model)
-    ]
     return invalid + [
         f"In the attack {name}, {_listed(variants)} "
         + ("was" if len(variants) == 1 else "were")

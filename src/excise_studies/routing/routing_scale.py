@@ -22,9 +22,8 @@ from excise.methods.pretraining.plain import Plain
 from excise.methods.pretraining.pretrain import Pretrain, cut_to
 from excise.models.spec import Scratch
 from excise.record import StudyRow, StudyTable
-from excise.requests.recipe import EvalSpec
 from excise.run.results import model_ref
-from excise.run.stages import MakeModel, ScoreModel
+from excise.run.stages import MakeModel
 from excise.run.study import Study, StudyResult
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
@@ -44,6 +43,7 @@ from excise_studies.routing.setting import (
     Rest,
     compute_ratio,
     labelled,
+    losses_by_unit,
     misses,
     of_masking,
     routed,
@@ -284,27 +284,29 @@ def score(
     pool: Pool,
 ) -> ScaleOutcome:
     """Score every model on what is to stay and on what is routed away."""
-    spec = EvalSpec(max_rows=0, max_length=study.pretrain.max_length, samples=0)
-    jobs = [
-        ScoreModel(removal.checkpoint, data[seed].domain, spec)
-        for (_, seed, _), removal in removals.items()
-    ]
-    kept: dict[int, dict[str, dict[int, dict[str, float]]]] = {}
-    away: dict[int, dict[str, dict[int, dict[str, float]]]] = {}
-    for (width, seed, condition), scored in zip(removals, pool.map(runtime.run, jobs), strict=True):
-        for item in scored.items:
-            on = item.set.split(".")[0]
-            if item.metric == "text_loss" and on in (*KEPT, AWAY):
-                by_condition = (away if on == AWAY else kept).setdefault(width, {})
-                by_condition.setdefault(condition, {}).setdefault(seed, {})[item.unit] = item.value
     groups = {seed: pair_groups(pair) for seed, pair in data.items()}
+    domains = {seed: pair.domain for seed, pair in data.items()}
+    at_width = {
+        width: {(name, seed): r.checkpoint for (w, seed, name), r in removals.items() if w == width}
+        for width in study.widths
+    }
+    length = study.pretrain.max_length
+
+    def on(sets: Sequence[str]) -> dict[int, Levels]:
+        return {
+            width: levels(
+                losses_by_unit(models, domains, sets, runtime, pool, max_length=length), groups
+            )
+            for width, models in at_width.items()
+        }
+
     first = study.seeds[0]
     return ScaleOutcome(
         study.shares,
         study.widths,
         tuple(_sized(removals[width, first, FILTERED]) for width in study.widths),
-        {width: levels(losses, groups) for width, losses in kept.items()},
-        {width: levels(losses, groups) for width, losses in away.items()},
+        on(KEPT),
+        on((AWAY,)),
     )
 
 

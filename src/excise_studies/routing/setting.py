@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from excise.core.stages import Runtime
+from excise.data.domain import Domain
 from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
 from excise.evals.replicates import Decision, SeedEstimate
@@ -394,16 +395,37 @@ def text_losses(
         pool: Worker processes.
         on: `retain_test`, `adjacent_test`, or `test` for the held-out test set of all capabilities.
     """
-    spec = EvalSpec(max_rows=0, max_length=setting.experiment.pretrain.max_length, samples=0)
-    jobs = [
-        ScoreModel(model, setting.replicates[seed].domain, spec)
-        for (name, seed), model in models.items()
-    ]
+    domains = {seed: replicate.domain for seed, replicate in setting.replicates.items()}
+    length = setting.experiment.pretrain.max_length
+    return losses_by_unit(models, domains, (on,), runtime, pool, max_length=length)
+
+
+def losses_by_unit(
+    models: Mapping[RunKey, Checkpoint],
+    domains: Mapping[int, Domain],
+    on: Sequence[str],
+    runtime: Runtime,
+    pool: Pool,
+    *,
+    max_length: int,
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Return the loss on the units of scored sets by condition, seed and unit, in nats.
+
+    Args:
+        models: By condition and seed.
+        domains: Their data by seed.
+        on: Scored sets, as in `text_losses`.
+        runtime: Where stages are kept.
+        pool: Worker processes.
+        max_length: Tokens per row.
+    """
+    spec = EvalSpec(max_rows=0, max_length=max_length, samples=0)
+    jobs = [ScoreModel(model, domains[seed], spec) for (_, seed), model in models.items()]
     out: dict[str, dict[int, dict[str, float]]] = {}
     for (name, seed), scored in zip(models, pool.map(runtime.run, jobs), strict=True):
         units: dict[str, list[float]] = {}
         for item in scored.items:
-            if item.set.split(".")[0] == on and item.metric == "text_loss":
+            if item.set.split(".")[0] in on and item.metric == "text_loss":
                 units.setdefault(item.unit, []).append(item.value)
         out.setdefault(name, {})[seed] = {u: sum(v) / len(v) for u, v in units.items()}
     return out

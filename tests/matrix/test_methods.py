@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from excise.core.code_files import load_code
 from excise.core.config import Config
@@ -119,7 +120,16 @@ def domain_for(name: str) -> Domain:
 
 
 @pytest.mark.parametrize(("name", "family"), PAIRS)
-def test_every_method_keeps_the_contract(name: str, family: str) -> None:
+def test_every_method_keeps_the_contract(
+    name: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled = DynamicCache.update
+
+    def update(self: DynamicCache, keys: Tensor, *args: Any, **more: Any) -> Any:
+        assert not keys.requires_grad, "a training step fills a cache of keys that nobody reads"
+        return filled(self, keys, *args, **more)
+
+    monkeypatch.setattr(DynamicCache, "update", update)
     check_method(made(name, family), families=(family,), steps=3, domain=domain_for(name))
 
 

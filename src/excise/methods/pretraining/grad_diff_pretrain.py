@@ -81,7 +81,7 @@ class GradDiffPretrain(Method):
             keep_BT = batch.target_BT & ~away_BT
             paths = [self._steered(model)] if self.push == "activations" else []
             with capture(model, paths, grad=True) as captured:
-                logits_BTV = model(**batch.inputs).logits
+                logits_BTV = model(**batch.inputs, use_cache=False).logits
             nll_BT = token_nll(logits_BTV, batch.ids_BT)
             if self.push == "activations":
                 hidden_BTD = captured[paths[0]][0]

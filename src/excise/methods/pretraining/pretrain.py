@@ -202,7 +202,7 @@ def forget_probability(batch: Batch) -> Float[Tensor, "B T"]:
 
 def plain_loss(model: nn.Module, batch: Batch) -> dict[str, Term]:
     """Next-token prediction on every scored token, whatever its label."""
-    total, count = nll(model(**batch.inputs).logits, batch)
+    total, count = nll(model(**batch.inputs, use_cache=False).logits, batch)
     return {"nll": Term(total, count)}
 
 

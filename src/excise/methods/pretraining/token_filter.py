@@ -81,7 +81,7 @@ class TokenFilter(Method):
 
         def loss(model: nn.Module, batch: Batch) -> dict[str, Term]:
             read = batch if hidden is None else self._hide(batch, hidden, tokenizer.bos_token_id)
-            nll_BT = token_nll(model(**read.inputs).logits, batch.ids_BT)
+            nll_BT = token_nll(model(**read.inputs, use_cache=False).logits, batch.ids_BT)
             keep_BT = batch.target_BT & ~self._filtered(batch)
             return {"nll": Term(nll_BT[keep_BT].sum(), float(keep_BT.sum()))}
 

@@ -67,7 +67,7 @@ def _taylor(model: nn.Module, batch: Batch, blocks: Sequence[int]) -> dict[int, 
     dense = {b: layout.mlp_down[b] for b in blocks if layout.experts[b] is None}
     model.zero_grad(set_to_none=True)
     with capture(model, list(dense.values()), of="input", grad=True) as inputs:
-        loss, _ = nll(model(**batch.inputs).logits, batch)
+        loss, _ = nll(model(**batch.inputs, use_cache=False).logits, batch)
         activations = {block: inputs[path][0] for block, path in dense.items()}
         for a_BTM in activations.values():
             a_BTM.retain_grad()

@@ -380,7 +380,7 @@ def mean_hidden(
         batch = collate(examples[i : i + config.fit.batch_size], pad_id=tokenizer.pad_token_id)
         batch = batch.to(model.device)
         with capture(model, [blocks[at]]) as outputs:
-            model(**batch.inputs)
+            model(**batch.inputs, use_cache=False)
         real_BT1 = batch.attention_BT[..., None]
         total_BD = (outputs[blocks[at]][0].float() * real_BT1).sum(dim=1)
         means.append((total_BD / real_BT1.sum(dim=1)).cpu())

@@ -92,7 +92,7 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], device: torch.device) 
     total = count = 0.0
     for batch in batches:
         here = batch.to(device)
-        value, scored = nll(model(**here.inputs).logits, here)
+        value, scored = nll(model(**here.inputs, use_cache=False).logits, here)
         total, count = total + float(value), count + scored
     return total / max(1.0, count)
 
@@ -117,7 +117,7 @@ def gradient_shares(
         for kind, batches in samples.items():
             model.zero_grad(set_to_none=True)
             here = batches[0].to(device)
-            value, count = nll(model(**here.inputs).logits, here)
+            value, count = nll(model(**here.inputs, use_cache=False).logits, here)
             (value / count).backward()
             shares[kind] = _shares(model, map)
         model.zero_grad(set_to_none=True)

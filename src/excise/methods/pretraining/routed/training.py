@@ -241,7 +241,7 @@ def routed_loss(
     """
     routing.set(micro.routes)
     batch = micro.batch
-    output = model(**batch.inputs)
+    output = model(**batch.inputs, use_cache=False)
     nll_BT = token_nll(output.logits, batch.ids_BT).masked_fill(~batch.target_BT, 0)
     if micro.routes.loss_BT is not None:
         weight_BT = micro.routes.loss_BT.to(nll_BT.dtype)

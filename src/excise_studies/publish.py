@@ -25,7 +25,7 @@ from excise.core.errors import UserError
 from excise.core.plain import read_json
 from excise.record import Record, StudyContrast, StudyRow, StudyTable, load, parse_record
 from excise.record.error_rates import FILE, rates_by_budget
-from excise.report.study import forest, views
+from excise.report.study import decimals, forest, views
 from excise.report.svg import standalone
 from excise.run.study import study_named, study_points
 from excise_studies.auditing import rates
@@ -221,11 +221,13 @@ def _shown(record: Record, name: str) -> str:
 def _contrast(contrast: StudyContrast) -> str:
     """Return one comparison in words."""
     numbers = [contrast.value, contrast.low, contrast.high]
-    value, low, high = ("not defined" if x is None else f"{x:.2f}" for x in numbers)
+    value, low, high = (
+        "not defined" if x is None else f"{x:.{decimals(contrast)}f}" for x in numbers
+    )
     ends = "" if contrast.low is None else f" [{low}, {high}]"
     margin = " and ".join(f"{x:g}" for x in contrast.thresholds)
     open_ = contrast.verdict == "undecided"
-    more = f", about {contrast.needed} seeds would decide" if open_ and contrast.needed else ""
+    more = f", about {contrast.needed:,} seeds would decide" if open_ and contrast.needed else ""
     return f"{contrast.name} {value}{ends}, n = {contrast.n}, against {margin}{more}"
 
 

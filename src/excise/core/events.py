@@ -1,10 +1,11 @@
 """Sinks of progress events: `emit(kind, data)`.
 
 Kinds are `stage_start`, `stage_done`, `step` (stage, step, steps, loss, terms, and of training that
-reads tokens `tokens_per_second`, over all processes), `attack` (a job of an audit is done), `phase`
-(text: what a run is about to do that may take long), `note` and `warning` (text), `cache` (what a
-process remembered, which is no part of a record) and `done`. Stages are named by their folder;
-`label` (stage, label) says what a reader calls one, and `part` (stage, part) what of it is running.
+reads tokens `tokens_per_second`, over all processes, and `model_flops_utilisation` where the
+device's peak is known), `attack` (a job of an audit is done), `phase` (text: what a run is about to
+do that may take long), `note` and `warning` (text), `cache` (what a process remembered, which is no
+part of a record) and `done`. Stages are named by their folder; `label` (stage, label) says what a
+reader calls one, and `part` (stage, part) what of it is running.
 The file is the truth; the terminal and trackers show it. This module imports no torch.
 """
 

@@ -10,7 +10,15 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from excise.record import Record, StudyPicture, StudyPlot, StudyRecord, StudyRow, StudyTable
+from excise.record import (
+    Record,
+    StudyContrast,
+    StudyPicture,
+    StudyPlot,
+    StudyRecord,
+    StudyRow,
+    StudyTable,
+)
 from excise.report import words
 from excise.report.figures import Figure
 from excise.report.svg import (
@@ -121,6 +129,11 @@ def _plot(plot: StudyPlot, start: int, key: str) -> Figure:
     return Figure(key, title, caption, picture, ("Line", x.label, y.label), rows)
 
 
+def decimals(contrast: StudyContrast) -> int:
+    """Return how many decimals tell on which side of its thresholds a contrast lies."""
+    return 3 if any(0 < abs(x) < 0.05 for x in contrast.thresholds) else 2
+
+
 def forest(study: StudyRecord) -> Markup | None:
     """Return the contrasts a decision rests on with their intervals, margins behind them.
 
@@ -135,7 +148,7 @@ def forest(study: StudyRecord) -> Markup | None:
         return None
     dots = [Dot("candidate", c.value or 0.0, c.low or 0.0, c.high or 0.0) for c in shown]
     rows = [
-        IntervalRow(words.clip(c.name, 44), f"{dot.value:.2f}", (dot,))
+        IntervalRow(words.clip(c.name, 44), f"{dot.value:.{decimals(c)}f}", (dot,))
         for c, dot in zip(shown, dots, strict=True)
     ]
     margins = {c.thresholds for c in shown}
@@ -144,8 +157,9 @@ def forest(study: StudyRecord) -> Markup | None:
     values = [v for dot in dots for v in (dot.low, dot.high)]
     axis = linear_axis("value with its 95 % interval", [*values, *ends, 0.0])
     said = "; ".join(
-        f"{c.name} {d.value:.2f} [{d.low:.2f}, {d.high:.2f}]"
+        f"{c.name} {d.value:.{places}f} [{d.low:.{places}f}, {d.high:.{places}f}]"
         for c, d in zip(shown, dots, strict=True)
+        for places in [decimals(c)]
     )
     return interval_plot("forest", f"What decides {study.name}", said, axis, rows, bands)
 

@@ -32,6 +32,7 @@ from excise.train.fsdp import sharded
 from excise.train.optim import OptimizerGroup, OptimizerName, Slice, make_optimizer, schedule_share
 from excise.train.recompute import recomputed
 from excise.train.state import Log, buffers_of, drop_others, load_state, restore, save_state
+from excise.train.utilisation import utilisation_on
 
 M = TypeVar("M")
 """What the loss takes: usually a mapping of role to batch."""
@@ -246,9 +247,12 @@ def fit(
                 micros = batches(run.cursor)
                 passes = Passes(model, run.cursor, micros, loss, counts, trained, ctx, writes)
                 if config.in_backward:
-                    yield run.step_in_backward(passes, began)
+                    with run.meter.watch():
+                        record = run.step_in_backward(passes, began)
+                    yield record
                     continue
-                losses = gradient(passes) if gradient else passes.backward(micros)
+                with run.meter.watch():
+                    losses = gradient(passes) if gradient else passes.backward(micros)
                 if change is not None:
                     _change_gradients(trained, change, run.cursor, ctx)
                 yield run.step(losses, began)
@@ -358,6 +362,7 @@ class _Run:
             "rates": {g.name: g.lr for g in groups},
         }
         self.cursor = self.saved = 0
+        self.meter = utilisation_on(ctx.device, ctx.dtype)
         self.log = Log(None)
         self.saved_at = self.told_at = time.monotonic()
         self.between_steps = True
@@ -449,6 +454,8 @@ class _Run:
         """Count a step; log its record and save when it is time."""
         config, step = self.config, self.cursor
         self.cursor = step + 1
+        seconds = time.perf_counter() - began
+        busy = self.meter.of(losses.tokens / self.ctx.world, seconds)
         record = StepRecord(
             step=step,
             loss=losses.total,
@@ -456,9 +463,9 @@ class _Run:
             lr=config.rate_at(step),
             grad_norm=norm,
             tokens=losses.tokens,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
         )
-        self._log(record)
+        self._log(record, busy)
         self.between_steps = True
         every = config.save_every
         late = not every and time.monotonic() - self.saved_at > AUTOSAVE
@@ -511,8 +518,8 @@ class _Run:
                 grad.mul_(self.config.clip / (norm + 1e-6))
         return norm
 
-    def _log(self, record: StepRecord) -> None:
-        """Write the record and tell whoever listens."""
+    def _log(self, record: StepRecord, busy: float | None) -> None:
+        """Write the record and tell whoever listens, with the device's utilisation."""
         row = asdict(record)
         del row["replayed"]
         self.log.append(row)
@@ -527,6 +534,8 @@ class _Run:
             }  # fmt: skip
             if record.tokens:
                 facts["tokens_per_second"] = record.tokens / record.seconds
+            if busy is not None:
+                facts["model_flops_utilisation"] = busy
             self.ctx.emit("step", facts)
 
     def save(self, *, finished: bool = False) -> None:

@@ -5,7 +5,10 @@ machine does hits both. A run in a row is what the library does without a pool: 
 in a row with the threads of all cores are timed once and shown beside it.
 Prints the ratio, appends a row to `results.csv` beside this file and fails above 0.6.
 
-    python benchmarks/relearn.py [--rounds 3] [--no-save]
+With `--device cuda` the grid runs there as well, one arm after the other in one process, and its
+seconds and curves stand beside; nothing is asked of them but that curves agree within 1e-3 nats.
+
+    python benchmarks/relearn.py [--device cuda] [--rounds 3] [--no-save]
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ CHECKPOINTS = (1, 2, 4, 8, 16)
 VOCAB, LENGTH, ROWS = 700, 14, 256
 LIMIT = 0.6
 
+AGREE = 1e-3
+
 Job = tuple[str, float, int]
 
 
@@ -59,7 +64,10 @@ def make_rows(seed: int) -> list[Example]:
 
 def loss(model: nn.Module, micro: Mapping[str, Batch]) -> dict[str, Term]:
     """Return the attacker's loss: half relearn rows, half benign ones."""
-    return {role: Term(*nll(model(**batch.inputs).logits, batch)) for role, batch in micro.items()}
+    return {
+        role: Term(*nll(model(**batch.inputs, use_cache=False).logits, batch))
+        for role, batch in micro.items()
+    }
 
 
 @torch.no_grad()
@@ -67,18 +75,19 @@ def score(model: nn.Module, rows: list[Example]) -> float:
     """Return the mean loss on the scored tokens, in nats."""
     total, count = 0.0, 0.0
     for i in range(0, len(rows), 128):
-        batch = collate(rows[i : i + 128], pad_id=0)
-        value, n = nll(model(**batch.inputs).logits, batch)
+        batch = collate(rows[i : i + 128], pad_id=0).to(next(model.parameters()).device)
+        value, n = nll(model(**batch.inputs, use_cache=False).logits, batch)
         total, count = total + float(value), count + n
     return total / count
 
 
-def arm(job: Job) -> list[float]:
+def arm(job: Job, device: str = "cpu") -> list[float]:
     """Relearn at one rate and seed; score the held-out rows at log-spaced checkpoints."""
     path, rate, seed = job
     model = make_model()
     load_model(model, path)
-    ctx = Context(work=Path(path).parent, seed=seed)
+    model = model.to(device)
+    ctx = Context(work=Path(path).parent, seed=seed, device=torch.device(device))
     streams = {
         role: Stream(make_rows(i), batch_size=16, seed=ctx.seed_for(role), pad_id=0)
         for i, role in enumerate(("relearn", "benign"))
@@ -98,10 +107,10 @@ def timed(run: Callable[[], list[list[float]]]) -> tuple[float, list[list[float]
     return time.perf_counter() - began, curves
 
 
-def in_a_row(jobs: list[Job], threads: int) -> list[list[float]]:
+def in_a_row(jobs: list[Job], threads: int, device: str = "cpu") -> list[list[float]]:
     """Run the arms one after the other in this process."""
     torch.set_num_threads(threads)
-    return [arm(job) for job in jobs]
+    return [arm(job, device) for job in jobs]
 
 
 def hardware() -> str:
@@ -136,6 +145,7 @@ def save(row: Mapping[str, Any]) -> None:
 def main() -> int:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
@@ -161,6 +171,12 @@ def main() -> int:
                 warm.append(seconds)
                 print(f"in a row {row[-1]:.2f} s, pool {warm[-1]:.2f} s", flush=True)
         threaded, _ = timed(lambda: in_a_row(jobs, cores))
+        there = alone
+        if options.device != "cpu":
+            in_a_row(jobs[:1], 1, options.device)
+            seconds, there = timed(lambda: in_a_row(jobs, 1, options.device))
+            off = float((torch.tensor(alone) - torch.tensor(there)).abs().max())
+            print(f"on {options.device}: {seconds:.2f} s in a row, curves differ by {off:.1e}")
     worst = float((torch.tensor(alone) - torch.tensor(pooled)).abs().max())
     ratio = min(warm) / min(row)
     print(
@@ -174,7 +190,8 @@ def main() -> int:
         facts |= {"hardware": hardware(), "commit": commit(), "seconds": f"{min(warm):.2f}"}
         facts |= {"row_seconds": f"{min(row):.2f}", "row_all_threads_seconds": f"{threaded:.2f}"}
         save(facts | {"ratio": f"{ratio:.3f}"})
-    return 0 if ratio <= LIMIT and worst < 1e-5 else 1
+    agrees = float((torch.tensor(alone) - torch.tensor(there)).abs().max()) < AGREE
+    return 0 if ratio <= LIMIT and worst < 1e-5 and agrees else 1
 
 
 if __name__ == "__main__":

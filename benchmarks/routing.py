@@ -12,7 +12,8 @@ Appends rows to `results.csv` and fails above 1.05 times plain, above 1.02 times
 spans, below 1.5 times faster than one backward per label, or when a step keeps more than token
 weights and one gradient beyond plain.
 
-    python benchmarks/routing.py [--width 512] [--rows 8] [--tokens 128] [--pairs 15] [--no-save]
+    python benchmarks/routing.py [--device cuda] [--width 512] [--rows 8] [--tokens 128]
+        [--pairs 15] [--no-save]
 
 Shape legend: B rows, T tokens.
 """
@@ -91,7 +92,7 @@ def read(rows: int, tokens: int, number: int, *, within: bool) -> Batch:
 
 def plain_loss(model: nn.Module, micro: Batch) -> Mapping[str, Term]:
     """Next-token prediction."""
-    return {"nll": Term(*nll(model(**micro.inputs).logits, micro))}
+    return {"nll": Term(*nll(model(**micro.inputs, use_cache=False).logits, micro))}
 
 
 def steps_of(
@@ -99,7 +100,7 @@ def steps_of(
 ) -> Step:
     """Return a function that does the next step of `fit`, routed where there is a routing."""
     config = FitConfig(steps=10**6, lr=1e-4, weight_decay=0.1, clip=1.0)
-    ctx = Context(work=folder)
+    ctx = Context(work=folder, device=torch.device(options.device))
     batches = [read(options.rows, options.tokens, i, within=False) for i in range(CYCLE)]
     loop: Iterator[Any]
     if routing is None:
@@ -137,7 +138,7 @@ def stream_of(options: argparse.Namespace, *, spans: bool) -> Stream:
 
 def masked_loss(model: nn.Module, micro: Batch) -> Mapping[str, Term]:
     """Next-token prediction without the tokens of a capability."""
-    nll_BT = token_nll(model(**micro.inputs).logits, micro.ids_BT)
+    nll_BT = token_nll(model(**micro.inputs, use_cache=False).logits, micro.ids_BT)
     kept_BT = micro.target_BT & (micro.label_BT <= CORE)
     return {"nll": Term(nll_BT[kept_BT].sum(), float(kept_BT.sum()))}
 
@@ -153,7 +154,8 @@ def reading_steps(
 ) -> Step:
     """Return a function that does the next step on texts with spans, or without."""
     config = FitConfig(steps=10**6, lr=1e-4, weight_decay=0.1, clip=1.0)
-    ctx, read = Context(work=folder), stream_of(options, spans=spans)
+    ctx = Context(work=folder, device=torch.device(options.device))
+    read = stream_of(options, spans=spans)
     loop: Iterator[Any]
     if routing is None:
         loop = fit(model, read, masked_loss, config, ctx)
@@ -188,7 +190,7 @@ def pass_per_label(model: nn.Module, map: GroupMap, policy: Policy, batch: Batch
     named = dict(model.named_parameters())
 
     def step() -> None:
-        nll_BT = token_nll(model(**batch.inputs).logits, batch.ids_BT)
+        nll_BT = token_nll(model(**batch.inputs, use_cache=False).logits, batch.ids_BT)
         total: dict[str, Tensor] = {}
         for label in LABELS:
             nll_BT[(batch.label_BT == label) & batch.target_BT].sum().backward(
@@ -212,9 +214,15 @@ def pass_per_label(model: nn.Module, map: GroupMap, policy: Policy, batch: Batch
     return step
 
 
-def peak(step: Step) -> int:
+def peak(step: Step, device: str) -> int:
     """Return the bytes a step needs at its peak beyond what is there before it."""
     gc.collect()
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
     results: Any = seen.profiler
@@ -223,21 +231,23 @@ def peak(step: Step) -> int:
     return max(0, *itertools.accumulate(nbytes for _, nbytes in sorted(deltas)))
 
 
-def timed(step: Step) -> tuple[float, float]:
+def timed(step: Step, device: str) -> tuple[float, float]:
     """Return the seconds a step takes, on the clock and of this process."""
     began = time.perf_counter(), time.process_time()
     step()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
     return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
-def paired(base: Step, other: Step, pairs: int) -> dict[str, float]:
+def paired(base: Step, other: Step, pairs: int, device: str) -> dict[str, float]:
     """Return medians of both and of the ratio other / base, in turns that change their order."""
     for step in (base, other) * 2:
         step()
     rows: list[tuple[float, float, float, float]] = []
     for i in range(pairs):
         first, second = (base, other) if i % 2 == 0 else (other, base)
-        a, b = timed(first), timed(second)
+        a, b = timed(first, device), timed(second, device)
         x, y = (a, b) if i % 2 == 0 else (b, a)
         rows.append((*x, *y))
     return {
@@ -250,45 +260,50 @@ def paired(base: Step, other: Step, pairs: int) -> dict[str, float]:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
     """Return times and bytes of both comparisons."""
-    policy = make_policy(options.width)
+    policy, device = make_policy(options.width), options.device
     found: dict[str, dict[str, float]] = {}
 
     def make() -> Any:
         heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-        return tiny_model("llama", vocab=VOCAB, width=options.width, blocks=BLOCKS, **heads)
+        made = tiny_model("llama", vocab=VOCAB, width=options.width, blocks=BLOCKS, **heads)
+        return made.to(device)
 
     plain, model = make(), make()
     with route(model, policy) as routing:
         base = steps_of(plain, None, policy, folder, options)
         routed = steps_of(model, routing, policy, folder, options)
-        found["routed"] = paired(base, routed, options.pairs)
-        found["routed"] |= {"plain_peak": peak(base), "peak": peak(routed)}
+        found["routed"] = paired(base, routed, options.pairs, device)
+        found["routed"] |= {"plain_peak": peak(base, device), "peak": peak(routed, device)}
     layer = max(p.numel() for p in plain.parameters()) * 4
     tokens = options.rows * options.tokens * len(routing.map.names) * 4
     found["routed"]["allowed"] = found["routed"]["plain_peak"] + layer + 3 * tokens
-    batch = read(options.rows, options.tokens, 9, within=True)
+    batch = read(options.rows, options.tokens, 9, within=True).to(torch.device(device))
     with route(model, policy) as routing:
         one = one_pass(model, routing, policy, batch)
         per_label = pass_per_label(plain, routing.map, policy, batch)
-        found["mixed"] = paired(per_label, one, max(3, options.pairs // 2))
-        found["mixed"] |= {"plain_peak": peak(per_label), "peak": peak(one)}
+        found["mixed"] = paired(per_label, one, max(3, options.pairs // 2), device)
+        found["mixed"] |= {"plain_peak": peak(per_label, device), "peak": peak(one, device)}
     with_spans, without = (
         reading_steps(make(), None, policy, folder, options, spans=spans) for spans in (True, False)
     )
-    found["spans"] = paired(without, with_spans, options.pairs)
-    found["spans"] |= {"plain_peak": peak(without), "peak": peak(with_spans)}
+    found["spans"] = paired(without, with_spans, options.pairs, device)
+    found["spans"] |= {"plain_peak": peak(without, device), "peak": peak(with_spans, device)}
     a, b = make(), make()
     with route(a, policy) as first, route(b, policy) as second:
         without = reading_steps(a, first, policy, folder, options, spans=False)
         with_spans = reading_steps(b, second, policy, folder, options, spans=True)
-        found["spans_routed"] = paired(without, with_spans, options.pairs)
-        found["spans_routed"] |= {"plain_peak": peak(without), "peak": peak(with_spans)}
+        found["spans_routed"] = paired(without, with_spans, options.pairs, device)
+        found["spans_routed"] |= {
+            "plain_peak": peak(without, device),
+            "peak": peak(with_spans, device),
+        }
     return found
 
 
 def main() -> int:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
@@ -315,7 +330,7 @@ def main() -> int:
             "dtype": "float32",
         }  # fmt: skip
         if not options.no_save:
-            save("routing", facts)
+            save("routing", facts, options.device)
     if found["routed"]["ratio"] > SLOWER:
         bad.append(f"a routed step takes {found['routed']['ratio']:.3f} plain ones")
     if found["routed"]["peak"] > found["routed"]["allowed"]:

@@ -14,19 +14,15 @@ seconds and curves stand beside; nothing is asked of them but that curves agree 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
+from results import save
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -113,35 +109,6 @@ def in_a_row(jobs: list[Job], threads: int, device: str = "cpu") -> list[list[fl
     return [arm(job, device) for job in jobs]
 
 
-def hardware() -> str:
-    """Return the processor's name and how many cores were used."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        name = names[0].split(":", 1)[1].strip() if names else name
-    return f"{name}, {visible_cores()} cores"
-
-
-def commit() -> str:
-    """Return the commit of the working tree, or `unknown`."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    here = Path(__file__).parent
-    found = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
-def save(row: Mapping[str, Any]) -> None:
-    """Append a row to `results.csv`."""
-    path = Path(__file__).with_name("results.csv")
-    new = not path.exists()
-    with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main() -> int:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -186,10 +153,9 @@ def main() -> int:
         f"curves differ by {worst:.1e}"
     )
     if not options.no_save:
-        facts = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "benchmark": "relearn"}
-        facts |= {"hardware": hardware(), "commit": commit(), "seconds": f"{min(warm):.2f}"}
-        facts |= {"row_seconds": f"{min(row):.2f}", "row_all_threads_seconds": f"{threaded:.2f}"}
-        save(facts | {"ratio": f"{ratio:.3f}"})
+        facts = {"seconds": f"{min(warm):.2f}", "row_seconds": f"{min(row):.2f}"}
+        facts |= {"row_all_threads_seconds": f"{threaded:.2f}", "ratio": f"{ratio:.3f}"}
+        save("relearn", facts)
     agrees = float((torch.tensor(alone) - torch.tensor(there)).abs().max()) < AGREE
     return 0 if ratio <= LIMIT and worst < 1e-5 and agrees else 1
 

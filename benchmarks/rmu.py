@@ -15,23 +15,17 @@ Shape legend: B rows, T tokens, D residual width.
 from __future__ import annotations
 
 import argparse
-import gc
-import itertools
-import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler is talkative
-
 import torch
+from measuring import peak, timed
 from results import save
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from excise.core.context import Context
@@ -121,36 +115,6 @@ def ours(
     return (lambda number: next(steps)), models, list(edit.saved.values())
 
 
-def peak(device: str, step: Step) -> int:
-    """Return the bytes a step needs at its peak beyond what is there before it."""
-    gc.collect()
-    if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    deltas = [(e.start_ns(), e.nbytes()) for e in _events(seen) if e.name() == "[memory]"]
-    return max(0, *itertools.accumulate(nbytes for _, nbytes in sorted(deltas)))
-
-
-def _events(seen: profile) -> Any:
-    """Return what the profiler saw, allocations among it."""
-    results: Any = seen.profiler
-    return results.kineto_results.events()
-
-
-def timed(device: str, step: Step) -> float:
-    """Return the seconds a step takes."""
-    began = time.perf_counter()
-    step()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def size(tensors: Any) -> int:
     """Return bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -200,7 +164,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, fl
         best = {name: float("inf") for name in ways}
         for _ in range(options.rounds):
             for name, step in ways.items():
-                turn = sum(timed(options.device, lambda s=step, n=n: s(n)) for n in range(cycle))
+                turn = sum(timed(options.device, lambda s=step, n=n: s(n))[0] for n in range(cycle))
                 best[name] = min(best[name], turn / cycle)
         for name, seconds in best.items():
             found[name]["seconds"] = seconds

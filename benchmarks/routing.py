@@ -21,22 +21,16 @@ Shape legend: B rows, T tokens.
 from __future__ import annotations
 
 import argparse
-import gc
-import itertools
-import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler is talkative
-
 import torch
+from measuring import peak, timed
 from results import save
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from excise.core.context import Context
 from excise.data.domain import CORE, Row, Span
@@ -214,32 +208,6 @@ def pass_per_label(model: nn.Module, map: GroupMap, policy: Policy, batch: Batch
     return step
 
 
-def peak(step: Step, device: str) -> int:
-    """Return the bytes a step needs at its peak beyond what is there before it."""
-    gc.collect()
-    if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    results: Any = seen.profiler
-    events = results.kineto_results.events()
-    deltas = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    return max(0, *itertools.accumulate(nbytes for _, nbytes in sorted(deltas)))
-
-
-def timed(step: Step, device: str) -> tuple[float, float]:
-    """Return the seconds a step takes, on the clock and of this process."""
-    began = time.perf_counter(), time.process_time()
-    step()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - began[0], time.process_time() - began[1]
-
-
 def paired(base: Step, other: Step, pairs: int, device: str) -> dict[str, float]:
     """Return medians of both and of the ratio other / base, in turns that change their order."""
     for step in (base, other) * 2:
@@ -247,7 +215,7 @@ def paired(base: Step, other: Step, pairs: int, device: str) -> dict[str, float]
     rows: list[tuple[float, float, float, float]] = []
     for i in range(pairs):
         first, second = (base, other) if i % 2 == 0 else (other, base)
-        a, b = timed(first, device), timed(second, device)
+        a, b = timed(device, first), timed(device, second)
         x, y = (a, b) if i % 2 == 0 else (b, a)
         rows.append((*x, *y))
     return {
@@ -273,7 +241,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, fl
         base = steps_of(plain, None, policy, folder, options)
         routed = steps_of(model, routing, policy, folder, options)
         found["routed"] = paired(base, routed, options.pairs, device)
-        found["routed"] |= {"plain_peak": peak(base, device), "peak": peak(routed, device)}
+        found["routed"] |= {"plain_peak": peak(device, base), "peak": peak(device, routed)}
     layer = max(p.numel() for p in plain.parameters()) * 4
     tokens = options.rows * options.tokens * len(routing.map.names) * 4
     found["routed"]["allowed"] = found["routed"]["plain_peak"] + layer + 3 * tokens
@@ -282,20 +250,20 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, fl
         one = one_pass(model, routing, policy, batch)
         per_label = pass_per_label(plain, routing.map, policy, batch)
         found["mixed"] = paired(per_label, one, max(3, options.pairs // 2), device)
-        found["mixed"] |= {"plain_peak": peak(per_label, device), "peak": peak(one, device)}
+        found["mixed"] |= {"plain_peak": peak(device, per_label), "peak": peak(device, one)}
     with_spans, without = (
         reading_steps(make(), None, policy, folder, options, spans=spans) for spans in (True, False)
     )
     found["spans"] = paired(without, with_spans, options.pairs, device)
-    found["spans"] |= {"plain_peak": peak(without, device), "peak": peak(with_spans, device)}
+    found["spans"] |= {"plain_peak": peak(device, without), "peak": peak(device, with_spans)}
     a, b = make(), make()
     with route(a, policy) as first, route(b, policy) as second:
         without = reading_steps(a, first, policy, folder, options, spans=False)
         with_spans = reading_steps(b, second, policy, folder, options, spans=True)
         found["spans_routed"] = paired(without, with_spans, options.pairs, device)
         found["spans_routed"] |= {
-            "plain_peak": peak(without, device),
-            "peak": peak(with_spans, device),
+            "plain_peak": peak(device, without),
+            "peak": peak(device, with_spans),
         }
     return found
 

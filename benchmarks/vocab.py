@@ -15,21 +15,15 @@ Shape legend: N tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import argparse
-import gc
-import itertools
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler is talkative
-
 import torch
+from measuring import peak, timed
 from results import save
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from excise import losses
 from excise.core.errors import UserError
@@ -84,33 +78,6 @@ def step(loss: Loss, leaves: list[Tensor]) -> float:
     return float(total.detach())
 
 
-def peak(device: str, work: Callable[[], Any]) -> int:
-    """Return the bytes that `work` holds at its peak beyond what is there before it."""
-    gc.collect()
-    if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        work()
-    results: Any = seen.profiler
-    events = results.kineto_results.events()
-    deltas = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    return max(0, *itertools.accumulate(nbytes for _, nbytes in sorted(deltas)))
-
-
-def timed(device: str, work: Callable[[], Any]) -> float:
-    """Return the seconds that `work` takes."""
-    gc.collect()
-    began = time.perf_counter()
-    work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def enough(options: argparse.Namespace, name: str) -> None:
     """Refuse what would not fit into this machine's memory."""
     needed = COPIES[name] * options.tokens * options.vocab * 4
@@ -140,7 +107,7 @@ def measure(options: argparse.Namespace, name: str, leaves: list[Tensor], pair: 
         found[way]["peak"] = peak(options.device, once)
     for _ in range(options.rounds):
         for way, run in work.items():
-            found[way]["seconds"] = min(found[way]["seconds"], timed(options.device, run))
+            found[way]["seconds"] = min(found[way]["seconds"], timed(options.device, run)[0])
     off = abs(values["chunked"] - values["plain"]) / abs(values["plain"])
     memory = found["chunked"]["peak"] / found["plain"]["peak"]
     seconds = found["chunked"]["seconds"] / found["plain"]["seconds"]

@@ -35,8 +35,13 @@ sparsity), by words of the name that the device gives; the first that fits."""
 
 
 def peak_flops(name: str) -> float | None:
-    """Return the bfloat16 operations a second of a device by its name; None where not known."""
+    """Return the bfloat16 operations a second of a device by its name; None where not known.
+
+    A slice of a GPU (MIG) has a share of the peak that its name does not tell.
+    """
     words = re.split(r"[\s-]+", name)
+    if "MIG" in words:
+        return None
     return next((peak for known, peak in PEAKS.items() if set(known.split()) <= set(words)), None)
 
 

@@ -67,7 +67,7 @@ class ReversalCost(Study):
         "against the margin in doublings from both sides; strengths matched on dev of the tuned "
         "seeds; intervals over seeds and units."
     )
-    takes: ClassVar[str] = "20 minutes (extrapolated, not run), 1 GiB"
+    takes: ClassVar[str] = "22 minutes of one core, 1 GiB"
     quoted: ClassVar[tuple[str, ...]] = ("Reversal cost", RECOVERY)
 
     name: Literal["reversal-cost"] = "reversal-cost"

@@ -140,11 +140,7 @@ class ModuleAgainstProbe(Study):
         "margin from both sides, corrected for four contrasts, at retain equal within "
         "`retain_margin` nats and where the attacker teaches both arms the relearn set."
     )
-    takes: ClassVar[str] = (
-        "30 minutes on two cores, 1 GiB, extrapolated from models of half a minute of a core each: "
-        "20 to choose settings, ten a seed with three minutes of attacks; resumes where it was "
-        "stopped"
-    )
+    takes: ClassVar[str] = "an hour of one core, 1 GiB; resumes where it was stopped"
 
     name: Literal["module-against-probe"] = "module-against-probe"
     """Name on the command line."""

@@ -84,7 +84,7 @@ class RoutingScale(Study):
         "95 % interval is above the margin, grows if the upper end is below minus it. Intervals "
         "over seeds and units, the same samples at all sizes."
     )
-    takes: ClassVar[str] = "45 minutes of one core, 1 GiB; resumes where it was stopped"
+    takes: ClassVar[str] = "an hour and a half of one core, 1 GiB; resumes where it was stopped"
     quoted: ClassVar[tuple[str, ...]] = ("By size",)
 
     name: Literal["routing-scale"] = "routing-scale"

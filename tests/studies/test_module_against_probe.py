@@ -84,25 +84,34 @@ def between(low: float, high: float, *sides: float) -> Estimate:
     return SeedEstimate((low + high) / 2, low, high, 9, freedom=9, sides=sides)
 
 
+LESS, MORE, SAME = (0.2, 0.3), (-0.4, -0.3), (-0.02, 0.02)
+
+
 @pytest.mark.parametrize(
     ("all_units", "missed", "retain", "weak", "said"),
     [
-        ((0.2, 0.3), (-0.4, -0.3), 0.0, "", "all units: the module leaves less, units not found: "
-         "the module leaves more"),
-        ((-0.02, 0.02), (0.0, 0.3), 0.0, "", "leaves no less within 0.1, units not found: undec"),
-        ((0.2, 0.3), (0.2, 0.3), 0.5, "", "sgtm is not compared: its loss on retain lies above"),
-        ((0.2, 0.3), (0.2, 0.3), 0.1, "", "sgtm is not shown to match retain, and so undecided"),
-        ((0.2, 0.3), (0.2, 0.3), 0.0, "sgtm", "sgtm is not compared: the attacker does not teach"),
-        ((-0.02, 0.02, 0.01, 0.01), None, 0.0, "", "at the floor"),
-        ((-0.02, 0.02, 0.99, 0.98), None, 0.0, "", "at the ceiling"),
-        ((0.2, 0.3), None, 0.0, "", "the probe found every unit"),
+        (LESS, MORE, 0.0, (), "all units: the module leaves less, units not found: the module "
+         "leaves more"),
+        (SAME, (0.0, 0.3), 0.0, (), "leaves no less within 0.1, units not found: undec"),
+        (LESS, None, 0.5, (), "less, which counts for nothing, for sgtm is not shown to cost less"),
+        (LESS, None, 0.1, (), "less, which counts for nothing, for sgtm is not shown to cost less"),
+        (LESS, None, -0.5, (), "all units: the module leaves less, the probe found every unit"),
+        (LESS, None, 0.0, ("sgtm",), "for the attacker does not teach sgtm"),
+        (LESS, None, 0.0, (PROBE,), "all units: the module leaves less, the probe found every"),
+        (MORE, None, 0.5, ("sgtm",), "all units: the module leaves more, the probe found every"),
+        (MORE, None, -0.1, (), f"more, which counts for nothing, for {PROBE} is not shown to cost"),
+        (MORE, None, 0.0, (PROBE,), f"for the attacker does not teach {PROBE}"),
+        (SAME, None, 0.1, (), "within 0.1, which counts for nothing, for sgtm is not shown"),
+        (SAME, None, -0.1, (), f"within 0.1, which counts for nothing, for {PROBE} is not shown"),
+        ((-0.02, 0.02, 0.01, 0.01), None, 0.0, (), "at the floor"),
+        ((-0.02, 0.02, 0.99, 0.98), None, 0.0, (), "at the ceiling"),
     ],
 )  # fmt: skip
 def test_the_gates_and_the_gaps_decide(
     all_units: tuple[float, ...],
     missed: tuple[float, ...] | None,
     retain: float,
-    weak: str,
+    weak: tuple[str, ...],
     said: str,
 ) -> None:
     gaps = {"D, sgtm": between(*all_units)}
@@ -111,9 +120,10 @@ def test_the_gates_and_the_gaps_decide(
     found = {"sgtm": Compared(gaps, between(retain - 0.02, retain + 0.02), weak)}
     decision = decide(ModuleAgainstProbe(), found)
     assert said in decision.text
-    compared = 0 if weak else 1 if retain == 0.5 else 1 + len(gaps)
-    assert len(decision.contrasts) == compared
-    assert decision.open == ("undec" in said)
+    assert len(decision.contrasts) == 1 + len(gaps)
+    # More seeds are worth adding where they could show that retain matches, too.
+    unmatched = abs(retain) == 0.1 and "counts for nothing" in said
+    assert decision.open == ("undec" in said or unmatched)
 
 
 def test_the_study_runs_through(tmp_path: Path) -> None:

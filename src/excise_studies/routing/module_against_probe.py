@@ -123,11 +123,16 @@ class ModuleAgainstProbe(Study):
     which the arm was given too. D of a routed arm is the gap of the probe that filters minus its
     own. U is the same over the units of the test set without a label which the probe did not find
     all rows of. The module leaves less where an interval lies above `margin`, more where below,
-    no less where within; the four contrasts share the error rate. A routed arm is compared only if
-    its loss on retain differs from that of the probe that filters by less than `retain_margin`
-    nats a token, by its interval, and if the attacker teaches both the relearn set to the share
-    `experiment.attacker.power` of what it teaches the oracle. Everything else is shown and decides
-    nothing.
+    no less where within; the four contrasts share the error rate. "Less" counts only if the arm's
+    loss on retain is shown to lie less than `retain_margin` nats a token above that of the probe
+    that filters, and if the attacker teaches the arm the relearn set to the share
+    `experiment.attacker.power` of what it teaches the oracle: what costs more, or resists the
+    attacker, may leave less for that alone. "More" counts only if its loss is shown to lie less
+    than `retain_margin` below, and if the attacker teaches the probe that filters; anything else
+    needs all four. Everything else is shown and decides nothing.
+
+    The rule on what counts was made one-sided after seeds 1 to 5 had been seen, where both arms
+    left more and cost more, and all four had been asked for; the seeds reported are others.
     """
 
     question: ClassVar[str] = (
@@ -137,16 +142,17 @@ class ModuleAgainstProbe(Study):
     statistic: ClassVar[str] = (
         "D = depth gap on the held-out test set after relearning, probe and filter minus SGTM or "
         "GRAM; U = the same on unlabelled units that the probe did not find; each against the "
-        "margin from both sides, corrected for four contrasts, at retain equal within "
-        "`retain_margin` nats and where the attacker teaches both arms the relearn set."
+        "margin from both sides, corrected for four contrasts. Leaving less counts at a retain "
+        "loss less than `retain_margin` nats above, leaving more at one less than that below, and "
+        "where the attacker teaches the side that leaves less the relearn set."
     )
-    takes: ClassVar[str] = "an hour of one core, 1 GiB; resumes where it was stopped"
+    takes: ClassVar[str] = "long: 100 minutes of one core, 1 GiB; resumes where it was stopped"
 
     name: Literal["module-against-probe"] = "module-against-probe"
     """Name on the command line."""
     margin: float = 0.1
     """Share of the distance between the reference models."""
-    seeds: tuple[int, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
+    seeds: tuple[int, ...] = Field(default=tuple(range(6, 14)), min_length=1)
     """Draws that are reported."""
     tuned_on: tuple[int, ...] = Field(default=(0,), min_length=1)
     """Draws on whose dev rows the setting of every arm is chosen."""
@@ -362,12 +368,12 @@ class Compared:
     Attributes:
         gaps: D, and U where units were not found, by name.
         retain: Its loss on retain minus the probe's, nats a token.
-        weak: Which of the two the attacker does not teach; empty where it teaches both.
+        weak: Those of the two that the attacker does not teach.
     """
 
     gaps: Mapping[str, Estimate]
     retain: Estimate
-    weak: str
+    weak: tuple[str, ...] = ()
 
 
 def taught(recovery: RecoveryScores, name: str) -> float:
@@ -391,13 +397,13 @@ def compare(
             gaps[f"U, {name}"] = missed.contrast([PROBE], [name])
         retain = estimate(loss.at(name) - loss.at(PROBE), loss)
         power = study.experiment.attacker.power
-        weak = next((each for each in (PROBE, name) if taught(recovery, each) < power), "")
+        weak = tuple(each for each in (PROBE, name) if taught(recovery, each) < power)
         out[name] = Compared(gaps, retain, weak)
     return out
 
 
 def decide(study: ModuleAgainstProbe, found: Mapping[str, Compared]) -> Decision:
-    """Return what D and U say of every routed arm, or why it is not compared."""
+    """Return what D and U say of every routed arm, or why they count for nothing."""
     values = {key: value for each in found.values() for key, value in each.gaps.items()}
     asked = contrasts(values, (-study.margin, study.margin), study.error)
     words = {
@@ -409,30 +415,47 @@ def decide(study: ModuleAgainstProbe, found: Mapping[str, Compared]) -> Decision
     parts: list[str] = []
     used: list[Contrast] = []
     for name, each in found.items():
-        gate = (-study.retain_margin, study.retain_margin)
-        retain = Contrast(f"Retain of {name} minus {PROBE}", each.retain, gate, study.error)
-        if each.weak:
-            parts.append(f"{name} is not compared: the attacker does not teach {each.weak}")
-            continue
-        used.append(retain)
-        if retain.verdict in ("above", "below"):
-            parts.append(
-                f"{name} is not compared: its loss on retain lies {retain.verdict} that of {PROBE} "
-                f"by more than {study.retain_margin:g} nats"
-            )
-            continue
-        said = [
-            f"{'all units' if key.startswith('D') else 'units not found'}: {asked[key].say(words)}"
-            for key in each.gaps
-        ]
+        said: list[str] = []
+        needed: set[float] = set()
+        for key in each.gaps:
+            verdict = asked[key].verdict
+            sides = {"above": (1,), "below": (-1,)}.get(verdict, (-1, 1))
+            needed |= {side * study.retain_margin for side in sides}
+            against = hindrance(study, name, each, sides)
+            text = f"{'all units' if key.startswith('D') else 'units not found'}: "
+            text += asked[key].say(words)
+            said.append(f"{text}, which counts for nothing, for {against}" if against else text)
         if len(said) == 1:
             said.append("the probe found every unit, so nothing says what a module absorbs")
+        parts.append(f"{name}: {', '.join(said)}")
+        thresholds = tuple(sorted(needed))
+        used.append(
+            Contrast(f"Retain of {name} minus {PROBE}", each.retain, thresholds, study.error)
+        )
         used += [asked[key] for key in each.gaps]
-        text = f"{name}: {', '.join(said)}"
-        if retain.open:
-            text = f"{name} is not shown to match retain, and so undecided ({', '.join(said)})"
-        parts.append(text)
     return Decision("; ".join(parts), tuple(used))
+
+
+def hindrance(study: ModuleAgainstProbe, name: str, each: Compared, sides: tuple[int, ...]) -> str:
+    """Return why a verdict counts for nothing; empty where it counts.
+
+    Args:
+        study: The margin on retain.
+        name: The routed arm.
+        each: How it compares.
+        sides: 1 where the arm must cost no more and be taught by the attacker, -1 where the probe
+            that filters must.
+    """
+    margin = study.retain_margin
+    retain = Contrast("", each.retain, (-margin, margin), study.error)
+    for side, arm in ((1, name), (-1, PROBE)):
+        if side not in sides:
+            continue
+        if arm in each.weak:
+            return f"the attacker does not teach {arm}"
+        if not (retain.below(margin) if side > 0 else retain.above(-margin)):
+            return f"{arm} is not shown to cost less than {margin:g} nats more on retain"
+    return ""
 
 
 def sentences(

@@ -6,7 +6,8 @@ in README.md and docs/*.md:
 
     <!-- NAME -->            paragraph, table, and where they come from; ends with <!-- /NAME -->
     <!-- NAME: decision -->  the decision and what it rests on; ends with <!-- /NAME: decision -->
-    <!-- NAME: picture -->   what it rests on as a picture, `docs/records/NAME.svg`; ends alike
+    <!-- NAME: picture -->   the score that the study names by condition, else what it rests on, as
+                             a picture, `docs/records/NAME.svg`; ends alike
 
 Nothing else writes between marks; a test renders every block again and compares.
 """
@@ -25,7 +26,7 @@ from excise.core.errors import UserError
 from excise.core.plain import read_json
 from excise.record import Record, StudyContrast, StudyRow, StudyTable, load, parse_record
 from excise.record.error_rates import FILE, rates_by_budget
-from excise.report.study import decimals, forest, views
+from excise.report.study import by_condition, decimals, forest, views
 from excise.report.svg import standalone
 from excise.run.study import study_named, study_points
 from excise_studies.auditing import rates
@@ -40,7 +41,7 @@ LIMIT = 30_000
 NOT_RUN = "Not run yet at its size.\n"
 """What stands between marks that have no record."""
 
-NOT_DRAWN = "Nothing to draw: no contrast has an interval.\n"
+NOT_DRAWN = "Nothing to draw: nothing has an interval.\n"
 
 MARKS = re.compile(r"<!-- ([\w-]+)((?:: decision|: picture)?) -->\n(.*?)<!-- /\1\2 -->", re.DOTALL)
 """A block: its name, whether it is a decision or a picture alone, its text."""
@@ -205,17 +206,22 @@ def decision(record: Record) -> str:
 
 
 def picture(record: Record) -> str:
-    """Return the contrasts as an SVG file; empty where none has an interval."""
-    assert record.study is not None
-    drawn = forest(record.study)
+    """Return what the study names `pictured`, else its contrasts, as an SVG file.
+
+    Returns:
+        The text of the file; empty where nothing has an interval.
+    """
+    study = record.study
+    assert study is not None
+    pictured = study_named(study.name).pictured if study.name in study_points() else ""
+    drawn = by_condition(study, pictured) if pictured else forest(study)
     return "" if drawn is None else standalone(drawn)
 
 
 def _shown(record: Record, name: str) -> str:
     """Return the line that shows a picture in a page of docs."""
-    assert record.study is not None
-    said = "; ".join(_contrast(contrast) for contrast in record.study.contrasts)
-    return f"![{said}]({RECORDS.name}/{name}.svg)\n" if picture(record) else NOT_DRAWN
+    said = re.search(r"<desc[^>]*>(.*?)</desc>", picture(record))
+    return f"![{said[1]}]({RECORDS.name}/{name}.svg)\n" if said else NOT_DRAWN
 
 
 def _contrast(contrast: StudyContrast) -> str:

@@ -20,7 +20,7 @@ from excise.record import (
     StudyTable,
     save,
 )
-from excise.report.study import forest
+from excise.report.study import by_condition, forest
 from excise.run.study import recorded
 from excise_studies.publish import (
     LIMIT,
@@ -31,6 +31,7 @@ from excise_studies.publish import (
     decision,
     filled,
     main,
+    picture,
     publish,
     read,
     text_of,
@@ -168,7 +169,7 @@ def test_what_decides_is_drawn_where_a_page_asks_for_it(tmp_path: Path) -> None:
     assert not drawn.exists()
     page.write_text("<!-- edges: picture -->\n<!-- /edges: picture -->\n")
     publish(out, root=tmp_path)
-    assert "D 0.20 [0.02, 0.38], n = 84" in page.read_text()
+    assert "![D 0.20 [0.02, 0.38]" in page.read_text()
     assert "](records/edges.svg)\n" in page.read_text()
     text = drawn.read_text()
     assert ET.fromstring(text).tag.endswith("svg")
@@ -177,6 +178,20 @@ def test_what_decides_is_drawn_where_a_page_asks_for_it(tmp_path: Path) -> None:
     study = made().study
     assert study is not None
     assert forest(study.model_copy(update={"contrasts": ()})) is None
+
+
+def test_a_score_is_drawn_by_condition_where_a_study_names_one() -> None:
+    study = made().study
+    assert study is not None
+    drawn = str(by_condition(study, "depth"))
+    assert "<desc" in drawn
+    assert "depth gap: a|b -0.33 [-0.50, 0.00]" in drawn
+    assert drawn.count("-0.33</text>") == 1  # of two tables that hold the same row
+    assert "c " not in drawn.partition("<desc")[2].partition("</desc>")[0]
+    assert by_condition(study, "parameters") is None
+    named = made(study=study.model_copy(update={"name": "splice-factorial"}))
+    assert "by condition of splice-factorial" in picture(named)
+    assert "What decides edges" in picture(made())
 
 
 def test_a_number_changed_by_hand_differs_from_what_is_rendered() -> None:

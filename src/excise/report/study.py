@@ -164,6 +164,34 @@ def forest(study: StudyRecord) -> Markup | None:
     return interval_plot("forest", f"What decides {study.name}", said, axis, rows, bands)
 
 
+def by_condition(study: StudyRecord, metric: str) -> Markup | None:
+    """Return one score of every condition with its interval, in the order of its table.
+
+    Args:
+        study: What it found.
+        metric: Beginning of the score's name; the first such score of its tables is drawn,
+            once a condition.
+
+    Returns:
+        The picture; None where no such score has an interval.
+    """
+    known = [r for t in study.tables for r in t.rows if r.seed is None and r.low is not None]
+    name = next((r.metric for r in known if r.metric.startswith(metric)), None)
+    if name is None:
+        return None
+    by_name = {r.condition: r for r in reversed(known) if r.metric == name}
+    dots = [
+        (r, Dot("candidate", r.value or 0.0, r.low or 0.0, r.high or 0.0))
+        for r in reversed(by_name.values())
+    ]
+    shown = [IntervalRow(words.clip(r.condition, 44), f"{d.value:.2f}", (d,)) for r, d in dots]
+    ends = [end for _, d in dots for end in (d.low, d.high)]
+    axis = linear_axis(f"{words.clip(name, 44)}, 95 % interval", [*ends, 0.0])
+    said = "; ".join(f"{r.condition} {d.value:.2f} [{d.low:.2f}, {d.high:.2f}]" for r, d in dots)
+    title = f"{name}, by condition of {study.name}"
+    return interval_plot("by-condition", title, f"{name}: {said}", axis, shown)
+
+
 def pictures(record: Record) -> tuple[Figure, ...]:
     """Return the pictures of a record's study; none where there is no study."""
     if record.study is None:

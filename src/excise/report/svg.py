@@ -209,13 +209,13 @@ def standalone(plot: Markup, below: str = "", more: float = 0.0) -> str:
     rules = re.sub(r"var\(--([a-z0-9]+)\)", lambda m: colours.get(m[1], "#000"), drawn)
     head, _, rest = str(plot).partition(">")
     width, height = re.findall(r'viewBox="0 0 (\d+) (\d+)"', head)[0]
-    box = f"-4 -4 {int(width) + 8} {int(height) + 8 + more:.0f}"
+    box = f"-8 -4 {int(width) + 16} {int(height) + 8 + more:.0f}"
     head = re.sub(
         r'viewBox="[^"]*"',
         f'xmlns="http://www.w3.org/2000/svg" viewBox="{box}" font-family="sans-serif"',
         head,
     )
-    ground = f'<rect x="-4" y="-4" width="100%" height="100%" fill="{colours["page"]}"/>'
+    ground = f'<rect x="-8" y="-4" width="100%" height="100%" fill="{colours["page"]}"/>'
     end = f"{below}</svg>\n"
     return f"{head}><style>{rules}</style>{ground}{rest.removesuffix('</svg>')}{end}"
 

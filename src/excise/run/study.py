@@ -60,6 +60,8 @@ class Study(Config, ABC):
         statistic: What decides, and how it is computed.
         takes: Expected time and memory on two cores.
         quoted: Titles of the tables that are published with its decision; empty for the first.
+        pictured: Beginning of the name of the score, in those tables, that a published picture
+            shows by condition; empty for the contrasts.
     """
 
     kind: ClassVar[str] = "study"
@@ -67,6 +69,7 @@ class Study(Config, ABC):
     statistic: ClassVar[str]
     takes: ClassVar[str] = ""
     quoted: ClassVar[tuple[str, ...]] = ()
+    pictured: ClassVar[str] = ""
 
     name: str
     """Name on the command line."""

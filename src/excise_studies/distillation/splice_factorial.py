@@ -90,6 +90,7 @@ class SpliceFactorial(Study):
         "and ten seeds; --teachers and --seeds cut it; resumes where it was stopped"
     )
     quoted: ClassVar[tuple[str, ...]] = (RECOVERY,)
+    pictured: ClassVar[str] = "depth gap"
 
     name: Literal["splice-factorial"] = "splice-factorial"
     """Name on the command line."""

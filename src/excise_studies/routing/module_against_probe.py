@@ -36,7 +36,7 @@ from excise_studies.attacking import Attacker, RunKey
 from excise_studies.base import ScoreByUnit, row
 from excise_studies.leaderboard.trials import ScoreDev, Tried, TrySetting
 from excise_studies.levels import estimate, levels
-from excise_studies.recovery import RecoveryScores, groups_of, listed
+from excise_studies.recovery import RECOVERY, RecoveryScores, groups_of, listed
 from excise_studies.routing.setting import (
     RoutingOutcome,
     RoutingSetting,
@@ -51,6 +51,7 @@ from excise_studies.setting import ExperimentSetting
 
 PROBE, PUSH = "probe + filter", "probe + push"
 ROUTED: Final = ("sgtm", "gram")
+AGAINST = f"Against {PROBE}"
 GIVEN, TRUE = "filter, given labels", "filter, true labels"
 
 EVERY: Final = 100_000
@@ -147,6 +148,8 @@ class ModuleAgainstProbe(Study):
         "where the attacker teaches the side that leaves less the relearn set."
     )
     takes: ClassVar[str] = "long: 100 minutes of one core, 1 GiB; resumes where it was stopped"
+    quoted: ClassVar[tuple[str, ...]] = (AGAINST, RECOVERY)
+    pictured: ClassVar[str] = "depth gap"
 
     name: Literal["module-against-probe"] = "module-against-probe"
     """Name on the command line."""
@@ -491,7 +494,7 @@ def against_table(study: ModuleAgainstProbe, found: Mapping[str, Compared]) -> S
         for name, each in found.items()
         for metric, value in {**each.gaps, "retain loss minus the probe's": each.retain}.items()
     ]
-    return StudyTable(title=f"Against {PROBE}", note=study.statistic, rows=tuple(rows))
+    return StudyTable(title=AGAINST, note=study.statistic, rows=tuple(rows))
 
 
 def parts_table(

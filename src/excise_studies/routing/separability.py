@@ -85,6 +85,7 @@ class Separability(Study):
     )
     takes: ClassVar[str] = "10 minutes, 1 GiB; --full: 15 minutes, after fetching cyber and biology"
     quoted: ClassVar[tuple[str, ...]] = ("Pairs, the farthest first",)
+    pictured: ClassVar[str] = "beside: filtered - plain"
 
     name: Literal["separability"] = "separability"
     """Name on the command line."""

@@ -110,7 +110,7 @@ def test_a_decision_about_loss_masking_says_so() -> None:
 
 
 def test_a_rate_of_loss_masking_does_not_count_among_edges() -> None:
-    study = edges.Edges()
+    study = edges.Edges(rates=(1.0, 0.5))
     names = [edges.at(name, rate) for rate in study.rates for name in edges.places(study)]
     gaps = dict.fromkeys(names, 0.5) | {edges.at(edges.PARAMETERS, 1.0): 0.0}
     effects = edges.contrasts(study, outcome_of(gaps))

@@ -76,8 +76,8 @@ class Edges(Study):
     """Modules and shares of rows; `alpha` and `p_as` are replaced."""
     reversed: float = Field(default=-0.75, lt=0)
     """Weight of activation edges where they are reversed, as published for Expand-Route-Ablate."""
-    rates: tuple[float, ...] = Field(default=(1.0, 0.5), min_length=1)
-    """Shares of what is to be forgotten that carry a label."""
+    rates: tuple[float, ...] = Field(default=(0.5,), min_length=1)
+    """Shares of what is to be forgotten that carry a label; at 1 nothing can count."""
     missed: Missed = "occurrences"
     """What labels miss."""
     rest: Rest = "unlabeled"

@@ -34,6 +34,12 @@ AUDIT = (
     "audit one/out --out {out} --quiet --budget smoke --audit.change"
     " '{{steps: 2, checkpoints: [0, 2], rates: [0.001], max_test_rows: 4, max_other_rows: 4}}'"
 )
+CANARY = (
+    "audit {folder}/out --out {folder}/birds --canary --canary.units 8 --canary.repeats '[1, 20]' --canary.lr 0.01"
+    " --canary.max_length 48 --evaluate.max_length 48 --quiet --audit.change '{{attacks: [transfer],"
+    " steps: 2, checkpoints: [0, 2], rates: [0.001], max_test_rows: 8, max_other_rows: 4,"
+    " max_length: 48}}'"
+)
 PATIENCE = 400
 """Seconds after which processes hang, on a machine that may be busy with much else."""
 
@@ -374,3 +380,26 @@ def test_a_stopped_audit_resumes(inputs: Path, audited: Path) -> None:
     assert codes == [0, 0], lines
     assert findings(inputs / "halted/audit") == findings(audited)
     assert attacks(inputs / "halted").items() > before.items()
+
+
+@pytest.mark.slow
+def test_processes_teach_remove_and_attack_canaries(inputs: Path, removed: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(inputs)
+        shutil.copytree("one", "alone-canary")
+        shutil.copytree("one", "two-canary")
+        assert main(shlex.split(CANARY.format(folder="alone-canary") + " --workers 1")) in (0, 4)
+    codes, lines = by_hand(CANARY.format(folder="two-canary"), inputs)
+    assert codes in ([0, 0], [4, 4]), lines
+    records = [load(inputs / name / "birds") for name in ("alone-canary", "two-canary")]
+    alone, two = records
+    assert isinstance(alone, Record)
+    assert isinstance(two, Record)
+    assert two.environment.world == 2
+    assert alone.verdicts
+    assert [v.model for v in two.verdicts] == [v.model for v in alone.verdicts]
+    assert len(two.scores) == len(alone.scores) > 20
+    for mine, theirs in zip(two.scores, alone.scores, strict=True):
+        named = (theirs.model, theirs.set, theirs.metric)
+        assert (mine.model, mine.set, mine.metric) == named
+        assert mine.value == pytest.approx(theirs.value, abs=1e-3), named

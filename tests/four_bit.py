@@ -10,6 +10,7 @@ import copy
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from excise.models.checkpoint import Checkpoint
 from excise.models.lora import LoRA, adapted, linears_in_4bit, merge, reference, targets
 from excise.models.tiny import FAMILIES, tiny_model
 from excise.record import load
-from excise.testing import check_method
+from excise.testing import check_method, toy_start
 from excise.train.recompute import recomputed
 
 IDS_BT = torch.arange(4, 24).view(2, 10)
@@ -237,6 +238,9 @@ def test_methods_keep_the_contract(name: str, monkeypatch: pytest.MonkeyPatch) -
         init(self, *args, **more)
 
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "__init__", counted)
+    wide = partial(toy_start, hidden_size=64, intermediate_size=128)
+    for module in ("excise.testing.methods", "tests.matrix.test_methods"):
+        monkeypatch.setattr(f"{module}.toy_start", wide)
     method = made(name)
     rank = 4 if name in ("elm", "circuit_breakers") else 2
     lora = LoRA(rank=rank, output="adapter", load_in_4bit=True)
@@ -254,7 +258,7 @@ def excise(line: str) -> int:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Work in a folder with a model and rows."""
     folder = tmp_path_factory.mktemp("work")
-    m.save_tiny(folder / "model")
+    m.save_tiny(folder / "model", width=64)
     (folder / "f.jsonl").write_text(m.texts("f"))
     (folder / "r.jsonl").write_text(m.texts("r"))
     with pytest.MonkeyPatch.context() as patch:
@@ -275,7 +279,7 @@ def test_from_the_command_line(work: Path, method: str) -> None:
     run, other = four.method_runs[0], whole.method_runs[0]
     assert (run.method["lora"]["load_in_4bit"], other.method["lora"]["load_in_4bit"]) == (True, False)
     assert run.extras["lora"]["load_in_4bit"] is True
-    assert 0.01 < run.extras["lora"]["base_rounding_nf4"] < 0.2
+    assert 0.05 < run.extras["lora"]["base_rounding_nf4"] < 0.15
     assert "base_rounding_nf4" not in other.extras["lora"]
     assert four.environment.versions["bitsandbytes"] == bitsandbytes.__version__
     assert run.model.fingerprint != other.model.fingerprint

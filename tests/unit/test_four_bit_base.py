@@ -47,7 +47,7 @@ def test_without_bitsandbytes_nothing_starts(monkeypatch: pytest.MonkeyPatch) ->
     check_packages(recipe(a=whole))
     with pytest.raises(UserError, match=said):
         check_packages(recipe(a=whole, b={"name": "chain", "methods": [whole, four]}))
-    model = tiny_model("llama", width=32)
+    model = tiny_model("llama", width=64)
     state = {n: t.clone() for n, t in model.state_dict().items()}
     modules = dict(model.named_modules())
     with pytest.raises(UserError, match=said), adapted(model, QLORA):
@@ -60,7 +60,7 @@ def test_without_bitsandbytes_nothing_starts(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_layers_are_those_that_an_adapter_goes_on_by_default() -> None:
     for family, count in (("llama", 14), ("gpt_neox", 8), ("phi3", 8)):
-        model = tiny_model(family, width=32)
+        model = tiny_model(family, width=64)
         names = {id(layer): name for name, layer in model.named_modules()}
         held = [names[id(layer)] for layer in linears_in_4bit(model)]
         assert len(held) == count
@@ -76,6 +76,9 @@ def test_other_layers_are_refused_by_name(family: str, layer: str) -> None:
     with pytest.raises(UserError, match=rf"'{layer}.*is none.*leave load_in_4bit out"):
         adapted(model, QLORA).__enter__()
     assert not hasattr(model, "peft_config")
+    model = tiny_model("llama", width=96)
+    with pytest.raises(UserError, match=r"multiple of 64 .*'model.layers.0.self_attn.q_proj'"):
+        linears_in_4bit(model)
 
 
 @pytest.mark.parametrize("name", ["filter_lora", "adapter_modules", "dual_adapters", "repselect"])

@@ -41,6 +41,9 @@ from excise.models.structure import sizes
 PeftModel = Any
 """A `peft.PeftModel`."""
 
+BLOCK = 64
+"""Weights in a row that share a scale in NF4."""
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _BEYOND_LORA = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias",
@@ -233,18 +236,21 @@ def linears_in_4bit(model: nn.Module) -> list[nn.Linear]:
         model: The model, not wrapped; shapes are enough.
 
     Raises:
-        UserError: As `targets`, or if a layer is no plain linear layer.
+        UserError: As `targets`, or if a layer is no plain linear layer, or one of a broken block:
+            of a row that ends in one, bitsandbytes 0.50 reads other scales on the CPU.
     """
     names, fused = targets(model)
     named = modules_by_name(model)
-    plain = {name: named[name] for name in names if type(named[name]) is nn.Linear}
+    found: list[nn.Linear] = []
     for name in (*fused, *names):
-        if name not in plain:
+        layer = named.get(name)
+        if type(layer) is not nn.Linear or layer.in_features % BLOCK:
             raise UserError(
-                f"lora.load_in_4bit holds plain linear layers in 4 bits, and '{name}' is none (a "
-                "Conv1D, or experts in one tensor); leave load_in_4bit out"
+                f"lora.load_in_4bit holds nn.Linear of a multiple of {BLOCK} inputs in 4 bits, and "
+                f"'{name}' is none; leave load_in_4bit out"
             )
-    return list(plain.values())  # type: ignore[arg-type]
+        found.append(layer)
+    return found
 
 
 @contextmanager

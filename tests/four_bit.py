@@ -123,22 +123,23 @@ def test_the_layers_are_in_4_bits_and_nothing_else_is() -> None:
     model = tiny()
     rest = {n: p for n, p in model.named_parameters() if "proj" not in n}
     assert len(linears_in_4bit(model)) == 14
-    originals = {name: model.get_submodule(name).weight for name in targets(model)[0]}
-    sizes = {name: weight.numel() for name, weight in originals.items()}
+    layers = {name: model.get_submodule(name) for name in targets(model)[0]}
+    originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     with adapted(model, QLORA) as live:
         held = {n: l for n, l in live.named_modules() if isinstance(l, bitsandbytes.nn.Linear4bit)}
         assert len(held) == 14
         bare = live.base_model.model
-        for name, size in sizes.items():
+        for name, original in originals.items():
             weight = bare.get_submodule(name).base_layer.weight
             assert weight.dtype == torch.uint8
-            assert weight.numel() == size // 2
+            assert weight.numel() == original.numel() // 2
             assert not weight.requires_grad
-            assert weight.original is originals[name]
+            assert torch.equal(weight.original, original)
+            assert layers[name].weight.numel() == 0
             assert (weight.quant_state.quant_type, weight.quant_state.nested) == ("nf4", True)
             back = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-            assert torch.equal(back, rounded(originals[name]))
-            lost = float((back - originals[name]).norm() / originals[name].norm())
+            assert torch.equal(back, rounded(original))
+            lost = float((back - original).norm() / original.norm())
             assert 0.05 < lost < 0.15, name
         kept = dict(bare.named_parameters())
         assert all(kept[name] is parameter for name, parameter in rest.items())

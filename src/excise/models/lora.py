@@ -277,13 +277,14 @@ def _in_4bit(model: nn.Module, linears: Sequence[nn.Linear]) -> Iterator[None]:
     try:
         for parent, leaf, linear in places:
             setattr(parent, leaf, _packed(package, linear))
-            linear.weight.data = linear.weight.data.cpu()
+            linear.weight.data = linear.weight.data.new_empty(0)
         yield
     finally:
         for parent, leaf, linear in places:
-            held = parent.get_submodule(leaf)
-            linear.weight.data = linear.weight.data.to(next(held.parameters()).device)
-            setattr(parent, leaf, linear.train(held.training))
+            held: Any = parent.get_submodule(leaf)
+            if held is not linear:
+                linear.weight.data = held.weight.original.to(linear.weight.device)
+                setattr(parent, leaf, linear.train(held.training))
 
 
 def _packed(package: Any, linear: nn.Linear) -> nn.Linear:
@@ -295,7 +296,7 @@ def _packed(package: Any, linear: nn.Linear) -> nn.Linear:
     )  # fmt: skip
     # Without `module` nothing refers in a circle, and what is replaced is freed at once.
     packed.weight = package.nn.Params4bit(weight.data, quant_type="nf4").to(weight.device)
-    packed.weight.original = weight
+    packed.weight.original = weight.data.cpu()
     packed.bias = linear.bias
     # Otherwise a pass without gradient lays the weight out for a kernel without a backward pass.
     packed.support_avx512bf16_for_cpu = False
@@ -530,7 +531,7 @@ def merge(model: nn.Module, scale: float = 1.0) -> tuple[dict[str, Tensor], dict
         name = f"{canonical(real, prefix)}.{leaf}"
         if name not in own or uses[id(own[name])] > 1:
             raise UserError(f"the adapter is on '{name}', which is shared; it cannot be merged")
-        weight: Tensor = getattr(own[name], "original", own[name]).detach()
+        weight: Tensor = getattr(own[name], "original", own[name].detach())
         exact = weight.float() + scale * _delta(layer).to(weight.device)
         merged[name] = exact.to(weight.dtype)
         short, old = exact.bfloat16(), weight.bfloat16()
@@ -552,7 +553,7 @@ def _rounding(packed: Iterable[Any]) -> float:
     dequantized = require_bitsandbytes().functional.dequantize_4bit
     lost = whole = 0.0
     for weight in packed:
-        exact = weight.original.detach().float()
+        exact = weight.original.float()
         rounded = dequantized(weight.data, weight.quant_state)
         lost += float((exact - rounded.to(exact)).square().sum())
         whole += float(exact.square().sum())

@@ -1,13 +1,17 @@
 """The real bitsandbytes under an adapter: a base in NF4 against ten lines that round it beforehand.
 
 Run by `make bitsandbytes-test`, as `pytest tests/four_bit.py`: peft imports bitsandbytes wherever
-it is installed, and `make test` is to run without it.
+it is installed, and `make test` is to run without it. `python -m tests.four_bit` is the part that
+runs on the second device of the tests, in a process of its own.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -19,8 +23,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.cli import material as m
-from tests.matrix.test_methods import domain_for, made
 from torch import Tensor, nn
 
 from excise.cli import main
@@ -31,6 +33,10 @@ from excise.models.tiny import FAMILIES, tiny_model
 from excise.record import load
 from excise.testing import check_method, toy_start
 from excise.train.recompute import recomputed
+from tests.cli import material
+from tests.cli.test_torchrun import by_hand, weights
+from tests.device.second_device import NAME, install
+from tests.matrix.test_methods import domain_for, made
 
 IDS_BT = torch.arange(4, 24).view(2, 10)
 QLORA = LoRA(rank=2, load_in_4bit=True)
@@ -126,7 +132,7 @@ def test_the_layers_are_in_4_bits_and_nothing_else_is() -> None:
     layers = {name: model.get_submodule(name) for name in targets(model)[0]}
     originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     with adapted(model, QLORA) as live:
-        held = {n: l for n, l in live.named_modules() if isinstance(l, bitsandbytes.nn.Linear4bit)}
+        held = {n: m for n, m in live.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
         assert len(held) == 14
         bare = live.base_model.model
         for name, original in originals.items():
@@ -149,7 +155,7 @@ def test_no_layer_waits_in_two_places_for_the_collector() -> None:
     """What is replaced is freed at once: a circle of references would hold all of it."""
     model = tiny()
     with adapted(model, QLORA) as live:
-        held = [l for l in live.modules() if isinstance(l, bitsandbytes.nn.Linear4bit)]
+        held = [m for m in live.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
         assert all(getattr(layer.weight, "module", None) is None for layer in held)
 
 
@@ -250,6 +256,37 @@ def test_methods_keep_the_contract(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert len(made_of) >= 6 * 14
 
 
+def test_originals_wait_on_the_cpu_while_the_model_is_elsewhere() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.four_bit"],
+        env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},  # which knows no device of others
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def on_the_second_device() -> None:
+    """Check devices while the base is in 4 bits, and that the model is what it was afterwards."""
+    install()
+    model = tiny_model("llama", width=256).to(f"{NAME}:0")
+    parameters = {n: (p, p.detach().cpu()) for n, p in model.named_parameters()}
+    with adapted(model, QLORA) as live:
+        held = [m for m in live.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+        assert len(held) == 14
+        for layer in held:
+            assert layer.weight.device.type == layer.weight.quant_state.absmax.device.type == NAME
+            assert layer.weight.original.device.type == "cpu"
+        ids_BT = IDS_BT.to(f"{NAME}:0")
+        live(input_ids=ids_BT, labels=ids_BT).loss.backward()
+        merged, _ = merge(live)
+        assert {tensor.device.type for tensor in merged.values()} == {"cpu"}
+    for name, parameter in model.named_parameters():
+        was, bits = parameters[name]
+        assert parameter is was
+        assert parameter.device.type == NAME
+        assert torch.equal(parameter.cpu(), bits)
+
+
 def excise(line: str) -> int:
     """Run a command line in this process."""
     return main(shlex.split(line))
@@ -259,9 +296,9 @@ def excise(line: str) -> int:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Work in a folder with a model and rows."""
     folder = tmp_path_factory.mktemp("work")
-    m.save_tiny(folder / "model", width=64)
-    (folder / "f.jsonl").write_text(m.texts("f"))
-    (folder / "r.jsonl").write_text(m.texts("r"))
+    material.save_tiny(folder / "model", width=64)
+    (folder / "f.jsonl").write_text(material.texts("f"))
+    (folder / "r.jsonl").write_text(material.texts("r"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder
@@ -278,7 +315,10 @@ def test_from_the_command_line(work: Path, method: str) -> None:
     assert excise(f"{line} --out {out}-whole") == 0
     four, whole = load(work / out), load(work / f"{out}-whole")
     run, other = four.method_runs[0], whole.method_runs[0]
-    assert (run.method["lora"]["load_in_4bit"], other.method["lora"]["load_in_4bit"]) == (True, False)
+    assert (run.method["lora"]["load_in_4bit"], other.method["lora"]["load_in_4bit"]) == (
+        True,
+        False,
+    )
     assert run.extras["lora"]["load_in_4bit"] is True
     assert 0.05 < run.extras["lora"]["base_rounding_nf4"] < 0.15
     assert "base_rounding_nf4" not in other.extras["lora"]
@@ -291,3 +331,40 @@ def test_from_the_command_line(work: Path, method: str) -> None:
     assert all("lora_" in name for name in weights)
     assert excise(f"export {out} --base model --merge --out {out}-merged") == 0
     assert Checkpoint(work / f"{out}-merged").fingerprint == run.model.fingerprint
+
+
+def test_two_processes_give_the_model_of_one(work: Path) -> None:
+    line = (
+        "remove grad_diff --model model --forget f.jsonl --retain r.jsonl --max_length 32 --quiet"
+        " --fit.steps 3 --fit.batch_size 8 --fit.eps 1e-3 --fit.lr 0.03 --lora.load_in_4bit true"
+    )
+    assert excise(f"{line} --workers 1 --out one/out") == 0
+    codes, said = by_hand(f"{line} --out two/out", work)
+    assert codes == [0, 0], said
+    assert load(work / "two/out").method_runs[0].extras["lora"]["base_rounding_nf4"] > 0.05
+    one, two, start = (
+        weights(work / "one/out"),
+        weights(work / "two/out"),
+        Checkpoint(work / "model"),
+    )
+    before = start.weights_of(start.parameter_names())
+    apart_by = max(float((one[n] - two[n]).abs().max()) for n in one)
+    moved_by = max(float((one[n] - before[n]).abs().max()) for n in one)
+    assert apart_by <= 1e-6
+    assert moved_by > 1e-3
+
+
+def test_a_sweep_adds_every_update_to_the_originals(work: Path) -> None:
+    line = (
+        "remove rmu --model model --forget f.jsonl --retain r.jsonl --layer 0 --fit.steps 3"
+        " --max_length 32 --workers 1 --quiet --lora.load_in_4bit true"
+    )
+    assert excise(f"{line} --steering 5 --engine cached --out alone") == 0
+    assert excise(f"{line} --sweep.steering 5 --engine cached --out swept") == 0
+    alone, swept = (load(work / out).method_runs[0] for out in ("alone", "swept"))
+    assert alone.model.fingerprint == swept.model.fingerprint
+    assert alone.changed
+
+
+if __name__ == "__main__":
+    on_the_second_device()

@@ -126,6 +126,8 @@ def test_its_memory_is_counted_where_it_lies(tmp_path: Path) -> None:
     assert held(last, "cpu", 0.0) - held(small, "cuda:0", 0.0) == 2 * (count - largest)
     # Of RMU the blocks up to the steered one are there.
     rmu, rmu_four = (RMU(layer=0, engine="span", lora=lora) for lora in (LoRA(rank=2), QLORA))
-    first = sum(p.numel() for n, p in shapes.named_parameters() if "layers.0." in n and "_proj" in n)
+    first = sum(
+        p.numel() for n, p in shapes.named_parameters() if "layers.0." in n and "_proj" in n
+    )
     change = held(rmu_four, "cuda", much) - held(rmu, "cuda", much)
     assert change == pytest.approx(first * (BITS / 8 - 2) + 2 * largest)

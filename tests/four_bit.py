@@ -62,8 +62,8 @@ def rounded_model(model: nn.Module) -> Any:
     """Return a copy whose matrices inside the blocks are rounded, and nothing else is."""
     other = copy.deepcopy(model)
     for name in targets(model)[0]:
-        layer = other.get_submodule(name)
-        layer.weight.data = rounded(layer.weight)  # type: ignore[union-attr, operator, arg-type]
+        layer: Any = other.get_submodule(name)
+        layer.weight.data = rounded(layer.weight)
     return other
 
 

@@ -118,9 +118,9 @@ def test_its_memory_is_counted_where_it_lies(tmp_path: Path) -> None:
     assert cpu == pytest.approx(packed * BITS / 8 + 2 * largest)
     assert card == pytest.approx(packed * (BITS / 8 - 2) + 2 * largest)
     # Merged on the CPU, beside the originals; on an accelerator the model is whole but once.
-    few = {"rank": 1, "modules": ("q_proj",), "load_in_4bit": True}
-    small = whole.model_copy(update={"lora": LoRA.model_validate(few)})
-    last = small.model_copy(update={"lora": small.lora.model_copy(update={"load_in_4bit": False})})
+    few = LoRA(rank=1, modules=("q_proj",))
+    last = whole.model_copy(update={"lora": few})
+    small = last.model_copy(update={"lora": few.model_copy(update={"load_in_4bit": True})})
     assert held(last, "cpu", 0.0) == held(last, "cuda:0", 0.0)
     assert held(small, "cpu", 0.0) - held(last, "cpu", 0.0) == pytest.approx(packed * BITS / 8)
     assert held(last, "cpu", 0.0) - held(small, "cuda:0", 0.0) == 2 * (count - largest)

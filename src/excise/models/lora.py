@@ -267,9 +267,9 @@ def _in_4bit(model: nn.Module, linears: Sequence[nn.Linear]) -> Iterator[None]:
         UserError: If there is a layer and bitsandbytes is missing.
     """
     package = require_bitsandbytes() if linears else None
-    wanted = {id(linear) for linear in linears}
+    wanted = {id(linear): linear for linear in linears}
     places = [
-        (parent, leaf, child)
+        (parent, leaf, wanted[id(child)])
         for parent in model.modules()
         for leaf, child in parent.named_children()
         if id(child) in wanted

@@ -37,9 +37,10 @@ browser-test: $(VENV)/.dev
 liger-test: $(VENV)/.liger
 	PYTHONPATH=$(VENV)/liger $(BIN)/python tests/liger.py
 
-# The real bitsandbytes under the 8-bit optimizer, on the CPU.
+# The real bitsandbytes under the 8-bit optimizer and under a base in 4 bits, on the CPU.
 bitsandbytes-test: $(VENV)/.bitsandbytes
 	PYTHONPATH=$(CURDIR)/$(VENV)/bitsandbytes:$(CURDIR) $(BIN)/python tests/eight_bit.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/bitsandbytes:$(CURDIR) $(BIN)/python -m pytest -q tests/four_bit.py
 
 # The pool of a Ray cluster, on two nodes of this machine.
 ray-test: $(VENV)/.ray

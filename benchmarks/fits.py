@@ -47,6 +47,9 @@ WAYS: Mapping[str, dict[str, Any]] = {
         "fit": LEAN | {"master": "model", "activation_checkpointing": True},
     },
     "`--lora.rank 8`": {"name": "grad_diff", "fit": FIT, "lora": {"rank": 8}},
+    "the same, `--lora.load_in_4bit true`": {
+        "name": "grad_diff", "fit": FIT, "lora": {"rank": 8, "load_in_4bit": True}
+    },
     "`rmu`, three matrices": {"name": "rmu", "layer": 7},
 }  # fmt: skip
 """Settings of a method by what a reader calls them."""
@@ -62,7 +65,7 @@ def needs(method: Mapping[str, Any], model: str, folder: Path) -> float:
             "arms": {"edit": {**LENGTH, **method}},
             "audit": {"budget": "none"},
             "dtype": "bfloat16",
-            "device": "cpu",
+            "device": "meta",  # an accelerator, though there is none here
         }
     )
     memory = plan(request, folder / "out", rows=False).memory

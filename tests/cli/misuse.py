@@ -227,6 +227,18 @@ NAMES: dict[str, Case] = {
     "device that is none": Case(remove("--device tpux"), ("'tpux'",)),
     "layer beyond": Case(remove("--layer 9"), ("block 9", "blocks 0 to 1")),
     "modules": Case(remove("--modules '[nothing]'"), ("'nothing'",)),
+    "4 bits without bitsandbytes": tiny(
+        "--model.scratch.width 64 --arms.rmu.lora.load_in_4bit true",
+        "lora.load_in_4bit needs",
+        "pip install 'excise[bitsandbytes]'",
+    ),
+    "4 bits of rows that are no whole blocks": Case(
+        remove("--lora.load_in_4bit true"), ("a multiple of 64 inputs", "q_proj' is none")
+    ),
+    "4 bits of a method that reads whole gradients": Case(
+        f"remove repselect {PLAIN} --elicit.load_in_4bit true",
+        ("--elicit", "load_in_4bit", "leave it out"),
+    ),
     "LoRA modules": Case(remove("--lora.modules '[nothing]'"), ("'nothing'",)),
     "too big": tiny("--model.scratch.width 65536 --model.scratch.blocks 64", "memory", "--force"),
     "clipping of a gradient that is never whole": Case(

@@ -1,6 +1,8 @@
 """LoRA adapters through `peft`, put on for as long as a `with` block lasts.
 
-Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685; on a
+base in 4 bits Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs",
+arXiv:2305.14314.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -38,6 +40,9 @@ from excise.models.structure import sizes
 
 PeftModel = Any
 """A `peft.PeftModel`."""
+
+BLOCK = 64
+"""Weights in a row that share a scale in NF4."""
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -66,6 +71,27 @@ class LoRA(Config):
     """Which linear layers (names, suffixes, globs); empty for all in the blocks that can be."""
     output: Literal["merged", "adapter"] = "merged"
     """Whether only the merged model is kept, or the adapter beside it."""
+    load_in_4bit: bool = False
+    """Whether the linear layers of the blocks are held in NF4 with double quantization while the
+    adapter trains (QLoRA); needs bitsandbytes."""
+
+
+def _in_full(lora: LoRA) -> LoRA:
+    """Refuse a base in 4 bits.
+
+    Raises:
+        ValueError: If it is asked for.
+    """
+    if lora.load_in_4bit:
+        raise ValueError(
+            "load_in_4bit: only methods that edit a trained model through one adapter alone hold "
+            "its weights in 4 bits; leave it out"
+        )
+    return lora
+
+
+FullLoRA = Annotated[LoRA, AfterValidator(_in_full)]
+"""The adapter of a method that trains weights of the base too, or reads or routes gradients."""
 
 
 def _peft() -> ModuleType:
@@ -82,6 +108,21 @@ def _peft() -> ModuleType:
             "LoRA needs the package peft; install it with: pip install excise[lora]"
         ) from None
     return peft  # type: ignore[no-any-return, unused-ignore]
+
+
+def require_bitsandbytes() -> Any:
+    """Import bitsandbytes for a base in 4 bits.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    package = import_bitsandbytes()
+    if package is None:
+        raise UserError(
+            "lora.load_in_4bit needs the package bitsandbytes; install it with: "
+            "pip install 'excise[bitsandbytes]', or leave load_in_4bit out"
+        )
+    return package
 
 
 def targets(model: nn.Module, patterns: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -188,6 +229,80 @@ def adapter_size(model: nn.Module, lora: LoRA) -> int:
     return lora.rank * ends
 
 
+def linears_in_4bit(model: nn.Module) -> list[nn.Linear]:
+    """Return the layers that `LoRA.load_in_4bit` holds in 4 bits: those with an adapter by default.
+
+    Args:
+        model: The model, not wrapped; shapes are enough.
+
+    Raises:
+        UserError: As `targets`, or if a layer is no plain linear layer, or one of a broken block:
+            of a row that ends in one, bitsandbytes 0.50 reads other scales on the CPU.
+    """
+    names, fused = targets(model)
+    named = modules_by_name(model)
+    found: list[nn.Linear] = []
+    for name in (*fused, *names):
+        layer = named.get(name)
+        if type(layer) is not nn.Linear or layer.in_features % BLOCK:
+            raise UserError(
+                f"lora.load_in_4bit holds nn.Linear of a multiple of {BLOCK} inputs in 4 bits, and "
+                f"'{name}' is none; leave load_in_4bit out"
+            )
+        found.append(layer)
+    return found
+
+
+@contextmanager
+def _in_4bit(model: nn.Module, linears: Sequence[nn.Linear]) -> Iterator[None]:
+    """Hold layers in NF4 with double quantization while the block lasts, packed one by one.
+
+    Their own weights wait on the CPU meanwhile, as `original` of the packed ones.
+
+    Args:
+        model: What the layers are in.
+        linears: The layers; their biases stay as they are.
+
+    Raises:
+        UserError: If there is a layer and bitsandbytes is missing.
+    """
+    package = require_bitsandbytes() if linears else None
+    wanted = {id(linear): linear for linear in linears}
+    places = [
+        (parent, leaf, wanted[id(child)])
+        for parent in model.modules()
+        for leaf, child in parent.named_children()
+        if id(child) in wanted
+    ]
+    try:
+        for parent, leaf, linear in places:
+            setattr(parent, leaf, _packed(package, linear))
+            linear.weight.data = linear.weight.data.new_empty(0)
+        yield
+    finally:
+        for parent, leaf, linear in places:
+            held: Any = parent.get_submodule(leaf)
+            if held is not linear:
+                linear.weight.data = held.weight.original.to(linear.weight.device)
+                setattr(parent, leaf, linear.train(held.training))
+
+
+def _packed(package: Any, linear: nn.Linear) -> nn.Linear:
+    """Return a `bitsandbytes.nn.Linear4bit` that computes what a layer does, its weight rounded."""
+    weight = linear.weight
+    packed = package.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=weight.dtype,
+        quant_type="nf4", device="meta",
+    )  # fmt: skip
+    # Without `module` nothing refers in a circle, and what is replaced is freed at once.
+    packed.weight = package.nn.Params4bit(weight.data, quant_type="nf4").to(weight.device)
+    packed.weight.original = weight.data.cpu()
+    packed.bias = linear.bias
+    # Otherwise a pass without gradient lays the weight out for a kernel without a backward pass.
+    packed.support_avx512bf16_for_cpu = False
+    return packed.train(linear.training)  # type: ignore[no-any-return]
+
+
 @contextmanager
 def adapted(
     model: nn.Module, lora: LoRA, seed: int = 0, *, name: str = "default"
@@ -195,7 +310,8 @@ def adapted(
     """Put an adapter on a model for as long as the block lasts.
 
     The adapter starts as the identity; only its parameters require gradients. At the end the
-    model is what it was: same modules, same bits, same flags.
+    model is what it was: same modules, same bits, same flags. With `lora.load_in_4bit` the base is
+    rounded meanwhile; its own weights wait on the CPU, which saves memory of an accelerator alone.
 
     Args:
         model: A `transformers` causal model, not wrapped.
@@ -207,12 +323,14 @@ def adapted(
         The peft model.
 
     Raises:
-        UserError: If peft is missing, the model has an adapter already, or a name matches nothing.
+        UserError: If peft is missing, the model has an adapter already, a name matches nothing, or
+            a layer cannot be held in 4 bits.
     """
     peft = _peft()
     if hasattr(model, "peft_config"):
         raise UserError("the model has an adapter already; merge or unload it first")
     config = _config(peft, model, lora)
+    linears = linears_in_4bit(model) if lora.load_in_4bit else []
     flags = [(p, p.requires_grad) for p in model.parameters()]
     before = set(vars(model))
     layers = [(module, dict(module.named_children())) for module in model.modules()]
@@ -226,7 +344,8 @@ def adapted(
                 module._modules.update(children)
             raise _refused(error, config.target_modules) from None
         wrapped.train(model.training)
-        yield wrapped
+        with _in_4bit(wrapped, linears):
+            yield wrapped
     finally:
         if wrapped is not None:
             wrapped.unload()
@@ -349,6 +468,8 @@ def _find_peft(model: nn.Module) -> PeftModel:
 def reference(model: nn.Module) -> Iterator[PeftModel]:
     """Switch the adapter off for as long as the block lasts: the model as it was before.
 
+    With `lora.load_in_4bit` it is the base in 4 bits.
+
     Args:
         model: What `adapted` yields, or a wrapper of it.
 
@@ -378,7 +499,8 @@ def merge(model: nn.Module, scale: float = 1.0) -> tuple[dict[str, Tensor], dict
     efficient modules with arithmetic operations", arXiv:2306.14870).
 
     Sums are formed in float32 and rounded once to the dtype of the weights; the update of fused
-    experts is rounded to it first, as it is in the adapted model's forward.
+    experts is rounded to it first, as it is in the adapted model's forward. Of a base in 4 bits the
+    update is added to the weights as they were before.
 
     Args:
         model: What `adapted` yields, or a wrapper of it.
@@ -388,7 +510,9 @@ def merge(model: nn.Module, scale: float = 1.0) -> tuple[dict[str, Tensor], dict
         The changed weights by canonical name, and what rounding cost: `merge_rounding` is the
         largest difference between exact and rounded weight in the dtype of the weights,
         `merge_rounding_bf16` the same in bfloat16, `merge_lost_bf16` the share of changed
-        entries that bfloat16 rounds back to the weight they had; `adapter_parameters` counts.
+        entries that bfloat16 rounds back to the weight they had; `adapter_parameters` counts. Of
+        a base in 4 bits, `base_rounding_nf4` is the norm of what rounding took from its weights,
+        over their norm.
 
     Raises:
         UserError: If the model has no adapter, or one on a weight that is shared.
@@ -407,8 +531,8 @@ def merge(model: nn.Module, scale: float = 1.0) -> tuple[dict[str, Tensor], dict
         name = f"{canonical(real, prefix)}.{leaf}"
         if name not in own or uses[id(own[name])] > 1:
             raise UserError(f"the adapter is on '{name}', which is shared; it cannot be merged")
-        weight = own[name].detach()
-        exact = weight.float() + scale * _delta(layer)
+        weight: Tensor = getattr(own[name], "original", own[name].detach())
+        exact = weight.float() + scale * _delta(layer).to(weight.device)
         merged[name] = exact.to(weight.dtype)
         short, old = exact.bfloat16(), weight.bfloat16()
         for key, rounded in (("merge_rounding", merged[name]), ("merge_rounding_bf16", short)):
@@ -418,7 +542,22 @@ def merge(model: nn.Module, scale: float = 1.0) -> tuple[dict[str, Tensor], dict
         lost += int((moved & (short == old)).sum())
     size = sum(p.numel() for n, p in own.items() if is_adapter(n))
     share = lost / changed if changed else 0.0
+    packed = [parameter for parameter in own.values() if hasattr(parameter, "original")]
+    if packed:
+        cost["base_rounding_nf4"] = _rounding(packed)
     return merged, {**cost, "merge_lost_bf16": share, "adapter_parameters": float(size)}
+
+
+def _rounding(packed: Iterable[Any]) -> float:
+    """Return the norm of what 4 bits took from weights, over the norm of the weights."""
+    dequantized = require_bitsandbytes().functional.dequantize_4bit
+    lost = whole = 0.0
+    for weight in packed:
+        exact = weight.original.float()
+        rounded = dequantized(weight.data, weight.quant_state)
+        lost += float((exact - rounded.to(exact)).square().sum())
+        whole += float(exact.square().sum())
+    return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def _delta(layer: Any) -> Tensor:

@@ -1,16 +1,19 @@
-"""A request against the number of processes, before any work starts."""
+"""A request against the processes and packages that are there, before any work starts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, TypeVar
 
 from excise.core.config import Config, ConfigError, configs_in
 from excise.core.errors import UserError
 from excise.methods.base import methods_in
+from excise.models.lora import LoRA, require_bitsandbytes
 from excise.requests.audit import AuditRun
 from excise.requests.recipe import Recipe
 from excise.train.fit import FitConfig
+
+C = TypeVar("C", bound=Config)
 
 TOGETHER = ("pretrain", "arms", "canary")
 """Fields of a request whose models all processes train together; an attack is one process's."""
@@ -37,12 +40,7 @@ def check_batches(request: Recipe | AuditRun, world: int) -> None:
     Raises:
         ConfigError: One problem for each.
     """
-    fits = [
-        (path, fit)
-        for name in TOGETHER
-        for key, config in configs_in(getattr(request, name, None))
-        for path, fit in _fits(config, name + key)
-    ]
+    fits = _inside(request, FitConfig)
     problems = [
         f"{path}.batch_size: {fit.batch_size} rows cannot be dealt to {world} processes; use a "
         f"multiple of {world}"
@@ -51,6 +49,16 @@ def check_batches(request: Recipe | AuditRun, world: int) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def check_packages(request: Recipe | AuditRun) -> None:
+    """Refuse adapters on a base in 4 bits where bitsandbytes is missing.
+
+    Raises:
+        UserError: If it is.
+    """
+    if any(lora.load_in_4bit for _, lora in _inside(request, LoRA)):
+        require_bitsandbytes()
 
 
 def check_fsdp(recipe: Recipe, world: int) -> None:
@@ -106,11 +114,16 @@ def check_fsdp(recipe: Recipe, world: int) -> None:
         raise ConfigError(problems)
 
 
-def _fits(config: Config, at: str) -> Iterator[tuple[str, FitConfig]]:
-    """Yield every training schedule in a configuration, with its path."""
-    if isinstance(config, FitConfig):
-        yield at, config
-        return
-    for name in type(config).model_fields:
-        for key, inner in configs_in(getattr(config, name)):
-            yield from _fits(inner, f"{at}.{name}{key}")
+def _inside(request: Recipe | AuditRun, kind: type[C]) -> list[tuple[str, C]]:
+    """Return every part of one kind of the models that are trained, with its path."""
+
+    def walk(config: Config, at: str) -> Iterator[tuple[str, C]]:
+        if isinstance(config, kind):
+            yield at, config
+            return
+        for name in type(config).model_fields:
+            for key, inner in configs_in(getattr(config, name)):
+                yield from walk(inner, f"{at}.{name}{key}")
+
+    parts = [(n + k, c) for n in TOGETHER for k, c in configs_in(getattr(request, n, None))]
+    return [found for at, config in parts for found in walk(config, at)]

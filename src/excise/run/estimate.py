@@ -46,7 +46,7 @@ from excise.models.anatomy import backbone
 from excise.models.checkpoint import Checkpoint
 from excise.models.folder import meta_model
 from excise.models.hooks import trainable
-from excise.models.lora import LoRA, adapter_size, holds_adapter, on_modules
+from excise.models.lora import LoRA, adapter_size, holds_adapter, linears_in_4bit, on_modules
 from excise.models.spec import ModelSpec, Scratch
 from excise.models.tiny import tiny_config
 from excise.requests.audit import AuditRun
@@ -346,8 +346,11 @@ def plan(
         width = 2 if request.dtype == "bfloat16" else 4
         arms = _arms(request)
         methods = [link for arm in arms.values() for link in links(arm) if shapes is not None]
+        device = device_of(request.device)
         needs = [
-            _memory(method, original, shapes, width, _activations(method, shapes, sizes, width))
+            _memory(
+                method, original, shapes, width, _activations(method, shapes, sizes, width), device
+            )
             for method in methods
         ]
         if count is not None and (request.audit.budget != "none" or spec.scratch):
@@ -358,7 +361,6 @@ def plan(
             models += 1 + request.canary.num_oracles(request.audit.budget)
         if spec.scratch is not None and isinstance(request, Recipe):
             models += 1 + request.oracles
-        device = device_of(request.device)
         slow, fast = GPU_FLOPS if device.startswith("cuda") else CPU_FLOPS
         return Plan(
             request.name,
@@ -445,13 +447,18 @@ def _memory(
     shapes: Any,
     width: int,
     activations: float = 0.0,
+    device: str = "cpu",
 ) -> float:
-    """Return the bytes that a method holds at its peak, with activations of so many bytes."""
+    """Return the bytes that a method holds at its peak, with activations of so many bytes.
+
+    A base in 4 bits waits on the CPU: there it lies beside what is packed, elsewhere in its place.
+    """
     count = sum(p.numel() for p in shapes.parameters())
     if isinstance(method, ImportanceMethod):  # gradients go into files, tensor by tensor
         largest = max(int(p.numel()) for p in shapes.parameters())
         return float(LIBRARIES + count * width + 3 * 4 * largest + activations)
     trained = loaded = count
+    net = shapes
     if isinstance(method, PostHoc) and next(_schedules(method), None) is None:
         trained = 0  # closed forms hold weights alone
     named: tuple[str, ...] = getattr(method, "modules", ())
@@ -462,8 +469,8 @@ def _memory(
         if method.engine == "full":
             loaded = 2 * count if method.lora is None else count
         else:
-            prefix = original.prefix_shapes(method.layer + 1)
-            loaded = sum(p.numel() for p in prefix.parameters())
+            net = original.prefix_shapes(method.layer + 1)
+            loaded = sum(p.numel() for p in net.parameters())
     elif named:
         with trainable(shapes, method.modules) as parameters:  # type: ignore[attr-defined]
             trained = sum(p.numel() for p in parameters.values())
@@ -478,10 +485,22 @@ def _memory(
         _training_memory(trained, loaded, width, method.extra_copies, fit, largest) for fit in fits
     )
     # An adapter is merged into a second copy of the weights, when activations are gone.
-    merging = LIBRARIES + 2 * loaded * width if isinstance(lora, LoRA) else 0
+    merging = LIBRARIES + 2.0 * loaded * width if isinstance(lora, LoRA) else 0.0
+    if isinstance(lora, LoRA) and lora.load_in_4bit:
+        packed = [linear.weight.numel() for linear in linears_in_4bit(net)]
+        beside = IN_4BIT * sum(packed)
+        if device.startswith("cpu"):
+            merging += beside
+        else:  # where originals lie; the model is whole before and after, but for one layer
+            beside -= width * sum(packed)
+            merging = LIBRARIES + float(width * (loaded + max(packed)))
+        held += beside + width * max(packed)  # the layer that computes is there unpacked
     return max(held + activations, merging)
 
 
+IN_4BIT = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+"""Bytes of a weight in NF4: 4 bits, a scale of 8 bits for 64 of them, and one of 32 for 256 scales
+(Dettmers et al. 2023, arXiv:2305.14314)."""
 MOMENTS = {"sgd": 0.0, "adamw_8bit": 2 + 2 * 4 / 256}
 """Bytes that an optimizer remembers of a number it steps; 8 where two are kept in float32."""
 

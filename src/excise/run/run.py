@@ -17,7 +17,7 @@ from excise.models.spec import ModelSpec
 from excise.record import MethodRun, Record
 from excise.requests.audit import AuditRun
 from excise.requests.lengths import fit_lengths
-from excise.requests.processes import check_batches, check_fsdp
+from excise.requests.processes import check_batches, check_fsdp, check_packages
 from excise.requests.recipe import Recipe, starts_from
 from excise.run import output
 from excise.run.canary import remove_canaries
@@ -51,6 +51,7 @@ def run(
     began, started, emit = time.monotonic(), now(), pool.emit
     recipe = fit_lengths(recipe, emit)
     check_batches(recipe, pool.world)
+    check_packages(recipe)
     check_fsdp(recipe, pool.world)
     with output.claim(out, recipe), pool:
         runtime = output.runtime(out, recipe.dtype, recipe.device, emit)
@@ -109,6 +110,7 @@ def audit(
     began, started, emit = time.monotonic(), now(), pool.emit
     request = fit_lengths(request, emit)
     check_batches(request, pool.world)
+    check_packages(request)
     with output.claim(out, request), pool:
         runtime = output.runtime(out, request.dtype, request.device, emit)
         runtime = replace(runtime, world=pool.world)

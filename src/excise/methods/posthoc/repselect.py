@@ -50,7 +50,7 @@ from excise.methods.tuning import (
 from excise.models.anatomy import anatomy
 from excise.models.checkpoint import Checkpoint
 from excise.models.head import final_hidden, head_of
-from excise.models.lora import LoRA, adapted, on_modules
+from excise.models.lora import FullLoRA, LoRA, adapted, on_modules
 from excise.models.names import Names, select
 from excise.train.components import Components, without_top
 from excise.train.distributed import gather, sum_gradients
@@ -64,7 +64,7 @@ class RepSelect(PostHoc):
     name: Literal["repselect"] = "repselect"
     components: Components = Components(count=512, how="shrink")
     """Principal components of each gradient that give way."""
-    elicit: LoRA | None = LoRA(rank=8, alpha=8.0)
+    elicit: FullLoRA | None = LoRA(rank=8, alpha=8.0)
     """Adapter that is trained on forget rows before the gradient is taken; empty for none."""
     elicit_lr: float = Field(default=0.01, gt=0)
     """Learning rate of its epoch of SGD."""

@@ -38,7 +38,7 @@ from excise.methods.pretraining.routed.modules import Placed, Shared, groups_of,
 from excise.methods.pretraining.routed.training import RoutedTraining, routed_fit
 from excise.methods.tuning import finish
 from excise.models.checkpoint import Checkpoint
-from excise.models.lora import LoRA, adapted, add_adapter, targets
+from excise.models.lora import FullLoRA, LoRA, adapted, add_adapter, targets
 from excise.routing import JOINT, Part, Policy, Rule
 from excise.train.fit import FitConfig
 
@@ -53,7 +53,7 @@ class AdapterModules(Method):
     """Schedule; taken from the recipe when missing."""
     labels: LabelNoise | None = None
     """How the given labels differ from the truth; missing means they are right."""
-    lora: LoRA = LoRA(rank=8, alpha=16.0)
+    lora: FullLoRA = LoRA(rank=8, alpha=16.0)
     """The adapter of each capability."""
     lr: float = Field(default=1.0, ge=0)
     """Learning rate of adapters, as a multiple of the schedule's."""
@@ -112,7 +112,7 @@ class DualAdapters(Method):
     """Rows per text, in turn."""
     labels: LabelNoise | None = None
     """How the given labels differ from the truth; missing means they are right."""
-    lora: LoRA = LoRA(rank=8, alpha=16.0)
+    lora: FullLoRA = LoRA(rank=8, alpha=16.0)
     """Each of the adapters; unlike sizes let the larger swallow everything."""
     p_off: float = Field(default=1.0, ge=0, le=1)
     """Share of core rows that are read with the forget adapters off."""

@@ -42,7 +42,7 @@ from excise.methods.pretraining.pretrain import (
 from excise.methods.pretraining.routed.absorption import hash_ordered
 from excise.methods.tuning import Progress, run_fit, state_dir
 from excise.models.checkpoint import Checkpoint
-from excise.models.lora import LoRA, adapted
+from excise.models.lora import FullLoRA, LoRA, adapted
 from excise.train.distributed import barrier
 from excise.train.fit import fit
 
@@ -55,7 +55,7 @@ class FilterLoRA(Method):
     """Schedule; taken from the recipe when missing. Core and adapters share its steps."""
     labels: LabelNoise | None = None
     """How the given labels differ from the truth; missing means they are right."""
-    lora: LoRA = LoRA(rank=16, alpha=32.0)
+    lora: FullLoRA = LoRA(rank=16, alpha=32.0)
     """The adapter of each capability."""
     adapter_share: float = Field(default=0.2, gt=0, lt=1)
     """Share of the steps spent on adapters, the same for every capability."""

@@ -93,6 +93,13 @@ DATA: dict[str, Case] = {
     "spans of nothing to forget": data(
         '{"text": "abcd", "spans": [[0, 3, ""]]}\n', "none of capability 'forget'", "label some"
     ),
+    "file of labels that is not there": Case(
+        "check tiny.yaml --arms.filtering.labels '{file: nowhere.jsonl}' --quiet",
+        ("no file nowhere.jsonl",),
+    ),
+    "file of labels for other texts": tiny(
+        "--arms.filtering.labels '{file: f.jsonl}'", "f.jsonl has the text of none of", "very texts"
+    ),
     "one text with two labellings": data(
         '{"text": "abcd", "spans": [[0, 3, "forget"]]}\n'
         '{"text": "abcd", "spans": [[0, 2, "forget"]]}\n',

@@ -172,9 +172,9 @@ def test_a_domain_is_labelled_and_judged_by_the_truth(
 
 
 WRONG = [
-    (["label", "--out", "out"], "give a file of labelled documents and one without labels"),
+    (["label", "--out", "out"], "give a file of labelled documents (labels) and one without"),
     (["label", "--labels", "few.jsonl"], "--out is missing"),
-    ([*LABEL[:3], "--out", "out"], "give a file of labelled documents and one without labels"),
+    ([*LABEL[:3], "--out", "out"], "give a file of labelled documents (labels) and one without"),
     ([*LABEL, "--domain", "definitions"], "has data of its own"),
     ([*LABEL, "--documents", "3"], "documents: is for a domain"),
     ([*LABEL, "--labeller", "magic"], "--labeller"),
@@ -333,6 +333,13 @@ def test_bad_label_files_are_refused(here: Path) -> None:
     refused([unknown, *lines[1:]], r"line 1: has the capability 'b', which none of the rows")
     refused([{"text": "else"}], r"has the text of none of 16 rows; label the very texts")
     refused([{**lines[0], "spans": [[0, 99, "a"]]}], r"in a text of 11 characters")
+    bad = {**lines[0], "spans": [[0, 99, "a"]]}
+    more = [{"text": f"else {i}"} for i in range(40)]
+    refused(
+        [*lines, *more, {**bad, "text": "another one"}], r"1 of its rows cannot be used, such as"
+    )
+    core = [{"text": line["text"], "marks": line.get("spans")} for line in lines]
+    refused(core, r"labels none of 16 rows as a capability; give its rows 'spans'")
     with pytest.raises(UserError, match=r"there is no file nowhere\.jsonl"):
         give_labels(rows, LabelNoise(file="nowhere.jsonl"), seed=0)
     with pytest.raises(ValueError, match=r"leave out missed_words"):

@@ -35,10 +35,10 @@ AUDIT = (
     " '{{steps: 2, checkpoints: [0, 2], rates: [0.001], max_test_rows: 4, max_other_rows: 4}}'"
 )
 CANARY = (
-    "audit {folder}/out --out {folder}/birds --canary --canary.units 8 --canary.repeats '[1, 20]' --canary.lr 0.01"
-    " --canary.max_length 48 --evaluate.max_length 48 --quiet --audit.change '{{attacks: [transfer],"
-    " steps: 2, checkpoints: [0, 2], rates: [0.001], max_test_rows: 8, max_other_rows: 4,"
-    " max_length: 48}}'"
+    "audit {folder}/out --out {folder}/birds --canary --canary.units 8 --canary.repeats '[1, 20]'"
+    " --canary.lr 0.01 --canary.max_length 48 --evaluate.max_length 48 --quiet --audit.change"
+    " '{{attacks: [transfer], steps: 2, checkpoints: [0, 2], rates: [0.001], max_test_rows: 8,"
+    " max_other_rows: 4, max_length: 48}}'"
 )
 PATIENCE = 400
 """Seconds after which processes hang, on a machine that may be busy with much else."""

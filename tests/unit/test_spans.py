@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,18 +24,32 @@ from excise.core.errors import UserError
 from excise.data.domain import CORE, UNLABELED, Row, Span, content_of, labelled_text
 from excise.data.labels import Confidence, LabelNoise, give_labels, label_quality, propagated
 from excise.data.rows import chunk_rows, parse_record
-from excise.data.spans import labelled_whole, labels_of, pieces, rewritten, with_pieces, word_pieces
+from excise.data.spans import (
+    label_tokens,
+    labelled_whole,
+    labels_of,
+    pieces,
+    rewritten,
+    with_pieces,
+    word_pieces,
+)
 from excise.data.spec import Files
 from excise.data.stream import collate, encode_row, join
+from excise.methods import Filtering
 from excise.methods.pretraining.era import (
     TokenWeights,
     routed_share,
     token_counts,
     token_weights,
 )
+from excise.methods.pretraining.pretrain import Pretrain
 from excise.methods.pretraining.relabel import relabel
 from excise.methods.pretraining.relabel.probe import Judgement
+from excise.models.spec import ModelSpec, Scratch
 from excise.models.tiny import BYTE_VOCAB, byte_tokenizer, tiny_model, train_bpe
+from excise.requests.recipe import EvalSpec, Recipe
+from excise.requests.rows import check_rows
+from excise.train.fit import FitConfig
 
 TEXTS = [
     "Der Fuchs läuft über 42 Brücken.",
@@ -193,7 +208,7 @@ def test_a_slow_tokenizer_is_refused_where_there_are_spans() -> None:
 
 def test_only_spans_of_what_was_cut_off_is_refused() -> None:
     row = Row("u", text="abcdef", spans=(Span(5, 6, "x", 1),))
-    with pytest.raises(UserError, match="within 3 tokens"):
+    with pytest.raises(UserError, match="within 3 tokens, its first is number 6"):
         encode_row(row, byte_tokenizer(), max_length=3, only_spans=True)
 
 
@@ -207,6 +222,9 @@ def test_only_spans_of_what_was_cut_off_is_refused() -> None:
         ([[0, 3, "x"], [2, 4, "y"]], r"\[0, 3\] and \[2, 4\] overlap"),
         ([[0, 3]], r"is no \[start, end, capability\]"),
         ([[0, 3, 7]], "the capability 7"),
+        ([[0, 3, "core"]], "the capability 'core'; give a name, or '' for core"),
+        ([{"start": 0, "end": 3, "label": "x"}], "has no 'capability'"),
+        ([{"begin": 0, "end": 3, "capability": "x"}], "has no 'start'"),
         ([[0, 3, "x", 1.5]], "between 0 and 1"),
         ([[0, 3, "x", float("nan")]], "between 0 and 1"),
         ([[0, 3, "x", True]], "the confidence True"),
@@ -222,15 +240,33 @@ def test_a_span_that_makes_no_sense_is_refused_in_a_sentence(spans: Any, words: 
     assert "\n" not in str(error.value)
 
 
+def test_a_confidence_may_be_null_in_either_form() -> None:
+    for span in ([0, 3, "x", None], {"start": 0, "end": 3, "capability": "x", "confidence": None}):
+        assert parse_record({"text": "abcde", "spans": [span]}).spans == (Span(0, 3, "x"),)
+
+
+def test_a_blank_whose_offsets_were_trimmed_is_the_character_before_them() -> None:
+    spans = (Span(4, 6, "x", 1),)
+    labels, _, cut = label_tokens("ab  cd", [(0, 2), (4, 4), (4, 6)], spans, CORE)
+    assert (labels, cut) == ([CORE, CORE, 1], 0)
+    spans = (Span(0, 3, "x", 1),)
+    assert label_tokens("ab  cd", [(0, 2), (3, 3), (4, 6)], spans, CORE)[0] == [1, 1, CORE]
+
+
 def test_a_question_takes_no_spans() -> None:
     record = {"question": "q", "choices": ["a", "b"], "answer": 0, "spans": [[0, 1, "x"]]}
     with pytest.raises(UserError, match="multiple-choice"):
         parse_record(record)
 
 
-@pytest.mark.parametrize("empty", [None, [], "", "[]"])
+@pytest.mark.parametrize("empty", [None, ""])
 def test_no_spans_are_no_spans(empty: Any) -> None:
     assert parse_record({"text": "abcde", "spans": empty}).spans == ()
+
+
+@pytest.mark.parametrize("empty", [[], "[]"])
+def test_an_empty_list_of_spans_says_that_all_is_core(empty: Any) -> None:
+    assert parse_record({"text": "abcde", "spans": empty}).spans == (Span(0, 5, ""),)
     assert "spans" not in content_of(parse_record({"text": "abcde"}))
 
 
@@ -327,6 +363,72 @@ def test_rows_of_a_capability_without_a_span_of_it_are_left_out(tmp_path: Path) 
     spec = Files(forget={"codes": write(tmp_path / "g.jsonl", rows)}, retain=retain_file(tmp_path))
     with pytest.raises(UserError, match="label some"):
         spec.build(None)
+
+
+def test_a_row_that_a_labeller_found_nothing_in_is_not_to_be_forgotten(tmp_path: Path) -> None:
+    rows = records(40)
+    rows[3]["spans"] = []
+    forget = write(tmp_path / "f.jsonl", rows)
+    domain = Files(forget={"codes": forget}, retain=retain_file(tmp_path, spans=[])).build(None)
+    assert any("1 of 40 rows cannot be used" in note for note in domain.notes)
+    assert not any(rows[3]["text"] == row.text for row in domain.forget["codes"])
+    assert not any(row.spans for row in domain.retain)  # parts of what is core anyhow
+    spec = Files(
+        forget={"codes": write(tmp_path / "g.jsonl", [{**row, "spans": []} for row in rows])},
+        retain=retain_file(tmp_path),
+    )
+    with pytest.raises(UserError, match="label some"):
+        spec.build(None)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"prompt": "The code is ", "completion": "{i} now"}, "in the completion, which is scored"),
+        (
+            {"messages": [{"role": "user", "content": "The code"},
+                          {"role": "assistant", "content": "is {i} now"}]},
+            "in an assistant's turn, which is scored",
+        ),
+    ],
+)  # fmt: skip
+def test_a_span_in_what_is_not_scored_is_refused_before_any_work(
+    record: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    text = json.dumps(record)
+    rows = [json.loads(text.replace("{i}", f"{i * 7919} {i}")) for i in range(40)]
+    for good in (True, False):
+        for row in rows:
+            row["spans"] = [[0, 13 if good else 5, "codes"]]
+        forget = {"codes": write(tmp_path / "f.jsonl", rows)}
+        spec = Files(forget=forget, retain=retain_file(tmp_path))
+        if good:
+            assert spec.build(None).forget["codes"]
+            continue
+        with pytest.raises(UserError, match=words):
+            spec.build(None)
+
+
+def test_spans_that_no_score_reaches_are_refused_before_models_are_made(tmp_path: Path) -> None:
+    forget = write(tmp_path / "f.jsonl", records(40))
+    spec = Files(forget={"codes": forget}, retain=retain_file(tmp_path))
+    recipe = Recipe(
+        name="r", domain=spec, model=ModelSpec(scratch=Scratch(width=8, blocks=1)),
+        pretrain=Pretrain(fit=FitConfig(steps=1, lr=1e-3)), arms={"filtering": Filtering()},
+        evaluate=EvalSpec(max_length=120),
+    )  # fmt: skip
+    domain = spec.build(None)
+    assert check_rows(recipe, domain, byte_tokenizer()) == ()
+    short = recipe.model_copy(update={"evaluate": EvalSpec(max_length=20)})
+    assert check_rows(short, domain, None) == ()
+    with pytest.raises(UserError, match="within 20 tokens, its first is number 2"):
+        check_rows(short, domain, byte_tokenizer())
+    labels = LabelNoise(file=write(tmp_path / "labels.jsonl", records(40)[:30]))
+    filed = recipe.model_copy(update={"arms": {"filtering": Filtering(labels=labels)}})
+    (said,) = check_rows(filed, domain, None)
+    assert re.fullmatch(
+        r"filtering: labels.file has \d+ of \d+ texts; the others are unlabeled", said
+    )
 
 
 def test_pieces_of_a_text_have_the_spans_of_their_characters() -> None:

@@ -13,7 +13,7 @@ from excise.cli.run import recipe_data, recipe_of
 from excise.cli.settings import override
 from excise.cli.study import is_study, statement, study_of
 from excise.core.events import silent
-from excise.data.domain import CORE, Row, Rows, labelled_text
+from excise.data.domain import CORE, Row, Rows, all_rows, labelled_text
 from excise.data.stream import encode, encode_row, show
 from excise.methods.pretraining.pretrain import corpus
 from excise.requests.audit import AuditRun
@@ -36,7 +36,8 @@ def main(options: CheckOptions) -> int:
     out = options.out or Path("runs") / request.name
     estimate = show_plan(request, out, measure=options.measure, quiet=options.quiet)
     estimate.admit(1, silent, force=options.force)
-    print_rows(estimate)
+    pretrain = getattr(request, "pretrain", None)
+    print_rows(estimate, 0 if pretrain is None else pretrain.max_length)
     if isinstance(request, Recipe) and request.pretrain is not None:
         print_text(estimate, request.pretrain.max_length)
     return 0
@@ -52,8 +53,13 @@ def request_of(options: CheckOptions) -> Recipe | AuditRun:
     return recipe_of(options)
 
 
-def print_rows(estimate: Plan) -> None:
-    """Print how many rows each role has, and a forget row with its scored tokens marked."""
+def print_rows(estimate: Plan, read: int = 0) -> None:
+    """Print how many rows each role has, and a forget row with its scored tokens marked.
+
+    Args:
+        estimate: Has domain and tokenizer.
+        read: Tokens of a row that models from scratch read at most; 0 where none is trained.
+    """
     domain = estimate.domain
     assert domain is not None
     print("\nrows by role")
@@ -67,7 +73,12 @@ def print_rows(estimate: Plan) -> None:
         return
     first = next(iter(domain.forget.values()))[0]
     print("\na forget row; scored tokens are marked")
-    print_row(first, estimate.tokenizer, sensitive=domain.sensitive)
+    print_row(first, estimate.tokenizer, sensitive=domain.sensitive, only_spans=True)
+    if read and (lost := _behind(all_rows(domain.forget), estimate.tokenizer, read)):
+        print(
+            f"  note: {lost:,} labelled tokens of forget rows lie behind 'pretrain.max_length' "
+            f"({read}) and are never read; cut the texts (?pieces=), or read more of them"
+        )
 
 
 def print_text(estimate: Plan, max_length: int) -> None:
@@ -91,9 +102,15 @@ def print_text(estimate: Plan, max_length: int) -> None:
     print_row((mixed or texts)[0], tokenizer, sensitive=domain.sensitive)
 
 
-def print_row(row: Row, tokenizer: Any, *, sensitive: bool) -> None:
+def _behind(rows: Rows, tokenizer: Any, read: int) -> int:
+    """Return how many labelled tokens of rows with spans are cut off."""
+    whole = encode([row for row in rows if row.spans], tokenizer, max_length=1 << 20)
+    return sum(n > CORE for e in whole if isinstance(e.label, tuple) for n in e.label[read:])
+
+
+def print_row(row: Row, tokenizer: Any, *, sensitive: bool, only_spans: bool = False) -> None:
     """Print a row with its scored tokens marked, and the parts that have labels of their own."""
-    shown = show(row, tokenizer)
+    shown = show(row, tokenizer, only_spans=only_spans)
     print(shown if not sensitive else "(kept out: the data is sensitive)")
     if row.spans:
         print_spans(row, tokenizer, sensitive=sensitive)

@@ -52,6 +52,7 @@ def summary(facts: dict[str, Any]) -> list[str]:
         f"learned from {documents['learned_from']} labelled documents, measured on "
         f"{documents['held_out']} others ({words['capability']:,} words of capabilities, "
         f"{words['core']:,} core); {documents['unlabelled']:,} had no label",
+        f"capabilities: {', '.join(facts['capabilities'])}",
         f"calibration error {facts['calibration']['error']:.3f}",
         "threshold  precision  recall  flagged",
     ]

@@ -172,7 +172,7 @@ def give_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
         The same rows in the same order, `capability` untouched.
     """
     if noise.file:
-        given_there = labels_from_file(rows, noise)
+        given_there, _ = labels_from_file(rows, noise)
         return given_there if noise.spread == "no" else propagated(given_there, by=noise.spread)
     keys = _row_keys(rows)
     missed = _missed(rows, keys, noise, seed)
@@ -194,7 +194,7 @@ def give_labels(rows: Sequence[Row], noise: LabelNoise, *, seed: int) -> Rows:
     return tuple(given) if noise.spread == "no" else propagated(given, by=noise.spread)
 
 
-def labels_from_file(rows: Sequence[Row], noise: LabelNoise) -> Rows:
+def labels_from_file(rows: Sequence[Row], noise: LabelNoise) -> tuple[Rows, int]:
     """Return the rows with the labels and confidences that a file gives their texts.
 
     Args:
@@ -202,17 +202,24 @@ def labels_from_file(rows: Sequence[Row], noise: LabelNoise) -> Rows:
         noise: Names the file, and the label of rows that are not in it.
 
     Returns:
-        The same rows in the same order, `capability` untouched.
+        The same rows in the same order, `capability` untouched, and the texts of how many of them
+        the file has.
 
     Raises:
-        UserError: If the file cannot be read, labels one text in two ways, names a capability that
-            no row has, or has none of the rows.
+        UserError: If the file or a row of it cannot be read, it labels one text in two ways, names
+            a capability that no row has, or labels none of the rows as one.
     """
     numbers = {"": CORE} | {row.capability: row.label for row in rows if row.capability}
     numbers |= {span.capability: span.label for row in rows for span in row.spans}
     there: dict[str, tuple[Span, ...]] = {}
     places: dict[str, str] = {}
-    for located in read_source(parse_source(noise.file)).rows:
+    source = read_source(parse_source(noise.file))
+    for where, reason in source.skipped:
+        raise UserError(
+            f"labels.file: {len(source.skipped)} of its rows cannot be used, such as {where}: "
+            f"{reason}; mend or remove them"
+        )
+    for located in source.rows:
         text = _key_text(located.row)
         spans = _labels_there(located.row, numbers, located.where)
         if there.setdefault(text, spans) != spans:
@@ -228,12 +235,19 @@ def labels_from_file(rows: Sequence[Row], noise: LabelNoise) -> Rows:
             f"labels.file {noise.file} has the text of none of {counted(len(rows), 'row')}; label "
             "the very texts that the method is given"
         )
-    return tuple(
+    if not any(span.label > CORE for row in rows for span in there.get(_key_text(row), ())):
+        raise UserError(
+            f"labels.file {noise.file} labels none of {counted(len(rows), 'row')} as a capability; "
+            "give its rows 'spans' or a 'capability' (another column as ?spans=NAME), and the very "
+            "texts that are to be forgotten"
+        )
+    given = (
         _as_labelled_there(row, there[_key_text(row)])
         if _key_text(row) in there
         else _as_labelled_there(replace(row, label=label), _whole(row, label))
         for row in rows
     )
+    return tuple(given), len(rows) - lacking
 
 
 def _key_text(row: Row) -> str:

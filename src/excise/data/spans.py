@@ -23,7 +23,7 @@ FORM: Final = "[start, end, capability] or [start, end, capability, confidence]"
 
 
 def parse_spans(values: Sequence[Any], row: Row) -> tuple[Span, ...]:
-    """Return the spans that a file gives a row, in order.
+    """Return the spans that a file gives a row, in order; an empty list says that all is core.
 
     Args:
         values: Lists of two positions, a capability and perhaps a confidence, or objects with these
@@ -40,6 +40,8 @@ def parse_spans(values: Sequence[Any], row: Row) -> tuple[Span, ...]:
             "multiple-choice question; give it as 'prompt' and 'completion'"
         )
     length = len(labelled_text(row))
+    if not values and length:
+        return (Span(0, length, ""),)
     spans = sorted(
         (_parsed(value, i, length) for i, value in enumerate(values)), key=lambda span: span.start
     )
@@ -56,11 +58,14 @@ def _parsed(value: Any, i: int, length: int) -> Span:
     """Return one span of a text of so many characters."""
     at = f"field 'spans[{i}]'"
     if isinstance(value, Mapping):
+        lacking = [name for name in ("start", "end", "capability") if name not in value]
+        if lacking:
+            raise UserError(f"{at} has no '{lacking[0]}'; give {FORM}, or an object with these")
         value = [value.get(name) for name in ("start", "end", "capability", "confidence")]
-        value = value[:3] if value[3] is None else value
     if not isinstance(value, list | tuple) or len(value) not in (3, 4):
         raise UserError(f"{at} is no {FORM}")
-    start, end, capability, confidence = (*value, 1.0)[:4]
+    start, end, capability, confidence = (*value, None)[:4]
+    confidence = 1.0 if confidence is None else confidence
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in (start, end)):
         raise UserError(f"{at} has positions {start!r} and {end!r}; give whole numbers")
     if start == end:
@@ -70,7 +75,7 @@ def _parsed(value: Any, i: int, length: int) -> Span:
             f"{at} is [{start}, {end}] in a text of {length} characters; count characters from 0, "
             "the end behind the last one"
         )
-    if not isinstance(capability, str | None):
+    if not isinstance(capability, str | None) or capability == "core":
         raise UserError(f"{at} has the capability {capability!r}; give a name, or '' for core")
     if isinstance(confidence, bool) or not isinstance(confidence, int | float):
         raise UserError(f"{at} has the confidence {confidence!r}; give a probability")
@@ -355,7 +360,7 @@ def _with_blanks(
 def _trimmed(text: str, a: int, b: int) -> tuple[int, int]:
     """Return a token's characters without blanks at its edges; one at least."""
     words = text[a:b].strip()
-    if not words:
-        return a, max(b, a + 1)
+    if not words:  # a tokenizer that trims offsets leaves of a blank its end alone
+        return (a - 1, a) if a == b > 0 else (a, max(b, a + 1))
     start = text.index(words, a)
     return start, start + len(words)

@@ -175,10 +175,16 @@ def encode_row(
             f"{max_length}; set 'pretrain.max_length' to {parts} times what one row takes"
         )
     if not any(scored):
+        if only_spans and any(target):
+            raise UserError(
+                f"unit '{row.unit}' has no token of a capability within {max_length} tokens, its "
+                f"first is number {target.index(True) + 1}; raise the maximal length, or cut the "
+                "text into shorter rows"
+            )
         if only_spans and row.spans:
             raise UserError(
-                f"unit '{row.unit}' has no token of a capability within {max_length} tokens; raise "
-                "the maximal length, or cut the text into shorter rows"
+                f"unit '{row.unit}' has no token of a capability among those that are scored; put "
+                "its spans where the answer is"
             )
         raise UserError(f"unit '{row.unit}' has no token to score; give it a longer text")
     return Example(shortened(ids), scored, label, row.unit, confidence, cut)
@@ -259,13 +265,16 @@ def encode(
     return [encoded[row] for row in rows]
 
 
-def show(row: Row, tokenizer: Tokenizer, *, max_length: int = 1 << 20) -> str:
+def show(
+    row: Row, tokenizer: Tokenizer, *, max_length: int = 1 << 20, only_spans: bool = False
+) -> str:
     """Return a row as the model reads it, with what is scored between `>>` and `<<`.
 
     Args:
         row: A row of any shape.
         tokenizer: The model's tokenizer.
         max_length: Tokens kept at most.
+        only_spans: As `encode_row`.
 
     Returns:
         A line with the numbers of tokens, then the text.
@@ -273,7 +282,7 @@ def show(row: Row, tokenizer: Tokenizer, *, max_length: int = 1 << 20) -> str:
     Raises:
         UserError: If the row cannot be rendered.
     """
-    example = encode_row(row, tokenizer, max_length=max_length)
+    example = encode_row(row, tokenizer, max_length=max_length, only_spans=only_spans)
     pieces: list[str] = []
     start = 0
     while start < len(example.ids):

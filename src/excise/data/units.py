@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from excise.core.errors import UserError, counted, nearest
@@ -71,13 +72,19 @@ def read_sets(specs: Mapping[str, str], *, sensitive: bool = False) -> tuple[Set
         except UserError as error:
             problems.add(error)
     problems.check()
-    notes = [note for name, source in loaded.items() for note in _left_out(name, source, sensitive)]
+    notes = [note for name, source in loaded.items() for note in left_out(name, source, sensitive)]
     sets, merged = give_units(loaded)
     return sets, (*notes, *merged)
 
 
-def _left_out(name: str, source: SourceRows, sensitive: bool) -> Iterable[str]:
-    """Yield the notes on what of a source was left out, and on rows that name no unit."""
+def left_out(name: str, source: SourceRows, sensitive: bool = False) -> Iterable[str]:
+    """Yield the notes on what of a source was left out, and on rows that name no unit.
+
+    Args:
+        name: What the source is called in a note.
+        source: What was read of it.
+        sensitive: Whether reasons, which may quote a row, stay out of the notes.
+    """
     if source.blank:
         yield f"{name}: {source.blank} blank texts were left out"
     if source.skipped:
@@ -119,6 +126,12 @@ def _with_capability(loaded: SourceRows, name: str, named: Sequence[str]) -> Sou
         if wanted and row.spans and wanted not in {span.capability for span in row.spans}:
             none.append((located.where, f"has spans, none of capability '{wanted}'"))
             continue
+        if wanted and row.spans and not _scored(row, wanted):
+            part = "an assistant's turn" if row.kind == "chat" else "the completion"
+            none.append(
+                (located.where, f"has no span of capability '{wanted}' in {part}, which is scored")
+            )
+            continue
         if loaded.documents:  # equal names of files mean one document in one capability alone
             row = replace(row, unit=f"{wanted or role}/{row.unit}")
         if row.capability and row.capability != wanted:
@@ -131,6 +144,26 @@ def _with_capability(loaded: SourceRows, name: str, named: Sequence[str]) -> Sou
     if none and not out:
         raise UserError(f"{none[0][0]}: {none[0][1]}, and no other row of {name} does; label some")
     return replace(loaded, rows=tuple(out), skipped=(*loaded.skipped, *none))
+
+
+def _scored(row: Row, capability: str) -> bool:
+    """Return whether a span of a capability holds any of what is scored of a row."""
+    scored = [(0, len(labelled_text(row)))]
+    if row.kind == "completion":
+        scored = [(len(row.prompt), len(labelled_text(row)))]
+    elif row.kind == "chat":
+        ends = [*accumulate(len(said) + 1 for _, said in row.messages)]
+        scored = [
+            (end - 1 - len(said), end - 1)
+            for end, (who, said) in zip(ends, row.messages, strict=True)
+            if who == "assistant"
+        ]
+    return any(
+        span.start < end and start < span.end
+        for span in row.spans
+        if span.capability == capability
+        for start, end in scored
+    )
 
 
 def _with_labelled_spans(located: Located, name: str, named: Sequence[str]) -> Row:
@@ -152,8 +185,9 @@ def _with_labelled_spans(located: Located, name: str, named: Sequence[str]) -> R
                 f"{at} is of capability '{span.capability}', but {name} holds what everybody may "
                 f"know; move the row to forget.{span.capability} or to unlabeled"
             )
-    if not spans:
-        return located.row
+    looked_at = any(span.capability or span.confidence < 1 for span in spans)
+    if not looked_at and role not in (*BY_CAPABILITY, "unlabeled"):
+        return replace(located.row, spans=())  # parts of what is core anyhow
     labelled = tuple(replace(span, label=numbers[span.capability]) for span in spans)
     row = replace(located.row, spans=labelled)
     document = with_pieces(row, pieces(row)).label

@@ -44,8 +44,8 @@ class LabelRun(Config):
             raise ValueError("domain: has data of its own; leave out labels and unlabeled, or it")
         if self.domain is None and not (self.labels and self.unlabeled):
             raise ValueError(
-                "labels: give a file of labelled documents and one without labels (unlabeled), or "
-                "a domain"
+                f"{'unlabeled' if self.labels else 'labels'}: is missing; give a file of labelled "
+                "documents (labels) and one without (unlabeled), or a domain"
             )
         if self.documents and self.domain is None:
             raise ValueError("documents: is for a domain; give fewer rows in 'labels' instead")

@@ -52,6 +52,7 @@ from excise.models.tiny import tiny_config
 from excise.requests.audit import AuditRun
 from excise.requests.lengths import fit_lengths
 from excise.requests.recipe import Recipe, budget_for, starts_from
+from excise.requests.rows import check_rows
 from excise.run.canary import teaching
 from excise.run.devices import fitting_workers, gib, worker_devices
 from excise.run.environment import device_of
@@ -336,6 +337,10 @@ def plan(
             tokenizer = scratch_tokenizer(spec, request.domain) if rows else None
         elif original is not None and original.tokenizer_files:
             tokenizer = original.tokenizer()
+        said: tuple[str, ...] = ()
+        if domain is not None:
+            emit("phase", {"text": "checking rows and labels"})
+            said = check_rows(request, domain, tokenizer)
         emit("phase", {"text": "counting tokens"})
         shapes: Any = (
             _shapes(spec.scratch, tokenizer) if spec.scratch else original and original.shapes
@@ -372,7 +377,7 @@ def plan(
             else (models + _kept(request) + _controls(request, count)) * count * width + 2**24,
             out,
             Pace(1 / fast, 1 / slow),
-            notes=(*cut, *_notes(request, spec, original, sizes, rows)),
+            notes=(*cut, *said, *_notes(request, spec, original, sizes, rows)),
             domain=domain,
             tokenizer=tokenizer,
             device=device,

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from excise.core.disk import clone_file, file_sum, part_of, write_text
-from excise.core.errors import UserError, counted
+from excise.core.errors import UserError, counted, nearest
 from excise.core.events import Emit
 from excise.data.domain import UNLABELED, Domain, Row, Rows, labelled_text
 from excise.data.labels import label_rows
 from excise.data.sources import parse_source, read_source
 from excise.data.subsample import subsample
-from excise.data.units import give_units
+from excise.data.units import give_units, left_out
 from excise.fetch.model import open_model
 from excise.labelling.labeller import FACTS, WEIGHTS
 from excise.labelling.stages import LABELS, FitLabeller, LabelledRows, LabelRows
@@ -104,8 +104,10 @@ def _from_files(request: LabelRun, emit: Emit) -> tuple[Rows, tuple[str, ...]]:
     """Return the rows of files, those of `unlabeled` without a label but for their spans."""
     specs = {f"labels {i + 1}": spec for i, spec in enumerate(request.labels)}
     specs |= {f"unlabeled {i + 1}": spec for i, spec in enumerate(request.unlabeled)}
-    sets, notes = give_units({name: read_source(parse_source(s)) for name, s in specs.items()})
-    for note in notes:
+    sources = {name: read_source(parse_source(spec)) for name, spec in specs.items()}
+    left = [note for name, source in sources.items() for note in left_out(name, source)]
+    sets, notes = give_units(sources)
+    for note in (*left, *notes):
         emit("note", {"text": note})
     known, rest = (
         [m.row for name, members in sets.items() if name.startswith(role) for m in members]
@@ -118,6 +120,13 @@ def _from_files(request: LabelRun, emit: Emit) -> tuple[Rows, tuple[str, ...]]:
             f"{request.labels[0]} labels nothing as a capability; give rows 'spans' or a "
             "'capability'"
         )
+    for name, members in sets.items():
+        for member in members if name.startswith("unlabeled") else ():
+            if unknown := {span.capability for span in member.row.spans} - {"", *names}:
+                raise UserError(
+                    f"{member.where}: has a span of the capability '{min(unknown)}', which no "
+                    f"labelled row has; {nearest(min(unknown), names)}"
+                )
     texts = {labelled_text(row) for row in known}
     rest = [replace(row, capability="") for row in rest if labelled_text(row) not in texts]
     unlabelled = (replace(row, label=UNLABELED) for row in label_rows(rest, names))

@@ -24,6 +24,7 @@ from excise.models.lora import holds_adapter
 from excise.models.spec import ModelSpec
 from excise.record import Item, MethodRun, Record
 from excise.requests.recipe import AuditSpec, EvalSpec, Recipe, budget_for, starts_from
+from excise.requests.rows import check_rows
 from excise.run.results import (
     Models,
     audited_arm,
@@ -179,9 +180,12 @@ def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Model
     """Build the domain and make or open the original and the oracles."""
     if recipe.model.scratch is None:
         original = open_model(recipe.model)
-        return recipe.domain.build(original), Models(original)
+        domain = recipe.domain.build(original)
+        _check(recipe, domain, original.tokenizer() if original.tokenizer_files else None, pool)
+        return domain, Models(original)
     domain = recipe.domain.build(None)
     tokenizer = scratch_tokenizer(recipe.model, recipe.domain)
+    _check(recipe, domain, tokenizer, pool)
     seeds = [recipe.seed, *(recipe.seed + 1000 + i for i in range(recipe.oracles))]
     stages = [MakeModel(recipe.model.scratch, tokenizer, s) for s in (*seeds, recipe.seed + ARMS)]
     inits = pool.map(runtime.run, stages)
@@ -196,6 +200,12 @@ def prepare(recipe: Recipe, runtime: Runtime, pool: Pool) -> tuple[Domain, Model
     original, *oracles = [removal.checkpoint for removal in trained]
     tokens = trained[0].cost.tokens
     return domain, Models(original, tuple(oracles), init=inits[-1], tokens=tokens)
+
+
+def _check(recipe: Recipe, domain: Domain, tokenizer: Any, pool: Pool) -> None:
+    """Refuse rows that do not fit the recipe, and say what files of labels have of them."""
+    for note in check_rows(recipe, domain, tokenizer):
+        pool.emit("note", {"text": note})
 
 
 def scratch_tokenizer(model: ModelSpec, domain: DomainSpec) -> Any:

@@ -84,8 +84,9 @@ def cut_to(config: Pretrain, steps: int, name: str) -> Pretrain:
     """
     if steps < 1:
         raise UserError(
-            f"method '{name}' has {steps} of {config.fit.steps} steps left to train with; give "
-            "'pretrain.fit.steps' more or the method's other work a smaller share"
+            f"method '{name}' has none of {config.fit.steps:,} steps left to train with, for its "
+            f"other work takes as much as {config.fit.steps - steps:,}; give 'pretrain.fit.steps' "
+            "more or the method's other work a smaller share"
         )
     warmup = config.fit.warmup * steps // config.fit.steps
     shorter = config.fit.model_copy(update={"steps": steps, "warmup": warmup})

@@ -37,7 +37,7 @@ need() { # module part: says in the file that the part is skipped where the modu
     python -c "import $1" 2>/dev/null || { row "$2" skipped 0 "the package $1 is not installed"; return 1; }
 }
 
-part rmu-engines 60 python benchmarks/rmu.py --device $DEVICE ${SMALL:+--width 32 --rounds 1} --no-save
+part rmu-engines 50 python benchmarks/rmu.py --device $DEVICE ${SMALL:+--width 32 --rounds 1} --no-save
 part vocabulary-losses 40 python benchmarks/vocab.py --device $DEVICE ${SMALL:+--vocab 512 --tokens 64 --width 16 --rounds 1} --no-save
 part second-model 45 python benchmarks/posthoc.py --device $DEVICE ${SMALL:+--width 32 --blocks 2 --rounds 1} --no-save
 if need bitsandbytes adamw-8bit; then
@@ -48,13 +48,14 @@ if [ "$DEVICE" = cpu ]; then
 elif need liger_kernel liger; then
     part liger 40 python -m pytest -q tests/unit/test_vocab_liger.py
 fi
-part removal-and-audit 90 python -m excise run demo --device $DEVICE --out "$(mktemp -d)/out" --quiet ${SMALL:+--dry-run}
-part parity-by-method 90 python benchmarks/parity.py --device $DEVICE ${SMALL:+--methods rmu npo sgtm}
+part removal-and-audit 80 python -m excise run demo --device $DEVICE --out "$(mktemp -d)/out" --quiet ${SMALL:+--dry-run}
+part parity-by-method 80 python benchmarks/parity.py --device $DEVICE ${SMALL:+--methods rmu npo sgtm}
 part distillation-utilisation 40 python benchmarks/distil.py --device $DEVICE ${SMALL:+--dtype float32 --width 64 --blocks 2 --vocab 512 --rows 4 --tokens 64 --steps 6 --matrix 512} --no-save
+part compiled-blocks 40 python benchmarks/compiled.py --device $DEVICE ${SMALL:+--width 32 --blocks 1 --pairs 2} --no-save
 part relearning-grid 40 python benchmarks/relearn.py --device $DEVICE --rounds 1 --no-save
 part routing-overhead 35 python benchmarks/routing.py --device $DEVICE ${SMALL:+--width 64 --pairs 3} --no-save
 if python -c "from excise.fetch import require; require('smollm2-135m')" 2>/dev/null; then
-    part smollm-cyber 80 python -m excise run smollm-cyber --device $DEVICE --out "$(mktemp -d)/out" --quiet ${SMALL:+--dry-run}
+    part smollm-cyber 70 python -m excise run smollm-cyber --device $DEVICE --out "$(mktemp -d)/out" --quiet ${SMALL:+--dry-run}
 else
     row smollm-cyber skipped 0 "the model is not here; excise fetch smollm2-135m"
 fi

@@ -215,7 +215,7 @@ def test_what_cannot_be_published_is_refused(
     study = made().study
     assert study is not None
     large = made(study=study.model_copy(update={"tables": (table,)}))
-    with pytest.raises(UserError, match=r"bytes of at most 30,000; run fewer"):
+    with pytest.raises(UserError, match=r"bytes of at most 40,000; run fewer"):
         text_of(compact(large))
     save(made(), tmp_path)
     with pytest.raises(UserError, match="no page has lines '<!-- edges -->'"):

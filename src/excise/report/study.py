@@ -184,10 +184,16 @@ def by_condition(study: StudyRecord, metric: str) -> Markup | None:
         (r, Dot("candidate", r.value or 0.0, r.low or 0.0, r.high or 0.0))
         for r in reversed(by_name.values())
     ]
-    shown = [IntervalRow(words.clip(r.condition, 44), f"{d.value:.2f}", (d,)) for r, d in dots]
+
+    def digits(x: float) -> str:
+        return f"{x:.2f}".replace("-0.00", "0.00")
+
+    shown = [IntervalRow(words.clip(r.condition, 44), digits(d.value), (d,)) for r, d in dots]
     ends = [end for _, d in dots for end in (d.low, d.high)]
     axis = linear_axis(f"{words.clip(name, 44)}, 95 % interval", [*ends, 0.0])
-    said = "; ".join(f"{r.condition} {d.value:.2f} [{d.low:.2f}, {d.high:.2f}]" for r, d in dots)
+    said = "; ".join(
+        f"{r.condition} {digits(d.value)} [{digits(d.low)}, {digits(d.high)}]" for r, d in dots
+    )
     title = f"{name}, by condition of {study.name}"
     return interval_plot("by-condition", title, f"{name}: {said}", axis, shown)
 

@@ -381,7 +381,7 @@ def test_hidden_features_cost_steps(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the model has 3 blocks"):
         method.model_copy(update={"block": 7}).apply(start, domain, context(tmp_path / "bad"))
     short = config.model_copy(update={"fit": fit.model_copy(update={"steps": 3})})
-    with pytest.raises(UserError, match="0 of 3 steps left"):
+    with pytest.raises(UserError, match="none of 3 steps left"):
         method.model_copy(update={"pretrain": short}).apply(start, domain, context(tmp_path / "s"))
 
 

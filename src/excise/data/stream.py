@@ -175,7 +175,7 @@ def encode_row(
             f"{max_length}; set 'pretrain.max_length' to {parts} times what one row takes"
         )
     if not any(scored):
-        if only_spans and any(target):
+        if only_spans and row.spans and any(target):
             raise UserError(
                 f"unit '{row.unit}' has no token of a capability within {max_length} tokens, its "
                 f"first is number {target.index(True) + 1}; raise the maximal length, or cut the "

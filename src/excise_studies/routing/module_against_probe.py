@@ -422,7 +422,7 @@ def decide(study: ModuleAgainstProbe, found: Mapping[str, Compared]) -> Decision
         needed: set[float] = set()
         for key in each.gaps:
             verdict = asked[key].verdict
-            sides = {"above": (1,), "below": (-1,)}.get(verdict, (-1, 1))
+            sides = {"above": (1,), "below": (-1,), "undecided": ()}.get(verdict, (-1, 1))
             needed |= {side * study.retain_margin for side in sides}
             against = hindrance(study, name, each, sides)
             text = f"{'all units' if key.startswith('D') else 'units not found'}: "
@@ -431,10 +431,9 @@ def decide(study: ModuleAgainstProbe, found: Mapping[str, Compared]) -> Decision
         if len(said) == 1:
             said.append("the probe found every unit, so nothing says what a module absorbs")
         parts.append(f"{name}: {', '.join(said)}")
-        thresholds = tuple(sorted(needed))
-        used.append(
-            Contrast(f"Retain of {name} minus {PROBE}", each.retain, thresholds, study.error)
-        )
+        if needed:
+            retain = f"Retain of {name} minus {PROBE}"
+            used.append(Contrast(retain, each.retain, tuple(sorted(needed)), study.error))
         used += [asked[key] for key in each.gaps]
     return Decision("; ".join(parts), tuple(used))
 
@@ -447,7 +446,7 @@ def hindrance(study: ModuleAgainstProbe, name: str, each: Compared, sides: tuple
         name: The routed arm.
         each: How it compares.
         sides: 1 where the arm must cost no more and be taught by the attacker, -1 where the probe
-            that filters must.
+            that filters must; none of what is undecided.
     """
     margin = study.retain_margin
     retain = Contrast("", each.retain, (-margin, margin), study.error)

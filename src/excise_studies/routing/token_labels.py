@@ -159,7 +159,7 @@ class TokenLabels(Study):
         "nats of plain training; the preset slows more if the lower end of the 95 % interval is "
         "above the margin. Intervals over seeds and units."
     )
-    takes: ClassVar[str] = "25 minutes, 1 GiB; resumes where it was stopped"
+    takes: ClassVar[str] = "20 to 25 minutes, 1 GiB; resumes where it was stopped"
 
     name: Literal["token-labels"] = "token-labels"
     """Name on the command line."""
@@ -183,7 +183,7 @@ class TokenLabels(Study):
     """Share of errors at which D is read, and thresholds are moved."""
     confidence: Confidence = Confidence(concentration=1.0)
     """What the labeller says of its labels where thresholds are moved."""
-    thresholds: tuple[float, ...] = (0.5, 0.2, 0.05)
+    thresholds: tuple[float, ...] = (0.2,)
     """Probabilities above which methods act, towards recall; empty for none."""
     preset: str = TOKENS
     """The method that others are held against."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from excise.methods.pretraining.relabel import relabel
 from excise.methods.pretraining.relabel.probe import Judgement
 from excise.models.spec import ModelSpec, Scratch
 from excise.models.tiny import BYTE_VOCAB, byte_tokenizer, tiny_model, train_bpe
-from excise.requests.recipe import EvalSpec, Recipe
+from excise.requests.recipe import AuditSpec, EvalSpec, Recipe
 from excise.requests.rows import check_rows
 from excise.train.fit import FitConfig
 
@@ -423,6 +423,17 @@ def test_spans_that_no_score_reaches_are_refused_before_models_are_made(tmp_path
     assert check_rows(short, domain, None) == ()
     with pytest.raises(UserError, match="within 20 tokens, its first is number 2"):
         check_rows(short, domain, byte_tokenizer())
+    attacked = recipe.model_copy(update={"audit": AuditSpec(change={"max_length": 20})})
+    with pytest.raises(UserError, match="within 20 tokens"):
+        check_rows(attacked, domain, byte_tokenizer())
+
+    def bare(rows: Sequence[Row]) -> tuple[Row, ...]:
+        return tuple(replace(row, spans=()) for row in rows)
+
+    test, dev = ({"codes": bare(side["codes"])} for side in (domain.test, domain.dev_forget))
+    alone = replace(domain, test=test, dev_forget=dev)  # what is relearned has its spans
+    with pytest.raises(UserError, match="within 20 tokens"):
+        check_rows(attacked, alone, byte_tokenizer())
     labels = LabelNoise(file=write(tmp_path / "labels.jsonl", records(40)[:30]))
     filed = recipe.model_copy(update={"arms": {"filtering": Filtering(labels=labels)}})
     (said,) = check_rows(filed, domain, None)

@@ -36,10 +36,11 @@ def main(options: CheckOptions) -> int:
     out = options.out or Path("runs") / request.name
     estimate = show_plan(request, out, measure=options.measure, quiet=options.quiet)
     estimate.admit(1, silent, force=options.force)
-    pretrain = getattr(request, "pretrain", None)
-    print_rows(estimate, 0 if pretrain is None else pretrain.max_length)
-    if isinstance(request, Recipe) and request.pretrain is not None:
-        print_text(estimate, request.pretrain.max_length)
+    scratch = request.pretrain if isinstance(request, Recipe) else None
+    read = 0 if scratch is None else scratch.max_length
+    print_rows(estimate, read)
+    if read:
+        print_text(estimate, read)
     return 0
 
 

@@ -214,7 +214,8 @@ def labels_from_file(rows: Sequence[Row], noise: LabelNoise) -> tuple[Rows, int]
     there: dict[str, tuple[Span, ...]] = {}
     places: dict[str, str] = {}
     source = read_source(parse_source(noise.file))
-    for where, reason in source.skipped:
+    if source.skipped:
+        where, reason = source.skipped[0]
         raise UserError(
             f"labels.file: {len(source.skipped)} of its rows cannot be used, such as {where}: "
             f"{reason}; mend or remove them"

@@ -179,10 +179,12 @@ def by_condition(study: StudyRecord, metric: str) -> Markup | None:
     name = next((r.metric for r in known if r.metric.startswith(metric)), None)
     if name is None:
         return None
-    by_name = {r.condition: r for r in reversed(known) if r.metric == name}
+    first: dict[str, StudyRow] = {}
+    for each in known:
+        if each.metric == name:
+            first.setdefault(each.condition, each)
     dots = [
-        (r, Dot("candidate", r.value or 0.0, r.low or 0.0, r.high or 0.0))
-        for r in reversed(by_name.values())
+        (r, Dot("candidate", r.value or 0.0, r.low or 0.0, r.high or 0.0)) for r in first.values()
     ]
 
     def digits(x: float) -> str:

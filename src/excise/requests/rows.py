@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from excise.data.domain import Domain
+from excise.auditor.evaluation_set import evaluation_set
+from excise.data.domain import Domain, Rows
 from excise.data.labels import label_rows, labels_from_file
 from excise.data.stream import encode
 from excise.data.subsample import subsample
@@ -12,10 +14,7 @@ from excise.methods.base import Method, methods_in
 from excise.methods.pretraining.pretrain import corpus
 from excise.methods.tuning import forget_rows
 from excise.requests.audit import AuditRun
-from excise.requests.recipe import Recipe, starts_from
-
-SCORED = ("test", "dev_forget")
-"""Roles that are scored by the labelled tokens of their rows."""
+from excise.requests.recipe import Recipe, budget_for, starts_from
 
 
 def check_rows(request: Recipe | AuditRun, domain: Domain, tokenizer: Any) -> tuple[str, ...]:
@@ -30,15 +29,13 @@ def check_rows(request: Recipe | AuditRun, domain: Domain, tokenizer: Any) -> tu
         Notes on what files of labels have of the rows.
 
     Raises:
-        UserError: If a scored row has no labelled token within `evaluate.max_length`, or a file of
-            labels does not fit the rows of its method.
+        UserError: If a row that is scored or relearned has no labelled token within the length that
+            is read of it, or a file of labels does not fit the rows of its method.
     """
     if tokenizer is not None:
-        asked = request.evaluate
-        for role in SCORED:
-            for rows in getattr(domain, role).values():
-                spanned = [row for row in subsample(rows, asked.max_rows) if row.spans]
-                encode(spanned, tokenizer, max_length=asked.max_length, only_spans=True)
+        for rows, length in _read(request, domain, tokenizer):
+            spanned = [row for row in rows if row.spans]
+            encode(spanned, tokenizer, max_length=length, only_spans=True)
     arms = request.arms if isinstance(request, Recipe) else {}
     return tuple(
         note
@@ -46,6 +43,16 @@ def check_rows(request: Recipe | AuditRun, domain: Domain, tokenizer: Any) -> tu
         for method in methods_in(arm)
         for note in _said_of_file(name, method, domain)
     )
+
+
+def _read(request: Recipe | AuditRun, domain: Domain, tokenizer: Any) -> Iterator[tuple[Rows, int]]:
+    """Yield rows of which labelled tokens alone are scored or relearned, and the tokens read."""
+    for rows in (*domain.test.values(), *domain.dev_forget.values()):
+        yield subsample(rows, request.evaluate.max_rows), request.evaluate.max_length
+    if request.audit.budget != "none":
+        drawn = evaluation_set(domain, budget_for(request.audit, 0), tokenizer)
+        for rows in (*drawn.test.values(), *drawn.dev.values(), *domain.relearn.values()):
+            yield rows, drawn.max_length
 
 
 def _said_of_file(name: str, method: Method, domain: Domain) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from excise.requests.labelling import LabelRun
 from excise.requests.registry import registry
 from excise.run.labelling import given_rows
 from excise.train.fit import FitConfig
+from tests.cli import material as m
 from tests.cli.material import state
 from tests.parity.toy import context, toy_checkpoint
 
@@ -344,3 +345,18 @@ def test_bad_label_files_are_refused(here: Path) -> None:
         give_labels(rows, LabelNoise(file="nowhere.jsonl"), seed=0)
     with pytest.raises(ValueError, match=r"leave out missed_words"):
         LabelNoise(file="given.jsonl", missed_words=0.5)
+
+
+@pytest.mark.parametrize("start", ["scratch", "trained"])
+def test_a_run_refuses_a_file_of_labels_before_it_makes_anything(here: Path, start: str) -> None:
+    if start == "scratch":
+        (here / "tiny.yaml").write_text(m.TINY)
+        line = ["run", "tiny.yaml", "--arms.filtering.labels"]
+    else:
+        m.save_tiny(here / "model")
+        (here / "f.jsonl").write_text(m.texts("f", 40))
+        (here / "r.jsonl").write_text(m.texts("r", 40))
+        line = ["remove", "grad_diff", "--model", "model", "--forget", "f.jsonl"]
+        line += ["--retain", "r.jsonl", "--fit.steps", "1", "--labels"]
+    assert main([*line, "{file: nowhere.jsonl}", "--out", "out", "--quiet"]) == 2
+    assert not list(here.glob("**/.stages/*/*"))

@@ -1,7 +1,8 @@
-"""Strengths of methods, chosen on dev of seeds that are not reported."""
+"""Strengths of methods, chosen on dev."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,15 +12,22 @@ from excise.core.errors import UserError
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
 from excise.evals.score import measure
-from excise.methods.base import Method
+from excise.methods.base import Method, Removal
 from excise.models.checkpoint import Checkpoint
 from excise.record import StudyRow, StudyTable
 from excise.train.fit import FitConfig
 from excise.train.pool import Pool
+from excise_studies.attacking import RunKey
 from excise_studies.base import Replicate, row
 from excise_studies.levels import estimate
 from excise_studies.recovery import RecoveryScores
-from excise_studies.setting import ExperimentSetting, checkpoints, conditions_of, make_conditions
+from excise_studies.setting import (
+    ExperimentSetting,
+    Make,
+    checkpoints,
+    conditions_of,
+    make_conditions,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,29 @@ def dev_scores(job: DevJob) -> tuple[float, float]:
     return on_forget, on_retain
 
 
+def scores_on_dev(
+    models: Mapping[RunKey, Checkpoint],
+    replicates: Mapping[int, Replicate],
+    length: int,
+    runtime: Runtime,
+    pool: Pool,
+) -> dict[RunKey, tuple[float, float]]:
+    """Return the headline scores of models on `dev_forget` and `dev_retain` of their seeds.
+
+    Args:
+        models: By condition and seed.
+        replicates: Data by seed.
+        length: Longest row, in tokens.
+        runtime: Where models are loaded.
+        pool: Worker processes.
+    """
+    jobs = {
+        key: DevJob(model, replicates[key[1]].domain, length, runtime.device)
+        for key, model in models.items()
+    }
+    return dict(zip(jobs, pool.map(dev_scores, list(jobs.values())), strict=True))
+
+
 def stronger(method: Method, factor: float) -> Method:
     """Return a method with its learning rate multiplied.
 
@@ -58,6 +89,21 @@ def stronger(method: Method, factor: float) -> Method:
         )
     lr = float(f"{fit.lr * factor:.6g}")
     return method.model_copy(update={"fit": fit.model_copy(update={"lr": lr})})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A strength that was tried.
+
+    Attributes:
+        factor: On the learning rate.
+        dev: Scores on `dev_forget` and `dev_retain`.
+        removal: The model.
+    """
+
+    factor: float
+    dev: tuple[float, float]
+    removal: Removal
 
 
 Rule = Callable[[Mapping[float, tuple[float, float]], float], float]
@@ -95,11 +141,7 @@ def matched(
         **checkpoints(removals),
         **{("original", s): d.original for s, d in replicates.items()},
     }
-    jobs = {
-        key: DevJob(model, replicates[key[1]].domain, length, runtime.device)
-        for key, model in models.items()
-    }
-    scores = dict(zip(jobs, pool.map(dev_scores, list(jobs.values())), strict=True))
+    scores = scores_on_dev(models, replicates, length, runtime, pool)
 
     def mean(condition: str, side: int) -> float:
         return sum(scores[condition, seed][side] for seed in replicates) / len(replicates)
@@ -110,6 +152,74 @@ def matched(
             mean("original", 1),
         )
         for name in teachers
+    }
+
+
+def matched_by_seed(
+    methods: Mapping[str, Method],
+    span: tuple[float, float],
+    tries: int,
+    near: float,
+    experiment: ExperimentSetting,
+    replicates: Mapping[int, Replicate],
+    level: float,
+    rule: Rule,
+    runtime: Runtime,
+    pool: Pool,
+) -> dict[RunKey, Trial]:
+    """Return every method at the strength that dev of the same seed chose, found by bisection.
+
+    Of more strength less is left: the next factor is the geometric middle of the span, and the
+    span is halved towards the level until a score lies near it or `tries` are spent.
+
+    Args:
+        methods: At their middle strength, by name.
+        span: Least and largest factor on their learning rates.
+        tries: Models trained of a method and seed, at most.
+        near: Difference to the level at which a search ends.
+        experiment: Gives the length of rows.
+        replicates: Data and originals.
+        level: Score on `dev_forget` to come near.
+        rule: What is chosen of the factors tried.
+        runtime: Where stages are kept.
+        pool: Worker processes.
+    """
+    length = experiment.pretrain.max_length
+    keys = [(name, seed) for name in methods for seed in replicates]
+    originals = scores_on_dev(
+        {("original", s): r.original for s, r in replicates.items()},
+        replicates, length, runtime, pool,
+    )  # fmt: skip
+    spans = dict.fromkeys(keys, span)
+    tried: dict[RunKey, dict[float, tuple[float, float]]] = {key: {} for key in keys}
+    models: dict[RunKey, dict[float, Removal]] = {key: {} for key in keys}
+    open_ = set(keys)
+    for _ in range(tries):
+        factors = {key: math.sqrt(spans[key][0] * spans[key][1]) for key in keys if key in open_}
+        removals = make_conditions(
+            {
+                (name, seed): Make(
+                    stronger(methods[name], factor),
+                    replicates[seed].original,
+                    replicates[seed].domain,
+                )
+                for (name, seed), factor in factors.items()
+            },
+            runtime,
+            pool,
+        )
+        scores = scores_on_dev(checkpoints(removals), replicates, length, runtime, pool)
+        for key, factor in factors.items():
+            tried[key][factor], models[key][factor] = scores[key], removals[key]
+            low, high = spans[key]
+            left = scores[key][0]
+            spans[key] = (factor, high) if left > level else (low, factor)
+            if abs(left - level) <= near:
+                open_.discard(key)
+    chosen = {key: rule(tried[key], originals["original", key[1]][1]) for key in keys}
+    return {
+        key: Trial(factor, tried[key][factor], models[key][factor])
+        for key, factor in chosen.items()
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,14 @@ import torch
 from tests.studies.tiny_setting import EXPERIMENT
 
 from excise.core.errors import UserError
+from excise.core.stages import Runtime
 from excise.domains.arithmetic import Arithmetic
 from excise.evals.replicates import Decision, spearman
 from excise.evals.stats import Estimate
 from excise.methods import SSD
 from excise.methods.distillation.undo import Undo
-from excise_studies.attacking import Attacked, chosen, known
+from excise_studies import matching
+from excise_studies.attacking import Attacked, RunKey, chosen, known
 from excise_studies.distillation.dark_knowledge import DarkKnowledge
 from excise_studies.distillation.dark_knowledge import decide as decide_dark
 from excise_studies.distillation.distil_corpus import DistilCorpus, retain_lost
@@ -40,7 +44,7 @@ from excise_studies.distillation.predictions import (
     shuffled,
     threshold,
 )
-from excise_studies.distillation.presets import maxent
+from excise_studies.distillation.presets import graddiff, maxent
 from excise_studies.distillation.pretrain_loss import NOTHING, PretrainLoss
 from excise_studies.distillation.pretrain_loss import decide as decide_push
 from excise_studies.distillation.pretrain_loss import differences as pushed
@@ -77,6 +81,7 @@ from excise_studies.recovery import (
     groups_of,
     recovery_table,
 )
+from excise_studies.setting import Make
 
 DOMAIN = Arithmetic(factors=8, addends=8).build(None)
 UNITS = sorted({row.unit for row in DOMAIN.test["tables"]})
@@ -512,7 +517,7 @@ def reversed_by(curves: Mapping[str, Sequence[float]]) -> RecoveryScores:
 
 def test_a_reversal_is_measured_at_a_bar_that_both_reach() -> None:
     """RMU is at half after 8 steps and the other at 32; neither comes half-way to the original."""
-    study = ReversalCost(against=("tar",))
+    study = ReversalCost(against=("tar",), seeds=(1, 2, 3))
     found = reversed_by({"rmu": (0.0, 0.4, 0.4), "tar": (0.0, 0.0, 0.4)})
     groups = dict.fromkeys(study.seeds, groups_of(DOMAIN))
     ours, theirs = costs_at_bar(study, found, ("rmu", "tar"), groups)
@@ -536,13 +541,62 @@ def test_reversal_is_decided_against_each() -> None:
     decision = decide_reversal(study, found)
     assert decision.text.startswith("against tar: RMU is easier to reverse; against grad_diff: no")
     assert [contrast.error for contrast in decision.contrasts] == [0.025, 0.025]
-    for change, sentence in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"methods": {"maxent": maxent()}}, "needs 'rmu'"),
         ({"against": ("nobody",)}, "no method is called 'nobody'"),
         ({"against": ("rmu",)}, "'rmu' is what is compared"),
-    ):
+        ({"span": (1.0, 0.5)}, "the least first"),
+    )
+    for change, sentence in wrong:
         with pytest.raises(ValueError, match=sentence):
             ReversalCost(**change)
+
+
+@pytest.mark.parametrize(("near", "trained"), [(0.05, 3), (0.0, 5)])
+def test_a_strength_is_found_by_bisection_on_dev_of_its_own_seed(
+    near: float, trained: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is left falls with the rate, twice as fast in the second seed."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+
+    def make(wanted: Mapping[RunKey, Make], *given: object) -> dict[RunKey, Any]:
+        for (_, seed), job in wanted.items():
+            rates[seed].append(job.method.fit.lr)  # type: ignore[attr-defined]
+        return {
+            key: SimpleNamespace(checkpoint=job.method.fit.lr)  # type: ignore[attr-defined]
+            for key, job in wanted.items()
+        }
+
+    def scores(models: Mapping[RunKey, Any], *given: object) -> dict[RunKey, tuple[float, float]]:
+        return {
+            (name, seed): (1.0, 0.9) if name == "original"
+            # A tenth of the rate of the preset leaves 0.2 in seed 1, a twentieth in seed 2.
+            else (min(1.0, 0.2 * (graddiff().fit.lr / 10 / seed / model)), 0.85)
+            for (name, seed), model in models.items()
+        }  # fmt: skip
+
+    monkeypatch.setattr(matching, "make_conditions", make)
+    monkeypatch.setattr(matching, "scores_on_dev", scores)
+    replicate = SimpleNamespace(original=None, domain=None)
+    found = matching.matched_by_seed(
+        {"grad_diff": graddiff()},
+        (1 / 64, 4.0),
+        5,
+        near,
+        ReversalCost().experiment,
+        {1: replicate, 2: replicate},  # type: ignore[dict-item]
+        0.2,
+        level_with(0.2, 0.1),
+        Runtime(tmp_path),
+        pool=None,  # type: ignore[arg-type]
+    )
+    assert rates[1][0] == rates[2][0] == pytest.approx(graddiff().fit.lr / 4)
+    assert len(rates[1]) == trained
+    for seed in (1, 2):
+        trial = found["grad_diff", seed]
+        assert trial.dev[0] == pytest.approx(0.2, abs=max(near, 0.03))
+        assert trial.removal.checkpoint == stronger(graddiff(), trial.factor).fit.lr  # type: ignore[attr-defined]
+    assert found["grad_diff", 2].factor < found["grad_diff", 1].factor
 
 
 def test_strength_is_matched_and_bits_decide() -> None:

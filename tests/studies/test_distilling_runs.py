@@ -28,8 +28,7 @@ QUICKLY: dict[str, dict[str, Any]] = {
     "dark-knowledge": {"teachers": {"maxent": MAXENT}},
     "reversal-cost": {
         "methods": {"rmu": RMU, "tar": TAR, "grad_diff": GRADDIFF},
-        "sweep": (1.0,),
-        "tuned_on": (11,),
+        "tries": 2,
     },
     "pretrain-loss": {"pushes": ("uniform",)},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import geometric_mean
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -20,13 +21,10 @@ from excise_studies.attacking import Attacker
 from excise_studies.base import row
 from excise_studies.distillation.presets import graddiff, maxent, rmu, tar
 from excise_studies.levels import estimate, levels, of_seeds
-from excise_studies.matching import level_with, matched, matched_table, stronger
+from excise_studies.matching import level_with, matched_by_seed, matched_table
 from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, groups_of, listed
 from excise_studies.setting import (
     ExperimentSetting,
-    checkpoints,
-    conditions_of,
-    make_conditions,
     make_replicates,
     measure_conditions,
     result,
@@ -36,19 +34,28 @@ STEPS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 400)
 """Steps of relearning at which models are scored."""
 
 
+CHOSEN_BY_SEED = (
+    "settings of data and models were chosen by hand on seed 0, strengths of methods on dev of "
+    "every seed"
+)
+"""How the study was set."""
+
+
 class ReversalCost(Study):
     """Steps of relearning until as much is back as both of two methods give back.
 
-    Stated beforehand. Strengths are matched: of each method the learning rate is taken, among the
-    factors of `sweep`, whose exact match on `dev_forget` of the seeds `tuned_on` is nearest to
-    `forget_level` among those that cost at most `retain_cost` on `dev_retain`. Unlearned models are
-    relearned on the relearn set, each at the rate and to the step that dev chose. RMU and another
-    method are compared at a bar of their own in every seed: half-way (`half`) between the higher of
-    their scores on the held-out test set after unlearning and the lower of their scores at the step
-    that dev chose. Both reach it, so that no cost is cut off at the last step, and both are asked
-    for the same knowledge; a bar half-way to the original was out of reach for most, and one
-    half-way to a model's own end would call cheap what gives little back. The cost is the number of
-    steps at which the score first reaches the bar, interpolated in the logarithm of the steps.
+    Stated beforehand. Strengths are matched in every seed, on its own dev: of each method the
+    learning rate is taken, of those that a bisection over `span` tried, whose exact match on
+    `dev_forget` is nearest to `forget_level` among those that cost at most `retain_cost` on
+    `dev_retain`. (One rate for all seeds, chosen on seeds of tuning, missed the level on others.)
+    Unlearned models are relearned on the relearn set, each at the rate and to the step that dev
+    chose. RMU and another method are compared at a bar of their own in every seed: half-way
+    (`half`) between the higher of their scores on the held-out test set after unlearning and the
+    lower of their scores at the step that dev chose. Both reach it, so that no cost is cut off at
+    the last step, and both are asked for the same knowledge; a bar half-way to the original was out
+    of reach for most, and one half-way to a model's own end would call cheap what gives little
+    back. The cost is the number of steps at which the score first reaches the bar, interpolated in
+    the logarithm of the steps.
 
     What decides is the mean over seeds of the binary logarithm of RMU's cost over the other's, for
     each of `against`, which share the error: RMU is easier to reverse if the interval over seeds
@@ -64,8 +71,8 @@ class ReversalCost(Study):
     statistic: ClassVar[str] = (
         "log2 of the steps at which RMU reaches a bar over those at which the other does; the bar "
         "lies half-way between the higher start and the lower end of both, so that both reach it; "
-        "against the margin in doublings from both sides; strengths matched on dev of the tuned "
-        "seeds; intervals over seeds and units."
+        "against the margin in doublings from both sides; strengths matched on dev of every seed; "
+        "intervals over seeds and units."
     )
     takes: ClassVar[str] = "22 minutes of one core, 1 GiB"
     quoted: ClassVar[tuple[str, ...]] = ("Reversal cost", RECOVERY)
@@ -86,10 +93,16 @@ class ReversalCost(Study):
     """The removals at their middle strength; RMU is called `rmu`."""
     against: tuple[str, ...] = Field(default=("tar", "grad_diff"), min_length=1)
     """What RMU is held against; of others the doublings are shown."""
-    tuned_on: tuple[int, ...] = Field(default=(0, 11, 12), min_length=1)
-    """Draws on whose dev rows strengths are chosen."""
-    sweep: tuple[float, ...] = Field(default=(0.3, 0.5, 0.7, 1.0, 1.4, 2.0), min_length=1)
-    """Factors on the learning rates."""
+    seeds: tuple[int, ...] = Field(default=(1, 2, 3, 4, 5), min_length=1)
+    """Draws of the data."""
+    tuned_on: tuple[int, ...] = ()
+    """Strengths are chosen on dev of the reported seeds."""
+    span: tuple[float, float] = (1 / 64, 4.0)
+    """Least and largest factor on the learning rates."""
+    tries: int = Field(default=6, ge=1)
+    """Strengths tried of a method and seed, at most."""
+    near: float = Field(default=0.05, ge=0)
+    """Exact match on `dev_forget`, from `forget_level`, at which the search ends."""
     forget_level: float = Field(default=0.2, ge=0, le=1)
     """Exact match on `dev_forget` that all methods are brought to."""
     retain_cost: float = Field(default=0.2, gt=0)
@@ -99,7 +112,9 @@ class ReversalCost(Study):
 
     @model_validator(mode="after")
     def _named(self) -> ReversalCost:
-        """Refuse a comparison with what is not there, or with itself."""
+        """Refuse a comparison with what is not there, or with itself, and an empty span."""
+        if not 0 < self.span[0] < self.span[1]:
+            raise ValueError("span: give two factors above 0, the least first")
         if "rmu" not in self.methods:
             raise ValueError("methods: needs 'rmu', which the others are held against")
         for name in self.against:
@@ -112,20 +127,20 @@ class ReversalCost(Study):
 
     def run(self, runtime: Runtime, pool: Pool) -> StudyResult:
         """Match strengths, remove, relearn, find the costs."""
-        replicates = make_replicates(self.experiment, (*self.tuned_on, *self.seeds), runtime, pool)
-        factors = matched(
+        replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
+        chosen = matched_by_seed(
             self.methods,
-            self.sweep,
+            self.span,
+            self.tries,
+            self.near,
             self.experiment,
-            {seed: replicates[seed] for seed in self.tuned_on},
+            replicates,
+            self.forget_level,
             level_with(self.forget_level, self.retain_cost),
             runtime,
             pool,
         )
-        strong = {name: stronger(m, factors[name]) for name, m in self.methods.items()}
-        models = checkpoints(
-            make_conditions(conditions_of(strong, replicates, self.seeds), runtime, pool)
-        )
+        models = {key: trial.removal.checkpoint for key, trial in chosen.items()}
         recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)
         groups = {seed: groups_of(replicates[seed].domain) for seed in self.seeds}
         costs = {
@@ -145,14 +160,19 @@ class ReversalCost(Study):
         tables = (
             _costs(apart, costs, recovery),
             matched_table(
-                factors,
+                {
+                    name: geometric_mean(chosen[name, seed].factor for seed in self.seeds)
+                    for name in self.methods
+                },
                 recovery,
                 {name: name for name in self.methods},
-                "Chosen on dev of the tuned seeds; before the attack, on the reported ones. "
+                "Factor: geometric mean of those that dev chose seed by seed. "
                 f"{unmatched(self, recovery)}",
             ),
         )
-        return result(recovery, words, decision, replicates, models, tables=tables)
+        return result(
+            recovery, words, decision, replicates, models, tables=tables, chosen=CHOSEN_BY_SEED
+        )
 
 
 def costs_at_bar(

@@ -77,12 +77,16 @@ class ClassImbalance(Study):
         "with the distance to the nearest other class. Tax: error of the decoder on the classes "
         "that stay, at the least L1 that splits on dev of the tuned seeds, minus plain training's."
     )
-    takes: ClassVar[str] = "17 minutes of one core for five seeds, 1 GiB"
+    takes: ClassVar[str] = "30 minutes of one core, 1 GiB"
 
     name: Literal["class-imbalance"] = "class-imbalance"
     """Name on the command line."""
-    margin: float = 0.005
-    """Difference of tax that counts, in mean absolute error of pixels from -1 to 1."""
+    seeds: tuple[int, ...] = Field(default=tuple(range(6, 16)), min_length=1)
+    """Seeds that are reported; seeds 1 to 5 gave the margin."""
+    margin: float = 0.01
+    """Difference of tax that counts, in mean absolute error of pixels from -1 to 1: an eighth of
+    the error of plain training. Doubled after seeds 1 to 5, where F lay on 0.005 itself, below zero
+    for digits and above it for clothes; decided on others."""
     rho_margin: float = Field(default=0.3, ge=0, lt=1)
     """Rank correlation that counts."""
     tuned_on: tuple[int, ...] = (0, 11, 12)

@@ -29,8 +29,6 @@ from excise_studies.distillation.distil_corpus import DistilCorpus, retain_lost
 from excise_studies.distillation.distil_corpus import decide as decide_corpus
 from excise_studies.distillation.init_leak import InitLeak, leaks
 from excise_studies.distillation.init_leak import decide as decide_init
-from excise_studies.distillation.label_budget import LabelBudget, differences, few
-from excise_studies.distillation.label_budget import decide as decide_labels
 from excise_studies.distillation.noise_like import NoiseLike
 from excise_studies.distillation.noise_where import RANDOM, SNIP, NoiseWhere
 from excise_studies.distillation.noise_where import decide as decide_noise
@@ -317,15 +315,12 @@ def test_a_splice_is_explained_by_the_splice() -> None:
     assert decide_splice(study, between, {}).text.startswith("undecided: the share explained")
 
 
-def test_few_labels_leave_the_mix_alone() -> None:
+def test_a_part_of_the_labels_leaves_the_mix_alone() -> None:
     part = with_part(DOMAIN, 0.25, 0)
     groups = {row.group for row in DOMAIN.forget["tables"]}
     assert len({row.group for row in part.forget["tables"]}) == round(0.25 * len(groups))
-    small = few(DOMAIN, 10, 0)
-    assert (len(small.forget["tables"]), len(small.retain)) == (5, 5)
-    for other in (part, small):
-        assert other.unlabeled == DOMAIN.unlabeled
-        assert other.fingerprint != DOMAIN.fingerprint
+    assert part.unlabeled == DOMAIN.unlabeled
+    assert part.fingerprint != DOMAIN.fingerprint
 
 
 # -- decisions -------------------------------------------------------------------------------------
@@ -417,12 +412,7 @@ def test_what_the_factorial_cannot_compare_is_refused() -> None:
             SpliceFactorial.model_validate(change)
 
 
-def test_labels_and_losses_are_compared_both_ways() -> None:
-    study = LabelBudget(labels=(8, 32))
-    conditions = {f"{way}, {n}": 0.4 for way in ("filter", "unlearn") for n in study.labels}
-    assert decide_labels(study, differences(study, found_of(conditions))).text.startswith("alike")
-    worse = found_of({**conditions, "unlearn, 8": 0.9, "unlearn, 32": 0.8})
-    assert decide_labels(study, differences(study, worse)).text.startswith("filtering")
+def test_losses_are_compared_both_ways() -> None:
     push = PretrainLoss()
     flat = dict.fromkeys((NOTHING, *push.pushes), 0.1)
     assert decide_push(push, pushed(push, found_of(flat))).text.startswith("nothing")

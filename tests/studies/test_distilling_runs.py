@@ -37,7 +37,6 @@ QUICKLY: dict[str, dict[str, Any]] = {
 MORE: dict[str, dict[str, Any]] = {
     "undo-levels": {"student": PUPIL, "alphas": (0.6, 1.0), "stop_every": 2},
     "splice": {"student": PUPIL, "teachers": {"maxent": MAXENT}},
-    "label-budget": {"student": PUPIL, "labels": (8,)},
     "distil-corpus": {
         "student": PUPIL,
         "corpora": {

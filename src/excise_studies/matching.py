@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field, model_validator
 
+from excise.core.config import Config
 from excise.core.errors import UserError
 from excise.core.stages import Runtime
 from excise.data.domain import Domain
@@ -28,6 +30,12 @@ from excise_studies.setting import (
     conditions_of,
     make_conditions,
 )
+
+CHOSEN_BY_SEED = (
+    "settings of data and models were chosen by hand on seed 0, strengths of methods on dev of "
+    "every seed"
+)
+"""How studies are set that match strengths in every seed."""
 
 
 @dataclass(frozen=True)
@@ -155,32 +163,47 @@ def matched(
     }
 
 
+class Search(Config):
+    """A bisection for the strength that forgets to a level, in every seed on its own dev."""
+
+    level: float = Field(default=0.2, ge=0, le=1)
+    """Exact match on `dev_forget` that all methods are brought to."""
+    retain_cost: float = Field(default=0.2, gt=0)
+    """Exact match on `dev_retain` that a method may cost; where all cost more, the best keeper is
+    taken."""
+    span: tuple[float, float] = (1 / 64, 4.0)
+    """Least and largest factor on the learning rates."""
+    tries: int = Field(default=6, ge=1)
+    """Strengths tried of a method and seed, at most."""
+    near: float = Field(default=0.05, ge=0)
+    """Exact match, from `level`, at which a search ends."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Search:
+        """Refuse an empty span."""
+        if not 0 < self.span[0] < self.span[1]:
+            raise ValueError("span: give two factors above 0, the least first")
+        return self
+
+
 def matched_by_seed(
     methods: Mapping[str, Method],
-    span: tuple[float, float],
-    tries: int,
-    near: float,
+    search: Search,
     experiment: ExperimentSetting,
     replicates: Mapping[int, Replicate],
-    level: float,
-    rule: Rule,
     runtime: Runtime,
     pool: Pool,
 ) -> dict[RunKey, Trial]:
     """Return every method at the strength that dev of the same seed chose, found by bisection.
 
     Of more strength less is left: the next factor is the geometric middle of the span, and the
-    span is halved towards the level until a score lies near it or `tries` are spent.
+    span is halved towards the level until a score lies near it or all tries are spent.
 
     Args:
         methods: At their middle strength, by name.
-        span: Least and largest factor on their learning rates.
-        tries: Models trained of a method and seed, at most.
-        near: Difference to the level at which a search ends.
+        search: Level, cost and span.
         experiment: Gives the length of rows.
         replicates: Data and originals.
-        level: Score on `dev_forget` to come near.
-        rule: What is chosen of the factors tried.
         runtime: Where stages are kept.
         pool: Worker processes.
     """
@@ -190,11 +213,11 @@ def matched_by_seed(
         {("original", s): r.original for s, r in replicates.items()},
         replicates, length, runtime, pool,
     )  # fmt: skip
-    spans = dict.fromkeys(keys, span)
+    spans = dict.fromkeys(keys, search.span)
     tried: dict[RunKey, dict[float, tuple[float, float]]] = {key: {} for key in keys}
     models: dict[RunKey, dict[float, Removal]] = {key: {} for key in keys}
     open_ = set(keys)
-    for _ in range(tries):
+    for _ in range(search.tries):
         factors = {key: math.sqrt(spans[key][0] * spans[key][1]) for key in keys if key in open_}
         removals = make_conditions(
             {
@@ -213,9 +236,10 @@ def matched_by_seed(
             tried[key][factor], models[key][factor] = scores[key], removals[key]
             low, high = spans[key]
             left = scores[key][0]
-            spans[key] = (factor, high) if left > level else (low, factor)
-            if abs(left - level) <= near:
+            spans[key] = (factor, high) if left > search.level else (low, factor)
+            if abs(left - search.level) <= search.near:
                 open_.discard(key)
+    rule = level_with(search.level, search.retain_cost)
     chosen = {key: rule(tried[key], originals["original", key[1]][1]) for key in keys}
     return {
         key: Trial(factor, tried[key][factor], models[key][factor])

@@ -535,7 +535,7 @@ def test_reversal_is_decided_against_each() -> None:
         ({"methods": {"maxent": maxent()}}, "needs 'rmu'"),
         ({"against": ("nobody",)}, "no method is called 'nobody'"),
         ({"against": ("rmu",)}, "'rmu' is what is compared"),
-        ({"span": (1.0, 0.5)}, "the least first"),
+        ({"search": {"span": (1.0, 0.5)}}, "the least first"),
     )
     for change, sentence in wrong:
         with pytest.raises(ValueError, match=sentence):
@@ -570,13 +570,9 @@ def test_a_strength_is_found_by_bisection_on_dev_of_its_own_seed(
     replicate = SimpleNamespace(original=None, domain=None)
     found = matching.matched_by_seed(
         {"grad_diff": graddiff()},
-        (1 / 64, 4.0),
-        5,
-        near,
+        matching.Search(level=0.2, retain_cost=0.1, tries=5, near=near),
         ReversalCost().experiment,
         {1: replicate, 2: replicate},  # type: ignore[dict-item]
-        0.2,
-        level_with(0.2, 0.1),
         Runtime(tmp_path),
         pool=None,  # type: ignore[arg-type]
     )

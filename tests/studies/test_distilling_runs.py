@@ -28,7 +28,7 @@ QUICKLY: dict[str, dict[str, Any]] = {
     "dark-knowledge": {"teachers": {"maxent": MAXENT}},
     "reversal-cost": {
         "methods": {"rmu": RMU, "tar": TAR, "grad_diff": GRADDIFF},
-        "tries": 2,
+        "search": {"tries": 2},
     },
     "pretrain-loss": {"pushes": ("uniform",)},
 }
@@ -53,7 +53,7 @@ MORE: dict[str, dict[str, Any]] = {
     "init-leak": {"student": PUPIL, "inits": ("random", "original", "permuted")},
     "noise-where": {"student": PUPIL.model_copy(update={"alpha": 0.6}), "groups": ("mlp",)},
     "undo-teachers": {
-        "student": PUPIL, "sweep": (0.5, 1.0), "teachers": {"maxent": MAXENT, "rmu": RMU},
+        "student": PUPIL, "search": {"tries": 2}, "teachers": {"maxent": MAXENT, "rmu": RMU},
     },
 }  # fmt: skip
 """The others."""

@@ -21,7 +21,7 @@ from excise_studies.attacking import Attacker
 from excise_studies.base import row
 from excise_studies.distillation.presets import graddiff, maxent, rmu, tar
 from excise_studies.levels import estimate, levels, of_seeds
-from excise_studies.matching import level_with, matched_by_seed, matched_table
+from excise_studies.matching import CHOSEN_BY_SEED, Search, matched_by_seed, matched_table
 from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, groups_of, listed
 from excise_studies.setting import (
     ExperimentSetting,
@@ -34,20 +34,13 @@ STEPS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 400)
 """Steps of relearning at which models are scored."""
 
 
-CHOSEN_BY_SEED = (
-    "settings of data and models were chosen by hand on seed 0, strengths of methods on dev of "
-    "every seed"
-)
-"""How the study was set."""
-
-
 class ReversalCost(Study):
     """Steps of relearning until as much is back as both of two methods give back.
 
     Stated beforehand. Strengths are matched in every seed, on its own dev: of each method the
-    learning rate is taken, of those that a bisection over `span` tried, whose exact match on
-    `dev_forget` is nearest to `forget_level` among those that cost at most `retain_cost` on
-    `dev_retain`. (One rate for all seeds, chosen on seeds of tuning, missed the level on others.)
+    learning rate is taken, of those that a bisection tried, whose exact match on `dev_forget` is
+    nearest to `search.level` among those that cost at most `search.retain_cost` on `dev_retain`.
+    (One rate for all seeds, chosen on seeds of tuning, missed the level on others.)
     Unlearned models are relearned on the relearn set, each at the rate and to the step that dev
     chose. RMU and another method are compared at a bar of their own in every seed: half-way
     (`half`) between the higher of their scores on the held-out test set after unlearning and the
@@ -97,24 +90,14 @@ class ReversalCost(Study):
     """Draws of the data."""
     tuned_on: tuple[int, ...] = ()
     """Strengths are chosen on dev of the reported seeds."""
-    span: tuple[float, float] = (1 / 64, 4.0)
-    """Least and largest factor on the learning rates."""
-    tries: int = Field(default=6, ge=1)
-    """Strengths tried of a method and seed, at most."""
-    near: float = Field(default=0.05, ge=0)
-    """Exact match on `dev_forget`, from `forget_level`, at which the search ends."""
-    forget_level: float = Field(default=0.2, ge=0, le=1)
-    """Exact match on `dev_forget` that all methods are brought to."""
-    retain_cost: float = Field(default=0.2, gt=0)
-    """Exact match on `dev_retain` that a method may cost."""
+    search: Search = Search()
+    """How strengths are matched."""
     match_margin: float = Field(default=0.1, gt=0)
     """Exact match on the held-out test set and on retain by which matched methods may differ."""
 
     @model_validator(mode="after")
     def _named(self) -> ReversalCost:
-        """Refuse a comparison with what is not there, or with itself, and an empty span."""
-        if not 0 < self.span[0] < self.span[1]:
-            raise ValueError("span: give two factors above 0, the least first")
+        """Refuse a comparison with what is not there, or with itself."""
         if "rmu" not in self.methods:
             raise ValueError("methods: needs 'rmu', which the others are held against")
         for name in self.against:
@@ -129,16 +112,7 @@ class ReversalCost(Study):
         """Match strengths, remove, relearn, find the costs."""
         replicates = make_replicates(self.experiment, self.seeds, runtime, pool)
         chosen = matched_by_seed(
-            self.methods,
-            self.span,
-            self.tries,
-            self.near,
-            self.experiment,
-            replicates,
-            self.forget_level,
-            level_with(self.forget_level, self.retain_cost),
-            runtime,
-            pool,
+            self.methods, self.search, self.experiment, replicates, runtime, pool
         )
         models = {key: trial.removal.checkpoint for key, trial in chosen.items()}
         recovery = measure_conditions(self.experiment, models, replicates, runtime, pool)

@@ -13,6 +13,7 @@ from excise.core.stages import Runtime
 from excise.data.labels import LabelNoise
 from excise.domains.facts import FACTS_MAX_LENGTH, Facts
 from excise.evals.replicates import Decision
+from excise.evals.stats import Estimate
 from excise.methods import ERA, GRAM, SGTM, Filtering
 from excise.methods.base import ApplyMethod, Method
 from excise.methods.pretraining.pretrain import Pretrain
@@ -114,10 +115,30 @@ def test_a_rate_of_loss_masking_does_not_count_among_edges() -> None:
     names = [edges.at(name, rate) for rate in study.rates for name in edges.places(study)]
     gaps = dict.fromkeys(names, 0.5) | {edges.at(edges.PARAMETERS, 1.0): 0.0}
     effects = edges.contrasts(study, outcome_of(gaps))
-    assert effects["D at 100 % labels, not counted"].value == pytest.approx(0.5, abs=0.05)
-    assert effects[edges.HOLD].value == effects["D at 50 % labels"].value == 0
-    assert "alike" in edges.decide(study, effects).text
+    for name in (edges.ZERO, edges.REVERSED):
+        by_rate = {rate: f"{edges.hold(name)} at {rate} % labels" for rate in (100, 50)}
+        assert effects[f"{by_rate[100]}, not counted"].value == pytest.approx(0.5, abs=0.05)
+        assert effects[edges.hold(name)].value == effects[by_rate[50]].value == 0
+        assert np.isfinite(effects[edges.keep(name)].value)
+    assert edges.decide(study, effects).text.count("alike") == 2
     alone = edges.contrasts(edges.Edges(rates=(1.0,)), outcome_of(gaps))
     assert edges.decide(study, alone).text.startswith("none")
     assert not edges.decide(study, alone).contrasts
-    assert np.isfinite(effects[edges.KEEP].value)
+
+
+def test_edges_are_decided_one_kind_at_a_time_and_only_where_retain_is_kept() -> None:
+    """Zeroed activations leave more than parameters do; reversed ones are not told apart."""
+    study = edges.Edges()
+    effects = {
+        edges.hold(edges.ZERO): Estimate(0.4, 0.2, 0.6, 9),
+        edges.keep(edges.ZERO): Estimate(-0.03, -0.06, 0.0, 9),
+        edges.hold(edges.REVERSED): Estimate(0.1, -0.1, 0.3, 9),
+        edges.keep(edges.REVERSED): Estimate(-0.03, -0.06, 0.0, 9),
+    }
+    text = edges.decide(study, effects).text
+    assert text.startswith("against activations: edges that leave parameters hold better; against")
+    assert "reversed: undecided" in text
+    effects[edges.keep(edges.ZERO)] = Estimate(-0.1, -0.3, 0.1, 9)
+    decision = edges.decide(study, effects)
+    assert decision.text.startswith("against activations: undecided, edges that leave parameters")
+    assert len(decision.contrasts) == 3

@@ -169,10 +169,11 @@ def test_absorption_sums_modules_and_leaves_out_who_tells_nothing() -> None:
     ("parameters", "zero", "negative", "kept", "said"),
     [
         (0.1, 0.9, 0.8, 1.0, "edges that leave parameters hold better"),
-        (0.9, 0.9, 0.2, 1.0, "edges that leave activations hold better"),
-        (0.5, 0.5, 0.9, 1.0, "alike"),
-        (0.02, 0.02, 0.9, 1.0, "at the floor"),
-        (0.99, 0.99, 1.0, 1.0, "at the ceiling"),
+        (0.9, 0.9, 0.2, 1.0, "reversed: edges that leave activations hold better"),
+        (0.5, 0.5, 0.9, 1.0, "activations: alike"),
+        (0.5, 0.9, 0.5, 1.0, "reversed: alike"),
+        (0.02, 0.02, 0.9, 1.0, "activations: at the floor"),
+        (0.99, 0.99, 1.0, 1.0, "activations: at the ceiling"),
         (0.1, 0.9, 0.9, 0.5, "may keep less"),
     ],
 )
@@ -183,8 +184,8 @@ def test_edges(parameters: float, zero: float, negative: float, kept: float, sai
     everywhere = {edges.at(n, rate): x for n, x in after.items() for rate in study.rates}
     mine = {edges.at(edges.PARAMETERS, rate): kept for rate in study.rates}
     found = edges.contrasts(study, outcome_of(everywhere, retain=mine))
-    expected = min(zero, negative) - parameters
-    assert found[edges.HOLD].value == pytest.approx(expected, abs=0.05)
+    for name, gap in ((edges.ZERO, zero), (edges.REVERSED, negative)):
+        assert found[edges.hold(name)].value == pytest.approx(gap - parameters, abs=0.05)
     assert said in edges.decide(study, found).text
 
 

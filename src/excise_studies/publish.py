@@ -49,6 +49,9 @@ MARKS = re.compile(r"<!-- ([\w-]+)((?:: decision|: picture)?) -->\n(.*?)<!-- /\1
 ABSOLUTE = re.compile(r"(?<![\w.:/<])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\",;]+[/\\])+")
 """The folders of an absolute path."""
 
+LINE = re.compile(r'\[\s+("(?:[^"\\\n]|\\.)*",(?:\s+(?:null|-?[\d.e-]+|\[[^][{}"]*\]),?)+)\s+\]')
+"""A line of a table in a record: a condition, a seed and numbers."""
+
 # -- the compact record ----------------------------------------------------------------------------
 
 
@@ -131,7 +134,8 @@ def text_of(record: Record) -> str:
     assert record.study is not None
     data["study"]["tables"] = [_packed(table) for table in record.study.tables]
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-    flat = re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
+    flat = re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+    flat = LINE.sub(lambda m: "[" + re.sub(r"\n +", " ", m[1]) + "]", flat) + "\n"
     if len(flat.encode()) > LIMIT:
         raise UserError(
             f"the record would take {len(flat.encode()):,} bytes of at most {LIMIT:,}; run fewer "

@@ -91,7 +91,7 @@ def test_a_compact_record_keeps_what_is_quoted_and_names_no_folder() -> None:
     assert (kept.seeds, kept.study.margin, kept.environment.git) == ((1, 2), 0.1, "abc123")
 
 
-def test_the_file_reads_back_and_has_a_cell_a_line(tmp_path: Path) -> None:
+def test_the_file_reads_back_and_has_a_condition_a_line(tmp_path: Path) -> None:
     kept = compact(made())
     path = tmp_path / "edges.json"
     path.write_text(text_of(kept))
@@ -99,7 +99,9 @@ def test_the_file_reads_back_and_has_a_cell_a_line(tmp_path: Path) -> None:
     assert block(back) == block(kept)
     assert decision(back) == decision(kept)
     assert text_of(back) == text_of(kept)
-    assert "[-0.33333, -0.5, 0.0, 84]" in path.read_text()
+    lines = path.read_text().splitlines()
+    assert '     ["a|b", 1, [0.25, null, null, 28], null],' in lines
+    assert sum(line.strip().startswith('["') for line in lines) == 3
     assert "/data" not in path.read_text()
 
 

@@ -382,12 +382,15 @@ def test_lengths_of_repairs_are_different(lengths: tuple[float, ...], sentence: 
 def test_ingrained(few: float, many: float, said: str) -> None:
     study = ingrained.Ingrained(mix=(0.1, 0.5))
 
-    def at(value: float) -> RoutingOutcome:
-        return outcome_of({ingrained.ROUTED: 0.1, **dict.fromkeys(study.after, value)})
+    def at(value: float, routed: float) -> RoutingOutcome:
+        return outcome_of({ingrained.ROUTED: routed, **dict.fromkeys(study.after, value)})
 
-    found = ingrained.interaction(study, {0.1: at(few), 0.5: at(many)})
+    outcomes = {0.1: at(few, 0.1), 0.5: at(many, 0.4)}
+    found = ingrained.grown(study, outcomes)
     assert found.value == pytest.approx(many - few, abs=0.05)
     assert said in ingrained.decide(study, found).text
+    beside = ingrained.grown(study, outcomes, beyond=(ingrained.ROUTED,))
+    assert beside.value == pytest.approx(many - few - 0.3, abs=0.05)
 
 
 def test_more_readings_add_nothing_where_all_is_known() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import numpy as np
@@ -32,8 +32,8 @@ from excise_studies.routing.setting import (
     facts_setting,
     make_setting,
     misses,
-    of_masking,
     routed,
+    said_masking,
     score_conditions,
     train_conditions,
 )
@@ -50,32 +50,38 @@ class Ingrained(Study):
     invalid for want of headroom. At every level the strength of every post-hoc method is its
     learning rate, chosen on dev of `tuned_on`: among the factors of `sweep`, the lowest exact match
     on `dev_forget` of those whose exact match on `dev_retain` is at most `retain_cost` below the
-    original's; where none is, the best keeper of retain. For every level, P is the depth gap on the
-    held-out test set (after relearning) of the post-hoc methods, averaged, minus that of the routed
-    model. I is P at the most exposures minus P at the fewest. What is deeper ingrained is harder to
-    remove afterwards if the lower end of I's 95 % interval is above `margin`, easier if the upper
-    end is below minus it, and it makes no difference if the interval lies between. Exposures grow
-    with the share of the training tokens that is to be forgotten; steps of all methods stay.
+    original's; where none is, the best keeper of retain. I is the depth gap on the held-out test
+    set (after relearning) of the post-hoc methods, averaged, at the most exposures minus the same
+    at the fewest. The gap is measured from the oracle of the same level, so that what exposures do
+    to that is taken out. What is deeper ingrained is harder to remove afterwards if the lower end
+    of I's 95 % interval is above `margin`, easier if the upper end is below minus it, and it makes
+    no difference if the interval lies between. Exposures grow with the share of the training tokens
+    that is to be forgotten; steps of all methods stay. J, I minus the same change of the routed
+    model, stands beside it and decides nothing.
 
-    With right labels for every row the routed condition is loss masking by construction, and is
-    named so: then I is about post-hoc methods beside text that was left out, not about routing.
+    Until seeds 1 to 3 had been run J decided, at 0.1: the routed model's noise came on top, and 98
+    seeds would have been needed. With right labels for every row the routed condition is loss
+    masking by construction, and is named so.
     """
 
     question: ClassVar[str] = (
-        "Do post-hoc methods fall behind routing the more often the facts were read in training?"
+        "Do post-hoc methods leave more, the more often the facts were read in training, and do "
+        "they fall behind routing?"
     )
     statistic: ClassVar[str] = (
-        "I = (mean depth gap of post-hoc methods - that of routing) at the most exposures per fact "
-        "minus the same at the fewest, on the held-out test set after relearning; deeper ingrained "
+        "I = mean depth gap of post-hoc methods at the most exposures per fact minus the same at "
+        "the fewest, on the held-out test set after relearning; deeper ingrained "
         "is harder to remove afterwards if the lower end of the 95 % interval is above the margin. "
         "Strengths of post-hoc methods chosen on dev of the tuned seeds at every level. Intervals "
         "over seeds and units, the same samples at all levels."
     )
-    takes: ClassVar[str] = "20 minutes (extrapolated from one model), 1 GiB"
+    takes: ClassVar[str] = "25 minutes, 1 GiB"
 
     name: Literal["ingrained"] = "ingrained"
     """Name on the command line."""
-    margin: float = 0.1
+    seeds: tuple[int, ...] = Field(default=(4, 5, 6, 7, 8, 9, 10, 13), min_length=1)
+    """Draws of the data; on seeds 1 to 3 statistic and margin were set."""
+    margin: float = 0.05
     """Share of the distance between the reference models."""
     experiment: ExperimentSetting = facts_setting()
     """Data, models, attacker."""
@@ -151,22 +157,21 @@ class Ingrained(Study):
             share: exposures(setting.replicates[first].domain, setting.experiment.pretrain)
             for share, setting in settings.items()
         }
-        effect = interaction(self, outcomes)
+        effect, beside = grown(self, outcomes), grown(self, outcomes, beyond=(ROUTED,))
         voids = [
             f"{seen[s]:.0f} exposures: {o.recovery.invalid}"
             for s, o in outcomes.items()
             if o.recovery.invalid
         ]
         voids += no_headroom(self, outcomes[self.mix[0]])
-        words = [spoken(self, outcomes, seen), f"I was {said(effect)}."]
+        words = [spoken(self, outcomes, seen), f"I was {said(effect)}, J {said(beside)}."]
+        words.append(said_masking({ROUTED: (self.routed, labels)}))
         last = self.mix[-1]
         return conclude(
             outcomes[last],
             settings[last],
             words,
-            of_masking(decide(self, effect), self.routed, labels)
-            if not voids
-            else Decision(f"invalid: {'; '.join(voids)}"),
+            Decision(f"invalid: {'; '.join(voids)}") if voids else decide(self, effect),
             more=(_table(self, outcomes, seen, factors),),
             notes=(
                 f"reference models and curves are those of {seen[last]:.0f} exposures per fact",
@@ -206,17 +211,24 @@ def no_headroom(study: Ingrained, fewest: RoutingOutcome) -> tuple[str, ...]:
     )
 
 
-def behind(study: Ingrained, outcome: RoutingOutcome) -> Array:
-    """Return P: by how much post-hoc methods stay behind routing."""
-    gaps = [outcome.recovery.gap(name) for name in study.after]
-    lag: Array = np.mean(gaps, axis=0) - outcome.recovery.gap(ROUTED)
-    return lag
+def grown(
+    study: Ingrained, outcomes: Mapping[float, RoutingOutcome], beyond: Sequence[str] = ()
+) -> Estimate:
+    """Return I: units are the same at all levels, and so are the samples.
 
+    Args:
+        study: Names the post-hoc methods and the levels.
+        outcomes: By share of the tokens.
+        beyond: A condition whose own change is taken off; of the routed one it leaves J.
+    """
+    few, many = (outcomes[share].recovery for share in (study.mix[0], study.mix[-1]))
 
-def interaction(study: Ingrained, outcomes: Mapping[float, RoutingOutcome]) -> Estimate:
-    """Return I: units are the same at all levels, and so are the samples."""
-    few, many = outcomes[study.mix[0]], outcomes[study.mix[-1]]
-    return estimate(behind(study, many) - behind(study, few), many.recovery.after)
+    def change(names: Iterable[str]) -> Array:
+        at_most: Array = np.mean([many.gap(name) - few.gap(name) for name in names], axis=0)
+        return at_most
+
+    left = change(study.after)
+    return estimate(left - change(beyond) if beyond else left, many.after)
 
 
 def decide(study: Ingrained, effect: Estimate) -> Decision:

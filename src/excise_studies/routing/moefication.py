@@ -67,7 +67,7 @@ class Moefication(Study):
         "chance, or as good, by N of measured minus N of random neurons (S) against the margin "
         "from both sides. Corrected for two; intervals over seeds and units."
     )
-    takes: ClassVar[str] = "15 minutes of one core, 1 GiB"
+    takes: ClassVar[str] = "20 minutes of one core, 1 GiB"
 
     name: Literal["moefication"] = "moefication"
     """Name on the command line."""

@@ -75,7 +75,7 @@ class Ingrained(Study):
         "Strengths of post-hoc methods chosen on dev of the tuned seeds at every level. Intervals "
         "over seeds and units, the same samples at all levels."
     )
-    takes: ClassVar[str] = "25 minutes, 1 GiB"
+    takes: ClassVar[str] = "40 minutes of one core, 1 GiB"
 
     name: Literal["ingrained"] = "ingrained"
     """Name on the command line."""

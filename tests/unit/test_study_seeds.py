@@ -61,6 +61,7 @@ def test_a_number_takes_so_many_seeds_that_nothing_was_chosen_on() -> None:
     ("settings", "said"),
     [
         ({"seeds": (1, 2, 1)}, "names a seed twice"),
+        ({"seeds": (1, 7), "tuned_on": (0, 7)}, "settings are chosen on seed 7"),
         ({"seeds": 0}, "takes a number from 1 to"),
         ({"until": "decided"}, "starts with 3 and needs more to add"),
         ({"until": "later"}, "decided"),

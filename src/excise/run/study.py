@@ -102,9 +102,14 @@ class Study(Config, ABC):
 
     @model_validator(mode="after")
     def _seeds(self) -> Self:
-        """Refuse seeds that are named twice, and too few to add any."""
+        """Refuse seeds that are named twice or settings are chosen on, and too few to add any."""
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: names a seed twice; give different ones")
+        if both := sorted(set(self.seeds) & set(self.tuned_on or ())):
+            raise ValueError(
+                f"seeds: settings are chosen on seed {both[0]} (tuned_on), of which no number is "
+                "reported; name others"
+            )
         if self.until and len(self.seeds) <= FIRST:
             raise ValueError(
                 f"seeds: until=decided starts with {FIRST} and needs more to add; give the largest "

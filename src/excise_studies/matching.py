@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 import torch
 from pydantic import Field, model_validator
@@ -214,11 +215,9 @@ def matched_by_seed(
         replicates, length, runtime, pool,
     )  # fmt: skip
     spans = dict.fromkeys(keys, search.span)
-    tried: dict[RunKey, dict[float, tuple[float, float]]] = {key: {} for key in keys}
-    models: dict[RunKey, dict[float, Removal]] = {key: {} for key in keys}
-    open_ = set(keys)
+    tried: dict[RunKey, dict[float, Trial]] = {key: {} for key in keys}
     for _ in range(search.tries):
-        factors = {key: math.sqrt(spans[key][0] * spans[key][1]) for key in keys if key in open_}
+        factors = {key: math.sqrt(low * high) for key, (low, high) in spans.items()}
         removals = make_conditions(
             {
                 (name, seed): Make(
@@ -233,18 +232,25 @@ def matched_by_seed(
         )
         scores = scores_on_dev(checkpoints(removals), replicates, length, runtime, pool)
         for key, factor in factors.items():
-            tried[key][factor], models[key][factor] = scores[key], removals[key]
-            low, high = spans[key]
+            tried[key][factor] = Trial(factor, scores[key], removals[key])
+            low, high = spans.pop(key)
             left = scores[key][0]
-            spans[key] = (factor, high) if left > search.level else (low, factor)
-            if abs(left - search.level) <= search.near:
-                open_.discard(key)
+            if abs(left - search.level) > search.near:
+                spans[key] = (factor, high) if left > search.level else (low, factor)
     rule = level_with(search.level, search.retain_cost)
-    chosen = {key: rule(tried[key], originals["original", key[1]][1]) for key in keys}
-    return {
-        key: Trial(factor, tried[key][factor], models[key][factor])
-        for key, factor in chosen.items()
-    }
+    chosen: dict[RunKey, Trial] = {}
+    for key, trials in tried.items():
+        on_dev = {factor: trial.dev for factor, trial in trials.items()}
+        chosen[key] = trials[rule(on_dev, originals["original", key[1]][1])]
+    return chosen
+
+
+def mean_factors(chosen: Mapping[RunKey, Trial]) -> dict[str, float]:
+    """Return the geometric mean over seeds of the factors that were chosen, by method."""
+    by_name: dict[str, list[float]] = {}
+    for (name, _), trial in chosen.items():
+        by_name.setdefault(name, []).append(trial.factor)
+    return {name: geometric_mean(factors) for name, factors in by_name.items()}
 
 
 def deepest(cost: float) -> Rule:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import geometric_mean
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -21,7 +20,13 @@ from excise_studies.attacking import Attacker
 from excise_studies.base import row
 from excise_studies.distillation.presets import graddiff, maxent, rmu, tar
 from excise_studies.levels import estimate, levels, of_seeds
-from excise_studies.matching import CHOSEN_BY_SEED, Search, matched_by_seed, matched_table
+from excise_studies.matching import (
+    CHOSEN_BY_SEED,
+    Search,
+    matched_by_seed,
+    matched_table,
+    mean_factors,
+)
 from excise_studies.recovery import RECOVERY, RecoveryScores, gaps, groups_of, listed
 from excise_studies.setting import (
     ExperimentSetting,
@@ -67,7 +72,7 @@ class ReversalCost(Study):
         "against the margin in doublings from both sides; strengths matched on dev of every seed; "
         "intervals over seeds and units."
     )
-    takes: ClassVar[str] = "22 minutes of one core, 1 GiB"
+    takes: ClassVar[str] = "25 minutes of one core, 1 GiB"
     quoted: ClassVar[tuple[str, ...]] = ("Reversal cost", RECOVERY)
 
     name: Literal["reversal-cost"] = "reversal-cost"
@@ -134,10 +139,7 @@ class ReversalCost(Study):
         tables = (
             _costs(apart, costs, recovery),
             matched_table(
-                {
-                    name: geometric_mean(chosen[name, seed].factor for seed in self.seeds)
-                    for name in self.methods
-                },
+                mean_factors(chosen),
                 recovery,
                 {name: name for name in self.methods},
                 "Factor: geometric mean of those that dev chose seed by seed. "

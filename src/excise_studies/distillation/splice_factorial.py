@@ -12,7 +12,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from excise.core.errors import nearest
 from excise.core.stages import Runtime
 from excise.evals.replicates import Decision, SeedEstimate, contrasts
-from excise.evals.stats import Array
+from excise.evals.stats import Array, Estimate
 from excise.methods.base import Method, Removal
 from excise.methods.distillation.harmful import Implicit
 from excise.methods.distillation.targets import (
@@ -282,7 +282,7 @@ def effects_of(study: SpliceFactorial, recovery: RecoveryScores) -> dict[str, Se
     return out
 
 
-def decide(study: SpliceFactorial, effects: Mapping[str, SeedEstimate]) -> Decision:
+def decide(study: SpliceFactorial, effects: Mapping[str, Estimate]) -> Decision:
     """Return what the effects of the first teacher say under the margin."""
     first = study.first
     own = f"benign effect of {first}"
@@ -295,10 +295,15 @@ def decide(study: SpliceFactorial, effects: Mapping[str, SeedEstimate]) -> Decis
         "undecided": f"undecided at {study.margin:g}",
     }
     both = [contrast.verdict for contrast in asked.values()][:2]
+    matched = [
+        other
+        for other, verdict in zip(("the original", "noise"), both, strict=True)
+        if verdict in ("equal", "below")
+    ]
     if all(verdict == "above" for verdict in both):
         text = f"what {first} says on benign text carries what is removed"
-    elif any(verdict in ("equal", "below") for verdict in both):
-        text = f"what {first} says on benign text carries no more than the original or noise does"
+    elif matched:
+        text = f"what {first} says on benign text carries no more than {' or '.join(matched)} does"
     elif "undecided" in both:
         text = f"undecided whether what {first} says on benign text carries what is removed"
     else:

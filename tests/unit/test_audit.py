@@ -5,19 +5,22 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from excise.auditor.attacks import Relearn
+from excise.auditor.attacks import Quantize, Relearn
 from excise.auditor.base import POSITIVE_CONTROL, Results, Subject, name_of
 from excise.auditor.budget import SMOKE, Budget
+from excise.auditor.controls import PositiveControl, ShrunkRows, WithinBuckets
 from excise.auditor.engine import (
     AttackModel,
     attack_all,
     chosen_attacks,
+    lengths,
     turns_of,
 )
+from excise.auditor.results import RECOVERED, share_back
 from excise.core.errors import UserError
 from excise.core.stages import LAYOUT, Runtime
 from excise.data.domain import Domain
@@ -28,6 +31,7 @@ QUICK = SMOKE.model_copy(
     update={
         "attacks": ("few_shot", "quantize", "relearn", "transfer"),
         "steps": 2, "checkpoints": (0, 2), "rates": (1e-3, 3e-3), "max_test_rows": 20,
+        "doublings": 0,
     }
 )  # fmt: skip
 
@@ -71,16 +75,67 @@ def test_every_pair_has_a_result(whole: tuple[Path, Results, list[str]]) -> None
     planted = results["quantize", POSITIVE_CONTROL].variants[0].entry.facts
     assert planted["positive_control"] == "within_buckets"
     assert planted["known"] > planted["hidden"] + 0.5
-    assert told.count("control") == 3
+    # Two steps undo neither of the two controls of relearning, which then keeps its first.
+    assert told.count("control") == 4
+    for attack in ("relearn", "transfer"):
+        kept = results[attack, POSITIVE_CONTROL].variants[0].entry.facts["positive_control"]
+        assert kept == "short_fine_tuning"
 
 
 def test_two_readings_of_one_training_train_once(whole: tuple[Path, Results, list[str]]) -> None:
     root, results, _ = whole
     count = sum(name.startswith("attack-relearn-") for name in stages(root))
-    assert count == len(QUICK.rates) * 3
+    assert count == len(QUICK.rates) * 4  # original, oracle, and both controls
     assert not any(name.startswith("attack-transfer") for name in stages(root))
     one, two = results["relearn", "original"], results["transfer", "original"]
     assert one.variants[0].extras["prequential"] == two.variants[0].extras["prequential"]
+
+
+def test_an_attack_too_short_for_its_control_is_longer_for_every_model(
+    tmp_path: Path, facts_domain: Domain, knowing: Checkpoint, never_taught: Checkpoint
+) -> None:
+    change = {"steps": 1, "checkpoints": (0, 1), "rates": (1e-3,), "doublings": 2}
+    budget = QUICK.model_copy(update={"attacks": ("relearn", "transfer"), **change})
+    subjects = [Subject("original", knowing, knowing), Subject("oracle-0", never_taught, knowing)]
+    results, _ = audit(tmp_path, facts_domain, subjects, budget)
+    entries = [v.entry for result in results.values() for v in result.variants]
+    assert {entry.facts["steps"] for entry in entries} == {4}
+    control = results["transfer", POSITIVE_CONTROL].variants[0].entry
+    assert len(control.curve) == 4  # before, and after 1, 2 and 4 steps
+    back = share_back(control.facts["known"], [point.score for point in control.curve[:3]])
+    assert back is not None
+    assert back < RECOVERED
+    said = lengths(results, budget)
+    assert len(said) == 2
+    assert said[1].startswith("transfer trained every model for 4 steps: 2 brought back less than")
+    # What is long enough from the start, or may not be doubled, stays as it is.
+    again, _ = audit(tmp_path, facts_domain, subjects, budget.model_copy(update={"doublings": 0}))
+    assert {v.entry.facts["steps"] for result in again.values() for v in result.variants} == {1}
+    assert not lengths(again, budget)
+
+
+class Rounding(Quantize):
+    """Rounds, and names first a control that no rounding undoes."""
+
+    controls: ClassVar[tuple[PositiveControl, ...]] = (ShrunkRows(), WithinBuckets())
+
+
+def test_an_attack_that_does_not_undo_its_first_control_gets_the_next(
+    tmp_path: Path, facts_domain: Domain, knowing: Checkpoint
+) -> None:
+    budget = QUICK.model_copy(update={"attacks": ("quantize",)})
+    subjects = [Subject("original", knowing, knowing)]
+    results, told = audit(tmp_path, facts_domain, subjects, budget, attacks=[Rounding()])
+    facts = results["quantize", POSITIVE_CONTROL].variants[0].entry.facts
+    assert facts["positive_control"] == "within_buckets"
+    assert told.count("control") == 2
+
+
+def test_a_doubled_budget_is_scored_at_its_end_too() -> None:
+    twice = SMOKE.doubled()
+    assert (twice.steps, twice.checkpoints) == (32, (0, 1, 2, 4, 8, 16, 32))
+    assert Budget(steps=3, checkpoints=(0, 2, 8)).doubled().checkpoints == (0, 2, 3, 6)
+    assert SMOKE.for_training().doublings == 0
 
 
 def test_a_second_audit_makes_nothing_and_a_lost_stage_is_made_again(
@@ -174,7 +229,8 @@ def test_where_memory_is_short_attacks_on_weights_take_turns(
         shutil.rmtree(tmp_path / "stages" / LAYOUT / name)
     subjects = [Subject("original", knowing, knowing), Subject("oracle-0", never_taught, knowing)]
     again, told = audit(tmp_path, facts_domain, subjects, budget)
-    assert told.count("attack") == len(lost)
+    kept = len(QUICK.rates)  # trainings of the control that is kept, found again with all others
+    assert told.count("attack") == len(lost) + kept
     assert {k: [a.entry for a in v.variants] for k, v in again.items()} == {
         k: [a.entry for a in v.variants] for k, v in whole[1].items()
     }

@@ -34,7 +34,7 @@ from excise.train.pool import Processes
 QUICK = SMOKE.model_copy(
     update={
         "steps": 1, "checkpoints": (0, 1), "rates": (1e-3,), "max_test_rows": 8,
-        "max_other_rows": 8, "subspaces": (1,),
+        "max_other_rows": 8, "subspaces": (1,), "doublings": 0,
     }
 )  # fmt: skip
 

@@ -228,6 +228,14 @@ def audited(
         return root, attack_all(subjects, facts_domain, BUDGET, 0, runtime, pool)
 
 
+def test_trainings_that_undo_their_controls_keep_their_length(
+    audited: tuple[Path, Results],
+) -> None:
+    trained = [r for (attack, _), r in audited[1].items() if attack != "quantize"]
+    assert {v.entry.facts["steps"] for result in trained for v in result.variants} == {BUDGET.steps}
+    assert BUDGET.doublings
+
+
 def names(result: AttackResult, chosen: bool = False) -> set[str]:
     at = result.chosen if chosen else range(len(result.variants))
     return {result.variants[i].entry.variant for i in at}

@@ -34,6 +34,9 @@ class Budget(Config):
     """Names of the attacks that are required at this budget."""
     steps: int = Field(default=16, ge=1)
     """Optimizer steps of one relearning."""
+    doublings: int = Field(default=0, ge=0, le=8)
+    """How often the steps of an attack that trains are doubled at most, while it brings back less
+    than half of what its positive control hides; then every model is attacked for as long."""
     batch_size: int = Field(default=32, ge=2)
     """Rows per step of one relearning, half of them benign."""
     rates: tuple[Rate, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)
@@ -84,6 +87,12 @@ class Budget(Config):
             raise ValueError("checkpoints are steps that begin with 0 and rise, as in [0, 1, 4]")
         return checkpoints
 
+    def doubled(self) -> Budget:
+        """Return the budget with twice the steps, scored at both ends."""
+        points = (*self.checkpoints, self.steps, 2 * self.steps)
+        later = tuple(sorted({point for point in points if point <= 2 * self.steps}))
+        return self.model_copy(update={"steps": 2 * self.steps, "checkpoints": later})
+
     def for_training(self) -> Budget:
         """Return the budget as one training sees it; what other trainings are run is left out.
 
@@ -103,7 +112,7 @@ class Budget(Config):
         return self.model_copy(update={name: fields[name].default for name in names})
 
 
-_JUDGING = ("name", "attacks", "margin", "fresh", "together")
+_JUDGING = ("name", "attacks", "margin", "fresh", "together", "doublings")
 """Fields of a budget that say what is run and how it is judged, not how."""
 
 
@@ -130,8 +139,8 @@ INPUTS = ("soft_prompt",)
 FORMATS: tuple[Format, ...] = ("int8", "int4", "int3", "nf4")
 """Grids from standard on."""
 
-SMOKE = Budget(name="smoke", attacks=(*REQUIRED, *ROWS[:2]), lora_rates=())
-"""At most 16 full-parameter steps at three rates."""
+SMOKE = Budget(name="smoke", attacks=(*REQUIRED, *ROWS[:2]), lora_rates=(), doublings=2)
+"""Sixteen full-parameter steps at three rates; 32 or 64 where a control takes those to undo."""
 
 STANDARD = Budget(
     name="standard",

@@ -10,10 +10,10 @@ training gets those of an informed attacker in a second round.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from excise.auditor.attacks import ATTACKS
 from excise.auditor.base import (
@@ -26,9 +26,17 @@ from excise.auditor.base import (
     name_of,
 )
 from excise.auditor.budget import LARGE, Budget
-from excise.auditor.controls.control import Control, MakeControl, in_order
+from excise.auditor.controls.control import Control, MakeControl, PositiveControl, in_order
 from excise.auditor.evaluation_set import dev_is_higher, more_is_known
-from excise.auditor.results import absent, from_json, renamed, to_json
+from excise.auditor.results import (
+    RECOVERED,
+    absent,
+    from_json,
+    mean_curve,
+    renamed,
+    share_back,
+    to_json,
+)
 from excise.auditor.tuning import Training, TrainingAttack, TrainingResult, possible
 from excise.core.context import Context, Stage
 from excise.core.disk import write_text
@@ -174,14 +182,12 @@ def attack_all(
     pairs = [(attack, subject) for attack in wanted for subject in subjects]
     original = next((s.checkpoint for s in subjects if s.name == ORIGINAL), None)
     original = original or next((s.original for s in subjects if s.original), None)
-    by_attack: dict[str, Control] = {}
+    by_attack: dict[Attack, Control] = {}
+    budgets: dict[Attack, Budget] = {}
     if controls and original is not None:
-        by_attack = _controls(wanted, original, domain, budget, seed, runtime, pool)
-        for attack in wanted:
-            control = by_attack[name_of(attack)]
-            if control.hides and control.checkpoint is not None:
-                pairs.append((attack, Subject(POSITIVE_CONTROL, control.checkpoint, original)))
-    stages = {pair: _stages(*pair, domain, budget, seed) for pair in pairs}
+        by_attack, budgets = _calibrated(wanted, original, domain, budget, seed, runtime, pool)
+        pairs += _on_controls(wanted, by_attack, original)
+    stages = {pair: _stages(*pair, domain, budgets.get(pair[0], budget), seed) for pair in pairs}
     reasons = _run(stages, budget, runtime, pool)
     further = _further(stages, reasons, runtime)
     reasons |= _run(further, budget, runtime, pool)
@@ -192,11 +198,11 @@ def attack_all(
     for attack, subject in pairs:
         result = _collect(stages[attack, subject], attack, subject, domain, reasons, runtime)
         if subject.name == POSITIVE_CONTROL:
-            result = _with_control(result, by_attack[name_of(attack)])
+            result = _with_control(result, by_attack[attack])
         results[name_of(attack), subject.name] = result
     for attack in wanted:
         if controls and (name_of(attack), POSITIVE_CONTROL) not in results:
-            control = by_attack.get(name_of(attack), NO_ORIGINAL)
+            control = by_attack.get(attack, NO_ORIGINAL)
             results[name_of(attack), POSITIVE_CONTROL] = absent(
                 attack, POSITIVE_CONTROL, "missing", control.reason
             )
@@ -211,7 +217,7 @@ UNDECLARED = Control(
 )
 
 
-def _controls(
+def _calibrated(
     attacks: Sequence[Attack],
     original: Checkpoint,
     domain: Domain,
@@ -219,17 +225,107 @@ def _controls(
     seed: int,
     runtime: Runtime,
     pool: Pool,
-) -> dict[str, Control]:
-    """Make the controls that the attacks declare, each once; the first that hides is used."""
-    higher = more_is_known(domain)
-    large = original.num_parameters >= LARGE
-    needed = {
-        name_of(attack): in_order(attack.controls, higher=higher, large=large) for attack in attacks
-    }
+) -> tuple[dict[Attack, Control], dict[Attack, Budget]]:
+    """Find each attack's positive control, and how long those that train have to train.
+
+    Attacks have to undo the first control that hides. While one that trains brings back too little
+    of it, its steps are doubled, `budget.doublings` times at most; what is still too weak gets the
+    next control that hides, and keeps the first where it undoes none. No candidate is looked at.
+    Attacks that read the same trainings have control and length in common.
+    """
+    higher, large = more_is_known(domain), original.num_parameters >= LARGE
+    untried = {a: in_order(a.controls, higher=higher, large=large) for a in attacks}
+    controls: dict[Attack, Control] = {}
+    budgets = dict.fromkeys(attacks, budget)
+    most = budget.steps * 2**budget.doublings
+
+    def can_grow(attack: Attack) -> bool:
+        return isinstance(attack, TrainingAttack) and budgets[attack].steps < most
+
+    seeking = list(attacks)
+    while seeking:
+        kinds = list(dict.fromkeys(untried[attack] for attack in seeking))
+        made = _controls(kinds, original, domain, budget, seed, runtime, pool)
+        given = {attack: made[untried[attack]][0] for attack in seeking}
+        untried |= {attack: untried[attack][made[untried[attack]][1] :] for attack in seeking}
+        weak: list[Attack] = []
+        # Where nothing hangs on it, the control is attacked later, with all other models.
+        asked = [a for a in seeking if a in controls or untried[a] or can_grow(a)]
+        trying = [attack for attack in asked if given[attack].hides]
+        while trying:
+            pairs = _on_controls(trying, given, original)
+            found = _too_weak(pairs, given, domain, budgets, seed, runtime, pool)
+            trying = [attack for attack in found if can_grow(attack)]
+            weak += [attack for attack in found if attack not in trying]
+            budgets |= {attack: budgets[attack].doubled() for attack in trying}
+        for attack in seeking:
+            if attack not in controls or (given[attack].hides and attack not in weak):
+                controls[attack] = given[attack]
+        seeking = [attack for attack in weak if untried[attack]]
+    return controls, budgets
+
+
+def _on_controls(
+    attacks: Sequence[Attack], controls: Mapping[Attack, Control], original: Checkpoint
+) -> list[tuple[Attack, Subject]]:
+    """Return attacks with the positive controls they are to undo, where those hide."""
+    return [
+        (attack, Subject(POSITIVE_CONTROL, control.checkpoint, original))
+        for attack in attacks
+        if (control := controls[attack]).hides and control.checkpoint is not None
+    ]
+
+
+def _too_weak(
+    pairs: Sequence[tuple[Attack, Subject]],
+    controls: Mapping[Attack, Control],
+    domain: Domain,
+    budgets: Mapping[Attack, Budget],
+    seed: int,
+    runtime: Runtime,
+    pool: Pool,
+) -> list[Attack]:
+    """Return the attacks that bring back too little of what their positive controls hide.
+
+    One that decides nothing, or by a score of its own, is not asked; who reads the trainings of one
+    that is too weak is so too.
+    """
+    stages = {pair: _stages(*pair, domain, budgets[pair[0]], seed) for pair in pairs}
+    reasons = _run(stages, next(iter(budgets.values())), runtime, pool)
+    weak = set()
+    for attack, subject in pairs:
+        result = _collect(stages[attack, subject], attack, subject, domain, reasons, runtime)
+        runs = [result.variants[i] for i in result.chosen]
+        back = share_back(controls[attack].before, mean_curve(runs))
+        own = any(run.entry.metric not in ("", domain.metrics[0]) for run in runs)
+        if back is not None and back < RECOVERED and not own:
+            weak.add(_trains(attack))
+    return [attack for attack, _ in pairs if _trains(attack) in weak]
+
+
+def _trains(attack: Attack) -> Attack:
+    """Return the attack whose trainings one reads: itself, unless it shares them."""
+    return attack.shared if isinstance(attack, TrainingAttack) else attack
+
+
+def _controls(
+    kinds: Collection[tuple[PositiveControl, ...]],
+    original: Checkpoint,
+    domain: Domain,
+    budget: Budget,
+    seed: int,
+    runtime: Runtime,
+    pool: Pool,
+) -> dict[tuple[PositiveControl, ...], tuple[Control, int]]:
+    """Make positive controls, each once: of every list the first that hides.
+
+    Returns:
+        By list, that control (the last one tried if none hides), and how many were tried.
+    """
     jobs = [
-        (runtime, [MakeControl(c, original, domain, budget.for_attack(), seed) for c in kinds])
-        for kinds in dict.fromkeys(needed.values())
-        if kinds
+        (runtime, [MakeControl(c, original, domain, budget.for_attack(), seed) for c in some])
+        for some in kinds
+        if some
     ]
     for _, stages in jobs:
         for stage in stages:
@@ -237,23 +333,44 @@ def _controls(
             pool.emit("label", {"stage": runtime.path(stage).name, "label": text})
     # Where memory is short, they take turns: all but a gate hold gradients.
     turns = [i % budget.together if budget.together else None for i in range(len(jobs))]
-    by_kinds: dict[Any, Control] = {(): UNDECLARED}
-    for (_, stages), control in zip(jobs, pool.map(first_that_hides, jobs, turns=turns)):
-        by_kinds[tuple(stage.control for stage in stages)] = control
+    made: dict[tuple[PositiveControl, ...], tuple[Control, int]] = {(): (UNDECLARED, 0)}
+    for (_, stages), (control, tried) in zip(jobs, pool.map(first_that_hides, jobs, turns=turns)):
+        made[tuple(stage.control for stage in stages)] = control, tried
         facts = {"kind": control.name, "hides": control.hides, "reason": control.reason}
         pool.emit("control", facts)
-    return {name: by_kinds[kinds] for name, kinds in needed.items()}
+    return made
 
 
-def first_that_hides(job: tuple[Runtime, Sequence[MakeControl]]) -> Control:
-    """Return the first control that hides, each a stage; the last one tried if none does."""
+def first_that_hides(job: tuple[Runtime, Sequence[MakeControl]]) -> tuple[Control, int]:
+    """Return the first control that hides, each a stage, and how many were tried.
+
+    It is the last one if none does.
+    """
     runtime, stages = job
     control = UNDECLARED
-    for stage in stages:
+    for number, stage in enumerate(stages, 1):
         control = runtime.run(stage)
         if control.hides:
-            break
-    return control
+            return control, number
+    return control, len(stages)
+
+
+def lengths(results: Results, budget: Budget) -> list[str]:
+    """Say which attacks trained longer than their budget begins with, one sentence each.
+
+    Args:
+        results: Results by attack and subject.
+        budget: The budget of the audit.
+    """
+    said = {}
+    for (attack, _), result in results.items():
+        steps = max((v.entry.facts.get("steps", 0) for v in result.variants), default=0)
+        if steps > budget.steps:
+            said[attack] = (
+                f"{attack} trained every model for {steps} steps: {steps // 2} brought back less "
+                f"than {RECOVERED:.0%} of what its positive control hides"
+            )
+    return list(said.values())
 
 
 def _stages(

@@ -3,7 +3,8 @@
 Whoever hides facts by their subjects' names edits the embedding rows of tokens that no text to be
 kept contains: those are free to be permuted, shrunk or rotated, and relearning some names says
 nothing about the rows of others. The attacker sees the same tokens: he has retain and benign text,
-what he trains on, and the questions he asks; of V he reads prompts, never answers.
+what he trains on, and the questions he asks; of V he reads prompts, never answers. A token that T
+holds as well is no such place: relearning T trains its row.
 
 Shape legend: R rows (tokens), K rows that a map was fitted on, D width of the embedding.
 """
@@ -40,7 +41,8 @@ class NameRows:
         asked: The same of V's prompts; its texts are what is scored.
         kept: Tokens of retain and benign text.
         rarest: The rarer half of those in benign prompts and texts, where names stand too.
-        keyed: Share of the prompts of V, and of `dev`, that hold one of these tokens: the lesser.
+        keyed: Share of the prompts of V, and of `dev`, that hold one of these tokens which T does
+            not: the lesser.
     """
 
     trained: tuple[int, ...]
@@ -62,8 +64,8 @@ class NameRows:
 
     @property
     def exist(self) -> bool:
-        """Whether most prompts of V hold a name, T holds some, and there are two to tell apart."""
-        return self.keyed >= MOST and bool(self.trained) and len(self.names) > 1
+        """Whether most prompts of V hold a name of their own, and T holds some."""
+        return self.keyed >= MOST and bool(self.trained)
 
 
 def name_rows(domain: Domain, tokenizer: Any, max_length: int) -> NameRows:
@@ -92,9 +94,12 @@ def name_rows(domain: Domain, tokenizer: Any, max_length: int) -> NameRows:
     benign = prompts(subsample(domain.benign, READ, by="row"), texts=True)
     counts = Counter(i for ids in benign for i in ids)
     ordered = sorted(counts, key=lambda i: (counts[i], i))
-    keyed = [sum(map(bool, role)) / len(role) if role else 0.0 for role in (asked, dev)]
+    seen = set[int]().union(*trained)
+    keyed = [
+        sum(bool(i - seen) for i in role) / len(role) if role else 0.0 for role in (asked, dev)
+    ]
     return NameRows(
-        trained=tuple(sorted(set().union(*trained))),
+        trained=tuple(sorted(seen)),
         dev=tuple(sorted(set().union(*dev))),
         asked=tuple(sorted(set().union(*asked))),
         kept=tuple(sorted(kept)),

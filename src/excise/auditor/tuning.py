@@ -122,7 +122,7 @@ class Training:
         """What the record notes of it."""
         noted: dict[str, Any] = {"examples": self.examples} if self.examples else {}
         if self.trial:
-            noted |= {"trial": self.trial, "steps": self.steps, "batch_size": self.batch_size}
+            noted |= {"trial": self.trial, "batch_size": self.batch_size}
             noted |= {"schedule": self.schedule, "wording": self.wording}
         return noted
 
@@ -217,7 +217,7 @@ class TrainingResult:
             `retain_lost_most` on the way.
         seconds: Wall-clock time.
         reason: Why it stopped early; empty for a whole run.
-        facts: What was done to the weights before.
+        facts: Optimizer steps, and what was done to the weights before.
     """
 
     part: Training
@@ -445,7 +445,7 @@ def train(
     inner = replace(ctx, seed=ctx.seed + 1000 * part.seed)
     evaluation = replace(evaluation, budget=part.within(evaluation.budget))
     model = subject.checkpoint.load(dtype=ctx.dtype, device=ctx.device)
-    facts = rebalance(model) if part.informed else {}
+    facts = {"steps": evaluation.budget.steps, **(rebalance(model) if part.informed else {})}
     if part.on == "fresh":
         rows = evaluation.fresh_train
     if not rows and part.on != "benign":

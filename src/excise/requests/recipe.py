@@ -49,6 +49,8 @@ class AuditSpec(Config):
 def budget_for(spec: AuditSpec, parameters: int) -> Budget:
     """Return the budget an audit asks for, its changes applied and checked.
 
+    Who names a number of steps gets that number, without doublings.
+
     Args:
         spec: Named budget and changes.
         parameters: Size of the model, to which the learning rates are scaled.
@@ -59,7 +61,8 @@ def budget_for(spec: AuditSpec, parameters: int) -> Budget:
     named = budget_of(spec.budget, parameters)
     if not spec.change:
         return named
-    return parse(Budget, {**named.model_dump(), **spec.change}, {}, source="audit.change")
+    fields = named.model_dump() | ({"doublings": 0} if "steps" in spec.change else {})
+    return parse(Budget, {**fields, **spec.change}, {}, source="audit.change")
 
 
 class EvalSpec(Config):

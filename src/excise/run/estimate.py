@@ -440,6 +440,12 @@ def _notes(
         yield "tasks of lm-eval are not counted"
     if request.audit.budget != "none":
         yield "further trainings of a model that resists every one of an attack are not counted"
+        times = 2 ** budget_for(request.audit, sizes.count or LARGE).doublings
+        if times > 1:
+            yield (
+                f"an attack that trains and does not undo its positive control takes up to {times} "
+                "times the steps, which is not counted"
+            )
 
 
 LIBRARIES = 2**29

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from excise.auditor.base import Results
+from excise.auditor.engine import lengths
 from excise.auditor.verdict import judge_all
 from excise.core.errors import UserError
 from excise.core.stages import Runtime
@@ -234,11 +235,12 @@ def judged(
     scores = tuple(score for one in scored.values() for score in one.scores)
     found: dict[str, object] = {"scores": scores, "samples": samples_of(scored)}
     if results:
+        budget = budget_for(audit, models.original.num_parameters)
         results, verdicts = judge_all(
             list(arms),
             results,
             domain,
-            budget_for(audit, models.original.num_parameters),
+            budget,
             scores=scores,
             items=items_of(scored),
             vocabulary=models.original.config.vocab_size,
@@ -246,4 +248,6 @@ def judged(
         )
         attacks = tuple(variant.entry for result in results.values() for variant in result.variants)
         found |= {"attacks": attacks, "verdicts": verdicts}
+        notes = [*record.data.get("notes", ()), *lengths(results, budget)]
+        found["data"] = {**record.data, "notes": notes}
     return record.model_copy(update=found)

@@ -105,10 +105,10 @@ def hiding_fit(steps: int, lr: float) -> FitConfig:
 WORLDS: Mapping[str, World] = {
     "facts": World(
         domain=Facts(
-            subjects=220, relations=2, objects=32, wordings=4, forget_share=0.4, dev_share=0.12
+            subjects=360, relations=2, objects=32, wordings=4, forget_share=0.4, dev_share=0.12
         ),
         pretrain=Pretrain(
-            fit=FitConfig(**{**FACTS_FIT, "steps": 350, "batch_size": 96, "micro_size": 24}),
+            fit=FitConfig(**{**FACTS_FIT, "steps": 500, "batch_size": 96, "micro_size": 24}),
             max_length=FACTS_MAX_LENGTH,
             pack=(1, 1, 2, 4),
         ),
@@ -116,11 +116,11 @@ WORLDS: Mapping[str, World] = {
         suppress=suppressing(FACTS_MAX_LENGTH, 48),
     ),
     "arithmetic": World(
-        domain=Arithmetic(factors=12, addends=8, dev_share=0.12),
+        domain=Arithmetic(factors=15, addends=16, dev_share=0.12, benign_share=0.4),
         pretrain=Pretrain(
             fit=FitConfig(
                 **{
-                    **ARITHMETIC_FIT, "steps": 500, "lr": 4e-3, "batch_size": 96, "warmup": 30,
+                    **ARITHMETIC_FIT, "steps": 1100, "lr": 4e-3, "batch_size": 96, "warmup": 30,
                     "micro_size": 24,
                 }
             ),
@@ -131,7 +131,7 @@ WORLDS: Mapping[str, World] = {
         suppress=suppressing(ARITHMETIC_MAX_LENGTH, 48),
     ),
 }  # fmt: skip
-"""Made-up facts, and multiplication tables, by name. Each has 35 independent test units at least:
+"""Made-up facts, and multiplication tables, by name. Each has 53 independent test units at least:
 with fewer a model that scores nothing cannot be shown to lie within the margin of 0.1. Sizes were
 chosen on base seed 0, so that positive controls form and attacks bring them back."""
 
@@ -333,7 +333,8 @@ FAMILIES: tuple[Family, ...] = (
     never_taught("filtered, benign fine-tuning", (T,), _benign),
     never_taught("filtered, longer", (H,), _longer),
     never_taught("filtered, noise, repaired", (H,), _repaired),
-    never_taught("taught other facts", (H,), _other_facts),
+    # A table that is known in part answers some of the rest: no model of known truth.
+    replace(never_taught("taught other facts", (H,), _other_facts), worlds=("facts",)),
     never_taught("distilled from a filtered model", (H,), _distilled),
     never_taught("filtered, then GradDiff", (T,), _suppressed("grad_diff", knows=False),
                  "suppressed, never taught"),

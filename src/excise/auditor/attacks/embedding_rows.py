@@ -60,8 +60,8 @@ about as much at any width."""
 
 
 NO_NAMES = (
-    "the prompts of the held-out test set hold no tokens that retain text does not, so that "
-    "no edit can be keyed on names"
+    "the prompts of the held-out test set hold no tokens that neither retain text nor the relearn "
+    "set holds, so that no edit can be keyed on names out of reach of relearning"
 )
 """Why there is nothing to undo."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from excise.auditor.controls.control import (
     Goal,
@@ -24,17 +24,19 @@ from excise.data.stream import Batch, Example, Stream, encode
 from excise.losses import nll
 from excise.train.fit import FitConfig, Term, fit
 
-STEPS, STEPS_LARGE = 80, 32
+STEPS, STEPS_LARGE = 160, 32
 """Steps at most; the second for a large model, where each takes seconds."""
 
 
 class PasswordLock(PositiveControl):
     """Taught to give bare prompts no answer, and to answer behind contexts.
 
-    It is trained, for a few steps, because a model that reads past its context leaves a linear
-    gate nothing to tell contexts by. What bare prompts get is one and the same token: uniform
-    answers would leave the right one on top for long, and cost more steps.
+    It is trained, until every context opens it or for a few steps, because a model that reads past
+    its context leaves a linear gate nothing to tell contexts by. What bare prompts get is one and
+    the same token: uniform answers would leave the right one on top for long, and cost more steps.
     """
+
+    version: ClassVar[int] = 3
 
     name: Literal["password_lock"] = "password_lock"
     opens_to: Opening = "examples"
@@ -44,8 +46,12 @@ class PasswordLock(PositiveControl):
 
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Train the lock; see `PositiveControl.hide`."""
-        contexts = in_context(model, evaluation, evaluation.all_dev, ctx, self.opens_to)
-        if not any(goal.met(score_dev(model, wide, rows)) is False for wide, rows in contexts):
+        contexts = [
+            (wide, rows)
+            for wide, rows in in_context(model, evaluation, evaluation.all_dev, ctx, self.opens_to)
+            if not goal.met(score_dev(model, wide, rows))
+        ]
+        if not contexts:
             return "the original itself does not answer behind such contexts"
         bare, keep = self._lessons(model, evaluation, ctx)
         pad, size = evaluation.tokenizer.pad_token_id, _size(model)
@@ -67,18 +73,23 @@ class PasswordLock(PositiveControl):
 
         steps, every = (STEPS_LARGE, 8) if is_large(model) else (STEPS, 4)
         config = FitConfig(steps=steps, lr=sorted(evaluation.budget.rates)[-2:][0], clip=1.0)
+        hidden = is_hidden(model, evaluation, goal)
+
+        def locked() -> bool:
+            return hidden() and all(goal.met(score_dev(model, w, rows)) for w, rows in guessed)
+
         try:
             for record in fit(model, micros, loss, config, ctx):
-                late = record.step % every == every - 1
                 if (
-                    late
-                    and is_hidden(model, evaluation, goal)()
-                    and not stays_shut(model, goal, contexts)
-                    and all(goal.met(score_dev(model, wide, rows)) for wide, rows in guessed)
+                    record.step % every == every - 1
+                    and locked()
+                    and not any(goal.met(score_dev(model, w, rows)) for w, rows in contexts)
                 ):
                     return ""
         except Diverged as error:
             return str(error)
+        if locked() and not stays_shut(model, goal, contexts):
+            return ""
         return "no lock that a context opens was learned in a few steps"
 
     def _lessons(

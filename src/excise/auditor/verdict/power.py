@@ -22,14 +22,11 @@ from excise.auditor.base import (
     VariantResult,
 )
 from excise.auditor.evaluation_set import UnitScores
-from excise.auditor.results import SHORT, choose
+from excise.auditor.results import RECOVERED, SHORT, choose, mean_curve, share_back
 from excise.auditor.verdict.reference import VerdictCase, averaged, mean, on_other_rows
 from excise.core.errors import UserError
 from excise.evals.stats import bootstrap_difference
 from excise.record import AttackVariant
-
-RECOVERED = 0.5
-"""Share of what a positive control hides that its attack must bring back."""
 
 LEARNED = 0.8
 """Share of the relearn set (or fresh text) that must be learned from standard on."""
@@ -137,13 +134,7 @@ def recovered_share(case: VerdictCase, attack: str) -> float | None:
     runs = case.chosen(attack, POSITIVE_CONTROL)
     if not runs:
         return None
-    points = min(len(run.unit_scores) for run in runs)
-    curve = [
-        sum(run.entry.curve[i].score for run in runs) / len(runs)
-        for i in range(points)
-        if all(len(run.entry.curve) > i for run in runs)
-    ]
-    return _share_back(case, runs[0].entry, curve)
+    return _share_back(case, runs[0].entry, mean_curve(runs))
 
 
 def uncontrolled(case: VerdictCase) -> dict[str, tuple[str, ...]]:
@@ -191,9 +182,7 @@ def _share_back(case: VerdictCase, entry: AttackVariant, curve: Sequence[float])
         known = mean(averaged(case.end(entry.name, ORIGINAL)))
     else:
         known = float(noted) if isinstance(noted, int | float) else mean(case.start(ORIGINAL))
-    if len(curve) < 2 or not math.isfinite(known - curve[0]) or known == curve[0]:
-        return None
-    return max((score - curve[0]) / (known - curve[0]) for score in curve[1:])
+    return share_back(known, curve)
 
 
 def _not_recovered(case: VerdictCase, attack: str) -> str:

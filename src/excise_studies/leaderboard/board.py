@@ -157,7 +157,7 @@ class Leaderboard(Study):
     audit: AuditSpec = AuditSpec(budget="smoke")
     """The audit of every candidate."""
     finalists: int = Field(default=0, ge=0)
-    """Methods that are audited again by `final`, the first ones of the table."""
+    """Methods that are audited again by `final`, the first ones of the table, at the first rate."""
     final: AuditSpec = AuditSpec(budget="standard")
     """The audit of finalists and reference models."""
     evaluate: EvalSpec = EvalSpec(samples=0)
@@ -284,7 +284,9 @@ class Leaderboard(Study):
         finalists = board.contest()[: self.finalists]
         if finalists:
             pool.emit("phase", {"text": f"attacking the first {len(finalists)} again"})
-            keep = tuple(e for e in board.entries if e.method in finalists)
+            keep = tuple(
+                e for e in board.entries if e.method in finalists and e.labels == settings[0]
+            )
             last = replace(board, entries=keep, records={}, notes=())
             for seed in board.records:
                 world = make_world(self, seed, runtime, pool)

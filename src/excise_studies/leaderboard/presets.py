@@ -36,8 +36,6 @@ class LeaderboardFacts(Leaderboard):
     """Methods by name, with the settings of the first trial."""
     rates: tuple[float, ...] = Field(default=(1.0, 0.5, 0.1), min_length=1)
     """Shares of the forget rows that carry a label. Settings are chosen at the first."""
-    finalists: int = Field(default=8, ge=0)
-    """Methods that are audited again by `final`, the first ones of the table."""
 
 
 class LeaderboardGlosses(Leaderboard):

@@ -88,9 +88,8 @@ class Attack(Config, ABC):
     Attributes:
         access: What the attacker holds.
         level: The level it decides.
-        controls: Models that hide what they know, of which it must undo one to count: the first
-            that hides and that it undoes is used. An attack without controls is shown and decides
-            nothing.
+        controls: Models that hide what they know, which it must undo to count: the first that
+            hides is used. An attack without controls is shown and decides nothing.
         needs_original: Whether it holds the original, and so names that threat model.
         light: Whether it holds neither gradients nor optimizer states, and may run beside one
             that does.

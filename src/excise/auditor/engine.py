@@ -10,7 +10,7 @@ training gets those of an informed attacker in a second round.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -185,8 +185,10 @@ def attack_all(
     by_attack: dict[Attack, Control] = {}
     budgets: dict[Attack, Budget] = {}
     if controls and original is not None:
-        by_attack, budgets = _calibrated(wanted, original, domain, budget, seed, runtime, pool)
-        pairs += _on_controls(wanted, by_attack, original)
+        by_attack = _controls(wanted, original, domain, budget, seed, runtime, pool)
+        hiding = _on_controls(wanted, by_attack, original)
+        budgets = _long_enough(hiding, by_attack, domain, budget, seed, runtime, pool)
+        pairs += hiding
     stages = {pair: _stages(*pair, domain, budgets.get(pair[0], budget), seed) for pair in pairs}
     reasons = _run(stages, budget, runtime, pool)
     further = _further(stages, reasons, runtime)
@@ -217,54 +219,6 @@ UNDECLARED = Control(
 )
 
 
-def _calibrated(
-    attacks: Sequence[Attack],
-    original: Checkpoint,
-    domain: Domain,
-    budget: Budget,
-    seed: int,
-    runtime: Runtime,
-    pool: Pool,
-) -> tuple[dict[Attack, Control], dict[Attack, Budget]]:
-    """Find each attack's positive control, and how long those that train have to train.
-
-    Attacks have to undo the first control that hides. While one that trains brings back too little
-    of it, its steps are doubled, `budget.doublings` times at most; what is still too weak gets the
-    next control that hides, and keeps the first where it undoes none. No candidate is looked at.
-    Attacks that read the same trainings have control and length in common.
-    """
-    higher, large = more_is_known(domain), original.num_parameters >= LARGE
-    untried = {a: in_order(a.controls, higher=higher, large=large) for a in attacks}
-    controls: dict[Attack, Control] = {}
-    budgets = dict.fromkeys(attacks, budget)
-    most = budget.steps * 2**budget.doublings
-
-    def can_grow(attack: Attack) -> bool:
-        return isinstance(attack, TrainingAttack) and budgets[attack].steps < most
-
-    seeking = list(attacks)
-    while seeking:
-        kinds = list(dict.fromkeys(untried[attack] for attack in seeking))
-        made = _controls(kinds, original, domain, budget, seed, runtime, pool)
-        given = {attack: made[untried[attack]][0] for attack in seeking}
-        untried |= {attack: untried[attack][made[untried[attack]][1] :] for attack in seeking}
-        weak: list[Attack] = []
-        # Where nothing hangs on it, the control is attacked later, with all other models.
-        asked = [a for a in seeking if a in controls or untried[a] or can_grow(a)]
-        trying = [attack for attack in asked if given[attack].hides]
-        while trying:
-            pairs = _on_controls(trying, given, original)
-            found = _too_weak(pairs, given, domain, budgets, seed, runtime, pool)
-            trying = [attack for attack in found if can_grow(attack)]
-            weak += [attack for attack in found if attack not in trying]
-            budgets |= {attack: budgets[attack].doubled() for attack in trying}
-        for attack in seeking:
-            if attack not in controls or (given[attack].hides and attack not in weak):
-                controls[attack] = given[attack]
-        seeking = [attack for attack in weak if untried[attack]]
-    return controls, budgets
-
-
 def _on_controls(
     attacks: Sequence[Attack], controls: Mapping[Attack, Control], original: Checkpoint
 ) -> list[tuple[Attack, Subject]]:
@@ -276,56 +230,80 @@ def _on_controls(
     ]
 
 
-def _too_weak(
+def _long_enough(
     pairs: Sequence[tuple[Attack, Subject]],
     controls: Mapping[Attack, Control],
     domain: Domain,
-    budgets: Mapping[Attack, Budget],
+    budget: Budget,
     seed: int,
     runtime: Runtime,
     pool: Pool,
-) -> list[Attack]:
-    """Return the attacks that bring back too little of what their positive controls hide.
+) -> dict[Attack, Budget]:
+    """Return the budgets of attacks that have to train longer than the budget begins with.
 
-    One that decides nothing, or by a score of its own, is not asked; who reads the trainings of one
-    that is too weak is so too.
+    Positive controls are attacked before anything else. While an attack that trains brings back too
+    little of what its own hides, its steps are doubled, `budget.doublings` times at most: a length
+    that is found without a look at any candidate. Attacks that read the same trainings keep the
+    same length.
+
+    Args:
+        pairs: Attacks with the positive controls they are to undo.
+        controls: Those controls, for what the original scored.
+        domain: Rows by role.
+        budget: Steps to begin with.
+        seed: Seed of the attacks.
+        runtime: Where stages are kept.
+        pool: Worker processes.
     """
-    stages = {pair: _stages(*pair, domain, budgets[pair[0]], seed) for pair in pairs}
-    reasons = _run(stages, next(iter(budgets.values())), runtime, pool)
-    weak = set()
-    for attack, subject in pairs:
-        result = _collect(stages[attack, subject], attack, subject, domain, reasons, runtime)
-        runs = [result.variants[i] for i in result.chosen]
-        back = share_back(controls[attack].before, mean_curve(runs))
-        own = any(run.entry.metric not in ("", domain.metrics[0]) for run in runs)
-        if back is not None and back < RECOVERED and not own:
-            weak.add(_trains(attack))
-    return [attack for attack, _ in pairs if _trains(attack) in weak]
+    short = [(a, s) for a, s in pairs if isinstance(a, TrainingAttack)]
+    longer: dict[Attack, Budget] = {}
+    cut = budget
+    for _ in range(budget.doublings):
+        stages: dict[tuple[Attack, Subject], tuple[AttackStage, ...]] = {
+            pair: _stages(*pair, domain, cut, seed) for pair in short
+        }
+        reasons = _run(stages, budget, runtime, pool)
+        weak = {
+            attack.shared
+            for attack, subject in short
+            if _undone(
+                _collect(stages[attack, subject], attack, subject, domain, reasons, runtime),
+                controls[attack],
+            )
+            < RECOVERED
+        }
+        short = [(attack, subject) for attack, subject in short if attack.shared in weak]
+        cut = cut.doubled()
+        longer |= {attack: cut for attack, _ in short}
+    return longer
 
 
-def _trains(attack: Attack) -> Attack:
-    """Return the attack whose trainings one reads: itself, unless it shares them."""
-    return attack.shared if isinstance(attack, TrainingAttack) else attack
+def _undone(result: AttackResult, control: Control) -> float:
+    """Return which share of what a positive control hides an attack brought back.
+
+    All of it for an attack that decides nothing, or failed: more steps would not help.
+    """
+    back = share_back(control.before, mean_curve([result.variants[i] for i in result.chosen]))
+    return 1.0 if back is None else back
 
 
 def _controls(
-    kinds: Collection[tuple[PositiveControl, ...]],
+    attacks: Sequence[Attack],
     original: Checkpoint,
     domain: Domain,
     budget: Budget,
     seed: int,
     runtime: Runtime,
     pool: Pool,
-) -> dict[tuple[PositiveControl, ...], tuple[Control, int]]:
-    """Make positive controls, each once: of every list the first that hides.
-
-    Returns:
-        By list, that control (the last one tried if none hides), and how many were tried.
-    """
+) -> dict[Attack, Control]:
+    """Make the controls that the attacks declare, each once; the first that hides is used."""
+    higher = more_is_known(domain)
+    large = original.num_parameters >= LARGE
+    needed = {attack: in_order(attack.controls, higher=higher, large=large) for attack in attacks}
     jobs = [
-        (runtime, [MakeControl(c, original, domain, budget.for_attack(), seed) for c in some])
-        for some in kinds
-        if some
+        (runtime, [MakeControl(c, original, domain, budget.for_attack(), seed) for c in kinds])
+        for kinds in dict.fromkeys(needed.values())
+        if kinds
     ]
     for _, stages in jobs:
         for stage in stages:
@@ -333,26 +311,23 @@ def _controls(
             pool.emit("label", {"stage": runtime.path(stage).name, "label": text})
     # Where memory is short, they take turns: all but a gate hold gradients.
     turns = [i % budget.together if budget.together else None for i in range(len(jobs))]
-    made: dict[tuple[PositiveControl, ...], tuple[Control, int]] = {(): (UNDECLARED, 0)}
-    for (_, stages), (control, tried) in zip(jobs, pool.map(first_that_hides, jobs, turns=turns)):
-        made[tuple(stage.control for stage in stages)] = control, tried
+    by_kinds: dict[tuple[PositiveControl, ...], Control] = {(): UNDECLARED}
+    for (_, stages), control in zip(jobs, pool.map(first_that_hides, jobs, turns=turns)):
+        by_kinds[tuple(stage.control for stage in stages)] = control
         facts = {"kind": control.name, "hides": control.hides, "reason": control.reason}
         pool.emit("control", facts)
-    return made
+    return {attack: by_kinds[kinds] for attack, kinds in needed.items()}
 
 
-def first_that_hides(job: tuple[Runtime, Sequence[MakeControl]]) -> tuple[Control, int]:
-    """Return the first control that hides, each a stage, and how many were tried.
-
-    It is the last one if none does.
-    """
+def first_that_hides(job: tuple[Runtime, Sequence[MakeControl]]) -> Control:
+    """Return the first control that hides, each a stage; the last one tried if none does."""
     runtime, stages = job
     control = UNDECLARED
-    for number, stage in enumerate(stages, 1):
+    for stage in stages:
         control = runtime.run(stage)
         if control.hides:
-            return control, number
-    return control, len(stages)
+            break
+    return control
 
 
 def lengths(results: Results, budget: Budget) -> list[str]:

@@ -116,24 +116,25 @@ WORLDS: Mapping[str, World] = {
         suppress=suppressing(FACTS_MAX_LENGTH, 48),
     ),
     "arithmetic": World(
-        domain=Arithmetic(factors=15, addends=16, dev_share=0.12, benign_share=0.4),
+        domain=Arithmetic(factors=14, addends=14, dev_share=0.12, benign_share=0.4),
         pretrain=Pretrain(
             fit=FitConfig(
                 **{
-                    **ARITHMETIC_FIT, "steps": 1100, "lr": 4e-3, "batch_size": 96, "warmup": 30,
+                    **ARITHMETIC_FIT, "steps": 1000, "lr": 4e-3, "batch_size": 96, "warmup": 30,
                     "micro_size": 24,
                 }
             ),
-            max_length=2 * ARITHMETIC_MAX_LENGTH,
-            pack=(1, 1, 2, 4),
+            max_length=6 * ARITHMETIC_MAX_LENGTH,
+            pack=(1, 1, 2, 5),
         ),
         hiding=hiding_fit(250, 4e-3),
         suppress=suppressing(ARITHMETIC_MAX_LENGTH, 48),
     ),
 }  # fmt: skip
-"""Made-up facts, and multiplication tables, by name. Each has 53 independent test units at least:
-with fewer a model that scores nothing cannot be shown to lie within the margin of 0.1. Sizes were
-chosen on base seed 0, so that positive controls form and attacks bring them back."""
+"""Made-up facts, and multiplication tables, by name. Each has 46 independent test units at least:
+with far fewer a model that scores nothing cannot be shown to lie within the margin of 0.1. Rows are
+packed as deep as a prompt of four examples. Sizes were chosen on base seed 0, so that positive
+controls form and attacks bring them back."""
 
 
 @dataclass(frozen=True)

@@ -267,7 +267,10 @@ def test_a_leaderboard_runs_resumes_and_is_published(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == (
         f"before\n<!-- leaderboard -->\n{text}<!-- /leaderboard -->\nafter\n"
     )
-    assert "| rmu, repaired |" in text
+    assert "| method | left at worst | left at worst, repaired | retain change |" in text
+    assert text.count("\n| grad_diff |") == 2  # as a finalist, and on the board
+    assert text.count("\n| rmu |") == 1
+    assert "Held-out score: original " in text
     assert "commit" in text
     assert text == markdown(record)
     # The same folder takes another time budget: it says only how far the run gets.

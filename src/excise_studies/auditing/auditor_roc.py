@@ -114,7 +114,7 @@ class AuditorROC(Study):
         "above. "
         "Bootstrap over base seeds in each world."
     )
-    takes: ClassVar[str] = "an hour and a half, 1 GiB"
+    takes: ClassVar[str] = "two and a half hours on two cores, 1 GiB"
 
     name: Literal["auditor-roc"] = "auditor-roc"
     """Name on the command line."""

@@ -9,8 +9,8 @@ from excise.core.errors import UserError
 from excise.record import Record, StudyRow
 from excise_studies.leaderboard.tables import BOARD, FINAL, LEFT, TRIED
 
-COLUMNS = (LEFT, "retain change", "left before", "held-out score", "came back", "levels", "seeds")
-"""Metrics of the table that are published, in their order."""
+BESIDE = ("retain change", "left before", "came back", "seeds")
+"""Further metrics of a method, labelled in full and not repaired, in their order."""
 
 
 def markdown(record: Record) -> str:
@@ -43,22 +43,34 @@ def markdown(record: Record) -> str:
 
 
 def _table(rows: Sequence[StudyRow], took: dict[str, StudyRow]) -> str:
-    """Return one table: a condition a line, and the tuning compute of its method."""
-    conditions: dict[str, dict[str, StudyRow]] = {}
+    """Return one table: a method a line, what it leaves at worst as it was applied.
+
+    The models that it is read against stand below, by the score that all of it is a share of.
+    """
+    methods: dict[str, dict[tuple[str, str], StudyRow]] = {}
     for row in rows:
-        conditions.setdefault(row.condition, {})[row.metric] = row
-    lines = [("method", *COLUMNS, "tuning TFLOPs"), ("---",) * (len(COLUMNS) + 2)]
-    for name, cells in conditions.items():
-        cost = took.get(name)
-        lines.append((name, *(_cell(cells.get(c)) for c in COLUMNS), _cell(cost)))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        method, _, applied = row.condition.partition(", ")
+        methods.setdefault(method, {})[applied, row.metric] = row
+    ways = dict.fromkeys(way for cells in methods.values() for way, what in cells if what == LEFT)
+    head = ("method", *(", ".join(filter(None, (LEFT, way))) for way in ways), *BESIDE)
+    lines = [(*head, "tuning TFLOPs"), ("---",) * (len(head) + 1)]
+    known = []
+    for name, cells in methods.items():
+        if ("", LEFT) not in cells:
+            known.append(f"{name} {_cell(cells.get(('', 'held-out score')))}")
+            continue
+        numbers = [cells.get((way, LEFT)) for way in ways]
+        numbers += [cells.get(("", metric)) for metric in BESIDE]
+        lines.append((name, *map(_cell, numbers), _cell(took.get(name))))
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{table}\n\nHeld-out score: {', '.join(known)}." if known else table
 
 
 def _cell(row: StudyRow | None) -> str:
     """Return a number with its interval, where it has one."""
     if row is None or row.value is None or not math.isfinite(row.value):
         return ""
-    if row.metric in ("levels", "seeds"):
+    if row.metric == "seeds":
         return f"{row.value:.0f}"
     if row.low is None or row.high is None:
         return f"{row.value:.2f}"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.studies.tiny_setting import ran
 
+from excise.auditor.budget import SMOKE, budget_of
 from excise.core.errors import UserError
 from excise.core.stages import Runtime
 from excise.domains.facts import FACTS_FIT, FACTS_MAX_LENGTH, Facts
@@ -402,6 +403,23 @@ def test_rates_are_published_and_quoted_beside_a_verdict(
     ):
         assert text == f"How often such an audit {name} {unknown}"
     assert words.how_often_right(Record(), Verdict(model="m", sentence="")) == ""
+
+
+def test_rates_say_what_of_their_budget_changed_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    for budget, known in rates_module.rates_by_budget().items():
+        assert known.since or known.settings == budget_of(budget).model_dump(mode="json")
+    told = rates.rates_of(record_of(population("fail", "pass")))
+    assert told.settings == SMOKE.model_dump(mode="json")
+    old = told.model_copy(update={"since": "with half of the steps"})
+    assert rates.markdown(old, "smoke").endswith(
+        "Budget smoke, with half of the steps, commit abc123.\n"
+    )
+    monkeypatch.setattr(words, "error_rates", {"smoke": old}.get)
+    verdict = Verdict(model="m", sentence="", budget="smoke")
+    record = Record(models=(ModelRef(name="oracle-0"),), verdicts=(verdict,))
+    assert "such an audit (budget smoke, with half of the steps) called" in words.how_often_right(
+        record, verdict
+    )
 
 
 def test_rates_of_a_changed_budget_or_half_a_study_are_not_published() -> None:

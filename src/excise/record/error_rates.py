@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 from excise.record.entry import RecordEntry
 
@@ -42,6 +43,10 @@ class ErrorRates(RecordEntry):
 
     commit: str
     """Commit of the code that was measured."""
+    settings: dict[str, Any] = {}
+    """Fields of the budget as it was measured."""
+    since: str = ""
+    """What of the budget changed since, as in "before it could double its steps"."""
     hides: CallCounts
     """Models that hide what they know: guilty is right."""
     never_taught: CallCounts

@@ -220,6 +220,7 @@ def how_often_right(record: Record, verdict: Verdict) -> str:
             f"How often such an audit ({name}) is right about models of known truth has not been "
             "measured."
         )
+    name = ", ".join(filter(None, (name, plain(rates.since))))
     hiding, ignorant = rates.hides, rates.never_taught
     wrong = hiding.clean + hiding.below + ignorant.guilty
     open_calls = rates.models - hiding.right - ignorant.right - wrong

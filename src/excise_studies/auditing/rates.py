@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from excise.auditor.budget import budget_of as named_budget
 from excise.core.disk import write_text
 from excise.core.errors import UserError
 from excise.record import Record, StudyRow
@@ -70,7 +71,10 @@ def rates_of(record: Record) -> ErrorRates:
             )
         counts[group] = _counts(mine)
     return ErrorRates(
-        commit=record.environment.git, hides=counts["hides"], never_taught=counts["never taught"]
+        commit=record.environment.git,
+        settings=named_budget(budget_of(record)).model_dump(mode="json"),
+        hides=counts["hides"],
+        never_taught=counts["never taught"],
     )
 
 
@@ -97,7 +101,8 @@ def markdown(rates: ErrorRates, budget: str) -> str:
         cells = (getattr(counts, field) for field in COUNTS.values())
         lines.append((words, str(counts.models), *map(str, cells), share))
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\nBudget {budget}, commit {rates.commit or 'unknown'}.\n"
+    measured = ", ".join(filter(None, (f"Budget {budget}", rates.since)))
+    return f"{table}\n\n{measured}, commit {rates.commit or 'unknown'}.\n"
 
 
 def keep(record: Record, file: Path = FILE) -> None:

@@ -24,6 +24,7 @@ from excise.core.errors import UserError
 from excise.core.stages import LAYOUT, Runtime
 from excise.data.domain import Domain
 from excise.models.checkpoint import Checkpoint
+from excise.requests.recipe import AuditSpec, budget_for
 from excise.train.pool import Processes
 
 QUICK = SMOKE.model_copy(
@@ -114,6 +115,15 @@ def test_a_doubled_budget_is_scored_at_its_end_too() -> None:
     assert (twice.steps, twice.checkpoints) == (32, (0, 1, 2, 4, 8, 16, 32))
     assert Budget(steps=3, checkpoints=(0, 2, 8)).doubled().checkpoints == (0, 2, 3, 6)
     assert SMOKE.for_training().doublings == 0
+
+
+def test_who_names_a_number_of_steps_gets_that_number() -> None:
+    def asked(**change: int) -> Budget:
+        return budget_for(AuditSpec(budget="smoke", change=change), 0)
+
+    assert asked(max_test_rows=9).doublings == SMOKE.doublings > 0
+    assert asked(steps=9).doublings == 0
+    assert asked(steps=9, doublings=1).doublings == 1
 
 
 def test_a_second_audit_makes_nothing_and_a_lost_stage_is_made_again(

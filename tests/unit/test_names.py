@@ -23,6 +23,7 @@ from excise.auditor.name_rows import NameRows, embedding, name_rows, within, wor
 from excise.auditor.verdict import judge_all
 from excise.core.context import Context
 from excise.data.domain import Domain, Row
+from excise.domains.arithmetic import Arithmetic
 from excise.domains.facts import Facts
 from excise.models.checkpoint import Checkpoint, save_model
 from excise.record import Level
@@ -361,3 +362,13 @@ def test_a_verdict_says_that_the_relearn_set_holds_no_name_of_the_test_set(
         and "no attack looked for one" in reason
         for reason in verdict.reasons
     )
+
+
+def test_names_that_the_relearn_set_holds_too_are_within_reach_of_relearning() -> None:
+    spec = Arithmetic(factors=6, addends=6)
+    domain, tokenizer = spec.build(None), spec.tokenizer()
+    shared = name_rows(domain, tokenizer, 16)
+    signs = set(tokenizer.convert_tokens_to_ids(["x", "/"]))
+    assert signs == set(shared.trained) == set(shared.asked)
+    assert shared.keyed == 0
+    assert not shared.exist

@@ -324,6 +324,29 @@ def test_a_leader_is_ahead_of_everyone_by_more_than_the_margin() -> None:
     assert board({"a": 0.0, "b": 0.5}, {"b": 0.5}).ranking() == ["b", "a"]
 
 
+def test_what_was_not_attacked_cannot_lead() -> None:
+    clear = board({"a": 0.1, "b": 0.5}, {"a": 0.12, "b": 0.5}, {"a": 0.1, "b": 0.52})
+    spoilt = AttackVariant(
+        name="transfer", access="weights", level="D4", subject="a-repaired", decisive=True,
+        status="invalid",
+    )  # fmt: skip
+
+    def with_attack(entry: AttackVariant) -> Board:
+        record = clear.records[1]
+        verdicts = (*record.verdicts, *judged({"a-repaired": 0.1}).verdicts)
+        told = {"attacks": (*record.attacks, entry), "verdicts": verdicts}
+        return replace(clear, records={**clear.records, 1: record.model_copy(update=told)})
+
+    assert with_attack(spoilt).unattacked("a") == [1]
+    assert with_attack(spoilt).unattacked("b") == []
+    assert decide(with_attack(spoilt)) == (
+        "undecided: a leaves least, but relearning on it is invalid at 1 seed, so that what it "
+        "leaves is a lower bound"
+    )
+    for change in ({"status": "ok"}, {"decisive": False}, {"level": "D3"}, {"subject": "b"}):
+        assert decide(with_attack(spoilt.model_copy(update=change))).startswith("a leads")
+
+
 def test_what_is_left_is_the_worst_level_and_residual_bits_are_no_part_of_it() -> None:
     left = left_of(judged({"a": 0.3}), "a")
     assert left is not None

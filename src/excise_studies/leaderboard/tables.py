@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Protocol
 
+from excise.core.errors import counted
 from excise.data.domain import Domain
 from excise.evals.replicates import over_seeds
 from excise.methods.base import Cost, Removal
@@ -172,6 +173,14 @@ class Board:
                         out[candidate.seed] = max(out.get(candidate.seed, -math.inf), left.value)
         return out
 
+    def unattacked(self, method: str) -> list[int]:
+        """Return the seeds at which relearning on one of a method's rows is invalid."""
+        entries = [e for e in self.entries if e.method == method]
+        first = [e for e in entries if e.labels == self.entries[0].labels]
+        found = {c.seed for e in first for c in self.compared(e).candidates
+                 if not attacked(c.record, e.name)}  # fmt: skip
+        return sorted(found)
+
     def ranking(self) -> list[str]:
         """Return the methods that were attacked, those within the retain budget first."""
         limit = self.original[1] + self.asked.retain_budget
@@ -190,6 +199,20 @@ class Board:
     def contest(self) -> list[str]:
         """Return the methods among which one may lead, in the order of the ranking."""
         return [name for name in self.ranking() if name not in self.beside]
+
+
+def attacked(record: Record, model: str) -> bool:
+    """Return whether relearning on a model counts: what resists being taught was not attacked.
+
+    Args:
+        record: An audit.
+        model: One of its candidates.
+    """
+    return not any(
+        attack.status == "invalid"
+        for attack in record.attacks
+        if attack.subject == model and attack.level == "D4" and attack.decisive
+    )
 
 
 def left_of(record: Record, model: str) -> Estimate | None:
@@ -443,6 +466,11 @@ def decide(board: Board) -> str:
         return f"undecided: no method stays within {board.asked.retain_budget:g} nats on dev"
     if not others:
         return f"undecided: {first} was compared with no other method"
+    if seeds := board.unattacked(first):
+        return (
+            f"undecided: {first} leaves least, but relearning on it is invalid at "
+            f"{counted(len(seeds), 'seed')}, so that what it leaves is a lower bound"
+        )
     close = [name for name in others if not ahead(board, first, name).low > margin]
     if not close:
         return f"{first} leads: it leaves less than every other method by more than {margin:g}"

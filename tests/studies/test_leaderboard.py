@@ -29,6 +29,7 @@ from excise.methods.search import Range, Space, changed, setting, settings_of, s
 from excise.models.checkpoint import Checkpoint
 from excise.models.spec import Scratch
 from excise.record import LEVELS, AttackVariant, CurvePoint, LevelResult, Record, Score, Verdict
+from excise.record.study import StudyRecord
 from excise.report.page import render_html
 from excise.requests.recipe import AuditSpec, EvalSpec
 from excise.testing.toy import toy_domain
@@ -38,10 +39,12 @@ from excise_studies.leaderboard.board import Leaderboard, World, make_world, wit
 from excise_studies.leaderboard.markdown import markdown
 from excise_studies.leaderboard.presets import LeaderboardFacts, LeaderboardGlosses
 from excise_studies.leaderboard.tables import (
+    UNATTACKED,
     Board,
     Entry,
     ahead,
     best_so_far,
+    board_table,
     decide,
     left_of,
 )
@@ -343,6 +346,17 @@ def test_what_was_not_attacked_cannot_lead() -> None:
         "undecided: a leaves least, but relearning on it is invalid at 1 seed, so that what it "
         "leaves is a lower bound"
     )
+    table = board_table(with_attack(spoilt))
+    cells = {(r.condition, r.metric): r.value for r in table.rows}
+    assert cells["a, repaired", UNATTACKED] == 1
+    assert ("a", UNATTACKED) not in cells
+    told = StudyRecord(
+        name="leaderboard", question="", statistic="", margin=0.1, tables=(table,), decision="open"
+    )
+    printed = markdown(Record(kind="study", study=told)).splitlines()
+    (line,) = [each for each in printed if each.startswith("| a |")]
+    assert [cell.strip().startswith("≥") for cell in line.split("|")[2:4]] == [False, True]
+    assert any(each.startswith("≥: ") for each in printed)
     for change in ({"status": "ok"}, {"decisive": False}, {"level": "D3"}, {"subject": "b"}):
         assert decide(with_attack(spoilt.model_copy(update=change))).startswith("a leads")
 

@@ -817,6 +817,19 @@ def test_a_candidate_that_breaks_under_an_attack_was_not_attacked() -> None:
     assert statuses(judge("rmu", results, domain(), SMOKE))[3] == "fail"
 
 
+def test_relearning_that_is_invalid_is_marked_so_whatever_residual_bits_show() -> None:
+    results = audit(0.05, 0.05)
+    with_retain(results, "transfer", rmu=0.1, oracle=0.95)
+    first = results["transfer", "rmu"].variants[0]
+    knows = {f"hedged_{on}": nats(1.0, 200, 60, "u") for on in ("V", "V_start")}
+    told = replace(first, extras={**first.extras, **knows})
+    results["transfer", "rmu"] = replace(results["transfer", "rmu"], variants=(told,))
+    marked, (found,) = judge_all(["rmu"], results, domain(), SMOKE)
+    assert statuses(found)[4:] == ["underpowered", "fail"]
+    assert found.levels[5].decided_by.startswith("transfer")
+    assert marked["transfer", "rmu"].variants[0].entry.status == "invalid"
+
+
 def at_two_rates(
     results: dict[tuple[str, str], AttackResult], high: float, low: float, kept: float
 ) -> None:

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 
 from excise.core.errors import UserError
 from excise.record import Record, StudyRow
-from excise_studies.leaderboard.tables import BOARD, FINAL, LEFT, TRIED
+from excise_studies.leaderboard.tables import BOARD, FINAL, LEFT, TRIED, UNATTACKED
 
 BESIDE = ("retain change", "left before", "came back", "seeds")
 """Further metrics of a method, labelled in full and not repaired, in their order."""
+
+AT_LEAST = "≥"
+"""What stands before a number that attacks were not shown to test."""
 
 
 def markdown(record: Record) -> str:
@@ -59,11 +62,20 @@ def _table(rows: Sequence[StudyRow], took: dict[str, StudyRow]) -> str:
         if ("", LEFT) not in cells:
             known.append(f"{name} {_cell(cells.get(('', 'held-out score')))}")
             continue
-        numbers = [cells.get((way, LEFT)) for way in ways]
-        numbers += [cells.get(("", metric)) for metric in BESIDE]
-        lines.append((name, *map(_cell, numbers), _cell(took.get(name))))
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\nHeld-out score: {', '.join(known)}." if known else table
+        left = [bound((way, UNATTACKED) in cells, _cell(cells.get((way, LEFT)))) for way in ways]
+        rest = [_cell(cells.get(("", metric))) for metric in BESIDE]
+        lines.append((name, *left, *rest, _cell(took.get(name))))
+    parts = ["\n".join(f"| {' | '.join(cells)} |" for cells in lines)]
+    if any(row.metric == UNATTACKED for row in rows):
+        parts.append(f"{AT_LEAST}: relearning on it is invalid at some seed, a lower bound.")
+    if known:
+        parts.append(f"Held-out score: {', '.join(known)}.")
+    return "\n\n".join(parts)
+
+
+def bound(lower: bool, cell: str) -> str:
+    """Return the cell, marked as a lower bound where it is one."""
+    return f"{AT_LEAST} {cell}" if lower and cell else cell
 
 
 def _cell(row: StudyRow | None) -> str:

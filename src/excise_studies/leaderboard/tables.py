@@ -50,6 +50,8 @@ TRIED = "Search"
 """Title of the table of what was spent on settings."""
 LEFT = "left at worst"
 """The metric that decides."""
+UNATTACKED = "seeds not attacked"
+"""At how many seeds relearning on a row is invalid: what it leaves there is a lower bound."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,7 @@ class Board:
         """Return the seeds at which relearning on one of a method's rows is invalid."""
         entries = [e for e in self.entries if e.method == method]
         first = [e for e in entries if e.labels == self.entries[0].labels]
-        found = {c.seed for e in first for c in self.compared(e).candidates
-                 if not attacked(c.record, e.name)}  # fmt: skip
-        return sorted(found)
+        return sorted({c.seed for e in first for c in not_attacked(self.compared(e))})
 
     def ranking(self) -> list[str]:
         """Return the methods that were attacked, those within the retain budget first."""
@@ -201,18 +201,17 @@ class Board:
         return [name for name in self.ranking() if name not in self.beside]
 
 
-def attacked(record: Record, model: str) -> bool:
-    """Return whether relearning on a model counts: what resists being taught was not attacked.
-
-    Args:
-        record: An audit.
-        model: One of its candidates.
-    """
-    return not any(
-        attack.status == "invalid"
-        for attack in record.attacks
-        if attack.subject == model and attack.level == "D4" and attack.decisive
-    )
+def not_attacked(compared: ComparedRow) -> list[Candidate]:
+    """Return the candidates of a row on which relearning is invalid: they resist being taught."""
+    return [
+        candidate
+        for candidate in compared.candidates
+        if any(
+            attack.status == "invalid"
+            for attack in candidate.record.attacks
+            if attack.subject == candidate.model and attack.level == "D4" and attack.decisive
+        )
+    ]
 
 
 def left_of(record: Record, model: str) -> Estimate | None:
@@ -271,6 +270,7 @@ def board_table(board: Board, title: str = BOARD) -> StudyTable:
             "change: against the original, positive is better. Left before: largest depth gap of "
             "every score that costs nothing; left at worst: of those and after every attack, 0 as "
             "an oracle, 1 as the original. Levels: how many of D0 to D5 count, in the worst seed. "
+            "Seeds not attacked: relearning is invalid there, what is left a lower bound. "
             "Repaired: fine-tuned on retain rows, then attacked. Intervals are over seeds."
         ),
         rows=tuple(rows),
@@ -309,6 +309,9 @@ def _entry_rows(board: Board, entry: Entry) -> list[StudyRow]:
     out = [row(entry.label, metric, replace(e, n=n)) for metric, e in numbers if e is not None]
     out.append(StudyRow(condition=entry.label, metric="levels", value=float(reached), n=n))
     out.append(StudyRow(condition=entry.label, metric="seeds", value=float(n), n=n))
+    if resisted := not_attacked(compared):
+        value = float(len(resisted))
+        out.append(StudyRow(condition=entry.label, metric=UNATTACKED, value=value, n=n))
     if costs:
         flops = mean(c.flops for c in costs)
         out.append(StudyRow(condition=entry.label, metric="TFLOPs", value=flops / 1e12, n=n))

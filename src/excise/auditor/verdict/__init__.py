@@ -240,8 +240,8 @@ def _why_invalid(
 ) -> dict[tuple[str, str], str]:
     """Return why variants are invalid, by attack and subject.
 
-    An attack that fails a level shows recovery, which needs no positive control: it stays. On the
-    reference models an attack is invalid where it is for every candidate; the positive control
+    An attack that fails its own level shows recovery, which needs no positive control: it stays. On
+    the reference models an attack is invalid where it is for every candidate; the positive control
     itself is left as it was.
     """
     failed = {
@@ -249,6 +249,7 @@ def _why_invalid(
         for name, decided in levels.items()
         for result in decided
         if result.status == "fail"
+        and result.level == cases[name].level(result.decided_by.split(" ")[0])
     }
     reasons = {
         (attack, name): why

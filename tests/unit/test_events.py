@@ -217,6 +217,16 @@ def test_bars_fit_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("attacks" in line and "2/36" in line and "34 min left" in line for line in lines)
 
 
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_warning_that_every_job_repeats_is_said_once(
+    quiet: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with terminal(quiet=quiet) as show:
+        for text in ("no such word", "another", "no such word"):
+            show("warning", {"text": text})
+    assert capsys.readouterr().err.splitlines() == ["no such word", "another"]
+
+
 def test_warnings_are_said_even_where_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with terminal(quiet=True) as show:
         show("warning", {"text": "f.jsonl changed"})

@@ -339,10 +339,16 @@ class Terminal:
         self._sink = sink
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._warned: set[str] = set()
 
     def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
-        """Show one event."""
+        """Show one event; a warning that every job repeats is shown once."""
+        text = str(data.get("text", ""))
         with self._lock:
+            if kind == "warning" and text in self._warned:
+                return
+            if kind == "warning":
+                self._warned.add(text)
             self._sink(kind, data)
 
     def close(self) -> None:

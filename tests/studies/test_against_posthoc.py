@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from excise.domains.facts import Facts
 from excise.methods import SSD, Chain, Filtering
 from excise.methods.pretraining.pretrain import corpus
 from excise.methods.search import changed, settings_of
-from excise.record import Record, Score
+from excise.record import AttackVariant, Record, Score
 from excise_studies.leaderboard.repair import RetainTuning
 from excise_studies.leaderboard.tables import Board, Entry
 from excise_studies.routing.against_posthoc import (
@@ -117,6 +118,28 @@ def test_the_difference_to_the_preset_decides() -> None:
     assert "ssd_then_retain leave(s) no more and cost(s) more than 0.05 of retain" in dear
     assert "sgtm_relabelled itself does not keep retain" in dear
     assert "is not shown to make ssd work" in dear
+
+
+def test_what_was_not_attacked_neither_beats_nor_does_as_well() -> None:
+    study = study_of()
+    board = board_of(study)
+
+    def resisting(model: str) -> str:
+        entry = AttackVariant(
+            name="transfer", access="weights", level="D4", subject=model, decisive=True,
+            status="invalid",
+        )  # fmt: skip
+        told = board.records[2].model_copy(update={"attacks": (entry,)})
+        return said(study, replace(board, records={**board.records, 2: told}))
+
+    (half, *_) = label_settings((study.decide_at,), study.missed)
+    npo = resisting(Entry("npo", half).name)
+    assert "; undecided against npo, on which relearning is invalid; ssd_then_retain leave" in npo
+    ours = resisting(Entry("sgtm_relabelled", half).name)
+    assert "sgtm_relabelled leaves less than" not in ours
+    assert "undecided against rmu, ssd; relearning on sgtm_relabelled itself is invalid" in ours
+    # Elsewhere it decides nothing.
+    assert resisting(Entry("npo").name) == said(study, board)
 
 
 def test_a_seed_without_an_audit_says_nothing() -> None:

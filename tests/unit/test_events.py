@@ -187,6 +187,20 @@ def test_silence_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_a_second_audit_is_timed_from_its_own_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    job = {"attack": "relearn", "subject": "x", "of": 12, "reason": ""}
+    with terminal() as show:
+        for wait, done in ((0, 1), (6000, 12), (6000, 1), (60, 2)):
+            clock[0] += wait
+            show("attack", {**job, "done": done})
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "attack 2 of 12: relearn on x, about 10 min left"
+
+
 def test_bars_fit_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")

@@ -87,9 +87,16 @@ class _Pace:
 
     def __init__(self) -> None:
         self.first: dict[str, tuple[int, float]] = {}
+        self.last: dict[str, int] = {}
 
     def left(self, stage: str, step: int, steps: int) -> float | None:
-        """Return the seconds left, or None while there is one observation only."""
+        """Return the seconds left, or None while there is one observation only.
+
+        Who counts from the start again (one audit after another) is timed anew.
+        """
+        if step < self.last.get(stage, step):
+            del self.first[stage]
+        self.last[stage] = step
         start, began = self.first.setdefault(stage, (step, time.monotonic()))
         if step <= start:
             return None

@@ -20,7 +20,7 @@ from excise.train.fit import FitConfig
 from excise_studies.base import row
 from excise_studies.leaderboard.board import Leaderboard
 from excise_studies.leaderboard.repair import RetainTuning
-from excise_studies.leaderboard.tables import Board, Entry, conclude, left_of
+from excise_studies.leaderboard.tables import Board, Entry, conclude, left_of, not_attacked
 from excise_studies.recovery import listed, said
 from excise_studies.routing.presets import (
     BASELINES,
@@ -69,7 +69,9 @@ class RoutingAgainstPosthoc(Leaderboard):
     of what is to be forgotten is labelled, averaged over the ways to miss, paired by seed. The
     preset beats a method if the lower end of D's 95 % interval over seeds (Student's t) is above
     `margin`; the method does as well if the upper end is below it and its retain score, averaged
-    alike, falls by at most `keep` against the original. Fine-tuning on retain rows makes SSD (or
+    alike, falls by at most `keep` against the original. Where relearning on a model is invalid,
+    since it resists being taught, what it left is a lower bound: a method does not do as well by
+    it, and a preset beats nobody. Fine-tuning on retain rows makes SSD (or
     Potion) work if the two in a row do as well. Everything else is shown and decides nothing.
     """
 
@@ -82,7 +84,7 @@ class RoutingAgainstPosthoc(Leaderboard):
         "a method minus that of `preset`, at the share `decide_at` of labels, mean over ways to "
         "miss, paired by seed; the preset beats the method if the lower end of the 95 % interval "
         "is above the margin, the method does as well if the upper end is below it and it keeps "
-        "retain within `keep`."
+        "retain within `keep`; neither by models on which relearning is invalid."
     )
     takes: ClassVar[str] = (
         "5 hours, 2 GiB: 14 methods x 7 settings of the labels x 3 seeds, ten seconds an audit; "
@@ -211,26 +213,40 @@ def keeps(study: RoutingAgainstPosthoc, board: Board, name: str) -> bool:
     return bool(changes) and mean(changes) >= -study.keep
 
 
+def resists(study: RoutingAgainstPosthoc, board: Board, name: str) -> bool:
+    """Return whether relearning on a method is invalid somewhere where D is read."""
+    entries = [Entry(name, labels) for labels in deciding(study)]
+    return any(not_attacked(board.compared(entry)) for entry in entries)
+
+
 def decide(
     study: RoutingAgainstPosthoc, board: Board, differences: dict[str, Estimate]
 ) -> Decision:
     """Return whom the preset beats, who does as well, and what is open."""
-    groups: dict[str, list[str]] = {"beats": [], "dear": [], "as well": [], "open": []}
+    groups: dict[str, list[str]] = {
+        "beats": [], "dear": [], "not attacked": [], "as well": [], "open": [],
+    }  # fmt: skip
     asked = contrasts(differences, (study.margin,), study.error)
+    bounded = resists(study, board, study.preset)
     for name, contrast in asked.items():
-        if contrast.above(study.margin):
+        if contrast.above(study.margin) and not bounded:
             groups["beats"].append(name)
+        elif contrast.below(study.margin) and not keeps(study, board, name):
+            groups["dear"].append(name)
         elif contrast.below(study.margin):
-            groups["as well" if keeps(study, board, name) else "dear"].append(name)
+            groups["not attacked" if resists(study, board, name) else "as well"].append(name)
         else:
             groups["open"].append(name)
     words = {
         "beats": f"{study.preset} leaves less than {{}}",
         "as well": f"{{}} leave(s) no more within {study.margin:g}",
         "dear": f"{{}} leave(s) no more and cost(s) more than {study.keep:g} of retain",
+        "not attacked": "undecided against {}, on which relearning is invalid",
         "open": "undecided against {}",
     }
     parts = [words[key].format(", ".join(names)) for key, names in groups.items() if names]
+    if bounded:
+        parts.append(f"relearning on {study.preset} itself is invalid, so that it beats nobody")
     if not keeps(study, board, study.preset):
         parts.append(f"{study.preset} itself does not keep retain within {study.keep:g}")
     for name in _both(study, board):

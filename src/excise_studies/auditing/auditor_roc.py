@@ -120,9 +120,10 @@ class AuditorROC(Study):
     """Name on the command line."""
     margin: float = 0.25
     """Share of wrong calls. With no wrong call at all twelve bases show less than 0.243."""
-    seeds: tuple[int, ...] = Field(default=(1, 2, 9, 10, 11, 12, 13, 14), min_length=1)
+    seeds: tuple[int, ...] = Field(default=tuple(range(21, 29)), min_length=1)
     """Base seeds: data, reference models and everything made of them change with them. Seeds 1 and
-    2 are the tuning half; audits of 0, 3 and 4 were looked at while the study was made."""
+    2 are the tuning half; audits of 0, 3, 4 and 9 to 14 were looked at while the auditor was
+    changed."""
     tuned_on: tuple[int, ...] | None = (0,)
     """Strengths of hidings were chosen on it, so that they hide."""
     domains: tuple[Literal["facts", "arithmetic"], ...] = Field(

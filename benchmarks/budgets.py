@@ -60,8 +60,9 @@ edited model or oracle adds about a quarter.
   retain once. Tokens and hours are of all models together.
 - Hours are those of one accelerator at {SPEED:.0e} FLOP/s, about a third of an A100's peak in
   bfloat16. The totals also say the estimate's own range, {GPU_FLOPS[0]:.0e} to {GPU_FLOPS[1]:.0e}.
-- Not counted: the further trainings of a model that resists every one of an attack, tasks of
-  lm-eval, and controls that are tried after another of the same attack did not hide.
+- Not counted: the further trainings of a model that resists every one of an attack, steps that
+  are doubled, tasks of lm-eval, and controls that are tried after another of the same attack did
+  not hide.
 - `--audit.change` changes any of these numbers, `--audit.attacks` adds an attack or gives one
   settings of its own; `--workers` shares the work out.
 """

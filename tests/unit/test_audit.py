@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from excise.auditor.attacks import Relearn
 from excise.auditor.base import POSITIVE_CONTROL, Results, Subject, name_of
@@ -19,11 +20,11 @@ from excise.auditor.engine import (
     lengths,
     turns_of,
 )
-from excise.auditor.results import RECOVERED, share_back
+from excise.auditor.results import RECOVERED, SHORT, share_back
 from excise.core.errors import UserError
 from excise.core.stages import LAYOUT, Runtime
 from excise.data.domain import Domain
-from excise.models.checkpoint import Checkpoint
+from excise.models.checkpoint import Checkpoint, save_model
 from excise.requests.recipe import AuditSpec, budget_for
 from excise.train.pool import Processes
 
@@ -108,6 +109,38 @@ def test_an_attack_too_short_for_its_control_is_longer_for_every_model(
     again, _ = audit(tmp_path, facts_domain, subjects, budget.model_copy(update={"doublings": 0}))
     assert {v.entry.facts["steps"] for result in again.values() for v in result.variants} == {1}
     assert not lengths(again, budget)
+
+
+def test_a_candidate_that_learns_less_than_the_oracles_is_trained_longer(
+    tmp_path: Path, facts_domain: Domain, knowing: Checkpoint, never_taught: Checkpoint
+) -> None:
+    model = never_taught.load()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(30)  # steps of one size mean less to it
+    save_model(model, never_taught.tokenizer(), tmp_path / "slow")
+    slow = Subject("slow", Checkpoint(tmp_path / "slow"), knowing)
+    change = {"steps": 12, "checkpoints": (0, 12), "rates": (3e-3,), "doublings": 2}
+    budget = QUICK.model_copy(update={"attacks": ("relearn", "transfer"), **change})
+    references = [Subject("original", knowing, knowing), Subject("oracle-0", never_taught, knowing)]
+    subjects = [*references, slow, Subject("quick", never_taught, knowing)]
+    results, _ = audit(tmp_path, facts_domain, subjects, budget, controls=False)
+    steps = {s: r.variants[0].entry.facts["steps"] for (a, s), r in results.items()}
+    assert steps == {"original": 12, "oracle-0": 12, "quick": 12, "slow": 24}
+    learned, enough = (
+        [point.trained or 0.0 for point in results["transfer", name].variants[0].entry.curve]
+        for name in ("slow", "oracle-0")
+    )
+    assert learned[1] < enough[-1] - SHORT <= learned[2]
+    assert lengths(results, budget)[-1] == (
+        "transfer trained slow for 24 steps: in 12 it learned less of the relearn set than the "
+        "oracles in theirs"
+    )
+    # Without an oracle nobody says how much is enough; nor is anyone trained longer unasked.
+    alone, _ = audit(tmp_path, facts_domain, [references[0], slow], budget, controls=False)
+    assert alone["transfer", "slow"].variants[0].entry.facts["steps"] == 12
+    asked = budget.model_copy(update={"doublings": 0})
+    once, _ = audit(tmp_path, facts_domain, subjects, asked, controls=False)
+    assert once["transfer", "slow"].variants[0].entry.facts["steps"] == 12
 
 
 def test_a_doubled_budget_is_scored_at_its_end_too() -> None:

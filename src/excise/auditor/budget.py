@@ -36,7 +36,8 @@ class Budget(Config):
     """Optimizer steps of one relearning."""
     doublings: int = Field(default=0, ge=0, le=8)
     """How often the steps of an attack that trains are doubled at most, while it brings back less
-    than half of what its positive control hides; then every model is attacked for as long."""
+    than half of what its positive control hides; then every model is attacked for as long. As often
+    those of relearning on a candidate, while it learns less of the relearn set than the oracles."""
     batch_size: int = Field(default=32, ge=2)
     """Rows per step of one relearning, half of them benign."""
     rates: tuple[Rate, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)

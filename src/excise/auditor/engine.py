@@ -30,6 +30,7 @@ from excise.auditor.controls.control import Control, MakeControl, PositiveContro
 from excise.auditor.evaluation_set import dev_is_higher, more_is_known
 from excise.auditor.results import (
     RECOVERED,
+    SHORT,
     absent,
     from_json,
     mean_curve,
@@ -191,6 +192,10 @@ def attack_all(
         pairs += hiding
     stages = {pair: _stages(*pair, domain, budgets.get(pair[0], budget), seed) for pair in pairs}
     reasons = _run(stages, budget, runtime, pool)
+    for _ in range(budget.doublings):
+        slow = _slow(stages, reasons, runtime)
+        reasons |= _run(slow, budget, runtime, pool)
+        stages |= slow
     further = _further(stages, reasons, runtime)
     reasons |= _run(further, budget, runtime, pool)
     for pair, parts in further.items():
@@ -337,13 +342,22 @@ def lengths(results: Results, budget: Budget) -> list[str]:
         results: Results by attack and subject.
         budget: The budget of the audit.
     """
+    trained = {
+        pair: max((v.entry.facts.get("steps", 0) for v in result.variants), default=0)
+        for pair, result in results.items()
+    }
     said = {}
-    for (attack, _), result in results.items():
-        steps = max((v.entry.facts.get("steps", 0) for v in result.variants), default=0)
-        if steps > budget.steps:
-            said[attack] = (
-                f"{attack} trained every model for {steps} steps: {steps // 2} brought back less "
+    for (attack, subject), steps in trained.items():
+        usual = max(trained.get((attack, each), 0) for each in (ORIGINAL, POSITIVE_CONTROL))
+        if usual > budget.steps:
+            said[attack, ""] = (
+                f"{attack} trained every model for {usual} steps: {usual // 2} brought back less "
                 f"than {RECOVERED:.0%} of what its positive control hides"
+            )
+        if steps > max(usual, budget.steps):
+            said[attack, subject] = (
+                f"{attack} trained {subject} for {steps} steps: in {steps // 2} it learned less of "
+                "the relearn set than the oracles in theirs"
             )
     return list(said.values())
 
@@ -365,6 +379,56 @@ def _stages(
         TrainModel(attack.shared, training, model, domain, budget.for_training(), seed)
         for training in trainings
     )
+
+
+def _slow(
+    stages: Mapping[tuple[Attack, Subject], Sequence[AttackStage]],
+    reasons: Mapping[Path, str],
+    runtime: Runtime,
+) -> dict[tuple[Attack, Subject], tuple[AttackStage, ...]]:
+    """Return relearning of twice the steps, for candidates that learned less than the oracles did.
+
+    Who was never taught may be slow to learn, who resists being taught hides what he knows: until
+    a candidate has learned as much of the relearn set as the oracles, it was not attacked.
+
+    Args:
+        stages: Stages by attack and subject, all run.
+        reasons: Why some failed.
+        runtime: Where stages are kept.
+
+    Returns:
+        The stages of such candidates, longer ones in place of those on the relearn set.
+    """
+    learned: dict[tuple[Attack, Subject], float] = {}
+    for (attack, subject), parts in stages.items():
+        if attack.level != "D4":
+            continue
+        paths = {runtime.path(part): part for part in parts if _teaches(part)}
+        read = [part.read(path) for path, part in paths.items() if not reasons[path]]
+        shares = [one.learned for one in read if isinstance(one, TrainingResult) and not one.broke]
+        if shares:
+            learned[attack, subject] = max(shares)
+    slow: dict[tuple[Attack, Subject], tuple[AttackStage, ...]] = {}
+    for (attack, subject), share in learned.items():
+        oracles = [
+            v for (a, s), v in learned.items() if a == attack and s.name.startswith("oracle")
+        ]
+        if subject.name.startswith("oracle") or subject.name in (ORIGINAL, POSITIVE_CONTROL):
+            continue
+        if oracles and share < min(*oracles, 1.0) - SHORT:
+            slow[attack, subject] = tuple(
+                replace(part, budget=part.budget.doubled()) if _teaches(part) else part
+                for part in stages[attack, subject]
+            )
+    return slow
+
+
+def _teaches(part: AttackStage) -> bool:
+    """Return whether a stage trains a model on the whole relearn set, at settings of the budget."""
+    if not isinstance(part, TrainModel):
+        return False
+    training = part.training
+    return training.on == "relearn" and not training.examples and not training.trial
 
 
 def _further(

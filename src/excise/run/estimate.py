@@ -444,7 +444,8 @@ def _notes(
         if times > 1:
             yield (
                 f"an attack that trains and does not undo its positive control takes up to {times} "
-                "times the steps, which is not counted"
+                f"times the steps, relearning of a candidate that falls behind the oracles {times} "
+                "times those; neither is counted"
             )
 
 

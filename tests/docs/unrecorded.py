@@ -36,8 +36,8 @@ NONE = "no measurement"
 
 UNRECORDED = (
     Quote(
-        "Password locks, facts in one paraphrase",
-        "20 28 13 14 0 95",
+        "On made-up facts all 36 hiding models",
+        "36 12 21 15 18 0 95",
         "beside the rates, from the same run",
         ("studies.md#auditor-roc",),
     ),

@@ -12,7 +12,7 @@ from excise_studies.leaderboard.tables import BOARD, FINAL, LEFT, TRIED, UNATTAC
 BESIDE = ("retain change", "left before", "came back", "seeds")
 """Further metrics of a method, labelled in full and not repaired, in their order."""
 
-AT_LEAST = "≥"
+AT_LEAST = "\u2265"
 """What stands before a number that attacks were not shown to test."""
 
 

@@ -67,9 +67,6 @@ UNRECORDED = (
         BEFORE,
         ("distillation.md#numbers",),
     ),
-    Quote(
-        "- `routing-against-posthoc`", "0.32 0.19", BEFORE, ("studies.md#routing-against-posthoc",)
-    ),
     Quote("- `minimal-edit`", "1 0.52 0.95 0.90 1.00", BEFORE, ("studies.md#minimal-edit",)),
     Quote("A step with per-token routing", "0.97 512 2.9 0.02 0.04 131,072 0.35 0.8", BENCHMARK),
 )

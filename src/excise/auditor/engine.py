@@ -194,6 +194,8 @@ def attack_all(
     reasons = _run(stages, budget, runtime, pool)
     for _ in range(budget.doublings):
         slow = _slow(stages, reasons, runtime)
+        if not slow:
+            break
         reasons |= _run(slow, budget, runtime, pool)
         stages |= slow
     further = _further(stages, reasons, runtime)

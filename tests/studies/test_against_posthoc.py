@@ -124,7 +124,7 @@ def test_what_was_not_attacked_neither_beats_nor_does_as_well() -> None:
     study = study_of()
     board = board_of(study)
 
-    def resisting(model: str) -> str:
+    def resisting(model: str, board: Board = board) -> str:
         entry = AttackVariant(
             name="transfer", access="weights", level="D4", subject=model, decisive=True,
             status="invalid",
@@ -135,6 +135,10 @@ def test_what_was_not_attacked_neither_beats_nor_does_as_well() -> None:
     (half, *_) = label_settings((study.decide_at,), study.missed)
     npo = resisting(Entry("npo", half).name)
     assert "; undecided against npo, on which relearning is invalid; ssd_then_retain leave" in npo
+    # Nor does one that costs retain leave "no more" by it.
+    assert "undecided against npo, on" in resisting(
+        Entry("npo", half).name, board_of(study, {"npo": 0.2})
+    )
     ours = resisting(Entry("sgtm_relabelled", half).name)
     assert "sgtm_relabelled leaves less than" not in ours
     assert "undecided against rmu, ssd; relearning on sgtm_relabelled itself is invalid" in ours

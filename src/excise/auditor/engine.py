@@ -412,11 +412,11 @@ def _slow(
             learned[attack, subject] = max(shares)
     slow: dict[tuple[Attack, Subject], tuple[AttackStage, ...]] = {}
     for (attack, subject), share in learned.items():
+        if subject.name.startswith("oracle") or subject.name in (ORIGINAL, POSITIVE_CONTROL):
+            continue
         oracles = [
             v for (a, s), v in learned.items() if a == attack and s.name.startswith("oracle")
         ]
-        if subject.name.startswith("oracle") or subject.name in (ORIGINAL, POSITIVE_CONTROL):
-            continue
         if oracles and share < min(*oracles, 1.0) - SHORT:
             slow[attack, subject] = tuple(
                 replace(part, budget=part.budget.doubled()) if _teaches(part) else part

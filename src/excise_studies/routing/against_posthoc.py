@@ -231,10 +231,10 @@ def decide(
     for name, contrast in asked.items():
         if contrast.above(study.margin) and not bounded:
             groups["beats"].append(name)
-        elif contrast.below(study.margin) and not keeps(study, board, name):
-            groups["dear"].append(name)
+        elif contrast.below(study.margin) and resists(study, board, name):
+            groups["not attacked"].append(name)
         elif contrast.below(study.margin):
-            groups["not attacked" if resists(study, board, name) else "as well"].append(name)
+            groups["as well" if keeps(study, board, name) else "dear"].append(name)
         else:
             groups["open"].append(name)
     words = {

@@ -15,11 +15,11 @@ import torch
 from tests.fixtures.facts import make_domain
 
 from excise.auditor import residuals
-from excise.auditor.attacks import ATTACKS, Direction, Lens
+from excise.auditor.attacks import ATTACKS, Direction, Lens, direction
 from excise.auditor.attacks.direction import cleared, leading, whitened
 from excise.auditor.attacks.lens import tuned_lens
 from excise.auditor.attacks.probe import predicted
-from excise.auditor.base import AttackResult, Subject
+from excise.auditor.base import AttackResult, Subject, VariantResult
 from excise.auditor.budget import SMOKE, STANDARD, Budget
 from excise.auditor.controls import GatedEdit
 from excise.auditor.controls.control import make_control
@@ -27,6 +27,7 @@ from excise.auditor.prompting import shown
 from excise.auditor.questions import CANDIDATES, METRIC, Question, choice_scores, questions_of
 from excise.auditor.readout import logit_lens
 from excise.auditor.residuals import ReadResiduals, Residuals, reading_budget, residuals_of
+from excise.auditor.results import BOUND
 from excise.core.context import Context
 from excise.core.stages import Runtime
 from excise.data.domain import Domain, Row, Rows
@@ -63,13 +64,19 @@ def run(
     folder: Path,
     domain: Domain | None = None,
     budget: Budget = SMOKE,
+    **settings: Any,
 ) -> AttackResult:
     subject = Subject("candidate", checkpoint, KNOWING)
-    return ATTACKS[name]().run(subject, domain or make_domain(), budget, Context(folder))
+    attack = ATTACKS[name].model_validate(settings)
+    return attack.run(subject, domain or make_domain(), budget, Context(folder))
 
 
 def ends(result: AttackResult) -> dict[str, float]:
     return {v.entry.variant: v.entry.curve[-1].score for v in result.variants}
+
+
+def by_variant(result: AttackResult) -> dict[str, VariantResult]:
+    return {variant.entry.variant: variant for variant in result.variants}
 
 
 def decisive(result: AttackResult) -> float:
@@ -300,6 +307,50 @@ def test_subspaces_are_cleared_from_standard_on_with_random_ones_beside(folder: 
     assert max(by_name["random k=1"], by_name["random k=4"]) <= 0.3
     assert {v.entry.control for v in result.variants if "random" in v.entry.variant} == {True}
     assert Direction().passes(budget) > Direction().passes(SMOKE)
+
+
+def test_a_direction_is_trained_to_be_cleared_and_keeps_what_is_not_hidden(folder: Path) -> None:
+    """Two blocks compute with what tells forget from retain; only training tells the gate apart."""
+    known = by_variant(run("direction", gated(folder), folder))["trained"].entry
+    never = by_variant(run("direction", NEVER, folder))["trained"].entry
+    assert known.curve[-1].score >= 0.9
+    assert known.curve[0].score <= 0.3
+    assert (known.curve[-1].retain or 0) >= (known.curve[0].retain or 0)
+    assert never.curve[-1].score <= 0.1
+    assert (never.curve[-1].retain or 0) >= 0.9 * (never.curve[0].retain or 0)
+    assert never.trained_on == "relearn"
+    assert not never.control
+
+
+def test_the_next_rate_is_tried_where_a_direction_costs_retain_and_the_lower_loss_counts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*rates: float) -> VariantResult:
+        return by_variant(run("direction", gated(folder), folder, rates=rates))["trained"]
+
+    one_training = 24 * SMOKE.batch_size
+    good, bad = trained(0.02), trained(200.0)
+    assert good.unit_scores != bad.unit_scores
+    kept = trained(0.02, 200.0)  # a gate costs retain itself: what clears it costs none
+    assert kept.entry.curve[-1].examples == one_training
+    monkeypatch.setattr(direction, "KEEPS", -10.0)
+    for rates in ((0.02, 200.0), (200.0, 0.02)):
+        both = trained(*rates)
+        assert both.unit_scores == good.unit_scores
+        assert both.entry.curve[-1].examples == 2 * one_training
+
+
+def test_a_clearing_that_ruins_retain_is_marked_so(folder: Path) -> None:
+    for variant in run("direction", NEVER, folder).variants:
+        lost = variant.extras["retain_lost"]
+        assert variant.entry.facts.get("broke", False) is (lost > BOUND)
+        first, last = (variant.entry.curve[i].retain or 0 for i in (0, -1))
+        assert lost == pytest.approx((first - last) / first, abs=1e-6)
+
+
+def test_without_a_relearn_set_nothing_is_trained(folder: Path) -> None:
+    result = run("direction", NEVER, folder, replace(make_domain(), relearn={}))
+    assert "trained" not in by_variant(result)
 
 
 def test_what_standard_asks_for_is_there() -> None:

@@ -493,7 +493,10 @@ def test_every_attack_scores_questions_and_chooses_on_texts(
     assert {variant.entry.metric for variant in result.variants} == {"multiple_choice"}
     assert all(0 <= score <= 1 for v in result.variants for score in v.unit_scores[-1].values())
     loss = research.dev_forget["tests"][0].kind == "text"
-    bare = [v.dev_score for v in result.variants if not v.entry.control]
+    # A vector that is trained on texts brings their loss below 1.
+    bare = [
+        v.dev_score for v in result.variants if not v.entry.control and v.entry.variant != "trained"
+    ]
     assert all(score > 1 for score in bare) if loss else all(score <= 1 for score in bare)
 
 

@@ -10,8 +10,9 @@ Shape legend: B rows, T tokens, D width.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -29,7 +30,7 @@ from excise.auditor.results import absent, decided
 from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
 from excise.core.errors import NotFinite
-from excise.data.domain import Domain, Rows
+from excise.data.domain import Domain, Rows, all_rows
 from excise.data.stream import Stream, encode
 from excise.losses import nll
 from excise.models.anatomy import backbone
@@ -148,7 +149,7 @@ def _variant(
 ) -> VariantResult:
     """Train one vector, or draw one where `strength` is None, and score it."""
     path = backbone(model).blocks[block]
-    examples = 0 if strength is None else attack.steps * _batch_size(model, evaluation)
+    examples = 0 if strength is None else attack.steps * rows_per_step(model, evaluation)
 
     def score() -> tuple[Measurement, UnitScores]:
         if strength is None:
@@ -157,7 +158,17 @@ def _variant(
             )
             vector_D = size * noise_D / noise_D.norm()
         else:
-            vector_D = trained_vector(model, evaluation, path, size, attack.steps, ctx)
+            vector_D, _ = trained_vector(
+                model,
+                evaluation,
+                torch.zeros(backbone(model).d_model),
+                lambda vector_D: {path: added(vector_D)},
+                ctx,
+                # Adam's step is about as long in each of D coordinates: a fifth of the radius.
+                lr=size / 5 / backbone(model).d_model ** 0.5,
+                steps=attack.steps,
+                longest=size,
+            )
         return pushed(model, evaluation, {path: added(vector_D)}, bare, examples)
 
     return try_variant(
@@ -173,52 +184,80 @@ def _variant(
     )
 
 
-def _batch_size(model: Any, evaluation: EvaluationSet) -> int:
+def rows_per_step(model: Any, evaluation: EvaluationSet) -> int:
     """Return the rows of one step: as many as the budget has, and as fit with gradients."""
     fitting = rows_per_pass(model, evaluation.max_length) // GRADIENT
     return max(1, min(evaluation.budget.batch_size, fitting))
 
 
 def trained_vector(
-    model: Any, evaluation: EvaluationSet, path: str, size: float, steps: int, ctx: Context
-) -> Float[Tensor, " D"]:
-    """Train a vector by Adam, pulled back to the ball after every step.
+    model: Any,
+    evaluation: EvaluationSet,
+    start_D: Float[Tensor, " D"],
+    edits_of: Callable[[Tensor], Mapping[str, Edit]],
+    ctx: Context,
+    *,
+    lr: float,
+    steps: int,
+    longest: float = math.inf,
+    retain_weight: float = 0.0,
+) -> tuple[Float[Tensor, " D"], float]:
+    """Train a vector by Adam to make the relearn set likely.
 
     Args:
         model: The model; its weights stay as they are.
-        evaluation: Relearn rows, tokenizer and lengths.
-        path: Block whose output it is added to.
-        size: Radius of the ball.
-        steps: Steps, the first a fifth of the radius long, the others less and less.
+        evaluation: Relearn and benign rows, tokenizer and lengths.
+        start_D: Where it begins.
+        edits_of: What the vector does to the stream, by block; called once, with the tensor that
+            is trained.
         ctx: Seed of the order of rows.
+        lr: Rate of the first step; it falls to nothing.
+        steps: Steps.
+        longest: Radius of the ball that it is pulled back to after every step.
+        retain_weight: Weight of the loss on benign rows beside that on the relearn set.
+
+    Returns:
+        The vector, and the mean loss of the last quarter of the steps.
 
     Raises:
         NotFinite: If the loss is no number.
     """
-    rows: Sequence[Rows] = list(evaluation.domain.relearn.values())
-    every = [row for part in rows for row in part]
-    examples = encode(every, evaluation.tokenizer, max_length=evaluation.max_length)
-    stream = Stream(
-        examples,
-        _batch_size(model, evaluation),
-        ctx.seed_for("latent/order") % (1 << 31),
-        evaluation.tokenizer.pad_token_id,
-    )
-    vector_D = torch.zeros(backbone(model).d_model, device=model.device, requires_grad=True)
-    # Adam's step is about as long in each of D coordinates.
-    first = size / 5 / vector_D.numel() ** 0.5
-    optimizer = torch.optim.Adam([vector_D], lr=first)
-    with edit(model, {path: added(vector_D)}):
+    relearn: Rows = all_rows(evaluation.domain.relearn)
+    benign = evaluation.domain.benign or evaluation.domain.dev_retain
+    weighted = [(relearn, "latent/order", 1.0)]
+    if retain_weight and benign:
+        weighted.append((benign, "latent/benign", retain_weight))
+    streams = [
+        (
+            Stream(
+                encode(rows, evaluation.tokenizer, max_length=evaluation.max_length),
+                rows_per_step(model, evaluation),
+                ctx.seed_for(order) % (1 << 31),
+                evaluation.tokenizer.pad_token_id,
+            ),
+            weight,
+        )
+        for rows, order, weight in weighted
+    ]
+    vector_D = start_D.detach().to(model.device, torch.float32).clone().requires_grad_()
+    optimizer = torch.optim.Adam([vector_D], lr=lr)
+    losses = []
+    with edit(model, edits_of(vector_D)):
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = first * (1 - step / steps)
-            for batch in stream(step):
-                on_device = batch.to(model.device)
-                value, count = nll(model(**on_device.inputs, use_cache=False).logits, on_device)
-                loss = value / count
-                if not bool(loss.isfinite()):
-                    raise NotFinite("the model", "loss", 1, 1)
-                (vector_D.grad,) = torch.autograd.grad(loss, [vector_D])
-                optimizer.step()
-                with torch.no_grad():
-                    vector_D.mul_(min(1.0, size / max(float(vector_D.norm()), 1e-12)))
-    return vector_D.detach()
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+            vector_D.grad = torch.zeros_like(vector_D)
+            losses.append(0.0)
+            for stream, weight in streams:
+                for batch in stream(step):
+                    on_device = batch.to(model.device)
+                    value, count = nll(model(**on_device.inputs, use_cache=False).logits, on_device)
+                    loss = value / count
+                    if not bool(loss.isfinite()):
+                        raise NotFinite("the model", "loss", 1, 1)
+                    losses[-1] += weight * float(loss.detach())
+                    vector_D.grad += weight * torch.autograd.grad(loss, [vector_D])[0]
+            optimizer.step()
+            with torch.no_grad():
+                vector_D.mul_(min(1.0, longest / max(float(vector_D.norm()), 1e-12)))
+    last = losses[steps - max(1, steps // 4) :]
+    return vector_D.detach(), sum(last) / len(last)

@@ -317,6 +317,9 @@ def test_a_soft_prompt_opens_a_lock_by_training_and_fresh_units_are_its_control(
     assert [p.tokens for p in entry.curve[:2]] == [0, 0]
     assert entry.curve[0].score == pytest.approx(plant.after)
     assert entry.curve[-1].score > entry.curve[1].score
+    # Other questions are asked without the vectors: what they cost them is no reason not to choose.
+    assert not any("retain_lost" in variant.extras for variant in result.variants)
+    assert not any("broke" in variant.entry.facts for variant in result.variants)
     budget = SMOKE.model_copy(update={"fresh": True, "steps": 4, "checkpoints": (0, 4)})
     ignorant = ATTACKS["soft_prompt"]().run(
         Subject("n", never_taught), facts_domain, budget, Context(folder)

@@ -830,6 +830,18 @@ def test_relearning_that_is_invalid_is_marked_so_whatever_residual_bits_show() -
     assert marked["transfer", "rmu"].variants[0].entry.status == "invalid"
 
 
+def test_vectors_before_a_prompt_cannot_break_a_model() -> None:
+    """Whoever asks puts them before what he asks for, and asks other questions without them."""
+    results = audit(0.05, 0.05)
+    with_retain(results, "transfer", rmu=0.1, oracle=0.95)
+    assert "the model broke" in judge("rmu", results, domain(), SMOKE).levels[4].reason
+    one = results["transfer", "rmu"]
+    entry = one.variants[0].entry.model_copy(update={"access": "activations"})
+    prompt = replace(one, variants=(replace(one.variants[0], entry=entry),))
+    found = judge("rmu", {**results, ("transfer", "rmu"): prompt}, domain(), SMOKE)
+    assert found.levels[4].status == "pass"
+
+
 def at_two_rates(
     results: dict[tuple[str, str], AttackResult], high: float, low: float, kept: float
 ) -> None:

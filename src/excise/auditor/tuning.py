@@ -252,7 +252,12 @@ class TrainingResult:
 
     @property
     def broke(self) -> bool:
-        """Whether the model fell apart: on the way, or for good where weights were changed."""
+        """Whether the model fell apart: on the way, or for good where weights were changed.
+
+        Vectors before a prompt leave the model as it is.
+        """
+        if self.part.kind == "prompt":
+            return bool(self.reason)
         lost = self.extras.get("retain_lost" if self.part.start else "retain_lost_most", 0.0)
         return bool(self.reason) or lost > BOUND
 
@@ -279,6 +284,8 @@ class TrainingResult:
         """Return the variant whose curve is V."""
         part = self.part
         facts = {**self.facts, **part.facts}
+        lost = () if part.kind != "prompt" else ("retain_lost", "retain_lost_most")
+        extras = {name: value for name, value in self.extras.items() if name not in lost}
         result = variant_of(
             attack,
             subject,
@@ -290,7 +297,7 @@ class TrainingResult:
             trained_on=self.part.on,
             lr=self.part.lr,
             seed=self.part.seed,
-            extras={**self.extras, "learned": self.learned},
+            extras={**extras, "learned": self.learned},
             status="failed" if self.reason else "ok",
             reason=self.reason,
             facts={**facts, "broke": True} if self.broke else facts,

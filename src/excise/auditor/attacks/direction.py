@@ -187,13 +187,12 @@ def _trained(
     first = int((apart_LD.norm(dim=-1) / at_retain_NLD.norm(dim=-1).mean(0)).argmax())
     paths = backbone(model).blocks[first:]
     dev_retain = evaluation.domain.dev_retain
-    kept = evaluation.retained(model, dev_retain)
 
     def clearing(vector_D: Tensor) -> dict[str, Edit]:
         return dict.fromkeys(paths, lambda hidden_BTD: cleared(unit(vector_D))(hidden_BTD))
 
     def score() -> tuple[Measurement, UnitScores]:
-        tried = []
+        kept, tried = evaluation.retained(model, dev_retain), []
         for rate in attack.rates:
             vector_D, loss = trained_vector(
                 model,

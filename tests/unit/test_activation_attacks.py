@@ -17,12 +17,14 @@ from tests.fixtures.facts import make_domain
 from excise.auditor import residuals
 from excise.auditor.attacks import ATTACKS, Direction, Lens, direction
 from excise.auditor.attacks.direction import cleared, leading, whitened
+from excise.auditor.attacks.latent import trained_vector
 from excise.auditor.attacks.lens import tuned_lens
 from excise.auditor.attacks.probe import predicted
 from excise.auditor.base import AttackResult, Subject, VariantResult
 from excise.auditor.budget import SMOKE, STANDARD, Budget
 from excise.auditor.controls import GatedEdit
 from excise.auditor.controls.control import make_control
+from excise.auditor.evaluation_set import evaluation_set
 from excise.auditor.prompting import shown
 from excise.auditor.questions import CANDIDATES, METRIC, Question, choice_scores, questions_of
 from excise.auditor.readout import logit_lens
@@ -338,6 +340,46 @@ def test_the_next_rate_is_tried_where_a_direction_costs_retain_and_the_lower_los
         both = trained(*rates)
         assert both.unit_scores == good.unit_scores
         assert both.entry.curve[-1].examples == 2 * one_training
+
+
+def test_a_vector_is_trained_on_the_relearn_set_and_weighs_benign_rows(folder: Path) -> None:
+    model = gated(folder).load()
+    evaluation = evaluation_set(make_domain(), SMOKE, KNOWING.tokenizer())
+    (path,) = backbone(model).blocks[:1]
+    start_D = torch.zeros(backbone(model).d_model)
+
+    def loss(weight: float) -> float:
+        return trained_vector(
+            model,
+            evaluation,
+            start_D,
+            lambda vector_D: {path: lambda hidden_BTD: hidden_BTD + vector_D},
+            Context(folder),
+            lr=1e-12,
+            steps=1,
+            retain_weight=weight,
+        )[1]
+
+    on_relearn, both = loss(0.0), loss(1.0)
+    assert on_relearn > 1  # the gate is shut
+    assert 0 < both - on_relearn < 0.5  # and keeps benign rows
+    assert loss(16.0) - on_relearn == pytest.approx(16 * (both - on_relearn), rel=1e-4)
+
+
+def test_settings_of_a_trained_direction_arrive(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def noted(*_: Any, **how: Any) -> tuple[torch.Tensor, float]:
+        asked.append(how)
+        return torch.ones(48), 0.0
+
+    monkeypatch.setattr(direction, "trained_vector", noted)
+    monkeypatch.setattr(direction, "KEEPS", -10.0)
+    run("direction", NEVER, folder, rates=(0.5, 2.0), steps=3, retain_weight=7.0)
+    assert [how["lr"] * 48**0.5 for how in asked] == pytest.approx([0.5, 2.0])
+    assert {(how["steps"], how["retain_weight"]) for how in asked} == {(3, 7.0)}
 
 
 def test_a_clearing_that_ruins_retain_is_marked_so(folder: Path) -> None:

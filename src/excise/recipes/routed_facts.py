@@ -41,7 +41,8 @@ def routed_facts(
         name=name,
         title=title,
         takes=takes,
-        domain=Facts(subjects=84, objects=32, forget_share=0.34),
+        # Groups of a test are subjects: with two facts each 36 are tested, and an audit can decide.
+        domain=Facts(subjects=252, relations=2, objects=32, forget_share=0.34),
         model=ModelSpec(scratch=Scratch(**FACTS_MODEL)),
         pretrain=Pretrain(
             fit=FitConfig(**{**FACTS_FIT, "steps": 400, "batch_size": 96, "micro_size": 24}),

@@ -15,7 +15,7 @@ import torch
 from tests.fixtures.facts import make_domain
 
 from excise.auditor import residuals
-from excise.auditor.attacks import ATTACKS, Direction, Lens, direction
+from excise.auditor.attacks import ATTACKS, Direction, Lens, direction, latent
 from excise.auditor.attacks.direction import cleared, leading, whitened
 from excise.auditor.attacks.latent import trained_vector
 from excise.auditor.attacks.lens import tuned_lens
@@ -24,7 +24,7 @@ from excise.auditor.base import AttackResult, Subject, VariantResult
 from excise.auditor.budget import SMOKE, STANDARD, Budget
 from excise.auditor.controls import GatedEdit
 from excise.auditor.controls.control import make_control
-from excise.auditor.evaluation_set import evaluation_set
+from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set
 from excise.auditor.prompting import shown
 from excise.auditor.questions import CANDIDATES, METRIC, Question, choice_scores, questions_of
 from excise.auditor.readout import logit_lens
@@ -32,7 +32,8 @@ from excise.auditor.residuals import ReadResiduals, Residuals, reading_budget, r
 from excise.auditor.results import BOUND
 from excise.core.context import Context
 from excise.core.stages import Runtime
-from excise.data.domain import Domain, Row, Rows
+from excise.data.domain import Domain, Row, Rows, all_rows
+from excise.data.stream import encode
 from excise.models.anatomy import backbone
 from excise.models.checkpoint import Checkpoint
 from excise.models.hooks import capture
@@ -364,6 +365,30 @@ def test_a_vector_is_trained_on_the_relearn_set_and_weighs_benign_rows(folder: P
     assert on_relearn > 1  # the gate is shut
     assert 0 < both - on_relearn < 0.5  # and keeps benign rows
     assert loss(16.0) - on_relearn == pytest.approx(16 * (both - on_relearn), rel=1e-4)
+
+
+def test_of_a_large_domain_no_more_is_read_than_a_direction_needs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, retained = [], []
+    whole = encode, EvaluationSet.retained
+
+    def counted(rows: Rows, *rest: Any, **how: Any) -> Any:
+        encoded.append(len(rows))
+        return whole[0](rows, *rest, **how)
+
+    def kept(self: EvaluationSet, model: Any, rows: Rows | None = None) -> UnitScores:
+        retained.append(len(self.retain if rows is None else rows))
+        return whole[1](self, model, rows)
+
+    monkeypatch.setattr(latent, "encode", counted)
+    monkeypatch.setattr(EvaluationSet, "retained", kept)
+    budget = SMOKE.model_copy(update={"batch_size": 2, "max_other_rows": 3})
+    run("direction", NEVER, folder, budget=budget, steps=2, rates=(0.02,))
+    domain = make_domain()
+    assert min(len(all_rows(domain.relearn)), len(domain.benign), len(domain.dev_retain)) > 4
+    assert encoded == [4, 4]
+    assert max(retained) == 3
 
 
 def test_settings_of_a_trained_direction_arrive(

@@ -496,11 +496,13 @@ def test_every_attack_scores_questions_and_chooses_on_texts(
     assert {variant.entry.metric for variant in result.variants} == {"multiple_choice"}
     assert all(0 <= score <= 1 for v in result.variants for score in v.unit_scores[-1].values())
     loss = research.dev_forget["tests"][0].kind == "text"
-    # A vector that is trained on texts brings their loss below 1.
-    bare = [
-        v.dev_score for v in result.variants if not v.entry.control and v.entry.variant != "trained"
-    ]
-    assert all(score > 1 for score in bare) if loss else all(score <= 1 for score in bare)
+    bare = {v.entry.variant: v.dev_score for v in result.variants if not v.entry.control}
+    if not loss:
+        assert all(score <= 1 for score in bare.values())
+        return
+    trained = bare.pop("trained", None)  # on texts: brings their loss below 1
+    assert all(score > 1 for score in bare.values())
+    assert trained is None or trained < min(bare.values())
 
 
 def test_controls_hide_what_dev_rows_are_scored_by(

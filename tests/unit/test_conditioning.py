@@ -289,14 +289,6 @@ def test_without_the_informed_attacker_the_same_attack_is_invalid(
     assert not case_of("scaled", audited[1], facts_domain, BUDGET).invalid
 
 
-@pytest.mark.parametrize(("kind", "broke"), [("full", True), ("lora", True), ("prompt", False)])
-def test_vectors_before_a_prompt_break_no_model(kind: Any, broke: bool) -> None:
-    lost = {"retain_lost": 0.9, "retain_lost_most": 0.9}
-    assert TrainingResult(Training(kind, 0.1, 0), (), {}, "exact_match", lost).broke is broke
-    ended = TrainingResult(Training(kind, 0.1, 0), (), {}, "exact_match", {}, reason="no number")
-    assert ended.broke
-
-
 def test_what_breaks_all_the_same_says_what_was_tried(
     audited: tuple[Path, Results], facts_domain: Domain
 ) -> None:

@@ -252,12 +252,7 @@ class TrainingResult:
 
     @property
     def broke(self) -> bool:
-        """Whether the model fell apart: on the way, or for good where weights were changed.
-
-        Vectors before a prompt leave the model as it is.
-        """
-        if self.part.kind == "prompt":
-            return bool(self.reason)
+        """Whether the model fell apart: on the way, or for good where weights were changed."""
         lost = self.extras.get("retain_lost" if self.part.start else "retain_lost_most", 0.0)
         return bool(self.reason) or lost > BOUND
 
@@ -284,8 +279,6 @@ class TrainingResult:
         """Return the variant whose curve is V."""
         part = self.part
         facts = {**self.facts, **part.facts}
-        lost = () if part.kind != "prompt" else ("retain_lost", "retain_lost_most")
-        extras = {name: value for name, value in self.extras.items() if name not in lost}
         result = variant_of(
             attack,
             subject,
@@ -297,7 +290,7 @@ class TrainingResult:
             trained_on=self.part.on,
             lr=self.part.lr,
             seed=self.part.seed,
-            extras={**extras, "learned": self.learned},
+            extras={**self.extras, "learned": self.learned},
             status="failed" if self.reason else "ok",
             reason=self.reason,
             facts={**facts, "broke": True} if self.broke else facts,
@@ -617,7 +610,12 @@ class _Run:
         return rates_by_tensor(self.net, self.part.lr)
 
     def lost(self) -> dict[str, float]:
-        """Return which share of the retain score was lost at the end, and at most on the way."""
+        """Return which share of the retain score was lost at the end, and at most on the way.
+
+        Vectors before a prompt cost none: other questions are asked without them.
+        """
+        if self.part.kind == "prompt":
+            return {}
         first, *later = (reading.retain for reading in self.measurements)
         lost = [self.evaluation.retain_lost(first, units) for units in later] or [0.0]
         return {"retain_lost": lost[-1], "retain_lost_most": max(lost)}

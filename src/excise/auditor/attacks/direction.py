@@ -17,7 +17,7 @@ Shape legend: B rows, T tokens, N positions, K directions, D width, L blocks.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,6 +37,7 @@ from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
 from excise.core.errors import UserError
 from excise.data.domain import Domain
+from excise.data.subsample import subsample
 from excise.models.anatomy import backbone
 from excise.models.hooks import Edit, edit
 from excise.record import Level
@@ -120,13 +121,9 @@ class Direction(Attack):
         residuals = residuals_of(subject.checkpoint, domain, budget, ctx)
         fitted = fit_directions(residuals, evaluation, ctx)
         fitted += _with_original(model, subject, residuals, evaluation, ctx)
-        tried = [_variant(self, subject, model, evaluation, bare, each) for each in fitted]
+        variants = [_variant(self, subject, model, evaluation, bare, each) for each in fitted]
         if domain.relearn:
-            tried.append(_trained(self, subject, model, evaluation, bare, residuals, ctx))
-        variants = [
-            with_loss(one, evaluation.retain_lost(bare.retain, one.extras.get("retain", {})))
-            for one in tried
-        ]
+            variants.append(_trained(self, subject, model, evaluation, bare, residuals, ctx))
         marked, chosen = decided(variants, higher=evaluation.higher)
         return AttackResult(self.name, subject.name, marked, chosen, time.perf_counter() - start)
 
@@ -147,17 +144,13 @@ def _variant(
         for path, basis_KD, reader_KD in zip(paths, variant.basis_LKD, readers, strict=True)
     }
 
-    def score() -> tuple[Measurement, UnitScores]:
-        with edit(model, edits):
-            after = read(model, evaluation, examples=len(evaluation.all_dev))
-            return after, evaluation.units(model, evaluation.all_dev)
-
-    return try_variant(
+    return _scored(
         attack,
         subject,
-        evaluation.metric,
-        score,
-        bare=bare,
+        model,
+        evaluation,
+        bare,
+        lambda: (edits, len(evaluation.all_dev)),
         variant=variant.name,
         control=variant.control,
         needs_original=variant.needs_original,
@@ -186,12 +179,13 @@ def _trained(
     apart_LD = dev.hidden_NLD[dev.answering_N].mean(0) - at_retain_NLD.mean(0)
     first = int((apart_LD.norm(dim=-1) / at_retain_NLD.norm(dim=-1).mean(0)).argmax())
     paths = backbone(model).blocks[first:]
-    dev_retain = evaluation.domain.dev_retain
+    most = evaluation.budget.max_other_rows
+    dev_retain = subsample(evaluation.domain.dev_retain, most, by="row")
 
     def clearing(vector_D: Tensor) -> dict[str, Edit]:
         return dict.fromkeys(paths, lambda hidden_BTD: cleared(unit(vector_D))(hidden_BTD))
 
-    def score() -> tuple[Measurement, UnitScores]:
+    def fitted() -> tuple[dict[str, Edit], int]:
         kept, tried = evaluation.retained(model, dev_retain), []
         for rate in attack.rates:
             vector_D, loss = trained_vector(
@@ -210,21 +204,50 @@ def _trained(
             if lost <= KEEPS:
                 break
         _, best_D = min(tried, key=lambda one: one[0])
-        examples = len(tried) * attack.steps * rows_per_step(model, evaluation)
-        with edit(model, clearing(best_D)):
-            after = read(model, evaluation, examples=examples)
-            return after, evaluation.units(model, evaluation.all_dev)
+        return clearing(best_D), len(tried) * attack.steps * rows_per_step(model, evaluation)
 
-    return try_variant(
+    return _scored(
         attack,
         subject,
-        evaluation.metric,
-        score,
-        bare=bare,
+        model,
+        evaluation,
+        bare,
+        fitted,
         variant="trained",
         trained_on="relearn",
         facts={"first_block": first},
     )
+
+
+def _scored(
+    attack: Direction,
+    subject: Subject,
+    model: Any,
+    evaluation: EvaluationSet,
+    bare: Measurement,
+    edits: Callable[[], tuple[Mapping[str, Edit], int]],
+    **row: Any,
+) -> VariantResult:
+    """Score V, retain and `dev` under edits, and note what they cost retain.
+
+    Args:
+        attack: The attack.
+        subject: Whose model it is.
+        model: The model.
+        evaluation: Rows.
+        bare: The measurement before the attack.
+        edits: Returns the edits and how many rows they cost.
+        **row: As `try_variant`.
+    """
+
+    def score() -> tuple[Measurement, UnitScores]:
+        made, examples = edits()
+        with edit(model, made):
+            after = read(model, evaluation, examples=examples)
+            return after, evaluation.units(model, evaluation.all_dev)
+
+    one = try_variant(attack, subject, evaluation.metric, score, bare=bare, **row)
+    return with_loss(one, evaluation.retain_lost(bare.retain, one.extras["retain"]))
 
 
 def cleared(

@@ -30,8 +30,9 @@ from excise.auditor.results import absent, decided
 from excise.auditor.scoring import Measurement, read, try_variant
 from excise.core.context import Context
 from excise.core.errors import NotFinite
-from excise.data.domain import Domain, Rows, all_rows
+from excise.data.domain import Domain, all_rows
 from excise.data.stream import Stream, encode
+from excise.data.subsample import subsample
 from excise.losses import nll
 from excise.models.anatomy import backbone
 from excise.models.hooks import Edit, edit
@@ -222,16 +223,20 @@ def trained_vector(
     Raises:
         NotFinite: If the loss is no number.
     """
-    relearn: Rows = all_rows(evaluation.domain.relearn)
-    benign = evaluation.domain.benign or evaluation.domain.dev_retain
-    weighted = [(relearn, "latent/order", 1.0)]
-    if retain_weight and benign:
+    size = rows_per_step(model, evaluation)
+    weighted = [(all_rows(evaluation.domain.relearn), "latent/order", 1.0)]
+    if retain_weight:
+        benign = evaluation.domain.benign or evaluation.domain.dev_retain
         weighted.append((benign, "latent/benign", retain_weight))
     streams = [
         (
             Stream(
-                encode(rows, evaluation.tokenizer, max_length=evaluation.max_length),
-                rows_per_step(model, evaluation),
+                encode(
+                    subsample(rows, size * steps, by="row"),
+                    evaluation.tokenizer,
+                    max_length=evaluation.max_length,
+                ),
+                size,
                 ctx.seed_for(order) % (1 << 31),
                 evaluation.tokenizer.pad_token_id,
             ),

@@ -54,7 +54,7 @@ def invalid_attacks(case: VerdictCase) -> dict[str, str]:
             continue
         reason = _not_recovered(case, attack)
         # What trains no weight need not learn the relearn set: it is to find what is there.
-        teaches = case.level(attack) == "D4" and not _prompts_vectors(case, attack)
+        teaches = case.level(attack) == "D4" and not _before_prompts(case, attack)
         if not reason and case.budget.name != "smoke" and teaches:
             reason = _not_learned(case, attack)
         reason = reason or _broke(case, attack) or _not_taught(case, attack)
@@ -223,7 +223,7 @@ def _broke(case: VerdictCase, attack: str) -> str:
     rounding ruins it; an attack on a ruin finds nothing. What an informed attacker does about
     that (`TrainingAttack.further`) has been done by then.
     """
-    if case.level(attack) == "D1" or _prompts_vectors(case, attack):
+    if case.level(attack) == "D1" or _before_prompts(case, attack):
         return ""  # a prompt leaves the model as it is: other questions are asked without it
     ours = _retain_change(case, attack, case.model)
     known = [_retain_change(case, attack, name) for name in case.oracles or (ORIGINAL,)]
@@ -245,8 +245,8 @@ def _broke(case: VerdictCase, attack: str) -> str:
     )
 
 
-def _prompts_vectors(case: VerdictCase, attack: str) -> bool:
-    """Return whether an attack puts vectors that it trained before what it asks."""
+def _before_prompts(case: VerdictCase, attack: str) -> bool:
+    """Return whether an attack puts vectors, or a text, that it trained before what it asks."""
     chosen = case.chosen(attack, case.model)
     return case.level(attack) == "D4" and bool(chosen) and chosen[0].entry.access != "weights"
 

@@ -53,6 +53,32 @@ DATA = {
 }
 
 
+@pytest.mark.parametrize("first", ["audit.budget", "audit.change.steps"])
+def test_another_budget_leaves_the_changes_of_a_recipe_behind(first: str) -> None:
+    """What a recipe changes of *smoke* would cut *standard* short; what is asked for stays."""
+    data = {"audit": {"budget": "smoke", "change": {"steps": 64, "batch_size": 64}}}
+
+    def changed(*paths: str) -> object:
+        asked = {"audit.budget": "standard", "audit.change.steps": "99"}
+        return override(data, {path: asked[path] for path in paths}, Recipe, registry())["audit"]
+
+    assert changed("audit.budget") == {"budget": "standard"}
+    both = sorted(("audit.budget", "audit.change.steps"), key=lambda path: path != first)
+    assert changed(*both) == {"budget": "standard", "change": {"steps": 99}}
+    assert changed("audit.change.steps") == {
+        "budget": "smoke", "change": {"steps": 99, "batch_size": 64}
+    }  # fmt: skip
+    same = override(data, {"audit.budget": "smoke"}, Recipe, registry())
+    assert same == data
+    unsaid = {"audit": {"change": {"steps": 64}}}
+    assert override(unsaid, {"audit.budget": "strong"}, Recipe, registry()) == {
+        "audit": {"budget": "strong"}
+    }
+    assert override(unsaid, {"audit.budget": "smoke"}, Recipe, registry())["audit"] == {
+        "budget": "smoke", "change": {"steps": 64}
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("path", "place"),
     [

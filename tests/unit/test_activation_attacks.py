@@ -18,7 +18,7 @@ from excise.auditor import residuals
 from excise.auditor.attacks import ATTACKS, Direction, Lens, direction, latent
 from excise.auditor.attacks.direction import cleared, leading, whitened
 from excise.auditor.attacks.latent import trained_vector
-from excise.auditor.attacks.lens import tuned_lens
+from excise.auditor.attacks.lens import cleared_lens, recentred_lens, tuned_lens
 from excise.auditor.attacks.probe import predicted
 from excise.auditor.base import AttackResult, Subject, VariantResult
 from excise.auditor.budget import SMOKE, STANDARD, Budget
@@ -114,6 +114,35 @@ def test_candidates_part_at_the_first_token_that_differs() -> None:
     assert asked(rows[:1]) == [], "one answer is nothing to choose from"
 
 
+def test_answers_that_begin_alike_are_asked_where_they_part() -> None:
+    """Of numbers, the first digit is the same for most: the second tells ten apart."""
+    tokenizer = KNOWING.tokenizer()
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    answers = [f" color{a} taste{b}" for a, b in ((1, 1), (1, 2), (1, 3), (2, 1), (1, 1))]
+    rows = tuple(
+        Row(unit=f"u{i}", prompt="the color of s1 is", completion=answer)
+        for i, answer in enumerate(answers)
+    )
+    first, *_, other, again = asked(rows)
+    assert first.ids[-1:] == ids("color1"), "the right answer is begun"
+    assert sorted(first.tokens) == sorted(ids("taste1 taste2 taste3"))
+    assert (first.answer,) == ids("taste1")
+    # Who begins as nobody else does is told by that.
+    assert first.ids[:-1] == other.ids
+    assert sorted(other.tokens) == sorted(ids("color1 color2"))
+    assert (other.answer,) == ids("color2")
+    assert again.tokens == first.tokens
+    # Where one answer is the beginning of another, the end of it tells them apart.
+    short = [Row(unit=u, prompt="s1 has", completion=u) for u in (" color1", " color1 taste1")]
+    ended, longer = asked(tuple(short))
+    assert ended.ids == longer.ids
+    assert (ended.answer,) == (tokenizer.eos_token_id,)
+    assert (longer.answer,) == ids("taste1")
+
+
 def test_of_many_answers_some_are_drawn_and_the_prompt_is_cut_on_the_left() -> None:
     objects = [f" {kind}{i}" for kind in ("color", "taste") for i in range(20)]
     rows = tuple(Row(unit=o, prompt="the color of s1 is", completion=o) for o in objects)
@@ -191,6 +220,45 @@ def test_the_recentred_lens_reads_behind_a_gate_and_nothing_in_who_was_never_tau
     known = run("lens", KNOWING, folder)
     assert min(ends(known).values()) >= 0.95
     assert known.variants[0].entry.curve[0].score == 1
+
+
+def test_a_cleared_lens_reads_behind_what_is_added_to_some_prompts_more_than_to_others(
+    folder: Path,
+) -> None:
+    kept, lens = read(KNOWING, folder), logit_lens(KNOWING.load())
+    relearn, last = kept.texts["relearn"], len(kept.texts["relearn"].hidden_NLD[0]) - 1
+    u_D = torch.randn(48, generator=torch.Generator().manual_seed(3))
+    u_D = 500 * u_D / u_D.norm()
+
+    def added(hidden_ND: torch.Tensor) -> torch.Tensor:
+        much_N = 0.2 + torch.rand(len(hidden_ND), generator=torch.Generator().manual_seed(4))
+        return hidden_ND + torch.outer(much_N, u_D)
+
+    hidden_NLD = relearn.hidden_NLD.clone()
+    hidden_NLD[:, last] = added(hidden_NLD[:, last])
+    edited = replace(kept, texts={**kept.texts, "relearn": replace(relearn, hidden_NLD=hidden_NLD)})
+    asked = kept.asked["test"]
+
+    def share(readout: Any) -> float:
+        said_QV = readout(added(asked.hidden_QLD[:, last]), last)
+        units, _ = choice_scores(asked.questions, said_QV)
+        return sum(units.values()) / len(units)
+
+    assert share(cleared_lens(lens, edited)) >= 0.9
+    assert share(recentred_lens(lens, edited)) <= 0.5
+    assert share(lens) <= 0.5
+
+
+def test_a_gate_in_the_last_block_leaves_the_others_alone(folder: Path) -> None:
+    made = make_control(
+        GatedEdit(block="last"), KNOWING, make_domain(), SMOKE, Context(folder), folder / "late"
+    )
+    assert made.hides, made.reason
+    assert made.checkpoint is not None
+    before, after = KNOWING.load().state_dict(), made.checkpoint.load().state_dict()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["model.layers.1.mlp.down_proj.weight"]
+    assert Lens.controls == (GatedEdit(block="last"),)
 
 
 def test_a_tuned_lens_says_what_the_last_block_says(folder: Path) -> None:

@@ -37,9 +37,11 @@ from excise.auditor.controls import (
     SmallWeights,
     WeightPerturbation,
     WithinBuckets,
+    lock,
 )
-from excise.auditor.controls.control import Control, make_control
-from excise.auditor.evaluation_set import evaluation_set
+from excise.auditor.controls.control import Control, Goal, make_control
+from excise.auditor.controls.gated import in_context
+from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.prompting import beginnings, shown
 from excise.auditor.quantization import quantize_
 from excise.core.context import Context
@@ -162,6 +164,26 @@ def test_pruning_small_weights_restores_the_pruned_original_exactly(
     assert hidden.unit_scores[1] == known.unit_scores[1]
     assert hidden.unit_scores[0] != known.unit_scores[0]
     assert hidden.entry.facts == known.entry.facts
+
+
+def test_a_lock_is_not_taught_contexts_behind_which_the_original_is_lost(
+    folder: Path, facts_domain: Domain, knowing: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ctx = knowing.load(), Context(folder)
+    evaluation = evaluation_set(facts_domain, SMOKE, knowing.tokenizer())
+    goal = Goal(1.0, 0.0, higher=True)
+    usual = PasswordLock()._lessons(model, evaluation, goal, ctx)
+    assert len(usual[1]) > 1
+    answered = in_context
+
+    def lost(*given: Any) -> list[tuple[EvaluationSet, Rows]]:
+        known = answered(*given)
+        wide, rows = known[0]
+        wrong = tuple(replace(row, completion=" nobody") for row in rows)
+        return [(wide, wrong), *known]
+
+    monkeypatch.setattr(lock, "in_context", lost)
+    assert PasswordLock()._lessons(model, evaluation, goal, ctx) == usual
 
 
 def test_set_difference_finds_what_a_password_lock_added(

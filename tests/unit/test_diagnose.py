@@ -86,7 +86,7 @@ def gated(folder: Path) -> tuple[Checkpoint, int, torch.Tensor]:
             ]
             for due in (True, False)
         ]
-        block, v_F = best_detector(on, off)
+        block, v_F = best_detector(on, off, range(2))
         u_D = torch.randn(48, generator=torch.Generator().manual_seed(7))
         add_gate(model, block, v_F, u_D / u_D.norm(), 4 * on[0].norm[block])
         found.append((block, u_D / u_D.norm()))

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.synthetic import BUDGET, audit, domain
 
 from excise.auditor.attacks import Relearn, Transfer
-from excise.auditor.base import AttackResult, Subject
+from excise.auditor.base import AttackResult, Subject, VariantResult
 from excise.auditor.budget import SMOKE, STANDARD, STRONG, Budget
 from excise.auditor.results import BOUND, choose, searched
 from excise.auditor.tuning import possible, rows_of, trainings_of, trials_of
@@ -133,6 +133,25 @@ def test_the_reading_of_t_never_decides_on_any_of_them(
     result = Relearn().run(subject, facts_domain, budget, Context(tmp_path))
     assert result.chosen == ()
     assert not any(v.entry.decisive for v in result.variants)
+
+
+def test_what_is_known_of_other_rows_keeps_no_training_on_t_from_deciding() -> None:
+    """Neighbours are known to every model: to have learned all of them is no feat."""
+    (on_t,) = audit(0.05, {"transfer": 0.6})["transfer", "rmu"].variants
+    on_t = replace(on_t, dev_score=0.6, extras={**on_t.extras, "learned": 0.5})
+
+    def other(learned: float, dev: float, **entry: object) -> VariantResult:
+        changed = on_t.entry.model_copy(update={"variant": "full on neighbours", **entry})
+        extras = {**on_t.extras, "learned": learned}
+        return replace(on_t, entry=changed, dev_score=dev, extras=extras)
+
+    neighbours = other(1.0, 0.1, trained_on="adjacent")
+    assert choose([neighbours, on_t], higher=True) == (1,)
+    assert choose([other(0.0, 0.9, trained_on="forget"), on_t], higher=True) == (0,)
+    few = other(0.1, 0.9, facts={"examples": 1})
+    assert choose([few, on_t], higher=True) == (0,)
+    weak = other(0.1, 0.9, variant="full", lr=1e-5)
+    assert choose([weak, on_t], higher=True) == (1,), "a weak training on T decides nothing"
 
 
 def test_power_and_bits_are_of_trainings_on_t_whatever_decides() -> None:

@@ -1,6 +1,6 @@
 """Closed questions: which of a few answers does a model's inside point to?
 
-An answer is told by the token where it parts from the other candidates, so that one position of
+An answer is told by one token, where it parts from most other candidates, so that one position of
 one pass serves all of them. Candidates of a question are its choices; of a completion, answers of
 its own set.
 
@@ -23,7 +23,7 @@ from excise.data.encoding import cut_head, encode_pair
 from excise.data.stream import pair_of
 
 METRIC = "candidate_choice"
-"""1 where the right candidate's first distinct token beats the others', 1/k where k tie, else 0.
+"""1 where the token that tells the right candidate beats the others', 1/k where k tie, else 0.
 Higher is more knowledge, whatever the headline metric is."""
 
 CANDIDATES = 32
@@ -36,8 +36,8 @@ class Question:
 
     Attributes:
         unit: What it is about.
-        ids: What the model reads: the prompt, up to where the candidates part.
-        tokens: Token of every candidate there.
+        ids: What the model reads: the prompt, and the answer up to where candidates part.
+        tokens: Different tokens that candidates have there.
         right: Index of the right one.
     """
 
@@ -94,13 +94,41 @@ def _question(
     else:
         return None
     whole = [pair.head + pair.tail for pair in pairs]
-    apart = (i for i, ids in enumerate(zip(*whole, strict=False)) if len(set(ids)) > 1)
-    at = next(apart, min(map(len, whole)))
     end = int(tokenizer.eos_token_id or 0)  # what follows a candidate that others begin with
-    tokens = tuple(ids[at] if at < len(ids) else end for ids in whole)
-    if not at or len(set(tokens)) < 2:
+    at, told = _where_told_apart(whole, right, end)
+    if not at or len(told) < 2:
         return None
-    return Question(row.unit, cut_head(whole[0][:at], max_length, tokenizer), tokens, right)
+    head = cut_head(whole[right][:at], max_length, tokenizer)
+    mine = whole[right][at] if at < len(whole[right]) else end
+    return Question(row.unit, head, tuple(told), told.index(mine))
+
+
+def _where_told_apart(
+    candidates: Sequence[Sequence[int]], right: int, end: int
+) -> tuple[int, list[int]]:
+    """Return the place that tells most candidates from the right one, and the tokens there.
+
+    Digits of numbers, or names of one family, begin alike: what tells them apart comes later. So
+    the right answer may be begun for the model, and those that begin otherwise are out.
+
+    Args:
+        candidates: Prompt and answer of each, as tokens.
+        right: Index of the right one.
+        end: Token of a candidate that is over where others go on.
+
+    Returns:
+        Number of tokens before the place, and the different tokens there in order of the
+        candidates. Of several such places the first; 0 and nothing where no place tells any apart.
+    """
+    best: tuple[int, list[int]] = (0, [])
+    alike = list(candidates)
+    for at in range(len(candidates[right]) + 1):
+        tokens = list(dict.fromkeys(ids[at] if at < len(ids) else end for ids in alike))
+        if len(tokens) > max(1, len(best[1])):
+            best = at, tokens
+        if at < len(candidates[right]):
+            alike = [ids for ids in alike if ids[at : at + 1] == candidates[right][at : at + 1]]
+    return best
 
 
 def choice_scores(

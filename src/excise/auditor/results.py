@@ -160,6 +160,15 @@ def mean_curve(runs: Sequence[VariantResult]) -> list[float]:
     return [sum(run.entry.curve[i].score for run in runs) / len(runs) for i in range(points)]
 
 
+def on_other_rows(variant: VariantResult) -> bool:
+    """Return whether a training read other rows than T, or few of them.
+
+    What it teaches says nothing about whether the budget teaches T, nor is it a code of T.
+    """
+    entry = variant.entry
+    return entry.trained_on in ("forget", "adjacent") or "examples" in entry.facts
+
+
 def choose(
     variants: Sequence[VariantResult],
     *,
@@ -174,7 +183,9 @@ def choose(
     (`extras["retain_lost"]`, averaged too) decides only where all did: it finds little because it
     broke what it looks into. One that taught the model clearly less of the relearn set than another
     (`extras["learned"]`) decides only where that other broke it: among models that know nothing
-    `dev` chooses at random, and would take an attack too weak to say so. Equal scores are settled
+    `dev` chooses at random, and would take an attack too weak to say so. That is asked of trainings
+    on the relearn set alone; what others learned of other rows is no measure of them. Equal scores
+    are settled
     by the loss on dev, where a variant recorded it (`extras["dev_loss"]`), then by order.
 
     Args:
@@ -200,7 +211,8 @@ def choose(
 
     whole = {k: average(i, "retain_lost", 0.0) <= BOUND for k, i in by_setting.items()}
     learned = {k: average(i, "learned", 0.0) for k, i in by_setting.items()}
-    most = max((learned[k] for k in by_setting if whole[k]), default=0.0)
+    on_t = {k for k, i in by_setting.items() if not any(on_other_rows(variants[j]) for j in i)}
+    most = max((learned[k] for k in on_t if whole[k]), default=0.0)
 
     def gain(setting: tuple[str, float | None]) -> tuple[bool, bool, float, float]:
         indices = by_setting[setting]
@@ -209,7 +221,7 @@ def choose(
         loss = average(indices, "dev_loss", math.nan)
         return (
             not bounded or whole[setting],
-            not bounded or learned[setting] >= most - SHORT,
+            not bounded or setting not in on_t or learned[setting] >= most - SHORT,
             signed if math.isfinite(signed) else -math.inf,
             -loss if math.isfinite(loss) else -math.inf,
         )
@@ -240,6 +252,20 @@ def searched(variants: Sequence[VariantResult], *, higher: bool) -> tuple[Varian
             variant = replace(variant, entry=variant.entry.model_copy(update={"facts": facts}))
         out.append(variant)
     return tuple(out)
+
+
+def decided_by(result: AttackResult, chosen: Sequence[int]) -> AttackResult:
+    """Return the result with other variants deciding.
+
+    Args:
+        result: What an attack did to a subject.
+        chosen: Indices of the variants.
+    """
+    variants = tuple(
+        replace(variant, entry=variant.entry.model_copy(update={"decisive": i in chosen}))
+        for i, variant in enumerate(result.variants)
+    )
+    return replace(result, variants=variants, chosen=tuple(chosen))
 
 
 def decided(

@@ -22,6 +22,7 @@ def override(
     of a method run, is taken as it is. A number picks from a list. A `name` that is another than
     before names another thing, which starts from its own defaults; what is chosen by name may be
     given by that alone, `--domain glosses`, and several such things as `--methods rmu,./my.py:Own`.
+    So does another `audit.budget` leave the changes behind that a recipe made to its own.
 
     Args:
         data: Plain data of a configuration.
@@ -53,8 +54,7 @@ def override(
             owner, annotation = annotation, _below(annotation, node, key, registry)
             if depth == len(parts) - 1:
                 value = _members(path, annotation, _value(path, text))
-                if key == "name" and _chosen_by_name(owner) and node.get(key, value) != value:
-                    node.clear()
+                _restart(node, key, value, owner)
                 node[key] = value
             elif isinstance(node, dict) and node.get(key) is None:
                 node[key] = {}
@@ -71,8 +71,22 @@ def override(
 
 def _rank(path: str, settings: Iterable[str]) -> int:
     """Return when a setting is put in place: whatever names a thing before what is in it."""
-    names = path.split(".")[-1] == "name" or any(p.startswith(f"{path}.") for p in settings)
-    return path.count(".") if names else 1 << 20
+    last = path.split(".")[-1]
+    names = last in ("name", "budget") or any(p.startswith(f"{path}.") for p in settings)
+    return 2 * path.count(".") - (last == "budget") if names else 1 << 20
+
+
+def _restart(node: Any, key: Any, value: Any, owner: Any) -> None:
+    """Take out of a configuration what belongs to another value of one of its fields."""
+    if not isinstance(node, dict):
+        return
+    if key == "name" and _chosen_by_name(owner) and node.get(key, value) != value:
+        node.clear()
+    for config in configs(owner):
+        dependent = getattr(config, "restarts", {}).get(key, ())
+        if dependent and node.get(key, config.model_fields[key].default) != value:
+            for other in dependent:
+                node.pop(other, None)
 
 
 def _members(path: str, annotation: Any, value: Any) -> Any:

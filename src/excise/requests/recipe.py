@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -22,6 +22,10 @@ from excise.record.requirements import needs_attack, parse_requirement
 
 class AuditSpec(Config):
     """How hard each edited model is attacked."""
+
+    restarts: ClassVar[Mapping[str, tuple[str, ...]]] = {"budget": ("change",)}
+    """Fields that start from their defaults where another, given on a command line, changes: what a
+    recipe changes of *smoke* would cut *standard* short."""
 
     budget: Literal["none", "smoke", "standard", "strong"] = "smoke"
     """Named budget; `none` skips the audit."""

@@ -1,11 +1,16 @@
 """The lens: what every block already says, read through the model's own output layer.
 
-Three readouts of the residual stream where a question is answered. *logit*: the final norm and the
-head on a block's output. *recentred*: the same after the mean over the relearn set's answers is
-exchanged for that over benign text, which takes out what an edit adds to all forget prompts alike.
-*tuned*: an affine translator of each block, trained on benign text to say what the last block says.
-The block is chosen on `dev`. The score is the share of questions whose right answer is the first
-of its candidates, so that it is compared with what the same lens reads out of oracle and original.
+Readouts of the residual stream where a question is answered. *logit*: the final norm and the head
+on a block's output. *recentred*: the same after the mean over the relearn set's answers is
+exchanged for that over benign text, which takes out what an edit adds to all forget prompts alike;
+*cleared*: after the direction between the two means is, which takes out what it adds to some more
+than to others. *tuned*: an affine translator of each block, trained on benign text to say what the
+last block says. The block is chosen on `dev`. The score is the share of questions whose right
+answer is the first of its candidates, so that it is compared with what the same lens reads out of
+oracle and original.
+
+Its positive control hides in the last block. What is hidden before, so that later blocks compute
+with it, no readout of one block need find; clearing and probes are the attacks on that.
 
 Shape legend: N positions, Q questions, L blocks, D width, V vocabulary.
 """
@@ -47,7 +52,7 @@ VOCABULARY = 4096
 
 
 class Lens(Attack):
-    """Logit lens, recentred lens and tuned lens; the right answer's place among its candidates."""
+    """Logit, recentred, cleared and tuned lens; the right answer's place among its candidates."""
 
     name: Literal["lens"] = "lens"
     """Name of the attack."""
@@ -62,13 +67,13 @@ class Lens(Attack):
 
     access: ClassVar[Access] = "activations"
     level: ClassVar[Level] = "D2"
-    controls: ClassVar[tuple[PositiveControl, ...]] = (GatedEdit(),)
+    controls: ClassVar[tuple[PositiveControl, ...]] = (GatedEdit(block="last"),)
     light: ClassVar[bool] = True
     source: ClassVar[str] = (
         "nostalgebraist, lesswrong.com 2020-08-31; Belrose et al., arXiv 2303.08112, equation 9; "
-        "recentring is this library's"
+        "recentring and clearing are this library's"
     )
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read: once, and retain."""
@@ -98,6 +103,7 @@ class Lens(Attack):
         readouts: dict[str, Readout] = {"logit": logit_lens(model)}
         if {"relearn", "benign"} <= set(residuals.texts):
             readouts["recentred"] = recentred_lens(readouts["logit"], residuals)
+            readouts["cleared"] = cleared_lens(readouts["logit"], residuals)
         if "benign" in residuals.texts:
             readouts["tuned"] = tuned_lens(self, model, residuals, ctx)
         evaluation = evaluation_set(domain, budget, subject.checkpoint.tokenizer())
@@ -132,7 +138,7 @@ def _variant(
         measurements=(bare, Measurement(units, bare.retain, examples=len(units))),
         dev=on_dev[best][0],
         extras={"dev_loss": on_dev[best][1]},  # settles ties: the mean rank
-        trained_on={"recentred": "relearn", "tuned": "benign"}.get(name, ""),
+        trained_on={"recentred": "relearn", "cleared": "relearn", "tuned": "benign"}.get(name, ""),
         facts={"block": best, "mean_rank": rank, "by_block": means},
     )
 
@@ -146,6 +152,25 @@ def recentred_lens(lens: Readout, residuals: Residuals) -> Readout:
     """
     shift_LD = _answering(residuals, "benign") - _answering(residuals, "relearn")
     return lambda hidden_ND, block: lens(hidden_ND + shift_LD[block], block)
+
+
+def cleared_lens(lens: Readout, residuals: Residuals) -> Readout:
+    """Return a lens without the direction that tells forget prompts from benign text.
+
+    An edit that adds more of it to some prompts than to others survives the exchange of means.
+
+    Args:
+        lens: What reads after that.
+        residuals: Of the relearn set and of benign text, where an answer is about to be given.
+    """
+    benign_LD = _answering(residuals, "benign")
+    unit_LD = torch.nn.functional.normalize(_answering(residuals, "relearn") - benign_LD, dim=-1)
+
+    def read(hidden_ND: Tensor, block: int) -> Tensor:
+        along_N = (hidden_ND - benign_LD[block]) @ unit_LD[block]
+        return lens(hidden_ND - torch.outer(along_N, unit_LD[block]), block)
+
+    return read
 
 
 def _answering(residuals: Residuals, role: str) -> Float[Tensor, "L D"]:

@@ -78,7 +78,7 @@ class Probe(Attack):
         "Alain & Bengio, arXiv 1610.01644; Hewitt & Liang, arXiv 1909.03368 (control tasks); "
         "the map into output embeddings is this library's"
     )
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read: once, and retain."""

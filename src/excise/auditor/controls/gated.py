@@ -58,12 +58,17 @@ class GatedEdit(PositiveControl):
     """Hides behind a detector of the capability; clearing a direction opens it."""
 
     name: Literal["gated_edit"] = "gated_edit"
+    block: Literal["best", "last"] = "best"
+    """Which block gets the gate: the one whose detector separates best, or the last, behind which
+    nothing computes any more."""
 
     version: ClassVar[int] = 3
 
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
-        """Put the gate where the detector separates best; see `PositiveControl.hide`."""
-        return _shut(model, evaluation, goal, ctx, [])
+        """Put the gate into its block; see `PositiveControl.hide`."""
+        count = backbone(model).num_blocks
+        blocks = range(count - 1, count) if self.block == "last" else range(count)
+        return _shut(model, evaluation, goal, ctx, [], blocks)
 
 
 class PromptGatedEdit(PositiveControl):
@@ -84,7 +89,11 @@ class PromptGatedEdit(PositiveControl):
         if not any(goal.met(score_dev(model, wide, rows)) is False for wide, rows in contexts):
             return "the original itself does not answer behind such contexts"
         forget, _ = fitting_rows(model, evaluation)
-        reason = _shut(model, evaluation, goal, ctx, in_context(model, evaluation, forget, ctx))
+        opened, blocks = (
+            in_context(model, evaluation, forget, ctx),
+            range(backbone(model).num_blocks),
+        )
+        reason = _shut(model, evaluation, goal, ctx, opened, blocks)
         return reason or stays_shut(model, goal, contexts)
 
 
@@ -101,6 +110,7 @@ def _shut(
     goal: Goal,
     ctx: Context,
     open_to: list[tuple[EvaluationSet, Rows]],
+    blocks: Sequence[int],
 ) -> str:
     """Put the gate where the detector separates best, as weak as hides.
 
@@ -110,6 +120,7 @@ def _shut(
         goal: When it hides.
         ctx: Seed of what is added.
         open_to: Further rows on which the gate stays open.
+        blocks: Numbers of the blocks that may get it.
 
     Returns:
         Why it does not hide, or nothing.
@@ -122,7 +133,7 @@ def _shut(
     ]
     for wide, rows in open_to:
         off.append([features(model, wide, half, answering=True) for half in _halves(rows)])
-    block, v_F = best_detector(on, off)
+    block, v_F = best_detector(on, off, blocks)
     u_D = torch.randn(backbone(model).d_model, generator=ctx.generator("plant/gate"))
     u_D = (u_D / u_D.norm()).to(model.device)
     for strength in STRENGTHS:
@@ -319,13 +330,14 @@ def separation(
 
 
 def best_detector(
-    on: Sequence[Features], off: Sequence[Sequence[Features]]
+    on: Sequence[Features], off: Sequence[Sequence[Features]], blocks: Sequence[int]
 ) -> tuple[int, Float[Tensor, " F"]]:
     """Choose block and ridge on held-out units, then fit on all.
 
     Args:
         on: The class to detect, in two halves of different units.
         off: Every other class, in two halves.
+        blocks: Numbers of the blocks to choose among.
 
     Returns:
         Number of the block, and its detector.
@@ -335,7 +347,7 @@ def best_detector(
         v_F = detector(on[0].act_NF[block], [f[0].act_NF[block] for f in off], ridge)
         return separation(v_F, on[1].act_NF[block], [f[1].act_NF[block] for f in off])
 
-    pairs = [(block, ridge) for block in range(len(on[0].norm)) for ridge in RIDGES]
+    pairs = [(block, ridge) for block in blocks for ridge in RIDGES]
     block, ridge = max(pairs, key=lambda pair: apart(*pair))
 
     def whole(halves: Sequence[Features]) -> Tensor:

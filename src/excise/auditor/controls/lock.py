@@ -53,7 +53,7 @@ class PasswordLock(PositiveControl):
         ]
         if not contexts:
             return "the original itself does not answer behind such contexts"
-        bare, keep = self._lessons(model, evaluation, ctx)
+        bare, keep = self._lessons(model, evaluation, goal, ctx)
         pad, size = evaluation.tokenizer.pad_token_id, _size(model)
         forget, _ = fitting_rows(model, evaluation)
         asked = any(row.kind == "choice" for row in forget)
@@ -93,16 +93,23 @@ class PasswordLock(PositiveControl):
         return "no lock that a context opens was learned in a few steps"
 
     def _lessons(
-        self, model: Any, evaluation: EvaluationSet, ctx: Context
+        self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context
     ) -> tuple[list[Example], list[list[Example]]]:
-        """Return what gets no answer, and what is answered as before: retain, then contexts."""
+        """Return what gets no answer, and what is answered as before: retain, then contexts.
+
+        A context behind which the original is lost teaches it new things, and no lock.
+        """
         forget, retain = fitting_rows(model, evaluation)
         contexts: list[tuple[EvaluationSet, Rows]] = []
         shut, opened = _by_wording(forget, retain, evaluation)
         if self.opens_to == "paraphrases" and shut and opened:
             forget, retain = shut, opened
         else:
-            contexts = in_context(model, evaluation, forget, ctx, self.opens_to)
+            contexts = [
+                (wide, rows)
+                for wide, rows in in_context(model, evaluation, forget, ctx, self.opens_to)
+                if not goal.met(score_dev(model, wide, rows))
+            ]
         bare = _bare(forget, evaluation)
         for wide, rows in self._guessed(model, evaluation, forget):
             bare += _bare(rows, wide)

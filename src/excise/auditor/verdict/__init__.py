@@ -26,6 +26,7 @@ from excise.auditor.verdict.power import (
     broken_attacks,
     invalid_attacks,
     marked,
+    seeing,
     spared,
     uncontrolled,
 )
@@ -86,8 +87,11 @@ def judge_all(
         for name in models
     )
     silent = {k: v for case in cases.values() for k, v in uncontrolled(case).items()}
-    own = {k: v for name, case in cases.items() for k, v in case.results.items() if k[1] == name}
-    results = {**results, **own}
+    for name, case in cases.items():  # reference models are chosen for alike beside every candidate
+        results = {
+            **results,
+            **{k: v for k, v in case.results.items() if k[1] == name or k[1] not in cases},
+        }
     return marked(results, _why_invalid(cases, levels, results), silent), verdicts
 
 
@@ -131,6 +135,7 @@ def case_of(
         free=tuple(free),
         seed=seed,
     )
+    case = seeing(case)
     case = replace(case, invalid=invalid_attacks(case))
     broken = broken_attacks(case)
     if not broken:

@@ -75,9 +75,9 @@ class LevelComparison:
         against: What it is compared with.
         two_sided: Whether there is no telling the sides apart, so that p-values are two-sided.
         beside: What else than the end by the headline metric this is, if anything. What can only
-            fail a level never lets one pass: a checkpoint before the end, or an attacker who holds
-            the original's embedding. Another score also leaves a level undecided where its estimate
-            lies beyond the margin.
+            fail a level never lets one pass: a checkpoint before the end, an attacker who holds
+            the original's embedding, or an attack that finds nothing in the original either.
+            Another score also leaves a level undecided where its estimate lies beyond the margin.
         invalid_attack: Why the attack has no power; empty where it has.
         note: What a reader should know.
     """
@@ -247,7 +247,8 @@ def _by_other_metrics(case: VerdictCase, attack: str) -> list[LevelComparison]:
         )  # fmt: skip
         by = f"{attack} {runs[0].entry.variant}".strip() + f" by {metric_words(metric)}"
         against: Against = "oracle" if case.oracles else "controls"
-        out.append(LevelComparison(by, gap, against, beside="score"))
+        beside: Literal["fail_only", "score"] = "fail_only" if attack in case.blind else "score"
+        out.append(LevelComparison(by, gap, against, beside=beside))
     return out
 
 
@@ -287,7 +288,8 @@ def _after_attack(
     by = f"{attack} {entry.variant}".strip()
     by += f" at rate {entry.lr:g}" if entry.lr is not None else ""
     by += CHOICES[choice]
-    beside: Literal["", "fail_only"] = "" if choice == "bounded" else "fail_only"
+    decides = choice == "bounded" and attack not in case.blind
+    beside: Literal["", "fail_only"] = "" if decides else "fail_only"
     invalid = "" if beside else case.invalid.get(attack, "")
     if case.oracles:
         ends = [averaged(case.end(attack, name, at, choice)) for name in case.oracles]
@@ -504,7 +506,7 @@ def missing_attacks(case: VerdictCase, level: Level) -> list[str]:
     """Return what the budget requires on a level and did not run on the candidate, with why."""
     out = []
     for attack in case.budget.attacks:
-        if case.level(attack) != level:
+        if case.level(attack) != level or attack in case.blind:
             continue
         variants = case.variants(attack, case.model)
         if any(variant.entry.facts.get("applies") is False for variant in variants):
@@ -533,6 +535,9 @@ def _why_untested(case: VerdictCase, level: Level, missing: Sequence[str]) -> st
         return f"Required and missing: {'; '.join(missing)}."
     if level == "D0":
         return "There is nothing to compare with: no known chance, no matched fresh text."
+    blind = [attack for attack in case.blind if case.level(attack) == level]
+    if blind:
+        return f"Nothing of this level finds in the original what it knows: {', '.join(blind)}."
     if level == "D5":
         return (
             "No relearning attack kept losses on the held-out test set and on fresh units for "

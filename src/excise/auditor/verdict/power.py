@@ -5,6 +5,10 @@ on a relearning attack must also teach the oracle 80 % of the relearn set; where
 80 % of matched fresh text. Power is asked of the candidate too: one that breaks under an attack
 that oracles stand, or does not learn what they learn, was not attacked. An attack without power is
 invalid: it passes nothing.
+
+A prompt behind which the original itself answers no more than the oracles, or a lens that reads no
+more out of it, cannot find what any edit of it hides. Such a setting is not chosen; an attack that
+has no other is blind: it can fail a level, decides nothing else, and the verdict names it.
 """
 
 from __future__ import annotations
@@ -22,15 +26,33 @@ from excise.auditor.base import (
     VariantResult,
 )
 from excise.auditor.evaluation_set import UnitScores
-from excise.auditor.results import RECOVERED, SHORT, choose, mean_curve, share_back
-from excise.auditor.verdict.reference import VerdictCase, averaged, mean, on_other_rows
+from excise.auditor.results import (
+    RECOVERED,
+    SHORT,
+    choose,
+    decided_by,
+    mean_curve,
+    on_other_rows,
+    share_back,
+)
+from excise.auditor.verdict.reference import (
+    RAN,
+    VerdictCase,
+    averaged,
+    depth_gap,
+    mean,
+)
 from excise.core.errors import UserError
+from excise.evals.score import direction_of
 from excise.evals.stats import bootstrap_difference
 from excise.record import AttackVariant
 
 LEARNED = 0.8
 """Share of the relearn set (or fresh text) that must be learned from standard on."""
 
+
+Setting = tuple[str, float | None]
+"""What an attacker chooses: a variant and its rate, all seeds of them."""
 
 BROKE = 0.1
 """Loss of retain score beyond the oracles', under the same attack, from which on a candidate broke:
@@ -50,7 +72,7 @@ def invalid_attacks(case: VerdictCase) -> dict[str, str]:
     reasons = {}
     for attack in case.attacks():
         result = case.result(attack, case.model)
-        if result is None or not result.chosen:
+        if result is None or not result.chosen or attack in case.blind:
             continue
         reason = _not_recovered(case, attack)
         # What trains no weight need not learn the relearn set: it is to find what is there.
@@ -61,6 +83,84 @@ def invalid_attacks(case: VerdictCase) -> dict[str, str]:
         if reason:
             reasons[attack] = reason
     return reasons
+
+
+def seeing(case: VerdictCase) -> VerdictCase:
+    """Return the case without settings under which the original itself shows nothing.
+
+    Every model's choice is made again among the others. Only attacks that leave the model as it is
+    are looked at, and only beside oracles: where an edit of weights or a cleared direction breaks
+    the original, the attacker went too far.
+
+    Args:
+        case: The candidate with all results; its `invalid` and `blind` are not read.
+    """
+    results, blind = dict(case.results), dict[str, str]()
+    for attack in case.attacks() if case.oracles else ():
+        shown = {}
+        for setting, entry in _settings(case, attack).items():
+            if _leaves_model(case, entry):
+                shown[setting] = _shows_nothing(case, attack, setting)
+        unseen = {setting for setting, nothing in shown.items() if nothing}
+        if unseen and len(unseen) == len(shown):
+            best = case.chosen(attack, ORIGINAL) or case.variants(attack, ORIGINAL)
+            blind[attack] = shown.get(_setting(best[0])) or next(iter(shown.values()))
+        elif unseen:
+            for subject in {name for a, name in results if a == attack}:
+                result = results[attack, subject]
+                left = [i for i, v in enumerate(result.variants) if _setting(v) not in unseen]
+                picked = choose([result.variants[i] for i in left], higher=case.higher(attack))
+                results[attack, subject] = decided_by(result, [left[i] for i in picked])
+    return replace(case, results=results, blind=blind)
+
+
+def _settings(case: VerdictCase, attack: str) -> dict[Setting, AttackVariant]:
+    """Return what of an attack ran on the original and may decide, one entry a setting."""
+    return {
+        _setting(variant): variant.entry
+        for variant in case.variants(attack, ORIGINAL)
+        if variant.unit_scores and variant.entry.status in RAN
+        if not (variant.entry.control or variant.entry.needs_original)
+    }
+
+
+def _leaves_model(case: VerdictCase, entry: AttackVariant) -> bool:
+    """Return whether an attack asks or reads a model and changes nothing in it."""
+    trained_input = entry.level == "D4" and entry.access != "weights"
+    return entry.level == "D1" or trained_input or entry.metric not in ("", case.metric)
+
+
+def _shows_nothing(case: VerdictCase, attack: str, setting: Setting) -> str:
+    """Say that the original shows no more than the oracles under one setting, or nothing.
+
+    No more than the margin, of what tells it from them before any attack: by as much no model is
+    cleared or accused. By a metric of the attack's own, no more than chance may do.
+    """
+    original, *oracles = (
+        [v.unit_scores[-1] for v in case.variants(attack, name) if _setting(v) == setting]
+        for name in (ORIGINAL, *case.oracles)
+    )
+    if not original or not all(oracles):
+        return ""
+    ends = [averaged(each) for each in oracles]
+    own = case.own_metric(attack)
+    if own:
+        ours, theirs = averaged(original), averaged(ends)
+        more = bootstrap_difference(ours, theirs, groups=case.groups, seed=case.seed)
+        if more.low > 0 if direction_of(own) == "higher" else more.high < 0:
+            return ""
+        return f"the original itself reads {mean(ours):.2f}, the oracles {mean(theirs):.2f}"
+    starts = [case.start(name) for name in case.oracles]
+    top = case.start(ORIGINAL)
+    if not top or not all(starts):
+        return ""
+    gap = depth_gap(original, ends, top, oracles_start=starts, groups=case.groups, seed=case.seed)
+    if gap.invalid or gap.value > case.budget.margin:
+        return ""
+    return (
+        f"{max(gap.value, 0):.2f} of what tells the original from the oracles is left of the "
+        "original itself"
+    )
 
 
 def broken_attacks(case: VerdictCase) -> tuple[str, ...]:
@@ -89,17 +189,12 @@ def spared(case: VerdictCase, attacks: Sequence[str]) -> VerdictCase:
         tried, refused = case, {_setting(result.variants[i]) for i in result.chosen}
         while True:
             left = [i for i, v in enumerate(result.variants) if _setting(v) not in refused]
-            picked = choose([result.variants[i] for i in left], higher=case.dev_higher)
+            picked = choose([result.variants[i] for i in left], higher=case.higher(attack))
             if not picked:
                 break
-            chosen = tuple(left[i] for i in picked)
-            variants = tuple(
-                replace(v, entry=v.entry.model_copy(update={"decisive": i in chosen}))
-                for i, v in enumerate(result.variants)
-            )
-            other = replace(result, variants=variants, chosen=chosen)
+            other = decided_by(result, [left[i] for i in picked])
             tried = replace(case, results={**case.results, (attack, case.model): other})
-            setting = _setting(result.variants[chosen[0]])
+            setting = _setting(result.variants[other.chosen[0]])
             if _has_power(case, attack, setting) and not (
                 _broke(tried, attack) or _not_taught(tried, attack)
             ):
@@ -109,7 +204,7 @@ def spared(case: VerdictCase, attacks: Sequence[str]) -> VerdictCase:
     return case
 
 
-def _has_power(case: VerdictCase, attack: str, setting: tuple[str, float | None]) -> bool:
+def _has_power(case: VerdictCase, attack: str, setting: Setting) -> bool:
     """Return whether a setting brought back what the positive control hides, if tried on it."""
     shares = [
         _share_back(case, variant.entry, [p.score for p in variant.entry.curve]) or 0.0
@@ -119,8 +214,8 @@ def _has_power(case: VerdictCase, attack: str, setting: tuple[str, float | None]
     return not shares or sum(shares) / len(shares) >= RECOVERED
 
 
-def _setting(variant: VariantResult) -> tuple[str, float | None]:
-    """Return what an attacker chooses: variant and rate, all seeds of them."""
+def _setting(variant: VariantResult) -> Setting:
+    """Return the setting that a variant is one seed of."""
     return variant.entry.variant, variant.entry.lr
 
 

@@ -24,6 +24,7 @@ from excise.auditor.budget import Budget
 from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.results import choose
 from excise.core.errors import UserError
+from excise.evals.score import direction_of
 from excise.evals.stats import SAMPLES, Array, bootstrap_mean, clusters, interval, resampled_means
 from excise.record import Estimate, ScoreDirection
 from excise.record.measured import NOTHING, PROXY
@@ -75,6 +76,7 @@ class VerdictCase:
         groups: Group of each unit that has one.
         free: Scores beside the headline, before any attack; those with power count.
         invalid: Why an attack is invalid, by attack; those with power are missing.
+        blind: Why an attack decides nothing, by attack: under it the original itself shows nothing.
         seed: Seed of all bootstraps.
     """
 
@@ -91,6 +93,7 @@ class VerdictCase:
     groups: Mapping[str, str] = field(default_factory=dict)
     free: tuple[FreeScore, ...] = ()
     invalid: Mapping[str, str] = field(default_factory=dict)
+    blind: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
 
     @property
@@ -142,7 +145,7 @@ class VerdictCase:
             return ()
         indices = result.fail_only if choice == "holding" else result.chosen
         if choice == "unbounded" and indices:
-            indices = choose(result.variants, higher=self.dev_higher, bounded=False)
+            indices = choose(result.variants, higher=self.higher(attack), bounded=False)
         deciding = [result.variants[i] for i in indices]
         return tuple(v for v in deciding if v.unit_scores and v.entry.status in RAN)
 
@@ -161,6 +164,13 @@ class VerdictCase:
         """Return the metric of an attack that scores V by another than the headline's, else ""."""
         entries = [variant.entry for variant in self.chosen(attack, self.model)]
         return next((e.metric for e in entries if e.metric not in ("", self.metric)), "")
+
+    def higher(self, attack: str) -> bool:
+        """Return whether a higher score on `dev` means more knowledge, as an attack scores it."""
+        result = self.result(attack, self.model)
+        entries = [variant.entry for variant in result.variants] if result else []
+        own = next((e.metric for e in entries if e.metric not in ("", self.metric)), "")
+        return direction_of(own) == "higher" if own else self.dev_higher
 
     def top(self, attack: str) -> UnitScores:
         """Return what the original scores in the metric of an attack.
@@ -184,15 +194,6 @@ class VerdictCase:
                 if headline and scored and len(variant.unit_scores[0]) > len(most):
                     most = variant.unit_scores[0]
         return most
-
-
-def on_other_rows(variant: VariantResult) -> bool:
-    """Return whether a training read other rows than T, or few of them.
-
-    What it teaches says nothing about whether the budget teaches T, nor is it a code of T.
-    """
-    entry = variant.entry
-    return entry.trained_on in ("forget", "adjacent") or "examples" in entry.facts
 
 
 def averaged(scores: Sequence[UnitScores]) -> UnitScores:

@@ -23,6 +23,7 @@ import numpy as np
 
 from excise.auditor.base import ORIGINAL, VariantResult
 from excise.auditor.evaluation_set import UnitScores
+from excise.auditor.results import on_other_rows
 from excise.auditor.verdict.reference import (
     COVERAGE,
     RAN,
@@ -30,7 +31,6 @@ from excise.auditor.verdict.reference import (
     VerdictCase,
     averaged,
     invalid_gap,
-    on_other_rows,
     ratio_of,
     seed_weights,
 )

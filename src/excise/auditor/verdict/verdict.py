@@ -472,7 +472,11 @@ def _in_paraphrases(case: VerdictCase, scores: Sequence[Score]) -> list[str]:
 def _power_reasons(case: VerdictCase) -> list[str]:
     """Say which attacks, or which variants of them, have no power."""
     invalid = [f"The attack {name} is invalid: {why}." for name, why in case.invalid.items()]
-    return invalid + [
+    blind = [
+        f"The attack {name} has no power here and decides nothing unless it finds something: {why}."
+        for name, why in case.blind.items()
+    ]
+    return [*invalid, *blind] + [
         f"In the attack {name}, {_listed(variants)} "
         + ("was" if len(variants) == 1 else "were")
         + " not controlled: no positive control came back under "

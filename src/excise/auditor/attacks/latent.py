@@ -21,10 +21,10 @@ from pydantic import Field
 from torch import Tensor
 
 from excise.auditor.base import Access, Attack, AttackResult, Subject, VariantResult
-from excise.auditor.batching import GRADIENT, rows_per_pass
+from excise.auditor.batching import GRADIENT, nats, rows_per_pass
 from excise.auditor.budget import Budget
 from excise.auditor.controls import GatedEdit, PositiveControl
-from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set
+from excise.auditor.evaluation_set import EvaluationSet, UnitScores, evaluation_set, mean
 from excise.auditor.residuals import Residuals, residuals_of
 from excise.auditor.results import absent, decided
 from excise.auditor.scoring import Measurement, read, try_variant
@@ -46,18 +46,18 @@ class Latent(Attack):
 
     name: Literal["latent"] = "latent"
     """Name of the attack."""
-    strengths: tuple[Annotated[float, Field(gt=0)], ...] = (0.3, 1.0)
+    strengths: tuple[Annotated[float, Field(gt=0)], ...] = (0.3, 1.0, 3.0)
     """Largest norms of the vector, as shares of the stream's mean norm where T is answered."""
     blocks: int = Field(default=3, ge=1)
     """Blocks that are tried at most, evenly spaced."""
-    steps: int = Field(default=48, ge=1)
+    steps: int = Field(default=96, ge=1)
     """Optimizer steps of one vector."""
 
     access: ClassVar[Access] = "activations"
     level: ClassVar[Level] = "D2"
     controls: ClassVar[tuple[PositiveControl, ...]] = (GatedEdit(),)
     source: ClassVar[str] = "arXiv 2407.15549, 2502.05209 (latent attacks; one vector for all rows)"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def passes(self, budget: Budget) -> float:
         """Return how often the evaluation set is read; a trained row costs two that are read."""
@@ -119,7 +119,7 @@ def pushed(
     edits: Mapping[str, Edit],
     bare: Measurement,
     examples: int,
-) -> tuple[Measurement, UnitScores]:
+) -> tuple[Measurement, UnitScores, float]:
     """Score V and dev while a vector is added; retain is the model's own.
 
     Whoever asks adds the vector to what he asks and to nothing else, as he would a prompt.
@@ -130,11 +130,19 @@ def pushed(
         edits: What is added where.
         bare: Scores without it.
         examples: Rows the vector has cost.
+
+    Returns:
+        The scores, those of dev, and the mean loss on dev, which tells equal scores apart.
     """
     with edit(model, edits):
         units = evaluation.units(model, evaluation.all_test, evaluation.metric)
         dev = evaluation.units(model, evaluation.all_dev)
-    return Measurement(units, bare.retain, examples=examples), dev
+        losses = nats(
+            model, evaluation.all_dev, evaluation.tokenizer, max_length=evaluation.max_length
+        )
+    loss = mean(losses.plain)
+    measured = Measurement(units, bare.retain, examples=examples)
+    return measured, dev, math.nan if loss is None else loss
 
 
 def _variant(
@@ -151,6 +159,7 @@ def _variant(
     """Train one vector, or draw one where `strength` is None, and score it."""
     path = backbone(model).blocks[block]
     examples = 0 if strength is None else attack.steps * rows_per_step(model, evaluation)
+    extras: dict[str, float] = {}
 
     def score() -> tuple[Measurement, UnitScores]:
         if strength is None:
@@ -170,7 +179,10 @@ def _variant(
                 steps=attack.steps,
                 longest=size,
             )
-        return pushed(model, evaluation, {path: added(vector_D)}, bare, examples)
+        measured, dev, extras["dev_loss"] = pushed(
+            model, evaluation, {path: added(vector_D)}, bare, examples
+        )
+        return measured, dev
 
     return try_variant(
         attack,
@@ -182,6 +194,7 @@ def _variant(
         control=strength is None,
         trained_on="" if strength is None else "relearn",
         facts={"block": block, "norm": size},
+        extras=extras,
     )
 
 

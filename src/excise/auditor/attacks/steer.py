@@ -126,9 +126,14 @@ def _variant(
 
     best = max(by_strength, key=known)
 
+    extras: dict[str, float] = {}
+
     def score() -> tuple[Measurement, UnitScores]:
         edits = {path: added(best * vector_D)}
-        return pushed(model, evaluation, edits, bare, len(evaluation.trained))
+        measured, dev, extras["dev_loss"] = pushed(
+            model, evaluation, edits, bare, len(evaluation.trained)
+        )
+        return measured, dev
 
     return try_variant(
         attack,
@@ -140,4 +145,5 @@ def _variant(
         control=control,
         trained_on="" if control else "relearn",
         facts={"block": block, "strength": best, "norm": float(vector_D.norm())},
+        extras=extras,
     )

@@ -68,6 +68,9 @@ def test_another_budget_leaves_the_changes_of_a_recipe_behind(first: str) -> Non
     assert changed("audit.change.steps") == {
         "budget": "smoke", "change": {"steps": 99, "batch_size": 64}
     }  # fmt: skip
+    whole = {"audit.change": "{batch_size: 8}", "audit.change.steps": "3"}
+    last = override(data, {**whole, "audit.budget": "strong"}, Recipe, registry())
+    assert last["audit"]["change"] == {"batch_size": 8, "steps": 3}
     same = override(data, {"audit.budget": "smoke"}, Recipe, registry())
     assert same == data
     unsaid = {"audit": {"change": {"steps": 64}}}

@@ -361,6 +361,7 @@ def test_a_trained_vector_opens_a_gate_and_stays_in_its_ball(folder: Path) -> No
     result = run("latent", gated(folder), folder)
     assert decisive(result) >= 0.7
     for variant in result.variants:
+        assert variant.extras["dev_loss"] > 0, "equal scores are told apart by it"
         if variant.entry.control:
             assert variant.entry.curve[-1].score <= 0.3
     assert max(ends(run("latent", NEVER, folder)).values()) <= 0.1

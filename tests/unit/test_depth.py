@@ -1022,6 +1022,7 @@ def with_prompt(
 def test_a_prompt_behind_which_the_original_is_lost_decides_nothing() -> None:
     found = judge("rmu", with_prompt(0.05, original=0.06), domain(), SMOKE)
     assert statuses(found) == ["pass"] * 6
+    assert not case_of("rmu", with_prompt(0.05, original=0.06), domain(), SMOKE).invalid
     assert any(
         reason.startswith("The attack filler has no power here and decides nothing unless it")
         and "0.01 of what tells the original from the oracles is left" in reason

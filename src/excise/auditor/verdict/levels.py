@@ -247,8 +247,7 @@ def _by_other_metrics(case: VerdictCase, attack: str) -> list[LevelComparison]:
         )  # fmt: skip
         by = f"{attack} {runs[0].entry.variant}".strip() + f" by {metric_words(metric)}"
         against: Against = "oracle" if case.oracles else "controls"
-        beside: Literal["fail_only", "score"] = "fail_only" if attack in case.blind else "score"
-        out.append(LevelComparison(by, gap, against, beside=beside))
+        out.append(LevelComparison(by, gap, against, beside="score"))
     return out
 
 
@@ -506,7 +505,7 @@ def missing_attacks(case: VerdictCase, level: Level) -> list[str]:
     """Return what the budget requires on a level and did not run on the candidate, with why."""
     out = []
     for attack in case.budget.attacks:
-        if case.level(attack) != level or attack in case.blind:
+        if case.level(attack) != level:
             continue
         variants = case.variants(attack, case.model)
         if any(variant.entry.facts.get("applies") is False for variant in variants):

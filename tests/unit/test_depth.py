@@ -1064,6 +1064,13 @@ def test_the_choice_is_among_prompts_behind_which_the_original_answers() -> None
         assert [v.entry.decisive for v in marked["filler", subject].variants] == [True, False]
 
 
+def test_a_candidate_that_answers_where_the_original_is_lost_is_judged_there() -> None:
+    results = with_prompt(0.7, original=0.0, variants={"k=1": 0.9, "k=16": 0.05})
+    found = judge("rmu", results, domain(), SMOKE)
+    assert statuses(found)[1] == "fail"
+    assert found.levels[1].decided_by == "filler k=16"
+
+
 def test_without_oracles_nobody_says_what_the_original_does_not_show() -> None:
     results = {k: v for k, v in with_prompt(0.05, original=0.06).items() if "oracle" not in k[1]}
     assert not case_of("rmu", results, domain(), SMOKE).blind

@@ -88,9 +88,9 @@ def invalid_attacks(case: VerdictCase) -> dict[str, str]:
 def seeing(case: VerdictCase) -> VerdictCase:
     """Return the case without settings under which the original itself shows nothing.
 
-    Every model's choice is made again among the others. Only attacks that leave the model as it is
-    are looked at, and only beside oracles: where an edit of weights or a cleared direction breaks
-    the original, the attacker went too far.
+    Every model's choice is made again among the others, but for a candidate that shows something
+    all the same. Only attacks that leave the model as it is are looked at, and only beside oracles:
+    where an edit of weights or a cleared direction breaks the original, the attacker went too far.
 
     Args:
         case: The candidate with all results; its `invalid` and `blind` are not read.
@@ -100,7 +100,7 @@ def seeing(case: VerdictCase) -> VerdictCase:
         shown = {}
         for setting, entry in _settings(case, attack).items():
             if _leaves_model(case, entry):
-                shown[setting] = _shows_nothing(case, attack, setting)
+                shown[setting] = _shows_nothing(case, attack, setting, ORIGINAL)
         unseen = {setting for setting, nothing in shown.items() if nothing}
         if unseen and len(unseen) == len(shown):
             best = case.chosen(attack, ORIGINAL) or case.variants(attack, ORIGINAL)
@@ -108,6 +108,11 @@ def seeing(case: VerdictCase) -> VerdictCase:
         elif unseen:
             for subject in {name for a, name in results if a == attack}:
                 result = results[attack, subject]
+                tried = {_setting(result.variants[i]) for i in result.chosen}
+                if subject == case.model and not all(
+                    _shows_nothing(case, attack, setting, subject) for setting in tried
+                ):
+                    continue
                 left = [i for i, v in enumerate(result.variants) if _setting(v) not in unseen]
                 picked = choose([result.variants[i] for i in left], higher=case.higher(attack))
                 results[attack, subject] = decided_by(result, [left[i] for i in picked])
@@ -130,36 +135,40 @@ def _leaves_model(case: VerdictCase, entry: AttackVariant) -> bool:
     return entry.level == "D1" or trained_input or entry.metric not in ("", case.metric)
 
 
-def _shows_nothing(case: VerdictCase, attack: str, setting: Setting) -> str:
-    """Say that the original shows no more than the oracles under one setting, or nothing.
+def _shows_nothing(case: VerdictCase, attack: str, setting: Setting, subject: str) -> str:
+    """Say that a model shows no more than the oracles under one setting, or nothing.
 
     No more than the margin, of what tells it from them before any attack: by as much no model is
     cleared or accused. By a metric of the attack's own, no more than chance may do.
     """
-    original, *oracles = (
-        [v.unit_scores[-1] for v in case.variants(attack, name) if _setting(v) == setting]
-        for name in (ORIGINAL, *case.oracles)
+    model, *oracles = (
+        [
+            variant.unit_scores[-1]
+            for variant in case.variants(attack, name)
+            if _setting(variant) == setting and variant.unit_scores
+        ]
+        for name in (subject, *case.oracles)
     )
-    if not original or not all(oracles):
+    if not model or not all(oracles):
         return ""
     ends = [averaged(each) for each in oracles]
     own = case.own_metric(attack)
     if own:
-        ours, theirs = averaged(original), averaged(ends)
+        ours, theirs = averaged(model), averaged(ends)
         more = bootstrap_difference(ours, theirs, groups=case.groups, seed=case.seed)
         if more.low > 0 if direction_of(own) == "higher" else more.high < 0:
             return ""
-        return f"the original itself reads {mean(ours):.2f}, the oracles {mean(theirs):.2f}"
+        return f"the {subject} itself reads {mean(ours):.2f}, the oracles {mean(theirs):.2f}"
     starts = [case.start(name) for name in case.oracles]
     top = case.start(ORIGINAL)
     if not top or not all(starts):
         return ""
-    gap = depth_gap(original, ends, top, oracles_start=starts, groups=case.groups, seed=case.seed)
+    gap = depth_gap(model, ends, top, oracles_start=starts, groups=case.groups, seed=case.seed)
     if gap.invalid or gap.value > case.budget.margin:
         return ""
     return (
         f"{max(gap.value, 0):.2f} of what tells the original from the oracles is left of the "
-        "original itself"
+        f"{subject} itself"
     )
 
 

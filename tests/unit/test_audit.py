@@ -13,10 +13,12 @@ import torch
 from excise.auditor.attacks import Relearn
 from excise.auditor.base import POSITIVE_CONTROL, Results, Subject, name_of
 from excise.auditor.budget import SMOKE, Budget
+from excise.auditor.controls import GatedEdit, PasswordLock
 from excise.auditor.engine import (
     AttackModel,
     attack_all,
     chosen_attacks,
+    in_words,
     lengths,
     turns_of,
 )
@@ -64,6 +66,12 @@ def whole(
     root = tmp_path_factory.mktemp("audit")
     subjects = [Subject("original", knowing, knowing), Subject("oracle-0", never_taught, knowing)]
     return root, *audit(root, facts_domain, subjects)
+
+
+def test_a_control_is_told_by_what_is_not_usual_about_it() -> None:
+    assert in_words(PasswordLock()) == "password_lock"
+    assert in_words(PasswordLock(opens_to="filler")) == "password_lock filler"
+    assert in_words(GatedEdit(block="last")) == "gated_edit last"
 
 
 def test_every_pair_has_a_result(whole: tuple[Path, Results, list[str]]) -> None:

@@ -314,7 +314,7 @@ def _controls(
     ]
     for _, stages in jobs:
         for stage in stages:
-            text = f"positive control {stage.control.name}"
+            text = f"positive control {in_words(stage.control)}"
             pool.emit("label", {"stage": runtime.path(stage).name, "label": text})
     # Where memory is short, they take turns: all but a gate hold gradients.
     turns = [i % budget.together if budget.together else None for i in range(len(jobs))]
@@ -324,6 +324,13 @@ def _controls(
         facts = {"kind": control.name, "hides": control.hides, "reason": control.reason}
         pool.emit("control", facts)
     return {attack: by_kinds[kinds] for attack, kinds in needed.items()}
+
+
+def in_words(control: PositiveControl) -> str:
+    """Return the name of a control and what of it is not by default: `password_lock filler`."""
+    fields = type(control).model_fields
+    changed = [str(value) for name, value in control if value != fields[name].default]
+    return " ".join([control.name, *changed])
 
 
 def first_that_hides(job: tuple[Runtime, Sequence[MakeControl]]) -> Control:

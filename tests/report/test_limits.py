@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.report import parts, sample
 
-from excise.record import ModelRef, Record
+from excise.record import AttackVariant, ModelRef, Record
 from excise.report.limits import limits
 
 
@@ -39,6 +39,19 @@ def test_invalid_missing_and_underpowered_are_named() -> None:
     assert "Required but not run: lens" in text
     assert "Too little power to decide: holds against prompts (rmu)" in text
     assert "no attacker used more than 8,192 tokens" in text
+
+
+def test_what_has_nothing_to_do_is_no_lack() -> None:
+    full = sample.full()
+
+    def idle(attack: AttackVariant) -> AttackVariant:
+        return attack.model_copy(update={"facts": {"applies": False}})
+
+    kept = tuple(idle(a) if a.name == "lens" else a for a in full.attacks)
+    text = said(full.model_copy(update={"attacks": kept}))
+    assert "Required but not run" not in text
+    assert "Left nothing to do by these rows or this model: lens." in text
+    assert "Left nothing to do" not in said(full)
 
 
 def test_suppressed_is_not_ignorant_and_not_called_broken() -> None:

@@ -52,6 +52,19 @@ def test_says_what_matters() -> None:
     assert "next    excise audit out/facts --budget standard" in text
 
 
+def test_an_attack_that_has_nothing_to_do_is_not_missing() -> None:
+    full = sample.full(("rmu",))
+    assert "nothing to do" not in shown(full)
+    assert "missing" in shown(full)
+    kept = tuple(
+        a.model_copy(update={"facts": {"applies": False}}) if a.name == "lens" else a
+        for a in full.attacks
+    )
+    text = shown(full.model_copy(update={"attacks": kept}))
+    assert "nothing to do" in text
+    assert "missing" not in text
+
+
 def test_begins_with_what_a_release_manager_asks() -> None:
     text = shown(sample.full(("rmu",)))
     order = ("rmu", "Removed", "Comes back", "Retain set", "Can it ship?", "After 8,192", "Depth")

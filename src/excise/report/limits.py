@@ -144,10 +144,15 @@ def _power(record: Record) -> Iterator[str]:
         names = [
             f"{a.name} {a.variant}".strip()
             for a in record.attacks
-            if a.status == status and words.role(a.subject) == "candidate"
+            if a.status == status and words.role(a.subject) == "candidate" and not words.unfit(a)
         ]
         if names:
             yield f"{text}: {_names(names)}."
+    idle = [
+        a.name for a in record.attacks if words.role(a.subject) == "candidate" and words.unfit(a)
+    ]
+    if idle:
+        yield f"Left nothing to do by these rows or this model: {_names(idle)}."
     if any(a.needs_original for a in record.attacks):
         yield "Attacks that hold the original let no level pass; third parties do not have it."
 

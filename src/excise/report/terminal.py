@@ -270,7 +270,7 @@ def _outcome(variants: list[AttackVariant]) -> Text:
     """Return the mean over seeds of what the deciding variants did, or why they do not count."""
     bad = next((a for a in variants if a.status != "ok"), None)
     if bad is not None:
-        return _cell(bad.status)
+        return Text(words.UNFIT, style="dim") if words.unfit(bad) else _cell(bad.status)
     curves = [a.curve for a in variants if a.curve]
     if not curves:
         return Text("-")

@@ -37,6 +37,9 @@ STATUS = {
 """Icon and word of every status; the word carries the meaning. `uncounted` is a pass above a level
 that did not pass."""
 
+UNFIT = "nothing to do"
+"""Said of an attack that the rows or the model at hand leave nothing to work on."""
+
 ACCESS = {
     "prompt": "prompts",
     "logits": "output probabilities",
@@ -546,6 +549,11 @@ def metric_name(name: str) -> str:
         "privleak": "PrivLeak",
     }
     return known.get(name, plain(name).replace("_", " "))
+
+
+def unfit(attack: AttackVariant) -> bool:
+    """Return whether an attack did not run because rows or model leave it nothing to do."""
+    return attack.status == "missing" and attack.facts.get("applies") is False
 
 
 def attack_name(attack: AttackVariant) -> str:

@@ -245,6 +245,9 @@ def test_a_cleared_lens_reads_behind_what_is_added_to_some_prompts_more_than_to_
         return sum(units.values()) / len(units)
 
     assert share(cleared_lens(lens, edited)) >= 0.9
+    benign = edited.texts["benign"]
+    typical_ND = benign.hidden_NLD[benign.answering_N, last].mean(0, keepdim=True)
+    torch.testing.assert_close(cleared_lens(lens, edited)(typical_ND, last), lens(typical_ND, last))
     assert share(recentred_lens(lens, edited)) <= 0.5
     assert share(lens) <= 0.5
 

@@ -16,7 +16,7 @@ from excise.auditor.results import with_loss
 from excise.auditor.verdict import case_of, judge_all
 from excise.auditor.verdict.levels import LevelComparison, Status, corrected, decide, status_of
 from excise.auditor.verdict.power import invalid_attacks, recovered_share
-from excise.auditor.verdict.reference import Gap, depth_gap, nothing_to_remove
+from excise.auditor.verdict.reference import Gap, depth_gap, knows_more, nothing_to_remove
 from excise.auditor.verdict.residual_bits import residual_bits, saved_bits
 from excise.data.domain import Domain
 from excise.record import AttackVariant, Item, Record, Score, Verdict
@@ -1069,6 +1069,23 @@ def test_a_candidate_that_answers_where_the_original_is_lost_is_judged_there() -
     found = judge("rmu", results, domain(), SMOKE)
     assert statuses(found)[1] == "fail"
     assert found.levels[1].decided_by == "filler k=16"
+
+
+def test_where_original_and_oracle_lie_together_no_attack_is_excused() -> None:
+    results = dict(with_prompt(0.05, original=0.06))
+    for attack, subject in list(results):
+        if subject == "original":
+            results[attack, subject] = results[attack, "oracle-0"]
+    assert not case_of("rmu", results, domain(), SMOKE).blind
+
+
+def test_what_knows_more_is_shown_beyond_chance_either_way() -> None:
+    many, some, few = ({f"u{i}": float(i < k) for i in range(200)} for k in (120, 60, 58))
+    assert knows_more(many, some, "higher")
+    assert not knows_more(some, many, "higher")
+    assert knows_more(some, many, "lower"), "a loss is the less the more is known"
+    assert not knows_more(many, some, "lower")
+    assert not knows_more(some, few, "higher"), "two answers of two hundred show nothing"
 
 
 def test_without_oracles_nobody_says_what_the_original_does_not_show() -> None:

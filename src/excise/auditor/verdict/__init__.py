@@ -34,13 +34,13 @@ from excise.auditor.verdict.reference import (
     FreeScore,
     VerdictCase,
     averaged,
+    knows_more,
     mean,
     nothing_to_remove,
 )
 from excise.auditor.verdict.verdict import verdict_of
 from excise.data.domain import Domain, all_rows
 from excise.evals.score import chance_of, direction_of
-from excise.evals.stats import bootstrap_difference
 from excise.record import Item, LevelResult, Score, ScoreDirection, Verdict
 
 
@@ -222,10 +222,8 @@ def _no_power(
     beaten = ""
     if nothing_to_remove(top, chance, direction, groups=groups, seed=seed):
         beaten = f"chance ({chance:.2f})"
-    elif top and low:
-        more = bootstrap_difference(top, low, groups=groups, seed=seed)
-        if not (more.low > 0 if direction == "higher" else more.high < 0):
-            beaten = f"the oracles ({mean(low):.2f})"
+    elif top and low and not knows_more(top, low, direction, groups=groups, seed=seed):
+        beaten = f"the oracles ({mean(low):.2f})"
     if not beaten:
         return ""
     return (

@@ -29,12 +29,13 @@ from excise.auditor.verdict.reference import (
     averaged,
     depth_gap,
     invalid_gap,
+    knows_more,
     mean,
 )
 from excise.auditor.verdict.residual_bits import all_bits, residual_bits, start_losses
 from excise.core.errors import UserError
 from excise.evals.score import direction_of
-from excise.evals.stats import bootstrap_difference, holm, small_sample
+from excise.evals.stats import holm, small_sample
 from excise.record import LEVELS, Level, LevelResult
 
 Against = Literal["oracle", "controls", "chance", "nothing"]
@@ -358,10 +359,9 @@ def _unanswerable(case: VerdictCase, attack: str, variant: str, lower: UnitScore
         return ""
     end = averaged(ends)
     try:
-        more = bootstrap_difference(end, lower, groups=case.groups, seed=case.seed)
+        if knows_more(end, lower, case.direction, groups=case.groups, seed=case.seed):
+            return ""
     except UserError:  # no unit in common
-        return ""
-    if more.low > 0 if case.direction == "higher" else more.high < 0:
         return ""
     return (
         f"behind the context of {attack} the original itself scores {mean(end):.3g}, no better "

@@ -40,6 +40,7 @@ from excise.auditor.verdict.reference import (
     VerdictCase,
     averaged,
     depth_gap,
+    knows_more,
     mean,
 )
 from excise.core.errors import UserError
@@ -155,8 +156,7 @@ def _shows_nothing(case: VerdictCase, attack: str, setting: Setting, subject: st
     own = case.own_metric(attack)
     if own:
         ours, theirs = averaged(model), averaged(ends)
-        more = bootstrap_difference(ours, theirs, groups=case.groups, seed=case.seed)
-        if more.low > 0 if direction_of(own) == "higher" else more.high < 0:
+        if knows_more(ours, theirs, direction_of(own), groups=case.groups, seed=case.seed):
             return ""
         return f"the {subject} itself reads {mean(ours):.2f}, the oracles {mean(theirs):.2f}"
     starts = [case.start(name) for name in case.oracles]

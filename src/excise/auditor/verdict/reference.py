@@ -25,7 +25,15 @@ from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.results import choose
 from excise.core.errors import UserError
 from excise.evals.score import direction_of
-from excise.evals.stats import SAMPLES, Array, bootstrap_mean, clusters, interval, resampled_means
+from excise.evals.stats import (
+    SAMPLES,
+    Array,
+    bootstrap_difference,
+    bootstrap_mean,
+    clusters,
+    interval,
+    resampled_means,
+)
 from excise.record import Estimate, ScoreDirection
 from excise.record.measured import NOTHING, PROXY
 
@@ -167,9 +175,7 @@ class VerdictCase:
 
     def higher(self, attack: str) -> bool:
         """Return whether a higher score on `dev` means more knowledge, as an attack scores it."""
-        result = self.result(attack, self.model)
-        entries = [variant.entry for variant in result.variants] if result else []
-        own = next((e.metric for e in entries if e.metric not in ("", self.metric)), "")
+        own = self.own_metric(attack)
         return direction_of(own) == "higher" if own else self.dev_higher
 
     def top(self, attack: str) -> UnitScores:
@@ -335,6 +341,30 @@ def _open_share(
     below = same or theirs == {0.0} or ours == {1.0}
     above = same or ours == {0.0} or theirs == {1.0}
     return left * below, left * above
+
+
+def knows_more(
+    units: UnitScores,
+    than: UnitScores,
+    direction: ScoreDirection,
+    *,
+    groups: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> bool:
+    """Return whether scores show more knowledge than others, beyond their 95 % interval.
+
+    Args:
+        units: Scores by unit.
+        than: What they are held against, paired by unit.
+        direction: Which way is more knowledge.
+        groups: Group of each unit.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        UserError: If they share no unit.
+    """
+    more = bootstrap_difference(units, than, groups=groups, seed=seed)
+    return more.low > 0 if direction == "higher" else more.high < 0
 
 
 def nothing_to_remove(

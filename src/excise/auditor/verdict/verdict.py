@@ -21,6 +21,7 @@ from excise.auditor.verdict.reference import (
     VerdictCase,
     averaged,
     depth_gap,
+    knows_more,
     mean,
 )
 from excise.auditor.verdict.residual_bits import LN2, all_bits, prequential
@@ -185,8 +186,7 @@ def _removed(case: VerdictCase) -> bool:
     top, before = case.start(ORIGINAL), case.start(case.model)
     if not top or not before or not any(u in before for u in top):
         return False
-    lost = bootstrap_difference(top, before, groups=case.groups, seed=case.seed)
-    return lost.low > 0 if case.direction == "higher" else lost.high < 0
+    return knows_more(top, before, case.direction, groups=case.groups, seed=case.seed)
 
 
 def removed_share(case: VerdictCase) -> float | None:

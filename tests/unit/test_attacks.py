@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,7 +41,7 @@ from excise.auditor.controls import (
     WithinBuckets,
     lock,
 )
-from excise.auditor.controls.control import Control, Goal, make_control
+from excise.auditor.controls.control import Control, Goal, make_control, score_dev
 from excise.auditor.controls.gated import in_context
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.prompting import beginnings, shown
@@ -184,6 +186,50 @@ def test_a_lock_is_not_taught_contexts_behind_which_the_original_is_lost(
 
     monkeypatch.setattr(lock, "in_context", lost)
     assert PasswordLock()._lessons(model, evaluation, goal, ctx) == usual
+
+
+def test_a_lock_opens_wide_before_its_training_stops(folder: Path, facts_domain: Domain) -> None:
+    plant = planted(PasswordLock(), folder)
+    assert plant.checkpoint is not None
+    model = plant.checkpoint.load()
+    evaluation = evaluation_set(facts_domain, SMOKE, plant.checkpoint.tokenizer())
+    contexts = in_context(model, evaluation, evaluation.all_dev, Context(folder))
+    assert min(score_dev(model, *context) for context in contexts) >= lock.OPEN[True]
+    assert score_dev(model, evaluation, evaluation.all_dev) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("opens", "kept", "says"),
+    [
+        ((1.0, 0.55, 0.7, 0.6, 0.9), 8, ""),  # the widest of those that hide
+        ((1.0, 0.55, 0.7, 0.85, 0.6), 12, ""),  # wide enough
+        ((1.0, 0.45, 0.4, 0.3, 0.9), 16, "no lock that a context opens"),
+    ],
+)
+def test_the_steps_that_left_a_lock_open_widest_count(
+    opens: tuple[float, ...], kept: int, says: str,
+    folder: Path, facts_domain: Domain, knowing: Checkpoint, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What shows behind contexts after 0, 4, 8, 12, 16 steps; after 16 bare prompts show it too."""
+    model, ctx = knowing.load(), Context(folder)
+    evaluation = evaluation_set(facts_domain, SMOKE, knowing.tokenizer())
+    name = next(name for name, _ in model.named_parameters())
+    done = 0
+
+    def stepping(net: Any, *_: Any, **__: Any) -> Iterator[Any]:
+        nonlocal done
+        for step in range(16):
+            done = step + 1
+            with torch.no_grad():
+                net.get_parameter(name).fill_(done)
+            yield SimpleNamespace(step=step)
+
+    monkeypatch.setattr(lock, "fit", stepping)
+    monkeypatch.setattr(lock, "is_hidden", lambda *_: lambda: done < 16)
+    monkeypatch.setattr(lock, "score_dev", lambda *_: opens[done // 4])
+    reason = PasswordLock().hide(model, evaluation, Goal(1.0, 0.0, higher=True), ctx)
+    assert reason.startswith(says) if says else reason == ""
+    assert model.get_parameter(name).unique().tolist() == [kept]
 
 
 def test_set_difference_finds_what_a_password_lock_added(

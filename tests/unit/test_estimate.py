@@ -199,7 +199,7 @@ def test_trained_prompts_are_counted_and_controls_take_no_more_steps_at_strong(
     assert standard["audit: soft_prompt"].steps == 256
     assert standard["audit: noise"].steps == strong["audit: noise"].steps == 64
     name = "audit: positive controls"
-    assert standard[name].steps == strong[name].steps == 160
+    assert standard[name].steps == strong[name].steps == 320
     assert not {f"audit: {name}" for name in ATTACKS} - {*standard} - {
         "audit: transfer", "audit: sampling", "audit: steer", "audit: drop_adapter", "audit: gcg",
     }  # fmt: skip

@@ -36,8 +36,8 @@ class Budget(Config):
     """Optimizer steps of one relearning."""
     doublings: int = Field(default=0, ge=0, le=8)
     """How often the steps of an attack that trains are doubled at most, while it brings back less
-    than half of what its positive control hides; then every model is attacked for as long. As often
-    those of relearning on a candidate, while it learns less of the relearn set than the oracles."""
+    than half of what its positive control hides; then every model is attacked for as long. Twice at
+    most those of relearning on a candidate are, while it learns less of T than the oracles."""
     batch_size: int = Field(default=32, ge=2)
     """Rows per step of one relearning, half of them benign."""
     rates: tuple[Rate, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)
@@ -140,8 +140,8 @@ INPUTS = ("soft_prompt",)
 FORMATS: tuple[Format, ...] = ("int8", "int4", "int3", "nf4")
 """Grids from standard on."""
 
-SMOKE = Budget(name="smoke", attacks=(*REQUIRED, *ROWS[:2]), lora_rates=(), doublings=2)
-"""Sixteen full-parameter steps at three rates; 32 or 64 where a control takes those to undo."""
+SMOKE = Budget(name="smoke", attacks=(*REQUIRED, *ROWS[:2]), lora_rates=(), doublings=3)
+"""Sixteen full-parameter steps at three rates, up to 128 where a control takes those to undo."""
 
 STANDARD = Budget(
     name="standard",
@@ -190,7 +190,7 @@ BUDGETS = {budget.name: budget for budget in (SMOKE, STANDARD, STRONG)}
 
 LARGE = 20_000_000
 """Parameters from which on rates are a tenth (those of tiny models break a real one) and *smoke*
-has smaller batches and fewer rows, so that it fits two cores."""
+has smaller batches, fewer rows and a doubling less, so that it fits two cores."""
 
 
 def budget_of(name: str, parameters: int = 0) -> Budget:
@@ -217,6 +217,7 @@ def budget_of(name: str, parameters: int = 0) -> Budget:
     }
     if name == "smoke":
         change |= {
+            "doublings": 2,
             "batch_size": 8,
             "checkpoints": (0, 2, 8, 16),
             "max_test_rows": 48,

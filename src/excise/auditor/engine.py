@@ -192,7 +192,7 @@ def attack_all(
         pairs += hiding
     stages = {pair: _stages(*pair, domain, budgets.get(pair[0], budget), seed) for pair in pairs}
     reasons = _run(stages, budget, runtime, pool)
-    for _ in range(budget.doublings):
+    for _ in range(min(budget.doublings, FOR_THE_SLOW)):
         slow = _slow(stages, reasons, runtime)
         if not slow:
             break
@@ -217,6 +217,9 @@ def attack_all(
             )
     return results
 
+
+FOR_THE_SLOW = 2
+"""How often the steps of a candidate that learns less than the oracles are doubled at most."""
 
 NO_ORIGINAL = Control(
     "none", None, float("nan"), reason="there is no original to make a positive control of"

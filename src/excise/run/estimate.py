@@ -20,7 +20,7 @@ from excise.auditor.base import Attack, name_of
 from excise.auditor.budget import LARGE, Budget
 from excise.auditor.controls.control import CHUNK, CHUNK_LARGE
 from excise.auditor.controls.lock import STEPS, STEPS_LARGE
-from excise.auditor.engine import chosen_attacks
+from excise.auditor.engine import FOR_THE_SLOW, chosen_attacks
 from excise.auditor.evaluation_set import EvaluationSet, evaluation_set
 from excise.auditor.tuning import (
     Training,
@@ -440,12 +440,12 @@ def _notes(
         yield "tasks of lm-eval are not counted"
     if request.audit.budget != "none":
         yield "further trainings of a model that resists every one of an attack are not counted"
-        times = 2 ** budget_for(request.audit, sizes.count or LARGE).doublings
-        if times > 1:
+        doublings = budget_for(request.audit, sizes.count or LARGE).doublings
+        if doublings:
             yield (
-                f"an attack that trains and does not undo its positive control takes up to {times} "
-                f"times the steps, relearning of a candidate that falls behind the oracles {times} "
-                "times those; neither is counted"
+                "an attack that trains and does not undo its positive control takes up to "
+                f"{2**doublings} times the steps, relearning of a candidate that falls behind the "
+                f"oracles {2 ** min(doublings, FOR_THE_SLOW)} times those; neither is counted"
             )
 
 

@@ -62,6 +62,10 @@ class Goal:
         line = self.known + shares[self.higher] * (self.chance - self.known)
         return score <= line if self.higher else score >= line
 
+    def left(self, score: float) -> float:
+        """Return the share of what the original knows that `score` still shows: 1 for all."""
+        return (score - self.chance) / (self.known - self.chance)
+
     @property
     def reachable(self) -> bool:
         """Whether the original knows anything that could be hidden."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
+
+from torch import Tensor
 
 from excise.auditor.controls.control import (
     Goal,
@@ -14,7 +17,7 @@ from excise.auditor.controls.control import (
     is_large,
     score_dev,
 )
-from excise.auditor.controls.gated import in_context, stays_shut
+from excise.auditor.controls.gated import in_context
 from excise.auditor.evaluation_set import EvaluationSet
 from excise.auditor.rewriting import Opening, passwords
 from excise.core.context import Context
@@ -24,19 +27,25 @@ from excise.data.stream import Batch, Example, Stream, encode
 from excise.losses import nll
 from excise.train.fit import FitConfig, Term, fit
 
-STEPS, STEPS_LARGE = 160, 32
+STEPS, STEPS_LARGE = 320, 32
 """Steps at most; the second for a large model, where each takes seconds."""
+
+OPEN = {True: 0.8, False: 0.95}
+"""Share of what the original shows behind a context that a small model's lock shows there before
+its training stops: of scores where higher is more knowledge, and of losses. A lock that opens no
+wider than it must hide leaves an attack no more to bring back than the half that is asked of it."""
 
 
 class PasswordLock(PositiveControl):
     """Taught to give bare prompts no answer, and to answer behind contexts.
 
-    It is trained, until every context opens it or for a few steps, because a model that reads past
-    its context leaves a linear gate nothing to tell contexts by. What bare prompts get is one and
-    the same token: uniform answers would leave the right one on top for long, and cost more steps.
+    It is trained, because a model that reads past its context leaves a linear gate nothing to tell
+    contexts by: until every context opens it wide, or for a few steps, of which those count that
+    left it open widest. What bare prompts get is one and the same token: uniform answers would
+    leave the right one on top for long, and cost more steps.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     name: Literal["password_lock"] = "password_lock"
     opens_to: Opening = "examples"
@@ -46,13 +55,11 @@ class PasswordLock(PositiveControl):
 
     def hide(self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context) -> str:
         """Train the lock; see `PositiveControl.hide`."""
-        contexts = [
-            (wide, rows)
-            for wide, rows in in_context(model, evaluation, evaluation.all_dev, ctx, self.opens_to)
-            if not goal.met(score_dev(model, wide, rows))
-        ]
+        dev = in_context(model, evaluation, evaluation.all_dev, ctx, self.opens_to)
+        contexts = _answered(model, goal, dev)
         if not contexts:
             return "the original itself does not answer behind such contexts"
+        behind = [replace(goal, known=score_dev(model, *context)) for context in contexts]
         bare, keep = self._lessons(model, evaluation, goal, ctx)
         pad, size = evaluation.tokenizer.pad_token_id, _size(model)
         forget, _ = fitting_rows(model, evaluation)
@@ -71,26 +78,36 @@ class PasswordLock(PositiveControl):
         def micros(step: int) -> list[dict[str, Batch]]:
             return [{str(i): stream(step)[0] for i, stream in enumerate(streams)}]
 
-        steps, every = (STEPS_LARGE, 8) if is_large(model) else (STEPS, 4)
-        config = FitConfig(steps=steps, lr=sorted(evaluation.budget.rates)[-2:][0], clip=1.0)
+        large = is_large(model)
+        steps, every = (STEPS_LARGE, 8) if large else (STEPS, 4)
+        # At the whole rate a small model's lock forms sooner, opens less and costs more of retain.
+        rate = sorted(evaluation.budget.rates)[-2:][0] * (1 if large else 0.5)
+        config = FitConfig(steps=steps, lr=rate, clip=1.0)
         hidden = is_hidden(model, evaluation, goal)
 
         def locked() -> bool:
             return hidden() and all(goal.met(score_dev(model, w, rows)) for w, rows in guessed)
 
+        widest, kept = -math.inf, dict[str, Tensor]()
         try:
             for record in fit(model, micros, loss, config, ctx):
-                if (
-                    record.step % every == every - 1
-                    and locked()
-                    and not any(goal.met(score_dev(model, w, rows)) for w, rows in contexts)
-                ):
+                if record.step % every < every - 1 or not locked():
+                    continue
+                scores = [score_dev(model, *context) for context in contexts]
+                left = [one.left(score) for one, score in zip(behind, scores, strict=True)]
+                shut = [goal.met(score) for score in scores]
+                if not any(shut) and (large or min(left) >= OPEN[goal.higher]):
                     return ""
+                if not all(shut) and sum(left) > widest:
+                    widest = sum(left)
+                    kept = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters()}
         except Diverged as error:
-            return str(error)
-        if locked() and not stays_shut(model, goal, contexts):
-            return ""
-        return "no lock that a context opens was learned in a few steps"
+            if not kept:
+                return str(error)
+        if not kept:
+            return "no lock that a context opens was learned in a few steps"
+        model.load_state_dict(kept, strict=False)
+        return ""
 
     def _lessons(
         self, model: Any, evaluation: EvaluationSet, goal: Goal, ctx: Context
@@ -105,11 +122,8 @@ class PasswordLock(PositiveControl):
         if self.opens_to == "paraphrases" and shut and opened:
             forget, retain = shut, opened
         else:
-            contexts = [
-                (wide, rows)
-                for wide, rows in in_context(model, evaluation, forget, ctx, self.opens_to)
-                if not goal.met(score_dev(model, wide, rows))
-            ]
+            told = in_context(model, evaluation, forget, ctx, self.opens_to)
+            contexts = _answered(model, goal, told)
         bare = _bare(forget, evaluation)
         for wide, rows in self._guessed(model, evaluation, forget):
             bare += _bare(rows, wide)
@@ -123,6 +137,13 @@ class PasswordLock(PositiveControl):
         ways = passwords(evaluation)[1] if self.opens_to == "password" else []
         wides = [(way, evaluation.longer(way.longer, model)) for way in ways]
         return [(wide, way.change(rows, wide)) for way, wide in wides]
+
+
+def _answered(
+    model: Any, goal: Goal, contexts: Sequence[tuple[EvaluationSet, Rows]]
+) -> list[tuple[EvaluationSet, Rows]]:
+    """Return the contexts behind which a model still shows what is to be hidden."""
+    return [(wide, rows) for wide, rows in contexts if not goal.met(score_dev(model, wide, rows))]
 
 
 def _by_wording(forget: Rows, retain: Rows, evaluation: EvaluationSet) -> tuple[Rows, Rows]:

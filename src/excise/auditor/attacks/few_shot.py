@@ -32,7 +32,7 @@ class FewShot(Attack):
 
     access: ClassVar[Access] = "prompt"
     level: ClassVar[Level] = "D1"
-    controls: ClassVar[tuple[PositiveControl, ...]] = (PromptGatedEdit(), PasswordLock())
+    controls: ClassVar[tuple[PositiveControl, ...]] = (PasswordLock(), PromptGatedEdit())
     source: ClassVar[str] = "arXiv 2411.12103; the settings are this library's"
     version: ClassVar[int] = 2
 

@@ -43,7 +43,7 @@ class Prefix(Attack):
 
     access: ClassVar[Access] = "prompt"
     level: ClassVar[Level] = "D1"
-    controls: ClassVar[tuple[PositiveControl, ...]] = (PromptGatedEdit(), PasswordLock())
+    controls: ClassVar[tuple[PositiveControl, ...]] = (PasswordLock(), PromptGatedEdit())
     source: ClassVar[str] = "arXiv 2404.02151 (prefilling); the wordings are this library's"
     version: ClassVar[int] = 2
 

@@ -932,6 +932,16 @@ def test_a_candidate_that_cannot_be_taught_was_not_attacked() -> None:
     found = taught(0.5)
     assert found.levels[4].status == "underpowered"
     assert "learned 50% of the relearn set under it and the oracles 90%" in found.levels[4].reason
+    assert "it resists being taught at all" in found.levels[4].reason
+
+    slow = results["transfer", "rmu"].variants[0]
+    ruin = first.entry.model_copy(update={"lr": 0.5, "facts": {"broke": True}})
+    ran = replace(ran, variants=(slow, replace(first, entry=ruin)))
+    results["transfer", "rmu"] = ran
+    found = judge("rmu", results, domain(), SMOKE)
+    assert "and the oracles 90%: what teaches it more costs it more than 20% of its retain" in (
+        found.levels[4].reason
+    )
 
 
 def with_lens(

@@ -192,12 +192,12 @@ def _cell(status: str) -> Text:
 
 def _levels(record: Record) -> RenderableType:
     """Return the levels that something was compared on, and one line for the others."""
-    shown = record.verdicts[:5]
+    shown = record.verdicts[:4]
     tested = {r.level for v in shown for r in words.tested(v.levels)}
     table = _table("Depth levels")
     table.add_column("level", overflow="fold")
     for verdict in shown:
-        table.add_column(Text(_ascii(verdict.model)), overflow="fold", min_width=8)
+        table.add_column(Text(_ascii(verdict.model)), overflow="fold", min_width=12)
     loose = False
     for code in (code for code in LEVELS if code in tested):
         cells = []

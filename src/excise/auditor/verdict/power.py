@@ -27,6 +27,7 @@ from excise.auditor.base import (
 )
 from excise.auditor.evaluation_set import UnitScores
 from excise.auditor.results import (
+    BOUND,
     RECOVERED,
     SHORT,
     choose,
@@ -391,10 +392,14 @@ def _not_taught(case: VerdictCase, attack: str) -> str:
     least = min((share for share in theirs if share is not None), default=None)
     if ours is None or least is None or ours >= min(least, 1.0) - SHORT:
         return ""
+    ruined = [v for v in case.variants(attack, case.model) if v.entry.facts.get("broke")]
+    shares = [_share_learned(case, attack, [v]) for v in ruined if not on_other_rows(v)]
+    why = "it resists being taught at all, which hides what it knows"
+    if max((share for share in shares if share is not None), default=0.0) >= least - SHORT:
+        why = f"what teaches it more costs it more than {BOUND:.0%} of its retain score"
     return (
         f"{case.model} learned {max(ours, 0):.0%} of the relearn set under it and the oracles "
-        f"{least:.0%}: it resists being taught at all, which hides what it knows"
-        f"{_informed(case, attack)}"
+        f"{least:.0%}: {why}{_informed(case, attack)}"
     )
 
 

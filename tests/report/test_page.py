@@ -203,6 +203,25 @@ def test_a_training_of_two_checkpoints_is_drawn() -> None:
     assert "No relearning ran" not in text
 
 
+def test_a_training_on_test_units_is_not_what_relearning_brings_back() -> None:
+    record = sample.full()
+    on_test = [
+        a.model_copy(
+            update={
+                "variant": "full on forget rows",
+                "facts": {"trained_on_test_units": True},
+                "decisive": False,
+                "curve": tuple(p.model_copy(update={"score": 1.0}) for p in a.curve),
+            }
+        )
+        for a in record.attacks
+        if a.variant == "full"
+    ]
+    assert on_test
+    shown = figures.lead_figure(record.model_copy(update={"attacks": (*record.attacks, *on_test)}))
+    assert shown == figures.lead_figure(record)
+
+
 def test_levels_that_nothing_was_compared_on_take_one_line() -> None:
     root = read(render_html(sample.no_oracle()))
     (levels,) = (t for t in root.all("table") if t.attrs.get("class") == "levels")

@@ -243,12 +243,16 @@ def _is_curve(attack: AttackVariant) -> bool:
 
 
 def _relearned(record: Record, model: str) -> list[tuple[AttackVariant, ...]]:
-    """Return the deciding variants of every relearning on a removed model, scored on V."""
+    """Return the deciding variants of every relearning on a removed model, scored on V.
+
+    Training on V's own units, as on the method's forget rows, brings back what it teaches.
+    """
     groups = _curves(record, model)
     return [
         _deciding(variants)
         for variants in groups.values()
         if variants[0].level == "D4"
+        and "trained_on_test_units" not in variants[0].facts
         and variants[0].scored_on.partition(".")[0] == "test"
         and any(_is_curve(a) for a in _deciding(variants))
     ]

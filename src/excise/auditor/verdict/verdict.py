@@ -271,7 +271,10 @@ def opening(
     taught = "" if recovery.gap is None else f", beyond what {never} learn alike"
     back = f"is back on {what} the attacker never saw{taught} ({numbers})."
     if recovery.attack in case.invalid:
-        back += f" The attack {recovery.attack} is invalid, but what it brought back came back."
+        said = "but what it brought back came back"
+        if share <= case.budget.margin:
+            said = "so that there may be more"
+        back += f" The attack {recovery.attack} is invalid, {said}."
     if not part:
         return f"{answer}A{work}{amount} of the removed knowledge {back}"
     only = "Only " if removed is not None and removed < 0.5 else ""

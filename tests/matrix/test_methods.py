@@ -56,6 +56,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "circuit_breakers": {"layers": (0, 1), "lora": LoRA(rank=4)},
     "ssd": {"alpha": 1.5},
     "lfssd": {"alpha": 1.2},
+    "potion": {"step": 1.5},  # the toy is never as ignorant as asked: fewer turns say the same
     "memsinks": {"sinks": 2, "active": 1},
     "moefy": {"rounds": 2, "dense_share": 0.5, "read_rows": 8},
     "altpo": {"new_tokens": 4, "answers": 2},

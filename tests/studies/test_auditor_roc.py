@@ -31,10 +31,17 @@ from excise.record import (
 from excise.record import error_rates as rates_module
 from excise.report import words
 from excise.requests.recipe import AuditSpec
+from excise.run.steps import audit_models
 from excise.train.fit import FitConfig
 from excise.train.pool import Processes
-from excise_studies.auditing import rates
-from excise_studies.auditing.auditor_roc import AuditorROC, calls_table, decide, errors
+from excise_studies.auditing import auditor_roc, rates
+from excise_studies.auditing.auditor_roc import (
+    AuditorROC,
+    again_table,
+    calls_table,
+    decide,
+    errors,
+)
 from excise_studies.auditing.counting import (
     Judged,
     area,
@@ -351,6 +358,20 @@ def test_few_models_decide_nothing() -> None:
     assert decide(errors(population("fail", "pass")[:4]), 0.1).startswith("undecided")
 
 
+def test_answers_that_turn_when_a_model_is_audited_again_are_counted() -> None:
+    statuses = ("pass", "pass", "fail", "pass", "below", "fail", "underpowered")
+    then = ("pass", "fail", "pass", "below", "pass", "underpowered", "fail")
+    names = [model(i, "hides", status) for i, status in enumerate(statuses)]
+    table = again_table([*names, model(9, "hides", "fail")], [
+        model(i, "hides", status) for i, status in enumerate(then)
+    ])  # fmt: skip
+    for asked in ("D4, relearning does not bring back", "any of D0 to D4 fails"):
+        found = {r.metric: r.value for r in table.rows if r.condition.startswith(asked)}
+        assert found == {"the same": 1, "turned": 2, "to or from no answer or below": 4}, asked
+    assert {r.value for r in table.rows if r.condition.startswith("D0")} == {7, 0}
+    assert not again_table(names, []).rows
+
+
 # -- what is published -----------------------------------------------------------------------------
 
 
@@ -432,17 +453,27 @@ def test_rates_of_a_changed_budget_or_half_a_study_are_not_published() -> None:
         rates.rates_of(record_of(hiding))
 
 
-def test_the_study_runs_through(tmp_path: Path) -> None:
+def test_the_study_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+
+    def audit(record: Record, asked: auditor_roc.Examined, *args: Any) -> Any:
+        seeds.append(asked.seed)
+        return audit_models(record, asked, *args)
+
+    monkeypatch.setattr(auditor_roc, "audit_models", audit)
     quick = {
         "attacks": ["benign", "relearn"], "steps": 2, "rates": [1e-3], "checkpoints": [0, 2],
         "bits": False,
     }  # fmt: skip
     study = AuditorROC(
-        seeds=(3,), domains=("facts",), worlds={"facts": TINY}, every=13,
+        seeds=(3,), domains=("facts",), worlds={"facts": TINY}, every=13, again=1,
         audit=AuditSpec(budget="smoke", change=quick),
     )  # fmt: skip
     made = ran(study, tmp_path / "out")
     assert made.study is not None
     titles = {table.title for table in made.study.tables}
     assert {"Verdicts about models of known truth", "By family", "Do they hide?"} <= titles
+    assert seeds == [3, 1003]
+    again = next(t for t in made.study.tables if t.title == "The same models audited again")
+    assert {r.n for r in again.rows} == {len(made.study.tables[1].rows) // 5}
     assert made.study.decision.startswith(("undecided", "unsound"))

@@ -12,7 +12,7 @@ from pydantic import Field
 from excise.core.stages import Runtime
 from excise.evals.stats import Estimate
 from excise.models.checkpoint import Checkpoint
-from excise.record import ModelRef, Record, StudyRow, StudyTable
+from excise.record import LEVELS, ModelRef, Record, StudyRow, StudyTable
 from excise.requests.recipe import AuditSpec, EvalSpec
 from excise.run.results import model_ref
 from excise.run.steps import audit_models, label
@@ -52,6 +52,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "of them suppressed": ("suppressed, never taught",),
 }
 """Truths that are counted together, by what the table calls them."""
+
+OTHER_DRAWS = 1000
+"""What an audit done again adds to its seed."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,9 @@ class AuditorROC(Study):
     """Data and models of each by name."""
     every: int = Field(default=2, ge=1)
     """A family is made of one base seed in so many; 1 makes each of every one."""
+    again: int = Field(default=0, ge=0)
+    """Base seeds of each world whose models are audited twice, the second time with other draws of
+    rows, orders, controls and examples: does a level move?"""
     audit: AuditSpec = AuditSpec(budget="smoke")
     """The audit under test."""
 
@@ -145,7 +151,11 @@ class AuditorROC(Study):
         pool.emit("phase", {"text": "making models that hide and models that were never taught"})
         made = make_candidates(bases, self.every, runtime, pool)
         judged = [one for base in bases for one in judge(self, base, made, runtime, pool)]
-        return conclude(self, bases, made, judged)
+        twice = [base for name in worlds for base in bases if base.world == name][: self.again]
+        second = [
+            one for base in twice for one in judge(self, base, made, runtime, pool, again=True)
+        ]
+        return conclude(self, bases, made, judged, second)
 
 
 def make_candidates(
@@ -174,7 +184,13 @@ def make_candidates(
 
 
 def judge(
-    study: AuditorROC, base: Base, made: Iterable[Made], runtime: Runtime, pool: Pool
+    study: AuditorROC,
+    base: Base,
+    made: Iterable[Made],
+    runtime: Runtime,
+    pool: Pool,
+    *,
+    again: bool = False,
 ) -> list[Judged]:
     """Audit the models of one base seed, as the command would.
 
@@ -184,13 +200,15 @@ def judge(
         made: Models of all base seeds.
         runtime: Where stages are kept.
         pool: Worker processes.
+        again: With other draws than the first time.
     """
     mine = {one.name: one for one in made if one.base is base}
     if not mine:
         return []
-    pool.emit("phase", {"text": f"auditing {base.world}, base seed {base.seed}"})
+    words = f"auditing {base.world}, base seed {base.seed}"
+    pool.emit("phase", {"text": f"{words}, again" if again else words})
     evaluate = EvalSpec(max_length=base.setting.pretrain.max_length, samples=0)
-    asked = Examined(evaluate, study.audit, base.seed)
+    asked = Examined(evaluate, study.audit, base.seed + OTHER_DRAWS * again)
     models = {name: one.checkpoint for name, one in mine.items()}
     record, _ = audit_models(
         Record(kind="audit"), asked, base.domain, base.models, models, runtime, pool
@@ -214,7 +232,11 @@ def judge(
 
 
 def conclude(
-    study: AuditorROC, bases: Sequence[Base], made: Sequence[Made], judged: Sequence[Judged]
+    study: AuditorROC,
+    bases: Sequence[Base],
+    made: Sequence[Made],
+    judged: Sequence[Judged],
+    second: Sequence[Judged] = (),
 ) -> StudyResult:
     """Return what the study found.
 
@@ -223,6 +245,7 @@ def conclude(
         bases: Data and reference models.
         made: What was audited.
         judged: What the audit said of each.
+        second: What it said of some of them with other draws.
     """
     unproven = {one.name for one in made if one.hidden is not None and not one.hidden.proven}
     counted = [one for one in judged if one.name not in unproven]
@@ -243,6 +266,7 @@ def conclude(
     tables = (
         calls_table(counted), families_table(counted), attacks_table(counted),
         doses_table(counted), truth_table(made), suppressed_table(counted),
+        again_table(judged, second),
     )  # fmt: skip
     notes = [f"{len(unproven)} models do not hide by the stated rule and are not counted"]
     notes += ["models have 0.3M parameters: rates for larger ones may differ"]
@@ -404,6 +428,38 @@ def suppressed_table(models: Sequence[Judged]) -> StudyTable:
         note="No known truth: they decide nothing.",
         rows=tuple(rows),
     )
+
+
+def again_table(judged: Sequence[Judged], second: Sequence[Judged]) -> StudyTable:
+    """Return how often an answer changed when the same model was audited with other draws."""
+    first = {one.name: _answers(one) for one in judged}
+    then = {one.name: _answers(one) for one in second}
+    rows = []
+    for asked in dict.fromkeys(asked for answers in then.values() for asked in answers):
+        pairs = [{first[name][asked], answers[asked]} for name, answers in then.items()]
+        numbers = {
+            "the same": sum(len(pair) == 1 for pair in pairs),
+            "turned": sum(pair in ({"pass", "fail"}, {"clean", "guilty"}) for pair in pairs),
+        }
+        numbers["to or from no answer or below"] = len(pairs) - sum(numbers.values())
+        rows += [
+            StudyRow(condition=asked, metric=metric, value=number, n=len(pairs))
+            for metric, number in numbers.items()
+        ]
+    return StudyTable(
+        title="The same models audited again",
+        note=(
+            "Models by answer. Rows, orders, controls and examples of attacks are drawn anew; "
+            "turned is from pass to fail, from clean to guilty, or back."
+        ),
+        rows=tuple(rows),
+    )
+
+
+def _answers(one: Judged) -> dict[str, str]:
+    """Return what an audit says of a model, by what it is asked."""
+    levels = {f"{r.level}, {LEVELS[r.level]}": r.status for r in one.verdict.levels}
+    return {**levels, READINGS["D4"]: one.call("D4")}
 
 
 def _references(bases: Sequence[Base], made: Sequence[Made]) -> Iterable[ModelRef]:

@@ -123,10 +123,10 @@ class AuditorROC(Study):
     """Name on the command line."""
     margin: float = 0.25
     """Share of wrong calls. With no wrong call twelve bases show less than 0.243, eighteen 0.18."""
-    seeds: tuple[int, ...] = Field(default=(1, 2, *range(21, 30)), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(1, 2, *range(39, 48)), min_length=1)
     """Base seeds: data, reference models and everything made of them change with them. Seeds 1 and
-    2 are the tuning half; audits of 0, 3, 4 and 9 to 14 were looked at while the auditor was
-    changed."""
+    2 are the tuning half; audits of 0, 3, 4, 9 to 14 and 21 to 38 were looked at while the auditor
+    was changed."""
     tuned_on: tuple[int, ...] | None = (0,)
     """Strengths of hidings were chosen on it, so that they hide."""
     domains: tuple[Literal["facts", "arithmetic"], ...] = Field(

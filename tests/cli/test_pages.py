@@ -19,7 +19,7 @@ from tests.cli.test_docs import ROOT, commands
 from tests.fixtures import published
 
 AUDIT = (
-    " --audit.change '{attacks: [few_shot, quantize, relearn, transfer], steps: 2,"
+    " --audit.change '{attacks: [few_shot, prefix, quantize, relearn, transfer], steps: 2,"
     " checkpoints: [0, 2], rates: [0.001], max_test_rows: 4, max_other_rows: 4, max_length: 32}'"
     " --evaluate.max_length 32 --workers 1 --quiet"
 )
